@@ -1,0 +1,376 @@
+"""Configuration of Aria: one frozen description, read from every published ``config.json`` and written as today's.
+
+Defaults are the values of rhymes-ai/Aria (25.3B), because the published files leave many keys out and the class
+defaults of other implementations are far from the real model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aria.hub import resolve
+
+CONFIG_NAME = "config.json"
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of a name such as ``bfloat16`` or ``torch.bfloat16``; a dtype passes through."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The ViT (SigLIP-SO400M's shape, positions by fractional buckets as in NaViT)."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 980
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patches_per_side(self) -> int:
+        """Side of the learned position grid."""
+        return self.image_size // self.patch_size
+
+    def num_parameters(self) -> int:
+        D, F = self.hidden_size, self.intermediate_size
+        patch = self.num_channels * self.patch_size**2 * D + D
+        layer = 4 * (D * D + D) + 2 * D * F + D + F + 4 * D
+        return patch + self.patches_per_side**2 * D + self.num_hidden_layers * layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The cross-attention resampler: how many queries stand for a crop of so many patches."""
+
+    patch_to_query: Mapping[int, int] = field(default_factory=lambda: {1225: 128, 4900: 256})
+    hidden_size: int = 1152
+    num_attention_heads: int = 16
+    output_size: int = 2560
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_queries(self) -> int:
+        """Rows of the learned query table; a smaller crop uses the first rows of it."""
+        return max(self.patch_to_query.values())
+
+    def queries_for(self, patches: int) -> int:
+        """Queries that stand for a crop of ``patches`` patches (padding included).
+
+        Raises:
+            ValueError: the table has no such crop.
+        """
+        if patches not in self.patch_to_query:
+            raise ValueError(
+                f"a crop of {patches} patches has no entry in the projector's table {dict(self.patch_to_query)}; "
+                "use one of the picture sizes that the model was made for"
+            )
+        return self.patch_to_query[patches]
+
+    def num_parameters(self) -> int:
+        D, O = self.hidden_size, self.output_size
+        attention = 3 * D * D + (3 * D * D + 3 * D) + 2 * (D * D + D)
+        return self.num_queries * D + attention + 3 * 2 * D + D * O + O * O
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The decoder: Llama's attention, a mixture of experts in every layer."""
+
+    vocab_size: int = 100352
+    hidden_size: int = 2560
+    intermediate_size: int = 1664
+    """Width F of one expert."""
+    moe_num_experts: int = 64
+    moe_topk: int = 6
+    moe_num_shared_experts: int = 2
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 20
+    num_key_value_heads: int = 20
+    head_dim: int = 128
+    max_position_embeddings: int = 65536
+    rope_theta: float = 5_000_000.0
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def shared_size(self) -> int:
+        """Width of the shared experts, which are one SwiGLU MLP."""
+        return self.intermediate_size * self.moe_num_shared_experts
+
+    def _layer_parameters(self, experts: int) -> int:
+        D, H, KV, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        attention = 2 * D * H * K + 2 * D * KV * K
+        router = self.moe_num_experts * D
+        return attention + router + (experts * self.intermediate_size + self.shared_size) * 3 * D + 2 * D
+
+    def num_parameters(self) -> int:
+        D = self.hidden_size
+        return 2 * self.vocab_size * D + self.num_hidden_layers * self._layer_parameters(self.moe_num_experts) + D
+
+    def active_parameters(self) -> int:
+        """Parameters that one token multiplies with: layers, final norm and head, without the embedding table."""
+        D = self.hidden_size
+        return self.vocab_size * D + self.num_hidden_layers * self._layer_parameters(self.moe_topk) + D
+
+
+@dataclass(frozen=True, kw_only=True)
+class AriaConfig:
+    """Aria = vision + projector + text. Fields carry the Hub's names, every default filled in."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image_token_index: int = 9
+    pad_token_id: int | None = 2
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def aria(cls) -> AriaConfig:
+        """The published shape, 25.3B parameters."""
+        return cls()
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo_id: str | os.PathLike[str] | None = None, *, revision: str | None = None
+    ) -> AriaConfig:
+        """Read ``config.json`` of a folder, a file, a Hub repository, or (None) the packaged nano model.
+
+        Raises:
+            FileNotFoundError: there is no such folder, repository or file.
+            ValueError: the file is not a configuration of Aria.
+        """
+        path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME])
+        file = path / CONFIG_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} has no {CONFIG_NAME}; a model folder needs one")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AriaConfig:
+        """Read the JSON object of any published variant, original or as transformers writes it.
+
+        Raises:
+            ValueError: not Aria, or a setting that changes the arithmetic and that Aria does not have.
+        """
+        if not isinstance(data, Mapping) or data.get("model_type") != "aria":
+            came = data.get("model_type") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"not a configuration of Aria: model_type is {came!r}, expected 'aria'")
+        text, vision = _object(data, "text_config"), _object(data, "vision_config")
+        _refuse(data, {"tie_word_embeddings": False, "vision_feature_layer": -1}, "the model")
+        vision_config = _read_vision(vision)
+        text_config = _read_text(text)
+        table = data.get("projector_patch_to_query_dict") or ProjectorConfig().patch_to_query
+        try:
+            patch_to_query = {int(patches): int(queries) for patches, queries in table.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"projector_patch_to_query_dict should map patches to queries, but is {table!r}") from None
+        return cls(
+            vision=vision_config,
+            text=text_config,
+            projector=ProjectorConfig(
+                patch_to_query=patch_to_query,
+                hidden_size=vision_config.hidden_size,
+                num_attention_heads=vision_config.num_attention_heads,
+                output_size=text_config.hidden_size,
+            ),
+            image_token_index=_integer(data, "image_token_index", data.get("image_token_id", 9)),
+            pad_token_id=data.get("pad_token_id", text.get("pad_token_id", 2)),
+            dtype=parse_dtype(data.get("dtype") or data.get("torch_dtype") or "bfloat16"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Today's Hub layout with every value spelled out; transformers and vLLM read it as it is."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        vision, text = dataclasses.asdict(self.vision), dataclasses.asdict(self.text)
+        return {
+            "architectures": ["AriaForConditionalGeneration"],
+            "model_type": "aria",
+            "image_token_index": self.image_token_index,
+            "ignore_index": -100,
+            "initializer_range": 0.02,
+            "pad_token_id": self.pad_token_id,
+            "projector_patch_to_query_dict": {str(k): v for k, v in self.projector.patch_to_query.items()},
+            "text_config": {"model_type": "aria_text", **text, "num_experts_per_tok": self.text.moe_topk},
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+            "vision_config": {"model_type": "idefics3_vision", **vision, "hidden_act": "gelu_pytorch_tanh"},
+            "vision_feature_layer": -1,
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` into ``folder``, which is made if it is not there."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def image_sizes(self) -> dict[int, int]:
+        """Side of a square crop in pixels -> queries that stand for it, e.g. ``{490: 128, 980: 256}``."""
+        sizes = {math.isqrt(p) * self.vision.patch_size: q for p, q in self.projector.patch_to_query.items()}
+        return dict(sorted(sizes.items()))
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """Parameters of each organ; they add up to :meth:`num_parameters`."""
+        embedding = self.text.vocab_size * self.text.hidden_size
+        text = self.text
+        experts = text.num_hidden_layers * text.moe_num_experts * text.intermediate_size * 3 * text.hidden_size
+        return {
+            "vision encoder": self.vision.num_parameters(),
+            "projector": self.projector.num_parameters(),
+            "token embedding": embedding,
+            "decoder, routed experts": experts,
+            "decoder, the rest": text.num_parameters() - 2 * embedding - experts,
+            "language head": embedding,
+        }
+
+    def num_parameters(self) -> int:
+        """All parameters of the model, without the dead post-LayerNorm that the Hub's files carry."""
+        return self.vision.num_parameters() + self.projector.num_parameters() + self.text.num_parameters()
+
+    def active_parameters(self) -> int:
+        """Parameters that one text token multiplies with, head included, embedding table not."""
+        return self.text.active_parameters()
+
+    def cache_bytes_per_token(self, dtype: torch.dtype | str = torch.bfloat16) -> int:
+        """Bytes of keys and values that one token of context takes."""
+        text = self.text
+        return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * parse_dtype(dtype).itemsize
+
+
+def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} should be an object, but is {value!r}")
+    return value
+
+
+def _integer(data: Mapping[str, Any], key: str, default: int) -> int:
+    value = data.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{key} should be a whole number, but is {value!r}")
+    return value
+
+
+def _number(data: Mapping[str, Any], key: str, default: float) -> float:
+    value = data.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{key} should be a number above 0, but is {value!r}")
+    return float(value)
+
+
+def _refuse(data: Mapping[str, Any], expected: Mapping[str, Any], owner: str) -> None:
+    """Settings that would change the arithmetic: silence or Aria's value passes, anything else is an error."""
+    for key, value in expected.items():
+        if data.get(key) is not None and data[key] != value:
+            raise ValueError(f"{key} of {owner} is {data[key]!r}, but Aria has {value!r}; this is another architecture")
+
+
+def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
+    known = ("idefics3_vision", "aria_vision_model", "idefics2_vision")
+    if data.get("model_type", known[0]) not in known:
+        raise ValueError(f"vision_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
+    _refuse(data, {"hidden_act": "gelu_pytorch_tanh"}, "the vision encoder")
+    defaults = VisionConfig()
+    # Today's Hub config spells the heads `attention_heads`; every loader passes over that key, and so its default counts.
+    names = [f.name for f in dataclasses.fields(VisionConfig) if f.name != "layer_norm_eps"]
+    integers = {name: _integer(data, name, getattr(defaults, name)) for name in names}
+    return VisionConfig(**integers, layer_norm_eps=_number(data, "layer_norm_eps", defaults.layer_norm_eps))
+
+
+def _read_text(data: Mapping[str, Any]) -> TextConfig:
+    known = ("aria_text", "aria_moe_lm")
+    if data.get("model_type", known[0]) not in known:
+        raise ValueError(f"text_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
+    _refuse(data, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, "the decoder")
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"rotary scaling {rope!r} is not Aria's; only the default kind is known")
+    defaults = TextConfig()
+    hidden = _integer(data, "hidden_size", defaults.hidden_size)
+    heads = _integer(data, "num_attention_heads", defaults.num_attention_heads)
+    if not heads:
+        raise ValueError("num_attention_heads should be above 0")
+    # `intermediate_size` is an expert's width in today's files; in the others it is an unused 13568 beside
+    # `moe_intermediate_size`, which then is the width.
+    width = "moe_intermediate_size" if data.get("moe_intermediate_size") else "intermediate_size"
+    topk = "moe_topk" if data.get("moe_topk") is not None else "num_experts_per_tok"
+    return TextConfig(
+        vocab_size=_integer(data, "vocab_size", defaults.vocab_size),
+        hidden_size=hidden,
+        intermediate_size=_integer(data, width, defaults.intermediate_size),
+        moe_num_experts=_integer(data, "moe_num_experts", defaults.moe_num_experts),
+        moe_topk=_integer(data, topk, defaults.moe_topk),
+        moe_num_shared_experts=_integer(data, "moe_num_shared_experts", defaults.moe_num_shared_experts),
+        num_hidden_layers=_integer(data, "num_hidden_layers", defaults.num_hidden_layers),
+        num_attention_heads=heads,
+        num_key_value_heads=_integer(data, "num_key_value_heads", heads),
+        head_dim=_integer(data, "head_dim", hidden // heads),
+        max_position_embeddings=_integer(data, "max_position_embeddings", defaults.max_position_embeddings),
+        rope_theta=_number(
+            {"rope_theta": rope.get("rope_theta") or data.get("rope_theta")}, "rope_theta", defaults.rope_theta
+        ),
+        rms_norm_eps=_number(data, "rms_norm_eps", defaults.rms_norm_eps),
+    )
+
+
+def _check(config: AriaConfig) -> None:
+    """Shapes that cannot work are an error here, before any memory is taken."""
+    vision, text = config.vision, config.text
+    for owner, part in (("vision", vision), ("text", text)):
+        for f in dataclasses.fields(part):
+            if getattr(part, f.name) <= 0:
+                raise ValueError(f"{owner}.{f.name} should be above 0, but is {getattr(part, f.name)}")
+    if vision.hidden_size % vision.num_attention_heads:
+        raise ValueError(
+            f"vision.hidden_size {vision.hidden_size} does not divide over {vision.num_attention_heads} heads"
+        )
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise ValueError(
+            f"{text.num_attention_heads} attention heads do not divide over {text.num_key_value_heads} key/value heads"
+        )
+    if text.moe_topk > text.moe_num_experts:
+        raise ValueError(f"moe_topk {text.moe_topk} is more than the {text.moe_num_experts} experts there are")
+    if text.head_dim % 2:
+        raise ValueError(f"head_dim {text.head_dim} is odd; rotary positions turn pairs")
+    table = config.projector.patch_to_query
+    if not table or any(p <= 0 or q <= 0 or math.isqrt(p) ** 2 != p for p, q in table.items()):
+        raise ValueError(f"the projector's table should map square numbers of patches to queries, but is {dict(table)}")
+    if math.isqrt(max(table)) > vision.patches_per_side:
+        raise ValueError(
+            f"crops of {max(table)} patches are larger than the {vision.patches_per_side} x {vision.patches_per_side} positions"
+        )
