@@ -306,7 +306,7 @@ def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
         raise ValueError(f"vision_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
     _refuse(data, {"hidden_act": "gelu_pytorch_tanh"}, "the vision encoder")
     defaults = VisionConfig()
-    # Today's Hub config spells the heads `attention_heads`; every loader passes over that key, and so its default counts.
+    # Today's Hub config spells the heads `attention_heads`; loaders pass over that key, so its default counts.
     names = [f.name for f in dataclasses.fields(VisionConfig) if f.name != "layer_norm_eps"]
     integers = {name: _integer(data, name, getattr(defaults, name)) for name in names}
     return VisionConfig(**integers, layer_norm_eps=_number(data, "layer_norm_eps", defaults.layer_norm_eps))
@@ -372,5 +372,5 @@ def _check(config: AriaConfig) -> None:
         raise ValueError(f"the projector's table should map square numbers of patches to queries, but is {dict(table)}")
     if math.isqrt(max(table)) > vision.patches_per_side:
         raise ValueError(
-            f"crops of {max(table)} patches are larger than the {vision.patches_per_side} x {vision.patches_per_side} positions"
+            f"crops of {max(table)} patches are larger than the grid of {vision.patches_per_side}^2 positions"
         )

@@ -39,7 +39,7 @@ def resolve(
     if path.exists():
         if revision is not None:
             raise ValueError(
-                f"revision={revision!r} is for Hub repositories, but {str(path_or_repo_id)!r} is a local path; leave it out"
+                f"revision={revision!r} is for Hub repositories, but {str(path)!r} is a local path; leave it out"
             )
         return path
     name = str(path_or_repo_id)

@@ -1,0 +1,72 @@
+"""The decoder: Llama's attention and a mixture of experts in every layer, on packed tokens.
+
+T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from aria.config import TextConfig
+from aria.model.context import Context
+from aria.model.layers import RMSNorm
+from aria.model.moe import MoE
+
+
+class Attention(nn.Module):
+    """Projections around :meth:`Context.attend`, which rotates, remembers and attends."""
+
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        D, H, KV, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * K, bias=False)
+        self.k_proj = nn.Linear(D, KV * K, bias=False)
+        self.v_proj = nn.Linear(D, KV * K, bias=False)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        q, k, v = (p(x_TD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(context.attend(self.layer, q, k, v).flatten(1))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config)
+
+    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
+        out_TD, router_logits_TE = self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD + out_TD, router_logits_TE
+
+
+class Decoder(nn.Module):
+    """Embeddings -> hidden states."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns normed hidden states ``(T, D)`` and each layer's router logits ``(T, E)``."""
+        router_logits = []
+        for layer in self.layers:
+            x_TD, logits_TE = layer(x_TD, context)
+            router_logits.append(logits_TE)
+        return self.norm(x_TD), tuple(router_logits)
+
+
+class LanguageModel(nn.Module):
+    """The decoder with its head, named as in the checkpoints."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,0 +1,73 @@
+"""The mixture of experts (paper section 2.2): a router, fine-grained routed experts, shared experts for all tokens.
+
+T tokens, D hidden, E experts, A experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aria import ops
+from aria.config import TextConfig
+
+
+class Router(nn.Module):
+    """Scores of every expert for every token."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight)
+
+
+class GroupedLinear(nn.Module):
+    """One matrix for each expert, ``(E, in, out)``: the opposite order of a linear layer's weight."""
+
+    def __init__(self, experts: int, size_in: int, size_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, size_in, size_out))
+
+
+class Experts(nn.Module):
+    """The routed experts. ``fc1`` holds gate and up side by side on its last axis."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        E, D, width = config.moe_num_experts, config.hidden_size, config.intermediate_size
+        self.fc1 = GroupedLinear(E, D, 2 * width)
+        self.fc2 = GroupedLinear(E, width, D)
+
+    def forward(self, x_TD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
+        return ops.expert_mlp(x_TD, self.fc1.weight, self.fc2.weight, weights_TA, index_TA)
+
+
+class SharedExperts(nn.Module):
+    """The shared experts: one SwiGLU MLP, added without a gate."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.shared_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.shared_size, bias=False)
+        self.down_proj = nn.Linear(config.shared_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class MoE(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.top_k = config.moe_topk
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExperts(config)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the layer's output ``(T, D)`` and the router's logits ``(T, E)``."""
+        logits_TE = self.router(x_TD)
+        weights_TA, index_TA = ops.route(logits_TE, self.top_k)
+        return self.experts(x_TD, weights_TA, index_TA) + self.shared_experts(x_TD), logits_TE

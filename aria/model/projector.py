@@ -1,0 +1,87 @@
+"""The projector: learned queries read a crop's patches and become tokens of the decoder (paper section 2.1).
+
+P patches, C crops, Q queries of all crops end to end, D vision hidden, H heads, K head width, O decoder hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aria import ops
+from aria.config import ProjectorConfig
+from aria.ops import Segments
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to patches.
+
+    The checkpoints project q, k and v twice, first without a bias, then inside an ``nn.MultiheadAttention`` with one;
+    the second pair is kept under that module's names, its arithmetic is ours. There is no residual connection.
+    """
+
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.multihead_attn = nn.MultiheadAttention(size, config.num_attention_heads)
+        self.linear = nn.Linear(size, size)
+        self.layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.layer_norm_kv = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def forward(self, x_PD: Tensor, query_ND: Tensor, rows_Q: Tensor, queries: Segments, patches: Segments) -> Tensor:
+        """``query_ND`` is the learned table; ``rows_Q`` says which of its rows each query of each crop is."""
+        inner = self.multihead_attn
+        wq, wk, wv = inner.in_proj_weight.chunk(3)
+        bq, bk, bv = inner.in_proj_bias.chunk(3)
+        x_PD = self.layer_norm_kv(x_PD)
+        # The same few rows serve every crop, so they are projected once and then spread.
+        q = F.linear(self.q_proj(self.layer_norm(query_ND)), wq, bq)[rows_Q]
+        k = F.linear(self.k_proj(x_PD), wk, bk)
+        v = F.linear(self.v_proj(x_PD), wv, bv)
+        q, k, v = (t.unflatten(-1, (inner.num_heads, -1)) for t in (q, k, v))
+        attended = ops.attention(q, k, v, queries, patches, causal=False)
+        return self.linear(inner.out_proj(attended.flatten(1)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        self.linear_in = nn.Linear(config.hidden_size, config.output_size, bias=False)
+        self.linear_out = nn.Linear(config.output_size, config.output_size, bias=False)
+
+    def forward(self, x_QD: Tensor) -> Tensor:
+        return self.linear_out(F.gelu(self.linear_in(x_QD), approximate="tanh"))
+
+
+class Projector(nn.Module):
+    """Hidden states of patches -> tokens of the decoder."""
+
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        self.config = config
+        self.query = nn.Parameter(torch.zeros(config.num_queries, config.hidden_size))
+        self.cross_attn = CrossAttention(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_PD: Tensor, patches: Segments, grid_patches: tuple[int, ...]) -> Tensor:
+        """Read crops.
+
+        Args:
+            x_PD: output of the vision tower.
+            patches: valid patches of each crop.
+            grid_patches: patches of each crop with its padding.
+
+        Returns:
+            ``(Q, O)``, the queries of each crop one after another.
+
+        Raises:
+            ValueError: a crop's size is not in the projector's table.
+        """
+        queries = Segments.of([self.config.queries_for(n) for n in grid_patches], x_PD.device)
+        attended = self.cross_attn(x_PD, self.query, queries.positions(), queries, patches)
+        return self.feed_forward(self.layer_norm(attended))

@@ -1,0 +1,48 @@
+"""Packed attention on PyTorch's own kernels: one dense call where lengths are equal, else one varlen call or a loop."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from aria.ops.segments import Segments
+
+
+def attention(
+    q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, queries: Segments, keys: Segments, *, causal: bool
+) -> Tensor:
+    """See :func:`aria.ops.reference.attention`."""
+    assert len(queries.lengths) == len(keys.lengths), "queries and keys have different numbers of segments"
+    square = queries.longest in (1, keys.longest)
+    if queries.equal and keys.equal and (square or not causal):
+        batch = len(queries.lengths)
+        dense = (x.view(batch, -1, *x.shape[1:]) for x in (q_THK, k_SHK, v_SHK))
+        return _dense(*dense, causal=causal and queries.longest > 1).flatten(0, 1)
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and q_THK.shape[-1] % 8 == 0:
+        out = varlen_attn(
+            q_THK, k_SHK, v_SHK, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest,
+            window_size=(-1, 0) if causal else (-1, -1), enable_gqa=q_THK.shape[1] != k_SHK.shape[1],
+        )  # fmt: skip
+        assert isinstance(out, Tensor), "no auxiliary output was asked for"
+        return out
+    pieces = zip(q_THK.split(queries.lengths), k_SHK.split(keys.lengths), v_SHK.split(keys.lengths), strict=True)
+    return torch.cat([_one(q, k, v, causal) for q, k, v in pieces])
+
+
+def _one(q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, causal: bool) -> Tensor:
+    """One segment; its queries are the last ones of its keys."""
+    T, S = q_THK.shape[0], k_SHK.shape[0]
+    mask = None
+    if causal and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_THK.device).tril(S - T)
+    return _dense(q_THK[None], k_SHK[None], v_SHK[None], causal=causal and T > 1 and mask is None, mask=mask)[0]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> Tensor:
+    """Scaled-dot-product attention of ``(N, T, H, K)`` tensors."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)

@@ -1,0 +1,31 @@
+"""Routed experts: tokens sorted by expert, so that each expert's weights are read once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aria.ops.reference import swiglu
+
+
+def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
+    """See :func:`aria.ops.reference.expert_mlp`. On CUDA nothing waits for the host."""
+    T, A = index_TA.shape
+    experts, order = index_TA.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
+    x = x_TD[order // A]
+    if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in (*fc1_EDF.shape[1:], *fc2_EFD.shape[1:])):
+        offsets = ends.int()
+        y = F.grouped_mm(swiglu(F.grouped_mm(x, fc1_EDF, offs=offsets)), fc2_EFD, offs=offsets)
+    else:
+        y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist())
+    # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return (y[place].view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+
+
+def _loop(x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int]) -> Tensor:
+    starts = [0, *ends[:-1]]
+    used = [(e, start, end) for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+    return torch.cat([swiglu(x[start:end] @ fc1[e]) @ fc2[e] for e, start, end in used])

@@ -1,0 +1,51 @@
+"""Lengths of the sequences that lie end to end in a packed tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of packed sequences, on the host and on the device.
+
+    The host's copy lets shapes be known without waiting for the device; kernels read ``cu_seqlens``.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    """int32 ``(len(lengths) + 1,)``: where each sequence starts, and the total at the end."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Segments:
+        lengths = tuple(int(n) for n in lengths)
+        return cls(lengths, torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device))
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all sequences have one length, so that a dense view serves."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
+    def last(self) -> Tensor:
+        """int64 index of each sequence's last token."""
+        return self.cu_seqlens[1:].long() - 1
+
+    def positions(self) -> Tensor:
+        """int64 ``(total,)``: 0, 1, 2, ... within each sequence."""
+        starts = self.cu_seqlens[:-1].repeat_interleave(self.cu_seqlens.diff(), output_size=self.total)
+        return torch.arange(self.total, device=self.cu_seqlens.device) - starts
