@@ -1,0 +1,1 @@
+"""Recipes: the data factories and settings that train what this project ships."""
