@@ -1,0 +1,22 @@
+"""Messages, text and pictures to tensors, and ids back to text."""
+
+from aria.processor.batch import BatchFeature
+from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, ImagePart, Prompt, render
+from aria.processor.image import AriaImageProcessor
+from aria.processor.media import load_image
+from aria.processor.processor import AriaProcessor
+from aria.processor.tokenizer import AriaTokenizer, TextStream
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "IMAGE_TOKEN",
+    "AriaImageProcessor",
+    "AriaProcessor",
+    "AriaTokenizer",
+    "BatchFeature",
+    "ImagePart",
+    "Prompt",
+    "TextStream",
+    "load_image",
+    "render",
+]

@@ -1,0 +1,47 @@
+"""The processor's JSON files: their names, reading, writing, and the table of crop sizes they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aria.config import CONFIG_NAME, AriaConfig
+
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+PROCESSOR_CONFIG = "processor_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_MODEL = "tokenizer.model"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+SIZE_CONVERSION: dict[int, int] = {490: 128, 980: 256}
+"""Published crop sizes in pixels, with the tokens that stand for one crop."""
+
+
+def read_size_conversion(folder: Path) -> dict[int, int]:
+    """Crop sizes -> tokens a crop, from ``config.json``, else ``processor_config.json``, else the published table."""
+    if (folder / CONFIG_NAME).is_file():
+        return AriaConfig.from_pretrained(folder).image_sizes()
+    table = (
+        read_json(folder / PROCESSOR_CONFIG).get("size_conversion") if (folder / PROCESSOR_CONFIG).is_file() else None
+    )
+    return {int(size): int(tokens) for size, tokens in (table or SIZE_CONVERSION).items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, with errors that name the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} should hold a JSON object, but holds a {type(data).__name__}")
+    return data
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write an object as UTF-8 JSON, making the folder if needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

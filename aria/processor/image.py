@@ -1,0 +1,276 @@
+"""Pictures to square crops and masks, by the rules that Aria was trained with.
+
+Shape letters: C crops (of all pictures of a call), S side of a crop in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from aria.config import CONFIG_NAME
+from aria.hub import resolve
+from aria.processor.batch import BatchFeature, check_tensor_kind
+from aria.processor.files import (
+    PREPROCESSOR_CONFIG,
+    PROCESSOR_CONFIG,
+    SIZE_CONVERSION,
+    read_json,
+    read_size_conversion,
+    write_json,
+)
+from aria.processor.media import load_image
+
+SPLIT_MODES = ("authors", "pad")
+
+# The grids a picture can be split into, as the authors list them; the order decides ties.
+_GRIDS = (
+    *((1, n) for n in range(2, 9)),
+    *((2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)),
+    *((n, 1) for n in range(5, 9)),
+)
+
+
+class AriaImageProcessor:
+    """Pictures -> ``pixel_values``, ``pixel_mask`` and ``num_crops``.
+
+    Without splitting every picture is one crop: resized (bicubic) so that its longer side is S, its shorter side never
+    under ``min_image_size`` (which distorts long pictures, as in training), padded with black at the right and bottom,
+    scaled to 0..1 and normalised. With splitting a picture is cut into a grid of crops that fits its shape:
+
+    * ``split_mode="authors"``: the grid of nearest aspect ratio, the picture stretched to it, and the whole picture put
+      first as an overview.
+    * ``split_mode="pad"``: transformers' rule; least wasted area, aspect ratio kept, centred on black, no overview.
+
+    Source: the authors' vision processor; transformers' ``AriaImageProcessorPil`` gives the same bits unsplit.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_image_size: int = 980,
+        min_image_size: int = 336,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        split_image: bool = False,
+        split_mode: str = "authors",
+        sizes: Sequence[int] = tuple(SIZE_CONVERSION),
+        split_resolutions: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """
+        Args:
+            max_image_size: side S of a crop where a call does not name one.
+            min_image_size: least length of the shorter side after resizing.
+            image_mean: per channel, of values in 0..1.
+            image_std: the same.
+            split_image: whether to split where a call does not say.
+            split_mode: "authors" or "pad".
+            sizes: the sides S that the model's projector has queries for.
+            split_resolutions: (height, width) pairs for "pad"; by default every grid times the smallest size.
+        """
+        self.sizes = tuple(sorted(int(size) for size in sizes))
+        if not self.sizes or self.sizes[0] < 1:
+            raise ValueError(f"sizes should be pixel counts above 0, but are {sizes!r}")
+        if not 1 <= min_image_size <= self.sizes[0]:
+            raise ValueError(
+                f"min_image_size {min_image_size} should lie between 1 and the smallest crop size, {self.sizes[0]}"
+            )
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            if len(values) != 3:
+                raise ValueError(f"{name} should hold 3 values, but is {values!r}")
+        self.max_image_size = self._check_size(max_image_size)
+        self.min_image_size = min_image_size
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.split_image = split_image
+        self.split_mode = _check_mode(split_mode)
+        base = self.sizes[0]
+        pairs = split_resolutions or [(h * base, w * base) for h, w in _GRIDS]
+        self.split_resolutions = [(int(h), int(w)) for h, w in pairs]
+        # Value of each grey level, computed in the precision and order of transformers' PIL backend: same bits.
+        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        self._levels = [(levels - np.float32(m)) / np.float32(s) for m, s in zip(image_mean, image_std, strict=True)]
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo_id: str | os.PathLike[str] | None = None, *, revision: str | None = None
+    ) -> AriaImageProcessor:
+        """Read ``preprocessor_config.json``; the allowed sizes come from ``config.json`` where the folder has one.
+
+        Raises:
+            FileNotFoundError: no such folder, repository or file.
+            ValueError: the file asks for arithmetic that Aria does not have.
+        """
+        patterns = [PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, CONFIG_NAME]
+        folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
+        data = read_json(folder / PREPROCESSOR_CONFIG)
+        for key, value in {"resample": 3, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}.items():
+            if data.get(key) is not None and data[key] != value:
+                raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {data[key]!r}, but Aria has {value!r}")
+        known = ("max_image_size", "min_image_size", "image_mean", "image_std", "split_image", "split_mode")
+        settings = {key: data[key] for key in (*known, "split_resolutions") if data.get(key) is not None}
+        return cls(**settings, sizes=tuple(read_size_conversion(folder)))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``preprocessor_config.json``, which transformers and vLLM read too; the folder is made if needed."""
+        data = {
+            "image_processor_type": "AriaImageProcessor",
+            "processor_class": "AriaProcessor",
+            "do_convert_rgb": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "resample": 3,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "max_image_size": self.max_image_size,
+            "min_image_size": self.min_image_size,
+            "split_image": self.split_image,
+            "split_mode": self.split_mode,
+            "split_resolutions": [list(pair) for pair in self.split_resolutions],
+        }
+        write_json(Path(folder) / PREPROCESSOR_CONFIG, data)
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        max_image_size: int | None = None,
+        split_image: bool | Sequence[bool] | None = None,
+        split_mode: str | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Prepare one picture or a list of pictures, of any kind that :func:`~aria.processor.media.load_image` takes.
+
+        Args:
+            images: one picture or a flat list of them.
+            max_image_size: side S of the crops; None: this processor's own.
+            split_image: for all pictures, or one value a picture; None: this processor's own.
+            split_mode: "authors" or "pad"; None: this processor's own.
+            return_tensors: "pt" (default) or "np".
+
+        Returns:
+            ``pixel_values`` (C, 3, S, S) float32 and ``pixel_mask`` (C, S, S) bool, True where the picture is and False
+            where padding is; ``num_crops`` is an attribute, a list with one count a picture.
+
+        Raises:
+            ValueError: a size that the model has no queries for, no pictures, or a picture that cannot be read.
+        """
+        size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
+        mode = self.split_mode if split_mode is None else _check_mode(split_mode)
+        check_tensor_kind(return_tensors)
+        pictures = list(images) if isinstance(images, list | tuple) else [images]
+        if not pictures:
+            raise ValueError("no pictures given; pass one picture or a list of them")
+        if split_image is None or isinstance(split_image, bool):
+            splits = [self.split_image if split_image is None else split_image] * len(pictures)
+        else:
+            splits = list(split_image)
+            if len(splits) != len(pictures):
+                raise ValueError(f"{len(splits)} values of split_image for {len(pictures)} pictures")
+        crops: list[Image.Image] = []
+        num_crops = []
+        for picture, split in zip(pictures, splits, strict=True):
+            image = load_image(picture)
+            tiles = self._split(image, size, mode) if split else [image]
+            crops += [self._resize(tile, size) for tile in tiles]
+            num_crops.append(len(tiles))
+        values, mask = self._to_arrays(crops, size)
+        data: dict[str, Any] = {"pixel_values": values, "pixel_mask": mask}
+        if return_tensors != "np":
+            data = {name: torch.from_numpy(array) for name, array in data.items()}
+        return BatchFeature(data, num_crops=num_crops)
+
+    def _check_size(self, size: int) -> int:
+        if size not in self.sizes:
+            raise ValueError(
+                f"max_image_size {size!r} is not one of this model's sizes: {', '.join(map(str, self.sizes))}"
+            )
+        return int(size)
+
+    def _resize(self, image: Image.Image, size: int) -> Image.Image:
+        width, height = image.size
+        scale = size / max(width, height)
+        if width >= height:
+            target = (size, max(int(height * scale), self.min_image_size))
+        else:
+            target = (max(int(width * scale), self.min_image_size), size)
+        return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC)
+
+    def _split(self, image: Image.Image, size: int, mode: str) -> list[Image.Image]:
+        if mode == "pad":
+            return _tiles(_centre(image, _least_waste(image.size, self.split_resolutions)), size)
+        columns, rows = _nearest_grid(image.size, size)
+        stretched = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+        return [image, *_tiles(stretched, size)]
+
+    def _to_arrays(self, crops: list[Image.Image], size: int) -> tuple[np.ndarray, np.ndarray]:
+        values = np.empty((len(crops), 3, size, size), dtype=np.float32)
+        mask = np.zeros((len(crops), size, size), dtype=np.bool_)
+        for i, crop in enumerate(crops):
+            width, height = crop.size
+            mask[i, :height, :width] = True
+            for channel, (levels, plane) in enumerate(zip(self._levels, crop.split(), strict=True)):
+                target = values[i, channel]
+                np.take(levels, np.asarray(plane), out=target[:height, :width], mode="clip")
+                target[height:] = levels[0]  # padding is black before it is normalised
+                target[:height, width:] = levels[0]
+        return values, mask
+
+
+def _check_mode(mode: str) -> str:
+    if mode not in SPLIT_MODES:
+        raise ValueError(f"split_mode {mode!r} is not known; use one of {', '.join(SPLIT_MODES)}")
+    return mode
+
+
+def _nearest_grid(image_size: tuple[int, int], size: int) -> tuple[int, int]:
+    """(columns, rows) of nearest aspect ratio; on a tie a later, larger grid wins if the picture has pixels for it."""
+    width, height = image_size
+    best, least = _GRIDS[0], math.inf
+    for columns, rows in _GRIDS:
+        distance = abs(width / height - columns / rows)
+        if distance < least or (distance == least and width * height > 0.5 * size * size * columns * rows):
+            best, least = (columns, rows), distance
+    return best
+
+
+def _least_waste(image_size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) that keeps most of the picture's pixels, then wastes least; earlier entries win ties."""
+    width, height = image_size
+
+    def fit(resolution: tuple[int, int]) -> tuple[int, int]:
+        scale = min(resolution[1] / width, resolution[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - resolution[0] * resolution[1]
+
+    return max(resolutions, key=fit)
+
+
+def _centre(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """Picture resized to fit into (height, width), in the middle of black."""
+    height, width = target
+    by_width, by_height = width / image.width, height / image.height
+    if by_width < by_height:
+        inner = (width, min(math.ceil(image.height * by_width), height))
+    else:
+        inner = (min(math.ceil(image.width * by_height), width), height)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return canvas
+
+
+def _tiles(image: Image.Image, size: int) -> list[Image.Image]:
+    """Tiles of at most size x size, row by row, without overlap."""
+    width, height = image.size
+    return [
+        image.crop((x, y, min(x + size, width), min(y + size, height)))
+        for y in range(0, height, size)
+        for x in range(0, width, size)
+    ]

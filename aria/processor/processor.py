@@ -1,0 +1,275 @@
+"""Messages or prompts, and pictures, to everything the model takes: `AriaProcessor`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aria.config import CONFIG_NAME
+from aria.hub import resolve
+from aria.processor.batch import BatchFeature, check_tensor_kind
+from aria.processor.chat import IMAGE_TOKEN, Conversation, ImagePart, Prompt
+from aria.processor.files import (
+    CHAT_TEMPLATE_FILE,
+    PREPROCESSOR_CONFIG,
+    PROCESSOR_CONFIG,
+    SIZE_CONVERSION,
+    TOKENIZER_CONFIG,
+    TOKENIZER_MODEL,
+    read_size_conversion,
+    write_json,
+)
+from aria.processor.image import AriaImageProcessor
+from aria.processor.tokenizer import AriaTokenizer, check_length
+
+
+class AriaProcessor:
+    """Tokenizer and image processor together.
+
+    Every picture's place ``<|img|>`` in a prompt becomes one image id per query token of each of its crops; the crops
+    of all pictures, in the order of the places, are ``pixel_values``.
+
+    Attributes:
+        tokenizer: :class:`AriaTokenizer`.
+        image_processor: :class:`AriaImageProcessor`.
+        size_conversion: side of a crop in pixels -> tokens that stand for it.
+    """
+
+    def __init__(
+        self,
+        image_processor: AriaImageProcessor,
+        tokenizer: AriaTokenizer,
+        *,
+        size_conversion: Mapping[int, int] | None = None,
+    ) -> None:
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        table = SIZE_CONVERSION if size_conversion is None else size_conversion
+        self.size_conversion = {int(size): int(tokens) for size, tokens in table.items()}
+        if set(self.size_conversion) != set(image_processor.sizes):
+            raise ValueError(
+                f"size_conversion has tokens for the sizes {sorted(self.size_conversion)}, but the image processor "
+                f"makes {list(image_processor.sizes)}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo_id: str | os.PathLike[str] | None = None, *, revision: str | None = None
+    ) -> AriaProcessor:
+        """Read the processor's files of a folder, a Hub repository, or (None) the packaged nano model.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or a file is missing.
+            ValueError: a file is damaged or is not Aria's.
+        """
+        patterns = [
+            PREPROCESSOR_CONFIG,
+            PROCESSOR_CONFIG,
+            TOKENIZER_MODEL,
+            TOKENIZER_CONFIG,
+            CHAT_TEMPLATE_FILE,
+            CONFIG_NAME,
+        ]
+        folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
+        return cls(
+            AriaImageProcessor.from_pretrained(folder),
+            AriaTokenizer.from_pretrained(folder),
+            size_conversion=read_size_conversion(folder),
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.model and three JSON files (tokenizer_, preprocessor_, processor_config), as on the Hub."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        table = {str(size): tokens for size, tokens in self.size_conversion.items()}
+        write_json(Path(folder) / PROCESSOR_CONFIG, {"processor_class": "AriaProcessor", "size_conversion": table})
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        *,
+        videos: None = None,
+        max_image_size: int | None = None,
+        split_image: bool | None = None,
+        split_mode: str | None = None,
+        padding: bool | str = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Prepare one prompt or several with their pictures.
+
+        Args:
+            text: a prompt or a list of them. In a plain string every ``<|img|>`` is a picture's place; in a
+                :class:`~aria.processor.chat.Prompt`, as ``apply_chat_template`` gives, only those of image parts are.
+            images: one picture, a list in the order of the places, or a list of lists, one a prompt. They fill every
+                place; where the messages name some pictures themselves, it is enough to give the others.
+            videos: not taken; None.
+            max_image_size: side of all crops; None: what the image parts or the preprocessor's settings say. All
+                pictures of one call share one size, because their crops are one tensor.
+            split_image: the same, for splitting into crops; this may differ between pictures.
+            split_mode: "authors" (overview first) or "pad" (transformers' rule).
+            padding: True or "longest" (on the left), "max_length", or False.
+            truncation: cut prompts on the right at ``max_length``; never into or before a picture.
+            max_length: for truncation and padding="max_length".
+            return_tensors: "pt" (also "pd"), "np", or None: ids as lists, pixels as torch tensors.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, S) int64; with pictures also ``pixel_values`` (C, 3, S, S) float32
+            and ``pixel_mask`` (C, S, S) bool. ``.num_crops`` has one count a picture.
+
+        Raises:
+            ValueError: counts of places and pictures differ, sizes differ, or truncation would cut a picture.
+        """
+        if videos is not None:
+            raise ValueError("videos= is not taken; pass the frames as images=, one picture's place for each")
+        check_length(padding, truncation, max_length)
+        check_tensor_kind(return_tensors)
+        prompts = _prompts(text)
+        parts = [part for prompt in prompts for part in prompt.parts]
+        sources = _match(prompts, images)
+        pixels = BatchFeature()
+        tokens: list[int] = []
+        if sources:
+            size = self._common_size(parts, max_image_size)
+            default_split = self.image_processor.split_image if split_image is None else split_image
+            splits = [default_split if part.split_image is None else part.split_image for part in parts]
+            pixels = self.image_processor(
+                sources,
+                max_image_size=size,
+                split_image=splits,
+                split_mode=split_mode,
+                return_tensors=return_tensors or "pt",
+            )
+            tokens = [crops * self.size_conversion[size] for crops in pixels.num_crops]
+        rows = self._expand(prompts, tokens)
+        if truncation:
+            rows = [self._truncate(row, max_length or len(row)) for row in rows]
+        ids = self.tokenizer.pad(rows, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        return BatchFeature({**ids, **pixels}, num_crops=pixels.num_crops)
+
+    def apply_chat_template(
+        self,
+        conversation: Conversation | Sequence[Conversation],
+        *,
+        images: Any = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        max_image_size: int | None = None,
+        split_image: bool | None = None,
+        split_mode: str | None = None,
+        padding: bool | str = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> Any:
+        """Messages to a prompt, or to everything the model takes.
+
+        Args:
+            conversation: a list of messages (see :func:`aria.processor.chat.render`), or a list of such lists.
+            images: pictures for image parts that name none.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            tokenize: False gives the :class:`~aria.processor.chat.Prompt` (a list of them for several conversations).
+            return_dict: with ``tokenize``, the whole of what calling the processor gives; False: ``input_ids`` alone.
+
+        The other arguments are those of calling the processor.
+        """
+        prompt = self.tokenizer.render(conversation, add_generation_prompt=add_generation_prompt)
+        if not tokenize:
+            return prompt
+        inputs = self(
+            prompt,
+            images,
+            max_image_size=max_image_size,
+            split_image=split_image,
+            split_mode=split_mode,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+        """The tokenizer's ``decode``."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, sequences: Iterable[Any], *, skip_special_tokens: bool = False) -> list[str]:
+        """The tokenizer's ``batch_decode``."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
+
+    def _common_size(self, parts: Sequence[ImagePart], max_image_size: int | None) -> int:
+        default = self.image_processor.max_image_size if max_image_size is None else max_image_size
+        sizes = {default if part.max_image_size is None else part.max_image_size for part in parts}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"pictures of one call ask for crops of {' and '.join(map(str, sorted(sizes)))} pixels, but share one "
+                "tensor; give all image parts the same max_image_size"
+            )
+        return sizes.pop()
+
+    def _expand(self, prompts: Sequence[Prompt], tokens: Sequence[int]) -> list[list[int]]:
+        """Ids of each prompt, with as many image ids at each place as its picture has tokens."""
+        counts = iter(tokens)
+        rows = []
+        for prompt in prompts:
+            row, *rest = self.tokenizer.encode_segments(prompt)
+            for segment in rest:
+                row += [self.tokenizer.image_token_id] * next(counts) + segment
+            rows.append(row)
+        return rows
+
+    def _truncate(self, row: list[int], max_length: int) -> list[int]:
+        if self.tokenizer.image_token_id in row[max_length:]:
+            end = len(row) - row[::-1].index(self.tokenizer.image_token_id)
+            raise ValueError(
+                f"truncation to max_length={max_length} would cut a picture: the last one ends at token {end} of "
+                f"{len(row)}; raise max_length, use a smaller max_image_size, or send fewer pictures"
+            )
+        return row[:max_length]
+
+
+def _prompts(text: Any) -> list[Prompt]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(one, str) for one in texts):
+        raise ValueError(
+            f"text should be a prompt or a list of prompts, but is {text!r:.100}; "
+            "for pictures alone call .image_processor"
+        )
+    return [Prompt.of(one) for one in texts]
+
+
+def _match(prompts: Sequence[Prompt], images: Any) -> list[Any]:
+    """The picture of every place, over all prompts in order."""
+    if images is None:
+        given: list[Any] = []
+    elif isinstance(images, list | tuple):
+        given = list(images)
+    else:
+        given = [images]
+    if not any(isinstance(one, list | tuple) for one in given):
+        return _fill([part for prompt in prompts for part in prompt.parts], given, "the prompts have")
+    if not all(isinstance(one, list | tuple) for one in given):
+        raise ValueError("images should be one picture, a list of pictures or a list of lists, not a mixture")
+    if len(given) != len(prompts):
+        raise ValueError(f"images has {len(given)} lists for {len(prompts)} prompts; give one list a prompt")
+    pairs = enumerate(zip(prompts, given, strict=True))
+    return [one for i, (prompt, some) in pairs for one in _fill(prompt.parts, list(some), f"prompt {i} has")]
+
+
+def _fill(parts: Sequence[ImagePart], given: list[Any], subject: str) -> list[Any]:
+    if len(given) == len(parts):
+        return given
+    bare = sum(part.source is None for part in parts)
+    if len(given) == bare:
+        rest = iter(given)
+        return [next(rest) if part.source is None else part.source for part in parts]
+    named = f" ({len(parts) - bare} of them name their own)" if bare < len(parts) else ""
+    raise ValueError(
+        f"{subject} {len(parts)} picture places {IMAGE_TOKEN}{named}, but {len(given)} pictures were "
+        "given; each place takes one"
+    )

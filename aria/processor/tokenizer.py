@@ -1,0 +1,419 @@
+"""SentencePiece as the authors ran it: added tokens first, no start token, no space that the text does not have."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from aria.hub import resolve
+from aria.processor.batch import BatchFeature, check_tensor_kind, to_tensors
+from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, Conversation, Prompt, is_batch, render
+from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL, read_json, write_json
+
+# Pieces 0 to 18 of Aria's vocabulary. Only rhymes-ai/Aria's tokenizer_config.json lists them; the vocabulary of the
+# other published repositories is the same, and so they are special there too.
+_SPECIAL = (
+    *("<unk>", "<|startoftext|>", "<|endoftext|>", "<|Human|>", "<|Assistant|>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", IMAGE_TOKEN),
+    *(f"<|reserved{i:03}|>" for i in range(9)),
+)
+# Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
+_PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
+_SPACE = "\u2581"  # how SentencePiece writes a space
+# Appended to a SentencePiece model, this protobuf fragment is merged into its normalizer_spec (field 3):
+# add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) become false, so that text comes back as it went in.
+_KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
+
+
+class AriaTokenizer:
+    """Text <-> ids, in the shape of a transformers tokenizer.
+
+    The longest added token (``<|img|>``, ``<fim_prefix>``, newline, digits, ...) is split off first wherever it stands,
+    then SentencePiece reads what lies between. Nothing is prepended or appended, white space is kept, and
+    ``decode(encode(text)) == text`` where the vocabulary has byte pieces or knows every character.
+    """
+
+    padding_side = "left"
+    image_token = IMAGE_TOKEN
+
+    def __init__(self, model: bytes, config: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            model: the bytes of ``tokenizer.model``.
+            config: the object in ``tokenizer_config.json``; None: what Aria's vocabulary implies.
+
+        Raises:
+            ValueError: the two do not belong together, or the vocabulary has no ``<|img|>``.
+        """
+        self._model = bytes(model)
+        self._config = dict(config or {})
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model + _KEEP_SPACES)
+        except RuntimeError as error:
+            raise ValueError(f"{TOKENIZER_MODEL} is not a SentencePiece model: {error}") from error
+        self.vocab_size = len(self._pieces)
+        self._read_added_tokens()
+        self._pattern = _compile(self._added)
+        if self._config.get("image_token", IMAGE_TOKEN) not in (None, IMAGE_TOKEN):
+            raise ValueError(f"image_token is {self._config['image_token']!r}, but Aria's is {IMAGE_TOKEN!r}")
+        if IMAGE_TOKEN not in self._added:
+            raise ValueError(
+                f"the vocabulary has no {IMAGE_TOKEN}, which stands for a picture; this is not Aria's tokenizer"
+            )
+        self.image_token_id = self._added[IMAGE_TOKEN]
+        self.chat_template: str = self._config.get("chat_template") or CHAT_TEMPLATE
+
+    def _read_added_tokens(self) -> None:
+        listed = self._config.get("added_tokens_decoder") or {}
+        added: dict[str, int] = {}
+        special: set[str] = set()
+        for key, token in listed.items():
+            content, index = token["content"], int(key)
+            if index >= self.vocab_size and content in _PLACEHOLDERS:
+                continue
+            if index >= self.vocab_size or self._pieces.id_to_piece(index) != content:
+                has = repr(self._pieces.id_to_piece(index)) if index < self.vocab_size else "no such id"
+                raise ValueError(
+                    f"{TOKENIZER_CONFIG} says that id {index} is {content!r}, but {TOKENIZER_MODEL} has {has}; "
+                    "the two files do not belong together"
+                )
+            added[content] = index
+            if token.get("special"):
+                special.add(content)
+        controls = [self._pieces.id_to_piece(i) for i in range(self.vocab_size) if self._pieces.is_control(i)]
+        for content in (*_SPECIAL, *controls):
+            index = self._pieces.piece_to_id(content)
+            if content not in added and self._pieces.id_to_piece(index) == content:
+                added[content] = index
+                special.add(content)
+        self._added = added
+        self._special = frozenset(added[content] for content in special)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo_id: str | os.PathLike[str] | None = None, *, revision: str | None = None
+    ) -> AriaTokenizer:
+        """Read ``tokenizer.model`` and ``tokenizer_config.json`` of a folder, a Hub repository, or (None) of nano.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or it has no ``tokenizer.model``.
+            ValueError: the files are damaged or do not belong together.
+        """
+        patterns = [TOKENIZER_MODEL, TOKENIZER_CONFIG, CHAT_TEMPLATE_FILE]
+        folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
+        if not (folder / TOKENIZER_MODEL).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {TOKENIZER_MODEL}; take it from the model that this one comes from"
+            )
+        config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+        if (folder / CHAT_TEMPLATE_FILE).is_file():
+            config["chat_template"] = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+        return cls((folder / TOKENIZER_MODEL).read_bytes(), config)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``tokenizer.model`` and ``tokenizer_config.json``, which transformers' LlamaTokenizer reads too."""
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        tokens = sorted(self._added.items(), key=lambda item: item[1])
+        config = {
+            "add_prefix_space": True,
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+            "model_max_length": 10**30,
+            "spaces_between_special_tokens": False,
+            **self._config,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "added_tokens_decoder": {
+                str(i): {"content": content, **flags, "special": i in self._special} for content, i in tokens
+            },
+            "bos_token": None,
+            "eos_token": None,
+            "unk_token": self._pieces.id_to_piece(self._pieces.unk_id()),
+            "pad_token": self.convert_ids_to_tokens(self.pad_token_id),
+            "image_token": IMAGE_TOKEN,
+            "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+            "chat_template": self.chat_template,
+            "tokenizer_class": "LlamaTokenizer",
+            "processor_class": "AriaProcessor",
+        }
+        write_json(Path(folder) / TOKENIZER_CONFIG, config)
+        (Path(folder) / TOKENIZER_MODEL).write_bytes(self._model)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that ``skip_special_tokens`` leaves out; 0 to 18 in Aria."""
+        return sorted(self._special)
+
+    @property
+    def unk_token_id(self) -> int:
+        return self._pieces.unk_id()
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """The config's ``pad_token``; where that is null ``<unk>``, as the authors' code has it."""
+        token = self._config.get("pad_token")
+        return self.unk_token_id if token is None else self._known_or(_content(token), self.unk_token_id)
+
+    @cached_property
+    def eos_token_id(self) -> int | None:
+        """The config's ``eos_token`` if the vocabulary has it, else ``<|endoftext|>``; None if it has neither."""
+        fallback = self._known_or("<|endoftext|>", None)
+        token = self._config.get("eos_token")
+        return fallback if token is None else self._known_or(_content(token), fallback)
+
+    def _known_or(self, token: str, default: Any) -> Any:
+        index = self._pieces.piece_to_id(token)
+        return index if self._pieces.id_to_piece(index) == token else default
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. In a :class:`~aria.processor.chat.Prompt` only its slots become the image token's id."""
+        first, *rest = self.encode_segments(text)
+        for segment in rest:
+            first += [self.image_token_id, *segment]
+        return first
+
+    def encode_segments(self, text: str) -> list[list[int]]:
+        """Ids of the text around each picture's place: one list more than there are places, none with the image id."""
+        if not isinstance(text, str):
+            raise ValueError(f"text should be a string, but is a {type(text).__name__}")
+        return [self._encode_without_images(segment) for segment in Prompt.of(text).segments()]
+
+    def _encode_without_images(self, text: str) -> list[int]:
+        # A literal <|img|> is cut after its first character: no added token is left to find, the text decodes alike.
+        head, tail = IMAGE_TOKEN[:1], IMAGE_TOKEN[1:]
+        ids: list[int] = []
+        for part in text.replace(IMAGE_TOKEN, head + IMAGE_TOKEN + tail).split(IMAGE_TOKEN):
+            ids += self._encode_part(part)
+        return ids
+
+    def _encode_part(self, text: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in self._pattern.finditer(text):
+            ids += self._encode_plain(text[start : match.start()])
+            ids.append(self._added[match[0]])
+            start = match.end()
+        return ids + self._encode_plain(text[start:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text holds {text[error.start]!r}, half of a surrogate pair, which is no character"
+            ) from None
+        if _SPACE not in text or self._space_bytes is None:
+            return self._pieces.encode(text)
+        # SentencePiece would read this character as a space and lose it.
+        first, *rest = (self._pieces.encode(part) for part in text.split(_SPACE))
+        for part in rest:
+            first += [*self._space_bytes, *part]
+        return first
+
+    @cached_property
+    def _space_bytes(self) -> list[int] | None:
+        ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        return ids if all(self._pieces.is_byte(i) for i in ids) else None
+
+    @cached_property
+    def _vocabulary(self) -> list[bytes]:
+        """What each id contributes to the decoded UTF-8."""
+        added = set(self._added.values())
+        table = []
+        for i, piece in enumerate(self._pieces.id_to_piece(list(range(self.vocab_size)))):
+            if i in added:
+                table.append(piece.encode())
+            elif self._pieces.is_byte(i):
+                table.append(bytes([int(piece[3:5], 16)]))
+            else:
+                table.append(piece.replace(_SPACE, " ").encode())
+        return table
+
+    def token_bytes(self, index: int, *, skip_special_tokens: bool = False) -> bytes:
+        """What one id contributes to the decoded text, in UTF-8; possibly only a part of a character."""
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"id {index} is not in the vocabulary of {self.vocab_size}")
+        return b"" if skip_special_tokens and index in self._special else self._vocabulary[index]
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+        """Text of ids (a list, array or tensor of one axis, or one id). Bytes that are no UTF-8 become U+FFFD."""
+        data = b"".join(self.token_bytes(i, skip_special_tokens=skip_special_tokens) for i in _flat(ids))
+        return data.decode("utf-8", errors="replace")
+
+    def batch_decode(self, sequences: Iterable[Any], *, skip_special_tokens: bool = False) -> list[str]:
+        """Texts of several sequences, e.g. the rows of a (B, S) tensor."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """One id -> its piece; several -> a list of pieces."""
+        if isinstance(ids, int):
+            self.token_bytes(ids)  # refuses ids that are not in the vocabulary
+            return self._pieces.id_to_piece(ids)
+        return [self.convert_ids_to_tokens(i) for i in _flat(ids)]
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """One piece -> its id, ``<unk>``'s if there is none; several -> a list of ids."""
+        if isinstance(tokens, str):
+            return self._pieces.piece_to_id(tokens)
+        return [self._pieces.piece_to_id(token) for token in tokens]
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pieces of a text, for people to look at."""
+        return self.convert_ids_to_tokens(self.encode(text))
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """``input_ids`` and ``attention_mask`` of one text or several.
+
+        Args:
+            text: one text or a list; a single text with ``return_tensors=None`` gives flat lists, all else ``(B, S)``.
+            padding: True or "longest", "max_length", or False; pads on the left.
+            truncation: cut on the right at ``max_length``.
+            max_length: for truncation and for padding="max_length".
+            return_tensors: "pt", "np" or None.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [self.encode(one) for one in texts]
+        check_length(padding, truncation, max_length)
+        if truncation:
+            rows = [row[:max_length] for row in rows]
+        batch = self.pad(rows, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        if isinstance(text, str) and return_tensors is None:
+            return BatchFeature({name: value[0] for name, value in batch.items()})
+        return batch
+
+    def pad(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Rows of ids -> ``input_ids`` and ``attention_mask`` (0 on padding), ``(B, S)``, padded on the left."""
+        check_tensor_kind(return_tensors)
+        check_length(padding, False, max_length)
+        longest = max(map(len, rows), default=0)
+        width = 0 if padding is False else longest
+        if padding == "max_length":
+            assert max_length is not None, "check_length lets no other through"
+            if longest > max_length:
+                raise ValueError(
+                    f"a prompt of {longest} tokens does not fit into max_length={max_length}; truncate or raise it"
+                )
+            width = max_length
+        gaps = [max(width - len(row), 0) for row in rows]
+        ids = [[self.pad_token_id] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
+        return BatchFeature(
+            {"input_ids": to_tensors(ids, return_tensors), "attention_mask": to_tensors(mask, return_tensors)}
+        )
+
+    def render(self, conversation: Any, *, add_generation_prompt: bool = False) -> Prompt | list[Prompt]:
+        """Conversation (or list of conversations) to text; see :func:`aria.processor.chat.render`.
+
+        Raises:
+            ValueError: a bad message, or the files bring a chat template other than Aria's, which is not run here.
+        """
+        if str(self.chat_template).strip() != CHAT_TEMPLATE.strip():
+            raise ValueError(
+                "this tokenizer brings a chat template of its own, and only Aria's is rendered here; render it with "
+                "jinja2 and pass the text"
+            )
+        if is_batch(conversation):
+            return [render(messages, add_generation_prompt=add_generation_prompt) for messages in conversation]
+        return render(conversation, add_generation_prompt=add_generation_prompt)
+
+    def apply_chat_template(
+        self,
+        conversation: Conversation | Sequence[Conversation],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; a picture stays one id."""
+        prompt = self.render(conversation, add_generation_prompt=add_generation_prompt)
+        if not tokenize:
+            return prompt
+        inputs = self(
+            prompt, padding=padding, truncation=truncation, max_length=max_length, return_tensors=return_tensors
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+
+class TextStream:
+    """Ids in, text out, as they come; never half a character, and all together what ``decode`` gives."""
+
+    def __init__(self, tokenizer: AriaTokenizer, *, skip_special_tokens: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, index: int) -> str:
+        """Text that this id completes; empty while a character is still coming."""
+        return self._decoder.decode(self._tokenizer.token_bytes(int(index), skip_special_tokens=self._skip))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if a character stayed incomplete. The stream can then be used anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def check_length(padding: bool | str, truncation: bool, max_length: int | None) -> None:
+    """Refuse settings of length that contradict each other or would do nothing."""
+    if padding not in (True, False, "longest", "max_length"):
+        raise ValueError(f"padding={padding!r} is not known; use True, False, 'longest' or 'max_length'")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length should be at least 1, but is {max_length}")
+    if max_length is None and (truncation or padding == "max_length"):
+        raise ValueError("truncation and padding='max_length' need max_length; the tokenizer itself has no limit")
+
+
+def _compile(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for the leftmost, then longest token, grouped by first character, which is several times faster."""
+    groups: dict[str, list[str]] = {}
+    for token in tokens:
+        groups.setdefault(token[0], []).append(token[1:])
+    branches = []
+    for first, tails in groups.items():
+        longest_first = "|".join(re.escape(tail) for tail in sorted(tails, key=len, reverse=True))
+        branches.append(f"{re.escape(first)}(?:{longest_first})")
+    return re.compile("|".join(branches))
+
+
+def _content(token: Any) -> str:
+    """A token in the config is its text, or an object that holds it."""
+    return token["content"] if isinstance(token, Mapping) else str(token)
+
+
+def _flat(ids: Any) -> list[int]:
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    values = [values] if isinstance(values, int) else list(values)
+    if any(not hasattr(i, "__index__") for i in values):
+        raise ValueError("ids should be whole numbers along one axis; for several sequences use batch_decode")
+    return [int(i) for i in values]
