@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from aria.ops import attention as _attention
@@ -45,15 +46,20 @@ def use(implementation: str) -> Iterator[None]:
         _implementation.reset(token)
 
 
+def _use_reference() -> bool:
+    # The compiler cannot trace a context variable, and what it compiles is meant to be fast.
+    return not torch.compiler.is_compiling() and _implementation.get() == "reference"
+
+
 def attention(
     q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, queries: Segments, keys: Segments, *, causal: bool
 ) -> Tensor:
     """Attention within each segment; see :func:`aria.ops.reference.attention`."""
-    chosen = reference if _implementation.get() == "reference" else _attention
+    chosen = reference if _use_reference() else _attention
     return chosen.attention(q_THK, k_SHK, v_SHK, queries, keys, causal=causal)
 
 
 def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
-    chosen = reference if _implementation.get() == "reference" else _moe
+    chosen = reference if _use_reference() else _moe
     return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA)
