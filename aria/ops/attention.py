@@ -21,9 +21,12 @@ def attention(
         dense = (x.view(batch, -1, *x.shape[1:]) for x in (q_THK, k_SHK, v_SHK))
         return _dense(*dense, causal=causal and queries.longest > 1).flatten(0, 1)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and q_THK.shape[-1] % 8 == 0:
+        # PyTorch 2.11 has no grouped queries here, so keys and values are repeated where there are fewer.
+        groups = q_THK.shape[1] // k_SHK.shape[1]
+        k_SHK, v_SHK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_SHK, v_SHK))
         out = varlen_attn(
             q_THK, k_SHK, v_SHK, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest,
-            window_size=(-1, 0) if causal else (-1, -1), enable_gqa=q_THK.shape[1] != k_SHK.shape[1],
+            window_size=(-1, 0) if causal else (-1, -1),
         )  # fmt: skip
         assert isinstance(out, Tensor), "no auxiliary output was asked for"
         return out
