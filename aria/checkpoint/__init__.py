@@ -1,0 +1,20 @@
+"""Files to tensors and back: every published layout is read, today's Hub layout is written."""
+
+from aria.checkpoint.convert import Converted, convert
+from aria.checkpoint.layouts import LAYOUTS, Layout
+from aria.checkpoint.load import WEIGHT_PATTERNS, Checkpoint, find_weights, load_into, load_model, parameter_shapes
+from aria.checkpoint.save import save_checkpoint
+
+__all__ = [
+    "LAYOUTS",
+    "WEIGHT_PATTERNS",
+    "Checkpoint",
+    "Converted",
+    "Layout",
+    "convert",
+    "find_weights",
+    "load_into",
+    "load_model",
+    "parameter_shapes",
+    "save_checkpoint",
+]

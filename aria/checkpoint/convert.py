@@ -1,0 +1,132 @@
+"""Any published layout to today's Hub layout, with no more than one tensor in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aria.checkpoint.load import WEIGHT_PATTERNS, Checkpoint, Progress, parameter_shapes
+from aria.checkpoint.save import (
+    GENERATION_NAME,
+    Spec,
+    default_generation_config,
+    replacing,
+    write_json,
+    write_weights,
+)
+from aria.config import CONFIG_NAME, AriaConfig
+from aria.hub import resolve
+
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    GENERATION_NAME,
+    "LICENSE",
+)
+"""Files beside the weights that a converted checkpoint keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion did."""
+
+    layout: str
+    """Found in the source, e.g. ``paddle``."""
+    tensors: int
+    nbytes: int
+    companions: tuple[str, ...]
+    """Files copied beside the weights."""
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+) -> Converted:
+    """Write a checkpoint of any layout again as today's Hub layout, dtypes kept.
+
+    Memory stays at one tensor (1.1 GB for the published model) and a few buffers, however large the checkpoint is.
+
+    Args:
+        source: a folder, a file of weights with its ``config.json`` beside it, or a Hub repository.
+        out: folder to write; what it held before stays whole if anything fails.
+        revision: of a Hub repository.
+        max_shard_size: bytes, or text such as ``"5GB"``.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        FileNotFoundError, ValueError: the source is not a checkpoint of Aria that can be read, or is ``out`` itself.
+        OSError: the files cannot be written.
+    """
+    path = resolve(source, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *COMPANIONS])
+    folder = path if path.is_dir() else path.parent
+    if Path(out).resolve() == folder.resolve():
+        raise ValueError(f"{out} is the source itself; give another folder to write to")
+    config = AriaConfig.from_pretrained(folder)
+    checkpoint = Checkpoint(path, parameter_shapes(config))
+    config = replace(config, dtype=checkpoint.dtype)
+    specs = {name: Spec(shape, checkpoint.dtype_of(name)) for name, shape in checkpoint.shapes.items()}
+    with replacing(out) as staging:
+        get = _getter(checkpoint, specs, progress)
+        write_weights(specs, get, config, staging, max_shard_size=max_shard_size)
+        write_json(staging / CONFIG_NAME, config.to_dict())
+        copied = _copy_companions(folder, staging, config)
+    return Converted(checkpoint.layout.name, len(specs), checkpoint.nbytes, copied)
+
+
+def _getter(checkpoint: Checkpoint, specs: dict[str, Spec], progress: Progress | None) -> Callable[[str], Tensor]:
+    done = 0
+
+    def get(name: str) -> Tensor:
+        nonlocal done
+        tensor = torch.empty(specs[name].shape, dtype=specs[name].dtype)
+        checkpoint.read({name: tensor})
+        done += specs[name].nbytes
+        if progress is not None:
+            progress(done, checkpoint.nbytes)
+        return tensor
+
+    return get
+
+
+def _copy_companions(folder: Path, out: Path, config: AriaConfig) -> tuple[str, ...]:
+    present = tuple(name for name in COMPANIONS if (folder / name).is_file())
+    for name in present:
+        shutil.copyfile(folder / name, out / name)
+    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        if name in present:
+            _modernize(out / name)
+    if GENERATION_NAME not in present:
+        write_json(out / GENERATION_NAME, default_generation_config(config))
+    return present
+
+
+def _modernize(file: Path) -> None:
+    """Drop the pointers to the authors' code, which is not part of the output, and use today's class name."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} of the source is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file.name} of the source should be a JSON object, but is a {type(data).__name__}")
+    data.pop("auto_map", None)
+    if data.get("image_processor_type") == "AriaVisionProcessor":
+        data["image_processor_type"] = "AriaImageProcessor"
+    write_json(file, data)

@@ -1,0 +1,329 @@
+"""Opening a checkpoint of any layout, and filling parameters from it without a second copy.
+
+Everything is checked before the first weight is read: files, headers, names, shapes, dtypes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aria.checkpoint.layouts import Layout, Piece, Shape, detect, main_dtype, place
+from aria.checkpoint.paddle import read_pdparams
+from aria.checkpoint.stored import StoredTensor, names, read_safetensors
+from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
+from aria.hub import resolve
+from aria.model import Aria
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.pdparams", "*.index.json", CONFIG_NAME)
+"""Files of a Hub repository that loading needs, as glob patterns."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+_CHUNK = 32 << 20
+_UNSAFE = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+
+def parameter_shapes(config: AriaConfig) -> dict[str, Shape]:
+    """Name and shape of each of the model's parameters."""
+    with torch.device("meta"):
+        model = Aria(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class Checkpoint:
+    """A checkpoint that was found to fit the model; its weights are still in the files."""
+
+    def __init__(self, path: str | os.PathLike[str], shapes: Mapping[str, Shape]):
+        """Open the files and check them.
+
+        Args:
+            path: a folder, a file of weights, or an index of shards.
+            shapes: name and shape of each parameter of the model, see :func:`parameter_shapes`.
+
+        Raises:
+            FileNotFoundError: there are no weights, or shards that the index lists are missing.
+            ValueError: corrupt files, an unknown or unsupported layout, or keys that do not fit, which it names.
+        """
+        self.files = find_weights(Path(path))
+        try:
+            stored = _read_all(self.files)
+            self.layout: Layout = detect(stored, shapes)
+            self._plan = place(self.layout, stored, shapes)
+        except ValueError as error:
+            if str(Path(path)) in str(error):
+                raise
+            raise ValueError(f"{path}: {error}") from error
+        self.shapes = dict(shapes)
+        used = [tensor for parts in self._plan.values() for _, tensor in parts]
+        self.dtype = main_dtype(used)
+        """The dtype that most bytes have."""
+        self.nbytes = sum(tensor.nbytes for tensor in used)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """As the parameter ``name`` is stored."""
+        return self._plan[name][0][1].dtype
+
+    def read(self, out: Mapping[str, Tensor], progress: Progress | None = None) -> None:
+        """Fill tensors of any dtype on any device with the parameters that they are named after.
+
+        Where device, dtype and orientation are as stored, the bytes go from the file straight to their place; otherwise
+        through a buffer of 32 MiB for each thread, which is pinned for CUDA, so that threads read while others copy.
+
+        Raises:
+            ValueError: a file changed or ended while it was read. What ``out`` holds is then undefined.
+        """
+        jobs: list[_Job] = []
+        for name, tensor in out.items():
+            assert tuple(tensor.shape) == self.shapes[name], f"{name}: {tuple(tensor.shape)} != {self.shapes[name]}"
+            for piece, stored in self._plan[name]:
+                jobs.extend(_jobs(tensor, piece, stored))
+        jobs.sort(key=lambda job: (job.stored.segments[0].file, job.stored.segments[0].offset, job.start))
+        _run(jobs, progress)
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Tensor]:
+        """All parameters by name, allocated once, on ``device`` in ``dtype`` (None: as stored)."""
+        state = {
+            name: torch.empty(shape, dtype=dtype or self.dtype_of(name), device=device)
+            for name, shape in self.shapes.items()
+        }
+        self.read(state, progress)
+        return state
+
+
+def load_into(
+    model: torch.nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Layout:
+    """Give a model that was built on the meta device its weights. It stays untouched unless all of them arrive.
+
+    Returns:
+        The layout found.
+
+    Raises:
+        FileNotFoundError, ValueError: see :class:`Checkpoint`.
+    """
+    parameters = model.state_dict()
+    assert all(tensor.is_meta for tensor in parameters.values()), "build the model under torch.device('meta')"
+    checkpoint = Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in parameters.items()})
+    state = checkpoint.load(dtype=dtype, device=device, progress=progress)
+    model.load_state_dict(state, strict=True, assign=True)
+    return checkpoint.layout
+
+
+def load_model(
+    path_or_repo_id: str | os.PathLike[str] | AriaConfig | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Aria:
+    """The model of a checkpoint, in evaluation mode.
+
+    Args:
+        path_or_repo_id: a folder, a file of weights with its ``config.json`` beside it, a Hub repository, None for the
+            packaged nano model, or an `AriaConfig` for random weights made straight on the device.
+        revision: branch, tag or commit of a Hub repository.
+        dtype: of the parameters; None means as stored on CUDA, and float32 on the CPU, which is slow in anything else.
+        device: where they go; None means CUDA where there is one.
+        progress: called with bytes done and bytes in all, from one thread at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: see :class:`Checkpoint`.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = parse_dtype(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else None
+    if isinstance(path_or_repo_id, AriaConfig):
+        return Aria.random(path_or_repo_id, dtype=chosen, device=device)
+    path = resolve(path_or_repo_id, revision=revision, allow_patterns=WEIGHT_PATTERNS)
+    config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
+    with torch.device("meta"):
+        model = Aria(config)
+    load_into(model, path, dtype=chosen, device=device, progress=progress)
+    return model.eval()
+
+
+def find_weights(path: Path) -> list[Path]:
+    """The files of weights that a folder holds, or that a file or index stands for.
+
+    Raises:
+        FileNotFoundError: there are none, or shards of the index are missing.
+        ValueError: they are pickles of torch, which are not read.
+    """
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            return _indexed(path)
+        if path.suffix in _UNSAFE:
+            raise ValueError(_unsafe(path, [path.name]))
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or folder {str(path)!r}; check the path")
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if (path / name).is_file():
+            return find_weights(path / name)
+    if shards := sorted(path.glob("model*.safetensors")):
+        return shards
+    for name in ("model_state.pdparams", "model_state.pdparams.index.json"):
+        if (path / name).is_file():
+            return find_weights(path / name)
+    found = sorted(file.name for file in path.iterdir())
+    if unsafe := [name for name in found if name.removesuffix(".index.json").endswith(_UNSAFE)]:
+        raise ValueError(_unsafe(path, unsafe))
+    raise FileNotFoundError(
+        f"{path} has no weights: expected model.safetensors, model.safetensors.index.json with its shards, or "
+        f"model_state.pdparams, but it has {names(found) or 'nothing'}"
+    )
+
+
+def _unsafe(path: Path, found: list[str]) -> str:
+    return (
+        f"{path}: {names(found, 3)} are pickles of torch, which may run code and are not read. Of the published ones, "
+        "Aria-torchao-int8wo is quantized and model.pth is gpt-fast's; use the safetensors of rhymes-ai/Aria instead"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+    if strange := [name for name in listed if not isinstance(name, str) or Path(name).name != name or "\\" in name]:
+        raise ValueError(f"{index} names files outside its folder: {names([str(name) for name in strange])}")
+    if index.name.removesuffix(".index.json").endswith(_UNSAFE):
+        raise ValueError(_unsafe(index, listed))
+    if missing := [name for name in listed if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {len(missing)} of the {len(listed)} shards that its index lists: {names(missing)}; "
+            "fetch them again"
+        )
+    return [index.parent / name for name in listed]
+
+
+def _read_all(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.suffix not in (".safetensors", ".pdparams"):
+            raise ValueError(f"{file} is of a kind that is not read; expected .safetensors or .pdparams")
+        found = read_safetensors(file) if file.suffix == ".safetensors" else read_pdparams(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{file} repeats tensors of another shard: {names(twice)}")
+        tensors.update(found)
+    return tensors
+
+
+class _Job:
+    """Some rows of a stored tensor and the view of a parameter that takes them."""
+
+    __slots__ = ("nbytes", "out", "start", "stored")
+
+    def __init__(self, out: Tensor, stored: StoredTensor, start: int):
+        self.out, self.stored, self.start = out, stored, start
+        self.nbytes = out.numel() * stored.dtype.itemsize
+
+    @property
+    def direct(self) -> bool:
+        out = self.out
+        return out.device.type == "cpu" and out.is_contiguous() and out.dtype == self.stored.dtype
+
+
+def _jobs(parameter: Tensor, piece: Piece, stored: StoredTensor) -> list[_Job]:
+    view = parameter.detach()[piece.index]
+    view = view.mT if piece.transposed else view
+    if not stored.seekable:
+        return [_Job(view, stored, 0)]
+    if view.is_contiguous():
+        view = view.view(-1)
+    row_bytes = view[0].numel() * stored.dtype.itemsize
+    rows = max(1, _CHUNK // row_bytes)
+    return [_Job(part, stored, i * rows * row_bytes) for i, part in enumerate(view.split(rows))]
+
+
+def _run(jobs: list[_Job], progress: Progress | None) -> None:
+    """Work through jobs with a few threads; reading and copying release the interpreter's lock."""
+    todo: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    for job in jobs:
+        todo.put(job)
+    total, done, lock = sum(job.nbytes for job in jobs), 0, threading.Lock()
+    stop = threading.Event()
+
+    def work() -> None:
+        nonlocal done
+        copier = _Copier()
+        while not stop.is_set():
+            try:
+                job = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                copier.copy(job)
+                with lock:
+                    done += job.nbytes
+                    if progress is not None:
+                        progress(done, total)
+            except BaseException:
+                stop.set()
+                raise
+
+    # More threads than cores hide the wait for the disk; past eight, NVMe disks gain nothing.
+    workers = min(8, max(3, os.cpu_count() or 1), max(1, len(jobs)))
+    with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
+        for future in [pool.submit(work) for _ in range(workers)]:
+            future.result()
+
+
+class _Copier:
+    """One thread's way from files to tensors, with its own buffer and, for CUDA, its own stream."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def copy(self, job: _Job) -> None:
+        if job.direct and job.stored.seekable:
+            job.stored.read(job.start, job.out.view(torch.uint8).numpy().data)
+            return
+        device = job.out.device
+        if device.type != "cuda":
+            job.out.copy_(self.stage(job, pinned=False))
+            return
+        with torch.cuda.device(device), torch.cuda.stream(self.stream(device)):
+            # Conversion and transposition happen on the device; only this thread waits for it.
+            job.out.copy_(self.stage(job, pinned=True).to(device, non_blocking=True))
+            self.stream(device).synchronize()
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self.streams:
+            # The parameters' memory may have been used just before by work that is still queued.
+            self.streams[device] = torch.cuda.Stream(device)
+            self.streams[device].wait_stream(torch.cuda.current_stream(device))
+        return self.streams[device]
+
+    def stage(self, job: _Job, *, pinned: bool) -> Tensor:
+        """The job's rows in host memory, as stored."""
+        if not job.stored.seekable:
+            return torch.frombuffer(job.stored.read_text(), dtype=job.stored.dtype).view(job.out.shape)
+        if self.buffer is None or self.buffer.numel() < job.nbytes:
+            self.buffer = torch.empty(max(job.nbytes, _CHUNK), dtype=torch.uint8, pin_memory=pinned)
+        part = self.buffer[: job.nbytes]
+        job.stored.read(job.start, part.numpy().data)
+        return part.view(job.stored.dtype).view(job.out.shape)

@@ -1,0 +1,150 @@
+"""Tensors as they lie in files: dtype, shape and byte ranges, known and checked before any weight is read."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+_TEXT_BLOCK = 1 << 20
+
+SAFETENSORS_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+_DTYPE_OF_CODE = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of bytes in a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    text: bool = False
+    """The bytes are UTF-8 text of which each character is one byte: how pickle protocol 2 writes binary data."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in one or more files, row-major, little-endian."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def seekable(self) -> bool:
+        """Whether reading may begin anywhere; text has to be read from its beginning."""
+        return not any(segment.text for segment in self.segments)
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``start`` on. Text can only be read whole, see :meth:`read_text`."""
+        assert self.seekable and start + len(out) <= self.nbytes, "read past the end of a tensor"
+        for segment in self.segments:
+            if start >= segment.nbytes:
+                start -= segment.nbytes
+                continue
+            part = out[: segment.nbytes - start]
+            if not part:
+                return
+            # A handle of its own for each call: threads then have a position and a read-ahead of their own. `readinto`
+            # is the one call that puts bytes straight into given memory on every platform, without holding the GIL.
+            with segment.file.open("rb", buffering=0) as file:
+                file.seek(segment.offset + start)
+                _read_exactly(file, part)
+            out, start = out[len(part) :], 0
+
+    def read_text(self) -> bytearray:
+        """All bytes of a tensor that lies in text."""
+        out, filled = bytearray(self.nbytes), 0
+        for segment in self.segments:
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            with segment.file.open("rb") as file:
+                file.seek(segment.offset)
+                left = segment.nbytes
+                while left:
+                    block = file.read(min(left, _TEXT_BLOCK))
+                    if not block:
+                        raise ValueError(f"{segment.file} ended while its weights were being read; fetch it again")
+                    left -= len(block)
+                    try:
+                        data = decoder.decode(block, final=not left).encode("latin1") if segment.text else block
+                    except UnicodeError as error:
+                        raise ValueError(f"{segment.file} is corrupt at byte {segment.offset}: {error}") from error
+                    if filled + len(data) <= len(out):
+                        out[filled : filled + len(data)] = data
+                    filled += len(data)
+        if filled != len(out):
+            raise ValueError(
+                f"{self.segments[0].file} is corrupt: {filled} bytes for an array of {len(out)}; fetch it again"
+            )
+        return out
+
+
+def _read_exactly(file: BinaryIO, out: memoryview) -> None:
+    while out:
+        count = file.readinto(out)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{file.name} ended while its weights were being read; fetch it again")
+        out = out[count:]
+
+
+def read_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file are.
+
+    The safetensors library checks the header (offsets without gaps or overlaps, sizes against the file's length); the
+    bytes are then read by :meth:`StoredTensor.read`, because the library can only hand out tensors of its own: a copy
+    beside the parameter, and by default mapped pages of the whole file, which count as resident memory.
+
+    Raises:
+        ValueError: the file is corrupt or cut off, or holds a dtype that is not floating point.
+    """
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as opened:
+            start = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(start))
+    except (SafetensorError, OSError, ValueError) as error:
+        size = file.stat().st_size if file.is_file() else 0
+        raise ValueError(f"{file} is not a whole safetensors file ({size} bytes: {error}); fetch it again") from error
+    tensors = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        dtype = _DTYPE_OF_CODE.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(
+                f"{key} in {file} is stored as {entry['dtype']}, expected one of {', '.join(_DTYPE_OF_CODE)}; "
+                "a quantized checkpoint cannot be loaded, use the bfloat16 weights (rhymes-ai/Aria)"
+            )
+        begin, end = entry["data_offsets"]
+        segment = Segment(file, 8 + start + begin, end - begin)
+        tensors[key] = StoredTensor(dtype, tuple(entry["shape"]), (segment,))
+    return tensors
+
+
+def names(items: Sequence[str], limit: int = 6) -> str:
+    """A list for an error message: the first few, and how many more there are."""
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def describe(faults: Mapping[str, Sequence[str]]) -> str:
+    """Kinds of fault and the tensors that have them, for an error message; kinds without any are left out."""
+    return "; ".join(f"{len(keys)} {fault}: {names(keys)}" for fault, keys in faults.items() if keys)
