@@ -1,0 +1,206 @@
+"""The command line: ``aria chat``, ``aria inspect``, ``aria convert``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="aria",
+    help="Aria, the open multimodal mixture-of-experts model. Without --model, the packaged nano model answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+HELP = "/image FILE   show a picture with the next question\n/reset        forget the conversation\n/quit         leave"
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Options of all commands; :func:`main` takes ``--debug`` out of the arguments wherever it stands."""
+
+
+@app.command()
+def chat(
+    question: Annotated[str | None, typer.Argument(help="Asked once; without one, a conversation starts.")] = None,
+    model: Model = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", help="Picture file or address; repeatable.")
+    ] = None,
+    max_image_size: Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")] = None,
+    split: Annotated[bool, typer.Option("--split", help="Cut pictures into tiles, for fine print.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy, up to 2.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Ask one question about pictures, or hold a conversation."""
+    from aria.engine import Engine, SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    settings: dict[str, Any] = {"split_image": True} if split else {}
+    if max_image_size is not None:
+        settings["max_image_size"] = max_image_size
+    conversation = _Conversation(system, settings, image or [])
+    conversation.check_images()
+    engine = Engine(model, revision=revision, dtype=dtype, device=device)
+    if question is not None:
+        _say(conversation.ask(engine, question, params))
+        return
+    err.print(f"[dim]{escape(HELP)}[/dim]")
+    _talk(engine, conversation, params)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Folder, weights file or Hub repository; default: nano.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Say what a model is: layout, parameters by part, memory, and what fits on this machine."""
+    from aria.inspection import report
+
+    report(model, revision=revision, console=out)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, weights file or Hub repository, any layout.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it may not hold a model yet.")],
+    revision: Revision = None,
+) -> None:
+    """Rewrite a checkpoint of any layout in today's Hub layout, a shard at a time."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from aria.checkpoint import convert as convert_checkpoint
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("converting", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        done = convert_checkpoint(source, target, revision=revision, progress=show)
+    out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
+    out.print(f"beside them: {', '.join(done.companions) or 'nothing; copy the tokenizer there'}")
+
+
+class _Conversation:
+    """Messages so far, and the pictures that the next question brings."""
+
+    def __init__(self, system: str | None, image_settings: dict[str, Any], images: Iterable[str]):
+        self._settings = image_settings
+        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, Any]] = list(self._start)
+        self.images = list(images)
+
+    def reset(self) -> None:
+        self.messages, self.images = list(self._start), []
+
+    def check_images(self) -> None:
+        """A picture that cannot be read is an error now, not after the model has loaded."""
+        from aria.processor.media import load_image
+
+        for image in self.images:
+            load_image(image)
+
+    def ask(self, engine: Any, question: str, params: Any) -> Iterable[str]:
+        """The answer, piece by piece. A question that fails leaves the conversation as it was."""
+        parts: list[dict[str, Any]] = [{"type": "image", "url": image, **self._settings} for image in self.images]
+        asked = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        answer = ""
+        for piece in engine.stream([*self.messages, asked], params):
+            answer += piece
+            yield piece
+        self.messages += [asked, {"role": "assistant", "content": answer}]
+        self.images = []
+
+
+def _say(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        out.file.write(piece)
+        out.file.flush()
+    out.file.write("\n")
+
+
+def _talk(engine: Any, conversation: _Conversation, params: Any) -> None:
+    """Questions from the terminal until /quit or the end of input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys and history at the prompt, where the platform has it)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            err.print()
+            return
+        command, _, rest = line.partition(" ")
+        if not line:
+            continue
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                conversation.reset()
+            elif command == "/image":
+                _add_image(conversation, rest.strip())
+            elif command.startswith("/"):
+                err.print(escape(f"unknown command {command}\n{HELP}"))
+            else:
+                _say(conversation.ask(engine, line, params))
+        except KeyboardInterrupt:
+            err.print("\n[dim]stopped[/dim]")
+        except (ValueError, OSError) as error:
+            err.print(f"[red]error:[/red] {escape(str(error))}")
+
+
+def _add_image(conversation: _Conversation, file: str) -> None:
+    if not file:
+        raise ValueError("which picture? /image FILE")
+    conversation.images.append(file)
+    try:
+        conversation.check_images()
+    except (ValueError, OSError):
+        conversation.images.pop()
+        raise
+    err.print(f"[dim]{escape(file)} comes with the next question[/dim]")
+
+
+def main() -> None:
+    """Entry point of ``aria``: an error that a person can mend is one line and exit code 2."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="aria")
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if debug:
+            raise
+        err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        sys.exit(2)

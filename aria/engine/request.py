@@ -1,0 +1,183 @@
+"""What is asked of the engine and what comes back: sampling parameters, a completion as it grows, results."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aria.processor.tokenizer import AriaTokenizer, TextStream
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, and when to end.
+
+    Raises:
+        ValueError: a value outside its limits.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    seed: int | None = None
+    """None draws one from torch's global generator, so ``torch.manual_seed`` makes a program repeatable."""
+    stop: str | Sequence[str] = ()
+    """Texts at which an answer ends; none of them is part of it."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report beside each chosen one; 0 reports the chosen one alone."""
+    n: int = 1
+    """Answers to one prompt."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for name, holds, expected in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 2, "from 0 to 2"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (keep all) or more"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None, or from 0 to 20"),
+            ("n", self.n >= 1, "at least 1"),
+            ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of the probability that the model gave a token, before temperature and truncation."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens at this place, likeliest first."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens counted."""
+
+    prompt_tokens: int
+    """Picture tokens included."""
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """All that was sampled, the end or stop text included."""
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answers to one conversation; text and so on are the first choice's."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        return self.choices[0].logprobs
+
+
+class StopMatcher:
+    """Finds stop texts in text that comes in pieces, and holds back what may yet turn out to be one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched = False
+
+    def push(self, piece: str) -> str:
+        """Take the next piece; returns the text that is now certain to stand before any stop text."""
+        assert not self.matched, "text came after a stop text"
+        self._held += piece
+        starts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if starts:
+            self.matched = True
+            keep = min(starts)
+        else:
+            keep = len(self._held) - self._open_end()
+        out, self._held = self._held[:keep], self._held[keep:]
+        return out
+
+    def flush(self) -> str:
+        """No more text comes: what was held back, unless it is a stop text."""
+        held, self._held = self._held, ""
+        return "" if self.matched else held
+
+    def _open_end(self) -> int:
+        """Length of the longest end of the held text that begins a stop text."""
+        longest = min(len(self._held), max((len(stop) - 1 for stop in self._stops), default=0))
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(self._held[-n:]) for s in self._stops)), 0)
+
+
+@dataclass
+class Completion:
+    """One answer as it grows. Ends at an end token, at a stop text, or at its last token."""
+
+    max_tokens: int
+    end_token_ids: Collection[int]
+    tokenizer: AriaTokenizer | None = None
+    """Needed for text and stop texts; None keeps tokens only."""
+    stop: Sequence[str] = ()
+    skip_special_tokens: bool = True
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        assert self.tokenizer is not None or not self.stop, "stop texts need a tokenizer"
+        self._stream = (
+            None if self.tokenizer is None else TextStream(self.tokenizer, skip_special_tokens=self.skip_special_tokens)
+        )
+        self._matcher = StopMatcher(self.stop)
+
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
+        """Take the next token; returns the text that became certain with it."""
+        assert self.finish_reason is None, "a token came after the end"
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        ended = token_id in self.end_token_ids
+        full = len(self.token_ids) >= self.max_tokens
+        piece = ""
+        if self._stream is not None:
+            fresh = "" if ended else self._stream.push(token_id)
+            if ended or full:
+                fresh += self._stream.flush()
+            piece = self._matcher.push(fresh)
+            if ended or full:
+                piece += self._matcher.flush()
+        self.text += piece
+        if ended or self._matcher.matched:
+            self.finish_reason = "stop"
+        elif full:
+            self.finish_reason = "length"
+        return piece

@@ -1,0 +1,84 @@
+"""What a model is and where it fits: the report behind ``aria inspect``."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aria.checkpoint import WEIGHT_PATTERNS, Checkpoint, parameter_shapes
+from aria.config import AriaConfig
+from aria.hub import resolve
+
+BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
+"""Of the weights themselves; the scales of quantised formats add 1 to 6 % to the last two."""
+RESERVE = 2**30
+"""Bytes kept free for activations and the runtime."""
+
+
+def report(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | None, console: Console) -> None:
+    """Print the report.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is not a checkpoint of Aria.
+    """
+    path = resolve(path_or_repo_id, revision=revision, allow_patterns=WEIGHT_PATTERNS)
+    config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
+    checkpoint = Checkpoint(path, parameter_shapes(config))
+    text = config.text
+    console.print(f"layout        {checkpoint.layout.name} ({checkpoint.layout.description})")
+    console.print(f"stored as     {str(checkpoint.dtype).removeprefix('torch.')}")
+    console.print(
+        f"experts       {text.moe_num_experts} routed, {text.moe_topk} a token, {text.moe_num_shared_experts} shared"
+    )
+    sizes = ", ".join(f"{side} px -> {queries} tokens" for side, queries in config.image_sizes().items())
+    console.print(f"pictures      {sizes}")
+    console.print(f"context       {text.max_position_embeddings:,} tokens")
+    console.print(f"active        {_count(config.active_parameters())} parameters a text token")
+    console.print(f"cache         {config.cache_bytes_per_token():,} bytes a token in bf16\n")
+    console.print(_parameters(config))
+    console.print(_fits(config))
+
+
+def _parameters(config: AriaConfig) -> Table:
+    table = Table("part", "parameters", *BYTES_PER_PARAMETER, title="Parameters", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    parts = config.parameters_by_part()
+    for part, count in [*parts.items(), ("all", sum(parts.values()))]:
+        table.add_row(part, f"{count:,}", *(_size(count * width) for width in BYTES_PER_PARAMETER.values()))
+    return table
+
+
+def _fits(config: AriaConfig) -> Table:
+    """For each device of this machine: how many tokens of bf16 cache are left beside the weights."""
+    table = Table(
+        "device", "free", *BYTES_PER_PARAMETER, title="Fits here, with so many tokens of context", title_justify="left"
+    )
+    for name, free in _devices():
+        cells = []
+        for width in BYTES_PER_PARAMETER.values():
+            left = free - RESERVE - config.num_parameters() * width
+            tokens = min(int(left // config.cache_bytes_per_token()), config.text.max_position_embeddings)
+            cells.append(f"{tokens:,}" if tokens > 0 else "no")
+        table.add_row(name, _size(free), *cells)
+    return table
+
+
+def _devices() -> list[tuple[str, int]]:
+    devices = [("CPU memory", psutil.virtual_memory().available)]
+    for index in range(torch.cuda.device_count()):
+        devices.append((f"cuda:{index} {torch.cuda.get_device_name(index)}", torch.cuda.mem_get_info(index)[0]))
+    return devices
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

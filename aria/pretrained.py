@@ -1,0 +1,367 @@
+"""`AriaForConditionalGeneration`: the face that users of transformers know.
+
+B sequences, S their padded length, T tokens without padding, V vocabulary, C crops. The padded ``(B, S)`` is packed on
+the way in and unpacked on the way out; the model inside never sees padding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aria.checkpoint import load_model, save_checkpoint
+from aria.config import AriaConfig
+from aria.engine.engine import answer_draws
+from aria.engine.generation import Generation
+from aria.engine.request import Completion, SamplingParams
+from aria.hub import resolve
+from aria.model import Aria, Packed, pack_patches
+from aria.ops import Segments
+from aria.processor import AriaTokenizer
+
+GENERATION_CONFIG = "generation_config.json"
+DEFAULT_NEW_TOKENS = 256
+_UNSET: Any = object()
+
+
+class Streamer(Protocol):
+    """Takes tokens as they come: transformers' streamers have this shape."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass
+class AriaOutput(Mapping[str, Any]):
+    """What a forward pass gives; fields by attribute or by key."""
+
+    logits: Tensor
+    """``(B, S, V)``; rows of padding are zeros."""
+    loss: Tensor | None = None
+    """Next-token cross-entropy, float32."""
+    router_logits: tuple[Tensor, ...] | None = None
+    """``(T, E)`` of each layer, for the tokens that are not padding."""
+
+    def _present(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._present()[key]
+
+    def __iter__(self):
+        return iter(self._present())
+
+    def __len__(self) -> int:
+        return len(self._present())
+
+
+class AriaForConditionalGeneration(nn.Module):
+    """Aria with a loss, a `generate`, and files.
+
+    ``model`` is the network itself (:class:`aria.model.Aria`) under the names of today's Hub layout.
+    """
+
+    def __init__(self, model: Aria, generation_config: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.model = model
+        self.generation_config = dict(generation_config or {})
+
+    @property
+    def config(self) -> AriaConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.lm_head.weight.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo_id: str | os.PathLike[str] | AriaConfig | None = None,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        trust_remote_code: bool | None = None,
+    ) -> AriaForConditionalGeneration:
+        """Load a checkpoint in any published layout.
+
+        Args:
+            path_or_repo_id: folder, weights file, Hub repository, None for the packaged nano model, or an `AriaConfig`
+                for random weights (normal, standard deviation 0.02, seed 0) made straight on the device.
+            revision: branch, tag or commit of a Hub repository.
+            dtype: of the weights; None (or "auto") means the checkpoint's on CUDA and float32 on CPU.
+            device: None means CUDA where there is one.
+            torch_dtype, device_map: transformers' names of the two above; a map that spreads the model is refused.
+            attn_implementation, low_cpu_mem_usage, trust_remote_code: taken for code written for transformers and
+                without effect: kernels are chosen by device, loading always streams, and no remote code is ever run.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: the files are not a checkpoint of Aria, or keys are missing, unexpected or wrongly shaped.
+        """
+        dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
+        device = _one_of("device", device, "device_map", _single_device(device_map))
+        model = load_model(path_or_repo_id, revision=revision, dtype=None if dtype == "auto" else dtype, device=device)
+        generation_config = {}
+        if not isinstance(path_or_repo_id, AriaConfig):
+            folder = resolve(path_or_repo_id, revision=revision, allow_patterns=[GENERATION_CONFIG])
+            file = (folder if folder.is_dir() else folder.parent) / GENERATION_CONFIG
+            generation_config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return cls(model, generation_config).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write today's Hub layout into ``folder``; transformers and vLLM load it as it is."""
+        save_checkpoint(
+            self.model.state_dict(), self.config, Path(folder), max_shard_size=max_shard_size,
+            generation_config=self.generation_config,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool = False,
+    ) -> AriaOutput:
+        """Score every place of padded sequences.
+
+        Args:
+            input_ids: int64 ``(B, S)``, padded on either side.
+            attention_mask: ``(B, S)``, 0 on padding; None means there is none.
+            pixel_values: ``(C, 3, S', S')``, the crops of all sequences in order.
+            pixel_mask: bool ``(C, S', S')``.
+            labels: int64 ``(B, S)``; -100 is left out, and so are padding and places of pictures.
+            output_router_logits: also return the routers' logits.
+
+        Raises:
+            ValueError: shapes that do not fit, or as many picture places as there are not features for.
+        """
+        packed = _Packing(input_ids, attention_mask)
+        features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
+        segments = Segments.of(packed.lengths, self.device)
+        hidden, router_logits = self.model(packed.take(input_ids), Packed(self.config.text, segments), features)
+        logits = packed.spread(self.model.logits(hidden))
+        loss = None if labels is None else self._loss(logits, labels, input_ids, packed.mask)
+        return AriaOutput(logits, loss, router_logits if output_router_logits else None)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: AriaTokenizer | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        streamer: Streamer | None = None,
+        eos_token_id: int | Sequence[int] | None = _UNSET,
+        pad_token_id: int | None = _UNSET,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue prompts.
+
+        Args:
+            input_ids, attention_mask, pixel_values, pixel_mask: as in :meth:`forward`.
+            max_new_tokens: unset means ``generation_config.json``, else 256; never more than the model has room for.
+            stop_strings: texts at which a sequence ends, matched on the decoded text of what was generated. The tokens
+                that complete one are kept, as transformers does.
+            tokenizer: needed with ``stop_strings``.
+            do_sample, temperature, top_p, top_k: unset means ``generation_config.json``, else greedy.
+            num_return_sequences: answers to each prompt; they lie next to each other in the result.
+            seed: makes sampling repeatable; a sequence's noise does not depend on the rest of the batch.
+            streamer: gets the prompt and then every token; for one sequence.
+            eos_token_id: unset means ``generation_config.json``, else 2; None never ends.
+            pad_token_id: fills up sequences that ended early; unset means ``generation_config.json``, else ``config``.
+            use_cache: taken because callers of transformers pass it; there is always a cache.
+
+        Returns:
+            int64 ``(B * num_return_sequences, S + new)``: each prompt as it came, then what was generated.
+        """
+        if not use_cache:
+            raise ValueError("use_cache=False is not offered: the answer would be the same, only slower; leave it out")
+        stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+        if stops and not isinstance(tokenizer, AriaTokenizer):
+            came = type(tokenizer).__name__
+            raise ValueError(f"stop_strings are matched on text: pass tokenizer=processor.tokenizer (got {came})")
+        if streamer is not None and len(input_ids) * num_return_sequences > 1:
+            raise ValueError(
+                f"a streamer follows one sequence, but {len(input_ids) * num_return_sequences} were asked for"
+            )
+        packed = _Packing(input_ids, attention_mask)
+        params = self._params(max_new_tokens, do_sample, temperature, top_p, top_k, num_return_sequences, seed)
+        room = self.config.text.max_position_embeddings - max(packed.lengths)
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {max(packed.lengths)} tokens leaves no room in the model's {room + max(packed.lengths)}"
+            )
+        ends = self._end_tokens(eos_token_id)
+        max_tokens = min(params.max_tokens, room)
+        completions = [
+            Completion(max_tokens, ends, tokenizer if stops else None, stops, False)
+            for _ in range(len(input_ids) * params.n)
+        ]
+        generation = Generation(
+            self.model,
+            packed.take(input_ids),
+            Segments.of(packed.lengths, self.device),
+            self._encode(input_ids[packed.mask], pixel_values, pixel_mask),
+            [answer_draws(params, self.device) for _ in range(len(input_ids))],
+            max_tokens,
+        )
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        while generation.growing:
+            for answer, token, _ in generation.step():
+                completions[answer].push(token)
+                if completions[answer].finish_reason is not None:
+                    generation.end(answer)
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        pad = self._setting("pad_token_id", self.config.pad_token_id or 0) if pad_token_id is _UNSET else pad_token_id
+        longest = max(len(completion.token_ids) for completion in completions)
+        rows = [completion.token_ids + [pad or 0] * (longest - len(completion.token_ids)) for completion in completions]
+        new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
+        return torch.cat([input_ids.repeat_interleave(params.n, 0), new], dim=1)
+
+    def _encode(self, ids_T: Tensor, pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor | None:
+        """Picture tokens ``(Q, D)``, after checking that the prompts have a place for each of them."""
+        places = int((ids_T == self.config.image_token_index).sum())
+        if pixel_values is None:
+            if places:
+                raise ValueError(
+                    f"the prompts have {places} picture tokens, but there are no pixel_values; pass the pictures too"
+                )
+            return None
+        mask = None if pixel_mask is None else pixel_mask.to(self.device)
+        patches = pack_patches(pixel_values.to(self.device), mask, self.config.vision)
+        features = sum(self.config.projector.queries_for(n) for n in patches.grid_patches)
+        if places != features:
+            raise ValueError(
+                f"the prompts have {places} picture tokens, but {len(pixel_values)} crops make {features} features; "
+                "make ids and pixels in one call of the processor"
+            )
+        return self.model.encode_images(patches)
+
+    def _loss(self, logits: Tensor, labels: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels should be {tuple(input_ids.shape)} as input_ids, but are {tuple(labels.shape)}")
+        # A place of a picture is no word to learn, and a token after padding has nothing to be predicted from.
+        targets = labels.masked_fill(input_ids == self.config.image_token_index, -100)[:, 1:]
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-100
+        )
+
+    def _setting(self, name: str, default: Any) -> Any:
+        value = self.generation_config.get(name)
+        return default if value is None else value
+
+    def _params(
+        self,
+        max_new_tokens: int | None,
+        do_sample: bool | None,
+        temperature: float | None,
+        top_p: float | None,
+        top_k: int | None,
+        num_return_sequences: int,
+        seed: int | None,
+    ) -> SamplingParams:
+        def choose(value: Any, name: str, default: Any) -> Any:
+            return self._setting(name, default) if value is None else value
+
+        sampling = choose(do_sample, "do_sample", False)
+        return SamplingParams(
+            max_tokens=choose(max_new_tokens, "max_new_tokens", DEFAULT_NEW_TOKENS),
+            temperature=choose(temperature, "temperature", 1.0) if sampling else 0.0,
+            top_p=choose(top_p, "top_p", 1.0),
+            top_k=choose(top_k, "top_k", 0),
+            seed=seed,
+            n=num_return_sequences,
+        )
+
+    def _end_tokens(self, eos_token_id: int | Sequence[int] | None) -> set[int]:
+        if eos_token_id is _UNSET:
+            eos_token_id = self._setting("eos_token_id", 2)
+        if eos_token_id is None:
+            return set()
+        return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+
+
+class _Packing:
+    """Where the tokens of a padded batch lie, to take them out and to put results back."""
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None):
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids should be (batch, tokens), but is {tuple(input_ids.shape)}")
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask should be {tuple(input_ids.shape)} as input_ids, but is {tuple(mask.shape)}"
+            )
+        self.mask = mask
+        self.lengths: list[int] = mask.sum(1).tolist()
+        if not all(self.lengths):
+            raise ValueError(f"sequence {self.lengths.index(0)} is only padding; every sequence needs a token")
+
+    def take(self, x_BS: Tensor) -> Tensor:
+        """``(B, S)`` -> ``(T,)``."""
+        return x_BS[self.mask]
+
+    def spread(self, x_TV: Tensor) -> Tensor:
+        """``(T, V)`` -> ``(B, S, V)``, zeros on padding."""
+        if self.mask.all():
+            return x_TV.unflatten(0, self.mask.shape)
+        out = x_TV.new_zeros(*self.mask.shape, x_TV.shape[-1])
+        out[self.mask.to(x_TV.device)] = x_TV
+        return out
+
+
+def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    if value is not None and other is not None:
+        raise ValueError(f"{name} and {other_name} mean the same; give one of them")
+    return value if value is not None else other
+
+
+def _single_device(device_map: str | torch.device | Mapping[str, Any] | None) -> torch.device | str | None:
+    """The one device of transformers' ``device_map``; "auto" leaves the choice to us."""
+    if device_map is None or device_map in ("auto", "balanced", "sequential"):
+        return None
+    if not isinstance(device_map, Mapping):
+        return device_map
+    devices = set(device_map.values())
+    if len(devices) != 1:
+        raise ValueError(
+            f"device_map spreads the model over {sorted(map(str, devices))}; the model lives on one device"
+        )
+    device = devices.pop()
+    return torch.device("cuda", device) if isinstance(device, int) else device

@@ -1,0 +1,111 @@
+"""Drawing tokens, matching stop texts, and parameters out of their limits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from aria.engine import SamplingParams
+from aria.engine.request import StopMatcher
+from aria.engine.sampler import Draw, noise_stream, sample
+
+CPU = torch.device("cpu")
+
+
+def drawn(logits: list[float], count: int = 4000, **settings) -> torch.Tensor:
+    """How often each token is drawn, as a fraction."""
+    noise = noise_stream(0, 0, CPU)
+    scores = torch.tensor([logits])
+    tokens = [int(sample(scores, [Draw(noise=noise, **settings)])) for _ in range(count)]
+    return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
+
+
+def test_frequencies_are_those_of_the_softmax_at_the_temperature():
+    logits = [1.0, 0.0, -1.0, 0.5]
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (torch.tensor(logits) / temperature).softmax(0)
+        assert (drawn(logits, temperature=temperature) - expected).abs().max() < 0.03
+
+
+def test_top_k_and_top_p_cut_the_tail_and_renormalise():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().tolist()
+    assert (drawn(logits, temperature=1.0, top_k=2) - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
+    assert (drawn(logits, temperature=1.0, top_p=0.6) - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
+    assert (drawn(logits, temperature=1.0, top_p=0.4) - torch.tensor([0, 1.0, 0, 0])).abs().max() == 0
+    # Of the three likeliest, renormalised, two hold more than 0.8.
+    cut = drawn(logits, temperature=1.0, top_k=3, top_p=0.8)
+    assert (cut - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
+
+
+def test_rows_with_and_without_sampling_mix():
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    draws = [Draw(), Draw(1.0, noise=noise_stream(7, 0, CPU)), Draw(), Draw(1.0, noise=noise_stream(8, 0, CPU))]
+    tokens = sample(scores, draws)
+    assert tokens[[0, 2]].tolist() == scores[[0, 2]].argmax(-1).tolist()
+    alone = sample(scores[1:2], [Draw(1.0, noise=noise_stream(7, 0, CPU))])
+    assert tokens[1] == alone[0]
+
+
+def test_copies_and_neighbouring_seeds_draw_different_noise():
+    streams = [
+        torch.rand(4, generator=noise_stream(seed, copy, CPU)) for seed, copy in itertools.product(range(5), range(5))
+    ]
+    assert len({tuple(stream.tolist()) for stream in streams}) == 25
+
+
+@pytest.mark.parametrize("cuts", range(40))
+def test_stop_texts_are_found_however_the_text_is_cut(cuts):
+    rng = random.Random(cuts)
+    stops = ("<|im_end|>", "end", "ab")
+    text = "".join(rng.choice(["a", "b", "<", "|im_", "en", "d", "<|im_end|>", " "]) for _ in range(30))
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    # The stop text that is complete first wins, as it would token by token.
+    matcher, seen, at = StopMatcher(stops), "", 0
+    while at < len(text) and not matcher.matched:
+        step = rng.randint(1, 4)
+        seen += matcher.push(text[at : at + step])
+        at += step
+    seen += matcher.flush()
+    if not places:
+        assert seen == text
+        return
+    assert matcher.matched
+    assert text.startswith(seen)
+    assert any(text.startswith(stop, len(seen)) for stop in stops)
+    assert not any(stop in seen for stop in stops)
+
+
+def test_nothing_is_held_back_longer_than_needed():
+    matcher = StopMatcher(["<|im_end|>"])
+    assert matcher.push("a < b") == "a < b"
+    assert matcher.push(" <|im") == " "
+    assert matcher.push("age|>") == "<|image|>"
+    assert matcher.push("x<|im_e") == "x"
+    assert matcher.flush() == "<|im_e"
+    assert StopMatcher([]).push("anything<") == "anything<"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1; expected from 0 to 2"),
+        ({"temperature": 2.01}, "temperature"),
+        ({"top_p": 0}, "top_p is 0; expected above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ({"n": 0}, "n is 0"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop": ["x", ""]}, "stop"),
+    ],
+)
+def test_parameters_out_of_their_limits_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+
+
+def test_one_stop_text_may_stand_alone():
+    assert SamplingParams(stop="x").stop == ("x",)
