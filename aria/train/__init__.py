@@ -1,0 +1,34 @@
+"""Training: losses, fixed-shape packing and one loop."""
+
+from aria.train.loss import (
+    IGNORE_INDEX,
+    CrossEntropy,
+    RouterLosses,
+    linear_cross_entropy,
+    next_token_labels,
+    router_losses,
+)
+from aria.train.packing import BoundedSegments, FixedPatches, TrainingContext, fixed_patches, packed_segments
+from aria.train.prefetch import prefetch
+from aria.train.trainer import Budget, StepBudget, TimeBudget, Trainer, TrainerConfig, cosine_rate
+
+__all__ = [
+    "IGNORE_INDEX",
+    "BoundedSegments",
+    "Budget",
+    "CrossEntropy",
+    "FixedPatches",
+    "RouterLosses",
+    "StepBudget",
+    "TimeBudget",
+    "Trainer",
+    "TrainerConfig",
+    "TrainingContext",
+    "cosine_rate",
+    "fixed_patches",
+    "linear_cross_entropy",
+    "next_token_labels",
+    "packed_segments",
+    "prefetch",
+    "router_losses",
+]

@@ -1,0 +1,162 @@
+"""Training losses: chunked cross-entropy over packed tokens, and the router's two auxiliary losses.
+
+T tokens, D hidden, V classes or vocabulary, E experts, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+Z_COEFFICIENT = 1e-5
+BALANCE_COEFFICIENT = 1e-4
+"""Coefficients of all recipes that the authors published."""
+
+
+class CrossEntropy(NamedTuple):
+    """What :func:`linear_cross_entropy` gives; both are float32 scalars."""
+
+    loss: Tensor
+    accuracy: Tensor
+    """Share of the labels (by their weights) that the largest score hits; carries no gradient."""
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    weights_T: Tensor | None = None,
+    chunk_elements: int = 2**25,
+) -> CrossEntropy:
+    """Cross-entropy of a linear head, without ever holding the scores of all tokens.
+
+    Scores are made chunk by chunk, and their gradient with them, so memory is one chunk's whatever T x V is.
+
+    Args:
+        hidden_TD: inputs of the head, any float dtype; products run in it, the softmax in float32.
+        weight_VD, bias_V: the head.
+        labels_T: int64; ``IGNORE_INDEX`` leaves a token out.
+        weights_T: float32 weight of each label, one where None. The loss is the weighted mean; zero without any label.
+        chunk_elements: scores held at a time.
+    """
+    if labels_T.shape != hidden_TD.shape[:1]:
+        raise ValueError(f"labels {tuple(labels_T.shape)} do not fit hidden states {tuple(hidden_TD.shape)}")
+    weights_T = (labels_T != IGNORE_INDEX).float() if weights_T is None else weights_T.masked_fill(labels_T < 0, 0.0)
+    # A sum below one is only ever zero in practice; the clamp keeps an empty batch at loss zero.
+    weights_T = weights_T / weights_T.sum().clamp(min=1e-6)
+    loss, accuracy = _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, bias_V, labels_T.clamp(min=0), weights_T, max(1, chunk_elements // weight_VD.shape[0])
+    )
+    return CrossEntropy(loss, accuracy)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward computes the gradients as well: softmax minus one-hot is at hand while the chunk's scores exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        accuracy = torch.zeros_like(loss)
+        needed = any(ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden_TD) if needed else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needed and bias_V is not None else None
+        for start in range(0, hidden_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden, labels, weights = hidden_TD[rows], labels_T[rows, None], weights_T[rows, None]
+            scores = torch.nn.functional.linear(hidden, weight_VD, bias_V).float()
+            accuracy += ((scores.argmax(-1, keepdim=True) == labels) * weights).sum()
+            scores -= scores.logsumexp(-1, keepdim=True)
+            loss -= (scores.gather(1, labels) * weights).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            grad = scores.exp_().scatter_add_(1, labels, -torch.ones_like(weights)).mul_(weights)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, weight_VD, out=grad_hidden[rows])
+            grad_weight += grad.t() @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.mark_non_differentiable(accuracy)
+        return loss, accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale = outer[0]
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            grad_hidden * scale.to(grad_hidden.dtype),
+            (grad_weight * scale).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def next_token_labels(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Labels that lie on their own tokens -> labels on the token before, never across two packed sequences.
+
+    Args:
+        labels_T: int64, ``IGNORE_INDEX`` where nothing is to be learned.
+        cu_seqlens: ``(N + 1,)``, where each sequence starts, and T at the end.
+    """
+    shifted = torch.full_like(labels_T, IGNORE_INDEX)
+    shifted[:-1] = labels_T[1:]
+    return shifted.index_fill_(0, (cu_seqlens[1:].long() - 1).clamp(min=0), IGNORE_INDEX)
+
+
+class RouterLosses(NamedTuple):
+    """The auxiliary losses of one layer, coefficients included."""
+
+    z: Tensor
+    balance: Tensor
+    load: Tensor
+    """Share of the assignments that each expert took; carries no gradient."""
+
+
+def router_losses(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    z_coefficient: float = Z_COEFFICIENT,
+    balance_coefficient: float = BALANCE_COEFFICIENT,
+    counted_T: Tensor | None = None,
+) -> RouterLosses:
+    """z-loss and load-balance loss of one layer's router, as in the authors' code.
+
+    z = c_z mean(logsumexp(logits)^2); balance = c_a E / (T k) sum_e(mean probability of e x assignments to e), where
+    probability is the softmax over all experts. Perfect balance gives exactly c_a. Both in float32.
+
+    Args:
+        logits_TE: raw scores of the router.
+        top_k: experts per token.
+        counted_T: bool, False on tokens that only pad the stream.
+    """
+    logits_TE = logits_TE.float()
+    T, E = logits_TE.shape
+    counted_T = logits_TE.new_ones(T) if counted_T is None else counted_T.float()
+    tokens = counted_T.sum().clamp(min=1.0)
+    z = z_coefficient * (logits_TE.logsumexp(-1).square() * counted_T).sum() / tokens
+    probability_E = (logits_TE.softmax(-1) * counted_T[:, None]).sum(0) / tokens
+    chosen_TA = logits_TE.detach().topk(top_k, dim=-1).indices
+    assigned_E = torch.zeros_like(probability_E).index_add_(
+        0, chosen_TA.flatten(), counted_T.repeat_interleave(top_k, output_size=T * top_k)
+    )
+    load = (assigned_E / (tokens * top_k)).detach()
+    return RouterLosses(z, balance_coefficient * E * (probability_E * load).sum(), load)

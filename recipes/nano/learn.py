@@ -1,0 +1,136 @@
+"""What nano learns from a batch: dense labels on patches and queries first, then answers beside them.
+
+T tokens, D hidden, P patches of one picture, Q queries of one picture, K points under a query, N pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aria.model import Aria
+from aria.ops import Segments
+from aria.train import (
+    BoundedSegments,
+    FixedPatches,
+    TrainingContext,
+    fixed_patches,
+    linear_cross_entropy,
+    next_token_labels,
+    packed_segments,
+    router_losses,
+)
+from recipes.nano.model import DenseHeads, initialise
+
+Batch = Mapping[str, Any]
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What is taught when, in shares of the whole training.
+
+    Patches are taught from the start, queries once patches mean something, answers once queries do; then the dense
+    losses step back to ``beside`` and stay.
+    """
+
+    queries: float = 0.03
+    answers: float = 0.08
+    settled: float = 0.2
+    beside: float = 0.3
+
+    def weights(self, progress: float) -> tuple[float, float, float]:
+        """Weights of the losses on patches, on queries and on answers; zero means not computed at all."""
+        share = (progress - self.answers) / max(1e-9, self.settled - self.answers)
+        dense = 1.0 - (1.0 - self.beside) * min(1.0, max(0.0, share))
+        return dense, dense * (progress >= self.queries), float(progress >= self.answers)
+
+
+class Learner(nn.Module):
+    """A small Aria with its training aids. Batches are those of ``recipes.nano.data`` after the renderer."""
+
+    def __init__(self, model: Aria, num_classes: int, stages: Stages | None = None, seed: int = 0):
+        super().__init__()
+        self.aria = model
+        self.heads = DenseHeads(model.config, num_classes)
+        self.stages = stages or Stages()
+        initialise(model, seed)
+        self._query_segments: dict[tuple[int, int, torch.device], tuple[Segments, Tensor]] = {}
+
+    def loss(self, batch: Batch, progress: float) -> Losses:
+        """The weighted sum to descend, and what to log."""
+        for_patches, for_queries, for_answers = self.stages.weights(progress)
+        metrics: dict[str, Tensor] = {}
+        patches, hidden_PD = self.see(batch)
+        labels_NP = batch["patch_labels"].gather(1, patches.order)
+        dense = self.heads.patch_loss(hidden_PD, labels_NP)
+        total = for_patches * dense.loss
+        metrics |= {"patch loss": dense.loss, "patch accuracy": dense.accuracy}
+        if not for_queries:
+            return total, metrics
+        tokens_QD = self.project(patches, hidden_PD)
+        dense = self.heads.query_loss(tokens_QD, batch["query_labels"], batch["size"])
+        total = total + for_queries * dense.loss
+        metrics |= {"query loss": dense.loss, "query accuracy": dense.accuracy}
+        if not for_answers:
+            return total, metrics
+        answers, found = self.answer(batch, tokens_QD)
+        return total + for_answers * answers, metrics | found
+
+    def see(self, batch: Batch) -> tuple[FixedPatches, Tensor]:
+        """Pictures -> patches and the ViT's output for them ``(N x P, D)``, padding computed but kept apart."""
+        mask = batch["pixel_mask"]
+        valid = torch.stack((mask[:, :, 0].sum(1), mask[:, 0].sum(1)), dim=1)
+        dtype = self.heads.patch_head.weight.dtype
+        patches = fixed_patches(batch["pixel_values"].to(dtype), valid, self.aria.config.vision)
+        return patches, self.aria.vision_tower(patches.packed)
+
+    def project(self, patches: FixedPatches, hidden_PD: Tensor) -> Tensor:
+        """The ViT's output -> picture tokens ``(N x Q, D)``; as in :class:`aria.model.Projector`, in fixed shapes."""
+        projector = self.aria.multi_modal_projector
+        pictures, places = patches.order.shape
+        queries, rows = self._queries(pictures, places, hidden_PD.device)
+        attended = projector.cross_attn(hidden_PD, projector.query, rows, queries, patches.packed.segments)
+        return projector.feed_forward(projector.layer_norm(attended))
+
+    def _queries(self, pictures: int, places: int, device: torch.device) -> tuple[Segments, Tensor]:
+        """Segments of queries beside those of patches (no query reads padding), and each query's row of the table."""
+        key = pictures, places, device
+        if key not in self._query_segments:
+            count = self.aria.multi_modal_projector.config.queries_for(places)
+            lengths = torch.tensor([count, 0] * pictures, device=device)
+            segments = BoundedSegments.on(lengths, bound=count, size=count * pictures)
+            self._query_segments[key] = segments, torch.arange(count, device=device).repeat(pictures)
+        return self._query_segments[key]
+
+    def answer(self, batch: Batch, tokens_QD: Tensor) -> Losses:
+        """Next-token loss on the answers and the router's losses."""
+        model, config = self.aria, self.aria.config.text
+        ids, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
+        segments = packed_segments(cu_seqlens, batch["max_seqlen"], ids.shape[0])
+        embedded = model.language_model.model.embed_tokens(ids)
+        # Sorting finds the image places in order without the host, where a boolean mask would wait for their number.
+        places = (ids != model.config.image_token_index).to(torch.uint8).argsort(stable=True)[: tokens_QD.shape[0]]
+        embedded = embedded.index_copy(0, places, tokens_QD)
+        context = TrainingContext(config, segments, batch["positions"], embedded.dtype)
+        hidden, router_logits = model.language_model.model(embedded, context)
+        labels = next_token_labels(batch["labels"], cu_seqlens)
+        answers = linear_cross_entropy(hidden, model.language_model.lm_head.weight, labels)
+        counted = torch.arange(ids.shape[0], device=ids.device) < cu_seqlens[-2]
+        routers = [router_losses(logits, config.moe_topk, counted_T=counted) for logits in router_logits]
+        total = answers.loss + sum(router.z + router.balance for router in routers)
+        metrics = {"answer loss": answers.loss, "answer accuracy": answers.accuracy}
+        for layer, router in enumerate(routers):
+            metrics |= {f"router z {layer}": router.z, f"router balance {layer}": router.balance}
+            metrics[f"busiest expert {layer}"] = router.load.max()
+        return total, metrics
+
+    def compile(self, *args: Any, **options: Any) -> None:  # type: ignore[override]
+        """Compile each transformer layer on its own: one small graph a kind of layer and a picture size."""
+        torch._dynamo.config.recompile_limit = 32
+        for layer in [*self.aria.vision_tower.encoder.layers, *self.aria.language_model.model.layers]:
+            layer.compile(*args, dynamic=False, **options)
