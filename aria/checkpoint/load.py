@@ -138,28 +138,32 @@ def load_model(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Aria:
-    """The model of a checkpoint, in evaluation mode.
+    """A model in evaluation mode, from a checkpoint of any layout.
 
     Args:
         path_or_repo_id: a folder, a file of weights with its ``config.json`` beside it, a Hub repository, None for the
-            packaged nano model, or an `AriaConfig` for random weights made straight on the device.
+            packaged nano model, or a config for random weights (normal, standard deviation 0.02, seed 0).
         revision: branch, tag or commit of a Hub repository.
-        dtype: of the parameters; None means as stored on CUDA, and float32 on the CPU, which is slow in anything else.
-        device: where they go; None means CUDA where there is one.
-        progress: called with bytes done and bytes in all, from one thread at a time.
+        dtype: of the parameters; None means the checkpoint's on CUDA and float32 on the CPU.
+        device: None means CUDA where there is one.
+        progress: called with bytes done and bytes in all, by one thread at a time.
 
     Raises:
-        FileNotFoundError, ValueError: see :class:`Checkpoint`.
+        FileNotFoundError: there is no such model.
+        ValueError: see :class:`Checkpoint`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = parse_dtype(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else None
+    dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
+    dtype = None if dtype is None else parse_dtype(dtype)
     if isinstance(path_or_repo_id, AriaConfig):
-        return Aria.random(path_or_repo_id, dtype=chosen, device=device)
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for Hub repositories, but a config was given; leave it out")
+        return Aria.random(path_or_repo_id, dtype=dtype, device=device)
     path = resolve(path_or_repo_id, revision=revision, allow_patterns=WEIGHT_PATTERNS)
     config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
     with torch.device("meta"):
         model = Aria(config)
-    load_into(model, path, dtype=chosen, device=device, progress=progress)
+    load_into(model, path, dtype=dtype, device=device, progress=progress)
     return model.eval()
 
 
