@@ -120,7 +120,7 @@ class AriaForConditionalGeneration(nn.Module):
         dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         device = _one_of("device", device, "device_map", _single_device(device_map))
         model = load_model(path_or_repo_id, revision=revision, dtype=None if dtype == "auto" else dtype, device=device)
-        generation_config = {}
+        generation_config: dict[str, Any] = {}
         if not isinstance(path_or_repo_id, AriaConfig):
             folder = resolve(path_or_repo_id, revision=revision, allow_patterns=[GENERATION_CONFIG])
             file = (folder if folder.is_dir() else folder.parent) / GENERATION_CONFIG
@@ -164,7 +164,7 @@ class AriaForConditionalGeneration(nn.Module):
         loss = None if labels is None else self._loss(logits, labels, input_ids, packed.mask)
         return AriaOutput(logits, loss, router_logits if output_router_logits else None)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,

@@ -113,21 +113,21 @@ class _Run:
                 f"{engine.max_model_len}; use fewer or smaller pictures, or less text"
             )
         max_tokens = min(params.max_tokens, room)
+        ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         self._completions = [
-            Completion(max_tokens, {tokenizer.eos_token_id}, tokenizer, (END_OF_TURN, *params.stop))
+            Completion(max_tokens, ends, tokenizer, (END_OF_TURN, *params.stop))
             for _ in range(len(prompts) * params.n)
         ]
         features = [_encode(model, prompt) for prompt in inputs if "pixel_values" in prompt]
-        with torch.inference_mode():
-            self._generation = Generation(
-                model,
-                torch.cat(prompts).to(engine.device),
-                Segments.of(self._prompt_lengths, engine.device),
-                torch.cat(features) if features else None,
-                [answer_draws(params, engine.device) for _ in prompts],
-                max_tokens,
-                params.logprobs,
-            )
+        self._generation = Generation(
+            model,
+            torch.cat(prompts).to(engine.device),
+            Segments.of(self._prompt_lengths, engine.device),
+            torch.cat(features) if features else None,
+            [answer_draws(params, engine.device) for _ in prompts],
+            max_tokens,
+            params.logprobs,
+        )
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         while self._generation.growing:

@@ -26,6 +26,7 @@ class TokenLogprobs(NamedTuple):
 class Generation:
     """Decodes several prompts together, one token of each a step; sequences leave as they end."""
 
+    @torch.inference_mode()
     def __init__(
         self,
         model: Aria,
@@ -71,6 +72,7 @@ class Generation:
         """This answer takes no more tokens."""
         self._ended.add(answer)
 
+    @torch.inference_mode()
     def step(self) -> list[tuple[int, int, TokenLogprobs | None]]:
         """The next token of each growing answer: the answer's number, the token, its log-probabilities if asked for."""
         if self._tokens is not None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
+from aria.processor import CHAT_TEMPLATE
+
 NANO_FOLDER = Path(__file__).resolve().parents[2] / "aria" / "nano"
 
 IMAGE_TOKEN = "<|img|>"
@@ -29,16 +31,6 @@ PAD_TOKEN_ID = SPECIAL_TOKENS.index("<|endoftext|>")
 
 # The sizes and queries of the config: 224 px = 256 patches -> 64 queries, 448 px = 1024 patches -> 128 queries.
 QUERIES = {224: 64, 448: 128}
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% elif message['content'] is iterable %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'text' %}{{ item['text'] }}"
-    "{% elif item['type'] == 'image' %}<fim_prefix><|img|><fim_suffix>{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @cache
