@@ -1,0 +1,198 @@
+"""`Engine` on a tiny random model with a vocabulary in which the end of a turn is several tokens, as in Aria."""
+
+from __future__ import annotations
+
+import pytest
+import small_tokenizer
+import torch
+from PIL import Image
+from tiny import tiny_config, tiny_model
+
+from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor, Engine, SamplingParams
+from aria.engine.request import Completion
+from aria.processor import AriaTokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole model folder: weights, tokenizer and processor."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = AriaTokenizer(small_tokenizer.model())
+    config = tiny_config(vocab_size=tokenizer.vocab_size)
+    AriaForConditionalGeneration(tiny_model(config)).save_pretrained(path)
+    AriaProcessor(AriaImageProcessor(max_image_size=490), tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(folder, device="cpu")
+
+
+def picture(seed: int, size: tuple[int, int] = (120, 80)) -> Image.Image:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def asked(text: str, *pictures: Image.Image) -> list[dict]:
+    parts = [{"type": "image", "image": image} for image in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+CONVERSATIONS = [
+    asked("what is shown", picture(0)),
+    asked("hello"),
+    asked("red circle", picture(1), picture(2, (50, 90))),
+]
+
+
+def test_answers_do_not_depend_on_the_batch(engine):
+    for params in (SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=1.2, seed=5)):
+        together = engine.chat(CONVERSATIONS, params)
+        alone = [engine.chat([conversation], params)[0] for conversation in CONVERSATIONS]
+        assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+
+
+def test_more_conversations_than_a_batch_come_back_in_order(folder):
+    engine = Engine(folder, device="cpu", max_batch=2)
+    params = SamplingParams(max_tokens=5)
+    results = engine.chat([*CONVERSATIONS, *CONVERSATIONS[::-1]], params)
+    texts = [result.text for result in results]
+    assert texts[:3] == texts[:2:-1]
+    assert len(set(texts)) == 3
+
+
+def test_chat_equals_generate(engine, folder):
+    model = AriaForConditionalGeneration.from_pretrained(folder, device="cpu")
+    inputs = engine.processor.apply_chat_template(
+        CONVERSATIONS[2], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :].tolist()
+    result = engine.chat([CONVERSATIONS[2]], SamplingParams(max_tokens=12))[0]
+    assert list(result.token_ids) == expected[: len(result.token_ids)]
+    assert result.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    assert result.usage.completion_tokens == len(result.token_ids)
+
+
+def test_stream_joins_to_the_answer(engine):
+    params = SamplingParams(max_tokens=30, temperature=1.5, seed=3)
+    pieces = list(engine.stream(CONVERSATIONS[0], params))
+    assert len(pieces) > 1
+    assert "".join(pieces) == engine.chat([CONVERSATIONS[0]], params)[0].text
+
+
+def test_several_answers(engine):
+    result = engine.chat([CONVERSATIONS[0]], SamplingParams(max_tokens=10, temperature=1.5, seed=3, n=3))[0]
+    assert len({choice.token_ids for choice in result.choices}) == 3
+    assert result.text == result.choices[0].text
+    single = engine.chat([CONVERSATIONS[0]], SamplingParams(max_tokens=10, temperature=1.5, seed=3))[0]
+    assert single.token_ids == result.choices[0].token_ids
+
+
+def test_logprobs_are_those_of_the_scores(engine):
+    result = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=4, logprobs=3))[0]
+    prompt = engine.processor.tokenizer.encode(
+        engine.processor.apply_chat_template(CONVERSATIONS[1], add_generation_prompt=True)
+    )
+    model = AriaForConditionalGeneration(engine.model)
+    ids = torch.tensor([[*prompt, *result.token_ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    logits[:, 9] = float("-inf")
+    expected = logits.log_softmax(-1)
+    for place, (token, entry) in enumerate(zip(result.token_ids, result.logprobs, strict=True)):
+        assert entry.token_id == token
+        assert abs(entry.logprob - expected[place, token].item()) < 1e-4
+        assert [top.token_id for top in entry.top] == expected[place].topk(3).indices.tolist()
+
+
+def test_a_stop_text_of_several_tokens_ends_the_answer_and_is_not_in_it(engine):
+    free = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=24))[0]
+    stop = free.text[6:9]
+    assert len(stop) == 3, "the free answer is too short to cut"
+    cut = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=24, stop=[stop]))[0]
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert free.finish_reason == "length"
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert "".join(engine.stream(CONVERSATIONS[1], SamplingParams(max_tokens=24, stop=stop))) == cut.text
+
+
+def test_generate_matches_stop_strings_on_text(engine, folder):
+    model = AriaForConditionalGeneration.from_pretrained(folder, device="cpu")
+    tokenizer = engine.processor.tokenizer
+    inputs = tokenizer("hello world what is", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    free = model.generate(**inputs, max_new_tokens=24, eos_token_id=None)[0, length:].tolist()
+    text = tokenizer.decode(free)
+    stop = text[7:10]
+    got = model.generate(**inputs, max_new_tokens=24, eos_token_id=None, stop_strings=stop, tokenizer=tokenizer)
+    kept = got[0, length:].tolist()
+    assert kept == free[: len(kept)]
+    assert stop in tokenizer.decode(kept)
+    assert stop not in tokenizer.decode(kept[:-1])
+
+
+def test_end_of_turn_is_found_across_tokens_and_in_merged_ones(engine):
+    tokenizer = engine.processor.tokenizer
+    ids = tokenizer.encode("red circle.<|im_end|><|im_start|>user")
+    assert len(tokenizer.encode("<|im_end|>")) > 1, "this vocabulary should spell the end of a turn in several tokens"
+    completion = Completion(100, {2}, tokenizer, ("<|im_end|>",))
+    pieces = []
+    for index in ids:
+        pieces.append(completion.push(index))
+        if completion.finish_reason:
+            break
+    assert completion.text == "".join(pieces) == "red circle."
+    assert completion.finish_reason == "stop"
+    assert len(completion.token_ids) < len(ids)
+
+
+def test_end_of_text_token_ends_an_answer(engine):
+    tokenizer = engine.processor.tokenizer
+    completion = Completion(100, {2}, tokenizer, ("<|im_end|>",))
+    for index in [*tokenizer.encode("hi <|im"), 2]:
+        completion.push(index)
+    assert completion.text == "hi <|im"
+    assert completion.finish_reason == "stop"
+
+
+def test_typed_picture_token_is_text(engine):
+    plain = engine.chat([asked("what is <|img|> here")], SamplingParams(max_tokens=4))[0]
+    shown = engine.chat([asked("what is <|img|> here", picture(0))], SamplingParams(max_tokens=4))[0]
+    assert plain.usage.prompt_tokens < 128 < shown.usage.prompt_tokens < 128 + 60
+
+
+def test_mistakes_are_named(engine, folder):
+    with pytest.raises(ValueError, match="wrap this one in a list"):
+        engine.chat(CONVERSATIONS[0])
+    with pytest.raises(ValueError, match="leaves no room"):
+        Engine(folder, device="cpu", max_model_len=100).chat([CONVERSATIONS[0]])
+    with pytest.raises(TypeError, match="tensor_parallel"):
+        Engine(folder, tensor_parallel=2)
+
+
+def test_a_typical_quick_start_runs_unchanged(folder):
+    """The model card's first snippet but for its import line, its address and the length of the answer."""
+    model = AriaForConditionalGeneration.from_pretrained(folder, device_map="cpu", torch_dtype=torch.bfloat16)
+    processor = AriaProcessor.from_pretrained(folder)
+    image = picture(4)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"text": "what is the image?", "type": "text"}]},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=image, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    inputs.to(model.device)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=15,
+        stop_strings=["<|im_end|>"],
+        tokenizer=processor.tokenizer,
+        do_sample=True,
+        temperature=0.9,
+    )
+    output_ids = output[0][inputs["input_ids"].shape[1] :]
+    response = processor.decode(output_ids, skip_special_tokens=True)
+    assert 1 <= len(output_ids) <= 15
+    assert isinstance(response, str)
