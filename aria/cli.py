@@ -102,7 +102,7 @@ def convert(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("converting", total=None)
 
         def show(done: int, total: int) -> None:

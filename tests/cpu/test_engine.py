@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import small_tokenizer
 import torch
 from PIL import Image
-from tiny import tiny_config, tiny_model
 
-from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor, Engine, SamplingParams
+from aria import AriaForConditionalGeneration, AriaProcessor, Engine, SamplingParams
 from aria.engine.request import Completion
-from aria.processor import AriaTokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A whole model folder: weights, tokenizer and processor."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = AriaTokenizer(small_tokenizer.model())
-    config = tiny_config(vocab_size=tokenizer.vocab_size)
-    AriaForConditionalGeneration(tiny_model(config)).save_pretrained(path)
-    AriaProcessor(AriaImageProcessor(max_image_size=490), tokenizer).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    return Engine(folder, device="cpu")
+def engine(model_folder):
+    return Engine(model_folder, device="cpu")
 
 
 def picture(seed: int, size: tuple[int, int] = (120, 80)) -> Image.Image:
@@ -53,8 +39,8 @@ def test_answers_do_not_depend_on_the_batch(engine):
         assert [result.token_ids for result in together] == [result.token_ids for result in alone]
 
 
-def test_more_conversations_than_a_batch_come_back_in_order(folder):
-    engine = Engine(folder, device="cpu", max_batch=2)
+def test_more_conversations_than_a_batch_come_back_in_order(model_folder):
+    engine = Engine(model_folder, device="cpu", max_batch=2)
     params = SamplingParams(max_tokens=5)
     results = engine.chat([*CONVERSATIONS, *CONVERSATIONS[::-1]], params)
     texts = [result.text for result in results]
@@ -62,8 +48,8 @@ def test_more_conversations_than_a_batch_come_back_in_order(folder):
     assert len(set(texts)) == 3
 
 
-def test_chat_equals_generate(engine, folder):
-    model = AriaForConditionalGeneration.from_pretrained(folder, device="cpu")
+def test_chat_equals_generate(engine, model_folder):
+    model = AriaForConditionalGeneration.from_pretrained(model_folder, device="cpu")
     inputs = engine.processor.apply_chat_template(
         CONVERSATIONS[2], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -118,8 +104,8 @@ def test_a_stop_text_of_several_tokens_ends_the_answer_and_is_not_in_it(engine):
     assert "".join(engine.stream(CONVERSATIONS[1], SamplingParams(max_tokens=24, stop=stop))) == cut.text
 
 
-def test_generate_matches_stop_strings_on_text(engine, folder):
-    model = AriaForConditionalGeneration.from_pretrained(folder, device="cpu")
+def test_generate_matches_stop_strings_on_text(engine, model_folder):
+    model = AriaForConditionalGeneration.from_pretrained(model_folder, device="cpu")
     tokenizer = engine.processor.tokenizer
     inputs = tokenizer("hello world what is", return_tensors="pt")
     length = inputs["input_ids"].shape[1]
@@ -163,19 +149,19 @@ def test_typed_picture_token_is_text(engine):
     assert plain.usage.prompt_tokens < 128 < shown.usage.prompt_tokens < 128 + 60
 
 
-def test_mistakes_are_named(engine, folder):
+def test_mistakes_are_named(engine, model_folder):
     with pytest.raises(ValueError, match="wrap this one in a list"):
         engine.chat(CONVERSATIONS[0])
     with pytest.raises(ValueError, match="leaves no room"):
-        Engine(folder, device="cpu", max_model_len=100).chat([CONVERSATIONS[0]])
+        Engine(model_folder, device="cpu", max_model_len=100).chat([CONVERSATIONS[0]])
     with pytest.raises(TypeError, match="tensor_parallel"):
-        Engine(folder, tensor_parallel=2)
+        Engine(model_folder, tensor_parallel=2)
 
 
-def test_a_typical_quick_start_runs_unchanged(folder):
+def test_a_typical_quick_start_runs_unchanged(model_folder):
     """The model card's first snippet but for its import line, its address and the length of the answer."""
-    model = AriaForConditionalGeneration.from_pretrained(folder, device_map="cpu", torch_dtype=torch.bfloat16)
-    processor = AriaProcessor.from_pretrained(folder)
+    model = AriaForConditionalGeneration.from_pretrained(model_folder, device_map="cpu", torch_dtype=torch.bfloat16)
+    processor = AriaProcessor.from_pretrained(model_folder)
     image = picture(4)
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"text": "what is the image?", "type": "text"}]},

@@ -1,0 +1,24 @@
+"""What several test files stand on."""
+
+from __future__ import annotations
+
+import pytest
+import small_tokenizer
+import torch
+from tiny import tiny_config, tiny_model
+
+from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor
+from aria.processor import AriaTokenizer
+
+# The tests' models are small: a second thread costs more than it brings, above all beside other work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A whole model folder of a tiny random Aria: weights, tokenizer and processor."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = AriaTokenizer(small_tokenizer.model())
+    AriaForConditionalGeneration(tiny_model(tiny_config(vocab_size=tokenizer.vocab_size))).save_pretrained(path)
+    AriaProcessor(AriaImageProcessor(max_image_size=490), tokenizer).save_pretrained(path)
+    return path

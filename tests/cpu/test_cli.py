@@ -1,0 +1,140 @@
+"""The command line: answers, conversations, reports, and errors of one line with exit code 2."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from PIL import Image
+
+from aria import Engine, SamplingParams, cli
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, model_folder):
+    """Run ``aria`` with arguments and typed lines; gives exit code, output and errors."""
+
+    def call(*arguments: object, typed: str = ""):
+        monkeypatch.setattr(sys, "argv", ["aria", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(path)
+    return path
+
+
+def answer(folder, messages, **settings) -> str:
+    return Engine(folder, device="cpu").chat([messages], SamplingParams(**settings))[0].text
+
+
+def test_one_question_about_a_picture(run, model_folder, picture):
+    code, out, err = run("chat", "-m", model_folder, "--image", picture, "--max-tokens", 8, "what is shown")
+    parts = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "what is shown"}]
+    expected = answer(model_folder, [{"role": "user", "content": parts}], max_tokens=8)
+    assert (code, out, err) == (0, expected + "\n", "")
+
+
+def test_picture_settings_reach_the_model(run, model_folder, picture):
+    arguments = ("chat", "-m", model_folder, "--max-tokens", 8, "--image", picture, "what is shown")
+    _, plain, _ = run(*arguments)
+    _, large, _ = run(*arguments, "--max-image-size", 980)
+    _, split, _ = run(*arguments, "--split")
+    assert len({plain, large, split}) == 3
+
+
+def test_a_conversation_remembers_until_it_is_reset(run, model_folder, picture):
+    lines = [
+        "hello",
+        f"/image {picture}",
+        "what is",
+        "/image nowhere.png",
+        "/what",
+        "",
+        "/reset",
+        "hello",
+        "/quit",
+        "never",
+    ]
+    code, out, err = run("chat", "-m", model_folder, "--max-tokens", 6, typed="\n".join(lines))
+    first = answer(model_folder, [{"role": "user", "content": "hello"}], max_tokens=6)
+    history = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": [{"type": "image", "path": str(picture)}, {"type": "text", "text": "what is"}]},
+    ]
+    second = answer(model_folder, history, max_tokens=6)
+    assert code == 0
+    assert out.replace("> ", "") == f"{first}\n{second}\n{first}\n"
+    assert "nowhere.png" in err
+    assert "unknown command /what" in err
+    assert "never" not in err
+
+
+def test_end_of_input_leaves_a_conversation(run, model_folder):
+    code, out, _ = run("chat", "-m", model_folder, typed="")
+    assert (code, out.replace("> ", "")) == (0, "")
+
+
+def test_inspect_names_layout_parts_and_memory(run, model_folder):
+    code, out, _ = run("inspect", model_folder)
+    assert code == 0
+    for text in (
+        "hub",
+        "float32",
+        "8 routed, 3 a token",
+        "490 px -> 128 tokens",
+        "routed experts",
+        "int4",
+        "CPU memory",
+    ):
+        assert text in out
+
+
+def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path):
+    code, out, _ = run("convert", model_folder, tmp_path / "out")
+    assert code == 0
+    assert "tokenizer.model" in out
+    messages = [{"role": "user", "content": "hello"}]
+    assert answer(tmp_path / "out", messages, max_tokens=6) == answer(model_folder, messages, max_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chat", "-m", "/no/such/model", "hi"), "/no/such/model"),
+        (("chat", "--image", "nowhere.png", "hi"), "nowhere.png"),
+        (("chat", "--temperature", "3", "hi"), "temperature is 3.0; expected from 0 to 2"),
+        (("inspect", "/no/such/model"), "/no/such/model"),
+        (("convert", "/no/such/model", "out"), "/no/such/model"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_debug_shows_the_traceback(run):
+    with pytest.raises(FileNotFoundError):
+        run("inspect", "/no/such/model", "--debug")
+
+
+def test_unknown_options_are_refused_by_name(run):
+    code, _, err = run("chat", "--beams", "4", "hi")
+    assert code == 2
+    assert "--beams" in err
