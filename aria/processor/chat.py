@@ -162,6 +162,9 @@ def _read_part(part: Any, where: str) -> str | ImagePart:
         if not isinstance(given.get("text"), str):
             raise ValueError(f"text of {where} should be a string, but is {part.get('text')!r:.100}")
         return str(given["text"])
+    for key, expected in (("max_image_size", int), ("split_image", bool)):
+        if type(given.get(key, expected())) is not expected:
+            raise ValueError(f"{key} of {where} should be a {expected.__name__}, but is {given[key]!r}")
     sources = [key for key in _SOURCES if key in given]
     if len(sources) > 1:
         raise ValueError(f"{where} gives its picture under {' and '.join(sources)}; use one of them")

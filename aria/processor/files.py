@@ -28,6 +28,15 @@ def read_size_conversion(folder: Path) -> dict[int, int]:
     return {int(size): int(tokens) for size, tokens in (table or SIZE_CONVERSION).items()}
 
 
+def read_image_settings(folder: Path) -> dict[str, Any]:
+    """``preprocessor_config.json``, or what transformers 5 writes instead: a part of ``processor_config.json``."""
+    if not (folder / PREPROCESSOR_CONFIG).is_file() and (folder / PROCESSOR_CONFIG).is_file():
+        settings = read_json(folder / PROCESSOR_CONFIG).get("image_processor")
+        if isinstance(settings, dict):
+            return settings
+    return read_json(folder / PREPROCESSOR_CONFIG)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file, with errors that name the file."""
     if not file.is_file():

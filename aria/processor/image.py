@@ -22,7 +22,7 @@ from aria.processor.files import (
     PREPROCESSOR_CONFIG,
     PROCESSOR_CONFIG,
     SIZE_CONVERSION,
-    read_json,
+    read_image_settings,
     read_size_conversion,
     write_json,
 )
@@ -110,7 +110,7 @@ class AriaImageProcessor:
         """
         patterns = [PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, CONFIG_NAME]
         folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
-        data = read_json(folder / PREPROCESSOR_CONFIG)
+        data = read_image_settings(folder)
         for key, value in {"resample": 3, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}.items():
             if data.get(key) is not None and data[key] != value:
                 raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {data[key]!r}, but Aria has {value!r}")

@@ -35,6 +35,8 @@ FETCH_TIMEOUT = 60.0
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ORIENTATION = 0x0112
+# What Pillow's decoders raise on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, IndexError, struct.error, EOFError)
 
 
 def load_image(source: Any) -> Image.Image:
@@ -104,7 +106,8 @@ def fetch(url: str) -> bytes:
     deadline = time.monotonic() + FETCH_TIMEOUT
     body = bytearray()
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "aria-moe"})
+        address = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters that no address has
+        request = urllib.request.Request(address, headers={"User-Agent": "aria-moe"})
         with opener.open(request, timeout=SOCKET_TIMEOUT) as response:
             # read1 returns what one read of the socket gave, so that a slow sender cannot hold us past the deadline.
             while chunk := response.read1(1 << 16):
@@ -120,10 +123,16 @@ def fetch(url: str) -> bytes:
 
 def _from_path(path: Path) -> Image.Image:
     path = path.expanduser()
-    if not path.exists():
+    try:
+        exists, is_file = path.exists(), path.is_file()
+    except (OSError, ValueError) as error:  # far too long, or with a null character
+        raise ValueError(
+            f"{_short(str(path))} cannot be a path; a picture in base64 begins with data:image/png;base64,"
+        ) from error
+    if not exists:
         raise FileNotFoundError(f"no picture at {str(path)!r}; check the path")
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder, not a picture")
+    if not is_file:
+        raise ValueError(f"{str(path)!r} is a folder or device, not a picture")
     with path.open("rb") as file:
         return _open(file, repr(str(path)))
 
@@ -131,19 +140,22 @@ def _from_path(path: Path) -> Image.Image:
 def _open(file: Any, name: str) -> Image.Image:
     Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
     try:
-        with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{name} announces {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed; "
-                    "scale it down first"
-                )
-            return _upright_rgb(image, name)
+        image = Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN])
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a known format ({', '.join(_FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} announces more than the {MAX_PIXELS:,} pixels allowed; scale it down first"
         ) from error
+    except _DAMAGE as error:
+        raise ValueError(_damaged(name, error)) from error
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"{name} announces {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed; "
+                "scale it down first"
+            )
+        return _upright_rgb(image, name)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -153,9 +165,12 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         image.load()
         image = _upright(image)
         return image if image.mode == "RGB" else _to_rgb(image)
-    # What Pillow's decoders raise on damaged files; a fault of ours would not be hidden by the chained cause.
-    except (OSError, SyntaxError, ValueError, IndexError, struct.error, EOFError) as error:
-        raise ValueError(f"{name} cannot be read ({error}); the file may be truncated or damaged") from error
+    except _DAMAGE as error:
+        raise ValueError(_damaged(name, error)) from error
+
+
+def _damaged(name: str, error: Exception) -> str:
+    return f"{name} cannot be read ({error}); the file may be truncated or damaged"
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -112,7 +112,8 @@ class AriaProcessor:
                 pictures of one call share one size, because their crops are one tensor.
             split_image: the same, for splitting into crops; this may differ between pictures.
             split_mode: "authors" (overview first) or "pad" (transformers' rule).
-            padding: True or "longest" (on the left), "max_length", or False.
+            padding: True or "longest", "max_length", or False; on the left unless the tokenizer's
+                ``padding_side`` says otherwise.
             truncation: cut prompts on the right at ``max_length``; never into or before a picture.
             max_length: for truncation and padding="max_length".
             return_tensors: "pt" (also "pd"), "np", or None: ids as lists, pixels as torch tensors.
@@ -147,7 +148,8 @@ class AriaProcessor:
             tokens = [crops * self.size_conversion[size] for crops in pixels.num_crops]
         rows = self._expand(prompts, tokens)
         if truncation:
-            rows = [self._truncate(row, max_length or len(row)) for row in rows]
+            assert max_length is not None, "check_length lets no other through"
+            rows = [self._truncate(row, max_length) for row in rows]
         ids = self.tokenizer.pad(rows, padding=padding, max_length=max_length, return_tensors=return_tensors)
         return BatchFeature({**ids, **pixels}, num_crops=pixels.num_crops)
 
@@ -194,11 +196,11 @@ class AriaProcessor:
         )
         return inputs if return_dict else inputs["input_ids"]
 
-    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The tokenizer's ``decode``."""
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(self, sequences: Iterable[Any], *, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
         """The tokenizer's ``batch_decode``."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
 

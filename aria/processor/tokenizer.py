@@ -40,7 +40,7 @@ class AriaTokenizer:
     ``decode(encode(text)) == text`` where the vocabulary has byte pieces or knows every character.
     """
 
-    padding_side = "left"
+    padding_side = "left"  # for generation; training may set "right"
     image_token = IMAGE_TOKEN
 
     def __init__(self, model: bytes, config: Mapping[str, Any] | None = None) -> None:
@@ -118,11 +118,14 @@ class AriaTokenizer:
         return cls((folder / TOKENIZER_MODEL).read_bytes(), config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``tokenizer.model`` and ``tokenizer_config.json``, which transformers' LlamaTokenizer reads too."""
+        """Write ``tokenizer.model``, ``tokenizer_config.json`` and the chat template.
+
+        transformers' LlamaTokenizer reads them too and then gives the same ids, because ``add_prefix_space`` is written
+        as false: with the Hub's true it puts a space before the text and after every added token.
+        """
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         tokens = sorted(self._added.items(), key=lambda item: item[1])
         config = {
-            "add_prefix_space": True,
             "clean_up_tokenization_spaces": False,
             "legacy": True,
             "model_max_length": 10**30,
@@ -130,13 +133,14 @@ class AriaTokenizer:
             **self._config,
             "add_bos_token": False,
             "add_eos_token": False,
+            "add_prefix_space": False,
             "added_tokens_decoder": {
                 str(i): {"content": content, **flags, "special": i in self._special} for content, i in tokens
             },
             "bos_token": None,
             "eos_token": None,
             "unk_token": self._pieces.id_to_piece(self._pieces.unk_id()),
-            "pad_token": self.convert_ids_to_tokens(self.pad_token_id),
+            "pad_token": self.pad_token,
             "image_token": IMAGE_TOKEN,
             "extra_special_tokens": {"image_token": IMAGE_TOKEN},
             "chat_template": self.chat_template,
@@ -145,6 +149,8 @@ class AriaTokenizer:
         }
         write_json(Path(folder) / TOKENIZER_CONFIG, config)
         (Path(folder) / TOKENIZER_MODEL).write_bytes(self._model)
+        # transformers 5 looks for a processor's template in this file only.
+        (Path(folder) / CHAT_TEMPLATE_FILE).write_text(str(self.chat_template), encoding="utf-8", newline="\n")
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -170,6 +176,14 @@ class AriaTokenizer:
         fallback = self._known_or("<|endoftext|>", None)
         token = self._config.get("eos_token")
         return fallback if token is None else self._known_or(_content(token), fallback)
+
+    @property
+    def pad_token(self) -> str:
+        return self._pieces.id_to_piece(self.pad_token_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        return None if self.eos_token_id is None else self._pieces.id_to_piece(self.eos_token_id)
 
     def _known_or(self, token: str, default: Any) -> Any:
         index = self._pieces.piece_to_id(token)
@@ -235,7 +249,7 @@ class AriaTokenizer:
         for i, piece in enumerate(self._pieces.id_to_piece(list(range(self.vocab_size)))):
             if i in added:
                 table.append(piece.encode())
-            elif self._pieces.is_byte(i):
+            elif piece.startswith("<0x") and self._pieces.is_byte(i):
                 table.append(bytes([int(piece[3:5], 16)]))
             else:
                 table.append(piece.replace(_SPACE, " ").encode())
@@ -247,12 +261,12 @@ class AriaTokenizer:
             raise ValueError(f"id {index} is not in the vocabulary of {self.vocab_size}")
         return b"" if skip_special_tokens and index in self._special else self._vocabulary[index]
 
-    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of ids (a list, array or tensor of one axis, or one id). Bytes that are no UTF-8 become U+FFFD."""
         data = b"".join(self.token_bytes(i, skip_special_tokens=skip_special_tokens) for i in _flat(ids))
         return data.decode("utf-8", errors="replace")
 
-    def batch_decode(self, sequences: Iterable[Any], *, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
         """Texts of several sequences, e.g. the rows of a (B, S) tensor."""
         return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
@@ -286,7 +300,7 @@ class AriaTokenizer:
 
         Args:
             text: one text or a list; a single text with ``return_tensors=None`` gives flat lists, all else ``(B, S)``.
-            padding: True or "longest", "max_length", or False; pads on the left.
+            padding: True or "longest", "max_length", or False; pads on ``padding_side``.
             truncation: cut on the right at ``max_length``.
             max_length: for truncation and for padding="max_length".
             return_tensors: "pt", "np" or None.
@@ -309,7 +323,7 @@ class AriaTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Rows of ids -> ``input_ids`` and ``attention_mask`` (0 on padding), ``(B, S)``, padded on the left."""
+        """Rows of ids -> ``input_ids`` and ``attention_mask`` (0 on padding), (B, S), padded on ``padding_side``."""
         check_tensor_kind(return_tensors)
         check_length(padding, False, max_length)
         longest = max(map(len, rows), default=0)
@@ -321,9 +335,14 @@ class AriaTokenizer:
                     f"a prompt of {longest} tokens does not fit into max_length={max_length}; truncate or raise it"
                 )
             width = max_length
-        gaps = [max(width - len(row), 0) for row in rows]
-        ids = [[self.pad_token_id] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)]
-        mask = [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {self.padding_side!r}; use 'left' or 'right'")
+        ids, mask = [], []
+        for row in rows:
+            gap = max(width - len(row), 0)
+            before, after = (gap, 0) if self.padding_side == "left" else (0, gap)
+            ids.append([self.pad_token_id] * before + list(row) + [self.pad_token_id] * after)
+            mask.append([0] * before + [1] * len(row) + [0] * after)
         return BatchFeature(
             {"input_ids": to_tensors(ids, return_tensors), "attention_mask": to_tensors(mask, return_tensors)}
         )

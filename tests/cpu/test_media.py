@@ -1,0 +1,249 @@
+"""The one door for pictures: every kind that comes in, and a clear refusal of everything else."""
+
+import base64
+import http.server
+import io
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aria.processor import load_image, media
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(source) -> np.ndarray:
+    image = load_image(source)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+
+
+def test_paths_bytes_and_data_uris_agree(tmp_path) -> None:
+    data = encoded(NOISE)
+    (tmp_path / "ä picture.png").write_bytes(data)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (tmp_path / "ä picture.png", str(tmp_path / "ä picture.png"), data, bytearray(data), uri, NOISE):
+        assert np.array_equal(pixels(source), np.asarray(NOISE))
+
+
+def test_percent_coded_data_uri() -> None:
+    coded = "".join(f"%{byte:02x}" for byte in encoded(NOISE))
+    assert np.array_equal(pixels(f"data:image/png,{coded}"), np.asarray(NOISE))
+
+
+def test_missing_file_folder_and_unknown_kind(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no picture at"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="is a folder or device"):
+        load_image(tmp_path)
+    with pytest.raises(ValueError, match="begins with data:image/png;base64,"):
+        load_image("iVBORw0KGgo" * 1000)
+    with pytest.raises(TypeError, match="cannot be a int"):
+        load_image(3)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_not_a_picture(data: bytes) -> None:
+    with pytest.raises(ValueError, match="not a picture in a known format"):
+        load_image(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_truncated_files(kind: str) -> None:
+    data = encoded(NOISE, kind)
+    with pytest.raises(ValueError, match=r"truncated or damaged|not a picture"):
+        load_image(data[: len(data) // 2])
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    for side in (11_000, 60_000):
+        header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+        bomb = (
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+        )
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="more than the 120,000,000"):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            load_image(bomb)
+
+
+def test_exif_orientation_is_applied(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    image = Image.new("RGB", (60, 40), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 60, 20))
+    turned = load_image(encoded(image, "JPEG", exif=exif, quality=95))
+    assert turned.size == (40, 60)
+    assert np.asarray(turned)[30, 35, 2] > 200 and np.asarray(turned)[30, 5, 0] > 200
+    with Image.open(io.BytesIO(encoded(image, "JPEG", exif=exif))) as lazy:
+        assert load_image(lazy).size == (40, 60)
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 128, 32768, 65535]], dtype=np.uint16)
+    for source in (
+        Image.fromarray(values),
+        encoded(Image.fromarray(values)),
+        values,
+        encoded(Image.fromarray(values), "TIFF"),
+    ):
+        assert pixels(source)[0, :, 0].tolist() == [0, 0, 128, 255]
+    wide = Image.fromarray(values.astype(np.int32))
+    assert wide.mode == "I" and pixels(wide)[0, :, 0].tolist() == [0, 0, 128, 255]
+    assert pixels(Image.fromarray(np.array([[0, 200]], dtype=np.int32)))[0, :, 0].tolist() == [0, 200]
+    with pytest.raises(ValueError, match=r"expected 0\.\.65535"):
+        load_image(Image.fromarray(np.array([[-1, 200]], dtype=np.int32)))
+
+
+def test_other_modes_are_what_pillow_converts() -> None:
+    rgba = Image.fromarray(np.random.default_rng(2).integers(0, 256, (9, 7, 4), dtype=np.uint8), "RGBA")
+    assert np.array_equal(pixels(rgba), np.asarray(rgba)[..., :3])  # alpha dropped, as in training
+    for mode in ("L", "1", "CMYK", "YCbCr", "HSV", "LA", "P", "RGBA", "RGBX"):
+        image = NOISE.convert(mode)
+        assert np.array_equal(pixels(image), np.asarray(image.convert("RGB"))), mode
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    assert pixels(encoded(cmyk, "TIFF"))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_palette_with_transparency_is_quiet() -> None:
+    image = NOISE.quantize(16)
+    for transparency in (3, bytes([0, 128, 255, 0])):
+        data = encoded(image, "PNG", transparency=transparency)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert np.array_equal(pixels(data), np.asarray(image.convert("RGB")))
+
+
+def test_arrays_and_tensors() -> None:
+    array = np.asarray(NOISE)
+    chw = array.transpose(2, 0, 1)
+    tensor = torch.from_numpy(np.ascontiguousarray(chw))
+    for source in (
+        array,
+        chw,
+        tensor,
+        tensor.permute(1, 2, 0),
+        tensor.float() / 255,
+        array / 255.0,
+        array.astype("uint16") * 257,
+    ):
+        assert np.array_equal(pixels(source), array)
+    assert np.array_equal(pixels(array[..., 0])[..., 2], array[..., 0])
+    assert np.array_equal(pixels(array[..., :1])[..., 2], array[..., 0])
+    assert pixels(np.array([[True, False]]))[0].tolist() == [[255] * 3, [0] * 3]
+    assert np.array_equal(pixels(np.dstack([array, array[..., 0]])), array)  # fourth channel is alpha
+    ambiguous = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    assert np.array_equal(pixels(ambiguous), ambiguous)
+    assert np.array_equal(pixels(torch.from_numpy(ambiguous)), ambiguous.transpose(1, 2, 0))
+    assert pixels(torch.full((3, 2, 2), 0.5, dtype=torch.bfloat16)).max() == 128
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((4, 4, 3), 200.0), r"must lie in 0\.\.1"),
+        (np.full((4, 4, 3), np.nan), r"must lie in 0\.\.1"),
+        (np.zeros((4, 4, 3), dtype=np.int64), "expected uint8"),
+        (np.zeros((6, 6, 5), dtype=np.uint8), "1, 3 or 4 channels"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), "one at a time"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "empty"),
+    ],
+)
+def test_arrays_that_are_no_pictures(array: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_image(array)
+
+
+@pytest.mark.parametrize("address", ["file:///etc/hosts", "ftp://example.org/a.png", "gopher://x/y"])
+def test_only_web_addresses(address: str) -> None:
+    with pytest.raises(ValueError, match=rf"kind {address.split(':')[0]}:// are not read"):
+        load_image(address)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [("data:image/png;base64", "not a data: URI"), ("data:image/png;base64,@@@", "not valid base64")],
+)
+def test_bad_data_uris(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_image(uri)
+
+
+class Pictures(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path in ("/picture", "/a%20%C3%A4.png"):
+            self.answer(200, encoded(NOISE))
+        elif self.path == "/moved":
+            self.answer(302, b"", location="/picture")
+        elif self.path == "/escape":
+            self.answer(302, b"", location="file:///etc/hosts")
+        elif self.path == "/ftp":
+            self.answer(302, b"", location="ftp://127.0.0.1/a")
+        elif self.path == "/endless":
+            self.answer(200, bytes(4096))
+        else:
+            self.answer(404, b"")
+
+    def answer(self, status: int, body: bytes, location: str | None = None) -> None:
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_addresses(site: str, monkeypatch) -> None:
+    assert np.array_equal(pixels(f"{site}/picture"), np.asarray(NOISE))
+    assert np.array_equal(pixels(f"{site}/moved"), np.asarray(NOISE))
+    assert np.array_equal(pixels(f"{site}/a ä.png"), np.asarray(NOISE))
+    for path in ("/none", "/escape", "/ftp"):
+        with pytest.raises(ValueError, match="could not fetch"):
+            load_image(site + path)
+    monkeypatch.setattr(media, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="sends more than"):
+        load_image(f"{site}/endless")
+    monkeypatch.setattr(media, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(media, "FETCH_TIMEOUT", -1.0)
+    with pytest.raises(ValueError, match="took longer"):
+        load_image(f"{site}/endless")
+
+
+def test_an_address_that_nobody_answers(monkeypatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(ValueError, match="could not fetch"):
+        load_image("http://127.0.0.1:9/picture.png")
