@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,15 +16,32 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
     T, A = index_TA.shape
     experts, order = index_TA.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
-    x = x_TD[order // A]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    x = _Reorder.apply(x_TD, order, place, A)
     if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in (*fc1_EDF.shape[1:], *fc2_EFD.shape[1:])):
         offsets = ends.int()
         y = F.grouped_mm(swiglu(F.grouped_mm(x, fc1_EDF, offs=offsets)), fc2_EFD, offs=offsets)
     else:
         y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist())
     # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return (y[place].view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+    return (_Reorder.apply(y, place, order, 1).view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+
+
+class _Reorder(torch.autograd.Function):
+    """``copies`` of each row in a new order. The gradient gathers by the inverse order and adds the copies up in a
+    fixed order, where that of an index would sort the indices again and scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[order // copies]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        grad = grads[0][inverse]
+        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
 
 
 def _loop(x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int]) -> Tensor:

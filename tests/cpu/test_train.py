@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aria import ops
 from aria.config import AriaConfig, TextConfig, VisionConfig
 from aria.model import Aria, Packed, pack_patches
 from aria.ops import Segments
@@ -112,6 +113,19 @@ def test_balance_loss_pushes_away_from_the_busy_expert() -> None:
     router_losses(logits, 1, z_coefficient=0.0).balance.backward()
     assert logits.grad is not None
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
+
+
+def test_routed_experts_have_the_reference_gradients() -> None:
+    torch.manual_seed(0)
+    x, fc1, fc2 = (torch.randn(shape, dtype=torch.float64) for shape in ((17, 6), (8, 6, 10), (8, 5, 6)))
+    weights, index = ops.route(torch.randn(17, 8, dtype=torch.float64), 3)
+    inputs = [tensor.requires_grad_() for tensor in (x, fc1, fc2, weights)]
+    outer = torch.randn(17, 6, dtype=torch.float64)
+    ours = torch.autograd.grad(ops.expert_mlp(*inputs, index), inputs, outer)
+    with ops.use("reference"):
+        reference = torch.autograd.grad(ops.expert_mlp(*inputs, index), inputs, outer)
+    for got, want in zip(ours, reference, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 # Fixed shapes
