@@ -193,6 +193,7 @@ class AriaConfig:
         _refuse(data, {"tie_word_embeddings": False, "vision_feature_layer": -1}, "the model")
         vision_config = _read_vision(vision)
         text_config = _read_text(text)
+        pad = data.get("pad_token_id", text.get("pad_token_id", 2))
         table = data.get("projector_patch_to_query_dict") or ProjectorConfig().patch_to_query
         try:
             patch_to_query = {int(patches): int(queries) for patches, queries in table.items()}
@@ -208,7 +209,7 @@ class AriaConfig:
                 output_size=text_config.hidden_size,
             ),
             image_token_index=_integer(data, "image_token_index", data.get("image_token_id", 9)),
-            pad_token_id=data.get("pad_token_id", text.get("pad_token_id", 2)),
+            pad_token_id=None if pad is None else _integer({"pad_token_id": pad}, "pad_token_id", 2),
             dtype=parse_dtype(data.get("dtype") or data.get("torch_dtype") or "bfloat16"),
         )
 
@@ -318,6 +319,8 @@ def _read_text(data: Mapping[str, Any]) -> TextConfig:
         raise ValueError(f"text_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
     _refuse(data, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, "the decoder")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters should be an object, but is {rope!r}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"rotary scaling {rope!r} is not Aria's; only the default kind is known")
     defaults = TextConfig()
