@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parents[2] / ".nano"
 TRAINING_STYLES = ("noto", "fluent", "twemoji")
 SPRITE_SIZE = 128  # of training sprites; a picture of 224 px seldom shows them much larger
 EVAL_SPRITE_SIZE = 160
-PHOTO_SIZE = 256  # longer side
+PHOTO_SIZE = 384  # longer side
 
 # Groups of emojibase whose pictures are things; the rest are faces, people, signs and flags.
 CONCRETE_GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
@@ -73,7 +73,7 @@ class Assets:
 
     @classmethod
     def load(cls, path: Path = FOLDER / "assets.npz", pictures: bool = True) -> "Assets":
-        """Read ``path``; without ``pictures`` only what the planner needs (bitmaps, sprites, photographs stay empty)."""
+        """Read ``path``; without ``pictures`` only what the planner needs: bitmaps, sprites and photos stay empty."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets")
         with np.load(path) as file:
@@ -230,13 +230,15 @@ def photo_paths(root: sources.Sources) -> tuple[list[Path], list[Path]]:
 
 def _pictures(folder: Path) -> list[Path]:
     suffixes = (".jpg", ".jpeg")
-    skipped = ("placeholder", "landing-page", "profile-page", "logo", "curved", "boxed")
+    # Drawings, screenshots and empty gradients are no photographs.
+    skipped = ["placeholder", "presentation", "landing-page", "profile-page", "logo", "curved", "boxed", "blurred"]
+    skipped += ["abstract", "desktop/", "painting", "umang", "analogpattern", "free_by"]
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in suffixes
-        and path.stat().st_size > 12_000
-        and not any(word in path.name.lower() for word in skipped)
+        and path.stat().st_size > 3_000
+        and not any(word in path.as_posix().lower() for word in skipped)
     )
 
 
@@ -283,7 +285,7 @@ def build(folder: Path = FOLDER) -> None:
     print(f"{len(faces)} faces, {len(emoji)} emoji ({sum(entry['concrete'] for entry in emoji)} of things)", flush=True)
     training, held_out = photo_paths(root)
     known: list[int] = []
-    photos, unseen_photos = pack_photos(training, known, cuts=5), pack_photos(held_out, known)
+    photos, unseen_photos = pack_photos(training, known, cuts=3), pack_photos(held_out, known)
     words = list_words(root, (entry["label"] for entry in emoji))
     print(f"{len(photos)} photographs, {len(unseen_photos)} held out, {len(words)} words", flush=True)
     icons = {style: IconSet(root.npm(spec)) for style, spec in sources.EMOJI_PACKAGES.items()}

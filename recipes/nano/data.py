@@ -1,0 +1,157 @@
+"""Worker processes plan scenes; the training process gets packed batches of tokens and drawing commands.
+
+``loader(Plan(...))`` yields dicts as the recipe's README describes them; drawing them is ``render.Renderer``'s part.
+"""
+
+import itertools
+import multiprocessing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from recipes.nano import commands, dialogue, scenes, tokenizer
+from recipes.nano.assets import FOLDER, Assets
+from recipes.nano.scenes import Planner, Scene
+
+TOKENS_PER_PICTURE = {224: 176, 448: 256}  # of the packed stream; sequences are drawn again until they fit
+MAX_SEQLEN = {224: 288, 448: 512}
+PICTURES_PER_TALK = 32  # one sequence of text alone for so many pictures
+PICTURES_PER_FILLER = 8  # the rest of the stream is cut into that many pieces, so that none is long
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run draws.
+
+    ``pictures``: pictures a batch, by size. ``cycle``: sizes of successive batches. ``seed``: different seeds never
+    repeat a batch. ``progress`` is shared with the workers: set ``plan.progress.value`` (0..1) as training goes on.
+    """
+
+    seed: int
+    pictures: Mapping[int, int] = field(default_factory=lambda: {224: 512, 448: 128})
+    cycle: tuple[int, ...] = (224, 224, 224, 448)
+    assets: Path = FOLDER / "assets.npz"
+    workers: int = 14
+    progress: Any = field(default_factory=lambda: multiprocessing.get_context("spawn").Value("d", 0.0, lock=False))
+
+
+def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
+    """Batches without end. Worker w makes batches w, w + workers, ... of the sequence, so sizes follow the cycle."""
+    dataset = Batches(plan)
+    if plan.workers == 0:
+        return iter(dataset)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=plan.workers,
+            prefetch_factor=4,
+            pin_memory=pin_memory,
+            multiprocessing_context="spawn",
+        )
+    )
+
+
+class Batches(IterableDataset):
+    """The endless sequence of batches of a plan, or this worker's share of it."""
+
+    def __init__(self, plan: Plan, assets: Assets | None = None) -> None:
+        self.plan, self.assets = plan, assets
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        torch.set_num_threads(1)
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        assets = self.assets or Assets.load(self.plan.assets, pictures=False)
+        for number in itertools.count(first, step):
+            size = self.plan.cycle[number % len(self.plan.cycle)]
+            rng = Random(self.plan.seed * 1_000_003 + number)
+            yield make_batch(assets, rng, size, self.plan.pictures[size], self.plan.progress.value)
+
+
+def make_batch(assets: Assets, rng: Random, size: int, pictures: int, progress: float = 1.0) -> dict[str, Any]:
+    """Plan, tokenize and pack one batch; tensors on the CPU."""
+    planner = Planner(assets, size, rng)
+    talks = pictures // PICTURES_PER_TALK
+    fillers = max(1, pictures // PICTURES_PER_FILLER)
+    room = pictures * TOKENS_PER_PICTURE[size]
+    planned: list[Scene] = []
+    sequences: list[tuple[np.ndarray, np.ndarray]] = []
+    for _ in range(pictures):
+        planned.append(planner.plan(progress))
+        sequences.append(tokens(planned[-1].turns, size))
+    for _ in range(talks):
+        turns = [dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
+        sequences.append(tokens(turns, None))
+    # Replace the longest conversations until all fit: shapes of the stream must not depend on luck.
+    lengths = np.array([len(ids) for ids, _ in sequences])
+    while lengths.sum() > room or lengths.max() > MAX_SEQLEN[size]:
+        longest = int(lengths[:pictures].argmax())
+        planned[longest] = planner.plan(progress)
+        sequences[longest] = tokens(planned[longest].turns, size)
+        lengths[longest] = len(sequences[longest][0])
+    filler = np.diff(np.linspace(0, room - lengths.sum(), fillers + 1).astype(np.int64))
+    assert filler.max() <= MAX_SEQLEN[size], f"{filler.max()} tokens of filler in a piece, room for {MAX_SEQLEN[size]}"
+    all_lengths = np.concatenate([lengths, filler])
+    starts = np.concatenate([[0], np.cumsum(all_lengths)])
+    used = int(lengths.sum())
+    input_ids = np.full(room, tokenizer.PAD_TOKEN_ID, np.int64)
+    labels = np.full(room, -100, np.int64)
+    input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
+    labels[:used] = np.concatenate([wanted for _, wanted in sequences])
+    batch: dict[str, Any] = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "positions": np.arange(room) - np.repeat(starts[:-1], all_lengths),
+        "cu_seqlens": starts.astype(np.int32),
+        "task": np.array([scenes.TASKS.index(scene.task) for scene in planned], np.int64),
+        **commands.pack(planned, assets),
+    }
+    batch = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
+    return batch | {
+        "size": size,
+        "max_seqlen": MAX_SEQLEN[size],
+        "num_tokens": used,
+        "seed": rng.getrandbits(62),
+    }
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on ``device``, copied without waiting where the memory is pinned."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def tokens(turns: list[tuple[str, str]], size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and unshifted labels of a conversation about a picture of ``size``, or about none."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in dialogue.conversation(turns, picture=size is not None):
+        piece = _answer(text) if learnt else _prompt(text, size)
+        ids += piece
+        labels += piece if learnt else [-100] * len(piece)
+    return np.array(ids, np.int64), np.array(labels, np.int64)
+
+
+@lru_cache(maxsize=16384)
+def _prompt(text: str, size: int | None) -> list[int]:
+    """Ids of a question with its markers, the image token repeated once for each query."""
+    ids = tokenizer.encode(text)
+    if size is None:
+        return ids
+    image = tokenizer.IMAGE_TOKEN_ID
+    return [copy for token in ids for copy in [token] * (tokenizer.QUERIES[size] if token == image else 1)]
+
+
+@lru_cache(maxsize=16384)
+def _answer(text: str) -> list[int]:
+    return tokenizer.encode(text)
