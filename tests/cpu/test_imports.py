@@ -32,19 +32,21 @@ def room_of(file: Path, package: Path) -> str:
     return file.relative_to(package).parts[0].removesuffix(".py")
 
 
-def rooms_imported(node: ast.AST, file: Path, package: Path) -> Iterator[str]:
-    """Rooms of the package that an import statement reaches; nothing for other statements and packages."""
+def imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def rooms_imported(node: ast.Import | ast.ImportFrom, file: Path, package: Path) -> Iterator[str]:
+    """Rooms of the package that an import statement reaches; nothing for other packages."""
     if isinstance(node, ast.Import):
         targets = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
+    else:
         module = node.module or ""
         if node.level:
             above = file.relative_to(package.parent).parts[: -node.level]
             module = ".".join([*above, module]).strip(".")
         # `from aria import ops` names a room, `from aria import Engine` what the face shows.
         targets = [f"{module}.{alias.name}" if module == package.name else module for alias in node.names]
-    else:
-        return
     for target in targets:
         name, *rest = target.split(".")
         if name == package.name:
@@ -61,7 +63,7 @@ def faults(package: Path) -> list[str]:
             found.append(f"{where}: give the room {room!r} a floor in FLOORS")
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        for node in imports(tree):
             for other in rooms_imported(node, file, package):
                 # A room without a floor is reported where it stands.
                 if other != room and _FLOOR.get(other, len(FLOORS)) <= _FLOOR[room]:
@@ -76,7 +78,7 @@ def faults(package: Path) -> list[str]:
 def local_imports(tree: ast.AST, file: Path, package: Path) -> set[int]:
     """Lines of the imports of the package's own modules that stand inside functions."""
     functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    inside = (node for function in functions for node in ast.walk(function))
+    inside = (node for function in functions for node in imports(function))
     return {node.lineno for node in inside if any(rooms_imported(node, file, package))}
 
 
