@@ -8,7 +8,7 @@ from aria.train.loss import (
     next_token_labels,
     router_losses,
 )
-from aria.train.packing import BoundedSegments, FixedPatches, TrainingContext, fixed_patches, packed_segments
+from aria.train.packing import BoundedSegments, FixedPatches, TrainingContext, bounded_segments, fixed_patches
 from aria.train.prefetch import prefetch
 from aria.train.trainer import Budget, StepBudget, TimeBudget, Trainer, TrainerConfig, cosine_rate
 
@@ -24,11 +24,11 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "TrainingContext",
+    "bounded_segments",
     "cosine_rate",
     "fixed_patches",
     "linear_cross_entropy",
     "next_token_labels",
-    "packed_segments",
     "prefetch",
     "router_losses",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig, VisionConfig
@@ -36,34 +36,18 @@ class BoundedSegments(Segments):
     def equal(self) -> bool:
         return False
 
-    @classmethod
-    def on(cls, lengths: Tensor, bound: int, size: int) -> Segments:
-        """Segments of device lengths ``(N,)`` summing to ``size``, none above ``bound``.
 
-        The CPU has no varlen kernel and no reason to avoid reading lengths, so there it is plain :class:`Segments`.
-        """
-        if lengths.device.type == "cpu":
-            return Segments.of(lengths.tolist())
-        zero = lengths.new_zeros(1)
-        cu_seqlens = torch.cat((zero, lengths)).cumsum(0, dtype=torch.int32)
-        return cls((), cu_seqlens, bound=bound, size=size)
+def bounded_segments(cu_seqlens: Tensor, bound: int, total: int) -> Segments:
+    """Segments that start where ``cu_seqlens`` says, without reading it back.
 
-
-def packed_segments(cu_seqlens: Tensor, bound: int, total: int) -> Segments:
-    """Segments of a packed stream whose last sequence is filler, however long that is.
-
-    Kernels compute no further than ``bound`` tokens into a segment, so the filler is cut into pieces of that size;
-    their number is fixed, and most of them are empty.
+    The CPU has no varlen kernel and no reason to avoid reading lengths, so there it is plain :class:`Segments`.
 
     Args:
-        cu_seqlens: int ``(N + 2,)``, where each of N sequences and the filler start, and ``total`` at the end.
-        bound: no sequence but the filler is longer.
-        total: tokens of the stream.
+        cu_seqlens: int ``(N + 1,)``, where each of N segments starts, and ``total`` at the end.
+        bound: no segment is longer; kernels compute no further than this into one.
     """
     if cu_seqlens.device.type == "cpu":
         return Segments.of(cu_seqlens.diff().tolist())
-    cuts = cu_seqlens[-2] + bound * torch.arange(1, total // bound + 2, device=cu_seqlens.device)
-    cu_seqlens = torch.cat((cu_seqlens[:-1], cuts.clamp(max=total).to(cu_seqlens.dtype)))
     return BoundedSegments((), cu_seqlens.int(), bound=bound, size=total)
 
 
@@ -120,14 +104,12 @@ def fixed_patches(pixels_C: Tensor, valid_C2: Tensor, config: VisionConfig) -> F
     order = (~real_CGG).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
     positions = (table[rows][:, :, None] * side + table[columns][:, None, :]).flatten(1)
     patches = pixels_C.unflatten(2, (G, p)).unflatten(4, (G, p)).permute(0, 2, 4, 1, 3, 5).reshape(C * G * G, -1)
-    # Rows of one long table: a gather of whole rows, where `take_along_dim` would expand the index over every pixel.
-    flat = (order + torch.arange(C, device=device)[:, None] * (G * G)).flatten()
-    real_C = rows * columns
-    lengths = torch.stack((real_C, G * G - real_C), dim=1).flatten()
+    real_C, start_C = rows * columns, torch.arange(C, device=device) * (G * G)
+    cu_seqlens = nn.functional.pad(torch.stack((start_C, start_C + real_C), dim=1).flatten(), (0, 1), value=C * G * G)
     packed = PackedPatches(
-        pixels=patches[flat],
+        pixels=patches[(order + start_C[:, None]).flatten()],
         positions=positions.gather(1, order).flatten(),
-        segments=BoundedSegments.on(lengths, bound=G * G, size=C * G * G),
+        segments=bounded_segments(cu_seqlens, bound=G * G, total=C * G * G),
         grid_patches=(G * G,) * C,
     )
     return FixedPatches(packed, order, rows, columns)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from aria.model import Aria
 from aria.ops import Segments
 from aria.train import (
-    BoundedSegments,
     FixedPatches,
     TrainingContext,
+    bounded_segments,
     fixed_patches,
     linear_cross_entropy,
     next_token_labels,
-    packed_segments,
     router_losses,
 )
 from recipes.nano.model import DenseHeads, initialise
@@ -102,8 +101,9 @@ class Learner(nn.Module):
         key = pictures, places, device
         if key not in self._query_segments:
             count = self.aria.multi_modal_projector.config.queries_for(places)
-            lengths = torch.tensor([count, 0] * pictures, device=device)
-            segments = BoundedSegments.on(lengths, bound=count, size=count * pictures)
+            # Every second segment is empty: it stands beside a crop's padding.
+            cu_seqlens = (torch.arange(pictures + 1) * count).repeat_interleave(2)[1:].to(device)
+            segments = bounded_segments(cu_seqlens, bound=count, total=count * pictures)
             self._query_segments[key] = segments, torch.arange(count, device=device).repeat(pictures)
         return self._query_segments[key]
 
@@ -111,7 +111,7 @@ class Learner(nn.Module):
         """Next-token loss on the answers and the router's losses."""
         model, config = self.aria, self.aria.config.text
         ids, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
-        segments = packed_segments(cu_seqlens, batch["max_seqlen"], ids.shape[0])
+        segments = bounded_segments(cu_seqlens, batch["max_seqlen"], ids.shape[0])
         embedded = model.language_model.model.embed_tokens(ids)
         # Sorting finds the image places in order without the host, where a boolean mask would wait for their number.
         places = (ids != model.config.image_token_index).to(torch.uint8).argsort(stable=True)[: tokens_QD.shape[0]]
@@ -120,7 +120,7 @@ class Learner(nn.Module):
         hidden, router_logits = model.language_model.model(embedded, context)
         labels = next_token_labels(batch["labels"], cu_seqlens)
         answers = linear_cross_entropy(hidden, model.language_model.lm_head.weight, labels)
-        counted = torch.arange(ids.shape[0], device=ids.device) < cu_seqlens[-2]
+        counted = torch.arange(ids.shape[0], device=ids.device) < batch["num_tokens"]
         routers = [router_losses(logits, config.moe_topk, counted_T=counted) for logits in router_logits]
         total = answers.loss + sum(router.z + router.balance for router in routers)
         metrics = {"answer loss": answers.loss, "answer accuracy": answers.accuracy}
