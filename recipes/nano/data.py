@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from recipes.nano import commands, dialogue, scenes, tokenizer
 from recipes.nano.assets import FOLDER, Assets
-from recipes.nano.scenes import Planner, Scene
+from recipes.nano.planner import Planner
+from recipes.nano.scenes import Scene
 
 TOKENS_PER_PICTURE = {224: 176, 448: 256}  # of the packed stream; sequences are drawn again until they fit
 MAX_SEQLEN = {224: 288, 448: 512}

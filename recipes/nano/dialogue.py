@@ -31,8 +31,10 @@ LIST_EMOJI = (
     *("List the emoji.", "Name the emoji from left to right.", "Which emoji do you see?", "What emoji do you see?"),
 )
 COUNT = ("How many {} are there?", "How many {} do you see?", "Count the {}.", "How many {} are in the picture?")
-TEXT_COLOUR = ("What colour is the text?", "What color is the text?", "Which colour are the letters?")
-TEXT_COLOUR += ("What color are the letters?", "In which colour is it written?")
+TEXT_COLOUR = (
+    *("What colour is the text?", "What color is the text?", "Which colour are the letters?"),
+    *("What color are the letters?", "In which colour is it written?"),
+)
 COLOUR_OF = (
     "What colour is the {}?",
     "What color is the {}?",
@@ -97,7 +99,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("Which shapes do you know?", "What shapes do you know?", "Name some shapes."),
-        "Circles, squares, triangles, rectangles, stars, hearts, pentagons, hexagons, diamonds, ovals, crosses and arrows.",
+        "Circle, square, triangle, rectangle, star, heart, pentagon, hexagon, diamond, oval, cross and arrow.",
     ),
     (
         ("Who made you?", "Who trained you?", "Where do you come from?", "Who built you?"),
@@ -176,7 +178,8 @@ def sentence(text: str) -> str:
 def describe_lines(lines: Sequence[str]) -> str:
     """The description of a picture of words."""
     if len(lines) > 1:
-        return f"{NUMBERS[len(lines)].capitalize()} lines of text: {listing([f'{chr(34)}{line}{chr(34)}' for line in lines])}."
+        quoted = [f'"{line}"' for line in lines]
+        return f"{NUMBERS[len(lines)].capitalize()} lines of text: {listing(quoted)}."
     text = lines[0]
     kind = "word" if text.isalpha() else "number" if text.isdigit() else "text"
     return f'The {kind} "{text}".'
