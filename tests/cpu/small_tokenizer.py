@@ -16,7 +16,8 @@ ADDED = [
     *"0123456789",
     *"０１２３４５６７８９",
     *("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"),
-    *(f"<mark{i}>" for i in range(43, 106)),
+    *(f"<mark{i}>" for i in range(43, 105)),
+    "<mark4",  # begins others: the longest must win
     *("```", "\b", "\r", "\n"),
 ]
 """Ids 0 to 109, where Aria has them (43 to 105 under other names)."""

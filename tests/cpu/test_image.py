@@ -82,6 +82,12 @@ def test_crop_counts_of_the_authors_splitting(shape: tuple[int, int], at_980: in
     assert len(process(image, max_image_size=980).pixel_values) == at_980
 
 
+def test_large_pictures_win_the_finer_of_two_equal_grids() -> None:
+    process = AriaImageProcessor(max_image_size=490, split_image=True)
+    # 2:1 fits the grids 2x1 and 4x2; the second needs more than half its 8 crops' pixels.
+    assert process([Image.new("RGB", (1384, 692)), Image.new("RGB", (1386, 693))]).num_crops == [3, 9]
+
+
 def test_overview_comes_first_and_tiles_follow_row_by_row() -> None:
     image = Image.new("RGB", (980, 980))
     for level, corner in enumerate([(0, 0), (490, 0), (0, 490), (490, 490)]):

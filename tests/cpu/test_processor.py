@@ -103,7 +103,11 @@ def test_literal_image_tokens_of_users_take_no_picture(processor: AriaProcessor)
 def test_truncation_never_cuts_a_picture(processor: AriaProcessor) -> None:
     inputs = processor(f"a{SLOT}hello world", picture(), truncation=True, max_length=132, return_tensors="pt")
     assert inputs.input_ids.shape == (1, 132) and image_runs(inputs.input_ids[0]) == [128]
-    for text, images, length in ((f"a{SLOT}b", [picture()], 100), (f"{SLOT}{SLOT}", [picture(), picture()], 131)):
+    for text, images, length in (
+        (f"a{SLOT}b", [picture()], 100),
+        (SLOT, [picture()], 128),
+        (f"{SLOT}{SLOT}", [picture(), picture()], 131),
+    ):
         with pytest.raises(
             ValueError, match=rf"max_length={length} would cut a picture: the last one ends at token \d+"
         ):

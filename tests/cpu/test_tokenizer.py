@@ -56,6 +56,7 @@ def test_no_start_token_no_prefix_and_no_space_after_added_tokens(tokenizer: Ari
 def test_the_longest_added_token_wins(tokenizer: AriaTokenizer) -> None:
     assert tokenizer.encode("<<SYS>><</SYS>>[INST][/INST]") == [7, 8, 5, 6]
     assert tokenizer.encode("<fim_prefix><fim_pad>2024\r\n") == [39, 42, 21, 19, 21, 23, 108, 109]
+    assert tokenizer.encode("<mark43><mark4<mark104>") == [43, 105, 104]
     assert 9 not in tokenizer.encode("<|img |> <|img")
 
 
@@ -241,6 +242,24 @@ def test_chat_template_of_the_tokenizer(tokenizer: AriaTokenizer, tmp_path) -> N
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ValueError, match="chat template of its own"):
         AriaTokenizer.from_pretrained(tmp_path).apply_chat_template(messages)
+
+
+def test_the_packaged_vocabulary_follows_the_same_rules() -> None:
+    nano = AriaTokenizer.from_pretrained()
+    assert (nano.image_token_id, nano.pad_token_id, nano.eos_token_id) == (9, 2, 2)
+    assert nano.all_special_ids == list(range(19))
+    assert nano.tokenize("<fim_prefix><|img|><fim_suffix>\nHi") == [
+        "<fim_prefix>",
+        "<|img|>",
+        "<fim_suffix>",
+        "\n",
+        "H",
+        "i",
+    ]
+    for text in (PROMPT, " two  spaces\n", "naïve 世界 👍 ▁"):
+        assert nano.decode(nano.encode(text)) == text
+    ids = nano.encode(Prompt("a <|img|> b"))
+    assert 9 not in ids and nano.decode(ids) == "a <|img|> b"
 
 
 @pytest.mark.skipif(
