@@ -231,7 +231,17 @@ def photo_paths(root: sources.Sources) -> tuple[list[Path], list[Path]]:
 def _pictures(folder: Path) -> list[Path]:
     suffixes = (".jpg", ".jpeg")
     # Drawings, screenshots and empty gradients are no photographs.
-    skipped = ["placeholder", "presentation", "landing-page", "profile-page", "logo", "curved", "boxed", "blurred"]
+    skipped = [
+        "placeholder",
+        "presentation",
+        "landing",
+        "profile-page",
+        "profile.jpg",
+        "logo",
+        "curved",
+        "boxed",
+        "blurred",
+    ]
     skipped += ["abstract", "desktop/", "painting", "umang", "analogpattern", "free_by"]
     return sorted(
         path

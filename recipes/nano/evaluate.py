@@ -23,7 +23,7 @@ from recipes.nano import dialogue as say
 from recipes.nano import fonts
 from recipes.nano.assets import FOLDER, Assets, unpack_files, unpack_json
 from recipes.nano.paint import Painter
-from recipes.nano.planner import CLEAR_CHARACTERS, Planner
+from recipes.nano.planner import CLEAR_CHARACTERS, MIN_SIDE, Planner
 from recipes.nano.questions import describe_shapes, pair_questions
 from recipes.nano.scenes import COLOUR_NAMES, SHAPES, Photo, Scene
 
@@ -54,6 +54,7 @@ class Held:
             self.sprites = unpack_files(file["sprites"], file["sprite_ends"])
             self.photos = unpack_files(file["photos"], file["photo_ends"])
         self.faces, self.sprite_meta, self.words = meta["faces"], meta["sprites"], meta["words"]
+        self.photo_sizes = [Image.open(io.BytesIO(content)).size for content in self.photos]
         self.painter = Painter(self.fonts, self.sprites, self.photos)
         measured = [fonts.measure(ImageFont.truetype(io.BytesIO(content), 200)) for content in self.fonts]
         self.assets = Assets(
@@ -188,6 +189,9 @@ class Questions:
         """Every photograph whole first, then parts of them; asked as anything may be asked."""
         photos = len(self.held.photos)
         scene = planner.empty("not sure")
+        width, height = self.held.photo_sizes[n % photos]
+        long = max(width, height)
+        scene.width, scene.height = (max(scene.size * side // long, MIN_SIDE) for side in (width, height))
         side = 1.0 if n < photos else rng.uniform(0.5, 0.9)
         box = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side, side)
         scene.photo = Photo(n % photos, box, n >= photos and rng.random() < 0.5, 0.0)

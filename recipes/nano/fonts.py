@@ -21,7 +21,7 @@ STYLE_NAMES |= {"12 Regular": 0, "12 Bold": 1, "12 Italic": 2}  # EB Garamond's 
 # Faces whose letters are not letters (symbols, outlines) or that print small letters as capitals.
 SKIPPED = (
     *("Math", "Integrals", "NonUnicode", "Sym", "Variants", "Outline", "Smallcaps", "Caps", "Initials"),
-    *("Dingbats", "D050000L", "Display", "Condensed", "Tamil", "Monoisome", "Alta", "Upright", "Thin"),
+    *("Dingbats", "D050000L", "Display", "Condensed", "Tamil", "Monoisome", "Alta", "Upright", "Thin", "LinBiolinum_K"),
     # Second copies of designs that are there under another name.
     *("Arimo", "Tinos", "Cousine", "Heros", "Termes", "Cursor", "Schola", "Pagella", "Bonum", "Adventor"),
     *("STIXGeneral", "No2", "No3", "Minus", "Classical", "Variable Width", "Caption", "Medium", "Style"),

@@ -70,12 +70,12 @@ class Planner:
         return (rng.gauss(0, 0.04), 1.0 + rng.gauss(0, 0.08), blur, noise)
 
     def _background(self, colours: Sequence[Colour], contrast: float) -> tuple[float, ...]:
-        """A background at least ``contrast`` away from all ``colours`` (Euclidean, of at most 1.73)."""
+        """A background at least ``contrast`` away from all ``colours``, as ``_contrast`` measures it."""
         rng = self.rng
         best, distance = (1.0, 1.0, 1.0), -1.0
-        for _ in range(12):
+        for _ in range(16):
             candidate = self._backdrop()
-            nearest = min((math.dist(candidate, colour) for colour in colours), default=9.0)
+            nearest = min((_contrast(candidate, colour) for colour in colours), default=9.0)
             if nearest > distance:
                 best, distance = candidate, nearest
             if distance >= contrast:
@@ -241,7 +241,7 @@ class Planner:
                     name,
                 )
             )
-        scene.background = self._background([colour], 0.55)
+        scene.background = self._background([colour], 0.32)
 
     def advances(self, text: str, face: int, spacing: float) -> np.ndarray:
         """Advance of each character in ems."""
@@ -279,7 +279,7 @@ class Planner:
             angle = rng.uniform(-0.25, 0.25) if rng.random() < 0.4 else 0.0
             stretch = rng.uniform(0.9, 1.1) if name not in ("circle", "square") else 1.0
             scene.marks.append(Mark("shape", SHAPES.index(name), x, y, size, angle, stretch, look, name, colour))
-        scene.background = self._background(list(fills.values()), 0.42)
+        scene.background = self._background(list(fills.values()), 0.16)
 
     def _spots(self, scene: Scene, count: int) -> tuple[list[float], list[tuple[float, float]]]:
         """Half-widths and centres of ``count`` shapes that do not touch."""
@@ -386,6 +386,12 @@ def _hsv(hue: float, saturation: float, value: float) -> Colour:
         return value - value * saturation * max(0.0, min(k, 4 - k, 1.0))
 
     return channel(5), channel(3), channel(1)
+
+
+def _contrast(a: Colour, b: Colour) -> float:
+    """How well two colours can be told apart, up to about 1: mostly by lightness, as reading is."""
+    lightness = 0.3 * (a[0] - b[0]) + 0.59 * (a[1] - b[1]) + 0.11 * (a[2] - b[2])
+    return 0.75 * abs(lightness) + 0.25 * math.dist(a, b)
 
 
 def _apart(places: Sequence[tuple[float, float]], sizes: Sequence[float]) -> bool:
