@@ -24,8 +24,9 @@ SPECIAL_TOKENS = (
 # Not special (decoding keeps them), as in Aria. The turn markers are ordinary text in Aria, several pieces long; here
 # each is one piece, which spares a letter-level model a third of its tokens. The text of a chat is the same.
 ADDED_TOKENS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "\n", "<|im_start|>", "<|im_end|>"]
-# Printable ASCII, then what word processors and European names put into text. All else falls back to bytes.
-LETTERS = " " + "".join(map(chr, range(33, 127))) + "‘’“”–—…•·×÷°€£äöüßàâçéèêëîïôùûñáíóúåæøÄÖÜÉÅØ¿¡"
+# Printable ASCII, then what word processors and European names put into text; all else falls back to bytes. Together
+# with the rest 424 pieces: a multiple of 8, so that the model has no rows without a piece.
+LETTERS = " " + "".join(map(chr, range(33, 127))) + "‘’“”–—…•·×÷°€£¥§äöüßàâçéèêëîïôùûñáíóúåæøÄÖÜÉÅØ¿¡"
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index(IMAGE_TOKEN)
 PAD_TOKEN_ID = SPECIAL_TOKENS.index("<|endoftext|>")
 

@@ -39,8 +39,7 @@ def _jpeg(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def assets() -> Assets:
-    font = ImageFont.load_default(200)
-    rasters = {em: fonts.rasterise([ImageFont.load_default(em)], em) for em in fonts.EM_SIZES}
+    rasters = {em: fonts.rasterise([_font(em)], em) for em in fonts.EM_SIZES}
     sprites = [
         _png(lambda draw: draw.ellipse((8, 8, 120, 120), (220, 20, 20))),
         _png(lambda draw: draw.rectangle((4, 44, 124, 84), (20, 20, 220))),
@@ -48,7 +47,7 @@ def assets() -> Assets:
     ]
     return Assets(
         families=["Default"],
-        face_metrics=fonts.measure(font)[None],
+        face_metrics=fonts.measure(_font(200))[None],
         glyph_boxes={em: boxes for em, (boxes, _) in rasters.items()},
         glyph_bits={em: bits for em, (_, bits) in rasters.items()},
         emoji=[{"label": label, "hexcode": "", "concrete": True} for label in LABELS],
@@ -70,8 +69,10 @@ def _draw(renderer: Renderer, assets: Assets, drawn: list[scenes.Scene], seed: i
     return renderer(batch | {"size": drawn[0].size, "seed": seed})
 
 
-def _font_bytes() -> bytes:
-    return ImageFont.load_default(20).font_bytes
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
 
 
 def _neutral(scene: scenes.Scene) -> scenes.Scene:
@@ -97,6 +98,7 @@ def test_special_tokens_stand_where_arias_do_and_letters_are_tokens():
     ids = tokenizer.encode("<|im_start|>user\n<fim_prefix><|img|><fim_suffix>Hi<|im_end|>")
     assert len(ids) == 1 + 4 + 1 + 3 + 2 + 1
     assert ids.count(9) == 1
+    assert tokenizer.vocab_size() % 8 == 0, "no rows of the model without a piece"
 
 
 @pytest.mark.parametrize("text", ["  two  spaces ", "line\n\nline\n", "naïve “quotes” – 漢字 🙂", "<|im_end|>\nx", ""])
@@ -196,7 +198,7 @@ def test_answers_about_shapes_agree_with_the_scene(assets: Assets):
 def _check_place(marks: list[scenes.Mark], question: str, answer: str) -> None:
     """Of two shapes: find the one named last, and see that the other lies where the sentence says."""
     text = answer if question.startswith("Where") else question
-    place = re.search(r"left|right|above|below", text, re.IGNORECASE)[0].lower()
+    (place,) = re.findall(r"left|right|above|below", text.lower())
     known = text.lower().rstrip("?.").split(" the ")[-1]
     reference = next(mark for mark in marks if known in (mark.name, mark.title))
     other = next(mark for mark in marks if mark is not reference)
@@ -273,7 +275,7 @@ def test_both_ways_of_drawing_give_the_same_picture(assets: Assets, renderer: Re
         if scene.photo:
             scene.photo.hue, scene.photo.mix = 0.0, 0.0
     pixels = (_draw(renderer, assets, drawn)["pixel_values"] + 1) / 2
-    painter = paint.Painter([_font_bytes()], assets.sprites, assets.photos)
+    painter = paint.Painter([_font(20).font_bytes], assets.sprites, assets.photos)
     for scene, picture in zip(drawn, pixels, strict=True):
         large = painter.paint(scene, 2.0, _NoJpeg(1))
         small = large.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
