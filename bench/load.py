@@ -3,7 +3,7 @@
     python bench/load.py --gigabytes 8 --folder SCRATCH
 
 Writes a random checkpoint with the published shapes (fewer layers), then measures in turns, each in a fresh process:
-a plain read through one 16 MiB buffer, a plain read into fresh memory, and the load. Before each cold run the files are
+a plain read through one 1 MiB buffer, a plain read into fresh memory, and the load. Before each cold run the files are
 dropped from the page cache. Ends with one JSON line.
 """
 
@@ -74,7 +74,7 @@ def measure(kind: str, folder: Path, device: str) -> dict[str, float]:
     elif kind == "read into memory":
         kept = [file.read_bytes() for file in files]
     else:
-        buffer = memoryview(bytearray(16 << 20))
+        buffer = memoryview(bytearray(1 << 20))
         for file in files:
             with file.open("rb", buffering=0) as opened:
                 while opened.readinto(buffer):

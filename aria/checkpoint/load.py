@@ -245,9 +245,9 @@ class _Job:
         self.nbytes = out.numel() * stored.dtype.itemsize
 
     @property
-    def direct(self) -> bool:
-        out = self.out
-        return out.device.type == "cpu" and out.is_contiguous() and out.dtype == self.stored.dtype
+    def as_stored(self) -> bool:
+        """Whether the bytes only have to be moved."""
+        return self.out.is_contiguous() and self.out.dtype == self.stored.dtype
 
 
 def _jobs(parameter: Tensor, piece: Piece, stored: StoredTensor) -> list[_Job]:
@@ -293,6 +293,9 @@ def _run(jobs: list[_Job], progress: Progress | None) -> None:
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
         for future in [pool.submit(work) for _ in range(workers)]:
             future.result()
+    if any(job.out.is_cuda and not job.as_stored for job in jobs):
+        # What was converted passed through memory that belongs to streams that are gone.
+        torch.cuda.empty_cache()
 
 
 class _Copier:
@@ -303,17 +306,17 @@ class _Copier:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, job: _Job) -> None:
-        if job.direct and job.stored.seekable:
-            job.stored.read(job.start, job.out.view(torch.uint8).numpy().data)
-            return
         device = job.out.device
-        if device.type != "cuda":
+        if device.type == "cpu" and job.as_stored and job.stored.seekable:
+            job.stored.read(job.start, job.out.view(torch.uint8).numpy().data)
+        elif device.type != "cuda":
             job.out.copy_(self.stage(job, pinned=False))
-            return
-        with torch.cuda.device(device), torch.cuda.stream(self.stream(device)):
-            # Conversion and transposition happen on the device; only this thread waits for it.
-            job.out.copy_(self.stage(job, pinned=True).to(device, non_blocking=True))
-            self.stream(device).synchronize()
+        else:
+            with torch.cuda.stream(self.stream(device)):
+                rows = self.stage(job, pinned=True)
+                # Conversion and transposition are the device's work; only this thread waits for it.
+                job.out.copy_(rows if job.as_stored else rows.to(device, non_blocking=True), non_blocking=True)
+                self.stream(device).synchronize()
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self.streams:
