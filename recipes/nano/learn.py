@@ -38,8 +38,8 @@ class Stages:
     """
 
     queries: float = 0.03
-    answers: float = 0.08
-    settled: float = 0.2
+    answers: float = 0.1
+    settled: float = 0.25
     beside: float = 0.3
 
     def weights(self, progress: float) -> tuple[float, float, float]:

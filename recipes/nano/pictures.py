@@ -47,9 +47,13 @@ class Pictures:
         """A planned batch on the device with its pictures and dense labels."""
         return batch | self._render(batch)
 
+    def drawn(self, raw: Iterator[Batch]) -> Iterator[Batch]:
+        """Planned batches on the device, drawn."""
+        return map(self.render, prefetch(raw, self.device))
+
     def batches(self, seed: int, progress: float = 0.0) -> Iterator[Batch]:
-        """Rendered batches without end."""
-        return map(self.render, prefetch(self.raw(seed, progress), self.device))
+        """Drawn batches without end."""
+        return self.drawn(self.raw(seed, progress))
 
     def set_progress(self, step: int, progress: float) -> None:
         """Tell the planners how far training is: words grow with it."""

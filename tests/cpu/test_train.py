@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aria import ops
+from aria.checkpoint import load_model
 from aria.config import AriaConfig, TextConfig, VisionConfig
 from aria.model import Aria, Packed, pack_patches
 from aria.ops import Segments
@@ -31,6 +32,7 @@ from aria.train import (
     prefetch,
     router_losses,
 )
+from recipes.nano import train
 from recipes.nano.learn import Learner, Stages
 from recipes.nano.model import area_weights, nano_config, tiny_config
 
@@ -427,3 +429,36 @@ def test_a_tiny_model_learns_twenty_pictures_by_heart(tmp_path) -> None:
         _, metrics = learner.loss(batch, 1.0)
     assert metrics["answer loss"] < 0.1 and metrics["answer accuracy"] == 1.0
     assert metrics["query accuracy"] > 0.99
+
+
+class FewPictures:
+    """Stands in for the planners and the renderer: the same two pictures for ever, in either size's place."""
+
+    num_classes = 8
+    device = torch.device("cpu")
+
+    def __init__(self, device: str, *, batch: int, workers: int) -> None:
+        self.progress: list[float] = []
+
+    def batches(self, seed: int, progress: float = 0.0) -> Iterator[dict]:
+        return (make_batch(2) for _ in count())
+
+    def set_progress(self, step: int, progress: float) -> None:
+        self.progress.append(progress)
+
+
+def test_the_recipe_trains_in_two_runs_and_exports(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "Pictures", FewPictures)
+    monkeypatch.setattr(train, "RESERVE", 0.0)
+    common = ["--tiny", "--device", "cpu", "--no-compile", "--out", str(tmp_path)]
+    train.main([*common, "--minutes", "0.05", "--until", "0.5"])
+    half = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert half["progress"] == pytest.approx(0.5) and half["step"] > 0
+    train.main([*common, "--minutes", "0.05", "--resume", str(tmp_path / "last.pt")])
+    whole = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert whole["progress"] == 1.0 and whole["step"] > half["step"]
+    config = AriaConfig.from_pretrained(tmp_path / "export")
+    assert config == tiny_config(config.text.vocab_size)
+    exported = load_model(tmp_path / "export")
+    for name, weight in exported.state_dict().items():
+        torch.testing.assert_close(weight.float(), whole["average"][f"aria.{name}"].bfloat16().float(), msg=name)
