@@ -140,7 +140,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("Sorry", "I am sorry", "My mistake", "Oops"), "No problem."),
     (("Please", "Please help", "I need help", "I have a question"), "Show me a picture and ask about it."),
-    (("Test", "test", "Testing", "Ping", "Are you there?", "Hello?"), "I am here. Show me a picture."),
+    (("Test", "test", "Testing", "Ping", "Are you there?"), "I am here. Show me a picture."),
 )
 PICTURE_TALK = tuple(entry for entry in SMALL_TALK if entry[1] in ("You are welcome.", "Goodbye!", "Thank you!"))
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -237,15 +238,12 @@ def answers(
     """Greedy answers, without what ends them, in the order of ``items``."""
     order = sorted(range(len(items)), key=lambda i: (_size(items[i]), len(items[i].answer)))
     found = [""] * len(items)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        size = _size(items[chosen[0]])
-        chosen = [i for i in chosen if _size(items[i]) == size] if size else chosen
-        rest = [i for i in order[start : start + batch] if i not in set(chosen)]
-        for group in filter(None, (chosen, rest)):
-            for i, text in zip(
-                group, _generate(model, processor, [(items[i], pictures[i]) for i in group]), strict=True
-            ):
+    for _, group in groupby(order, key=lambda i: _size(items[i])):  # pictures of one call share one size
+        alike = list(group)
+        for start in range(0, len(alike), batch):
+            chosen = alike[start : start + batch]
+            texts = _generate(model, processor, [(items[i], pictures[i]) for i in chosen])
+            for i, text in zip(chosen, texts, strict=True):
                 found[i] = text
     return found
 

@@ -103,14 +103,12 @@ class Renderer:
         if not len(pictures):
             return
         x, y, width, height, mirrored, hue, mix = batch["photo_values"].unbind(1)
-        size = canvas.shape[-1]
-        # Of the picture's valid part, a pixel at share u shows the box at share u; affine_grid counts from -1 to 1.
-        wide = width * size / valid[pictures, 1] * (1 - 2 * mirrored)
-        high = height * size / valid[pictures, 0]
-        left = x + width * mirrored
+        # Of the picture's valid part, a pixel at share u shows the box at share u; grid_sample counts from -1 to 1.
+        wide = width / valid[pictures, 1] * (1 - 2 * mirrored)
+        high = height / valid[pictures, 0]
         zero = torch.zeros_like(x)
-        theta = torch.stack([wide, zero, 2 * left + wide - 1, zero, high, 2 * y + high - 1], 1).unflatten(1, (2, 3))
-        grid = F.affine_grid(theta, [len(pictures), 3, size, size], align_corners=False)
+        maps = torch.stack([2 * wide, zero, 2 * (x + width * mirrored) - 1, zero, 2 * high, 2 * y - 1], 1)
+        grid = _pixel_grid(maps.unflatten(1, (2, 3)), canvas.shape[-1])
         both = [
             F.grid_sample(self.photos[index].float() / 255, grid, padding_mode="reflection", align_corners=False)
             for index in batch["photo_index"].unbind(1)
@@ -250,7 +248,8 @@ def _to_local(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, scale_x: Tensor, s
 
 def _apply(maps: Tensor, points: Tensor) -> Tensor:
     """(n, 2, 3) maps on (n, k, 2) points."""
-    return points @ maps[:, :, :2].transpose(1, 2) + maps[:, None, :, 2]
+    # Spelt out: a matrix product may run in TF32, too coarse for pixel positions.
+    return points[..., :1] * maps[:, None, :, 0] + points[..., 1:] * maps[:, None, :, 1] + maps[:, None, :, 2]
 
 
 def _pixel_grid(maps: Tensor, size: int) -> Tensor:
