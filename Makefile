@@ -1,0 +1,54 @@
+# `make demo` shows what Aria sees in three pictures; `make test` runs every CPU test. Both make the environment first,
+# and do that again only when pyproject.toml or constraints.txt has changed.
+#
+#   make demo PYTHON=/path/to/python3.12    choose the interpreter (default: the first 3.11 or 3.12 found)
+#   make test ARGS="-k generate"            pass arguments to pytest
+
+VENV := .venv
+BIN := $(VENV)/bin
+PICTURES := examples/pictures
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3 python); do \
+    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && break; \
+    python=; done
+
+# Asks the model about a picture as a person would, and shows both.
+ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
+    && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
+    && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(call ask,word.png,"What does it say?")
+	$(call ask,shapes.png,"What is in this picture?")
+	$(call ask,emoji.png,"What is in this picture?")
+	@echo 'Your own picture: $(BIN)/aria chat --image FILE "What is in this picture?"'
+
+test: $(VENV)/.developed
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV)
+
+# What people who use the package get.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing aria and what it needs into $(VENV) (PyTorch is large; the first time takes minutes) ..."
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+# What tests and checks need besides.
+$(VENV)/.developed: $(VENV)/.installed
+	@echo "Installing what the tests need ..."
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(FIND_PYTHON); \
+	if [ -z "$$python" ]; then \
+	    echo "Aria needs Python 3.11 or 3.12, and no such python was found; install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$python ..."; \
+	"$$python" -m venv $(VENV)
