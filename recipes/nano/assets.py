@@ -217,11 +217,11 @@ def _tagged_senses(row: list[str]) -> int:
 def photo_paths(root: sources.Sources) -> tuple[list[Path], list[Path]]:
     """Photograph files for training and, different ones, for evaluation."""
     training = [path for spec in sources.TRAINING_PHOTOS for path in _pictures(root.npm(spec) / "package" / "dist")]
-    image, learn, earth, augment = (root.wheel(spec) for spec in sources.WHEELS)
+    image, learn, earth = (root.wheel(spec) for spec in sources.WHEELS)
     names = ["rocket.jpg", "hubble_deep_field.jpg", "retina.jpg", "astronaut.png", "brick.png", "camera.png"]
     names += ["chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png", "ihc.png", "moon.png"]
     training += [image / "skimage" / "data" / name for name in [*names, "motorcycle_left.png"]]
-    training += [*_pictures(learn), *_pictures(earth), *_pictures(augment)]
+    training += [*_pictures(learn), *_pictures(earth)]
     backgrounds = root.debian(sources.PHOTO_PACKAGES) / "usr" / "share" / "backgrounds"
     held_out = [path for spec in sources.HELD_OUT_PHOTOS for path in _pictures(root.npm(spec) / "package")]
     held_out += [path for path in _pictures(backgrounds) if "no-logo" not in path.name]

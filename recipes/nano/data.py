@@ -5,7 +5,6 @@
 
 import itertools
 import multiprocessing
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -40,7 +39,7 @@ class Plan:
     pictures: Mapping[int, int] = field(default_factory=lambda: {224: 512, 448: 128})
     cycle: tuple[int, ...] = (224, 224, 224, 448)
     assets: Path = FOLDER / "assets.npz"
-    workers: int = 14
+    workers: int = 4
     progress: Any = field(default_factory=lambda: multiprocessing.get_context("spawn").Value("d", 0.0, lock=False))
 
 
@@ -156,29 +155,3 @@ def _prompt(text: str, size: int | None) -> list[int]:
 @lru_cache(maxsize=16384)
 def _answer(text: str) -> list[int]:
     return tokenizer.encode(text)
-
-
-def main() -> None:
-    """Print how many pictures a second one core plans, and this machine draws."""
-    from recipes.nano.render import Renderer
-
-    assets = Assets.load()
-    renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
-    for size, pictures in ((224, 256), (448, 64)):
-        make_batch(assets, Random(0), size, pictures)
-        started = time.perf_counter()
-        batches = [make_batch(assets, Random(seed), size, pictures) for seed in range(8)]
-        planned = time.perf_counter() - started
-        moved = [to_device(batch, renderer.device) for batch in batches[:3]]
-        renderer(moved[0])["pixel_values"].sum().item()
-        started = time.perf_counter()
-        drawn = [renderer(batch)["pixel_values"].sum() for batch in moved]
-        torch.stack(drawn).sum().item()
-        seconds = time.perf_counter() - started
-        print(
-            f"{size} px: planned {8 * pictures / planned:.0f} pictures/s a core, drawn {3 * pictures / seconds:.0f}/s"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,11 +15,11 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFont
 
+from aria import AriaForConditionalGeneration, AriaProcessor
 from recipes.nano import dialogue as say
 from recipes.nano import fonts
 from recipes.nano.assets import FOLDER, Assets, unpack_files, unpack_json
@@ -233,7 +233,11 @@ def _draw(painter: Painter, item: Item) -> Image.Image | None:
 
 
 def answers(
-    model: Any, processor: Any, items: Sequence[Item], pictures: Sequence[Image.Image | None], batch: int = 128
+    model: AriaForConditionalGeneration,
+    processor: AriaProcessor,
+    items: Sequence[Item],
+    pictures: Sequence[Image.Image | None],
+    batch: int = 128,
 ) -> list[str]:
     """Greedy answers, without what ends them, in the order of ``items``."""
     order = sorted(range(len(items)), key=lambda i: (_size(items[i]), len(items[i].answer)))
@@ -252,7 +256,9 @@ def _size(item: Item) -> int:
     return item.scene.size if item.scene else 0
 
 
-def _generate(model: Any, processor: Any, asked: Sequence[tuple[Item, Image.Image | None]]) -> list[str]:
+def _generate(
+    model: AriaForConditionalGeneration, processor: AriaProcessor, asked: Sequence[tuple[Item, Image.Image | None]]
+) -> list[str]:
     prompts = []
     for item, picture in asked:
         image = [{"type": "image"}] if picture else []
@@ -260,8 +266,8 @@ def _generate(model: Any, processor: Any, asked: Sequence[tuple[Item, Image.Imag
         message = {"role": "user", "content": content}
         prompts.append(processor.apply_chat_template([message], add_generation_prompt=True))
     images = [picture for _, picture in asked if picture]
-    size = {"max_image_size": _size(asked[0][0])} if images else {}
-    inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt", **size)
+    size = _size(asked[0][0]) or None
+    inputs = processor(text=prompts, images=images or None, max_image_size=size, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
     ids = model.generate(
         **inputs, max_new_tokens=120, stop_strings=[TERMINATOR], tokenizer=processor.tokenizer, do_sample=False
@@ -322,8 +328,6 @@ COLUMNS = (("exact", 9), ("letters", 9), ("not sure", 10))
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Evaluate and print."""
-    from aria import AriaForConditionalGeneration, AriaProcessor
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder or repo id; default: the packaged model")
     parser.add_argument("--processor", help="where tokenizer and processor files are, if not with the model")

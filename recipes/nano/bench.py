@@ -1,0 +1,38 @@
+"""Prints how many pictures a second one core plans and this machine draws: ``python -m recipes.nano.bench``."""
+
+import json
+import time
+from random import Random
+
+import torch
+
+from recipes.nano.assets import Assets
+from recipes.nano.data import make_batch, to_device
+from recipes.nano.render import Renderer
+
+BATCHES = 6
+
+
+def main() -> None:
+    """Measure both sizes; the last line is JSON."""
+    assets = Assets.load()
+    renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
+    rates = {}
+    for size, pictures in ((224, 256), (448, 64)):
+        make_batch(assets, Random(0), size, pictures)
+        started = time.perf_counter()
+        batches = [make_batch(assets, Random(seed), size, pictures) for seed in range(BATCHES)]
+        planned = BATCHES * pictures / (time.perf_counter() - started)
+        moved = [to_device(batch, renderer.device) for batch in batches]
+        renderer(moved[0])["pixel_values"].sum().item()
+        started = time.perf_counter()
+        # Reading one number waits for the device.
+        torch.stack([renderer(batch)["pixel_values"].sum() for batch in moved]).sum().item()
+        drawn = BATCHES * pictures / (time.perf_counter() - started)
+        print(f"{size} px: {planned:.0f} pictures/s planned by a core, {drawn:.0f}/s drawn on {renderer.device}")
+        rates[str(size)] = {"planned_per_core": round(planned), "drawn": round(drawn)}
+    print(json.dumps(rates))
+
+
+if __name__ == "__main__":
+    main()
