@@ -41,7 +41,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 # What tests and checks need besides.
 $(VENV)/.developed: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --quiet --editable '.[dev]'
 	@touch $@
 
 $(BIN)/python:
