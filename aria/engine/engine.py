@@ -115,8 +115,7 @@ class _Run:
         max_tokens = min(params.max_tokens, room)
         ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         self._completions = [
-            Completion(max_tokens, ends, tokenizer, (END_OF_TURN, *params.stop))
-            for _ in range(len(prompts) * params.n)
+            Completion(max_tokens, ends, tokenizer, (END_OF_TURN, *params.stop)) for _ in range(len(prompts) * params.n)
         ]
         features = [_encode(model, prompt) for prompt in inputs if "pixel_values" in prompt]
         self._generation = Generation(
