@@ -24,7 +24,7 @@ from recipes.nano.scenes import Scene
 TOKENS_PER_PICTURE = {224: 176, 448: 256}  # of the packed stream; sequences are drawn again until they fit
 MAX_SEQLEN = {224: 288, 448: 512}
 PICTURES_PER_TALK = 32  # one sequence of text alone for so many pictures
-PICTURES_PER_FILLER = 8  # the rest of the stream is cut into that many pieces, so that none is long
+PICTURES_PER_FILLER = 4  # the rest of the stream is cut into that many pieces (at least 4), so that none is long
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,39 @@ def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
     dataset = Batches(plan)
     if plan.workers == 0:
         return iter(dataset)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=plan.workers,
-            prefetch_factor=4,
-            pin_memory=pin_memory,
-            multiprocessing_context="spawn",
-        )
+    bundles = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=plan.workers,
+        prefetch_factor=4,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn",
     )
+    return map(unbundle, bundles)
+
+
+def bundle(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with all tensors in one: workers hand over a file descriptor for each, slowly and from few."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    rest = {key: value for key, value in batch.items() if key not in tensors}
+    parts, fields, start = [], [], 0
+    for key, tensor in tensors.items():
+        data = tensor.contiguous().flatten().view(torch.uint8)
+        data = torch.nn.functional.pad(data, (0, -len(data) % 8))  # every part starts aligned for any dtype
+        fields.append((key, tensor.dtype, tuple(tensor.shape), start))
+        parts.append(data)
+        start += len(data)
+    return {"rest": rest, "fields": fields, "buffer": torch.cat(parts)}
+
+
+def unbundle(bundled: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`bundle` was given; the tensors are views of one buffer."""
+    buffer: torch.Tensor = bundled["buffer"]
+    batch = dict(bundled["rest"])
+    for key, dtype, shape, start in bundled["fields"]:
+        count = int(np.prod(shape)) * dtype.itemsize
+        batch[key] = buffer[start : start + count].view(dtype).view(shape)
+    return batch
 
 
 class Batches(IterableDataset):
@@ -73,29 +96,27 @@ class Batches(IterableDataset):
         for number in itertools.count(first, step):
             size = self.plan.cycle[number % len(self.plan.cycle)]
             rng = Random(self.plan.seed * 1_000_003 + number)
-            yield make_batch(assets, rng, size, self.plan.pictures[size], self.plan.progress.value)
+            batch = make_batch(assets, rng, size, self.plan.pictures[size], self.plan.progress.value)
+            yield bundle(batch) if info else batch
 
 
 def make_batch(assets: Assets, rng: Random, size: int, pictures: int, progress: float = 1.0) -> dict[str, Any]:
     """Plan, tokenize and pack one batch; tensors on the CPU."""
     planner = Planner(assets, size, rng)
-    talks = pictures // PICTURES_PER_TALK
-    fillers = max(1, pictures // PICTURES_PER_FILLER)
+    count = pictures + pictures // PICTURES_PER_TALK
+    fillers = max(4, pictures // PICTURES_PER_FILLER)
     room = pictures * TOKENS_PER_PICTURE[size]
-    planned: list[Scene] = []
-    sequences: list[tuple[np.ndarray, np.ndarray]] = []
-    for _ in range(pictures):
-        planned.append(planner.plan(progress))
-        sequences.append(tokens(planned[-1].turns, size))
-    for _ in range(talks):
-        turns = [dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
-        sequences.append(tokens(turns, None))
+    planned: list[Scene] = [planner.plan(progress) for _ in range(pictures)]
+    sequences = [tokens(scene.turns, size) for scene in planned] + [_talk(rng) for _ in range(count - pictures)]
     # Replace the longest conversations until all fit: shapes of the stream must not depend on luck.
     lengths = np.array([len(ids) for ids, _ in sequences])
     while lengths.sum() > room or lengths.max() > MAX_SEQLEN[size]:
-        longest = int(lengths[:pictures].argmax())
-        planned[longest] = planner.plan(progress)
-        sequences[longest] = tokens(planned[longest].turns, size)
+        longest = int(lengths.argmax())
+        if longest < pictures:
+            planned[longest] = planner.plan(progress)
+            sequences[longest] = tokens(planned[longest].turns, size)
+        else:
+            sequences[longest] = _talk(rng)
         lengths[longest] = len(sequences[longest][0])
     filler = np.diff(np.linspace(0, room - lengths.sum(), fillers + 1).astype(np.int64))
     assert filler.max() <= MAX_SEQLEN[size], f"{filler.max()} tokens of filler in a piece, room for {MAX_SEQLEN[size]}"
@@ -121,6 +142,11 @@ def make_batch(assets: Assets, rng: Random, size: int, pictures: int, progress: 
         "num_tokens": used,
         "seed": rng.getrandbits(62),
     }
+
+
+def _talk(rng: Random) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation without a picture, of one turn or two."""
+    return tokens([dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))], None)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
