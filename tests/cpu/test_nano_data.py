@@ -239,7 +239,7 @@ def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, size: int)
     batch = data.make_batch(assets, Random(8), size, pictures)
     ids, labels, starts = batch["input_ids"], batch["labels"], batch["cu_seqlens"].tolist()
     assert len(ids) == len(labels) == len(batch["positions"]) == pictures * data.TOKENS_PER_PICTURE[size] == starts[-1]
-    assert len(starts) == pictures + 1 + pictures // 8 + 1
+    assert len(starts) == pictures + 1 + pictures // 4 + 1
     assert max(np.diff(starts)) <= batch["max_seqlen"]
     for n, (start, end) in enumerate(pairwise(starts)):
         row, wanted = ids[start:end].tolist(), labels[start:end].tolist()
@@ -379,3 +379,11 @@ def test_fingerprints_tell_copies_from_other_pictures():
     copy = one.resize((128, 96))
     assert (fingerprint(one) ^ fingerprint(copy)).bit_count() <= 6
     assert (fingerprint(one) ^ fingerprint(other)).bit_count() > 6
+
+
+def test_batches_always_fit_whatever_is_drawn(assets: Assets):
+    for seed in range(60):
+        for size in (224, 448):
+            batch = data.make_batch(assets, Random(seed), size, 32, progress=seed / 60)
+            assert torch.diff(batch["cu_seqlens"]).max() <= batch["max_seqlen"]
+            assert batch["num_tokens"] <= len(batch["input_ids"])
