@@ -63,14 +63,12 @@ def bundle(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with all tensors in one: workers hand over a file descriptor for each, slowly and from few."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     rest = {key: value for key, value in batch.items() if key not in tensors}
-    parts, fields, start = [], [], 0
+    content, fields = bytearray(), []
     for key, tensor in tensors.items():
-        data = tensor.contiguous().flatten().view(torch.uint8)
-        data = torch.nn.functional.pad(data, (0, -len(data) % 8))  # every part starts aligned for any dtype
-        fields.append((key, tensor.dtype, tuple(tensor.shape), start))
-        parts.append(data)
-        start += len(data)
-    return {"rest": rest, "fields": fields, "buffer": torch.cat(parts)}
+        fields.append((key, tensor.dtype, tuple(tensor.shape), len(content)))
+        content += tensor.numpy().tobytes()
+        content += bytes(-len(content) % 8)  # every part starts aligned for any dtype
+    return {"rest": rest, "fields": fields, "buffer": torch.frombuffer(content, dtype=torch.uint8)}
 
 
 def unbundle(bundled: Mapping[str, Any]) -> dict[str, Any]:
