@@ -87,7 +87,7 @@ def inspect(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, weights file or Hub repository, any layout.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it may not hold a model yet.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; weights that it holds are replaced.")],
     revision: Revision = None,
 ) -> None:
     """Rewrite a checkpoint of any layout in today's Hub layout, a shard at a time."""

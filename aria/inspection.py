@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from aria.checkpoint import WEIGHT_PATTERNS, Checkpoint, parameter_shapes
-from aria.config import AriaConfig
+from aria.checkpoint import Checkpoint, Layout, layout_of_index, parameter_shapes
+from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import resolve
 
 BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -26,12 +27,13 @@ def report(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | No
         FileNotFoundError: there is no such model.
         ValueError: it is not a checkpoint of Aria.
     """
-    path = resolve(path_or_repo_id, revision=revision, allow_patterns=WEIGHT_PATTERNS)
+    # Names tell the layout, so the shards of a Hub repository are not fetched for this.
+    path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME, "*.index.json"])
     config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
-    checkpoint = Checkpoint(path, parameter_shapes(config))
+    layout, dtype = _stored(path, config)
     text = config.text
-    console.print(f"layout        {checkpoint.layout.name} ({checkpoint.layout.description})")
-    console.print(f"stored as     {str(checkpoint.dtype).removeprefix('torch.')}")
+    console.print(f"layout        {layout.name} ({layout.description})", soft_wrap=True)
+    console.print(f"stored as     {str(dtype).removeprefix('torch.')}")
     console.print(
         f"experts       {text.moe_num_experts} routed, {text.moe_topk} a token, {text.moe_num_shared_experts} shared"
     )
@@ -42,6 +44,16 @@ def report(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | No
     console.print(f"cache         {config.cache_bytes_per_token():,} bytes a token in bf16\n")
     console.print(_parameters(config))
     console.print(_fits(config))
+
+
+def _stored(path: Path, config: AriaConfig) -> tuple[Layout, torch.dtype]:
+    """Layout and dtype of the weights, or of what index and config promise where the weights are not here."""
+    shapes = parameter_shapes(config)
+    try:
+        checkpoint = Checkpoint(path, shapes)
+    except FileNotFoundError:
+        return layout_of_index(path, shapes), config.dtype
+    return checkpoint.layout, checkpoint.dtype
 
 
 def _parameters(config: AriaConfig) -> Table:

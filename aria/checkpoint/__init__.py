@@ -2,7 +2,15 @@
 
 from aria.checkpoint.convert import Converted, convert
 from aria.checkpoint.layouts import LAYOUTS, Layout
-from aria.checkpoint.load import WEIGHT_PATTERNS, Checkpoint, find_weights, load_into, load_model, parameter_shapes
+from aria.checkpoint.load import (
+    WEIGHT_PATTERNS,
+    Checkpoint,
+    find_weights,
+    layout_of_index,
+    load_into,
+    load_model,
+    parameter_shapes,
+)
 from aria.checkpoint.save import save_checkpoint
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "Layout",
     "convert",
     "find_weights",
+    "layout_of_index",
     "load_into",
     "load_model",
     "parameter_shapes",

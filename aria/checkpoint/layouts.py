@@ -126,11 +126,11 @@ def is_dead(key: str) -> bool:
     return _DEAD.search(key) is not None
 
 
-def detect(stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]) -> Layout:
+def detect(stored: Mapping[str, Shape | None], shapes: Mapping[str, Shape]) -> Layout:
     """The layout that a checkpoint follows: the one whose names fit best, and among equals whose shapes do.
 
     Args:
-        stored: every tensor of the checkpoint.
+        stored: name and shape of every tensor of the checkpoint; None where only the names are known.
         shapes: name and shape of each of the model's parameters.
 
     Raises:
@@ -145,7 +145,7 @@ def detect(stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]) -> L
     def fit(layout: Layout) -> tuple[int, int]:
         pieces = [piece for name, shape in shapes.items() for piece in layout.pieces(name, shape)]
         found = [piece for piece in pieces if piece.key in stored]
-        return len(found), sum(stored[piece.key].shape == piece.shape for piece in found)
+        return len(found), sum(stored[piece.key] == piece.shape for piece in found)
 
     fits = {layout: fit(layout) for layout in LAYOUTS}
     best = max(LAYOUTS, key=fits.__getitem__)

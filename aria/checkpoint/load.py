@@ -57,7 +57,7 @@ class Checkpoint:
         self.files = find_weights(Path(path))
         try:
             stored = _read_all(self.files)
-            self.layout: Layout = detect(stored, shapes)
+            self.layout: Layout = detect({name: tensor.shape for name, tensor in stored.items()}, shapes)
             self._plan = place(self.layout, stored, shapes)
         except ValueError as error:
             if str(Path(path)) in str(error):
@@ -104,6 +104,19 @@ class Checkpoint:
         }
         self.read(state, progress)
         return state
+
+
+def layout_of_index(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
+    """The layout of a sharded checkpoint from the names in its index alone, for shards that were not fetched.
+
+    Raises:
+        FileNotFoundError: the folder has no index.
+        ValueError: the index is damaged, or its names are not Aria's in any layout.
+    """
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    if index is None:
+        raise FileNotFoundError(f"{folder} has neither weights nor an index of shards; fetch the model first")
+    return detect(dict.fromkeys(_weight_map(index)), shapes)
 
 
 def load_into(
@@ -206,13 +219,19 @@ def _unsafe(path: Path, found: list[str]) -> str:
     )
 
 
-def _indexed(index: Path) -> list[Path]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of each tensor -> file that holds it."""
     try:
-        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of shards: {error!r}") from error
-    if strange := [name for name in listed if not isinstance(name, str) or Path(name).name != name or "\\" in name]:
-        raise ValueError(f"{index} names files outside its folder: {names([str(name) for name in strange])}")
+    if strange := {str(file) for file in weight_map.values() if Path(str(file)).name != file or "\\" in file}:
+        raise ValueError(f"{index} names files outside its folder: {names(sorted(strange))}")
+    return weight_map
+
+
+def _indexed(index: Path) -> list[Path]:
+    listed = sorted(dict.fromkeys(_weight_map(index).values()))
     if index.name.removesuffix(".index.json").endswith(_UNSAFE):
         raise ValueError(_unsafe(index, listed))
     if missing := [name for name in listed if not (index.parent / name).is_file()]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from aria import Engine, SamplingParams, cli
+from aria import AriaForConditionalGeneration, Engine, SamplingParams, cli
 
 
 @pytest.fixture
@@ -101,6 +101,21 @@ def test_inspect_names_layout_parts_and_memory(run, model_folder):
         "CPU memory",
     ):
         assert text in out
+
+
+def test_inspect_needs_no_weights_beside_an_index(run, model_folder, tmp_path):
+    AriaForConditionalGeneration.from_pretrained(model_folder, device="cpu").save_pretrained(
+        tmp_path, max_shard_size="200KB"
+    )
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0
+    assert "hub (rhymes-ai/Aria today" in out
+    (tmp_path / "model.safetensors.index.json").unlink()
+    code, _, err = run("inspect", tmp_path)
+    assert code == 2
+    assert "neither weights nor an index" in err
 
 
 def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path):
