@@ -1,9 +1,15 @@
 """Aria: an open multimodal mixture-of-experts model (arXiv 2410.05993)."""
 
-from aria.config import AriaConfig
-from aria.engine import Engine, SamplingParams
-from aria.pretrained import AriaForConditionalGeneration
-from aria.processor import AriaImageProcessor, AriaProcessor
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aria.config import AriaConfig
+    from aria.engine import Engine, SamplingParams
+    from aria.pretrained import AriaForConditionalGeneration
+    from aria.processor import AriaImageProcessor, AriaProcessor
 
 __all__ = [
     "AriaConfig",
@@ -13,3 +19,19 @@ __all__ = [
     "Engine",
     "SamplingParams",
 ]
+
+# Looked up on first use, so that `aria --help` need not wait for PyTorch.
+_ROOMS = {
+    "AriaConfig": "aria.config",
+    "AriaForConditionalGeneration": "aria.pretrained",
+    "AriaImageProcessor": "aria.processor",
+    "AriaProcessor": "aria.processor",
+    "Engine": "aria.engine",
+    "SamplingParams": "aria.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)
