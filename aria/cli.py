@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,8 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+SMALL_MODEL = 100_000_000
+"""Active parameters under which one core of a CPU does all the work."""
 HELP = "/image FILE   show a picture with the next question\n/reset        forget the conversation\n/quit         leave"
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
@@ -66,6 +69,7 @@ def chat(
     conversation = _Conversation(system, settings, image or [])
     conversation.check_images()
     engine = Engine(model, revision=revision, dtype=dtype, device=device)
+    _share_work(engine)
     if question is not None:
         _say(conversation.ask(engine, question, params))
         return
@@ -142,6 +146,18 @@ class _Conversation:
             yield piece
         self.messages += [asked, {"role": "assistant", "content": answer}]
         self.images = []
+
+
+def _share_work(engine: Any) -> None:
+    """On the CPU a small model runs on one core: its steps are over before two have agreed on them.
+
+    Measured on nano, 2 cores: 0.28 s an answer on one; on both 0.3 s at best, 4 s while something else runs.
+    """
+    import torch
+
+    small = engine.model.config.active_parameters() < SMALL_MODEL
+    if engine.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _say(pieces: Iterable[str]) -> None:

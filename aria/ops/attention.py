@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from aria.ops.segments import Segments
 
@@ -24,6 +23,9 @@ def attention(
         # PyTorch 2.11 has no grouped queries here, so keys and values are repeated where there are fewer.
         groups = q_THK.shape[1] // k_SHK.shape[1]
         k_SHK, v_SHK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_SHK, v_SHK))
+        # Here, because it brings all of torch.compile along: 1.5 s that a CPU need not wait for.
+        from torch.nn.attention.varlen import varlen_attn
+
         out = varlen_attn(
             q_THK, k_SHK, v_SHK, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest,
             window_size=(-1, 0) if causal else (-1, -1),
