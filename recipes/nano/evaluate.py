@@ -270,7 +270,7 @@ def _generate(
     inputs = processor(text=prompts, images=images or None, max_image_size=size, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
     ids = model.generate(
-        **inputs, max_new_tokens=120, stop_strings=[TERMINATOR], tokenizer=processor.tokenizer, do_sample=False
+        **inputs, max_new_tokens=200, stop_strings=[TERMINATOR], tokenizer=processor.tokenizer, do_sample=False
     )
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.split(TERMINATOR)[0].strip() for text in texts]

@@ -1,0 +1,141 @@
+"""The packaged nano model: its files, what it answers, and transformers' Aria giving the same text from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tiny import transformers_twin
+
+from aria import AriaConfig, AriaForConditionalGeneration, AriaProcessor, Engine, SamplingParams
+from aria.hub import NANO
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(device="cpu")
+
+
+def word(text: str, colour: str = "black", background: str = "white") -> Image.Image:
+    image = Image.new("RGB", (420, 200), background)
+    draw = ImageDraw.Draw(image)
+    draw.text((210, 100), text, fill=colour, font=ImageFont.load_default(64), anchor="mm")
+    return image
+
+
+def shapes(*kinds: tuple[str, str], size: tuple[int, int] = (400, 300)) -> Image.Image:
+    """Shapes in a row, from left to right."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    step = size[0] / len(kinds)
+    half = min(step, size[1]) * 0.32
+    for place, (colour, kind) in enumerate(kinds):
+        x, y = (place + 0.5) * step, size[1] / 2
+        box = (x - half, y - half, x + half, y + half)
+        if kind == "circle":
+            draw.ellipse(box, fill=colour)
+        elif kind == "square":
+            draw.rectangle(box, fill=colour)
+        else:
+            draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=colour)
+    return image
+
+
+PICTURES = [
+    (word("Hello"), "What does it say?"),
+    (word("42", "red"), "Read the text."),
+    (word("Garden", "white", "navy"), "What is in this picture?"),
+    (word("stop", "blue", "yellow"), "What colour is the text?"),
+    (shapes(("red", "circle")), "What shape is it?"),
+    (shapes(("blue", "square"), ("green", "circle")), "Describe this picture."),
+    (shapes(*[("purple", "triangle")] * 3), "How many triangles are there?"),
+    (shapes(("orange", "square"), ("black", "square"), size=(300, 300)), "How many squares are there?"),
+    (shapes(("red", "triangle"), ("blue", "circle"), size=(224, 224)), "Where is the triangle?"),
+    (Image.radial_gradient("L").convert("RGB").resize((200, 320)), "What is this?"),
+]
+
+
+def message(question: str, picture: Image.Image | None = None) -> list[dict]:
+    parts = [] if picture is None else [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def test_files_are_complete_and_small():
+    config = AriaConfig.from_pretrained()
+    assert config.image_sizes() == {224: 64, 448: 128}
+    assert config.image_token_index == AriaProcessor.from_pretrained().tokenizer.image_token_id == 9
+    assert (NANO / "model.safetensors").stat().st_size <= 40 * 2**20
+    card = (NANO / "README.md").read_text(encoding="utf-8")
+    for needed in ("license: apache-2.0", "Noto", "Twemoji", "CC BY 4.0", "Fluent"):
+        assert needed in card
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "expected"),
+    [
+        (word("Hello"), "What does it say?", "Hello"),
+        (word("Garden", "white", "navy"), "Read the text.", "Garden"),
+        (shapes(("red", "circle")), "What is in this picture?", "A red circle."),
+        (shapes(("green", "square")), "What colour is the square?", "Green."),
+        (shapes(*[("blue", "circle")] * 3), "How many circles are there?", "Three circles."),
+        (shapes(("blue", "square"), ("red", "circle")), "What is to the left of the circle?", "A blue square."),
+        (None, "Hello", "Hello! Show me a picture."),
+    ],
+)
+def test_answers(engine, picture, question, expected):
+    assert engine.chat([message(question, picture)], SamplingParams(max_tokens=60))[0].text == expected
+
+
+def test_a_larger_size_reads_the_same_word(engine):
+    part = {"type": "image", "image": word("Hello"), "max_image_size": 448}
+    question = [{"role": "user", "content": [part, {"type": "text", "text": "What does it say?"}]}]
+    result = engine.chat([question], SamplingParams(max_tokens=60))[0]
+    assert result.text == "Hello"
+    assert result.usage.prompt_tokens > 128
+
+
+def test_transformers_gives_the_same_text_for_ten_pictures(engine):
+    twin = transformers_twin(NANO)
+    processor = engine.processor
+    for picture, question in PICTURES:
+        inputs = processor.apply_chat_template(
+            message(question, picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids = twin.generate(**inputs, max_new_tokens=48, do_sample=False, suppress_tokens=[9])
+        theirs = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ours = engine.chat([message(question, picture)], SamplingParams(max_tokens=48))[0].text
+        assert ours
+        assert ours == theirs.split("<|im_end|>")[0], question
+
+
+def test_quick_start_of_the_model_card():
+    """As the card of rhymes-ai/Aria has it, but for the import line, the weights and the address of the picture."""
+    torch.manual_seed(0)
+    model = AriaForConditionalGeneration.from_pretrained(device_map="auto", torch_dtype=torch.bfloat16)
+    processor = AriaProcessor.from_pretrained()
+    image = word("Hello")
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"text": "what is the image?", "type": "text"},
+            ],
+        }
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=image, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    inputs.to(model.device)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=15,
+        stop_strings=["<|im_end|>"],
+        tokenizer=processor.tokenizer,
+        do_sample=True,
+        temperature=0.9,
+    )
+    output_ids = output[0][inputs["input_ids"].shape[1] :]
+    response = processor.decode(output_ids, skip_special_tokens=True)
+    assert model.dtype == torch.bfloat16
+    assert "Hello" in response
