@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +32,17 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(version("aria-moe"))
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
 ) -> None:
     """Options of all commands; :func:`main` takes ``--debug`` out of the arguments wherever it stands."""
@@ -66,8 +76,9 @@ def chat(
     settings: dict[str, Any] = {"split_image": True} if split else {}
     if max_image_size is not None:
         settings["max_image_size"] = max_image_size
-    conversation = _Conversation(system, settings, image or [])
-    conversation.check_images()
+    conversation = _Conversation(system, settings)
+    for source in image or []:
+        conversation.show(source)
     engine = Engine(model, revision=revision, dtype=dtype, device=device)
     _share_work(engine)
     if question is not None:
@@ -120,25 +131,24 @@ def convert(
 class _Conversation:
     """Messages so far, and the pictures that the next question brings."""
 
-    def __init__(self, system: str | None, image_settings: dict[str, Any], images: Iterable[str]):
+    def __init__(self, system: str | None, image_settings: dict[str, Any]):
         self._settings = image_settings
         self._start = [] if system is None else [{"role": "system", "content": system}]
-        self.messages: list[dict[str, Any]] = list(self._start)
-        self.images = list(images)
+        self.reset()
 
     def reset(self) -> None:
-        self.messages, self.images = list(self._start), []
+        self.messages: list[dict[str, Any]] = list(self._start)
+        self.images: list[Any] = []
 
-    def check_images(self) -> None:
-        """A picture that cannot be read is an error now, not after the model has loaded."""
-        from aria.processor.media import load_image
+    def show(self, source: str) -> None:
+        """Read a picture once, now: it may be gone by the next turn, and a wrong one need not wait for the model."""
+        from aria.processor import load_image
 
-        for image in self.images:
-            load_image(image)
+        self.images.append(load_image(source))
 
     def ask(self, engine: Any, question: str, params: Any) -> Iterable[str]:
         """The answer, piece by piece. A question that fails leaves the conversation as it was."""
-        parts: list[dict[str, Any]] = [{"type": "image", "url": image, **self._settings} for image in self.images]
+        parts: list[dict[str, Any]] = [{"type": "image", "image": image, **self._settings} for image in self.images]
         asked = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
         answer = ""
         for piece in engine.stream([*self.messages, asked], params):
@@ -200,23 +210,19 @@ def _talk(engine: Any, conversation: _Conversation, params: Any) -> None:
 def _add_image(conversation: _Conversation, file: str) -> None:
     if not file:
         raise ValueError("which picture? /image FILE")
-    conversation.images.append(file)
-    try:
-        conversation.check_images()
-    except (ValueError, OSError):
-        conversation.images.pop()
-        raise
+    conversation.show(file)
     err.print(f"[dim]{escape(file)} comes with the next question[/dim]")
 
 
 def main() -> None:
-    """Entry point of ``aria``: an error that a person can mend is one line and exit code 2."""
+    """Entry point of ``aria``: an error is one line and exit code 2; ``--debug`` shows where it came from."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(args=arguments, prog_name="aria")
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
-        err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        said = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"[red]error:[/red] {escape(said)}", soft_wrap=True)
         sys.exit(2)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aria.hub import resolve
+from aria.hub import read_json, resolve
 
 CONFIG_NAME = "config.json"
 
@@ -168,12 +168,7 @@ class AriaConfig:
         """
         path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME])
         file = path / CONFIG_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise FileNotFoundError(f"{path} has no {CONFIG_NAME}; a model folder needs one")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        data = read_json(file)
         try:
             return cls.from_dict(data)
         except ValueError as error:
@@ -289,7 +284,7 @@ def _integer(data: Mapping[str, Any], key: str, default: int) -> int:
 def _number(data: Mapping[str, Any], key: str, default: float) -> float:
     value = data.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{key} should be a number above 0, but is {value!r}")
     return float(value)
 
@@ -317,7 +312,8 @@ def _read_text(data: Mapping[str, Any]) -> TextConfig:
     known = ("aria_text", "aria_moe_lm")
     if data.get("model_type", known[0]) not in known:
         raise ValueError(f"text_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
-    _refuse(data, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, "the decoder")
+    arithmetic = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
+    _refuse(data, arithmetic, "the decoder")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters should be an object, but is {rope!r}")
@@ -331,13 +327,16 @@ def _read_text(data: Mapping[str, Any]) -> TextConfig:
     # `intermediate_size` is an expert's width in today's files; in the others it is an unused 13568 beside
     # `moe_intermediate_size`, which then is the width.
     width = "moe_intermediate_size" if data.get("moe_intermediate_size") else "intermediate_size"
-    topk = "moe_topk" if data.get("moe_topk") is not None else "num_experts_per_tok"
+    topk = _integer(data, "moe_topk", _integer(data, "num_experts_per_tok", defaults.moe_topk))
+    if _integer(data, "num_experts_per_tok", topk) != topk:
+        alias = data["num_experts_per_tok"]
+        raise ValueError(f"moe_topk is {topk}, but num_experts_per_tok is {alias}; they mean the same")
     return TextConfig(
         vocab_size=_integer(data, "vocab_size", defaults.vocab_size),
         hidden_size=hidden,
         intermediate_size=_integer(data, width, defaults.intermediate_size),
         moe_num_experts=_integer(data, "moe_num_experts", defaults.moe_num_experts),
-        moe_topk=_integer(data, topk, defaults.moe_topk),
+        moe_topk=topk,
         moe_num_shared_experts=_integer(data, "moe_num_shared_experts", defaults.moe_num_shared_experts),
         num_hidden_layers=_integer(data, "num_hidden_layers", defaults.num_hidden_layers),
         num_attention_heads=heads,
@@ -366,6 +365,8 @@ def _check(config: AriaConfig) -> None:
         raise ValueError(
             f"{text.num_attention_heads} attention heads do not divide over {text.num_key_value_heads} key/value heads"
         )
+    if not 0 <= config.image_token_index < text.vocab_size:
+        raise ValueError(f"image_token_index {config.image_token_index} is not in the vocabulary of {text.vocab_size}")
     if text.moe_topk > text.moe_num_experts:
         raise ValueError(f"moe_topk {text.moe_topk} is more than the {text.moe_num_experts} experts there are")
     if text.head_dim % 2:

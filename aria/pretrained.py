@@ -6,9 +6,10 @@ the way in and unpacked on the way out; the model inside never sees padding.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from aria.checkpoint import load_model, save_checkpoint
 from aria.config import AriaConfig
-from aria.engine.engine import answer_draws
+from aria.engine.engine import answer_draws, answer_room, refuse_unbuilt
 from aria.engine.generation import Generation
 from aria.engine.request import Completion, SamplingParams
-from aria.hub import resolve
+from aria.hub import read_json, resolve
 from aria.model import Aria, Packed, pack_patches
 from aria.ops import Segments
 from aria.processor import AriaTokenizer
@@ -30,6 +31,46 @@ from aria.processor import AriaTokenizer
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_NEW_TOKENS = 256
 _UNSET: Any = object()
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+_GENERATION_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": (_is(bool), "true or false"),
+    "temperature": (_is(int, float), "a number"),
+    "top_p": (_is(int, float), "a number"),
+    "top_k": (_is(int), "a whole number"),
+    "max_new_tokens": (_is(int), "a whole number"),
+    "pad_token_id": (_is(int), "a token id"),
+    "eos_token_id": (
+        lambda value: all(map(_is(int), value if isinstance(value, list) else [value])),
+        "a token id or a list of them",
+    ),
+}
+_WITHOUT_EFFECT = ("bos_token_id", "_from_model_config", "transformers_version", "use_cache")
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """``generation_config.json`` of a model's folder, or nothing where there is none.
+
+    A setting that is not known here has no effect; it is named in a warning.
+
+    Raises:
+        ValueError: not JSON, or a known setting of the wrong type.
+    """
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
+        return {}
+    settings = {name: value for name, value in read_json(file).items() if value is not None}
+    for name, value in settings.items():
+        holds, expected = _GENERATION_SETTINGS.get(name, (lambda _: True, ""))
+        if not holds(value):
+            raise ValueError(f"{file}: {name} is {value!r}; expected {expected}")
+    if unknown := sorted(settings.keys() - _GENERATION_SETTINGS.keys() - set(_WITHOUT_EFFECT)):
+        warnings.warn(f"{file}: without effect here: {', '.join(unknown)}", stacklevel=2)
+    return settings
 
 
 class Streamer(Protocol):
@@ -97,6 +138,7 @@ class AriaForConditionalGeneration(nn.Module):
         device: torch.device | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | torch.device | Mapping[str, Any] | None = None,
+        quantization: None = None,
         attn_implementation: str | None = None,
         low_cpu_mem_usage: bool | None = None,
         trust_remote_code: bool | None = None,
@@ -110,6 +152,7 @@ class AriaForConditionalGeneration(nn.Module):
             dtype: of the weights; None (or "auto") means the checkpoint's on CUDA and float32 on CPU.
             device: None means CUDA where there is one.
             torch_dtype, device_map: transformers' names of the two above; a map that spreads the model is refused.
+            quantization: not offered yet; anything but None is refused.
             attn_implementation, low_cpu_mem_usage, trust_remote_code: taken for code written for transformers and
                 without effect: kernels are chosen by device, loading always streams, and no remote code is ever run.
 
@@ -117,14 +160,14 @@ class AriaForConditionalGeneration(nn.Module):
             FileNotFoundError: there is no such model.
             ValueError: the files are not a checkpoint of Aria, or keys are missing, unexpected or wrongly shaped.
         """
+        refuse_unbuilt(quantization=quantization)
         dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         device = _one_of("device", device, "device_map", _single_device(device_map))
         model = load_model(path_or_repo_id, revision=revision, dtype=None if dtype == "auto" else dtype, device=device)
         generation_config: dict[str, Any] = {}
         if not isinstance(path_or_repo_id, AriaConfig):
             folder = resolve(path_or_repo_id, revision=revision, allow_patterns=[GENERATION_CONFIG])
-            file = (folder if folder.is_dir() else folder.parent) / GENERATION_CONFIG
-            generation_config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            generation_config = read_generation_config(folder if folder.is_dir() else folder.parent)
         return cls(model, generation_config).eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -156,7 +199,7 @@ class AriaForConditionalGeneration(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or as many picture places as there are not features for.
         """
-        packed = _Packing(input_ids, attention_mask)
+        packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
         segments = Segments.of(packed.lengths, self.device)
         hidden, router_logits = self.model(packed.take(input_ids), Packed(self.config.text, segments), features)
@@ -215,18 +258,14 @@ class AriaForConditionalGeneration(nn.Module):
             raise ValueError(
                 f"a streamer follows one sequence, but {len(input_ids) * num_return_sequences} were asked for"
             )
-        packed = _Packing(input_ids, attention_mask)
+        packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         params = self._params(max_new_tokens, do_sample, temperature, top_p, top_k, num_return_sequences, seed)
-        room = self.config.text.max_position_embeddings - max(packed.lengths)
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {max(packed.lengths)} tokens leaves no room in the model's {room + max(packed.lengths)}"
-            )
+        rooms = answer_room(packed.lengths, self.config.text.max_position_embeddings, params.max_tokens)
         ends = self._end_tokens(eos_token_id)
-        max_tokens = min(params.max_tokens, room)
         completions = [
-            Completion(max_tokens, ends, tokenizer if stops else None, stops, False)
-            for _ in range(len(input_ids) * params.n)
+            Completion(room, ends, tokenizer if stops else None, stops, False)
+            for room in rooms
+            for _ in range(params.n)
         ]
         generation = Generation(
             self.model,
@@ -234,7 +273,7 @@ class AriaForConditionalGeneration(nn.Module):
             Segments.of(packed.lengths, self.device),
             self._encode(input_ids[packed.mask], pixel_values, pixel_mask),
             [answer_draws(params, self.device) for _ in range(len(input_ids))],
-            max_tokens,
+            rooms,
         )
         if streamer is not None:
             streamer.put(input_ids.cpu())
@@ -299,15 +338,15 @@ class AriaForConditionalGeneration(nn.Module):
         def choose(value: Any, name: str, default: Any) -> Any:
             return self._setting(name, default) if value is None else value
 
-        sampling = choose(do_sample, "do_sample", False)
-        return SamplingParams(
+        params = SamplingParams(
             max_tokens=choose(max_new_tokens, "max_new_tokens", DEFAULT_NEW_TOKENS),
-            temperature=choose(temperature, "temperature", 1.0) if sampling else 0.0,
+            temperature=choose(temperature, "temperature", 1.0),
             top_p=choose(top_p, "top_p", 1.0),
             top_k=choose(top_k, "top_k", 0),
             seed=seed,
             n=num_return_sequences,
         )
+        return params if choose(do_sample, "do_sample", False) else dataclasses.replace(params, temperature=0.0)
 
     def _end_tokens(self, eos_token_id: int | Sequence[int] | None) -> set[int]:
         if eos_token_id is _UNSET:
@@ -320,9 +359,16 @@ class AriaForConditionalGeneration(nn.Module):
 class _Packing:
     """Where the tokens of a padded batch lie, to take them out and to put results back."""
 
-    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None):
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int):
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(
+                f"input_ids should be a tensor, but is {type(input_ids).__name__}; use return_tensors='pt'"
+            )
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids should be (batch, tokens), but is {tuple(input_ids.shape)}")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids go from {low} to {high}, but the vocabulary from 0 to {vocab_size - 1}")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if mask.shape != input_ids.shape:
             raise ValueError(

@@ -166,6 +166,9 @@ def load_model(
         ValueError: see :class:`Checkpoint`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(f"device {str(device)!r} is not on this machine; PyTorch finds {here}")
     dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
     dtype = None if dtype is None else parse_dtype(dtype)
     if isinstance(path_or_repo_id, AriaConfig):

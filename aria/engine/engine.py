@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from aria.checkpoint import load_model
+from aria.config import AriaConfig
 from aria.engine.generation import Generation, TokenLogprobs
 from aria.engine.request import Choice, Completion, Result, SamplingParams, TokenLogprob, Usage
 from aria.engine.sampler import Draw, noise_stream
 from aria.model import Aria, pack_patches
 from aria.ops import Segments
-from aria.processor import AriaProcessor
+from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
 
 Message = Mapping[str, Any]
 END_OF_TURN = "<|im_end|>"
@@ -30,6 +31,35 @@ def answer_draws(params: SamplingParams, device: torch.device) -> list[Draw]:
     return [Draw(params.temperature, params.top_k, params.top_p, stream) for stream in noise]
 
 
+def answer_room(prompt_lengths: Sequence[int], max_model_len: int, max_tokens: int) -> list[int]:
+    """How many tokens each prompt's answers may get; what the others of a batch need makes no difference.
+
+    Raises:
+        ValueError: a prompt leaves no room.
+    """
+    if max(prompt_lengths) >= max_model_len:
+        raise ValueError(
+            f"a prompt of {max(prompt_lengths)} tokens leaves no room for an answer in the model's {max_model_len}; "
+            "use fewer or smaller pictures, or less text"
+        )
+    return [min(max_tokens, max_model_len - length) for length in prompt_lengths]
+
+
+def refuse_unbuilt(**settings: object) -> None:
+    """Settings of the contract that have no code behind them yet: a value would be ignored, so it is an error."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is not offered yet; leave it out")
+
+
+def _processor(path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revision: str | None) -> AriaProcessor:
+    if not isinstance(path_or_repo_id, AriaConfig):
+        return AriaProcessor.from_pretrained(path_or_repo_id, revision=revision)
+    sizes = path_or_repo_id.image_sizes()
+    pictures = AriaImageProcessor(sizes=tuple(sizes), max_image_size=max(sizes), min_image_size=min(336, min(sizes)))
+    return AriaProcessor(pictures, AriaTokenizer.from_pretrained(), size_conversion=sizes)
+
+
 class Engine:
     """Answers conversations with one model.
 
@@ -40,21 +70,39 @@ class Engine:
         device: None means CUDA where there is one.
         max_model_len: the most tokens of prompt and answer together; None means what the model was made for.
         max_batch: the most conversations that are decoded together.
+        quantization, memory_utilization, cache_tokens, adapters: not offered yet; anything but the default is refused.
+
+    An `AriaConfig` in place of a path means random weights, to measure with; nano's vocabulary then stands in.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the files are not a model of Aria, or a setting is out of its limits.
     """
 
     def __init__(
         self,
-        path_or_repo_id: str | os.PathLike[str] | None = None,
+        path_or_repo_id: str | os.PathLike[str] | AriaConfig | None = None,
         *,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        quantization: None = None,
         max_model_len: int | None = None,
         max_batch: int = 16,
+        memory_utilization: float = 0.9,
+        cache_tokens: None = None,
+        adapters: Mapping[str, str] | None = None,
     ):
+        refuse_unbuilt(quantization=quantization, cache_tokens=cache_tokens, adapters=adapters or None)
+        refuse_unbuilt(memory_utilization=None if memory_utilization == 0.9 else memory_utilization)
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; expected at least 1")
+        self.processor = _processor(path_or_repo_id, revision)
         self.model = load_model(path_or_repo_id, revision=revision, dtype=dtype, device=device)
-        self.processor = AriaProcessor.from_pretrained(path_or_repo_id, revision=revision)
-        self.max_model_len = max_model_len or self.model.config.text.max_position_embeddings
+        longest = self.model.config.text.max_position_embeddings
+        self.max_model_len = longest if max_model_len is None else max_model_len
+        if not 1 <= self.max_model_len <= longest:
+            raise ValueError(f"max_model_len is {max_model_len}; expected 1 to {longest}, which the model was made for")
         self.max_batch = max_batch
 
     @property
@@ -106,16 +154,12 @@ class _Run:
         ]
         prompts = [prompt["input_ids"][0] for prompt in inputs]
         self._prompt_lengths = [len(prompt) for prompt in prompts]
-        room = engine.max_model_len - max(self._prompt_lengths)
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {max(self._prompt_lengths)} tokens leaves no room for an answer in the model's "
-                f"{engine.max_model_len}; use fewer or smaller pictures, or less text"
-            )
-        max_tokens = min(params.max_tokens, room)
+        rooms = answer_room(self._prompt_lengths, engine.max_model_len, params.max_tokens)
         ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         self._completions = [
-            Completion(max_tokens, ends, tokenizer, (END_OF_TURN, *params.stop)) for _ in range(len(prompts) * params.n)
+            Completion(room, ends, tokenizer, (END_OF_TURN, *(params.stop or ())))
+            for room in rooms
+            for _ in range(params.n)
         ]
         features = [_encode(model, prompt) for prompt in inputs if "pixel_values" in prompt]
         self._generation = Generation(
@@ -124,7 +168,7 @@ class _Run:
             Segments.of(self._prompt_lengths, engine.device),
             torch.cat(features) if features else None,
             [answer_draws(params, engine.device) for _ in prompts],
-            max_tokens,
+            rooms,
             params.logprobs,
         )
 

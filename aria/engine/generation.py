@@ -34,7 +34,7 @@ class Generation:
         segments: Segments,
         image_features_QD: Tensor | None,
         draws: Sequence[Sequence[Draw]],
-        max_tokens: int,
+        max_tokens: Sequence[int],
         logprobs: int | None = None,
     ):
         """Read the prompts.
@@ -44,7 +44,7 @@ class Generation:
             input_ids_T, segments: the prompts, packed.
             image_features_QD: picture tokens of all prompts in order, or None.
             draws: for each prompt, how each of its answers is drawn; answers are numbered in this order.
-            max_tokens: the most tokens that any answer may get.
+            max_tokens: for each prompt, the most tokens that any of its answers may get.
             logprobs: also compute log-probabilities with so many likeliest tokens.
         """
         assert len(draws) == len(segments.lengths), "draws for every prompt"
@@ -53,10 +53,10 @@ class Generation:
         self._answers = list(range(len(self._draws)))
         self._logprobs = logprobs
         text, weight = model.config.text, model.language_model.lm_head.weight
-        self._cache = Cached(text, segments, segments.longest + max_tokens, weight.dtype, weight.device)
+        room = max(length + more for length, more in zip(segments.lengths, max_tokens, strict=True))
+        self._cache = Cached(text, segments, room, weight.dtype, weight.device)
         output = model(input_ids_T, self._cache, image_features_QD)
-        copies = torch.tensor([len(prompt) for prompt in draws], device=weight.device)
-        rows = torch.arange(len(draws), device=weight.device).repeat_interleave(copies)
+        rows = [row for row, prompt in enumerate(draws) for _ in prompt]
         if len(rows) != len(draws):
             self._cache.select(rows)
         self._logits = model.logits(output.hidden[segments.last][rows])
@@ -87,9 +87,8 @@ class Generation:
         keep = [row for row, answer in enumerate(self._answers) if answer not in self._ended]
         assert keep, "every answer has ended"
         if len(keep) < len(self._answers):
-            rows = torch.tensor(keep, device=tokens_N.device)
-            tokens_N = tokens_N[rows]
-            self._cache.select(rows)
+            tokens_N = tokens_N[keep]
+            self._cache.select(keep)
             self._answers = [self._answers[row] for row in keep]
         self._cache.advance()
         self._logits = self._model.logits(self._model(tokens_N, self._cache).hidden)

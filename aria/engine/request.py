@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,7 +28,7 @@ class SamplingParams:
     """0 keeps all."""
     seed: int | None = None
     """None draws one from torch's global generator, so ``torch.manual_seed`` makes a program repeatable."""
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     """Texts at which an answer ends; none of them is part of it."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside each chosen one; 0 reports the chosen one alone."""
@@ -35,19 +36,28 @@ class SamplingParams:
     """Answers to one prompt."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         for name, holds, expected in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 2, "from 0 to 2"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (keep all) or more"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None, or from 0 to 20"),
-            ("n", self.n >= 1, "at least 1"),
+            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
+            ("temperature", _number(self.temperature) and 0 <= self.temperature <= 2, "a number from 0 to 2"),
+            ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("top_k", _whole(self.top_k, 0), "a whole number, 0 (keep all) or more"),
+            ("seed", self.seed is None or _whole(self.seed), "None or a whole number"),
+            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 20), "None, or a whole number from 0 to 20"),
+            ("n", _whole(self.n, 1), "a whole number, at least 1"),
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
         ):
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(frozen=True)

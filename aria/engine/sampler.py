@@ -46,13 +46,17 @@ def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
         return torch.tensor(values, device=device)[:, None]
 
     V = logits_NV.shape[-1]
-    scores = logits_NV[rows].float() / column([draw.temperature for draw in warm])
+    scores = logits_NV[rows].float()
+    # From the largest score down, so that no temperature however small makes them overflow.
+    scores = (scores - scores.amax(-1, keepdim=True)) / column([draw.temperature for draw in warm])
     scores, order = scores.sort(dim=-1, descending=True)
     rank = torch.arange(V, device=device)
     scores = scores.masked_fill(rank >= column([draw.top_k or V for draw in warm]), float("-inf"))
     probs = scores.softmax(-1)
     before = probs.cumsum(-1) - probs
-    scores = scores.masked_fill((before >= column([draw.top_p for draw in warm])) & (rank > 0), float("-inf"))
+    # 1 keeps all, also where rounding lets the sum reach it early.
+    limit = column([draw.top_p if draw.top_p < 1 else float("inf") for draw in warm])
+    scores = scores.masked_fill((before >= limit) & (rank > 0), float("-inf"))
     # The largest score with Gumbel noise is a draw from the softmax.
     uniform = torch.stack([torch.rand(V, generator=draw.noise, device=device) for draw in warm])
     gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny)))

@@ -5,6 +5,7 @@ T tokens of all sequences end to end, N sequences, H heads, KV key/value heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -64,10 +65,9 @@ class Cached:
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self._prompts: Segments | None = segments
-        self._lengths = torch.tensor(segments.lengths, device=device)
-        self._longest = segments.longest
+        self._lengths = segments.lengths
         self._row = torch.arange(len(segments.lengths), device=device).repeat_interleave(
-            self._lengths, output_size=segments.total
+            segments.cu_seqlens.diff(), output_size=segments.total
         )
         self._slot = segments.positions()
         self._rotate = _Rotation(config, self._slot)
@@ -75,20 +75,21 @@ class Cached:
 
     def advance(self) -> None:
         """Make room for one more token of each sequence; the next call to the decoder brings those tokens."""
+        device = self._slot.device
         self._prompts = None
-        self._slot = self._lengths
-        self._lengths = self._lengths + 1
-        self._longest += 1
-        assert self._longest <= self._keys[0].shape[1], "the cache is full"
-        self._row = torch.arange(len(self._lengths), device=self._lengths.device)
+        self._slot = torch.tensor(self._lengths, device=device)
+        self._lengths = tuple(length + 1 for length in self._lengths)
+        assert max(self._lengths) <= self._keys[0].shape[1], "the cache is full"
+        self._row = torch.arange(len(self._lengths), device=device)
         self._rotate = _Rotation(self._config, self._slot)
-        self._mask = torch.arange(self._longest, device=self._lengths.device) < self._lengths[:, None]
+        self._mask = torch.arange(max(self._lengths), device=device) <= self._slot[:, None]
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat or drop sequences: afterwards sequence n is what sequence ``rows[n]`` was."""
-        self._keys = [keys[rows] for keys in self._keys]
-        self._values = [values[rows] for values in self._values]
-        self._lengths = self._lengths[rows]
+        index = torch.tensor(rows, device=self._slot.device)
+        self._keys = [keys[index] for keys in self._keys]
+        self._values = [values[index] for values in self._values]
+        self._lengths = tuple(self._lengths[row] for row in rows)
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         q_THK, k_THK = self._rotate(q_THK, k_THK)
@@ -97,7 +98,7 @@ class Cached:
         if self._prompts is not None:
             return ops.attention(q_THK, k_THK, v_THK, self._prompts, self._prompts, causal=True)
         assert self._mask is not None
-        keys, values = (cache[layer][:, : self._longest].transpose(1, 2) for cache in (self._keys, self._values))
+        keys, values = (cache[layer][:, : self._mask.shape[1]].transpose(1, 2) for cache in (self._keys, self._values))
         out = F.scaled_dot_product_attention(
             q_THK[:, :, None],
             keys,

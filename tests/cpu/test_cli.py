@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib.metadata import version
 
 import pytest
 from PIL import Image
@@ -83,6 +84,27 @@ def test_a_conversation_remembers_until_it_is_reset(run, model_folder, picture):
     assert "never" not in err
 
 
+def test_a_picture_is_read_once(run, model_folder, picture, monkeypatch):
+    class Typed(io.StringIO):
+        def readline(self, *arguments):
+            picture.unlink(missing_ok=True)
+            return super().readline(*arguments)
+
+    monkeypatch.setattr(io, "StringIO", Typed)
+    lines = "what is\nhello\n/quit\n"
+    code, out, err = run("chat", "-m", model_folder, "--image", picture, "--max-tokens", 5, typed=lines)
+    assert code == 0
+    assert "error" not in err
+    assert not picture.exists()
+    assert out.count("> ") == 3
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.strip() == version("aria-moe")
+
+
 def test_end_of_input_leaves_a_conversation(run, model_folder):
     code, out, _ = run("chat", "-m", model_folder, typed="")
     assert (code, out.replace("> ", "")) == (0, "")
@@ -131,7 +153,8 @@ def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path)
     [
         (("chat", "-m", "/no/such/model", "hi"), "/no/such/model"),
         (("chat", "--image", "nowhere.png", "hi"), "nowhere.png"),
-        (("chat", "--temperature", "3", "hi"), "temperature is 3.0; expected from 0 to 2"),
+        (("chat", "--temperature", "3", "hi"), "temperature is 3.0; expected a number from 0 to 2"),
+        (("chat", "--device", "cuda:99", "hi"), "device 'cuda:99' is not on this machine; PyTorch finds cpu"),
         (("inspect", "/no/such/model"), "/no/such/model"),
         (("convert", "/no/such/model", "out"), "/no/such/model"),
     ],

@@ -292,7 +292,15 @@ REFUSED: dict[str, tuple[str | None, Json, str]] = {
     "no heads": ("text_config", {"num_attention_heads": 0}, "num_attention_heads should be above 0"),
     "vision heads": ("vision_config", {"num_attention_heads": 7}, "vision.hidden_size 1152 does not divide over 7"),
     "grouped heads": ("text_config", {"num_key_value_heads": 3}, "20 attention heads do not divide over 3"),
-    "more than all": ("text_config", {"moe_topk": 65}, "moe_topk 65 is more than the 64 experts"),
+    "more than all": (
+        "text_config",
+        {"moe_topk": 65, "num_experts_per_tok": 65},
+        "moe_topk 65 is more than the 64 experts",
+    ),
+    "two answers": ("text_config", {"num_experts_per_tok": 2}, "moe_topk is 6, but num_experts_per_tok is 2"),
+    "no number": ("text_config", {"rope_theta": float("nan")}, "rope_theta should be a number above 0, but is nan"),
+    "sliding window": ("text_config", {"sliding_window": 4096}, "sliding_window of the decoder is 4096"),
+    "picture token far off": (None, {"image_token_index": 10**9}, "is not in the vocabulary of 100352"),
     "odd heads": ("text_config", {"head_dim": 127}, "head_dim 127 is odd"),
     "pad token": (None, {"pad_token_id": "<pad>"}, "pad_token_id should be a whole number, but is '<pad>'"),
     "image token": (None, {"image_token_index": "<|img|>"}, "image_token_index should be a whole number"),
@@ -319,7 +327,7 @@ def test_files_refused(tmp_path):
         AriaConfig.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="revision='main' is for Hub repositories"):
         AriaConfig.from_pretrained(tmp_path, revision="main")
-    for content, message in ((b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "is 'list'")):
+    for content, message in ((b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "holds a list")):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             AriaConfig.from_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from test_model import crops, ids, left_padded
 from tiny import tiny_config, tiny_model, transformers_twin
 
-from aria.pretrained import AriaForConditionalGeneration
+from aria.pretrained import AriaForConditionalGeneration, read_generation_config
 
 
 @pytest.fixture(scope="module")
@@ -151,19 +151,62 @@ def test_generation_config_is_followed_and_arguments_win(pair):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"do_sample": True, "temperature": 2.5}, "temperature is 2.5; expected from 0 to 2"),
+        ({"do_sample": True, "temperature": 2.5}, "temperature is 2.5; expected a number from 0 to 2"),
         ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
-        ({"max_new_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ({"max_new_tokens": 0}, "max_tokens is 0; expected a whole number, at least 1"),
         ({"num_return_sequences": 0}, "n is 0"),
         ({"stop_strings": ["x"]}, "tokenizer=processor.tokenizer"),
         ({"use_cache": False}, "use_cache=False"),
+        ({"temperature": 5.0}, "temperature is 5.0"),
+        ({"max_new_tokens": 2.5}, "max_tokens is 2.5"),
         ({"streamer": object(), "num_return_sequences": 2}, "one sequence"),
     ],
 )
 def test_settings_out_of_their_limits_are_refused(pair, setting, message):
     with pytest.raises(ValueError, match=message):
         pair[0].generate(**left_padded([ids(5)]), **setting)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.tensor([[5, 300]]), "go from 5 to 300, but the vocabulary from 0 to 299"),
+        (torch.tensor([[-1, 5]]), "go from -1 to 5"),
+        (torch.tensor([5, 6]), r"should be \(batch, tokens\)"),
+        ([[5, 6]], "should be a tensor, but is list"),
+    ],
+)
+def test_ids_that_cannot_be_looked_up_are_refused(pair, given, message):
+    with pytest.raises(ValueError, match=message):
+        pair[0].generate(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "object"),
+        ('{"eos_token_id": "x"}', "eos_token_id is 'x'; expected a token id or a list of them"),
+        ('{"eos_token_id": [2, true]}', "eos_token_id"),
+        ('{"do_sample": 1}', "do_sample is 1; expected true or false"),
+    ],
+)
+def test_a_bad_generation_config_is_named(tmp_path, content, message):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_generation_config(tmp_path)
+    assert "generation_config.json" in str(error.value)
+
+
+def test_settings_without_effect_are_named_in_a_warning(tmp_path):
+    content = '{"bos_token_id": 1, "eos_token_id": [2, 7], "repetition_penalty": 2.0, "top_k": null}'
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.warns(UserWarning, match="without effect here: repetition_penalty"):
+        settings = read_generation_config(tmp_path)
+    assert settings["eos_token_id"] == [2, 7]
+    assert "top_k" not in settings
+    assert read_generation_config(tmp_path / "nowhere") == {}
 
 
 def test_unknown_settings_are_refused_by_name(pair):

@@ -40,6 +40,21 @@ def test_top_k_and_top_p_cut_the_tail_and_renormalise():
     assert (cut - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
 
 
+def test_any_temperature_that_is_allowed_gives_the_likeliest_at_its_lower_end():
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 10
+    for temperature in (1e-38, 1e-3):
+        assert sample(scores, [Draw(temperature, noise=noise_stream(0, 0, CPU))]) == scores.argmax()
+
+
+def test_top_p_of_one_keeps_every_token():
+    # A thousand tokens after one that holds nearly all: the running sum is 1 in float32 before the last of them.
+    scores = torch.full((1, 1001), -9.0)
+    scores[0, 0] = 9.0
+    noise = noise_stream(0, 0, CPU)
+    drawn = {int(sample(scores, [Draw(2.0, noise=noise)])) for _ in range(4000)}
+    assert max(drawn) > 900
+
+
 def test_rows_with_and_without_sampling_mix():
     scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     draws = [Draw(), Draw(1.0, noise=noise_stream(7, 0, CPU)), Draw(), Draw(1.0, noise=noise_stream(8, 0, CPU))]
@@ -91,15 +106,19 @@ def test_nothing_is_held_back_longer_than_needed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1; expected from 0 to 2"),
+        ({"temperature": -0.1}, "temperature is -0.1; expected a number from 0 to 2"),
         ({"temperature": 2.01}, "temperature"),
-        ({"top_p": 0}, "top_p is 0; expected above 0 and at most 1"),
+        ({"top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
-        ({"max_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; expected a whole number, at least 1"),
         ({"n": 0}, "n is 0"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": ["x", ""]}, "stop"),
+        ({"temperature": "1"}, "temperature is '1'; expected a number"),
+        ({"max_tokens": None}, "max_tokens is None"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; expected a whole number"),
+        ({"seed": "x"}, "seed"),
     ],
 )
 def test_parameters_out_of_their_limits_are_refused(settings, message):
@@ -109,3 +128,4 @@ def test_parameters_out_of_their_limits_are_refused(settings, message):
 
 def test_one_stop_text_may_stand_alone():
     assert SamplingParams(stop="x").stop == ("x",)
+    assert SamplingParams(stop=None).stop == ()
