@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import small_tokenizer
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, transformers_twin
 
 from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor
 from aria.processor import AriaTokenizer
@@ -22,3 +22,12 @@ def model_folder(tmp_path_factory):
     AriaForConditionalGeneration(tiny_model(tiny_config(vocab_size=tokenizer.vocab_size))).save_pretrained(path)
     AriaProcessor(AriaImageProcessor(max_image_size=490), tokenizer).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A tiny random Aria, and transformers' own loaded from what ours saved."""
+    ours = AriaForConditionalGeneration(tiny_model(tiny_config())).eval()
+    folder = tmp_path_factory.mktemp("pair")
+    ours.save_pretrained(folder)
+    return ours, transformers_twin(folder)

@@ -5,18 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from test_model import crops, ids, left_padded
-from tiny import tiny_config, tiny_model, transformers_twin
 
 from aria.pretrained import AriaForConditionalGeneration, read_generation_config
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    ours = AriaForConditionalGeneration(tiny_model(tiny_config())).eval()
-    folder = tmp_path_factory.mktemp("tiny")
-    ours.save_pretrained(folder)
-    return ours, transformers_twin(folder)
-
 
 BATCH = {
     "one text": lambda: left_padded([ids(9)]),

@@ -18,15 +18,6 @@ from aria.pretrained import AriaForConditionalGeneration
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Ours, and transformers' loaded from what ours saved."""
-    ours = AriaForConditionalGeneration(tiny_model(tiny_config())).eval()
-    folder = tmp_path_factory.mktemp("tiny")
-    ours.save_pretrained(folder)
-    return ours, transformers_twin(folder)
-
-
 def crops(side: int, extents: list[tuple[int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random crops whose real pixels are the top left (height, width)."""
     generator = torch.Generator().manual_seed(seed)
