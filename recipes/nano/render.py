@@ -22,6 +22,7 @@ from recipes.nano.fonts import EM_SIZES
 
 PATCH = 14
 IGNORED = -100
+LINEAR, ROUND, CLOUDY, STRIPED = 1, 2, 3, 4  # kinds of backgrounds besides the plain one, 0
 
 
 class Renderer:
@@ -35,6 +36,9 @@ class Renderer:
         self.shapes = torch.from_numpy(fields).to(self.device)[:, None]
         self.sprites = _pictures(assets.sprites, "RGBA").to(self.device)
         self.photos = _pictures(assets.photos, "RGB").to(self.device)
+        # Made once: a constant that is made while drawing is a copy from the host that waits for the GPU.
+        self.hue_turn = _hue_turn().to(self.device)
+        self.channels = torch.arange(3, device=self.device)[:, None, None]
 
     def _glyph_tiles(self, assets: Assets, em: int) -> tuple[Tensor, Tensor]:
         """Bitmaps of all glyphs at one size in equal tiles ``(faces * characters, h, w)`` uint8, and their tops."""
@@ -50,56 +54,62 @@ class Renderer:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Pictures, masks and dense labels of a packed batch whose tensors are on the renderer's device."""
+        """Pictures, masks and dense labels of a packed batch whose tensors are on the renderer's device.
+
+        Nothing waits for the host, so a training loop queues the next pictures while the GPU is busy with these.
+        """
         size, valid = int(batch["size"]), batch["valid"]
         generator = torch.Generator(self.device).manual_seed(int(batch["seed"]))
-        canvas = self._backgrounds(batch["background"], valid, size, generator)
+        canvas = self._backgrounds(batch, valid, size, generator)
         points = torch.cat([_patch_points(size, len(valid), self.device), _query_points(size, valid)], 1)
         labels = torch.zeros(points.shape[:2], dtype=torch.int64, device=self.device)
         self._draw_photos(canvas, labels, batch, valid)
-        for kind, _, start, end in batch["mark_groups"]:
-            self._draw_marks(canvas, labels, points, batch, kind, slice(start, end))
+        sprites = self._sprite_textures(batch)
+        for group in batch["mark_groups"]:
+            self._draw_marks(canvas, labels, points, batch, sprites, group)
         for group in batch["line_groups"]:
             self._draw_lines(canvas, labels, points, batch, group)
-        canvas = _sensor(canvas, batch["sensor"], generator)
         pixels = torch.arange(size, device=self.device)
         mask = (pixels[:, None] < valid[:, :1, None]) & (pixels < valid[:, 1:, None])
         outside = (points[..., 1] >= valid[:, :1]) | (points[..., 0] >= valid[:, 1:])
         labels = labels.masked_fill(outside, IGNORED)
         patches = (size // PATCH) ** 2
         return {
-            "pixel_values": torch.where(mask[:, None], canvas.clamp(0, 1) * 2 - 1, -1.0),
+            "pixel_values": _sensor(canvas, batch, generator).masked_fill_(~mask[:, None], -1.0),
             "pixel_mask": mask,
             "patch_labels": labels[:, :patches],
             "query_labels": labels[:, patches:].unflatten(1, (-1, 4 if size == 224 else 8)),
         }
 
-    def _backgrounds(self, values: Tensor, valid: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """(N, 3, S, S) in 0..1: two colours, mixed by the kind of background."""
-        axis = torch.arange(size, device=self.device) + 0.5
-        y = (axis[:, None] / valid[:, :1, None]).expand(-1, size, size)
-        x = (axis / valid[:, 1:, None]).expand(-1, size, size)
-        kind, angle, frequency, phase = (values[:, i, None, None] for i in (0, 7, 8, 9))
-        along = (x - 0.5) * angle.cos() + (y - 0.5) * angle.sin()
+    def _backgrounds(self, batch: Mapping[str, Any], valid: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """(N, 3, S, S) in 0..1: one colour, or two mixed by the kind of background."""
+        values, rows = batch["background"], batch["background_rows"]
+        canvas = values[:, 1:4, None, None].expand(-1, -1, size, size).contiguous()
         grains = torch.rand((len(values), 1, 9, 9), device=self.device, generator=generator)
-        cloudy = F.interpolate(grains, (size, size), mode="bicubic", align_corners=False)[:, 0]
-        share = torch.zeros_like(along)
-        for number, map_ in enumerate(
-            (
-                along + 0.5,
-                torch.hypot(x - 0.5, y - 0.5) * 1.6,
-                cloudy,
-                (along * frequency * 6.3 + phase).sin() * 2 + 0.5,
-            )
-        ):
-            share = torch.where(kind == number + 1, map_, share)
-        share = share.clamp(0, 1)[:, None]
-        return values[:, 1:4, None, None] * (1 - share) + values[:, 4:7, None, None] * share
+        axis = torch.arange(size, device=self.device) + 0.5
+        for kind, start, end in batch["background_groups"]:
+            chosen = rows[start:end]
+            look = values[chosen]
+            y = axis[:, None] / valid[chosen, :1, None] - 0.5
+            x = axis / valid[chosen, 1:, None] - 0.5
+            angle, frequency, phase = (look[:, i, None, None] for i in (7, 8, 9))
+            if kind == ROUND:
+                share = torch.hypot(x, y) * 1.6
+            elif kind == CLOUDY:
+                share = F.interpolate(grains[chosen], (size, size), mode="bicubic", align_corners=False)[:, 0]
+            elif kind == STRIPED:
+                turn = frequency * 6.3
+                share = (x * angle.cos() * turn + phase + y * angle.sin() * turn).sin_().mul_(2).add_(0.5)
+            else:
+                share = x * angle.cos() + 0.5 + y * angle.sin()
+            first, second = look[:, 1:4, None, None], look[:, 4:7, None, None]
+            canvas.index_copy_(0, chosen, torch.lerp(first, second, share.clamp_(0, 1)[:, None]))
+        return canvas
 
     # --- photographs -------------------------------------------------------------------------------------------------
 
     def _draw_photos(self, canvas: Tensor, labels: Tensor, batch: Mapping[str, Any], valid: Tensor) -> None:
-        pictures = batch["photo_picture"]
+        pictures, index, mixed = batch["photo_picture"], batch["photo_index"], batch["photo_mixed"]
         if not len(pictures):
             return
         x, y, width, height, mirrored, hue, mix = batch["photo_values"].unbind(1)
@@ -108,70 +118,98 @@ class Renderer:
         high = height / valid[pictures, 0]
         zero = torch.zeros_like(x)
         maps = torch.stack([2 * wide, zero, 2 * (x + width * mirrored) - 1, zero, 2 * high, 2 * y - 1], 1)
-        grid = _pixel_grid(maps.unflatten(1, (2, 3)), canvas.shape[-1])
-        both = [
-            F.grid_sample(self.photos[index].float() / 255, grid, padding_mode="reflection", align_corners=False)
-            for index in batch["photo_index"].unbind(1)
-        ]
-        mixed = torch.lerp(both[0], both[1], mix[:, None, None, None])
-        canvas[pictures] = torch.einsum("nij,njhw->nihw", _hue_rotation(hue), mixed)
+        size = canvas.shape[-1]
+        grid = _pixel_grid(maps.unflatten(1, (2, 3)), torch.zeros_like(index), size, size)
+        shown = self._photo(index[:, 0], grid)
+        if len(mixed):
+            shown[mixed] = torch.lerp(shown[mixed], self._photo(index[mixed, 1], grid[mixed]), _each(mix[mixed]))
+        turned = torch.bmm(self._hue_rotation(hue), shown.flatten(2))
+        canvas.index_copy_(0, pictures, turned.view_as(shown))
         labels[pictures] = scenes.OTHER
+
+    def _photo(self, index: Tensor, grid: Tensor) -> Tensor:
+        return F.grid_sample(self.photos[index].div(255.0), grid, padding_mode="reflection", align_corners=False)
+
+    def _hue_rotation(self, angle: Tensor) -> Tensor:
+        """Rotations of colour space about the grey axis, (n, 3, 3)."""
+        across, turned, along = self.hue_turn
+        return across * angle.cos()[:, None, None] + turned * angle.sin()[:, None, None] + along
 
     # --- shapes and sprites ------------------------------------------------------------------------------------------
 
     def _draw_marks(
-        self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any], kind: int, rows: slice
+        self,
+        canvas: Tensor,
+        labels: Tensor,
+        points: Tensor,
+        batch: Mapping[str, Any],
+        sprites: Tensor,
+        group: tuple[int, ...],
     ) -> None:
-        pictures, values = batch["mark_picture"][rows], batch["mark_values"][rows]
-        index, classes = batch["mark_index"][rows], batch["mark_class"][rows]
+        kind, sprite, start, end, high, wide = group
+        rows = slice(start, end)
+        pictures, values, classes = (batch[f"mark_{name}"][rows] for name in ("picture", "values", "class"))
         x, y, half, cos, sin, stretch = values[:, :6].unbind(1)
-        to_local = _to_local(x, y, cos, sin, 1 / (half * stretch), 1 / half)
-        at_points = _apply(to_local, points[pictures])
-        size = canvas.shape[-1]
         if kind == commands.SHAPE:
-            texture, reach = self.shapes[index], shapes.REACH
+            texture, reach, mode = self.shapes[batch["mark_index"][rows]], shapes.REACH, "border"
         else:
-            texture, reach = self._sprite_textures(index, values[:, 6:], kind == commands.SMALL_SPRITE), 1.0
-        mode = "border" if kind == commands.SHAPE else "zeros"
-        grid = _pixel_grid(to_local, size) / reach
+            texture, reach, mode = sprites[sprite : sprite + end - start], 1.0, "zeros"
+            texture = F.avg_pool2d(texture, 2) if kind == commands.SMALL_SPRITE else texture
+        # Textures count from -1 to 1, as grid_sample wants it.
+        to_texture = _to_local(x, y, cos, sin, 1 / (half * stretch * reach), 1 / (half * reach))
+        corner = batch["mark_corner"][rows]
+        grid = _pixel_grid(to_texture, corner, high, wide)
         found = F.grid_sample(texture, grid, padding_mode=mode, align_corners=False)
-        under = F.grid_sample(texture[:, -1:], at_points[:, None] / reach, padding_mode=mode, align_corners=False)
-        under = under[:, 0, 0]
+        at_points = _apply(to_texture, points[pictures])[:, None]
+        under = F.grid_sample(texture[:, -1:], at_points, padding_mode=mode, align_corners=False)[:, 0, 0]
+        window = self._window(pictures, corner, high, wide)
         if kind == commands.SHAPE:
             colour, alpha = _shade(found, half, values[:, 6:])
-            hit = under < 0
-        else:
-            colour, alpha = found[:, :3], found[:, 3:]
-            hit = under > 0.5
-        canvas[pictures] = canvas[pictures] * (1 - alpha) + colour
+            canvas[window] = torch.lerp(canvas[window], colour, alpha)
+        else:  # their colours are multiplied by alpha
+            canvas[window] = torch.addcmul(found[:, :3], canvas[window], 1 - found[:, 3:])
+        hit = under < 0 if kind == commands.SHAPE else under > 0.5
         labels[pictures] = torch.where(hit, classes[:, None], labels[pictures])
 
-    def _sprite_textures(self, index: Tensor, look: Tensor, small: bool) -> Tensor:
-        """Sprites (n, 4, T, T), colours multiplied by alpha, after their changes of style."""
-        texture = self.sprites[index].float() / 255
-        saturation, gain, bias, outline, levels, mirrored = (v[:, None, None, None] for v in look[:, 1:7].unbind(1))
+    def _window(self, pictures: Tensor, corner: Tensor, high: int, wide: int) -> tuple[Tensor, ...]:
+        """Indices of (n, 3, high, wide) of the canvas, each with its upper left corner (y, x) somewhere else."""
+        rows = corner[:, :1] + torch.arange(high, device=self.device)
+        columns = corner[:, 1:] + torch.arange(wide, device=self.device)
+        return pictures[:, None, None, None], self.channels, rows[:, None, :, None], columns[:, None, None]
+
+    def _sprite_textures(self, batch: Mapping[str, Any]) -> Tensor:
+        """All sprites of a batch (n, 4, T, T), colours multiplied by alpha, after their changes of style."""
+        outlined = batch["sprite_outlined"]
+        texture = self.sprites[batch["sprite_index"]].div(255.0)
+        if not len(texture):
+            return texture
+        hue, saturation, gain, bias, outline, levels, _ = batch["sprite_look"].unbind(1)
         colour, alpha = texture[:, :3], texture[:, 3:]
-        steps = (levels - 1).clamp(min=1)
-        colour = torch.where(levels > 0, (colour * steps).round() / steps, colour)
-        colour = torch.einsum("nij,njhw->nihw", _hue_rotation(look[:, 0]), colour)
-        grey = colour.mean(1, keepdim=True)
-        colour = (((colour - grey) * saturation + grey) * gain + bias).clamp(0, 1)
-        edges = _edges(grey * alpha) * 1.5 + _edges(alpha)
-        colour = colour * alpha * (1 - outline * edges.clamp(0, 1))
-        # The outline's outer half: black around the sprite.
-        alpha = torch.maximum(alpha, outline * F.max_pool2d(alpha, 5, 1, 2))
-        texture = torch.cat([colour, alpha], 1)
-        texture = torch.where(mirrored > 0, texture.flip(3), texture)
-        return F.avg_pool2d(texture, 2) if small else texture
+        steps = _each((levels - 1).clamp(min=1))
+        colour = torch.where(_each(levels) > 0, (colour * steps).round_().div_(steps), colour)
+        # The hue is turned, saturation and gain stretch what differs from grey and all: one matrix, as grey stays grey.
+        along = self.hue_turn[2]
+        turn = self._hue_rotation(hue) - along
+        matrix = (turn * saturation[:, None, None] + along) * gain[:, None, None]
+        styled = torch.baddbmm(bias[:, None, None], matrix, colour.flatten(2)).clamp_(0, 1).view_as(colour)
+        texture = torch.cat([styled.mul_(alpha), alpha], 1)
+        if len(outlined):
+            strength, inside = _each(outline[outlined]), alpha[outlined]
+            grey = colour[outlined].mean(1, keepdim=True)
+            edges = (_edges(grey * inside) * 1.5 + _edges(inside)).clamp_(0, 1)
+            # The outline's outer half: black around the sprite.
+            around = torch.maximum(inside, strength * F.max_pool2d(inside, 5, 1, 2))
+            texture[outlined] = torch.cat([texture[outlined, :3] * (1 - strength * edges), around], 1)
+        return texture
 
     # --- text --------------------------------------------------------------------------------------------------------
 
     def _draw_lines(
         self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any], group: tuple[int, ...]
     ) -> None:
-        atlas, _, start, end, first, last, widest = group
+        atlas, start, end, first, last, widest, window_high, window_wide = group
         em = EM_SIZES[atlas]
-        pictures, values = batch["line_picture"][start:end], batch["line_values"][start:end]
+        pictures, values, corner = (batch[f"line_{name}"][start:end] for name in ("picture", "values", "corner"))
         x, y, cos, sin, scale = values[:, :5].unbind(1)
         to_local = _to_local(x, y, cos, sin, scale, scale)
         # Typeset: copy glyph tiles into one strip a line, in atlas pixels; the larger value wins where tiles overlap.
@@ -181,19 +219,20 @@ class Renderer:
         index = batch["glyph_index"][first:last]
         rows = (baseline + tops[index])[:, None] + torch.arange(tiles.shape[1], device=self.device)
         columns = (margin + batch["glyph_x"][first:last])[:, None] + torch.arange(tiles.shape[2], device=self.device)
-        line = batch["glyph_line"][first:last] - start
-        places = (line[:, None, None] * high + rows.clamp(0, high - 1)[:, :, None]) * wide + columns[:, None].clamp(
-            min=0
-        )
+        line = batch["glyph_line"][first:last, None] - start
+        rows = (line * high + rows.clamp_(0, high - 1)) * wide
+        places = rows[:, :, None] + columns.clamp_(min=0)[:, None]
         strips = torch.zeros((end - start) * high * wide, device=self.device)
-        strips.scatter_reduce_(0, places.flatten(), tiles[index].float().flatten() / 255, "amax")
+        strips.scatter_reduce_(0, places.flatten(), tiles[index].div(255.0).flatten(), "amax")
         strips = strips.view(end - start, 1, high, wide)
         # Paste: strip pixels counted from -1 to 1, as grid_sample wants them.
-        shift = torch.tensor([margin, baseline], device=self.device, dtype=torch.float32)
-        extent = torch.tensor([wide, high], device=self.device, dtype=torch.float32)
-        grid = (_pixel_grid(to_local, canvas.shape[-1]) + shift) / extent * 2 - 1
-        alpha = F.grid_sample(strips, grid, align_corners=False)
-        canvas[pictures] = torch.lerp(canvas[pictures], values[:, 5:, None, None], alpha)
+        across, down = to_local.unbind(1)
+        to_strip = torch.stack([across * (2 / wide), down * (2 / high)], 1)
+        to_strip[:, 0, 2] += 2 * margin / wide - 1
+        to_strip[:, 1, 2] += 2 * baseline / high - 1
+        alpha = F.grid_sample(strips, _pixel_grid(to_strip, corner, window_high, window_wide), align_corners=False)
+        window = self._window(pictures, corner, window_high, window_wide)
+        canvas[window] = torch.lerp(canvas[window], values[:, 5:, None, None], alpha)
         # Label: the character whose advance holds the point, if the point is at the height of its glyph.
         local = _apply(to_local, points[pictures])
         character = torch.searchsorted(batch["line_edges"][start:end], local[..., 0].contiguous(), right=True) - 1
@@ -252,33 +291,36 @@ def _apply(maps: Tensor, points: Tensor) -> Tensor:
     return points[..., :1] * maps[:, None, :, 0] + points[..., 1:] * maps[:, None, :, 1] + maps[:, None, :, 2]
 
 
-def _pixel_grid(maps: Tensor, size: int) -> Tensor:
-    """The maps at every pixel's centre, (n, S, S, 2)."""
-    axis = torch.arange(size, device=maps.device) + 0.5
-    across = axis[:, None] * maps[:, None, :, 0] + maps[:, None, :, 2]
-    down = axis[:, None] * maps[:, None, :, 1]
+def _pixel_grid(maps: Tensor, corner: Tensor, high: int, wide: int) -> Tensor:
+    """The maps (n, 2, 3) at the centre of every pixel of the windows at ``corner`` (y, x), (n, high, wide, 2)."""
+    rows = corner[:, :1] + torch.arange(high, device=maps.device) + 0.5
+    columns = corner[:, 1:] + torch.arange(wide, device=maps.device) + 0.5
+    across = columns[..., None] * maps[:, None, :, 0] + maps[:, None, :, 2]
+    down = rows[..., None] * maps[:, None, :, 1]
     return across[:, None] + down[:, :, None]
 
 
 def _shade(distance: Tensor, half: Tensor, look: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance fields (n, 1, S, S) -> colour times alpha, and alpha, with edges one pixel soft."""
-    half = half[:, None, None, None]
-    fill, width, border, hollow = look[:, :3], look[:, 3], look[:, 4:7], look[:, 7]
-    width, hollow = width[:, None, None, None], hollow[:, None, None, None]
-    alpha = (0.5 - distance * half).clamp(0, 1)
-    inner = torch.where(width > 0, (0.5 - (distance + width) * half).clamp(0, 1), 1.0)
-    colour = fill[:, :, None, None] * inner + border[:, :, None, None] * (1 - inner)
-    alpha = alpha * torch.where(hollow > 0, 1 - inner, 1.0)
-    return colour * alpha, alpha
+    """Distance fields (n, 1, h, w) -> colour and alpha, with edges one pixel soft."""
+    fill, border = look[:, :3, None, None], look[:, 4:7, None, None]
+    width, hollow, half = _each(look[:, 3]), _each(look[:, 7]), _each(half)
+    inwards = 0.5 - distance * half  # pixels
+    alpha = inwards.clamp(0, 1)
+    inner = torch.where(width > 0, (inwards - width * half).clamp_(0, 1), 1.0)
+    return torch.lerp(border, fill, inner), torch.where(hollow > 0, alpha * (1 - inner), alpha)
 
 
-def _hue_rotation(angle: Tensor) -> Tensor:
-    """Rotations of colour space about the grey axis, (n, 3, 3)."""
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    third = torch.full((3, 3), 1 / 3, device=angle.device)
+def _each(values: Tensor) -> Tensor:
+    """(n,) -> (n, 1, 1, 1), one for each picture."""
+    return values[:, None, None, None]
+
+
+def _hue_turn() -> Tensor:
+    """(3, 3, 3): what a turn about the grey axis multiplies by its cosine, by its sine, and by one."""
+    grey = torch.full((3, 3), 1 / 3)
     root = 3**-0.5
-    cross = torch.tensor([[0, -root, root], [root, 0, -root], [-root, root, 0]], device=angle.device)
-    return cos * torch.eye(3, device=angle.device) + sin * cross + (1 - cos) * third
+    cross = torch.tensor([[0, -root, root], [root, 0, -root], [-root, root, 0]])
+    return torch.stack([torch.eye(3) - grey, cross, grey])
 
 
 def _edges(plane: Tensor) -> Tensor:
@@ -287,10 +329,16 @@ def _edges(plane: Tensor) -> Tensor:
     return F.max_pool2d(F.pad(step, (0, 1, 0, 1)), 3, 1, 1)
 
 
-def _sensor(canvas: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
-    """Sharper or softer, brightness, contrast, noise."""
-    brightness, contrast, blur, noise = (v[:, None, None, None] for v in values.unbind(1))
-    soft = F.avg_pool2d(F.pad(canvas, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    canvas = torch.lerp(canvas, soft, blur)
-    grain = torch.randn(canvas.shape, device=canvas.device, generator=generator)
-    return (canvas - 0.5) * contrast + 0.5 + brightness + grain * noise
+def _sensor(canvas: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """Sharper or softer, brightness, contrast, noise; in place, from 0..1 to -1..1."""
+    brightness, contrast, blur, noise = batch["sensor"].unbind(1)
+    blurred, noisy = batch["blurred"], batch["noisy"]
+    if len(blurred):
+        sharp = canvas[blurred]
+        soft = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        canvas.index_copy_(0, blurred, sharp.lerp_(soft, _each(blur[blurred])))
+    canvas.mul_(_each(2 * contrast)).add_(_each(2 * brightness - contrast))
+    if len(noisy):
+        grain = torch.randn((len(noisy), *canvas.shape[1:]), device=canvas.device, generator=generator)
+        canvas.index_add_(0, noisy, grain.mul_(_each(2 * noise[noisy])))
+    return canvas.clamp_(-1, 1)
