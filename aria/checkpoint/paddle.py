@@ -133,11 +133,10 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        if self.take(1) != pickle.PROTO or (protocol := self.take(1)[0]) not in (2, 3, 4):
+        if self.take(1) != pickle.PROTO or self.take(1)[0] not in (2, 3, 4):
             raise _RefusedError(
                 "a beginning that is not that of a pickle of protocol 2, 3 or 4, which paddle.save writes"
             )
-        del protocol
         while (code := self.take(1)) != pickle.STOP:
             step = _STEPS.get(code)
             if step is None:
