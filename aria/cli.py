@@ -105,7 +105,7 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; weights that it holds are replaced.")],
     revision: Revision = None,
 ) -> None:
-    """Rewrite a checkpoint of any layout in today's Hub layout, a shard at a time."""
+    """Rewrite a model of any layout in today's Hub layout, weights a tensor at a time, and what the processor reads."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from aria.checkpoint import convert as convert_checkpoint
@@ -125,7 +125,16 @@ def convert(
 
         done = convert_checkpoint(source, target, revision=revision, progress=show)
     out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
-    out.print(f"beside them: {', '.join(done.companions) or 'nothing; copy the tokenizer there'}")
+    out.print(f"beside them: {', '.join(done.companions) or 'nothing'}")
+    needed = ("tokenizer.model", "preprocessor_config.json")
+    if missing := [name for name in needed if not (target / name).is_file()]:
+        out.print(f"the processor still needs {' and '.join(missing)}; copy them there")
+        return
+    from aria.processor import AriaProcessor
+
+    # The files of the original repositories lack what transformers' processor asks for.
+    AriaProcessor.from_pretrained(target).save_pretrained(target)
+    out.print("the processor's files are complete, also for transformers")
 
 
 class _Conversation:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from aria.checkpoint.stored import StoredTensor, describe, names
 
@@ -126,11 +127,11 @@ def is_dead(key: str) -> bool:
     return _DEAD.search(key) is not None
 
 
-def detect(stored: Mapping[str, Shape | None], shapes: Mapping[str, Shape]) -> Layout:
+def detect(stored: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Layout:
     """The layout that a checkpoint follows: the one whose names fit best, and among equals whose shapes do.
 
     Args:
-        stored: name and shape of every tensor of the checkpoint; None where only the names are known.
+        stored: name and shape of every tensor of the checkpoint.
         shapes: name and shape of each of the model's parameters.
 
     Raises:
@@ -183,8 +184,8 @@ def place(
     return {name: [(piece, stored[piece.key]) for piece in parts] for name, parts in plan.items()}
 
 
-def main_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
-    """The dtype that most bytes of a checkpoint have."""
+def main_dtype(tensors: Iterable[StoredTensor | Tensor]) -> torch.dtype:
+    """The dtype that most bytes of a checkpoint have; this is the one that its config states."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.nbytes

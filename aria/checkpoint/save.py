@@ -10,17 +10,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aria.checkpoint.layouts import Shape
+from aria.checkpoint.layouts import Shape, main_dtype
 from aria.checkpoint.load import parameter_shapes
 from aria.checkpoint.stored import SAFETENSORS_DTYPES, describe
-from aria.config import AriaConfig
+from aria.config import CONFIG_NAME, AriaConfig
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -53,7 +53,7 @@ def save_checkpoint(
 
     Args:
         state: every parameter by name (``model.state_dict()``), on any device; each keeps its dtype.
-        config: of the model.
+        config: of the model; its dtype gives way to the one that most bytes of ``state`` have.
         folder: made if it is not there. What it held before stays whole if anything fails; weights that it held are
             replaced, other files stay.
         max_shard_size: bytes, or text such as ``"5GB"``; a tensor above it gets a shard of its own.
@@ -66,7 +66,8 @@ def save_checkpoint(
     specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     with replacing(folder) as staging:
         write_weights(specs, state.__getitem__, config, staging, max_shard_size=max_shard_size)
-        write_json(staging / "config.json", config.to_dict())
+        # Readers that are not told a dtype take the one stated here, so it has to be that of the weights.
+        write_json(staging / CONFIG_NAME, replace(config, dtype=main_dtype(state.values())).to_dict())
         write_json(staging / GENERATION_NAME, generation_config or default_generation_config(config))
 
 

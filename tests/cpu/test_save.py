@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import small_tokenizer
 import torch
+import transformers
+from PIL import Image
 from published import LAYOUTS, to_paddle_array, write_layout
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model, transformers_twin
+from typer.testing import CliRunner
 
+from aria import AriaForConditionalGeneration, AriaProcessor, cli
 from aria.checkpoint import convert, load_model, save_checkpoint
 from aria.checkpoint import save as save_module
 from aria.config import AriaConfig
 from aria.model import Aria
+from aria.processor import AriaTokenizer
 
 CONFIG = tiny_config()
 
@@ -51,13 +60,32 @@ def test_files_are_those_of_the_hub_layout(state, tmp_path):
     save_checkpoint(state, CONFIG, tmp_path, generation_config={"eos_token_id": 7})
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 7}
-    assert AriaConfig.from_pretrained(tmp_path) == CONFIG
+    assert AriaConfig.from_pretrained(tmp_path) == replace(CONFIG, dtype=torch.bfloat16)
     written = load_file(tmp_path / "model.safetensors")
     filler = {key for key in written if key not in state}
     assert filler == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
     assert all(not written[key].any() for key in filler)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+def test_the_config_states_the_dtype_of_the_weights(state, tmp_path):
+    """A bfloat16 checkpoint is float32 on the CPU; saved from there, transformers must not take it for bfloat16."""
+    save_checkpoint(state, CONFIG, tmp_path / "stored")
+    model = AriaForConditionalGeneration.from_pretrained(tmp_path / "stored", device="cpu")
+    assert model.config.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.randint(20, CONFIG.text.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    twin = transformers.AriaForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
+    with torch.inference_mode():
+        torch.testing.assert_close(twin(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_of_mixed_dtypes_the_config_states_the_one_with_most_bytes(state, tmp_path):
+    mixed = {name: value.float() if "norm" in name else value for name, value in state.items()}
+    save_checkpoint(mixed, CONFIG, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_every_dtype_is_kept_and_aligned(state, tmp_path):
@@ -217,6 +245,53 @@ def test_converting_brings_the_companions_and_todays_config(state, tmp_path):
     assert written.text == CONFIG.text and written.dtype == torch.bfloat16
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     transformers_twin(tmp_path / "out")
+
+
+def test_a_converted_original_repository_loads_in_transformers(tmp_path):
+    """The originals' processor files lack image token, table of sizes and, for transformers 5, the chat template."""
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models with protobuf")
+    config = tiny_config(vocab_size=AriaTokenizer(small_tokenizer.model()).vocab_size)
+    source = write_layout("original", tiny_model(config).state_dict(), config, tmp_path / "in")
+    (source / "tokenizer.model").write_bytes(small_tokenizer.model())
+    (source / "tokenizer_config.json").write_text(json.dumps(small_tokenizer.ONLY_UNK))
+    pictures = {
+        "auto_map": {"AutoProcessor": "processing_aria.AriaProcessor"}, "image_processor_type": "AriaVisionProcessor",
+        "max_image_size": 490, "min_image_size": 336, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    (source / "preprocessor_config.json").write_text(json.dumps(pictures))
+
+    out = tmp_path / "out"
+    ran = CliRunner().invoke(cli.app, ["convert", str(source), str(out)], catch_exceptions=False)
+    assert ran.exit_code == 0
+
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown?"}]}]
+    picture = Image.radial_gradient("L").convert("RGB").resize((300, 200))
+    theirs = transformers.AriaProcessor.from_pretrained(out)
+    twin, info = transformers.AriaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    inputs = theirs(
+        text=theirs.apply_chat_template(messages, add_generation_prompt=True),
+        images=picture,
+        max_image_size=490,
+        return_tensors="pt",
+    )
+    ours = AriaProcessor.from_pretrained(out)
+    expected = ours(
+        ours.apply_chat_template(messages, add_generation_prompt=True), picture, max_image_size=490, return_tensors="pt"
+    )
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    with torch.inference_mode():
+        logits = AriaForConditionalGeneration.from_pretrained(source, device="cpu")(**expected).logits
+        torch.testing.assert_close(twin.eval()(**expected).logits, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "preprocessor_config.json"])
+def test_converting_says_what_the_processor_still_needs(name, model_folder, tmp_path):
+    source = Path(shutil.copytree(model_folder, tmp_path / "in"))
+    (source / name).unlink()
+    ran = CliRunner().invoke(cli.app, ["convert", str(source), str(tmp_path / "out")], catch_exceptions=False)
+    assert ran.exit_code == 0
+    assert f"the processor still needs {name}" in ran.output
 
 
 def test_converting_onto_itself_is_refused(state, tmp_path):
