@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from plain_drawing import draw
 
 from recipes.nano import data, dialogue, evaluate, fonts, paint, questions, scenes, tokenizer
 from recipes.nano.assets import Assets, clean_label, fingerprint
@@ -265,6 +266,22 @@ def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [224, 448])
+def test_groups_and_windows_draw_what_the_whole_canvas_would(assets: Assets, renderer: Renderer, size: int):
+    planner = Planner(assets, size, Random(size))
+    drawn = [planner.plan(1.0, task) for task in scenes.TASKS for _ in range(12)]
+    ours = _draw(renderer, assets, drawn, seed=5)["pixel_values"]
+    generator = torch.Generator().manual_seed(5)
+    grains = torch.rand((len(drawn), 1, 9, 9), generator=generator)[:, 0]
+    noisy = [n for n, scene in enumerate(drawn) if scene.sensor[3]]
+    noise = dict(zip(noisy, torch.randn((len(noisy), 3, size, size), generator=generator), strict=True))
+    kinds = {scene.background[0] for scene in drawn}
+    assert kinds == {0, 1, 2, 3, 4} and 0 < len(noisy) < len(drawn), "too few scenes to meet every kind"
+    for n, scene in enumerate(drawn):
+        plain = draw(scene, renderer, assets, grains[n], noise.get(n, torch.zeros(())))
+        torch.testing.assert_close(ours[n], plain, rtol=0, atol=1e-3, msg=lambda text, scene=scene: f"{text}\n{scene}")
 
 
 @pytest.mark.parametrize("task", ["words", "shapes", "emoji", "not sure"])
