@@ -77,16 +77,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden, labels, weights = hidden_TD[rows], labels_T[rows, None], weights_T[rows, None]
-            scores = torch.nn.functional.linear(hidden, weight_VD, bias_V).float()
+            # Bound by bytes: as few passes over the scores as there can be, each in the narrowest dtype that will do.
+            scores = torch.nn.functional.linear(hidden, weight_VD, bias_V)
             accuracy += ((scores.argmax(-1, keepdim=True) == labels) * weights).sum()
-            scores -= scores.logsumexp(-1, keepdim=True)
-            loss -= (scores.gather(1, labels) * weights).sum()
+            log_shares = torch.log_softmax(scores, -1, dtype=torch.float32)
+            loss -= (log_shares.gather(1, labels) * weights).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad = scores.exp_().scatter_add_(1, labels, -torch.ones_like(weights)).mul_(weights)
+            excess = log_shares.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
+            grad = torch.mul(excess, weights, out=scores)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+                grad_bias += grad.sum(0, dtype=torch.float32)
             torch.mm(grad, weight_VD, out=grad_hidden[rows])
             grad_weight += grad.t() @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -203,10 +203,15 @@ class Trainer:
         self._metrics.add({**metrics, "gradient norm": norm, "skipped": skipped})
 
     def _fill_master_gradients(self, names: list[str]) -> None:
-        for name in names:
-            gradient = self.weights[name].grad
-            assert gradient is not None
-            self.masters[name].grad = gradient.float()
+        gradients = [gradient for name in names if (gradient := self.weights[name].grad) is not None]
+        masters = [self.masters[name] for name in names]
+        if self.config.dtype != torch.float32:
+            # All in one call: hundreds of small parameters would cost a kernel each.
+            wide = [torch.empty_like(master) for master in masters]
+            torch._foreach_copy_(wide, gradients)
+            gradients = wide
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
 
     def clear_gradients(self) -> None:
         for name, weight in self.weights.items():

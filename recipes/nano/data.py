@@ -4,7 +4,6 @@
 """
 
 import itertools
-import multiprocessing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,10 +28,10 @@ PICTURES_PER_FILLER = 4  # the rest of the stream is cut into that many pieces (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run draws.
+    """What a run draws. The content of batch n depends on this (but for ``first`` and ``workers``) and on n alone.
 
-    ``pictures``: pictures a batch, by size. ``cycle``: sizes of successive batches. ``seed``: different seeds never
-    repeat a batch. ``progress`` is shared with the workers: set ``plan.progress.value`` (0..1) as training goes on.
+    ``pictures``: pictures a batch, by size. ``cycle``: sizes of successive batches. ``growth``: batches over which
+    words grow to their full length. ``first``: number of the first batch, 0 but for a run that goes on.
     """
 
     seed: int
@@ -40,11 +39,12 @@ class Plan:
     cycle: tuple[int, ...] = (224, 224, 224, 448)
     assets: Path = FOLDER / "assets.npz"
     workers: int = 4
-    progress: Any = field(default_factory=lambda: multiprocessing.get_context("spawn").Value("d", 0.0, lock=False))
+    growth: int = 3500
+    first: int = 0
 
 
 def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
-    """Batches without end. Worker w makes batches w, w + workers, ... of the sequence, so sizes follow the cycle."""
+    """Batches without end, in order, from ``plan.first`` on; worker w makes every ``plan.workers``-th of them."""
     dataset = Batches(plan)
     if plan.workers == 0:
         return iter(dataset)
@@ -89,29 +89,30 @@ class Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        first, step = (info.id, info.num_workers) if info else (0, 1)
+        worker, step = (info.id, info.num_workers) if info else (0, 1)
         assets = self.assets or Assets.load(self.plan.assets, pictures=False)
-        for number in itertools.count(first, step):
+        for number in itertools.count(self.plan.first + worker, step):
             size = self.plan.cycle[number % len(self.plan.cycle)]
             rng = Random(self.plan.seed * 1_000_003 + number)
-            batch = make_batch(assets, rng, size, self.plan.pictures[size], self.plan.progress.value)
+            grown = min(1.0, number / self.plan.growth)
+            batch = make_batch(assets, rng, size, self.plan.pictures[size], grown)
             yield bundle(batch) if info else batch
 
 
-def make_batch(assets: Assets, rng: Random, size: int, pictures: int, progress: float = 1.0) -> dict[str, Any]:
-    """Plan, tokenize and pack one batch; tensors on the CPU."""
+def make_batch(assets: Assets, rng: Random, size: int, pictures: int, grown: float = 1.0) -> dict[str, Any]:
+    """Plan, tokenize and pack one batch; tensors on the CPU. ``grown``, 0..1, makes words longer."""
     planner = Planner(assets, size, rng)
     count = pictures + pictures // PICTURES_PER_TALK
     fillers = max(4, pictures // PICTURES_PER_FILLER)
     room = pictures * TOKENS_PER_PICTURE[size]
-    planned: list[Scene] = [planner.plan(progress) for _ in range(pictures)]
+    planned: list[Scene] = [planner.plan(grown) for _ in range(pictures)]
     sequences = [tokens(scene.turns, size) for scene in planned] + [_talk(rng) for _ in range(count - pictures)]
     # Replace the longest conversations until all fit: shapes of the stream must not depend on luck.
     lengths = np.array([len(ids) for ids, _ in sequences])
     while lengths.sum() > room or lengths.max() > MAX_SEQLEN[size]:
         longest = int(lengths.argmax())
         if longest < pictures:
-            planned[longest] = planner.plan(progress)
+            planned[longest] = planner.plan(grown)
             sequences[longest] = tokens(planned[longest].turns, size)
         else:
             sequences[longest] = _talk(rng)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aria.model import Aria
 from aria.ops import Segments
 from aria.train import (
+    CrossEntropy,
     FixedPatches,
     TrainingContext,
     bounded_segments,
@@ -34,19 +35,24 @@ class Stages:
     """What is taught when, in shares of the whole training.
 
     Patches are taught from the start, queries once patches mean something, answers once queries do; then the dense
-    losses step back to ``beside`` and stay.
+    losses step back to ``beside`` and stay, on a random ``kept`` share of each picture's patches and queries.
     """
 
     queries: float = 0.03
     answers: float = 0.1
     settled: float = 0.25
     beside: float = 0.3
+    kept: float = 0.5
 
     def weights(self, progress: float) -> tuple[float, float, float]:
         """Weights of the losses on patches, on queries and on answers; zero means not computed at all."""
         share = (progress - self.answers) / max(1e-9, self.settled - self.answers)
         dense = 1.0 - (1.0 - self.beside) * min(1.0, max(0.0, share))
         return dense, dense * (progress >= self.queries), float(progress >= self.answers)
+
+    def share(self, progress: float) -> float:
+        """Share of each picture's patches and queries that the dense losses are computed on."""
+        return self.kept if progress >= self.settled else 1.0
 
 
 class Learner(nn.Module):
@@ -63,16 +69,16 @@ class Learner(nn.Module):
     def loss(self, batch: Batch, progress: float) -> Losses:
         """The weighted sum to descend, and what to log."""
         for_patches, for_queries, for_answers = self.stages.weights(progress)
+        share = self.stages.share(progress)
         metrics: dict[str, Tensor] = {}
         patches, hidden_PD = self.see(batch)
-        labels_NP = batch["patch_labels"].gather(1, patches.order)
-        dense = self.heads.patch_loss(hidden_PD, labels_NP)
+        dense = self.patch_loss(batch, patches, hidden_PD, share)
         total = for_patches * dense.loss
         metrics |= {"patch loss": dense.loss, "patch accuracy": dense.accuracy}
         if not for_queries:
             return total, metrics
         tokens_QD = self.project(patches, hidden_PD)
-        dense = self.heads.query_loss(tokens_QD, batch["query_labels"], batch["size"])
+        dense = self.query_loss(batch, tokens_QD, share)
         total = total + for_queries * dense.loss
         metrics |= {"query loss": dense.loss, "query accuracy": dense.accuracy}
         if not for_answers:
@@ -87,6 +93,17 @@ class Learner(nn.Module):
         dtype = self.heads.patch_head.weight.dtype
         patches = fixed_patches(batch["pixel_values"].to(dtype), valid, self.aria.config.vision)
         return patches, self.aria.vision_tower(patches.packed)
+
+    def patch_loss(self, batch: Batch, patches: FixedPatches, hidden_PD: Tensor, share: float = 1.0) -> CrossEntropy:
+        """What lies under a random ``share`` of each picture's patches."""
+        labels_NP = batch["patch_labels"].gather(1, patches.order)
+        hidden_PD, labels_NP = _some(hidden_PD, labels_NP, share)
+        return self.heads.patch_loss(hidden_PD, labels_NP)
+
+    def query_loss(self, batch: Batch, tokens_QD: Tensor, share: float = 1.0) -> CrossEntropy:
+        """What lies under the points of a random ``share`` of each picture's queries."""
+        tokens_QD, labels_NQK = _some(tokens_QD, batch["query_labels"], share)
+        return self.heads.query_loss(tokens_QD, labels_NQK, batch["size"])
 
     def project(self, patches: FixedPatches, hidden_PD: Tensor) -> Tensor:
         """The ViT's output -> picture tokens ``(N x Q, D)``; as in :class:`aria.model.Projector`, in fixed shapes."""
@@ -134,3 +151,15 @@ class Learner(nn.Module):
         torch._dynamo.config.recompile_limit = 32
         for layer in [*self.aria.vision_tower.encoder.layers, *self.aria.language_model.model.layers]:
             layer.compile(*args, dynamic=False, **options)
+
+
+def _some(hidden_PD: Tensor, labels_NP: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A random ``share`` of the rows of each picture (at least one), and their labels ``(N, P)`` or ``(N, P, K)``."""
+    pictures, places = labels_NP.shape[:2]
+    count = max(1, round(places * share))
+    if count == places:
+        return hidden_PD, labels_NP
+    drawn = torch.rand(pictures, places, device=labels_NP.device).argsort(1)[:, :count]
+    rows = drawn + places * torch.arange(pictures, device=drawn.device)[:, None]
+    # Selected, not indexed: its gradient adds rows up where indexing's would sort them first.
+    return hidden_PD.index_select(0, rows.flatten()), labels_NP.flatten(0, 1)[rows]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import torch
 
 from aria.train import prefetch
 from recipes.nano.assets import Assets
-from recipes.nano.data import Plan, loader, to_device
+from recipes.nano.data import Plan, loader, make_batch, to_device
 from recipes.nano.render import Renderer
 
 Batch = dict[str, Any]
@@ -21,24 +23,23 @@ def worth(batch: Batch) -> int:
 
 
 class Pictures:
-    """The source of a run's batches."""
+    """The source of a run's batches: batch n holds the same pictures in every run of one seed."""
 
-    def __init__(self, device: torch.device | str, *, batch: int, workers: int):
+    def __init__(self, device: torch.device | str, *, batch: int, workers: int, seed: int = 0):
         self.device = torch.device(device)
-        self._pictures = {224: batch, 448: max(1, batch // 4)}
-        self._workers = workers
-        self._plan = self._new_plan(0)
-        self._render = Renderer(Assets.load(self._plan.assets), self.device)
+        self._plan = Plan(seed=seed, pictures={224: batch, 448: max(1, batch // 4)}, workers=workers)
+        self._assets = Assets.load(self._plan.assets)
+        self._render = Renderer(self._assets, self.device)
+        self._started: tuple[int, Iterator[Batch]] | None = None
         self.num_classes = self._render.num_classes
 
-    def _new_plan(self, seed: int) -> Plan:
-        return Plan(seed=seed, pictures=self._pictures, workers=self._workers)
+    def start(self, step: int) -> None:
+        """Let the workers begin to plan the batches from ``step`` on, for the next call of :meth:`batches`."""
+        self._started = step, self.raw(step)
 
-    def raw(self, seed: int, progress: float = 0.0) -> Iterator[Batch]:
-        """Planned batches in host memory, three of 224 px to one of 448; another seed never repeats one."""
-        self._plan = self._new_plan(seed)
-        self._plan.progress.value = progress
-        return loader(self._plan, pin_memory=self.device.type == "cuda")
+    def raw(self, step: int) -> Iterator[Batch]:
+        """Planned batches in host memory from number ``step`` on, three of 224 px to one of 448."""
+        return loader(replace(self._plan, first=step), pin_memory=self.device.type == "cuda")
 
     def to_device(self, raw: Batch) -> Batch:
         return to_device(raw, self.device)
@@ -51,10 +52,13 @@ class Pictures:
         """Planned batches on the device, drawn."""
         return map(self.render, prefetch(raw, self.device))
 
-    def batches(self, seed: int, progress: float = 0.0) -> Iterator[Batch]:
-        """Drawn batches without end."""
-        return self.drawn(self.raw(seed, progress))
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Drawn batches without end from number ``step`` on."""
+        started, self._started = self._started, None
+        return self.drawn(started[1] if started and started[0] == step else self.raw(step))
 
-    def set_progress(self, step: int, progress: float) -> None:
-        """Tell the planners how far training is: words grow with it."""
-        self._plan.progress.value = progress
+    def samples(self) -> Iterator[Batch]:
+        """One drawn batch of each size that no training step sees."""
+        for size, pictures in self._plan.pictures.items():
+            raw = make_batch(self._assets, Random(f"sample {self._plan.seed} {size}"), size, pictures)
+            yield self.render(self.to_device(raw))

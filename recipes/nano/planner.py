@@ -28,7 +28,7 @@ CLEAR_CHARACTERS = {  # for strings without meaning: nobody tells l, I, 1 and | 
 class Planner:
     """Draws scenes from a seeded stream: the same seed gives the same scenes.
 
-    ``plan(progress)`` takes the share of training done: words grow from 2 letters to 12 over its first half.
+    ``plan(grown)`` takes how far words have grown, 0..1 for 2 letters to 12.
     """
 
     def __init__(self, assets: Assets, size: int, rng: Random) -> None:
@@ -38,12 +38,12 @@ class Planner:
         self.things = [i for i, entry in enumerate(assets.emoji) if entry["concrete"]]
         self.metrics = assets.face_metrics.astype(np.float64)
 
-    def plan(self, progress: float = 1.0, task: str | None = None) -> Scene:
+    def plan(self, grown: float = 1.0, task: str | None = None) -> Scene:
         """One scene, of ``task`` or of one drawn by ``SHARES``."""
         scene = self.empty(task or self.rng.choices(TASKS, SHARES[self.size])[0])
         scene.sensor = self._sensor()
         kinds = {"words": self._words, "shapes": self._shapes, "emoji": self._emoji, "not sure": self._not_sure}
-        kinds[scene.task](scene, progress)
+        kinds[scene.task](scene, grown)
         return scene
 
     def empty(self, task: str) -> Scene:
@@ -128,9 +128,9 @@ class Planner:
 
     # --- words -------------------------------------------------------------------------------------------------------
 
-    def _words(self, scene: Scene, progress: float) -> None:
+    def _words(self, scene: Scene, grown: float) -> None:
         rng = self.rng
-        longest = 2 + round(10 * min(1.0, progress / 0.5))
+        longest = 2 + round(10 * grown)
         large = self.size > 224
         count = rng.choices((1, 2, 3), (0.4, 0.3, 0.3) if large else (0.85, 0.15, 0))[0] if longest >= 5 else 1
         texts = [self.text(longest, phrases=large) for _ in range(count)]
@@ -254,7 +254,7 @@ class Planner:
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 
-    def _shapes(self, scene: Scene, progress: float) -> None:
+    def _shapes(self, scene: Scene, grown: float) -> None:
         rng = self.rng
         kind = rng.choices(("one", "two", "same", "mixed"), (0.25, 0.3, 0.25, 0.2))[0]
         count = {"one": 1, "two": 2}.get(kind) or rng.randint(2 if kind == "same" else 3, 6)
@@ -313,7 +313,7 @@ class Planner:
 
     # --- emoji -------------------------------------------------------------------------------------------------------
 
-    def _emoji(self, scene: Scene, progress: float) -> None:
+    def _emoji(self, scene: Scene, grown: float) -> None:
         rng = self.rng
         count = rng.choices((1, 2, 3, 4), (0.8, 0.08, 0.07, 0.05))[0]
         pool = len(self.assets.emoji)
@@ -360,7 +360,7 @@ class Planner:
 
     # --- not sure ----------------------------------------------------------------------------------------------------
 
-    def _not_sure(self, scene: Scene, progress: float) -> None:
+    def _not_sure(self, scene: Scene, grown: float) -> None:
         rng = self.rng
         count = len(self.assets.photos)
         scale = rng.uniform(0.35, 1.0) if rng.random() < 0.7 else 1.0

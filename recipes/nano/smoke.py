@@ -28,8 +28,11 @@ _REPEATS = 5
 _SECONDS = 12.0
 
 
-def step_flops(config: AriaConfig, batch: Batch, num_classes: int) -> float:
-    """Floating-point operations of one step, forward and backward, top-k experts only and no recomputation."""
+def step_flops(config: AriaConfig, batch: Batch, num_classes: int, share: float) -> float:
+    """Floating-point operations of one step, forward and backward, top-k experts only and no recomputation.
+
+    ``share``: of the patches and queries, with dense losses.
+    """
     vision, text = config.vision, config.text
     N, _, S, _ = batch["pixel_values"].shape
     P, T, Q = (S // vision.patch_size) ** 2, batch["input_ids"].shape[0], batch["query_labels"].shape[1]
@@ -38,13 +41,13 @@ def step_flops(config: AriaConfig, batch: Batch, num_classes: int) -> float:
     projector = P * 4 * D * D + 2 * P * Q * D + Q * (2 * D * D + D * text.hidden_size + text.hidden_size**2)
     dense = P * D * num_classes + Q * batch["query_labels"].shape[2] * 128 * (num_classes + text.hidden_size)
     decoder = T * text.active_parameters() + text.num_hidden_layers * T * (T // N) * text.hidden_size
-    return 6.0 * (N * (vit + projector + dense) + decoder)
+    return 6.0 * (N * (vit + projector + share * dense) + decoder)
 
 
 def measure(build: Callable[[], Learner], config: TrainerConfig, pictures: Pictures, out: Path) -> None:
     """Measure the loader alone, then the step as it is and compiled, and print a table last."""
     began = time.monotonic()
-    raw_batches = pictures.raw(seed=1)
+    raw_batches = pictures.raw(0)
     first: dict[int, Batch] = {}
     while len(first) < 2:
         raw = next(raw_batches)
@@ -79,17 +82,18 @@ def _clock() -> float:
 
 def parts(variant: str, learner: Learner, trainer: Trainer, pictures: Pictures, raw: Batch) -> dict[str, Any]:
     """Milliseconds of each part of a step on one batch, the host waiting after each; the first call apart."""
-    heads, spent = learner.heads, dict.fromkeys(("render", "see", "project", "answer", "backward", "optimizer"), 0.0)
+    share = learner.stages.share(1.0)
+    spent = dict.fromkeys(("render", "see", "project", "answer", "backward", "optimizer"), 0.0)
     first_call = 0.0
     for repeat in range(_REPEATS + 1):
         marks = [_clock()]
         batch = pictures.render(pictures.to_device(raw))
         marks.append(_clock())
         patches, hidden = learner.see(batch)
-        loss = heads.patch_loss(hidden, batch["patch_labels"].gather(1, patches.order)).loss
+        loss = learner.patch_loss(batch, patches, hidden, share).loss
         marks.append(_clock())
         tokens = learner.project(patches, hidden)
-        loss = loss + heads.query_loss(tokens, batch["query_labels"], batch["size"]).loss
+        loss = loss + learner.query_loss(batch, tokens, share).loss
         marks.append(_clock())
         loss = loss + learner.answer(batch, tokens)[0]
         marks.append(_clock())
@@ -103,7 +107,7 @@ def parts(variant: str, learner: Learner, trainer: Trainer, pictures: Pictures, 
         for name, start, end in zip(spent, marks, marks[1:], strict=False):
             spent[name] += 1e3 * (end - start) / _REPEATS
     total = sum(spent.values())
-    flops = step_flops(learner.aria.config, batch, heads.patch_head.out_features)
+    flops = step_flops(learner.aria.config, batch, learner.heads.patch_head.out_features, share)
     pictures_a_step = batch["pixel_values"].shape[0]
     return {
         "variant": f"{variant} {batch['size']}",
@@ -168,11 +172,7 @@ def check(build: Callable[[], Learner], pictures: Pictures, first: dict[int, Bat
             here = {name: tensor.to(device) for name, tensor in cut.items()} | {"size": size}
             patches, hidden = one.see(here)
             tokens = one.project(patches, hidden)
-            labels = here["patch_labels"].gather(1, patches.order)
-            loss = (
-                one.heads.patch_loss(hidden, labels).loss
-                + one.heads.query_loss(tokens, here["query_labels"], size).loss
-            )
+            loss = one.patch_loss(here, patches, hidden).loss + one.query_loss(here, tokens).loss
             loss.backward()
             gradient = one.aria.vision_tower.embeddings.patch_embedding.weight.grad
             assert gradient is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=14, help="processes that plan pictures")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-size", default="5GB", help="largest weight file of the export; the model needs 40MiB")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the layers as they are")
     parser.add_argument("--tiny", action="store_true", help="a model of 0.2M parameters, to rehearse")
@@ -63,27 +64,22 @@ def trainer_config(options: argparse.Namespace) -> TrainerConfig:
     )
 
 
-def warm_up(trainer: Trainer, batches: Iterator[dict[str, Any]]) -> None:
+def warm_up(trainer: Trainer, samples: Iterable[dict[str, Any]]) -> None:
     """Compile for every picture size before the clock of the schedule starts; no weight changes."""
-    seen: set[int] = set()
-    for _, batch in zip(range(64), batches, strict=False):
-        if batch["size"] not in seen:
-            seen.add(batch["size"])
-            trainer.loss(batch, 1.0)[0].backward()
-            trainer.clear_gradients()
-        if len(seen) == 2:
-            return
+    for batch in samples:
+        trainer.loss(batch, 1.0)[0].backward()
+        trainer.clear_gradients()
 
 
-def export(trainer: Trainer, learner: Learner, folder: Path) -> None:
-    """The averaged weights in bfloat16, today's Hub layout, in shards that travel easily."""
+def export(trainer: Trainer, learner: Learner, folder: Path, shard_size: str) -> None:
+    """The averaged weights in bfloat16, today's Hub layout."""
     weights = trainer.average or trainer.masters
     state = {
         name.removeprefix("aria."): weight.to("cpu", torch.bfloat16)
         for name, weight in weights.items()
         if name.startswith("aria.")
     }
-    save_checkpoint(state, learner.aria.config, folder, max_shard_size="14MiB")
+    save_checkpoint(state, learner.aria.config, folder, max_shard_size=shard_size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
-    pictures = Pictures(options.device, batch=options.batch, workers=options.workers)
+    pictures = Pictures(options.device, batch=options.batch, workers=options.workers, seed=options.seed)
     if options.smoke:
         smoke.measure(lambda: build(options, pictures.num_classes), trainer_config(options), pictures, options.out)
         return
@@ -99,15 +95,15 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(learner, learner.loss, trainer_config(options), options.out)
     if options.resume:
         trainer.resume(options.resume)
+    pictures.start(trainer.step)
     if options.compile:
         learner.compile()
-    batches = pictures.batches(seed=options.seed + trainer.step, progress=trainer.progress)
-    warm_up(trainer, batches)
+    warm_up(trainer, pictures.samples())
     left = options.minutes * 60.0 - RESERVE - (time.monotonic() - started)
     print(f"warm after {time.monotonic() - started:.0f} s; from progress {trainer.progress:.3f} to {options.until}")
     budget = TimeBudget(left, start=trainer.progress, until=options.until)
-    reason = trainer.run(lambda step: batches, budget, until=options.until, on_step=pictures.set_progress)
-    export(trainer, learner, options.out / "export")
+    reason = trainer.run(pictures.batches, budget, until=options.until)
+    export(trainer, learner, options.out / "export", options.shard_size)
     print(
         f"{reason} at step {trainer.step}, progress {trainer.progress:.3f}; {time.monotonic() - started:.0f} s in all"
     )

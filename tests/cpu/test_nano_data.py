@@ -5,6 +5,7 @@ Everything is made from what Pillow itself carries, so no package needs to be fe
 
 import io
 import re
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -142,7 +143,7 @@ def test_everything_lies_inside_its_picture(assets: Assets):
             assert mark.size <= mark.y + 1 and mark.y + mark.size <= scene.height + 1, mark
 
 
-def test_words_grow_with_progress(assets: Assets):
+def test_words_grow(assets: Assets):
     planner = Planner(assets, 224, Random(4))
     assert max(len(planner.text(2)) for _ in range(200)) == 2
     early = [line.text for _ in range(100) for line in planner.plan(0.0, "words").lines]
@@ -263,6 +264,17 @@ def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
     for given, wanted, _ in zip(data.loader(plan), here, range(3), strict=False):
         assert torch.equal(given["input_ids"], wanted["input_ids"])
         assert [tuple(group) for group in given["line_groups"]] == wanted["line_groups"]
+
+
+def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
+    plan = data.Plan(seed=3, pictures={224: 8, 448: 8}, cycle=(224, 448), growth=4)
+    whole = [batch for batch, _ in zip(data.Batches(plan, assets), range(5), strict=False)]
+    later = [batch for batch, _ in zip(data.Batches(replace(plan, first=3), assets), range(2), strict=False)]
+    for ours, wanted in zip(later, whole[3:], strict=True):
+        assert ours["seed"] == wanted["seed"] and torch.equal(ours["input_ids"], wanted["input_ids"])
+        assert torch.equal(ours["line_values"], wanted["line_values"])
+    lengths = [int(batch["line_edges"].isfinite().sum(1).max()) - 1 for batch in whole]
+    assert lengths[0] <= 2 < max(lengths), "words grow with the number of the batch"
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -401,6 +413,6 @@ def test_fingerprints_tell_copies_from_other_pictures():
 def test_batches_always_fit_whatever_is_drawn(assets: Assets):
     for seed in range(60):
         for size in (224, 448):
-            batch = data.make_batch(assets, Random(seed), size, 32, progress=seed / 60)
+            batch = data.make_batch(assets, Random(seed), size, 32, grown=seed / 60)
             assert torch.diff(batch["cu_seqlens"]).max() <= batch["max_seqlen"]
             assert batch["num_tokens"] <= len(batch["input_ids"])

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from itertools import count
+from typing import ClassVar
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from aria.train import (
     router_losses,
 )
 from recipes.nano import train
-from recipes.nano.learn import Learner, Stages
+from recipes.nano.learn import Learner, Stages, _some
 from recipes.nano.model import area_weights, nano_config, tiny_config
 
 IMAGE = 9
@@ -343,6 +344,21 @@ def test_stages_teach_seeing_before_speaking() -> None:
     assert stages.weights(stages.queries) == (1.0, 1.0, 0.0)
     assert stages.weights(stages.answers) == (1.0, 1.0, 1.0)
     assert stages.weights(1.0) == pytest.approx((0.3, 0.3, 1.0))
+    assert stages.share(0.2) == 1.0 and stages.share(stages.settled) == 0.5
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+def test_dense_losses_on_some_rows_keep_rows_and_labels_together(share: float) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(3 * 8 * 4).view(3, 8, 4)
+    hidden = torch.arange(3 * 8).float()[:, None].requires_grad_()
+    rows, kept = _some(hidden, labels, share)
+    count = max(1, round(8 * share))
+    assert rows.shape == (3 * count, 1) and kept.shape == (3, count, 4)
+    assert torch.equal(kept.flatten(0, 1)[:, 0], rows.detach()[:, 0].long() * 4)
+    assert [len(set(picture)) for picture in (kept[:, :, 0] // 32).tolist()] == [1, 1, 1], "each from its own picture"
+    rows.sum().backward()
+    assert hidden.grad is not None and hidden.grad.sum() == 3 * count and hidden.grad.max() == 1
 
 
 @pytest.mark.parametrize("size", [224, 448])
@@ -437,18 +453,26 @@ class FewPictures:
     num_classes = 8
     device = torch.device("cpu")
 
-    def __init__(self, device: str, *, batch: int, workers: int) -> None:
-        self.progress: list[float] = []
+    asked: ClassVar[list[int]] = []
 
-    def batches(self, seed: int, progress: float = 0.0) -> Iterator[dict]:
+    def __init__(self, device: str, *, batch: int, workers: int, seed: int) -> None:
+        self.started: int | None = None
+
+    def start(self, step: int) -> None:
+        self.started = step
+
+    def batches(self, step: int) -> Iterator[dict]:
+        assert step == self.started
+        self.asked.append(step)
         return (make_batch(2) for _ in count())
 
-    def set_progress(self, step: int, progress: float) -> None:
-        self.progress.append(progress)
+    def samples(self) -> Iterator[dict]:
+        yield make_batch(2)
 
 
 def test_the_recipe_trains_in_two_runs_and_exports(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "Pictures", FewPictures)
+    monkeypatch.setattr(FewPictures, "asked", [])
     monkeypatch.setattr(train, "RESERVE", 0.0)
     common = ["--tiny", "--device", "cpu", "--no-compile", "--out", str(tmp_path)]
     train.main([*common, "--minutes", "0.05", "--until", "0.5"])
@@ -457,6 +481,8 @@ def test_the_recipe_trains_in_two_runs_and_exports(tmp_path, monkeypatch: pytest
     train.main([*common, "--minutes", "0.05", "--resume", str(tmp_path / "last.pt")])
     whole = torch.load(tmp_path / "last.pt", weights_only=True)
     assert whole["progress"] == 1.0 and whole["step"] > half["step"]
+    assert FewPictures.asked == [0, half["step"]], "the second run goes on with the next batch"
+    assert [file.name for file in (tmp_path / "export").glob("*.safetensors")] == ["model.safetensors"]
     config = AriaConfig.from_pretrained(tmp_path / "export")
     assert config == tiny_config(config.text.vocab_size)
     exported = load_model(tmp_path / "export")
