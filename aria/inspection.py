@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aria.checkpoint import Checkpoint, Layout, layout_of_index, parameter_shapes
+from aria.checkpoint import Checkpoint, find_weights, parameter_shapes, read_remote
 from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import resolve
 
@@ -23,14 +23,26 @@ RESERVE = 2**30
 def report(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | None, console: Console) -> None:
     """Print the report.
 
+    Args:
+        path_or_repo_id: a folder, a file of weights or an index of shards with ``config.json`` beside it, a Hub
+            repository, of whose weights only the headers are fetched, or None for the packaged nano model.
+        revision: branch, tag or commit of a Hub repository.
+        console: where to print.
+
     Raises:
-        FileNotFoundError: there is no such model.
+        FileNotFoundError: there is no such model, or shards that its index lists are missing.
         ValueError: it is not a checkpoint of Aria.
     """
-    # Names tell the layout, so the shards of a Hub repository are not fetched for this.
-    path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME, "*.index.json"])
+    # Weights on the Hub are looked at there, unless they were fetched before; the index tells whether they all were.
+    local = path_or_repo_id is None or Path(path_or_repo_id).expanduser().exists()
+    path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME, "*.safetensors.index.json"])
     config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
-    layout, dtype = _stored(path, config)
+    shapes = parameter_shapes(config)
+    if local or _is_cached(path):
+        checkpoint = Checkpoint(path, shapes)
+        layout, dtype = checkpoint.layout, checkpoint.dtype
+    else:
+        layout, dtype = read_remote(str(path_or_repo_id), shapes, revision=revision)
     text = config.text
     console.print(f"layout        {layout.name} ({layout.description})", soft_wrap=True)
     console.print(f"stored as     {str(dtype).removeprefix('torch.')}")
@@ -46,14 +58,12 @@ def report(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | No
     console.print(_fits(config))
 
 
-def _stored(path: Path, config: AriaConfig) -> tuple[Layout, torch.dtype]:
-    """Layout and dtype of the weights, or of what index and config promise where the weights are not here."""
-    shapes = parameter_shapes(config)
+def _is_cached(snapshot: Path) -> bool:
+    """Whether all the weights of a Hub repository were fetched before."""
     try:
-        checkpoint = Checkpoint(path, shapes)
-    except FileNotFoundError:
-        return layout_of_index(path, shapes), config.dtype
-    return checkpoint.layout, checkpoint.dtype
+        return bool(find_weights(snapshot))
+    except (FileNotFoundError, ValueError):  # none, some, or only an index of pickles beside safetensors on the Hub
+        return False
 
 
 def _parameters(config: AriaConfig) -> Table:

@@ -6,11 +6,11 @@ from aria.checkpoint.load import (
     WEIGHT_PATTERNS,
     Checkpoint,
     find_weights,
-    layout_of_index,
     load_into,
     load_model,
     parameter_shapes,
 )
+from aria.checkpoint.remote import read_remote
 from aria.checkpoint.save import save_checkpoint
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "Layout",
     "convert",
     "find_weights",
-    "layout_of_index",
     "load_into",
     "load_model",
     "parameter_shapes",
+    "read_remote",
     "save_checkpoint",
 ]

@@ -106,19 +106,6 @@ class Checkpoint:
         return state
 
 
-def layout_of_index(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
-    """The layout of a sharded checkpoint from the names in its index alone, for shards that were not fetched.
-
-    Raises:
-        FileNotFoundError: the folder has no index.
-        ValueError: the index is damaged, or its names are not Aria's in any layout.
-    """
-    index = next(iter(sorted(folder.glob("*.index.json"))), None)
-    if index is None:
-        raise FileNotFoundError(f"{folder} has neither weights nor an index of shards; fetch the model first")
-    return detect(dict.fromkeys(_weight_map(index)), shapes)
-
-
 def load_into(
     model: torch.nn.Module,
     path: str | os.PathLike[str],

@@ -127,16 +127,26 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        dtype = _DTYPE_OF_CODE.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(
-                f"{key} in {file} is stored as {entry['dtype']}, expected one of {', '.join(_DTYPE_OF_CODE)}; "
-                "a quantized checkpoint cannot be loaded, use the bfloat16 weights (rhymes-ai/Aria)"
-            )
+        dtype = dtype_of_code(entry["dtype"], key, file)
         begin, end = entry["data_offsets"]
         segment = Segment(file, 8 + start + begin, end - begin)
         tensors[key] = StoredTensor(dtype, tuple(entry["shape"]), (segment,))
     return tensors
+
+
+def dtype_of_code(code: str, key: str, file: Path | str) -> torch.dtype:
+    """The dtype that a safetensors header states for the tensor ``key`` of ``file``.
+
+    Raises:
+        ValueError: it is not floating point.
+    """
+    dtype = _DTYPE_OF_CODE.get(code)
+    if dtype is None:
+        raise ValueError(
+            f"{key} in {file} is stored as {code}, expected one of {', '.join(_DTYPE_OF_CODE)}; "
+            "a quantized checkpoint cannot be loaded, use the bfloat16 weights (rhymes-ai/Aria)"
+        )
+    return dtype
 
 
 def names(items: Sequence[str], limit: int = 6) -> str:
