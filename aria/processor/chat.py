@@ -48,7 +48,9 @@ class Prompt(str):
     """Text that knows which of its ``<|img|>`` are places for pictures; the others are just text.
 
     It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer has a picture at
-    every ``<|img|>``, as in transformers; ``Prompt(text)`` has none, however the text reads.
+    every ``<|img|>``, as in transformers; ``Prompt(text)`` has none, however the text reads. Adding and stripping keep
+    what it knows. Any other operation (formatting, replacing, slicing) gives a plain ``str``; if its text then reads as
+    if it had more places than there are pictures, that is an error with both counts, never a wrong answer.
 
     Attributes:
         slots: offsets of the ``<|img|>`` that are places for pictures.
@@ -85,6 +87,28 @@ class Prompt(str):
         """Joined text; ``<|img|>`` in a plain string that is added stays text."""
         slots, parts = (other.slots, other.parts) if isinstance(other, Prompt) else ((), ())
         return Prompt(str(self) + str(other), (*self.slots, *(len(self) + s for s in slots)), (*self.parts, *parts))
+
+    def __radd__(self, other: str) -> Prompt:
+        """The same, with the plain string in front."""
+        return Prompt(str(other)) + self
+
+    def strip(self, chars: str | None = None, /) -> Prompt:
+        return self.lstrip(chars).rstrip(chars)
+
+    def lstrip(self, chars: str | None = None, /) -> Prompt:
+        return self._cut(len(self) - len(str(self).lstrip(chars)), len(self))
+
+    def rstrip(self, chars: str | None = None, /) -> Prompt:
+        return self._cut(0, len(str(self).rstrip(chars)))
+
+    def _cut(self, start: int, end: int) -> Prompt:
+        """The text from ``start`` to ``end``, with the places that lie in it whole."""
+        kept = [
+            (slot - start, part)
+            for slot, part in zip(self.slots, self.parts, strict=True)
+            if slot >= start and slot + len(IMAGE_TOKEN) <= end
+        ]
+        return Prompt(str(self)[start:end], [slot for slot, _ in kept], [part for _, part in kept])
 
 
 def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Prompt:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aria.config import CONFIG_NAME, AriaConfig
+from aria.hub import read_json
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"
@@ -25,7 +26,12 @@ def read_size_conversion(folder: Path) -> dict[int, int]:
     table = (
         read_json(folder / PROCESSOR_CONFIG).get("size_conversion") if (folder / PROCESSOR_CONFIG).is_file() else None
     )
-    return {int(size): int(tokens) for size, tokens in (table or SIZE_CONVERSION).items()}
+    try:
+        return {int(size): int(tokens) for size, tokens in (table or SIZE_CONVERSION).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder / PROCESSOR_CONFIG}: size_conversion should map sizes to tokens, but is {table!r}"
+        ) from None
 
 
 def read_image_settings(folder: Path) -> dict[str, Any]:
@@ -35,19 +41,6 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
         if isinstance(settings, dict):
             return settings
     return read_json(folder / PREPROCESSOR_CONFIG)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, with errors that name the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} should hold a JSON object, but holds a {type(data).__name__}")
-    return data
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:

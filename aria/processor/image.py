@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,7 @@ class AriaImageProcessor:
         patterns = [PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, CONFIG_NAME]
         folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
         data = read_image_settings(folder)
-        for key, value in {"resample": 3, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}.items():
-            if data.get(key) is not None and data[key] != value:
-                raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {data[key]!r}, but Aria has {value!r}")
+        _check_settings(data)
         known = ("max_image_size", "min_image_size", "image_mean", "image_std", "split_image", "split_mode")
         settings = {key: data[key] for key in (*known, "split_resolutions") if data.get(key) is not None}
         return cls(**settings, sizes=tuple(read_size_conversion(folder)))
@@ -222,6 +220,43 @@ class AriaImageProcessor:
                 target[height:] = levels[0]  # padding is black before it is normalised
                 target[:height, width:] = levels[0]
         return values, mask
+
+
+_ARITHMETIC = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_image_size": (lambda value: type(value) is int, "a whole number"),
+    "min_image_size": (lambda value: type(value) is int, "a whole number"),
+    "split_image": (lambda value: type(value) is bool, "true or false"),
+    "split_mode": (lambda value: type(value) is str, "a text"),
+    "image_mean": (lambda value: _is_list(value, 3), "three numbers"),
+    "image_std": (lambda value: _is_list(value, 3) and all(value), "three numbers, none of them 0"),
+    "split_resolutions": (
+        lambda value: isinstance(value, list) and all(_is_list(pair, 2) for pair in value),
+        "a list of pairs (height, width)",
+    ),
+}
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == length
+        and all(isinstance(item, int | float) and not isinstance(item, bool) for item in value)
+    )
+
+
+def _check_settings(data: Mapping[str, Any]) -> None:
+    """Refuse settings of the wrong type, and arithmetic that Aria does not have."""
+    present = {key: value for key, value in data.items() if value is not None}
+    for key, value in _ARITHMETIC.items():
+        if present.get(key, value) != value:
+            raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {present[key]!r}, but Aria has {value!r}")
+    factor = present.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{PREPROCESSOR_CONFIG}: rescale_factor is {factor!r}, but Aria has 1/255")
+    for key, (holds, expected) in _KINDS.items():
+        if key in present and not holds(present[key]):
+            raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {present[key]!r}; expected {expected}")
 
 
 def _check_mode(mode: str) -> str:

@@ -264,7 +264,9 @@ def _match(prompts: Sequence[Prompt], images: Any) -> list[Any]:
 
 
 def _fill(parts: Sequence[ImagePart], given: list[Any], subject: str) -> list[Any]:
-    if len(given) == len(parts):
+    if len(given) == len(
+        parts
+    ):  # as callers of transformers do, who name pictures in messages and pass them all the same
         return given
     bare = sum(part.source is None for part in parts)
     if len(given) == bare:

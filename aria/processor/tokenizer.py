@@ -12,10 +12,10 @@ from typing import Any
 
 import sentencepiece
 
-from aria.hub import resolve
+from aria.hub import read_json, resolve
 from aria.processor.batch import BatchFeature, check_tensor_kind, to_tensors
 from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, Conversation, Prompt, is_batch, render
-from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL, read_json, write_json
+from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL, write_json
 
 # Pieces 0 to 18 of Aria's vocabulary. Only rhymes-ai/Aria's tokenizer_config.json lists them; the vocabulary of the
 # other published repositories is the same, and so they are special there too.
@@ -72,6 +72,13 @@ class AriaTokenizer:
 
     def _read_added_tokens(self) -> None:
         listed = self._config.get("added_tokens_decoder") or {}
+        if not isinstance(listed, dict) or not all(
+            isinstance(token, dict) and isinstance(token.get("content"), str) and key.isdigit()
+            for key, token in listed.items()
+        ):
+            raise ValueError(
+                f"{TOKENIZER_CONFIG}: added_tokens_decoder should map ids to objects with content; it is {listed!r:.80}"
+            )
         added: dict[str, int] = {}
         special: set[str] = set()
         for key, token in listed.items():

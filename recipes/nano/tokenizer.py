@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from aria.processor import CHAT_TEMPLATE
+from aria.processor import CHAT_TEMPLATE, AriaImageProcessor, AriaProcessor, AriaTokenizer
 
 NANO_FOLDER = Path(__file__).resolve().parents[2] / "aria" / "nano"
 
@@ -118,54 +118,21 @@ def tokenizer_config() -> dict:
     }
 
 
-def preprocessor_config() -> dict:
-    """``preprocessor_config.json``: 224 px unless the user asks for 448 (several lines, small print).
+def processor_of_nano() -> AriaProcessor:
+    """The processor as the package has it.
 
-    224 px is where three quarters of the training happens and costs a quarter of 448 px. The shorter side is at least
-    56 px (4 patches), so a strip of text keeps its proportions up to 4:1; Aria's own share would bend it beyond 2.9:1.
+    224 px is the default: it is trained most and costs least. The shorter side may go down to 56 px (4 patches), so a
+    strip of text keeps its proportions up to 4:1; Aria's own share would bend it beyond 2.9:1.
     """
-    return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "AriaImageProcessor",
-        "image_std": [0.5, 0.5, 0.5],
-        "max_image_size": min(QUERIES),
-        "min_image_size": 56,
-        "processor_class": "AriaProcessor",
-        "resample": 3,
-        "split_image": False,
-        "split_resolutions": [[224 * h, 224 * w] for h, w in SPLIT_RATIOS],
-    }
-
-
-# The authors' table of ratios, in the order of their file.
-SPLIT_RATIOS = [
-    *[(1, n) for n in range(2, 9)],
-    *[(2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)],
-    *[(n, 1) for n in range(5, 9)],
-]
+    pictures = AriaImageProcessor(max_image_size=min(QUERIES), min_image_size=56, sizes=tuple(QUERIES))
+    return AriaProcessor(pictures, AriaTokenizer(model_bytes(), tokenizer_config()), size_conversion=QUERIES)
 
 
 def write_files(folder: Path = NANO_FOLDER) -> None:
-    """Write ``tokenizer.model`` and the four JSON files that a processor and ``generate`` read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(model_bytes())
-    files = {
-        "tokenizer_config.json": tokenizer_config(),
-        "preprocessor_config.json": preprocessor_config(),
-        "processor_config.json": {
-            "processor_class": "AriaProcessor",
-            "size_conversion": {str(size): queries for size, queries in QUERIES.items()},
-        },
-        "generation_config.json": {
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": PAD_TOKEN_ID,
-        },
-    }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the files that a processor and ``generate`` read."""
+    processor_of_nano().save_pretrained(folder)
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_TOKEN_ID}
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,3 +123,22 @@ def test_prompts_are_strings_that_can_be_joined_copied_and_checked() -> None:
         Prompt("a<|img|>", slots=[0])
     with pytest.raises(ValueError, match="1 slots but 0 picture parts"):
         Prompt("<|img|>", slots=[0], parts=[])
+
+
+def test_typed_picture_tokens_stay_text_through_adding_and_stripping() -> None:
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"is {IMAGE_TOKEN} text?"}]}]
+    prompt = render(messages)
+    place = prompt.slots[0]
+    for changed, moved in (
+        (prompt.strip(), 0),
+        (f" {IMAGE_TOKEN}" + prompt, 1 + len(IMAGE_TOKEN)),
+        (prompt + IMAGE_TOKEN, 0),
+        ((" \n" + prompt + "\n ").strip(), 0),
+        (prompt.lstrip("<"), -1),
+        (prompt.rstrip("\n"), 0),
+    ):
+        assert isinstance(changed, Prompt)
+        assert changed.slots == (place + moved,)
+        assert changed.startswith(IMAGE_TOKEN, changed.slots[0])
+    assert prompt.lstrip(prompt).slots == ()
+    assert prompt.strip() == str(prompt).strip()

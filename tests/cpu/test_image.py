@@ -190,3 +190,32 @@ def test_png_bytes_take_the_same_way_as_the_object() -> None:
     image.save(buffer, "PNG")
     process = AriaImageProcessor(max_image_size=490)
     assert torch.equal(process(buffer.getvalue()).pixel_values, process(image).pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784.*, but Aria has 1/255"),
+        ({"do_resize": False}, "do_resize is False, but Aria has True"),
+        ({"resample": 2}, "resample is 2, but Aria has 3"),
+        ({"image_mean": 0.5}, "image_mean is 0.5; expected three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std is .*; expected three numbers, none of them 0"),
+        ({"min_image_size": "a"}, "min_image_size is 'a'; expected a whole number"),
+        ({"max_image_size": True}, "max_image_size is True"),
+        ({"split_image": "yes"}, "split_image is 'yes'; expected true or false"),
+        ({"split_resolutions": 5}, "split_resolutions is 5; expected a list of pairs"),
+        ({"split_resolutions": [[490]]}, "split_resolutions is .*; expected a list of pairs"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(tmp_path: Any, change: dict[str, Any], complaint: str) -> None:
+    AriaImageProcessor().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {complaint}"):
+        AriaImageProcessor.from_pretrained(tmp_path)
+
+
+def test_what_transformers_writes_is_followed(tmp_path: Any) -> None:
+    AriaImageProcessorPil(max_image_size=490, split_image=True).save_pretrained(tmp_path)
+    loaded = AriaImageProcessor.from_pretrained(tmp_path)
+    assert (loaded.max_image_size, loaded.split_image) == (490, True)

@@ -304,3 +304,11 @@ class TestRealVocabulary:
         assert ids[:2] == vector[:2] and ids[-1] == vector[-1]
         assert ids[ids.index(93415) : ids.index(93483) + 2] == vector[colon : question + 2]
         assert real.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "listed", [["<|img|>"], {"9": "<|img|>"}, {"nine": {"content": "<|img|>"}}, {"9": {"content": 9}}]
+)
+def test_added_tokens_of_the_wrong_form_are_refused(listed: Any) -> None:
+    with pytest.raises(ValueError, match="added_tokens_decoder should map ids to objects with content"):
+        AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(added_tokens_decoder=listed))
