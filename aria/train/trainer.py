@@ -290,24 +290,26 @@ class _Metrics:
     """Sums of scalars on the device, read by the host once a log line."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._steps = 0
+        # One vector for each set of names: dozens of scalars would cost a kernel each.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._steps: dict[tuple[str, ...], int] = {}
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
-        for name, value in scalars.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._steps += 1
+        names, values = tuple(scalars), torch.stack([value.detach().float() for value in scalars.values()])
+        self._sums[names] = self._sums[names] + values if names in self._sums else values
+        self._steps[names] = self._steps.get(names, 0) + 1
 
     def drain(self) -> tuple[dict[str, float], int]:
         """Means since the last call, and how many steps they are over."""
-        names, steps = list(self._sums), self._steps
-        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
-        means = {name: value / self._counts[name] for name, value in zip(names, values, strict=True)}
-        self._sums, self._counts, self._steps = {}, {}, 0
-        return means, steps
+        totals: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for names, sums in self._sums.items():
+            for name, total in zip(names, sums.tolist(), strict=True):
+                totals[name] = totals.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + self._steps[names]
+        steps = sum(self._steps.values())
+        self._sums, self._steps = {}, {}
+        return {name: total / counts[name] for name, total in totals.items()}, steps
 
 
 class _Termination:

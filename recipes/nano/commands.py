@@ -109,30 +109,28 @@ def _pack_photos(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
 def _pack_marks(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
     """``mark_*`` (M, ...), ``sprite_*`` for those of them that are sprites, and ``mark_groups``.
 
-    A group is (kind, number of its first sprite, start, end, height and width of its windows). Values are x, y,
-    half-width, cosine, sine, stretch (negative: mirrored), look.
+    Shapes come first. A group is (kind, start, end, height and width of its windows). Values are x, y, half-width,
+    cosine, sine, stretch (negative: mirrored), look.
     """
     marks = sorted(
         (
-            (slot, _kind(mark), _reach(mark, scene.size), n, mark)
+            (mark.kind == "sprite", slot, _kind(mark), _reach(mark, scene.size), n, mark)
             for n, scene in enumerate(batch)
             for slot, mark in enumerate(scene.marks)
         ),
-        # Slots first: of one picture, a later mark is drawn over an earlier one.
-        key=lambda item: item[:4],
+        # Slots before all else: of one picture, a later mark is drawn over an earlier one.
+        key=lambda item: item[:5],
     )
     boxes = np.array([_mark_box(mark) for *_, mark in marks]).reshape(-1, 4)
     corners = np.zeros((len(marks), 2), np.int64)
     groups = []
-    sprites = 0
-    for _, kind, _, start, end in _groups([item[:3] for item in marks]):
+    for _, _, kind, _, start, end in _groups([item[:4] for item in marks]):
         corners[start:end], high, wide = _windows(boxes[start:end], batch[0].size)
-        groups.append((kind, sprites, start, end, high, wide))
-        sprites += (end - start) * (kind != SHAPE)
+        groups.append((kind, start, end, high, wide))
     looks = np.array([mark.look for *_, mark in marks if mark.kind == "sprite"], np.float32).reshape(-1, 7)
     return {
         "mark_groups": groups,
-        "mark_picture": np.array([item[3] for item in marks], np.int64),
+        "mark_picture": np.array([item[4] for item in marks], np.int64),
         "mark_corner": corners,
         "mark_index": np.array([mark.index for *_, mark in marks], np.int64),
         "mark_class": np.array([dense_class(mark, assets) for *_, mark in marks], np.int64),
@@ -171,7 +169,8 @@ def _mark_values(mark: Mark) -> list[float]:
 def _pack_lines(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
     """``line_*`` (W, ...) and ``glyph_*`` (G, ...), positions in pixels of the atlas a line is drawn from.
 
-    A group is (atlas, start, end, first and last glyph, widest line, height and width of its windows).
+    ``line_strips`` has (atlas, start, end, first and last glyph, widest line) of the lines that are typeset together,
+    ``line_groups`` (atlas, start, end, height and width of its windows) of those of them that are drawn together.
     ``line_edges`` (W, LONGEST_LINE + 1) holds where each character begins, then where the line ends, then infinity;
     ``line_classes`` and ``line_extents`` (top and bottom of the glyph) go with it for the dense labels.
     """
@@ -184,7 +183,7 @@ def _pack_lines(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
         "line_edges": np.full((count, LONGEST_LINE + 1), np.inf, np.float32),
         "line_classes": np.zeros((count, LONGEST_LINE + 1), np.int64),
         "line_extents": np.zeros((count, LONGEST_LINE + 1, 2), np.float32),
-        "line_values": np.zeros((count, 8), np.float32),
+        "line_values": np.zeros((count, 9), np.float32),
         "line_corner": np.zeros((count, 2), np.int64),
     }
     glyph_line, glyph_index, glyph_x = [], [], []
@@ -196,12 +195,17 @@ def _pack_lines(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
         glyph_index.append(line.face * len(CHARACTERS) + glyphs)
         glyph_x.append(columns)
     ends = np.cumsum([0, *map(len, glyph_index)]).tolist()
+    strips = [
+        (atlas, start, end, ends[start], ends[end], int(widths[start:end].max()))
+        for atlas, start, end in _groups([item[:1] for item in lines])
+    ]
     groups = []
     for atlas, _, start, end in _groups([item[:2] for item in lines]):
         arrays["line_corner"][start:end], high, wide = _windows(boxes[start:end], batch[0].size)
-        groups.append((atlas, start, end, ends[start], ends[end], int(widths[start:end].max()), high, wide))
+        groups.append((atlas, start, end, high, wide))
     empty = [np.zeros(0, np.int64)]
     return {
+        "line_strips": strips,
         "line_groups": groups,
         "line_picture": np.array([n for _, _, n, _ in lines], np.int64),
         **arrays,
@@ -225,7 +229,7 @@ def _set_line(
     left, top, wide, high = assets.glyph_boxes[size][line.face, glyphs].T.astype(np.int64)
     arrays["line_extents"][w, : len(codes)][drawn] = np.stack([top, top + high], 1)
     turn = np.cos(line.angle), np.sin(line.angle)
-    arrays["line_values"][w] = (line.x, line.y, *turn, size / line.em, *line.colour)
+    arrays["line_values"][w] = (line.x, line.y, *turn, size / line.em, size, *line.colour)
     columns = np.rint(pens[:-1][drawn]).astype(np.int64) + left
     shrunk = line.em / size
     # One pixel more on each side: the lookup between pixels reaches so far.

@@ -38,6 +38,8 @@ class Renderer:
         self.photos = _pictures(assets.photos, "RGB").to(self.device)
         # Made once: a constant that is made while drawing is a copy from the host that waits for the GPU.
         self.hue_turn = _hue_turn().to(self.device)
+        self.axis = torch.arange(max(448, max(tiles.shape[2] for tiles, _ in self.glyphs.values())), device=self.device)
+        self.centres = self.axis + 0.5
         self.channels = torch.arange(3, device=self.device)[:, None, None]
 
     def _glyph_tiles(self, assets: Assets, em: int) -> tuple[Tensor, Tensor]:
@@ -64,12 +66,9 @@ class Renderer:
         points = torch.cat([_patch_points(size, len(valid), self.device), _query_points(size, valid)], 1)
         labels = torch.zeros(points.shape[:2], dtype=torch.int64, device=self.device)
         self._draw_photos(canvas, labels, batch, valid)
-        sprites = self._sprite_textures(batch)
-        for group in batch["mark_groups"]:
-            self._draw_marks(canvas, labels, points, batch, sprites, group)
-        for group in batch["line_groups"]:
-            self._draw_lines(canvas, labels, points, batch, group)
-        pixels = torch.arange(size, device=self.device)
+        self._draw_marks(canvas, labels, points, batch)
+        self._draw_lines(canvas, labels, points, batch)
+        pixels = self.axis[:size]
         mask = (pixels[:, None] < valid[:, :1, None]) & (pixels < valid[:, 1:, None])
         outside = (points[..., 1] >= valid[:, :1]) | (points[..., 0] >= valid[:, 1:])
         labels = labels.masked_fill(outside, IGNORED)
@@ -86,7 +85,7 @@ class Renderer:
         values, rows = batch["background"], batch["background_rows"]
         canvas = values[:, 1:4, None, None].expand(-1, -1, size, size).contiguous()
         grains = torch.rand((len(values), 1, 9, 9), device=self.device, generator=generator)
-        axis = torch.arange(size, device=self.device) + 0.5
+        axis = self.centres[:size]
         for kind, start, end in batch["background_groups"]:
             chosen = rows[start:end]
             look = values[chosen]
@@ -119,13 +118,13 @@ class Renderer:
         zero = torch.zeros_like(x)
         maps = torch.stack([2 * wide, zero, 2 * (x + width * mirrored) - 1, zero, 2 * high, 2 * y - 1], 1)
         size = canvas.shape[-1]
-        grid = _pixel_grid(maps.unflatten(1, (2, 3)), torch.zeros_like(index), size, size)
+        grid = self._pixel_grid(maps.unflatten(1, (2, 3)), size, size)
         shown = self._photo(index[:, 0], grid)
         if len(mixed):
             shown[mixed] = torch.lerp(shown[mixed], self._photo(index[mixed, 1], grid[mixed]), _each(mix[mixed]))
         turned = torch.bmm(self._hue_rotation(hue), shown.flatten(2))
         canvas.index_copy_(0, pictures, turned.view_as(shown))
-        labels[pictures] = scenes.OTHER
+        labels.index_fill_(0, pictures, scenes.OTHER)
 
     def _photo(self, index: Tensor, grid: Tensor) -> Tensor:
         return F.grid_sample(self.photos[index].div(255.0), grid, padding_mode="reflection", align_corners=False)
@@ -137,45 +136,56 @@ class Renderer:
 
     # --- shapes and sprites ------------------------------------------------------------------------------------------
 
-    def _draw_marks(
-        self,
-        canvas: Tensor,
-        labels: Tensor,
-        points: Tensor,
-        batch: Mapping[str, Any],
-        sprites: Tensor,
-        group: tuple[int, ...],
-    ) -> None:
-        kind, sprite, start, end, high, wide = group
-        rows = slice(start, end)
-        pictures, values, classes = (batch[f"mark_{name}"][rows] for name in ("picture", "values", "class"))
+    def _draw_marks(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
+        pictures, values, index = batch["mark_picture"], batch["mark_values"], batch["mark_index"]
+        if not len(pictures):
+            return
+        shown = len(pictures) - len(batch["sprite_index"])
+        textures = {commands.SHAPE: self.shapes[index[:shown]], commands.SPRITE: self._sprite_textures(batch)}
+        textures[commands.SMALL_SPRITE] = F.avg_pool2d(textures[commands.SPRITE], 2)
         x, y, half, cos, sin, stretch = values[:, :6].unbind(1)
-        if kind == commands.SHAPE:
-            texture, reach, mode = self.shapes[batch["mark_index"][rows]], shapes.REACH, "border"
-        else:
-            texture, reach, mode = sprites[sprite : sprite + end - start], 1.0, "zeros"
-            texture = F.avg_pool2d(texture, 2) if kind == commands.SMALL_SPRITE else texture
-        # Textures count from -1 to 1, as grid_sample wants it.
-        to_texture = _to_local(x, y, cos, sin, 1 / (half * stretch * reach), 1 / (half * reach))
-        corner = batch["mark_corner"][rows]
-        grid = _pixel_grid(to_texture, corner, high, wide)
-        found = F.grid_sample(texture, grid, padding_mode=mode, align_corners=False)
-        at_points = _apply(to_texture, points[pictures])[:, None]
-        under = F.grid_sample(texture[:, -1:], at_points, padding_mode=mode, align_corners=False)[:, 0, 0]
-        window = self._window(pictures, corner, high, wide)
-        if kind == commands.SHAPE:
-            colour, alpha = _shade(found, half, values[:, 6:])
-            canvas[window] = torch.lerp(canvas[window], colour, alpha)
-        else:  # their colours are multiplied by alpha
-            canvas[window] = torch.addcmul(found[:, :3], canvas[window], 1 - found[:, 3:])
-        hit = under < 0 if kind == commands.SHAPE else under > 0.5
-        labels[pictures] = torch.where(hit, classes[:, None], labels[pictures])
+        # Textures count from -1 to 1, as grid_sample wants it; a field of distances is larger than its shape.
+        reach = torch.ones_like(half)
+        reach[:shown].fill_(shapes.REACH)
+        maps = _to_local(x, y, cos, sin, 1 / (half * stretch * reach), 1 / (half * reach))
+        at_points = _apply(maps, points[pictures])[:, None]
+        in_windows = _moved(maps, batch["mark_corner"])
+        hits = []
+        for kind, start, end, high, wide in batch["mark_groups"]:
+            rows = slice(start, end)
+            first = 0 if kind == commands.SHAPE else shown
+            texture, mode = textures[kind][start - first : end - first], "border" if kind == commands.SHAPE else "zeros"
+            grid = self._pixel_grid(in_windows[rows], high, wide)
+            found = F.grid_sample(texture, grid, padding_mode=mode, align_corners=False)
+            under = F.grid_sample(texture[:, -1:], at_points[rows], padding_mode=mode, align_corners=False)[:, 0, 0]
+            window = self._window(pictures[rows], batch["mark_corner"][rows], high, wide)
+            if kind == commands.SHAPE:
+                colour, alpha = _shade(found, half[rows], values[rows, 6:])
+                canvas[window] = torch.lerp(canvas[window], colour, alpha)
+                hits.append(under < 0)
+            else:  # their colours are multiplied by alpha
+                canvas[window] = torch.addcmul(found[:, :3], canvas[window], 1 - found[:, 3:])
+                hits.append(under > 0.5)
+        self._label(labels, pictures, torch.where(torch.cat(hits), batch["mark_class"][:, None], -1))
+
+    def _label(self, labels: Tensor, pictures: Tensor, classes: Tensor) -> None:
+        """Give points (N, k) the class of the last thing (n, k; -1 where it is not) that was drawn there."""
+        count = self.num_classes
+        order = torch.arange(len(classes), device=self.device)[:, None] * count
+        last = torch.full_like(labels, -1)
+        keys = torch.where(classes < 0, -1, classes + order)
+        last.scatter_reduce_(0, pictures[:, None].expand_as(keys), keys, "amax")
+        labels.copy_(torch.where(last < 0, labels, last % count))
 
     def _window(self, pictures: Tensor, corner: Tensor, high: int, wide: int) -> tuple[Tensor, ...]:
         """Indices of (n, 3, high, wide) of the canvas, each with its upper left corner (y, x) somewhere else."""
-        rows = corner[:, :1] + torch.arange(high, device=self.device)
-        columns = corner[:, 1:] + torch.arange(wide, device=self.device)
+        rows, columns = corner[:, :1] + self.axis[:high], corner[:, 1:] + self.axis[:wide]
         return pictures[:, None, None, None], self.channels, rows[:, None, :, None], columns[:, None, None]
+
+    def _pixel_grid(self, maps: Tensor, high: int, wide: int) -> Tensor:
+        """The maps (n, 2, 3) at every pixel's centre, (n, high, wide, 2)."""
+        across = torch.addcmul(maps[:, None, :, 2], self.centres[:wide, None], maps[:, None, :, 0])
+        return across[:, None] + (self.centres[:high, None] * maps[:, None, :, 1])[:, :, None]
 
     def _sprite_textures(self, batch: Mapping[str, Any]) -> Tensor:
         """All sprites of a batch (n, 4, T, T), colours multiplied by alpha, after their changes of style."""
@@ -204,46 +214,54 @@ class Renderer:
 
     # --- text --------------------------------------------------------------------------------------------------------
 
-    def _draw_lines(
-        self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any], group: tuple[int, ...]
-    ) -> None:
-        atlas, start, end, first, last, widest, window_high, window_wide = group
+    def _draw_lines(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
+        pictures, values, corner = (batch[f"line_{name}"] for name in ("picture", "values", "corner"))
+        if not len(pictures):
+            return
+        x, y, cos, sin, scale, em = values[:, :6].unbind(1)
+        maps = _to_local(x, y, cos, sin, scale, scale)
+        in_windows = _moved(maps, corner)
+        strips = {group[0]: (group[1], *self._typeset(batch, group)) for group in batch["line_strips"]}
+        for atlas, start, end, window_high, window_wide in batch["line_groups"]:
+            first, strip, left, baseline = strips[atlas]
+            high, wide = strip.shape[2:]
+            # Strip pixels counted from -1 to 1, as grid_sample wants them.
+            across, down = in_windows[start:end].unbind(1)
+            to_strip = torch.stack([across * (2 / wide), down * (2 / high)], 1)
+            to_strip[:, 0, 2] += 2 * left / wide - 1
+            to_strip[:, 1, 2] += 2 * baseline / high - 1
+            grid = self._pixel_grid(to_strip, window_high, window_wide)
+            alpha = F.grid_sample(strip[start - first : end - first], grid, align_corners=False)
+            window = self._window(pictures[start:end], corner[start:end], window_high, window_wide)
+            canvas[window] = torch.lerp(canvas[window], values[start:end, 6:, None, None], alpha)
+        # Label: the character whose advance holds the point, if the point is at the height of its glyph.
+        local = _apply(maps, points[pictures])
+        character = torch.searchsorted(batch["line_edges"], local[..., 0].contiguous(), right=True) - 1
+        before = character < 0
+        character = character.clamp_(min=0)
+        classes = batch["line_classes"].gather(1, character)
+        extents = batch["line_extents"].gather(1, character[..., None].expand(-1, -1, 2))
+        slack = em[:, None] * 0.08
+        inside = (local[..., 1] > extents[..., 0] - slack) & (local[..., 1] < extents[..., 1] + slack)
+        self._label(labels, pictures, torch.where(inside & ~before & (classes > 0), classes, -1))
+
+    def _typeset(self, batch: Mapping[str, Any], group: tuple[int, ...]) -> tuple[Tensor, int, int]:
+        """Glyph tiles copied into one strip a line, (n, 1, h, w) in atlas pixels; where the pen begins in each."""
+        atlas, start, end, first, last, widest = group
         em = EM_SIZES[atlas]
-        pictures, values, corner = (batch[f"line_{name}"][start:end] for name in ("picture", "values", "corner"))
-        x, y, cos, sin, scale = values[:, :5].unbind(1)
-        to_local = _to_local(x, y, cos, sin, scale, scale)
-        # Typeset: copy glyph tiles into one strip a line, in atlas pixels; the larger value wins where tiles overlap.
         tiles, tops = self.glyphs[em]
         margin, baseline = em // 2, int(em * 1.2)
         high, wide = int(em * 1.8), widest + 2 * em + tiles.shape[2]
         index = batch["glyph_index"][first:last]
-        rows = (baseline + tops[index])[:, None] + torch.arange(tiles.shape[1], device=self.device)
-        columns = (margin + batch["glyph_x"][first:last])[:, None] + torch.arange(tiles.shape[2], device=self.device)
+        rows = (baseline + tops[index])[:, None] + self.axis[: tiles.shape[1]]
+        columns = (margin + batch["glyph_x"][first:last])[:, None] + self.axis[: tiles.shape[2]]
         line = batch["glyph_line"][first:last, None] - start
         rows = (line * high + rows.clamp_(0, high - 1)) * wide
         places = rows[:, :, None] + columns.clamp_(min=0)[:, None]
         strips = torch.zeros((end - start) * high * wide, device=self.device)
+        # Where tiles overlap the larger value wins.
         strips.scatter_reduce_(0, places.flatten(), tiles[index].div(255.0).flatten(), "amax")
-        strips = strips.view(end - start, 1, high, wide)
-        # Paste: strip pixels counted from -1 to 1, as grid_sample wants them.
-        across, down = to_local.unbind(1)
-        to_strip = torch.stack([across * (2 / wide), down * (2 / high)], 1)
-        to_strip[:, 0, 2] += 2 * margin / wide - 1
-        to_strip[:, 1, 2] += 2 * baseline / high - 1
-        alpha = F.grid_sample(strips, _pixel_grid(to_strip, corner, window_high, window_wide), align_corners=False)
-        window = self._window(pictures, corner, window_high, window_wide)
-        canvas[window] = torch.lerp(canvas[window], values[:, 5:, None, None], alpha)
-        # Label: the character whose advance holds the point, if the point is at the height of its glyph.
-        local = _apply(to_local, points[pictures])
-        character = torch.searchsorted(batch["line_edges"][start:end], local[..., 0].contiguous(), right=True) - 1
-        before = character < 0
-        character = character.clamp(min=0)
-        classes = batch["line_classes"][start:end].gather(1, character)
-        extents = batch["line_extents"][start:end].gather(1, character[..., None].expand(-1, -1, 2))
-        slack = em * 0.08
-        inside = (local[..., 1] > extents[..., 0] - slack) & (local[..., 1] < extents[..., 1] + slack)
-        hit = inside & ~before & (classes > 0)
-        labels[pictures] = torch.where(hit, classes, labels[pictures])
+        return strips.view(end - start, 1, high, wide), margin, baseline
 
 
 def _pictures(files: list[bytes], mode: str) -> Tensor:
@@ -291,13 +309,10 @@ def _apply(maps: Tensor, points: Tensor) -> Tensor:
     return points[..., :1] * maps[:, None, :, 0] + points[..., 1:] * maps[:, None, :, 1] + maps[:, None, :, 2]
 
 
-def _pixel_grid(maps: Tensor, corner: Tensor, high: int, wide: int) -> Tensor:
-    """The maps (n, 2, 3) at the centre of every pixel of the windows at ``corner`` (y, x), (n, high, wide, 2)."""
-    rows = corner[:, :1] + torch.arange(high, device=maps.device) + 0.5
-    columns = corner[:, 1:] + torch.arange(wide, device=maps.device) + 0.5
-    across = columns[..., None] * maps[:, None, :, 0] + maps[:, None, :, 2]
-    down = rows[..., None] * maps[:, None, :, 1]
-    return across[:, None] + down[:, :, None]
+def _moved(maps: Tensor, corner: Tensor) -> Tensor:
+    """The maps (n, 2, 3) for pixels that are counted from ``corner`` (n, 2: y, x)."""
+    offset = maps[..., 2] + maps[..., 0] * corner[:, 1:] + maps[..., 1] * corner[:, :1]
+    return torch.cat([maps[..., :2], offset[..., None]], 2)
 
 
 def _shade(distance: Tensor, half: Tensor, look: Tensor) -> tuple[Tensor, Tensor]:

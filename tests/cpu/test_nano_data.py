@@ -8,12 +8,14 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from plain_drawing import draw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.nano import data, dialogue, evaluate, fonts, paint, questions, scenes, tokenizer
 from recipes.nano.assets import Assets, clean_label, fingerprint
@@ -66,9 +68,13 @@ def renderer(assets: Assets) -> Renderer:
 
 
 def _draw(renderer: Renderer, assets: Assets, drawn: list[scenes.Scene], seed: int = 0) -> dict[str, torch.Tensor]:
+    return renderer(_packed(drawn, assets, seed))
+
+
+def _packed(drawn: list[scenes.Scene], assets: Assets, seed: int = 0) -> dict[str, Any]:
     packed = pack(drawn, assets)
     batch = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in packed.items()}
-    return renderer(batch | {"size": drawn[0].size, "seed": seed})
+    return batch | {"size": drawn[0].size, "seed": seed}
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
@@ -382,6 +388,44 @@ def test_renderer_repeats_itself(assets: Assets, renderer: Renderer):
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
     assert first["pixel_values"].abs().max() <= 1 and first["pixel_values"].isfinite().all()
+
+
+class _Waits(TorchDispatchMode):
+    """Notes operations that, on a GPU, wait for the host: values read back, constants made there, boolean masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        if masked or name in ("_local_scalar_dense", "lift_fresh", "nonzero"):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [224, 448])
+def test_drawing_never_waits_for_the_host(assets: Assets, renderer: Renderer, size: int):
+    planner = Planner(assets, size, Random(14))
+    batch = _packed([planner.plan(1.0, task) for task in scenes.TASKS for _ in range(16)], assets)
+    for key in (
+        "photo_mixed",
+        "sprite_outlined",
+        "mark_groups",
+        "line_groups",
+        "noisy",
+        "blurred",
+        "background_groups",
+    ):
+        assert len(batch[key]), key
+    with _Waits() as waits:
+        renderer(batch)
+    assert not waits.found
+    with waits:
+        torch.ones(3)[torch.tensor([True, False, True])].sum().item()
+    assert waits.found == {"lift_fresh", "index", "_local_scalar_dense"}, "the watch itself"
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
