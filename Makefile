@@ -23,7 +23,7 @@ ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
 demo: $(VENV)/.installed
 	$(call ask,word.png,"What does it say?")
 	$(call ask,shapes.png,"What is in this picture?")
-	$(call ask,emoji.png,"What is in this picture?")
+	$(call ask,emoji.png,"Which emoji is this?")
 	@echo 'Your own picture: $(BIN)/aria chat --image FILE "What is in this picture?"'
 
 test: $(VENV)/.developed
