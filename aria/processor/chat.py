@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 IMAGE_TOKEN = "<|img|>"
 CHAT_TEMPLATE = (
@@ -43,14 +44,23 @@ class ImagePart:
     max_image_size: int | None = None
     split_image: bool | None = None
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the message says nothing of the picture but its place."""
+        return self.source is None and self.max_image_size is None and self.split_image is None
+
 
 class Prompt(str):
     """Text that knows which of its ``<|img|>`` are places for pictures; the others are just text.
 
     It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer has a picture at
-    every ``<|img|>``, as in transformers; ``Prompt(text)`` has none, however the text reads. Adding and stripping keep
-    what it knows. Any other operation (formatting, replacing, slicing) gives a plain ``str``; if its text then reads as
-    if it had more places than there are pictures, that is an error with both counts, never a wrong answer.
+    every ``<|img|>``, as in transformers; ``Prompt(text)`` has none, however the text reads.
+
+    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep the places; what a plain string adds is just
+    text. Every other method of ``str`` that makes text (``replace``, ``split``, ``format``, f-strings, ``%``, ...)
+    gives a plain ``str``, and raises ValueError where that would say something else: where an ``<|img|>`` is just text,
+    or a message says more of a picture than its place. ``str(prompt)`` asks for the plain text by name; ``"".join`` and
+    ``re.sub`` do too, because they read the characters and never ask the prompt.
 
     Attributes:
         slots: offsets of the ``<|img|>`` that are places for pictures.
@@ -85,30 +95,81 @@ class Prompt(str):
 
     def __add__(self, other: str) -> Prompt:
         """Joined text; ``<|img|>`` in a plain string that is added stays text."""
+        if not isinstance(other, str):
+            return NotImplemented
         slots, parts = (other.slots, other.parts) if isinstance(other, Prompt) else ((), ())
         return Prompt(str(self) + str(other), (*self.slots, *(len(self) + s for s in slots)), (*self.parts, *parts))
 
     def __radd__(self, other: str) -> Prompt:
-        """The same, with the plain string in front."""
-        return Prompt(str(other)) + self
+        """A plain string with this after it; Python asks here first, because this class is the narrower one."""
+        return Prompt(other) + self if isinstance(other, str) else NotImplemented
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        """One character, or a slice with its places. A slice that begins or ends inside a place is a ValueError."""
+        if not isinstance(key, slice):
+            return str(self)[key]
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            self._check_plain("a slice with a step")
+            return str(self)[key]
+        return self._cut(start, max(start, stop))
 
     def strip(self, chars: str | None = None, /) -> Prompt:
+        """As of a string, with the places that stay."""
         return self.lstrip(chars).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> Prompt:
+        """As of a string, with the places that stay."""
         return self._cut(len(self) - len(str(self).lstrip(chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> Prompt:
+        """As of a string, with the places that stay."""
         return self._cut(0, len(str(self).rstrip(chars)))
 
-    def _cut(self, start: int, end: int) -> Prompt:
-        """The text from ``start`` to ``end``, with the places that lie in it whole."""
-        kept = [
-            (slot - start, part)
-            for slot, part in zip(self.slots, self.parts, strict=True)
-            if slot >= start and slot + len(IMAGE_TOKEN) <= end
-        ]
-        return Prompt(str(self)[start:end], [slot for slot, _ in kept], [part for _, part in kept])
+    def _cut(self, start: int, stop: int) -> Prompt:
+        slots, parts = [], []
+        for slot, part in zip(self.slots, self.parts, strict=True):
+            end = slot + len(IMAGE_TOKEN)
+            if start <= slot and end <= stop:
+                slots.append(slot - start)
+                parts.append(part)
+            elif start < end and slot < stop and start < stop:
+                raise ValueError(f"characters {start} to {stop} end inside a picture's place, {slot} to {end}")
+        return Prompt(str(self)[start:stop], slots, parts)
+
+    def _check_plain(self, operation: str) -> None:
+        """Refuse an operation that gives a plain string where a plain string would mean other pictures."""
+        if self.slots != Prompt.of(str(self)).slots:
+            lost = f"here an {IMAGE_TOKEN} is just text, and would become a picture's place"
+        elif not all(part.is_bare for part in self.parts):
+            lost = "here messages name pictures or their settings, which would be lost"
+        else:
+            return
+        raise ValueError(
+            f"{operation} makes a plain string of this prompt: {lost}; +, strip and slices keep the places, "
+            "str(prompt) gives the plain text"
+        )
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    """A method of ``str`` that asks the prompt first whether a plain string may stand for it."""
+    method = getattr(str, name)
+
+    @functools.wraps(method)
+    def checked(self: Prompt, *arguments: Any, **named: Any) -> Any:
+        self._check_plain(name)
+        return method(self, *arguments, **named)
+
+    return checked
+
+
+for _name in (
+    *("__format__", "__mod__", "__rmod__", "__mul__", "__rmul__", "format", "format_map", "join", "replace"),
+    *("translate", "removeprefix", "removesuffix", "expandtabs", "center", "ljust", "rjust", "zfill"),
+    *("capitalize", "casefold", "lower", "swapcase", "title", "upper"),
+    *("partition", "rpartition", "split", "rsplit", "splitlines"),
+):
+    setattr(Prompt, _name, _checked(_name))
 
 
 def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Prompt:

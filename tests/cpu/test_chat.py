@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,54 @@ def test_typed_picture_tokens_stay_text_through_adding_and_stripping() -> None:
         assert changed.startswith(IMAGE_TOKEN, changed.slots[0])
     assert prompt.lstrip(prompt).slots == ()
     assert prompt.strip() == str(prompt).strip()
+
+
+def test_slices_keep_whole_places_and_never_halves() -> None:
+    picture = object()
+    prompt = Prompt(f"{IMAGE_TOKEN}ab{IMAGE_TOKEN}cd", slots=[9], parts=[ImagePart(picture)])
+    for part, slots in (
+        (prompt[1:], (8,)),
+        (prompt[7:16], (2,)),
+        (prompt[:9], ()),
+        (prompt[16:], ()),
+        (prompt[5:2], ()),
+    ):
+        assert isinstance(part, Prompt) and part.slots == slots and len(part.parts) == len(slots)
+    tail = prompt[7:]
+    assert isinstance(tail, Prompt) and tail.parts[0].source is picture
+    assert tail == str(prompt)[7:] and prompt[-1] == "d"
+    for cut in (slice(10, None), slice(None, 12), slice(11, 13)):
+        with pytest.raises(ValueError, match="end inside a picture's place, 9 to 16"):
+            prompt[cut]
+    with pytest.raises(ValueError, match="end inside a picture's place"):
+        Prompt.of(f"{IMAGE_TOKEN}a").strip("<|")
+
+
+PLAIN: dict[str, Callable[[Any], Any]] = {
+    "replace": lambda prompt: prompt.replace("user", "User"),
+    "f-string": lambda prompt: f"{prompt}!",
+    "format": lambda prompt: "{}".format(prompt),  # noqa: UP032
+    "percent": lambda prompt: "%s" % prompt,  # noqa: UP031
+    "times": lambda prompt: prompt * 2,
+    "split": lambda prompt: prompt.split("\n"),
+    "step": lambda prompt: prompt[::2],
+    "upper": lambda prompt: prompt.upper(),
+}
+
+
+@pytest.mark.parametrize("operation", PLAIN.values(), ids=PLAIN)
+def test_no_operation_makes_places_of_text_or_forgets_pictures(operation: Callable[[Any], Any]) -> None:
+    literal = render([{"role": "user", "content": f"what is {IMAGE_TOKEN}?"}])
+    with pytest.raises(ValueError, match="is just text, and would become a picture's place"):
+        operation(literal)
+    for part in ({"path": "a.png"}, {"split_image": True}, {"max_image_size": 490}):
+        with pytest.raises(ValueError, match="name pictures or their settings, which would be lost"):
+            operation(render([{"role": "user", "content": [{"type": "image", **part}]}]))
+    bare = render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}])
+    assert operation(bare) == operation(str(bare))
+
+
+def test_only_text_is_added() -> None:
+    for add in (lambda: Prompt("a") + 3, lambda: 3 + Prompt("a")):  # type: ignore[operator]
+        with pytest.raises(TypeError):
+            add()
