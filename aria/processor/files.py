@@ -23,27 +23,36 @@ def read_size_conversion(folder: Path) -> dict[int, int]:
     """Crop sizes -> tokens a crop, from ``config.json``, else ``processor_config.json``, else the published table."""
     if (folder / CONFIG_NAME).is_file():
         return AriaConfig.from_pretrained(folder).image_sizes()
-    table = (
-        read_json(folder / PROCESSOR_CONFIG).get("size_conversion") if (folder / PROCESSOR_CONFIG).is_file() else None
-    )
+    file = folder / PROCESSOR_CONFIG
+    table = read_json(file).get("size_conversion") if file.is_file() else None
+    if table is None:
+        return dict(SIZE_CONVERSION)
     try:
-        return {int(size): int(tokens) for size, tokens in (table or SIZE_CONVERSION).items()}
+        sizes = {int(size): int(tokens) for size, tokens in table.items()}
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(
-            f"{folder / PROCESSOR_CONFIG}: size_conversion should map sizes to tokens, but is {table!r}"
-        ) from None
+        sizes = {}
+    if not sizes or min(*sizes, *sizes.values()) < 1:
+        raise ValueError(f"{file}: size_conversion should map crop sizes to tokens, but is {table!r:.100}")
+    return sizes
 
 
-def read_image_settings(folder: Path) -> dict[str, Any]:
-    """``preprocessor_config.json``, or what transformers 5 writes instead: a part of ``processor_config.json``."""
-    if not (folder / PREPROCESSOR_CONFIG).is_file() and (folder / PROCESSOR_CONFIG).is_file():
-        settings = read_json(folder / PROCESSOR_CONFIG).get("image_processor")
+def read_image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """``preprocessor_config.json``, or what transformers 5 writes instead: a part of ``processor_config.json``.
+
+    Returns:
+        The file that the settings stand in, for messages, and the settings.
+    """
+    file = folder / PROCESSOR_CONFIG
+    if not (folder / PREPROCESSOR_CONFIG).is_file() and file.is_file():
+        settings = read_json(file).get("image_processor")
         if isinstance(settings, dict):
-            return settings
-    return read_json(folder / PREPROCESSOR_CONFIG)
+            return file, settings
+        if settings is not None:
+            raise ValueError(f"{file}: image_processor should be an object, but is {settings!r:.100}")
+    return folder / PREPROCESSOR_CONFIG, read_json(folder / PREPROCESSOR_CONFIG)
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write an object as UTF-8 JSON, making the folder if needed."""
+    """Write an object as UTF-8 JSON, the same bytes on every system, making the folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

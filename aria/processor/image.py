@@ -110,8 +110,11 @@ class AriaImageProcessor:
         """
         patterns = [PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, CONFIG_NAME]
         folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
-        data = read_image_settings(folder)
-        _check_settings(data)
+        file, data = read_image_settings(folder)
+        try:
+            _check_settings(data)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         known = ("max_image_size", "min_image_size", "image_mean", "image_std", "split_image", "split_mode")
         settings = {key: data[key] for key in (*known, "split_resolutions") if data.get(key) is not None}
         return cls(**settings, sizes=tuple(read_size_conversion(folder)))
@@ -222,7 +225,9 @@ class AriaImageProcessor:
         return values, mask
 
 
-_ARITHMETIC = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+# Steps as transformers' settings name them: Aria takes those that are true, and no other.
+_STEPS = {"do_convert_rgb": True, "do_resize": True, "do_pad": True, "do_rescale": True, "do_normalize": True}
+_ARITHMETIC = {"resample": 3, "data_format": "channels_first"}
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_image_size": (lambda value: type(value) is int, "a whole number"),
     "min_image_size": (lambda value: type(value) is int, "a whole number"),
@@ -248,15 +253,21 @@ def _is_list(value: Any, length: int) -> bool:
 def _check_settings(data: Mapping[str, Any]) -> None:
     """Refuse settings of the wrong type, and arithmetic that Aria does not have."""
     present = {key: value for key, value in data.items() if value is not None}
-    for key, value in _ARITHMETIC.items():
-        if present.get(key, value) != value:
-            raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {present[key]!r}, but Aria has {value!r}")
+    for key, value in present.items():
+        expected_value = _STEPS.get(key, False) if key.startswith("do_") else _ARITHMETIC.get(key, value)
+        if value != expected_value:
+            raise ValueError(f"{key} is {value!r}, but Aria has {expected_value!r}")
     factor = present.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{PREPROCESSOR_CONFIG}: rescale_factor is {factor!r}, but Aria has 1/255")
+        raise ValueError(f"rescale_factor is {factor!r}, but Aria has 1/255")
+    for key in ("size", "crop_size", "pad_size"):
+        if key in present:
+            raise ValueError(f"{key} is {present[key]!r}, but Aria's sizes are max_image_size and min_image_size")
+    if not str(present.get("image_processor_type", "Aria")).startswith("Aria"):
+        raise ValueError(f"image_processor_type is {present['image_processor_type']!r}, which is not Aria's")
     for key, (holds, expected) in _KINDS.items():
         if key in present and not holds(present[key]):
-            raise ValueError(f"{PREPROCESSOR_CONFIG}: {key} is {present[key]!r}; expected {expected}")
+            raise ValueError(f"{key} is {present[key]!r}; expected {expected}")
 
 
 def _check_mode(mode: str) -> str:

@@ -264,9 +264,8 @@ def _match(prompts: Sequence[Prompt], images: Any) -> list[Any]:
 
 
 def _fill(parts: Sequence[ImagePart], given: list[Any], subject: str) -> list[Any]:
-    if len(given) == len(
-        parts
-    ):  # as callers of transformers do, who name pictures in messages and pass them all the same
+    # Callers of transformers name pictures in messages and pass all of them too: then those passed are taken.
+    if len(given) == len(parts):
         return given
     bare = sum(part.source is None for part in parts)
     if len(given) == bare:

@@ -61,6 +61,8 @@ class AriaTokenizer:
         self.vocab_size = len(self._pieces)
         self._read_added_tokens()
         self._pattern = _compile(self._added)
+        for key in ("pad_token", "eos_token"):
+            _content(self._config, key)
         if self._config.get("image_token", IMAGE_TOKEN) not in (None, IMAGE_TOKEN):
             raise ValueError(f"image_token is {self._config['image_token']!r}, but Aria's is {IMAGE_TOKEN!r}")
         if IMAGE_TOKEN not in self._added:
@@ -174,15 +176,15 @@ class AriaTokenizer:
     @cached_property
     def pad_token_id(self) -> int:
         """The config's ``pad_token``; where that is null ``<unk>``, as the authors' code has it."""
-        token = self._config.get("pad_token")
-        return self.unk_token_id if token is None else self._known_or(_content(token), self.unk_token_id)
+        token = _content(self._config, "pad_token")
+        return self.unk_token_id if token is None else self._known_or(token, self.unk_token_id)
 
     @cached_property
     def eos_token_id(self) -> int | None:
         """The config's ``eos_token`` if the vocabulary has it, else ``<|endoftext|>``; None if it has neither."""
         fallback = self._known_or("<|endoftext|>", None)
-        token = self._config.get("eos_token")
-        return fallback if token is None else self._known_or(_content(token), fallback)
+        token = _content(self._config, "eos_token")
+        return fallback if token is None else self._known_or(token, fallback)
 
     @property
     def pad_token(self) -> str:
@@ -432,9 +434,13 @@ def _compile(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(branches))
 
 
-def _content(token: Any) -> str:
-    """A token in the config is its text, or an object that holds it."""
-    return token["content"] if isinstance(token, Mapping) else str(token)
+def _content(config: Mapping[str, Any], key: str) -> str | None:
+    """A token of the config: null, its text, or an object that holds it."""
+    token = config.get(key)
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if token is not None and not isinstance(content, str):
+        raise ValueError(f"{TOKENIZER_CONFIG}: {key} should be a token's text or null, but is {token!r:.80}")
+    return content
 
 
 def _flat(ids: Any) -> list[int]:

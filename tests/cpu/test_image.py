@@ -197,6 +197,14 @@ def test_png_bytes_take_the_same_way_as_the_object() -> None:
     [
         ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784.*, but Aria has 1/255"),
         ({"do_resize": False}, "do_resize is False, but Aria has True"),
+        ({"do_pad": False}, "do_pad is False, but Aria has True"),
+        ({"do_center_crop": True}, "do_center_crop is True, but Aria has False"),
+        ({"data_format": "channels_last"}, "data_format is 'channels_last'"),
+        ({"size": {"shortest_edge": 224}}, "size is .*, but Aria's sizes are max_image_size and min_image_size"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "image_processor_type is 'CLIPImageProcessor', which is not Aria's",
+        ),
         ({"resample": 2}, "resample is 2, but Aria has 3"),
         ({"image_mean": 0.5}, "image_mean is 0.5; expected three numbers"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std is .*; expected three numbers, none of them 0"),
@@ -219,3 +227,30 @@ def test_what_transformers_writes_is_followed(tmp_path: Any) -> None:
     AriaImageProcessorPil(max_image_size=490, split_image=True).save_pretrained(tmp_path)
     loaded = AriaImageProcessor.from_pretrained(tmp_path)
     assert (loaded.max_image_size, loaded.split_image) == (490, True)
+
+
+def test_settings_that_change_nothing_are_taken(tmp_path: Any) -> None:
+    """As the Hub's files and older releases of transformers have them."""
+    AriaImageProcessor(max_image_size=490).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    more: dict[str, Any] = dict.fromkeys(("_transform", "size", "crop_size", "do_pad", "do_center_crop"))
+    more |= {"auto_map": {}, "data_format": "channels_first", "rescale_factor": 0.00392156862745098}
+    more |= {"image_processor_type": "AriaImageProcessorFast"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    assert AriaImageProcessor.from_pretrained(tmp_path).max_image_size == 490
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"image_processor": {"image_mean": 0.5}}, "image_mean is 0.5; expected three numbers"),
+        ({"image_processor": 5}, "image_processor should be an object, but is 5"),
+        ({"image_processor": {}, "size_conversion": [490]}, "size_conversion should map crop sizes to tokens"),
+        ({"image_processor": {}, "size_conversion": {"490": "many"}}, "size_conversion should map crop sizes"),
+        ({"image_processor": {}, "size_conversion": {"490": 0}}, "size_conversion should map crop sizes"),
+    ],
+)
+def test_what_transformers_5_writes_is_refused_by_its_own_name(tmp_path: Any, data: Any, complaint: str) -> None:
+    (tmp_path / "processor_config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"[^e]processor_config\.json: {complaint}"):
+        AriaImageProcessor.from_pretrained(tmp_path)

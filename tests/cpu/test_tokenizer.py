@@ -312,3 +312,12 @@ class TestRealVocabulary:
 def test_added_tokens_of_the_wrong_form_are_refused(listed: Any) -> None:
     with pytest.raises(ValueError, match="added_tokens_decoder should map ids to objects with content"):
         AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(added_tokens_decoder=listed))
+
+
+@pytest.mark.parametrize("key", ["pad_token", "eos_token"])
+def test_named_tokens_are_text_or_hold_it(key: str) -> None:
+    named = AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(**{key: {"content": "<|img|>"}}))
+    assert getattr(named, f"{key}_id") == 9
+    for wrong in (5, ["<|img|>"], {"text": "<|img|>"}):
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key} should be a token's text or null"):
+            AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(**{key: wrong}))
