@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
 from aria.config import AriaConfig, ProjectorConfig
+from aria.hub import NANO
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer, BatchFeature, Prompt
 
 SLOT = "<fim_prefix><|img|><fim_suffix>"
@@ -244,3 +245,19 @@ def test_transformers_loads_what_is_saved_and_agrees(processor: AriaProcessor, t
     inputs = processor(prompts, pictures, return_tensors="pt")
     for name in inputs:
         assert torch.equal(inputs[name], expected[name]), name
+
+
+def test_transformers_gives_the_same_prompt_and_ids_from_the_packaged_files() -> None:
+    """Its image processor has 490 and 980 pixels written into the code, so pictures of nano's sizes stay ours."""
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models with protobuf")
+    theirs: Any = transformers.AriaProcessor.from_pretrained(NANO)
+    ours = AriaProcessor.from_pretrained()
+    messages: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " what  is this – 2 naïve 👍?\n"}]},
+    ]
+    prompt = ours.apply_chat_template(messages, add_generation_prompt=True)
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True) == prompt
+    ids = theirs.tokenizer(str(prompt))["input_ids"]
+    assert ids == ours.tokenizer.encode(prompt) and ids.count(9) == 1
+    assert theirs.size_conversion == ours.size_conversion
