@@ -44,11 +44,6 @@ class ImagePart:
     max_image_size: int | None = None
     split_image: bool | None = None
 
-    @property
-    def is_bare(self) -> bool:
-        """Whether the message says nothing of the picture but its place."""
-        return self.source is None and self.max_image_size is None and self.split_image is None
-
 
 class Prompt(str):
     """Text that knows which of its ``<|img|>`` are places for pictures; the others are just text.
@@ -58,9 +53,9 @@ class Prompt(str):
 
     ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep the places; what a plain string adds is just
     text. Every other method of ``str`` that makes text (``replace``, ``split``, ``format``, f-strings, ``%``, ...)
-    gives a plain ``str``, and raises ValueError where that would say something else: where an ``<|img|>`` is just text,
-    or a message says more of a picture than its place. ``str(prompt)`` asks for the plain text by name; ``"".join`` and
-    ``re.sub`` do too, because they read the characters and never ask the prompt.
+    gives a plain ``str``, and raises ValueError where an ``<|img|>`` is just text and would become a place. A plain
+    ``str`` knows nothing of what messages say of their pictures; the processor then asks for them. ``str(prompt)`` asks
+    for the plain text by name; ``"".join`` and ``re.sub`` do too, because they read the characters and never ask.
 
     Attributes:
         slots: offsets of the ``<|img|>`` that are places for pictures.
@@ -140,15 +135,10 @@ class Prompt(str):
     def _check_plain(self, operation: str) -> None:
         """Refuse an operation that gives a plain string where a plain string would mean other pictures."""
         if self.slots != Prompt.of(str(self)).slots:
-            lost = f"here an {IMAGE_TOKEN} is just text, and would become a picture's place"
-        elif not all(part.is_bare for part in self.parts):
-            lost = "here messages name pictures or their settings, which would be lost"
-        else:
-            return
-        raise ValueError(
-            f"{operation} makes a plain string of this prompt: {lost}; +, strip and slices keep the places, "
-            "str(prompt) gives the plain text"
-        )
+            raise ValueError(
+                f"{operation} makes a plain string of this prompt: here an {IMAGE_TOKEN} is just text, and would "
+                "become a picture's place; +, strip and slices keep the places, str(prompt) gives the plain text"
+            )
 
 
 def _checked(name: str) -> Callable[..., Any]:
