@@ -1,6 +1,7 @@
 """Every operation in plain PyTorch: the specification, and the path wherever nothing faster exists.
 
-T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, A experts per token, F expert width.
+T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, A experts per token, F expert width,
+O outputs of a linear, N sequences, B blocks of the cache, S tokens of a block, M blocks of the longest sequence.
 """
 
 from __future__ import annotations
@@ -17,6 +18,17 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide = x_TD.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight_D * normed.to(x_TD.dtype)
+
+
+def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
+    """RMSNorm, then several linears side by side: ``(T, sum of O)``."""
+    normed = rms_norm(x_TD, norm_D, eps)
+    return torch.cat([F.linear(normed, weight) for weight in weights_OD], dim=-1)
+
+
+def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
+    """``residual + x @ weight.T``, ``(T, O)``."""
+    return residual_TO + F.linear(x_TI, weight_OI)
 
 
 def rotary_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -93,3 +105,145 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
         y = swiglu(x_TD[token] @ fc1_EDF[expert]) @ fc2_EFD[expert]
         out.index_add_(0, token, y * weights_TA[token, place, None])
     return out
+
+
+def moe_layer(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+) -> Tensor:
+    """The second half of a decoder layer: RMSNorm, router, routed and shared experts, residual.
+
+    Args:
+        x_TD: the residual stream, before the norm.
+        router_ED: the router's weight.
+        fc1_EDF, fc2_EFD: the routed experts, see :func:`expert_mlp`.
+        shared: gate and up ``(W, D)`` and down ``(D, W)`` of the shared experts, W a multiple of F.
+    """
+    gate, up, down = shared
+    normed = rms_norm(x_TD, norm_D, eps)
+    weights_TA, index_TA = route(F.linear(normed, router_ED), top_k)
+    routed = expert_mlp(normed, fc1_EDF, fc2_EFD, weights_TA, index_TA)
+    return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+
+def rope_angles(length: int, head_dim: int, theta: float, device: torch.device | str | None = None) -> Tensor:
+    """float32 ``(length, K)``: cosines of the K / 2 angles of each position, then their sines."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * (1.0 / theta**exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotate_and_cache(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    angles_PK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Turn q and k by their positions and write k and v into their slots of the paged cache.
+
+    Args:
+        q_THK, k_THK, v_THK: ``(T, H, K)``, ``(T, KV, K)`` twice; views of one fused projection, rows may be strided.
+        positions_T: int32.
+        slots_T: int32; token t goes to offset ``slot % S`` of block ``slot // S``. No two are equal, but for block 0,
+            which takes what nobody reads.
+        angles_PK: see :func:`rope_angles`.
+        keys_BHSK, values_BHSK: one layer's cache, ``(B, KV, S, K)``; changed in place.
+
+    Returns:
+        The turned q ``(T, H, K)`` and k ``(T, KV, K)``, contiguous.
+    """
+    cos, sin = angles_PK[positions_T.long()].to(torch.float32).chunk(2, dim=-1)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    q_THK, k_THK = (rotary(x.float(), cos, sin).to(x.dtype) for x in (q_THK, k_THK))
+    block, offset = slots_T.long() // keys_BHSK.shape[2], slots_T.long() % keys_BHSK.shape[2]
+    keys_BHSK[block, :, offset] = k_THK
+    values_BHSK[block, :, offset] = v_THK
+    return q_THK, k_THK
+
+
+def paged_attention(
+    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
+) -> Tensor:
+    """One query of each sequence against all its cached keys; softmax in float32.
+
+    Args:
+        q_NHK: turned queries.
+        blocks_NM: int32, the blocks of each sequence in order; entries past its length are any valid block.
+        lengths_N: int32, keys of each sequence, the query's own included.
+
+    Returns:
+        ``(N, H, K)``.
+    """
+    N, M = blocks_NM.shape
+    KV, S = keys_BHSK.shape[1:3]
+    # (N, M, KV, S, K) -> (N, KV, M * S, K)
+    keys, values = (
+        cache[blocks_NM.long()].transpose(1, 2).reshape(N, KV, M * S, -1) for cache in (keys_BHSK, values_BHSK)
+    )
+    mask = torch.arange(M * S, device=q_NHK.device) < lengths_N[:, None]
+    out = F.scaled_dot_product_attention(
+        q_NHK[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=q_NHK.shape[1] != KV
+    )
+    return out[:, :, 0]
+
+
+def decode_attention(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    positions_N: Tensor,
+    blocks_NM: Tensor,
+    angles_PK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+) -> Tensor:
+    """One new token of each sequence: turn q and k, write k and v at ``positions``, attend to all up to there.
+
+    The arguments are those of :func:`rotate_and_cache` and :func:`paged_attention`. Rows that only fill up a batch
+    have position 0 and block 0.
+
+    Returns:
+        ``(N, H, K)``.
+    """
+    S = keys_BHSK.shape[2]
+    block = blocks_NM.gather(1, (positions_N.long() // S)[:, None])[:, 0]
+    slots = block * S + positions_N % S
+    q_NHK, _ = rotate_and_cache(q_NHK, k_NHK, v_NHK, positions_N, slots, angles_PK, keys_BHSK, values_BHSK)
+    return paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, positions_N + 1)
+
+
+def chunk_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_M: Tensor,
+    past: int,
+) -> Tensor:
+    """A chunk of one sequence's prompt: each token sees the cached past and the chunk up to itself.
+
+    Args:
+        q_THK, k_THK, v_THK: the chunk, turned; its keys and values are already in the cache too.
+        blocks_M: int32, the sequence's blocks in order.
+        past: tokens of the sequence before the chunk.
+
+    Returns:
+        ``(T, H, K)``.
+    """
+    KV, S, K = keys_BHSK.shape[1:]
+    used = blocks_M[: -(-past // S)].long()
+    old_k, old_v = (x[used].transpose(1, 2).reshape(-1, KV, K)[:past] for x in (keys_BHSK, values_BHSK))
+    keys, values = torch.cat((old_k, k_THK)), torch.cat((old_v, v_THK))
+    queries, all_keys = Segments.of([q_THK.shape[0]]), Segments.of([keys.shape[0]])
+    return attention(q_THK, keys, values, queries, all_keys, causal=True)
