@@ -22,7 +22,8 @@ from aria.checkpoint import load_model, save_checkpoint
 from aria.config import AriaConfig
 from aria.engine.engine import answer_draws, answer_room, refuse_unbuilt
 from aria.engine.generation import Generation
-from aria.engine.request import Completion, SamplingParams
+from aria.engine.outputs import Completion
+from aria.engine.sampling_params import SamplingParams
 from aria.hub import read_json, resolve
 from aria.model import Aria, Packed, pack_patches
 from aria.ops import Segments

@@ -11,8 +11,9 @@ import torch
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
 from aria.engine.generation import Generation, TokenLogprobs
-from aria.engine.request import Choice, Completion, Result, SamplingParams, TokenLogprob, Usage
+from aria.engine.outputs import Choice, Completion, Result, TokenLogprob, Usage
 from aria.engine.sampler import Draw, noise_stream
+from aria.engine.sampling_params import SamplingParams
 from aria.model import Aria, pack_patches
 from aria.ops import Segments
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer

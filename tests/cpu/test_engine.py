@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from aria import AriaForConditionalGeneration, Engine, SamplingParams
-from aria.engine.request import Completion
+from aria.engine.outputs import Completion
 
 
 @pytest.fixture(scope="module")

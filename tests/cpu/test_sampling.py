@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aria.engine import SamplingParams
-from aria.engine.request import StopMatcher
+from aria.engine.outputs import StopMatcher
 from aria.engine.sampler import Draw, noise_stream, sample
 
 CPU = torch.device("cpu")
@@ -119,6 +119,17 @@ def test_nothing_is_held_back_longer_than_needed():
         ({"max_tokens": None}, "max_tokens is None"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5; expected a whole number"),
         ({"seed": "x"}, "seed"),
+        ({"min_p": 1.1}, "min_p is 1.1; expected a number from 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; expected a number above 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -2.5}, "presence_penalty"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": {"7": 1.0}}, "logit_bias"),
+        ({"logit_bias": {7: 101}}, "logit_bias is {7: 101}; expected None, or a mapping from token ids to numbers"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; expected True or False"),
     ],
 )
 def test_parameters_out_of_their_limits_are_refused(settings, message):
@@ -129,3 +140,12 @@ def test_parameters_out_of_their_limits_are_refused(settings, message):
 def test_one_stop_text_may_stand_alone():
     assert SamplingParams(stop="x").stop == ("x",)
     assert SamplingParams(stop=None).stop == ()
+
+
+def test_biases_are_kept_apart_from_the_callers_mapping():
+    given = {7: 1.5}
+    params = SamplingParams(logit_bias=given)
+    given[7] = 1000
+    assert params.logit_bias == {7: 1.5}
+    assert hash(params) == hash(SamplingParams(logit_bias={7: 1.5}))
+    assert SamplingParams(logit_bias={}).logit_bias is None

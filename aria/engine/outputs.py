@@ -1,8 +1,7 @@
-"""What is asked of the engine and what comes back: sampling parameters, a completion as it grows, results."""
+"""What comes back from the engine: results, and a completion as it grows, stop texts included."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,54 +9,6 @@ from typing import Literal
 from aria.processor.tokenizer import AriaTokenizer, TextStream
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to choose tokens, and when to end.
-
-    Raises:
-        ValueError: a value outside its limits.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all."""
-    seed: int | None = None
-    """None draws one from torch's global generator, so ``torch.manual_seed`` makes a program repeatable."""
-    stop: str | Sequence[str] | None = ()
-    """Texts at which an answer ends; none of them is part of it."""
-    logprobs: int | None = None
-    """How many of the likeliest tokens to report beside each chosen one; 0 reports the chosen one alone."""
-    n: int = 1
-    """Answers to one prompt."""
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        for name, holds, expected in (
-            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
-            ("temperature", _number(self.temperature) and 0 <= self.temperature <= 2, "a number from 0 to 2"),
-            ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("top_k", _whole(self.top_k, 0), "a whole number, 0 (keep all) or more"),
-            ("seed", self.seed is None or _whole(self.seed), "None or a whole number"),
-            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 20), "None, or a whole number from 0 to 20"),
-            ("n", _whole(self.n, 1), "a whole number, at least 1"),
-            ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(frozen=True)
