@@ -1,0 +1,133 @@
+"""One answer on its way: what is asked, what there is of it, and its place in the cache and on the device."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from typing import Any
+
+from aria.engine.blocks import block_hash, root_hash
+from aria.engine.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    """Holds no blocks and no row. Also the state after preemption, with outputs kept."""
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Places in a prompt that take their embeddings from a picture."""
+
+    start: int
+    """The first of them, counted in tokens of the prompt."""
+    tokens: int
+    key: bytes | None
+    """Digest of all that its embeddings depend on; None makes blocks from its start on unfit for the prefix cache."""
+    data: Any = None
+    """What the encoder takes; nothing to the scheduler."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer's state. Several answers to one prompt are several requests, which meet in the prefix cache.
+
+    Only the `Scheduler` changes what stands under "state". At any time the sequence is the prompt, then ``outputs``,
+    then ``pending`` tokens that only the device knows.
+    """
+
+    id: int | str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    """Most tokens of the answer, capped already by the room that the prompt leaves."""
+    pictures: tuple[Picture, ...] = ()
+    """In order."""
+    priority: int = 0
+    """Lower runs first."""
+    seed: int = 0
+    adapter: str | None = None
+
+    # State.
+    status: Status = Status.WAITING
+    arrival: int = -1
+    """Order of arrival among all requests of a scheduler."""
+    outputs: list[int] = field(default_factory=list)
+    pending: int = 0
+    """Tokens that launched steps sample and that have not been read back: up to one, two while a step is ahead."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache once launched steps are done."""
+    prefill: int = 0
+    """Tokens to read before the first is sampled: the prompt, and after a preemption the outputs till then."""
+    blocks: list[int] = field(default_factory=list)
+    row: int | None = None
+    """Place in the state on the device while it runs."""
+    published: int = 0
+    """Blocks whose content has been offered to the prefix cache."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache had when it was first read."""
+
+    def __post_init__(self) -> None:
+        assert self.prompt, "a prompt has at least one token"
+        assert self.max_tokens >= 1, "an answer has at least one token"
+        assert all(a.end <= b.start for a, b in pairwise(self.pictures)), "pictures overlap or are out of order"
+        assert all(0 <= p.start < p.end <= len(self.prompt) for p in self.pictures), "a picture is not in the prompt"
+        unnamed = [picture.start for picture in self.pictures if picture.key is None]
+        self._cacheable = min(unnamed, default=None)
+        self._hashes: list[bytes] = []
+
+    def __lt__(self, other: Request) -> bool:
+        """Whether this request comes before another wherever they compete."""
+        return (self.priority, self.arrival) < (other.priority, other.arrival)
+
+    @property
+    def known(self) -> int:
+        """Tokens whose values are on the host."""
+        return len(self.prompt) + len(self.outputs)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a running request has tokens to read before it samples."""
+        return self.computed < self.prefill
+
+    @property
+    def full(self) -> bool:
+        """Whether all tokens of the answer are there or on their way."""
+        return len(self.outputs) + self.pending >= self.max_tokens
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        """Known token ids from ``start`` up to ``stop``."""
+        assert 0 <= start <= stop <= self.known, f"tokens {start} to {stop} of {self.known}"
+        length = len(self.prompt)
+        if stop <= length:
+            return self.prompt[start:stop]
+        return [*self.prompt[start:], *self.outputs[max(start - length, 0) : stop - length]]
+
+    def pictures_between(self, start: int, stop: int) -> tuple[Picture, ...]:
+        """The pictures that have tokens from ``start`` up to ``stop``."""
+        first = bisect_right(self.pictures, start, key=lambda picture: picture.end)
+        return self.pictures[first : bisect_left(self.pictures, stop, key=lambda picture: picture.start)]
+
+    def block_hashes(self, block_size: int) -> Sequence[bytes]:
+        """Names of the content of all leading full blocks of known tokens, up to a picture without a key."""
+        end = self.known if self._cacheable is None else self._cacheable
+        for start in range(len(self._hashes) * block_size, end - block_size + 1, block_size):
+            stop = start + block_size
+            parent = self._hashes[-1] if self._hashes else root_hash(self.adapter)
+            touching = (
+                (picture.start - start, picture.tokens, picture.key)
+                for picture in self.pictures_between(start, stop)
+                if picture.key is not None
+            )
+            self._hashes.append(block_hash(parent, self.tokens(start, stop), touching))
+        return self._hashes

@@ -1,0 +1,313 @@
+"""Who runs next. Pure Python over token counts and block numbers; tensors are the runner's business.
+
+S tokens of a block. Launched steps run one after another on one stream, and everything here leans on that: a block's
+content counts as there as soon as the step that computes it is planned, and a block or row may pass to another request
+as soon as it is given back, because whatever still writes to it runs before the next step.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+
+from aria.engine.blocks import BlockPool
+from aria.engine.request import Request, Status
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start`` to ``start + count`` of a request's prompt (or of prompt and outputs, after a preemption)."""
+
+    request: Request
+    start: int
+    count: int
+    samples: bool
+    """Whether it ends the prompt, so that the next token is sampled."""
+
+
+@dataclass
+class Plan:
+    """One step. A chunk may read blocks that an earlier chunk of the same step fills, as happens when two requests
+    begin alike: in each layer the keys and values of all chunks are written before any chunk attends."""
+
+    decodes: list[Request] = field(default_factory=list)
+    """Each reads its last token, which the device has, at place ``computed - 1``, and samples the next."""
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    """Lost their blocks and rows; they run again later, from the start."""
+    drain: bool = False
+    """Nothing is planned: read back what launched steps sampled, then plan again."""
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """Continuous batching over a `BlockPool`: decoding goes first, reading prompts fills up the step.
+
+    Where requests compete, priority decides, then arrival. Nothing overtakes the first in the queue, so a large request
+    waits for room but not forever. When a decode finds no block, the last of the running requests is preempted: it
+    gives back its blocks and waits, keeps its outputs, and later reads prompt and outputs again, what the prefix
+    cache still has excepted.
+
+    Args:
+        pool: the cache's blocks.
+        max_rows: the most requests that run together.
+        step_tokens: the most tokens of a step in which nothing decodes.
+        mixed_step_tokens: the most tokens of a step in which something does, so that it is not held up for long;
+            one block of a prompt is read even beyond that.
+        watermark: fraction of the cache that stays available when a request is admitted beside others, for the others
+            to grow into.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_rows: int,
+        step_tokens: int,
+        mixed_step_tokens: int,
+        watermark: float = 0.01,
+    ):
+        assert max_rows >= 1, "no rows"
+        assert step_tokens >= pool.block_size, f"a step of {step_tokens} tokens reads no block of {pool.block_size}"
+        self.pool = pool
+        self.max_rows = max_rows
+        self.step_tokens = step_tokens
+        self.mixed_step_tokens = mixed_step_tokens
+        self._watermark = int(watermark * pool.total)
+        self._arrivals = count()
+        self._queue: list[Request] = []
+        """A heap; holds cancelled requests until they come up."""
+        self._waiting = 0
+        self._running: list[Request] = []
+        """Sorted, the first to be served first."""
+        self._rows = list(range(max_rows - 1, -1, -1))
+        self._promised = 0
+        """Blocks that running requests have yet to allocate for what they read."""
+        self.preemptions = 0
+        """Since the beginning."""
+        self.prefix_tokens = 0
+        """Tokens found in the prefix cache since the beginning."""
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def idle(self) -> bool:
+        return not self._running and not self._waiting
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: it does not fit in the cache even alone.
+        """
+        assert request.status is Status.WAITING and request.arrival < 0, "a request is added once"
+        # The last token is sampled and never read.
+        need = self.pool.blocks_for(len(request.prompt) + request.max_tokens - 1)
+        if need > self.pool.total:
+            raise ValueError(
+                f"a prompt of {len(request.prompt)} tokens and an answer of up to {request.max_tokens} need {need} "
+                f"blocks of the cache, which has {self.pool.total} of {self.pool.block_size} tokens; ask for a smaller "
+                "max_tokens, use fewer or smaller pictures or less text, or give the cache more memory"
+            )
+        request.arrival = next(self._arrivals)
+        request.block_hashes(self.pool.block_size)  # Here, because steps should not wait for it.
+        self._enqueue(request)
+
+    def cancel(self, request: Request) -> None:
+        """Drop a request in any state, also while steps that compute it are under way; one that is over stays so."""
+        assert request.arrival >= 0, "a request is cancelled that was never added"
+        if request.status is Status.WAITING:
+            self._waiting -= 1
+        elif request.status is Status.RUNNING:
+            self._vacate(request)
+        else:
+            return
+        request.status = Status.CANCELLED
+        if len(self._queue) > 2 * self._waiting + 64:
+            self._queue = [waiting for waiting in self._queue if waiting.status is Status.WAITING]
+            heapq.heapify(self._queue)
+
+    def finish(self, request: Request) -> None:
+        """A running request's answer has ended; tokens of it that are under way do not count."""
+        assert request.status is Status.RUNNING, f"request {request.id} is {request.status.value}"
+        self._vacate(request)
+        request.status = Status.FINISHED
+
+    def append(self, request: Request, token: int) -> None:
+        """The host has read back the oldest pending token of a request. Ignored if the request is over."""
+        if request.status is not Status.RUNNING:
+            return
+        assert request.pending > 0, f"request {request.id} gets a token that nobody sampled"
+        request.pending -= 1
+        request.outputs.append(token)
+        self._publish(request)
+
+    def plan(self) -> Plan:
+        """The next step, to be launched before the next call; its tokens may be read back after that call.
+
+        Requests advance here: ``computed`` counts the step as done, and ``pending`` the tokens that it will sample.
+        """
+        plan = Plan()
+        self._plan_decodes(plan)
+        if not plan.drain:
+            self._plan_chunks(plan)
+        return plan
+
+    def check(self) -> None:
+        """Assert that requests, rows and blocks agree. Costs time in proportion to them."""
+        running = self._running
+        self.pool.check(request.blocks for request in running)
+        assert all(a < b for a, b in pairwise(running)), "running requests are out of order"
+        rows = sorted([*self._rows, *(request.row for request in running if request.row is not None)])
+        assert rows == list(range(self.max_rows)), f"rows are lost or shared: {rows}"
+        for request in running:
+            assert request.status is Status.RUNNING and request.row is not None, f"{request.id} runs without a row"
+            assert len(request.blocks) == self.pool.blocks_for(request.computed), f"{request.id} has too many blocks"
+            if not request.prefilling:
+                assert request.computed == request.known + request.pending - 1, f"{request.id} has lost count"
+        promised = sum(self._unallocated(request) for request in running)
+        assert promised == self._promised, f"{self._promised} blocks are promised, not {promised}"
+        waiting = [request for request in self._queue if request.status is Status.WAITING]
+        assert len(waiting) == self._waiting, f"{len(waiting)} requests wait, not {self._waiting}"
+        assert not any(request.blocks or request.pending for request in waiting), "a waiting request holds blocks"
+
+    def _plan_decodes(self, plan: Plan) -> None:
+        """Give every decoding request its next token, preempting the last ones if blocks run out."""
+        S = self.pool.block_size
+        decodes = [request for request in self._running if not request.prefilling and not request.full]
+        need = sum(request.computed == len(request.blocks) * S for request in decodes)
+        while need > self.pool.available:
+            victim = self._running[-1]
+            if victim.pending:
+                # What it has sampled is part of what it must read again.
+                plan.drain = True
+                return
+            if victim is decodes[-1]:
+                need -= victim.computed == len(victim.blocks) * S
+                decodes.pop()
+            self._preempt(victim, plan)
+        for request in decodes:
+            if request.computed == len(request.blocks) * S:
+                request.blocks += self.pool.allocate(1)
+            request.computed += 1
+            request.pending += 1
+            self._publish(request)
+        plan.decodes = decodes
+
+    def _plan_chunks(self, plan: Plan) -> None:
+        """Fill the step with prompts, those of running requests and of waiting ones alike, in order."""
+        S = self.pool.block_size
+        budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if plan.decodes else self.step_tokens
+        prefilling = deque(request for request in self._running if request.prefilling)
+        while budget >= S:
+            head = self._head()
+            if prefilling and (head is None or prefilling[0] < head):
+                request = prefilling.popleft()
+            elif head is not None and self._admit(head):
+                request = head
+            else:
+                return
+            while not (room := (len(request.blocks) + self.pool.available) * S - request.computed) and prefilling:
+                self._preempt(prefilling.pop(), plan)
+            stop = min(request.prefill, request.computed + min(room, budget))
+            if stop < request.prefill:
+                stop -= stop % S
+            if stop == request.computed:
+                # Decoding has taken the room that it was admitted for, and will give it back.
+                return
+            plan.chunks.append(self._advance(request, stop))
+            budget -= plan.chunks[-1].count
+
+    def _advance(self, request: Request, stop: int) -> Chunk:
+        """Let a request read up to ``stop``."""
+        start, samples = request.computed, stop == request.prefill
+        fresh = self.pool.allocate(self.pool.blocks_for(stop) - len(request.blocks))
+        self._promised -= len(fresh)
+        request.blocks += fresh
+        request.computed = stop
+        request.pending += samples
+        self._publish(request)
+        return Chunk(request, start, stop - start, samples)
+
+    def _head(self) -> Request | None:
+        """The first waiting request."""
+        while self._queue and self._queue[0].status is not Status.WAITING:
+            heapq.heappop(self._queue)
+        return self._queue[0] if self._queue else None
+
+    def _admit(self, head: Request) -> bool:
+        """Let the first waiting request run if there is a row and room for all that it has to read."""
+        pool = self.pool
+        # One token at least must be read to have something to sample from.
+        names = head.block_hashes(pool.block_size)[: (head.known - 1) // pool.block_size]
+        # Blocks that are cached but not in use count as available, so only those in use make it cheaper.
+        _, shared = pool.peek(names)
+        need = pool.blocks_for(head.known) - shared
+        spare = pool.available - self._promised - (self._watermark if self._running else 0)
+        if not self._rows or need > spare:
+            return False
+        heapq.heappop(self._queue)
+        self._waiting -= 1
+        head.blocks = pool.match(names)
+        head.published = len(head.blocks)
+        head.computed = head.published * pool.block_size
+        head.prefill = head.known
+        head.row = self._rows.pop()
+        head.status = Status.RUNNING
+        insort(self._running, head)
+        self._promised += self._unallocated(head)
+        self.prefix_tokens += head.computed
+        if not head.outputs:
+            head.cached_tokens = head.computed
+        return True
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = Status.WAITING
+        heapq.heappush(self._queue, request)
+        self._waiting += 1
+
+    def _preempt(self, victim: Request, plan: Plan) -> None:
+        assert not victim.pending, f"request {victim.id} is preempted with a token under way"
+        assert not victim.full, f"request {victim.id} has all its tokens and was not finished"
+        self._vacate(victim)
+        self._enqueue(victim)
+        self.preemptions += 1
+        plan.preempted.append(victim)
+
+    def _vacate(self, request: Request) -> None:
+        """Take a running request's blocks and row."""
+        del self._running[bisect_left(self._running, request)]
+        self._promised -= self._unallocated(request)
+        self.pool.release(request.blocks)
+        assert request.row is not None, f"request {request.id} runs without a row"
+        self._rows.append(request.row)
+        # A new list: the step under way may still look at the old one.
+        request.blocks, request.row = [], None
+        request.pending = request.computed = request.prefill = request.published = 0
+
+    def _unallocated(self, request: Request) -> int:
+        return self.pool.blocks_for(request.prefill) - len(request.blocks) if request.prefilling else 0
+
+    def _publish(self, request: Request) -> None:
+        """Offer blocks that are full, computed and of known tokens to the prefix cache."""
+        full = min(request.computed, request.known) // self.pool.block_size
+        if full > request.published:
+            names = request.block_hashes(self.pool.block_size)[:full]
+            for place in range(request.published, len(names)):
+                self.pool.publish(request.blocks[place], names[place])
+            request.published = full
