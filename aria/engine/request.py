@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 from aria.engine.blocks import block_hash, root_hash
@@ -46,7 +46,6 @@ class Request:
     then ``pending`` tokens that only the device knows.
     """
 
-    id: int | str
     prompt: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
@@ -57,6 +56,9 @@ class Request:
     """Lower runs first."""
     seed: int = 0
     adapter: str | None = None
+    leader: Request | None = None
+    """The request of the first answer to the same prompt, added before: this one finds its blocks."""
+    id: int = field(default_factory=count().__next__)
 
     # State.
     status: Status = Status.WAITING
@@ -85,6 +87,10 @@ class Request:
         unnamed = [picture.start for picture in self.pictures if picture.key is None]
         self._cacheable = min(unnamed, default=None)
         self._hashes: list[bytes] = []
+        leader = self.leader
+        if leader is not None:
+            same = (leader.prompt, leader.pictures, leader.adapter) == (self.prompt, self.pictures, self.adapter)
+            assert same, "a leader has the same prompt"
 
     def __lt__(self, other: Request) -> bool:
         """Whether this request comes before another wherever they compete."""
@@ -94,6 +100,11 @@ class Request:
     def known(self) -> int:
         """Tokens whose values are on the host."""
         return len(self.prompt) + len(self.outputs)
+
+    @property
+    def over(self) -> bool:
+        """Whether it takes no more tokens."""
+        return self.status in (Status.FINISHED, Status.CANCELLED)
 
     @property
     def prefilling(self) -> bool:
@@ -120,6 +131,8 @@ class Request:
 
     def block_hashes(self, block_size: int) -> Sequence[bytes]:
         """Names of the content of all leading full blocks of known tokens, up to a picture without a key."""
+        if not self._hashes and self.leader is not None:
+            self._hashes = self.leader._hashes[: len(self.prompt) // block_size]
         end = self.known if self._cacheable is None else self._cacheable
         for start in range(len(self._hashes) * block_size, end - block_size + 1, block_size):
             stop = start + block_size

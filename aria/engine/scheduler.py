@@ -85,7 +85,7 @@ class Scheduler:
         self._watermark = int(watermark * pool.total)
         self._arrivals = count()
         self._queue: list[Request] = []
-        """A heap; holds cancelled requests until they come up."""
+        """A heap; requests that ended while they waited stay until they come up, or are the most of it."""
         self._waiting = 0
         self._running: list[Request] = []
         """Sorted, the first to be served first."""
@@ -128,29 +128,18 @@ class Scheduler:
         request.block_hashes(self.pool.block_size)  # Here, because steps should not wait for it.
         self._enqueue(request)
 
+    def finish(self, request: Request) -> None:
+        """A request's answer has ended, in any state: tokens of it that are under way do not count."""
+        self._leave(request, Status.FINISHED)
+
     def cancel(self, request: Request) -> None:
         """Drop a request in any state, also while steps that compute it are under way; one that is over stays so."""
-        assert request.arrival >= 0, "a request is cancelled that was never added"
-        if request.status is Status.WAITING:
-            self._waiting -= 1
-        elif request.status is Status.RUNNING:
-            self._vacate(request)
-        else:
-            return
-        request.status = Status.CANCELLED
-        if len(self._queue) > 2 * self._waiting + 64:
-            self._queue = [waiting for waiting in self._queue if waiting.status is Status.WAITING]
-            heapq.heapify(self._queue)
-
-    def finish(self, request: Request) -> None:
-        """A running request's answer has ended; tokens of it that are under way do not count."""
-        assert request.status is Status.RUNNING, f"request {request.id} is {request.status.value}"
-        self._vacate(request)
-        request.status = Status.FINISHED
+        if not request.over:
+            self._leave(request, Status.CANCELLED)
 
     def append(self, request: Request, token: int) -> None:
         """The host has read back the oldest pending token of a request. Ignored if the request is over."""
-        if request.status is not Status.RUNNING:
+        if request.over:
             return
         assert request.pending > 0, f"request {request.id} gets a token that nobody sampled"
         request.pending -= 1
@@ -280,6 +269,17 @@ class Scheduler:
         request.status = Status.WAITING
         heapq.heappush(self._queue, request)
         self._waiting += 1
+
+    def _leave(self, request: Request, status: Status) -> None:
+        assert request.arrival >= 0 and not request.over, f"request {request.id} was never added, or is over already"
+        if request.status is Status.RUNNING:
+            self._vacate(request)
+        else:
+            self._waiting -= 1
+        request.status = status
+        if len(self._queue) > 2 * self._waiting + 64:
+            self._queue = [waiting for waiting in self._queue if waiting.status is Status.WAITING]
+            heapq.heapify(self._queue)
 
     def _preempt(self, victim: Request, plan: Plan) -> None:
         assert not victim.pending, f"request {victim.id} is preempted with a token under way"
