@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from aria.checkpoint import load_model, save_checkpoint
 from aria.config import AriaConfig
-from aria.engine.engine import answer_draws, answer_room, refuse_unbuilt
-from aria.engine.generation import Generation
+from aria.engine.core import EngineCore
+from aria.engine.engine import refuse_unbuilt
 from aria.engine.outputs import Completion
+from aria.engine.request import Picture
 from aria.engine.sampling_params import SamplingParams
 from aria.hub import read_json, resolve
 from aria.model import Aria, Packed, pack_patches
@@ -203,7 +205,9 @@ class AriaForConditionalGeneration(nn.Module):
         packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
         segments = Segments.of(packed.lengths, self.device)
-        hidden, router_logits = self.model(packed.take(input_ids), Packed(self.config.text, segments), features)
+        hidden, router_logits = self.model(
+            packed.take(input_ids), Packed(self.config.text, segments), features, router_logits=output_router_logits
+        )
         logits = packed.spread(self.model.logits(hidden))
         loss = None if labels is None else self._loss(logits, labels, input_ids, packed.mask)
         return AriaOutput(logits, loss, router_logits if output_router_logits else None)
@@ -261,37 +265,45 @@ class AriaForConditionalGeneration(nn.Module):
             )
         packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         params = self._params(max_new_tokens, do_sample, temperature, top_p, top_k, num_return_sequences, seed)
-        rooms = answer_room(packed.lengths, self.config.text.max_position_embeddings, params.max_tokens)
-        ends = self._end_tokens(eos_token_id)
-        completions = [
-            Completion(room, ends, tokenizer if stops else None, stops, False)
-            for room in rooms
-            for _ in range(params.n)
+        features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
+        prompts = [ids.tolist() for ids in packed.take(input_ids).split(packed.lengths)]
+        core = self._engine(packed.lengths, params)
+        requests = [
+            request
+            for prompt, pictures in zip(prompts, _pictures(prompts, features, self.config), strict=True)
+            for request in core.add(prompt, params, pictures=pictures)
         ]
-        generation = Generation(
-            self.model,
-            packed.take(input_ids),
-            Segments.of(packed.lengths, self.device),
-            self._encode(input_ids[packed.mask], pixel_values, pixel_mask),
-            [answer_draws(params, self.device) for _ in range(len(input_ids))],
-            rooms,
-        )
+        ends = self._end_tokens(eos_token_id)
+        completions = {
+            request: Completion(request.max_tokens, ends, tokenizer if stops else None, stops, False)
+            for request in requests
+        }
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        while generation.growing:
-            for answer, token, _ in generation.step():
-                completions[answer].push(token)
-                if completions[answer].finish_reason is not None:
-                    generation.end(answer)
+        while core.unfinished:
+            for request, token, _ in core.step():
+                completions[request].push(token)
+                if completions[request].finish_reason is not None:
+                    core.finish(request)
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))
+        core.close()
         if streamer is not None:
             streamer.end()
+        grown = [completions[request].token_ids for request in requests]
         pad = self._setting("pad_token_id", self.config.pad_token_id or 0) if pad_token_id is _UNSET else pad_token_id
-        longest = max(len(completion.token_ids) for completion in completions)
-        rows = [completion.token_ids + [pad or 0] * (longest - len(completion.token_ids)) for completion in completions]
+        longest = max(map(len, grown))
+        rows = [ids + [pad or 0] * (longest - len(ids)) for ids in grown]
         new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
         return torch.cat([input_ids.repeat_interleave(params.n, 0), new], dim=1)
+
+    def _engine(self, lengths: Sequence[int], params: SamplingParams) -> EngineCore:
+        """An engine with a cache that just holds the prompts and their answers."""
+        longest = min(max(lengths) + params.max_tokens, self.config.text.max_position_embeddings)
+        blocks = sum(EngineCore.blocks_for(self.device, min(n + params.max_tokens, longest)) for n in lengths)
+        return EngineCore(
+            self.model, max_batch=len(lengths) * params.n, max_model_len=longest, cache_blocks=blocks * params.n
+        )
 
     def _encode(self, ids_T: Tensor, pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor | None:
         """Picture tokens ``(Q, D)``, after checking that the prompts have a place for each of them."""
@@ -391,6 +403,25 @@ class _Packing:
         out = x_TV.new_zeros(*self.mask.shape, x_TV.shape[-1])
         out[self.mask.to(x_TV.device)] = x_TV
         return out
+
+
+def _pictures(
+    prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig
+) -> list[list[Picture]]:
+    """The runs of picture tokens in each prompt, each with its part of the features."""
+    found, first = [], 0
+    for prompt in prompts:
+        pictures, start = [], 0
+        for is_picture, run in groupby(prompt, config.image_token_index.__eq__):
+            count = len(list(run))
+            if is_picture:
+                assert features_QD is not None, "picture tokens without features were refused before"
+                # A name of its own within this call, so that several answers share what the prompt computed.
+                pictures.append(Picture(start, count, b"%d" % first, features_QD[first : first + count]))
+                first += count
+            start += count
+        found.append(pictures)
+    return found
 
 
 def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:

@@ -1,49 +1,28 @@
-"""`Engine`: conversations in, answers out. T tokens of all prompts end to end, Q picture tokens, D hidden."""
+"""`Engine`: conversations in, answers out, many together."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
-from aria.engine.generation import Generation, TokenLogprobs
-from aria.engine.outputs import Choice, Completion, Result, TokenLogprob, Usage
-from aria.engine.sampler import Draw, noise_stream
+from aria.engine.core import EngineCore, Token
+from aria.engine.outputs import Choice, Completion, FinishReason, Result, TokenLogprob, Usage
+from aria.engine.request import Picture, Request
+from aria.engine.runner import TokenLogprobs
 from aria.engine.sampling_params import SamplingParams
-from aria.model import Aria, pack_patches
-from aria.ops import Segments
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
+from aria.processor.pictures import Prepared
 
 Message = Mapping[str, Any]
 END_OF_TURN = "<|im_end|>"
 """Ends a message in Aria's chat format; ordinary text of several tokens, so it is matched as text."""
-
-
-def answer_draws(params: SamplingParams, device: torch.device) -> list[Draw]:
-    """How each of the ``n`` answers of one request is drawn."""
-    if params.temperature == 0:
-        return [Draw()] * params.n
-    seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
-    noise = (noise_stream(seed, copy, device) for copy in range(params.n))
-    return [Draw(params.temperature, params.top_k, params.top_p, stream) for stream in noise]
-
-
-def answer_room(prompt_lengths: Sequence[int], max_model_len: int, max_tokens: int) -> list[int]:
-    """How many tokens each prompt's answers may get; what the others of a batch need makes no difference.
-
-    Raises:
-        ValueError: a prompt leaves no room.
-    """
-    if max(prompt_lengths) >= max_model_len:
-        raise ValueError(
-            f"a prompt of {max(prompt_lengths)} tokens leaves no room for an answer in the model's {max_model_len}; "
-            "use fewer or smaller pictures, or less text"
-        )
-    return [min(max_tokens, max_model_len - length) for length in prompt_lengths]
 
 
 def refuse_unbuilt(**settings: object) -> None:
@@ -61,17 +40,63 @@ def _processor(path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revi
     return AriaProcessor(pictures, AriaTokenizer.from_pretrained(), size_conversion=sizes)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one token added to an answer."""
+
+    answer: Answer
+    choice: int
+    """Which of the ``n`` choices."""
+    text: str
+    """May be empty: half a character, or what may yet turn out to be a stop text, is held back."""
+    token_id: int
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+    """Set with a choice's last piece."""
+
+
+class Answer:
+    """A conversation that is being answered: ``n`` choices as they grow."""
+
+    def __init__(self, prompt_tokens: int, completions: Sequence[Completion], requests: Sequence[Request]):
+        self.prompt_tokens = prompt_tokens
+        self.completions = completions
+        self.requests = requests
+        self.pieces: deque[Piece] = deque()
+        """What came and was not taken yet."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all choices have ended."""
+        return all(completion.finish_reason is not None for completion in self.completions)
+
+    def result(self) -> Result:
+        """The whole, once it is :attr:`done`."""
+        choices = []
+        for completion in self.completions:
+            assert completion.finish_reason is not None, "a result was asked for before the end"
+            logprobs = tuple(completion.logprobs) or None
+            choices.append(Choice(completion.text, tuple(completion.token_ids), completion.finish_reason, logprobs))
+        return Result(tuple(choices), Usage(self.prompt_tokens, sum(len(choice.token_ids) for choice in choices)))
+
+
 class Engine:
     """Answers conversations with one model.
+
+    Requests run together over a paged cache: prompts are read in chunks beside answers that grow, equal beginnings
+    (pictures included) are computed once, and when the cache is full the latest request waits and is computed again.
 
     Args:
         path_or_repo_id: folder, Hub repository, or None for the packaged nano model.
         revision: branch, tag or commit of a Hub repository.
         dtype: of the weights; None means the checkpoint's on CUDA and float32 on CPU.
         device: None means CUDA where there is one.
-        max_model_len: the most tokens of prompt and answer together; None means what the model was made for.
-        max_batch: the most conversations that are decoded together.
-        quantization, memory_utilization, cache_tokens, adapters: not offered yet; anything but the default is refused.
+        max_model_len: the most tokens of prompt and answer together; None means what the model was made for, or what
+            fits into memory if that is less.
+        memory_utilization: share of the GPU's memory that weights, cache and work may take together.
+        cache_tokens: tokens that the cache of keys and values holds; None means what fits.
+        max_batch: the most answers that grow together; None means 256 on CUDA and 16 on the CPU.
+        quantization, adapters: not offered yet; anything but the default is refused.
 
     An `AriaConfig` in place of a path means random weights, to measure with; nano's vocabulary then stands in.
 
@@ -89,26 +114,40 @@ class Engine:
         device: torch.device | str | None = None,
         quantization: None = None,
         max_model_len: int | None = None,
-        max_batch: int = 16,
         memory_utilization: float = 0.9,
-        cache_tokens: None = None,
+        cache_tokens: int | None = None,
+        max_batch: int | None = None,
         adapters: Mapping[str, str] | None = None,
     ):
-        refuse_unbuilt(quantization=quantization, cache_tokens=cache_tokens, adapters=adapters or None)
-        refuse_unbuilt(memory_utilization=None if memory_utilization == 0.9 else memory_utilization)
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; expected at least 1")
+        refuse_unbuilt(quantization=quantization, adapters=adapters or None)
+        for name, value, holds, expected in (
+            ("max_batch", max_batch, max_batch is None or max_batch >= 1, "at least 1"),
+            ("cache_tokens", cache_tokens, cache_tokens is None or cache_tokens >= 1, "at least 1"),
+            ("memory_utilization", memory_utilization, 0 < memory_utilization <= 1, "above 0 and at most 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {value}; expected {expected}")
         self.processor = _processor(path_or_repo_id, revision)
         self.model = load_model(path_or_repo_id, revision=revision, dtype=dtype, device=device)
-        longest = self.model.config.text.max_position_embeddings
-        self.max_model_len = longest if max_model_len is None else max_model_len
-        if not 1 <= self.max_model_len <= longest:
-            raise ValueError(f"max_model_len is {max_model_len}; expected 1 to {longest}, which the model was made for")
-        self.max_batch = max_batch
+        self.core = EngineCore(
+            self.model,
+            max_batch=max_batch or (256 if self.device.type == "cuda" else 16),
+            max_model_len=max_model_len,
+            cache_blocks=None if cache_tokens is None else EngineCore.blocks_for(self.device, cache_tokens),
+            memory_utilization=memory_utilization,
+        )
+        tokenizer = self.processor.tokenizer
+        self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self._answers: dict[Request, tuple[Answer, int]] = {}
 
     @property
     def device(self) -> torch.device:
         return self.model.language_model.lm_head.weight.device
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return self.core.max_model_len
 
     def chat(self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None) -> list[Result]:
         """Answer conversations.
@@ -121,91 +160,104 @@ class Engine:
             One result for each conversation, in order.
 
         Raises:
-            ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer.
+            ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer. Nothing is
+                computed then, for any of the conversations.
         """
-        params = params or SamplingParams()
         if conversations and isinstance(conversations[0], Mapping):
             raise ValueError("chat takes a list of conversations, each a list of messages; wrap this one in a list")
-        results: list[Result] = []
-        for start in range(0, len(conversations), self.max_batch):
-            run = _Run(self, conversations[start : start + self.max_batch], params)
-            for _ in run:
-                pass
-            results += run.results()
-        return results
+        prepared = [self.prepare(messages) for messages in conversations]
+        answers = [self.queue(one, params) for one in prepared]
+        try:
+            while not all(answer.done for answer in answers):
+                self.step()
+        finally:
+            for answer in answers:
+                self.cancel(answer)
+        return [answer.result() for answer in answers]
 
     def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
-        """Answer one conversation, piece by piece; the pieces joined are the first choice's text."""
-        for answer, piece in _Run(self, [messages], params or SamplingParams()):
-            if answer == 0 and piece:
-                yield piece
+        """Answer one conversation, piece by piece; the pieces joined are the first choice's text.
 
+        Streams may be read in turn: each step serves all of them. Closing one cancels its request.
+        """
+        answer = self.queue(self.prepare(messages), params)
+        return self._read(answer)
 
-class _Run:
-    """Some conversations decoded together. Iterating gives (answer's number, fresh text)."""
+    def _read(self, answer: Answer) -> Iterator[str]:
+        try:
+            while True:
+                while answer.pieces:
+                    piece = answer.pieces.popleft()
+                    if piece.choice == 0 and piece.text:
+                        yield piece.text
+                if answer.done:
+                    return
+                self.step()
+        finally:
+            self.cancel(answer)
 
-    def __init__(self, engine: Engine, conversations: Sequence[Sequence[Message]], params: SamplingParams):
-        self._processor, self._params = engine.processor, params
-        tokenizer, model = engine.processor.tokenizer, engine.model
-        inputs = [
-            engine.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-            for messages in conversations
-        ]
-        prompts = [prompt["input_ids"][0] for prompt in inputs]
-        self._prompt_lengths = [len(prompt) for prompt in prompts]
-        rooms = answer_room(self._prompt_lengths, engine.max_model_len, params.max_tokens)
-        ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-        self._completions = [
-            Completion(room, ends, tokenizer, (END_OF_TURN, *(params.stop or ())))
-            for room in rooms
-            for _ in range(params.n)
-        ]
-        features = [_encode(model, prompt) for prompt in inputs if "pixel_values" in prompt]
-        self._generation = Generation(
-            model,
-            torch.cat(prompts).to(engine.device),
-            Segments.of(self._prompt_lengths, engine.device),
-            torch.cat(features) if features else None,
-            [answer_draws(params, engine.device) for _ in prompts],
-            rooms,
-            params.logprobs,
+    def prepare(self, messages: Sequence[Message]) -> Prepared:
+        """Messages -> token ids and pictures. Touches nothing of the engine's state, so any thread may call it.
+
+        Raises:
+            ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer.
+        """
+        prepared = self.processor.prepare(messages)
+        self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
+        return prepared
+
+    def queue(self, prepared: Prepared, params: SamplingParams | None = None, *, priority: int = 0) -> Answer:
+        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first."""
+        params = params or SamplingParams()
+        requests = self.core.add(
+            prepared.ids,
+            params,
+            pictures=[Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures],
+            end_token_ids=self._end_token_ids,
+            priority=priority,
         )
+        stops = () if params.ignore_eos else (END_OF_TURN,)
+        ends = () if params.ignore_eos else self._end_token_ids
+        completions = [
+            Completion(request.max_tokens, ends, self.processor.tokenizer, (*stops, *(params.stop or ())))
+            for request in requests
+        ]
+        answer = Answer(len(prepared.ids), completions, requests)
+        for choice, request in enumerate(requests):
+            self._answers[request] = answer, choice
+        return answer
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        while self._generation.growing:
-            for answer, token, logprobs in self._generation.step():
-                completion = self._completions[answer]
-                piece = completion.push(token, self._named(token, logprobs))
-                if completion.finish_reason is not None:
-                    self._generation.end(answer)
-                yield answer, piece
+    def step(self) -> list[Piece]:
+        """One step of the model for all answers that grow. Returns what was added to any of them."""
+        pieces = []
+        for token in self.core.step():
+            answer, choice = self._answers[token.request]
+            completion = answer.completions[choice]
+            logprob = self._named(token)
+            text = completion.push(token.token_id, logprob)
+            piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
+            answer.pieces.append(piece)
+            pieces.append(piece)
+            if completion.finish_reason is not None:
+                self._end(token.request)
+        return pieces
 
-    def _named(self, token: int, logprobs: TokenLogprobs | None) -> TokenLogprob | None:
-        if logprobs is None:
+    def cancel(self, answer: Answer) -> None:
+        """Stop working on an answer, at any moment; one that is done is left alone."""
+        for request in answer.requests:
+            self._end(request)
+
+    def _end(self, request: Request) -> None:
+        self.core.finish(request)
+        self._answers.pop(request, None)
+
+    def _named(self, token: Token) -> TokenLogprob | None:
+        if token.logprobs is None:
             return None
-        decode = self._processor.tokenizer.decode
-        top = tuple(TokenLogprob(id, decode([id]), value) for id, value in logprobs.likeliest)
-        return TokenLogprob(token, decode([token]), logprobs.chosen, top)
-
-    def results(self) -> list[Result]:
-        n = self._params.n
-        groups = [self._completions[start : start + n] for start in range(0, len(self._completions), n)]
-        return [_result(length, group) for length, group in zip(self._prompt_lengths, groups, strict=True)]
+        return named_logprob(self.processor.tokenizer, token.token_id, token.logprobs)
 
 
-@torch.inference_mode()
-def _encode(model: Aria, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    device = model.language_model.lm_head.weight.device
-    patches = pack_patches(inputs["pixel_values"].to(device), inputs["pixel_mask"].to(device), model.config.vision)
-    return model.encode_images(patches)
-
-
-def _result(prompt_tokens: int, completions: Sequence[Completion]) -> Result:
-    choices = []
-    for completion in completions:
-        assert completion.finish_reason is not None, "a result was asked for before the end"
-        logprobs = tuple(completion.logprobs) or None
-        choices.append(Choice(completion.text, tuple(completion.token_ids), completion.finish_reason, logprobs))
-    return Result(tuple(choices), Usage(prompt_tokens, sum(len(choice.token_ids) for choice in choices)))
+def named_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+    """Log-probabilities with the tokens' text."""
+    top = tuple(TokenLogprob(id, tokenizer.decode([id]), value) for id, value in logprobs.likeliest)
+    return TokenLogprob(token_id, tokenizer.decode([token_id]), logprobs.chosen, top)

@@ -46,6 +46,12 @@ class SamplingParams:
     n: int = 1
     """Answers to one prompt."""
 
+    def __new__(cls, **fields: object) -> SamplingParams:
+        if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"unknown sampling fields: {', '.join(unknown)}; expected some of {known}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)

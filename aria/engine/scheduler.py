@@ -203,12 +203,17 @@ class Scheduler:
         S = self.pool.block_size
         budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if plan.decodes else self.step_tokens
         prefilling = deque(request for request in self._running if request.prefilling)
+        admitting = True
         while budget >= S:
-            head = self._head()
-            if prefilling and (head is None or prefilling[0] < head):
-                request = prefilling.popleft()
-            elif head is not None and self._admit(head):
+            head = self._head() if admitting else None
+            if head is not None and not (prefilling and prefilling[0] < head):
+                if not self._admit(head):
+                    # Nothing overtakes it in the queue; what runs already goes on.
+                    admitting = False
+                    continue
                 request = head
+            elif prefilling:
+                request = prefilling.popleft()
             else:
                 return
             while not (room := (len(request.blocks) + self.pool.available) * S - request.computed) and prefilling:

@@ -24,7 +24,7 @@ class Output(NamedTuple):
     hidden: Tensor
     """``(T, D)``, after the final norm."""
     router_logits: tuple[Tensor, ...]
-    """``(T, E)`` of each of the L layers."""
+    """``(T, E)`` of each of the L layers; empty where fused kernels ran and they were not asked for."""
 
 
 class Aria(nn.Module):
@@ -78,10 +78,30 @@ class Aria(nn.Module):
         place_T1 = (input_ids_T == self.config.image_token_index)[:, None]
         return x_TD.masked_scatter(place_T1, image_features_QD.to(x_TD.dtype))
 
-    def forward(self, input_ids_T: Tensor, context: Context, image_features_QD: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        context: Context,
+        image_features_QD: Tensor | None = None,
+        *,
+        router_logits: bool = False,
+    ) -> Output:
         """One pass of the decoder over packed tokens; :meth:`logits` gives scores for the rows that need them."""
-        hidden, router_logits = self.language_model.model(self.embed(input_ids_T, image_features_QD), context)
-        return Output(hidden, router_logits)
+        return self.decode(self.embed(input_ids_T, image_features_QD), context, router_logits=router_logits)
+
+    def decode(self, x_TD: Tensor, context: Context, *, router_logits: bool = False) -> Output:
+        """The same on embeddings."""
+        return Output(*self.language_model.model(x_TD, context, router_logits))
+
+    def lay_out(self) -> Aria:
+        """Arrange weights in memory as the inference kernels read them; names, shapes and values stay. Returns itself.
+
+        Takes a moment of each module's weights in memory once more, a module at a time.
+        """
+        for module in self.modules():
+            if module is not self and hasattr(module, "lay_out"):
+                module.lay_out()
+        return self
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores ``(T, V)`` of the next token."""

@@ -1,15 +1,16 @@
 """Where keys and values live. The decoder hands over q, k and v unrotated and gets back what they attend to.
 
-T tokens of all sequences end to end, N sequences, H heads, KV key/value heads, K head width, L layers.
+T tokens of all sequences end to end, N sequences, H heads, KV key/value heads, K head width, L layers, B blocks of the
+cache, S tokens of a block, M blocks of the longest sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aria import ops
@@ -25,85 +26,104 @@ class Context(Protocol):
         ...
 
 
-class _Rotation:
-    """Rotates by the tokens' positions; the angles are computed once and serve all layers."""
-
-    def __init__(self, config: TextConfig, positions_T: Tensor):
-        self._config = config
-        self._positions = positions_T
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, q_THK: Tensor, k_THK: Tensor) -> tuple[Tensor, Tensor]:
-        if self._table is None:
-            self._table = ops.rotary_table(self._positions, self._config.head_dim, self._config.rope_theta, q_THK.dtype)
-        return ops.rotary(q_THK, *self._table), ops.rotary(k_THK, *self._table)
-
-
 class Packed:
     """Whole sequences at once and no memory: training, and scoring."""
 
     def __init__(self, config: TextConfig, segments: Segments):
+        self._config = config
         self._segments = segments
-        self._rotate = _Rotation(config, segments.positions())
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
-        q_THK, k_THK = self._rotate(q_THK, k_THK)
+        if self._table is None:
+            # The angles serve all layers.
+            positions, config = self._segments.positions(), self._config
+            self._table = ops.rotary_table(positions, config.head_dim, config.rope_theta, q_THK.dtype)
+        q_THK, k_THK = (ops.rotary(x, *self._table) for x in (q_THK, k_THK))
         return ops.attention(q_THK, k_THK, v_THK, self._segments, self._segments, causal=True)
 
 
-class Cached:
-    """A memory of fixed room for N sequences: one call with the whole prompts, then one token of each a call.
+class PagedCache:
+    """Memory for keys and values in blocks of S tokens; which block is whose is the engine's business.
 
-    Sequence n's token at position t lies in slot t, however long the other sequences are.
+    Block 0 belongs to nobody: rows that only fill up a batch write there.
     """
 
-    def __init__(self, config: TextConfig, segments: Segments, room: int, dtype: torch.dtype, device: torch.device):
-        """``segments`` are the prompts; ``room`` is the most tokens that any sequence may come to hold."""
-        assert segments.longest <= room, f"prompts of {segments.longest} tokens in a cache of {room}"
-        shape = (len(segments.lengths), room, config.num_key_value_heads, config.head_dim)
-        self._config = config
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self._prompts: Segments | None = segments
-        self._lengths = segments.lengths
-        self._row = torch.arange(len(segments.lengths), device=device).repeat_interleave(
-            segments.cu_seqlens.diff(), output_size=segments.total
+    def __init__(
+        self,
+        config: TextConfig,
+        blocks: int,
+        block_size: int,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        shape = (
+            2,
+            config.num_hidden_layers,
+            blocks,
+            config.num_key_value_heads,
+            block_size,
+            config.head_dim,
         )
-        self._slot = segments.positions()
-        self._rotate = _Rotation(config, self._slot)
-        self._mask: Tensor | None = None
+        # Zeros, because what a mask hides must still be a number.
+        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device)
+        """``(L, B, KV, S, K)`` each."""
+        self.angles = ops.rope_angles(max_positions, config.head_dim, config.rope_theta, device)
+        """float32 ``(positions, K)``."""
 
-    def advance(self) -> None:
-        """Make room for one more token of each sequence; the next call to the decoder brings those tokens."""
-        device = self._slot.device
-        self._prompts = None
-        self._slot = torch.tensor(self._lengths, device=device)
-        self._lengths = tuple(length + 1 for length in self._lengths)
-        assert max(self._lengths) <= self._keys[0].shape[1], "the cache is full"
-        self._row = torch.arange(len(self._lengths), device=device)
-        self._rotate = _Rotation(self._config, self._slot)
-        self._mask = torch.arange(max(self._lengths), device=device) <= self._slot[:, None]
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[3]
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep, repeat or drop sequences: afterwards sequence n is what sequence ``rows[n]`` was."""
-        index = torch.tensor(rows, device=self._slot.device)
-        self._keys = [keys[index] for keys in self._keys]
-        self._values = [values[index] for values in self._values]
-        self._lengths = tuple(self._lengths[row] for row in rows)
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class CachedChunk(NamedTuple):
+    """Some tokens of one sequence's prompt."""
+
+    length: int
+    past: int
+    """Tokens of the sequence that are in the cache already."""
+    blocks: Tensor
+    """int32 ``(M,)``, the sequence's blocks in order."""
+
+
+@dataclass(frozen=True)
+class Paged:
+    """One step over a paged cache: first one new token of each of N sequences, then chunks of prompts."""
+
+    cache: PagedCache
+    positions: Tensor
+    """int32 ``(T,)``: each token's place in its sequence."""
+    blocks: Tensor
+    """int32 ``(N, M)``: the blocks of the N sequences."""
+    slots: Tensor | None = None
+    """int32, ``block * S + offset`` of each token of the chunks."""
+    chunks: Sequence[CachedChunk] = ()
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
-        q_THK, k_THK = self._rotate(q_THK, k_THK)
-        self._keys[layer][self._row, self._slot] = k_THK
-        self._values[layer][self._row, self._slot] = v_THK
-        if self._prompts is not None:
-            return ops.attention(q_THK, k_THK, v_THK, self._prompts, self._prompts, causal=True)
-        assert self._mask is not None
-        keys, values = (cache[layer][:, : self._mask.shape[1]].transpose(1, 2) for cache in (self._keys, self._values))
-        out = F.scaled_dot_product_attention(
-            q_THK[:, :, None],
-            keys,
-            values,
-            attn_mask=self._mask[:, None, None],
-            enable_gqa=q_THK.shape[1] != k_THK.shape[1],
+        keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles
+        N = self.blocks.shape[0]
+        if not self.chunks:
+            return ops.decode_attention(
+                q_THK, k_THK, v_THK, self.positions, self.blocks, angles, keys, values
+            )  # fmt: skip
+        out = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
+        if N:
+            new = (q_THK[:N], k_THK[:N], v_THK[:N])
+            out[:N] = ops.decode_attention(*new, self.positions[:N], self.blocks, angles, keys, values)
+        assert self.slots is not None, "chunks need slots"
+        q, k = ops.rotate_and_cache(
+            q_THK[N:], k_THK[N:], v_THK[N:], self.positions[N:], self.slots, angles, keys, values
         )
-        return out[:, :, 0]
+        start = 0
+        for chunk in self.chunks:
+            own = slice(start, start + chunk.length)
+            start += chunk.length
+            out[N:][own] = ops.chunk_attention(
+                q[own], k[own], v_THK[N:][own], keys, values, chunk.blocks, chunk.past
+            )  # fmt: skip
+        return out

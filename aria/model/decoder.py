@@ -5,8 +5,10 @@ T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, V voca
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from aria import ops
 from aria.config import TextConfig
 from aria.model.context import Context
 from aria.model.layers import RMSNorm
@@ -15,6 +17,10 @@ from aria.model.moe import MoE
 
 class Attention(nn.Module):
     """Projections around :meth:`Context.attend`, which rotates, remembers and attends."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -30,6 +36,16 @@ class Attention(nn.Module):
         q, k, v = (p(x_TD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(context.attend(self.layer, q, k, v).flatten(1))
 
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Put the weights of q, k and v next to each other in memory, so that one product serves all three."""
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if ops.adjacent([linear.weight for linear in linears]):
+            return
+        fused = torch.cat([linear.weight for linear in linears])
+        for linear, part in zip(linears, fused.split([linear.out_features for linear in linears]), strict=True):
+            linear.weight.data = part
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
@@ -44,6 +60,26 @@ class DecoderLayer(nn.Module):
         out_TD, router_logits_TE = self.mlp(self.post_attention_layernorm(x_TD))
         return x_TD + out_TD, router_logits_TE
 
+    def infer(self, x_TD: Tensor, context: Context) -> Tensor:
+        """The same without gradients and without the router's logits, in three fused operations."""
+        attention, moe, norm = self.self_attn, self.mlp, self.input_layernorm
+        weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        qkv = ops.norm_linear(x_TD, norm.weight, norm.eps, *weights).unflatten(-1, (-1, attention.head_dim))
+        q, k, v = qkv.split([weight.shape[0] // attention.head_dim for weight in weights], dim=1)
+        attended = context.attend(attention.layer, q, k, v).flatten(1)
+        x_TD = ops.linear_add(attended, attention.o_proj.weight, x_TD)
+        norm, shared = self.post_attention_layernorm, moe.shared_experts
+        return ops.moe_layer(
+            x_TD,
+            norm.weight,
+            norm.eps,
+            moe.router.weight,
+            moe.experts.fc1.weight,
+            moe.experts.fc2.weight,
+            (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
+            moe.top_k,
+        )
+
 
 class Decoder(nn.Module):
     """Embeddings -> hidden states."""
@@ -54,13 +90,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns normed hidden states ``(T, D)`` and each layer's router logits ``(T, E)``."""
-        router_logits = []
+    def forward(self, x_TD: Tensor, context: Context, router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns normed hidden states ``(T, D)``, and each layer's router logits ``(T, E)``.
+
+        The fused kernels of inference do not give the logits: the tuple is then empty, unless they are asked for.
+        """
+        if ops.inference_kernels(x_TD) and not router_logits:
+            for layer in self.layers:
+                x_TD = layer.infer(x_TD, context)
+            return self.norm(x_TD), ()
+        all_logits = []
         for layer in self.layers:
             x_TD, logits_TE = layer(x_TD, context)
-            router_logits.append(logits_TE)
-        return self.norm(x_TD), tuple(router_logits)
+            all_logits.append(logits_TE)
+        return self.norm(x_TD), tuple(all_logits)
 
 
 class LanguageModel(nn.Module):

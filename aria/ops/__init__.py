@@ -1,13 +1,19 @@
 """The operations everyone calls. Each picks its implementation by device and dtype.
 
-``with ops.use("reference"):`` forces the plain-PyTorch twins of :mod:`aria.ops.reference`, to check or to debug.
+``with ops.use("reference"):`` forces the plain-PyTorch twins of :mod:`aria.ops.reference`, to check or to debug. Triton
+kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run for inference in 16 bits on CUDA.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +21,27 @@ from torch import Tensor
 from aria.ops import attention as _attention
 from aria.ops import moe as _moe
 from aria.ops import reference
-from aria.ops.reference import rms_norm, rotary, rotary_table, route, swiglu
+from aria.ops.reference import rope_angles, rotary, rotary_table, route, swiglu
+from aria.ops.layout import adjacent, as_one
 from aria.ops.segments import Segments
 
 __all__ = [
     "Segments",
+    "adjacent",
+    "as_one",
     "attention",
+    "chunk_attention",
+    "decode_attention",
     "expert_mlp",
+    "inference_kernels",
+    "linear_add",
+    "moe_layer",
+    "norm_linear",
     "rms_norm",
+    "rope_angles",
     "rotary",
     "rotary_table",
+    "rotate_and_cache",
     "route",
     "swiglu",
     "use",
@@ -51,6 +68,27 @@ def _use_reference() -> bool:
     return not torch.compiler.is_compiling() and _implementation.get() == "reference"
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"aria.ops.kernels.{name}")
+
+
+def inference_kernels(x: Tensor) -> bool:
+    """Whether ``x`` is worked on by the kernels of inference: 16 bits on CUDA, no gradients, Triton at hand."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not torch.is_grad_enabled()
+        and not _use_reference()
+        and _has_triton()
+    )
+
+
 def attention(
     q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, queries: Segments, keys: Segments, *, causal: bool
 ) -> Tensor:
@@ -63,3 +101,40 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
     chosen = reference if _use_reference() else _moe
     return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm; see :func:`aria.ops.reference.rms_norm`."""
+    return reference.rms_norm(x_TD, weight_D, eps)
+
+
+def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
+    """RMSNorm, then linears side by side; see :func:`aria.ops.reference.norm_linear`."""
+    return reference.norm_linear(x_TD, norm_D, eps, *weights_OD)
+
+
+def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
+    """Residual + linear; see :func:`aria.ops.reference.linear_add`."""
+    return reference.linear_add(x_TI, weight_OI, residual_TO)
+
+
+def moe_layer(x_TD: Tensor, *arguments: Any) -> Tensor:
+    """The second half of a decoder layer; see :func:`aria.ops.reference.moe_layer`."""
+    return reference.moe_layer(x_TD, *arguments)
+
+
+def rotate_and_cache(q_THK: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions and the write to the paged cache; see :func:`aria.ops.reference.rotate_and_cache`."""
+    return reference.rotate_and_cache(q_THK, *arguments)
+
+
+def decode_attention(q_NHK: Tensor, *arguments: Tensor) -> Tensor:
+    """One new token of each sequence over a paged cache; see :func:`aria.ops.reference.decode_attention`."""
+    return reference.decode_attention(q_NHK, *arguments)
+
+
+def chunk_attention(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor, past: int
+) -> Tensor:
+    """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
+    return reference.chunk_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)

@@ -1,0 +1,242 @@
+"""`EngineCore`: requests of token ids in, tokens out, many together. No text; `Engine` adds that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from itertools import count
+from typing import NamedTuple
+
+import torch
+
+from aria.engine.blocks import BlockPool
+from aria.engine.memory import block_bytes, blocks_beside
+from aria.engine.request import Picture, Request, Status
+from aria.engine.runner import Launched, Runner, TokenLogprobs
+from aria.engine.sampling_params import SamplingParams
+from aria.engine.scheduler import Scheduler
+from aria.model import Aria, PagedCache
+
+logger = logging.getLogger(__name__)
+
+
+class Token(NamedTuple):
+    """One more token of a request."""
+
+    request: Request
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+class EngineCore:
+    """Runs requests of token ids together: paged cache, continuous batching, prefix cache.
+
+    Args:
+        model: the model; its weights are rearranged in memory, on CUDA, as the kernels read them.
+        max_batch: the most requests that run together.
+        max_model_len: tokens of the longest prompt with its answer; None means what the model was made for, or what
+            fits into the cache if that is less.
+        cache_blocks: blocks of the cache; None means what fits, see :meth:`blocks_for`.
+        memory_utilization: share of the GPU's memory to use.
+        step_tokens: tokens of prompts that one step reads while nothing decodes; None means the device's default.
+        mixed_step_tokens: the same while something decodes and waits for the step.
+        picture_bytes: memory for encoded pictures.
+
+    Raises:
+        ValueError: ``max_model_len`` is more than the model was made for or than fits.
+    """
+
+    def __init__(
+        self,
+        model: Aria,
+        *,
+        max_batch: int,
+        max_model_len: int | None = None,
+        cache_blocks: int | None = None,
+        memory_utilization: float = 0.9,
+        step_tokens: int | None = None,
+        mixed_step_tokens: int | None = None,
+        picture_bytes: int = 512 << 20,
+    ):
+        self.model = model
+        weight = model.language_model.lm_head.weight
+        self.device, on_cuda = weight.device, weight.is_cuda
+        self.block_size = _block_size(self.device)
+        step_tokens = step_tokens or (16384 if on_cuda else 2048)
+        if on_cuda:
+            model.lay_out()
+        text = model.config.text
+        step_tokens = min(step_tokens, text.max_position_embeddings)
+        if cache_blocks is None:
+            most = max_batch * (max_model_len or text.max_position_embeddings)
+            blocks = blocks_beside(
+                model, self.block_size, step_tokens=step_tokens, max_rows=max_batch, utilization=memory_utilization,
+                reserved=picture_bytes,
+            )  # fmt: skip
+            blocks = min(blocks, -(-most // self.block_size) + 1)
+        else:
+            blocks = cache_blocks + 1
+        self.max_model_len = self._longest(max_model_len, blocks)
+        self.pool = BlockPool(blocks, self.block_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_rows=max_batch,
+            step_tokens=step_tokens,
+            mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
+        )
+        cache = PagedCache(text, blocks, self.block_size, self.max_model_len, weight.dtype, self.device)
+        self.runner = Runner(
+            model, cache, max_rows=max_batch, max_model_len=self.max_model_len, picture_bytes=picture_bytes
+        )
+        self._ids = count()
+        self._launched: Launched | None = None
+        self._ends: dict[Request, frozenset[int]] = {}
+
+    @staticmethod
+    def blocks_for(device: torch.device, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens takes."""
+        return -(-tokens // _block_size(device))
+
+    def _longest(self, asked: int | None, blocks: int) -> int:
+        made_for = self.model.config.text.max_position_embeddings
+        fits = (blocks - 1) * self.block_size
+        if asked is not None and not 1 <= asked <= made_for:
+            raise ValueError(f"max_model_len is {asked}; expected 1 to {made_for}, which the model was made for")
+        if fits < min(asked or self.block_size, made_for):
+            per_token = block_bytes(self.model, self.block_size) / self.block_size
+            raise ValueError(
+                f"the cache has room for {max(fits, 0)} tokens, but max_model_len is {asked or made_for} "
+                f"({per_token / 1000:.0f} kB a token); lower it, give the cache more tokens, or free memory"
+            )
+        if asked is None and fits < made_for:
+            logger.warning("max_model_len is %d, which fits into the cache; the model was made for %d", fits, made_for)
+        return min(asked or made_for, fits)
+
+    def check(self, prompt_tokens: int, picture_tokens: int = 0) -> None:
+        """Refuse a prompt that leaves no room for an answer.
+
+        Raises:
+            ValueError: it says how long the prompt is, how much pictures take, and what to do.
+        """
+        if prompt_tokens < 1:
+            raise ValueError("the prompt has no tokens; expected at least one")
+        if prompt_tokens >= self.max_model_len:
+            pictures = f", {picture_tokens} of them of pictures," if picture_tokens else ""
+            mend = "use fewer or smaller pictures, or less text" if picture_tokens else "shorten it"
+            raise ValueError(
+                f"a prompt of {prompt_tokens} tokens{pictures} leaves no room for an answer within max_model_len, "
+                f"which is {self.max_model_len}; {mend}"
+            )
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        pictures: Sequence[Picture] = (),
+        end_token_ids: Collection[int] = (),
+        priority: int = 0,
+    ) -> list[Request]:
+        """Queue a prompt; nothing is computed before :meth:`step`.
+
+        Args:
+            prompt: token ids, those of pictures in their places.
+            params: how to sample; a seed that is None is drawn from torch's global generator.
+            pictures: where pictures lie in the prompt.
+            end_token_ids: tokens at which an answer ends, unless ``params.ignore_eos``.
+            priority: lower runs first.
+
+        Returns:
+            One request for each of ``params.n`` answers.
+
+        Raises:
+            ValueError: the prompt leaves no room for an answer.
+        """
+        params = params or SamplingParams()
+        self.check(len(prompt), sum(picture.tokens for picture in pictures))
+        seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
+        room = min(params.max_tokens, self.max_model_len - len(prompt))
+        requests = [
+            Request(
+                id=next(self._ids),
+                prompt=tuple(prompt),
+                params=params,
+                max_tokens=room,
+                pictures=tuple(pictures),
+                priority=priority,
+                # A large odd step keeps the copies of one seed and of its neighbours apart.
+                seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
+            )
+            for copy in range(params.n)
+        ]
+        for request in requests:
+            self.scheduler.add(request)
+            self._ends[request] = frozenset() if params.ignore_eos else frozenset(end_token_ids)
+        return requests
+
+    def finish(self, request: Request) -> None:
+        """Take no more tokens for a request, at any moment; one that has ended already is left alone."""
+        if self._ends.pop(request, None) is None:
+            return
+        if request.status is Status.RUNNING:
+            self.scheduler.finish(request)
+        else:
+            self.scheduler.cancel(request)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request still takes tokens."""
+        return bool(self._ends)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do: requests to serve, or a launched step to wait for."""
+        return self.unfinished or self._launched is not None
+
+    def step(self) -> list[Token]:
+        """Start the next step and give the tokens of the one before; on the CPU, of the step itself.
+
+        So the device goes from step to step without a pause: the host reads, decides and answers while it computes.
+        """
+        plan = self.scheduler.plan()
+        tokens = []
+        if plan.drain:
+            # A request that has to give up its blocks waits for the value of its last token.
+            tokens = self._collect()
+            plan = self.scheduler.plan()
+        launched = self.runner.launch(plan) if plan else None
+        if self.device.type == "cuda":
+            tokens += self._collect()
+            self._launched = launched
+        else:
+            self._launched = launched
+            tokens += self._collect()
+        if not self.unfinished and self._launched is None:
+            self.scheduler.check()
+        return tokens
+
+    def _collect(self) -> list[Token]:
+        """Tokens of the launched step, once they are there. What came for requests that have ended is dropped."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return []
+        tokens = []
+        for request, token, logprobs in zip(launched.requests, *launched.wait(), strict=True):
+            if request not in self._ends:
+                continue
+            self.scheduler.append(request, token)
+            tokens.append(Token(request, token, logprobs))
+            if token in self._ends[request] or len(request.outputs) >= request.max_tokens:
+                self.finish(request)
+        return tokens
+
+    def close(self) -> None:
+        """Wait for the device and end all requests."""
+        for request in list(self._ends):
+            self.finish(request)
+        self._collect()
+
+
+def _block_size(device: torch.device) -> int:
+    # Large blocks keep kernels busy; small ones waste less where memory is small and arithmetic slow.
+    return 64 if device.type == "cuda" else 16

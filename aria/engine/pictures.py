@@ -1,0 +1,45 @@
+"""Encoded pictures, kept so that the same picture is not encoded twice."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+
+class PictureCache:
+    """Picture tokens by what they were made from; the least recently used go first.
+
+    Args:
+        capacity: bytes. What is larger is not kept.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def get(self, key: bytes) -> Tensor | None:
+        """Picture tokens ``(Q, D)``, or None."""
+        features = self._features.get(key)
+        if features is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._features.move_to_end(key)
+        return features
+
+    def put(self, key: bytes, features_QD: Tensor) -> None:
+        """Keep picture tokens, and let go of the oldest ones that have no more room beside them."""
+        if features_QD.nbytes > self.capacity:
+            return
+        old = self._features.pop(key, None)
+        self.nbytes += features_QD.nbytes - (0 if old is None else old.nbytes)
+        self._features[key] = features_QD
+        while self.nbytes > self.capacity:
+            self.nbytes -= self._features.popitem(last=False)[1].nbytes

@@ -1,0 +1,247 @@
+"""A step's plan -> tensors -> tokens: the device's state by row, and CUDA graphs for decoding.
+
+R rows (places for running requests), N sequences that decode, T tokens of a step, M blocks of a block table,
+V vocabulary, Q picture tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aria import ops
+from aria.engine.encoder import Encoder
+from aria.engine.graphs import DecodeGraphs
+from aria.engine.request import Request
+from aria.engine.sampler import SamplerState
+from aria.engine.scheduler import Chunk, Plan
+from aria.model import Aria, CachedChunk, Paged, PagedCache
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at one place, before temperature and truncation."""
+
+    chosen: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass
+class Launched:
+    """A step that was given to the device; its tokens may not be there yet."""
+
+    requests: Sequence[Request]
+    """Those that get a token."""
+    logits: Tensor | None
+    """``(len(requests), V)``, before penalties; None where a graph did not keep it, overwritten by the next step."""
+    _tokens: Tensor
+    _logprobs: tuple[Tensor, Tensor, Tensor] | None
+    _done: torch.cuda.Event | None
+
+    def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The tokens, and log-probabilities where they were asked for."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens = self._tokens.tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        if self._logprobs is not None:
+            for i, (chosen, ids, values) in enumerate(zip(*(x.tolist() for x in self._logprobs), strict=True)):
+                k = self.requests[i].params.logprobs
+                if k is not None:
+                    logprobs[i] = TokenLogprobs(chosen, list(zip(ids[:k], values[:k], strict=True)))
+        return tokens, logprobs
+
+
+class Runner:
+    """Keeps what the device has to know of each running request, and runs plans.
+
+    Args:
+        model: in evaluation mode, laid out for inference.
+        cache: the paged cache; its last index into a block table is ``max_model_len``.
+        max_rows: the most requests that run together.
+        max_model_len: tokens of the longest sequence.
+        picture_bytes: memory for encoded pictures.
+    """
+
+    def __init__(self, model: Aria, cache: PagedCache, *, max_rows: int, max_model_len: int, picture_bytes: int):
+        weight = model.language_model.lm_head.weight
+        device, vocabulary = weight.device, weight.shape[0]
+        self.device = device
+        self.encoder = Encoder(model, picture_bytes)
+        self._model, self._cache = model, cache
+        self._scratch_row = max_rows
+        blocks = -(-max_model_len // cache.block_size)
+        # One more row, for the places that fill up a graph's batch.
+        self._blocks = torch.zeros(max_rows + 1, blocks, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
+        self._owners: list[Request | None] = [None] * max_rows
+        self._known_blocks: list[list[int]] = [[] for _ in range(max_rows)]
+        self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
+        with torch.inference_mode():
+            capturable = device.type == "cuda" and ops.inference_kernels(weight)
+        self._graphs = DecodeGraphs(self._decode, max_rows, self._scratch_row, device) if capturable else None
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        """Start a step. Returns at once on CUDA, where work is queued on the current stream."""
+        self._update_rows([*plan.decodes, *(chunk.request for chunk in plan.chunks)])
+        sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
+        extras = self._sampler.extras([_row(request) for request in sampling])
+        logits: Tensor | None
+        tokens: Tensor | None = None
+        if plan.chunks:
+            logits, rows, positions = self._mixed(plan, sampling)
+        else:
+            rows_and_positions = [[_row(request) for request in sampling], [r.computed - 1 for r in sampling]]
+            width = self._width(max(rows_and_positions[1]))
+            if self._graphs is None:
+                rows, positions = self._upload(*rows_and_positions)
+                logits, tokens = self._decode(rows, positions, width, not extras)
+            else:
+                rows, positions, logits, tokens = self._graphs.run(rows_and_positions, width, not extras)
+        if not sampling:
+            return Launched([], None, torch.empty(0, dtype=torch.int64), None, None)
+        return self._sample(sampling, logits, tokens, rows, positions, extras)
+
+    def _decode(self, rows_N: Tensor, positions_N: Tensor, width: int, sample: bool) -> tuple[Tensor, Tensor | None]:
+        """One token of each sequence, with nothing that waits for the host or depends on data.
+
+        Returns:
+            logits ``(N, V)``, and tokens ``(N,)`` if ``sample``.
+        """
+        blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
+        context = Paged(self._cache, positions_N, blocks_NM)
+        hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
+        logits_NV = self._model.logits(hidden_ND)
+        return logits_NV, self._draw(logits_NV, rows_N, positions_N) if sample else None
+
+    def _draw(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor) -> Tensor:
+        tokens_N = self._sampler.sample(logits_NV, rows_N, positions_N + 1)
+        self._tokens.index_copy_(0, rows_N.long(), tokens_N)
+        return tokens_N
+
+    def _mixed(self, plan: Plan, sampling: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
+        """Decodes and chunks in one pass. Returns logits, rows and positions of what samples."""
+        # First those that read a past, then those that start a prompt: these can be attended to together.
+        chunks = sorted(plan.chunks, key=lambda chunk: chunk.start == 0)
+        N = len(plan.decodes)
+        ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
+        last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
+        last.update((id(request), i) for i, request in enumerate(plan.decodes))
+        places = [request.computed - 1 for request in plan.decodes]
+        chunk_places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
+        ids, slots, positions_T, rows_N, rows, positions, index = self._upload(
+            [token for c in chunks for token in c.request.tokens(c.start, c.start + c.count)],
+            np.concatenate([self._slots(c.request, p) for c, p in zip(chunks, chunk_places, strict=True)]),
+            np.concatenate([np.array(places, dtype=np.int64), *chunk_places]),
+            [_row(request) for request in plan.decodes],
+            [_row(request) for request in sampling],
+            [request.computed - 1 for request in sampling],
+            [last[id(request)] for request in sampling],
+        )
+        x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
+        self._place_pictures(x_TD, chunks, ends)
+        context = Paged(
+            self._cache,
+            positions_T,
+            self._blocks[:, : self._width(max(places, default=0))].index_select(0, rows_N),
+            slots,
+            [CachedChunk(c.count, c.start, self._blocks[_row(c.request), : len(c.request.blocks)]) for c in chunks],
+        )
+        hidden_TD = self._model.decode(x_TD, context).hidden
+        return self._model.logits(hidden_TD.index_select(0, index)), rows, positions
+
+    def _place_pictures(self, x_TD: Tensor, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
+        """Put picture tokens over the embeddings of their places, as far as the chunks reach."""
+        wanted = []
+        for chunk, at in zip(chunks, starts[:-1], strict=True):
+            for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count):
+                low = max(picture.start, chunk.start)
+                high = min(picture.end, chunk.start + chunk.count)
+                wanted.append((picture, at + low - chunk.start, low - picture.start, high - low))
+        features = self.encoder.features([picture for picture, *_ in wanted])
+        for (_, place, first, count), features_QD in zip(wanted, features, strict=True):
+            x_TD[place : place + count] = features_QD[first : first + count]
+
+    def _sample(
+        self,
+        sampling: Sequence[Request],
+        logits: Tensor | None,
+        tokens: Tensor | None,
+        rows: Tensor,
+        positions: Tensor,
+        extras: bool,
+    ) -> Launched:
+        top = [request.params.logprobs for request in sampling if request.params.logprobs is not None]
+        if tokens is None:
+            assert logits is not None, "neither tokens nor logits came"
+            scores = self._sampler.apply_extras(logits.clone(), rows) if extras else logits
+            tokens = self._draw(scores, rows, positions)
+        logprobs = None
+        if top:
+            assert logits is not None, "log-probabilities need logits"
+            logprobs = self._sampler.logprobs(logits, tokens, max(top))
+        if self.device.type != "cuda":
+            return Launched(sampling, logits, tokens, logprobs, None)
+        done = torch.cuda.Event()
+        fetched = Launched(
+            sampling, logits, _fetch(tokens), None if logprobs is None else tuple(map(_fetch, logprobs)), done
+        )
+        done.record()
+        return fetched
+
+    def _update_rows(self, requests: Sequence[Request]) -> None:
+        """Tell the device of requests that are new in their rows, and of blocks that were added."""
+        places: list[int] = []
+        values: list[int] = []
+        for request in requests:
+            row = _row(request)
+            if self._owners[row] is not request:
+                self._owners[row] = request
+                self._known_blocks[row] = []
+                self._sampler.set_row(row, request.params, request.seed, request.prompt, request.outputs)
+            known = self._known_blocks[row]
+            if known != request.blocks[: len(known)]:
+                # It lost its blocks and came back to the same row.
+                self._sampler.set_row(row, request.params, request.seed, request.prompt, request.outputs)
+                known.clear()
+            fresh = request.blocks[len(known) :]
+            start = row * self._blocks.shape[1] + len(known)
+            places += range(start, start + len(fresh))
+            values += fresh
+            known += fresh
+        if places:
+            index, blocks = self._upload(places, values)
+            self._blocks.view(-1).index_copy_(0, index.long(), blocks)
+
+    def _slots(self, request: Request, places: np.ndarray) -> np.ndarray:
+        size = self._cache.block_size
+        return np.array(request.blocks)[places // size] * size + places % size
+
+    def _width(self, position: int) -> int:
+        """Blocks of the tables for sequences up to ``position``: few values, because graphs are made by it."""
+        needed, width = position // self._cache.block_size + 1, 16
+        while width < needed:
+            width *= 4
+        return min(width, self._blocks.shape[1])
+
+    def _upload(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
+        """Whole numbers as int32 tensors on the device, sent in one piece."""
+        flat = torch.from_numpy(np.concatenate([np.asarray(column, dtype=np.int32) for column in columns]))
+        if self.device.type == "cuda":
+            flat = flat.pin_memory().to(self.device, non_blocking=True)
+        return list(flat.split([len(column) for column in columns]))
+
+
+def _row(request: Request) -> int:
+    assert request.row is not None, f"request {request.id} runs without a row"
+    return request.row
+
+
+def _fetch(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)

@@ -1,0 +1,216 @@
+"""`EngineCore` computes what the model computes, however requests are cut up, mixed, stopped and restarted."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+
+from aria.engine import SamplingParams
+from aria.engine.core import EngineCore
+from aria.engine.request import Picture
+from aria.model import Packed
+from aria.ops import Segments
+
+IMAGE = 9
+
+
+@cache
+def model():
+    return tiny_model(tiny_config(vocab_size=120))
+
+
+def core(**settings) -> EngineCore:
+    defaults = {"max_batch": 8, "max_model_len": 400, "cache_blocks": 200, "step_tokens": 64, "mixed_step_tokens": 32}
+    return EngineCore(model(), **(defaults | settings))
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    choice = random.Random(seed)
+    return [choice.randrange(20, 120) for _ in range(length)]
+
+
+def with_picture(before: int, tokens: int, after: int, seed: int) -> tuple[list[int], list[Picture]]:
+    features = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(seed))
+    ids = [*prompt(before, seed), *[IMAGE] * tokens, *prompt(after, seed + 1)]
+    return ids, [Picture(before, tokens, b"picture %d" % seed, features)]
+
+
+def work(seed: int) -> tuple[list[int], list[Picture]]:
+    """A prompt of some kind: short, long, with a picture, or with a beginning that others share."""
+    choice = random.Random(seed)
+    kind = seed % 4
+    if kind == 0:
+        return prompt(choice.randrange(1, 12), seed), []
+    if kind == 1:
+        return prompt(choice.randrange(40, 150), seed), []
+    if kind == 2:
+        return with_picture(choice.randrange(0, 20), choice.randrange(3, 50), choice.randrange(1, 9), seed % 3)
+    return prompt(50, 999) + prompt(choice.randrange(1, 30), seed), []
+
+
+@torch.no_grad()
+def plain_logits(ids: list[int], pictures: list[Picture]) -> torch.Tensor:
+    """Scores after each token by one plain pass over the whole sequence."""
+    features = torch.cat([picture.data for picture in pictures]) if pictures else None
+    context = Packed(model().config.text, Segments.of([len(ids)]))
+    return model().logits(model()(torch.tensor(ids), context, features).hidden)
+
+
+def run(core: EngineCore, requests, *, look=lambda launched: None) -> None:
+    launch = core.runner.launch
+
+    def watched(plan):
+        launched = launch(plan)
+        look(launched)
+        return launched
+
+    core.runner.launch = watched
+    while core.unfinished:
+        core.step()
+        core.scheduler.check()
+    core.runner.launch = launch
+    pool = core.pool
+    assert pool.used == 0 and pool.free + pool.cached == pool.total
+    assert all(len(request.outputs) == request.max_tokens for request in requests)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"step_tokens": 16, "mixed_step_tokens": 16},
+        {"max_batch": 2},
+        {"cache_blocks": 14, "max_model_len": 200},
+    ],
+    ids=["mixed", "small chunks", "few rows", "preempted"],
+)
+def test_logits_equal_a_plain_pass(settings):
+    engine = core(**settings)
+    expected_places, seen = {}, []
+
+    def look(launched):
+        for request, logits in zip(launched.requests, launched.logits, strict=True):
+            # The scores that gave token number len(outputs) so far; its value comes after the step.
+            seen.append((request, len(request.outputs), logits.clone()))
+
+    requests = []
+    for seed in range(16):
+        ids, pictures = work(seed)
+        params = SamplingParams(max_tokens=30, temperature=1.0 if seed % 2 else 0.0, seed=seed)
+        requests += engine.add(ids, params, pictures=pictures)
+    run(engine, requests, look=look)
+    for request in requests:
+        full = [*request.prompt, *request.outputs]
+        expected_places[request] = plain_logits(full, request.pictures)
+    assert len(seen) >= 16 * 30
+    for request, n, logits in seen:
+        expected = expected_places[request][len(request.prompt) + n - 1]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    if "cache_blocks" in settings:
+        assert engine.scheduler.preemptions > 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.1])
+def test_tokens_do_not_depend_on_company_or_preemption(temperature):
+    def params(seed):
+        return SamplingParams(max_tokens=10 + seed % 20, temperature=temperature, top_p=0.95, seed=seed)
+
+    alone = []
+    for seed in range(40):
+        engine = core()
+        ids, pictures = work(seed)
+        [request] = engine.add(ids, params(seed), pictures=pictures)
+        run(engine, [request])
+        alone.append(request.outputs)
+    engine = core(cache_blocks=15, max_model_len=200, max_batch=16)
+    requests = []
+    for seed in range(40):
+        ids, pictures = work(seed)
+        requests += engine.add(ids, params(seed), pictures=pictures, priority=seed % 3)
+    run(engine, requests)
+    assert engine.scheduler.preemptions > 0
+    assert [request.outputs for request in requests] == alone
+
+
+def test_several_answers_share_their_prompt():
+    engine = core()
+    ids, pictures = with_picture(10, 40, 60, 3)
+    requests = engine.add(ids, SamplingParams(max_tokens=5, temperature=1.0, seed=1, n=4), pictures=pictures)
+    run(engine, requests)
+    assert len({tuple(request.outputs) for request in requests}) > 1
+    assert engine.scheduler.prefix_tokens >= 3 * (110 // 16 - 1) * 16
+
+
+def test_a_picture_of_other_content_is_not_taken_from_the_cache():
+    answers = []
+    for seeds in ((0, 1), (1, 0)):
+        engine = core()
+        requests = []
+        for seed in seeds:
+            ids, pictures = with_picture(0, 48, 8, 0)
+            other = torch.randn(48, 64, generator=torch.Generator().manual_seed(100 + seed))
+            pictures = [Picture(0, 48, b"%d" % seed, other)]
+            [request] = engine.add(ids, SamplingParams(max_tokens=8), pictures=pictures)
+            run(engine, [request])
+            requests.append(request)
+        answers.append({seed: request.outputs for seed, request in zip(seeds, requests, strict=True)})
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
+
+
+def test_ended_and_cancelled_requests_leave_nothing_behind():
+    engine = core(cache_blocks=40)
+    choice = random.Random(0)
+    kept = []
+    for seed in range(60):
+        ids, pictures = work(seed)
+        requests = engine.add(ids, SamplingParams(max_tokens=8, n=1 + seed % 2), pictures=pictures)
+        if seed % 3:
+            kept += requests
+        for _ in range(choice.randrange(3)):
+            engine.step()
+        if not seed % 3:
+            for request in requests:
+                engine.finish(request)
+    run(engine, kept)
+
+
+def test_end_tokens_end_an_answer_and_are_kept():
+    engine = core()
+    [free] = engine.add(prompt(9, 0), SamplingParams(max_tokens=20))
+    run(engine, [free])
+    end = free.outputs[6]
+    [request] = engine.add(prompt(9, 0), SamplingParams(max_tokens=20), end_token_ids=[end])
+    while engine.unfinished:
+        engine.step()
+    assert request.outputs == free.outputs[: free.outputs.index(end) + 1]
+    [request] = engine.add(prompt(9, 0), SamplingParams(max_tokens=20, ignore_eos=True), end_token_ids=[end])
+    run(engine, [request])
+
+
+def test_bad_input_is_refused_before_anything_is_queued():
+    engine = core()
+    ids, pictures = with_picture(10, 395, 3, 0)
+    for wrong, message in (
+        (lambda: engine.add([]), "no tokens"),
+        (lambda: engine.add(prompt(400, 0)), r"400 tokens leaves no room.*400.*shorten"),
+        (lambda: engine.add(ids, pictures=pictures), r"408 tokens, 395 of them of pictures.*fewer or smaller pictures"),
+        (lambda: core(max_model_len=5000), r"max_model_len is 5000; expected 1 to 4096"),
+        (lambda: core(cache_blocks=3), r"room for 48 tokens, but max_model_len is 400"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    assert not engine.unfinished and not engine.busy
+
+
+def test_max_model_len_is_what_fits_and_says_so(caplog):
+    engine = EngineCore(model(), max_batch=2, cache_blocks=20)
+    assert engine.max_model_len == 320
+    assert "max_model_len is 320" in caplog.text
+    [request] = engine.add(prompt(310, 0), SamplingParams(max_tokens=50))
+    run(engine, [request])
+    assert len(request.outputs) == 10

@@ -1,0 +1,128 @@
+"""The engine on a GPU: kernels, pages, chunks and graphs against plain passes of the same weights."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_cuda import CONFIG, relative_error
+
+from aria import ops
+from aria.config import AriaConfig, TextConfig
+from aria.engine import SamplingParams
+from aria.engine.core import EngineCore
+from aria.engine.request import Picture
+from aria.model import Aria, Packed
+from aria.ops import Segments
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Aria's own widths, so that the kernels for them run; fewer layers and words, so that float32 fits beside it.
+WIDE = AriaConfig(text=TextConfig(num_hidden_layers=3, vocab_size=4096, max_position_embeddings=8192))
+
+
+def requests_of(vocabulary: int, image_width: int, count: int, longest: int) -> list[tuple[list[int], list[Picture]]]:
+    choice = random.Random(0)
+    made = []
+    for seed in range(count):
+        ids = [choice.randrange(20, vocabulary) for _ in range(choice.randrange(1, longest))]
+        pictures = []
+        if seed % 3 == 0 and len(ids) > 70:
+            features = torch.randn(64, image_width, generator=torch.Generator().manual_seed(seed))
+            ids[5:69] = [9] * 64
+            pictures = [Picture(5, 64, b"%d" % seed, features)]
+        made.append((ids, pictures))
+    return made
+
+
+def engine_logits(core: EngineCore, work, dtype: torch.dtype) -> tuple[list, list]:
+    """Scores of every sampled place, taken from the engine's own steps, graphs included."""
+    seen = []
+    launch, counts = core.runner.launch, {}
+
+    def watched(plan):
+        launched = launch(plan)
+        for request, logits in zip(launched.requests, launched.logits, strict=True):
+            seen.append((request, counts.setdefault(request, 0), logits.float().cpu()))
+            counts[request] += 1
+        return launched
+
+    core.runner.launch = watched
+    requests = []
+    for seed, (ids, pictures) in enumerate(work):
+        pictures = [Picture(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in pictures]
+        # Log-probabilities make the engine keep its scores.
+        params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
+        requests += core.add(ids, params, pictures=pictures)
+    while core.unfinished:
+        core.step()
+    return requests, seen
+
+
+@torch.no_grad()
+def plain_logits(model: Aria, requests, seen, dtype: torch.dtype) -> torch.Tensor:
+    """The same places from plain PyTorch over whole sequences."""
+    by_request = {}
+    with ops.use("reference"):
+        for request in requests:
+            ids = torch.tensor([*request.prompt, *request.outputs], device="cuda")
+            features = [picture.data.to(dtype) for picture in request.pictures]
+            context = Packed(model.config.text, Segments.of([len(ids)], "cuda"))
+            hidden = model(ids, context, torch.cat(features) if features else None).hidden
+            by_request[request] = model.logits(hidden).float().cpu()
+    return torch.stack([by_request[request][len(request.prompt) + n - 1] for request, n, _ in seen])
+
+
+@pytest.mark.parametrize(("config", "longest", "blocks"), [(CONFIG, 300, 24), (WIDE, 900, 80)], ids=["small", "wide"])
+def test_bfloat16_is_as_near_to_float32_as_a_plain_pass(config, longest, blocks):
+    model = Aria.random(config, dtype=torch.bfloat16, device="cuda", std=0.05 if config is CONFIG else 0.02)
+    work = requests_of(config.text.vocab_size, config.text.hidden_size, 24, longest)
+    core = EngineCore(
+        model, max_batch=16, max_model_len=1024, cache_blocks=blocks, step_tokens=1024, mixed_step_tokens=256
+    )
+    requests, seen = engine_logits(core, work, torch.bfloat16)
+    got = torch.stack([logits for *_, logits in seen])
+    plain = plain_logits(model, requests, seen, torch.bfloat16)
+    exact = plain_logits(model.float(), requests, seen, torch.float32)
+    ours, theirs = relative_error(got, exact), relative_error(plain, exact)
+    print(f"error of the engine {ours:.5f}, of a plain pass {theirs:.5f}")
+    assert ours <= 1.1 * theirs
+
+
+def test_float32_equals_a_plain_pass():
+    model = Aria.random(CONFIG, dtype=torch.float32, device="cuda", std=0.05)
+    work = requests_of(320, 128, 16, 300)
+    core = EngineCore(model, max_batch=8, max_model_len=1024, cache_blocks=24, step_tokens=256, mixed_step_tokens=128)
+    requests, seen = engine_logits(core, work, torch.float32)
+    got = torch.stack([logits for *_, logits in seen])
+    assert relative_error(got, plain_logits(model, requests, seen, torch.float32)) < 1e-5
+
+
+def test_tokens_are_those_of_the_cpu_in_float32():
+    work = requests_of(320, 128, 12, 200)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        model = Aria.random(CONFIG, dtype=torch.float32, device="cpu", std=0.1).to(device)
+        core = EngineCore(model, max_batch=8, max_model_len=512, cache_blocks=200)
+        requests = []
+        for seed, (ids, pictures) in enumerate(work):
+            pictures = [Picture(p.start, p.tokens, p.key, p.data.to(device)) for p in pictures]
+            params = SamplingParams(max_tokens=16, temperature=float(seed % 2), seed=seed)
+            requests += core.add(ids, params, pictures=pictures)
+        while core.unfinished:
+            core.step()
+        outputs.append([request.outputs for request in requests])
+    assert outputs[0] == outputs[1]
+
+
+def test_the_cache_takes_what_memory_is_left():
+    model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
+    core = EngineCore(model, max_batch=32, memory_utilization=0.5)
+    free, total = torch.cuda.mem_get_info()
+    assert core.max_model_len == 8192
+    assert (total - free) / total < 0.5
+    [request] = core.add(list(range(20, 4020)) * 2, SamplingParams(max_tokens=4))
+    while core.unfinished:
+        core.step()
+    assert len(request.outputs) == 4
