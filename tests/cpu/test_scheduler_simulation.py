@@ -1,0 +1,288 @@
+"""The scheduler with a pretended device that is late: every request must get exactly the tokens it would get alone.
+
+The pretended model keeps one number for each slot of the cache: a hash of all that came before, read from the slot
+before. The next token is a hash of all slots of the sequence, read through its block table. So a wrong block, a place
+off by one, a block shared by what differs, or overwritten too early, gives wrong tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+
+from aria.engine.blocks import BlockPool
+from aria.engine.request import Picture, Request, Status
+from aria.engine.sampling_params import SamplingParams
+from aria.engine.scheduler import Plan, Scheduler
+
+VOCABULARY = 40
+END = 0
+IMAGE = 9
+
+
+def contents(request: Request, start: int, stop: int) -> list[Any]:
+    """What the model reads from ``start`` to ``stop``: tokens, and where pictures lie their content."""
+    seen: list[Any] = list(request.tokens(start, stop))
+    for picture in request.pictures:
+        for place in range(max(picture.start, start), min(picture.end, stop)):
+            seen[place - start] = (picture.data, place - picture.start)
+    return seen
+
+
+def first_state(adapter: str | None) -> int:
+    return hash((1, len(adapter or "")))
+
+
+def next_token(states: list[int], seed: int) -> int:
+    return hash((tuple(states), seed)) % VOCABULARY
+
+
+def tokens_alone(request: Request) -> list[int]:
+    """What a request should get, computed without cache or company."""
+    states, outputs = [], []
+    state = first_state(request.adapter)
+    for content in contents(request, 0, len(request.prompt)):
+        state = hash((state, content))
+        states.append(state)
+    while len(outputs) < request.max_tokens and END not in outputs:
+        outputs.append(next_token(states, request.seed))
+        states.append(hash((states[-1], outputs[-1])))
+    return outputs
+
+
+class Work(NamedTuple):
+    """One sequence's part of a launched step, with copies of all that the host may change afterwards."""
+
+    request: Request
+    row: int
+    blocks: tuple[int, ...]
+    start: int
+    contents: list[Any] | None
+    """None for a decode: the device itself knows the token."""
+    samples: bool
+
+
+class Device:
+    """Runs launched steps one after another, each when it is waited for."""
+
+    def __init__(self, pool: BlockPool, max_rows: int):
+        self.S = pool.block_size
+        self.slots: list[Any] = [None] * ((pool.total + 1) * self.S)
+        self.tokens: list[Any] = [None] * max_rows
+        self.steps: deque[list[Work]] = deque()
+
+    def launch(self, plan: Plan) -> None:
+        works = [Work(r, r.row, tuple(r.blocks), r.computed - 1, None, True) for r in plan.decodes]
+        for chunk in plan.chunks:
+            r, stop = chunk.request, chunk.start + chunk.count
+            works.append(Work(r, r.row, tuple(r.blocks), chunk.start, contents(r, chunk.start, stop), chunk.samples))
+        self.steps.append(works)
+
+    def wait(self) -> list[tuple[Request, int]]:
+        """Run the oldest launched step; what it sampled."""
+        sampled = []
+        for work in self.steps.popleft():
+            seen = [self.tokens[work.row]] if work.contents is None else work.contents
+            slots = [block * self.S + offset for block in work.blocks for offset in range(self.S)]
+            state = self.slots[slots[work.start - 1]] if work.start else first_state(work.request.adapter)
+            for slot, content in zip(slots[work.start :], seen, strict=False):
+                assert slot >= self.S, "a sequence writes to the scratch block"
+                state = hash((state, content))
+                self.slots[slot] = state
+            length = work.start + len(seen)
+            assert length <= len(slots), "a sequence has fewer blocks than tokens"
+            if work.samples:
+                token = next_token([self.slots[slot] for slot in slots[:length]], work.request.seed)
+                self.tokens[work.row] = token
+                sampled.append((work.request, token))
+        return sampled
+
+
+@dataclass
+class Setting:
+    """Sizes of one simulation."""
+
+    seed: int
+    ahead: int
+    """Steps that are planned and launched before the tokens of an earlier one are read back."""
+    block_size: int
+    room: int
+    """Blocks beyond what the largest request takes."""
+    max_rows: int
+    requests: int = 150
+    cancel: float = 0.03
+    """How often, at each step, a request is dropped."""
+
+
+class Simulation:
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.random = random.Random(setting.seed)
+        S = setting.block_size
+        self.prefixes = [self._prompt(self.random.randint(1, 8 * S)) for _ in range(4)]
+        self.arriving = deque(self._requests())
+        most = max(-(-(len(r.prompt) + r.max_tokens - 1) // S) for r in self.arriving)
+        self.pool = BlockPool(1 + most + setting.room, S)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_rows=setting.max_rows,
+            step_tokens=self.random.choice([S, 3 * S + 1, 20 * S]),
+            mixed_step_tokens=self.random.choice([1, 2 * S, 10 * S]),
+            watermark=self.random.choice([0, 0.1]),
+        )
+        self.device = Device(self.pool, setting.max_rows)
+        self.all = list(self.arriving)
+        self.expected = {request: tokens_alone(request) for request in self.all}
+        self.counts: Counter[str] = Counter()
+
+    def run(self) -> None:
+        live: list[Request] = []
+        idle = 0
+        while self.arriving or not self.scheduler.idle or self.device.steps:
+            while self.arriving and self.random.random() < 0.3:
+                request = self.arriving.popleft()
+                self.scheduler.add(request)
+                live.append(request)
+            live = [request for request in live if not request.over]
+            if live and self.random.random() < self.setting.cancel:
+                self._cancel(self.random.choice(live))
+            queued = {request for request in live if request.status is Status.WAITING}
+            plan = self.scheduler.plan()
+            self._check(plan, queued, live)
+            if plan:
+                self.device.launch(plan)
+            idle = 0 if plan or self.arriving or self.device.steps else idle + 1
+            assert idle < 2, "nothing runs, and something waits"
+            while len(self.device.steps) > (self.setting.ahead if plan else 0):
+                self._collect()
+            self.scheduler.check()
+        self._check_end()
+
+    def _requests(self) -> list[Request]:
+        requests: list[Request] = []
+        rng, S = self.random, self.setting.block_size
+        while len(requests) < self.setting.requests:
+            tokens, pictures = rng.choice(self.prefixes)
+            keep = rng.choice([0, len(tokens), rng.randint(0, len(tokens))])
+            pictures = [picture for picture in pictures if picture.end <= keep]
+            more, more_pictures = self._prompt(rng.randint(1, 6 * S), keep)
+            leader = None
+            for copy in range(rng.choice([1, 1, 1, 3])):
+                request = Request(
+                    prompt=leader.prompt if leader else (*tokens[:keep], *more),
+                    params=SamplingParams(),
+                    max_tokens=rng.choice([1, rng.randint(1, 30), 5 * S]),
+                    pictures=leader.pictures if leader else (*pictures, *more_pictures),
+                    priority=leader.priority if leader else rng.choice([0, 0, 0, 1, -1]),
+                    seed=copy,
+                    adapter=leader.adapter if leader else rng.choice([None, None, None, "other"]),
+                    leader=leader,
+                )
+                leader = leader or request
+                requests.append(request)
+        return requests
+
+    def _prompt(self, length: int, start: int = 0) -> tuple[list[int], list[Picture]]:
+        """Tokens, some of them a picture's; contents repeat, also where the places differ."""
+        tokens = [self.random.randrange(VOCABULARY) for _ in range(length)]
+        pictures = []
+        at = self.random.randint(0, 3 * length)
+        if at < length:
+            size, content = self.random.randint(1, length - at), self.random.randrange(3)
+            tokens[at : at + size] = [IMAGE] * size
+            key = bytes([content]) if self.random.random() < 0.8 else None
+            # Without a key nobody can tell contents apart.
+            data = content if key is not None else self.random.randrange(100, 10**9)
+            pictures.append(Picture(start + at, size, key, data))
+        return tokens, pictures
+
+    def _cancel(self, request: Request) -> None:
+        self.counts[f"cancelled {request.status.value}"] += 1
+        self.counts["cancelled under way"] += any(
+            work.request is request for step in self.device.steps for work in step
+        )
+        self.scheduler.cancel(request)
+
+    def _collect(self) -> None:
+        for request, token in self.device.wait():
+            late = request.over
+            before = list(request.outputs)
+            self.scheduler.append(request, token)
+            if late:
+                self.counts["dropped"] += 1
+                assert request.outputs == before, "a token came after the end"
+            elif token == END or len(request.outputs) == request.max_tokens:
+                self.scheduler.finish(request)
+
+    def _check(self, plan: Plan, queued: set[Request], live: list[Request]) -> None:
+        """What every plan keeps to."""
+        self.counts["drains"] += plan.drain
+        self.counts["preempted"] += len(plan.preempted)
+        if plan.drain:
+            assert not plan and self.device.steps, "a drain with nothing under way, or with work"
+            return
+        scheduler, S = self.scheduler, self.setting.block_size
+        planned = [*plan.decodes, *(chunk.request for chunk in plan.chunks)]
+        assert len(set(planned)) == len(planned), "a request is planned twice"
+        assert all(request.status is Status.RUNNING for request in planned)
+        running = [request for request in live if request.status is Status.RUNNING]
+        for request in running:
+            assert request in planned or request.prefilling or request.full, "a decode is left out"
+            assert len(request.outputs) + request.pending <= request.max_tokens, "too many tokens"
+        read = sum(chunk.count for chunk in plan.chunks)
+        limit = max(S, scheduler.mixed_step_tokens - len(plan.decodes)) if plan.decodes else scheduler.step_tokens
+        assert read <= limit, f"{read} tokens are read, {limit} are allowed"
+        for chunk in plan.chunks:
+            assert chunk.count > 0 and chunk.samples == (not chunk.request.prefilling)
+            assert chunk.samples or (chunk.start + chunk.count) % S == 0, "a chunk ends inside a block"
+        admitted = queued & set(running)
+        waiting = [request for request in live if request.status is Status.WAITING]
+        assert not any(late < early for early in admitted for late in waiting), "the queue was overtaken"
+        starts = [chunk.request for chunk in plan.chunks if chunk.request in admitted]
+        self.counts["started together"] += len(starts) > 1
+        blocks_written = set()
+        for chunk in plan.chunks:
+            first = chunk.start // S
+            self.counts["read in the step that wrote"] += bool(blocks_written & set(chunk.request.blocks[:first]))
+            blocks_written |= set(chunk.request.blocks[first:])
+
+    def _check_end(self) -> None:
+        for request in self.all:
+            if request.status is Status.FINISHED:
+                assert request.outputs == self.expected[request], f"request {request.arrival} got wrong tokens"
+            else:
+                assert request.status is Status.CANCELLED
+                assert request.outputs == self.expected[request][: len(request.outputs)]
+        assert self.pool.used == 0 and self.pool.available == self.pool.total, "blocks leaked"
+        assert self.scheduler.running == self.scheduler.waiting == 0
+        self.counts["preemptions"] = self.scheduler.preemptions
+        self.counts["prefix tokens"] = self.scheduler.prefix_tokens
+        assert self.scheduler.preemptions == self.counts["preempted"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_every_request_gets_its_own_tokens(ahead):
+    counts: Counter[str] = Counter()
+    rng = random.Random(ahead)
+    for seed in range(24):
+        block_size, rows, room = rng.choice([1, 2, 4, 8]), rng.choice([1, 2, 5, 12]), rng.choice([0, 0, 1, 5, 60])
+        simulation = Simulation(Setting(seed, ahead, block_size, room, rows))
+        simulation.run()
+        counts += simulation.counts
+    # Whatever can go wrong has been there to go wrong.
+    expected = ["preempted", "prefix tokens", "started together", "read in the step that wrote", "cancelled waiting",
+                "cancelled running"]  # fmt: skip
+    if ahead:
+        expected += ["drains", "cancelled under way", "dropped"]
+    assert all(counts[what] > 10 for what in expected), counts
+
+
+def test_all_is_well_without_interruptions_and_with_ample_room():
+    simulation = Simulation(Setting(seed=1, ahead=1, block_size=4, room=2000, max_rows=64, cancel=0.0))
+    simulation.run()
+    assert simulation.scheduler.preemptions == 0
+    assert all(request.status is Status.FINISHED for request in simulation.all)
