@@ -1,0 +1,89 @@
+"""Products of many rows with their experts' matrices, on Hopper's copy engine and tensor cores.
+
+Both products of an expert are one kernel. A tile takes columns from two halves of the weight, ``(E, 2, O, I)``: gate
+and up, whose SwiGLU leaves the tile as one, or the two halves of the down projection's outputs, which both leave. So
+the wide tile that keeps tensor cores busy needs no second pass for SwiGLU, and edges are the copy engine's work: past
+the end it reads zeros and writes nothing.
+
+P rows, E experts, I inputs, O outputs of each half.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tiles(NamedTuple):
+    """Shape of the work of one program: rows, columns of each half, inputs of a step."""
+
+    rows: int = 128
+    columns: int = 128
+    inputs: int = 64
+    warps: int = 8
+    stages: int = 4
+    group: int = 8
+
+
+@triton.jit
+def _grouped(
+    x, w, y, tiles_ptr, COLUMNS, STEPS, SWIGLU: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    rows = tl.load(tiles_ptr)
+    for tile in tl.range(tl.program_id(0), rows * COLUMNS, PROGRAMS, flatten=FLATTEN):
+        # A few rows of tiles by all columns at a time: what runs together fits into the L2 cache.
+        first = tile // (GROUP * COLUMNS) * GROUP
+        size = tl.minimum(rows - first, GROUP)
+        rest = tile % (GROUP * COLUMNS)
+        row, column = first + rest % size, rest // size
+        expert = tl.load(tiles_ptr + 1 + row)
+        sums = tl.zeros((ROWS_BLOCK, 2 * O_BLOCK), tl.float32)
+        for step in tl.range(STEPS):
+            a = x.load([row * ROWS_BLOCK, step * I_BLOCK])
+            b = w.load([expert, 0, column * O_BLOCK, step * I_BLOCK]).reshape(2 * O_BLOCK, I_BLOCK)
+            sums = tl.dot(a, b.T, sums, input_precision="ieee")
+        left, right = sums.reshape(ROWS_BLOCK, 2, O_BLOCK).permute(0, 2, 1).split()
+        if SWIGLU:
+            left = left * tl.sigmoid(left) * right
+        else:
+            y.store([row * ROWS_BLOCK, 1, column * O_BLOCK], right.to(y.dtype).reshape(ROWS_BLOCK, 1, O_BLOCK))
+        y.store([row * ROWS_BLOCK, 0, column * O_BLOCK], left.to(y.dtype).reshape(ROWS_BLOCK, 1, O_BLOCK))
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def grouped(
+    x_PI: Tensor, w_E2OI: Tensor, out: Tensor, table: Tensor, *, swiglu: bool, shape: Tiles, flatten: bool = True
+) -> Tensor:
+    """Rows times their experts' matrices.
+
+    Args:
+        x_PI: rows, each expert's beginning on a multiple of ``shape.rows``.
+        w_E2OI: ``(E, 2, O, I)`` contiguous: gate and up, or two halves of the outputs.
+        out: written and returned, ``(P, O)`` if ``swiglu``, else ``(P, 2 O)``.
+        table: from :func:`aria.ops.kernels.permute.place`.
+    """
+    outputs, inputs = w_E2OI.shape[2:]
+    y = out.view(out.shape[0], 1 if swiglu else 2, outputs)
+    columns = triton.cdiv(outputs, shape.columns)
+    programs = min(_programs(x_PI.device), (table.numel() - 1) * columns)
+    _grouped[(programs,)](
+        TensorDescriptor.from_tensor(x_PI, [shape.rows, shape.inputs]),
+        TensorDescriptor.from_tensor(w_E2OI, [1, 2, shape.columns, shape.inputs]),
+        TensorDescriptor.from_tensor(y, [shape.rows, 1, shape.columns]),
+        table, columns, triton.cdiv(inputs, shape.inputs), swiglu,
+        ROWS_BLOCK=shape.rows, O_BLOCK=shape.columns, I_BLOCK=shape.inputs, GROUP=shape.group, PROGRAMS=programs,
+        FLATTEN=flatten, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,73 @@
+"""The mixture of experts for many tokens: one way through memory before the products and one after.
+
+T tokens, D hidden, E experts, A experts per token, F expert width, W width of the shared experts,
+P rows of the routed experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aria.ops.kernels.grouped_gemm import Tiles, grouped
+from aria.ops.kernels.permute import combine, norm_route, permute, place
+from aria.ops.layout import adjacent, as_one
+from aria.ops.reference import swiglu
+
+# Weights of few rows are read at memory speed, with tiles as low as the rows are few.
+_LOW = Tiles(rows=64, columns=64, warps=4, stages=5)
+_HIGH = Tiles()
+
+
+def fits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
+    """Whether :func:`moe_layer` takes these: two-byte numbers on Hopper or later, experts in memory as
+    ``(E, out, in)``, widths that the copy engine can step over."""
+    return (
+        x_TD.is_cuda
+        and x_TD.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(x_TD.device) >= (9, 0)
+        and _laid_out(fc1_EDF, fc2_EFD)
+        and fc1_EDF.shape[1] % 16 == 0
+        and fc2_EFD.shape[1] % 8 == 0
+    )
+
+
+def _laid_out(*weights: Tensor) -> bool:
+    return all(weight.transpose(1, 2).is_contiguous() for weight in weights)
+
+
+def moe_layer(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+) -> Tensor:
+    """See :func:`aria.ops.reference.moe_layer`. Takes what :func:`fits`; nothing waits for the host."""
+    assert _laid_out(fc1_EDF, fc2_EFD), "the experts' weights must lie in memory as (E, out, in)"
+    tiles = _HIGH if x_TD.shape[0] * top_k >= 96 * fc1_EDF.shape[0] else _LOW
+    normed, weights_TA, index_TA, counts_NE = norm_route(x_TD, norm_D, eps, router_ED, top_k)
+    position_TA, table = place(index_TA, counts_NE, tiles.rows)
+    rows_PD = permute(normed, position_TA, (table.numel() - 1) * tiles.rows)
+    y_PD = _experts(rows_PD, fc1_EDF, fc2_EFD, table, tiles)
+    return combine(x_TD, _shared(normed, *shared), y_PD, weights_TA, position_TA)
+
+
+def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
+    """SwiGLU MLPs of the rows' experts; the result takes the place of the rows."""
+    E, D, F = fc1_EDF.shape[0], fc1_EDF.shape[1], fc2_EFD.shape[1]
+    gate_up, down = fc1_EDF.transpose(1, 2).view(E, 2, F, D), fc2_EFD.transpose(1, 2).view(E, 2, D // 2, F)
+    hidden_PF = grouped(rows_PD, gate_up, rows_PD.new_empty(rows_PD.shape[0], F), table, swiglu=True, shape=tiles)
+    return grouped(hidden_PF, down, rows_PD, table, swiglu=False, shape=tiles)
+
+
+def _shared(x_TD: Tensor, gate_WD: Tensor, up_WD: Tensor, down_DW: Tensor) -> Tensor:
+    if adjacent((gate_WD, up_WD)):
+        hidden = swiglu(F.linear(x_TD, as_one((gate_WD, up_WD))))
+    else:
+        hidden = F.silu(F.linear(x_TD, gate_WD)) * F.linear(x_TD, up_WD)
+    return F.linear(hidden, down_DW)
