@@ -180,8 +180,10 @@ class Runner:
         top = [request.params.logprobs for request in sampling if request.params.logprobs is not None]
         if tokens is None:
             assert logits is not None, "neither tokens nor logits came"
-            scores = self._sampler.apply_extras(logits.clone(), rows) if extras else logits
+            scores = self._sampler.apply_extras(logits, rows) if extras else logits
             tokens = self._draw(scores, rows, positions)
+            if extras:
+                self._sampler.count(rows, tokens)
         logprobs = None
         if top:
             assert logits is not None, "log-probabilities need logits"

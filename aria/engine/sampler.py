@@ -1,65 +1,186 @@
-"""Scores -> tokens. N sequences, V vocabulary."""
+"""`SamplerState`: what each running request wants of its tokens, on the device, and scores -> tokens.
+
+N sequences of a step, R rows (places of running requests), V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from aria import ops
+from aria.engine.sampling_params import SamplingParams
 
-@dataclass(frozen=True)
-class Draw:
-    """How one sequence's next token is drawn."""
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: scores divided by them leave float32's range."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    noise: torch.Generator | None = None
-    """This sequence's own stream of noise, so that what it draws does not depend on the rest of the batch."""
-
-
-def noise_stream(seed: int, copy: int, device: torch.device) -> torch.Generator:
-    """Noise of the ``copy``-th answer under ``seed``."""
-    # A large odd step keeps the copies of one seed and of its neighbours apart.
-    return torch.Generator(device).manual_seed((seed + copy * 0x9E3779B97F4A7C15) % 2**63)
+# A row of the table: temperature, top_k, top_p, min_p, seed (as aria.ops.sampling.Settings reads them), then the
+# repetition, frequency and presence penalties.
+_ROW = struct.Struct("<fiffqfff")
+_COLUMNS = _ROW.size // 4
+_PENALTIES = slice(6, 9)
 
 
-def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Draw one token for each sequence.
+class SamplerState:
+    """How each row draws its tokens, and what it has drawn as far as penalties ask.
 
-    Temperature comes first, then the ``top_k`` likeliest, then the smallest set that holds ``top_p`` of what is left.
+    All of it is on the device, so that a step can start before the tokens of the one before are known to the host.
 
-    Returns:
-        int64 ``(N,)``.
+    Args:
+        max_rows: R.
+        vocab_size: V.
+        device: where the scores will be.
+        banned_token_ids: tokens that are never drawn.
     """
-    assert logits_NV.shape[0] == len(draws), "one draw for each row of scores"
-    tokens = logits_NV.argmax(-1)
-    rows = [n for n, draw in enumerate(draws) if draw.temperature > 0]
-    if not rows:
-        return tokens
-    warm = [draws[n] for n in rows]
-    device = logits_NV.device
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device)[:, None]
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, banned_token_ids: Collection[int] = ()):
+        self._device = device
+        self._vocab_size = vocab_size
+        self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
+        self._table = torch.zeros(max_rows, _COLUMNS, dtype=torch.int32, device=device)
+        self._penalized: set[int] = set()
+        self._biased: set[int] = set()
+        # (R, V), once a row needs it: twice the times that the answer has a token, plus one if the prompt has it.
+        self._counts: Tensor | None = None
+        # (R, most biases of a row), once a row needs them.
+        self._bias_ids: Tensor | None = None
+        self._bias_values: Tensor | None = None
+        for row in range(max_rows):
+            self._write(row, SamplingParams(), 0)
 
-    V = logits_NV.shape[-1]
-    scores = logits_NV[rows].float()
-    # From the largest score down, so that no temperature however small makes them overflow.
-    scores = (scores - scores.amax(-1, keepdim=True)) / column([draw.temperature for draw in warm])
-    scores, order = scores.sort(dim=-1, descending=True)
-    rank = torch.arange(V, device=device)
-    scores = scores.masked_fill(rank >= column([draw.top_k or V for draw in warm]), float("-inf"))
-    probs = scores.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    # 1 keeps all, also where rounding lets the sum reach it early.
-    limit = column([draw.top_p if draw.top_p < 1 else float("inf") for draw in warm])
-    scores = scores.masked_fill((before >= limit) & (rank > 0), float("-inf"))
-    # The largest score with Gumbel noise is a draw from the softmax.
-    uniform = torch.stack([torch.rand(V, generator=draw.noise, device=device) for draw in warm])
-    gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny)))
-    best = (scores + gumbel).argmax(-1, keepdim=True)
-    tokens[rows] = order.gather(-1, best)[:, 0]
-    return tokens
+    def set_row(
+        self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
+    ) -> None:
+        """Give a row to a request: a new one, or one that comes back after preemption with its tokens so far.
+
+        Args:
+            row: below R.
+            params: how to draw.
+            seed: 0 to 2**63 - 1, in place of ``params.seed``.
+            prompt_ids: tokens of the prompt.
+            output_ids: tokens of the answer so far.
+
+        Raises:
+            ValueError: a bias for a token that the vocabulary has not.
+        """
+        self.clear_row(row)
+        self._write(row, params, seed)
+        if params.logit_bias:
+            self._set_bias(row, params.logit_bias)
+        if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
+            self._penalized.add(row)
+            if self._counts is None:
+                shape = (self._table.shape[0], self._vocab_size)
+                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            counts = torch.zeros(self._vocab_size, dtype=torch.int32)
+            counts[torch.tensor(prompt_ids, dtype=torch.int64)] = 1
+            outputs = torch.tensor(output_ids, dtype=torch.int64)
+            counts.index_add_(0, outputs, torch.full_like(outputs, 2, dtype=torch.int32))
+            self._send(counts, self._counts[row])
+
+    def clear_row(self, row: int) -> None:
+        """The row's request has left; until the next one comes it costs nothing."""
+        self._penalized.discard(row)
+        if row in self._biased:
+            assert self._bias_values is not None, "a biased row has biases"
+            self._biased.discard(row)
+            self._bias_values[row].zero_()
+
+    def sample(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor) -> Tensor:
+        """Draw a token for each sequence.
+
+        On CUDA nothing here waits for the host, so it can be part of a CUDA graph. Rows of which :meth:`extras` is true
+        want :meth:`apply_extras` before and :meth:`count` after.
+
+        Args:
+            logits_NV: any floating dtype; left as they are.
+            rows_N: int32.
+            positions_N: int32, where in its sequence each token will stand; with the seed it makes the noise.
+
+        Returns:
+            int64 ``(N,)``.
+        """
+        return ops.sample(logits_NV, rows_N, positions_N, self._table, self._banned)
+
+    def extras(self, rows: Collection[int]) -> bool:
+        """Whether any of these rows has penalties or biases."""
+        return not (self._penalized.isdisjoint(rows) and self._biased.isdisjoint(rows))
+
+    def apply_extras(self, logits_NV: Tensor, rows_N: Tensor) -> Tensor:
+        """Scores after penalties, then biases: float32 ``(N, V)``; ``logits_NV`` stay as they are.
+
+        The repetition penalty divides positive scores of tokens in prompt or answer, and multiplies negative ones
+        (Keskar et al., 2019); frequency and presence are those of OpenAI's interface, over the answer alone.
+        """
+        scores_NV = logits_NV.float()
+        if self._counts is not None and self._penalized:
+            repetition, frequency, presence = (
+                self._table.view(torch.float32)[:, _PENALTIES].index_select(0, rows_N)[:, :, None].unbind(1)
+            )
+            counts_NV = self._counts.index_select(0, rows_N)
+            # Counts of rows without penalties are of no request; 1 and 0 leave their scores as they are.
+            repetition = torch.where(counts_NV > 0, repetition, 1.0)
+            scores_NV = torch.where(scores_NV > 0, scores_NV / repetition, scores_NV * repetition)
+            answered = counts_NV >> 1
+            scores_NV = scores_NV - frequency * answered - presence * (answered > 0)
+        if self._bias_ids is not None and self._bias_values is not None and self._biased:
+            ids, values = (x.index_select(0, rows_N) for x in (self._bias_ids, self._bias_values))
+            scores_NV = scores_NV.scatter_add(1, ids, values)
+        return scores_NV
+
+    def count(self, rows_N: Tensor, tokens_N: Tensor) -> None:
+        """Remember drawn tokens for the penalties of the steps to come."""
+        if self._counts is not None and self._penalized:
+            twice = torch.full_like(tokens_N, 2, dtype=torch.int32)
+            self._counts.index_put_((rows_N.long(), tokens_N), twice, accumulate=True)
+
+    def logprobs(self, logits_NV: Tensor, tokens_N: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities by the scores as they are: before temperature and truncation.
+
+        Returns:
+            of the drawn tokens ``(N,)``; ids ``(N, k)`` of the likeliest, falling; their log-probabilities ``(N, k)``.
+            Banned tokens count as impossible.
+        """
+        logprobs_NV = logits_NV.float().index_fill(-1, self._banned, float("-inf")).log_softmax(-1)
+        chosen = logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
+        values, ids = logprobs_NV.topk(min(k, self._vocab_size), dim=-1)
+        return chosen, ids, values
+
+    def _write(self, row: int, params: SamplingParams, seed: int) -> None:
+        greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
+        packed = _ROW.pack(
+            0.0 if greedy else params.temperature,
+            params.top_k if params.top_k < self._vocab_size else 0,
+            params.top_p,
+            params.min_p,
+            seed,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+        self._send(torch.frombuffer(bytearray(packed), dtype=torch.int32), self._table[row])
+
+    def _set_bias(self, row: int, bias: Mapping[int, float]) -> None:
+        if outside := [token for token in bias if token >= self._vocab_size]:
+            raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary has {self._vocab_size}")
+        known = 0 if self._bias_ids is None else self._bias_ids.shape[1]
+        width = max(known, 1 << (len(bias) - 1).bit_length())
+        if width > known:
+            more = (0, width - known)
+            ids = torch.zeros(self._table.shape[0], known, dtype=torch.int64, device=self._device)
+            values = torch.zeros(self._table.shape[0], known, device=self._device)
+            old_ids, old_values = self._bias_ids, self._bias_values
+            self._bias_ids = torch.nn.functional.pad(ids if old_ids is None else old_ids, more)
+            self._bias_values = torch.nn.functional.pad(values if old_values is None else old_values, more)
+        assert self._bias_ids is not None and self._bias_values is not None, "made above"
+        free = width - len(bias)
+        self._send(torch.tensor([*bias, *[0] * free]), self._bias_ids[row])
+        self._send(torch.tensor([*bias.values(), *[0.0] * free], dtype=torch.float32), self._bias_values[row])
+        self._biased.add(row)
+
+    def _send(self, values: Tensor, target: Tensor) -> None:
+        """To the device without waiting for it: later work on the stream sees them, earlier does not."""
+        target.copy_(values.pin_memory() if self._device.type == "cuda" else values, non_blocking=True)

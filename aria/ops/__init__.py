@@ -21,6 +21,7 @@ from torch import Tensor
 from aria.ops import attention as _attention
 from aria.ops import moe as _moe
 from aria.ops import reference
+from aria.ops import sampling as _sampling
 from aria.ops.reference import rope_angles, rotary, rotary_table, route, swiglu
 from aria.ops.layout import adjacent, as_one
 from aria.ops.segments import Segments
@@ -43,6 +44,7 @@ __all__ = [
     "rotary_table",
     "rotate_and_cache",
     "route",
+    "sample",
     "swiglu",
     "use",
 ]
@@ -138,3 +140,11 @@ def chunk_attention(
 ) -> Tensor:
     """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
     return reference.chunk_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
+
+
+def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
+    """A token of each sequence, drawn as its row of the table says; see :func:`aria.ops.sampling.sample`."""
+    # Scores of any precision: on CUDA all of them go through the kernel, which nothing waits for.
+    fast = logits_NV.is_cuda and _has_triton() and not _use_reference()
+    chosen = _kernels("sample") if fast else _sampling
+    return chosen.sample(logits_NV, rows_N, positions_N, table_RC, banned)

@@ -1,0 +1,222 @@
+"""Drawing tokens on the device: the least score kept of each row, then the largest noisy score above it.
+
+N sequences, V vocabulary. Two launches whatever the rows ask for: a row that keeps all its tokens leaves the first at once,
+a greedy row draws without noise in the second. Nothing is sorted: the least score kept is searched for among the bits
+of the scores, eightfold narrower with every pass over a row that lies in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aria.ops.sampling import GROUP, LANES
+
+SEARCH_BLOCK = 4096
+"""Scores that a program of the search looks at together."""
+MAX_PROGRAMS = 2048
+"""Programs of the drawing launch, about as many as an H100 keeps resident."""
+
+
+@triton.jit
+def _scores(row, ids, banned, V: tl.constexpr, BANNED: tl.constexpr):
+    scores = tl.load(row + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+    for i in tl.static_range(BANNED):
+        scores = tl.where(ids == tl.load(banned + i), float("-inf"), scores)
+    return scores
+
+
+@triton.jit
+def _key(scores, SHIFT: tl.constexpr):
+    """Integers in the order of the scores; SHIFT drops the bits that are always alike (16 for bfloat16)."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _score(key, SHIFT: tl.constexpr):
+    """The largest score of a key."""
+    bits = (key << SHIFT) | ((1 << SHIFT) - 1)
+    if SHIFT > 0:
+        # Bits that were dropped are zeros of a positive score, and turned zeros of a negative one.
+        bits = tl.where(key < 0, bits, key << SHIFT)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _above(
+    row, banned, pivots, floor, most, temperature,
+    V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many scores lie above each of the pivots; with MASS their probabilities, times a factor, of those above floor."""
+    sums = ()
+    for _ in tl.static_range(len(pivots)):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)
+    for start in range(0, V, BLOCK):
+        scores = _scores(row, start + tl.arange(0, BLOCK), banned, V, BANNED)
+        keys = _key(scores, SHIFT)
+        weights = tl.full([BLOCK], 1.0, tl.float32)
+        if MASS:
+            weights = tl.where(keys > floor, tl.exp((scores - most) / temperature), 0.0)
+        new = ()
+        for i in tl.static_range(len(pivots)):
+            new = new + (sums[i] + tl.where(keys > pivots[i], weights, 0.0),)
+        sums = new
+    totals = ()
+    for i in tl.static_range(len(pivots)):
+        totals = totals + (tl.sum(sums[i]),)
+    return totals
+
+
+@triton.jit
+def _search(
+    row, banned, target, low, high, floor, most, temperature,
+    V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The least key that has less than ``target`` above it, given that ``low`` has not and ``high`` has."""
+    while high - low > 1:
+        pivots = ()
+        for i in tl.static_range(1, 8):
+            pivots = pivots + ((low + (high - low) * i // 8).to(tl.int32),)
+        totals = _above(row, banned, pivots, floor, most, temperature, V, BANNED, MASS, SHIFT, BLOCK)
+        for i in tl.static_range(7):
+            pivot = pivots[i].to(tl.int64)
+            low = tl.where(totals[i] < target, low, tl.maximum(low, pivot))
+            high = tl.where(totals[i] < target, tl.minimum(high, pivot), high)
+    return high
+
+
+@triton.jit
+def _threshold_kernel(
+    logits, rows, table, banned, thresholds, arrived, stride,
+    C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The least score that each sequence keeps; also sets its count of finished programs to 0."""
+    n = tl.program_id(0)
+    row = logits + n.to(tl.int64) * stride
+    settings = table + tl.load(rows + n) * C
+    temperature = tl.load(settings).to(tl.float32, bitcast=True)
+    top_k = tl.load(settings + 1)
+    top_p = tl.load(settings + 2).to(tl.float32, bitcast=True)
+    min_p = tl.load(settings + 3).to(tl.float32, bitcast=True)
+    threshold = tl.full([], float("-inf"), tl.float32)
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
+        peaks = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, V, BLOCK):
+            peaks = tl.maximum(peaks, _scores(row, start + tl.arange(0, BLOCK), banned, V, BANNED))
+        most = tl.max(peaks)
+        high = _key(most, SHIFT).to(tl.int64)
+        floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
+        if top_k > 0:
+            # As many scores as there are lanes are at least the least of the lanes' peaks.
+            low = tl.where(top_k <= BLOCK, _key(tl.min(peaks), SHIFT).to(tl.int64) - 1, floor)
+            least = _search(
+                row, banned, top_k.to(tl.float32), low, high, floor, most, temperature, V, BANNED, False, SHIFT, BLOCK
+            )
+            threshold = _score(least.to(tl.int32), SHIFT)
+            floor = least - 1
+        if top_p < 1:
+            # Below this all probabilities are 0 in float32.
+            low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
+            mass = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
+            least = _search(
+                row, banned, top_p * mass, low, high, low, most, temperature, V, BANNED, True, SHIFT, BLOCK
+            )
+            threshold = _score(least.to(tl.int32), SHIFT)
+        if min_p > 0:
+            threshold = tl.maximum(threshold, most + temperature * tl.log(min_p))
+    tl.store(thresholds + n, threshold)
+    tl.store(arrived + n, 0)
+
+
+@triton.jit
+def _gumbel(bits):
+    """See :func:`aria.ops.sampling.gumbel_noise`; the series takes over where 1 - u loses the bits of u."""
+    u = tl.minimum(bits.to(tl.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
+    return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1 - u)))
+
+
+@triton.jit
+def _draw_kernel(
+    logits, rows, positions, table, banned, thresholds, arrived, values, places, tokens, stride,
+    C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P2: tl.constexpr,
+):  # fmt: skip
+    """A stretch of GROUPS groups of one sequence's ids; the program that ends last compares all stretches."""
+    n, split = tl.program_id(0), tl.program_id(1)
+    row = logits + n.to(tl.int64) * stride
+    settings = table + tl.load(rows + n) * C
+    temperature = tl.load(settings).to(tl.float32, bitcast=True)
+    threshold = tl.load(thresholds + n)
+    key_low, key_high = tl.load(settings + 4).to(tl.uint32), tl.load(settings + 5).to(tl.uint32)
+    position = tl.load(positions + n).to(tl.uint32)
+    lanes = tl.arange(0, LANES)
+    best = tl.full([LANES], float("-inf"), tl.float32)
+    place = tl.zeros([LANES], tl.int32)
+    for group in range(split * GROUPS, (split + 1) * GROUPS):
+        ids = group * LANES * 4 + lanes
+        if temperature > 0:
+            scores = ()
+            for w in tl.static_range(4):
+                scores = scores + (_scores(row, ids + w * LANES, banned, V, BANNED),)
+            top = tl.maximum(tl.maximum(scores[0], scores[1]), tl.maximum(scores[2], scores[3]))
+            if (tl.max(top) >= threshold) & (tl.max(top) > float("-inf")):
+                zero = tl.zeros([LANES], tl.uint32)
+                counters = (group * LANES + lanes).to(tl.uint32)
+                words = tl.philox_impl(counters, zero + position, zero, zero, zero + key_low, zero + key_high)
+                for w in tl.static_range(4):
+                    noisy = scores[w] / temperature + _gumbel(words[w])
+                    better = (scores[w] >= threshold) & (noisy > best)
+                    place = tl.where(better, ids + w * LANES, place)
+                    best = tl.where(better, noisy, best)
+        else:
+            for w in tl.static_range(4):
+                scores_w = _scores(row, ids + w * LANES, banned, V, BANNED)
+                place = tl.where(scores_w > best, ids + w * LANES, place)
+                best = tl.maximum(best, scores_w)
+    value = tl.max(best)
+    place_of_value = tl.min(tl.where(best == value, place, V))
+    tl.store(values + n * SPLITS + split, value)
+    tl.store(places + n * SPLITS + split, place_of_value)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SPLITS - 1:
+        stretch = tl.arange(0, SPLITS_P2)
+        found = tl.load(
+            values + n * SPLITS + stretch, mask=stretch < SPLITS, other=float("-inf"), cache_modifier=".cg"
+        )
+        where = tl.load(places + n * SPLITS + stretch, mask=stretch < SPLITS, other=V, cache_modifier=".cg")
+        # The lowest id of those that are alike, as everywhere.
+        token = tl.min(tl.where(found == tl.max(found), where, V))
+        tl.store(tokens + n, tl.minimum(token, V - 1).to(tl.int64))
+
+
+def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
+    """See :func:`aria.ops.sampling.sample`; nothing waits for the host, and shapes do not depend on the rows."""
+    N, V = logits_NV.shape
+    assert logits_NV.stride(1) == 1, "each sequence's scores should lie together"
+    assert table_RC.is_contiguous() and table_RC.dtype == torch.int32, "the table of settings is int32, row by row"
+    device = logits_NV.device
+    groups = -(-V // GROUP)
+    per_program = -(-groups // min(groups, -(-MAX_PROGRAMS // N)))
+    splits = -(-groups // per_program)
+    thresholds = torch.empty(N, dtype=torch.float32, device=device)
+    arrived = torch.empty(N, dtype=torch.int32, device=device)
+    values = torch.empty(N, splits, dtype=torch.float32, device=device)
+    places = torch.empty(N, splits, dtype=torch.int32, device=device)
+    tokens = torch.empty(N, dtype=torch.int64, device=device)
+    stride, columns = logits_NV.stride(0), table_RC.shape[1]
+    shift = 16 if logits_NV.dtype == torch.bfloat16 else 0
+    block = min(SEARCH_BLOCK, triton.next_power_of_2(V))
+    _threshold_kernel[(N,)](
+        logits_NV, rows_N, table_RC, banned, thresholds, arrived, stride,
+        C=columns, V=V, BANNED=len(banned), SHIFT=shift, BLOCK=block, num_warps=max(4, block // 256),
+    )  # fmt: skip
+    _draw_kernel[(N, splits)](
+        logits_NV, rows_N, positions_N, table_RC, banned, thresholds, arrived, values, places, tokens, stride,
+        C=columns, V=V, BANNED=len(banned), LANES=LANES, GROUPS=per_program, SPLITS=splits,
+        SPLITS_P2=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
+    return tokens

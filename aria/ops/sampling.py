@@ -1,0 +1,132 @@
+"""Drawing tokens from scores, in plain PyTorch: the specification of :mod:`aria.ops.kernels.sample`.
+
+N sequences, V vocabulary, R rows (places of running requests), G groups of ids that share counters of noise.
+
+A draw is the largest of score / temperature + Gumbel noise (Gumbel-max), which is a draw from the softmax. The noise
+comes from a counter-based generator, keyed by the seed, the position and the token: whatever else is in the batch, on
+whichever device, a seed gives the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 2048
+"""Token ids that share :data:`LANES` counters: id ``g * GROUP + w * LANES + j`` has word w of counter ``g * LANES + j``."""
+LANES = GROUP // 4
+_WORD = 0xFFFFFFFF
+
+
+class Settings(NamedTuple):
+    """How each row's tokens are drawn; each a tensor ``(R,)``, all of them columns of one table."""
+
+    temperature: Tensor
+    """float32; 0 is greedy."""
+    top_k: Tensor
+    """int32; 0 keeps all."""
+    top_p: Tensor
+    """float32; 1 keeps all."""
+    min_p: Tensor
+    """float32; 0 keeps all."""
+    seed_low: Tensor
+    """int32: the lower half of the seed's bits."""
+    seed_high: Tensor
+    """int32: the upper half."""
+
+    @staticmethod
+    def of(table_RC: Tensor) -> Settings:
+        """The columns of an int32 table ``(R, 6 or more)``; floating ones are stored by their bits."""
+        words, floats = table_RC.unbind(1), table_RC.view(torch.float32).unbind(1)
+        return Settings(floats[0], words[1], floats[2], floats[3], words[4], words[5])
+
+
+def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
+    """Draw a token for each sequence.
+
+    Temperature comes first, then the ``top_k`` likeliest, then the smallest set that holds ``top_p`` of what is left,
+    then those of at least ``min_p`` times the likeliest. Scores equal to the last one kept are kept too.
+
+    Args:
+        logits_NV: scores, any floating dtype; left as they are.
+        rows_N: int32, each sequence's row of the table.
+        positions_N: int32, where in its sequence each token will stand.
+        table_RC: int32, see :class:`Settings`.
+        banned: int64, ids that are never drawn.
+
+    Returns:
+        int64 ``(N,)``.
+    """
+    scores = logits_NV.float().index_fill(-1, banned, float("-inf"))
+    settings = Settings.of(table_RC.index_select(0, rows_N))
+    warm = (settings.temperature > 0).nonzero()[:, 0]
+    if not len(warm):
+        return scores.argmax(-1)
+    if len(warm) == len(scores):
+        return _draw(scores, positions_N, settings)
+    tokens = scores.argmax(-1)
+    tokens[warm] = _draw(scores[warm], positions_N[warm], Settings(*(column[warm] for column in settings)))
+    return tokens
+
+
+def _draw(scores_NV: Tensor, positions_N: Tensor, settings: Settings) -> Tensor:
+    least = thresholds(scores_NV, settings)
+    noise = gumbel_noise(settings.seed_low, settings.seed_high, positions_N, scores_NV.shape[1])
+    noisy = scores_NV / settings.temperature[:, None] + noise
+    return noisy.masked_fill(scores_NV < least[:, None], float("-inf")).argmax(-1)
+
+
+def thresholds(scores_NV: Tensor, settings: Settings) -> Tensor:
+    """The least score that each sequence keeps, float32 ``(N,)``; -inf where it keeps all.
+
+    Args:
+        scores_NV: float32 scores before temperature.
+        settings: of each sequence; temperatures above 0.
+    """
+    N, V = scores_NV.shape
+    temperature = settings.temperature[:, None]
+    most = scores_NV.amax(-1, keepdim=True)
+    least = torch.where(settings.min_p[:, None] > 0, most + temperature * settings.min_p[:, None].log(), -math.inf)
+    if not ((settings.top_k > 0) | (settings.top_p < 1)).any():
+        return least[:, 0]
+    ordered = scores_NV.sort(dim=-1, descending=True).values
+    last = torch.where(settings.top_k > 0, settings.top_k.clamp(max=V), V).long() - 1
+    kth = ordered.gather(1, last[:, None])
+    mass = ((ordered - most) / temperature).exp().masked_fill(ordered < kth, 0.0).double()
+    before = mass.cumsum(-1) - mass
+    # 1 keeps all, also where rounding lets the sum reach it early.
+    share = torch.where(settings.top_p < 1, settings.top_p.double(), math.inf)
+    kept = (before < share[:, None] * mass.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    nucleus = ordered.gather(1, kept.clamp(min=1) - 1)
+    return torch.maximum(least, torch.maximum(kth, nucleus))[:, 0]
+
+
+def gumbel_noise(seed_low_N: Tensor, seed_high_N: Tensor, positions_N: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise of each token at each sequence's position: float32 ``(N, V)``."""
+    groups = -(-vocab_size // GROUP)
+    counters = torch.arange(groups * LANES, device=seed_low_N.device)
+    key = (seed_low_N.long()[:, None] & _WORD, seed_high_N.long()[:, None] & _WORD)
+    words = philox(key, counters[None, :], positions_N.long()[:, None] & _WORD)
+    bits_NGWJ = torch.stack([word.unflatten(1, (groups, LANES)) for word in words], dim=2)
+    # Exponential, exact to float32 also where it is small: those are the draws that win.
+    u = (bits_NGWJ.flatten(1)[:, :vocab_size].float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-u))
+
+
+def philox(key: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 on counters ``(low, high, 0, 0)``: four words of 32 random bits (Salmon et al., SC 2011).
+
+    All are int64 tensors that hold values of 32 bits and broadcast against each other.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = low, high, torch.zeros_like(low), torch.zeros_like(low)
+    for _ in range(10):
+        # Products wrap around at 64 bits; their halves are right all the same.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD
+        c2, c3 = (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return c0, c1, c2, c3
