@@ -1,0 +1,80 @@
+"""The decoder's attention kernels against their references, through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
+
+from aria.ops import reference
+from aria.ops.kernels import norm, paged_attention, rotary
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def paged(lengths, H=4, KV=4, K=32, S=16, M=None, dtype=torch.float32):
+    """Random q, k, v of one token a sequence, a random cache, and tables that use its blocks in random order."""
+    N, M = len(lengths), M or max(lengths) // S + 1
+    fused = torch.randn(N, H + 2 * KV, K, dtype=dtype)
+    q, k, v = fused.split([H, KV, KV], dim=1)
+    keys, values = torch.randn(2, N * M + 1, KV, S, K, dtype=dtype)
+    blocks = (torch.randperm(N * M) + 1).view(N, M).int()
+    return q, k, v, torch.tensor(lengths, dtype=torch.int32), blocks, keys, values
+
+
+@pytest.mark.parametrize("lengths", [[0], [1, 15, 16, 17], [0, 63, 64, 65, 130], [500, 3]])
+@pytest.mark.parametrize("H, KV, K, S", [(4, 4, 32, 16), (4, 2, 64, 64)])
+def test_decode_attention(lengths, H, KV, K, S):
+    torch.manual_seed(0)
+    q, k, v, positions, blocks, keys, values = paged(lengths, H, KV, K, S)
+    angles = reference.rope_angles(512, K, 1e4)
+    old_keys, old_values = keys.clone(), values.clone()
+    expected = reference.decode_attention(q, k, v, positions, blocks, angles, keys, values)
+    for _ in range(2):  # twice: the counters are at zero again
+        got = paged_attention.decode_attention(q, k, v, positions, blocks, angles, old_keys, old_values)
+        assert relative_error(got, expected) < 1e-6
+        torch.testing.assert_close(old_keys, keys)
+        torch.testing.assert_close(old_values, values)
+
+
+@pytest.mark.parametrize("H, KV", [(4, 4), (6, 2)])
+def test_paged_attention(H, KV):
+    torch.manual_seed(1)
+    q, _, _, lengths, blocks, keys, values = paged([1, 17, 200, 64], H, KV, S=64)
+    q = q.contiguous()
+    got = paged_attention.paged_attention(q, keys, values, blocks, lengths)
+    assert relative_error(got, reference.paged_attention(q, keys, values, blocks, lengths)) < 1e-6
+
+
+@pytest.mark.parametrize("T, H, KV, K", [(1, 4, 4, 16), (37, 6, 2, 32)])
+def test_rotate_and_cache(T, H, KV, K):
+    torch.manual_seed(T)
+    q, k, v = torch.randn(T, H + 2 * KV, K).split([H, KV, KV], dim=1)
+    positions = torch.randint(0, 100, (T,), dtype=torch.int32)
+    slots = (torch.randperm(64)[:T] + 16).int()
+    angles = reference.rope_angles(100, K, 1e4)
+    keys, values = torch.randn(2, 5, KV, 16, K)
+    our_keys, our_values = keys.clone(), values.clone()
+    expected = reference.rotate_and_cache(q, k, v, positions, slots, angles, keys, values)
+    got = rotary.rotate_and_cache(q, k, v, positions, slots, angles, our_keys, our_values)
+    for ours, theirs in zip((*got, our_keys, our_values), (*expected, keys, values), strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("T, D", [(1, 64), (5, 80)])
+def test_rms_norm(T, D):
+    torch.manual_seed(T)
+    x, residual, weight = torch.randn(2 * T, D)[::2], torch.randn(T, D), torch.rand(D) + 0.5
+    assert relative_error(norm.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
+    total, normed = norm.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert relative_error(normed, reference.rms_norm(x + residual, weight, 1e-6)) < 1e-6
