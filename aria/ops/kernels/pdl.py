@@ -1,0 +1,54 @@
+"""Overlap of one launch with the next (programmatic dependent launch, Hopper and later).
+
+A kernel launched with :func:`overlap` may start while the kernel before it in the stream still runs. What it does ahead
+of :func:`wait` must not depend on any other kernel: here it asks the L2 cache for weights, which nobody writes. So memory
+stays busy while the last programs of the kernel before finish.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@functools.cache
+def _supported(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options that let a kernel start early: ``PDL`` for the kernel, ``launch_pdl`` for the launch."""
+    if device.type != "cuda" or not _supported(device.index or 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """Let the next kernel of the stream start as soon as all programs of this one came here."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Go on when every kernel before this one is done and what it wrote can be read."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the 128-byte lines of ``pointers`` to the L2 cache, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
