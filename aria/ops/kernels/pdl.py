@@ -1,8 +1,8 @@
 """Overlap of one launch with the next (programmatic dependent launch, Hopper and later).
 
 A kernel launched with :func:`overlap` may start while the kernel before it in the stream still runs. What it does ahead
-of :func:`wait` must not depend on any other kernel: here it asks the L2 cache for weights, which nobody writes. So memory
-stays busy while the last programs of the kernel before finish.
+of :func:`wait` must not depend on any other kernel: here it asks the L2 cache for weights, which nobody writes. So
+memory stays busy while the last programs of the kernel before finish.
 """
 
 from __future__ import annotations
