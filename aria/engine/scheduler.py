@@ -61,8 +61,8 @@ class Scheduler:
         pool: the cache's blocks.
         max_rows: the most requests that run together.
         step_tokens: the most tokens of a step in which nothing decodes.
-        mixed_step_tokens: the most tokens of a step in which something does, so that it is not held up for long;
-            one block of a prompt is read even beyond that.
+        mixed_step_tokens: the same where something does, so that it is not held up for long; no more than
+            ``step_tokens``, but a block of a prompt is read in any case.
         watermark: fraction of the cache that stays available when a request is admitted beside others, for the others
             to grow into.
     """
@@ -81,7 +81,7 @@ class Scheduler:
         self.pool = pool
         self.max_rows = max_rows
         self.step_tokens = step_tokens
-        self.mixed_step_tokens = mixed_step_tokens
+        self.mixed_step_tokens = min(mixed_step_tokens, step_tokens)
         self._watermark = int(watermark * pool.total)
         self._arrivals = count()
         self._queue: list[Request] = []

@@ -134,6 +134,7 @@ class Simulation:
             mixed_step_tokens=self.random.choice([1, 2 * S, 10 * S]),
             watermark=self.random.choice([0, 0.1]),
         )
+        self.rate = self.random.choice([0.05, 0.3, 0.95])
         self.device = Device(self.pool, setting.max_rows)
         self.all = list(self.arriving)
         self.expected = {request: tokens_alone(request) for request in self.all}
@@ -143,7 +144,7 @@ class Simulation:
         live: list[Request] = []
         idle = 0
         while self.arriving or not self.scheduler.idle or self.device.steps:
-            while self.arriving and self.random.random() < 0.3:
+            while self.arriving and self.random.random() < self.rate:
                 request = self.arriving.popleft()
                 self.scheduler.add(request)
                 live.append(request)

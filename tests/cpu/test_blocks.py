@@ -1,0 +1,168 @@
+"""The books of the paged cache: states of blocks, references, names of contents."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from aria.engine.blocks import BlockPool, block_hash, root_hash
+
+ROOT = root_hash(None)
+
+
+def name(number: int) -> bytes:
+    return block_hash(ROOT, [number])
+
+
+def states(pool: BlockPool) -> tuple[int, int, int]:
+    return pool.free, pool.used, pool.cached
+
+
+def test_blocks_are_handed_out_once_and_the_scratch_block_never():
+    pool = BlockPool(9, 4)
+    blocks = pool.allocate(3) + pool.allocate(5)
+    assert sorted(blocks) == list(range(1, 9))
+    assert states(pool) == (0, 8, 0) and pool.available == 0 and pool.total == 8
+    pool.check([blocks])
+    pool.release(blocks)
+    assert states(pool) == (8, 0, 0)
+    pool.check([])
+
+
+def test_published_blocks_stay_until_room_is_needed_the_longest_unused_first():
+    pool = BlockPool(5, 4)
+    old, new = pool.allocate(2), pool.allocate(2)
+    for number, block in enumerate([*old, *new]):
+        pool.publish(block, name(number))
+    pool.release(old)
+    pool.release(new)
+    assert states(pool) == (0, 0, 4) and pool.available == 4
+    # Of the older sequence its end goes first, because a beginning alone is still of use.
+    assert pool.allocate(1) == [old[1]]
+    assert pool.peek([name(0), name(1)]) == (1, 0)
+    assert pool.match([name(0), name(1)]) == [old[0]]
+    assert pool.peek([name(0)]) == (1, 1)
+    assert pool.allocate(1) == [new[1]]
+    assert states(pool) == (0, 3, 1)
+    pool.check([old, [new[1]]])
+
+
+def test_matching_takes_references_and_stops_at_the_first_gap():
+    pool = BlockPool(9, 4)
+    blocks = pool.allocate(3)
+    for number, block in zip((0, 1, 3), blocks, strict=True):
+        pool.publish(block, name(number))
+    assert pool.match([name(0), name(1), name(2), name(3)]) == blocks[:2]
+    pool.release(blocks)
+    assert states(pool) == (5, 2, 1)
+    pool.release(blocks[:2])
+    assert states(pool) == (5, 0, 3)
+    pool.check([])
+
+
+def test_the_first_of_two_blocks_with_the_same_content_stays():
+    pool = BlockPool(9, 4)
+    first, second = pool.allocate(2)
+    pool.publish(first, name(7))
+    pool.publish(second, name(7))
+    assert pool.match([name(7)]) == [first]
+    pool.release([second])
+    assert states(pool) == (7, 1, 0), "the second has no name and is free"
+    pool.release([first])
+    pool.release([first])
+    pool.check([])
+
+
+def test_clearing_forgets_all_content():
+    pool = BlockPool(9, 4)
+    blocks = pool.allocate(2)
+    pool.publish(blocks[0], name(1))
+    with pytest.raises(AssertionError, match="in use"):
+        pool.clear()
+    pool.release(blocks)
+    pool.clear()
+    assert states(pool) == (8, 0, 0) and pool.match([name(1)]) == []
+    pool.check([])
+
+
+def test_mistakes_are_noticed():
+    pool = BlockPool(5, 4)
+    blocks = pool.allocate(2)
+    with pytest.raises(AssertionError, match="3 blocks wanted of 2"):
+        pool.allocate(3)
+    pool.publish(blocks[0], name(0))
+    with pytest.raises(AssertionError, match="published twice"):
+        pool.publish(blocks[0], name(1))
+    with pytest.raises(AssertionError, match="not what sequences hold"):
+        pool.check([blocks[:1]])
+    with pytest.raises(AssertionError, match="not what sequences hold"):
+        pool.check([blocks, blocks])
+    pool.release(blocks)
+    with pytest.raises(AssertionError, match="given back twice"):
+        pool.release(blocks[:1])
+    with pytest.raises(AssertionError, match="without being in use"):
+        pool.publish(blocks[1], name(1))
+    with pytest.raises(ValueError, match="expected at least 2"):
+        BlockPool(1, 4)
+
+
+def test_a_name_depends_on_all_that_the_content_does():
+    tokens, picture = [1, 2, 3, 4], (2, 2, b"p")
+    names = [
+        root_hash(None),
+        root_hash(""),
+        root_hash("a"),
+        block_hash(ROOT, tokens),
+        block_hash(root_hash("a"), tokens),
+        block_hash(block_hash(ROOT, tokens), tokens),
+        block_hash(ROOT, [1, 2, 4, 3]),
+        block_hash(ROOT, tokens, [picture]),
+        block_hash(ROOT, tokens, [(2, 2, b"q")]),
+        block_hash(ROOT, tokens, [(-2, 2, b"p")]),
+        block_hash(ROOT, tokens, [(2, 3, b"p")]),
+        block_hash(ROOT, tokens, [picture, picture]),
+        block_hash(ROOT, tokens, [picture, (4, 1, b"")]),
+    ]
+    assert len(set(names)) == len(names) and {len(one) for one in names} == {32}
+    assert block_hash(ROOT, tuple(tokens), iter([picture])) == block_hash(ROOT, tokens, [picture])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order_of_calls_keeps_the_books(seed):
+    """Against the plainest account of the same: who holds what, and which content each block has."""
+    rng, fresh = random.Random(seed), itertools.count(100)
+    pool = BlockPool(rng.randint(3, 20), 1)
+    held: list[list[int]] = []
+    content: dict[int, int] = {}
+    for _ in range(600):
+        action = rng.choice(["allocate", "release", "publish", "match"])
+        if action == "allocate" and pool.available:
+            blocks = pool.allocate(rng.randint(1, pool.available))
+            assert not {block for other in held for block in other} & set(blocks), "a block in use was handed out"
+            for block in blocks:
+                content.pop(block, None)
+            held.append(blocks)
+        elif action == "release" and held:
+            pool.release(held.pop(rng.randrange(len(held))))
+        elif action == "publish" and held:
+            block = rng.choice(rng.choice(held))
+            number = rng.choice([rng.randrange(5), next(fresh)])
+            if block not in content:
+                pool.publish(block, name(number))
+                if number not in content.values():
+                    content[block] = number
+        elif action == "match":
+            wanted = [rng.choice([rng.randrange(5), *content.values()]) for _ in range(rng.randint(1, 4))]
+            where = {number: block for block, number in content.items()}
+            expected = [where[number] for number in itertools.takewhile(where.__contains__, wanted)]
+            found = pool.match([name(number) for number in wanted])
+            assert found == expected, "a content was lost or is another's"
+            if found:
+                held.append(found)
+        pool.check(held)
+    for blocks in held:
+        pool.release(blocks)
+    pool.check([])
+    assert states(pool) == (pool.total - len(content), 0, len(content))

@@ -1,0 +1,389 @@
+"""What the scheduler promises, rule by rule. `test_scheduler_simulation.py` has all of them at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from aria.engine.blocks import BlockPool
+from aria.engine.request import Picture, Request, Status
+from aria.engine.sampling_params import SamplingParams
+from aria.engine.scheduler import Plan, Scheduler
+
+S = 4
+
+
+def scheduler(blocks: int = 100, **settings) -> Scheduler:
+    defaults = {"max_rows": 8, "step_tokens": 64, "mixed_step_tokens": 16, "watermark": 0.0}
+    return Scheduler(BlockPool(blocks + 1, S), **(defaults | settings))
+
+
+def request(prompt: int | tuple[int, ...], max_tokens: int = 8, **settings) -> Request:
+    """A number stands for a prompt of so many tokens that is like no other."""
+    if isinstance(prompt, int):
+        request.unique += 1
+        prompt = tuple(1000 * request.unique + i for i in range(prompt))
+    return Request(prompt=prompt, params=SamplingParams(), max_tokens=max_tokens, **settings)
+
+
+request.unique = 0
+
+
+def step(scheduler: Scheduler, token: int = 7) -> Plan:
+    """Plan, and read back at once what it samples."""
+    plan = scheduler.plan()
+    for one in [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]:
+        scheduler.append(one, token)
+        if len(one.outputs) == one.max_tokens:
+            scheduler.finish(one)
+    scheduler.check()
+    return plan
+
+
+def chunks(plan: Plan) -> list[tuple[Request, int, int, bool]]:
+    return [(chunk.request, chunk.start, chunk.count, chunk.samples) for chunk in plan.chunks]
+
+
+def test_a_prompt_is_read_in_chunks_of_whole_blocks_and_then_decodes():
+    s, one = scheduler(step_tokens=9), request(18, max_tokens=3)
+    s.add(one)
+    assert (s.waiting, s.running, s.idle) == (1, 0, False)
+    assert chunks(step(s)) == [(one, 0, 8, False)]
+    assert chunks(step(s)) == [(one, 8, 8, False)]
+    assert chunks(step(s)) == [(one, 16, 2, True)]
+    assert (one.computed, one.known, len(one.blocks), one.row) == (18, 19, 5, 0)
+    plan = step(s)
+    assert plan.decodes == [one] and not plan.chunks and one.computed == 19 and plan.tokens == 1
+    step(s)
+    assert one.status is Status.FINISHED and one.outputs == [7, 7, 7]
+    assert s.idle and not s.plan()
+
+
+def test_prompts_share_a_step_and_decoding_limits_it():
+    s = scheduler(step_tokens=64, mixed_step_tokens=17)
+    first, second, long = request(5), request(30), request(60)
+    for one in (first, second, long):
+        s.add(one)
+    assert chunks(step(s)) == [(first, 0, 5, True), (second, 0, 30, True), (long, 0, 28, False)]
+    plan = step(s)
+    assert plan.decodes == [first, second]
+    # Of 17 tokens two are for the decodes; of the rest whole blocks.
+    assert chunks(plan) == [(long, 28, 12, False)]
+
+
+def test_decoding_leaves_a_block_for_prompts_however_small_the_step():
+    s = scheduler(mixed_step_tokens=1)
+    s.add(request(5))
+    step(s)
+    long = request(11)
+    s.add(long)
+    assert chunks(step(s)) == [(long, 0, S, False)]
+
+
+def test_a_step_ahead_of_the_tokens():
+    s, one = scheduler(), request(4, max_tokens=3)
+    s.add(one)
+    assert s.plan().chunks[0].samples and one.pending == 1
+    assert s.plan().decodes == [one] and one.pending == 2 and one.computed == 5
+    s.append(one, 1)
+    assert s.plan().decodes == [one] and one.pending == 2
+    s.append(one, 2)
+    # Three tokens are there or on their way.
+    assert not s.plan() and one.full and not one.over
+    s.check()
+    s.append(one, 3)
+    s.finish(one)
+    assert one.outputs == [1, 2, 3] and s.pool.used == 0
+
+
+def test_tokens_that_come_after_the_end_are_dropped():
+    s, one = scheduler(), request(4)
+    s.add(one)
+    s.plan()
+    s.plan()
+    s.append(one, 1)
+    s.finish(one)
+    s.append(one, 2)
+    assert one.outputs == [1] and s.pool.used == 0 and s.idle
+
+
+def test_priority_then_arrival_decides():
+    s = scheduler(max_rows=2)
+    late, early, important = request(4), request(4), request(4, priority=-1)
+    for one in (early, late, important):
+        s.add(one)
+    assert [chunk.request for chunk in s.plan().chunks] == [important, early]
+    assert (s.running, s.waiting) == (2, 1)
+    s.cancel(early)
+    assert [chunk.request for chunk in s.plan().chunks] == [late]
+
+
+def test_a_more_important_prompt_goes_before_one_that_is_being_read():
+    s, long, urgent = scheduler(step_tokens=8), request(32), request(8, priority=-1)
+    s.add(long)
+    step(s)
+    s.add(urgent)
+    assert chunks(step(s)) == [(urgent, 0, 8, True)]
+    assert chunks(step(s)) == [(long, 8, 4, False)], "the rest of a mixed step"
+
+
+def test_waiting_for_a_row_holds_up_nobody_who_runs():
+    s, long, urgent = scheduler(max_rows=1, step_tokens=8), request(16), request(4, priority=-1)
+    s.add(long)
+    step(s)
+    s.add(urgent)
+    assert chunks(step(s)) == [(long, 8, 8, True)]
+
+
+def test_nothing_overtakes_a_large_request_at_the_head():
+    s = scheduler(blocks=10)
+    running, large, small = request(16, max_tokens=6), request(28), request(4)
+    for one in (running, large, small):
+        s.add(one)
+    for _ in range(6):
+        assert small.status is large.status is Status.WAITING or running.over
+        step(s)
+    assert [chunk.request for chunk in step(s).chunks] == [large, small]
+
+
+def test_admission_keeps_room_for_prompts_that_are_being_read_and_for_growth():
+    s = scheduler(blocks=20, step_tokens=16, watermark=0.1)
+    s.add(request(41))
+    # 11 blocks are the first's, of which it has taken 4 after a step, and 2 stay for growth: 8 are too many, 7 are not.
+    s.add(large := request(29))
+    for _ in range(2):
+        step(s)
+        assert large.status is Status.WAITING
+    s.cancel(large)
+    s.add(smaller := request(28))
+    assert s.plan()
+    assert smaller.status is Status.RUNNING
+
+
+def test_alone_a_request_may_take_the_whole_cache():
+    s, one = scheduler(blocks=5, watermark=0.5), request(17, max_tokens=4)
+    s.add(one)
+    while not s.idle:
+        step(s)
+    assert one.outputs == [7] * 4 and s.preemptions == 0
+
+
+def test_what_can_never_fit_is_refused():
+    s = scheduler(blocks=5)
+    with pytest.raises(ValueError, match=r"17 tokens and an answer of up to 5 need 6 blocks .* has 5 of 4 tokens; ask"):
+        s.add(request(17, max_tokens=5))
+    assert s.idle
+
+
+def test_preemption_takes_the_last_and_loses_nothing():
+    s = scheduler(blocks=6)
+    first, second = request(8, max_tokens=12), request(8, max_tokens=12)
+    s.add(first)
+    s.add(second)
+    preempted = []
+    while not s.idle:
+        plan = step(s)
+        preempted += plan.preempted
+        for victim in plan.preempted:
+            assert (victim.blocks, victim.row, victim.computed) == ([], None, 0) and victim.status is Status.WAITING
+            assert victim.known == 13, "a prompt of 8 and 5 tokens, when the first asks for its fourth block"
+    assert preempted == [second] and s.preemptions == 1
+    assert first.outputs == second.outputs == [7] * 12
+
+
+def test_a_request_in_need_is_its_own_victim_when_it_is_the_last():
+    s = scheduler(blocks=6)
+    last, first = request(8, max_tokens=12, priority=1), request(11, max_tokens=8)
+    s.add(last)
+    s.add(first)
+    while not (plan := step(s)).preempted:
+        pass
+    assert plan.preempted == [last] and plan.decodes == [first]
+
+
+def test_a_victim_with_a_token_under_way_is_waited_for():
+    s = scheduler(blocks=4)
+    first, second = request(8), request(8)
+    s.add(first)
+    s.add(second)
+    assert len(s.plan().chunks) == 2
+    blocks, computed = list(first.blocks), first.computed
+    plan = s.plan()
+    assert plan.drain and not plan and not plan.preempted
+    assert (first.blocks, first.computed, first.pending) == (blocks, computed, 1), "nothing was planned"
+    s.append(first, 1)
+    s.append(second, 2)
+    plan = s.plan()
+    assert plan.preempted == [second] and plan.decodes == [first] and second.outputs == [2]
+    s.check()
+
+
+def test_a_prompt_without_room_takes_that_of_less_important_prompts_and_then_waits_for_decodes():
+    s = scheduler(blocks=24, mixed_step_tokens=8)
+    decoding = [request(4, max_tokens=40 if i else 13, priority=-1) for i in range(4)]
+    for one in decoding:
+        s.add(one)
+    step(s)
+    s.add(small := request(24, max_tokens=1, priority=1))
+    step(s)
+    s.add(large := request(40, max_tokens=1))
+    while not (plan := step(s)).preempted:
+        assert chunks(plan) == [(large, large.computed - S, S, False)]
+    # The four have grown to four blocks each, the large one to seven, and the small one still has its first.
+    assert plan.preempted == [small] and len(plan.decodes) == 4 and s.pool.available == 0
+    assert chunks(plan) == [(large, 28, S, False)]
+    plan = step(s)
+    assert plan.decodes and not plan.chunks and not plan.preempted
+    while not large.over:
+        plan = step(s)
+    assert decoding[0].over and chunks(plan) == [(large, 36, S, True)]
+
+
+def test_prefixes_are_found_but_for_the_last_token():
+    s, tokens = scheduler(), tuple(range(16))
+    s.add(first := request(tokens, max_tokens=1))
+    step(s)
+    s.add(same := request(tokens, max_tokens=1))
+    assert chunks(step(s)) == [(same, 12, 4, True)]
+    s.add(longer := request((*tokens, 1), max_tokens=1))
+    assert chunks(step(s)) == [(longer, 16, 1, True)]
+    s.add(changed := request((*tokens[:6], 99, *tokens[7:]), max_tokens=1))
+    assert chunks(step(s)) == [(changed, 4, 12, True)]
+    s.add(adapted := request(tokens, max_tokens=1, adapter="other"))
+    assert chunks(step(s)) == [(adapted, 0, 16, True)]
+    assert s.prefix_tokens == 12 + 16 + 4
+    assert (first.cached_tokens, same.cached_tokens, adapted.cached_tokens) == (0, 12, 0)
+
+
+def test_answers_are_part_of_what_is_found():
+    s = scheduler()
+    s.add(first := request(6, max_tokens=7))
+    while not s.idle:
+        step(s)
+    # The last token was never read.
+    s.add(turn := request((*first.prompt, *first.outputs, 5)))
+    assert chunks(step(s)) == [(turn, 12, 2, True)]
+
+
+def test_a_pending_token_is_published_once_it_is_known():
+    s = scheduler()
+    s.add(first := request(7, max_tokens=6))
+    s.plan()
+    s.plan()
+    assert first.computed == 8 and first.published == 1
+    s.append(first, 7)
+    assert first.published == 2
+    s.add(same := request((*first.prompt, 7, 1)))
+    assert [(chunk.request, chunk.start) for chunk in s.plan().chunks] == [(same, 8)]
+
+
+def test_several_answers_to_one_prompt_read_it_once():
+    s = scheduler(step_tokens=16)
+    leader = request(22, max_tokens=2)
+    answers = [leader, *(request(leader.prompt, max_tokens=2, leader=leader) for _ in range(2))]
+    for one in answers:
+        s.add(one)
+    assert chunks(step(s)) == [(leader, 0, 16, False)]
+    assert chunks(step(s)) == [(leader, 16, 6, True), *((follower, 20, 2, True) for follower in answers[1:])]
+    assert len({one.blocks[0] for one in answers}) == 1 and len({one.blocks[-1] for one in answers}) == 3
+
+
+def test_pictures_are_told_apart_by_content_and_place():
+    s, tokens = scheduler(), (9,) * 12
+
+    def read(*pictures: Picture) -> int:
+        """How many of the tokens are found."""
+        s.add(one := request(tokens, max_tokens=1, pictures=pictures))
+        step(s)
+        return one.cached_tokens
+
+    assert read() == 0
+    assert read(Picture(5, 4, b"a")) == 4
+    assert read(Picture(5, 4, b"a")) == 8
+    assert read(Picture(5, 4, b"b")) == 4
+    assert read(Picture(6, 4, b"a")) == 4
+    assert read(Picture(5, 2, b"a"), Picture(7, 2, b"a")) == 4
+    assert read(Picture(9, 3, b"a")) == 8, "what lies behind the second block makes no difference to it"
+    # Without a key nothing from its start on is kept.
+    assert read(Picture(5, 2, None)) == read(Picture(5, 2, None)) == 4
+
+
+def test_pictures_between_two_places():
+    a, b, c = Picture(2, 3, b"a"), Picture(5, 1, b"b"), Picture(8, 4, b"c")
+    one = request(13, pictures=(a, b, c))
+    assert one.pictures_between(0, 13) == (a, b, c)
+    assert one.pictures_between(0, 2) == () and one.pictures_between(0, 3) == (a,)
+    assert one.pictures_between(4, 6) == (a, b) and one.pictures_between(5, 6) == (b,)
+    assert one.pictures_between(6, 8) == () and one.pictures_between(11, 12) == (c,)
+    for bad in ((b, a), (a, Picture(4, 2, b"")), (Picture(12, 2, b""),), (Picture(3, 0, b""),)):
+        with pytest.raises(AssertionError, match="picture"):
+            request(13, pictures=bad)
+
+
+def test_tokens_run_on_from_prompt_to_outputs():
+    one = request((1, 2, 3))
+    one.outputs += [4, 5]
+    for start in range(6):
+        for stop in range(start, 6):
+            assert list(one.tokens(start, stop)) == [1, 2, 3, 4, 5][start:stop]
+
+
+@pytest.mark.parametrize("when", ["waiting", "reading", "under way", "decoding", "over"])
+def test_cancelling_at_any_moment(when):
+    s, one, other = scheduler(step_tokens=8), request(12, max_tokens=4), request(4, max_tokens=4)
+    s.add(one)
+    s.add(other)
+    for _ in range({"waiting": 0, "reading": 1, "under way": 1, "decoding": 3, "over": 10}[when]):
+        step(s)
+    if when == "under way":
+        s.plan()
+        assert one.pending == 1
+    s.cancel(one)
+    assert one.status is (Status.FINISHED if when == "over" else Status.CANCELLED)
+    s.check()
+    if when == "under way":
+        s.append(one, 7)
+        s.append(other, 7)
+    assert len(one.outputs) == {"decoding": 2, "over": 4}.get(when, 0)
+    while not s.idle:
+        step(s)
+    assert other.outputs == [7] * 4 and s.pool.used == 0
+    s.cancel(one)
+
+
+def test_cancelled_requests_do_not_pile_up_behind_a_head_that_waits():
+    s = scheduler(blocks=4)
+    s.add(request(12, max_tokens=4))
+    step(s)
+    s.add(request(16, max_tokens=1))
+    for _ in range(1000):
+        s.add(one := request(1))
+        s.cancel(one)
+    assert s.waiting == 1 and len(s._queue) < 200
+    s.check()
+
+
+def test_a_step_costs_no_more_when_thousands_wait(monkeypatch):
+    """Counted in looks at waiting requests, because time is not to be relied on."""
+
+    def looks(waiting: int) -> int:
+        s = scheduler(max_rows=4)
+        for _ in range(4):
+            s.add(request(4))
+        step(s)
+        for _ in range(waiting):
+            s.add(request(4))
+        seen = 0
+        compare = Request.__lt__
+
+        def counted(one: Request, other: Request) -> bool:
+            nonlocal seen
+            seen += 1
+            return compare(one, other)
+
+        monkeypatch.setattr(Request, "__lt__", counted)
+        for _ in range(5):
+            s.plan()
+        monkeypatch.undo()
+        return seen
+
+    assert looks(5000) == looks(5)
