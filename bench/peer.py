@@ -1,0 +1,157 @@
+"""transformers' own Aria with random weights of the same shape, to do the same work with.
+
+B sequences, T tokens, C pictures.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aria import AriaConfig
+from bench import measure
+from bench.measure import Spread
+
+KEPT = "grouped_mm_for_decoding_too"
+"""transformers' grouped products under a name for which `generate` does not change them to batched ones."""
+
+
+class _Clock:
+    """A stopping criterion of `generate` that never stops and notes when each token was there."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.marks: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        measure.synchronize(self._device)
+        self.marks.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class Peer:
+    """transformers' `AriaForConditionalGeneration`, random weights of standard deviation 0.02.
+
+    Args:
+        config: the shape.
+        dtype: of the weights.
+        device: where it runs.
+        compiled: also decode with a static cache, which `generate` compiles; takes a minute or more.
+    """
+
+    def __init__(self, config: AriaConfig, dtype: torch.dtype, device: torch.device, *, compiled: bool = False):
+        import transformers
+        from transformers.integrations import moe
+
+        self.config, self.device, self._compiled = config, device, compiled
+        moe.ALL_EXPERTS_FUNCTIONS.register(KEPT, moe.grouped_mm_experts_forward)
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            shape = transformers.AriaConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = transformers.AriaForConditionalGeneration(shape)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.model = model.to_empty(device=device).eval()
+        self._fill()
+        self._generator = torch.Generator().manual_seed(1)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        rotary = self.model.model.language_model.rotary_emb
+        known = {id(rotary.inv_freq), id(rotary.original_inv_freq)}
+        unknown = [name for name, buffer in self.model.named_buffers() if id(buffer) not in known]
+        assert not unknown, f"buffers with nothing in them: {unknown}"
+        # What was made on the meta device has no values.
+        frequencies, _ = rotary.compute_default_rope_parameters(self.model.config.text_config)
+        for buffer in (rotary.inv_freq, rotary.original_inv_freq):
+            buffer.data = frequencies.to(self.device)
+
+    def _prompts(self, batch: int, tokens: int) -> Tensor:
+        rows = [measure.random_prompt(self.config, tokens, self._generator) for _ in range(batch)]
+        return torch.tensor(rows, device=self.device)
+
+    @contextmanager
+    def _experts(self, implementation: str) -> Iterator[None]:
+        before = self.model.get_experts_implementation()
+        self.model.set_experts_implementation(implementation)
+        try:
+            yield
+        finally:
+            self.model.set_experts_implementation(before)
+
+    @torch.inference_mode()
+    def _generate(self, ids: Tensor, tokens: int, **inputs: Any) -> list[float]:
+        """Seconds from the start at which each token was there."""
+        clock = _Clock(self.device)
+        measure.synchronize(self.device)
+        began = time.perf_counter()
+        self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, temperature=2.0,
+            top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=self.config.pad_token_id, stopping_criteria=[clock],
+            **inputs,
+        )  # fmt: skip
+        assert len(clock.marks) == tokens, f"{len(clock.marks)} tokens came of {tokens}"
+        return [mark - began for mark in clock.marks]
+
+    def decode(self, batch: int, context: int, steps: int) -> dict[str, Any]:
+        """Milliseconds of a step for each way that transformers has to compute experts; None where memory is short."""
+        ways: dict[str, tuple[str, dict[str, Any]]] = {"batched_mm": ("batched_mm", {}), "grouped_mm": (KEPT, {})}
+        if self._compiled:
+            ways["batched_mm, compiled"] = ("batched_mm", {"cache_implementation": "static"})
+        found: dict[str, float | None] = {}
+        for name, (implementation, options) in ways.items():
+            try:
+                # Prompts are read with grouped products, as `generate` itself does; only decoding differs.
+                with self._experts("grouped_mm" if implementation == "batched_mm" else implementation):
+                    self._generate(self._prompts(batch, context), 4, **options)
+                    marks = self._generate(self._prompts(batch, context), steps + 4, **options)
+                found[name] = (marks[-1] - marks[3]) / steps * 1000
+            except torch.cuda.OutOfMemoryError:
+                found[name] = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        times = [ms for ms in found.values() if ms is not None]
+        rate = batch / min(times) * 1000 if times else None
+        return {"batch": batch, "context": context, "ms_per_step": found, "tokens_per_s": rate}
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int, repeats: int = 3) -> Spread:
+        """Seconds of a pass over a prompt, scores of its last token only."""
+        ids = self._prompts(1, tokens)
+        run = lambda: self.model(input_ids=ids, use_cache=True, logits_to_keep=1).logits  # noqa: E731
+        return measure.clock(run, self.device, repeats=repeats, warm_up=1)
+
+    def _pixels(self, pictures: int, side: int) -> dict[str, Tensor]:
+        dtype = self.model.lm_head.weight.dtype
+        pixels = torch.randn(pictures, 3, side, side, device=self.device, dtype=dtype)
+        return {
+            "pixel_values": pixels,
+            "pixel_mask": torch.ones(pictures, side, side, dtype=torch.bool, device=self.device),
+        }
+
+    @torch.inference_mode()
+    def encode(self, pictures: int, side: int, repeats: int = 5) -> Spread:
+        """Seconds of encoder and projector on square pictures that are prepared and on the device already."""
+        inputs = self._pixels(pictures, side)
+        run = lambda: self.model.get_image_features(**inputs, return_dict=True).pooler_output  # noqa: E731
+        return measure.clock(run, self.device, repeats=repeats, warm_up=2)
+
+    def answer(self, pictures: int, side: int, text_tokens: int, tokens: int) -> list[float]:
+        """Seconds to each token of an answer about prepared pictures."""
+        queries = self.config.image_sizes()[side]
+        places = torch.full((1, pictures * queries), self.config.image_token_index, device=self.device)
+        ids = torch.cat((places, self._prompts(1, text_tokens)), dim=1)
+        return self._generate(ids, tokens, **self._pixels(pictures, side))

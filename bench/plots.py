@@ -1,0 +1,225 @@
+"""The pictures and the tables of docs/performance.md, from what ``bench.performance`` wrote.
+
+    python -m bench.plots results.json --page docs/performance.md
+
+Draws beside the page, in a folder of its name, and puts the tables between the page's two marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+"""What stands between these in a page is replaced."""
+
+Row = Mapping[str, Any]
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """All results as tables in Markdown."""
+    machine, limits, peer = results["machine"], results["ceilings"], results.get("peer", {})
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "cuda", "triton", "python") if name in machine)
+    parts = [
+        f"{machine['device']}, {machine['date']}; {versions}. Ceilings of the same run: "
+        f"{limits['copy'] / 1e12:.2f} TB/s copy, {limits['read'] / 1e12:.2f} TB/s matrix-vector read, "
+        f"{limits['product'] / 1e12:.0f} TFLOP/s."
+    ]
+    theirs = peer.get("name", "peer")
+    if "decode" in results:
+        parts.append(_decode_table(results["decode"], peer.get("decode", ()), theirs))
+    if "prefill" in results:
+        parts.append(_prefill_table(results["prefill"], peer.get("prefill", ()), theirs))
+    if "video" in results:
+        parts.append(_video_table(results["video"], peer.get("video"), theirs))
+    if "throughput" in results:
+        parts.append(_throughput_table(results["throughput"]))
+    if "waiting" in results:
+        rows = [(f"{row['waiting']:,}", f"{row['ms_per_step']:.2f}") for row in results["waiting"]]
+        running = results["waiting"][0]["running"]
+        parts.append(_markdown(("requests that wait", f"ms a step, {running} running"), rows))
+    failed = {**results.get("failed", {}), **peer.get("failed", {})}
+    parts += [f"Failed: {part}: {problem}" for part, problem in failed.items()]
+    return "\n\n".join(parts)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _decode_table(rows: Sequence[Row], peer: Sequence[Row], theirs: str) -> str:
+    known = {(row["batch"], row["context"]): row for row in peer}
+    cells = []
+    for row in rows:
+        other = known.get((row["batch"], row["context"]))
+        rate = other["tokens_per_s"] if other else None
+        cells.append(
+            (
+                f"batch {row['batch']}, context {row['context']:,}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['ms_per_step']:.2f}",
+                f"{row['floor_ms']:.2f}",
+                f"{row['mbu']:.0%}",
+                f"{row['experts_touched']:.1f}",
+                f"{row['idle_share']:.1%}" if "idle_share" in row else "-",
+                f"{rate:,.0f}" if rate else "-",
+            )
+        )
+    header = (
+        "decode",
+        "tok/s",
+        "ms a step",
+        "floor, ms",
+        "MBU",
+        "experts touched",
+        "idle between graphs",
+        f"{theirs}, tok/s",
+    )
+    return _markdown(header, cells)
+
+
+def _prefill_table(rows: Sequence[Row], peer: Sequence[Row], theirs: str) -> str:
+    known = {row["name"]: row["ms"]["median"] for row in peer}
+    cells = [
+        (
+            row["name"],
+            f"{row['ms']['median']:.1f}",
+            f"{row['floor_ms']:.1f}",
+            f"{row['mfu']:.0%}",
+            f"{known[row['name']]:.1f}" if row["name"] in known else "-",
+        )
+        for row in rows
+    ]
+    return _markdown(("to the first token; encoder with projector", "ms", "floor, ms", "MFU", f"{theirs}, ms"), cells)
+
+
+def _video_table(row: Row, peer: Row | None, theirs: str) -> str:
+    other = ("-", "-") if peer is None else (_middle(peer["first_token_ms"]), _middle(peer["tokens_per_s"]))
+    cells = [
+        ("to the first token, ms", _middle(row["first_token_ms"]), f"{row['floor_ms']:.0f}", other[0]),
+        ("then, tok/s", _middle(row["tokens_per_s"]), "-", other[1]),
+    ]
+    if row["peak_bytes"]:
+        work = (row["peak_bytes"] - row["cache_bytes"]) / 1e9
+        cells.append(("peak memory without the cache, GB", f"{work:.1f}", "-", "-"))
+    return _markdown((f"{row['frames']} frames of {row['side']} px", "aria", "floor", theirs), cells)
+
+
+def _middle(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:,.0f}"
+
+
+def _throughput_table(rows: Sequence[Row]) -> str:
+    cells = [
+        (
+            f"{row['mix']}, {row['requests_per_s']:g} a second",
+            f"{row['answer_tokens_per_s']:,.0f}",
+            *(f"{row[name][share]:.0f}" for name in ("first_token_ms", "next_token_ms") for share in ("p50", "p99")),
+        )
+        for row in rows
+    ]
+    header = ("requests", "tok/s", "first token p50, ms", "p99", "each next p50, ms", "p99")
+    return _markdown(header, cells)
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw what there are results for: latency against throughput, and time against context and queue."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110})
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, wanted, paint in (
+        ("latency.png", "throughput", _draw_latency),
+        ("context.png", "decode", _draw_context),
+    ):
+        if wanted in results:
+            figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+            paint(axes, results)
+            figure.savefig(folder / name)
+            pyplot.close(figure)
+            drawn.append(folder / name)
+    return drawn
+
+
+def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
+    rows = results["throughput"]
+    for axis, name, title in (
+        (axes[0], "first_token_ms", "to the first token"),
+        (axes[1], "next_token_ms", "to each next token"),
+    ):
+        for number, mix in enumerate(dict.fromkeys(row["mix"] for row in rows)):
+            own = [row for row in rows if row["mix"] == mix]
+            rates = [row["answer_tokens_per_s"] for row in own]
+            for share, style in (("p50", "-o"), ("p99", "--s")):
+                axis.plot(
+                    rates, [row[name][share] for row in own], style, color=f"C{number}", ms=4, label=f"{mix}, {share}"
+                )
+        axis.set(
+            title=title, xlabel="tokens a second, all requests together", ylabel="ms", yscale="log", xlim=(0, None)
+        )
+        axis.legend()
+
+
+def _draw_context(axes: Any, results: Mapping[str, Any]) -> None:
+    rows = results["decode"]
+    alone = sorted((row for row in rows if row["batch"] == rows[0]["batch"]), key=lambda row: row["context"])
+    contexts = [row["mean_context"] / 1000 for row in alone]
+    axes[0].plot(contexts, [row["ms_per_step"] for row in alone], "-o", ms=4, label="aria")
+    axes[0].plot(contexts, [row["floor_ms"] for row in alone], ":", color="gray", label="floor")
+    axes[0].set(title=f"batch {rows[0]['batch']}", xlabel="context, thousands of tokens", ylabel="ms a token")
+    waiting = results.get("waiting", ())
+    if waiting:
+        running = waiting[0]["running"]
+        axes[1].plot([row["waiting"] for row in waiting], [row["ms_per_step"] / running for row in waiting], "-o", ms=4)
+        axes[1].set(title=f"{running} answers grow, others wait", xlabel="requests that wait", ylabel="ms a token")
+        axes[1].set_xscale("symlog", linthresh=10)
+    for axis in axes:
+        axis.set_ylim(0, None)
+    axes[0].legend()
+
+
+def fill(page: Path, text: str) -> None:
+    """Put the text between a page's marks.
+
+    Raises:
+        ValueError: the page has not both marks, in order.
+    """
+    old = page.read_text(encoding="utf-8")
+    before, mark, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"{page} should have {BEGIN} and, after it, {END}, to put results between")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="files in JSON; what a later one has replaces an earlier one's"
+    )
+    parser.add_argument("--page", type=Path, help="the page to fill (default: print the tables)")
+    parser.add_argument("--folder", type=Path, help="where pictures go (default: a folder of the page's name, or here)")
+    arguments = parser.parse_args(argv)
+    results: dict[str, Any] = {}
+    for file in arguments.results:
+        results |= json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    text = tables(results)
+    if arguments.page is None:
+        print(text)
+    else:
+        fill(arguments.page, text)
+    page: Path | None = arguments.page
+    for drawn in draw(results, arguments.folder or (page.with_suffix("") if page else Path())):
+        print(drawn)
+
+
+if __name__ == "__main__":
+    main()
