@@ -13,7 +13,6 @@ from torch import Tensor
 from aria.ops.kernels.grouped_gemm import Tiles, grouped
 from aria.ops.kernels.permute import combine, norm_route, permute, place
 from aria.ops.layout import adjacent, as_one
-from aria.ops.reference import swiglu
 
 # Weights of few rows are read at memory speed, with tiles as low as the rows are few.
 _LOW = Tiles(rows=64, columns=64, warps=4, stages=5)
@@ -66,8 +65,9 @@ def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, t
 
 
 def _shared(x_TD: Tensor, gate_WD: Tensor, up_WD: Tensor, down_DW: Tensor) -> Tensor:
-    if adjacent((gate_WD, up_WD)):
-        hidden = swiglu(F.linear(x_TD, as_one((gate_WD, up_WD))))
-    else:
-        hidden = F.silu(F.linear(x_TD, gate_WD)) * F.linear(x_TD, up_WD)
-    return F.linear(hidden, down_DW)
+    """The shared experts: one for all rows."""
+    if not adjacent((gate_WD, up_WD)):
+        return F.linear(F.silu(F.linear(x_TD, gate_WD)) * F.linear(x_TD, up_WD), down_DW)
+    gate_up = as_one((gate_WD, up_WD)).view(1, 2, *gate_WD.shape)
+    hidden_TW = x_TD.new_empty(x_TD.shape[0], gate_WD.shape[0])
+    return F.linear(grouped(x_TD, gate_up, hidden_TW, None, swiglu=True, shape=_HIGH), down_DW)

@@ -14,14 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows that one program of `_norm_route` and `_place` handles: enough programs to fill the chip, and not more than that,
-# for each reads the router's weight.
-_PROGRAMS = 256
-
 
 def block_of(tokens: int) -> int:
-    """Tokens of one routing block: 16 to 64, a power of two."""
-    return min(max(triton.next_power_of_2(triton.cdiv(tokens, _PROGRAMS)), 16), 64)
+    """Tokens that one program routes: few enough to fill the chip, for each program reads the router's weight."""
+    return 16 if tokens <= 4096 else 32
 
 
 @triton.jit
@@ -46,7 +42,7 @@ def _choose(logits, t, T, e, weights_ptr, index_ptr, counts_ptr, E, A: tl.conste
     tl.store(counts_ptr + tl.program_id(0) * E + e, tl.sum(tl.where(inside, counts, 0), 0), mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route(
     logits_ptr, weights_ptr, index_ptr, counts_ptr, T, E: tl.constexpr, A: tl.constexpr,
     T_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
@@ -58,7 +54,7 @@ def _route(
     _choose(logits, t, T, e, weights_ptr, index_ptr, counts_ptr, E, A, A_BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _norm_route(
     x_ptr, norm_ptr, router_ptr, normed_ptr, weights_ptr, index_ptr, counts_ptr, T, eps,
     D: tl.constexpr, E: tl.constexpr, A: tl.constexpr,
@@ -91,9 +87,10 @@ def _norm_route(
     _choose(logits, t, T, e, weights_ptr, index_ptr, counts_ptr, E, A, A_BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "M"])
 def _place(
-    index_ptr, counts_ptr, position_ptr, tiles_ptr, T, N, M, E: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr,
+    index_ptr, counts_ptr, position_ptr, tiles_ptr, T, N, M,
+    E: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
     T_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -105,16 +102,17 @@ def _place(
         inside = (start + n < N)[:, None] & (e < E)[None, :]
         counts = tl.load(counts_ptr + (start + n)[:, None] * E + e[None, :], mask=inside, other=0)
         total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((start + n < block)[:, None], counts, 0), 0)
+        before += tl.sum(tl.where((start + n < block * BLOCKS)[:, None], counts, 0), 0)
     tiles = (total + TILE - 1) // TILE
     ends = tl.cumsum(tiles, 0)
 
     # Each program writes its share of the table: the number of tiles, then the expert of each.
-    m = block * M_BLOCK + tl.arange(0, M_BLOCK)
-    expert = tl.sum((ends[None, :] <= m[:, None]).to(tl.int32), 1)
-    tl.store(tiles_ptr + 1 + m, expert, mask=m < M)
     if block == 0:
         tl.store(tiles_ptr, tl.sum(tiles, 0))
+    for start in tl.range(block * M_BLOCK, M, tl.num_programs(0) * M_BLOCK):
+        m = start + tl.arange(0, M_BLOCK)
+        expert = tl.sum((ends[None, :] <= m[:, None]).to(tl.int32), 1)
+        tl.store(tiles_ptr + 1 + m, expert, mask=m < M)
 
     t = block * T_BLOCK + tl.arange(0, T_BLOCK)
     chosen = tl.zeros((T_BLOCK, E_BLOCK), tl.int32)
@@ -188,7 +186,7 @@ def norm_route(
     _norm_route[(counts.shape[0],)](
         x_TD, norm_D, router_ED, normed, weights, index, counts, T, eps, D, E, top_k,
         T_BLOCK=block, D_BLOCK=128, E_BLOCK=max(triton.next_power_of_2(E), 16), A_BLOCK=triton.next_power_of_2(top_k),
-        num_warps=4, num_stages=3,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return normed, weights, index, counts
 
@@ -216,10 +214,10 @@ def place(index_TA: Tensor, counts_NE: Tensor, tile: int) -> tuple[Tensor, Tenso
     M = T * A // tile + min(E, T * A)
     position = torch.empty_like(index_TA, dtype=torch.int32)
     tiles = torch.empty(1 + M, dtype=torch.int32, device=index_TA.device)
-    _place[(N,)](
-        index_TA, counts_NE, position, tiles, T, N, M, E, A, tile,
-        T_BLOCK=block_of(T), E_BLOCK=triton.next_power_of_2(E), N_BLOCK=32,
-        M_BLOCK=triton.next_power_of_2(triton.cdiv(M, N)),
+    block = block_of(T) * 4
+    _place[(triton.cdiv(T, block),)](
+        index_TA, counts_NE, position, tiles, T, N, M, E, A, tile, BLOCKS=4,
+        T_BLOCK=block, E_BLOCK=triton.next_power_of_2(E), N_BLOCK=64, M_BLOCK=32, num_warps=8,
     )  # fmt: skip
     return position, tiles
 
