@@ -301,7 +301,6 @@ class Scheduler:
         self.pool.release(request.blocks)
         assert request.row is not None, f"request {request.id} runs without a row"
         self._rows.append(request.row)
-        # A new list: the step under way may still look at the old one.
         request.blocks, request.row = [], None
         request.pending = request.computed = request.prefill = request.published = 0
 

@@ -145,18 +145,25 @@ def test_nothing_overtakes_a_large_request_at_the_head():
     assert [chunk.request for chunk in step(s).chunks] == [large, small]
 
 
-def test_admission_keeps_room_for_prompts_that_are_being_read_and_for_growth():
+@pytest.mark.parametrize(("tokens", "fits"), [(28, True), (29, False)])
+def test_admission_keeps_room_for_prompts_that_are_being_read_and_for_growth(tokens, fits):
     s = scheduler(blocks=20, step_tokens=16, watermark=0.1)
     s.add(request(41))
-    # 11 blocks are the first's, of which it has taken 4 after a step, and 2 stay for growth: 8 are too many, 7 are not.
-    s.add(large := request(29))
-    for _ in range(2):
-        step(s)
-        assert large.status is Status.WAITING
-    s.cancel(large)
-    s.add(smaller := request(28))
-    assert s.plan()
-    assert smaller.status is Status.RUNNING
+    step(s)
+    # Of 20 blocks 11 are the first's, though it has taken only 4, and 2 stay for growth.
+    s.add(other := request(tokens, priority=-1))
+    s.plan()
+    assert other.status is (Status.RUNNING if fits else Status.WAITING)
+
+
+def test_blocks_shared_with_a_running_request_need_no_room():
+    s, tokens = scheduler(blocks=8), tuple(range(24))
+    s.add(first := request((*tokens, 1), max_tokens=4))
+    step(s)
+    s.add(second := request((*tokens, 2), max_tokens=4))
+    # Seven of eight blocks are taken, and the second needs one of its own.
+    assert chunks(step(s)) == [(second, 24, 1, True)]
+    assert s.pool.available == 0 and first.blocks[:6] == second.blocks[:6]
 
 
 def test_alone_a_request_may_take_the_whole_cache():

@@ -253,6 +253,7 @@ class Simulation:
 
     def _check_end(self) -> None:
         for request in self.all:
+            assert (request.blocks, request.row, request.pending) == ([], None, 0)
             if request.status is Status.FINISHED:
                 assert request.outputs == self.expected[request], f"request {request.arrival} got wrong tokens"
             else:
