@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,18 @@ _GRIDS = (
     *((2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)),
     *((n, 1) for n in range(5, 9)),
 )
+
+
+class Sheet(NamedTuple):
+    """A picture drawn in some size onto black, and the pieces of it that become crops. Sizes are (width, height)."""
+
+    drawn: tuple[int, int]
+    """What the picture is resized to."""
+    size: tuple[int, int]
+    offset: tuple[int, int]
+    """Where the picture's corner lies on the sheet."""
+    pieces: tuple[tuple[int, int, int, int], ...]
+    """Left, top, right and bottom of each; each is then resized to its crop."""
 
 
 class AriaImageProcessor:
@@ -179,9 +191,9 @@ class AriaImageProcessor:
         num_crops = []
         for picture, split in zip(pictures, splits, strict=True):
             image = load_image(picture)
-            tiles = self._split(image, size, mode) if split else [image]
-            crops += [self._resize(tile, size) for tile in tiles]
-            num_crops.append(len(tiles))
+            pieces = self._cut(image, self.sheets(image.size, size, split, mode), size)
+            crops += pieces
+            num_crops.append(len(pieces))
         values, mask = self._to_arrays(crops, size)
         data: dict[str, Any] = {"pixel_values": values, "pixel_mask": mask}
         if return_tensors != "np":
@@ -195,21 +207,50 @@ class AriaImageProcessor:
             )
         return int(size)
 
-    def _resize(self, image: Image.Image, size: int) -> Image.Image:
-        width, height = image.size
+    def fit(self, image_size: tuple[int, int], size: int) -> tuple[int, int]:
+        """(width, height) of a piece in its crop of side ``size``: the longer side fills it."""
+        width, height = image_size
         scale = size / max(width, height)
         if width >= height:
-            target = (size, max(int(height * scale), self.min_image_size))
-        else:
-            target = (max(int(width * scale), self.min_image_size), size)
-        return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC)
+            return size, max(int(height * scale), self.min_image_size)
+        return max(int(width * scale), self.min_image_size), size
 
-    def _split(self, image: Image.Image, size: int, mode: str) -> list[Image.Image]:
+    def sheets(
+        self,
+        image_size: tuple[int, int],
+        max_image_size: int | None = None,
+        split_image: bool | None = None,
+        split_mode: str | None = None,
+    ) -> list[Sheet]:
+        """How a picture of (width, height) becomes crops, known before any of its pixels is touched.
+
+        The other arguments are those of a call, for one picture. There are as many crops as pieces.
+        """
+        size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
+        mode = self.split_mode if split_mode is None else _check_mode(split_mode)
+        whole = Sheet(image_size, image_size, (0, 0), ((0, 0, *image_size),))
+        if not (self.split_image if split_image is None else split_image):
+            return [whole]
         if mode == "pad":
-            return _tiles(_centre(image, _least_waste(image.size, self.split_resolutions)), size)
-        columns, rows = _nearest_grid(image.size, size)
-        stretched = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-        return [image, *_tiles(stretched, size)]
+            height, width = _least_waste(image_size, self.split_resolutions)
+            drawn = _inside(image_size, (width, height))
+            offset = ((width - drawn[0]) // 2, (height - drawn[1]) // 2)
+            return [Sheet(drawn, (width, height), offset, _tiles((width, height), size))]
+        columns, rows = _nearest_grid(image_size, size)
+        stretched = (columns * size, rows * size)
+        return [whole, Sheet(stretched, stretched, (0, 0), _tiles(stretched, size))]
+
+    def _cut(self, image: Image.Image, sheets: Sequence[Sheet], size: int) -> list[Image.Image]:
+        crops = []
+        for sheet in sheets:
+            page = _resized(image, sheet.drawn)
+            if sheet.size != sheet.drawn:
+                canvas = Image.new("RGB", sheet.size)
+                canvas.paste(page, sheet.offset)
+                page = canvas
+            pieces = (page if piece == (0, 0, *page.size) else page.crop(piece) for piece in sheet.pieces)
+            crops += [_resized(piece, self.fit(piece.size, size)) for piece in pieces]
+        return crops
 
     def _to_arrays(self, crops: list[Image.Image], size: int) -> tuple[np.ndarray, np.ndarray]:
         values = np.empty((len(crops), 3, size, size), dtype=np.float32)
@@ -299,24 +340,24 @@ def _least_waste(image_size: tuple[int, int], resolutions: Sequence[tuple[int, i
     return max(resolutions, key=fit)
 
 
-def _centre(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """Picture resized to fit into (height, width), in the middle of black."""
-    height, width = target
-    by_width, by_height = width / image.width, height / image.height
+def _inside(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The largest (width, height) of the picture's shape inside the target's."""
+    width, height = target
+    by_width, by_height = width / image_size[0], height / image_size[1]
     if by_width < by_height:
-        inner = (width, min(math.ceil(image.height * by_width), height))
-    else:
-        inner = (min(math.ceil(image.width * by_height), width), height)
-    canvas = Image.new("RGB", (width, height))
-    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
-    return canvas
+        return width, min(math.ceil(image_size[1] * by_width), height)
+    return min(math.ceil(image_size[0] * by_height), width), height
 
 
-def _tiles(image: Image.Image, size: int) -> list[Image.Image]:
-    """Tiles of at most size x size, row by row, without overlap."""
-    width, height = image.size
-    return [
-        image.crop((x, y, min(x + size, width), min(y + size, height)))
+def _tiles(sheet_size: tuple[int, int], size: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Pieces of at most size x size, row by row, without overlap."""
+    width, height = sheet_size
+    return tuple(
+        (x, y, min(x + size, width), min(y + size, height))
         for y in range(0, height, size)
         for x in range(0, width, size)
-    ]
+    )
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

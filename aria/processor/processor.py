@@ -22,6 +22,7 @@ from aria.processor.files import (
     write_json,
 )
 from aria.processor.image import AriaImageProcessor
+from aria.processor.pictures import PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length
 
 
@@ -195,6 +196,49 @@ class AriaProcessor:
             return_tensors=return_tensors,
         )
         return inputs if return_dict else inputs["input_ids"]
+
+    def prepare(
+        self,
+        conversation: Conversation,
+        *,
+        images: Any = None,
+        add_generation_prompt: bool = True,
+        max_image_size: int | None = None,
+        split_image: bool | None = None,
+        split_mode: str | None = None,
+    ) -> Prepared:
+        """One conversation to token ids and pictures, for the engine: no picture is resized before it has to be.
+
+        Args:
+            conversation: a list of messages, see :func:`aria.processor.chat.render`.
+            images: pictures for image parts that name none.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            max_image_size: side of the crops of pictures whose parts do not say; here sizes may differ.
+            split_image: the same, for splitting into crops.
+            split_mode: "authors" or "pad".
+
+        Raises:
+            ValueError: as for a call, and for several conversations.
+        """
+        prompt = self.tokenizer.render(conversation, add_generation_prompt=add_generation_prompt)
+        if not isinstance(prompt, Prompt):
+            raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")
+        settings = [
+            {
+                "max_image_size": max_image_size if part.max_image_size is None else part.max_image_size,
+                "split_image": split_image if part.split_image is None else part.split_image,
+                "split_mode": split_mode,
+            }
+            for part in prompt.parts
+        ]
+        pictures = read_pictures(_match([prompt], images), self.image_processor, settings)
+        ids, *rest = self.tokenizer.encode_segments(prompt)
+        placed = []
+        for picture, segment in zip(pictures, rest, strict=True):
+            tokens = len(picture.extents) * self.size_conversion[picture.size]
+            placed.append(PictureInput(len(ids), tokens, picture))
+            ids += [self.tokenizer.image_token_id] * tokens + segment
+        return Prepared(ids, placed)
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The tokenizer's ``decode``."""

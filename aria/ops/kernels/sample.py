@@ -121,9 +121,7 @@ def _threshold_kernel(
             # Below this all probabilities are 0 in float32.
             low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
             mass = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
-            least = _search(
-                row, banned, top_p * mass, low, high, low, most, temperature, V, BANNED, True, SHIFT, BLOCK
-            )
+            least = _search(row, banned, top_p * mass, low, high, low, most, temperature, V, BANNED, True, SHIFT, BLOCK)
             threshold = _score(least.to(tl.int32), SHIFT)
         if min_p > 0:
             threshold = tl.maximum(threshold, most + temperature * tl.log(min_p))
@@ -184,9 +182,7 @@ def _draw_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SPLITS - 1:
         stretch = tl.arange(0, SPLITS_P2)
-        found = tl.load(
-            values + n * SPLITS + stretch, mask=stretch < SPLITS, other=float("-inf"), cache_modifier=".cg"
-        )
+        found = tl.load(values + n * SPLITS + stretch, mask=stretch < SPLITS, other=float("-inf"), cache_modifier=".cg")
         where = tl.load(places + n * SPLITS + stretch, mask=stretch < SPLITS, other=V, cache_modifier=".cg")
         # The lowest id of those that are alike, as everywhere.
         token = tl.min(tl.where(found == tl.max(found), where, V))

@@ -1,0 +1,84 @@
+"""Pillow's bicubic resampling of 8-bit pictures on any device, to the same bits.
+
+Y rows, X columns, H channels.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PRECISION = 22
+"""Bits after the point of Pillow's integer coefficients for 8-bit pictures."""
+
+
+@lru_cache(maxsize=256)
+def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
+    """What each of ``target`` pixels of a line takes from ``source`` pixels.
+
+    The kernel is Keys' cubic with a = -0.5, widened by the scale where a line is made shorter, cut off at the ends and
+    normalised in float64, then rounded to integers: as Pillow's ``Resample.c`` does it.
+
+    Returns:
+        first pixels ``(target,)`` and weights ``(target, taps)``, int32 on the CPU; weights past the end are 0.
+    """
+    scale = source / target
+    widen = max(scale, 1.0)
+    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    first = (centres - 2.0 * widen + 0.5).int().clamp(min=0)
+    last = (centres + 2.0 * widen + 0.5).int().clamp(max=source)
+    place = torch.arange(2 * math.ceil(2.0 * widen) + 1)
+    x = ((place + first[:, None] - centres[:, None] + 0.5) * (1.0 / widen)).abs()
+    near = ((1.5 * x - 2.5) * x) * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)).masked_fill(place >= (last - first)[:, None], 0.0)
+    # One after the other, as Pillow adds them up; the last bit of a sum can decide a rounding.
+    total = torch.zeros(target, dtype=torch.float64)
+    for column in weights.unbind(1):
+        total += column
+    weights = weights / total[:, None] * (1 << PRECISION)
+    return first, torch.where(weights < 0, weights - 0.5, weights + 0.5).int()
+
+
+def resize_bicubic(pictures_YXH: Tensor, height: int, width: int, *, rows_first: bool = False) -> Tensor:
+    """Pictures of another size, as ``PIL.Image.resize`` with BICUBIC makes them, bit by bit.
+
+    Each axis has its pass, with a rounding to 8 bits between.
+
+    Args:
+        pictures_YXH: uint8 ``(..., Y, X, H)``, one or several.
+        height, width: above 0.
+        rows_first: give each column its new height before each row its new width, not after.
+
+    Returns:
+        uint8 ``(..., height, width, H)``.
+    """
+    assert pictures_YXH.dtype == torch.uint8, f"pictures are {pictures_YXH.dtype}, not uint8"
+    passes = ((-2, width), (-3, height))
+    for dim, target in reversed(passes) if rows_first else passes:
+        if pictures_YXH.shape[dim] != target:
+            pictures_YXH = _resample(pictures_YXH, dim, target)
+    return pictures_YXH
+
+
+@lru_cache(maxsize=256)
+def _taps_on(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, weights = bicubic_taps(source, target)
+    return first.to(device), weights.to(device)
+
+
+def _resample(pictures: Tensor, dim: int, target: int) -> Tensor:
+    source = pictures.shape[dim]
+    first, weights = _taps_on(source, target, pictures.device)
+    shape = [1] * pictures.ndim
+    shape[dim] = target
+    total: Tensor | None = None
+    for tap, weight in enumerate(weights.unbind(1)):
+        pixels = pictures.index_select(dim, (first + tap).clamp(max=source - 1))
+        weighted = pixels * weight.view(shape)
+        total = weighted if total is None else total.add_(weighted)
+    assert total is not None, "every pixel has taps"
+    return total.add_(1 << (PRECISION - 1)).bitwise_right_shift_(PRECISION).clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,199 @@
+"""Pictures on their way to the encoder: named by their content at once, resized only where and when they are needed.
+
+F pictures of one shape, C crops, S side of a crop, Y and X sides of a picture, H channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aria.ops.resize import resize_bicubic
+from aria.processor.image import AriaImageProcessor, Sheet
+from aria.processor.media import load_image
+
+UPLOAD_BYTES = 64 << 20
+"""Pictures of one shape go to the device together, up to so many bytes at a time."""
+# Since 13 Pillow resizes rows first where that leaves it less to do.
+_PILLOW_CHOOSES = int(PIL.__version__.split(".")[0]) >= 13
+
+
+class Crops(NamedTuple):
+    """What the vision encoder is fed from, before normalisation."""
+
+    pixels: Tensor
+    """uint8 ``(C, 3, S, S)``, black where a crop is padded at its right and bottom."""
+    extents: tuple[tuple[int, int], ...]
+    """(height, width) of the real pixels of each crop, from its upper left corner."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture in RGB, and how it becomes crops."""
+
+    rgb: Tensor
+    """uint8 ``(Y, X, 3)`` in the host's memory."""
+    size: int
+    """S."""
+    sheets: tuple[Sheet, ...]
+    extents: tuple[tuple[int, int], ...]
+    """(height, width) of each piece in its crop."""
+    key: bytes
+    """Digest of all that the crops depend on: the pixels, and the rules of cutting as they apply to them."""
+
+    @classmethod
+    def of(
+        cls,
+        source: Any,
+        processor: AriaImageProcessor,
+        *,
+        max_image_size: int | None = None,
+        split_image: bool | None = None,
+        split_mode: str | None = None,
+    ) -> Picture:
+        """Read a picture of any kind that :func:`~aria.processor.media.load_image` takes; nothing is resized yet.
+
+        The other arguments are those of calling the image processor, for one picture.
+        """
+        rgb = _read(source)
+        height, width = rgb.shape[:2]
+        size = processor.max_image_size if max_image_size is None else max_image_size
+        sheets = tuple(processor.sheets((width, height), max_image_size, split_image, split_mode))
+        fits = [processor.fit((right - left, low - top), size) for s in sheets for left, top, right, low in s.pieces]
+        extents = tuple((height, width) for width, height in fits)
+        digest = hashlib.sha256(repr((width, height, size, sheets, extents)).encode())
+        digest.update(rgb.numpy().data)
+        return cls(rgb, size, sheets, extents, digest.digest())
+
+    def load(self, device: torch.device | str = "cpu") -> Crops:
+        """Its crops, on the device; the same grey levels everywhere."""
+        return load_crops([self], device)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class PictureInput:
+    """A picture and its places in a prompt."""
+
+    start: int
+    """Its first place, counted in tokens."""
+    tokens: int
+    picture: Picture
+
+    @property
+    def key(self) -> bytes:
+        """The picture's."""
+        return self.picture.key
+
+    def load(self, device: torch.device | str = "cpu") -> Crops:
+        """The picture's crops."""
+        return self.picture.load(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One conversation for the engine."""
+
+    ids: list[int]
+    """Tokens of the prompt, with as many image ids at each picture's place as it has tokens."""
+    pictures: list[PictureInput]
+    """In the order of their places."""
+
+
+def read_pictures(
+    sources: Sequence[Any],
+    processor: AriaImageProcessor,
+    settings: Sequence[dict[str, Any]],
+) -> list[Picture]:
+    """:meth:`Picture.of` of several sources, each with its own settings, on as many threads as there are cores.
+
+    Decoding, fetching and hashing leave the interpreter free, so they run beside each other.
+    """
+    if len(sources) < 2:
+        return [Picture.of(source, processor, **own) for source, own in zip(sources, settings, strict=True)]
+    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
+        return list(
+            pool.map(lambda pair: Picture.of(pair[0], processor, **pair[1]), zip(sources, settings, strict=True))
+        )
+
+
+def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[Crops]:
+    """Crops of several pictures on the device; those of one shape travel and are resized together."""
+    device = torch.device(device)
+    crops: list[Crops | None] = [None] * len(pictures)
+    for group in _alike(pictures):
+        first = pictures[group[0]]
+        loaded = _cut(_upload([pictures[i].rgb for i in group], device), first)
+        for i, one in zip(group, loaded.permute(0, 1, 4, 2, 3).unbind(), strict=True):
+            crops[i] = Crops(one, pictures[i].extents)
+    return [one for one in crops if one is not None]
+
+
+def _read(source: Any) -> Tensor:
+    plain = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3
+    # Always a copy: what the key was made from must still be there when the picture is loaded.
+    return torch.from_numpy(np.array(source if plain and source.size else load_image(source), order="C"))
+
+
+def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:
+    """Indices of pictures that become crops in the same way, in portions of :data:`UPLOAD_BYTES`."""
+    groups: dict[Any, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        groups.setdefault((picture.rgb.shape, picture.size, picture.sheets, picture.extents), []).append(i)
+    for group in groups.values():
+        portion = max(1, UPLOAD_BYTES // pictures[group[0]].rgb.numel())
+        yield from (group[at : at + portion] for at in range(0, len(group), portion))
+
+
+def _upload(pictures: Sequence[Tensor], device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.stack(list(pictures)).to(device)
+    staged = torch.empty(len(pictures), *pictures[0].shape, dtype=torch.uint8, pin_memory=True)
+    if len(pictures) < 4:
+        torch.stack(list(pictures), out=staged)
+    else:
+        with ThreadPoolExecutor(min(len(pictures), os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda pair: pair[0].copy_(pair[1]), zip(staged.unbind(), pictures, strict=True)))
+    return staged.to(device, non_blocking=True)
+
+
+def _cut(rgb_FYXH: Tensor, picture: Picture) -> Tensor:
+    """Crops uint8 ``(F, C, S, S, 3)`` of pictures that are all like ``picture``."""
+    F, S = len(rgb_FYXH), picture.size
+    [whole] = picture.extents if len(picture.extents) == 1 else [None]
+    if whole == (S, S) == rgb_FYXH.shape[1:3]:
+        return rgb_FYXH[:, None]
+    crops = rgb_FYXH.new_zeros(F, len(picture.extents), S, S, 3)
+    extents = iter(enumerate(picture.extents))
+    for sheet in picture.sheets:
+        page = _resize(rgb_FYXH, *sheet.drawn)
+        if sheet.size != sheet.drawn:
+            canvas = rgb_FYXH.new_zeros(F, sheet.size[1], sheet.size[0], 3)
+            x, y = sheet.offset
+            canvas[:, y : y + sheet.drawn[1], x : x + sheet.drawn[0]] = page
+            page = canvas
+        for left, top, right, low in sheet.pieces:
+            i, (height, width) = next(extents)
+            crops[:, i, :height, :width] = _resize(page[:, top:low, left:right], width, height)
+    return crops
+
+
+def _resize(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:
+    old_height, old_width = pictures_FYXH.shape[1:3]
+    if (old_height, old_width) == (height, width):
+        return pictures_FYXH
+    if pictures_FYXH.device.type == "cpu":
+        arrays = (picture.contiguous().numpy() for picture in pictures_FYXH)
+        resized = (Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
+    rows_first = _PILLOW_CHOOSES and height < old_height and old_height - height > 2 * (old_width - width)
+    return resize_bicubic(pictures_FYXH, height, width, rows_first=rows_first)
