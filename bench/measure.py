@@ -83,23 +83,28 @@ def clock(run: Callable[[], object], device: torch.device, *, repeats: int = 10,
 def clock_graph(runs: Sequence[Callable[[], object]], device: torch.device, *, repeats: int = 10) -> Spread:
     """Seconds that one of several like calls takes, launched together as a CUDA graph where there is CUDA.
 
-    Calls on different buffers, larger together than the chip's cache, measure memory; a graph leaves the host out.
+    Calls on different buffers, larger together than the chip's cache, measure memory; a graph leaves the host out. What
+    waits for the host cannot be in a graph and is launched call by call.
     """
-    if device.type != "cuda":
-        spread = clock(lambda: [run() for run in runs], device, repeats=repeats, warm_up=1)
-        return spread * (1 / len(runs))
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run() for run in runs]
-    spread = clock(graph.replay, device, repeats=repeats) * (1 / len(runs))
-    del kept
-    return spread
+
+    def run_all() -> list[object]:
+        return [run() for run in runs]
+
+    launch: Callable[[], object] = run_all
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run_all()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run_all()
+            launch = graph.replay
+        except RuntimeError:
+            torch.cuda.synchronize(device)
+    return clock(launch, device, repeats=repeats, warm_up=1) * (1 / len(runs))
 
 
 def _copy_rate(elements: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -47,6 +47,9 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; a last column with nothing in it is left out."""
+    if all(row[-1] == "-" for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -165,6 +168,9 @@ def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
         axis.set(
             title=title, xlabel="tokens a second, all requests together", ylabel="ms", yscale="log", xlim=(0, None)
         )
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
         axis.legend()
 
 
