@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aria.config import AriaConfig
-    from aria.engine import Engine, SamplingParams
+    from aria.engine import AsyncEngine, Engine, SamplingParams
     from aria.pretrained import AriaForConditionalGeneration
     from aria.processor import AriaImageProcessor, AriaProcessor
 
@@ -16,6 +16,7 @@ __all__ = [
     "AriaForConditionalGeneration",
     "AriaImageProcessor",
     "AriaProcessor",
+    "AsyncEngine",
     "Engine",
     "SamplingParams",
 ]
@@ -26,6 +27,7 @@ _ROOMS = {
     "AriaForConditionalGeneration": "aria.pretrained",
     "AriaImageProcessor": "aria.processor",
     "AriaProcessor": "aria.processor",
+    "AsyncEngine": "aria.engine",
     "Engine": "aria.engine",
     "SamplingParams": "aria.engine",
 }

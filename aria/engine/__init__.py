@@ -1,7 +1,18 @@
-"""Running the model: requests, sampling, the decoding loop, and `Engine`."""
+"""Running the model: requests, the paged cache, the scheduler, the steps, and the faces `Engine` and `AsyncEngine`."""
 
-from aria.engine.engine import Engine
+from aria.engine.async_engine import AsyncEngine
+from aria.engine.engine import Answer, Engine, Piece
 from aria.engine.outputs import Choice, Result, TokenLogprob, Usage
 from aria.engine.sampling_params import SamplingParams
 
-__all__ = ["Choice", "Engine", "Result", "SamplingParams", "TokenLogprob", "Usage"]
+__all__ = [
+    "Answer",
+    "AsyncEngine",
+    "Choice",
+    "Engine",
+    "Piece",
+    "Result",
+    "SamplingParams",
+    "TokenLogprob",
+    "Usage",
+]

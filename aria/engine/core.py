@@ -154,6 +154,9 @@ class EngineCore:
         """
         params = params or SamplingParams()
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
+        vocabulary = self.model.config.text.vocab_size
+        if outside := [token for token in params.logit_bias or () if token >= vocabulary]:
+            raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         room = min(params.max_tokens, self.max_model_len - len(prompt))
         requests = [
@@ -204,7 +207,11 @@ class EngineCore:
             # A request that has to give up its blocks waits for the value of its last token.
             tokens = self._collect()
             plan = self.scheduler.plan()
-        launched = self.runner.launch(plan) if plan else None
+        try:
+            launched = self.runner.launch(plan) if plan else None
+        except BaseException:
+            self.reset()
+            raise
         if self.device.type == "cuda":
             tokens += self._collect()
             self._launched = launched
@@ -230,8 +237,15 @@ class EngineCore:
                 self.finish(request)
         return tokens
 
+    def reset(self) -> None:
+        """End all requests and forget what is cached, as after a step that failed: what it planned was not computed."""
+        self._launched = None
+        for request in list(self._ends):
+            self.finish(request)
+        self.pool.clear()
+
     def close(self) -> None:
-        """Wait for the device and end all requests."""
+        """End all requests and wait for the device."""
         for request in list(self._ends):
             self.finish(request)
         self._collect()

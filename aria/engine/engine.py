@@ -192,6 +192,8 @@ class Engine:
                         yield piece.text
                 if answer.done:
                     return
+                if not any(request in self._answers for request in answer.requests):
+                    raise RuntimeError("the answer was given up: it was cancelled, or a step of the model failed")
                 self.step()
         finally:
             self.cancel(answer)

@@ -92,6 +92,8 @@ class Runner:
         self._update_rows([*plan.decodes, *(chunk.request for chunk in plan.chunks)])
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
         extras = self._sampler.extras([_row(request) for request in sampling])
+        # Penalties and log-probabilities need the scores, so what draws from them stays out of the graph.
+        scores = extras or any(request.params.logprobs is not None for request in sampling)
         logits: Tensor | None
         tokens: Tensor | None = None
         if plan.chunks:
@@ -101,9 +103,9 @@ class Runner:
             width = self._width(max(rows_and_positions[1]))
             if self._graphs is None:
                 rows, positions = self._upload(*rows_and_positions)
-                logits, tokens = self._decode(rows, positions, width, not extras)
+                logits, tokens = self._decode(rows, positions, width, not scores)
             else:
-                rows, positions, logits, tokens = self._graphs.run(rows_and_positions, width, not extras)
+                rows, positions, logits, tokens = self._graphs.run(rows_and_positions, width, not scores)
         if not sampling:
             return Launched([], None, torch.empty(0, dtype=torch.int64), None, None)
         return self._sample(sampling, logits, tokens, rows, positions, extras)

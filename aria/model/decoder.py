@@ -5,22 +5,17 @@ T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, V voca
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
 from aria.model.context import Context
-from aria.model.layers import RMSNorm
+from aria.model.layers import RMSNorm, join
 from aria.model.moe import MoE
 
 
 class Attention(nn.Module):
     """Projections around :meth:`Context.attend`, which rotates, remembers and attends."""
-
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -36,15 +31,9 @@ class Attention(nn.Module):
         q, k, v = (p(x_TD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(context.attend(self.layer, q, k, v).flatten(1))
 
-    @torch.no_grad()
     def lay_out(self) -> None:
-        """Put the weights of q, k and v next to each other in memory, so that one product serves all three."""
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        if ops.adjacent([linear.weight for linear in linears]):
-            return
-        fused = torch.cat([linear.weight for linear in linears])
-        for linear, part in zip(linears, fused.split([linear.out_features for linear in linears]), strict=True):
-            linear.weight.data = part
+        """See :meth:`Aria.lay_out`."""
+        join(self.q_proj, self.k_proj, self.v_proj)
 
 
 class DecoderLayer(nn.Module):

@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from aria import ops
 
 
+@torch.no_grad()
+def join(*linears: nn.Linear) -> None:
+    """Put the weights of linears next to each other in memory, so that one product serves all of them."""
+    weights = [linear.weight for linear in linears]
+    if not ops.adjacent(weights):
+        for weight, part in zip(weights, torch.cat(weights).split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
+from aria.model.layers import join
 
 
 class Router(nn.Module):
@@ -62,6 +63,10 @@ class SharedExperts(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.shared_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.shared_size, bias=False)
         self.down_proj = nn.Linear(config.shared_size, config.hidden_size, bias=False)
+
+    def lay_out(self) -> None:
+        """See :meth:`Aria.lay_out`."""
+        join(self.gate_proj, self.up_proj)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

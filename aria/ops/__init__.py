@@ -16,14 +16,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aria.ops import attention as _attention
 from aria.ops import moe as _moe
 from aria.ops import reference
 from aria.ops import sampling as _sampling
-from aria.ops.reference import rope_angles, rotary, rotary_table, route, swiglu
 from aria.ops.layout import adjacent, as_one
+from aria.ops.reference import rope_angles, rotary, rotary_table, route, swiglu
 from aria.ops.segments import Segments
 
 __all__ = [
@@ -48,6 +49,11 @@ __all__ = [
     "swiglu",
     "use",
 ]
+
+_FEW_LINEAR = 64
+"""Tokens up to which our products beat cuBLAS's (docs/kernels.md)."""
+_FEW_EXPERTS = 512
+"""Tokens up to which experts are better read as weights than multiplied as tiles (docs/kernels.md)."""
 
 _IMPLEMENTATIONS = ("fast", "reference")
 _implementation: ContextVar[str] = ContextVar("implementation", default="fast")
@@ -107,32 +113,71 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm; see :func:`aria.ops.reference.rms_norm`."""
-    return reference.rms_norm(x_TD, weight_D, eps)
+    return (_kernels("norm") if inference_kernels(x_TD) else reference).rms_norm(x_TD, weight_D, eps)
 
 
 def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
     """RMSNorm, then linears side by side; see :func:`aria.ops.reference.norm_linear`."""
+    if inference_kernels(x_TD):
+        few = _kernels("few")
+        if len(x_TD) <= _FEW_LINEAR and few.fits_linear(x_TD, *weights_OD):
+            return few.norm_linear(x_TD, norm_D, eps, *weights_OD)
+        if adjacent(weights_OD):
+            return F.linear(rms_norm(x_TD, norm_D, eps), as_one(weights_OD))
     return reference.norm_linear(x_TD, norm_D, eps, *weights_OD)
 
 
 def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
     """Residual + linear; see :func:`aria.ops.reference.linear_add`."""
+    if inference_kernels(x_TI):
+        few = _kernels("few")
+        if len(x_TI) <= _FEW_LINEAR and few.fits_linear(x_TI, weight_OI):
+            return few.linear_add(x_TI, weight_OI, residual_TO)
+        return torch.addmm(residual_TO, x_TI, weight_OI.t())
     return reference.linear_add(x_TI, weight_OI, residual_TO)
 
 
-def moe_layer(x_TD: Tensor, *arguments: Any) -> Tensor:
+def moe_layer(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+) -> Tensor:
     """The second half of a decoder layer; see :func:`aria.ops.reference.moe_layer`."""
-    return reference.moe_layer(x_TD, *arguments)
+    chosen: Any = reference if _use_reference() else _moe
+    if inference_kernels(x_TD):
+        few, many = _kernels("few"), _kernels("many")
+        if len(x_TD) <= _FEW_EXPERTS and few.fits_moe(x_TD, fc1_EDF, fc2_EFD, shared):
+            chosen = few
+        elif many.fits(x_TD, fc1_EDF, fc2_EFD):
+            chosen = many
+    return chosen.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
 
 
 def rotate_and_cache(q_THK: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions and the write to the paged cache; see :func:`aria.ops.reference.rotate_and_cache`."""
-    return reference.rotate_and_cache(q_THK, *arguments)
+    fast = inference_kernels(q_THK) and _kernels("rotary").fits(q_THK)
+    return (_kernels("rotary") if fast else reference).rotate_and_cache(q_THK, *arguments)
 
 
-def decode_attention(q_NHK: Tensor, *arguments: Tensor) -> Tensor:
+def decode_attention(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    positions_N: Tensor,
+    blocks_NM: Tensor,
+    angles_PK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+) -> Tensor:
     """One new token of each sequence over a paged cache; see :func:`aria.ops.reference.decode_attention`."""
-    return reference.decode_attention(q_NHK, *arguments)
+    fast = inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK)
+    chosen = _kernels("paged_attention") if fast else reference
+    return chosen.decode_attention(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
 
 
 def chunk_attention(

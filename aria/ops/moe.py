@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aria.ops.reference import swiglu
+from aria.ops.reference import rms_norm, route, swiglu
 
 
 def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
@@ -25,6 +25,23 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
         y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist())
     # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
     return (_Reorder.apply(y, place, order, 1).view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+
+
+def moe_layer(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+) -> Tensor:
+    """See :func:`aria.ops.reference.moe_layer`: operation by operation, for sizes that no kernel takes."""
+    gate, up, down = shared
+    normed = rms_norm(x_TD, norm_D, eps)
+    routed = expert_mlp(normed, fc1_EDF, fc2_EFD, *route(F.linear(normed, router_ED), top_k))
+    return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
 
 
 class _Reorder(torch.autograd.Function):
