@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 GROUP = 2048
-"""Token ids that share :data:`LANES` counters: id ``g * GROUP + w * LANES + j`` has word w of counter ``g * LANES + j``."""
+"""Token ids that share :data:`LANES` counters of four words each."""
 LANES = GROUP // 4
+"""Id ``g * GROUP + w * LANES + j`` takes word w of counter ``g * LANES + j``."""
 _WORD = 0xFFFFFFFF
 
 
@@ -86,7 +87,7 @@ def thresholds(scores_NV: Tensor, settings: Settings) -> Tensor:
         scores_NV: float32 scores before temperature.
         settings: of each sequence; temperatures above 0.
     """
-    N, V = scores_NV.shape
+    V = scores_NV.shape[1]
     temperature = settings.temperature[:, None]
     most = scores_NV.amax(-1, keepdim=True)
     least = torch.where(settings.min_p[:, None] > 0, most + temperature * settings.min_p[:, None].log(), -math.inf)

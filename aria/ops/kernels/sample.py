@@ -1,9 +1,13 @@
 """Drawing tokens on the device: the least score kept of each row, then the largest noisy score above it.
 
-N sequences, V vocabulary. Two launches whatever the rows ask for: a row that keeps all its tokens leaves the first at once,
-a greedy row draws without noise in the second. Nothing is sorted: the least score kept is searched for among the bits
-of the scores, eightfold narrower with every pass over a row that lies in the L2 cache.
+N sequences, V vocabulary. Two launches whatever the rows ask for: a row that keeps all its tokens leaves the first at
+once, a greedy row draws without noise in the second. Nothing is sorted: the least score kept is searched for among the
+bits of the scores, eightfold narrower with every pass over a row that lies in the L2 cache.
 """
+
+# Tuples grow by adding: Triton knows no unpacking.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated, misc"
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def _above(
     row, banned, pivots, floor, most, temperature,
     V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many scores lie above each of the pivots; with MASS their probabilities, times a factor, of those above floor."""
+    """How many scores lie above each of the pivots; with MASS the probability, times a factor, of those above floor."""
     sums = ()
     for _ in tl.static_range(len(pivots)):
         sums = sums + (tl.zeros([BLOCK], tl.float32),)
