@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from aria import AriaConfig, ops
+from aria import AriaConfig, SamplingParams, ops
 from aria.config import TextConfig
+from aria.engine.sampler import SamplerState
 from aria.ops import Segments, reference
 from aria.ops.moe import expert_mlp
 from bench import measure
@@ -99,7 +100,8 @@ def experts(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Ca
         text.shared_size,
     )
     fc1, fc2 = make.weight(E, 2 * width, D).mT, make.weight(E, D, width).mT
-    shared = (make.weight(W, D), make.weight(W, D), make.weight(D, W))
+    gate, up = make.weight(2 * W, D).split(W)
+    shared = (gate, up, make.weight(D, W))
     rest = (make.ones(D), EPS, make.weight(E, D), fc1, fc2, shared, A)
     for T in tokens:
         calls = [(make.x(T, D), *rest) for _ in range(8 if T < 1024 else 2)]
@@ -171,6 +173,24 @@ def picture_attention(make: Maker, config: AriaConfig, crops: Sequence[tuple[int
         )
 
 
+def sampling(make: Maker, text: TextConfig, batches: Sequence[int]) -> Iterator[Case]:
+    """A token from the scores of each of N sequences; its error is none where all tokens are the reference's."""
+    V = text.vocab_size
+    for name, params in (
+        ("greedy", SamplingParams()),
+        ("temperature", SamplingParams(temperature=1.0)),
+        ("top_k, top_p", SamplingParams(temperature=1.0, top_k=50, top_p=0.9)),
+    ):
+        for N in batches:
+            state = SamplerState(N, V, make.device)
+            for row in range(N):
+                state.set_row(row, params, row, ())
+            index = torch.arange(N, dtype=torch.int32, device=make.device)
+            calls = [(state, params, make.x(N, V), index) for _ in range(make.copies(N * V * make.dtype.itemsize))]
+            work = Work(N * V * make.dtype.itemsize)
+            yield Case(f"sample {N} x {V}, {name}", calls, _sample, _sample_reference, _sample_library, work)
+
+
 def cases(config: AriaConfig, make: Maker) -> Iterator[Case]:
     """All of them, one after the other: a case's tensors live until the next one is asked for."""
     text = config.text
@@ -182,6 +202,7 @@ def cases(config: AriaConfig, make: Maker) -> Iterator[Case]:
     shapes = [(1, 128), (8, 128), (64, 128), (256, 128), (64, 1024), (1, 32768)]
     yield from cached_attention(make, text, shapes if full else [(1, 20), (3, 33)])
     yield from prompt_attention(make, text, [(8192, 0), (8192, 8192), (16384, 16384)] if full else [(24, 0), (24, 16)])
+    yield from sampling(make, text, (1, 256) if full else (1, 3))
     yield from picture_attention(make, config, [(1, patches[-1]), (16, patches[0])] if full else [(2, patches[0])])
 
 
@@ -206,6 +227,28 @@ def _moe_layer(
     weights, index = reference.route(F.linear(normed, router), k)
     routed = expert_mlp(normed, fc1, fc2, weights, index)
     return x + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+
+def _sample(state: SamplerState, params: SamplingParams, logits: Tensor, index: Tensor) -> Tensor:
+    return state.sample(logits, index, index)
+
+
+def _sample_reference(state: SamplerState, params: SamplingParams, logits: Tensor, index: Tensor) -> Tensor:
+    with ops.use("reference"):
+        return state.sample(logits, index, index).float()
+
+
+def _sample_library(state: SamplerState, params: SamplingParams, logits: Tensor, index: Tensor) -> Tensor:
+    """PyTorch's topk, sort and multinomial, as generation loops put them together."""
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / params.temperature
+    if not params.top_k:
+        return logits.softmax(-1).multinomial(1)
+    values, ids = logits.topk(params.top_k)
+    probabilities = values.softmax(-1)
+    dropped = probabilities.cumsum(-1) - probabilities >= params.top_p
+    return ids.gather(1, probabilities.masked_fill(dropped, 0.0).multinomial(1))
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -258,7 +301,7 @@ def error(case: Case) -> float:
     wide = _wide(arguments)
     out = case.run(*arguments)
     expected = case.reference(*wide)
-    return ((out.float() - expected).norm() / expected.norm()).item()
+    return ((out.float() - expected).norm() / expected.norm().clamp(min=1e-20)).item()
 
 
 def measure_case(case: Case, limits: Ceilings, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -288,8 +331,12 @@ def run(config: AriaConfig, device: torch.device, limits: Ceilings, repeats: int
     """All cases whose name contains ``only``."""
     rows = []
     for case in cases(config, Maker(device, measure.dtype_of(device))):
-        if only in case.name:
+        if only not in case.name:
+            continue
+        try:
             rows.append(measure_case(case, limits, device, repeats))
+        except RuntimeError as problem:
+            print(f"{case.name} fails: {problem}")
     print(show(rows, limits))
     return {"kernels": rows}
 
