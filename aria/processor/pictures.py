@@ -24,7 +24,7 @@ from aria.processor.media import load_image
 
 UPLOAD_BYTES = 64 << 20
 """Pictures of one shape go to the device together, up to so many bytes at a time."""
-# Since 13 Pillow resizes rows first where that leaves it less to do.
+# Since its version 13 Pillow begins with the height where that shrinks much more than the width.
 _PILLOW_CHOOSES = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -195,5 +195,9 @@ def _resize(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:
         arrays = (picture.contiguous().numpy() for picture in pictures_FYXH)
         resized = (Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays)
         return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
-    rows_first = _PILLOW_CHOOSES and height < old_height and old_height - height > 2 * (old_width - width)
-    return resize_bicubic(pictures_FYXH, height, width, rows_first=rows_first)
+    return resize_bicubic(pictures_FYXH, height, width, rows_first=rows_first(old_height, old_width, height, width))
+
+
+def rows_first(old_height: int, old_width: int, height: int, width: int) -> bool:
+    """Whether the installed Pillow resizes the columns' height before the rows' width."""
+    return _PILLOW_CHOOSES and height < old_height and old_height - height > 2 * (old_width - width)
