@@ -36,7 +36,9 @@ __all__ = [
     "decode_attention",
     "expert_mlp",
     "inference_kernels",
+    "layer_norm",
     "linear_add",
+    "linear_gelu",
     "moe_layer",
     "norm_linear",
     "rms_norm",
@@ -116,6 +118,19 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (_kernels("norm") if inference_kernels(x_TD) else reference).rms_norm(x_TD, weight_D, eps)
 
 
+def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, shift_D: Tensor | None = None) -> Tensor:
+    """LayerNorm; see :func:`aria.ops.reference.layer_norm`."""
+    chosen = _kernels("norm_vision") if inference_kernels(x_TD) else reference
+    return chosen.layer_norm(x_TD, weight_D, bias_D, eps, shift_D)
+
+
+def linear_gelu(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """Linear and GELU; see :func:`aria.ops.reference.linear_gelu`."""
+    if inference_kernels(x_TI):
+        return torch._addmm_activation(bias_O, x_TI, weight_OI.t(), use_gelu=True)
+    return reference.linear_gelu(x_TI, weight_OI, bias_O)
+
+
 def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
     """RMSNorm, then linears side by side; see :func:`aria.ops.reference.norm_linear`."""
     if inference_kernels(x_TD):
@@ -184,7 +199,9 @@ def chunk_attention(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor, past: int
 ) -> Tensor:
     """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
-    return reference.chunk_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
+    fast = inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK)
+    chosen = _kernels("chunk_attention") if fast else reference
+    return chosen.chunk_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
 
 
 def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
 
 from aria.ops import reference
-from aria.ops.kernels import norm, paged_attention, rotary
+from aria.ops.kernels import chunk_attention, norm, paged_attention, rotary
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -73,8 +73,40 @@ def test_rotate_and_cache(T, H, KV, K):
 @pytest.mark.parametrize("T, D", [(1, 64), (5, 80)])
 def test_rms_norm(T, D):
     torch.manual_seed(T)
-    x, residual, weight = torch.randn(2 * T, D)[::2], torch.randn(T, D), torch.rand(D) + 0.5
+    x, weight = torch.randn(2 * T, D)[::2], torch.rand(D) + 0.5
     assert relative_error(norm.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
-    total, normed = norm.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(total, x + residual)
-    assert relative_error(normed, reference.rms_norm(x + residual, weight, 1e-6)) < 1e-6
+
+
+@pytest.mark.parametrize("T, past", [(1, 0), (37, 0), (16, 16), (50, 37), (130, 100), (1, 70)])
+@pytest.mark.parametrize("H, KV", [(2, 2), (4, 2)])
+def test_chunk_attention(T, past, H, KV):
+    torch.manual_seed(T)
+    S, K, M = 16, 16, -(-(past + T) // 16)
+    q, k, v = torch.randn(T, H + 2 * KV, K).split([H, KV, KV], dim=1)
+    keys, values = torch.randn(2, M + 1, KV, S, K)
+    blocks = (torch.randperm(M) + 1).int()
+    expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
+    got = chunk_attention.chunk_attention(q, k, v, keys, values, blocks, past)
+    assert relative_error(got, expected) < 1e-6
+
+
+def plain_sdpa(q_HTK, k_HPK, v_HPK, causal):
+    scores = q_HTK @ k_HPK.transpose(1, 2) * q_HTK.shape[2] ** -0.5
+    if causal:
+        scores = scores + torch.full(scores.shape[1:], float("-inf")).triu(1)
+    return (scores.softmax(-1) @ v_HPK).transpose(0, 1).contiguous(), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("T, past", [(16, 0), (37, 0), (32, 48), (40, 80), (37, 21)])
+def test_chunk_attention_in_parts(monkeypatch, T, past):
+    """The way of long chunks, with small numbers and plain attention in the place of cuDNN's."""
+    for name, value in (("_ROUND", 16), ("_PIECE", 32), ("_cudnn", lambda q, k: True), ("_sdpa", plain_sdpa)):
+        monkeypatch.setattr(chunk_attention, name, value)
+    torch.manual_seed(T)
+    S, H, K, M = 16, 3, 16, -(-(past + T) // 16)
+    q, k, v = torch.randn(T, 3 * H, K).split(H, dim=1)
+    keys, values = torch.randn(2, M + 1, H, S, K)
+    blocks = (torch.randperm(M) + 1).int()
+    expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
+    got = chunk_attention.chunk_attention(q, k, v, keys, values, blocks, past)
+    assert relative_error(got, expected) < 1e-6

@@ -1,0 +1,233 @@
+"""Attention of a chunk of a prompt: to its past in the paged cache, and causally to itself.
+
+One kernel of ours takes any lengths. Where cuDNN is faster, on long chunks, it takes a round number of tokens, because
+it makes a plan of its own for every length, which costs tens of milliseconds: it attends to the past and to the chunk
+apart, and the two are merged by their log-sum-exps. What is left over goes to our kernel.
+
+T tokens of the chunk, H heads, KV key/value heads, K head width, B blocks of the cache, S tokens of a block, M blocks
+of the sequence, P tokens of a piece of its past.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _meet(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
+    """One tile of keys: scores, the running softmax, and values. ``seen`` counts if MASKED."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(seen, scores, -1e30)
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_top[:, None])
+    old = tl.exp2(top - new_top)
+    total = total * old + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
+def _chunk_kernel(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, blocks_ptr, out_ptr,
+    T, start, past, q_stride, k_stride, v_stride, scale,
+    H: tl.constexpr, KV: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """A tile of QUERIES tokens of one head, of those from ``start`` on, against tiles of KEYS."""
+    first = start + (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES  # the longest first
+    head = tl.program_id(0)
+    kv = head // (H // KV)
+    dim = tl.arange(0, K)
+    token = first + tl.arange(0, QUERIES)
+    key = tl.arange(0, KEYS)
+    rows = token.to(tl.int64)[:, None]
+    q = tl.load(q_ptr + rows * q_stride + head * K + dim[None, :], mask=token[:, None] < T, other=0.0)
+    top = tl.full((QUERIES,), -1e30, tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, K), tl.float32)
+
+    whole = past // KEYS * KEYS
+    offsets = key[:, None] * K + dim[None, :]
+    ahead = tl.load(blocks_ptr, mask=past > 0, other=0)
+    for begin in tl.range(0, whole, KEYS, num_stages=STAGES):
+        if AHEAD:
+            block = ahead.to(tl.int64)
+            ahead = tl.load(blocks_ptr + (begin + KEYS) // S, mask=begin + KEYS < past, other=0)
+        else:
+            block = tl.load(blocks_ptr + begin // S).to(tl.int64)
+        place = ((block * KV + kv) * S + begin % S) * K
+        k = tl.load(keys_ptr + place + offsets)
+        v = tl.load(values_ptr + place + offsets)
+        top, total, acc = _meet(q, k, v, True, top, total, acc, scale, False)
+    if whole < past:
+        block = tl.load(blocks_ptr + whole // S).to(tl.int64)
+        place = ((block * KV + kv) * S + whole % S) * K
+        there = whole + key < past
+        k = tl.load(keys_ptr + place + offsets, mask=there[:, None], other=0.0)
+        v = tl.load(values_ptr + place + offsets, mask=there[:, None], other=0.0)
+        top, total, acc = _meet(q, k, v, there[None, :], top, total, acc, scale, True)
+
+    k_ptr += kv * K
+    v_ptr += kv * K
+    before = first // KEYS * KEYS
+    for begin in tl.range(0, before, KEYS, num_stages=STAGES):
+        place = (begin + key).to(tl.int64)[:, None]
+        k = tl.load(k_ptr + place * k_stride + dim[None, :])
+        v = tl.load(v_ptr + place * v_stride + dim[None, :])
+        top, total, acc = _meet(q, k, v, True, top, total, acc, scale, False)
+    for begin in tl.range(before, tl.minimum(first + QUERIES, T), KEYS, num_stages=STAGES):
+        place = (begin + key).to(tl.int64)[:, None]
+        there = place < T
+        k = tl.load(k_ptr + place * k_stride + dim[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + place * v_stride + dim[None, :], mask=there, other=0.0)
+        seen = (begin + key)[None, :] <= token[:, None]
+        top, total, acc = _meet(q, k, v, seen, top, total, acc, scale, True)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (rows * H + head) * K + dim[None, :], out, mask=token[:, None] < T)
+
+
+@triton.jit
+def _gather_kernel(keys_ptr, values_ptr, blocks_ptr, out_ptr, KV: tl.constexpr, SIZE: tl.constexpr):
+    """One head's part of one block, SIZE elements, of the keys and of the values."""
+    page, kv = tl.program_id(0), tl.program_id(1)
+    element = tl.arange(0, SIZE)
+    source = (tl.load(blocks_ptr + page).to(tl.int64) * KV + kv) * SIZE + element
+    pages = tl.num_programs(0)
+    target = (kv * pages + page).to(tl.int64) * SIZE + element
+    tl.store(out_ptr + target, tl.load(keys_ptr + source))
+    tl.store(out_ptr + target + KV * pages.to(tl.int64) * SIZE, tl.load(values_ptr + source))
+
+
+@triton.jit
+def _merge_kernel(
+    out_ptr, lse_ptr, other_ptr, other_lse_ptr, T, H: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """TOKENS tokens of one head: weigh two results by their sums of exponentials, into the first."""
+    head = tl.program_id(1)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < T
+    lse = tl.load(lse_ptr + head * T + token, mask=inside, other=0.0)
+    other_lse = tl.load(other_lse_ptr + head * T + token, mask=inside, other=0.0)
+    top = tl.maximum(lse, other_lse)
+    total = tl.exp(lse - top) + tl.exp(other_lse - top)
+    share, other_share = tl.exp(lse - top) / total, tl.exp(other_lse - top) / total
+    tl.store(lse_ptr + head * T + token, top + tl.log(total), mask=inside)
+    offsets = (token.to(tl.int64) * H + head)[:, None] * K + tl.arange(0, K)[None, :]
+    one = tl.load(out_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    two = tl.load(other_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, one * share[:, None] + two * other_share[:, None], mask=inside[:, None])
+
+
+_ROUND = 4096
+"""Tokens that a length is a multiple of where cuDNN is used, and the least of them."""
+_PIECE = 16384
+"""Tokens of the past that are gathered at once."""
+
+
+def fits(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
+    """Whether the kernel takes these widths: powers of two for a head, from 16 to 128, and for a block."""
+    K, S = q_THK.shape[2], keys_BHSK.shape[2]
+    return 16 <= K <= 128 and all(size & (size - 1) == 0 for size in (K, S))
+
+
+def chunk_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_M: Tensor,
+    past: int,
+) -> Tensor:
+    """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
+    T, H, K = q_THK.shape
+    assert fits(q_THK, keys_BHSK), f"no kernel for queries {tuple(q_THK.shape)} and a cache {tuple(keys_BHSK.shape)}"
+    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
+    assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
+    even = T // _ROUND * _ROUND if past % _ROUND == 0 and _cudnn(q_THK, k_THK) else 0
+    if even == T and T:
+        return _in_parts(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
+    out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
+    if even:
+        chunk = (x[:even] for x in (q_THK, k_THK, v_THK))
+        out[:even] = _in_parts(*chunk, keys_BHSK, values_BHSK, blocks_M, past)
+    if even < T:
+        _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past, even, out)
+    return out
+
+
+def _cudnn(q_THK: Tensor, k_THK: Tensor) -> bool:
+    return (
+        q_THK.is_cuda
+        and q_THK.dtype in (torch.bfloat16, torch.float16)
+        and q_THK.shape[1:] == k_THK.shape[1:]
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(q_THK.device) >= (9, 0)
+    )
+
+
+def _in_parts(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor, past: int
+) -> Tensor:
+    """cuDNN on the chunk alone and on pieces of its past, merged."""
+    T, H, K = q_THK.shape
+    S = keys_BHSK.shape[2]
+    q, k, v = (x.transpose(0, 1) for x in (q_THK, k_THK, v_THK))
+    out_THK, lse_HT = _sdpa(q, k, v, causal=True)
+    for start in range(0, past, _PIECE):
+        count = min(_PIECE, past - start)
+        gathered = torch.empty(2, H, count, K, dtype=q.dtype, device=q.device)
+        _gather_kernel[count // S, H](
+            keys_BHSK, values_BHSK, blocks_M[start // S :], gathered, KV=H, SIZE=S * K, num_warps=8
+        )  # fmt: skip
+        other_THK, other_lse_HT = _sdpa(q, gathered[0], gathered[1], causal=False)
+        _merge_kernel[triton.cdiv(T, 16), H](out_THK, lse_HT, other_THK, other_lse_HT, T, H=H, K=K, TOKENS=16)
+    return out_THK
+
+
+def _sdpa(q_HTK: Tensor, k_HPK: Tensor, v_HPK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention: outputs ``(T, H, K)`` and natural log-sum-exps ``(H, T)`` in float32, both contiguous."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q_HTK[None], k_HPK[None], v_HPK[None], None, True, 0.0, causal, False
+    )
+    return out[0].transpose(0, 1).contiguous(), lse.reshape(lse.shape[1:3])
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _tiles(q_THK: Tensor, tokens: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, stages and warps."""
+    roomy = q_THK.element_size() == 2 and (not q_THK.is_cuda or _shared_memory(q_THK.device) >= 160 << 10)
+    if not roomy:
+        return 64, 32, 2, 4
+    return (128, 64, 3, 8) if tokens > 512 else (64, 64, 3, 4)
+
+
+def _in_tiles(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor,
+    past: int, start: int, out_THK: Tensor,
+) -> None:  # fmt: skip
+    """Our kernel, for the tokens of the chunk from ``start`` on."""
+    T, H, K = q_THK.shape
+    _, KV, S, _ = keys_BHSK.shape
+    queries, keys, stages, warps = _tiles(q_THK, T - start)
+    keys = min(keys, S)
+    _chunk_kernel[H, triton.cdiv(T - start, queries)](
+        q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, out_THK,
+        T, start, past, q_THK.stride(0), k_THK.stride(0), v_THK.stride(0), K**-0.5 * _LOG2_E,
+        H=H, KV=KV, S=S, K=K, QUERIES=queries, KEYS=keys, STAGES=stages, AHEAD=_AHEAD, num_warps=warps,
+    )  # fmt: skip
+
+
+_AHEAD = False
