@@ -157,8 +157,8 @@ def chunk_attention(
         return _in_parts(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
     out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
     if even:
-        chunk = (x[:even] for x in (q_THK, k_THK, v_THK))
-        out[:even] = _in_parts(*chunk, keys_BHSK, values_BHSK, blocks_M, past)
+        q, k, v = (x[:even] for x in (q_THK, k_THK, v_THK))
+        out[:even] = _in_parts(q, k, v, keys_BHSK, values_BHSK, blocks_M, past)
     if even < T:
         _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past, even, out)
     return out
@@ -203,7 +203,9 @@ def _sdpa(q_HTK: Tensor, k_HPK: Tensor, v_HPK: Tensor, causal: bool) -> tuple[Te
 
 @cache
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    """Bytes that a program may have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def _tiles(q_THK: Tensor, tokens: int) -> tuple[int, int, int, int]:
