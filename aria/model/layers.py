@@ -10,11 +10,13 @@ from aria import ops
 
 @torch.no_grad()
 def join(*linears: nn.Linear) -> None:
-    """Put the weights of linears next to each other in memory, so that one product serves all of them."""
-    weights = [linear.weight for linear in linears]
-    if not ops.adjacent(weights):
-        for weight, part in zip(weights, torch.cat(weights).split([len(weight) for weight in weights]), strict=True):
-            weight.data = part
+    """Put the weights of linears next to each other in memory, so that one product serves all; biases likewise."""
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    for group in (weights, biases):
+        if group and not ops.adjacent(group):
+            for parameter, part in zip(group, torch.cat(group).split([len(x) for x in group]), strict=True):
+                parameter.data = part
 
 
 class RMSNorm(nn.Module):

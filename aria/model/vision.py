@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import VisionConfig
+from aria.model.layers import join
 from aria.ops import Segments
 
 
@@ -133,8 +135,23 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(size, size)
 
     def forward(self, x_PD: Tensor, segments: Segments) -> Tensor:
-        q, k, v = (proj(x_PD).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(ops.attention(q, k, v, segments, segments, causal=False).flatten(1))
+        return self.out_proj(self.attend(x_PD, segments))
+
+    def attend(self, x_PD: Tensor, segments: Segments) -> Tensor:
+        """What the heads read, side by side, before ``out_proj``: ``(P, D)``."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in self._project(x_PD))
+        return ops.attention(q, k, v, segments, segments, causal=False).flatten(1)
+
+    def _project(self, x_PD: Tensor) -> tuple[Tensor, ...]:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weights, biases = [proj.weight for proj in projections], [proj.bias for proj in projections]
+        if ops.inference_kernels(x_PD) and ops.adjacent(weights) and ops.adjacent(biases):
+            return F.linear(x_PD, ops.as_one(weights), ops.as_one(biases)).chunk(3, dim=-1)
+        return tuple(proj(x_PD) for proj in projections)
+
+    def lay_out(self) -> None:
+        """See :meth:`Aria.lay_out`."""
+        join(self.q_proj, self.k_proj, self.v_proj)
 
 
 class VisionMLP(nn.Module):
@@ -161,6 +178,19 @@ class VisionLayer(nn.Module):
         x_PD = x_PD + self.self_attn(self.layer_norm1(x_PD), segments)
         return x_PD + self.mlp(self.layer_norm2(x_PD))
 
+    def infer(self, x_PD: Tensor, segments: Segments, shift_2D: Tensor) -> None:
+        """The same without gradients, added to ``x_PD`` in place, but for the biases of ``out_proj`` and ``fc2``.
+
+        A bias is one vector for all patches. Left out of x, it costs no pass over it: ``shift_2D`` (float32) is the sum
+        of those left out before either half, and goes in where a norm reads x.
+        """
+        norm, attention = self.layer_norm1, self.self_attn
+        normed = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps, shift_2D[0])
+        x_PD.addmm_(attention.attend(normed, segments), attention.out_proj.weight.t())
+        norm, mlp = self.layer_norm2, self.mlp
+        normed = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps, shift_2D[1])
+        x_PD.addmm_(ops.linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight.t())
+
 
 class VisionEncoder(nn.Module):
     """The stack of layers, named as in the checkpoints."""
@@ -179,7 +209,20 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(config)
 
     def forward(self, patches: PackedPatches) -> Tensor:
+        if ops.inference_kernels(self.embeddings.patch_embedding.weight):
+            return self._infer(patches)
         x_PD = self.embeddings(patches.pixels, patches.positions)
         for layer in self.encoder.layers:
             x_PD = layer(x_PD, patches.segments)
         return x_PD
+
+    def _infer(self, patches: PackedPatches) -> Tensor:
+        """:meth:`VisionLayer.infer` says which biases are added up here."""
+        patch, layers = self.embeddings.patch_embedding, cast("list[VisionLayer]", self.encoder.layers)
+        biases = [bias for layer in layers for bias in (layer.self_attn.out_proj.bias, layer.mlp.fc2.bias)]
+        shifts_BD = torch.stack([cast(Tensor, patch.bias), *biases]).float().cumsum(0)
+        x_PD = self.embeddings.position_embedding(patches.positions)
+        x_PD.addmm_(patches.pixels.to(x_PD.dtype), patch.weight.flatten(1).t())
+        for layer, shift_2D in zip(layers, shifts_BD[:-1].unflatten(0, (-1, 2)), strict=True):
+            layer.infer(x_PD, patches.segments, shift_2D)
+        return x_PD.add_(shifts_BD[-1])

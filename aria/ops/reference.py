@@ -20,6 +20,23 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * normed.to(x_TD.dtype)
 
 
+def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, shift_D: Tensor | None = None) -> Tensor:
+    """LayerNorm over the last axis of ``x + shift``; with a shift (float32) the sum is never rounded.
+
+    Returns:
+        ``(T, D)`` in the dtype of ``x_TD``.
+    """
+    if shift_D is None:
+        return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+    normed = F.layer_norm(x_TD.float() + shift_D, weight_D.shape, weight_D.float(), bias_D.float(), eps)
+    return normed.to(x_TD.dtype)
+
+
+def linear_gelu(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """Linear, then GELU in its tanh form: ``(T, O)``."""
+    return F.gelu(F.linear(x_TI, weight_OI, bias_O), approximate="tanh")
+
+
 def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
     """RMSNorm, then several linears side by side: ``(T, sum of O)``."""
     normed = rms_norm(x_TD, norm_D, eps)

@@ -25,6 +25,8 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Segments:
         lengths = tuple(int(n) for n in lengths)
+        if len(set(lengths)) == 1:  # counted on the device: nothing is copied there, so that a graph may hold this
+            return cls(lengths, torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0])
         return cls(lengths, torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device))
 
     @property
