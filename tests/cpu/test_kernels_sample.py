@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
 

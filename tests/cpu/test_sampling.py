@@ -2,32 +2,90 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import random
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from aria.engine import SamplingParams
 from aria.engine.outputs import StopMatcher
-from aria.engine.sampler import Draw, noise_stream, sample
+from aria.engine.sampler import SamplerState
+from aria.ops import sampling
 
 CPU = torch.device("cpu")
 
 
-def drawn(logits: list[float], count: int = 4000, **settings) -> torch.Tensor:
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def sampler(*settings: dict, vocabulary: int, banned=(), prompt=(), outputs=()) -> SamplerState:
+    """A row for each of the settings; row n has seed n."""
+    state = SamplerState(len(settings), vocabulary, CPU, banned)
+    for row, params in enumerate(settings):
+        state.set_row(row, SamplingParams(**params), row, prompt, outputs)
+    return state
+
+
+def drawn(logits: list[float], count: int = 2500, **settings) -> torch.Tensor:
     """How often each token is drawn, as a fraction."""
-    noise = noise_stream(0, 0, CPU)
-    scores = torch.tensor([logits])
-    tokens = [int(sample(scores, [Draw(noise=noise, **settings)])) for _ in range(count)]
-    return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
+    state = sampler(settings, vocabulary=len(logits))
+    places = torch.arange(count, dtype=torch.int32)
+    tokens = state.sample(torch.tensor(logits).expand(count, -1), torch.zeros_like(places), places)
+    return torch.bincount(tokens, minlength=len(logits)) / count
+
+
+def kept(scores: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The tokens that may be drawn, by the definitions: one after the other, the likeliest first."""
+    probs = (scores.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(probs)), key=lambda token: -scores[token])
+    if top_k:
+        order = [token for token in order if scores[token] >= scores[order[min(top_k, len(order)) - 1]]]
+    if top_p < 1:
+        target, mass, nucleus = top_p * sum(probs[token] for token in order), 0.0, []
+        for token in order:
+            if mass >= target and scores[token] < scores[nucleus[-1]]:
+                break
+            nucleus.append(token)
+            mass += probs[token]
+        order = nucleus
+    return {token for token in order if probs[token] >= min_p * probs[order[0]]}
 
 
 def test_frequencies_are_those_of_the_softmax_at_the_temperature():
-    logits = [1.0, 0.0, -1.0, 0.5]
+    logits = [1.0, 0.0, -1.0, 0.5, 2.0, -3.0]
     for temperature in (0.5, 1.0, 2.0):
         expected = (torch.tensor(logits) / temperature).softmax(0)
-        assert (drawn(logits, temperature=temperature) - expected).abs().max() < 0.03
+        chi_square = ((drawn(logits, temperature=temperature) - expected).square() / expected).sum() * 2500
+        # Five degrees of freedom: exceeded once in ten thousand seeds.
+        assert chi_square < 25.7
+
+
+def test_noise_is_gumbel_and_fresh_for_every_seed_position_and_token():
+    seeds, positions = torch.arange(40, dtype=torch.int32) % 8, torch.arange(40, dtype=torch.int32) // 8
+    noise = sampling.gumbel_noise(seeds, seeds * 0, positions, 5000)
+    assert noise.isfinite().all()
+    assert len(noise.flatten().unique()) > 0.99 * noise.numel()
+    # P(noise < x) = exp(-exp(-x)), everywhere.
+    for x in (-2.0, -1.0, 0.0, 1.0, 3.0, 6.0, 9.0):
+        p = math.exp(-math.exp(-x))
+        assert abs(float((noise < x).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / noise.numel())
+    # No row is like another, shifted or not.
+    correlation = torch.corrcoef(noise) - torch.eye(40)
+    assert correlation.abs().max() < 0.08
+    assert abs(float(torch.corrcoef(torch.stack([noise[:, 1:].flatten(), noise[:, :-1].flatten()]))[0, 1])) < 0.02
+
+
+def test_noise_is_philox_with_ten_rounds():
+    # The known answers that Random123 comes with.
+    ones = torch.tensor([0xFFFFFFFF])
+    zero = torch.tensor([0])
+    words = [int(word) for word in sampling.philox((zero, zero), zero, zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    high_seed = sampling.philox((zero, ones), zero, zero)
+    assert [int(word) for word in high_seed] != words
 
 
 def test_top_k_and_top_p_cut_the_tail_and_renormalise():
@@ -35,40 +93,128 @@ def test_top_k_and_top_p_cut_the_tail_and_renormalise():
     assert (drawn(logits, temperature=1.0, top_k=2) - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
     assert (drawn(logits, temperature=1.0, top_p=0.6) - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
     assert (drawn(logits, temperature=1.0, top_p=0.4) - torch.tensor([0, 1.0, 0, 0])).abs().max() == 0
+    assert (drawn(logits, temperature=1.0, min_p=0.4) - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
     # Of the three likeliest, renormalised, two hold more than 0.8.
     cut = drawn(logits, temperature=1.0, top_k=3, top_p=0.8)
     assert (cut - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("trial", range(60))
+def test_what_is_kept_is_what_the_definitions_keep(trial):
+    rng = random.Random(trial)
+    torch.manual_seed(trial)
+    V = rng.choice([2, 7, 50, 300])
+    temperature = rng.choice([0.3, 1.0, 1.7])
+    top_k, top_p = rng.choice([0, 1, 3, V // 2, V, 1000]), rng.choice([1.0, 0.9, 0.5, 0.01, rng.random()])
+    min_p = rng.choice([0.0, 0.0, 0.05, 0.5, 1.0])
+    scores = torch.randn(V) * rng.choice([0.1, 2, 8])
+    if trial % 3 == 0:
+        scores = (scores * 2).round() / 2  # many alike
+    state = sampler({"temperature": temperature, "top_k": 2 if top_k == 1 else top_k, "top_p": top_p, "min_p": min_p},
+                    vocabulary=V)  # fmt: skip
+    least = sampling.thresholds(scores[None], sampling.Settings.of(state._table))
+    found = set((scores >= least).nonzero()[:, 0].tolist())
+    assert found == kept(scores, temperature, 2 if top_k == 1 else top_k, top_p, min_p)
+
+
 def test_any_temperature_that_is_allowed_gives_the_likeliest_at_its_lower_end():
     scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 10
-    for temperature in (1e-38, 1e-3):
-        assert sample(scores, [Draw(temperature, noise=noise_stream(0, 0, CPU))]) == scores.argmax()
+    for temperature in (1e-38, 1e-5, 1e-3):
+        state = sampler({"temperature": temperature}, vocabulary=50)
+        assert state.sample(scores, int32(0), int32(3)) == scores.argmax()
 
 
 def test_top_p_of_one_keeps_every_token():
     # A thousand tokens after one that holds nearly all: the running sum is 1 in float32 before the last of them.
-    scores = torch.full((1, 1001), -9.0)
-    scores[0, 0] = 9.0
-    noise = noise_stream(0, 0, CPU)
-    drawn = {int(sample(scores, [Draw(2.0, noise=noise)])) for _ in range(4000)}
-    assert max(drawn) > 900
+    tokens = drawn([9.0, *[-9.0] * 1000], temperature=2.0, top_p=1.0)
+    assert tokens[900:].sum() > 0
 
 
-def test_rows_with_and_without_sampling_mix():
-    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    draws = [Draw(), Draw(1.0, noise=noise_stream(7, 0, CPU)), Draw(), Draw(1.0, noise=noise_stream(8, 0, CPU))]
-    tokens = sample(scores, draws)
-    assert tokens[[0, 2]].tolist() == scores[[0, 2]].argmax(-1).tolist()
-    alone = sample(scores[1:2], [Draw(1.0, noise=noise_stream(7, 0, CPU))])
-    assert tokens[1] == alone[0]
+def test_a_seed_draws_the_same_whatever_else_is_in_the_batch():
+    V = 3000
+    warm = {"temperature": 1.0, "top_p": 0.9}
+    state = sampler({}, warm, {"temperature": 1.5}, warm, {}, {"temperature": 1.0, "top_k": 4}, vocabulary=V)
+    scores = torch.randn(6, V)
+    tokens = state.sample(scores, int32(*range(6)), int32(*range(6)))
+    assert tokens[[0, 4]].tolist() == scores[[0, 4]].argmax(-1).tolist()
+    for n in range(6):
+        assert state.sample(scores[n : n + 1], int32(n), int32(n)) == tokens[n]
+    # Another place of the state and of the batch, with the same seed and position.
+    other = SamplerState(9, V, CPU)
+    other.set_row(7, SamplingParams(**warm), 3, [1, 2])
+    assert other.sample(scores[[0, 3]], int32(0, 7), int32(0, 3))[1] == tokens[3]
 
 
-def test_copies_and_neighbouring_seeds_draw_different_noise():
-    streams = [
-        torch.rand(4, generator=noise_stream(seed, copy, CPU)) for seed, copy in itertools.product(range(5), range(5))
-    ]
-    assert len({tuple(stream.tolist()) for stream in streams}) == 25
+def test_seeds_and_positions_draw_anew():
+    state = sampler(*[{"temperature": 1.0}] * 40, vocabulary=10_000)
+    flat = torch.zeros(40, 10_000)
+    rows = torch.arange(40, dtype=torch.int32)
+    assert len(state.sample(flat, rows, rows * 0).unique()) > 35
+    assert len(state.sample(flat, rows * 0, rows).unique()) > 35
+    state.set_row(0, SamplingParams(temperature=1.0), 2**63 - 1, [])
+    state.set_row(1, SamplingParams(temperature=1.0), 2**31 - 1, [])
+    assert state.sample(flat[:2], int32(0, 1), int32(0, 0)).unique().numel() == 2
+
+
+def test_banned_tokens_are_never_drawn():
+    state = sampler({}, {"temperature": 2.0}, {"temperature": 1.0, "top_p": 0.5}, vocabulary=5, banned=(3, 0))
+    scores = torch.tensor([[9.0, 1.0, 2.0, 8.0, 0.0]]).repeat(3, 1)
+    given = scores.clone()
+    for place in range(50):
+        assert set(state.sample(scores, int32(0, 1, 2), int32(*[place] * 3)).tolist()) <= {1, 2, 4}
+    assert scores.equal(given)
+    chosen, ids, values = state.logprobs(scores, torch.tensor([2, 1, 4]), 3)
+    expected = scores[:, [1, 2, 4]].log_softmax(-1)
+    assert ids.tolist() == [[2, 1, 4]] * 3
+    assert_close(values, expected[:, [1, 0, 2]])
+    assert_close(chosen, expected[[0, 1, 2], [1, 0, 2]])
+
+
+def test_penalties_follow_their_formulas_and_remember_what_was_drawn():
+    V, prompt, outputs = 8, [1, 1, 2], [2, 3, 3]
+    settings = {"repetition_penalty": 1.5, "frequency_penalty": 0.3, "presence_penalty": -0.7}
+    state = sampler(settings, {}, {"frequency_penalty": 2.0}, vocabulary=V, prompt=prompt, outputs=outputs)
+    assert state.extras([0]) and state.extras([1, 2]) and not state.extras([1]) and not state.extras([])
+    scores = torch.randn(3, V)
+    for _ in range(3):
+        expected = scores.clone()
+        for token in range(V):
+            if token in prompt or token in outputs:
+                expected[0, token] = scores[0, token] / 1.5 if scores[0, token] > 0 else scores[0, token] * 1.5
+            times = outputs.count(token)
+            expected[0, token] -= 0.3 * times - 0.7 * (times > 0)
+            expected[2, token] -= 2.0 * times
+        changed = state.apply_extras(scores, int32(0, 1, 2))
+        assert_close(changed, expected)
+        assert_close(state.apply_extras(scores[[2, 0]].bfloat16(), int32(2, 0)), expected[[2, 0]], rtol=0.02, atol=0.02)
+        token = int(state.sample(changed, int32(0, 1, 2), int32(5, 5, 5))[0])
+        assert token == int(expected[0].argmax())
+        outputs.append(token)
+        state.count(int32(0, 2, 1), torch.tensor([token, token, 6]))
+    # The same request in another row, after preemption, and a row whose next request asks for nothing.
+    state.set_row(1, SamplingParams(**settings), 0, prompt, outputs)
+    twice = state.apply_extras(scores[[0, 0]], int32(0, 1))
+    assert_close(twice[0], twice[1], rtol=0, atol=0)
+    state.clear_row(1)
+    state.set_row(1, SamplingParams(temperature=1.0), 0, prompt, [])
+    assert_close(state.apply_extras(scores, int32(0, 1, 2))[1], scores[1], rtol=0, atol=0)
+    assert not state.extras([1])
+
+
+def test_biases_are_added_and_leave_with_their_request():
+    state = sampler({"logit_bias": {3: 100.0}}, {"logit_bias": {0: -100, 1: -100, 5: 2.5}}, {}, vocabulary=6)
+    scores = torch.randn(3, 6)
+    expected = scores.clone()
+    expected[0, 3] += 100
+    expected[1, [0, 1]] -= 100
+    expected[1, 5] += 2.5
+    assert state.extras([0]) and not state.extras([2])
+    assert_close(state.apply_extras(scores, int32(0, 1, 2)), expected)
+    state.set_row(0, SamplingParams(), 0, [])
+    assert not state.extras([0, 2])
+    assert_close(state.apply_extras(scores, int32(0, 1))[0], scores[0])
+    with pytest.raises(ValueError, match="logit_bias names token 6, but the vocabulary has 6"):
+        state.set_row(0, SamplingParams(logit_bias={6: 1.0}), 0, [])
 
 
 @pytest.mark.parametrize("cuts", range(40))
