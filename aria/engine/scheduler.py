@@ -171,6 +171,8 @@ class Scheduler:
                 assert request.computed == request.known + request.pending - 1, f"{request.id} has lost count"
         promised = sum(self._unallocated(request) for request in running)
         assert promised == self._promised, f"{self._promised} blocks are promised, not {promised}"
+        reading = {block for request in running if request.prefilling for block in request.blocks}
+        assert promised + len(reading) <= self.pool.total, "prompts that are being read do not fit together"
         waiting = [request for request in self._queue if request.status is Status.WAITING]
         assert len(waiting) == self._waiting, f"{len(waiting)} requests wait, not {self._waiting}"
         assert not any(request.blocks or request.pending for request in waiting), "a waiting request holds blocks"
@@ -189,13 +191,13 @@ class Scheduler:
             if victim is decodes[-1]:
                 need -= victim.computed == len(victim.blocks) * S
                 decodes.pop()
-            self._preempt(victim, plan)
+            self._preempt(victim)
+            plan.preempted.append(victim)
         for request in decodes:
             if request.computed == len(request.blocks) * S:
                 request.blocks += self.pool.allocate(1)
             request.computed += 1
             request.pending += 1
-            self._publish(request)
         plan.decodes = decodes
 
     def _plan_chunks(self, plan: Plan) -> None:
@@ -216,13 +218,12 @@ class Scheduler:
                 request = prefilling.popleft()
             else:
                 return
-            while not (room := (len(request.blocks) + self.pool.available) * S - request.computed) and prefilling:
-                self._preempt(prefilling.pop(), plan)
+            room = (len(request.blocks) + self.pool.available) * S - request.computed
             stop = min(request.prefill, request.computed + min(room, budget))
             if stop < request.prefill:
                 stop -= stop % S
             if stop == request.computed:
-                # Decoding has taken the room that it was admitted for, and will give it back.
+                # Answers have grown into its room. Without them all prompts that are being read fit, so this ends.
                 return
             plan.chunks.append(self._advance(request, stop))
             budget -= plan.chunks[-1].count
@@ -286,13 +287,12 @@ class Scheduler:
             self._queue = [waiting for waiting in self._queue if waiting.status is Status.WAITING]
             heapq.heapify(self._queue)
 
-    def _preempt(self, victim: Request, plan: Plan) -> None:
+    def _preempt(self, victim: Request) -> None:
         assert not victim.pending, f"request {victim.id} is preempted with a token under way"
         assert not victim.full, f"request {victim.id} has all its tokens and was not finished"
         self._vacate(victim)
         self._enqueue(victim)
         self.preemptions += 1
-        plan.preempted.append(victim)
 
     def _vacate(self, request: Request) -> None:
         """Take a running request's blocks and row."""

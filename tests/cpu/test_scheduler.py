@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from aria.engine.blocks import BlockPool
@@ -194,6 +196,7 @@ def test_preemption_takes_the_last_and_loses_nothing():
             assert (victim.blocks, victim.row, victim.computed) == ([], None, 0) and victim.status is Status.WAITING
             assert victim.known == 13, "a prompt of 8 and 5 tokens, when the first asks for its fourth block"
     assert preempted == [second] and s.preemptions == 1
+    assert second.cached_tokens == 0, "what it finds of its own when it comes back does not count"
     assert first.outputs == second.outputs == [7] * 12
 
 
@@ -224,25 +227,22 @@ def test_a_victim_with_a_token_under_way_is_waited_for():
     s.check()
 
 
-def test_a_prompt_without_room_takes_that_of_less_important_prompts_and_then_waits_for_decodes():
-    s = scheduler(blocks=24, mixed_step_tokens=8)
-    decoding = [request(4, max_tokens=40 if i else 13, priority=-1) for i in range(4)]
-    for one in decoding:
+def test_a_prompt_waits_for_answers_that_have_grown_into_its_room():
+    s = scheduler(blocks=12, mixed_step_tokens=8)
+    answers = [request(4 + i, max_tokens=5 if i else 4) for i in range(4)]
+    for one in answers:
         s.add(one)
     step(s)
-    s.add(small := request(24, max_tokens=1, priority=1))
-    step(s)
-    s.add(large := request(40, max_tokens=1))
-    while not (plan := step(s)).preempted:
-        assert chunks(plan) == [(large, large.computed - S, S, False)]
-    # The four have grown to four blocks each, the large one to seven, and the small one still has its first.
-    assert plan.preempted == [small] and len(plan.decodes) == 4 and s.pool.available == 0
-    assert chunks(plan) == [(large, 28, S, False)]
-    plan = step(s)
-    assert plan.decodes and not plan.chunks and not plan.preempted
-    while not large.over:
-        plan = step(s)
-    assert decoding[0].over and chunks(plan) == [(large, 36, S, True)]
+    s.add(long := request(16, max_tokens=1))
+    # Each step an answer takes another block, until the prompt, admitted with room for four, finds none for its third.
+    assert [chunks(step(s)) for _ in range(5)] == [
+        [(long, 0, S, False)],
+        [(long, 4, S, False)],
+        [],
+        [(long, 8, S, False)],
+        [(long, 12, S, True)],
+    ]
+    assert s.idle and s.preemptions == 0
 
 
 def test_prefixes_are_found_but_for_the_last_token():
@@ -355,6 +355,19 @@ def test_cancelling_at_any_moment(when):
         step(s)
     assert other.outputs == [7] * 4 and s.pool.used == 0
     s.cancel(one)
+
+
+def test_the_queue_stays_in_order_however_many_leave_it():
+    s, rng = scheduler(max_rows=1), random.Random(0)
+    requests = [request(1, max_tokens=1, priority=rng.randrange(50)) for _ in range(1000)]
+    for one in requests:
+        s.add(one)
+    for one in requests[:900]:
+        s.cancel(one)
+    order = []
+    while not s.idle:
+        order += [chunk.request for chunk in step(s).chunks]
+    assert order == sorted(requests[900:], key=lambda one: (one.priority, one.arrival))
 
 
 def test_cancelled_requests_do_not_pile_up_behind_a_head_that_waits():

@@ -123,6 +123,8 @@ class Simulation:
         self.setting = setting
         self.random = random.Random(setting.seed)
         S = setting.block_size
+        # Long prompts read block by block beside answers that grow, so that prompts compete.
+        self.crowded = self.random.random() < 0.3
         self.prefixes = [self._prompt(self.random.randint(1, 8 * S)) for _ in range(4)]
         self.arriving = deque(self._requests())
         most = max(-(-(len(r.prompt) + r.max_tokens - 1) // S) for r in self.arriving)
@@ -130,7 +132,7 @@ class Simulation:
         self.scheduler = Scheduler(
             self.pool,
             max_rows=setting.max_rows,
-            step_tokens=self.random.choice([S, 3 * S + 1, 20 * S]),
+            step_tokens=S if self.crowded else self.random.choice([S, 3 * S + 1, 20 * S]),
             mixed_step_tokens=self.random.choice([1, 2 * S, 10 * S]),
             watermark=self.random.choice([0, 0.1]),
         )
@@ -152,8 +154,9 @@ class Simulation:
             if live and self.random.random() < self.setting.cancel:
                 self._cancel(self.random.choice(live))
             queued = {request for request in live if request.status is Status.WAITING}
+            reading = {request for request in live if request.prefilling}
             plan = self.scheduler.plan()
-            self._check(plan, queued, live)
+            self._check(plan, queued, reading, live)
             if plan:
                 self.device.launch(plan)
             idle = 0 if plan or self.arriving or self.device.steps else idle + 1
@@ -166,19 +169,22 @@ class Simulation:
     def _requests(self) -> list[Request]:
         requests: list[Request] = []
         rng, S = self.random, self.setting.block_size
+        priorities = range(-5, 5) if self.crowded else [0, 0, 0, 1, -1]
         while len(requests) < self.setting.requests:
             tokens, pictures = rng.choice(self.prefixes)
             keep = rng.choice([0, len(tokens), rng.randint(0, len(tokens))])
             pictures = [picture for picture in pictures if picture.end <= keep]
-            more, more_pictures = self._prompt(rng.randint(1, 6 * S), keep)
+            more, more_pictures = self._prompt(rng.randint(1, (12 if self.crowded else 6) * S), keep)
             leader = None
             for copy in range(rng.choice([1, 1, 1, 3])):
                 request = Request(
                     prompt=leader.prompt if leader else (*tokens[:keep], *more),
                     params=SamplingParams(),
-                    max_tokens=rng.choice([1, rng.randint(1, 30), 5 * S]),
+                    max_tokens=rng.choice([1, rng.randint(1, 30), 5 * S])
+                    if not self.crowded
+                    else rng.randint(1, 12 * S),
                     pictures=leader.pictures if leader else (*pictures, *more_pictures),
-                    priority=leader.priority if leader else rng.choice([0, 0, 0, 1, -1]),
+                    priority=leader.priority if leader else rng.choice(priorities),
                     seed=copy,
                     adapter=leader.adapter if leader else rng.choice([None, None, None, "other"]),
                     leader=leader,
@@ -219,7 +225,7 @@ class Simulation:
             elif token == END or len(request.outputs) == request.max_tokens:
                 self.scheduler.finish(request)
 
-    def _check(self, plan: Plan, queued: set[Request], live: list[Request]) -> None:
+    def _check(self, plan: Plan, queued: set[Request], reading: set[Request], live: list[Request]) -> None:
         """What every plan keeps to."""
         self.counts["drains"] += plan.drain
         self.counts["preempted"] += len(plan.preempted)
@@ -243,6 +249,11 @@ class Simulation:
         admitted = queued & set(running)
         waiting = [request for request in live if request.status is Status.WAITING]
         assert not any(late < early for early in admitted for late in waiting), "the queue was overtaken"
+        for victim in plan.preempted:
+            assert not any(victim < request for request in running), "not the last was preempted"
+        self.counts["preempted while reading"] += sum(victim in reading for victim in plan.preempted)
+        blocked = any(request.prefilling and request not in planned for request in running)
+        self.counts["prompt without room"] += blocked and self.pool.available == 0
         starts = [chunk.request for chunk in plan.chunks if chunk.request in admitted]
         self.counts["started together"] += len(starts) > 1
         blocks_written = set()
@@ -276,8 +287,16 @@ def test_every_request_gets_its_own_tokens(ahead):
         simulation.run()
         counts += simulation.counts
     # Whatever can go wrong has been there to go wrong.
-    expected = ["preempted", "prefix tokens", "started together", "read in the step that wrote", "cancelled waiting",
-                "cancelled running"]  # fmt: skip
+    expected = [
+        "preempted",
+        "preempted while reading",
+        "prompt without room",
+        "prefix tokens",
+        "started together",
+        "read in the step that wrote",
+        "cancelled waiting",
+        "cancelled running",
+    ]
     if ahead:
         expected += ["drains", "cancelled under way", "dropped"]
     assert all(counts[what] > 10 for what in expected), counts
