@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from aria.engine.blocks import BlockPool
+from aria.engine.encoder import Encoder
 from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.request import Picture, Request, Status
 from aria.engine.runner import Launched, Runner, TokenLogprobs
@@ -41,6 +42,7 @@ class EngineCore:
         step_tokens: tokens of prompts that one step reads while nothing decodes; None means the device's default.
         mixed_step_tokens: the same while something decodes and waits for the step.
         picture_bytes: memory for encoded pictures.
+        image_mean, image_std: what pixels of pictures are normalised with.
 
     Raises:
         ValueError: ``max_model_len`` is more than the model was made for or than fits.
@@ -57,6 +59,8 @@ class EngineCore:
         step_tokens: int | None = None,
         mixed_step_tokens: int | None = None,
         picture_bytes: int = 512 << 20,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
     ):
         self.model = model
         weight = model.language_model.lm_head.weight
@@ -85,9 +89,8 @@ class EngineCore:
             mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
         )
         cache = PagedCache(text, blocks, self.block_size, self.max_model_len, weight.dtype, self.device)
-        self.runner = Runner(
-            model, cache, max_rows=max_batch, max_model_len=self.max_model_len, picture_bytes=picture_bytes
-        )
+        encoder = Encoder(model, picture_bytes, image_mean, image_std)
+        self.runner = Runner(model, cache, encoder, max_rows=max_batch, max_model_len=self.max_model_len)
         self._ids = count()
         self._launched: Launched | None = None
         self._ends: dict[Request, frozenset[int]] = {}

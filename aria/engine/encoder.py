@@ -5,27 +5,80 @@ C crops, S side of a crop in pixels, Q picture tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from aria.engine.pictures import PictureCache
 from aria.engine.request import Picture
-from aria.model import Aria
+from aria.model import Aria, pack_crops
+from aria.processor.pictures import PictureInput, load_crops
+
+MOST_PATCHES = {"cuda": 80_000, "cpu": 10_000}
+"""Patches of one pass through the vision tower, so that a clip of any length takes the memory of 16 large pictures."""
 
 
 class Encoder:
-    """Encodes pictures once.
+    """Encodes pictures, each once as long as there is memory to keep it.
 
     Args:
         model: its vision tower and projector are used.
         cache_bytes: memory for what was encoded.
+        mean, std: of the three channels, as the image processor's settings have them.
     """
 
-    def __init__(self, model: Aria, cache_bytes: int):
-        self._model = model
+    def __init__(self, model: Aria, cache_bytes: int, mean: Sequence[float], std: Sequence[float]):
+        self._model, self._mean, self._std = model, tuple(mean), tuple(std)
+        self._weight = model.multi_modal_projector.query
+        patch = model.config.vision.patch_size
+        self._patches = lambda picture: len(picture.extents) * (picture.size // patch) ** 2
         self.cache = PictureCache(cache_bytes)
 
     def features(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Picture tokens ``(Q, D)`` of each picture."""
-        return [picture.data for picture in pictures]
+        """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already."""
+        found: dict[int, Tensor] = {}
+        missing: dict[bytes, PictureInput] = {}
+        for i, picture in enumerate(pictures):
+            if isinstance(picture.data, Tensor):
+                found[i] = picture.data
+            elif (kept := self.cache.get(picture.data.key)) is not None:
+                found[i] = kept
+            else:
+                missing[picture.data.key] = picture.data
+        made: dict[bytes, Tensor] = {}
+        for portion in self._portions(list(missing.values())):
+            for picture, features_QD in zip(portion, self._encode(portion), strict=True):
+                # A part of a larger tensor would keep all of it in memory.
+                made[picture.key] = features_QD.clone()
+                self.cache.put(picture.key, made[picture.key])
+        return [found[i] if i in found else made[picture.data.key] for i, picture in enumerate(pictures)]
+
+    def _portions(self, pictures: Sequence[PictureInput]) -> Iterator[list[PictureInput]]:
+        """Pictures of one crop size, in portions of at most :data:`MOST_PATCHES` (or one picture)."""
+        most = MOST_PATCHES["cuda" if self._weight.is_cuda else "cpu"]
+        by_size = sorted(pictures, key=lambda picture: picture.picture.size)
+        for _, alike in groupby(by_size, lambda picture: picture.picture.size):
+            portion: list[PictureInput] = []
+            patches = 0
+            for picture in alike:
+                more = self._patches(picture.picture)
+                if portion and patches + more > most:
+                    yield portion
+                    portion, patches = [], 0
+                portion.append(picture)
+                patches += more
+            yield portion
+
+    def _encode(self, pictures: Sequence[PictureInput]) -> Sequence[Tensor]:
+        crops = load_crops([picture.picture for picture in pictures], self._weight.device)
+        patches = pack_crops(
+            torch.cat([crop.pixels for crop in crops]),
+            [extent for crop in crops for extent in crop.extents],
+            self._mean,
+            self._std,
+            self._model.config.vision,
+            self._weight.dtype,
+        )
+        return self._model.encode_images(patches).split([picture.tokens for picture in pictures])

@@ -135,6 +135,8 @@ class Engine:
             max_model_len=max_model_len,
             cache_blocks=None if cache_tokens is None else EngineCore.blocks_for(self.device, cache_tokens),
             memory_utilization=memory_utilization,
+            image_mean=self.processor.image_processor.image_mean,
+            image_std=self.processor.image_processor.image_std,
         )
         tokenizer = self.processor.tokenizer
         self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -74,6 +74,8 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     row: int | None = None
     """Place in the state on the device while it runs."""
+    runs: int = 0
+    """Times it was admitted. What the device has in its row serves one of them: preemption in between loses it."""
     published: int = 0
     """Blocks whose content has been offered to the prefix cache."""
     cached_tokens: int = 0

@@ -63,16 +63,16 @@ class Runner:
     Args:
         model: in evaluation mode, laid out for inference.
         cache: the paged cache; its last index into a block table is ``max_model_len``.
+        encoder: of pictures.
         max_rows: the most requests that run together.
         max_model_len: tokens of the longest sequence.
-        picture_bytes: memory for encoded pictures.
     """
 
-    def __init__(self, model: Aria, cache: PagedCache, *, max_rows: int, max_model_len: int, picture_bytes: int):
+    def __init__(self, model: Aria, cache: PagedCache, encoder: Encoder, *, max_rows: int, max_model_len: int):
         weight = model.language_model.lm_head.weight
         device, vocabulary = weight.device, weight.shape[0]
         self.device = device
-        self.encoder = Encoder(model, picture_bytes)
+        self.encoder = encoder
         self._model, self._cache = model, cache
         self._scratch_row = max_rows
         blocks = -(-max_model_len // cache.block_size)

@@ -263,11 +263,12 @@ class Scheduler:
         head.computed = head.published * pool.block_size
         head.prefill = head.known
         head.row = self._rows.pop()
+        head.runs += 1
         head.status = Status.RUNNING
         insort(self._running, head)
         self._promised += self._unallocated(head)
         self.prefix_tokens += head.computed
-        if not head.outputs:
+        if head.runs == 1:
             head.cached_tokens = head.computed
         return True
 

@@ -5,4 +5,14 @@ from aria.model.context import CachedChunk, Context, Packed, Paged, PagedCache
 from aria.model.patches import pack_crops
 from aria.model.vision import PackedPatches, pack_patches
 
-__all__ = ["Aria", "CachedChunk", "Context", "Packed", "PackedPatches", "Paged", "PagedCache", "pack_crops", "pack_patches"]
+__all__ = [
+    "Aria",
+    "CachedChunk",
+    "Context",
+    "Packed",
+    "PackedPatches",
+    "Paged",
+    "PagedCache",
+    "pack_crops",
+    "pack_patches",
+]
