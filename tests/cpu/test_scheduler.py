@@ -196,6 +196,7 @@ def test_preemption_takes_the_last_and_loses_nothing():
             assert (victim.blocks, victim.row, victim.computed) == ([], None, 0) and victim.status is Status.WAITING
             assert victim.known == 13, "a prompt of 8 and 5 tokens, when the first asks for its fourth block"
     assert preempted == [second] and s.preemptions == 1
+    assert (first.runs, second.runs) == (1, 2)
     assert second.cached_tokens == 0, "what it finds of its own when it comes back does not count"
     assert first.outputs == second.outputs == [7] * 12
 
