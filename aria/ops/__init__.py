@@ -22,6 +22,7 @@ from torch import Tensor
 from aria.ops import attention as _attention
 from aria.ops import moe as _moe
 from aria.ops import reference
+from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
 from aria.ops.layout import adjacent, as_one
 from aria.ops.reference import rope_angles, rotary, rotary_table, route, swiglu
@@ -41,6 +42,7 @@ __all__ = [
     "linear_gelu",
     "moe_layer",
     "norm_linear",
+    "resample",
     "rms_norm",
     "rope_angles",
     "rotary",
@@ -210,3 +212,10 @@ def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Ten
     fast = logits_NV.is_cuda and _has_triton() and not _use_reference()
     chosen = _kernels("sample") if fast else _sampling
     return chosen.sample(logits_NV, rows_N, positions_N, table_RC, banned)
+
+
+def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
+    """One axis of 8-bit pictures in another length, as Pillow does it; see :func:`aria.ops.resize.resample`."""
+    fast = pictures_YXH.is_cuda and _has_triton() and not _use_reference()
+    chosen = _kernels("resize") if fast else _resize
+    return chosen.resample(pictures_YXH, dim, target)

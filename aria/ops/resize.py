@@ -43,42 +43,29 @@ def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
     return first, torch.where(weights < 0, weights - 0.5, weights + 0.5).int()
 
 
-def resize_bicubic(pictures_YXH: Tensor, height: int, width: int, *, rows_first: bool = False) -> Tensor:
-    """Pictures of another size, as ``PIL.Image.resize`` with BICUBIC makes them, bit by bit.
+@lru_cache(maxsize=256)
+def taps_on(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same on a device, with weights ``(taps, target)``."""
+    first, weights = bicubic_taps(source, target)
+    return first.to(device), weights.t().contiguous().to(device)
 
-    Each axis has its pass, with a rounding to 8 bits between.
+
+def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
+    """One axis of pictures in another length: one of the two passes of ``PIL.Image.resize`` with BICUBIC, bit by bit.
 
     Args:
-        pictures_YXH: uint8 ``(..., Y, X, H)``, one or several.
-        height, width: above 0.
-        rows_first: give each column its new height before each row its new width, not after.
-
-    Returns:
-        uint8 ``(..., height, width, H)``.
+        pictures_YXH: uint8 ``(..., Y, X, H)``.
+        dim: -3 changes Y, -2 changes X.
+        target: the new length.
     """
     assert pictures_YXH.dtype == torch.uint8, f"pictures are {pictures_YXH.dtype}, not uint8"
-    passes = ((-2, width), (-3, height))
-    for dim, target in reversed(passes) if rows_first else passes:
-        if pictures_YXH.shape[dim] != target:
-            pictures_YXH = _resample(pictures_YXH, dim, target)
-    return pictures_YXH
-
-
-@lru_cache(maxsize=256)
-def _taps_on(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    first, weights = bicubic_taps(source, target)
-    return first.to(device), weights.to(device)
-
-
-def _resample(pictures: Tensor, dim: int, target: int) -> Tensor:
-    source = pictures.shape[dim]
-    first, weights = _taps_on(source, target, pictures.device)
-    shape = [1] * pictures.ndim
+    source = pictures_YXH.shape[dim]
+    first, weights = taps_on(source, target, pictures_YXH.device)
+    shape = [1] * pictures_YXH.ndim
     shape[dim] = target
     total: Tensor | None = None
-    for tap, weight in enumerate(weights.unbind(1)):
-        pixels = pictures.index_select(dim, (first + tap).clamp(max=source - 1))
-        weighted = pixels * weight.view(shape)
+    for tap, weight in enumerate(weights):
+        weighted = pictures_YXH.index_select(dim, (first + tap).clamp(max=source - 1)) * weight.view(shape)
         total = weighted if total is None else total.add_(weighted)
     assert total is not None, "every pixel has taps"
     return total.add_(1 << (PRECISION - 1)).bitwise_right_shift_(PRECISION).clamp_(0, 255).to(torch.uint8)

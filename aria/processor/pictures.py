@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aria.ops.resize import resize_bicubic
+from aria import ops
 from aria.processor.image import AriaImageProcessor, Sheet
 from aria.processor.media import load_image
 
@@ -195,9 +195,16 @@ def _resize(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:
         arrays = (picture.contiguous().numpy() for picture in pictures_FYXH)
         resized = (Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays)
         return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
-    return resize_bicubic(pictures_FYXH, height, width, rows_first=rows_first(old_height, old_width, height, width))
+    return resize_as_pillow(pictures_FYXH, width, height)
 
 
-def rows_first(old_height: int, old_width: int, height: int, width: int) -> bool:
-    """Whether the installed Pillow resizes the columns' height before the rows' width."""
-    return _PILLOW_CHOOSES and height < old_height and old_height - height > 2 * (old_width - width)
+def resize_as_pillow(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:
+    """What the installed Pillow makes of the pictures, on any device."""
+    old_height, old_width = pictures_FYXH.shape[1:3]
+    passes = [(-2, width), (-3, height)]
+    if _PILLOW_CHOOSES and height < old_height and old_height - height > 2 * (old_width - width):
+        passes.reverse()
+    for dim, target in passes:
+        if pictures_FYXH.shape[dim] != target:
+            pictures_FYXH = ops.resample(pictures_FYXH, dim, target)
+    return pictures_FYXH

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from aria.config import AriaConfig
 from aria.model import pack_crops, pack_patches
-from aria.ops.resize import resize_bicubic
 from aria.processor import AriaImageProcessor, AriaProcessor
 from aria.processor import pictures as module
 from aria.processor.pictures import Picture, load_crops, read_pictures
@@ -34,10 +33,9 @@ def test_resizing_gives_pillows_bits(trial):
     array = rng.integers(0, 256, (*old, 3), dtype=np.uint8)
     if trial % 2:
         array = (array > 127).astype(np.uint8) * 255
-    (old_height, old_width), (height, width) = old, new
+    height, width = new
     resized = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
-    first = module.rows_first(old_height, old_width, height, width)
-    ours = resize_bicubic(torch.from_numpy(array), height, width, rows_first=first)
+    ours = module.resize_as_pillow(torch.from_numpy(array)[None], width, height)[0]
     assert np.array_equal(ours.numpy(), np.asarray(resized)), (old, new)
 
 
@@ -72,14 +70,9 @@ def test_devices_without_pillow_cut_the_same_crops(monkeypatch):
         for seed, mode in enumerate(("authors", "pad"))
     ]
     expected = load_crops(pictures, "cpu")
-    monkeypatch.setattr(module, "_resize", on_tensors)
+    monkeypatch.setattr(module, "_resize", module.resize_as_pillow)
     for one, other in zip(expected, load_crops(pictures, "cpu"), strict=True):
         assert torch.equal(one.pixels, other.pixels)
-
-
-def on_tensors(pictures, width, height):
-    first = module.rows_first(*pictures.shape[1:3], height, width)
-    return resize_bicubic(pictures, height, width, rows_first=first)
 
 
 def test_pictures_of_many_shapes_load_together_as_alone():

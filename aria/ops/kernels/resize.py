@@ -1,0 +1,51 @@
+"""One axis of 8-bit pictures in another length, in Pillow's integers: every output is one thread's short sum.
+
+A lines' repetitions before the axis, B bytes after it (a pixel's channels, or a whole row).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aria.ops.resize import PRECISION, taps_on
+
+BLOCK = 1024
+
+
+@triton.jit
+def _resample_kernel(
+    pictures, first, weights, out, source, target, B,
+    TAPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    a = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < target * B
+    place, byte = index // B, index % B
+    start = tl.load(first + place, mask=inside, other=0)
+    line = pictures + a * source * B
+    total = tl.full([BLOCK], 1 << (PRECISION - 1), tl.int32)
+    for tap in range(TAPS):
+        at = start + tap
+        pixels = tl.load(line + at * B + byte, mask=inside & (at < source), other=0).to(tl.int32)
+        total += pixels * tl.load(weights + tap * target + place, mask=inside, other=0)
+    grey = tl.minimum(tl.maximum(total >> PRECISION, 0), 255)
+    tl.store(out + a * target * B + index, grey.to(tl.uint8), mask=inside)
+
+
+def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
+    """See :func:`aria.ops.resize.resample`."""
+    assert pictures_YXH.dtype == torch.uint8, f"pictures are {pictures_YXH.dtype}, not uint8"
+    dim %= pictures_YXH.ndim
+    pictures_YXH = pictures_YXH.contiguous()
+    shape, source = list(pictures_YXH.shape), pictures_YXH.shape[dim]
+    first, weights = taps_on(source, target, pictures_YXH.device)
+    B = pictures_YXH[(0,) * (dim + 1)].numel()
+    A = pictures_YXH.numel() // (source * B)
+    out = torch.empty([*shape[:dim], target, *shape[dim + 1 :]], dtype=torch.uint8, device=pictures_YXH.device)
+    _resample_kernel[(A, triton.cdiv(target * B, BLOCK))](
+        pictures_YXH, first, weights, out, source, target, B, TAPS=len(weights), PRECISION=PRECISION, BLOCK=BLOCK
+    )
+    return out
