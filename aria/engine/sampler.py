@@ -62,9 +62,6 @@ class SamplerState:
             seed: 0 to 2**63 - 1, in place of ``params.seed``.
             prompt_ids: tokens of the prompt.
             output_ids: tokens of the answer so far.
-
-        Raises:
-            ValueError: a bias for a token that the vocabulary has not.
         """
         self.clear_row(row)
         self._write(row, params, seed)
@@ -164,8 +161,7 @@ class SamplerState:
         self._send(torch.frombuffer(bytearray(packed), dtype=torch.int32), self._table[row])
 
     def _set_bias(self, row: int, bias: Mapping[int, float]) -> None:
-        if outside := [token for token in bias if token >= self._vocab_size]:
-            raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary has {self._vocab_size}")
+        assert max(bias) < self._vocab_size, f"a bias for token {max(bias)}, which the vocabulary has not"
         known = 0 if self._bias_ids is None else self._bias_ids.shape[1]
         width = max(known, 1 << (len(bias) - 1).bit_length())
         if width > known:
