@@ -21,7 +21,7 @@ from aria.engine.graphs import DecodeGraphs
 from aria.engine.request import Request
 from aria.engine.sampler import SamplerState
 from aria.engine.scheduler import Chunk, Plan
-from aria.model import Aria, CachedChunk, Paged, PagedCache
+from aria.model import Aria, Paged, PagedCache
 
 
 class TokenLogprobs(NamedTuple):
@@ -79,8 +79,8 @@ class Runner:
         # One more row, for the places that fill up a graph's batch.
         self._blocks = torch.zeros(max_rows + 1, blocks, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
-        self._owners: list[Request | None] = [None] * max_rows
-        self._known_blocks: list[list[int]] = [[] for _ in range(max_rows)]
+        self._owners: list[tuple[Request, int] | None] = [None] * max_rows
+        self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         with torch.inference_mode():
             capturable = device.type == "cuda" and ops.inference_kernels(weight)
@@ -129,31 +129,33 @@ class Runner:
 
     def _mixed(self, plan: Plan, sampling: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
         """Decodes and chunks in one pass. Returns logits, rows and positions of what samples."""
-        # First those that read a past, then those that start a prompt: these can be attended to together.
-        chunks = sorted(plan.chunks, key=lambda chunk: chunk.start == 0)
-        N = len(plan.decodes)
+        chunks, N = plan.chunks, len(plan.decodes)
         ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
         last.update((id(request), i) for i, request in enumerate(plan.decodes))
         places = [request.computed - 1 for request in plan.decodes]
         chunk_places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
-        ids, slots, positions_T, rows_N, rows, positions, index = self._upload(
+        ids, slots, positions_T, rows_N, rows_C, rows, positions, index = self._upload(
             [token for c in chunks for token in c.request.tokens(c.start, c.start + c.count)],
             np.concatenate([self._slots(c.request, p) for c, p in zip(chunks, chunk_places, strict=True)]),
             np.concatenate([np.array(places, dtype=np.int64), *chunk_places]),
             [_row(request) for request in plan.decodes],
+            [_row(chunk.request) for chunk in chunks],
             [_row(request) for request in sampling],
             [request.computed - 1 for request in sampling],
             [last[id(request)] for request in sampling],
         )
         x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
         self._place_pictures(x_TD, chunks, ends)
+        most = max(len(chunk.request.blocks) for chunk in chunks)
         context = Paged(
             self._cache,
             positions_T,
             self._blocks[:, : self._width(max(places, default=0))].index_select(0, rows_N),
             slots,
-            [CachedChunk(c.count, c.start, self._blocks[_row(c.request), : len(c.request.blocks)]) for c in chunks],
+            self._blocks[:, :most].index_select(0, rows_C),
+            [chunk.count for chunk in chunks],
+            [chunk.start for chunk in chunks],
         )
         hidden_TD = self._model.decode(x_TD, context).hidden
         return self._model.logits(hidden_TD.index_select(0, index)), rows, positions
@@ -205,20 +207,17 @@ class Runner:
         values: list[int] = []
         for request in requests:
             row = _row(request)
-            if self._owners[row] is not request:
-                self._owners[row] = request
-                self._known_blocks[row] = []
+            # A request that lost its blocks and came back, be it to the same row, is a new one here.
+            owner = (request, request.runs)
+            if self._owners[row] != owner:
+                self._owners[row] = owner
+                self._known_blocks[row] = 0
                 self._sampler.set_row(row, request.params, request.seed, request.prompt, request.outputs)
-            known = self._known_blocks[row]
-            if known != request.blocks[: len(known)]:
-                # It lost its blocks and came back to the same row.
-                self._sampler.set_row(row, request.params, request.seed, request.prompt, request.outputs)
-                known.clear()
-            fresh = request.blocks[len(known) :]
-            start = row * self._blocks.shape[1] + len(known)
+            fresh = request.blocks[self._known_blocks[row] :]
+            start = row * self._blocks.shape[1] + self._known_blocks[row]
             places += range(start, start + len(fresh))
             values += fresh
-            known += fresh
+            self._known_blocks[row] += len(fresh)
         if places:
             index, blocks = self._upload(places, values)
             self._blocks.view(-1).index_copy_(0, index.long(), blocks)
