@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from aria.model import Aria, CachedChunk, Paged, PagedCache
+from aria.model import Aria, Paged, PagedCache
 
 GRAPHS_BYTES = 1 << 30
 """Left free on CUDA for graphs and for what libraries allocate later."""
@@ -60,7 +60,9 @@ def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int) -> int:
         place + past,
         blocks.new_zeros(0, 1),
         place % block_size,
-        [CachedChunk(tokens, past, blocks)],
+        blocks[None],
+        [tokens],
+        [past],
     )
     hidden = model(ids, context).hidden[:rows]
     # Sampling works in float32, with as much again in between.

@@ -1,13 +1,12 @@
 """The organs of Aria as modules on one device: no files, no tokenizer, no batch axis."""
 
 from aria.model.aria import Aria
-from aria.model.context import CachedChunk, Context, Packed, Paged, PagedCache
+from aria.model.context import Context, Packed, Paged, PagedCache
 from aria.model.patches import pack_crops
 from aria.model.vision import PackedPatches, pack_patches
 
 __all__ = [
     "Aria",
-    "CachedChunk",
     "Context",
     "Packed",
     "PackedPatches",

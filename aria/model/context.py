@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -81,16 +81,6 @@ class PagedCache:
         return self.keys.nbytes + self.values.nbytes
 
 
-class CachedChunk(NamedTuple):
-    """Some tokens of one sequence's prompt."""
-
-    length: int
-    past: int
-    """Tokens of the sequence that are in the cache already."""
-    blocks: Tensor
-    """int32 ``(M,)``, the sequence's blocks in order."""
-
-
 @dataclass(frozen=True)
 class Paged:
     """One step over a paged cache: first one new token of each of N sequences, then chunks of prompts."""
@@ -102,28 +92,23 @@ class Paged:
     """int32 ``(N, M)``: the blocks of the N sequences."""
     slots: Tensor | None = None
     """int32, ``block * S + offset`` of each token of the chunks."""
-    chunks: Sequence[CachedChunk] = ()
+    chunk_blocks: Tensor | None = None
+    """int32 ``(C, M)``: the blocks of the C sequences that chunks are of."""
+    chunk_lengths: Sequence[int] = ()
+    chunk_pasts: Sequence[int] = ()
+    """Tokens of each of those sequences that are in the cache already."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles
         N = self.blocks.shape[0]
-        if not self.chunks:
-            return ops.decode_attention(
-                q_THK, k_THK, v_THK, self.positions, self.blocks, angles, keys, values
-            )  # fmt: skip
-        out = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
-        if N:
-            new = (q_THK[:N], k_THK[:N], v_THK[:N])
-            out[:N] = ops.decode_attention(*new, self.positions[:N], self.blocks, angles, keys, values)
-        assert self.slots is not None, "chunks need slots"
-        q, k = ops.rotate_and_cache(
-            q_THK[N:], k_THK[N:], v_THK[N:], self.positions[N:], self.slots, angles, keys, values
-        )
-        start = 0
-        for chunk in self.chunks:
-            own = slice(start, start + chunk.length)
-            start += chunk.length
-            out[N:][own] = ops.chunk_attention(
-                q[own], k[own], v_THK[N:][own], keys, values, chunk.blocks, chunk.past
-            )  # fmt: skip
-        return out
+        new, read = ([x[:N] for x in (q_THK, k_THK, v_THK)], [x[N:] for x in (q_THK, k_THK, v_THK)])
+        if not self.chunk_lengths:
+            return ops.decode_attention(*new, self.positions, self.blocks, angles, keys, values)
+        assert self.slots is not None and self.chunk_blocks is not None, "chunks need slots and blocks"
+        # All chunks are written before any is read: one may begin with blocks that another one fills.
+        q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots, angles, keys, values)
+        chunks = self.chunk_blocks, self.chunk_lengths, self.chunk_pasts
+        out = ops.chunks_attention(q, k, read[2], keys, values, *chunks)
+        if not N:
+            return out
+        return torch.cat((ops.decode_attention(*new, self.positions[:N], self.blocks, angles, keys, values), out))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -33,7 +33,7 @@ __all__ = [
     "adjacent",
     "as_one",
     "attention",
-    "chunk_attention",
+    "chunks_attention",
     "decode_attention",
     "expert_mlp",
     "inference_kernels",
@@ -197,13 +197,20 @@ def decode_attention(
     return chosen.decode_attention(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
 
 
-def chunk_attention(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor, past: int
+def chunks_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_NM: Tensor,
+    lengths: Sequence[int],
+    pasts: Sequence[int],
 ) -> Tensor:
-    """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
+    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`."""
     fast = inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK)
     chosen = _kernels("chunk_attention") if fast else reference
-    return chosen.chunk_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
+    return chosen.chunks_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths, pasts)
 
 
 def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ O outputs of a linear, N sequences, B blocks of the cache, S tokens of a block, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -264,3 +266,18 @@ def chunk_attention(
     keys, values = torch.cat((old_k, k_THK)), torch.cat((old_v, v_THK))
     queries, all_keys = Segments.of([q_THK.shape[0]]), Segments.of([keys.shape[0]])
     return attention(q_THK, keys, values, queries, all_keys, causal=True)
+
+
+def chunks_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_NM: Tensor,
+    lengths: Sequence[int],
+    pasts: Sequence[int],
+) -> Tensor:
+    """Chunks of N prompts, end to end: :func:`chunk_attention` of each, over its own past of ``pasts`` tokens."""
+    pieces = zip(q_THK.split(lengths), k_THK.split(lengths), v_THK.split(lengths), blocks_NM, pasts, strict=True)
+    return torch.cat([chunk_attention(q, k, v, keys_BHSK, values_BHSK, *rest) for q, k, v, *rest in pieces])
