@@ -151,12 +151,12 @@ def prompt_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, 
         calls, dense = [], []
         for _ in range(2):
             q, k, v = make.x(T, H, K), make.x(T, KV, K), make.x(T, KV, K)
-            calls.append((q, k, v, make.x(M + 1, KV, S, K), make.x(M + 1, KV, S, K), table, past))
+            calls.append((q, k, v, make.x(M + 1, KV, S, K), make.x(M + 1, KV, S, K), table[None], (T,), (past,)))
             dense.append((make.x(1, H, T, K), make.x(1, KV, T, K), make.x(1, KV, T, K), make.x(1, KV, past, K)))
         pairs = T * past + T * T / 2
         work = Work((2 * T * H + 2 * (T + past) * KV) * K * make.dtype.itemsize, 4.0 * H * K * pairs)
         name = f"chunk_attention {T} after {past}"
-        yield Case(name, calls, ops.chunk_attention, _head_by_head, _dense_chunk, work, dense)
+        yield Case(name, calls, ops.chunks_attention, _head_by_head, _dense_chunk, work, dense)
 
 
 def picture_attention(make: Maker, config: AriaConfig, crops: Sequence[tuple[int, int]]) -> Iterator[Case]:
@@ -266,14 +266,25 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=gqa)
 
 
-def _head_by_head(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, past: int) -> Tensor:
+def _head_by_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    lengths: Sequence[int],
+    pasts: Sequence[int],
+) -> Tensor:
     """The reference, whose scores of all heads would not fit into memory."""
     group = q.shape[1] // k.shape[1]
     outs = []
     for head in range(q.shape[1]):
         own = slice(head // group, head // group + 1)
         cache = keys[:, own], values[:, own]
-        outs.append(reference.chunk_attention(q[:, head : head + 1], k[:, own], v[:, own], *cache, blocks, past))
+        outs.append(
+            reference.chunks_attention(q[:, head : head + 1], k[:, own], v[:, own], *cache, blocks, lengths, pasts)
+        )
     return torch.cat(outs, dim=1)
 
 
