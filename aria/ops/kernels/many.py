@@ -53,7 +53,7 @@ def moe_layer(
     position_TA, table = place(index_TA, counts_NE, tiles.rows)
     rows_PD = permute(normed, position_TA, (table.numel() - 1) * tiles.rows)
     y_PD = _experts(rows_PD, fc1_EDF, fc2_EFD, table, tiles)
-    return combine(x_TD, _shared(normed, *shared), y_PD, weights_TA, position_TA)
+    return combine(x_TD, _shared(normed, *shared, tiles), y_PD, weights_TA, position_TA)
 
 
 def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
@@ -64,10 +64,10 @@ def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, t
     return grouped(hidden_PF, down, rows_PD, table, swiglu=False, shape=tiles)
 
 
-def _shared(x_TD: Tensor, gate_WD: Tensor, up_WD: Tensor, down_DW: Tensor) -> Tensor:
+def _shared(x_TD: Tensor, gate_WD: Tensor, up_WD: Tensor, down_DW: Tensor, tiles: Tiles) -> Tensor:
     """The shared experts: one for all rows."""
     if not adjacent((gate_WD, up_WD)):
         return F.linear(F.silu(F.linear(x_TD, gate_WD)) * F.linear(x_TD, up_WD), down_DW)
     gate_up = as_one((gate_WD, up_WD)).view(1, 2, *gate_WD.shape)
     hidden_TW = x_TD.new_empty(x_TD.shape[0], gate_WD.shape[0])
-    return F.linear(grouped(x_TD, gate_up, hidden_TW, None, swiglu=True, shape=_HIGH), down_DW)
+    return F.linear(grouped(x_TD, gate_up, hidden_TW, None, swiglu=True, shape=tiles), down_DW)

@@ -96,13 +96,14 @@ def _place(
     block = tl.program_id(0)
     e = tl.arange(0, E_BLOCK)
     n = tl.arange(0, N_BLOCK)
-    total = tl.zeros((E_BLOCK,), tl.int32)
-    before = tl.zeros((E_BLOCK,), tl.int32)
+    total = tl.zeros((N_BLOCK, E_BLOCK), tl.int32)
+    before = tl.zeros((N_BLOCK, E_BLOCK), tl.int32)
     for start in tl.range(0, N, N_BLOCK):
         inside = (start + n < N)[:, None] & (e < E)[None, :]
         counts = tl.load(counts_ptr + (start + n)[:, None] * E + e[None, :], mask=inside, other=0)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((start + n < block * BLOCKS)[:, None], counts, 0), 0)
+        total += counts
+        before += tl.where((start + n < block * BLOCKS)[:, None], counts, 0)
+    total, before = tl.sum(total, 0), tl.sum(before, 0)
     tiles = (total + TILE - 1) // TILE
     ends = tl.cumsum(tiles, 0)
 
@@ -214,10 +215,10 @@ def place(index_TA: Tensor, counts_NE: Tensor, tile: int) -> tuple[Tensor, Tenso
     M = T * A // tile + min(E, T * A)
     position = torch.empty_like(index_TA, dtype=torch.int32)
     tiles = torch.empty(1 + M, dtype=torch.int32, device=index_TA.device)
-    block = block_of(T) * 4
-    _place[(triton.cdiv(T, block),)](
-        index_TA, counts_NE, position, tiles, T, N, M, E, A, tile, BLOCKS=4,
-        T_BLOCK=block, E_BLOCK=triton.next_power_of_2(E), N_BLOCK=64, M_BLOCK=32, num_warps=8,
+    blocks = 1 if N <= 256 else 4
+    _place[(triton.cdiv(N, blocks),)](
+        index_TA, counts_NE, position, tiles, T, N, M, E, A, tile, BLOCKS=blocks,
+        T_BLOCK=block_of(T) * blocks, E_BLOCK=triton.next_power_of_2(E), N_BLOCK=64, M_BLOCK=32, num_warps=8,
     )  # fmt: skip
     return position, tiles
 
