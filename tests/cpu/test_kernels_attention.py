@@ -31,8 +31,20 @@ def paged(lengths, H=4, KV=4, K=32, S=16, M=None, dtype=torch.float32):
     return q, k, v, torch.tensor(lengths, dtype=torch.int32), blocks, keys, values
 
 
-@pytest.mark.parametrize("lengths", [[0], [1, 15, 16, 17], [0, 63, 64, 65, 130], [500, 3]])
-@pytest.mark.parametrize("H, KV, K, S", [(4, 4, 32, 16), (4, 2, 64, 64)])
+MANY = [3 * n % 50 for n in range(66)]
+
+
+@pytest.mark.parametrize(
+    "lengths, H, KV, K, S",
+    [
+        ([0], 2, 2, 32, 16),
+        ([1, 15, 16, 17], 2, 2, 32, 16),
+        ([0, 63, 64, 65, 130], 2, 1, 64, 64),
+        ([500], 2, 2, 16, 16),
+        ([3, 500, 0], 2, 1, 16, 16),
+        (MANY, 1, 1, 16, 16),
+    ],
+)
 def test_decode_attention(lengths, H, KV, K, S):
     torch.manual_seed(0)
     q, k, v, positions, blocks, keys, values = paged(lengths, H, KV, K, S)
@@ -110,3 +122,19 @@ def test_chunk_attention_in_parts(monkeypatch, T, past):
     expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
     got = chunk_attention.chunk_attention(q, k, v, keys, values, blocks, past)
     assert relative_error(got, expected) < 1e-6
+
+
+def test_chunks_attention(monkeypatch):
+    """Chunks of several prompts at once, some of which cuDNN would take in part or whole."""
+    for name, value in (("_ROUND", 16), ("_cudnn", lambda q, k: True), ("_sdpa", plain_sdpa)):
+        monkeypatch.setattr(chunk_attention, name, value)
+    torch.manual_seed(3)
+    S, H, K, M, lengths, pasts = 16, 3, 16, 5, (5, 32, 16, 1, 40, 3), (0, 16, 3, 79, 32, 0)
+    T, N = sum(lengths), len(lengths)
+    q, k, v = torch.randn(T, 3 * H, K).split(H, dim=1)
+    keys, values = torch.randn(2, N * M + 1, H, S, K)
+    blocks = (torch.randperm(N * M) + 1).view(N, M).int()
+    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
+    parts = zip(*(x.split(lengths) for x in (got, q, k, v)), blocks, pasts, strict=True)
+    for ours, q, k, v, table, past in parts:
+        assert relative_error(ours, reference.chunk_attention(q, k, v, keys, values, table, past)) < 1e-6

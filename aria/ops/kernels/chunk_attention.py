@@ -10,7 +10,9 @@ of the sequence, P tokens of a piece of its past.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from itertools import accumulate
 
 import torch
 import triton
@@ -36,20 +38,34 @@ def _meet(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def _chunk_kernel(
-    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, blocks_ptr, out_ptr,
-    T, start, past, q_stride, k_stride, v_stride, scale,
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, blocks_ptr, spans_ptr, out_ptr,
+    q_stride, k_stride, v_stride, blocks_stride, scale,
     H: tl.constexpr, KV: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ROUND: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """A tile of QUERIES tokens of one head, of those from ``start`` on, against tiles of KEYS."""
-    first = start + (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES  # the longest first
-    head = tl.program_id(0)
+    """A tile of QUERIES tokens of one chunk and head, against tiles of KEYS. ROUND: see :func:`_even`, 0 for none."""
+    head, chunk = tl.program_id(0), tl.program_id(2)
+    chunk_start = tl.load(spans_ptr + chunk * 3).to(tl.int64)
+    T = tl.load(spans_ptr + chunk * 3 + 1)
+    past = tl.load(spans_ptr + chunk * 3 + 2)
+    done = 0
+    if ROUND:
+        done = tl.where(past % ROUND == 0, T // ROUND * ROUND, 0)
+    tiles = tl.cdiv(T - done, QUERIES)
+    if tl.program_id(1) >= tiles:
+        return
+    first = done + (tiles - 1 - tl.program_id(1)) * QUERIES  # the longest first
     kv = head // (H // KV)
+    q_ptr += chunk_start * q_stride + head * K
+    k_ptr += chunk_start * k_stride + kv * K
+    v_ptr += chunk_start * v_stride + kv * K
+    out_ptr += (chunk_start * H + head) * K
+    blocks_ptr += chunk * blocks_stride
     dim = tl.arange(0, K)
     token = first + tl.arange(0, QUERIES)
     key = tl.arange(0, KEYS)
     rows = token.to(tl.int64)[:, None]
-    q = tl.load(q_ptr + rows * q_stride + head * K + dim[None, :], mask=token[:, None] < T, other=0.0)
+    q = tl.load(q_ptr + rows * q_stride + dim[None, :], mask=token[:, None] < T, other=0.0)
     top = tl.full((QUERIES,), -1e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, K), tl.float32)
@@ -75,8 +91,6 @@ def _chunk_kernel(
         v = tl.load(values_ptr + place + offsets, mask=there[:, None], other=0.0)
         top, total, acc = _meet(q, k, v, there[None, :], top, total, acc, scale, True)
 
-    k_ptr += kv * K
-    v_ptr += kv * K
     before = first // KEYS * KEYS
     for begin in tl.range(0, before, KEYS, num_stages=STAGES):
         place = (begin + key).to(tl.int64)[:, None]
@@ -91,7 +105,7 @@ def _chunk_kernel(
         seen = (begin + key)[None, :] <= token[:, None]
         top, total, acc = _meet(q, k, v, seen, top, total, acc, scale, True)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (rows * H + head) * K + dim[None, :], out, mask=token[:, None] < T)
+    tl.store(out_ptr + rows * H * K + dim[None, :], out, mask=token[:, None] < T)
 
 
 @triton.jit
@@ -148,20 +162,63 @@ def chunk_attention(
     past: int,
 ) -> Tensor:
     """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
+    return chunks_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M[None], (len(q_THK),), (past,))
+
+
+def chunks_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_NM: Tensor,
+    lengths: Sequence[int],
+    pasts: Sequence[int],
+) -> Tensor:
+    """Chunks of several prompts, end to end, each over its own past: :func:`chunk_attention` of each.
+
+    Args:
+        q_THK, k_THK, v_THK: the chunks, turned; their keys and values are already in the cache too.
+        blocks_NM: int32, the blocks of each sequence in order.
+        lengths, pasts: tokens of each chunk, and of its sequence before it.
+
+    Returns:
+        ``(T, H, K)``.
+    """
     T, H, K = q_THK.shape
     assert fits(q_THK, keys_BHSK), f"no kernel for queries {tuple(q_THK.shape)} and a cache {tuple(keys_BHSK.shape)}"
     assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
     assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
-    even = T // _ROUND * _ROUND if past % _ROUND == 0 and _cudnn(q_THK, k_THK) else 0
-    if even == T and T:
-        return _in_parts(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past)
+    assert len(lengths) == len(pasts) == len(blocks_NM) and sum(lengths) == T, "chunks and tokens differ"
+    round_to = _ROUND if _cudnn(q_THK, k_THK) else 0
+    even = [_even(length, past, round_to) for length, past in zip(lengths, pasts, strict=True)]
+    if even == [T]:
+        return _in_parts(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM[0], pasts[0])
     out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
-    if even:
-        q, k, v = (x[:even] for x in (q_THK, k_THK, v_THK))
-        out[:even] = _in_parts(q, k, v, keys_BHSK, values_BHSK, blocks_M, past)
-    if even < T:
-        _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, past, even, out)
+    start = 0
+    for chunk, (length, count) in enumerate(zip(lengths, even, strict=True)):
+        if count:
+            own = slice(start, start + count)
+            q, k, v = q_THK[own], k_THK[own], v_THK[own]
+            out[own] = _in_parts(q, k, v, keys_BHSK, values_BHSK, blocks_NM[chunk], pasts[chunk])
+        start += length
+    rest = max(length - count for length, count in zip(lengths, even, strict=True))
+    if rest:
+        spans = _spans(tuple(lengths), tuple(pasts), q_THK.device)
+        _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans, rest, round_to, out)
     return out
+
+
+def _even(length: int, past: int, round_to: int) -> int:
+    """Tokens of a chunk that cuDNN takes: all but a remainder, if the past is a round number too."""
+    return length // round_to * round_to if round_to and past % round_to == 0 else 0
+
+
+@lru_cache(maxsize=16)
+def _spans(lengths: tuple[int, ...], pasts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 ``(N, 3)``: first token, length and past of each chunk. All layers of a step ask for the same."""
+    starts = accumulate(lengths[:-1], initial=0)
+    return torch.tensor(list(zip(starts, lengths, pasts, strict=True)), dtype=torch.int32, device=device)
 
 
 def _cudnn(q_THK: Tensor, k_THK: Tensor) -> bool:
@@ -217,18 +274,18 @@ def _tiles(q_THK: Tensor, tokens: int) -> tuple[int, int, int, int]:
 
 
 def _in_tiles(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor,
-    past: int, start: int, out_THK: Tensor,
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor,
+    spans_N3: Tensor, longest: int, round_to: int, out_THK: Tensor,
 ) -> None:  # fmt: skip
-    """Our kernel, for the tokens of the chunk from ``start`` on."""
-    T, H, K = q_THK.shape
+    """Our kernel, for what cuDNN does not take: at most ``longest`` tokens of a chunk."""
+    _, H, K = q_THK.shape
     _, KV, S, _ = keys_BHSK.shape
-    queries, keys, stages, warps = _tiles(q_THK, T - start)
-    keys = min(keys, S)
-    _chunk_kernel[H, triton.cdiv(T - start, queries)](
-        q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M, out_THK,
-        T, start, past, q_THK.stride(0), k_THK.stride(0), v_THK.stride(0), K**-0.5 * _LOG2_E,
-        H=H, KV=KV, S=S, K=K, QUERIES=queries, KEYS=keys, STAGES=stages, AHEAD=_AHEAD, num_warps=warps,
+    queries, keys, stages, warps = _tiles(q_THK, longest)
+    _chunk_kernel[H, triton.cdiv(longest, queries), len(spans_N3)](
+        q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans_N3, out_THK,
+        q_THK.stride(0), k_THK.stride(0), v_THK.stride(0), blocks_NM.stride(0), K**-0.5 * _LOG2_E,
+        H=H, KV=KV, S=S, K=K, QUERIES=queries, KEYS=min(keys, S), STAGES=stages, ROUND=round_to, AHEAD=_AHEAD,
+        num_warps=warps,
     )  # fmt: skip
 
 

@@ -1,8 +1,11 @@
 """Attention of new tokens over a paged cache: one launch that rotates, writes the cache, attends and combines.
 
+Reading the cache is all that costs. Each sequence's keys are cut into tiles, and the tiles of all sequences shared out
+evenly among the programs that fill the GPU, whatever the lengths; the last program of a sequence to finish combines
+what all of them found. Programs know their share from the lengths alone, so a graph serves any.
+
 N sequences, H heads, KV key/value heads, K head width, B blocks of the cache, S tokens of a block, M blocks of the
-longest sequence. Reading the cache is all that costs; a sequence's tiles of keys are shared out among several programs,
-and the last of them to finish combines what they found.
+longest sequence.
 """
 
 from __future__ import annotations
@@ -14,18 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels.pdl import overlap, prefetch, release, wait
+from aria.ops.kernels.pdl import overlap, release, wait
 
 _LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that what has seen no key yet can be compared and rescaled."""
 _LOG2_E = 1.4426950408889634
-_TILE, _WARPS = 32, 2
-_PROGRAMS = 8
+_TILE, _WARPS = 64, 4
+_PROGRAMS = 4
 """Programs of one processor that a launch aims at."""
-_LEAST = 2
-"""Tiles of a share at least: below, combining costs more than it brings."""
-_LONGEST = 8192
-"""Tokens of a share at most."""
 
 
 @triton.jit
@@ -38,7 +37,7 @@ def _turn(row, cos, sin, K: tl.constexpr):
 
 
 @triton.jit
-def _combine(states, partials, out, active, K: tl.constexpr, PIECE: tl.constexpr):
+def _combine(states, partials, out, active, H: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr):
     """Weigh the results of all programs of one head and sequence by their sums of exponentials."""
     dim = tl.arange(0, K)
     top = tl.full((), _LOWEST, tl.float32)
@@ -48,10 +47,10 @@ def _combine(states, partials, out, active, K: tl.constexpr, PIECE: tl.constexpr
         split = start + tl.arange(0, PIECE)
         here = split < active
         # From L2: other programs wrote these.
-        tops = tl.load(states + split * 2, mask=here, other=_LOWEST, cache_modifier=".cg")
-        sums = tl.load(states + split * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+        tops = tl.load(states + split * H * 2, mask=here, other=_LOWEST, cache_modifier=".cg")
+        sums = tl.load(states + split * H * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
         parts = tl.load(
-            partials + split[:, None] * K + dim[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
+            partials + split[:, None] * H * K + dim[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
         )
         new_top = tl.maximum(top, tl.max(tops, 0))
         weights = tl.exp2(tops - new_top)
@@ -63,44 +62,75 @@ def _combine(states, partials, out, active, K: tl.constexpr, PIECE: tl.constexpr
 
 
 @triton.jit
-def _place(table, tile, kv, KV, S, K: tl.constexpr, TILE: tl.constexpr):
-    """Where a tile of keys, and one of values, starts in the cache."""
+def _load_tile(keys_ptr, values_ptr, table, tile, cached, kv, KV, S, K: tl.constexpr, TILE: tl.constexpr):
+    """Keys and values of one tile, and which of its tokens there are."""
     start = tile * TILE
+    token = tl.arange(0, TILE)
+    seen = start + token < cached
     block = tl.load(table + start // S).to(tl.int64)
-    return ((block * KV + kv) * S + start % S) * K
+    offsets = ((block * KV + kv) * S + start % S + token)[:, None] * K + tl.arange(0, K)[None, :]
+    keys = tl.load(keys_ptr + offsets, mask=seen[:, None], other=0.0)
+    values = tl.load(values_ptr + offsets, mask=seen[:, None], other=0.0)
+    return keys, values, seen
 
 
-@triton.jit(do_not_specialize=["splits", "least"])
+@triton.jit
+def _attend_tile(q, keys, values, seen, top, total, acc):
+    """Take one tile into the running maxima, sums and outputs."""
+    TILE: tl.constexpr = keys.shape[0]
+    ROWS: tl.constexpr = acc.shape[0]
+    scores = tl.where(seen, tl.sum(keys.to(tl.float32) * q[None, :], 1), float("-inf"))
+    scores = tl.reshape(scores, (TILE // ROWS, ROWS))
+    new_top = tl.maximum(top, tl.max(scores, 0))
+    weights = tl.exp2(scores - new_top[None, :])
+    old = tl.exp2(top - new_top)
+    weighted = tl.reshape(weights, (TILE,))[:, None] * values.to(tl.float32)
+    summed = tl.sum(tl.reshape(weighted, (TILE // ROWS, ROWS, acc.shape[1])), 0)
+    return new_top, total * old + tl.sum(weights, 0), acc * old[:, None] + summed
+
+
+@triton.jit
+def _share(positions_ptr, N, item, programs, least, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Tiles of a share, and of item ``item`` of all sequences' shares its sequence and that sequence's first item.
+
+    Tiles are dealt out to ``programs`` equal shares of ``least`` or more; every sequence has one of its own at least.
+    """
+    index = tl.arange(0, WIDTH)
+    tiles = tl.cdiv(tl.load(positions_ptr + index, mask=index < N, other=0), TILE)
+    share = tl.maximum(tl.cdiv(tl.sum(tiles, 0), programs), least)
+    counts = tl.where(index < N, tl.maximum(tl.cdiv(tiles, share), 1), 0)
+    n = tl.sum(((tl.cumsum(counts, 0) <= item) & (index < N)).to(tl.int32), 0)
+    return share, n, tl.sum(tl.where(index < n, counts, 0), 0)
+
+
+@triton.jit(do_not_specialize=["N", "programs"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, blocks_ptr, angles_ptr, keys_ptr, values_ptr, out_ptr,
-    states_ptr, partials_ptr, arrivals_ptr, q_stride, k_stride, v_stride, blocks_stride, scale, splits, least,
-    H: tl.constexpr, KV: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr,
+    states_ptr, partials_ptr, arrivals_ptr, q_stride, k_stride, v_stride, blocks_stride, scale, N, programs,
+    H: tl.constexpr, KV: tl.constexpr, S: tl.constexpr, K: tl.constexpr, LEAST: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence, and one of its shares of keys: ``splits`` at most, of ``least`` tiles or more.
+    """One head and one share of one sequence's tiles.
 
     NEW: q, k and v are a new token's, not rotated; its key and value are not in the cache yet.
     """
     release(PDL)
-    head, n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, item = tl.program_id(0), tl.program_id(1)
+    share, n, begin = _share(positions_ptr, N, item, programs, LEAST, TILE, WIDTH)
+    if n >= N:
+        return
     cached = tl.load(positions_ptr + n)  # keys that the cache holds; a new token's is not among them
     tiles = tl.cdiv(cached, TILE)
-    share = tl.maximum(tl.cdiv(tiles, splits), least)
     active = tl.maximum(tl.cdiv(tiles, share), 1)
-    if split >= active:
-        return
+    split = item - begin
 
     kv = head // (H // KV)
     dim = tl.arange(0, K)
     row = tl.arange(0, ROWS)
     table = blocks_ptr + n * blocks_stride
     first = split * share
-    if PDL and first < tiles:
-        # Earlier steps wrote these: they are on their way before the kernel before this one ends.
-        LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-        offsets = _place(table, first, kv, KV, S, K, TILE) + tl.arange(0, TILE * K // LINE) * LINE
-        prefetch(keys_ptr + offsets)
-        prefetch(values_ptr + offsets)
+    # Old keys were written in earlier steps: the first tile is on its way before the kernel before this one ends.
+    keys, values, seen = _load_tile(keys_ptr, values_ptr, table, first, cached, kv, KV, S, K, TILE)
     # Each of ROWS rows keeps its own maximum, sum and output, so that threads need not meet within the loop.
     top = tl.full((ROWS,), _LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -127,40 +157,28 @@ def _decode_kernel(
         wait(PDL)
         q = tl.load(q_ptr + line * q_stride + head * K + dim).to(tl.float32) * scale
 
-    token = tl.arange(0, TILE)
-    for tile in range(first, tl.minimum(first + share, tiles)):
-        seen = tile * TILE + token < cached
-        offsets = _place(table, tile, kv, KV, S, K, TILE) + token[:, None] * K + dim[None, :]
-        keys = tl.load(keys_ptr + offsets, mask=seen[:, None], other=0.0).to(tl.float32)
-        values = tl.load(values_ptr + offsets, mask=seen[:, None], other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(keys * q[None, :], 1), float("-inf"))
-        scores = tl.reshape(scores, (TILE // ROWS, ROWS))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        weights = tl.exp2(scores - new_top[None, :])
-        old = tl.exp2(top - new_top)
-        total = total * old + tl.sum(weights, 0)
-        weighted = tl.reshape(weights, (TILE,))[:, None] * values
-        acc = acc * old[:, None] + tl.sum(tl.reshape(weighted, (TILE // ROWS, ROWS, K)), 0)
-        top = new_top
+    top, total, acc = _attend_tile(q, keys, values, seen, top, total, acc)
+    for tile in range(first + 1, tl.minimum(first + share, tiles)):
+        keys, values, seen = _load_tile(keys_ptr, values_ptr, table, tile, cached, kv, KV, S, K, TILE)
+        top, total, acc = _attend_tile(q, keys, values, seen, top, total, acc)
 
     highest = tl.max(top, 0)
     weights = tl.exp2(top - highest)
     sums = tl.sum(total * weights, 0)
     result = tl.sum(acc * weights[:, None], 0)
-    pair = line * H + head
-    out = out_ptr + pair * K
+    out = out_ptr + (line * H + head) * K
     if active == 1:
         tl.store(out + dim, (result / sums).to(out_ptr.dtype.element_ty))
     else:
-        states = states_ptr + pair * splits * 2
-        partials = partials_ptr + pair * splits * K
-        tl.store(states + split * 2, highest)
-        tl.store(states + split * 2 + 1, sums)
-        tl.store(partials + split * K + dim, result)
+        place = item * H + head
+        tl.store(states_ptr + place * 2, highest)
+        tl.store(states_ptr + place * 2 + 1, sums)
+        tl.store(partials_ptr + place * K + dim, result)
         tl.debug_barrier()  # all threads have written before the program is counted
-        if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel") == active - 1:
-            _combine(states, partials, out, active, K, 16)
-            tl.store(arrivals_ptr + pair, 0)
+        if tl.atomic_add(arrivals_ptr + n * H + head, 1, sem="acq_rel") == active - 1:
+            place = begin * H + head
+            _combine(states_ptr + place * 2, partials_ptr + place * K, out, active, H, K, 16)
+            tl.store(arrivals_ptr + n * H + head, 0)
 
 
 @cache
@@ -173,21 +191,6 @@ def _arrivals(device: torch.device) -> Tensor:
     """Counters of programs that are done, one for each head and sequence; every launch leaves them at zero."""
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "decode once before a capture"
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
-
-
-def _split(pairs: int, longest: int, device: torch.device) -> tuple[int, int]:
-    """Shares of keys that a head of a sequence is cut into at most, and tiles of a share at least.
-
-    A graph's launch must serve all lengths, so neither depends on them: the first fills the GPU when all are long, and
-    keeps the longest share short when few of many are. Programs without a share end at once.
-
-    Args:
-        pairs: sequences times heads.
-        longest: tokens that the block tables have room for.
-        device: where.
-    """
-    fill = -(-_PROGRAMS * _processors(device) // pairs)
-    return max(1, min(max(fill, -(-longest // _LONGEST)), -(-longest // (_TILE * _LEAST)))), _LEAST
 
 
 def _attend(
@@ -203,18 +206,21 @@ def _attend(
     assert all(x.stride()[1:] == (K, 1) for x in (q_NHK, k, v)), "heads of a token lie side by side"
     assert blocks_NM.stride(1) == 1, "block tables have rows"
     device = q_NHK.device
-    splits, least = _split(N * H, blocks_NM.shape[1] * S, device)
+    programs = -(-_PROGRAMS * _processors(device) // H)  # of each head
+    items = N + programs
     out = torch.empty(N, H, K, dtype=q_NHK.dtype, device=device)
-    states = torch.empty(N * H * splits, 2, dtype=torch.float32, device=device)
-    partials = torch.empty(N * H * splits, K, dtype=torch.float32, device=device)
+    states = torch.empty(items * H, 2, dtype=torch.float32, device=device)
+    partials = torch.empty(items * H, K, dtype=torch.float32, device=device)
     arrivals = _arrivals(device)
     assert arrivals.numel() >= N * H, f"{N} sequences of {H} heads are more than {arrivals.numel()}"
     tile, vector = min(_TILE, S), 16 // q_NHK.element_size()
-    _decode_kernel[H, N, splits](
+    _decode_kernel[H, items](
         q_NHK, k, v, positions_N, blocks_NM, angles, keys_BHSK, values_BHSK, out, states, partials, arrivals,
-        q_NHK.stride(0), k.stride(0), v.stride(0), blocks_NM.stride(0), K**-0.5 * _LOG2_E, splits, least,
+        q_NHK.stride(0), k.stride(0), v.stride(0), blocks_NM.stride(0), K**-0.5 * _LOG2_E, N, programs,
+        # A few widths, so that few kernels are compiled. Of one sequence every tile may have its own program.
+        WIDTH=1 if N == 1 else max(64, triton.next_power_of_2(N)), LEAST=1 if N == 1 else 2,
         H=H, KV=KV, S=S, K=K, TILE=tile, ROWS=min(tile, max(1, _WARPS * 32 * vector // K)), NEW=new is not None,
-        num_warps=_WARPS, **overlap(device),
+        num_warps=_WARPS, **(overlap(device) if new is not None else {"PDL": False}),
     )  # fmt: skip
     return out
 
