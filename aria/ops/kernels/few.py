@@ -39,27 +39,11 @@ def _weights(row_ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def _normed_product(
-    x_ptr, norm_ptr, w_ptrs, token, live, eps,
-    I: tl.constexpr, NORM: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """``W norm(x)``, float32 ``(BLOCK_O, BLOCK_T)``. The norm's mean square is summed along with the product."""
-    product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
-    square = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
-    for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK_I)
-        w = _weights(w_ptrs, column, I, BLOCK_I)
-        x = _tile(x_ptr + token * I, column, live, I, BLOCK_I)
-        if NORM:
-            wide = x.to(tl.float32)
-            square += wide * wide
-            scale = tl.load(norm_ptr + column, mask=column < I, other=0.0).to(tl.float32)
-            x = (wide * scale[None, :]).to(w.dtype)
-        product = tl.dot(w, tl.trans(x), product, input_precision="ieee")
-    if NORM:
-        product *= tl.rsqrt(tl.sum(square, axis=1) / I + eps)[None, :]
-    return product
+def _prefetch_rows(row_ptrs, I: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ask for the first COLUMNS two-byte columns of the rows; a line holds 64 of them."""
+    for start in tl.static_range(0, COLUMNS, 512):
+        line = tl.minimum(start + tl.arange(0, 8) * 64, I - 1)
+        prefetch(row_ptrs[:, None] + line[None, :])
 
 
 @triton.jit
@@ -70,154 +54,200 @@ def _swiglu(gate_up, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def _normalise(x_ptr, norm_ptr, out_ptr, token, eps, D: tl.constexpr, D_POW2: tl.constexpr):
+    column = tl.arange(0, D_POW2)
+    x = tl.load(x_ptr + token * D + column, mask=column < D, other=0.0)
+    wide = x.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide) / D + eps)).to(x.dtype)
+    normed *= tl.load(norm_ptr + column, mask=column < D, other=0.0)
+    tl.store(out_ptr + token * D + column, normed, mask=column < D)
+
+
+@triton.jit
+def _norm_kernel(x_ptr, norm_ptr, out_ptr, eps, D: tl.constexpr, D_POW2: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
+    wait(PDL)
+    _normalise(x_ptr, norm_ptr, out_ptr, tl.program_id(0), eps, D, D_POW2)
+
+
+@triton.jit
 def _linear_kernel(
-    x_ptr, norm_ptr, w_ptr, residual_ptr, out_ptr, T, O, out_stride, eps,
-    I: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, residual_ptr, out_ptr, T, O, out_stride,
+    I: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``out = x W^T``, of the normed x and with a residual where asked; a weight's token tiles are neighbours."""
+    """``out = x W^T``, with a residual where asked; a weight's token tiles are neighbours.
+
+    The inputs are cut in SPLIT shares, one for each warp: an instruction of the tensor cores waits for the sum before
+    it, and one chain over all inputs would take longer than reading the weight.
+    """
     release(PDL)
     tiles = tl.cdiv(T, BLOCK_T)
     row = tl.program_id(0) // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     token = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     live = token < T
-    w_ptrs = w_ptr + tl.minimum(row, O - 1).to(tl.int64) * I
+    row_ptrs = w_ptr + tl.minimum(row, O - 1).to(tl.int64) * I
     if PDL:
-        line = tl.arange(0, 4) * 64
-        prefetch(w_ptrs[:, None] + tl.minimum(line, I - 1)[None, :])
+        _prefetch_rows(row_ptrs, I, AHEAD)
+    SHARE: tl.constexpr = (I + SPLIT * 16 - 1) // (SPLIT * 16) * 16
+    first = tl.arange(0, SPLIT)[:, None, None] * SHARE
+    w_ptrs = row_ptrs[None, :, None] + first
+    x_ptrs = x_ptr + token[None, :, None] * I + first
     wait(PDL)
-    product = _normed_product(x_ptr, norm_ptr, w_ptrs, token, live, eps, I, NORM, BLOCK_O, BLOCK_T, BLOCK_I, STAGES)
+    product = tl.zeros((SPLIT, BLOCK_O, BLOCK_T), tl.float32)
+    for start in tl.range(0, SHARE, BLOCK_I, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_I)[None, None, :]
+        if SHARE * SPLIT == I and SHARE % BLOCK_I == 0:
+            w = tl.load(w_ptrs + column)
+            x = tl.load(x_ptrs + column, mask=live[None, :, None], other=0.0)
+        else:
+            inside = (column < SHARE) & (first + column < I)
+            w = tl.load(w_ptrs + column, mask=inside, other=0.0)
+            x = tl.load(x_ptrs + column, mask=live[None, :, None] & inside, other=0.0)
+        product = tl.dot(w, tl.permute(x, (0, 2, 1)), product, input_precision="ieee")
+    out = tl.sum(product, axis=0)
     place = token[None, :] * out_stride + row[:, None]
     mask = live[None, :] & (row < O)[:, None]
     if RESIDUAL:
-        product += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, product.to(out_ptr.dtype.element_ty), mask=mask)
+        out += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _router_shared_kernel(
-    x_ptr, norm_ptr, router_ptr, gate_ptr, up_ptr, normed_ptr, logits_ptr, hidden_ptr, T, eps,
-    D: tl.constexpr, D_POW2: tl.constexpr, E: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+def _norm_router_kernel(
+    x_ptr, norm_ptr, router_ptr, normed_ptr, logits_ptr, busy_ptr, T, eps,
+    D: tl.constexpr, D_POW2: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """What needs no routing: the first T programs normalise a token each, the next compute router logits, the others
-    the shared experts' ``silu(gate) * up``."""
+    """The first T programs normalise a token each; the others compute router logits of BLOCK_T tokens, for which
+    ``W (g * x / rms) = (W (g * x)) / rms``, so that neither waits for the other. The count of busy experts starts at 0."""
     release(PDL)
-    HALF: tl.constexpr = BLOCK_O // 2
-    ROUTER: tl.constexpr = (E + BLOCK_O - 1) // BLOCK_O
     program = tl.program_id(0)
+    wait(PDL)
     if program < T:
-        wait(PDL)
-        place = tl.arange(0, D_POW2)
-        x = tl.load(x_ptr + program * D + place, mask=place < D, other=0.0)
-        wide = x.to(tl.float32)
-        normed = (wide * tl.rsqrt(tl.sum(wide * wide) / D + eps)).to(x.dtype)
-        normed *= tl.load(norm_ptr + place, mask=place < D, other=0.0)
-        tl.store(normed_ptr + program * D + place, normed, mask=place < D)
+        if program == 0:
+            tl.store(busy_ptr + E, 0)
+        _normalise(x_ptr, norm_ptr, normed_ptr, program, eps, D, D_POW2)
     else:
         tiles = tl.cdiv(T, BLOCK_T)
-        tile = (program - T) // tiles
+        expert = (program - T) // tiles * BLOCK_E + tl.arange(0, BLOCK_E)
         token = (program - T) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
         live = token < T
-        line = tl.arange(0, BLOCK_O)
-        column = (tile - ROUTER) * HALF + line % HALF
-        expert = tile * BLOCK_O + line
-        shared_ptrs = tl.where(line < HALF, gate_ptr, up_ptr) + tl.minimum(column, W - 1) * D
-        w_ptrs = tl.where(tile < ROUTER, router_ptr + tl.minimum(expert, E - 1) * D, shared_ptrs)
-        w_ptrs = tl.multiple_of(w_ptrs, 16)
-        wait(PDL)
-        product = _normed_product(x_ptr, norm_ptr, w_ptrs, token, live, eps, D, True, BLOCK_O, BLOCK_T, BLOCK_D, STAGES)
-        if tile < ROUTER:
-            mask = live[None, :] & (expert < E)[:, None]
-            tl.store(logits_ptr + token[None, :] * E + expert[:, None], product, mask=mask)
-        else:
-            hidden = _swiglu(product, HALF, BLOCK_T)
-            unit = (tile - ROUTER) * HALF + tl.arange(0, HALF)
-            # (S, T, F): each part of the shared width is an expert that has all tokens.
-            cell = (unit // F * T)[:, None] * F + token[None, :] * F + (unit % F)[:, None]
-            tl.store(
-                hidden_ptr + cell, hidden.to(hidden_ptr.dtype.element_ty), mask=live[None, :] & (unit < W)[:, None]
-            )
+        SHARE: tl.constexpr = (D + SPLIT * 16 - 1) // (SPLIT * 16) * 16
+        first = tl.arange(0, SPLIT)[:, None, None] * SHARE
+        w_ptrs = router_ptr + tl.minimum(expert, E - 1)[None, :, None] * D + first
+        x_ptrs = x_ptr + token[None, :, None] * D + first
+        product = tl.zeros((SPLIT, BLOCK_E, BLOCK_T), tl.float32)
+        square = tl.zeros((SPLIT, BLOCK_T, BLOCK_D), tl.float32)
+        for start in tl.range(0, SHARE, BLOCK_D, num_stages=STAGES):
+            column = start + tl.arange(0, BLOCK_D)[None, None, :]
+            inside = (column < SHARE) & (first + column < D)
+            w = tl.load(w_ptrs + column, mask=inside, other=0.0)
+            x = tl.load(x_ptrs + column, mask=live[None, :, None] & inside, other=0.0).to(tl.float32)
+            scale = tl.load(norm_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
+            square += x * x
+            scaled = (x * scale).to(w.dtype)
+            product = tl.dot(w, tl.permute(scaled, (0, 2, 1)), product, input_precision="ieee")
+        mean = tl.sum(tl.sum(square, axis=2), axis=0) / D
+        logits = tl.sum(product, axis=0) * tl.rsqrt(mean + eps)[None, :]
+        mask = live[None, :] & (expert < E)[:, None]
+        tl.store(logits_ptr + token[None, :] * E + expert[:, None], logits, mask=mask)
 
 
 @triton.jit
 def _lists_kernel(
-    logits_ptr, weights_ptr, rows_ptr, counts_ptr, busy_ptr, T,
+    logits_ptr, scores_ptr, rows_ptr, counts_ptr, busy_ptr, T,
     E: tl.constexpr, A: tl.constexpr, E_POW2: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Top-k of every token, and the rows of every expert; one program.
+    """Every expert finds its own tokens: those where fewer than A logits come before its own.
 
-    Writes weights ``(T, A)``; rows ``(E, T)``, of each expert the numbers ``t * A + choice`` of its tokens, in order;
-    counts ``(E)``; busy ``(E + 1)``, the experts that have tokens, and in its last place how many these are.
+    Of equal logits the lower expert's comes first. Writes scores ``(T, A)``, the exponentials of the chosen logits,
+    largest first; rows ``(E, T)``, of each expert the numbers ``t * A + choice`` of its tokens, in order; counts
+    ``(E)``; busy ``(E + 1)``, the experts that have tokens, in any order, and in its last place how many these are.
     """
     release(PDL)
     wait(PDL)
-    expert = tl.arange(0, E_POW2)
-    counts = tl.zeros((E_POW2,), tl.int32)
+    expert = tl.program_id(0)
+    other = tl.arange(0, E_POW2)
+    count = 0
     start = 0
     while start < T:
         token = start + tl.arange(0, BLOCK_T)
-        logits_ptrs = logits_ptr + tl.minimum(token, T - 1)[:, None] * E + expert[None, :]
-        logits = tl.load(logits_ptrs, mask=(expert < E)[None, :], other=float("-inf"))
-        choice = tl.full((BLOCK_T, E_POW2), -1, tl.int32)
-        largest = tl.max(logits, axis=1)
-        total = tl.zeros((BLOCK_T,), tl.float32)
-        rest = logits
-        for place in tl.static_range(A):
-            top = tl.max(rest, axis=1)
-            best = tl.min(tl.where((rest == top[:, None]) & (choice < 0), expert[None, :], E_POW2), axis=1)
-            chosen = expert[None, :] == best[:, None]
-            choice = tl.where(chosen, place, choice)
-            rest = tl.where(chosen, float("-inf"), rest)
-            total += tl.exp(top - largest)
-        mask = (token < T)[:, None] & (choice >= 0)
-        weight = tl.exp(logits - largest[:, None]) / total[:, None]
-        row = token[:, None] * A + choice
-        tl.store(weights_ptr + row, weight, mask=mask)
-        member = mask.to(tl.int32)
-        place = counts[None, :] + tl.cumsum(member, axis=0) - 1
-        tl.store(rows_ptr + expert[None, :] * T + place, row, mask=mask)
-        counts += tl.sum(member, axis=0)
+        row_ptrs = logits_ptr + tl.minimum(token, T - 1) * E
+        mine = tl.load(row_ptrs + expert)
+        logits = tl.load(row_ptrs[:, None] + other[None, :], mask=(other < E)[None, :], other=float("-inf"))
+        before = (logits > mine[:, None]) | ((logits == mine[:, None]) & (other < expert)[None, :])
+        choice = tl.sum(before.to(tl.int32), axis=1)
+        member = (choice < A) & (token < T)
+        row = token * A + choice
+        tl.store(scores_ptr + row, tl.exp(mine - tl.max(logits, axis=1)), mask=member)
+        place = count + tl.cumsum(member.to(tl.int32), axis=0) - 1
+        tl.store(rows_ptr + expert * T + place, row, mask=member)
+        count += tl.sum(member.to(tl.int32))
         start += BLOCK_T
-    tl.store(counts_ptr + expert, counts, mask=expert < E)
-    busy = (counts > 0).to(tl.int32)
-    tl.store(busy_ptr + tl.cumsum(busy, axis=0) - 1, expert, mask=busy > 0)
-    tl.store(busy_ptr + E, tl.sum(busy))
+    tl.store(counts_ptr + expert, count)
+    if count > 0:
+        tl.store(busy_ptr + tl.atomic_add(busy_ptr + E, 1), expert)
 
 
 @triton.jit
 def _experts_up_kernel(
-    normed_ptr, fc1_ptr, weights_ptr, rows_ptr, counts_ptr, busy_ptr, hidden_ptr, T,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    normed_ptr, fc1_ptr, gate_ptr, up_ptr, scores_ptr, rows_ptr, counts_ptr, busy_ptr, hidden_ptr, T,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, A_POW2: tl.constexpr, S: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate) * up`` of the chosen experts' tokens, times their weight: rows of ``(T * A, F)``."""
+    """``silu(gate) * up``, times the expert's weight, in rows ``(T * A + S * T, F)``.
+
+    The shared experts, which have all tokens, are the first S parts of the grid: their weights are on the way while
+    the routing is being found."""
     release(PDL)
-    wait(PDL)
     HALF: tl.constexpr = BLOCK_O // 2
     TILES: tl.constexpr = (F + HALF - 1) // HALF
     part = tl.program_id(0) // TILES
-    if part >= tl.load(busy_ptr + E):
-        return
-    expert = tl.load(busy_ptr + part)
-    count = tl.load(counts_ptr + expert)
-    first = tl.program_id(0) % TILES * HALF
+    unit = tl.program_id(0) % TILES * HALF
     line = tl.arange(0, BLOCK_O)
-    column = tl.minimum(first + line % HALF, F - 1)
-    w_ptrs = fc1_ptr + expert.to(tl.int64) * (2 * F * D) + (column + line // HALF * F) * D
+    column = tl.minimum(unit + line % HALF, F - 1)
+    gate_base = gate_ptr + part * F * D
+    up_base = up_ptr + part * F * D
+    if part < S and PDL:
+        _prefetch_rows(tl.where(line < HALF, gate_base, up_base) + column * D, D, AHEAD)
+    wait(PDL)
+    if part >= S + tl.load(busy_ptr + E):
+        return
+    expert = 0
+    count = T
+    if part >= S:
+        expert = tl.load(busy_ptr + part - S)
+        count = tl.load(counts_ptr + expert)
+        gate_base = fc1_ptr + expert.to(tl.int64) * (2 * F * D)
+        up_base = gate_base + F * D
+    w_ptrs = tl.where(line < HALF, gate_base, up_base) + column * D
+    choices = tl.arange(0, A_POW2)
+    out = unit + tl.arange(0, HALF)
     start = 0
     while start < count:
         place = start + tl.arange(0, BLOCK_T)
         live = place < count
-        row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
+        token = place
+        row = T * A + part * T + place
+        if part >= S:
+            row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
+            token = row // A
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         for step in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             inner = step + tl.arange(0, BLOCK_D)
             w = _weights(w_ptrs, inner, D, BLOCK_D)
-            x = _tile(normed_ptr + row // A * D, inner, live, D, BLOCK_D)
+            x = _tile(normed_ptr + token * D, inner, live, D, BLOCK_D)
             product = tl.dot(w, tl.trans(x), product, input_precision="ieee")
-        hidden = _swiglu(product, HALF, BLOCK_T) * tl.load(weights_ptr + row, mask=live, other=0.0)[None, :]
-        out = first + tl.arange(0, HALF)
+        hidden = _swiglu(product, HALF, BLOCK_T)
+        if part >= S:
+            scores_ptrs = scores_ptr + token[:, None] * A + choices[None, :]
+            scores = tl.load(scores_ptrs, mask=live[:, None] & (choices < A)[None, :], other=0.0)
+            hidden *= (tl.load(scores_ptr + row, mask=live, other=0.0) / tl.maximum(tl.sum(scores, axis=1), 1.0))[
+                None, :
+            ]
         mask = live[None, :] & (out < F)[:, None]
         tl.store(hidden_ptr + row[None, :] * F + out[:, None], hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
         start += BLOCK_T
@@ -227,19 +257,22 @@ def _experts_up_kernel(
 def _down_kernel(
     hidden_ptr, fc2_ptr, shared_ptr, rows_ptr, counts_ptr, busy_ptr, out_ptr, T,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Down projections of all rows ``(T * A + S * T, F)``; the shared experts are the first S parts of the grid."""
     release(PDL)
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     part = tl.program_id(0) // TILES
     out = tl.program_id(0) % TILES * BLOCK_O + tl.arange(0, BLOCK_O)
+    base = shared_ptr + part * F
+    if part < S and PDL:
+        _prefetch_rows(base + tl.minimum(out, D - 1) * (S * F), F, AHEAD)
     wait(PDL)
     if part >= S + tl.load(busy_ptr + E):
         return
     expert = 0
     count = T
-    base = shared_ptr + part * F
     stride = S * F
     if part >= S:
         expert = tl.load(busy_ptr + part - S)
@@ -289,41 +322,41 @@ def _tokens(T: int, most: int) -> int:
     return min(max(16, triton.next_power_of_2(T)), most)
 
 
-def _rows(T: int, E: int, A: int) -> int:
-    """Token tile of the experts: twice their mean number of rows, so that nearly all read their weights once."""
-    return _tokens(triton.cdiv(2 * T * A, E), 64)
-
-
 def _narrow(tile: dict[str, int], dtype: torch.dtype, inner: str) -> dict[str, int]:
     """The tile in four-byte numbers: a quarter as deep, which takes half the shared memory and unrolls less."""
-    return tile | {inner: tile[inner] // 4} if dtype == torch.float32 else tile
+    return tile | {inner: max(16, tile[inner] // 4)} if dtype == torch.float32 else tile
 
 
 # Tiles as measured on an H100 (docs/kernels.md).
-_LINEAR = {"BLOCK_O": 32, "BLOCK_I": 128, "STAGES": 5, "num_warps": 4}
-_SMALL_LINEAR = {"BLOCK_O": 16, "BLOCK_I": 256, "STAGES": 5, "num_warps": 4}
-_ROUTER_SHARED = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
-_LISTS = {"BLOCK_T": 64, "num_warps": 8}
-_EXPERTS_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
-_DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4}
+_LINEAR = {"BLOCK_O": 32, "BLOCK_I": 128, "SPLIT": 4, "STAGES": 4, "AHEAD": 1024, "num_warps": 4}
+_SMALL_LINEAR = {"BLOCK_O": 16, "BLOCK_I": 128, "SPLIT": 4, "STAGES": 5, "AHEAD": 2560, "num_warps": 4}
+_ROUTER = {"BLOCK_E": 16, "BLOCK_T": 16, "BLOCK_D": 64, "SPLIT": 4, "STAGES": 4, "num_warps": 4}
+_LISTS = {"BLOCK_T": 64, "num_warps": 4}
+_FEWEST = 2
+"""Tokens up to which experts have so few that a tile is cut in two, so that all processors get their share."""
+_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "AHEAD": 2560, "num_warps": 4}
+_UP_FEWEST = {"BLOCK_O": 32, "BLOCK_D": 128, "STAGES": 4, "AHEAD": 2560, "num_warps": 4}
+_DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "AHEAD": 1024, "num_warps": 4}
+_DOWN_FEWEST = {"BLOCK_O": 32, "BLOCK_F": 128, "STAGES": 6, "AHEAD": 1024, "num_warps": 4}
 _COMBINE = {"BLOCK_D": 512, "num_warps": 4}
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _linear(
-    x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor, *, norm_I: Tensor | None = None, eps: float = 0.0,
-    residual_TO: Tensor | None = None,
-) -> None:  # fmt: skip
-    if x_TI.shape[0] == 1:
-        gemv.matvec(x_TI, weight_OI, out_TO, norm_I=norm_I, eps=eps, residual_1O=residual_TO)
-        return
+def _rows(T: int, E: int, A: int) -> int:
+    """Token tile of the experts: twice their mean number of rows, so that nearly all read their weights once."""
+    return _tokens(triton.cdiv(2 * T * A, E), 64)
+
+
+def _linear(x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor, residual_TO: Tensor | None = None) -> None:
     T, (O, I) = x_TI.shape[0], weight_OI.shape
     tile = _narrow(_LINEAR if O * I >= 2**24 else _SMALL_LINEAR, x_TI.dtype, "BLOCK_I")
-    BLOCK_T = _tokens(T, 64)
+    BLOCK_T = _tokens(T, 32)
+    if BLOCK_T > 16:
+        tile = tile | {"BLOCK_I": tile["BLOCK_I"] // 2}
     _linear_kernel[(triton.cdiv(O, tile["BLOCK_O"]) * triton.cdiv(T, BLOCK_T),)](
-        x_TI, norm_I, weight_OI, residual_TO, out_TO, T, O, out_TO.stride(0), eps,
-        I=I, NORM=norm_I is not None, RESIDUAL=residual_TO is not None, BLOCK_T=BLOCK_T, **tile, **overlap(x_TI.device),
+        x_TI, weight_OI, residual_TO, out_TO, T, O, out_TO.stride(0),
+        I=I, RESIDUAL=residual_TO is not None, BLOCK_T=BLOCK_T, **tile, **overlap(x_TI.device),
     )  # fmt: skip
 
 
@@ -341,19 +374,31 @@ def _joined(weights_OI: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
     """:func:`aria.ops.reference.norm_linear` in one launch if the weights lie in a row in memory, else one each."""
-    sizes = [weight.shape[0] for weight in weights_OD]
-    out = x_TD.new_empty(x_TD.shape[0], sum(sizes))
+    (T, D), sizes = x_TD.shape, [weight.shape[0] for weight in weights_OD]
+    out = x_TD.new_empty(T, sum(sizes))
     joined = _joined(weights_OD)
     outs = (out,) if len(joined) == 1 else out.split(sizes, dim=-1)
+    normed = x_TD
+    if T > 1:
+        normed = torch.empty_like(x_TD)
+        _norm_kernel[(T,)](
+            x_TD, norm_D, normed, eps, D=D, D_POW2=triton.next_power_of_2(D), num_warps=4, **overlap(x_TD.device)
+        )
     for weight, part in zip(joined, outs, strict=True):
-        _linear(x_TD, weight, part, norm_I=norm_D, eps=eps)
+        if T > 1:
+            _linear(normed, weight, part)
+        else:
+            gemv.matvec(x_TD, weight, part, norm_I=norm_D, eps=eps)
     return out
 
 
 def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
     """:func:`aria.ops.reference.linear_add` in one launch."""
     out = torch.empty_like(residual_TO)
-    _linear(x_TI, weight_OI, out, residual_TO=residual_TO)
+    if x_TI.shape[0] == 1:
+        gemv.matvec(x_TI, weight_OI, out, residual_1O=residual_TO)
+    else:
+        _linear(x_TI, weight_OI, out, residual_TO)
     return out
 
 
@@ -396,38 +441,31 @@ def moe_layer(
         fc1_EDF, fc2_EFD: shapes ``(E, D, 2F)`` and ``(E, F, D)``, memory ``[E, out, in]``; see :func:`fits_moe`.
     """
     assert fits_moe(x_TD, fc1_EDF, fc2_EFD, shared), "moe_layer: unfit sizes, dtypes or layout of the experts"
-    if x_TD.shape[0] == 1:
-        return gemv.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
     gate_WD, up_WD, down_DW = shared
     T, (E, D), F, W = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], gate_WD.shape[0]
-    A, S = top_k, W // F
-    options, dtype = overlap(x_TD.device), x_TD.dtype
+    A, S, dtype, options = top_k, W // F, x_TD.dtype, overlap(x_TD.device)
     normed, out = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    logits = x_TD.new_empty(T, E, dtype=torch.float32)
-    hidden, parts = x_TD.new_empty(T * (A + S), F), x_TD.new_empty(T * (A + S), D)
+    logits, scores = (x_TD.new_empty(T, n, dtype=torch.float32) for n in (E, A))
+    rows, counts, busy = (x_TD.new_empty(n, dtype=torch.int32) for n in (E * T, E, E + 1))
+    hidden, parts = (x_TD.new_empty(T * (A + S), n) for n in (F, D))
 
-    tile = _narrow(_ROUTER_SHARED, dtype, "BLOCK_D")
-    BLOCK_T = _tokens(T, 64)
-    tiles = triton.cdiv(E, tile["BLOCK_O"]) + triton.cdiv(W, tile["BLOCK_O"] // 2)
-    _router_shared_kernel[(T + tiles * triton.cdiv(T, BLOCK_T),)](
-        x_TD, norm_D, router_ED, gate_WD, up_WD, normed, logits, hidden[T * A :], T, eps,
-        D=D, D_POW2=triton.next_power_of_2(D), E=E, F=F, W=W, BLOCK_T=BLOCK_T, **tile, **options,
+    tile = _narrow(_ROUTER, dtype, "BLOCK_D")
+    tiles = triton.cdiv(E, tile["BLOCK_E"]) * triton.cdiv(T, tile["BLOCK_T"])
+    _norm_router_kernel[(T + tiles,)](
+        x_TD, norm_D, router_ED, normed, logits, busy, T, eps,
+        D=D, D_POW2=triton.next_power_of_2(D), E=E, **tile, **options,
     )  # fmt: skip
-
-    weights = logits.new_empty(T, A)
-    rows, counts, busy = (logits.new_empty(n, dtype=torch.int32) for n in (E * T, E, E + 1))
-    _lists_kernel[(1,)](
-        logits, weights, rows, counts, busy, T, E=E, A=A, E_POW2=triton.next_power_of_2(E), **_LISTS, **options
+    _lists_kernel[(E,)](
+        logits, scores, rows, counts, busy, T, E=E, A=A, E_POW2=triton.next_power_of_2(E), **_LISTS, **options
     )
-
-    most, BLOCK_T = min(E, T * A), _rows(T, E, A)
-    tile = _narrow(_EXPERTS_UP, dtype, "BLOCK_D")
+    most, BLOCK_T = S + min(E, T * A), _rows(T, E, A)
+    tile = _narrow(_UP if T > _FEWEST else _UP_FEWEST, dtype, "BLOCK_D")
     _experts_up_kernel[(most * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
-        normed, fc1_EDF, weights, rows, counts, busy, hidden, T,
-        D=D, E=E, F=F, A=A, BLOCK_T=BLOCK_T, **tile, **options,
+        normed, fc1_EDF, gate_WD, up_WD, scores, rows, counts, busy, hidden, T,
+        D=D, E=E, F=F, A=A, A_POW2=triton.next_power_of_2(A), S=S, BLOCK_T=BLOCK_T, **tile, **options,
     )  # fmt: skip
-    tile = _narrow(_DOWN, dtype, "BLOCK_F")
-    _down_kernel[((S + most) * triton.cdiv(D, tile["BLOCK_O"]),)](
+    tile = _narrow(_DOWN if T > _FEWEST else _DOWN_FEWEST, dtype, "BLOCK_F")
+    _down_kernel[(most * triton.cdiv(D, tile["BLOCK_O"]),)](
         hidden, fc2_EFD, down_DW, rows, counts, busy, parts, T,
         D=D, E=E, F=F, A=A, S=S, BLOCK_T=BLOCK_T, **tile, **options,
     )  # fmt: skip
