@@ -272,15 +272,17 @@ def test_answers_are_part_of_what_is_found():
     assert chunks(step(s)) == [(turn, 12, 2, True)]
 
 
-def test_a_pending_token_is_published_once_it_is_known():
+def test_a_block_is_published_once_all_its_tokens_are_known():
     s = scheduler()
-    s.add(first := request(7, max_tokens=6))
-    s.plan()
-    s.plan()
+    s.add(first := request(6, max_tokens=6))
+    for _ in range(3):
+        s.plan()
     assert first.computed == 8 and first.published == 1
     s.append(first, 7)
-    assert first.published == 2
-    s.add(same := request((*first.prompt, 7, 1)))
+    assert first.known == 7 and first.published == 1
+    s.append(first, 7)
+    assert first.known == 8 and first.published == 2
+    s.add(same := request((*first.prompt, 7, 7, 1)))
     assert [(chunk.request, chunk.start) for chunk in s.plan().chunks] == [(same, 8)]
 
 
