@@ -98,7 +98,7 @@ def test_chunk_attention(T, past, H, KV):
     keys, values = torch.randn(2, M + 1, KV, S, K)
     blocks = (torch.randperm(M) + 1).int()
     expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
-    got = chunk_attention.chunk_attention(q, k, v, keys, values, blocks, past)
+    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks[None], [T], [past])
     assert relative_error(got, expected) < 1e-6
 
 
@@ -120,7 +120,7 @@ def test_chunk_attention_in_parts(monkeypatch, T, past):
     keys, values = torch.randn(2, M + 1, H, S, K)
     blocks = (torch.randperm(M) + 1).int()
     expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
-    got = chunk_attention.chunk_attention(q, k, v, keys, values, blocks, past)
+    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks[None], [T], [past])
     assert relative_error(got, expected) < 1e-6
 
 
@@ -135,6 +135,5 @@ def test_chunks_attention(monkeypatch):
     keys, values = torch.randn(2, N * M + 1, H, S, K)
     blocks = (torch.randperm(N * M) + 1).view(N, M).int()
     got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
-    parts = zip(*(x.split(lengths) for x in (got, q, k, v)), blocks, pasts, strict=True)
-    for ours, q, k, v, table, past in parts:
-        assert relative_error(ours, reference.chunk_attention(q, k, v, keys, values, table, past)) < 1e-6
+    expected = reference.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
+    assert relative_error(got, expected) < 1e-6

@@ -89,8 +89,24 @@ def test_chunk_attention(T, past, dtype):
         keys, values = keys * float("nan"), values * float("nan")  # nobody may read them
     blocks = (torch.randperm(M, device="cuda") + 1).int()
     expected = reference.chunk_attention(*wide(q, k, v, keys, values), blocks, past)
-    got = chunk_attention.chunk_attention(q, k, v, keys, values, blocks, past)
+    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks[None], [T], [past])
     assert relative_error(got, expected) < ERROR[dtype]
+
+
+def test_chunks_attention():
+    """Some for our kernel, some for cuDNN, one for both; one past is a block that another chunk fills."""
+    torch.manual_seed(5)
+    H, K, M, lengths, pasts = 20, 128, 150, [100, 4096, 1, 9000, 8192, 37], [0, 4096, 300, 0, 0, 64]
+    T, N = sum(lengths), len(lengths)
+    q, k, v = torch.randn(T, 3 * H, K, device="cuda", dtype=torch.bfloat16).split(H, dim=1)
+    keys, values = torch.randn(2, N * M + 1, H, S, K, device="cuda", dtype=torch.bfloat16)
+    blocks = (torch.randperm(N * M, device="cuda") + 1).view(N, M).int()
+    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
+    for head in range(0, H, 7):
+        own = slice(head, head + 1)
+        part = wide(q[:, own], k[:, own], v[:, own], keys[:, own], values[:, own])
+        expected = reference.chunks_attention(*part, blocks, lengths, pasts)
+        assert relative_error(got[:, own], expected) < ERROR[torch.bfloat16]
 
 
 @pytest.mark.parametrize("T", [1, 100, 4097])

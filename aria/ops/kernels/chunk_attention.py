@@ -41,7 +41,7 @@ def _chunk_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, blocks_ptr, spans_ptr, out_ptr,
     q_stride, k_stride, v_stride, blocks_stride, scale,
     H: tl.constexpr, KV: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ROUND: tl.constexpr, AHEAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """A tile of QUERIES tokens of one chunk and head, against tiles of KEYS. ROUND: see :func:`_even`, 0 for none."""
     head, chunk = tl.program_id(0), tl.program_id(2)
@@ -50,7 +50,8 @@ def _chunk_kernel(
     past = tl.load(spans_ptr + chunk * 3 + 2)
     done = 0
     if ROUND:
-        done = tl.where(past % ROUND == 0, T // ROUND * ROUND, 0)
+        done = T // ROUND * ROUND
+        done = tl.where((past % ROUND == 0) & (done + past >= 2 * ROUND), done, 0)
     tiles = tl.cdiv(T - done, QUERIES)
     if tl.program_id(1) >= tiles:
         return
@@ -74,11 +75,8 @@ def _chunk_kernel(
     offsets = key[:, None] * K + dim[None, :]
     ahead = tl.load(blocks_ptr, mask=past > 0, other=0)
     for begin in tl.range(0, whole, KEYS, num_stages=STAGES):
-        if AHEAD:
-            block = ahead.to(tl.int64)
-            ahead = tl.load(blocks_ptr + (begin + KEYS) // S, mask=begin + KEYS < past, other=0)
-        else:
-            block = tl.load(blocks_ptr + begin // S).to(tl.int64)
+        block = ahead.to(tl.int64)  # a tile ahead: keys and values need not wait for where they are
+        ahead = tl.load(blocks_ptr + (begin + KEYS) // S, mask=begin + KEYS < past, other=0)
         place = ((block * KV + kv) * S + begin % S) * K
         k = tl.load(keys_ptr + place + offsets)
         v = tl.load(values_ptr + place + offsets)
@@ -122,22 +120,23 @@ def _gather_kernel(keys_ptr, values_ptr, blocks_ptr, out_ptr, KV: tl.constexpr, 
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, lse_ptr, other_ptr, other_lse_ptr, T, H: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr
+    one_ptr, one_lse_ptr, two_ptr, two_lse_ptr, out_ptr, lse_ptr, T,
+    H: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of one head: weigh two results by their sums of exponentials, into the first."""
+    """TOKENS tokens of one head: two results weighed by their sums of exponentials."""
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < T
-    lse = tl.load(lse_ptr + head * T + token, mask=inside, other=0.0)
-    other_lse = tl.load(other_lse_ptr + head * T + token, mask=inside, other=0.0)
-    top = tl.maximum(lse, other_lse)
-    total = tl.exp(lse - top) + tl.exp(other_lse - top)
-    share, other_share = tl.exp(lse - top) / total, tl.exp(other_lse - top) / total
-    tl.store(lse_ptr + head * T + token, top + tl.log(total), mask=inside)
+    one_lse = tl.load(one_lse_ptr + head * T + token, mask=inside, other=0.0)
+    two_lse = tl.load(two_lse_ptr + head * T + token, mask=inside, other=0.0)
+    top = tl.maximum(one_lse, two_lse)
+    lse = top + tl.log(tl.exp(one_lse - top) + tl.exp(two_lse - top))
+    tl.store(lse_ptr + head * T + token, lse, mask=inside)
     offsets = (token.to(tl.int64) * H + head)[:, None] * K + tl.arange(0, K)[None, :]
-    one = tl.load(out_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-    two = tl.load(other_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, one * share[:, None] + two * other_share[:, None], mask=inside[:, None])
+    one = tl.load(one_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    two = tl.load(two_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    merged = one * tl.exp(one_lse - lse)[:, None] + two * tl.exp(two_lse - lse)[:, None]
+    tl.store(out_ptr + offsets, merged, mask=inside[:, None])
 
 
 _ROUND = 4096
@@ -152,19 +151,6 @@ def fits(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
     return 16 <= K <= 128 and all(size & (size - 1) == 0 for size in (K, S))
 
 
-def chunk_attention(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
-    blocks_M: Tensor,
-    past: int,
-) -> Tensor:
-    """A chunk of a prompt over its past in a paged cache; see :func:`aria.ops.reference.chunk_attention`."""
-    return chunks_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_M[None], (len(q_THK),), (past,))
-
-
 def chunks_attention(
     q_THK: Tensor,
     k_THK: Tensor,
@@ -175,16 +161,7 @@ def chunks_attention(
     lengths: Sequence[int],
     pasts: Sequence[int],
 ) -> Tensor:
-    """Chunks of several prompts, end to end, each over its own past: :func:`chunk_attention` of each.
-
-    Args:
-        q_THK, k_THK, v_THK: the chunks, turned; their keys and values are already in the cache too.
-        blocks_NM: int32, the blocks of each sequence in order.
-        lengths, pasts: tokens of each chunk, and of its sequence before it.
-
-    Returns:
-        ``(T, H, K)``.
-    """
+    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`."""
     T, H, K = q_THK.shape
     assert fits(q_THK, keys_BHSK), f"no kernel for queries {tuple(q_THK.shape)} and a cache {tuple(keys_BHSK.shape)}"
     assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
@@ -210,8 +187,11 @@ def chunks_attention(
 
 
 def _even(length: int, past: int, round_to: int) -> int:
-    """Tokens of a chunk that cuDNN takes: all but a remainder, if the past is a round number too."""
-    return length // round_to * round_to if round_to and past % round_to == 0 else 0
+    """Tokens of a chunk that cuDNN takes: all but a remainder, if the past is a round number too and it pays."""
+    if not round_to or past % round_to:
+        return 0
+    even = length // round_to * round_to
+    return even if even + past >= 2 * round_to else 0
 
 
 @lru_cache(maxsize=16)
@@ -245,8 +225,10 @@ def _in_parts(
         _gather_kernel[count // S, H](
             keys_BHSK, values_BHSK, blocks_M[start // S :], gathered, KV=H, SIZE=S * K, num_warps=8
         )  # fmt: skip
-        other_THK, other_lse_HT = _sdpa(q, gathered[0], gathered[1], causal=False)
-        _merge_kernel[triton.cdiv(T, 16), H](out_THK, lse_HT, other_THK, other_lse_HT, T, H=H, K=K, TOKENS=16)
+        parts = out_THK, lse_HT, *_sdpa(q, gathered[0], gathered[1], causal=False)
+        # Not in place: threads of a program read the same sums.
+        out_THK, lse_HT = torch.empty_like(out_THK), torch.empty_like(lse_HT)
+        _merge_kernel[triton.cdiv(T, 16), H](*parts, out_THK, lse_HT, T, H=H, K=K, TOKENS=16)
     return out_THK
 
 
@@ -284,9 +266,6 @@ def _in_tiles(
     _chunk_kernel[H, triton.cdiv(longest, queries), len(spans_N3)](
         q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans_N3, out_THK,
         q_THK.stride(0), k_THK.stride(0), v_THK.stride(0), blocks_NM.stride(0), K**-0.5 * _LOG2_E,
-        H=H, KV=KV, S=S, K=K, QUERIES=queries, KEYS=min(keys, S), STAGES=stages, ROUND=round_to, AHEAD=_AHEAD,
+        H=H, KV=KV, S=S, K=K, QUERIES=queries, KEYS=min(keys, S), STAGES=stages, ROUND=round_to,
         num_warps=warps,
     )  # fmt: skip
-
-
-_AHEAD = False

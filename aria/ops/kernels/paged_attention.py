@@ -11,6 +11,7 @@ longest sequence.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,9 +23,25 @@ from aria.ops.kernels.pdl import overlap, release, wait
 _LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that what has seen no key yet can be compared and rescaled."""
 _LOG2_E = 1.4426950408889634
-_TILE, _WARPS = 64, 4
-_PROGRAMS = 4
-"""Programs of one processor that a launch aims at."""
+
+
+class _Tuning(NamedTuple):
+    """Tokens of a tile, tiles of a share at least, programs of a processor to aim at, registers of a thread at most."""
+
+    tile: int
+    least: int
+    programs: int
+    registers: int | None
+
+
+_WARPS = 4
+
+
+def _tuning(sequences: int) -> _Tuning:
+    """What was fastest on an H100 from 128 to 65,536 tokens; see docs/kernels.md."""
+    if sequences == 1:
+        return _Tuning(64, 1, 6, None)
+    return _Tuning(64, 2, 8, 128) if sequences <= 16 else _Tuning(32, 2, 12, None)
 
 
 @triton.jit
@@ -206,21 +223,23 @@ def _attend(
     assert all(x.stride()[1:] == (K, 1) for x in (q_NHK, k, v)), "heads of a token lie side by side"
     assert blocks_NM.stride(1) == 1, "block tables have rows"
     device = q_NHK.device
-    programs = -(-_PROGRAMS * _processors(device) // H)  # of each head
+    tuning = _tuning(N)
+    programs = triton.cdiv(tuning.programs * _processors(device), H)  # of each head
     items = N + programs
     out = torch.empty(N, H, K, dtype=q_NHK.dtype, device=device)
     states = torch.empty(items * H, 2, dtype=torch.float32, device=device)
     partials = torch.empty(items * H, K, dtype=torch.float32, device=device)
     arrivals = _arrivals(device)
     assert arrivals.numel() >= N * H, f"{N} sequences of {H} heads are more than {arrivals.numel()}"
-    tile, vector = min(_TILE, S), 16 // q_NHK.element_size()
+    tile, vector = min(tuning.tile, S), 16 // q_NHK.element_size()
     _decode_kernel[H, items](
         q_NHK, k, v, positions_N, blocks_NM, angles, keys_BHSK, values_BHSK, out, states, partials, arrivals,
         q_NHK.stride(0), k.stride(0), v.stride(0), blocks_NM.stride(0), K**-0.5 * _LOG2_E, N, programs,
-        # A few widths, so that few kernels are compiled. Of one sequence every tile may have its own program.
-        WIDTH=1 if N == 1 else max(64, triton.next_power_of_2(N)), LEAST=1 if N == 1 else 2,
-        H=H, KV=KV, S=S, K=K, TILE=tile, ROWS=min(tile, max(1, _WARPS * 32 * vector // K)), NEW=new is not None,
-        num_warps=_WARPS, **(overlap(device) if new is not None else {"PDL": False}),
+        H=H, KV=KV, S=S, K=K, LEAST=tuning.least, TILE=tile, ROWS=min(tile, max(1, _WARPS * 32 * vector // K)),
+        WIDTH=1 if N == 1 else max(64, triton.next_power_of_2(N)),  # few widths: each is a kernel to compile
+        NEW=new is not None, num_warps=_WARPS, maxnreg=tuning.registers,
+        # Cached tokens may come from the kernel right before, a new token's own past may not.
+        **(overlap(device) if new is not None else {"PDL": False}),
     )  # fmt: skip
     return out
 
@@ -247,5 +266,9 @@ def decode_attention(
     keys_BHSK: Tensor,
     values_BHSK: Tensor,
 ) -> Tensor:
-    """One new token of each sequence; see :func:`aria.ops.reference.decode_attention`. One stream at a time."""
+    """One new token of each sequence; see :func:`aria.ops.reference.decode_attention`.
+
+    Launches share counters, so only one stream may decode. Where the GPU allows it the kernel starts early and reads
+    positions, tables and old keys while the kernel before it still runs: these must not be what that one writes.
+    """
     return _attend(q_NHK, positions_N, blocks_NM, keys_BHSK, values_BHSK, (k_NHK, v_NHK, angles_PK))

@@ -54,7 +54,7 @@ def _rotate_kernel(
             tl.store(values_ptr + place[:, None] + both, v, mask=there)
 
 
-_TOKENS, _HEADS, _WARPS = 16, 5, 4
+_TOKENS = 16
 
 
 def fits(q_THK: Tensor) -> bool:
@@ -82,9 +82,10 @@ def rotate_and_cache(
     q = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
     k = torch.empty(T, KV, K, dtype=k_THK.dtype, device=k_THK.device)
     if T:
-        _rotate_kernel[triton.cdiv(T, _TOKENS), triton.cdiv(H, _HEADS)](
+        heads = 2 if T <= 1024 else 5  # the fewer, the more programs
+        _rotate_kernel[triton.cdiv(T, _TOKENS), triton.cdiv(H, heads)](
             q_THK, k_THK, v_THK, positions_T, slots_T, angles_PK, keys_BHSK, values_BHSK, q, k,
             T, q_THK.stride(0), k_THK.stride(0), v_THK.stride(0),
-            H=H, KV=KV, S=S, K=K, TOKENS=_TOKENS, HEADS=_HEADS, num_warps=_WARPS,
+            H=H, KV=KV, S=S, K=K, TOKENS=_TOKENS, HEADS=heads, num_warps=4,
         )  # fmt: skip
     return q, k
