@@ -17,8 +17,8 @@ from aria.ops import resize
 from aria.ops.kernels import resize as kernels
 
 
-@pytest.mark.parametrize("shape", [(40, 50, 3), (2, 3, 33, 1, 3), (1, 1, 700, 3)])
-@pytest.mark.parametrize("target", [1, 17, 300])
+@pytest.mark.parametrize("shape", [(4, 9, 3), (2, 3, 7, 1, 3), (1, 1, 200, 3)])
+@pytest.mark.parametrize("target", [1, 17, 100])
 @pytest.mark.parametrize("dim", [-2, -3])
 def test_bits_are_those_of_the_twin(shape, target, dim):
     # The extremes most of all, where sums leave 0..255 on both sides.

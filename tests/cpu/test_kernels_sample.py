@@ -77,9 +77,11 @@ def test_the_least_score_kept_is_that_of_sorting(dtype):
     logits[5, 7], logits[6, 7], logits[7] = 3e4, -3e4, 1.0
     N = len(rows)
     thresholds, arrived = torch.full((N,), float("nan")), torch.full((N,), 99, dtype=torch.int32)
+    # In blocks this small some rows are gathered, and others have to be searched.
     kernels._threshold_kernel[(N,)](
-        logits, rows, state._table, state._banned, thresholds, arrived, V,
-        C=state._table.shape[1], V=V, BANNED=len(BANNED), SHIFT=16 if dtype == torch.bfloat16 else 0, BLOCK=1024,
+        logits, rows, state._table, state._banned, torch.empty(N, 512, dtype=torch.int32), thresholds, arrived, V,
+        C=state._table.shape[1], V=V, BANNED=len(BANNED), SHIFT=16 if dtype == torch.bfloat16 else 0, BLOCK=512,
+        GATHERED=100,
     )  # fmt: skip
     assert arrived.tolist() == [0] * N
     scores = logits.float().index_fill(1, state._banned, float("-inf"))[:-1]

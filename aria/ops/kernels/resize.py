@@ -15,10 +15,11 @@ from aria.ops.resize import PRECISION, taps_on
 BLOCK = 1024
 
 
-@triton.jit
+# No variant for sizes that happen to be 1 or multiples of 16: each would be compiled when such a picture comes.
+@triton.jit(do_not_specialize=["source", "target", "B", "taps"])
 def _resample_kernel(
-    pictures, first, weights, out, source, target, B,
-    TAPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    pictures, first, weights, out, source, target, B, taps,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     a = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +28,7 @@ def _resample_kernel(
     start = tl.load(first + place, mask=inside, other=0)
     line = pictures + a * source * B
     total = tl.full([BLOCK], 1 << (PRECISION - 1), tl.int32)
-    for tap in range(TAPS):
+    for tap in range(taps):
         at = start + tap
         pixels = tl.load(line + at * B + byte, mask=inside & (at < source), other=0).to(tl.int32)
         total += pixels * tl.load(weights + tap * target + place, mask=inside, other=0)
@@ -46,6 +47,6 @@ def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
     A = pictures_YXH.numel() // (source * B)
     out = torch.empty([*shape[:dim], target, *shape[dim + 1 :]], dtype=torch.uint8, device=pictures_YXH.device)
     _resample_kernel[(A, triton.cdiv(target * B, BLOCK))](
-        pictures_YXH, first, weights, out, source, target, B, TAPS=len(weights), PRECISION=PRECISION, BLOCK=BLOCK
+        pictures_YXH, first, weights, out, source, target, B, len(weights), PRECISION=PRECISION, BLOCK=BLOCK
     )
     return out

@@ -1,8 +1,13 @@
 """Drawing tokens on the device: the least score kept of each row, then the largest noisy score above it.
 
 N sequences, V vocabulary. Two launches whatever the rows ask for: a row that keeps all its tokens leaves the first at
-once, a greedy row draws without noise in the second. Nothing is sorted: the least score kept is searched for among the
-bits of the scores, eightfold narrower with every pass over a row that lies in the L2 cache.
+once, a greedy row draws without noise in the second.
+
+Nothing is sorted. The least score kept is searched for among the bits of the scores. A first pass over the row, which
+lies in the L2 cache, leaves the peak of each lane of a block; above any bound lie at least as many scores as peaks, and
+that gives a bound below the likeliest. A second pass gathers the scores above it. If all that is kept is among them, as
+it is of a trained model's scores, bisection goes on in registers; if not, every further pass over the row makes the
+interval eight times narrower.
 """
 
 # Tuples grow by adding: Triton knows no unpacking.
@@ -19,7 +24,9 @@ from torch import Tensor
 from aria.ops.sampling import GROUP, LANES
 
 SEARCH_BLOCK = 4096
-"""Scores that a program of the search looks at together."""
+"""Scores that a program of the search looks at together, and most that it gathers."""
+GATHERED = 1024
+"""Scores that are gathered, about, where top_k does not say."""
 MAX_PROGRAMS = 2048
 """Programs of the drawing launch, about as many as an H100 keeps resident."""
 
@@ -93,13 +100,48 @@ def _search(
 
 
 @triton.jit
+def _bisect(keys, weights, target, low, high):
+    """As _search, over keys that are at hand."""
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(keys > middle.to(tl.int32), weights, 0.0)) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return high
+
+
+@triton.jit
+def _gather(
+    row, banned, low, most, temperature, gathered, with_mass,
+    V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write keys above ``low`` to ``gathered``, at most BLOCK. Gives how many there are, and the mass of the row."""
+    count = tl.zeros([], tl.int32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        scores = _scores(row, start + tl.arange(0, BLOCK), banned, V, BANNED)
+        keys = _key(scores, SHIFT)
+        if with_mass:
+            mass += tl.exp((scores - most) / temperature)
+        above = (keys > low).to(tl.int32)
+        if tl.max(above) > 0:
+            place = count + tl.cumsum(above) - above
+            tl.store(gathered + place, keys, mask=(above > 0) & (place < BLOCK))
+            count += tl.sum(above)
+    tl.debug_barrier()
+    return count, tl.sum(mass)
+
+
+@triton.jit
 def _threshold_kernel(
-    logits, rows, table, banned, thresholds, arrived, stride,
+    logits, rows, table, banned, gathered, thresholds, arrived, stride,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):  # fmt: skip
     """The least score that each sequence keeps; also sets its count of finished programs to 0."""
     n = tl.program_id(0)
     row = logits + n.to(tl.int64) * stride
+    gathered += n * BLOCK
     settings = table + tl.load(rows + n) * C
     temperature = tl.load(settings).to(tl.float32, bitcast=True)
     top_k = tl.load(settings + 1)
@@ -107,25 +149,46 @@ def _threshold_kernel(
     min_p = tl.load(settings + 3).to(tl.float32, bitcast=True)
     threshold = tl.full([], float("-inf"), tl.float32)
     if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
+        lanes = tl.arange(0, BLOCK)
         peaks = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, V, BLOCK):
-            peaks = tl.maximum(peaks, _scores(row, start + tl.arange(0, BLOCK), banned, V, BANNED))
+            peaks = tl.maximum(peaks, _scores(row, start + lanes, banned, V, BANNED))
         most = tl.max(peaks)
-        high = _key(most, SHIFT).to(tl.int64)
-        floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
-        if top_k > 0:
-            # As many scores as there are lanes are at least the least of the lanes' peaks.
-            low = tl.where(top_k <= BLOCK, _key(tl.min(peaks), SHIFT).to(tl.int64) - 1, floor)
-            least = _search(
-                row, banned, top_k.to(tl.float32), low, high, floor, most, temperature, V, BANNED, False, SHIFT, BLOCK
-            )
-            threshold = _score(least.to(tl.int32), SHIFT)
-            floor = least - 1
-        if top_p < 1:
-            # Below this all probabilities are 0 in float32.
-            low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
-            mass = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
-            least = _search(row, banned, top_p * mass, low, high, low, most, temperature, V, BANNED, True, SHIFT, BLOCK)
+        if (top_k > 0) | (top_p < 1):
+            high = _key(most, SHIFT).to(tl.int64)
+            floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
+            k = top_k.to(tl.float32)
+            wanted = tl.where(top_k > 0, tl.minimum(k, BLOCK), GATHERED)
+            low = _bisect(_key(peaks, SHIFT), tl.full([BLOCK], 1.0, tl.float32), wanted, floor, high) - 1
+            low = tl.where(top_k > BLOCK, floor, low)
+            count, mass = _gather(row, banned, low, most, temperature, gathered, (top_k == 0), V, BANNED, SHIFT, BLOCK)
+            least = high
+            found = count <= BLOCK
+            if found:
+                keys = tl.load(gathered + lanes, mask=lanes < count, other=-(1 << 31))
+                weights = (lanes < count).to(tl.float32)
+                if top_k > 0:
+                    least = _bisect(keys, weights, k, low, high)
+                    low = least - 1
+                if top_p < 1:
+                    probability = tl.exp((_score(keys, SHIFT) - most) / temperature)
+                    weights = tl.where((lanes < count) & (keys > low.to(tl.int32)), probability, 0.0)
+                    inside = tl.sum(weights)
+                    mass = tl.where(top_k > 0, inside, mass)
+                    found = inside >= top_p * mass
+                    if found:
+                        least = _bisect(keys, weights, top_p * mass, low, high)
+            if not found:
+                if top_k > 0:
+                    least = _search(row, banned, k, low, high, floor, most, temperature, V, BANNED, False, SHIFT, BLOCK)
+                    floor = least - 1
+                if top_p < 1:
+                    # Below this all probabilities are 0 in float32.
+                    low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
+                    mass = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
+                    least = _search(
+                        row, banned, top_p * mass, low, high, low, most, temperature, V, BANNED, True, SHIFT, BLOCK
+                    )
             threshold = _score(least.to(tl.int32), SHIFT)
         if min_p > 0:
             threshold = tl.maximum(threshold, most + temperature * tl.log(min_p))
@@ -199,20 +262,22 @@ def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Ten
     assert logits_NV.stride(1) == 1, "each sequence's scores should lie together"
     assert table_RC.is_contiguous() and table_RC.dtype == torch.int32, "the table of settings is int32, row by row"
     device = logits_NV.device
+    block = min(SEARCH_BLOCK, triton.next_power_of_2(V))
     groups = -(-V // GROUP)
     per_program = -(-groups // min(groups, -(-MAX_PROGRAMS // N)))
     splits = -(-groups // per_program)
     thresholds = torch.empty(N, dtype=torch.float32, device=device)
     arrived = torch.empty(N, dtype=torch.int32, device=device)
+    gathered = torch.empty(N, block, dtype=torch.int32, device=device)
     values = torch.empty(N, splits, dtype=torch.float32, device=device)
     places = torch.empty(N, splits, dtype=torch.int32, device=device)
     tokens = torch.empty(N, dtype=torch.int64, device=device)
     stride, columns = logits_NV.stride(0), table_RC.shape[1]
     shift = 16 if logits_NV.dtype == torch.bfloat16 else 0
-    block = min(SEARCH_BLOCK, triton.next_power_of_2(V))
     _threshold_kernel[(N,)](
-        logits_NV, rows_N, table_RC, banned, thresholds, arrived, stride,
-        C=columns, V=V, BANNED=len(banned), SHIFT=shift, BLOCK=block, num_warps=max(4, block // 256),
+        logits_NV, rows_N, table_RC, banned, gathered, thresholds, arrived, stride,
+        C=columns, V=V, BANNED=len(banned), SHIFT=shift, BLOCK=block, GATHERED=min(GATHERED, block // 2),
+        num_warps=max(4, block // 256),
     )  # fmt: skip
     _draw_kernel[(N, splits)](
         logits_NV, rows_N, positions_N, table_RC, banned, thresholds, arrived, values, places, tokens, stride,
