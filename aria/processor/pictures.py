@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from aria import ops
 from aria.processor.image import AriaImageProcessor, Sheet
 from aria.processor.media import load_image
 
+MOST_THREADS = 16
 UPLOAD_BYTES = 64 << 20
 """Pictures of one shape go to the device together, up to so many bytes at a time."""
 # Since its version 13 Pillow begins with the height where that shrinks much more than the width.
@@ -41,8 +42,8 @@ class Crops(NamedTuple):
 class Picture:
     """A picture in RGB, and how it becomes crops."""
 
-    rgb: Tensor
-    """uint8 ``(Y, X, 3)`` in the host's memory."""
+    rgb: np.ndarray
+    """uint8 ``(Y, X, 3)``."""
     size: int
     """S."""
     sheets: tuple[Sheet, ...]
@@ -72,7 +73,7 @@ class Picture:
         fits = [processor.fit((right - left, low - top), size) for s in sheets for left, top, right, low in s.pieces]
         extents = tuple((height, width) for width, height in fits)
         digest = hashlib.sha256(repr((width, height, size, sheets, extents)).encode())
-        digest.update(rgb.numpy().data)
+        digest.update(rgb.data)
         return cls(rgb, size, sheets, extents, digest.digest())
 
     def load(self, device: torch.device | str = "cpu") -> Crops:
@@ -110,20 +111,10 @@ class Prepared:
 
 
 def read_pictures(
-    sources: Sequence[Any],
-    processor: AriaImageProcessor,
-    settings: Sequence[dict[str, Any]],
+    sources: Sequence[Any], processor: AriaImageProcessor, settings: Sequence[dict[str, Any]]
 ) -> list[Picture]:
-    """:meth:`Picture.of` of several sources, each with its own settings, on as many threads as there are cores.
-
-    Decoding, fetching and hashing leave the interpreter free, so they run beside each other.
-    """
-    if len(sources) < 2:
-        return [Picture.of(source, processor, **own) for source, own in zip(sources, settings, strict=True)]
-    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
-        return list(
-            pool.map(lambda pair: Picture.of(pair[0], processor, **pair[1]), zip(sources, settings, strict=True))
-        )
+    """:meth:`Picture.of` of several sources, each with its own settings."""
+    return _together(lambda source, own: Picture.of(source, processor, **own), sources, settings)
 
 
 def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[Crops]:
@@ -138,10 +129,11 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
     return [one for one in crops if one is not None]
 
 
-def _read(source: Any) -> Tensor:
-    plain = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3
+def _read(source: Any) -> np.ndarray:
     # Always a copy: what the key was made from must still be there when the picture is loaded.
-    return torch.from_numpy(np.array(source if plain and source.size else load_image(source), order="C"))
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
+        return np.array(source, order="C")
+    return np.asarray(load_image(source))
 
 
 def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:
@@ -150,20 +142,23 @@ def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:
     for i, picture in enumerate(pictures):
         groups.setdefault((picture.rgb.shape, picture.size, picture.sheets, picture.extents), []).append(i)
     for group in groups.values():
-        portion = max(1, UPLOAD_BYTES // pictures[group[0]].rgb.numel())
+        portion = max(1, UPLOAD_BYTES // pictures[group[0]].rgb.size)
         yield from (group[at : at + portion] for at in range(0, len(group), portion))
 
 
-def _upload(pictures: Sequence[Tensor], device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return torch.stack(list(pictures)).to(device)
-    staged = torch.empty(len(pictures), *pictures[0].shape, dtype=torch.uint8, pin_memory=True)
-    if len(pictures) < 4:
-        torch.stack(list(pictures), out=staged)
-    else:
-        with ThreadPoolExecutor(min(len(pictures), os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda pair: pair[0].copy_(pair[1]), zip(staged.unbind(), pictures, strict=True)))
+def _upload(pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    staged = torch.empty(len(pictures), *pictures[0].shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    _together(np.copyto, staged.numpy(), pictures)
     return staged.to(device, non_blocking=True)
+
+
+def _together(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+    """Like ``map``, on several threads: decoding, fetching, hashing and copying leave the interpreter free."""
+    calls = list(zip(*arguments, strict=True))
+    if len(calls) < 2:
+        return [function(*call) for call in calls]
+    with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1, MOST_THREADS)) as pool:
+        return list(pool.map(lambda call: function(*call), calls))
 
 
 def _cut(rgb_FYXH: Tensor, picture: Picture) -> Tensor:
@@ -192,7 +187,7 @@ def _resize(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:
     if (old_height, old_width) == (height, width):
         return pictures_FYXH
     if pictures_FYXH.device.type == "cpu":
-        arrays = (picture.contiguous().numpy() for picture in pictures_FYXH)
+        arrays = (np.ascontiguousarray(picture) for picture in pictures_FYXH.numpy())
         resized = (Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays)
         return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
     return resize_as_pillow(pictures_FYXH, width, height)
