@@ -23,6 +23,8 @@ from aria.processor.image import AriaImageProcessor, Sheet
 from aria.processor.media import load_image
 
 MOST_THREADS = 16
+PIECE_BYTES = 1 << 20
+"""What a thread digests at a time."""
 UPLOAD_BYTES = 64 << 20
 """Pictures of one shape go to the device together, up to so many bytes at a time."""
 # Since its version 13 Pillow begins with the height where that shrinks much more than the width.
@@ -66,15 +68,8 @@ class Picture:
 
         The other arguments are those of calling the image processor, for one picture.
         """
-        rgb = _read(source)
-        height, width = rgb.shape[:2]
-        size = processor.max_image_size if max_image_size is None else max_image_size
-        sheets = tuple(processor.sheets((width, height), max_image_size, split_image, split_mode))
-        fits = [processor.fit((right - left, low - top), size) for s in sheets for left, top, right, low in s.pieces]
-        extents = tuple((height, width) for width, height in fits)
-        digest = hashlib.sha256(repr((width, height, size, sheets, extents)).encode())
-        digest.update(rgb.data)
-        return cls(rgb, size, sheets, extents, digest.digest())
+        own = {"max_image_size": max_image_size, "split_image": split_image, "split_mode": split_mode}
+        return read_pictures([source], processor, [own])[0]
 
     def load(self, device: torch.device | str = "cpu") -> Crops:
         """Its crops, on the device; the same grey levels everywhere."""
@@ -114,7 +109,24 @@ def read_pictures(
     sources: Sequence[Any], processor: AriaImageProcessor, settings: Sequence[dict[str, Any]]
 ) -> list[Picture]:
     """:meth:`Picture.of` of several sources, each with its own settings."""
-    return _together(lambda source, own: Picture.of(source, processor, **own), sources, settings)
+    arrays = _together(_read, sources)
+    # One digest of a picture's pieces, so that several threads can share a large picture too.
+    pieces = [
+        array.reshape(-1).data[at : at + PIECE_BYTES] for array in arrays for at in range(0, array.size, PIECE_BYTES)
+    ]
+    digests = iter(_together(lambda piece: hashlib.sha256(piece).digest(), pieces))
+    pictures = []
+    for rgb, own in zip(arrays, settings, strict=True):
+        height, width = rgb.shape[:2]
+        size = own.get("max_image_size") or processor.max_image_size
+        sheets = tuple(processor.sheets((width, height), **own))
+        fits = [processor.fit((right - left, low - top), size) for s in sheets for left, top, right, low in s.pieces]
+        extents = tuple((height, width) for width, height in fits)
+        key = hashlib.sha256(repr((width, height, size, sheets, extents)).encode())
+        for _ in range(0, rgb.size, PIECE_BYTES):
+            key.update(next(digests))
+        pictures.append(Picture(rgb, size, sheets, extents, key.digest()))
+    return pictures
 
 
 def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[Crops]:
