@@ -76,37 +76,41 @@ def test_paged_attention():
     assert relative_error(got, expected) < ERROR[torch.bfloat16]
 
 
+def chunks_by_head(q, k, v, keys, values, blocks, lengths, pasts):
+    """The reference in float64, whose scores of all heads at once would fill the memory."""
+    heads = zip(*(x.split(1, dim=1) for x in (q, k, v, keys, values)), strict=True)
+    return torch.cat([reference.chunks_attention(*wide(*head), blocks, lengths, pasts) for head in heads], dim=1)
+
+
 @pytest.mark.parametrize(
-    "T, past", [(1, 0), (1, 4097), (63, 5), (64, 64), (129, 127), (1000, 1000), (2048, 0), (4500, 0), (4096, 8192)]
+    "lengths, pasts",
+    [
+        ([1], [0]),
+        ([1], [4097]),
+        ([63], [5]),
+        ([64, 129, 1000], [64, 127, 1000]),
+        ([2048], [0]),
+        ([8500], [0]),
+        ([4096], [4096]),
+        ([100, 4096, 1, 9000, 8192, 37], [0, 4096, 300, 0, 0, 64]),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chunk_attention(T, past, dtype):
-    torch.manual_seed(T)
-    H, K, M = 20, 128, -(-(past + T) // S)
-    q, k, v = torch.randn(T, 3 * H, K, device="cuda", dtype=dtype).split(H, dim=1)
-    keys, values = torch.randn(2, M + 1, H, S, K, device="cuda", dtype=dtype)
-    if not past:
+def test_chunks_attention(lengths, pasts, dtype):
+    torch.manual_seed(sum(lengths))
+    H, K, N = 3, 128, len(lengths)
+    M = max(-(-(length + past) // S) for length, past in zip(lengths, pasts, strict=True))
+    q, k, v = torch.randn(sum(lengths), 3 * H, K, device="cuda", dtype=dtype).split(H, dim=1)
+    keys, values = torch.randn(2, N * M + 1, H, S, K, device="cuda", dtype=dtype)
+    if not any(pasts):
         keys, values = keys * float("nan"), values * float("nan")  # nobody may read them
-    blocks = (torch.randperm(M, device="cuda") + 1).int()
-    expected = reference.chunk_attention(*wide(q, k, v, keys, values), blocks, past)
-    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks[None], [T], [past])
-    assert relative_error(got, expected) < ERROR[dtype]
-
-
-def test_chunks_attention():
-    """Some for our kernel, some for cuDNN, one for both; one past is a block that another chunk fills."""
-    torch.manual_seed(5)
-    H, K, M, lengths, pasts = 20, 128, 150, [100, 4096, 1, 9000, 8192, 37], [0, 4096, 300, 0, 0, 64]
-    T, N = sum(lengths), len(lengths)
-    q, k, v = torch.randn(T, 3 * H, K, device="cuda", dtype=torch.bfloat16).split(H, dim=1)
-    keys, values = torch.randn(2, N * M + 1, H, S, K, device="cuda", dtype=torch.bfloat16)
     blocks = (torch.randperm(N * M, device="cuda") + 1).view(N, M).int()
     got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
-    for head in range(0, H, 7):
-        own = slice(head, head + 1)
-        part = wide(q[:, own], k[:, own], v[:, own], keys[:, own], values[:, own])
-        expected = reference.chunks_attention(*part, blocks, lengths, pasts)
-        assert relative_error(got[:, own], expected) < ERROR[torch.bfloat16]
+    expected = chunks_by_head(q, k, v, keys, values, blocks, lengths, pasts)
+    # All of a norm over many tokens hides a few wrong ones.
+    for ours, theirs in zip(got.split(lengths), expected.split(lengths), strict=True):
+        assert relative_error(ours[-1], theirs[-1]) < 2 * ERROR[dtype]
+        assert relative_error(ours, theirs) < ERROR[dtype]
 
 
 @pytest.mark.parametrize("T", [1, 100, 4097])
