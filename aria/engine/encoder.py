@@ -6,18 +6,25 @@ C crops, S side of a crop in pixels, Q picture tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from aria import ops
+from aria.engine.graphs import Graphs
 from aria.engine.pictures import PictureCache
 from aria.engine.request import Picture
-from aria.model import Aria, pack_crops
+from aria.model import Aria, PackedPatches, pack_crops
 from aria.processor.pictures import PictureInput, load_crops
 
 MOST_PATCHES = {"cuda": 80_000, "cpu": 10_000}
 """Patches of one pass through the vision tower, so that a clip of any length takes the memory of 16 large pictures."""
+
+GRAPH_PATCHES = 10_000
+"""Up to so many patches, launching the tower's operations takes longer than they do: these run as graphs."""
+MOST_GRAPHS = 32
 
 
 class Encoder:
@@ -32,9 +39,9 @@ class Encoder:
     def __init__(self, model: Aria, cache_bytes: int, mean: Sequence[float], std: Sequence[float]):
         self._model, self._mean, self._std = model, tuple(mean), tuple(std)
         self._weight = model.multi_modal_projector.query
-        patch = model.config.vision.patch_size
-        self._patches = lambda picture: len(picture.extents) * (picture.size // patch) ** 2
         self.cache = PictureCache(cache_bytes)
+        with torch.inference_mode():
+            self._graphs = Graphs(self._weight.device, MOST_GRAPHS) if ops.inference_kernels(self._weight) else None
 
     def features(self, pictures: Sequence[Picture]) -> list[Tensor]:
         """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already."""
@@ -49,10 +56,10 @@ class Encoder:
                 missing[picture.data.key] = picture.data
         made: dict[bytes, Tensor] = {}
         for portion in self._portions(list(missing.values())):
-            for picture, features_QD in zip(portion, self._encode(portion), strict=True):
+            for new, features_QD in zip(portion, self._encode(portion), strict=True):
                 # A part of a larger tensor would keep all of it in memory.
-                made[picture.key] = features_QD.clone()
-                self.cache.put(picture.key, made[picture.key])
+                made[new.key] = features_QD.clone()
+                self.cache.put(new.key, made[new.key])
         return [found[i] if i in found else made[picture.data.key] for i, picture in enumerate(pictures)]
 
     def _portions(self, pictures: Sequence[PictureInput]) -> Iterator[list[PictureInput]]:
@@ -63,7 +70,8 @@ class Encoder:
             portion: list[PictureInput] = []
             patches = 0
             for picture in alike:
-                more = self._patches(picture.picture)
+                crops = picture.picture
+                more = len(crops.extents) * (crops.size // self._model.config.vision.patch_size) ** 2
                 if portion and patches + more > most:
                     yield portion
                     portion, patches = [], 0
@@ -81,4 +89,15 @@ class Encoder:
             self._model.config.vision,
             self._weight.dtype,
         )
-        return self._model.encode_images(patches).split([picture.tokens for picture in pictures])
+        (features_QD,) = self._run(patches)
+        assert features_QD is not None, "encoding gives features"
+        return features_QD.split([picture.tokens for picture in pictures])
+
+    def _run(self, patches: PackedPatches) -> tuple[Tensor | None, ...]:
+        def work(pixels: Tensor, positions: Tensor) -> tuple[Tensor]:
+            return (self._model.encode_images(replace(patches, pixels=pixels, positions=positions)),)
+
+        if self._graphs is None or patches.segments.total > GRAPH_PATCHES:
+            return work(patches.pixels, patches.positions)
+        key = patches.segments.lengths, patches.grid_patches
+        return self._graphs.run(key, work, patches.pixels, patches.positions)

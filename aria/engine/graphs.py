@@ -1,81 +1,78 @@
-"""Decoding steps as CUDA graphs: one launch instead of hundreds. N sequences of a step, V vocabulary."""
+"""Work on the device as CUDA graphs: one launch instead of hundreds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Decode = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor | None]]
-"""Rows, positions, width of the block tables, whether to sample -> logits and tokens."""
+Outputs = tuple[Tensor | None, ...]
+Work = Callable[..., Outputs]
+"""Takes tensors, gives tensors; never waits for the host, and does the same whatever the tensors hold."""
 
 
-def batch_sizes(most: int) -> list[int]:
-    """Sizes that graphs are made for: small ones exactly, larger ones in steps of an eighth or less."""
-    sizes = [*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8), *range(80, 129, 16)]
-    sizes += range(160, 257, 32)
-    sizes += range(320, max(most, 320) + 64, 64)
-    return [size for size in sizes if size < most] + [most]
+def batch_size(count: int, most: int) -> int:
+    """The size that a batch of ``count`` is filled up to: up to 8 its own, larger by a seventh at most."""
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return min(-(-count // step) * step, most)
 
 
 @dataclass
-class _Graph:
+class _Captured:
     graph: torch.cuda.CUDAGraph
-    inputs: Tensor
-    logits: Tensor | None
-    tokens: Tensor | None
+    work: Work
+    inputs: tuple[Tensor, ...]
+    outputs: Outputs
 
 
-class DecodeGraphs:
-    """Runs decoding steps, each batch size and width of block tables as a graph from the second time on.
+class Graphs:
+    """Runs work by keys, each key as a graph from its second time on.
 
-    The first time runs plainly: kernels are compiled then and libraries make workspaces, which a capture may not.
+    The first time runs plainly: kernels are compiled then and libraries make workspaces, which a capture may not. All
+    graphs share one pool of memory, so the outputs of one are good until any of them runs again.
 
     Args:
-        decode: the step; it may not wait for the host.
-        most: the largest batch.
-        scratch_row: the row of the places that fill up a batch.
         device: a CUDA device.
+        most: graphs that are kept; the longest unused go first.
     """
 
-    def __init__(self, decode: Decode, most: int, scratch_row: int, device: torch.device):
-        self._decode = decode
-        self._sizes = batch_sizes(most)
-        self._scratch_row = scratch_row
-        self._device = device
-        self._graphs: dict[tuple[int, int, bool], _Graph | None] = {}
+    def __init__(self, device: torch.device, most: int):
+        self._device, self._most = device, most
+        self._captured: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(
-        self, rows_and_positions: Sequence[Sequence[int]], width: int, sample: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Run a step of any size. Returns rows, positions, logits and tokens; the next step writes over them.
+    def run(self, key: Hashable, work: Work, *inputs: Tensor) -> Outputs:
+        """The outputs of ``work(*inputs)``.
 
-        A step that samples gives no logits, so that graphs need not keep them apart.
+        Args:
+            key: the same only for work that differs in nothing but what the inputs hold.
+            work: run with tensors like the inputs, on the device.
+            inputs: on the device, or pinned.
         """
-        N = len(rows_and_positions[0])
-        size = next(size for size in self._sizes if size >= N)
-        values = torch.empty(2, size, dtype=torch.int32, pin_memory=True)
-        values[0], values[1] = self._scratch_row, 0
-        values[:, :N] = torch.tensor(rows_and_positions, dtype=torch.int32)
-        key = size, width, sample
-        if key not in self._graphs:
-            self._graphs[key] = None
-            inputs = values.to(self._device, non_blocking=True)
-            logits, tokens = self._decode(inputs[0], inputs[1], width, sample)
-        else:
-            graph = self._graphs[key] = self._graphs[key] or self._capture(*key)
-            inputs, logits, tokens = graph.inputs, graph.logits, graph.tokens
-            inputs.copy_(values, non_blocking=True)
-            graph.graph.replay()
-        rows, positions = inputs[:, :N]
-        return rows, positions, *(None if x is None else x[:N] for x in (logits, tokens))
+        if key not in self._captured:
+            self._captured[key] = None
+            self._forget()
+            return work(*(x.to(self._device, non_blocking=True) for x in inputs))
+        captured = self._captured[key]
+        if captured is None:
+            captured = self._captured[key] = self._capture(work, inputs)
+        self._captured.move_to_end(key)
+        for mine, x in zip(captured.inputs, inputs, strict=True):
+            mine.copy_(x, non_blocking=True)
+        captured.graph.replay()
+        return captured.outputs
 
-    def _capture(self, size: int, width: int, sample: bool) -> _Graph:
-        inputs = torch.zeros(2, size, dtype=torch.int32, device=self._device)
+    def _capture(self, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
+        # What a capture runs is not computed, so what the inputs hold does not matter yet.
+        mine = tuple(torch.empty_like(x, device=self._device) for x in inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, tokens = self._decode(inputs[0], inputs[1], width, sample)
-        return _Graph(graph, inputs, None if sample else logits, tokens)
+            outputs = work(*mine)
+        return _Captured(graph, work, mine, outputs)
+
+    def _forget(self) -> None:
+        while len(self._captured) > self._most:
+            self._captured.popitem(last=False)

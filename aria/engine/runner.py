@@ -6,7 +6,7 @@ V vocabulary, Q picture tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,11 +17,17 @@ from torch import Tensor
 
 from aria import ops
 from aria.engine.encoder import Encoder
-from aria.engine.graphs import DecodeGraphs
+from aria.engine.graphs import Graphs, Work, batch_size
 from aria.engine.request import Request
 from aria.engine.sampler import SamplerState
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
+
+MOST_GRAPHS = 256
+GRAPH_TOKENS = 512
+"""Prompts up to so many tokens run as graphs when they are alone."""
+GRAPH_STEP = 64
+"""They are filled up to a multiple of this."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -40,7 +46,7 @@ class Launched:
     logits: Tensor | None
     """``(len(requests), V)``, before penalties; None where a graph did not keep it, overwritten by the next step."""
     _tokens: Tensor
-    _logprobs: tuple[Tensor, Tensor, Tensor] | None
+    _logprobs: tuple[Tensor, ...] | None
     _done: torch.cuda.Event | None
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -55,6 +61,17 @@ class Launched:
                 if k is not None:
                     logprobs[i] = TokenLogprobs(chosen, list(zip(ids[:k], values[:k], strict=True)))
         return tokens, logprobs
+
+
+class _Computed(NamedTuple):
+    """What a step gives of each of the N requests that sample."""
+
+    rows: Tensor
+    positions: Tensor
+    """Of the last tokens read."""
+    logits: Tensor | None
+    tokens: Tensor | None
+    """None where they are still to be drawn."""
 
 
 class Runner:
@@ -83,8 +100,7 @@ class Runner:
         self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         with torch.inference_mode():
-            capturable = device.type == "cuda" and ops.inference_kernels(weight)
-        self._graphs = DecodeGraphs(self._decode, max_rows, self._scratch_row, device) if capturable else None
+            self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
@@ -93,72 +109,89 @@ class Runner:
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
         extras = self._sampler.extras([_row(request) for request in sampling])
         # Penalties and log-probabilities need the scores, so what draws from them stays out of the graph.
-        scores = extras or any(request.params.logprobs is not None for request in sampling)
-        logits: Tensor | None
-        tokens: Tensor | None = None
-        if plan.chunks:
-            logits, rows, positions = self._mixed(plan, sampling)
-        else:
-            rows_and_positions = [[_row(request) for request in sampling], [r.computed - 1 for r in sampling]]
-            width = self._width(max(rows_and_positions[1]))
-            if self._graphs is None:
-                rows, positions = self._upload(*rows_and_positions)
-                logits, tokens = self._decode(rows, positions, width, not scores)
-            else:
-                rows, positions, logits, tokens = self._graphs.run(rows_and_positions, width, not scores)
+        draw = not extras and all(request.params.logprobs is None for request in sampling)
+        computed = self._read(plan, sampling) if plan.chunks else self._grow(plan.decodes, draw)
         if not sampling:
             return Launched([], None, torch.empty(0, dtype=torch.int64), None, None)
-        return self._sample(sampling, logits, tokens, rows, positions, extras)
+        return self._sample(sampling, computed, extras)
 
-    def _decode(self, rows_N: Tensor, positions_N: Tensor, width: int, sample: bool) -> tuple[Tensor, Tensor | None]:
-        """One token of each sequence, with nothing that waits for the host or depends on data.
+    def _grow(self, decodes: Sequence[Request], draw: bool) -> _Computed:
+        """A step in which every request decodes, filled up to a size that there is a graph for."""
+        N = len(decodes)
+        places = [request.computed - 1 for request in decodes]
+        width = self._width(max(places))
+        size = batch_size(N, self._scratch_row) if self._graphs else N
+        table = np.zeros((2, size), dtype=np.int32)
+        table[0] = self._scratch_row
+        table[:, :N] = [_row(request) for request in decodes], places
 
-        Returns:
-            logits ``(N, V)``, and tokens ``(N,)`` if ``sample``.
-        """
-        blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
-        context = Paged(self._cache, positions_N, blocks_NM)
-        hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
-        logits_NV = self._model.logits(hidden_ND)
-        return logits_NV, self._draw(logits_NV, rows_N, positions_N) if sample else None
+        def work(table: Tensor) -> tuple[Tensor | None, ...]:
+            rows_N, positions_N = table
+            context = Paged(self._cache, positions_N, self._blocks[:, :width].index_select(0, rows_N))
+            hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
+            logits_NV = self._model.logits(hidden_ND)
+            tokens_N = self._draw(logits_NV, rows_N, positions_N) if draw else None
+            # Scores that nobody asks for are not kept, so that graphs may share their memory.
+            return table, None if draw and self._graphs else logits_NV, tokens_N
+
+        outputs = self._run(("decode", size, width, draw), work, torch.from_numpy(table))
+        used, logits, tokens = outputs
+        assert used is not None, "the table comes back"
+        return _Computed(*used[:, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
+
+    def _read(self, plan: Plan, sampling: Sequence[Request]) -> _Computed:
+        """A step with chunks of prompts: decodes and chunks in one pass."""
+        chunks, N = plan.chunks, len(plan.decodes)
+        # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
+        alone = self._graphs is not None and plan.tokens <= GRAPH_TOKENS and not N and len(chunks) == 1
+        T = -(-plan.tokens // GRAPH_STEP) * GRAPH_STEP if alone else plan.tokens
+        ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
+        last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
+        last.update((id(request), i) for i, request in enumerate(plan.decodes))
+        places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
+        decoding = [request.computed - 1 for request in plan.decodes]
+        # What fills up stands at place 0, in slot 0 of the block that is nobody's.
+        fill = np.zeros(T - plan.tokens, dtype=np.int64)
+        lengths = [T] if alone else [chunk.count for chunk in chunks]
+        ids, slots, positions_T, index, rows_N, rows_C, spans, rows, positions = self._upload(
+            np.concatenate([*(c.request.tokens(c.start, c.start + c.count) for c in chunks), fill]),
+            np.concatenate([*(self._slots(c.request, p) for c, p in zip(chunks, places, strict=True)), fill]),
+            np.concatenate([np.array(decoding, dtype=np.int64), *places, fill]),
+            [last[id(request)] for request in sampling],
+            [_row(request) for request in plan.decodes],
+            [_row(chunk.request) for chunk in chunks],
+            [0, T, chunks[0].start],
+            [_row(request) for request in sampling],
+            [request.computed - 1 for request in sampling],
+        )
+        x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
+        self._place_pictures(x_TD, chunks, ends)
+        width = self._width(max(decoding, default=0))
+        most = self._width(max(chunk.start + chunk.count for chunk in chunks) - 1)
+        pasts = [chunk.start for chunk in chunks]
+
+        def work(x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor]:
+            rows_N, rows_C, spans = rest
+            blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
+            blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
+            own = spans[None] if alone else None
+            context = Paged(self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, own)
+            return (self._model.logits(self._model.decode(x_TD, context).hidden.index_select(0, index)),)
+
+        key = ("read", T, most, len(sampling)) if alone else None
+        (logits,) = self._run(key, work, x_TD, positions_T, slots, index, rows_N, rows_C, spans)
+        return _Computed(rows, positions, logits, None)
+
+    def _run(self, key: Hashable | None, work: Work, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        """By a graph, where there are graphs and the work has a key."""
+        if self._graphs is not None and key is not None:
+            return self._graphs.run(key, work, *(x if x.is_cuda else x.pin_memory() for x in inputs))
+        return work(*(x.to(self.device) for x in inputs))
 
     def _draw(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor) -> Tensor:
         tokens_N = self._sampler.sample(logits_NV, rows_N, positions_N + 1)
         self._tokens.index_copy_(0, rows_N.long(), tokens_N)
         return tokens_N
-
-    def _mixed(self, plan: Plan, sampling: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
-        """Decodes and chunks in one pass. Returns logits, rows and positions of what samples."""
-        chunks, N = plan.chunks, len(plan.decodes)
-        ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
-        last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
-        last.update((id(request), i) for i, request in enumerate(plan.decodes))
-        places = [request.computed - 1 for request in plan.decodes]
-        chunk_places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
-        ids, slots, positions_T, rows_N, rows_C, rows, positions, index = self._upload(
-            [token for c in chunks for token in c.request.tokens(c.start, c.start + c.count)],
-            np.concatenate([self._slots(c.request, p) for c, p in zip(chunks, chunk_places, strict=True)]),
-            np.concatenate([np.array(places, dtype=np.int64), *chunk_places]),
-            [_row(request) for request in plan.decodes],
-            [_row(chunk.request) for chunk in chunks],
-            [_row(request) for request in sampling],
-            [request.computed - 1 for request in sampling],
-            [last[id(request)] for request in sampling],
-        )
-        x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
-        self._place_pictures(x_TD, chunks, ends)
-        most = max(len(chunk.request.blocks) for chunk in chunks)
-        context = Paged(
-            self._cache,
-            positions_T,
-            self._blocks[:, : self._width(max(places, default=0))].index_select(0, rows_N),
-            slots,
-            self._blocks[:, :most].index_select(0, rows_C),
-            [chunk.count for chunk in chunks],
-            [chunk.start for chunk in chunks],
-        )
-        hidden_TD = self._model.decode(x_TD, context).hidden
-        return self._model.logits(hidden_TD.index_select(0, index)), rows, positions
 
     def _place_pictures(self, x_TD: Tensor, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
         """Put picture tokens over the embeddings of their places, as far as the chunks reach."""
@@ -172,33 +205,27 @@ class Runner:
         for (_, place, first, count), features_QD in zip(wanted, features, strict=True):
             x_TD[place : place + count] = features_QD[first : first + count]
 
-    def _sample(
-        self,
-        sampling: Sequence[Request],
-        logits: Tensor | None,
-        tokens: Tensor | None,
-        rows: Tensor,
-        positions: Tensor,
-        extras: bool,
-    ) -> Launched:
-        top = [request.params.logprobs for request in sampling if request.params.logprobs is not None]
+    def _sample(self, sampling: Sequence[Request], computed: _Computed, extras: bool) -> Launched:
+        rows, positions, logits, tokens = computed
         if tokens is None:
-            assert logits is not None, "neither tokens nor logits came"
+            assert logits is not None, "neither tokens nor scores came"
             scores = self._sampler.apply_extras(logits, rows) if extras else logits
             tokens = self._draw(scores, rows, positions)
             if extras:
                 self._sampler.count(rows, tokens)
-        logprobs = None
+        logprobs: tuple[Tensor, ...] | None = None
+        top = [request.params.logprobs for request in sampling if request.params.logprobs is not None]
         if top:
-            assert logits is not None, "log-probabilities need logits"
+            assert logits is not None, "log-probabilities need scores"
             logprobs = self._sampler.logprobs(logits, tokens, max(top))
         if self.device.type != "cuda":
             return Launched(sampling, logits, tokens, logprobs, None)
-        done = torch.cuda.Event()
         fetched = Launched(
-            sampling, logits, _fetch(tokens), None if logprobs is None else tuple(map(_fetch, logprobs)), done
-        )
-        done.record()
+            sampling, logits, _fetch(tokens), None if logprobs is None else tuple(map(_fetch, logprobs)),
+            torch.cuda.Event(),
+        )  # fmt: skip
+        assert fetched._done is not None
+        fetched._done.record()
         return fetched
 
     def _update_rows(self, requests: Sequence[Request]) -> None:

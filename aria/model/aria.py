@@ -99,8 +99,9 @@ class Aria(nn.Module):
         Takes a moment of each module's weights in memory once more, a module at a time.
         """
         for module in self.modules():
-            if module is not self and hasattr(module, "lay_out"):
-                module.lay_out()
+            lay_out = getattr(module, "lay_out", None)
+            if module is not self and callable(lay_out):
+                lay_out()
         return self
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

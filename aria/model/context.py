@@ -97,17 +97,19 @@ class Paged:
     chunk_lengths: Sequence[int] = ()
     chunk_pasts: Sequence[int] = ()
     """Tokens of each of those sequences that are in the cache already."""
+    spans: Tensor | None = None
+    """int32 ``(C, 3)``, for graphs: start, length and past of each chunk; ``chunk_pasts`` do not count then."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles
         N = self.blocks.shape[0]
-        new, read = ([x[:N] for x in (q_THK, k_THK, v_THK)], [x[N:] for x in (q_THK, k_THK, v_THK)])
+        new, read = (q_THK[:N], k_THK[:N], v_THK[:N]), (q_THK[N:], k_THK[N:], v_THK[N:])
         if not self.chunk_lengths:
             return ops.decode_attention(*new, self.positions, self.blocks, angles, keys, values)
         assert self.slots is not None and self.chunk_blocks is not None, "chunks need slots and blocks"
         # All chunks are written before any is read: one may begin with blocks that another one fills.
         q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots, angles, keys, values)
-        chunks = self.chunk_blocks, self.chunk_lengths, self.chunk_pasts
+        chunks = self.chunk_blocks, self.chunk_lengths, self.chunk_pasts, self.spans
         out = ops.chunks_attention(q, k, read[2], keys, values, *chunks)
         if not N:
             return out

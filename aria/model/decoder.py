@@ -86,6 +86,7 @@ class Decoder(nn.Module):
         """
         if ops.inference_kernels(x_TD) and not router_logits:
             for layer in self.layers:
+                assert isinstance(layer, DecoderLayer), "layers are decoder layers"
                 x_TD = layer.infer(x_TD, context)
             return self.norm(x_TD), ()
         all_logits = []

@@ -39,25 +39,18 @@ class CrossAttention(nn.Module):
         bq, bk, bv = inner.in_proj_bias.chunk(3)
         # The same few rows serve every crop, so they are projected once and then spread.
         q = F.linear(self.q_proj(self.layer_norm(query_ND)), wq, bq)[rows_Q]
+        norm = self.layer_norm_kv
+        x_PD = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps)
         if ops.inference_kernels(x_PD):
-            k, v = self._fold(x_PD)
+            # Two linears in a row are one, whose weight costs far less than a pass over the patches. Not so for values:
+            # what the rounding of that weight adds is the same for all patches, and averages over them do not lose it.
+            k = F.linear(x_PD, wk @ self.k_proj.weight, bk)
         else:
-            x_PD = self.layer_norm_kv(x_PD)
             k = F.linear(self.k_proj(x_PD), wk, bk)
-            v = F.linear(self.v_proj(x_PD), wv, bv)
+        v = F.linear(self.v_proj(x_PD), wv, bv)
         q, k, v = (t.unflatten(-1, (inner.num_heads, -1)) for t in (q, k, v))
         attended = ops.attention(q, k, v, queries, patches, causal=False)
         return self.linear(inner.out_proj(attended.flatten(1)))
-
-    def _fold(self, x_PD: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values in one product: two linears in a row are one, whose weight costs far less than a pass over
-        the patches. It is rounded once, as the values between the two would be."""
-        inner, norm = self.multihead_attn, self.layer_norm_kv
-        D = x_PD.shape[1]
-        first = torch.stack((self.k_proj.weight, self.v_proj.weight))
-        weight = torch.bmm(inner.in_proj_weight[D:].unflatten(0, (2, D)), first).flatten(0, 1)
-        normed = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps)
-        return F.linear(normed, weight, inner.in_proj_bias[D:]).chunk(2, dim=-1)
 
 
 class FeedForward(nn.Module):

@@ -225,4 +225,4 @@ class VisionTower(nn.Module):
         x_PD.addmm_(patches.pixels.to(x_PD.dtype), patch.weight.flatten(1).t())
         for layer, shift_2D in zip(layers, shifts_BD[:-1].unflatten(0, (-1, 2)), strict=True):
             layer.infer(x_PD, patches.segments, shift_2D)
-        return x_PD.add_(shifts_BD[-1])
+        return x_PD.add_(shifts_BD[-1].to(x_PD.dtype))

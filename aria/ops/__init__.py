@@ -206,11 +206,16 @@ def chunks_attention(
     blocks_NM: Tensor,
     lengths: Sequence[int],
     pasts: Sequence[int],
+    spans_N3: Tensor | None = None,
 ) -> Tensor:
-    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`."""
-    fast = inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK)
-    chosen = _kernels("chunk_attention") if fast else reference
-    return chosen.chunks_attention(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths, pasts)
+    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`.
+
+    ``spans_N3`` is for graphs, see :func:`aria.ops.kernels.chunk_attention.chunks_attention`.
+    """
+    arguments = q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths, pasts
+    if inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK):
+        return _kernels("chunk_attention").chunks_attention(*arguments, spans_N3)
+    return reference.chunks_attention(*arguments)
 
 
 def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:

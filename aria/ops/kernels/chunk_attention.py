@@ -160,13 +160,22 @@ def chunks_attention(
     blocks_NM: Tensor,
     lengths: Sequence[int],
     pasts: Sequence[int],
+    spans_N3: Tensor | None = None,
 ) -> Tensor:
-    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`."""
+    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`.
+
+    ``spans_N3``, int32, is first token, length and past of each chunk. Where it is given, ``pasts`` do not count: what
+    only the device knows may change from one replay of a graph to the next.
+    """
     T, H, K = q_THK.shape
     assert fits(q_THK, keys_BHSK), f"no kernel for queries {tuple(q_THK.shape)} and a cache {tuple(keys_BHSK.shape)}"
     assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
     assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
-    assert len(lengths) == len(pasts) == len(blocks_NM) and sum(lengths) == T, "chunks and tokens differ"
+    assert len(lengths) == len(blocks_NM) and sum(lengths) == T, "chunks and tokens differ"
+    if spans_N3 is not None:
+        out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
+        _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans_N3, max(lengths), 0, out)
+        return out
     round_to = _ROUND if _cudnn(q_THK, k_THK) else 0
     even = [_even(length, past, round_to) for length, past in zip(lengths, pasts, strict=True)]
     if even == [T]:
