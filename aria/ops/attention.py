@@ -1,6 +1,11 @@
-"""Packed attention on PyTorch's own kernels: one dense call where lengths are equal, else one varlen call or a loop."""
+"""Packed attention: PyTorch's kernels, dense where lengths are equal, and one of our own for the vision encoder."""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +19,11 @@ def attention(
 ) -> Tensor:
     """See :func:`aria.ops.reference.attention`."""
     assert len(queries.lengths) == len(keys.lengths), "queries and keys have different numbers of segments"
+    # A kernel of our own for the heads of the vision encoder, which no library is made for; it has no gradients.
+    if q_THK.is_cuda and not causal and not torch.is_grad_enabled() and 64 < q_THK.shape[-1] <= 80:
+        kernel = _hopper_kernel()
+        if kernel is not None and kernel.fits(q_THK, k_SHK, v_SHK):
+            return kernel.attention(q_THK, k_SHK, v_SHK, queries, keys)
     square = queries.longest in (1, keys.longest)
     if queries.equal and keys.equal and (square or not causal):
         batch = len(queries.lengths)
@@ -34,6 +44,14 @@ def attention(
         return out
     pieces = zip(q_THK.split(queries.lengths), k_SHK.split(keys.lengths), v_SHK.split(keys.lengths), strict=True)
     return torch.cat([_one(q, k, v, causal) for q, k, v in pieces])
+
+
+@cache
+def _hopper_kernel() -> ModuleType | None:
+    """The kernel for heads of 72, if there is a Triton that has what it is written in."""
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental.gluon") is None:
+        return None
+    return importlib.import_module("aria.ops.kernels.vision_attention")
 
 
 def _one(q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, causal: bool) -> Tensor:

@@ -1,10 +1,13 @@
-"""Kernels of the vision encoder through Triton's interpreter, and the encoder's inference path, against the plain one."""
+"""Kernels of the vision encoder through the interpreter, and its path in inference, against the plain ones."""
 
 from __future__ import annotations
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,3 +89,43 @@ def test_encoder_and_projector_in_inference(inference, laid_out):
         fast = tower(patches)
         assert relative_error(fast, hidden) < 1e-5
         assert relative_error(projector(fast, patches.segments, patches.grid_patches), tokens) < 1e-5
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from aria.ops.kernels import vision_attention
+from aria.ops.segments import Segments
+
+def type_of(x):
+    if hasattr(x, "block_shape"):
+        return f"tensordesc<bf16{list(x.block_shape)},{x.layout!r}>"
+    if isinstance(x, torch.Tensor):
+        return {torch.bfloat16: "*bf16", torch.int32: "*i32"}[x.dtype]
+    return "fp32" if isinstance(x, float) else "i32"
+
+for patches in (PATCHES):
+    q, k, v = torch.empty(patches, 3, 16, 72, dtype=torch.bfloat16).unbind(1)
+    segments = Segments.of([patches])
+    _, arguments, constants = vision_attention._plan(q, k, v, torch.empty_like(q), segments, segments, 132)
+    kernel = vision_attention._attention_kernel
+    signature = {name: type_of(x) for name, x in zip(kernel.arg_names, arguments)}
+    values = {name: constants[name] for name in kernel.arg_names if name in constants}
+    options = {name: value for name, value in constants.items() if name not in values}
+    source = GluonASTSource(kernel, signature | dict.fromkeys(values, "constexpr"), values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= 232_448, compiled.metadata.shared
+    assert compiled.asm["ptx"].count("wgmma.mma_async") >= 84
+    print("compiled", constants["GROUPS"])
+"""
+
+
+def test_attention_compiles_for_hopper():
+    """What it computes is for GPUs to show; here, that this Triton can build it, for either number of groups."""
+    pytest.importorskip("triton.experimental.gluon")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = COMPILE.replace("PATCHES", "1225, 4900")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[:2] == ["compiled 3", "compiled 2"]
