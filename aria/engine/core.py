@@ -66,7 +66,7 @@ class EngineCore:
         weight = model.language_model.lm_head.weight
         self.device, on_cuda = weight.device, weight.is_cuda
         self.block_size = _block_size(self.device)
-        step_tokens = step_tokens or (16384 if on_cuda else 2048)
+        step_tokens = step_tokens or (32768 if on_cuda else 2048)
         if on_cuda:
             model.lay_out()
         text = model.config.text

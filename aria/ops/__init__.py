@@ -54,7 +54,7 @@ __all__ = [
     "use",
 ]
 
-_FEW_LINEAR = 64
+_FEW_LINEAR = 1
 """Tokens up to which our products beat cuBLAS's (docs/kernels.md)."""
 _FEW_EXPERTS = 512
 """Tokens up to which experts are better read as weights than multiplied as tiles (docs/kernels.md)."""
