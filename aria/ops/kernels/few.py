@@ -1,7 +1,7 @@
-"""A decoder layer's products for few tokens (a decode step of a batch): every weight that is needed is read once.
+"""The mixture of experts for few tokens (a decode step of a batch): every weight that is needed is read once.
 
-T tokens, D hidden, I inputs and O outputs of a linear, E experts, A experts of a token, F expert width, W width of the
-shared experts (S times F), R rows: the T * A pairs of a token and a choice, then S * T of the shared experts.
+T tokens, D hidden, E experts, A experts of a token, F expert width, W width of the shared experts (S times F), R rows:
+the T * A pairs of a token and a choice, then the T * S of a token and a part of the shared width.
 
 The products are weight-stationary: the weight is the first operand of the tensor cores' product and a few tokens the
 second, so that 16 tokens fill an instruction that would otherwise want 64. Experts get lists of their rows from one
@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aria.ops.kernels import gemv
-from aria.ops.kernels.pdl import overlap, prefetch, release, wait
+from aria.ops.kernels.gemv import DTYPES, columns, fits_linear, linear_add, norm_linear  # noqa: F401
+from aria.ops.kernels.pdl import overlap, release, wait
 
 
 @triton.jit
@@ -39,14 +40,6 @@ def _weights(row_ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(row_ptrs, I: tl.constexpr, COLUMNS: tl.constexpr):
-    """Ask for the first COLUMNS two-byte columns of the rows; a line holds 64 of them."""
-    for start in tl.static_range(0, COLUMNS, 512):
-        line = tl.minimum(start + tl.arange(0, 8) * 64, I - 1)
-        prefetch(row_ptrs[:, None] + line[None, :])
-
-
-@triton.jit
 def _swiglu(gate_up, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr):
     """``silu(gate) * up`` of BLOCK_F rows of gate and then as many of up."""
     gate, up = tl.split(tl.permute(tl.reshape(gate_up, (2, BLOCK_F, BLOCK_T)), (1, 2, 0)))
@@ -64,65 +57,13 @@ def _normalise(x_ptr, norm_ptr, out_ptr, token, eps, D: tl.constexpr, D_POW2: tl
 
 
 @triton.jit
-def _norm_kernel(x_ptr, norm_ptr, out_ptr, eps, D: tl.constexpr, D_POW2: tl.constexpr, PDL: tl.constexpr):
-    release(PDL)
-    wait(PDL)
-    _normalise(x_ptr, norm_ptr, out_ptr, tl.program_id(0), eps, D, D_POW2)
-
-
-@triton.jit
-def _linear_kernel(
-    x_ptr, w_ptr, residual_ptr, out_ptr, T, O, out_stride,
-    I: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """``out = x W^T``, with a residual where asked; a weight's token tiles are neighbours.
-
-    The inputs are cut in SPLIT shares, one for each warp: an instruction of the tensor cores waits for the sum before
-    it, and one chain over all inputs would take longer than reading the weight.
-    """
-    release(PDL)
-    tiles = tl.cdiv(T, BLOCK_T)
-    row = tl.program_id(0) // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    token = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-    live = token < T
-    row_ptrs = w_ptr + tl.minimum(row, O - 1).to(tl.int64) * I
-    if PDL:
-        _prefetch_rows(row_ptrs, I, AHEAD)
-    SHARE: tl.constexpr = (I + SPLIT * 16 - 1) // (SPLIT * 16) * 16
-    first = tl.arange(0, SPLIT)[:, None, None] * SHARE
-    w_ptrs = row_ptrs[None, :, None] + first
-    x_ptrs = x_ptr + token[None, :, None] * I + first
-    wait(PDL)
-    product = tl.zeros((SPLIT, BLOCK_O, BLOCK_T), tl.float32)
-    for start in tl.range(0, SHARE, BLOCK_I, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK_I)[None, None, :]
-        if SHARE * SPLIT == I and SHARE % BLOCK_I == 0:
-            w = tl.load(w_ptrs + column)
-            x = tl.load(x_ptrs + column, mask=live[None, :, None], other=0.0)
-        else:
-            inside = (column < SHARE) & (first + column < I)
-            w = tl.load(w_ptrs + column, mask=inside, other=0.0)
-            x = tl.load(x_ptrs + column, mask=live[None, :, None] & inside, other=0.0)
-        product = tl.dot(w, tl.permute(x, (0, 2, 1)), product, input_precision="ieee")
-    out = tl.sum(product, axis=0)
-    place = token[None, :] * out_stride + row[:, None]
-    mask = live[None, :] & (row < O)[:, None]
-    if RESIDUAL:
-        out += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _norm_router_kernel(
     x_ptr, norm_ptr, router_ptr, normed_ptr, logits_ptr, busy_ptr, T, eps,
     D: tl.constexpr, D_POW2: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first T programs normalise a token each; the others compute router logits of BLOCK_T tokens, for which
-    ``W (g * x / rms) = (W (g * x)) / rms``, so that neither waits for the other. The count of busy experts starts at 0."""
-    release(PDL)
+    """The first T programs normalise a token each, the others compute router logits of BLOCK_T tokens, for which
+    ``W (g * x / rms) = (W (g * x)) / rms``: so neither waits for the other. Sets the number of busy experts to 0."""
     program = tl.program_id(0)
     wait(PDL)
     if program < T:
@@ -133,26 +74,20 @@ def _norm_router_kernel(
         tiles = tl.cdiv(T, BLOCK_T)
         expert = (program - T) // tiles * BLOCK_E + tl.arange(0, BLOCK_E)
         token = (program - T) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-        live = token < T
-        SHARE: tl.constexpr = (D + SPLIT * 16 - 1) // (SPLIT * 16) * 16
-        first = tl.arange(0, SPLIT)[:, None, None] * SHARE
-        w_ptrs = router_ptr + tl.minimum(expert, E - 1)[None, :, None] * D + first
-        x_ptrs = x_ptr + token[None, :, None] * D + first
-        product = tl.zeros((SPLIT, BLOCK_E, BLOCK_T), tl.float32)
-        square = tl.zeros((SPLIT, BLOCK_T, BLOCK_D), tl.float32)
-        for start in tl.range(0, SHARE, BLOCK_D, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK_D)[None, None, :]
-            inside = (column < SHARE) & (first + column < D)
-            w = tl.load(w_ptrs + column, mask=inside, other=0.0)
-            x = tl.load(x_ptrs + column, mask=live[None, :, None] & inside, other=0.0).to(tl.float32)
-            scale = tl.load(norm_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
+        x_ptrs = x_ptr + tl.minimum(token, T - 1)[:, None] * D
+        w_ptrs = router_ptr + tl.minimum(expert, E - 1)[:, None] * D
+        product = tl.zeros((BLOCK_T, BLOCK_E, BLOCK_D), tl.float32)
+        square = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            column = start + tl.arange(0, BLOCK_D)
+            x = columns(x_ptrs + column[None, :], column, D, BLOCK_D)
             square += x * x
-            scaled = (x * scale).to(w.dtype)
-            product = tl.dot(w, tl.permute(scaled, (0, 2, 1)), product, input_precision="ieee")
-        mean = tl.sum(tl.sum(square, axis=2), axis=0) / D
-        logits = tl.sum(product, axis=0) * tl.rsqrt(mean + eps)[None, :]
-        mask = live[None, :] & (expert < E)[:, None]
-        tl.store(logits_ptr + token[None, :] * E + expert[:, None], logits, mask=mask)
+            x *= columns(norm_ptr + column, column, D, BLOCK_D)[None, :]
+            product += columns(w_ptrs + column[None, :], column, D, BLOCK_D)[None, :, :] * x[:, None, :]
+        logits = tl.sum(product, axis=2) * tl.rsqrt(tl.sum(square, axis=1) / D + eps)[:, None]
+        mask = (token < T)[:, None] & (expert < E)[None, :]
+        tl.store(logits_ptr + token[:, None] * E + expert[None, :], logits, mask=mask)
+    release(PDL)
 
 
 @triton.jit
@@ -166,7 +101,6 @@ def _lists_kernel(
     largest first; rows ``(E, T)``, of each expert the numbers ``t * A + choice`` of its tokens, in order; counts
     ``(E)``; busy ``(E + 1)``, the experts that have tokens, in any order, and in its last place how many these are.
     """
-    release(PDL)
     wait(PDL)
     expert = tl.program_id(0)
     other = tl.arange(0, E_POW2)
@@ -189,37 +123,35 @@ def _lists_kernel(
     tl.store(counts_ptr + expert, count)
     if count > 0:
         tl.store(busy_ptr + tl.atomic_add(busy_ptr + E, 1), expert)
+    release(PDL)
 
 
 @triton.jit
 def _experts_up_kernel(
     normed_ptr, fc1_ptr, gate_ptr, up_ptr, scores_ptr, rows_ptr, counts_ptr, busy_ptr, hidden_ptr, T,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, A_POW2: tl.constexpr, S: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate) * up``, times the expert's weight, in rows ``(T * A + S * T, F)``.
+    """``silu(gate) * up``, times the expert's weight, in rows ``(R, F)``.
 
-    The shared experts, which have all tokens, are the first S parts of the grid: their weights are on the way while
-    the routing is being found."""
-    release(PDL)
+    The shared experts, which have all tokens and no weight, are the first SHARED parts of the grid.
+    """
+    wait(PDL)
     HALF: tl.constexpr = BLOCK_O // 2
     TILES: tl.constexpr = (F + HALF - 1) // HALF
     part = tl.program_id(0) // TILES
+    if part >= SHARED + tl.load(busy_ptr + E):
+        return
     unit = tl.program_id(0) % TILES * HALF
     line = tl.arange(0, BLOCK_O)
     column = tl.minimum(unit + line % HALF, F - 1)
     gate_base = gate_ptr + part * F * D
     up_base = up_ptr + part * F * D
-    if part < S and PDL:
-        _prefetch_rows(tl.where(line < HALF, gate_base, up_base) + column * D, D, AHEAD)
-    wait(PDL)
-    if part >= S + tl.load(busy_ptr + E):
-        return
     expert = 0
     count = T
-    if part >= S:
-        expert = tl.load(busy_ptr + part - S)
+    if part >= SHARED:
+        expert = tl.load(busy_ptr + part - SHARED)
         count = tl.load(counts_ptr + expert)
         gate_base = fc1_ptr + expert.to(tl.int64) * (2 * F * D)
         up_base = gate_base + F * D
@@ -231,8 +163,8 @@ def _experts_up_kernel(
         place = start + tl.arange(0, BLOCK_T)
         live = place < count
         token = place
-        row = T * A + part * T + place
-        if part >= S:
+        row = T * A + place * S + part
+        if part >= SHARED:
             row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
             token = row // A
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
@@ -242,7 +174,7 @@ def _experts_up_kernel(
             x = _tile(normed_ptr + token * D, inner, live, D, BLOCK_D)
             product = tl.dot(w, tl.trans(x), product, input_precision="ieee")
         hidden = _swiglu(product, HALF, BLOCK_T)
-        if part >= S:
+        if part >= SHARED:
             scores_ptrs = scores_ptr + token[:, None] * A + choices[None, :]
             scores = tl.load(scores_ptrs, mask=live[:, None] & (choices < A)[None, :], other=0.0)
             hidden *= (tl.load(scores_ptr + row, mask=live, other=0.0) / tl.maximum(tl.sum(scores, axis=1), 1.0))[
@@ -251,31 +183,28 @@ def _experts_up_kernel(
         mask = live[None, :] & (out < F)[:, None]
         tl.store(hidden_ptr + row[None, :] * F + out[:, None], hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
         start += BLOCK_T
+    release(PDL)
 
 
 @triton.jit
 def _down_kernel(
     hidden_ptr, fc2_ptr, shared_ptr, rows_ptr, counts_ptr, busy_ptr, out_ptr, T,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Down projections of all rows ``(T * A + S * T, F)``; the shared experts are the first S parts of the grid."""
-    release(PDL)
+    """Down projections of the rows ``(R, F)``; the shared experts are the first SHARED parts of the grid."""
+    wait(PDL)
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     part = tl.program_id(0) // TILES
+    if part >= SHARED + tl.load(busy_ptr + E):
+        return
     out = tl.program_id(0) % TILES * BLOCK_O + tl.arange(0, BLOCK_O)
     base = shared_ptr + part * F
-    if part < S and PDL:
-        _prefetch_rows(base + tl.minimum(out, D - 1) * (S * F), F, AHEAD)
-    wait(PDL)
-    if part >= S + tl.load(busy_ptr + E):
-        return
     expert = 0
     count = T
     stride = S * F
-    if part >= S:
-        expert = tl.load(busy_ptr + part - S)
+    if part >= SHARED:
+        expert = tl.load(busy_ptr + part - SHARED)
         count = tl.load(counts_ptr + expert)
         base = fc2_ptr + expert.to(tl.int64) * (D * F)
         stride = F
@@ -284,8 +213,8 @@ def _down_kernel(
     while start < count:
         place = start + tl.arange(0, BLOCK_T)
         live = place < count
-        row = T * A + part * T + place
-        if part >= S:
+        row = T * A + place * S + part
+        if part >= SHARED:
             row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         for step in tl.range(0, F, BLOCK_F, num_stages=STAGES):
@@ -296,24 +225,25 @@ def _down_kernel(
         mask = live[None, :] & (out < D)[:, None]
         tl.store(out_ptr + row[None, :] * D + out[:, None], product.to(out_ptr.dtype.element_ty), mask=mask)
         start += BLOCK_T
+    release(PDL)
 
 
 @triton.jit
 def _combine_kernel(
     x_ptr, parts_ptr, out_ptr, T,
-    D: tl.constexpr, A: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, A: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The residual plus a token's A routed and S shared rows, which carry their weights already."""
-    release(PDL)
+    """A token's rows, which carry their weights already, added to what is there: A routed, and SHARED shared ones."""
+    wait(PDL)
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < D
-    wait(PDL)
     total = tl.load(x_ptr + token * D + column, mask=mask, other=0.0).to(tl.float32)
     for choice in tl.static_range(A):
         total += tl.load(parts_ptr + (token * A + choice) * D + column, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(S):
-        total += tl.load(parts_ptr + (T * A + part * T + token) * D + column, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(SHARED):
+        total += tl.load(parts_ptr + (T * A + token * SHARED + part) * D + column, mask=mask, other=0.0).to(tl.float32)
+    release(PDL)
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -328,19 +258,16 @@ def _narrow(tile: dict[str, int], dtype: torch.dtype, inner: str) -> dict[str, i
 
 
 # Tiles as measured on an H100 (docs/kernels.md).
-_LINEAR = {"BLOCK_O": 32, "BLOCK_I": 128, "SPLIT": 4, "STAGES": 4, "AHEAD": 1024, "num_warps": 4}
-_SMALL_LINEAR = {"BLOCK_O": 16, "BLOCK_I": 128, "SPLIT": 4, "STAGES": 5, "AHEAD": 2560, "num_warps": 4}
-_ROUTER = {"BLOCK_E": 16, "BLOCK_T": 16, "BLOCK_D": 64, "SPLIT": 4, "STAGES": 4, "num_warps": 4}
-_LISTS = {"BLOCK_T": 64, "num_warps": 4}
-_FEWEST = 2
-"""Tokens up to which experts have so few that a tile is cut in two, so that all processors get their share."""
-_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "AHEAD": 2560, "num_warps": 4}
-_UP_FEWEST = {"BLOCK_O": 32, "BLOCK_D": 128, "STAGES": 4, "AHEAD": 2560, "num_warps": 4}
-_DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "AHEAD": 1024, "num_warps": 4}
-_DOWN_FEWEST = {"BLOCK_O": 32, "BLOCK_F": 128, "STAGES": 6, "AHEAD": 1024, "num_warps": 4}
+_ROUTER = {"BLOCK_E": 8, "BLOCK_T": 1, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4}
+_ROUTER_MORE = {"BLOCK_E": 8, "BLOCK_T": 4, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_LISTS = {"BLOCK_T": 64, "num_warps": 8}
+_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_SHARED_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4}
 _COMBINE = {"BLOCK_D": 512, "num_warps": 4}
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TOGETHER = 16
+"""Tokens up to which shared and routed experts take the same tile, and so one launch."""
 
 
 def _rows(T: int, E: int, A: int) -> int:
@@ -348,79 +275,14 @@ def _rows(T: int, E: int, A: int) -> int:
     return _tokens(triton.cdiv(2 * T * A, E), 64)
 
 
-def _linear(x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor, residual_TO: Tensor | None = None) -> None:
-    T, (O, I) = x_TI.shape[0], weight_OI.shape
-    tile = _narrow(_LINEAR if O * I >= 2**24 else _SMALL_LINEAR, x_TI.dtype, "BLOCK_I")
-    BLOCK_T = _tokens(T, 32)
-    if BLOCK_T > 16:
-        tile = tile | {"BLOCK_I": tile["BLOCK_I"] // 2}
-    _linear_kernel[(triton.cdiv(O, tile["BLOCK_O"]) * triton.cdiv(T, BLOCK_T),)](
-        x_TI, weight_OI, residual_TO, out_TO, T, O, out_TO.stride(0),
-        I=I, RESIDUAL=residual_TO is not None, BLOCK_T=BLOCK_T, **tile, **overlap(x_TI.device),
-    )  # fmt: skip
-
-
-def _joined(weights_OI: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Weights that lie one behind the other in one storage, as one."""
-    first = weights_OI[0]
-    end = first.storage_offset()
-    for weight in weights_OI:
-        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.storage_offset() != end:
-            return weights_OI
-        end += weight.numel()
-    rows = sum(weight.shape[0] for weight in weights_OI)
-    return (first.detach().as_strided((rows, first.shape[1]), first.stride()),)
-
-
-def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
-    """:func:`aria.ops.reference.norm_linear` in one launch if the weights lie in a row in memory, else one each."""
-    (T, D), sizes = x_TD.shape, [weight.shape[0] for weight in weights_OD]
-    out = x_TD.new_empty(T, sum(sizes))
-    joined = _joined(weights_OD)
-    outs = (out,) if len(joined) == 1 else out.split(sizes, dim=-1)
-    normed = x_TD
-    if T > 1:
-        normed = torch.empty_like(x_TD)
-        _norm_kernel[(T,)](
-            x_TD, norm_D, normed, eps, D=D, D_POW2=triton.next_power_of_2(D), num_warps=4, **overlap(x_TD.device)
-        )
-    for weight, part in zip(joined, outs, strict=True):
-        if T > 1:
-            _linear(normed, weight, part)
-        else:
-            gemv.matvec(x_TD, weight, part, norm_I=norm_D, eps=eps)
-    return out
-
-
-def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
-    """:func:`aria.ops.reference.linear_add` in one launch."""
-    out = torch.empty_like(residual_TO)
-    if x_TI.shape[0] == 1:
-        gemv.matvec(x_TI, weight_OI, out, residual_1O=residual_TO)
-    else:
-        _linear(x_TI, weight_OI, out, residual_TO)
-    return out
-
-
-def fits_linear(x_TI: Tensor, *weights_OI: Tensor) -> bool:
-    """Whether :func:`norm_linear` and :func:`linear_add` take these."""
-    return (
-        x_TI.is_contiguous()
-        and x_TI.dtype in _DTYPES
-        and x_TI.shape[1] % 16 == 0
-        and all(w.is_contiguous() and w.dtype == x_TI.dtype for w in weights_OI)
-    )
-
-
 def fits_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
     """Whether :func:`moe_layer` takes these: experts laid out ``[E, out, in]``, sizes that are multiples of 16, and a
     shared width that is a multiple of the experts'."""
     return (
-        fits_linear(x_TD, *shared)
-        and fc1_EDF.transpose(1, 2).is_contiguous()
-        and fc2_EFD.transpose(1, 2).is_contiguous()
-        and fc1_EDF.dtype == fc2_EFD.dtype == x_TD.dtype
-        and fc2_EFD.shape[1] % 16 == 0
+        x_TD.dtype in DTYPES
+        and all(w.is_contiguous() for w in (x_TD, *shared, fc1_EDF.transpose(1, 2), fc2_EFD.transpose(1, 2)))
+        and all(w.dtype == x_TD.dtype for w in (fc1_EDF, fc2_EFD, *shared))
+        and x_TD.shape[1] % 16 == fc2_EFD.shape[1] % 16 == 0
         and shared[0].shape[0] % fc2_EFD.shape[1] == 0
     )
 
@@ -435,21 +297,24 @@ def moe_layer(
     shared: tuple[Tensor, Tensor, Tensor],
     top_k: int,
 ) -> Tensor:
-    """:func:`aria.ops.reference.moe_layer` of one to some hundred tokens, in three launches (one token) or five.
+    """:func:`aria.ops.reference.moe_layer` of one to some hundred tokens, without a wait for the host.
 
     Args:
         fc1_EDF, fc2_EFD: shapes ``(E, D, 2F)`` and ``(E, F, D)``, memory ``[E, out, in]``; see :func:`fits_moe`.
     """
     assert fits_moe(x_TD, fc1_EDF, fc2_EFD, shared), "moe_layer: unfit sizes, dtypes or layout of the experts"
+    if x_TD.shape[0] == 1:
+        return gemv.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
     gate_WD, up_WD, down_DW = shared
-    T, (E, D), F, W = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], gate_WD.shape[0]
-    A, S, dtype, options = top_k, W // F, x_TD.dtype, overlap(x_TD.device)
-    normed, out = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    T, (E, D), F, A = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], top_k
+    S, dtype, options = gate_WD.shape[0] // F, x_TD.dtype, overlap(x_TD.device)
+    normed = torch.empty_like(x_TD)
     logits, scores = (x_TD.new_empty(T, n, dtype=torch.float32) for n in (E, A))
     rows, counts, busy = (x_TD.new_empty(n, dtype=torch.int32) for n in (E * T, E, E + 1))
     hidden, parts = (x_TD.new_empty(T * (A + S), n) for n in (F, D))
+    together = S if T <= _TOGETHER else 0
 
-    tile = _narrow(_ROUTER, dtype, "BLOCK_D")
+    tile = _narrow(_ROUTER if T <= 64 else _ROUTER_MORE, dtype, "BLOCK_D")
     tiles = triton.cdiv(E, tile["BLOCK_E"]) * triton.cdiv(T, tile["BLOCK_T"])
     _norm_router_kernel[(T + tiles,)](
         x_TD, norm_D, router_ED, normed, logits, busy, T, eps,
@@ -458,16 +323,26 @@ def moe_layer(
     _lists_kernel[(E,)](
         logits, scores, rows, counts, busy, T, E=E, A=A, E_POW2=triton.next_power_of_2(E), **_LISTS, **options
     )
-    most, BLOCK_T = S + min(E, T * A), _rows(T, E, A)
-    tile = _narrow(_UP if T > _FEWEST else _UP_FEWEST, dtype, "BLOCK_D")
-    _experts_up_kernel[(most * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
-        normed, fc1_EDF, gate_WD, up_WD, scores, rows, counts, busy, hidden, T,
-        D=D, E=E, F=F, A=A, A_POW2=triton.next_power_of_2(A), S=S, BLOCK_T=BLOCK_T, **tile, **options,
-    )  # fmt: skip
-    tile = _narrow(_DOWN if T > _FEWEST else _DOWN_FEWEST, dtype, "BLOCK_F")
-    _down_kernel[(most * triton.cdiv(D, tile["BLOCK_O"]),)](
+
+    def up(tile: dict[str, int], block: int, shared: int, routed: int) -> None:
+        tile = _narrow(tile, dtype, "BLOCK_D")
+        _experts_up_kernel[((shared + routed) * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
+            normed, fc1_EDF, gate_WD, up_WD, scores, rows, counts, busy, hidden, T,
+            D=D, E=E, F=F, A=A, A_POW2=triton.next_power_of_2(A), S=S, SHARED=shared, BLOCK_T=block, **tile, **options,
+        )  # fmt: skip
+
+    if not together:
+        up(_SHARED_UP, _tokens(T, 64), S, 0)
+    most, block = min(E, T * A), _rows(T, E, A)
+    up(_UP, block, together, most)
+    tile = _narrow(_DOWN, dtype, "BLOCK_F")
+    _down_kernel[((together + most) * triton.cdiv(D, tile["BLOCK_O"]),)](
         hidden, fc2_EFD, down_DW, rows, counts, busy, parts, T,
-        D=D, E=E, F=F, A=A, S=S, BLOCK_T=BLOCK_T, **tile, **options,
+        D=D, E=E, F=F, A=A, S=S, SHARED=together, BLOCK_T=block, **tile, **options,
     )  # fmt: skip
-    _combine_kernel[(T, triton.cdiv(D, _COMBINE["BLOCK_D"]))](x_TD, parts, out, T, D=D, A=A, S=S, **_COMBINE, **options)
+    base = x_TD if together else torch.addmm(x_TD, hidden[T * A :].view(T, S * F), down_DW.t())
+    out = torch.empty_like(x_TD)
+    _combine_kernel[(T, triton.cdiv(D, _COMBINE["BLOCK_D"]))](
+        base, parts, out, T, D=D, A=A, SHARED=together, **_COMBINE, **options
+    )
     return out

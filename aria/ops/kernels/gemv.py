@@ -27,7 +27,7 @@ def _prefetch_rows(row_ptrs, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def _columns(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
+def columns(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
     """Load along the last axis, zeros from column I on; the bounds check is compiled out where blocks fit."""
     if I % BLOCK_I == 0:
         values = tl.load(ptrs)
@@ -45,7 +45,6 @@ def _matvec_kernel(
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``out = W x``, of the normed x and with a residual where asked."""
-    release(PDL)
     row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     w_ptrs = w_ptr + tl.minimum(row, O - 1).to(tl.int64) * I
     if PDL:
@@ -55,11 +54,12 @@ def _matvec_kernel(
     square = tl.zeros((BLOCK_I,), tl.float32)
     for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_I)
-        x = _columns(x_ptr + column, column, I, BLOCK_I)
+        x = columns(x_ptr + column, column, I, BLOCK_I)
         if NORM:
             square += x * x
-            x *= _columns(norm_ptr + column, column, I, BLOCK_I)
-        product += _columns(w_ptrs[:, None] + column[None, :], column, I, BLOCK_I) * x[None, :]
+            x *= columns(norm_ptr + column, column, I, BLOCK_I)
+        product += columns(w_ptrs[:, None] + column[None, :], column, I, BLOCK_I) * x[None, :]
+    release(PDL)
     out = tl.sum(product, axis=1)
     if NORM:
         out *= tl.rsqrt(tl.sum(square) / I + eps)
@@ -71,7 +71,7 @@ def _matvec_kernel(
 @triton.jit
 def _gate_up(
     x_ptr, norm_ptr, gate_ptrs, up_ptrs, eps,
-    D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate) * up`` of BLOCK_F rows each, on the normed x; float32."""
     gate = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
@@ -79,11 +79,12 @@ def _gate_up(
     square = tl.zeros((BLOCK_D,), tl.float32)
     for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_D)
-        x = _columns(x_ptr + column, column, D, BLOCK_D)
+        x = columns(x_ptr + column, column, D, BLOCK_D)
         square += x * x
-        x *= _columns(norm_ptr + column, column, D, BLOCK_D)
-        gate += _columns(gate_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
-        up += _columns(up_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
+        x *= columns(norm_ptr + column, column, D, BLOCK_D)
+        gate += columns(gate_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
+        up += columns(up_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
+    release(PDL)
     scale = tl.rsqrt(tl.sum(square) / D + eps)
     g = tl.sum(gate, axis=1) * scale
     return g * tl.sigmoid(g) * tl.sum(up, axis=1) * scale
@@ -97,7 +98,6 @@ def _router_shared_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """What needs no routing: the first programs compute router logits, the others the shared experts' gate and up."""
-    release(PDL)
     ROUTER: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     program = tl.program_id(0)
     if program < ROUTER:
@@ -108,10 +108,11 @@ def _router_shared_kernel(
         square = tl.zeros((BLOCK_D,), tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_D)
-            x = _columns(x_ptr + column, column, D, BLOCK_D)
+            x = columns(x_ptr + column, column, D, BLOCK_D)
             square += x * x
-            x *= _columns(norm_ptr + column, column, D, BLOCK_D)
-            product += _columns(row_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
+            x *= columns(norm_ptr + column, column, D, BLOCK_D)
+            product += columns(row_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
+        release(PDL)
         logits = tl.sum(product, axis=1) * tl.rsqrt(tl.sum(square) / D + eps)
         tl.store(logits_ptr + expert, logits, mask=expert < E)
     else:
@@ -121,7 +122,7 @@ def _router_shared_kernel(
             _prefetch_rows(gate_ptr + offset, D, AHEAD)
             _prefetch_rows(up_ptr + offset, D, AHEAD)
         wait(PDL)
-        hidden = _gate_up(x_ptr, norm_ptr, gate_ptr + offset, up_ptr + offset, eps, D, BLOCK_F, BLOCK_D, STAGES)
+        hidden = _gate_up(x_ptr, norm_ptr, gate_ptr + offset, up_ptr + offset, eps, D, BLOCK_F, BLOCK_D, STAGES, PDL)
         tl.store(hidden_ptr + row, hidden.to(hidden_ptr.dtype.element_ty), mask=row < W)
 
 
@@ -150,7 +151,6 @@ def _experts_up_kernel(
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gate and up of the chosen experts, times the expert's weight. Each program finds its expert in the logits."""
-    release(PDL)
     wait(PDL)
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     place = tl.program_id(0) // TILES
@@ -160,7 +160,7 @@ def _experts_up_kernel(
         tl.store(index_ptr + place, expert)
     row = tile * BLOCK_F + tl.arange(0, BLOCK_F)
     gate_ptrs = fc1_ptr + expert.to(tl.int64) * (2 * F * D) + tl.minimum(row, F - 1) * D
-    hidden = _gate_up(x_ptr, norm_ptr, gate_ptrs, gate_ptrs + F * D, eps, D, BLOCK_F, BLOCK_D, STAGES)
+    hidden = _gate_up(x_ptr, norm_ptr, gate_ptrs, gate_ptrs + F * D, eps, D, BLOCK_F, BLOCK_D, STAGES, PDL)
     tl.store(hidden_ptr + place * F + row, (hidden * weight).to(hidden_ptr.dtype.element_ty), mask=row < F)
 
 
@@ -171,7 +171,6 @@ def _down_kernel(
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Down projections of the chosen and, as S more of width F, of the shared experts; their sum and the residual."""
-    release(PDL)
     row = tl.minimum(tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), D - 1)
     if PDL:
         _prefetch_rows(shared_ptr + row * (S * F), S * F, 512)
@@ -190,35 +189,72 @@ def _down_kernel(
             base = fc2_ptr + tl.load(index_ptr + part - S).to(tl.int64) * (D * F)
             stride = F
             source = (part - S) * F
-        hidden = _columns(hidden_ptr + source + column, column, F, BLOCK_F)
-        product += _columns(base + row[:, None] * stride + column[None, :], column, F, BLOCK_F) * hidden[None, :]
+        hidden = columns(hidden_ptr + source + column, column, F, BLOCK_F)
+        product += columns(base + row[:, None] * stride + column[None, :], column, F, BLOCK_F) * hidden[None, :]
+    release(PDL)
     out = tl.sum(product, axis=1)
     out += tl.load(residual_ptr + row).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tiles as measured on an H100 (docs/kernels.md).
 _MATVEC = {"BLOCK_O": 8, "BLOCK_I": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
-_ROUTER_SHARED = {"BLOCK_E": 8, "BLOCK_F": 4, "BLOCK_D": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
-_EXPERTS_UP = {"BLOCK_F": 4, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4}
+_ROUTER_SHARED = {"BLOCK_E": 8, "BLOCK_F": 8, "BLOCK_D": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
+_EXPERTS_UP = {"BLOCK_F": 8, "BLOCK_D": 256, "STAGES": 4, "num_warps": 4}
 _DOWN = {"BLOCK_D": 8, "BLOCK_F": 256, "STAGES": 4, "num_warps": 4}
 
 
-def matvec(
-    x_1I: Tensor,
-    weight_OI: Tensor,
-    out_1O: Tensor,
-    *,
-    norm_I: Tensor | None = None,
-    eps: float = 0.0,
-    residual_1O: Tensor | None = None,
+def _matvec(
+    x_1I: Tensor, weight_OI: Tensor, out_1O: Tensor, norm_I: Tensor | None, eps: float, residual_1O: Tensor | None
 ) -> None:
-    """``out = norm(x) @ weight.T + residual`` of one token; norm and residual where given."""
     O, I = weight_OI.shape
     _matvec_kernel[(triton.cdiv(O, _MATVEC["BLOCK_O"]),)](
         x_1I, norm_I, weight_OI, residual_1O, out_1O, O, eps,
         I=I, NORM=norm_I is not None, RESIDUAL=residual_1O is not None, **_MATVEC, **overlap(x_1I.device),
     )  # fmt: skip
+
+
+def _joined(weights_OI: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Weights that lie one behind the other in one storage, as one."""
+    first = weights_OI[0]
+    end = first.storage_offset()
+    for weight in weights_OI:
+        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.storage_offset() != end:
+            return weights_OI
+        end += weight.numel()
+    rows = sum(weight.shape[0] for weight in weights_OI)
+    return (first.detach().as_strided((rows, first.shape[1]), first.stride()),)
+
+
+def fits_linear(x_TI: Tensor, *weights_OI: Tensor) -> bool:
+    """Whether :func:`norm_linear` and :func:`linear_add` take these: one token, inputs a multiple of 16."""
+    return (
+        x_TI.shape[0] == 1
+        and x_TI.shape[1] % 16 == 0
+        and x_TI.dtype in DTYPES
+        and all(w.is_contiguous() and w.dtype == x_TI.dtype for w in (x_TI, *weights_OI))
+    )
+
+
+def norm_linear(x_1D: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
+    """:func:`aria.ops.reference.norm_linear` of one token; one launch if the weights lie in a row in memory, else one
+    each."""
+    assert fits_linear(x_1D, *weights_OD), "norm_linear: more than a token, or unfit sizes, dtypes or layout"
+    sizes = [weight.shape[0] for weight in weights_OD]
+    out = x_1D.new_empty(1, sum(sizes))
+    joined = _joined(weights_OD)
+    for weight, part in zip(joined, (out,) if len(joined) == 1 else out.split(sizes, dim=-1), strict=True):
+        _matvec(x_1D, weight, part, norm_D, eps, None)
+    return out
+
+
+def linear_add(x_1I: Tensor, weight_OI: Tensor, residual_1O: Tensor) -> Tensor:
+    """:func:`aria.ops.reference.linear_add` of one token."""
+    assert fits_linear(x_1I, weight_OI), "linear_add: more than a token, or unfit sizes, dtypes or layout"
+    out = torch.empty_like(residual_1O)
+    _matvec(x_1I, weight_OI, out, None, 0.0, residual_1O)
+    return out
 
 
 def moe_layer(
