@@ -119,7 +119,7 @@ def idle_between_launches(kernels: Sequence[tuple[int, int, int]], least: int = 
 
 def profile_idle(core: EngineCore, steps: int = 20) -> dict[str, float]:
     """:func:`idle_between_launches` of some steps, by the GPU's own record of when its kernels ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(steps):
             core.step()
         torch.cuda.synchronize()
@@ -144,10 +144,7 @@ def one(engine: Engine, limits: Ceilings, batch: int, context: int, steps: int) 
     mean_context = sum(lengths) / batch + steps / 2
     idle = profile_idle(core) if engine.device.type == "cuda" else None
     sequences = [[*request.prompt, *request.outputs] for request in requests]
-    for request in requests:
-        core.finish(request)
-    while core.busy:
-        core.step()
+    finish(core, requests)
     experts = experts_touched(engine.model, sequences, min(8, steps))
     itemsize = engine.model.language_model.lm_head.weight.itemsize
     work = decode_step(text, batch, mean_context, experts, itemsize)
@@ -164,32 +161,32 @@ def one(engine: Engine, limits: Ceilings, batch: int, context: int, steps: int) 
     return row
 
 
-def with_waiting(engine: Engine, waiting: Sequence[int], context: int, steps: int) -> list[dict[str, float]]:
-    """Milliseconds of a step with all places taken and so many requests waiting for one."""
+def with_waiting(engine: Engine, waiting: int, context: int, steps: int) -> dict[str, float]:
+    """Milliseconds of a step with all places taken and ``waiting`` requests in the queue for one."""
     core = engine.core
-    generator = torch.Generator().manual_seed(7)
-    requests = grow(core, core.scheduler.max_rows, context, steps * (len(waiting) + 1), generator)
-    rows = []
-    queued: list[Request] = []
-    for count in sorted(waiting):
-        while len(queued) < count:
-            prompt = measure.random_prompt(core.model.config, context, generator)
-            queued += core.add(prompt, SamplingParams(max_tokens=steps, temperature=2.0, seed=0, ignore_eos=True))
-        core.step()
-        seconds, spread = clock_steps(core, requests, steps)
-        rows.append(
-            {
-                "waiting": count,
-                "running": len(requests),
-                "ms_per_step": seconds * 1000,
-                "median_ms": spread.median * 1000,
-            }
-        )
-    for request in (*queued, *requests):
+    generator = torch.Generator().manual_seed(waiting)
+    requests = grow(core, core.scheduler.max_rows, context, steps, generator)
+    params = SamplingParams(max_tokens=steps, temperature=2.0, seed=0, ignore_eos=True)
+    queued = []
+    for _ in range(waiting):
+        queued += core.add(measure.random_prompt(core.model.config, context, generator), params)
+    core.step()
+    seconds, spread = clock_steps(core, requests, steps)
+    finish(core, (*queued, *requests))
+    return {
+        "waiting": waiting,
+        "running": len(requests),
+        "ms_per_step": seconds * 1000,
+        "median_ms": spread.median * 1000,
+    }
+
+
+def finish(core: EngineCore, requests: Sequence[Request]) -> None:
+    """End requests wherever they are."""
+    for request in requests:
         core.finish(request)
     while core.busy:
         core.step()
-    return rows
 
 
 def run(
@@ -207,7 +204,7 @@ def run(
     print(show(rows))
     results: dict[str, Any] = {"decode": rows}
     if waiting:
-        results["waiting"] = with_waiting(engine, waiting, contexts[0], steps)
+        results["waiting"] = [with_waiting(engine, count, contexts[0], steps) for count in waiting]
         for row in results["waiting"]:
             print(f"{row['running']} running, {row['waiting']:.0f} waiting: {row['ms_per_step']:.3f} ms a step")
     return results

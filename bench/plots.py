@@ -41,6 +41,8 @@ def tables(results: Mapping[str, Any]) -> str:
         rows = [(f"{row['waiting']:,}", f"{row['ms_per_step']:.2f}") for row in results["waiting"]]
         running = results["waiting"][0]["running"]
         parts.append(_markdown(("requests that wait", f"ms a step, {running} running"), rows))
+    if "kernels" in results:
+        parts.append(_kernels_table(results["kernels"], limits))
     failed = {**results.get("failed", {}), **peer.get("failed", {})}
     parts += [f"Failed: {part}: {problem}" for part, problem in failed.items()]
     return "\n\n".join(parts)
@@ -127,6 +129,24 @@ def _throughput_table(rows: Sequence[Row]) -> str:
     ]
     header = ("requests", "tok/s", "first token p50, ms", "p99", "each next p50, ms", "p99")
     return _markdown(header, cells)
+
+
+def _kernels_table(rows: Sequence[Row], limits: Mapping[str, float]) -> str:
+    cells = [
+        (
+            row["name"],
+            f"{row['error']:.0e}",
+            f"{row['us']['median']:,.1f}",
+            f"{row['floor_us']:,.1f}",
+            f"{row['bytes_per_s'] / limits['read']:.0%}",
+            f"{row['flops_per_s'] / limits['product']:.0%}",
+            f"{row['library_us']['median']:,.1f}" if row["library_us"] else "-",
+        )
+        for row in rows
+    ]
+    return _markdown(
+        ("operation", "error", "us", "floor, us", "of memory", "of products", "PyTorch's libraries, us"), cells
+    )
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -117,6 +117,7 @@ def test_spread():
 def test_kernels(capsys):
     kernels.main([*SMALL, "--repeats", "1"])
     results = last_line(capsys)
+    assert "moe_layer 5 x 64" in plots.tables(results)
     rows = results["kernels"]
     assert {row["name"].split()[0] for row in rows} >= {"norm_linear", "linear_add", "moe_layer", "decode_attention"}
     assert all(row["error"] < 1e-5 and row["us"]["median"] > 0 and row["floor_us"] > 0 for row in rows)
