@@ -56,7 +56,7 @@ __all__ = [
 
 _FEW_LINEAR = 1
 """Tokens up to which our products beat cuBLAS's (docs/kernels.md)."""
-_FEW_EXPERTS = 512
+_FEW_EXPERTS = 224
 """Tokens up to which experts are better read as weights than multiplied as tiles (docs/kernels.md)."""
 
 _IMPLEMENTATIONS = ("fast", "reference")

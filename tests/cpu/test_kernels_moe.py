@@ -131,7 +131,7 @@ def test_there_and_back():
 @pytest.mark.parametrize("swiglu", [True, False], ids=["swiglu", "plain"])
 def test_grouped(swiglu, dtype):
     E, inputs, outputs = 3, 40, 24  # neither a multiple of the tile
-    shape = grouped_gemm.Tiles(rows=16, columns=16, inputs=32, group=2)
+    shape = grouped_gemm.Tiles(rows=16, columns=16, inputs=32, warps=4, stages=3, group=2)
     owners = [0, 0, 2, 2, 2]
     table = torch.tensor([len(owners), *owners, 99], dtype=torch.int32)  # an unused entry is never looked at
     x = normal(6 * 16, inputs, dtype=dtype)

@@ -21,14 +21,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tiles(NamedTuple):
-    """Shape of the work of one program: rows, columns of each half, inputs of a step."""
+    """How the work is cut.
 
-    rows: int = 128
-    columns: int = 128
-    inputs: int = 64
-    warps: int = 8
-    stages: int = 3
-    group: int = 8
+    Attributes:
+        rows, columns, inputs: of a tile; ``columns`` of each half; ``inputs`` of one step.
+        warps, stages: of a program; steps under way at once.
+        group: rows of tiles that are worked on together, over all columns.
+    """
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+    group: int
 
 
 @triton.jit

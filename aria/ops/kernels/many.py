@@ -14,9 +14,10 @@ from aria.ops.kernels.grouped_gemm import Tiles, grouped
 from aria.ops.kernels.permute import combine, norm_route, permute, place
 from aria.ops.layout import adjacent, as_one
 
-# Weights of few rows are read at memory speed, with tiles as low as the rows are few.
-_LOW = Tiles(rows=64, columns=64, warps=4, stages=5)
-_HIGH = Tiles()
+# Up to 64 rows an expert reading weights is the time: tiles as low as the tensor cores allow, and expert after expert,
+# so that what is read together lies together. Above, multiplying is.
+_LOW = Tiles(rows=64, columns=64, inputs=128, warps=4, stages=3, group=1)
+_HIGH = Tiles(rows=128, columns=128, inputs=64, warps=8, stages=3, group=6)
 
 
 def fits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
@@ -48,7 +49,7 @@ def moe_layer(
 ) -> Tensor:
     """See :func:`aria.ops.reference.moe_layer`. Takes what :func:`fits`; nothing waits for the host."""
     assert _laid_out(fc1_EDF, fc2_EFD), "the experts' weights must lie in memory as (E, out, in)"
-    tiles = _HIGH if x_TD.shape[0] * top_k >= 96 * fc1_EDF.shape[0] else _LOW
+    tiles = _LOW if x_TD.shape[0] * top_k <= 64 * fc1_EDF.shape[0] else _HIGH
     normed, weights_TA, index_TA, counts_NE = norm_route(x_TD, norm_D, eps, router_ED, top_k)
     position_TA, table = place(index_TA, counts_NE, tiles.rows)
     rows_PD = permute(normed, position_TA, (table.numel() - 1) * tiles.rows)
