@@ -132,7 +132,8 @@ def _gather(
     return count, tl.sum(mass)
 
 
-@triton.jit
+# One variant serves all batches: where rows and positions start, and how a row is split, changes with their size.
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _threshold_kernel(
     logits, rows, table, banned, gathered, thresholds, arrived, stride,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -204,13 +205,12 @@ def _gumbel(bits):
     return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1 - u)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stretch", "splits"], do_not_specialize_on_alignment=["rows", "positions"])
 def _draw_kernel(
-    logits, rows, positions, table, banned, thresholds, arrived, values, places, tokens, stride,
-    C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P2: tl.constexpr,
+    logits, rows, positions, table, banned, thresholds, arrived, values, places, tokens, stride, stretch, splits,
+    C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, LANES: tl.constexpr, MOST_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of GROUPS groups of one sequence's ids; the program that ends last compares all stretches."""
+    """``stretch`` groups of one sequence's ids; the program that ends last compares what all ``splits`` have found."""
     n, split = tl.program_id(0), tl.program_id(1)
     row = logits + n.to(tl.int64) * stride
     settings = table + tl.load(rows + n) * C
@@ -221,7 +221,7 @@ def _draw_kernel(
     lanes = tl.arange(0, LANES)
     best = tl.full([LANES], float("-inf"), tl.float32)
     place = tl.zeros([LANES], tl.int32)
-    for group in range(split * GROUPS, (split + 1) * GROUPS):
+    for group in range(split * stretch, (split + 1) * stretch):
         ids = group * LANES * 4 + lanes
         if temperature > 0:
             scores = ()
@@ -244,13 +244,13 @@ def _draw_kernel(
                 best = tl.maximum(best, scores_w)
     value = tl.max(best)
     place_of_value = tl.min(tl.where(best == value, place, V))
-    tl.store(values + n * SPLITS + split, value)
-    tl.store(places + n * SPLITS + split, place_of_value)
+    tl.store(values + n * splits + split, value)
+    tl.store(places + n * splits + split, place_of_value)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + n, 1, sem="acq_rel") == SPLITS - 1:
-        stretch = tl.arange(0, SPLITS_P2)
-        found = tl.load(values + n * SPLITS + stretch, mask=stretch < SPLITS, other=float("-inf"), cache_modifier=".cg")
-        where = tl.load(places + n * SPLITS + stretch, mask=stretch < SPLITS, other=V, cache_modifier=".cg")
+    if tl.atomic_add(arrived + n, 1, sem="acq_rel") == splits - 1:
+        part = tl.arange(0, MOST_SPLITS)
+        found = tl.load(values + n * splits + part, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
+        where = tl.load(places + n * splits + part, mask=part < splits, other=V, cache_modifier=".cg")
         # The lowest id of those that are alike, as everywhere.
         token = tl.min(tl.where(found == tl.max(found), where, V))
         tl.store(tokens + n, tl.minimum(token, V - 1).to(tl.int64))
@@ -264,8 +264,8 @@ def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Ten
     device = logits_NV.device
     block = min(SEARCH_BLOCK, triton.next_power_of_2(V))
     groups = -(-V // GROUP)
-    per_program = -(-groups // min(groups, -(-MAX_PROGRAMS // N)))
-    splits = -(-groups // per_program)
+    stretch = -(-groups // min(groups, -(-MAX_PROGRAMS // N)))
+    splits = -(-groups // stretch)
     thresholds = torch.empty(N, dtype=torch.float32, device=device)
     arrived = torch.empty(N, dtype=torch.int32, device=device)
     gathered = torch.empty(N, block, dtype=torch.int32, device=device)
@@ -280,8 +280,8 @@ def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Ten
         num_warps=max(4, block // 256),
     )  # fmt: skip
     _draw_kernel[(N, splits)](
-        logits_NV, rows_N, positions_N, table_RC, banned, thresholds, arrived, values, places, tokens, stride,
-        C=columns, V=V, BANNED=len(banned), LANES=LANES, GROUPS=per_program, SPLITS=splits,
-        SPLITS_P2=triton.next_power_of_2(splits), num_warps=4,
+        logits_NV, rows_N, positions_N, table_RC, banned, thresholds, arrived, values, places, tokens,
+        stride, stretch, splits,
+        C=columns, V=V, BANNED=len(banned), LANES=LANES, MOST_SPLITS=triton.next_power_of_2(groups), num_warps=4,
     )  # fmt: skip
     return tokens
