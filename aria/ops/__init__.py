@@ -25,7 +25,7 @@ from aria.ops import reference
 from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
 from aria.ops.layout import adjacent, as_one
-from aria.ops.reference import rope_angles, rotary, rotary_table, route, swiglu
+from aria.ops.reference import rope_angles, rotary, rotary_table, swiglu
 from aria.ops.segments import Segments
 
 __all__ = [
@@ -113,6 +113,11 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
     chosen = reference if _use_reference() else _moe
     return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA)
+
+
+def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choice and weights of experts; see :func:`aria.ops.reference.route`."""
+    return (_kernels("permute") if inference_kernels(logits_TE) else reference).route(logits_TE, top_k)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -59,9 +59,10 @@ def moe_layer(
 
 def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
     """SwiGLU MLPs of the rows' experts; the result takes the place of the rows."""
-    E, D, F = fc1_EDF.shape[0], fc1_EDF.shape[1], fc2_EFD.shape[1]
-    gate_up, down = fc1_EDF.transpose(1, 2).view(E, 2, F, D), fc2_EFD.transpose(1, 2).view(E, 2, D // 2, F)
-    hidden_PF = grouped(rows_PD, gate_up, rows_PD.new_empty(rows_PD.shape[0], F), table, swiglu=True, shape=tiles)
+    E, D = fc1_EDF.shape[:2]
+    gate_up, down = fc1_EDF.transpose(1, 2).view(E, 2, -1, D), fc2_EFD.transpose(1, 2).view(E, 2, D // 2, -1)
+    hidden_PF = rows_PD.new_empty(rows_PD.shape[0], fc2_EFD.shape[1])
+    grouped(rows_PD, gate_up, hidden_PF, table, swiglu=True, shape=tiles)
     return grouped(hidden_PF, down, rows_PD, table, swiglu=False, shape=tiles)
 
 
