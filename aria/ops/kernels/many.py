@@ -48,6 +48,7 @@ def moe_layer(
     top_k: int,
 ) -> Tensor:
     """See :func:`aria.ops.reference.moe_layer`. Takes what :func:`fits`; nothing waits for the host."""
+    assert x_TD.is_contiguous(), "the tokens must lie one after another"
     assert _laid_out(fc1_EDF, fc2_EFD), "the experts' weights must lie in memory as (E, out, in)"
     tiles = _LOW if x_TD.shape[0] * top_k <= 64 * fc1_EDF.shape[0] else _HIGH
     normed, weights_TA, index_TA, counts_NE = norm_route(x_TD, norm_D, eps, router_ED, top_k)
