@@ -20,7 +20,6 @@ GREEDY_BELOW = 1e-5
 # A row of the table: temperature, top_k, top_p, min_p, seed (as aria.ops.sampling.Settings reads them), then the
 # repetition, frequency and presence penalties.
 _ROW = struct.Struct("<fiffqfff")
-_COLUMNS = _ROW.size // 4
 _PENALTIES = slice(6, 9)
 
 
@@ -40,7 +39,7 @@ class SamplerState:
         self._device = device
         self._vocab_size = vocab_size
         self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
-        self._table = torch.zeros(max_rows, _COLUMNS, dtype=torch.int32, device=device)
+        self._table = self._packed(SamplingParams(), 0).repeat(max_rows, 1).to(device)
         self._penalized: set[int] = set()
         self._biased: set[int] = set()
         # (R, V), once a row needs it: twice the times that the answer has a token, plus one if the prompt has it.
@@ -48,8 +47,6 @@ class SamplerState:
         # (R, most biases of a row), once a row needs them.
         self._bias_ids: Tensor | None = None
         self._bias_values: Tensor | None = None
-        for row in range(max_rows):
-            self._write(row, SamplingParams(), 0)
 
     def set_row(
         self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
@@ -64,7 +61,7 @@ class SamplerState:
             output_ids: tokens of the answer so far.
         """
         self.clear_row(row)
-        self._write(row, params, seed)
+        self._send(self._packed(params, seed), self._table[row])
         if params.logit_bias:
             self._set_bias(row, params.logit_bias)
         if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
@@ -146,7 +143,8 @@ class SamplerState:
         values, ids = logprobs_NV.topk(min(k, self._vocab_size), dim=-1)
         return chosen, ids, values
 
-    def _write(self, row: int, params: SamplingParams, seed: int) -> None:
+    def _packed(self, params: SamplingParams, seed: int) -> Tensor:
+        """A row of the table, int32."""
         greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
         packed = _ROW.pack(
             0.0 if greedy else params.temperature,
@@ -158,7 +156,7 @@ class SamplerState:
             params.frequency_penalty,
             params.presence_penalty,
         )
-        self._send(torch.frombuffer(bytearray(packed), dtype=torch.int32), self._table[row])
+        return torch.frombuffer(bytearray(packed), dtype=torch.int32)
 
     def _set_bias(self, row: int, bias: Mapping[int, float]) -> None:
         assert max(bias) < self._vocab_size, f"a bias for token {max(bias)}, which the vocabulary has not"
