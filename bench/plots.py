@@ -16,6 +16,12 @@ from typing import Any
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 """What stands between these in a page is replaced."""
 
+CAPTIONS = {
+    "latency.png": "What one request waits, against the tokens a second of all together",
+    "context.png": "Time of a token, against context and against the length of the queue",
+}
+"""The pictures."""
+
 Row = Mapping[str, Any]
 
 
@@ -159,10 +165,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
     pyplot.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110})
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, wanted, paint in (
-        ("latency.png", "throughput", _draw_latency),
-        ("context.png", "decode", _draw_context),
-    ):
+    wanted_by = (("throughput", _draw_latency), ("decode", _draw_context))
+    for name, (wanted, paint) in zip(CAPTIONS, wanted_by, strict=True):
         if wanted in results:
             figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
             paint(axes, results)
@@ -202,6 +206,7 @@ def _draw_context(axes: Any, results: Mapping[str, Any]) -> None:
     axes[0].plot(contexts, [row["floor_ms"] for row in alone], ":", color="gray", label="floor")
     axes[0].set(title=f"batch {rows[0]['batch']}", xlabel="context, thousands of tokens", ylabel="ms a token")
     waiting = results.get("waiting", ())
+    axes[1].set_visible(bool(waiting))
     if waiting:
         running = waiting[0]["running"]
         axes[1].plot([row["waiting"] for row in waiting], [row["ms_per_step"] / running for row in waiting], "-o", ms=4)
@@ -237,14 +242,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     for file in arguments.results:
         results |= json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    page: Path | None = arguments.page
+    folder = arguments.folder or (page.with_suffix("") if page else Path())
     text = tables(results)
-    if arguments.page is None:
+    for file in draw(results, folder):
+        shown = file.relative_to(page.parent) if page and file.is_relative_to(page.parent) else file
+        text += f"\n\n![{CAPTIONS[file.name]}]({shown.as_posix()})"
+    if page is None:
         print(text)
     else:
-        fill(arguments.page, text)
-    page: Path | None = arguments.page
-    for drawn in draw(results, arguments.folder or (page.with_suffix("") if page else Path())):
-        print(drawn)
+        fill(page, text)
 
 
 if __name__ == "__main__":

@@ -109,17 +109,28 @@ def serve(engine: Engine, arrivals: Sequence[Arrival]) -> float:
 
 
 def warm_up(engine: Engine, longest: int) -> None:
-    """Run every batch size once, with short and with long sequences, so that all graphs are there."""
+    """Run every batch size and short prompts of every length twice: the engine makes a graph of what comes again."""
     core = engine.core
     generator = torch.Generator().manual_seed(0)
-    most = core.scheduler.max_rows
-    for length in (16, longest):
-        # One answer ends in each step, and that of the longest prompt in the last.
-        for tokens in range(most, 0, -1):
-            prompt = measure.random_prompt(engine.model.config, length if tokens == most else 16, generator)
-            core.add(prompt, SamplingParams(max_tokens=tokens, temperature=2.0, seed=0, ignore_eos=True))
+
+    def add(length: int, tokens: int) -> None:
+        prompt = measure.random_prompt(engine.model.config, length, generator)
+        core.add(prompt, SamplingParams(max_tokens=tokens, temperature=2.0, seed=0, ignore_eos=True))
+
+    def finish() -> None:
         while core.busy:
             core.step()
+
+    most = core.scheduler.max_rows
+    for length in (16, longest):
+        # An answer ends in each step, and near the end in every second one, so that every size comes twice.
+        for rank in range(most, 0, -1):
+            add(length if rank == most else 16, rank + min(rank, 8))
+        finish()
+    for length in range(64, min(longest, 576) + 1, 64):
+        for _ in range(2):
+            add(length, 1)
+            finish()
 
 
 def summarise(mix: Mix, rate: float, arrivals: Sequence[Arrival], seconds: float) -> dict[str, Any]:
@@ -143,6 +154,8 @@ def run(engine: Engine, limits: Ceilings, *, rates: Sequence[float], seconds: fl
     warm_up(engine, longest)
     rows = []
     for mix in MIXES:
+        # A rehearsal: other numbers of pictures together are other shapes.
+        serve(engine, draw(engine, mix, rates[-1], seconds / 3, len(rates), longest))
         for number, rate in enumerate(rates):
             arrivals = draw(engine, mix, rate, seconds, number, longest)
             took = serve(engine, arrivals)

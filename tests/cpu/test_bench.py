@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from aria import AriaConfig
 from aria.config import TextConfig
 from aria.model import Aria, Packed
 from aria.ops import Segments
-from bench import decode, floors, kernels, measure, performance, plots, prefill, throughput, video
+from bench import decode, floors, kernels, measure, performance, plots, prefill, script, throughput, video
 from bench.floors import Work
 from bench.measure import Spread
 from bench.shapes import small_config
@@ -193,6 +194,7 @@ def test_everything_on_one_engine_makes_a_page(capsys, tmp_path):
     for word in ("batch 3, context 16", "transformers 5.", "encoder, 2 of 56 x 56", "pictures, 50 a second"):
         assert word in text
     for picture in ("latency.png", "context.png"):
+        assert f"(page/{picture})" in text
         assert (tmp_path / "page" / picture).read_bytes().startswith(b"\x89PNG")
     page.write_text("no marks")
     with pytest.raises(ValueError, match="should have"):
@@ -208,6 +210,15 @@ def test_a_part_that_fails_leaves_the_others(capsys):
     performance.attempt(results, "decode", broken)
     performance.attempt(results, "video", lambda: {"video": 1})
     assert results == {"failed": {"decode": "ValueError: too small"}, "video": 1}
+
+
+def test_an_engine_that_was_used_leaves_its_memory():
+    arguments = script.parse(None, decode.add_work, [*SMALL, "--max-batch", "2"])
+    engine = script.make_engine(arguments)
+    decode.run(engine, measure.Ceilings(1e9, 1e9, 1e9), batches=(1,), contexts=(8,), steps=2)
+    weight = weakref.ref(engine.model.language_model.lm_head.weight)
+    script.dispose(engine)
+    assert weight() is None
 
 
 def test_a_clock_reads_the_fastest_and_the_slowest():
