@@ -22,7 +22,7 @@ from aria.processor.pictures import PictureInput, load_crops
 MOST_PATCHES = {"cuda": 80_000, "cpu": 10_000}
 """Patches of one pass through the vision tower, so that a clip of any length takes the memory of 16 large pictures."""
 
-GRAPH_PATCHES = 10_000
+GRAPH_PATCHES = 20_000
 """Up to so many patches, launching the tower's operations takes longer than they do: these run as graphs."""
 MOST_GRAPHS = 32
 

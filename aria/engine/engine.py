@@ -32,12 +32,19 @@ def refuse_unbuilt(**settings: object) -> None:
             raise ValueError(f"{name}={value!r} is not offered yet; leave it out")
 
 
+class _StandIn(AriaTokenizer):
+    """nano's vocabulary over and over, so that every id of random weights has a text, if a senseless one."""
+
+    def token_bytes(self, index: int, *, skip_special_tokens: bool = False) -> bytes:
+        return super().token_bytes(index % self.vocab_size, skip_special_tokens=skip_special_tokens)
+
+
 def _processor(path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revision: str | None) -> AriaProcessor:
     if not isinstance(path_or_repo_id, AriaConfig):
         return AriaProcessor.from_pretrained(path_or_repo_id, revision=revision)
     sizes = path_or_repo_id.image_sizes()
     pictures = AriaImageProcessor(sizes=tuple(sizes), max_image_size=max(sizes), min_image_size=min(336, min(sizes)))
-    return AriaProcessor(pictures, AriaTokenizer.from_pretrained(), size_conversion=sizes)
+    return AriaProcessor(pictures, _StandIn.from_pretrained(), size_conversion=sizes)
 
 
 @dataclass(frozen=True)

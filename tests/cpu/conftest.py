@@ -7,7 +7,6 @@ import os
 # Before anything imports Triton, and some libraries do: kernels are interpreted here.
 os.environ["TRITON_INTERPRET"] = "1"
 
-# ruff: noqa: E402
 import pytest
 import small_tokenizer
 import torch

@@ -192,3 +192,87 @@ def test_mistakes_are_named(engine, model_folder):
         Engine(model_folder, device="cpu", max_model_len=100).chat([CONVERSATIONS[0]])
     with pytest.raises(TypeError, match="tensor_parallel"):
         Engine(model_folder, tensor_parallel=2)
+
+
+def test_more_pictures_than_fit_are_refused_before_anything_is_queued(model_folder):
+    engine = Engine(model_folder, device="cpu", max_model_len=600)
+    crowd = asked("look", *(picture(seed) for seed in range(5)))
+    with pytest.raises(ValueError, match=r"of pictures.*max_model_len, which is 600; use fewer or smaller pictures"):
+        engine.chat([CONVERSATIONS[1], crowd])
+    assert not engine.core.busy
+
+
+def test_a_prompt_as_long_as_the_model_is_refused(model_folder):
+    engine = Engine(model_folder, device="cpu", max_model_len=100)
+    with pytest.raises(ValueError, match=r"leaves no room.*max_model_len, which is 100; shorten it"):
+        engine.chat([asked("hello " * 200)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; expected a whole number, at least 1"),
+        ({"temperature": -0.5}, "temperature is -0.5; expected a number from 0 to 2"),
+        ({"temprature": 0.5, "beam": 3}, "unknown sampling fields: beam, temprature; expected some of max_tokens"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"logit_bias": {5: 101}}, "logit_bias"),
+    ],
+)
+def test_wrong_sampling_parameters_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)
+
+
+def test_a_bias_outside_the_vocabulary_is_refused(engine):
+    with pytest.raises(ValueError, match="logit_bias names token 99999, but the vocabulary ends at"):
+        engine.chat([asked("hello")], SamplingParams(logit_bias={99999: 1.0}))
+    assert not engine.core.busy
+
+
+def test_a_bias_forces_a_token_and_penalties_change_text(engine):
+    plain = engine.chat([asked("hello")], SamplingParams(max_tokens=12))[0]
+    forced = engine.chat([asked("hello")], SamplingParams(max_tokens=12, logit_bias={40: 100}, ignore_eos=True))[0]
+    assert set(forced.token_ids) == {40}
+    varied = engine.chat([asked("hello")], SamplingParams(max_tokens=12, frequency_penalty=2.0, presence_penalty=2.0))
+    assert len(set(varied[0].token_ids)) >= len(set(plain.token_ids))
+
+
+def test_streams_read_in_turn_and_closed_early(engine):
+    params = SamplingParams(max_tokens=12)
+    expected = [result.text for result in engine.chat(CONVERSATIONS, params)]
+    streams = [engine.stream(conversation, params) for conversation in CONVERSATIONS]
+    texts = ["", "", ""]
+    growing = {0, 1, 2}
+    while growing:
+        for i in list(growing):
+            piece = next(streams[i], None)
+            if piece is None:
+                growing.discard(i)
+            else:
+                texts[i] += piece
+    assert texts == expected
+    stream = engine.stream(asked("hello"), SamplingParams(max_tokens=500, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert not engine.core.unfinished
+    assert engine.core.pool.used == 0
+
+
+def test_a_picture_is_encoded_once(model_folder, monkeypatch):
+    engine = Engine(model_folder, device="cpu")
+    seen = []
+    encode = engine.model.encode_images
+    monkeypatch.setattr(engine.model, "encode_images", lambda patches: seen.append(1) or encode(patches))
+    for text in ("what is shown", "red circle", "hello"):
+        engine.chat([asked(text, picture(0))], SamplingParams(max_tokens=2))
+    assert len(seen) == 1
+    assert engine.core.runner.encoder.cache.nbytes > 0
+
+
+def test_the_end_of_a_prompt_that_was_answered_before_is_all_that_is_read(engine):
+    messages = asked("hello " * 30)
+    engine.chat([messages], SamplingParams(max_tokens=3))
+    before = engine.core.scheduler.prefix_tokens
+    engine.chat([messages], SamplingParams(max_tokens=3))
+    tokens = len(engine.prepare(messages).ids)
+    assert engine.core.scheduler.prefix_tokens - before == (tokens - 1) // 16 * 16

@@ -139,3 +139,41 @@ def test_quick_start_of_the_model_card():
     response = processor.decode(output_ids, skip_special_tokens=True)
     assert model.dtype == torch.bfloat16
     assert "Hello" in response
+
+
+def test_text_is_the_same_by_generate_alone_and_in_a_crowd_that_is_preempted(engine):
+    model = AriaForConditionalGeneration.from_pretrained(device="cpu")
+    greedy = SamplingParams(max_tokens=40)
+    drawn = SamplingParams(max_tokens=40, temperature=1.0, top_p=0.9, seed=3)
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for image, question in PICTURES
+    ]
+    alone = {
+        (i, params): engine.chat([messages], params)[0]
+        for i, messages in enumerate(conversations)
+        for params in (greedy, drawn)
+    }
+    for i, messages in enumerate(conversations):
+        inputs = engine.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        length = inputs["input_ids"].shape[1]
+        tokens = model.generate(
+            **inputs, max_new_tokens=40, do_sample=False, stop_strings=["<|im_end|>"],
+            tokenizer=engine.processor.tokenizer,
+        )[0, length:]  # fmt: skip
+        assert alone[i, greedy].token_ids == tuple(tokens[: len(alone[i, greedy].token_ids)].tolist())
+    longest = max(len(engine.prepare(messages).ids) for messages in conversations) + 40
+    crowd = Engine(device="cpu", max_batch=64, max_model_len=longest, cache_tokens=longest + 64)
+    answers = {}
+    for number in range(64):
+        i, params = number % len(conversations), (greedy, drawn)[number // 7 % 2]
+        answers[crowd.queue(crowd.prepare(conversations[i]), params)] = i, params
+    while not all(answer.done for answer in answers):
+        crowd.step()
+    assert crowd.core.scheduler.preemptions > 0
+    for answer, asked in answers.items():
+        assert answer.result().text == alone[asked].text
+        assert answer.result().token_ids == alone[asked].token_ids
+    assert any(alone[i, drawn].text != alone[i, greedy].text for i in range(len(conversations)))
