@@ -14,6 +14,7 @@ import torch
 
 from aria import ops
 from aria.config import ProjectorConfig, VisionConfig
+from aria.model import vision
 from aria.model.projector import Projector
 from aria.model.vision import VisionTower, pack_patches
 from aria.ops import reference
@@ -69,7 +70,8 @@ def inference(monkeypatch):
 
 
 @pytest.mark.parametrize("laid_out", [False, True])
-def test_encoder_and_projector_in_inference(inference, laid_out):
+def test_encoder_and_projector_in_inference(inference, monkeypatch, laid_out):
+    monkeypatch.setattr(vision, "MLP_PATCHES", 30)  # of 77: three parts
     tower, projector = random_module(VisionTower(VISION), 0.1), random_module(Projector(PROJECTOR), 0.1)
     torch.manual_seed(0)
     mask = torch.zeros(2, 98, 98, dtype=torch.bool)
