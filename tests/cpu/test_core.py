@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -214,3 +216,15 @@ def test_max_model_len_is_what_fits_and_says_so(caplog):
     [request] = engine.add(prompt(310, 0), SamplingParams(max_tokens=50))
     run(engine, [request])
     assert len(request.outputs) == 10
+
+
+def test_the_engine_runs_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+from aria import Engine, SamplingParams
+result = Engine(device="cpu").chat([[{"role": "user", "content": "Hello"}]], SamplingParams(max_tokens=4))[0]
+assert len(result.token_ids) > 0
+assert not [name for name in sys.modules if name.startswith("aria.ops.kernels")]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
