@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from aria import Engine, SamplingParams
 
-REQUESTS = int(os.environ.get("ARIA_SOAK", "150"))
+REQUESTS = int(os.environ.get("ARIA_SOAK", "300"))
 QUESTIONS = ("What does it say?", "What is in this picture?", "Which colour is it?", "How many shapes are there?")
 
 
