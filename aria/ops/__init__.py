@@ -54,9 +54,7 @@ __all__ = [
     "use",
 ]
 
-_FEW_LINEAR = 1
-"""Tokens up to which our products beat cuBLAS's (docs/kernels.md)."""
-_FEW_EXPERTS = 224
+_FEW_EXPERTS = 256
 """Tokens up to which experts are better read as weights than multiplied as tiles (docs/kernels.md)."""
 
 _IMPLEMENTATIONS = ("fast", "reference")
@@ -141,9 +139,9 @@ def linear_gelu(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
     """RMSNorm, then linears side by side; see :func:`aria.ops.reference.norm_linear`."""
     if inference_kernels(x_TD):
-        few = _kernels("few")
-        if len(x_TD) <= _FEW_LINEAR and few.fits_linear(x_TD, *weights_OD):
-            return few.norm_linear(x_TD, norm_D, eps, *weights_OD)
+        gemv = _kernels("gemv")
+        if gemv.fits_linear(x_TD, *weights_OD):
+            return gemv.norm_linear(x_TD, norm_D, eps, *weights_OD)
         if adjacent(weights_OD):
             return F.linear(rms_norm(x_TD, norm_D, eps), as_one(weights_OD))
     return reference.norm_linear(x_TD, norm_D, eps, *weights_OD)
@@ -152,9 +150,9 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -
 def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
     """Residual + linear; see :func:`aria.ops.reference.linear_add`."""
     if inference_kernels(x_TI):
-        few = _kernels("few")
-        if len(x_TI) <= _FEW_LINEAR and few.fits_linear(x_TI, weight_OI):
-            return few.linear_add(x_TI, weight_OI, residual_TO)
+        gemv = _kernels("gemv")
+        if gemv.fits_linear(x_TI, weight_OI):
+            return gemv.linear_add(x_TI, weight_OI, residual_TO)
         return torch.addmm(residual_TO, x_TI, weight_OI.t())
     return reference.linear_add(x_TI, weight_OI, residual_TO)
 

@@ -10,13 +10,16 @@ small kernel; nothing depends on the routing but what is in memory, so that a st
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from aria.ops.kernels import gemv
-from aria.ops.kernels.gemv import DTYPES, columns, fits_linear, linear_add, norm_linear  # noqa: F401
+from aria.ops.kernels.gemv import DTYPES, columns
 from aria.ops.kernels.pdl import overlap, release, wait
 
 
@@ -130,8 +133,8 @@ def _lists_kernel(
 def _experts_up_kernel(
     normed_ptr, fc1_ptr, gate_ptr, up_ptr, scores_ptr, rows_ptr, counts_ptr, busy_ptr, hidden_ptr, T,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, A_POW2: tl.constexpr, S: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    SHARED: tl.constexpr, EVERY: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate) * up``, times the expert's weight, in rows ``(R, F)``.
 
@@ -141,7 +144,7 @@ def _experts_up_kernel(
     HALF: tl.constexpr = BLOCK_O // 2
     TILES: tl.constexpr = (F + HALF - 1) // HALF
     part = tl.program_id(0) // TILES
-    if part >= SHARED + tl.load(busy_ptr + E):
+    if not EVERY and part >= SHARED + tl.load(busy_ptr + E):
         return
     unit = tl.program_id(0) % TILES * HALF
     line = tl.arange(0, BLOCK_O)
@@ -151,7 +154,9 @@ def _experts_up_kernel(
     expert = 0
     count = T
     if part >= SHARED:
-        expert = tl.load(busy_ptr + part - SHARED)
+        expert = part - SHARED
+        if not EVERY:
+            expert = tl.load(busy_ptr + part - SHARED)
         count = tl.load(counts_ptr + expert)
         gate_base = fc1_ptr + expert.to(tl.int64) * (2 * F * D)
         up_base = gate_base + F * D
@@ -165,7 +170,7 @@ def _experts_up_kernel(
         token = place
         row = T * A + place * S + part
         if part >= SHARED:
-            row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
+            row = tl.load(rows_ptr + expert * T + place, mask=place < T, other=0)
             token = row // A
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         for step in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -190,13 +195,14 @@ def _experts_up_kernel(
 def _down_kernel(
     hidden_ptr, fc2_ptr, shared_ptr, rows_ptr, counts_ptr, busy_ptr, out_ptr, T,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EVERY: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Down projections of the rows ``(R, F)``; the shared experts are the first SHARED parts of the grid."""
     wait(PDL)
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     part = tl.program_id(0) // TILES
-    if part >= SHARED + tl.load(busy_ptr + E):
+    if not EVERY and part >= SHARED + tl.load(busy_ptr + E):
         return
     out = tl.program_id(0) % TILES * BLOCK_O + tl.arange(0, BLOCK_O)
     base = shared_ptr + part * F
@@ -204,7 +210,9 @@ def _down_kernel(
     count = T
     stride = S * F
     if part >= SHARED:
-        expert = tl.load(busy_ptr + part - SHARED)
+        expert = part - SHARED
+        if not EVERY:
+            expert = tl.load(busy_ptr + part - SHARED)
         count = tl.load(counts_ptr + expert)
         base = fc2_ptr + expert.to(tl.int64) * (D * F)
         stride = F
@@ -215,7 +223,7 @@ def _down_kernel(
         live = place < count
         row = T * A + place * S + part
         if part >= SHARED:
-            row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
+            row = tl.load(rows_ptr + expert * T + place, mask=place < T, other=0)
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         for step in tl.range(0, F, BLOCK_F, num_stages=STAGES):
             inner = step + tl.arange(0, BLOCK_F)
@@ -233,7 +241,7 @@ def _combine_kernel(
     x_ptr, parts_ptr, out_ptr, T,
     D: tl.constexpr, A: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A token's rows, which carry their weights already, added to what is there: A routed, and SHARED shared ones."""
+    """The residual plus a token's rows, which carry their weights already: A routed, and SHARED shared ones."""
     wait(PDL)
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -247,9 +255,26 @@ def _combine_kernel(
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _tokens(T: int, most: int) -> int:
-    """Token tile: a power of two that holds T, from 16 (an instruction of the tensor cores) to ``most``."""
-    return min(max(16, triton.next_power_of_2(T)), most)
+# Tiles as measured on an H100 (docs/kernels.md).
+_ROUTER = {"BLOCK_E": 8, "BLOCK_T": 1, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4}
+_ROUTER_MANY = {"BLOCK_E": 8, "BLOCK_T": 4, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_LISTS = {"BLOCK_T": 64, "num_warps": 8}
+_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_UP_WIDE = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 5, "num_warps": 4}
+_DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4}
+_DOWN_WIDE = {"BLOCK_O": 128, "BLOCK_F": 128, "STAGES": 3, "num_warps": 8}
+_COMBINE = {"BLOCK_D": 512, "num_warps": 4}
+
+_WIDEST = 64
+"""Tokens of a tile at most."""
+_TOGETHER = 16
+"""Tokens up to which shared and routed experts take the same tile, and so one launch. Above, experts without a token
+are so few that nobody looks for them."""
+
+
+def _block(rows: int) -> int:
+    """A tile that holds so many rows: a power of two, and at least the tensor cores' 16."""
+    return min(max(16, triton.next_power_of_2(rows)), _WIDEST)
 
 
 def _narrow(tile: dict[str, int], dtype: torch.dtype, inner: str) -> dict[str, int]:
@@ -257,22 +282,13 @@ def _narrow(tile: dict[str, int], dtype: torch.dtype, inner: str) -> dict[str, i
     return tile | {inner: max(16, tile[inner] // 4)} if dtype == torch.float32 else tile
 
 
-# Tiles as measured on an H100 (docs/kernels.md).
-_ROUTER = {"BLOCK_E": 8, "BLOCK_T": 1, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4}
-_ROUTER_MORE = {"BLOCK_E": 8, "BLOCK_T": 4, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
-_LISTS = {"BLOCK_T": 64, "num_warps": 8}
-_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
-_SHARED_UP = {"BLOCK_O": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
-_DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4}
-_COMBINE = {"BLOCK_D": 512, "num_warps": 4}
-
-_TOGETHER = 16
-"""Tokens up to which shared and routed experts take the same tile, and so one launch."""
-
-
-def _rows(T: int, E: int, A: int) -> int:
-    """Token tile of the experts: twice their mean number of rows, so that nearly all read their weights once."""
-    return _tokens(triton.cdiv(2 * T * A, E), 64)
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a program may have the shared memory of the deepest tile: 160 KB, which A100 and H100 have."""
+    if device.type == "cpu":
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"] >= 160 * 1024
 
 
 def fits_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
@@ -280,11 +296,29 @@ def fits_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tenso
     shared width that is a multiple of the experts'."""
     return (
         x_TD.dtype in DTYPES
+        and _has_room(x_TD.device)
         and all(w.is_contiguous() for w in (x_TD, *shared, fc1_EDF.transpose(1, 2), fc2_EFD.transpose(1, 2)))
         and all(w.dtype == x_TD.dtype for w in (fc1_EDF, fc2_EFD, *shared))
         and x_TD.shape[1] % 16 == fc2_EFD.shape[1] % 16 == 0
         and shared[0].shape[0] % fc2_EFD.shape[1] == 0
     )
+
+
+def _route(
+    x_TD: Tensor, norm_D: Tensor, eps: float, router_ED: Tensor, normed_TD: Tensor, top_k: int
+) -> tuple[Tensor, ...]:
+    """Fill ``normed``; scores, rows, counts and busy experts as :func:`_lists_kernel` writes them."""
+    (T, D), E = x_TD.shape, router_ED.shape[0]
+    options, pow2 = overlap(x_TD.device), triton.next_power_of_2
+    logits, scores = (x_TD.new_empty(T, n, dtype=torch.float32) for n in (E, top_k))
+    rows, counts, busy = (x_TD.new_empty(n, dtype=torch.int32) for n in (E * T, E, E + 1))
+    tile = _narrow(_ROUTER if T <= 64 else _ROUTER_MANY, x_TD.dtype, "BLOCK_D")
+    programs = T + triton.cdiv(E, tile["BLOCK_E"]) * triton.cdiv(T, tile["BLOCK_T"])
+    _norm_router_kernel[(programs,)](
+        x_TD, norm_D, router_ED, normed_TD, logits, busy, T, eps, D=D, D_POW2=pow2(D), E=E, **tile, **options
+    )
+    _lists_kernel[(E,)](logits, scores, rows, counts, busy, T, E=E, A=top_k, E_POW2=pow2(E), **_LISTS, **options)
+    return scores, rows, counts, busy
 
 
 def moe_layer(
@@ -308,41 +342,33 @@ def moe_layer(
     gate_WD, up_WD, down_DW = shared
     T, (E, D), F, A = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], top_k
     S, dtype, options = gate_WD.shape[0] // F, x_TD.dtype, overlap(x_TD.device)
-    normed = torch.empty_like(x_TD)
-    logits, scores = (x_TD.new_empty(T, n, dtype=torch.float32) for n in (E, A))
-    rows, counts, busy = (x_TD.new_empty(n, dtype=torch.int32) for n in (E * T, E, E + 1))
+    together = T <= _TOGETHER
+    beside = S if together else 0
+    # Twice the mean number of an expert's rows, so that nearly all read their weights once.
+    block, experts = _block(triton.cdiv(2 * T * A, E)), min(E, T * A) if together else E
+    normed, out = torch.empty_like(x_TD), torch.empty_like(x_TD)
     hidden, parts = (x_TD.new_empty(T * (A + S), n) for n in (F, D))
-    together = S if T <= _TOGETHER else 0
+    sizes = {"D": D, "E": E, "F": F, "A": A, "S": S, "EVERY": not together}
 
-    tile = _narrow(_ROUTER if T <= 64 else _ROUTER_MORE, dtype, "BLOCK_D")
-    tiles = triton.cdiv(E, tile["BLOCK_E"]) * triton.cdiv(T, tile["BLOCK_T"])
-    _norm_router_kernel[(T + tiles,)](
-        x_TD, norm_D, router_ED, normed, logits, busy, T, eps,
-        D=D, D_POW2=triton.next_power_of_2(D), E=E, **tile, **options,
-    )  # fmt: skip
-    _lists_kernel[(E,)](
-        logits, scores, rows, counts, busy, T, E=E, A=A, E_POW2=triton.next_power_of_2(E), **_LISTS, **options
-    )
+    lists = _route(x_TD, norm_D, eps, router_ED, normed, A)
 
-    def up(tile: dict[str, int], block: int, shared: int, routed: int) -> None:
+    def up(tile: dict[str, int], block: int, beside: int, experts: int) -> None:
         tile = _narrow(tile, dtype, "BLOCK_D")
-        _experts_up_kernel[((shared + routed) * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
-            normed, fc1_EDF, gate_WD, up_WD, scores, rows, counts, busy, hidden, T,
-            D=D, E=E, F=F, A=A, A_POW2=triton.next_power_of_2(A), S=S, SHARED=shared, BLOCK_T=block, **tile, **options,
+        _experts_up_kernel[((beside + experts) * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
+            normed, fc1_EDF, gate_WD, up_WD, *lists, hidden, T,
+            A_POW2=triton.next_power_of_2(A), SHARED=beside, BLOCK_T=block, **sizes, **tile, **options,
         )  # fmt: skip
 
     if not together:
-        up(_SHARED_UP, _tokens(T, 64), S, 0)
-    most, block = min(E, T * A), _rows(T, E, A)
-    up(_UP, block, together, most)
-    tile = _narrow(_DOWN, dtype, "BLOCK_F")
-    _down_kernel[((together + most) * triton.cdiv(D, tile["BLOCK_O"]),)](
-        hidden, fc2_EFD, down_DW, rows, counts, busy, parts, T,
-        D=D, E=E, F=F, A=A, S=S, SHARED=together, BLOCK_T=block, **tile, **options,
-    )  # fmt: skip
-    base = x_TD if together else torch.addmm(x_TD, hidden[T * A :].view(T, S * F), down_DW.t())
-    out = torch.empty_like(x_TD)
+        up(_UP, _block(T), S, 0)
+    up(_UP if block < _WIDEST else _UP_WIDE, block, beside, experts)
+    tile = _narrow(_DOWN if block < _WIDEST else _DOWN_WIDE, dtype, "BLOCK_F")
+    _down_kernel[((beside + experts) * triton.cdiv(D, tile["BLOCK_O"]),)](
+        hidden, fc2_EFD, down_DW, *lists[1:], parts, T, SHARED=beside, BLOCK_T=block, **sizes, **tile, **options
+    )
+    if not together:
+        torch.mm(hidden[T * A :].view(T, S * F), down_DW.t(), out=parts[T * A : T * A + T])
     _combine_kernel[(T, triton.cdiv(D, _COMBINE["BLOCK_D"]))](
-        base, parts, out, T, D=D, A=A, SHARED=together, **_COMBINE, **options
+        x_TD, parts, out, T, D=D, A=A, SHARED=beside or 1, **_COMBINE, **options
     )
     return out

@@ -202,7 +202,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MATVEC = {"BLOCK_O": 8, "BLOCK_I": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
 _ROUTER_SHARED = {"BLOCK_E": 8, "BLOCK_F": 8, "BLOCK_D": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
 _EXPERTS_UP = {"BLOCK_F": 8, "BLOCK_D": 256, "STAGES": 4, "num_warps": 4}
-_DOWN = {"BLOCK_D": 8, "BLOCK_F": 256, "STAGES": 4, "num_warps": 4}
+_DOWN = {"BLOCK_D": 4, "BLOCK_F": 512, "STAGES": 4, "num_warps": 4}
 
 
 def _matvec(
