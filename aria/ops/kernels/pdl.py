@@ -22,14 +22,18 @@ def _supported(index: int) -> bool:
 
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch options that let a kernel start early: ``PDL`` for the kernel, ``launch_pdl`` for the launch."""
-    if device.type != "cuda" or not _supported(device.index or 0):
+    if device.type != "cuda" or not _supported(torch.cuda.current_device() if device.index is None else device.index):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 
 
 @triton.jit
 def release(PDL: tl.constexpr):
-    """Let the next kernel of the stream start as soon as all programs of this one came here."""
+    """Let the next kernel of the stream start as soon as all programs of this one came here.
+
+    It belongs behind a program's long loop. Programs that start much too early settle where there is room just then, on
+    a few processors, and the even spread over all of them is worth more than the head start (docs/kernels.md).
+    """
     if PDL:
         gdc_launch_dependents()
 
