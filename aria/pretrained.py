@@ -405,9 +405,7 @@ class _Packing:
         return out
 
 
-def _pictures(
-    prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig
-) -> list[list[Picture]]:
+def _pictures(prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig) -> list[list[Picture]]:
     """The runs of picture tokens in each prompt, each with its part of the features."""
     found, first = [], 0
     for prompt in prompts:

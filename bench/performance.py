@@ -25,7 +25,7 @@ PARTS: Mapping[str, Part] = {
 WORK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "aria": {
         "decode": {
-            "batches": (1, 8, 64, 256), "contexts": (128, 8192, 16384, 32768, 61440), "steps": 64,
+            "batches": (1, 8, 16, 32, 64, 256), "contexts": (128, 8192, 16384, 32768, 61440), "steps": 64,
             "waiting": (0, 100, 10000),
         },
         "prefill": {"tokens": (512, 2048, 8192, 32768), "pictures": 16, "repeats": 3},
