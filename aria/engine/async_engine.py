@@ -25,8 +25,10 @@ class AsyncEngine:
             raise ValueError("give an engine, or what one is made from, not both")
         self.engine = engine or Engine(*args, **kwargs)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[Answer, Callable[[Piece | BaseException], None]] = {}
+        self._listeners: dict[Answer, Callable[[Piece | BaseException], bool]] = {}
         self._closed = False
+        # Held while a call is put, so that none comes after the one that ends the thread.
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="aria-engine", daemon=True)
         self._thread.start()
 
@@ -65,8 +67,12 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
-        def tell(news: Piece | BaseException) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, news)
+        def tell(news: Piece | BaseException) -> bool:
+            try:
+                loop.call_soon_threadsafe(inbox.put_nowait, news)
+            except RuntimeError:
+                return False  # The loop is closed: nobody listens any more.
+            return True
 
         started: list[Answer] = []
 
@@ -86,7 +92,10 @@ class AsyncEngine:
             except Exception as error:
                 tell(error)
 
-        self._calls.put(start_or_tell)
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._calls.put(start_or_tell)
         try:
             growing = (params or SamplingParams()).n
             while growing:
@@ -100,8 +109,9 @@ class AsyncEngine:
 
     def close(self) -> None:
         """End all requests and the thread."""
-        self._closed = True
-        self._calls.put(None)
+        with self._closing:
+            self._closed = True
+            self._calls.put(None)
         self._thread.join()
 
     def __enter__(self) -> AsyncEngine:
@@ -111,31 +121,38 @@ class AsyncEngine:
         self.close()
 
     def _work(self) -> None:
-        while True:
-            # Sleeps while there is nothing to do; else takes what is there and goes on.
-            block = not self.engine.core.busy
+        going = True
+        while going:
             try:
-                while (call := self._calls.get(block)) is not None:
-                    call()
-                    block = False
-            except queue.Empty:
-                pass
-            else:
-                break
-            try:
-                for piece in self.engine.step():
+                going = self._take_calls()
+                for piece in self.engine.step() if going else ():
                     piece.answer.pieces.clear()
                     listener = self._listeners.get(piece.answer)
-                    if listener is not None:
-                        listener(piece)
+                    if listener is not None and not listener(piece):
+                        del self._listeners[piece.answer]
+                        self.engine.cancel(piece.answer)
             except Exception as error:
                 self._fail(error)
         self._fail(RuntimeError("the engine was closed"))
         self.engine.core.close()
 
+    def _take_calls(self) -> bool:
+        """Do what callers ask for, asleep while there is nothing else to do. False once the engine is closed."""
+        wait = not self.engine.core.busy
+        while True:
+            try:
+                call = self._calls.get(wait)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call()
+            wait = False
+
     def _fail(self, error: BaseException) -> None:
         """Tell everybody, and end all requests, so that a later one starts from a clean state."""
-        for answer, listener in list(self._listeners.items()):
-            self.engine.cancel(answer)
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
             listener(error)
-        self._listeners.clear()
+        for answer in listeners:
+            self.engine.cancel(answer)

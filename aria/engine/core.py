@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import NamedTuple
 
@@ -73,10 +74,11 @@ class EngineCore:
         step_tokens = min(step_tokens, text.max_position_embeddings)
         if cache_blocks is None:
             most = max_batch * (max_model_len or text.max_position_embeddings)
-            blocks = blocks_beside(
-                model, self.block_size, step_tokens=step_tokens, max_rows=max_batch, utilization=memory_utilization,
-                reserved=picture_bytes,
-            )  # fmt: skip
+            with _current(self.device):
+                blocks = blocks_beside(
+                    model, self.block_size, step_tokens=step_tokens, max_rows=max_batch,
+                    utilization=memory_utilization, reserved=picture_bytes,
+                )  # fmt: skip
             blocks = min(blocks, -(-most // self.block_size) + 1)
         else:
             blocks = cache_blocks + 1
@@ -162,8 +164,9 @@ class EngineCore:
             raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         room = min(params.max_tokens, self.max_model_len - len(prompt))
-        requests = [
-            Request(
+        requests: list[Request] = []
+        for copy in range(params.n):
+            request = Request(
                 id=next(self._ids),
                 prompt=tuple(prompt),
                 params=params,
@@ -172,12 +175,11 @@ class EngineCore:
                 priority=priority,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
+                leader=requests[0] if requests else None,
             )
-            for copy in range(params.n)
-        ]
-        for request in requests:
             self.scheduler.add(request)
             self._ends[request] = frozenset() if params.ignore_eos else frozenset(end_token_ids)
+            requests.append(request)
         return requests
 
     def finish(self, request: Request) -> None:
@@ -204,23 +206,24 @@ class EngineCore:
 
         So the device goes from step to step without a pause: the host reads, decides and answers while it computes.
         """
-        plan = self.scheduler.plan()
-        tokens = []
-        if plan.drain:
-            # A request that has to give up its blocks waits for the value of its last token.
-            tokens = self._collect()
-            plan = self.scheduler.plan()
         try:
-            launched = self.runner.launch(plan) if plan else None
+            plan = self.scheduler.plan()
+            tokens = []
+            if plan.drain:
+                # A request that has to give up its blocks waits for the value of its last token.
+                tokens = self._collect()
+                plan = self.scheduler.plan()
+            with _current(self.device):
+                launched = self.runner.launch(plan) if plan else None
+            if self.device.type == "cuda":
+                tokens += self._collect()
+                self._launched = launched
+            else:
+                self._launched = launched
+                tokens += self._collect()
         except BaseException:
             self.reset()
             raise
-        if self.device.type == "cuda":
-            tokens += self._collect()
-            self._launched = launched
-        else:
-            self._launched = launched
-            tokens += self._collect()
         if not self.unfinished and self._launched is None:
             self.scheduler.check()
         return tokens
@@ -241,7 +244,8 @@ class EngineCore:
         return tokens
 
     def reset(self) -> None:
-        """End all requests and forget what is cached, as after a step that failed: what it planned was not computed."""
+        """End all requests and forget what is cached, as after a step that failed: what it planned was not computed, or
+        what it sampled was not read."""
         self._launched = None
         for request in list(self._ends):
             self.finish(request)
@@ -252,6 +256,11 @@ class EngineCore:
         for request in list(self._ends):
             self.finish(request)
         self._collect()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels, graphs and events go to the device that is current, and every thread begins with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _block_size(device: torch.device) -> int:

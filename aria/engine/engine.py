@@ -189,11 +189,15 @@ class Engine:
 
         Streams may be read in turn: each step serves all of them. Closing one cancels its request.
         """
-        answer = self.queue(self.prepare(messages), params)
-        return self._read(answer)
+        pieces = self._read(self.queue(self.prepare(messages), params))
+        # Only a generator that has begun gets to its end when it is closed or forgotten.
+        next(pieces)
+        return pieces
 
     def _read(self, answer: Answer) -> Iterator[str]:
+        """Nothing first, then the first choice's text."""
         try:
+            yield ""
             while True:
                 while answer.pieces:
                     piece = answer.pieces.popleft()
@@ -239,19 +243,27 @@ class Engine:
         return answer
 
     def step(self) -> list[Piece]:
-        """One step of the model for all answers that grow. Returns what was added to any of them."""
-        pieces = []
-        for token in self.core.step():
-            answer, choice = self._answers[token.request]
-            completion = answer.completions[choice]
-            logprob = self._named(token)
-            text = completion.push(token.token_id, logprob)
-            piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
-            answer.pieces.append(piece)
-            pieces.append(piece)
-            if completion.finish_reason is not None:
-                self._end(token.request)
-        return pieces
+        """One step of the model for all answers that grow. Returns what was added to any of them.
+
+        An error, or an interrupt from the keyboard, ends all of them: tokens of any may be lost.
+        """
+        try:
+            return [self._piece(token) for token in self.core.step()]
+        except BaseException:
+            self.core.reset()
+            self._answers.clear()
+            raise
+
+    def _piece(self, token: Token) -> Piece:
+        answer, choice = self._answers[token.request]
+        completion = answer.completions[choice]
+        logprob = self._named(token)
+        text = completion.push(token.token_id, logprob)
+        piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
+        answer.pieces.append(piece)
+        if completion.finish_reason is not None:
+            self._end(token.request)
+        return piece
 
     def cancel(self, answer: Answer) -> None:
         """Stop working on an answer, at any moment; one that is done is left alone."""

@@ -69,7 +69,8 @@ class Graphs:
         # What a capture runs is not computed, so what the inputs hold does not matter yet.
         mine = tuple(torch.empty_like(x, device=self._device) for x in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use the device meanwhile: what they do is no part of this graph, and no fault of it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = work(*mine)
         return _Captured(graph, work, mine, outputs)
 

@@ -96,7 +96,7 @@ class Runner:
         # One more row, for the places that fill up a graph's batch.
         self._blocks = torch.zeros(max_rows + 1, blocks, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
-        self._owners: list[tuple[Request, int] | None] = [None] * max_rows
+        self._owners: list[tuple[int, int] | None] = [None] * max_rows
         self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         with torch.inference_mode():
@@ -235,7 +235,8 @@ class Runner:
         for request in requests:
             row = _row(request)
             # A request that lost its blocks and came back, be it to the same row, is a new one here.
-            owner = (request, request.runs)
+            # By number: a row should not keep the pictures of one that is over.
+            owner = (request.id, request.runs)
             if self._owners[row] != owner:
                 self._owners[row] = owner
                 self._known_blocks[row] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from test_engine import CONVERSATIONS, asked
@@ -102,6 +103,42 @@ def test_a_failing_step_is_told_to_all_who_wait_and_the_next_request_runs(engine
     assert all(isinstance(error, RuntimeError) for error in both)
     assert after == expected[1]
     engine.engine.core.scheduler.check()
+
+
+def test_a_caller_whose_loop_has_closed_harms_nobody(engine, expected, monkeypatch):
+    step, released, reading = engine.engine.step, threading.Event(), threading.Event()
+
+    def slow():
+        pieces = step()
+        reading.set()
+        released.wait(10)
+        return pieces
+
+    async def leave():
+        stream = engine.stream(asked("hello"), SamplingParams(max_tokens=3000, ignore_eos=True))
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.to_thread(reading.wait, 10)
+        waiting.cancel()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine, "step", slow)
+        asyncio.run(leave())
+        released.set()
+    assert asyncio.run(asyncio.wait_for(collect(engine, CONVERSATIONS[1]), 30)) == expected[1]
+
+
+def test_an_engine_that_closes_while_messages_are_prepared_says_so(model_folder, monkeypatch):
+    engine = AsyncEngine(model_folder, device="cpu")
+    prepare = engine.engine.prepare
+
+    def closing(messages):
+        prepared = prepare(messages)
+        engine.close()
+        return prepared
+
+    monkeypatch.setattr(engine.engine, "prepare", closing)
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(asyncio.wait_for(collect(engine, asked("hello")), 30))
 
 
 def test_a_closed_engine_says_so(model_folder):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
+import weakref
 from functools import cache
 
 import pytest
@@ -14,6 +16,7 @@ from tiny import tiny_config, tiny_model
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
 from aria.engine.request import Picture
+from aria.engine.runner import Launched
 from aria.model import Packed
 from aria.ops import Segments
 
@@ -142,6 +145,7 @@ def test_several_answers_share_their_prompt():
     engine = core()
     ids, pictures = with_picture(10, 40, 60, 3)
     requests = engine.add(ids, SamplingParams(max_tokens=5, temperature=1.0, seed=1, n=4), pictures=pictures)
+    assert all(request.block_hashes(16)[0] is requests[0].block_hashes(16)[0] for request in requests), "named once"
     run(engine, requests)
     assert len({tuple(request.outputs) for request in requests}) > 1
     assert engine.scheduler.prefix_tokens >= 3 * (110 // 16 - 1) * 16
@@ -228,3 +232,35 @@ assert len(result.token_ids) > 0
 assert not [name for name in sys.modules if name.startswith("aria.ops.kernels")]
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_row_does_not_keep_a_request_that_is_over():
+    engine = core()
+    requests = engine.add(prompt(20, 0), SamplingParams(max_tokens=3, n=4))
+    run(engine, requests)
+    gone = [weakref.ref(request) for request in requests]
+    del requests
+    gc.collect()
+    assert not any(request() for request in gone)
+
+
+@pytest.mark.parametrize("part", ["plan", "launch", "wait"])
+def test_a_step_that_fails_anywhere_ends_all_requests_and_the_next_ones_run(part, monkeypatch):
+    engine = core()
+    [expected] = engine.add(prompt(30, 0), SamplingParams(max_tokens=5))
+    run(engine, [expected])
+    engine.add(prompt(40, 1), SamplingParams(max_tokens=20, n=3))
+    engine.step()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        owner = {"plan": engine.scheduler, "launch": engine.runner, "wait": Launched}[part]
+        patch.setattr(owner, part, interrupted)
+        engine.step()
+    assert not engine.busy and engine.pool.used == engine.pool.cached == 0
+    engine.scheduler.check()
+    [request] = engine.add(prompt(30, 0), SamplingParams(max_tokens=5))
+    run(engine, [request])
+    assert request.outputs == expected.outputs

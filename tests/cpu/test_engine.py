@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from PIL import Image
@@ -256,6 +258,29 @@ def test_streams_read_in_turn_and_closed_early(engine):
     stream.close()
     assert not engine.core.unfinished
     assert engine.core.pool.used == 0
+
+
+def test_a_stream_that_was_never_read_is_cancelled_by_closing_it(engine):
+    engine.stream(asked("hello"), SamplingParams(max_tokens=500)).close()
+    engine.stream(asked("hello"), SamplingParams(max_tokens=500))  # forgotten at once
+    gc.collect()
+    assert not engine.core.unfinished
+
+
+def test_a_failing_step_is_an_error_of_every_stream(engine, monkeypatch):
+    params = SamplingParams(max_tokens=500, ignore_eos=True)
+    first, second = (engine.stream(asked(text), params) for text in ("hello", "red"))
+    next(first)
+
+    def failing(plan):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(engine.core.runner, "launch", failing)
+        list(first)
+    with pytest.raises(RuntimeError, match="given up"):
+        list(second)
+    assert engine.chat([asked("hello")], SamplingParams(max_tokens=3))[0].usage.completion_tokens == 3
 
 
 def test_a_picture_is_encoded_once(model_folder, monkeypatch):
