@@ -22,6 +22,7 @@ from aria.engine.request import Request
 from aria.engine.sampler import SamplerState
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
+from aria.model.moe import MoE
 
 MOST_GRAPHS = 256
 GRAPH_TOKENS = 512
@@ -99,6 +100,7 @@ class Runner:
         self._owners: list[tuple[int, int] | None] = [None] * max_rows
         self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
+        self._can: dict[tuple[int, bool], bool] = {}
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
 
@@ -134,8 +136,8 @@ class Runner:
             # Scores that nobody asks for are not kept, so that graphs may share their memory.
             return table, None if draw and self._graphs else logits_NV, tokens_N
 
-        outputs = self._run(("decode", size, width, draw), work, torch.from_numpy(table))
-        used, logits, tokens = outputs
+        key = ("decode", size, width, draw) if self._capturable(size) else None
+        used, logits, tokens = self._run(key, work, torch.from_numpy(table))
         assert used is not None, "the table comes back"
         return _Computed(*used[:, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
 
@@ -143,8 +145,9 @@ class Runner:
         """A step with chunks of prompts: decodes and chunks in one pass."""
         chunks, N = plan.chunks, len(plan.decodes)
         # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
-        alone = self._graphs is not None and plan.tokens <= GRAPH_TOKENS and not N and len(chunks) == 1
-        T = -(-plan.tokens // GRAPH_STEP) * GRAPH_STEP if alone else plan.tokens
+        filled = -(-plan.tokens // GRAPH_STEP) * GRAPH_STEP
+        alone = filled <= GRAPH_TOKENS and not N and len(chunks) == 1 and self._capturable(filled, chunks=True)
+        T = filled if alone else plan.tokens
         ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
         last.update((id(request), i) for i, request in enumerate(plan.decodes))
@@ -187,6 +190,21 @@ class Runner:
         if self._graphs is not None and key is not None:
             return self._graphs.run(key, work, *(x if x.is_cuda else x.pin_memory() for x in inputs))
         return work(*(x.to(self.device) for x in inputs))
+
+    def _capturable(self, tokens: int, *, chunks: bool = False) -> bool:
+        """Whether a step of so many tokens can be a graph: older GPUs and unusual widths have operations that wait."""
+        if self._graphs is None:
+            return False
+        if (tokens, chunks) not in self._can:
+            moe, keys = self._model.language_model.model.layers[0].mlp, self._cache.keys[0]
+            assert isinstance(moe, MoE), "layers hold a mixture of experts"
+            experts, shared = moe.experts, moe.shared_experts
+            x_TD = experts.fc1.weight.new_empty(tokens, experts.fc1.weight.shape[1])
+            weights = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
+            self._can[tokens, chunks] = ops.graphs_hold_moe(x_TD, experts.fc1.weight, experts.fc2.weight, weights) and (
+                not chunks or ops.graphs_hold_chunks(keys[0], keys)
+            )
+        return self._can[tokens, chunks]
 
     def _draw(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor) -> Tensor:
         tokens_N = self._sampler.sample(logits_NV, rows_N, positions_N + 1)

@@ -36,6 +36,8 @@ __all__ = [
     "chunks_attention",
     "decode_attention",
     "expert_mlp",
+    "graphs_hold_chunks",
+    "graphs_hold_moe",
     "inference_kernels",
     "layer_norm",
     "linear_add",
@@ -168,14 +170,28 @@ def moe_layer(
     top_k: int,
 ) -> Tensor:
     """The second half of a decoder layer; see :func:`aria.ops.reference.moe_layer`."""
-    chosen: Any = reference if _use_reference() else _moe
+    chosen = _moe_module(x_TD, fc1_EDF, fc2_EFD, shared)
+    return chosen.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
+
+
+def _moe_module(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> Any:
     if inference_kernels(x_TD):
         few, many = _kernels("few"), _kernels("many")
         if len(x_TD) <= _FEW_EXPERTS and few.fits_moe(x_TD, fc1_EDF, fc2_EFD, shared):
-            chosen = few
-        elif many.fits(x_TD, fc1_EDF, fc2_EFD):
-            chosen = many
-    return chosen.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
+            return few
+        if many.fits(x_TD, fc1_EDF, fc2_EFD):
+            return many
+    return reference if _use_reference() else _moe
+
+
+def graphs_hold_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether :func:`moe_layer` of so many tokens can be part of a CUDA graph: where no kernel fits, it may wait."""
+    return _moe_module(x_TD, fc1_EDF, fc2_EFD, shared) is not _moe or not _moe.waits(x_TD, fc1_EDF, fc2_EFD)
+
+
+def graphs_hold_chunks(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
+    """Whether :func:`chunks_attention` heeds ``spans_N3``: where its kernel does not fit, pasts are the host's."""
+    return inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK)
 
 
 def rotate_and_cache(q_THK: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,8 +232,9 @@ def chunks_attention(
     ``spans_N3`` is for graphs, see :func:`aria.ops.kernels.chunk_attention.chunks_attention`.
     """
     arguments = q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths, pasts
-    if inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK):
+    if graphs_hold_chunks(q_THK, keys_BHSK):
         return _kernels("chunk_attention").chunks_attention(*arguments, spans_N3)
+    assert spans_N3 is None, "no kernel reads the spans of these chunks"
     return reference.chunks_attention(*arguments)
 
 

@@ -12,7 +12,7 @@ from aria.ops.reference import rms_norm, route, swiglu
 
 
 def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
-    """See :func:`aria.ops.reference.expert_mlp`. On CUDA nothing waits for the host."""
+    """See :func:`aria.ops.reference.expert_mlp`. Nothing waits for the host unless :func:`waits` says so."""
     T, A = index_TA.shape
     experts, order = index_TA.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
@@ -25,6 +25,17 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
         y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist())
     # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
     return (_Reorder.apply(y, place, order, 1).view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+
+
+def waits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
+    """Whether :func:`expert_mlp` asks the device how many tokens each expert has, which no CUDA graph may.
+
+    PyTorch's grouped product does so too, except on the two generations of data-centre GPUs that it has kernels for.
+    """
+    sizes = (*fc1_EDF.shape[1:], *fc2_EFD.shape[1:])
+    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16 or any(n % 8 for n in sizes):
+        return True
+    return torch.cuda.get_device_capability(x_TD.device)[0] not in (9, 10)
 
 
 def moe_layer(
