@@ -209,11 +209,12 @@ def _draw_context(axes: Any, results: Mapping[str, Any]) -> None:
     axes[1].set_visible(bool(waiting))
     if waiting:
         running = waiting[0]["running"]
-        axes[1].plot([row["waiting"] for row in waiting], [row["ms_per_step"] / running for row in waiting], "-o", ms=4)
-        axes[1].set(title=f"{running} answers grow, others wait", xlabel="requests that wait", ylabel="ms a token")
+        axes[1].plot([row["waiting"] for row in waiting], [row["ms_per_step"] for row in waiting], "-o", ms=4)
+        axes[1].set(title=f"{running} answers grow, others wait", xlabel="requests that wait", ylabel="ms a step")
         axes[1].set_xscale("symlog", linthresh=10)
     for axis in axes:
-        axis.set_ylim(0, None)
+        most = max((max(line.get_ydata()) for line in axis.get_lines()), default=1.0)
+        axis.set_ylim(0, 1.15 * most)
     axes[0].legend()
 
 

@@ -35,7 +35,9 @@ def random_picture(width: int, height: int, generator: np.random.Generator) -> I
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def picture_message(pictures: Sequence[Image.Image], side: int, question: str = QUESTION) -> list[dict[str, Any]]:
+def picture_message(
+    pictures: Sequence[Image.Image | np.ndarray], side: int, question: str = QUESTION
+) -> list[dict[str, Any]]:
     """One message with pictures, each at most ``side`` pixels, and a question."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": picture, "max_image_size": side} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]

@@ -1,7 +1,7 @@
 """Many frames at once: ``python -m bench.video --frames 256``.
 
-Frames of a clip, as pictures in memory, in one prompt with a question: seconds to the first token, tokens a second
-after it, and peak memory. The frames of every run are new.
+Frames of a clip, as arrays in memory as decoders give them, in one prompt with a question: seconds to the first token,
+tokens a second after it, and peak memory. The frames of every run are new.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(repeats + 1):
-        clip = [random_picture(side, side, generator) for _ in range(frames)]
+        clip = [np.asarray(random_picture(side, side, generator)) for _ in range(frames)]
         first, last, prompt = first_token(engine, picture_message(clip, side, "What happens here?"), params)
         firsts.append(first)
         rates.append((tokens - 1) / (last - first))

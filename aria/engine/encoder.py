@@ -6,7 +6,6 @@ C crops, S side of a crop in pixels, Q picture tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -94,8 +93,11 @@ class Encoder:
         return features_QD.split([picture.tokens for picture in pictures])
 
     def _run(self, patches: PackedPatches) -> tuple[Tensor | None, ...]:
+        # A graph keeps its work, which should not keep the pictures of its first time.
+        segments, grid = patches.segments, patches.grid_patches
+
         def work(pixels: Tensor, positions: Tensor) -> tuple[Tensor]:
-            return (self._model.encode_images(replace(patches, pixels=pixels, positions=positions)),)
+            return (self._model.encode_images(PackedPatches(pixels, positions, segments, grid)),)
 
         if self._graphs is None or patches.segments.total > GRAPH_PATCHES:
             return work(patches.pixels, patches.positions)

@@ -163,7 +163,7 @@ class Runner:
             [last[id(request)] for request in sampling],
             [_row(request) for request in plan.decodes],
             [_row(chunk.request) for chunk in chunks],
-            [0, T, chunks[0].start],
+            [x for c, first, T in zip(chunks, ends, lengths, strict=False) for x in (first - N, T, c.start)],
             [_row(request) for request in sampling],
             [request.computed - 1 for request in sampling],
         )
@@ -171,14 +171,13 @@ class Runner:
         self._place_pictures(x_TD, chunks, ends)
         width = self._width(max(decoding, default=0))
         most = self._width(max(chunk.start + chunk.count for chunk in chunks) - 1)
-        pasts = [chunk.start for chunk in chunks]
+        pasts = None if alone else [chunk.start for chunk in chunks]
 
         def work(x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor]:
             rows_N, rows_C, spans = rest
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
-            own = spans[None] if alone else None
-            context = Paged(self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, own)
+            context = Paged(self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3))
             return (self._model.logits(self._model.decode(x_TD, context).hidden.index_select(0, index)),)
 
         key = ("read", T, most, len(sampling)) if alone else None

@@ -95,10 +95,10 @@ class Paged:
     chunk_blocks: Tensor | None = None
     """int32 ``(C, M)``: the blocks of the C sequences that chunks are of."""
     chunk_lengths: Sequence[int] = ()
-    chunk_pasts: Sequence[int] = ()
-    """Tokens of each of those sequences that are in the cache already."""
+    chunk_pasts: Sequence[int] | None = ()
+    """Tokens of each of those sequences that are in the cache already; None in a graph, where ``spans`` have them."""
     spans: Tensor | None = None
-    """int32 ``(C, 3)``, for graphs: start, length and past of each chunk; ``chunk_pasts`` do not count then."""
+    """int32 ``(C, 3)``: of each chunk its first token, counted among those of all chunks, its length and its past."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles

@@ -224,18 +224,19 @@ def chunks_attention(
     values_BHSK: Tensor,
     blocks_NM: Tensor,
     lengths: Sequence[int],
-    pasts: Sequence[int],
+    pasts: Sequence[int] | None,
     spans_N3: Tensor | None = None,
 ) -> Tensor:
     """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`.
 
-    ``spans_N3`` is for graphs, see :func:`aria.ops.kernels.chunk_attention.chunks_attention`.
+    The device may be told by ``spans_N3``, and in graphs is by them alone; see
+    :func:`aria.ops.kernels.chunk_attention.chunks_attention`.
     """
-    arguments = q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths, pasts
+    arguments = q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths
     if graphs_hold_chunks(q_THK, keys_BHSK):
-        return _kernels("chunk_attention").chunks_attention(*arguments, spans_N3)
-    assert spans_N3 is None, "no kernel reads the spans of these chunks"
-    return reference.chunks_attention(*arguments)
+        return _kernels("chunk_attention").chunks_attention(*arguments, pasts, spans_N3)
+    assert pasts is not None, "no kernel reads the spans of these chunks"
+    return reference.chunks_attention(*arguments, pasts)
 
 
 def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:

@@ -134,6 +134,9 @@ def test_chunks_attention(monkeypatch):
     q, k, v = torch.randn(T, 3 * H, K).split(H, dim=1)
     keys, values = torch.randn(2, N * M + 1, H, S, K)
     blocks = (torch.randperm(N * M) + 1).view(N, M).int()
-    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
     expected = reference.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
-    assert relative_error(got, expected) < 1e-6
+    starts = [sum(lengths[:n]) for n in range(N)]
+    spans = torch.tensor(list(zip(starts, lengths, pasts, strict=True))).int()
+    for known in ((pasts,), (pasts, spans), (None, spans)):
+        got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, *known)
+        assert relative_error(got, expected) < 1e-6

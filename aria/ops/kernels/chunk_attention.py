@@ -159,20 +159,22 @@ def chunks_attention(
     values_BHSK: Tensor,
     blocks_NM: Tensor,
     lengths: Sequence[int],
-    pasts: Sequence[int],
+    pasts: Sequence[int] | None,
     spans_N3: Tensor | None = None,
 ) -> Tensor:
     """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`.
 
-    ``spans_N3``, int32, is first token, length and past of each chunk. Where it is given, ``pasts`` do not count: what
-    only the device knows may change from one replay of a graph to the next.
+    Args:
+        pasts: None if only the device knows them, as when they change from one replay of a graph to the next.
+        spans_N3: int32, first token, length and past of each chunk; made here, at the price of a wait, if not given.
     """
     T, H, K = q_THK.shape
     assert fits(q_THK, keys_BHSK), f"no kernel for queries {tuple(q_THK.shape)} and a cache {tuple(keys_BHSK.shape)}"
     assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
     assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
     assert len(lengths) == len(blocks_NM) and sum(lengths) == T, "chunks and tokens differ"
-    if spans_N3 is not None:
+    if pasts is None:
+        assert spans_N3 is not None, "the pasts are unknown"
         out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
         _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans_N3, max(lengths), 0, out)
         return out
@@ -190,7 +192,7 @@ def chunks_attention(
         start += length
     rest = max(length - count for length, count in zip(lengths, even, strict=True))
     if rest:
-        spans = _spans(tuple(lengths), tuple(pasts), q_THK.device)
+        spans = _spans(tuple(lengths), tuple(pasts), q_THK.device) if spans_N3 is None else spans_N3
         _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans, rest, round_to, out)
     return out
 
