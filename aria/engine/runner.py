@@ -151,15 +151,17 @@ class Runner:
         ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
         last.update((id(request), i) for i, request in enumerate(plan.decodes))
-        places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
         decoding = [request.computed - 1 for request in plan.decodes]
+        reading = [*plan.decodes, *(chunk.request for chunk in chunks)]
+        places = [np.array([place]) for place in decoding]
+        places += [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
         # What fills up stands at place 0, in slot 0 of the block that is nobody's.
         fill = np.zeros(T - plan.tokens, dtype=np.int64)
         lengths = [T] if alone else [chunk.count for chunk in chunks]
         ids, slots, positions_T, index, rows_N, rows_C, spans, rows, positions = self._upload(
             np.concatenate([*(c.request.tokens(c.start, c.start + c.count) for c in chunks), fill]),
-            np.concatenate([*(self._slots(c.request, p) for c, p in zip(chunks, places, strict=True)), fill]),
-            np.concatenate([np.array(decoding, dtype=np.int64), *places, fill]),
+            np.concatenate([self._slots(request, p) for request, p in zip(reading, places, strict=True)] + [fill]),
+            np.concatenate([*places, fill]),
             [last[id(request)] for request in sampling],
             [_row(request) for request in plan.decodes],
             [_row(chunk.request) for chunk in chunks],
@@ -171,17 +173,22 @@ class Runner:
         self._place_pictures(x_TD, chunks, ends)
         width = self._width(max(decoding, default=0))
         most = self._width(max(chunk.start + chunk.count for chunk in chunks) - 1)
+        widest = max(width, most)
         pasts = None if alone else [chunk.start for chunk in chunks]
 
         def work(x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor]:
-            rows_N, rows_C, spans = rest
+            rows_N, rows_C, rows, positions, spans = rest
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
-            context = Paged(self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3))
-            return (self._model.logits(self._model.decode(x_TD, context).hidden.index_select(0, index)),)
+            sampled_blocks = self._blocks[:, :widest].index_select(0, rows)
+            context = Paged(
+                self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3),
+                index, sampled_blocks, positions + 1,
+            )  # fmt: skip
+            return (self._model.logits(self._model.decode(x_TD, context).hidden),)
 
         key = ("read", T, most, len(sampling)) if alone else None
-        (logits,) = self._run(key, work, x_TD, positions_T, slots, index, rows_N, rows_C, spans)
+        (logits,) = self._run(key, work, x_TD, positions_T, slots, index, rows_N, rows_C, rows, positions, spans)
         return _Computed(rows, positions, logits, None)
 
     def _run(self, key: Hashable | None, work: Work, *inputs: Tensor) -> tuple[Tensor | None, ...]:

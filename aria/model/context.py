@@ -83,7 +83,11 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class Paged:
-    """One step over a paged cache: first one new token of each of N sequences, then chunks of prompts."""
+    """One step over a paged cache: first one new token of each of N sequences, then chunks of prompts.
+
+    Of a chunk's tokens at most the last is sampled from. A step with chunks says which tokens those are, so that the
+    last layer need not go on with the others.
+    """
 
     cache: PagedCache
     positions: Tensor
@@ -91,7 +95,7 @@ class Paged:
     blocks: Tensor
     """int32 ``(N, M)``: the blocks of the N sequences."""
     slots: Tensor | None = None
-    """int32, ``block * S + offset`` of each token of the chunks."""
+    """int32 ``(T,)``, ``block * S + offset`` of each token; None without chunks."""
     chunk_blocks: Tensor | None = None
     """int32 ``(C, M)``: the blocks of the C sequences that chunks are of."""
     chunk_lengths: Sequence[int] = ()
@@ -99,6 +103,12 @@ class Paged:
     """Tokens of each of those sequences that are in the cache already; None in a graph, where ``spans`` have them."""
     spans: Tensor | None = None
     """int32 ``(C, 3)``: of each chunk its first token, counted among those of all chunks, its length and its past."""
+    sampled: Tensor | None = None
+    """int32 ``(R,)``: the tokens that are sampled from; None means all."""
+    sampled_blocks: Tensor | None = None
+    """int32 ``(R, M)``: the blocks of their sequences."""
+    sampled_lengths: Tensor | None = None
+    """int32 ``(R,)``: tokens of their sequences up to them, themselves included."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles
@@ -108,9 +118,22 @@ class Paged:
             return ops.decode_attention(*new, self.positions, self.blocks, angles, keys, values)
         assert self.slots is not None and self.chunk_blocks is not None, "chunks need slots and blocks"
         # All chunks are written before any is read: one may begin with blocks that another one fills.
-        q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots, angles, keys, values)
+        q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots[N:], angles, keys, values)
         chunks = self.chunk_blocks, self.chunk_lengths, self.chunk_pasts, self.spans
         out = ops.chunks_attention(q, k, read[2], keys, values, *chunks)
         if not N:
             return out
         return torch.cat((ops.decode_attention(*new, self.positions[:N], self.blocks, angles, keys, values), out))
+
+    def attend_sampled(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
+        """Remember keys and values of all tokens, but attend only from those that are sampled: ``(R, H, K)``."""
+        assert self.sampled is not None and self.slots is not None, "the sampled tokens are not known"
+        assert self.sampled_blocks is not None and self.sampled_lengths is not None, "nor where their sequences are"
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        q_THK, _ = ops.rotate_and_cache(
+            q_THK, k_THK, v_THK, self.positions, self.slots, self.cache.angles, keys, values
+        )  # fmt: skip
+        q_RHK = q_THK.index_select(0, self.sampled)
+        if not len(q_RHK):
+            return q_RHK
+        return ops.paged_attention(q_RHK, keys, values, self.sampled_blocks, self.sampled_lengths)

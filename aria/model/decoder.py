@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
-from aria.model.context import Context
+from aria.model.context import Context, Paged
 from aria.model.layers import RMSNorm, join
 from aria.model.moe import MoE
 
@@ -51,13 +51,27 @@ class DecoderLayer(nn.Module):
 
     def infer(self, x_TD: Tensor, context: Context) -> Tensor:
         """The same without gradients and without the router's logits, in three fused operations."""
-        attention, moe, norm = self.self_attn, self.mlp, self.input_layernorm
+        return self._go_on(x_TD, context.attend(self.self_attn.layer, *self._project(x_TD)))
+
+    def infer_sampled(self, x_TD: Tensor, context: Paged) -> Tensor:
+        """The last layer's :meth:`infer`: only the tokens that are sampled from come out, ``(R, D)``."""
+        assert context.sampled is not None, "the context does not say what is sampled from"
+        attended_RHK = context.attend_sampled(self.self_attn.layer, *self._project(x_TD))
+        return self._go_on(x_TD.index_select(0, context.sampled), attended_RHK)
+
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        attention, norm = self.self_attn, self.input_layernorm
         weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
         qkv = ops.norm_linear(x_TD, norm.weight, norm.eps, *weights).unflatten(-1, (-1, attention.head_dim))
-        q, k, v = qkv.split([weight.shape[0] // attention.head_dim for weight in weights], dim=1)
-        attended = context.attend(attention.layer, q, k, v).flatten(1)
-        x_TD = ops.linear_add(attended, attention.o_proj.weight, x_TD)
-        norm, shared = self.post_attention_layernorm, moe.shared_experts
+        return qkv.split([weight.shape[0] // attention.head_dim for weight in weights], dim=1)
+
+    def _go_on(self, x_TD: Tensor, attended_THK: Tensor) -> Tensor:
+        """From what attention gives to the layer's end."""
+        if not len(x_TD):
+            return x_TD
+        moe, norm = self.mlp, self.post_attention_layernorm
+        shared = moe.shared_experts
+        x_TD = ops.linear_add(attended_THK.flatten(1), self.self_attn.o_proj.weight, x_TD)
         return ops.moe_layer(
             x_TD,
             norm.weight,
@@ -82,18 +96,27 @@ class Decoder(nn.Module):
     def forward(self, x_TD: Tensor, context: Context, router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns normed hidden states ``(T, D)``, and each layer's router logits ``(T, E)``.
 
-        The fused kernels of inference do not give the logits: the tuple is then empty, unless they are asked for.
+        Where the context says which tokens are sampled from, the hidden states are theirs alone. The fused kernels of
+        inference do not give the logits: the tuple is then empty, unless they are asked for.
         """
-        if ops.inference_kernels(x_TD) and not router_logits:
-            for layer in self.layers:
-                assert isinstance(layer, DecoderLayer), "layers are decoder layers"
+        paged = context if isinstance(context, Paged) and context.sampled is not None else None
+        if self.fused(x_TD) and not router_logits:
+            *first, last = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+            for layer in first:
                 x_TD = layer.infer(x_TD, context)
-            return self.norm(x_TD), ()
+            return self.norm(last.infer(x_TD, context) if paged is None else last.infer_sampled(x_TD, paged)), ()
         all_logits = []
-        for layer in self.layers:
-            x_TD, logits_TE = layer(x_TD, context)
+        for module in self.layers:
+            x_TD, logits_TE = module(x_TD, context)
             all_logits.append(logits_TE)
+        if paged is not None and paged.sampled is not None:
+            x_TD = x_TD.index_select(0, paged.sampled)
         return self.norm(x_TD), tuple(all_logits)
+
+    @staticmethod
+    def fused(x_TD: Tensor) -> bool:
+        """Whether layers run as fused operations."""
+        return ops.inference_kernels(x_TD)
 
 
 class LanguageModel(nn.Module):

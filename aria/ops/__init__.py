@@ -44,6 +44,7 @@ __all__ = [
     "linear_gelu",
     "moe_layer",
     "norm_linear",
+    "paged_attention",
     "resample",
     "rms_norm",
     "rope_angles",
@@ -198,6 +199,15 @@ def rotate_and_cache(q_THK: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]
     """Rotary positions and the write to the paged cache; see :func:`aria.ops.reference.rotate_and_cache`."""
     fast = inference_kernels(q_THK) and _kernels("rotary").fits(q_THK)
     return (_kernels("rotary") if fast else reference).rotate_and_cache(q_THK, *arguments)
+
+
+def paged_attention(
+    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
+) -> Tensor:
+    """One query of each sequence over a paged cache; see :func:`aria.ops.reference.paged_attention`."""
+    fast = inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK)
+    chosen = _kernels("paged_attention") if fast else reference
+    return chosen.paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, lengths_N)
 
 
 def decode_attention(

@@ -16,8 +16,9 @@ from tiny import tiny_config, tiny_model
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
 from aria.engine.request import Picture
-from aria.engine.runner import Launched
+from aria.engine.runner import Launched, Runner
 from aria.model import Packed
+from aria.model.decoder import Decoder
 from aria.ops import Segments
 
 IMAGE = 9
@@ -83,6 +84,7 @@ def run(core: EngineCore, requests, *, look=lambda launched: None) -> None:
     assert all(len(request.outputs) == request.max_tokens for request in requests)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -93,7 +95,17 @@ def run(core: EngineCore, requests, *, look=lambda launched: None) -> None:
     ],
     ids=["mixed", "small chunks", "few rows", "preempted"],
 )
-def test_logits_equal_a_plain_pass(settings):
+def test_logits_equal_a_plain_pass(settings, fused, monkeypatch):
+    # As on CUDA in 16 bits: layers in fused operations, the last one only for what is sampled from.
+    launch = Runner.launch
+    fused_layers = []
+
+    def launch_fused(self, plan):
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "fused", staticmethod(lambda x_TD: fused_layers.append(fused) or fused))
+            return launch(self, plan)
+
+    monkeypatch.setattr(Runner, "launch", launch_fused)
     engine = core(**settings)
     expected_places, seen = {}, []
 
@@ -111,7 +123,7 @@ def test_logits_equal_a_plain_pass(settings):
     for request in requests:
         full = [*request.prompt, *request.outputs]
         expected_places[request] = plain_logits(full, request.pictures)
-    assert len(seen) >= 16 * 30
+    assert len(seen) >= 16 * 30 and set(fused_layers) == {fused}
     for request, n, logits in seen:
         expected = expected_places[request][len(request.prompt) + n - 1]
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
