@@ -317,7 +317,7 @@ def test_graphs_are_told_what_waits_for_the_host():
     heads, cache = torch.randn(4, 2, 8), torch.randn(3, 2, 4, 8)
     assert not ops.graphs_hold_chunks(heads, cache), "no kernel here"
     blocks, spans = torch.ones(1, 1, dtype=torch.int32), torch.tensor([[0, 4, 0]], dtype=torch.int32)
-    arguments = heads, heads, heads, cache, cache, blocks, [4], [0]
-    assert ops.chunks_attention(*arguments).shape == (4, 2, 8)
+    arguments = heads, heads, heads, cache, cache, blocks, [4]
+    assert ops.chunks_attention(*arguments, [0], spans).shape == (4, 2, 8)
     with pytest.raises(AssertionError, match="spans"):
-        ops.chunks_attention(*arguments, spans)
+        ops.chunks_attention(*arguments, None, spans)
