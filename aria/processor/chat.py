@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 IMAGE_TOKEN = "<|img|>"
+END_OF_TURN = "<|im_end|>"
+"""Ends a message; ordinary text of several tokens in Aria's vocabulary, so an answer is searched for it as text."""
 CHAT_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

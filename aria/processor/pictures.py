@@ -103,6 +103,8 @@ class Prepared:
     """Tokens of the prompt, with as many image ids at each picture's place as it has tokens."""
     pictures: list[PictureInput]
     """In the order of their places."""
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends: the end of a turn after messages, nothing after plain text."""
 
 
 def read_pictures(

@@ -10,7 +10,7 @@ from typing import Any
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
 from aria.processor.batch import BatchFeature, check_tensor_kind
-from aria.processor.chat import IMAGE_TOKEN, Conversation, ImagePart, Prompt
+from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, Prompt
 from aria.processor.files import (
     CHAT_TEMPLATE_FILE,
     PREPROCESSOR_CONFIG,
@@ -238,7 +238,7 @@ class AriaProcessor:
             tokens = len(picture.extents) * self.size_conversion[picture.size]
             placed.append(PictureInput(len(ids), tokens, picture))
             ids += [self.tokenizer.image_token_id] * tokens + segment
-        return Prepared(ids, placed)
+        return Prepared(ids, placed, stop=(END_OF_TURN,))
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The tokenizer's ``decode``."""
