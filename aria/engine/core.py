@@ -13,7 +13,8 @@ import torch
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
 from aria.engine.memory import block_bytes, blocks_beside
-from aria.engine.request import Picture, Request, Status
+from aria.engine.outputs import Stats
+from aria.engine.request import Picture, Request
 from aria.engine.runner import Launched, Runner, TokenLogprobs
 from aria.engine.sampling_params import SamplingParams
 from aria.engine.scheduler import Scheduler
@@ -100,6 +101,7 @@ class EngineCore:
         self._ids = count()
         self._launched: Launched | None = None
         self._ends: dict[Request, frozenset[int]] = {}
+        self._prompt_tokens = self._completion_tokens = 0
 
     @staticmethod
     def blocks_for(device: torch.device, tokens: int) -> int:
@@ -184,16 +186,32 @@ class EngineCore:
             self.scheduler.add(request)
             self._ends[request] = frozenset() if params.ignore_eos else frozenset(end_token_ids)
             requests.append(request)
+            self._prompt_tokens += len(prompt)
         return requests
 
     def finish(self, request: Request) -> None:
-        """Take no more tokens for a request, at any moment; one that has ended already is left alone."""
-        if self._ends.pop(request, None) is None:
-            return
-        if request.status is Status.RUNNING:
+        """A request's answer is complete: take no more tokens for it. One that has ended already is left alone."""
+        if self._ends.pop(request, None) is not None:
             self.scheduler.finish(request)
-        else:
+
+    def cancel(self, request: Request) -> None:
+        """Give a request up, at any moment; one that has ended already is left alone."""
+        if self._ends.pop(request, None) is not None:
             self.scheduler.cancel(request)
+
+    def stats(self) -> Stats:
+        """How it is doing. Any thread may ask; a step that goes on meanwhile may be counted in part."""
+        scheduler, pool = self.scheduler, self.pool
+        return Stats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            cache_usage=pool.used / pool.total,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_tokens,
+            preemptions=scheduler.preemptions,
+        )
 
     @property
     def unfinished(self) -> bool:
@@ -242,6 +260,7 @@ class EngineCore:
             if request not in self._ends:
                 continue
             self.scheduler.append(request, token)
+            self._completion_tokens += 1
             tokens.append(Token(request, token, logprobs))
             if token in self._ends[request] or len(request.outputs) >= request.max_tokens:
                 self.finish(request)
@@ -252,13 +271,13 @@ class EngineCore:
         what it sampled was not read."""
         self._launched = None
         for request in list(self._ends):
-            self.finish(request)
+            self.cancel(request)
         self.pool.clear()
 
     def close(self) -> None:
         """End all requests and wait for the device."""
         for request in list(self._ends):
-            self.finish(request)
+            self.cancel(request)
         self._collect()
 
 

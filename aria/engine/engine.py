@@ -13,16 +13,15 @@ import torch
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
-from aria.engine.outputs import Choice, Completion, FinishReason, Result, TokenLogprob, Usage
+from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.request import Picture, Request
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampling_params import SamplingParams
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
+from aria.processor.chat import Prompt
 from aria.processor.pictures import Prepared
 
 Message = Mapping[str, Any]
-END_OF_TURN = "<|im_end|>"
-"""Ends a message in Aria's chat format; ordinary text of several tokens, so it is matched as text."""
 
 
 def refuse_unbuilt(**settings: object) -> None:
@@ -71,6 +70,14 @@ class Answer:
         self.requests = requests
         self.pieces: deque[Piece] = deque()
         """What came and was not taken yet."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be read, because the cache had them from earlier requests.
+
+        Known from the first piece on. Later choices also find what the first has read, which does not count.
+        """
+        return self.requests[0].cached_tokens
 
     @property
     def done(self) -> bool:
@@ -221,9 +228,31 @@ class Engine:
         self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
         return prepared
 
+    def prepare_text(self, text: str | Sequence[int]) -> Prepared:
+        """Plain text to be continued, or its token ids. No template is put around it, and no picture is in it.
+
+        Raises:
+            ValueError: an id that is not in the vocabulary or stands for a picture, or no room for an answer.
+        """
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer.encode(Prompt(text)) if isinstance(text, str) else list(text)
+        vocabulary = self.model.config.text.vocab_size
+        for token in ids if not isinstance(text, str) else ():
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise ValueError(f"the prompt has {token!r:.40} for a token id; expected 0 to {vocabulary - 1}")
+            if token == tokenizer.image_token_id:
+                raise ValueError(f"token id {token} of the prompt stands for a picture; send pictures in messages")
+        self.core.check(len(ids))
+        return Prepared(ids, [])
+
     def queue(self, prepared: Prepared, params: SamplingParams | None = None, *, priority: int = 0) -> Answer:
-        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first."""
+        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first.
+
+        Raises:
+            ValueError: the parameters do not fit the model. Nothing is queued then.
+        """
         params = params or SamplingParams()
+        refuse_unbuilt(json_schema=params.json_schema)
         requests = self.core.add(
             prepared.ids,
             params,
@@ -231,7 +260,7 @@ class Engine:
             end_token_ids=self._end_token_ids,
             priority=priority,
         )
-        stops = () if params.ignore_eos else (END_OF_TURN,)
+        stops = () if params.ignore_eos else prepared.stop
         ends = () if params.ignore_eos else self._end_token_ids
         completions = [
             Completion(request.max_tokens, ends, self.processor.tokenizer, (*stops, *(params.stop or ())))
@@ -262,17 +291,19 @@ class Engine:
         piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
         answer.pieces.append(piece)
         if completion.finish_reason is not None:
-            self._end(token.request)
+            self.core.finish(token.request)
+            self._answers.pop(token.request, None)
         return piece
 
     def cancel(self, answer: Answer) -> None:
         """Stop working on an answer, at any moment; one that is done is left alone."""
         for request in answer.requests:
-            self._end(request)
+            self.core.cancel(request)
+            self._answers.pop(request, None)
 
-    def _end(self, request: Request) -> None:
-        self.core.finish(request)
-        self._answers.pop(request, None)
+    def stats(self) -> Stats:
+        """How busy it is, and what it has done. Any thread may ask."""
+        return self.core.stats()
 
     def _named(self, token: Token) -> TokenLogprob | None:
         if token.logprobs is None:

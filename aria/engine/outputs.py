@@ -32,6 +32,28 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Stats:
+    """How an engine is doing; counters run since it was made."""
+
+    running: int
+    """Requests that have their place in the batch. Each choice of ``n`` is a request."""
+    waiting: int
+    """Requests that wait for one."""
+    cache_usage: float
+    """Part of the cache's blocks that requests hold, 0 to 1; what is kept only for later requests does not count."""
+    prompt_tokens: int
+    """Tokens of prompts that were taken in, counted once for each choice."""
+    completion_tokens: int
+    """Tokens that were sampled for requests that still wanted them."""
+    prefix_queries: int
+    """Tokens looked up in the prefix cache."""
+    prefix_hits: int
+    """Those of them that it had."""
+    preemptions: int
+    """Times that a request lost its place because the cache was full."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """One answer."""
 

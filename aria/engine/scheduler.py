@@ -94,8 +94,10 @@ class Scheduler:
         """Blocks that running requests have yet to allocate for what they read."""
         self.preemptions = 0
         """Since the beginning."""
+        self.prefix_queries = 0
+        """Tokens looked up in the prefix cache since the beginning."""
         self.prefix_tokens = 0
-        """Tokens found in the prefix cache since the beginning."""
+        """Those that it had."""
 
     @property
     def running(self) -> int:
@@ -267,6 +269,7 @@ class Scheduler:
         head.status = Status.RUNNING
         insort(self._running, head)
         self._promised += self._unallocated(head)
+        self.prefix_queries += head.known
         self.prefix_tokens += head.computed
         if head.runs == 1:
             head.cached_tokens = head.computed
