@@ -1,4 +1,4 @@
-"""The command line: ``aria chat``, ``aria inspect``, ``aria convert``."""
+"""The command line: ``aria chat``, ``aria describe``, ``aria inspect``, ``aria convert``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ HELP = "/image FILE   show a picture with the next question\n/reset        forge
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+MaxImageSize = Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy, up to 2.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")]
+TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+AtOnce = Annotated[int | None, typer.Option(min=1, help="Most requests in flight; less takes less memory.")]
 
 
 def _version(asked: bool) -> None:
@@ -55,18 +64,16 @@ def chat(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="Picture file or address; repeatable.")
     ] = None,
-    max_image_size: Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")] = None,
+    max_image_size: MaxImageSize = None,
     split: Annotated[bool, typer.Option("--split", help="Cut pictures into tiles, for fine print.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy, up to 2.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")
-    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
     revision: Revision = None,
 ) -> None:
     """Ask one question about pictures, or hold a conversation."""
@@ -86,6 +93,51 @@ def chat(
         return
     err.print(f"[dim]{escape(HELP)}[/dim]")
     _talk(engine, conversation, params)
+
+
+@app.command()
+def describe(
+    paths: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER...", help="Pictures, clips, PDFs, folders.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSONL file; one that is there is gone on with. Default: stdout.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: a description of what it is.")] = None,
+    model: Model = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="File with a JSON schema that every answer follows.")
+    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_image_size: MaxImageSize = None,
+    split: Annotated[
+        bool | None, typer.Option("--split/--no-split", help="Cut pictures into tiles; default: documents only.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: 128.")] = None,
+    pages: Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")] = None,
+    at_once: AtOnce = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Tell of pictures, clips and PDFs, one line of JSON each. Run again, it goes on where it was stopped."""
+    from aria.engine import SamplingParams
+    from aria.hub import model_name, read_json
+    from aria.jobs import Describer, Job, find_media
+
+    media, others = find_media(paths)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    if schema is not None:
+        sampling["json_schema"] = read_json(schema)
+    parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
+    settings = {name: value for name, value in parts.items() if value is not None}
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    with _output(out_file) as output:
+        job = Job(Describer(model_name(model), params, prompt, settings), media, output)
+        load = {"revision": revision, "dtype": dtype, "device": device}
+        _run_job(job, "describing", model, load, at_once, passed_over=others)
 
 
 @app.command()
@@ -135,6 +187,48 @@ def convert(
     # The files of the original repositories lack what transformers' processor asks for.
     AriaProcessor.from_pretrained(target).save_pretrained(target)
     out.print("the processor's files are complete, also for transformers")
+
+
+def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:
+    """Where records go: a file that is gone on with, or standard output."""
+    from aria.jobs import Journal, Stream
+
+    return contextlib.nullcontext(Stream(sys.stdout.buffer)) if file is None else Journal(file)
+
+
+def _run_job(
+    job: Any, title: str, model: str | None, load: dict[str, Any], at_once: int | None, *, passed_over: int = 0
+) -> None:
+    """Do what is left of a job under a progress bar; exit code 1 if any item failed, now or in an earlier run."""
+    import asyncio
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from aria.engine import AsyncEngine, Engine
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    stopped = False
+    if job.todo:
+        engine = Engine(model, **load)
+        _share_work(engine)
+        most = at_once or (64 if engine.device.type == "cuda" else 16)
+        with (
+            AsyncEngine(engine=engine) as running,
+            Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+        ):
+            task = progress.add_task(title, total=len(job.todo))
+            try:
+                asyncio.run(job.run(running, at_once=most, progress=lambda: progress.advance(task)))
+            except KeyboardInterrupt:
+                stopped = True
+    tally = job.tally
+    counts = {"done": tally.done, "done before": tally.before, "failed": tally.failed, "passed over": passed_over}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
+    err.print(f"{said}; stopped, the same command goes on" if stopped else said)
+    if stopped:
+        raise typer.Exit(130)
+    if tally.failed:
+        raise typer.Exit(1)
 
 
 class _Conversation:

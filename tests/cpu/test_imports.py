@@ -14,7 +14,7 @@ FACE = "__init__"
 FLOORS = (
     ("cli",),
     (FACE,),
-    ("pretrained", "inspection"),
+    ("pretrained", "inspection", "jobs"),
     ("engine", "train"),
     ("checkpoint", "processor"),
     ("model",),
