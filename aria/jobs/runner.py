@@ -89,7 +89,7 @@ class Job:
             progress: called after each item.
 
         Raises:
-            OSError: a record could not be kept.
+            OSError: an item could not be read, or its record not be kept.
             Exception: what the engine failed with, too often.
         """
         waiting = iter(self.todo)
@@ -112,6 +112,8 @@ class Job:
                             record = await self._work.do(engine, item)
                     else:
                         record = await self._work.do(engine, item)
+                except OSError:
+                    raise  # the machine's trouble, which no second try ends
                 except Exception:
                     again.append(item)
                     if len(again) > 2 * at_once:
@@ -128,6 +130,8 @@ class Job:
         for item in again:
             try:
                 record = await self._work.do(engine, item)
+            except OSError:
+                raise
             except Exception as error:
                 record = self._work.give_up(item, error)
             await keep(record)
