@@ -90,6 +90,8 @@ class AsyncEngine:
             raise RuntimeError("the engine is closed")
         params = params or SamplingParams()
         prepared = messages if isinstance(messages, Prepared) else await self.prepare(messages)
+        if params.json_schema is not None:
+            await asyncio.to_thread(self.engine.grammars.compile, params.json_schema, prepared.stop)
         caller = _Caller()
 
         def start() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
+from aria.engine.grammar import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.outputs import Stats
 from aria.engine.request import Picture, Request
@@ -146,6 +147,7 @@ class EngineCore:
         *,
         pictures: Sequence[Picture] = (),
         end_token_ids: Collection[int] = (),
+        matchers: Sequence[Matcher] = (),
         priority: int = 0,
     ) -> list[Request]:
         """Queue a prompt; nothing is computed before :meth:`step`.
@@ -155,6 +157,7 @@ class EngineCore:
             params: how to sample; a seed that is None is drawn from torch's global generator.
             pictures: where pictures lie in the prompt.
             end_token_ids: tokens at which an answer ends, unless ``params.ignore_eos``.
+            matchers: one for each answer if ``params.json_schema`` is set. They end it then.
             priority: lower runs first.
 
         Returns:
@@ -164,6 +167,7 @@ class EngineCore:
             ValueError: the prompt leaves no room for an answer.
         """
         params = params or SamplingParams()
+        assert len(matchers) == (0 if params.json_schema is None else params.n), "each answer has its own matcher"
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
         vocabulary = self.model.config.text.vocab_size
         if outside := [token for token in params.logit_bias or () if token >= vocabulary]:
@@ -181,6 +185,7 @@ class EngineCore:
                 priority=priority,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
+                matcher=matchers[copy] if matchers else None,
                 leader=requests[0] if requests else None,
             )
             self.scheduler.add(request)
@@ -237,6 +242,10 @@ class EngineCore:
                 plan = self.scheduler.plan()
             with _current(self.device):
                 launched = self.runner.launch(plan) if plan else None
+                if launched is not None and not launched.drawn:
+                    # What a grammar allows depends on the token before; the device computes scores meanwhile.
+                    tokens += self._collect()
+                    self.runner.draw(launched)
             if self.device.type == "cuda":
                 tokens += self._collect()
                 self._launched = launched
@@ -262,7 +271,11 @@ class EngineCore:
             self.scheduler.append(request, token)
             self._completion_tokens += 1
             tokens.append(Token(request, token, logprobs))
-            if token in self._ends[request] or len(request.outputs) >= request.max_tokens:
+            if request.matcher is not None:
+                request.end = request.matcher.accept(token)
+                if request.matcher.error is not None:
+                    logger.warning("an answer was ended by the limits of its grammar: %s", request.matcher.error)
+            if request.end or token in self._ends[request] or len(request.outputs) >= request.max_tokens:
                 self.finish(request)
         return tokens
 

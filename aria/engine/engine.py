@@ -13,6 +13,7 @@ import torch
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
+from aria.engine.grammar import Grammars
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.request import Picture, Request
 from aria.engine.runner import TokenLogprobs
@@ -153,6 +154,8 @@ class Engine:
             image_std=self.processor.image_processor.image_std,
         )
         tokenizer = self.processor.tokenizer
+        self.grammars = Grammars(tokenizer, self.model.config.text.vocab_size)
+        """Compiles schemas; :meth:`queue` does it too, but any thread may do so in advance."""
         self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._answers: dict[Request, tuple[Answer, int]] = {}
 
@@ -249,18 +252,20 @@ class Engine:
         """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first.
 
         Raises:
-            ValueError: the parameters do not fit the model. Nothing is queued then.
+            ValueError: the parameters do not fit the model, or the schema cannot be followed. Nothing is queued then.
         """
         params = params or SamplingParams()
-        refuse_unbuilt(json_schema=params.json_schema)
+        schema = params.json_schema
         requests = self.core.add(
             prepared.ids,
             params,
             pictures=[Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures],
             end_token_ids=self._end_token_ids,
+            matchers=() if schema is None else self.grammars.matchers(schema, params.n, prepared.stop),
             priority=priority,
         )
-        stops = () if params.ignore_eos else prepared.stop
+        # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.
+        stops = () if params.ignore_eos or schema is not None else prepared.stop
         ends = () if params.ignore_eos else self._end_token_ids
         completions = [
             Completion(request.max_tokens, ends, self.processor.tokenizer, (*stops, *(params.stop or ())))
@@ -287,7 +292,7 @@ class Engine:
         answer, choice = self._answers[token.request]
         completion = answer.completions[choice]
         logprob = self._named(token)
-        text = completion.push(token.token_id, logprob)
+        text = completion.push(token.token_id, logprob, token.request.end)
         piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
         answer.pieces.append(piece)
         if completion.finish_reason is not None:

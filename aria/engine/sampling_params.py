@@ -84,6 +84,7 @@ class SamplingParams:
                 self.json_schema is None or self.json_schema is True or isinstance(self.json_schema, Mapping),
                 "None, True (any object) or a mapping, the JSON schema",
             ),
+            ("ignore_eos", not (self.ignore_eos and self.json_schema is not None), "False beside json_schema"),
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
         ):
             if not holds:
