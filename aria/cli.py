@@ -1,11 +1,12 @@
-"""The command line: ``aria chat``, ``aria describe``, ``aria inspect``, ``aria convert``."""
+"""The command line: what stands behind ``aria chat``, ``aria serve`` and the other commands."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,7 +124,7 @@ def describe(
     revision: Revision = None,
 ) -> None:
     """Tell of pictures, clips and PDFs, one line of JSON each. Run again, it goes on where it was stopped."""
-    from aria.engine import SamplingParams
+    from aria.engine import Engine, SamplingParams
     from aria.hub import model_name, read_json
     from aria.jobs import Describer, Job, find_media
 
@@ -136,8 +137,127 @@ def describe(
     params = SamplingParams(max_tokens=max_tokens, **sampling)
     with _output(out_file) as output:
         job = Job(Describer(model_name(model), params, prompt, settings), media, output)
-        load = {"revision": revision, "dtype": dtype, "device": device}
-        _run_job(job, "describing", model, load, at_once, passed_over=others)
+        load = functools.partial(Engine, model, revision=revision, dtype=dtype, device=device)
+        _run_job(job, "describing", load, at_once, passed_over=others)
+
+
+@app.command()
+def batch(
+    requests: Annotated[Path, typer.Argument(metavar="IN", help="JSONL file of requests in OpenAI's batch format.")],
+    responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; one that is there is gone on with.")],
+    model: Model = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in requests; repeatable. Default: of the path.")
+    ] = None,
+    allow_local: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")
+    ] = None,
+    allow_private_addresses: Annotated[
+        bool, typer.Option("--allow-private-addresses", help="Requests may fetch from this machine and its network.")
+    ] = False,
+    at_once: AtOnce = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Answer a file of requests as the server would, a line each. Run again, it goes on where it was stopped."""
+    from aria.engine import Engine
+    from aria.hub import model_name
+    from aria.jobs import Job, Journal
+    from aria.processor.media import MediaSettings
+    from aria.serve.batch import Batch, find_lines
+    from aria.serve.settings import ServerSettings
+
+    if responses.exists() and responses.samefile(requests):
+        raise ValueError(f"{responses} is the input; name another file for the responses")
+    media = MediaSettings(local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses)
+    lines = find_lines(requests)
+    names = tuple(served_model_name or (model_name(model),))
+
+    def load() -> Engine:
+        engine = Engine(model, revision=revision, dtype=dtype, device=device)
+        engine.processor.media = media
+        return engine
+
+    with Journal(responses) as output, contextlib.closing(Batch(requests, ServerSettings(model_names=names))) as work:
+        _run_job(Job(work, lines, output), "answering", load, at_once)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub repository; default: packaged nano.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="ARIA_API_KEY", help="Asked of every client; repeatable. In the environment: with spaces."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What requests call the model; repeatable. Default: aria-nano, or its folder."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request, media in it included.")] = 256 << 20,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; more are told to come again.")] = 256,
+    max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
+    default_temperature: Annotated[float, typer.Option(help="Where a request says nothing.")] = 1.0,
+    drain_seconds: Annotated[float, typer.Option(help="For running requests, once told to end.")] = 30.0,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most answers that grow together.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache holds; default: what fits.")] = None,
+    memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
+    revision: Revision = None,
+) -> None:
+    """Answer OpenAI's clients, and people at a chat page in their browser."""
+    try:
+        from aria.serve.app import create_app
+        from aria.serve.run import run
+    except ImportError as error:
+        raise ValueError(f"{error}; the server needs more packages: pip install 'aria-moe[serve]'") from error
+    from aria.engine import AsyncEngine
+    from aria.hub import model_name
+    from aria.serve.limits import open_to_strangers
+    from aria.serve.settings import ServerSettings
+
+    keys = list(api_key or ())
+    if api_key_file is not None:
+        keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = ServerSettings(
+        model_names=tuple(served_model_name or [model_name(model)]),
+        api_keys=tuple(keys),
+        cors_origins=tuple(cors_origin or ()),
+        max_body=max_body,
+        max_queue=max_queue,
+        max_concurrency_per_key=max_concurrency_per_key,
+        temperature=default_temperature,
+        drain_seconds=drain_seconds,
+    )
+    if open_to_strangers(host, keys):
+        err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
+    with AsyncEngine(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        memory_utilization=memory_utilization,
+        max_model_len=max_model_len,
+        max_batch=max_batch,
+        cache_tokens=cache_tokens,
+    ) as engine:
+        _share_work(engine.engine)
+
+        def ready(address: str) -> None:
+            out.print(f"chat at {address}, API at {address}/v1", highlight=False, soft_wrap=True)
+
+        run(create_app(engine, settings), host=host, port=port, log_level=log_level, ready=ready)
 
 
 @app.command()
@@ -196,20 +316,18 @@ def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext(Stream(sys.stdout.buffer)) if file is None else Journal(file)
 
 
-def _run_job(
-    job: Any, title: str, model: str | None, load: dict[str, Any], at_once: int | None, *, passed_over: int = 0
-) -> None:
+def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None, *, passed_over: int = 0) -> None:
     """Do what is left of a job under a progress bar; exit code 1 if any item failed, now or in an earlier run."""
     import asyncio
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from aria.engine import AsyncEngine, Engine
+    from aria.engine import AsyncEngine
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     stopped = False
     if job.todo:
-        engine = Engine(model, **load)
+        engine = load()
         _share_work(engine)
         most = at_once or (64 if engine.device.type == "cuda" else 16)
         with (

@@ -14,6 +14,7 @@ FACE = "__init__"
 FLOORS = (
     ("cli",),
     (FACE,),
+    ("serve",),
     ("pretrained", "inspection", "jobs"),
     ("engine", "train"),
     ("checkpoint", "processor"),
