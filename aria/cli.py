@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -137,7 +136,13 @@ def describe(
     params = SamplingParams(max_tokens=max_tokens, **sampling)
     with _output(out_file) as output:
         job = Job(Describer(model_name(model), params, prompt, settings), media, output)
-        load = functools.partial(Engine, model, revision=revision, dtype=dtype, device=device)
+
+        def load() -> Engine:
+            engine = Engine(model, revision=revision, dtype=dtype, device=device)
+            if params.json_schema is not None:
+                engine.grammars.compile(params.json_schema)  # a schema that cannot be followed is no file's fault
+            return engine
+
         _run_job(job, "describing", load, at_once, passed_over=others)
 
 
@@ -161,11 +166,14 @@ def batch(
     revision: Revision = None,
 ) -> None:
     """Answer a file of requests as the server would, a line each. Run again, it goes on where it was stopped."""
+    try:
+        from aria.serve.batch import Batch, find_lines
+    except ImportError as error:
+        raise ValueError(f"{error}; batches need more packages: pip install 'aria-moe[serve]'") from error
     from aria.engine import Engine
     from aria.hub import model_name
     from aria.jobs import Job, Journal
     from aria.processor.media import MediaSettings
-    from aria.serve.batch import Batch, find_lines
     from aria.serve.settings import ServerSettings
 
     if responses.exists() and responses.samefile(requests):

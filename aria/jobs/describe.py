@@ -104,9 +104,10 @@ class Describer:
         """
         start = time.perf_counter()
         try:
-            result = await engine.chat(self.messages(medium), self.params)
+            prepared = await engine.prepare(self.messages(medium))
         except (ValueError, OSError) as error:
             return self._record(medium, time.perf_counter() - start, error=error)
+        result = await engine.chat(prepared, self.params)
         return self._record(medium, time.perf_counter() - start, result=result)
 
     def give_up(self, medium: Medium, error: Exception) -> dict[str, Any]:
