@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from aria.serve import bodies, chat, completions
+from aria.serve import bodies, chat, completions, responses, responses_body
 from aria.serve.errors import ApiError, from_validation
 from aria.serve.protocol import ChatRequest, CompletionRequest
+from aria.serve.responses_body import ResponsesRequest
 from aria.serve.service import Service
 from aria.serve.streaming import EventStream
 
@@ -31,10 +32,11 @@ class Route(NamedTuple):
 
 
 ROUTES = {
-    "/v1/chat/completions": Route(ChatRequest, bodies.chat, "chatcmpl", "messages", chat.whole, chat.chunks),
+    "/v1/chat/completions": Route(ChatRequest, bodies.chat, "chatcmpl-", "messages", chat.whole, chat.chunks),
     "/v1/completions": Route(
-        CompletionRequest, bodies.completion, "cmpl", "prompt", completions.whole, completions.chunks
+        CompletionRequest, bodies.completion, "cmpl-", "prompt", completions.whole, completions.chunks
     ),
+    "/v1/responses": Route(ResponsesRequest, responses_body.read, "resp_", "input", responses.whole, responses.chunks),
 }
 
 

@@ -25,9 +25,11 @@ from aria.serve.replies import (
     Error,
     ModelCard,
     ModelList,
+    ResponseObject,
     Status,
     Tokens,
 )
+from aria.serve.responses_body import ResponsesRequest
 from aria.serve.service import Service
 from aria.serve.settings import ServerSettings
 from aria.serve.streaming import ClientGoneError, until_gone
@@ -101,6 +103,11 @@ def _answers(service: Service) -> APIRouter:
     async def plain_completions(body: CompletionRequest, request: Request) -> Any:
         """Go on with a text."""
         return await _unless_gone(request, respond(service, "/v1/completions", body))
+
+    @routes.post("/v1/responses", response_model=ResponseObject, responses=_WORK)
+    async def responses(body: ResponsesRequest, request: Request) -> Any:
+        """Answer a conversation, in OpenAI's newer form. Nothing is kept."""
+        return await _unless_gone(request, respond(service, "/v1/responses", body))
 
     return routes
 

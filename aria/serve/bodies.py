@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from aria.engine import SamplingParams
@@ -21,20 +21,20 @@ from aria.serve.protocol import (
     JsonSchemaFormat,
     Message,
     NamedTool,
-    Sampling,
     TextPart,
     Tool,
     ToolMessage,
     VideoPart,
     VideoUrl,
+    WithoutEffect,
 )
 
 COMPLETION_TOKENS = 16
 """Of a completion that says nothing about its length, as OpenAI's interface has it."""
 
 _ALIKE = (
-    *("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
-    *("seed", "stop", "n", "ignore_eos"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("seed", "n", "ignore_eos"),
 )
 """Fields that bodies and `SamplingParams` call by the same names."""
 
@@ -59,10 +59,8 @@ class Asked:
     params: SamplingParams
     functions: tuple[str, ...] = ()
     """Names that the answer may call."""
-    must_call: bool = False
-    """The answer is a call, and nothing else."""
-    one_call: bool = False
-    """No second call is taken."""
+    untagged: bool = False
+    """A grammar makes the answer one call without tags, or one JSON value."""
 
     @property
     def has_media(self) -> bool:
@@ -71,19 +69,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class _Tools:
+class Tools:
     """What a request says of functions."""
 
-    offered: tuple[dict[str, Any], ...] = ()
-    choice: str = "none"
-    """none, auto, required, or a name in ``named``."""
-    parallel: bool = True
-    demanded: tuple[dict[str, Any], ...] = field(default=())
+    told: tuple[dict[str, Any], ...] = ()
+    """Name, description and parameters of those that may be called."""
+    demanded: tuple[dict[str, Any], ...] = ()
     """One of these has to be called."""
+    parallel: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(tool["name"] for tool in self.offered)
+        return tuple(tool["name"] for tool in self.told)
 
 
 def chat(body: ChatRequest, defaults: Defaults) -> Asked:
@@ -92,22 +89,37 @@ def chat(body: ChatRequest, defaults: Defaults) -> Asked:
     Raises:
         ApiError: 400, it contradicts itself.
     """
-    offered = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    schema = _schema(body)
-    if schema is not None and offered.offered:
-        raise ApiError(
-            400, "response_format and tools exclude each other, unless tool_choice is none", param="response_format"
-        )
+    wanted = body.response_format
+    schema: Any = True if isinstance(wanted, JsonObjectFormat) else None
+    if isinstance(wanted, JsonSchemaFormat):
+        schema = True if wanted.json_schema.json_schema is None else wanted.json_schema.json_schema
+    return conversation(
+        body,
+        body.messages,
+        read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        schema,
+        defaults,
+        max_tokens=body.max_completion_tokens or body.max_tokens or defaults.max_model_len,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+def conversation(
+    body: WithoutEffect, said: Sequence[Message], offered: Tools, schema: Any, defaults: Defaults, **fields: Any
+) -> Asked:
+    """What is asked for by messages, functions and a schema (or True) of the answer; see :func:`sampling`."""
     if offered.demanded:
         schema = tools.call_schema(offered.demanded)
-    limit = body.max_completion_tokens or body.max_tokens or defaults.max_model_len
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    elif offered.told and schema is not None:
+        # Either a call or an answer of the form that was asked for.
+        schema = tools.any_of([tools.call_schema(offered.told), {"type": "object"} if schema is True else schema])
+    # A second call would begin behind the end of the first.
+    stop = (tools.CLOSE,) if offered.told and schema is None and not offered.parallel else ()
     return Asked(
-        prompts=[messages(body.messages, offered.offered, defaults.sizes)],
-        params=sampling(body, defaults, max_tokens=limit, logprobs=logprobs, json_schema=schema),
+        prompts=[messages(said, offered.told, defaults.sizes)],
+        params=sampling(body, defaults, stop=stop, json_schema=schema, **fields),
         functions=offered.names,
-        must_call=bool(offered.demanded),
-        one_call=not offered.parallel,
+        untagged=schema is not None,
     )
 
 
@@ -120,22 +132,33 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
     return Asked(prompts=prompts, params=params)
 
 
-def sampling(body: Sampling, defaults: Defaults, **more: Any) -> SamplingParams:
-    """How tokens are chosen. ``more`` are fields whose names differ between bodies."""
-    given = {name: value for name in _ALIKE if (value := getattr(body, name)) is not None}
-    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    temperature = defaults.temperature if body.temperature is None else body.temperature
-    return SamplingParams(temperature=temperature, logit_bias=bias or None, **given, **more)
+def sampling(body: WithoutEffect, defaults: Defaults, *, stop: Sequence[str] = (), **fields: Any) -> SamplingParams:
+    """How tokens are chosen.
+
+    Args:
+        body: its fields of the same names count.
+        defaults: for fields that it leaves out.
+        stop: more texts at which an answer ends.
+        fields: those whose names differ between bodies.
+    """
+    given = {name: value for name in _ALIKE if (value := getattr(body, name, None)) is not None}
+    own = getattr(body, "stop", None) or ()
+    bias = {int(token): value for token, value in (getattr(body, "logit_bias", None) or {}).items()}
+    return SamplingParams(
+        stop=((own,) if isinstance(own, str) else (*own,)) + tuple(stop),
+        logit_bias=bias or None,
+        **{"temperature": defaults.temperature, **given, **fields},
+    )
 
 
-def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool | None) -> _Tools:
+def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool | None) -> Tools:
     """Functions, and whether one has to be called.
 
     Raises:
         ApiError: 400, a choice without functions or of one that is not among them.
     """
     if choice == "none" or (not offered and choice in (None, "auto")):
-        return _Tools()
+        return Tools()
     if not offered:
         raise ApiError(400, "tool_choice asks for a call, but tools is empty", param="tool_choice")
     told = tuple(tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
@@ -152,16 +175,7 @@ def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, p
             )
     elif choice == "required":
         demanded = told
-    return _Tools(told, parallel=parallel is not False, demanded=demanded)
-
-
-def _schema(body: ChatRequest) -> Any:
-    wanted = body.response_format
-    if isinstance(wanted, JsonObjectFormat):
-        return True
-    if isinstance(wanted, JsonSchemaFormat):
-        return True if wanted.json_schema.json_schema is None else wanted.json_schema.json_schema
-    return None
+    return Tools(told, demanded, parallel is not False)
 
 
 def messages(
@@ -248,8 +262,9 @@ def _video(video: VideoUrl, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _document(file: FileData, sizes: Sequence[int]) -> dict[str, Any]:
-    data = file.file_data
-    url = data if data[:5].lower() == "data:" else f"data:application/pdf;base64,{data}"
+    url = file.file_url or file.file_data or ""
+    if file.file_data and file.file_data[:5].lower() != "data:":
+        url = f"data:application/pdf;base64,{file.file_data}"
     size = min(sizes) if file.detail == "low" else max(sizes)
     return _given(type="document", url=url, pages=file.pages, max_image_size=size, split_image=file.split)
 

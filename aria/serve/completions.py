@@ -36,7 +36,9 @@ class _Text:
         return {
             "tokens": [one.token for one in tokens],
             "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{other.token: other.logprob for other in one.top} for one in tokens],
+            "top_logprobs": [
+                {other.token: other.logprob for other in (*one.top, one)} if one.top else {} for one in tokens
+            ],
             "text_offset": offsets,
         }
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 MOST_STOPS = 32
 
 
-def _only(*allowed: Any) -> AfterValidator:
+def only(*allowed: Any) -> AfterValidator:
     """Takes the values that ask for nothing, and refuses the others as not supported."""
 
     def check(value: Any) -> Any:
@@ -21,17 +21,18 @@ def _only(*allowed: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _kind(key: str) -> Discriminator:
+def kind_of(key: str, default: str | None = None) -> Discriminator:
     """Tells the members of a union by the value of a field; tags stand in brackets, see `errors`."""
 
     def tell(value: Any) -> str | None:
-        kind = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        kind = value.get(key, default) if isinstance(value, dict) else getattr(value, key, None)
         return f"<{kind:.40}>" if isinstance(kind, str) else None
 
     return Discriminator(tell)
 
 
-def _text_or_list(value: Any) -> str:
+def string_or_list(value: Any) -> str:
+    """Tells text from a list, or from an object."""
     return "<string>" if isinstance(value, str) else "<list>"
 
 
@@ -92,13 +93,22 @@ class VideoPart(Body):
 
 
 class FileData(Body):
-    file_data: str
+    file_data: str | None = None
     """A PDF as a data: URI or in base64."""
+    file_url: str | None = None
+    """Extension: its address, in place of the data."""
+    file_id: Annotated[str | None, only()] = None
     filename: str | None = None
     pages: str | None = None
     """Extension: such as ``1-3,7``."""
     detail: Literal["auto", "low", "high"] = "auto"
     split: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> FileData:
+        if (self.file_data is None) == (self.file_url is None):
+            raise ValueError("give file_data or file_url, and not both")
+        return self
 
 
 class FilePart(Body):
@@ -116,18 +126,19 @@ UserPart = Annotated[
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[VideoPart, Tag("<video_url>")]
     | Annotated[FilePart, Tag("<file>")],
-    _kind("type"),
+    kind_of("type"),
 ]
-TextOnlyPart = Annotated[Annotated[TextPart, Tag("<text>")], _kind("type")]
-AssistantPart = Annotated[Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], _kind("type")]
+AssistantPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], kind_of("type")
+]
 Texts = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(_text_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 UserContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[UserPart], Tag("<list>")], Discriminator(_text_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[list[UserPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 AssistantContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[AssistantPart], Tag("<list>")], Discriminator(_text_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[list[AssistantPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 
 
@@ -162,9 +173,9 @@ class AssistantMessage(Body):
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
     # What clients send back of an answer as they got it.
-    annotations: Annotated[list[Any] | None, _only([])] = None
-    audio: Annotated[Any, _only()] = None
-    function_call: Annotated[Any, _only()] = None
+    annotations: Annotated[list[Any] | None, only([])] = None
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
 
 
 class ToolMessage(Body):
@@ -180,7 +191,7 @@ Message = Annotated[
     | Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[ToolMessage, Tag("<tool>")],
-    _kind("role"),
+    kind_of("role"),
 ]
 
 
@@ -206,13 +217,9 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-def _choice_or_name(value: Any) -> str:
-    return "<name>" if isinstance(value, str) else "<function>"
-
-
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<name>")] | Annotated[NamedTool, Tag("<function>")],
-    Discriminator(_choice_or_name),
+    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedTool, Tag("<list>")],
+    Discriminator(string_or_list),
 ]
 
 
@@ -244,7 +251,7 @@ ResponseFormat = Annotated[
     Annotated[TextFormat, Tag("<text>")]
     | Annotated[JsonObjectFormat, Tag("<json_object>")]
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
-    _kind("type"),
+    kind_of("type"),
 ]
 
 
@@ -253,13 +260,13 @@ ResponseFormat = Annotated[
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: Annotated[bool | None, _only(False)] = None
+    include_obfuscation: Annotated[bool | None, only(False)] = None
 
 
 Stop = Annotated[
     Annotated[str, Field(min_length=1), Tag("<string>")]
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS), Tag("<list>")],
-    Discriminator(_text_or_list),
+    Discriminator(string_or_list),
 ]
 
 
@@ -309,7 +316,7 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: Annotated[list[str] | None, _only(["text"])] = None
+    modalities: Annotated[list[str] | None, only(["text"])] = None
 
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
@@ -346,9 +353,9 @@ class CompletionRequest(Sampling):
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Annotated[bool | None, _only(False)] = None
-    suffix: Annotated[str | None, _only()] = None
-    best_of: Annotated[int | None, _only(1)] = None
+    echo: Annotated[bool | None, only(False)] = None
+    suffix: Annotated[str | None, only()] = None
+    best_of: Annotated[int | None, only(1)] = None
 
 
 class TokenizeRequest(Body):
@@ -359,7 +366,7 @@ class TokenizeRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
-    add_special_tokens: Annotated[bool | None, _only(True, False)] = None
+    add_special_tokens: Annotated[bool | None, only(True, False)] = None
     """Without effect: Aria's prompts have no tokens of this kind."""
     return_token_strs: bool | None = None
 

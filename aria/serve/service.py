@@ -127,7 +127,7 @@ class Run:
     def __init__(
         self, service: Service, asked: Asked, prepared: Sequence[Prepared], model: str, prefix: str, began: float
     ):
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.id = f"{prefix}{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
         self.asked = asked

@@ -22,7 +22,7 @@ async def count(service: Service, body: TokenizeRequest) -> Tokens:
         text = body.prompt or ""
         ids = await service.off_loop(lambda: processor.tokenizer.encode(text), media=False, param="prompt")
     else:
-        offered = bodies.read_tools(body.tools, None, None).offered
+        offered = bodies.read_tools(body.tools, None, None).told
         said = bodies.messages(body.messages, offered, defaults.sizes)
 
         def prepare() -> Prepared:

@@ -54,19 +54,41 @@ def written(name: str, arguments: str) -> str:
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """JSON Schema of one call of any of the functions."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["name"]},
-                "arguments": tool.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return any_of(
+        [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["name"]},
+                    "arguments": _moved(tool.get("parameters") or {"type": "object"}, "#/properties/arguments"),
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+    )
+
+
+def any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The schema of what follows one of these."""
+    if len(schemas) == 1:
+        return dict(schemas[0])
+    return {"anyOf": [_moved(schema, f"#/anyOf/{i}") for i, schema in enumerate(schemas)]}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema as it reads inside another one: what it refers to within itself lies deeper there."""
+    if isinstance(schema, list):
+        return [_moved(one, place) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _moved(value, place)
+        for key, value in schema.items()
+    }
 
 
 def parse(text: str, names: Collection[str]) -> Call | None:
@@ -114,10 +136,13 @@ class CallReader:
         self._held = self._held[keep:]
         return [one for one in found if one]
 
-    def flush(self) -> str:
-        """No more text comes: what was held back."""
+    def flush(self) -> list[str | Call]:
+        """No more text comes: what was held back. A call may lack its last tag, where the answer stopped at it."""
         held, self._held = self._held, ""
-        return held
+        before, tag, inside = held.partition(OPEN)
+        call = parse(inside, self._names) if tag else None
+        found: list[str | Call] = [held] if call is None else [before.rstrip(), call]
+        return [one for one in found if one]
 
     def _open_end(self) -> int:
         """Length of the longest end that begins a tag, and of the white space before it."""
@@ -128,7 +153,7 @@ class CallReader:
 
 
 class WholeCall:
-    """The same for an answer that a grammar makes one call, without tags."""
+    """The same for an answer that a grammar makes one call without tags, or else text."""
 
     def __init__(self, names: Collection[str]):
         self._names = names
@@ -143,7 +168,7 @@ class WholeCall:
         self._text = ""
         return [call]
 
-    def flush(self) -> str:
-        """What is left of a call that was cut short."""
+    def flush(self) -> list[str | Call]:
+        """What was no call, or is left of one that was cut short."""
         held, self._text = self._text, ""
-        return held
+        return [held] if held else []

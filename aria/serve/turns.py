@@ -30,7 +30,7 @@ class Turn:
 
     def __init__(self, asked: Asked, tokenizer: AriaTokenizer):
         names = asked.functions
-        self._calls = None if not names else WholeCall(names) if asked.must_call else CallReader(names)
+        self._calls = None if not names else WholeCall(names) if asked.untagged else CallReader(names)
         self._ledger = None if asked.params.logprobs is None else _Ledger(tokenizer)
         self.called = False
 
