@@ -191,11 +191,15 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
             raise TypeError("the tokenizer takes text; bytes are spelled out where they are no text")
-        first, *rest = (self._encode(Prompt(part)) for part in text.split(END_OF_TURN))
-        for part in rest:
-            # Wanted as text by a schema: cut in two, so that it does not become a mark.
-            first += [*self._encode(END_OF_TURN[:1]), *self._encode(END_OF_TURN[1:]), *part]
-        return first
+        ids: list[int] = []
+        for index in self._encode(Prompt(text)):
+            if index in self.special_token_ids:
+                # Wanted as text by a schema: cut in two, so that it does not become a mark.
+                mark = self.tokens[index].decode()
+                ids += [*self._encode(Prompt(mark[:1])), *self._encode(Prompt(mark[1:]))]
+            else:
+                ids.append(index)
+        return ids
 
 
 def _compile(schema: str, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
