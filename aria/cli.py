@@ -38,7 +38,9 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy, up to 2.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")]
 TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-AtOnce = Annotated[int | None, typer.Option(min=1, help="Most requests in flight; less takes less memory.")]
+AtOnce = Annotated[
+    int | None, typer.Option(min=1, help="Most files or requests in flight; default: what the engine runs together.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -337,7 +339,7 @@ def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None,
     if job.todo:
         engine = load()
         _share_work(engine)
-        most = at_once or (64 if engine.device.type == "cuda" else 16)
+        most = at_once or engine.core.scheduler.max_rows
         with (
             AsyncEngine(engine=engine) as running,
             Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,

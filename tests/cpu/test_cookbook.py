@@ -13,6 +13,8 @@ import pytest
 import typer.main
 
 from aria import cli
+from aria.serve.batch import Batch, find_lines
+from aria.serve.settings import ServerSettings
 
 COOKBOOK = Path(__file__).parents[2] / "docs" / "cookbook"
 SCRIPTS = sorted(COOKBOOK.glob("*.py"))
@@ -106,6 +108,15 @@ def test_options_in_the_pages_exist():
     assert len(uses) >= 3
     for line in uses:
         assert set(re.findall(r"--[a-z-]+", line)) <= known[line.split()[1]], line
+
+
+def test_the_batch_in_the_pages_is_one(tmp_path):
+    text = (COOKBOOK / "many-files.md").read_text(encoding="utf-8")
+    asked, told = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "in.jsonl").write_text(asked)
+    [line] = find_lines(tmp_path / "in.jsonl")
+    batch = Batch(tmp_path / "in.jsonl", ServerSettings(model_names=("Aria",)))
+    assert batch.recognize(json.loads(told)) == (line.custom_id, False)
 
 
 def test_media_can_be_drawn_again(tmp_path):
