@@ -36,8 +36,6 @@ class Plan:
     decodes: list[Request] = field(default_factory=list)
     """Each reads its last token, which the device has, at place ``computed - 1``, and samples the next."""
     chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-    """Lost their blocks and rows; they run again later, from the start."""
     drain: bool = False
     """Nothing is planned: read back what launched steps sampled, then plan again."""
 
@@ -194,7 +192,6 @@ class Scheduler:
                 need -= victim.computed == len(victim.blocks) * S
                 decodes.pop()
             self._preempt(victim)
-            plan.preempted.append(victim)
         for request in decodes:
             if request.computed == len(request.blocks) * S:
                 request.blocks += self.pool.allocate(1)
