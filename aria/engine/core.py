@@ -100,6 +100,8 @@ class EngineCore:
         encoder = Encoder(model, picture_bytes, image_mean, image_std)
         self.runner = Runner(model, cache, encoder, max_rows=max_batch, max_model_len=self.max_model_len)
         self._ids = count()
+        self.ahead = on_cuda
+        """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
         self._launched: Launched | None = None
         self._ends: dict[Request, frozenset[int]] = {}
         self._prompt_tokens = self._completion_tokens = 0
@@ -246,7 +248,7 @@ class EngineCore:
                     # What a grammar allows depends on the token before; the device computes scores meanwhile.
                     tokens += self._collect()
                     self.runner.draw(launched)
-            if self.device.type == "cuda":
+            if self.ahead:
                 tokens += self._collect()
                 self._launched = launched
             else:

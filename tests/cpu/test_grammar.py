@@ -190,6 +190,36 @@ def test_preemption_loses_nothing(engine, model_folder):
     assert tight.stats().preemptions > 0
 
 
+def test_one_step_ahead_as_on_a_gpu(engine, model_folder):
+    """A step that is under way when an answer ends, or is preempted, changes nothing."""
+    choice = random.Random(3)
+    schemas = [None, SCHEMA, *(random_schema(choice) for _ in range(8))]
+    params = [
+        SamplingParams(
+            max_tokens=60,
+            json_schema=schemas[i % 10],
+            temperature=1.0,
+            seed=i,
+            n=1 + i % 2,
+            logprobs=(None, 2)[i % 3 == 0],
+        )
+        for i in range(30)
+    ]
+    prompts = [engine.prepare(asked("hello " * (1 + i % 4))) for i in range(30)]
+    tight = Engine(model_folder, device="cpu", max_batch=12, max_model_len=200, cache_tokens=330)
+    tight.core.ahead = True
+    results = []
+    for one in (engine, tight):
+        answers = [one.queue(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+        while one.core.busy:
+            one.step()
+            one.core.scheduler.check()
+        results.append([answer.result() for answer in answers])
+    assert [result.token_ids for result in results[0]] == [result.token_ids for result in results[1]]
+    assert [c.text for r in results[0] for c in r.choices] == [c.text for r in results[1] for c in r.choices]
+    assert tight.stats().preemptions > 0
+
+
 def test_a_stop_text_still_ends_the_answer(engine):
     whole = engine.chat([asked("hello")], SamplingParams(max_tokens=300, json_schema=SCHEMA))[0]
     cut = engine.chat([asked("hello")], SamplingParams(max_tokens=300, json_schema=SCHEMA, stop='"count"'))[0]
