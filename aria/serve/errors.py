@@ -19,8 +19,8 @@ _KINDS = {
     500: "server_error",
     503: "overloaded_error",
 }
-_TAG = re.compile(r"<.*>")
-"""What the unions of `protocol` call their members: no part of a field's place in the body."""
+_TAG = re.compile(r"<.*>|\[key\]")
+"""What the unions of `protocol` call their members, and pydantic a key: no part of a field's place in the body."""
 
 
 class ApiError(Exception):
@@ -108,6 +108,8 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
         return f"{field} {error['msg']}"
     if kind == "value_error":
         return f"{field}: {context.get('error', error['msg'])}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{field} should be an object, but is {error.get('input')!r:.80}"
     got = "" if isinstance(error.get("input"), dict | list) else f", but is {error.get('input')!r:.80}"
     return f"{field}: {error['msg'][:1].lower()}{error['msg'][1:]}{got}"
 

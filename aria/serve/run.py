@@ -37,12 +37,11 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: drain first."""
+        """A signal: drain first. It is not raised again at the end, as uvicorn does: this is a clean one."""
         if self._traffic.draining or self._loop is None:
             self.force_exit = self.should_exit = True
             return
         self._traffic.draining = True
-        self._captured_signals.append(sig)
         self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
 
     async def _drain(self) -> None:

@@ -70,7 +70,7 @@ class Service:
             )
         return name
 
-    async def off_loop(self, work: Callable[[], T], *, media: bool, param: str) -> T:
+    async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
         """Do what takes time in a thread. What is wrong with the request's messages or media becomes a 400."""
         pool = self._media if media else self._texts
         try:
@@ -102,6 +102,10 @@ class Service:
         def work() -> list[Prepared]:
             return [prepare(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
 
+        schema = asked.params.json_schema
+        if schema is not None:
+            # Otherwise the engine's thread would do it, while everybody's answers wait.
+            await self.off_loop(lambda: self.engine.engine.grammars.compile(schema))
         prepared = await self.off_loop(work, media=asked.has_media, param=param)
         run = Run(self, asked, prepared, name, prefix, began)
         try:
@@ -170,6 +174,8 @@ class Run:
         await self._pieces.aclose()
 
     def _count(self, one: tuple[int, Piece]) -> tuple[int, Piece]:
+        if one[1].finish_reason == "error":
+            raise RuntimeError("the answer broke off: following its grammar took more work than is allowed")
         self._completion_tokens += 1
         self._cached.setdefault(one[0], one[1].answer.cached_tokens)
         return one

@@ -20,7 +20,7 @@ async def count(service: Service, body: TokenizeRequest) -> Tokens:
     media: list[MediaCost] = []
     if body.messages is None:
         text = body.prompt or ""
-        ids = await service.off_loop(lambda: processor.tokenizer.encode(text), media=False, param="prompt")
+        ids = await service.off_loop(lambda: processor.tokenizer.encode(text), param="prompt")
     else:
         offered = bodies.read_tools(body.tools, None, None).told
         said = bodies.messages(body.messages, offered, defaults.sizes)
@@ -49,5 +49,5 @@ async def text(service: Service, body: DetokenizeRequest) -> Detokenized:
     tokenizer = service.processor.tokenizer
     if outside := [token for token in body.tokens if token >= tokenizer.vocab_size]:
         raise ApiError(400, f"token {outside[0]} is not in the vocabulary of {tokenizer.vocab_size}", param="tokens")
-    said = await service.off_loop(lambda: tokenizer.decode(body.tokens), media=False, param="tokens")
+    said = await service.off_loop(lambda: tokenizer.decode(body.tokens), param="tokens")
     return Detokenized(prompt=said)
