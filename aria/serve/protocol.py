@@ -37,9 +37,16 @@ def string_or_list(value: Any) -> str:
 
 
 class Body(BaseModel):
-    """What a client sends."""
+    """What a client sends. A field that is null counts as absent: it asks for nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: one for key, one in value.items() if one is not None or key in cls.model_fields}
 
 
 class WithoutEffect(Body):
@@ -174,8 +181,6 @@ class AssistantMessage(Body):
     refusal: str | None = None
     # What clients send back of an answer as they got it.
     annotations: Annotated[list[Any] | None, only([])] = None
-    audio: Annotated[Any, only()] = None
-    function_call: Annotated[Any, only()] = None
 
 
 class ToolMessage(Body):

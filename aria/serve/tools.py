@@ -127,11 +127,11 @@ class CallReader:
             if call is None:
                 found.append(self._held[:end])
             else:
-                # White space around calls belongs to neither.
                 found += [self._held[:start].rstrip(), call]
                 end += len(self._held[end:]) - len(self._held[end:].lstrip())
             self._held = self._held[end:]
-        keep = start if start >= 0 else len(self._held) - self._open_end()
+        # White space before a call belongs to neither, and is held back with the tag.
+        keep = len(self._held[:start].rstrip()) if start >= 0 else len(self._held) - self._open_end()
         found.append(self._held[:keep])
         self._held = self._held[keep:]
         return [one for one in found if one]
