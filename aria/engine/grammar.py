@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,18 +25,17 @@ if TYPE_CHECKING:
 
 End = Literal["complete", "over", "error"]
 """How a grammar ends an answer: with this token, which belongs to it; before this token; or because it gave up."""
-KEPT_GRAMMARS = 128
-"""A grammar takes some hundreds of kilobytes."""
-FEW = 4
-"""Up to so many masks are made one after the other; handing them to threads takes as long."""
+KEPT_GRAMMARS = 32
+"""One takes some hundreds of kilobytes, and at the limits of its lexer 30 MB."""
 
 
 class Matcher:
     """Where one answer stands in its grammar: a function of the tokens it has accepted, so preemption loses nothing."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, ends_W: np.ndarray):
+    def __init__(self, matcher: llguidance.LLMatcher, ends_W: np.ndarray, forget: Callable[[], object]):
         self._matcher = matcher
         self._ends_W = ends_W
+        self._forget = forget
         self.error: str | None = None
         """Why it gave up, once it has."""
 
@@ -45,18 +44,24 @@ class Matcher:
         if self.error is None and self._is_end(token_id):
             return "over"
         if self.error is None and not self._matcher.consume_token(token_id):
-            self.error = _reason(self._matcher)
+            self._give_up()
         if self.error is not None:
             return "error"
         return "complete" if self._matcher.is_stopped() else None
 
-    def _finish_mask(self, mask_W: np.ndarray) -> None:
-        """What llguidance cannot know: a whole value may be followed by the end."""
+    def fill(self, mask_W: np.ndarray) -> None:
+        """Write the bits of the tokens that may come next."""
+        self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
         if self._matcher.is_error():
-            self.error = _reason(self._matcher)
+            self._give_up()
             mask_W.fill(-1)
         elif self._matcher.is_accepting():
             mask_W |= self._ends_W
+
+    def _give_up(self) -> None:
+        self.error = _reason(self._matcher)
+        # All answers to a schema share a lexer: if that is what is full, the next one needs another.
+        self._forget()
 
     def _is_end(self, token_id: int) -> bool:
         ends = int(self._ends_W[token_id // 32]) >> token_id % 32 & 1
@@ -65,27 +70,14 @@ class Matcher:
 
 
 def fill_masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
-    """What each answer may go on with: int32 ``(G, W)``, a bit a token. Matchers that give up allow everything."""
-    import llguidance.numpy
+    """What each answer may go on with: int32 ``(G, W)``, a bit a token. Matchers that give up allow everything.
 
+    It takes some 15 microseconds a row, less than the device takes for its scores meanwhile, so one thread does it.
+    """
     masks_GW = np.zeros((len(matchers), -(-vocab_size // 32)), dtype=np.int32)
-    inner = [matcher._matcher for matcher in matchers]
-    if len(inner) <= FEW:
-        for i, one in enumerate(inner):
-            llguidance.numpy.fill_next_token_bitmask(one, masks_GW, i)
-    else:
-        pairs = [(one, i) for i, one in enumerate(inner)]
-        llguidance.numpy.fill_next_token_bitmask_par(_executor(), pairs, masks_GW)
     for matcher, mask_W in zip(matchers, masks_GW, strict=True):
-        matcher._finish_mask(mask_W)
+        matcher.fill(mask_W)
     return masks_GW
-
-
-@cache
-def _executor() -> llguidance.LLExecutor:
-    from llguidance import LLExecutor
-
-    return LLExecutor()
 
 
 class Grammars:
@@ -100,8 +92,19 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._trie: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
         self._ends: dict[tuple[str, ...], np.ndarray] = {}
+
+    def load(self) -> None:
+        """Lay out the vocabulary now and not with the first schema: a quarter of a second for Aria's.
+
+        Raises:
+            ModuleNotFoundError: llguidance is not installed.
+        """
+        with self._lock:
+            if self._trie is None:
+                self._trie = _lay_out(self._tokenizer, self._vocab_size)
 
     def compile(self, schema: Mapping[str, Any] | bool, stops: Sequence[str] = ()) -> None:
         """Check a schema and keep its grammar: milliseconds, up to a second for one of thousands of properties.
@@ -126,37 +129,29 @@ class Grammars:
             stops: texts with which the model ends its turn. Their first tokens may end a value that could go on, as
                 a number could.
         """
-        grammar = self._grammar(schema)
+        text, grammar = self._grammar(schema)
         ends = self._ends_mask(tuple(stops))
-        return [Matcher(grammar.deep_copy(), ends) for _ in range(count)]
+        forget = partial(self._compiled.pop, text, None)
+        return [Matcher(grammar.deep_copy(), ends, forget) for _ in range(count)]
 
-    def _grammar(self, schema: Mapping[str, Any] | bool) -> llguidance.LLMatcher:
+    def _grammar(self, schema: Mapping[str, Any] | bool) -> tuple[str, llguidance.LLMatcher]:
         try:
-            text = json.dumps({"type": "object"} if schema is True else schema, allow_nan=False)
+            text = json.dumps(dict(schema) if isinstance(schema, Mapping) else {"type": "object"}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"json_schema is not JSON: {error}") from None
         with self._lock:
             found = self._compiled.get(text)
             if found is not None:
                 self._compiled.move_to_end(text)
-                return found
-            trie = self._trie
-        grammar = _compile(text, trie)
+                return text, found
+        self.load()
+        assert self._trie is not None, "the vocabulary was laid out"
+        grammar = _compile(text, self._trie)
         with self._lock:
             self._compiled[text] = grammar
             if len(self._compiled) > KEPT_GRAMMARS:
                 self._compiled.popitem(last=False)
-        return grammar
-
-    @cached_property
-    def _trie(self) -> llguidance.LLTokenizer:
-        try:
-            from llguidance import LLTokenizer, TokenizerWrapper
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                'json_schema needs the package llguidance: pip install "aria-moe[serve]"', name="llguidance"
-            ) from None
-        return LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size)), n_vocab=self._vocab_size)
+        return text, grammar
 
     def _ends_mask(self, stops: tuple[str, ...]) -> np.ndarray:
         """Bits of the tokens that end an answer: the end of text, and those that begin a stop text."""
@@ -172,6 +167,16 @@ class Grammars:
             bits[ids] = 1
             ends = self._ends[stops] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
         return ends
+
+
+def _lay_out(tokenizer: AriaTokenizer, vocab_size: int) -> llguidance.LLTokenizer:
+    try:
+        from llguidance import LLTokenizer, TokenizerWrapper
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'json_schema needs the package llguidance: pip install "aria-moe[serve]"', name="llguidance"
+        ) from None
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)), n_vocab=vocab_size)
 
 
 class _Vocabulary:

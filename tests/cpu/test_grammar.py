@@ -329,6 +329,23 @@ def test_a_grammar_that_grows_beyond_its_limits_ends_its_answer_alone(engine, ca
     assert "limits of its grammar" in caplog.text
 
 
+def test_a_lexer_that_is_full_is_not_kept(grammars):
+    tokenizer, compiler = grammars
+    schema = {"type": "string", "pattern": "^.*a.{24}$"}
+    letters = [tokenizer.convert_tokens_to_ids(piece) for piece in "abcd"]
+    choice = random.Random(0)
+    for _ in range(2):
+        [matcher] = compiler.matchers(schema, 1)
+        mask = fill_masks([matcher], len(tokenizer) + 40)
+        assert matcher.accept(tokenizer.encode('"')[0]) is None, "the grammar is fresh"
+        for _ in range(20_000):
+            if matcher.accept(choice.choice(letters)) == "error":
+                break
+            mask = fill_masks([matcher], len(tokenizer) + 40)
+        assert "too many states" in str(matcher.error)
+        assert matcher.accept(letters[0]) == "error" and (mask == -1).any()
+
+
 def test_threads_compile_at_once(grammars):
     tokenizer, _ = grammars
     fresh = Grammars(tokenizer, tokenizer.vocab_size + 40)
