@@ -88,6 +88,7 @@ class EngineCore:
             blocks = min(blocks, -(-most // self.block_size) + 1)
         else:
             blocks = cache_blocks + 1
+        self.max_batch = max_batch
         self.max_model_len = self._longest(max_model_len, blocks)
         self.pool = BlockPool(blocks, self.block_size)
         self.scheduler = Scheduler(

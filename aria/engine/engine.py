@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
@@ -305,6 +307,31 @@ class Engine:
         for request in answer.requests:
             self.core.cancel(request)
             self._answers.pop(request, None)
+
+    def warm_up(self) -> None:
+        """Do now what first requests would wait for: lay out the vocabulary for schemas, where they are installed, and
+        on CUDA compile kernels and capture graphs, which takes up to some minutes. Nothing may be queued meanwhile."""
+        # Who asks for a schema without the package is told so then.
+        with suppress(ModuleNotFoundError):
+            self.grammars.load()
+        if self.device.type == "cuda":
+            self._rehearse(count for count in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256) if count <= self.core.max_batch)
+
+    def _rehearse(self, counts: Iterable[int]) -> None:
+        """Answer a picture and some texts, ``counts`` of them together, and keep nothing of it in the cache."""
+        assert not self.core.busy, "rehearsed beside requests"
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        work = [(self.prepare_text("Aria"), count) for count in counts]
+        size = self.processor.image_processor.max_image_size
+        if self.max_model_len > 2 * self.processor.size_conversion[size]:
+            picture = {"type": "image", "image": Image.new("RGB", (size, size))}
+            work.append((self.prepare([{"role": "user", "content": [picture]}]), 1))
+        for prepared, count in work:
+            for _ in range(count):
+                self.queue(prepared, params)
+            while self.core.busy:
+                self.step()
+        self.core.pool.clear()
 
     def stats(self) -> Stats:
         """How busy it is, and what it has done. Any thread may ask."""
