@@ -71,6 +71,8 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
         app.include_router(routes)
     app.router.default = Page()
     errors.install(app)
+    described = app.openapi
+    app.openapi = lambda: _without_422(described())  # type: ignore[method-assign]
     app.add_middleware(Gate, settings=settings, metrics=service.metrics, traffic=traffic)
     if settings.cors_origins:
         app.add_middleware(
@@ -81,6 +83,16 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
+
+
+def _without_422(description: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI describes answers that it would give to wrong bodies; here they are 400s of OpenAI's shape."""
+    for methods in description["paths"].values():
+        for route in methods.values():
+            route["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)
+    return description
 
 
 def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
