@@ -11,6 +11,7 @@ from typing import Any
 
 from aria.engine import AsyncEngine, SamplingParams
 from aria.engine.outputs import Result, Usage
+from aria.processor.pictures import Medium
 
 PROMPTS = {
     "image": "Describe this picture.",
@@ -34,7 +35,7 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Medium:
+class MediaFile:
     """A file to tell of."""
 
     path: str
@@ -43,7 +44,7 @@ class Medium:
     """image, video or document, by the end of its name."""
 
 
-def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Medium], int]:
+def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[MediaFile], int]:
     """Pictures, clips and documents among files and in folders, and how many other files were passed over.
 
     Folders are walked to the bottom, in the order of names. What begins with a dot is neither taken nor counted there;
@@ -53,7 +54,7 @@ def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Medium], i
         FileNotFoundError: there is nothing at one of the paths.
         OSError: a folder cannot be read.
     """
-    media: dict[str, Medium] = {}
+    media: dict[str, MediaFile] = {}
     others = 0
     for path in map(Path, paths):
         if not path.exists():
@@ -63,7 +64,7 @@ def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Medium], i
             if kind is None:
                 others += 1
             else:
-                media.setdefault(str(file), Medium(str(file), kind))
+                media.setdefault(str(file), MediaFile(str(file), kind))
     return list(media.values()), others
 
 
@@ -88,15 +89,15 @@ class Describer:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of content parts: ``max_image_size`` and ``split_image``, ``num_frames`` of clips, ``pages`` of documents."""
 
-    def name(self, medium: Medium) -> str:
+    def name(self, medium: MediaFile) -> str:
         """Its path."""
         return medium.path
 
-    def heavy(self, medium: Medium) -> bool:
+    def heavy(self, medium: MediaFile) -> bool:
         """Clips and documents are many pictures each."""
         return medium.kind != "image"
 
-    async def do(self, engine: AsyncEngine, medium: Medium) -> dict[str, Any]:
+    async def do(self, engine: AsyncEngine, medium: MediaFile) -> dict[str, Any]:
         """The medium's record; a file that cannot be read or does not fit has the reason under ``error``.
 
         Raises:
@@ -108,13 +109,15 @@ class Describer:
         except (ValueError, OSError) as error:
             return self._record(medium, time.perf_counter() - start, error=error)
         result = await engine.chat(prepared, self.params)
-        return self._record(medium, time.perf_counter() - start, result=result)
+        seconds = time.perf_counter() - start
+        fault = ValueError("the schema's grammar grew beyond its limits") if result.finish_reason == "error" else None
+        return self._record(medium, seconds, result=result, shown=prepared.media[0], error=fault)
 
-    def give_up(self, medium: Medium, error: Exception) -> dict[str, Any]:
+    def give_up(self, medium: MediaFile, error: Exception) -> dict[str, Any]:
         """The record of a medium that the engine failed at."""
         return self._record(medium, 0.0, error=error)
 
-    def messages(self, medium: Medium) -> list[dict[str, Any]]:
+    def messages(self, medium: MediaFile) -> list[dict[str, Any]]:
         """The question about a medium. Frames and pages end with a newline themselves; a picture gets one."""
         settings = {name: self.settings[name] for name in _SETTINGS[medium.kind] if name in self.settings}
         part = {"type": medium.kind, "path": medium.path, **settings}
@@ -130,7 +133,7 @@ class Describer:
         path, kind = record.get("path"), record.get("kind")
         if not isinstance(path, str) or kind not in PROMPTS or "error" not in record:
             raise ValueError(f"the output holds {str(record)[:80]}, no record of this kind; name another file")
-        for name, value in (("prompt", self._asked(Medium(path, kind))), ("model", self.model)):
+        for name, value in (("prompt", self._asked(MediaFile(path, kind))), ("model", self.model)):
             if record.get(name) != value:
                 raise ValueError(
                     f"the output tells of {path!r} with the {name} {record.get(name)!r}, and now it is {value!r}; "
@@ -139,7 +142,13 @@ class Describer:
         return path, record["error"] is not None
 
     def _record(
-        self, medium: Medium, seconds: float, *, result: Result | None = None, error: Exception | None = None
+        self,
+        medium: MediaFile,
+        seconds: float,
+        *,
+        result: Result | None = None,
+        shown: Medium | None = None,
+        error: Exception | None = None,
     ) -> dict[str, Any]:
         return {
             "path": medium.path,
@@ -147,19 +156,20 @@ class Describer:
             "prompt": self._asked(medium),
             "text": None if result is None else result.text,
             "finish_reason": None if result is None else result.finish_reason,
-            "usage": None if result is None else _usage(result.usage),
+            "usage": None if result is None or shown is None else _usage(result.usage, shown),
             "model": self.model,
             "seconds": round(seconds, 3),
             "error": None if error is None else str(error) or type(error).__name__,
         }
 
-    def _asked(self, medium: Medium) -> str:
+    def _asked(self, medium: MediaFile) -> str:
         return PROMPTS[medium.kind] if self.prompt is None else self.prompt
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def _usage(usage: Usage, shown: Medium) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "media": {"count": shown.pictures, "crops": shown.crops, "tokens": shown.tokens},
     }

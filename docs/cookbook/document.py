@@ -13,7 +13,7 @@ def ask(question: str, **settings: object) -> str:
     """Pages become "Page 1: ", a picture in tiles, and a newline; the question comes last."""
     parts = [{"type": "document", "path": PAPER, **settings}, {"type": "text", "text": question}]
     prepared = engine.prepare([{"role": "user", "content": parts}])
-    print(f"{question} ({len(prepared.ids)} tokens)")
+    print(f"{question} (tokens: {len(prepared.ids)})")
     [result] = engine.chat([[{"role": "user", "content": parts}]], SamplingParams(max_tokens=1024))
     return result.text
 

@@ -194,7 +194,7 @@ def test_a_request_that_breaks_the_engine_is_a_500(tmp_path, caplog):
 
 
 COMMAND = "from aria.cli import main; main()"
-SLOW = {"max_tokens": 60, "ignore_eos": True}
+SLOW = {"max_tokens": 40, "ignore_eos": True}
 """Answers that take a while."""
 
 
@@ -213,11 +213,11 @@ def wait_for_lines(process: subprocess.Popen[bytes], out: Path, count: int) -> N
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_a_killed_batch_loses_nothing_and_does_nothing_twice(run, tmp_path):
-    names = [f"line {i}" for i in range(12)]
+    names = [f"line {i}" for i in range(8)]
     requests = [request(name, ask(f"hello {name}", seed=i, **SLOW)) for i, name in enumerate(names)]
     source, out = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
     kept: list[bytes] = []
-    for kill, lines in ((signal.SIGKILL, 2), (signal.SIGINT, 6)):
+    for kill, lines in ((signal.SIGKILL, 1), (signal.SIGINT, 4)):
         process = start(source, out)
         wait_for_lines(process, out, lines)
         process.send_signal(kill)

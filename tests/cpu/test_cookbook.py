@@ -55,7 +55,7 @@ def test_several_pictures(play):
 
 def test_a_document(play):
     lines = play("document.py").splitlines()
-    tokens = [int(found) for found in re.findall(r"\((\d+) tokens\)", "\n".join(lines))]
+    tokens = [int(found) for found in re.findall(r"\(tokens: (\d+)\)", "\n".join(lines))]
     assert lines[1] == "Welcome"
     assert lines[3] == "Budget"
     assert tokens[0] == tokens[1]
@@ -64,7 +64,7 @@ def test_a_document(play):
 
 def test_a_clip(play):
     lines = play("video.py").splitlines()
-    frames = [int(found) for found in re.findall(r"\((\d+) frames, \d+ tokens\)", "\n".join(lines))]
+    frames = [int(found) for found in re.findall(r"\(frames: (\d+), tokens: \d+\)", "\n".join(lines))]
     assert frames == [1, 8, 8]  # four seconds, two frames a second
 
 

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from aria import SamplingParams, cli
-from aria.jobs import Describer, Medium, find_media
+from aria.jobs import Describer, MediaFile, find_media
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+MEDIA = Path(__file__).parents[2] / "docs" / "cookbook" / "media"
 TOLD = {
     "word.png": 'The word "Welcome".',
     "shapes.png": "A red circle to the left of a blue square.",
@@ -86,9 +87,37 @@ def test_every_file_is_told_of(run, folder):
         ]
         assert (record["kind"], record["model"], record["error"]) == ("image", "aria-nano", None)
         assert record["finish_reason"] == "stop"
+        assert record["usage"]["media"] == {"count": 1, "crops": 1, "tokens": 64}
         assert record["usage"]["prompt_tokens"] > 64 < record["usage"]["total_tokens"]
         assert record["seconds"] > 0
     assert err == "3 done, 1 passed over\n"
+
+
+def test_clips_and_documents_are_told_of(run):
+    code, told, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
+    assert (code, err) == (0, "4 done, 1 passed over\n")
+    by_name = {Path(record["path"]).name: record for record in told}
+    assert {name: record["kind"] for name, record in by_name.items()} == {
+        "chart.png": "image", "clip.mp4": "video", "pages.pdf": "document", "receipt.png": "image",
+    }  # fmt: skip
+    assert by_name["clip.mp4"]["usage"]["media"] == {"count": 4, "crops": 4, "tokens": 256}
+    assert by_name["clip.mp4"]["prompt"] == "Describe what happens in this clip."
+    assert by_name["pages.pdf"]["usage"]["media"] == {"count": 2, "crops": 2, "tokens": 128}
+
+
+def test_answers_follow_a_schema(run, tmp_path):
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({**schema, "additionalProperties": False}))
+    code, [record], _ = run("describe", PICTURES / "shapes.png", "--schema", file)
+    assert code == 0
+    assert json.loads(record["text"])["colour"] in ("red", "blue")
+    # What is wrong with the schema is not the file's fault: it is told once, and nothing is written.
+    file.write_text(json.dumps({**schema, "unevaluatedItems": False}))
+    out = tmp_path / "out.jsonl"
+    code, told, err = run("describe", PICTURES / "shapes.png", "--schema", file, "-o", out)
+    assert (code, told, out.read_bytes()) == (2, [], b"")
+    assert "json_schema cannot be followed" in err
 
 
 def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
@@ -155,7 +184,7 @@ def test_what_is_asked_depends_on_the_kind():
     settings = {"max_image_size": 448, "num_frames": 8, "pages": "2-3"}
     describer = Describer("m", SamplingParams(), None, settings)
     parts = {
-        kind: describer.messages(Medium(f"a.{kind}", kind))[0]["content"] for kind in ("image", "video", "document")
+        kind: describer.messages(MediaFile(f"a.{kind}", kind))[0]["content"] for kind in ("image", "video", "document")
     }
     assert parts["image"][0] == {"type": "image", "path": "a.image", "max_image_size": 448}
     assert parts["video"][0] == {"type": "video", "path": "a.video", "max_image_size": 448, "num_frames": 8}
