@@ -39,6 +39,13 @@ def show(picture: str, text: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": parts}], "temperature": 0}
 
 
+def show_document(text: str) -> dict[str, Any]:
+    data = base64.b64encode((ROOT / "docs" / "cookbook" / "media" / "pages.pdf").read_bytes()).decode()
+    file = {"file_data": data, "filename": "pages.pdf", "pages": "2", "split": False}
+    parts = [{"type": "file", "file": file}, {"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+
+
 def write(path: Path, requests: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(one) + "\n" for one in requests), encoding="utf-8")
     return path
@@ -70,6 +77,7 @@ def test_lines_are_answered_as_by_the_server(run, tmp_path):
     requests = [
         request("hello", ask("hello")),
         request("picture", show("word.png", "What does it say?")),
+        request("document", show_document("What does it say?")),
         request("two", ask("hello", n=2, logprobs=True, top_logprobs=2, max_tokens=3)),
         request("text", {"model": "aria-nano", "prompt": "hello", "max_tokens": 4, "temperature": 0}, COMPLETIONS),
         request("response", {"model": "aria-nano", "input": "hello", "temperature": 0}, RESPONSES),
@@ -84,7 +92,7 @@ def test_lines_are_answered_as_by_the_server(run, tmp_path):
     ]  # fmt: skip
     out = tmp_path / "out.jsonl"
     code, err = run(write(tmp_path / "in.jsonl", requests), out)
-    assert (code, err) == (1, "5 done, 6 failed\n")
+    assert (code, err) == (1, "6 done, 6 failed\n")
     lines = {line["custom_id"]: line for line in read(out)}
     assert set(lines) == {one["custom_id"] for one in requests}
     assert len({line["id"] for line in lines.values()}) == len(requests)
@@ -94,12 +102,13 @@ def test_lines_are_answered_as_by_the_server(run, tmp_path):
         assert line["error"] is None
     statuses = {name: line["response"]["status_code"] for name, line in lines.items()}
     assert statuses == {
-        **dict.fromkeys(["hello", "picture", "two", "text", "response"], 200),
+        **dict.fromkeys(["hello", "picture", "document", "two", "text", "response"], 200),
         **dict.fromkeys(["unknown field", "bad value", "stream", "no picture", "local"], 400),
         "other model": 404,
     }
     bodies = {name: line["response"]["body"] for name, line in lines.items()}
     assert bodies["picture"]["choices"][0]["message"]["content"] == "Welcome"
+    assert bodies["document"]["choices"][0]["message"]["content"] == "Budget"
     assert (bodies["hello"]["object"], bodies["text"]["object"]) == ("chat.completion", "text_completion")
     assert bodies["response"]["object"] == "response"
     assert [choice["index"] for choice in bodies["two"]["choices"]] == [0, 1]
