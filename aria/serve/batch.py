@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -132,7 +134,7 @@ class Batch:
         """
         if self._service is None:
             self._service = Service(engine, self._settings)
-        request = self._request(line)
+        request = await asyncio.to_thread(self._request, line)  # media in it may be large
         return _record(line, *await answer(self._service, request["url"], request["body"]))
 
     def close(self) -> None:
@@ -162,10 +164,12 @@ class Batch:
     def _request(self, line: Line) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(line.start)
-            request = _read(file.readline())
-        if request["custom_id"] != line.custom_id:
-            raise OSError(f"{self.path} was changed while it was being answered; run the same command again")
-        return request
+            content = file.readline()
+        with contextlib.suppress(ValueError):
+            request = _read(content)
+            if request["custom_id"] == line.custom_id:
+                return request
+        raise OSError(f"{self.path} was changed while it was being answered; run the same command again")
 
 
 def _record(line: Line, status: int, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
 import signal
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aria import cli
+from aria import AsyncEngine, cli
 from aria.serve.batch import Batch, find_lines
 from aria.serve.settings import ServerSettings
 
@@ -189,6 +191,19 @@ def test_clips_and_documents_are_told_apart(tmp_path):
     ]
     heavy = {line.custom_id: line.heavy for line in find_lines(write(tmp_path / "in.jsonl", requests))}
     assert [name for name, value in heavy.items() if value] == ["clip", "document", "document too"]
+
+
+@pytest.mark.parametrize("other", ["b", None])
+def test_an_input_that_changes_meanwhile_ends_the_batch(tmp_path, other):
+    source = write(tmp_path / "in.jsonl", [request("a", ask("hello"))])
+    lines = find_lines(source)
+    source.write_text("" if other is None else json.dumps(request(other, ask("hello"))))
+    with (
+        contextlib.closing(Batch(source, ServerSettings())) as work,
+        AsyncEngine() as engine,
+        pytest.raises(OSError, match="was changed while it was being answered"),
+    ):
+        asyncio.run(work.do(engine, lines[0]))
 
 
 def test_a_request_that_breaks_the_engine_is_a_500(tmp_path, caplog):
