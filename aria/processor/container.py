@@ -237,17 +237,17 @@ class Decoder:
         """Packets from a keyframe on; where seeking does not get there, from the beginning of the file."""
         from av import FFmpegError
 
-        target = self._timeline.keys[key]
-        if key and target.decoding_time is not None:
-            if self._container is None:
-                self._open()
+        keys = self._timeline.keys
+        # Some containers seek by estimate, and past the mark; then an earlier one is aimed at.
+        for aim in (key, key - 1, key - 4):
+            if aim <= 0 or keys[aim].decoding_time is None or keys[key].decoding_time is None:
+                break
             found = False
             with contextlib.suppress(FFmpegError):
-                self._container.seek(target.decoding_time, stream=self._stream)
-                for packet in _packets(self._container, self._stream, self._watch):
-                    if not found and packet.dts is not None and packet.dts > target.decoding_time:
+                for packet in self._packets_after(keys[aim].decoding_time):
+                    if not found and packet.dts is not None and packet.dts > keys[key].decoding_time:
                         break
-                    found = found or (packet.dts, packet.pts) == (target.decoding_time, target.time)
+                    found = found or (packet.dts, packet.pts) == (keys[key].decoding_time, keys[key].time)
                     if found:
                         yield packet
             if found:
@@ -255,8 +255,14 @@ class Decoder:
         self._open()
         with contextlib.suppress(FFmpegError):
             for number, packet in enumerate(_packets(self._container, self._stream, self._watch)):
-                if number >= target.number:
+                if number >= keys[key].number:
                     yield packet
+
+    def _packets_after(self, moment: int | None) -> Iterator[Any]:
+        if self._container is None:
+            self._open()
+        self._container.seek(moment, stream=self._stream)
+        yield from _packets(self._container, self._stream, self._watch)
 
     def _open(self) -> None:
         self._files.close()
