@@ -41,6 +41,13 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 AtOnce = Annotated[
     int | None, typer.Option(min=1, help="Most files or requests in flight; default: what the engine runs together.")
 ]
+ServedNames = Annotated[
+    list[str] | None, typer.Option(help="What requests call the model; repeatable. Default: aria-nano, or its folder.")
+]
+AllowLocal = Annotated[list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")]
+AllowPrivate = Annotated[
+    bool, typer.Option("--allow-private-addresses", help="Requests may fetch from this machine and its network.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -153,15 +160,9 @@ def batch(
     requests: Annotated[Path, typer.Argument(metavar="IN", help="JSONL file of requests in OpenAI's batch format.")],
     responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; one that is there is gone on with.")],
     model: Model = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name of the model in requests; repeatable. Default: of the path.")
-    ] = None,
-    allow_local: Annotated[
-        list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")
-    ] = None,
-    allow_private_addresses: Annotated[
-        bool, typer.Option("--allow-private-addresses", help="Requests may fetch from this machine and its network.")
-    ] = False,
+    served_model_name: ServedNames = None,
+    allow_local: AllowLocal = None,
+    allow_private_addresses: AllowPrivate = False,
     at_once: AtOnce = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -205,10 +206,7 @@ def serve(
         typer.Option(envvar="ARIA_API_KEY", help="Asked of every client; repeatable. In the environment: with spaces."),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="What requests call the model; repeatable. Default: aria-nano, or its folder."),
-    ] = None,
+    served_model_name: ServedNames = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
     ] = None,
@@ -217,6 +215,20 @@ def serve(
     max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
     default_temperature: Annotated[float, typer.Option(help="Where a request says nothing.")] = 1.0,
     drain_seconds: Annotated[float, typer.Option(help="For running requests, once told to end.")] = 30.0,
+    allow_local: AllowLocal = None,
+    allow_private_addresses: AllowPrivate = False,
+    max_image_bytes: Annotated[int, typer.Option(help="Of a picture.")] = 64 << 20,
+    max_video_bytes: Annotated[int, typer.Option(help="Of a clip.")] = 1 << 30,
+    max_document_bytes: Annotated[int, typer.Option(help="Of a PDF.")] = 256 << 20,
+    max_clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 4 * 3600.0,
+    max_frames: Annotated[int, typer.Option(help="Frames taken of a clip.")] = 256,
+    max_pages: Annotated[int, typer.Option(help="Pages taken of a document.")] = 64,
+    fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
+    media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 4,
+    warm_up: Annotated[
+        bool,
+        typer.Option("--warm-up/--no-warm-up", help="First do what first requests would wait for: minutes on a GPU."),
+    ] = True,
     dtype: Dtype = None,
     device: Device = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
@@ -232,8 +244,9 @@ def serve(
         from aria.serve.run import run
     except ImportError as error:
         raise ValueError(f"{error}; the server needs more packages: pip install 'aria-moe[serve]'") from error
-    from aria.engine import AsyncEngine
+    from aria.engine import AsyncEngine, Engine
     from aria.hub import model_name
+    from aria.processor.media import MediaSettings
     from aria.serve.limits import open_to_strangers
     from aria.serve.settings import ServerSettings
 
@@ -249,25 +262,34 @@ def serve(
         max_concurrency_per_key=max_concurrency_per_key,
         temperature=default_temperature,
         drain_seconds=drain_seconds,
+        media_threads=media_threads,
+        media=MediaSettings(
+            local_folders=tuple(allow_local or ()),
+            private_addresses=allow_private_addresses,
+            image_bytes=max_image_bytes,
+            video_bytes=max_video_bytes,
+            document_bytes=max_document_bytes,
+            clip_seconds=max_clip_seconds,
+            max_frames=max_frames,
+            max_pages=max_pages,
+            total_timeout=fetch_seconds,
+        ),
     )
     if open_to_strangers(host, keys):
         err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
-    with AsyncEngine(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        memory_utilization=memory_utilization,
-        max_model_len=max_model_len,
-        max_batch=max_batch,
-        cache_tokens=cache_tokens,
-    ) as engine:
-        _share_work(engine.engine)
+    engine = Engine(
+        model, revision=revision, dtype=dtype, device=device, memory_utilization=memory_utilization,
+        max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens,
+    )  # fmt: skip
+    _share_work(engine)
+    if warm_up:
+        engine.warm_up()
 
-        def ready(address: str) -> None:
-            out.print(f"chat at {address}, API at {address}/v1", highlight=False, soft_wrap=True)
+    def ready(address: str) -> None:
+        out.print(f"chat at {address}, API at {address}/v1", highlight=False, soft_wrap=True)
 
-        run(create_app(engine, settings), host=host, port=port, log_level=log_level, ready=ready)
+    with AsyncEngine(engine=engine) as answering:
+        run(create_app(answering, settings), host=host, port=port, log_level=log_level, ready=ready)
 
 
 @app.command()

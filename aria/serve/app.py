@@ -58,6 +58,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
     """
     settings = settings or ServerSettings()
     service = Service(engine, settings)
+    service.processor.media = settings.media
     traffic = Traffic(places=engine.engine.core.scheduler.max_rows + settings.max_queue)
 
     @asynccontextmanager

@@ -119,7 +119,7 @@ class MediaCost(Reply):
     kind: str
     """image, video or document."""
     count: int
-    """Frames of a clip, pages of a document, 1 for a picture."""
+    """Frames taken of a clip, pages of a document, 1 for a picture."""
     crops: int
     tokens: int
 

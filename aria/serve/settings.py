@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from aria.processor import MediaSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class ServerSettings:
     """Requests of one key (of one client's address, where no keys are asked for) at a time; None: any number."""
     max_choices: int = 128
     """Answers that one request may ask for: its prompts times ``n``."""
+    media: MediaSettings = field(default_factory=lambda: MediaSettings(local_folders=()))
+    """What pictures, clips and documents may cost, and where they may come from; the server's own files, and addresses
+    of its network, only where this says so."""
     media_threads: int = 4
     """Requests with media that are read at a time; each may use several cores."""
     temperature: float = 1.0

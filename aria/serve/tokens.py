@@ -35,9 +35,7 @@ async def count(service: Service, body: TokenizeRequest) -> Tokens:
 
 
 def _costs(prepared: Prepared) -> list[MediaCost]:
-    return [
-        MediaCost(kind="image", count=1, crops=len(one.picture.extents), tokens=one.tokens) for one in prepared.pictures
-    ]
+    return [MediaCost(kind=one.kind, count=one.pictures, crops=one.crops, tokens=one.tokens) for one in prepared.media]
 
 
 async def text(service: Service, body: DetokenizeRequest) -> Detokenized:

@@ -53,7 +53,8 @@ class Live:
 
 @contextmanager
 def running(settings: ServerSettings | None = None, key: str = "none") -> Iterator[Live]:
-    """A server until the block ends."""
+    """A server until the block ends. The engine belongs to all of them: what it may read is as before afterwards."""
+    media = engine().engine.processor.media
     app = create_app(engine(), settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -62,6 +63,7 @@ def running(settings: ServerSettings | None = None, key: str = "none") -> Iterat
         until(lambda: server.started)
         yield Live(app, server.servers[0].sockets[0].getsockname()[1], key)
     finally:
+        engine().engine.processor.media = media
         server.should_exit = True
         thread.join(10)
 

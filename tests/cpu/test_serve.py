@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from pathlib import Path
 
 import openai
 import pytest
+from media_site import site
+from PIL import Image
 from pydantic import BaseModel
 from serving import PICTURES, data_uri, engine, idle, running, straight, until
 
+from aria.processor import MediaSettings
+from aria.serve.settings import ServerSettings
+
+CLIP = Path(__file__).parent / "clips" / "cut.mp4"
 HELLO = [{"role": "user", "content": "hello"}]
 SCHEMA = {
     "type": "object",
@@ -93,7 +101,7 @@ def test_a_picture_comes_as_a_data_uri_in_the_size_of_its_detail(live, detail, s
     answer = live.chat([{"type": "image_url", "image_url": url}, question])
     sizes = engine().engine.processor.image_processor.sizes
     side = {"min": min, "max": max}[size](sizes)
-    image = {"type": "image", "path": file, "max_image_size": side}
+    image = {"type": "image", "image": file.read_bytes(), "max_image_size": side}
     expected = straight([{"role": "user", "content": [image, question]}])
     assert answer.choices[0].message.content == expected.text
     assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
@@ -284,3 +292,81 @@ def test_tokens_are_counted_with_their_pictures(live):
     assert answer.usage.prompt_tokens == told["count"]
     text = live.post("/tokenize", prompt="Guten Tag").json()
     assert live.post("/detokenize", tokens=text["tokens"]).json() == {"prompt": "Guten Tag"}
+
+
+def served_picture(address: str) -> list:
+    url = {"url": f"{address}/word.png", "detail": "low"}
+    return [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What does it say?"}]
+
+
+def test_a_picture_comes_from_an_address_where_that_is_allowed(live):
+    file = PICTURES / "word.png"
+    with site(lambda _: (200, {"Content-Type": "image/png"}, file.read_bytes())) as address:
+        with pytest.raises(openai.BadRequestError, match="allow"):
+            live.chat(served_picture(address))
+        with running(ServerSettings(media=MediaSettings(private_addresses=True, local_folders=()))) as open_one:
+            answer = open_one.chat(served_picture(address))
+    url = {"url": data_uri(file.read_bytes()), "detail": "low"}
+    same = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What does it say?"}]
+    assert answer.choices[0].message.content == live.chat(same).choices[0].message.content
+
+
+def test_a_file_of_the_server_is_read_where_that_is_allowed(live, tmp_path):
+    (tmp_path / "secret.png").write_bytes((PICTURES / "word.png").read_bytes())
+
+    def part(path) -> list:
+        return [{"type": "image_url", "image_url": {"url": str(path)}}]
+
+    with pytest.raises(openai.BadRequestError, match="none may be read here"):
+        live.chat(part(PICTURES / "word.png"), max_tokens=1)
+    with running(ServerSettings(media=MediaSettings(local_folders=(PICTURES,)))) as open_one:
+        assert open_one.chat(part(PICTURES / "word.png"), max_tokens=1).choices
+        for path in (tmp_path / "secret.png", PICTURES / ".." / ".." / "README.md", "/etc/passwd"):
+            with pytest.raises(openai.BadRequestError) as caught:
+                open_one.chat(part(path), max_tokens=1)
+            assert "root:" not in str(caught.value)
+
+
+def test_a_clip_and_a_document_come_as_data_uris(live):
+    clip = {"url": data_uri(CLIP.read_bytes(), "video/mp4"), "num_frames": 3}
+    pages = {"file_data": data_uri(pdf(), "application/pdf"), "filename": "two.pdf", "detail": "low", "split": False}
+    content = [
+        {"type": "video_url", "video_url": clip},
+        {"type": "file", "file": pages},
+        {"type": "text", "text": "What is this?"},
+    ]
+    sizes = engine().engine.processor.image_processor.sizes
+    small = {"max_image_size": min(sizes)}
+    same = [
+        {"type": "video", "video": CLIP.read_bytes(), "num_frames": 3, **small},
+        {"type": "document", "document": pdf(), "split_image": False, **small},
+        content[-1],
+    ]
+    answer = live.chat(content)
+    expected = straight([{"role": "user", "content": same}])
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    told = live.post("/tokenize", messages=[{"role": "user", "content": content}]).json()
+    assert [(one["kind"], one["count"]) for one in told["media"]] == [("video", 3), ("document", 2)]
+    assert told["count"] == answer.usage.prompt_tokens
+    bare = {**pages, "file_data": pages["file_data"].partition(",")[2]}
+    again = live.post("/tokenize", messages=[{"role": "user", "content": [{"type": "file", "file": bare}]}]).json()
+    assert again["media"] == told["media"][1:], "base64 alone is a PDF too"
+
+
+def test_too_much_of_a_medium_is_refused():
+    settings = ServerSettings(media=MediaSettings(local_folders=(), max_frames=2, max_pages=1))
+    with running(settings) as live:
+        clip = {"url": data_uri(CLIP.read_bytes(), "video/mp4"), "num_frames": 3}
+        with pytest.raises(openai.BadRequestError, match="2"):
+            live.chat([{"type": "video_url", "video_url": clip}])
+        with pytest.raises(openai.BadRequestError, match="1"):
+            live.chat([{"type": "file", "file": {"file_data": data_uri(pdf(), "application/pdf")}}])
+
+
+def pdf() -> bytes:
+    """Two pages."""
+    file = io.BytesIO()
+    pages = [Image.new("RGB", (100, 140), color) for color in ("white", "gray")]
+    pages[0].save(file, "PDF", save_all=True, append_images=pages[1:])
+    return file.getvalue()

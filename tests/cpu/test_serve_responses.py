@@ -84,13 +84,13 @@ def test_instructions_pictures_and_earlier_turns_are_read(live):
     ]  # fmt: skip
     response = ask(live, instructions="Be brief.", input=said)
     size = min(engine().engine.processor.image_processor.sizes)
+    image = {"type": "image", "image": (PICTURES / "word.png").read_bytes(), "max_image_size": size}
     same = [
         {"role": "system", "content": "Be brief."},
         said[0],
         {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": [{"type": "image", "path": PICTURES / "word.png", "max_image_size": size},
-                                     {"type": "text", "text": "What does it say?"}]},
-    ]  # fmt: skip
+        {"role": "user", "content": [image, {"type": "text", "text": "What does it say?"}]},
+    ]
     expected = straight(same)
     assert response.output_text == expected.text
     assert response.usage.input_tokens == expected.usage.prompt_tokens
