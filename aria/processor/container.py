@@ -90,7 +90,10 @@ def opened(clip: Opened, settings: MediaSettings) -> Iterator[tuple[Any, Any]]:
         file: Any = f"file:{clip.data!s}" if by_name else stack.enter_context(clip.file())
         options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file" if by_name else "none"}
         try:
-            container = stack.enter_context(av.open(file, options=options, buffer_size=_READ_BYTES))
+            container = stack.enter_context(
+                # Titles in other codings than UTF-8 are no reason to fail.
+                av.open(file, options=options, buffer_size=_READ_BYTES, metadata_errors="replace")
+            )
             yield container, _moving(container, clip.name, settings)
         except av.FFmpegError as error:
             raise ValueError(
@@ -209,14 +212,14 @@ class Decoder:
         return frames
 
     def _attempt(self, key: int, times: Sequence[int], *, skip: bool) -> dict[int, np.ndarray]:
-        from av.error import InvalidDataError
+        from av import FFmpegError
 
         wanted, frames = set(times), {}
         number = itertools.count()
         counted = self._timeline.counted
 
         def take(packet: Any) -> None:
-            with contextlib.suppress(InvalidDataError):  # a damaged packet; the decoder goes on with the next
+            with contextlib.suppress(FFmpegError):  # a damaged packet; the decoder goes on with the next
                 for frame in self._context.decode(packet):
                     moment = next(number) if counted else frame.pts
                     if moment in wanted:

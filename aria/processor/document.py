@@ -20,7 +20,11 @@ SCALE = 2
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 # PDFium holds state of the whole process.
 _PDFIUM = threading.Lock()
-_FAULTS = {3: "it is no PDF, or a damaged one", 4: "it is locked with a password", 5: "its encryption is not known"}
+_FAULTS = {
+    3: "it is no PDF, a damaged one, or one without pages",
+    4: "it is locked with a password",
+    5: "its encryption is not known",
+}
 
 
 class Page(NamedTuple):
@@ -52,21 +56,22 @@ def read_document(
             count = len(pdf)
         if not count:
             raise ValueError(f"{document.name} has no pages")
-        numbers = list(range(1, count + 1)) if pages is None else page_numbers(pages, count)
-        if len(numbers) > settings.max_pages:
+        ranges = [(1, count)] if pages is None else page_ranges(pages, count)
+        asked = sum(last - first + 1 for first, last in ranges)
+        if asked > settings.max_pages:
             raise ValueError(
-                f"{len(numbers)} pages of {document.name} are asked for, but {settings.max_pages} are allowed; "
+                f"{asked} pages of {document.name} are asked for, but {settings.max_pages} are allowed; "
                 'choose some, such as pages="1-8"'
             )
         read = []
-        for number in numbers:
+        for number in (number for first, last in ranges for number in range(first, last + 1)):
             watch.check()
             read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels)))
         return read
 
 
-def page_numbers(pages: str | Sequence[int], count: int) -> list[int]:
-    """What ``1-3,7`` or a list of numbers asks for, of a document of ``count`` pages.
+def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]:
+    """First and last of each range that ``1-3,7`` or a list of numbers asks for, of a document of ``count`` pages.
 
     Raises:
         ValueError: it cannot be understood, or asks for pages that are not there.
@@ -86,7 +91,7 @@ def page_numbers(pages: str | Sequence[int], count: int) -> list[int]:
             raise ValueError(f"{asked} asked for, but the document has pages 1 to {count}")
     if not ranges:
         raise ValueError("pages is empty; leave it out for all of them")
-    return [number for first, last in ranges for number in range(first, last + 1)]
+    return ranges
 
 
 @contextlib.contextmanager

@@ -209,6 +209,15 @@ def test_a_file_by_its_path_and_in_memory(tmp_path: Path) -> None:
     assert numbers(read(data, num_frames=3)) == authors(30, 3)
 
 
+def test_titles_in_any_coding() -> None:
+    def name(stream: Any) -> None:
+        stream.container.metadata["title"] = "Straße"
+
+    data = clip(5, kind="matroska", prepare=name)
+    assert "Straße".encode() in data
+    assert len(read(data.replace("Straße".encode(), "Stra\xdfe!".encode("latin-1")), num_frames=2)) == 2
+
+
 def test_clips_that_do_not_begin_at_zero() -> None:
     for kind in ("mp4", "mpegts", "matroska"):
         data = clip(40, kind=kind, times=[1000 + i for i in range(40)], bf="2", g="10")
