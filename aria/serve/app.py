@@ -38,6 +38,7 @@ _MEANINGS = {
     400: "The body, or a medium it names, is not what was expected.",
     401: "The key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body stopped in the middle.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "Too many requests of this key at a time.",
@@ -100,7 +101,7 @@ def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Error, "description": _MEANINGS[status]} for status in statuses}
 
 
-_WORK = _said(400, 401, 404, 413, 415, 429, 500, 503)
+_WORK = _said(400, 401, 404, 408, 413, 415, 429, 500, 503)
 
 
 def _answers(service: Service) -> APIRouter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 KEYED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
 """Beginnings of the routes that need a key, where there are keys."""
+BODY_SECONDS = 30.0
+"""Without a byte of the body, before a request is given up; its place is somebody else's."""
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -151,12 +154,18 @@ class Gate:
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > most:
             raise ApiError(413, _too_large(most), code="body_too_large", headers={"Connection": "close"})
-        taken = 0
+        taken, whole = 0, False
 
         async def measured() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            # Behind the body there is only the end of the connection to wait for, and that may come late.
+            try:
+                async with asyncio.timeout(None if whole else BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body stopped in the middle", headers={"Connection": "close"}) from None
             taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if taken > most:
                 # FastAPI passes only its own kind of error through while it reads a body.
                 raise HTTPException(413, _too_large(most), headers={"Connection": "close"})

@@ -6,20 +6,26 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 from serving import idle, running, until
+from typer.main import get_command
 
+from aria.cli import app
+from aria.serve import limits
 from aria.serve.limits import open_to_strangers
 from aria.serve.settings import ServerSettings
 
+DOCS = Path(__file__).parents[2] / "docs"
 HELLO = [{"role": "user", "content": "hello"}]
 LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "temperature": 2}
 
@@ -216,6 +222,29 @@ def test_a_body_has_a_largest_size():
 
         error_of(live.http.post("/tokenize", content=pieces(), headers={"content-type": "application/json"}), 413)
         assert live.post("/tokenize", prompt="x" * 4000).status_code == 200
+
+
+def test_a_body_that_stops_is_given_up(live, monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    host, port = live.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(
+            b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        assert half.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert live.app.state.traffic.running == 0
+
+
+def test_the_documentation_names_what_there_is(live):
+    live.chat()
+    told = live.http.get("/metrics").text
+    for name in ("serving.md", "grafana.json"):
+        text = (DOCS / name).read_text(encoding="utf-8")
+        assert not [one for one in re.findall(r"aria_[a-z_]+", text) if one not in told]
+    known = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "serving.md").read_text(encoding="utf-8")))
+    assert named - known == {"--gpus", "--help"}, "one is docker's, one every command has"
+    assert set(re.findall(r"--[a-z-]+", (DOCS / "aria.service").read_text(encoding="utf-8"))) - known == {"--now"}
 
 
 class Busy:
