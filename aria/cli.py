@@ -26,7 +26,13 @@ err = Console(stderr=True)
 
 SMALL_MODEL = 100_000_000
 """Active parameters under which one core of a CPU does all the work."""
-HELP = "/image FILE   show a picture with the next question\n/reset        forget the conversation\n/quit         leave"
+HELP = (
+    "/image FILE      show a picture with the next question\n"
+    "/video FILE      a clip\n"
+    "/document FILE   a PDF\n"
+    "/reset           forget the conversation\n"
+    "/quit            leave"
+)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
@@ -73,6 +79,8 @@ def chat(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="Picture file or address; repeatable.")
     ] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Clip, after the pictures; repeatable.")] = None,
+    document: Annotated[list[str] | None, typer.Option(help="PDF, after the clips; repeatable.")] = None,
     max_image_size: MaxImageSize = None,
     split: Annotated[bool, typer.Option("--split", help="Cut pictures into tiles, for fine print.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -85,7 +93,7 @@ def chat(
     device: Device = None,
     revision: Revision = None,
 ) -> None:
-    """Ask one question about pictures, or hold a conversation."""
+    """Ask one question about pictures, clips and documents, or hold a conversation."""
     from aria.engine import Engine, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -93,8 +101,9 @@ def chat(
     if max_image_size is not None:
         settings["max_image_size"] = max_image_size
     conversation = _Conversation(system, settings)
-    for source in image or []:
-        conversation.show(source)
+    for kind, sources in (("image", image), ("video", video), ("document", document)):
+        for source in sources or []:
+            conversation.show(kind, source)
     engine = Engine(model, revision=revision, dtype=dtype, device=device)
     _share_work(engine)
     if question is not None:
@@ -382,33 +391,37 @@ def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None,
 
 
 class _Conversation:
-    """Messages so far, and the pictures that the next question brings."""
+    """Messages so far, and the media that the next question brings."""
 
-    def __init__(self, system: str | None, image_settings: dict[str, Any]):
-        self._settings = image_settings
+    def __init__(self, system: str | None, settings: dict[str, Any]):
+        self._settings = settings
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
     def reset(self) -> None:
         self.messages: list[dict[str, Any]] = list(self._start)
-        self.images: list[Any] = []
+        self.media: list[dict[str, Any]] = []
 
-    def show(self, source: str) -> None:
-        """Read a picture once, now: it may be gone by the next turn, and a wrong one need not wait for the model."""
-        from aria.processor import load_image
+    def show(self, kind: str, source: str) -> None:
+        """Read a picture once, now: it may be gone by the next turn, and a wrong one need not wait for the model.
 
-        self.images.append(load_image(source))
+        Clips and documents are fetched now too, but stay where they are if they are files: those may be large.
+        """
+        from aria.processor import MediaSettings, load_image
+        from aria.processor.media import open_medium
+
+        medium = load_image(source) if kind == "image" else open_medium(source, kind, MediaSettings()).data
+        self.media.append({"type": kind, kind: medium, **self._settings})
 
     def ask(self, engine: Any, question: str, params: Any) -> Iterable[str]:
         """The answer, piece by piece. A question that fails leaves the conversation as it was."""
-        parts: list[dict[str, Any]] = [{"type": "image", "image": image, **self._settings} for image in self.images]
-        asked = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        asked = {"role": "user", "content": [*self.media, {"type": "text", "text": question}]}
         answer = ""
         for piece in engine.stream([*self.messages, asked], params):
             answer += piece
             yield piece
         self.messages += [asked, {"role": "assistant", "content": answer}]
-        self.images = []
+        self.media = []
 
 
 def _share_work(engine: Any) -> None:
@@ -448,8 +461,8 @@ def _talk(engine: Any, conversation: _Conversation, params: Any) -> None:
         try:
             if command == "/reset":
                 conversation.reset()
-            elif command == "/image":
-                _add_image(conversation, rest.strip())
+            elif command in ("/image", "/video", "/document"):
+                _show(conversation, command.removeprefix("/"), rest.strip())
             elif command.startswith("/"):
                 err.print(escape(f"unknown command {command}\n{HELP}"))
             else:
@@ -460,10 +473,10 @@ def _talk(engine: Any, conversation: _Conversation, params: Any) -> None:
             err.print(f"[red]error:[/red] {escape(str(error))}")
 
 
-def _add_image(conversation: _Conversation, file: str) -> None:
+def _show(conversation: _Conversation, kind: str, file: str) -> None:
     if not file:
-        raise ValueError("which picture? /image FILE")
-    conversation.show(file)
+        raise ValueError(f"which {kind}? /{kind} FILE")
+    conversation.show(kind, file)
     err.print(f"[dim]{escape(file)} comes with the next question[/dim]")
 
 

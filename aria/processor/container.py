@@ -158,10 +158,17 @@ def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
 
 
 def _packets(container: Any, stream: Any, watch: Watch) -> Iterator[Any]:
-    for packet in container.demux(stream):
-        watch.check()
-        if packet.size:  # the last one is empty, and only says that it is the last
-            yield packet
+    more = True
+    while more:
+        more = False
+        try:
+            for packet in container.demux(stream):
+                watch.check()
+                if packet.size:  # the last one is empty, and only says that it is the last
+                    yield packet
+        except IndexError:
+            # PyAV stumbles over a stream that turns up after the beginning; asked again, it knows of it.
+            more = True
 
 
 def _tells_times(container: Any, stream: Any, times: Sequence[int | None]) -> bool:

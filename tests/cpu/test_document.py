@@ -12,33 +12,11 @@ import numpy as np
 import pypdfium2
 import pypdfium2.raw
 import pytest
+from made_media import pdf
 
 from aria.processor import MediaSettings
 from aria.processor.document import Page, page_ranges, read_document
 from aria.processor.media import open_medium
-
-
-def pdf(*sizes: tuple[float, float], text: str = "") -> bytes:
-    """A PDF with a page of each size in points; page N has a black bar of N x 10 points at the top, and the text."""
-    document = pypdfium2.PdfDocument.new()
-    for number, (width, height) in enumerate(sizes, 1):
-        page = document.new_page(width, height)
-        bar = pypdfium2.raw.FPDFPageObj_CreateNewRect(0, height - 10, number * 10, 10)
-        pypdfium2.raw.FPDFPath_SetDrawMode(bar, pypdfium2.raw.FPDF_FILLMODE_WINDING, False)
-        pypdfium2.raw.FPDFPage_InsertObject(page, bar)
-        if text:
-            words = pypdfium2.raw.FPDFPageObj_NewTextObj(document, b"Helvetica", 24)
-            coded = (text + "\0").encode("utf-16-le")
-            pypdfium2.raw.FPDFText_SetText(
-                words, (pypdfium2.raw.FPDF_WCHAR * (len(coded) // 2)).from_buffer_copy(coded)
-            )
-            pypdfium2.raw.FPDFPageObj_Transform(words, 1, 0, 0, 1, 20, height - 60)
-            pypdfium2.raw.FPDFPage_InsertObject(page, words)
-        page.gen_content()
-    buffer = io.BytesIO()
-    document.save(buffer)
-    document.close()
-    return buffer.getvalue()
 
 
 def read(data: bytes | Path, pages: Any = None, **limits: Any) -> list[Page]:

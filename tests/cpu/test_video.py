@@ -17,6 +17,7 @@ import pytest
 from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_media import HEIGHT, WIDTH, authors, clip, number_in
 from PIL import Image
 
 from aria.processor import MediaSettings
@@ -25,53 +26,6 @@ from aria.processor.media import Opened, open_medium
 from aria.processor.video import Frame, choose, read_clip
 
 CLIPS = Path(__file__).parent / "clips"
-WIDTH, HEIGHT, CELL = 128, 96, 32
-
-
-def drawing(number: int) -> np.ndarray:
-    """A frame that shows its number in cells of black and white, with grey below."""
-    picture = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
-    for bit in range(8):
-        row, column = divmod(bit, 4)
-        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = 255 * (number >> bit & 1)
-    return picture
-
-
-def number_in(rgb: np.ndarray) -> int:
-    height, width = rgb.shape[:2]
-    cells = [(bit // 4 * 2 + 1, bit % 4 * 2 + 1) for bit in range(8)]
-    return sum(
-        int(rgb[row * height // 6, column * width // 8].mean() > 127) << i for i, (row, column) in enumerate(cells)
-    )
-
-
-def clip(
-    count: int = 100,
-    *,
-    kind: str = "mp4",
-    codec: str = "libx264",
-    rate: int = 25,
-    times: list[int] | None = None,
-    unit: Fraction | None = None,
-    draw: Any = drawing,
-    prepare: Any = lambda stream: None,
-    **options: str,
-) -> bytes:
-    """A clip of ``count`` drawings; ``times`` in ``unit`` where frames do not come at a constant rate."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = draw(0).shape[:2]
-        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
-        unit = unit or Fraction(1, rate)
-        stream.codec_context.time_base = unit
-        prepare(stream)
-        for number in range(count):
-            frame = av.VideoFrame.from_ndarray(draw(number), "rgb24")
-            frame.pts, frame.time_base = times[number] if times else number, unit
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def read(data: bytes | Path, **asked: Any) -> list[Frame]:
@@ -81,10 +35,6 @@ def read(data: bytes | Path, **asked: Any) -> list[Frame]:
 
 def numbers(frames: list[Frame]) -> list[int]:
     return [number_in(frame.rgb) for frame in frames]
-
-
-def authors(total: int, count: int) -> list[int]:
-    return [int(total / count * (i + 0.5)) for i in range(count)]
 
 
 def every_frame(data: bytes | Path) -> dict[int, np.ndarray]:
