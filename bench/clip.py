@@ -1,0 +1,81 @@
+"""How long the frames of a clip take, by number of workers: ``python -m bench.clip FILE --workers 1 2 4 8 16``.
+
+Reading through the file (which nothing can share), then decoding and scaling to the smallest crops, and how near the
+workers come to sharing that evenly. ``--make SECONDS`` first makes the file with ffmpeg, like a camera's: 1080p, H.264,
+25 frames a second with a keyframe every 250, about 8 Mbit/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aria.processor import AriaImageProcessor, MediaSettings
+from aria.processor.container import Watch, cores, scan
+from aria.processor.media import open_medium
+from aria.processor.video import read_clip
+
+
+def make(path: Path, seconds: int) -> None:
+    """Write a clip to measure with: moving test pattern and noise, so that its size is that of a camera's."""
+    picture = f"testsrc2=size=1920x1080:rate=25:duration={seconds},noise=alls=12:allf=t"
+    coding = "-c:v libx264 -preset veryfast -g 250 -keyint_min 250 -sc_threshold 0 -b:v 8M -maxrate 8M -bufsize 16M"
+    command = ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", picture, *coding.split(), "-pix_fmt", "yuv420p"]
+    subprocess.run([*command, str(path)], check=True)
+
+
+def measure(path: Path, frames: int, workers: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Seconds, the best of some repeats."""
+    settings, images = MediaSettings(decode_timeout=3600), AriaImageProcessor()
+    clip, size = open_medium(path, "video", settings), images.sizes[0]
+
+    def fit(width: int, height: int) -> tuple[int, int]:
+        return (width, height) if max(width, height) <= size else images.fit((width, height), size)
+
+    def scanned() -> float:
+        begin = time.perf_counter()
+        scan(clip, settings, Watch(clip.name, settings.decode_timeout))
+        return time.perf_counter() - begin
+
+    def read(count: int) -> float:
+        begin = time.perf_counter()
+        read_clip(clip, num_frames=frames, fit=fit, settings=settings, workers=count)
+        return time.perf_counter() - begin
+
+    timeline = scan(clip, settings, Watch(clip.name, settings.decode_timeout))
+    scan_s = min(scanned() for _ in range(repeats))
+    print(
+        f"{len(timeline.times)} frames in {float(timeline.seconds):.1f} s, {len(timeline.keys)} keyframes; "
+        f"{cores()} cores"
+    )
+    print(f"read through: {scan_s:.2f} s")
+    rows = {}
+    for count in workers:
+        rows[count] = min(read(count) for _ in range(repeats))
+        first = next(iter(rows))
+        share = (rows[first] - scan_s) * first / ((rows[count] - scan_s) * count)
+        print(f"{frames} frames, {count} workers: {rows[count]:.2f} s in all, {share:.0%} of an even share", flush=True)
+    return {"frames": frames, "of": len(timeline.times), "scan_s": scan_s, "workers_s": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--make", type=int, metavar="SECONDS", help="first write a clip of this length to FILE")
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--workers", type=int, nargs="+", default=None, help="default: 1, 2, 4, ... up to the cores")
+    parser.add_argument("--repeats", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.make:
+        make(arguments.file, arguments.make)
+    counts = arguments.workers or [1 << i for i in range(8) if 1 << i <= cores()]
+    print(json.dumps({"clip": measure(arguments.file, arguments.frames, counts, arguments.repeats)}))
+
+
+if __name__ == "__main__":
+    main()
