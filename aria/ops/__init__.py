@@ -1,7 +1,7 @@
 """The operations everyone calls. Each picks its implementation by device and dtype.
 
 ``with ops.use("reference"):`` forces the plain-PyTorch twins of :mod:`aria.ops.reference`, to check or to debug. Triton
-kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run for inference in 16 bits on CUDA.
+kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run for inference on CUDA.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def _kernels(name: str) -> ModuleType:
 
 
 def inference_kernels(x: Tensor) -> bool:
-    """Whether ``x`` is worked on by the kernels of inference: 16 bits on CUDA, no gradients, Triton at hand."""
+    """Whether ``x`` is worked on by the kernels of inference: on CUDA, no gradients, Triton at hand."""
     return (
         x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and not torch.is_grad_enabled()
         and not _use_reference()
         and _has_triton()
