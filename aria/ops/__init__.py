@@ -40,6 +40,7 @@ __all__ = [
     "graphs_hold_moe",
     "inference_kernels",
     "layer_norm",
+    "linear",
     "linear_add",
     "linear_gelu",
     "moe_layer",
@@ -148,6 +149,13 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -
         if adjacent(weights_OD):
             return F.linear(rms_norm(x_TD, norm_D, eps), as_one(weights_OD))
     return reference.norm_linear(x_TD, norm_D, eps, *weights_OD)
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Linear without bias; see :func:`aria.ops.reference.linear`."""
+    if inference_kernels(x_TI) and _kernels("gemv").fits_linear(x_TI, weight_OI):
+        return _kernels("gemv").linear(x_TI, weight_OI)
+    return reference.linear(x_TI, weight_OI)
 
 
 def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
