@@ -1,11 +1,11 @@
-"""The command line: ``aria chat``, ``aria inspect``, ``aria convert``."""
+"""The command line: what stands behind ``aria chat``, ``aria serve`` and the other commands."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +26,34 @@ err = Console(stderr=True)
 
 SMALL_MODEL = 100_000_000
 """Active parameters under which one core of a CPU does all the work."""
-HELP = "/image FILE   show a picture with the next question\n/reset        forget the conversation\n/quit         leave"
+HELP = (
+    "/image FILE      show a picture with the next question\n"
+    "/video FILE      a clip\n"
+    "/document FILE   a PDF\n"
+    "/reset           forget the conversation\n"
+    "/quit            leave"
+)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+MaxImageSize = Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy, up to 2.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")]
+TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+AtOnce = Annotated[
+    int | None, typer.Option(min=1, help="Most files or requests in flight; default: what the engine runs together.")
+]
+ServedNames = Annotated[
+    list[str] | None, typer.Option(help="What requests call the model; repeatable. Default: aria-nano, or its folder.")
+]
+AllowLocal = Annotated[list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")]
+AllowPrivate = Annotated[
+    bool, typer.Option("--allow-private-addresses", help="Requests may fetch from this machine and its network.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -55,21 +79,21 @@ def chat(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="Picture file or address; repeatable.")
     ] = None,
-    max_image_size: Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Clip, after the pictures; repeatable.")] = None,
+    document: Annotated[list[str] | None, typer.Option(help="PDF, after the clips; repeatable.")] = None,
+    max_image_size: MaxImageSize = None,
     split: Annotated[bool, typer.Option("--split", help="Cut pictures into tiles, for fine print.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy, up to 2.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")
-    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
     revision: Revision = None,
 ) -> None:
-    """Ask one question about pictures, or hold a conversation."""
+    """Ask one question about pictures, clips and documents, or hold a conversation."""
     from aria.engine import Engine, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -77,8 +101,9 @@ def chat(
     if max_image_size is not None:
         settings["max_image_size"] = max_image_size
     conversation = _Conversation(system, settings)
-    for source in image or []:
-        conversation.show(source)
+    for kind, sources in (("image", image), ("video", video), ("document", document)):
+        for source in sources or []:
+            conversation.show(kind, source)
     engine = Engine(model, revision=revision, dtype=dtype, device=device)
     _share_work(engine)
     if question is not None:
@@ -86,6 +111,194 @@ def chat(
         return
     err.print(f"[dim]{escape(HELP)}[/dim]")
     _talk(engine, conversation, params)
+
+
+@app.command()
+def describe(
+    paths: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER...", help="Pictures, clips, PDFs, folders.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSONL file; one that is there is gone on with. Default: stdout.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: a description of what it is.")] = None,
+    model: Model = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="File with a JSON schema that every answer follows.")
+    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_image_size: MaxImageSize = None,
+    split: Annotated[
+        bool | None, typer.Option("--split/--no-split", help="Cut pictures into tiles; default: documents only.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: 128.")] = None,
+    pages: Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")] = None,
+    at_once: AtOnce = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Tell of pictures, clips and PDFs, one line of JSON each. Run again, it goes on where it was stopped."""
+    from aria.engine import Engine, SamplingParams
+    from aria.hub import model_name, read_json
+    from aria.jobs import Describer, Job, find_media
+
+    media, others = find_media(paths)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    if schema is not None:
+        sampling["json_schema"] = read_json(schema)
+    parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
+    settings = {name: value for name, value in parts.items() if value is not None}
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    with _output(out_file) as output:
+        job = Job(Describer(model_name(model), params, prompt, settings), media, output)
+
+        def load() -> Engine:
+            engine = Engine(model, revision=revision, dtype=dtype, device=device)
+            if params.json_schema is not None:
+                engine.grammars.compile(params.json_schema)  # a schema that cannot be followed is no file's fault
+            return engine
+
+        _run_job(job, "describing", load, at_once, passed_over=others)
+
+
+@app.command()
+def batch(
+    requests: Annotated[Path, typer.Argument(metavar="IN", help="JSONL file of requests in OpenAI's batch format.")],
+    responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; one that is there is gone on with.")],
+    model: Model = None,
+    served_model_name: ServedNames = None,
+    allow_local: AllowLocal = None,
+    allow_private_addresses: AllowPrivate = False,
+    at_once: AtOnce = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Answer a file of requests as the server would, a line each. Run again, it goes on where it was stopped."""
+    try:
+        from aria.serve.batch import Batch, find_lines
+    except ImportError as error:
+        raise ValueError(f"{error}; batches need more packages: pip install 'aria-moe[serve]'") from error
+    from aria.engine import Engine
+    from aria.hub import model_name
+    from aria.jobs import Job, Journal
+    from aria.processor.media import MediaSettings
+    from aria.serve.settings import ServerSettings
+
+    if responses.exists() and responses.samefile(requests):
+        raise ValueError(f"{responses} is the input; name another file for the responses")
+    media = MediaSettings(local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses)
+    lines = find_lines(requests)
+    names = tuple(served_model_name or (model_name(model),))
+
+    def load() -> Engine:
+        engine = Engine(model, revision=revision, dtype=dtype, device=device)
+        engine.processor.media = media
+        return engine
+
+    with Journal(responses) as output, contextlib.closing(Batch(requests, ServerSettings(model_names=names))) as work:
+        _run_job(Job(work, lines, output), "answering", load, at_once)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub repository; default: packaged nano.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="ARIA_API_KEY", help="Asked of every client; repeatable. In the environment: with spaces."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
+    served_model_name: ServedNames = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request, media in it included.")] = 256 << 20,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; more are told to come again.")] = 256,
+    max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
+    default_temperature: Annotated[float, typer.Option(help="Where a request says nothing.")] = 1.0,
+    drain_seconds: Annotated[float, typer.Option(help="For running requests, once told to end.")] = 30.0,
+    allow_local: AllowLocal = None,
+    allow_private_addresses: AllowPrivate = False,
+    max_image_bytes: Annotated[int, typer.Option(help="Of a picture.")] = 64 << 20,
+    max_video_bytes: Annotated[int, typer.Option(help="Of a clip.")] = 1 << 30,
+    max_document_bytes: Annotated[int, typer.Option(help="Of a PDF.")] = 256 << 20,
+    max_clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 4 * 3600.0,
+    max_frames: Annotated[int, typer.Option(help="Frames taken of a clip.")] = 256,
+    max_pages: Annotated[int, typer.Option(help="Pages taken of a document.")] = 64,
+    fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
+    media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 4,
+    warm_up: Annotated[
+        bool,
+        typer.Option("--warm-up/--no-warm-up", help="First do what first requests would wait for: minutes on a GPU."),
+    ] = True,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most answers that grow together.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache holds; default: what fits.")] = None,
+    memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
+    revision: Revision = None,
+) -> None:
+    """Answer OpenAI's clients, and people at a chat page in their browser."""
+    try:
+        from aria.serve.app import create_app
+        from aria.serve.run import run
+    except ImportError as error:
+        raise ValueError(f"{error}; the server needs more packages: pip install 'aria-moe[serve]'") from error
+    from aria.engine import AsyncEngine, Engine
+    from aria.hub import model_name
+    from aria.processor.media import MediaSettings
+    from aria.serve.limits import open_to_strangers
+    from aria.serve.settings import ServerSettings
+
+    keys = list(api_key or ())
+    if api_key_file is not None:
+        keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = ServerSettings(
+        model_names=tuple(served_model_name or [model_name(model)]),
+        api_keys=tuple(keys),
+        cors_origins=tuple(cors_origin or ()),
+        max_body=max_body,
+        max_queue=max_queue,
+        max_concurrency_per_key=max_concurrency_per_key,
+        temperature=default_temperature,
+        drain_seconds=drain_seconds,
+        media_threads=media_threads,
+        media=MediaSettings(
+            local_folders=tuple(allow_local or ()),
+            private_addresses=allow_private_addresses,
+            image_bytes=max_image_bytes,
+            video_bytes=max_video_bytes,
+            document_bytes=max_document_bytes,
+            clip_seconds=max_clip_seconds,
+            max_frames=max_frames,
+            max_pages=max_pages,
+            total_timeout=fetch_seconds,
+        ),
+    )
+    if open_to_strangers(host, keys):
+        err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
+    engine = Engine(
+        model, revision=revision, dtype=dtype, device=device, memory_utilization=memory_utilization,
+        max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens,
+    )  # fmt: skip
+    _share_work(engine)
+    if warm_up:
+        engine.warm_up()
+
+    def ready(address: str) -> None:
+        out.print(f"chat at {address}, API at {address}/v1", highlight=False, soft_wrap=True)
+
+    with AsyncEngine(engine=engine) as answering:
+        run(create_app(answering, settings), host=host, port=port, log_level=log_level, ready=ready)
 
 
 @app.command()
@@ -137,34 +350,78 @@ def convert(
     out.print("the processor's files are complete, also for transformers")
 
 
-class _Conversation:
-    """Messages so far, and the pictures that the next question brings."""
+def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:
+    """Where records go: a file that is gone on with, or standard output."""
+    from aria.jobs import Journal, Stream
 
-    def __init__(self, system: str | None, image_settings: dict[str, Any]):
-        self._settings = image_settings
+    return contextlib.nullcontext(Stream(sys.stdout.buffer)) if file is None else Journal(file)
+
+
+def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None, *, passed_over: int = 0) -> None:
+    """Do what is left of a job under a progress bar; exit code 1 if any item failed, now or in an earlier run."""
+    import asyncio
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from aria.engine import AsyncEngine
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    stopped = False
+    if job.todo:
+        engine = load()
+        _share_work(engine)
+        most = at_once or engine.core.scheduler.max_rows
+        with (
+            AsyncEngine(engine=engine) as running,
+            Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+        ):
+            task = progress.add_task(title, total=len(job.todo))
+            try:
+                asyncio.run(job.run(running, at_once=most, progress=lambda: progress.advance(task)))
+            except KeyboardInterrupt:
+                stopped = True
+    tally = job.tally
+    counts = {"done": tally.done, "done before": tally.before, "failed": tally.failed, "passed over": passed_over}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
+    err.print(f"{said}; stopped, the same command goes on" if stopped else said)
+    if stopped:
+        raise typer.Exit(130)
+    if tally.failed:
+        raise typer.Exit(1)
+
+
+class _Conversation:
+    """Messages so far, and the media that the next question brings."""
+
+    def __init__(self, system: str | None, settings: dict[str, Any]):
+        self._settings = settings
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
     def reset(self) -> None:
         self.messages: list[dict[str, Any]] = list(self._start)
-        self.images: list[Any] = []
+        self.media: list[dict[str, Any]] = []
 
-    def show(self, source: str) -> None:
-        """Read a picture once, now: it may be gone by the next turn, and a wrong one need not wait for the model."""
-        from aria.processor import load_image
+    def show(self, kind: str, source: str) -> None:
+        """Read a picture once, now: it may be gone by the next turn, and a wrong one need not wait for the model.
 
-        self.images.append(load_image(source))
+        Clips and documents are fetched now too, but stay where they are if they are files: those may be large.
+        """
+        from aria.processor import MediaSettings, load_image
+        from aria.processor.media import open_medium
+
+        medium = load_image(source) if kind == "image" else open_medium(source, kind, MediaSettings()).data
+        self.media.append({"type": kind, kind: medium, **self._settings})
 
     def ask(self, engine: Any, question: str, params: Any) -> Iterable[str]:
         """The answer, piece by piece. A question that fails leaves the conversation as it was."""
-        parts: list[dict[str, Any]] = [{"type": "image", "image": image, **self._settings} for image in self.images]
-        asked = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        asked = {"role": "user", "content": [*self.media, {"type": "text", "text": question}]}
         answer = ""
         for piece in engine.stream([*self.messages, asked], params):
             answer += piece
             yield piece
         self.messages += [asked, {"role": "assistant", "content": answer}]
-        self.images = []
+        self.media = []
 
 
 def _share_work(engine: Any) -> None:
@@ -204,8 +461,8 @@ def _talk(engine: Any, conversation: _Conversation, params: Any) -> None:
         try:
             if command == "/reset":
                 conversation.reset()
-            elif command == "/image":
-                _add_image(conversation, rest.strip())
+            elif command in ("/image", "/video", "/document"):
+                _show(conversation, command.removeprefix("/"), rest.strip())
             elif command.startswith("/"):
                 err.print(escape(f"unknown command {command}\n{HELP}"))
             else:
@@ -216,10 +473,10 @@ def _talk(engine: Any, conversation: _Conversation, params: Any) -> None:
             err.print(f"[red]error:[/red] {escape(str(error))}")
 
 
-def _add_image(conversation: _Conversation, file: str) -> None:
+def _show(conversation: _Conversation, kind: str, file: str) -> None:
     if not file:
-        raise ValueError("which picture? /image FILE")
-    conversation.show(file)
+        raise ValueError(f"which {kind}? /{kind} FILE")
+    conversation.show(kind, file)
     err.print(f"[dim]{escape(file)} comes with the next question[/dim]")
 
 

@@ -60,6 +60,13 @@ def resolve(
         ) from error
 
 
+def model_name(path_or_repo_id: str | os.PathLike[str] | None = None) -> str:
+    """What a model is called where people name it: the last part of its path or repository, or ``aria-nano``."""
+    if path_or_repo_id is None:
+        return "aria-nano"
+    return Path(path_or_repo_id).expanduser().resolve().name
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -2,7 +2,7 @@
 
 from aria.engine.async_engine import AsyncEngine
 from aria.engine.engine import Answer, Engine, Piece
-from aria.engine.outputs import Choice, Result, TokenLogprob, Usage
+from aria.engine.outputs import Choice, Result, Stats, TokenLogprob, Usage
 from aria.engine.sampling_params import SamplingParams
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Piece",
     "Result",
     "SamplingParams",
+    "Stats",
     "TokenLogprob",
     "Usage",
 ]

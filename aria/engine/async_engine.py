@@ -9,8 +9,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from aria.engine.engine import Answer, Engine, Message, Piece
-from aria.engine.outputs import Result
+from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
+from aria.processor.pictures import Prepared
+
+News = Piece | BaseException
 
 
 class AsyncEngine:
@@ -25,14 +28,16 @@ class AsyncEngine:
             raise ValueError("give an engine, or what one is made from, not both")
         self.engine = engine or Engine(*args, **kwargs)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[Answer, Callable[[Piece | BaseException], bool]] = {}
+        self._callers: dict[Answer, _Caller] = {}
         self._closed = False
         # Held while a call is put, so that none comes after the one that ends the thread.
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="aria-engine", daemon=True)
         self._thread.start()
 
-    async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **kwargs: Any) -> Result:
+    async def chat(
+        self, messages: Sequence[Message] | Prepared, params: SamplingParams | None = None, **kwargs: Any
+    ) -> Result:
         """Answer one conversation. Arguments and errors are those of :meth:`pieces`."""
         answer: Answer | None = None
         async for piece in self.pieces(messages, params, **kwargs):
@@ -41,7 +46,7 @@ class AsyncEngine:
         return answer.result()
 
     async def stream(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **kwargs: Any
+        self, messages: Sequence[Message] | Prepared, params: SamplingParams | None = None, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         """Answer one conversation; the pieces joined are the first choice's text."""
         pieces = self.pieces(messages, params, **kwargs)
@@ -52,54 +57,62 @@ class AsyncEngine:
         finally:
             await pieces.aclose()
 
+    async def prepare(self, messages: Sequence[Message]) -> Prepared:
+        """:meth:`Engine.prepare` in a worker thread: reading pictures takes time that the event loop has not."""
+        return await asyncio.to_thread(self.engine.prepare, messages)
+
+    async def prepare_text(self, text: str | Sequence[int]) -> Prepared:
+        """:meth:`Engine.prepare_text` in a worker thread."""
+        return await asyncio.to_thread(self.engine.prepare_text, text)
+
+    def stats(self) -> Stats:
+        """How busy the engine is, and what it has done. Any thread may ask."""
+        return self.engine.stats()
+
     async def pieces(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, priority: int = 0
+        self, messages: Sequence[Message] | Prepared, params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncGenerator[Piece, None]:
         """Answer one conversation; every token of every choice as it comes.
 
+        Closing the generator cancels the request before the engine's next step.
+
+        Args:
+            messages: a conversation, or what :meth:`prepare` or :meth:`prepare_text` made of one.
+            params: how to choose tokens.
+            priority: lower runs first.
+
         Raises:
-            ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer.
-            RuntimeError: the engine was closed.
+            ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, or parameters
+                that do not fit the model; all of them before the first piece.
+            RuntimeError: the engine was closed, or a step of the model failed.
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        prepared = await asyncio.to_thread(self.engine.prepare, messages)
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-
-        def tell(news: Piece | BaseException) -> bool:
-            try:
-                loop.call_soon_threadsafe(inbox.put_nowait, news)
-            except RuntimeError:
-                return False  # The loop is closed: nobody listens any more.
-            return True
-
-        started: list[Answer] = []
+        params = params or SamplingParams()
+        prepared = messages if isinstance(messages, Prepared) else await self.prepare(messages)
+        if params.json_schema is not None:
+            await asyncio.to_thread(self.engine.grammars.compile, params.json_schema, prepared.stop)
+        caller = _Caller()
 
         def start() -> None:
-            answer = self.engine.queue(prepared, params, priority=priority)
-            started.append(answer)
-            self._listeners[answer] = tell
+            try:
+                caller.answer = self.engine.queue(prepared, params, priority=priority)
+                self._callers[caller.answer] = caller
+            except Exception as error:
+                self._tell([(caller, error)])
 
         def stop() -> None:
-            for answer in started:
-                self.engine.cancel(answer)
-                self._listeners.pop(answer, None)
-
-        def start_or_tell() -> None:
-            try:
-                start()
-            except Exception as error:
-                tell(error)
+            if caller.answer is not None:
+                self._forget(caller.answer)
 
         with self._closing:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            self._calls.put(start_or_tell)
+            self._calls.put(start)
         try:
-            growing = (params or SamplingParams()).n
+            growing = params.n
             while growing:
-                news = await inbox.get()
+                news = await caller.inbox.get()
                 if isinstance(news, BaseException):
                     raise news
                 growing -= news.finish_reason is not None
@@ -125,16 +138,34 @@ class AsyncEngine:
         while going:
             try:
                 going = self._take_calls()
+                news: list[tuple[_Caller, News]] = []
                 for piece in self.engine.step() if going else ():
                     piece.answer.pieces.clear()
-                    listener = self._listeners.get(piece.answer)
-                    if listener is not None and not listener(piece):
-                        del self._listeners[piece.answer]
-                        self.engine.cancel(piece.answer)
+                    caller = self._callers.get(piece.answer)
+                    if caller is not None:
+                        news.append((caller, piece))
+                self._tell(news)
             except Exception as error:
                 self._fail(error)
         self._fail(RuntimeError("the engine was closed"))
         self.engine.core.close()
+
+    def _tell(self, news: Sequence[tuple[_Caller, News]]) -> None:
+        """Wake each event loop once for all that its callers get. Those whose loop is closed listen no more."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Caller, News]]] = {}
+        for caller, one in news:
+            loops.setdefault(caller.loop, []).append((caller, one))
+        for loop, batch in loops.items():
+            try:
+                loop.call_soon_threadsafe(_hand_out, batch)
+            except RuntimeError:
+                for caller, _ in batch:
+                    if caller.answer is not None:
+                        self._forget(caller.answer)
+
+    def _forget(self, answer: Answer) -> None:
+        self.engine.cancel(answer)
+        self._callers.pop(answer, None)
 
     def _take_calls(self) -> bool:
         """Do what callers ask for, asleep while there is nothing else to do. False once the engine is closed."""
@@ -151,8 +182,21 @@ class AsyncEngine:
 
     def _fail(self, error: BaseException) -> None:
         """Tell everybody, and end all requests, so that a later one starts from a clean state."""
-        listeners, self._listeners = self._listeners, {}
-        for listener in listeners.values():
-            listener(error)
-        for answer in listeners:
+        callers, self._callers = self._callers, {}
+        self._tell([(caller, error) for caller in callers.values()])
+        for answer in callers:
             self.engine.cancel(answer)
+
+
+class _Caller:
+    """Where news of an answer goes: to the event loop that asked for it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.inbox: asyncio.Queue[News] = asyncio.Queue()
+        self.answer: Answer | None = None
+
+
+def _hand_out(news: Sequence[tuple[_Caller, News]]) -> None:
+    for caller, one in news:
+        caller.inbox.put_nowait(one)

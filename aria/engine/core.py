@@ -12,8 +12,10 @@ import torch
 
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
+from aria.engine.grammar import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
-from aria.engine.request import Picture, Request, Status
+from aria.engine.outputs import Stats
+from aria.engine.request import Picture, Request
 from aria.engine.runner import Launched, Runner, TokenLogprobs
 from aria.engine.sampling_params import SamplingParams
 from aria.engine.scheduler import Scheduler
@@ -86,6 +88,7 @@ class EngineCore:
             blocks = min(blocks, -(-most // self.block_size) + 1)
         else:
             blocks = cache_blocks + 1
+        self.max_batch = max_batch
         self.max_model_len = self._longest(max_model_len, blocks)
         self.pool = BlockPool(blocks, self.block_size)
         self.scheduler = Scheduler(
@@ -98,8 +101,11 @@ class EngineCore:
         encoder = Encoder(model, picture_bytes, image_mean, image_std)
         self.runner = Runner(model, cache, encoder, max_rows=max_batch, max_model_len=self.max_model_len)
         self._ids = count()
+        self.ahead = on_cuda
+        """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
         self._launched: Launched | None = None
         self._ends: dict[Request, frozenset[int]] = {}
+        self._prompt_tokens = self._completion_tokens = 0
 
     @staticmethod
     def blocks_for(device: torch.device, tokens: int) -> int:
@@ -144,6 +150,7 @@ class EngineCore:
         *,
         pictures: Sequence[Picture] = (),
         end_token_ids: Collection[int] = (),
+        matchers: Sequence[Matcher] = (),
         priority: int = 0,
     ) -> list[Request]:
         """Queue a prompt; nothing is computed before :meth:`step`.
@@ -153,6 +160,7 @@ class EngineCore:
             params: how to sample; a seed that is None is drawn from torch's global generator.
             pictures: where pictures lie in the prompt.
             end_token_ids: tokens at which an answer ends, unless ``params.ignore_eos``.
+            matchers: one for each answer if ``params.json_schema`` is set. They end it then.
             priority: lower runs first.
 
         Returns:
@@ -162,6 +170,7 @@ class EngineCore:
             ValueError: the prompt leaves no room for an answer.
         """
         params = params or SamplingParams()
+        assert len(matchers) == (0 if params.json_schema is None else params.n), "each answer has its own matcher"
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
         vocabulary = self.model.config.text.vocab_size
         if outside := [token for token in params.logit_bias or () if token >= vocabulary]:
@@ -179,21 +188,38 @@ class EngineCore:
                 priority=priority,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
+                matcher=matchers[copy] if matchers else None,
                 leader=requests[0] if requests else None,
             )
             self.scheduler.add(request)
             self._ends[request] = frozenset() if params.ignore_eos else frozenset(end_token_ids)
             requests.append(request)
+            self._prompt_tokens += len(prompt)
         return requests
 
     def finish(self, request: Request) -> None:
-        """Take no more tokens for a request, at any moment; one that has ended already is left alone."""
-        if self._ends.pop(request, None) is None:
-            return
-        if request.status is Status.RUNNING:
+        """A request's answer is complete: take no more tokens for it. One that has ended already is left alone."""
+        if self._ends.pop(request, None) is not None:
             self.scheduler.finish(request)
-        else:
+
+    def cancel(self, request: Request) -> None:
+        """Give a request up, at any moment; one that has ended already is left alone."""
+        if self._ends.pop(request, None) is not None:
             self.scheduler.cancel(request)
+
+    def stats(self) -> Stats:
+        """How it is doing. Any thread may ask; a step that goes on meanwhile may be counted in part."""
+        scheduler, pool = self.scheduler, self.pool
+        return Stats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            cache_usage=pool.used / pool.total,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_tokens,
+            preemptions=scheduler.preemptions,
+        )
 
     @property
     def unfinished(self) -> bool:
@@ -219,7 +245,11 @@ class EngineCore:
                 plan = self.scheduler.plan()
             with _current(self.device):
                 launched = self.runner.launch(plan) if plan else None
-            if self.device.type == "cuda":
+                if launched is not None and not launched.drawn:
+                    # What a grammar allows depends on the token before; the device computes scores meanwhile.
+                    tokens += self._collect()
+                    self.runner.draw(launched)
+            if self.ahead:
                 tokens += self._collect()
                 self._launched = launched
             else:
@@ -242,8 +272,13 @@ class EngineCore:
             if request not in self._ends:
                 continue
             self.scheduler.append(request, token)
+            self._completion_tokens += 1
             tokens.append(Token(request, token, logprobs))
-            if token in self._ends[request] or len(request.outputs) >= request.max_tokens:
+            if request.matcher is not None:
+                request.end = request.matcher.accept(token)
+                if request.matcher.error is not None:
+                    logger.warning("an answer was ended by the limits of its grammar: %s", request.matcher.error)
+            if request.end or token in self._ends[request] or len(request.outputs) >= request.max_tokens:
                 self.finish(request)
         return tokens
 
@@ -252,13 +287,13 @@ class EngineCore:
         what it sampled was not read."""
         self._launched = None
         for request in list(self._ends):
-            self.finish(request)
+            self.cancel(request)
         self.pool.clear()
 
     def close(self) -> None:
         """End all requests and wait for the device."""
         for request in list(self._ends):
-            self.finish(request)
+            self.cancel(request)
         self._collect()
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
-from aria.engine.outputs import Choice, Completion, FinishReason, Result, TokenLogprob, Usage
+from aria.engine.grammar import Grammars
+from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.request import Picture, Request
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampling_params import SamplingParams
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
+from aria.processor.chat import Prompt
 from aria.processor.pictures import Prepared
 
 Message = Mapping[str, Any]
-END_OF_TURN = "<|im_end|>"
-"""Ends a message in Aria's chat format; ordinary text of several tokens, so it is matched as text."""
 
 
 def refuse_unbuilt(**settings: object) -> None:
@@ -71,6 +73,14 @@ class Answer:
         self.requests = requests
         self.pieces: deque[Piece] = deque()
         """What came and was not taken yet."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be read, because the cache had them from earlier requests.
+
+        Known from the first piece on. Later choices also find what the first has read, which does not count.
+        """
+        return self.requests[0].cached_tokens
 
     @property
     def done(self) -> bool:
@@ -146,6 +156,8 @@ class Engine:
             image_std=self.processor.image_processor.image_std,
         )
         tokenizer = self.processor.tokenizer
+        self.grammars = Grammars(tokenizer, self.model.config.text.vocab_size)
+        """Compiles schemas; :meth:`queue` does it too, but any thread may do so in advance."""
         self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._answers: dict[Request, tuple[Answer, int]] = {}
 
@@ -221,17 +233,41 @@ class Engine:
         self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
         return prepared
 
+    def prepare_text(self, text: str | Sequence[int]) -> Prepared:
+        """Plain text to be continued, or its token ids. No template is put around it, and no picture is in it.
+
+        Raises:
+            ValueError: an id that is not in the vocabulary or stands for a picture, or no room for an answer.
+        """
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer.encode(Prompt(text)) if isinstance(text, str) else list(text)
+        vocabulary = self.model.config.text.vocab_size
+        for token in ids if not isinstance(text, str) else ():
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise ValueError(f"the prompt has {token!r:.40} for a token id; expected 0 to {vocabulary - 1}")
+            if token == tokenizer.image_token_id:
+                raise ValueError(f"token id {token} of the prompt stands for a picture; send pictures in messages")
+        self.core.check(len(ids))
+        return Prepared(ids, [])
+
     def queue(self, prepared: Prepared, params: SamplingParams | None = None, *, priority: int = 0) -> Answer:
-        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first."""
+        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first.
+
+        Raises:
+            ValueError: the parameters do not fit the model, or the schema cannot be followed. Nothing is queued then.
+        """
         params = params or SamplingParams()
+        schema = params.json_schema
         requests = self.core.add(
             prepared.ids,
             params,
             pictures=[Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures],
             end_token_ids=self._end_token_ids,
+            matchers=() if schema is None else self.grammars.matchers(schema, params.n, prepared.stop),
             priority=priority,
         )
-        stops = () if params.ignore_eos else (END_OF_TURN,)
+        # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.
+        stops = () if params.ignore_eos or schema is not None else prepared.stop
         ends = () if params.ignore_eos else self._end_token_ids
         completions = [
             Completion(request.max_tokens, ends, self.processor.tokenizer, (*stops, *(params.stop or ())))
@@ -258,21 +294,48 @@ class Engine:
         answer, choice = self._answers[token.request]
         completion = answer.completions[choice]
         logprob = self._named(token)
-        text = completion.push(token.token_id, logprob)
+        text = completion.push(token.token_id, logprob, token.request.end)
         piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
         answer.pieces.append(piece)
         if completion.finish_reason is not None:
-            self._end(token.request)
+            self.core.finish(token.request)
+            self._answers.pop(token.request, None)
         return piece
 
     def cancel(self, answer: Answer) -> None:
         """Stop working on an answer, at any moment; one that is done is left alone."""
         for request in answer.requests:
-            self._end(request)
+            self.core.cancel(request)
+            self._answers.pop(request, None)
 
-    def _end(self, request: Request) -> None:
-        self.core.finish(request)
-        self._answers.pop(request, None)
+    def warm_up(self) -> None:
+        """Do now what first requests would wait for: lay out the vocabulary for schemas, where they are installed, and
+        on CUDA compile kernels and capture graphs, which takes up to some minutes. Nothing may be queued meanwhile."""
+        # Who asks for a schema without the package is told so then.
+        with suppress(ModuleNotFoundError):
+            self.grammars.load()
+        if self.device.type == "cuda":
+            self._rehearse(count for count in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256) if count <= self.core.max_batch)
+
+    def _rehearse(self, counts: Iterable[int]) -> None:
+        """Answer a picture and some texts, ``counts`` of them together, and keep nothing of it in the cache."""
+        assert not self.core.busy, "rehearsed beside requests"
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        work = [(self.prepare_text("Aria"), count) for count in counts]
+        size = self.processor.image_processor.max_image_size
+        if self.max_model_len > 2 * self.processor.size_conversion[size]:
+            picture = {"type": "image", "image": Image.new("RGB", (size, size))}
+            work.append((self.prepare([{"role": "user", "content": [picture]}]), 1))
+        for prepared, count in work:
+            for _ in range(count):
+                self.queue(prepared, params)
+            while self.core.busy:
+                self.step()
+        self.core.pool.clear()
+
+    def stats(self) -> Stats:
+        """How busy it is, and what it has done. Any thread may ask."""
+        return self.core.stats()
 
     def _named(self, token: Token) -> TokenLogprob | None:
         if token.logprobs is None:

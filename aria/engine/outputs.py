@@ -6,9 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from aria.engine.grammar import End
 from aria.processor.tokenizer import AriaTokenizer, TextStream
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
+"""``"error"``: the answer's grammar grew beyond its limits of work, and what there is of it is incomplete."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,28 @@ class Usage:
     prompt_tokens: int
     """Picture tokens included."""
     completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How an engine is doing; counters run since it was made."""
+
+    running: int
+    """Requests that have their place in the batch. Each choice of ``n`` is a request."""
+    waiting: int
+    """Requests that wait for one."""
+    cache_usage: float
+    """Part of the cache's blocks that requests hold, 0 to 1; what is kept only for later requests does not count."""
+    prompt_tokens: int
+    """Tokens of prompts that were taken in, counted once for each choice."""
+    completion_tokens: int
+    """Tokens that were sampled for requests that still wanted them."""
+    prefix_queries: int
+    """Tokens looked up in the prefix cache."""
+    prefix_hits: int
+    """Those of them that it had."""
+    preemptions: int
+    """Times that a request lost its place because the cache was full."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class StopMatcher:
 
 @dataclass
 class Completion:
-    """One answer as it grows. Ends at an end token, at a stop text, or at its last token."""
+    """One answer as it grows. Ends at an end token, at a stop text, with its grammar, or at its last token."""
 
     max_tokens: int
     end_token_ids: Collection[int]
@@ -120,14 +144,14 @@ class Completion:
         )
         self._matcher = StopMatcher(self.stop)
 
-    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
-        """Take the next token; returns the text that became certain with it."""
+    def push(self, token_id: int, logprob: TokenLogprob | None = None, end: End | None = None) -> str:
+        """Take the next token, and how it ends the grammar if it does; returns the text that became certain with it."""
         assert self.finish_reason is None, "a token came after the end"
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
-        ended = token_id in self.end_token_ids
-        full = len(self.token_ids) >= self.max_tokens
+        ended = token_id in self.end_token_ids or end in ("over", "error")
+        full = len(self.token_ids) >= self.max_tokens or end is not None
         piece = ""
         if self._stream is not None:
             fresh = "" if ended else self._stream.push(token_id)
@@ -137,7 +161,9 @@ class Completion:
             if ended or full:
                 piece += self._matcher.flush()
         self.text += piece
-        if ended or self._matcher.matched:
+        if end == "error":
+            self.finish_reason = "error"
+        elif ended or self._matcher.matched or end == "complete":
             self.finish_reason = "stop"
         elif full:
             self.finish_reason = "length"

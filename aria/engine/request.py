@@ -10,6 +10,7 @@ from itertools import count, pairwise
 from typing import Any
 
 from aria.engine.blocks import block_hash, root_hash
+from aria.engine.grammar import End, Matcher
 from aria.engine.sampling_params import SamplingParams
 
 
@@ -56,6 +57,10 @@ class Request:
     """Lower runs first."""
     seed: int = 0
     adapter: str | None = None
+    matcher: Matcher | None = None
+    """Where the answer stands in its grammar: it has accepted ``outputs``."""
+    end: End | None = None
+    """How the grammar ended the answer, once it has."""
     leader: Request | None = None
     """The request of the first answer to the same prompt, added before: this one finds its blocks."""
     id: int = field(default_factory=count().__next__)

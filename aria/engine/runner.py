@@ -17,9 +17,10 @@ from torch import Tensor
 
 from aria import ops
 from aria.engine.encoder import Encoder
+from aria.engine.grammar import fill_masks
 from aria.engine.graphs import Graphs, Work, batch_size
 from aria.engine.request import Request
-from aria.engine.sampler import SamplerState
+from aria.engine.sampler import SamplerState, keep_allowed
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
 from aria.model.moe import MoE
@@ -42,14 +43,24 @@ class Launched:
 
     requests: Sequence[Request]
     """Those that get a token."""
-    logits: Tensor | None
+    _computed: _Computed | None = None
+    """Until tokens are drawn from it."""
+    logits: Tensor | None = None
     """``(len(requests), V)``, before penalties; None where a graph did not keep it, overwritten by the next step."""
-    _tokens: Tensor
-    _logprobs: tuple[Tensor, ...] | None
-    _done: torch.cuda.Event | None
+    _tokens: Tensor | None = None
+    _logprobs: tuple[Tensor, ...] | None = None
+    _done: torch.cuda.Event | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its tokens are chosen already, or on their way. If not, `Runner.draw` wants to be called."""
+        return not self.requests or self._tokens is not None
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """The tokens, and log-probabilities where they were asked for."""
+        if self._tokens is None:
+            assert self.drawn, "a step was waited for before its tokens were drawn"
+            return [], []
         if self._done is not None:
             self._done.synchronize()
         tokens = self._tokens.tolist()
@@ -71,6 +82,8 @@ class _Computed(NamedTuple):
     logits: Tensor | None
     tokens: Tensor | None
     """None where they are still to be drawn."""
+    extras: bool = False
+    """Whether any of them has penalties or biases."""
 
 
 class Runner:
@@ -90,6 +103,7 @@ class Runner:
         self.device = device
         self.encoder = encoder
         self._model, self._cache = model, cache
+        self._vocab_size = vocabulary
         self._scratch_row = max_rows
         blocks = -(-max_model_len // cache.block_size)
         # One more row, for the places that fill up a graph's batch.
@@ -104,16 +118,29 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
-        """Start a step. Returns at once on CUDA, where work is queued on the current stream."""
+        """Start a step. Returns at once on CUDA, where work is queued on the current stream.
+
+        Where an answer has a grammar no tokens are drawn yet, because what it allows depends on the tokens of the step
+        before: once they are known, :meth:`draw` does it.
+        """
         self._update_rows([*plan.decodes, *(chunk.request for chunk in plan.chunks)])
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
         extras = self._sampler.extras([_row(request) for request in sampling])
-        # Penalties and log-probabilities need the scores, so what draws from them stays out of the graph.
-        draw = not extras and all(request.params.logprobs is None for request in sampling)
+        grammars = any(request.matcher is not None for request in sampling)
+        # Penalties, grammars and log-probabilities need the scores, so what draws from them stays out of the graph.
+        draw = not extras and not grammars and all(request.params.logprobs is None for request in sampling)
         computed = self._read(plan, sampling) if plan.chunks else self._grow(plan.decodes, draw)
-        if not sampling:
-            return Launched([], None, torch.empty(0, dtype=torch.int64), None, None)
-        return self._sample(sampling, computed, extras)
+        launched = Launched(sampling, computed._replace(extras=extras))
+        if sampling and not grammars:
+            self._sample(launched)
+        return launched
+
+    @torch.inference_mode()
+    def draw(self, launched: Launched) -> None:
+        """Choose the tokens of a step that waited for the ones before. Requests that have ended since may get any."""
+        places = [i for i, request in enumerate(launched.requests) if request.matcher is not None and not request.over]
+        matchers = [matcher for i in places if (matcher := launched.requests[i].matcher) is not None]
+        self._sample(launched, (places, fill_masks(matchers, self._vocab_size)) if places else None)
 
     def _grow(self, decodes: Sequence[Request], draw: bool) -> _Computed:
         """A step in which every request decodes, filled up to a size that there is a graph for."""
@@ -227,28 +254,29 @@ class Runner:
         for (_, place, first, count), features_QD in zip(wanted, features, strict=True):
             x_TD[place : place + count] = features_QD[first : first + count]
 
-    def _sample(self, sampling: Sequence[Request], computed: _Computed, extras: bool) -> Launched:
-        rows, positions, logits, tokens = computed
+    def _sample(self, launched: Launched, masks: tuple[Sequence[int], np.ndarray] | None = None) -> None:
+        """Draw tokens from what was computed. ``masks``: places in the step, and what each of them allows."""
+        assert launched._computed is not None, "tokens were drawn already"
+        rows, positions, logits, tokens, extras = launched._computed
+        sampling = launched.requests
         if tokens is None:
             assert logits is not None, "neither tokens nor scores came"
             scores = self._sampler.apply_extras(logits, rows) if extras else logits
+            if masks is not None:
+                scores = keep_allowed(scores, *(self._send(torch.as_tensor(x)) for x in masks))
             tokens = self._draw(scores, rows, positions)
             if extras:
                 self._sampler.count(rows, tokens)
-        logprobs: tuple[Tensor, ...] | None = None
         top = [request.params.logprobs for request in sampling if request.params.logprobs is not None]
         if top:
             assert logits is not None, "log-probabilities need scores"
-            logprobs = self._sampler.logprobs(logits, tokens, max(top))
-        if self.device.type != "cuda":
-            return Launched(sampling, logits, tokens, logprobs, None)
-        fetched = Launched(
-            sampling, logits, _fetch(tokens), None if logprobs is None else tuple(map(_fetch, logprobs)),
-            torch.cuda.Event(),
-        )  # fmt: skip
-        assert fetched._done is not None
-        fetched._done.record()
-        return fetched
+            launched._logprobs = self._sampler.logprobs(logits, tokens, max(top))
+        launched._computed, launched.logits, launched._tokens = None, logits, tokens
+        if self.device.type == "cuda":
+            launched._tokens = _fetch(tokens)
+            launched._logprobs = None if launched._logprobs is None else tuple(map(_fetch, launched._logprobs))
+            launched._done = torch.cuda.Event()
+            launched._done.record()
 
     def _update_rows(self, requests: Sequence[Request]) -> None:
         """Tell the device of requests that are new in their rows, and of blocks that were added."""
@@ -286,9 +314,11 @@ class Runner:
     def _upload(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
         """Whole numbers as int32 tensors on the device, sent in one piece."""
         flat = torch.from_numpy(np.concatenate([np.asarray(column, dtype=np.int32) for column in columns]))
-        if self.device.type == "cuda":
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
-        return list(flat.split([len(column) for column in columns]))
+        return list(self._send(flat).split([len(column) for column in columns]))
+
+    def _send(self, x: Tensor) -> Tensor:
+        """To the device, without waiting for it."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
 
 def _row(request: Request) -> int:

@@ -178,3 +178,17 @@ class SamplerState:
     def _send(self, values: Tensor, target: Tensor) -> None:
         """To the device without waiting for it: later work on the stream sees them, earlier does not."""
         target.copy_(values.pin_memory() if self._device.type == "cuda" else values, non_blocking=True)
+
+
+def keep_allowed(scores_NV: Tensor, places_G: Tensor, masks_GW: Tensor) -> Tensor:
+    """Scores with those of tokens that are not allowed at -inf, for the sequences that have a mask.
+
+    Args:
+        scores_NV: any floating dtype; left as they are.
+        places_G: int64, the sequences, below N.
+        masks_GW: int32, a bit for each token, the lowest first.
+    """
+    bits = torch.arange(32, dtype=torch.int32, device=masks_GW.device)
+    allowed_GV = (masks_GW[:, :, None] >> bits & 1).flatten(1)[:, : scores_NV.shape[1]] > 0
+    kept_GV = scores_NV.index_select(0, places_G).masked_fill(~allowed_GV, float("-inf"))
+    return scores_NV.index_copy(0, places_G, kept_GV)

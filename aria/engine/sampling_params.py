@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class SamplingParams:
     """How many of the likeliest tokens to report beside each chosen one, to 20; 0 reports the chosen one alone."""
     n: int = 1
     """Answers to one prompt."""
+    json_schema: Mapping[str, Any] | bool | None = field(default=None, hash=False)
+    """The answer is JSON that follows this schema, without optional white space; True: any object. It ends with its
+    last brace, or in the middle where ``max_tokens`` is reached."""
 
     def __new__(cls, **fields: object) -> SamplingParams:
         if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
@@ -75,6 +79,12 @@ class SamplingParams:
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
             ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 20), "None, or a whole number from 0 to 20"),
             ("n", _whole(self.n, 1), "a whole number, at least 1"),
+            (
+                "json_schema",
+                self.json_schema is None or self.json_schema is True or isinstance(self.json_schema, Mapping),
+                "None, True (any object) or a mapping, the JSON schema",
+            ),
+            ("ignore_eos", not (self.ignore_eos and self.json_schema is not None), "False beside json_schema"),
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
         ):
             if not holds:

@@ -36,8 +36,6 @@ class Plan:
     decodes: list[Request] = field(default_factory=list)
     """Each reads its last token, which the device has, at place ``computed - 1``, and samples the next."""
     chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-    """Lost their blocks and rows; they run again later, from the start."""
     drain: bool = False
     """Nothing is planned: read back what launched steps sampled, then plan again."""
 
@@ -94,8 +92,10 @@ class Scheduler:
         """Blocks that running requests have yet to allocate for what they read."""
         self.preemptions = 0
         """Since the beginning."""
+        self.prefix_queries = 0
+        """Tokens looked up in the prefix cache since the beginning."""
         self.prefix_tokens = 0
-        """Tokens found in the prefix cache since the beginning."""
+        """Those that it had."""
 
     @property
     def running(self) -> int:
@@ -192,7 +192,6 @@ class Scheduler:
                 need -= victim.computed == len(victim.blocks) * S
                 decodes.pop()
             self._preempt(victim)
-            plan.preempted.append(victim)
         for request in decodes:
             if request.computed == len(request.blocks) * S:
                 request.blocks += self.pool.allocate(1)
@@ -267,6 +266,7 @@ class Scheduler:
         head.status = Status.RUNNING
         insort(self._running, head)
         self._promised += self._unallocated(head)
+        self.prefix_queries += head.known
         self.prefix_tokens += head.computed
         if head.runs == 1:
             head.cached_tokens = head.computed

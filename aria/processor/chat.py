@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 IMAGE_TOKEN = "<|img|>"
+END_OF_TURN = "<|im_end|>"
+"""Ends a message; ordinary text of several tokens in Aria's vocabulary, so an answer is searched for it as text."""
 CHAT_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -23,21 +26,27 @@ CHAT_TEMPLATE = (
 """The published template, in Jinja, as it stands in ``tokenizer_config.json``; :func:`render` writes the same text."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_SOURCES = ("image", "path", "url")
-_PART_KEYS = {"text": ("type", "text"), "image": ("type", *_SOURCES, "max_image_size", "split_image")}
+_ADDRESSES = ("path", "url")
+_SIZES = ("max_image_size", "split_image")
+_PART_KEYS = {
+    "text": ("type", "text"),
+    "image": ("type", "image", *_ADDRESSES, *_SIZES),
+    "video": ("type", "video", *_ADDRESSES, "num_frames", "fps", "max_frames", "timestamps", *_SIZES),
+    "document": ("type", "document", *_ADDRESSES, "pages", *_SIZES),
+}
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 
 @dataclass(frozen=True)
-class ImagePart:
-    """What a message says about one picture; fields that are None are decided by the call that prepares it.
+class MediaPart:
+    """What a message says about one medium; fields that are None are decided by the call that prepares it.
 
     Attributes:
-        source: the picture, path or address, as :func:`~aria.processor.media.load_image` takes it.
+        source: the medium, path or address, as :mod:`aria.processor.media` takes it; None: the call gives it.
         max_image_size: side of its crops in pixels.
-        split_image: whether it is split.
+        split_image: whether its pictures are split.
     """
 
     source: Any = None
@@ -45,8 +54,43 @@ class ImagePart:
     split_image: bool | None = None
 
 
+@dataclass(frozen=True)
+class ImagePart(MediaPart):
+    """A picture."""
+
+
+@dataclass(frozen=True)
+class VideoPart(MediaPart):
+    """A clip: as many pictures as frames are taken of it, see :func:`aria.processor.video.read_clip`.
+
+    Attributes:
+        num_frames: how many.
+        fps: or how many a second.
+        max_frames: with ``fps``.
+        timestamps: whether ``[MM:SS]`` stands before each.
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    timestamps: bool = True
+
+
+@dataclass(frozen=True)
+class DocumentPart(MediaPart):
+    """A document: as many pictures as pages are taken of it.
+
+    Attributes:
+        pages: see :func:`aria.processor.document.read_document`.
+    """
+
+    pages: str | tuple[int, ...] | None = None
+
+
 class Prompt(str):
-    """Text that knows which of its ``<|img|>`` are places for pictures; the others are just text.
+    """Text that knows which of its ``<|img|>`` are places for media; the others are just text.
+
+    A clip or document has one place; the processor opens it into a place for each frame or page.
 
     It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer has a picture at
     every ``<|img|>``, as in transformers; ``Prompt(text)`` has none, however the text reads.
@@ -58,14 +102,14 @@ class Prompt(str):
     for the plain text by name; ``"".join`` and ``re.sub`` do too, because they read the characters and never ask.
 
     Attributes:
-        slots: offsets of the ``<|img|>`` that are places for pictures.
-        parts: what is known about the picture of each slot.
+        slots: offsets of the ``<|img|>`` that are places for media.
+        parts: what is known about the medium of each slot.
     """
 
     slots: tuple[int, ...]
-    parts: tuple[ImagePart, ...]
+    parts: tuple[MediaPart, ...]
 
-    def __new__(cls, text: str = "", slots: Sequence[int] = (), parts: Sequence[ImagePart] | None = None) -> Prompt:
+    def __new__(cls, text: str = "", slots: Sequence[int] = (), parts: Sequence[MediaPart] | None = None) -> Prompt:
         self = super().__new__(cls, text)
         self.slots = tuple(slots)
         self.parts = tuple(parts) if parts is not None else (ImagePart(),) * len(self.slots)
@@ -167,10 +211,13 @@ def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Pr
 
     Args:
         messages: mappings with ``role`` (system, developer, user, assistant, tool; developer is written as system) and
-            ``content``: a string, None (empty), or a list of parts ``{"type": "text", "text": ...}`` and
-            ``{"type": "image", ...}``. The picture stands under ``image`` (an object in memory), ``path`` or ``url``
-            (an address, a data: URI or a local path), or under none of them: then it is the next of ``images=``. Image
-            parts may carry ``max_image_size`` and ``split_image``. Keys whose value is None count as absent.
+            ``content``: a string, None (empty), or a list of parts ``{"type": "text", "text": ...}``,
+            ``{"type": "image", ...}``, ``{"type": "video", ...}`` and ``{"type": "document", ...}``. The medium stands
+            under the name of its type (an object in memory; clips and documents: bytes), ``path`` or ``url`` (an
+            address, a data: URI or a local path), or under none of them: then it is the next of ``images=`` or
+            ``videos=``. All of them may carry ``max_image_size`` and ``split_image``; videos ``num_frames``, or
+            ``fps`` with ``max_frames``, and ``timestamps``; documents ``pages``. Keys whose value is None count as
+            absent.
         add_generation_prompt: end with the opening of the assistant's turn.
 
     Raises:
@@ -180,12 +227,12 @@ def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Pr
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
     text = ""
     slots: list[int] = []
-    parts: list[ImagePart] = []
+    parts: list[MediaPart] = []
     for i, message in enumerate(messages):
         role, content = _read_message(message, f"message {i}")
         text += f"<|im_start|>{role}\n"
         for part in [content] if isinstance(content, str) else _read_parts(content, f"message {i}"):
-            if isinstance(part, ImagePart):
+            if isinstance(part, MediaPart):
                 text += "<fim_prefix>"
                 slots.append(len(text))
                 parts.append(part)
@@ -216,20 +263,20 @@ def _read_message(message: Any, where: str) -> tuple[str, Any]:
     return _ROLES[role], "" if message["content"] is None else message["content"]
 
 
-def _read_parts(content: Any, where: str) -> list[str | ImagePart]:
+def _read_parts(content: Any, where: str) -> list[str | MediaPart]:
     if not isinstance(content, list | tuple):
         raise ValueError(f"content of {where} should be a string or a list of parts, but is {content!r:.100}")
     return [_read_part(part, f"part {i} of {where}") for i, part in enumerate(content)]
 
 
-def _read_part(part: Any, where: str) -> str | ImagePart:
+def _read_part(part: Any, where: str) -> str | MediaPart:
     if not isinstance(part, Mapping):
         raise ValueError(f'{where} should be a mapping such as {{"type": "text", "text": ...}}, but is {part!r:.100}')
     kind = part.get("type")
-    if kind not in _PART_KEYS:
-        raise ValueError(f"{where} has the type {kind!r}; supported are {', '.join(_PART_KEYS)}")
+    if not isinstance(kind, str) or kind not in _PART_KEYS:
+        raise ValueError(f"{where} has the type {kind!r:.100}; supported are {', '.join(_PART_KEYS)}")
     given = {key: value for key, value in part.items() if value is not None}
-    if unknown := sorted(key for key in given if key not in _PART_KEYS[kind]):
+    if unknown := sorted(str(key) for key in given if key not in _PART_KEYS[kind]):
         raise ValueError(
             f"{where} has unknown keys: {', '.join(unknown)}; {kind} parts know {', '.join(_PART_KEYS[kind])}"
         )
@@ -237,22 +284,53 @@ def _read_part(part: Any, where: str) -> str | ImagePart:
         if not isinstance(given.get("text"), str):
             raise ValueError(f"text of {where} should be a string, but is {part.get('text')!r:.100}")
         return str(given["text"])
-    for key, expected in (("max_image_size", int), ("split_image", bool)):
-        if type(given.get(key, expected())) is not expected:
-            raise ValueError(f"{key} of {where} should be a {expected.__name__}, but is {given[key]!r}")
-    sources = [key for key in _SOURCES if key in given]
+    return _read_medium(kind, given, where)
+
+
+# Key -> what its values should be.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_image_size": (lambda value: type(value) is int, "a int"),
+    "split_image": (lambda value: type(value) is bool, "a bool"),
+    "num_frames": (lambda value: type(value) is int and value >= 1, "a whole number above 0"),
+    "fps": (lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
+    "max_frames": (lambda value: type(value) is int and value >= 1, "a whole number above 0"),
+    "timestamps": (lambda value: type(value) is bool, "a bool"),
+    "pages": (
+        lambda value: (
+            isinstance(value, str) or (isinstance(value, list | tuple) and all(type(n) is int for n in value))
+        ),
+        'text such as "1-3,7" or a list of numbers',
+    ),
+}
+
+
+def _read_medium(kind: str, given: Mapping[str, Any], where: str) -> MediaPart:
+    settings = {key: value for key, value in given.items() if key in _SETTINGS}
+    for key, value in settings.items():
+        holds, expected = _SETTINGS[key]
+        if not holds(value):
+            raise ValueError(f"{key} of {where} should be {expected}, but is {value!r:.100}")
+    if "fps" in given and "num_frames" in given:
+        raise ValueError(f"{where} gives num_frames and fps; use one of them")
+    if "max_frames" in given and "fps" not in given:
+        raise ValueError(f"max_frames of {where} goes with fps; num_frames says how many frames there are")
+    sources = [key for key in (kind, *_ADDRESSES) if key in given]
     if len(sources) > 1:
-        raise ValueError(f"{where} gives its picture under {' and '.join(sources)}; use one of them")
-    return ImagePart(
-        source=_read_source(sources[0], given[sources[0]], where) if sources else None,
-        max_image_size=given.get("max_image_size"),
-        split_image=given.get("split_image"),
-    )
+        noun = "picture" if kind == "image" else kind
+        raise ValueError(f"{where} gives its {noun} under {' and '.join(sources)}; use one of them")
+    source = _read_source(sources[0], given[sources[0]], kind, where) if sources else None
+    if kind == "document":
+        if source is None:
+            raise ValueError(f"{where} names no document; give it under document (bytes), path or url")
+        if isinstance(settings.get("pages"), list):
+            settings["pages"] = tuple(settings["pages"])
+        return DocumentPart(source, **settings)
+    return VideoPart(source, **settings) if kind == "video" else ImagePart(source, **settings)
 
 
-def _read_source(key: str, value: Any, where: str) -> Any:
+def _read_source(key: str, value: Any, kind: str, where: str) -> Any:
     if key == "url" and not isinstance(value, str):
-        raise ValueError(f"url of {where} should be a string, but is a {type(value).__name__}; objects go under image")
+        raise ValueError(f"url of {where} should be a string, but is a {type(value).__name__}; objects go under {kind}")
     if key == "path":
         if not isinstance(value, str | os.PathLike):
             raise ValueError(f"path of {where} should be a string or Path, but is a {type(value).__name__}")

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aria import ops
 from aria.processor.image import AriaImageProcessor, Sheet
-from aria.processor.media import load_image
+from aria.processor.media import MediaSettings, load_image
 
 MOST_THREADS = 16
 PIECE_BYTES = 1 << 20
@@ -95,6 +95,19 @@ class PictureInput:
         return self.picture.load(device)
 
 
+@dataclass(frozen=True)
+class Medium:
+    """What one picture, clip or document of a conversation costs."""
+
+    kind: str
+    """image, video or document."""
+    pictures: int
+    """1, or the frames or pages that were taken."""
+    crops: int
+    tokens: int
+    """For its pictures; the text around them is not counted."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """One conversation for the engine."""
@@ -103,13 +116,23 @@ class Prepared:
     """Tokens of the prompt, with as many image ids at each picture's place as it has tokens."""
     pictures: list[PictureInput]
     """In the order of their places."""
+    media: list[Medium] = field(default_factory=list)
+    """What each part of the messages with a picture, clip or document came to, in their order."""
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends: the end of a turn after messages, nothing after plain text."""
 
 
 def read_pictures(
-    sources: Sequence[Any], processor: AriaImageProcessor, settings: Sequence[dict[str, Any]]
+    sources: Sequence[Any],
+    processor: AriaImageProcessor,
+    settings: Sequence[dict[str, Any]],
+    media: MediaSettings | None = None,
 ) -> list[Picture]:
-    """:meth:`Picture.of` of several sources, each with its own settings."""
-    arrays = _together(_read, sources)
+    """:meth:`Picture.of` of several sources, each with its own settings.
+
+    ``media`` limits what is read; None: the defaults of :class:`~aria.processor.media.MediaSettings`.
+    """
+    arrays = _together(lambda source: _read(source, media), sources)
     # One digest of a picture's pieces, so that several threads can share a large picture too.
     pieces = [
         array.reshape(-1).data[at : at + PIECE_BYTES] for array in arrays for at in range(0, array.size, PIECE_BYTES)
@@ -141,11 +164,11 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
     return [one for one in crops if one is not None]
 
 
-def _read(source: Any) -> np.ndarray:
+def _read(source: Any, media: MediaSettings | None) -> np.ndarray:
     # Always a copy: what the key was made from must still be there when the picture is loaded.
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
         return np.array(source, order="C")
-    return np.asarray(load_image(source))
+    return np.asarray(load_image(source, media))
 
 
 def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:

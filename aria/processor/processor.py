@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
 from aria.processor.batch import BatchFeature, check_tensor_kind
-from aria.processor.chat import IMAGE_TOKEN, Conversation, ImagePart, Prompt
+from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart
+from aria.processor.expand import expand, settle
 from aria.processor.files import (
     CHAT_TEMPLATE_FILE,
     PREPROCESSOR_CONFIG,
@@ -22,7 +24,8 @@ from aria.processor.files import (
     write_json,
 )
 from aria.processor.image import AriaImageProcessor
-from aria.processor.pictures import PictureInput, Prepared, read_pictures
+from aria.processor.media import MediaSettings, load_image
+from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length
 
 
@@ -30,12 +33,14 @@ class AriaProcessor:
     """Tokenizer and image processor together.
 
     Every picture's place ``<|img|>`` in a prompt becomes one image id per query token of each of its crops; the crops
-    of all pictures, in the order of the places, are ``pixel_values``.
+    of all pictures, in the order of the places, are ``pixel_values``. Clips and documents are opened into pictures
+    before (:mod:`aria.processor.expand`).
 
     Attributes:
         tokenizer: :class:`AriaTokenizer`.
         image_processor: :class:`AriaImageProcessor`.
         size_conversion: side of a crop in pixels -> tokens that stand for it.
+        media: :class:`~aria.processor.media.MediaSettings`, limits on what is read and where from; may be replaced.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class AriaProcessor:
     ) -> None:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
+        self.media = MediaSettings()
         table = SIZE_CONVERSION if size_conversion is None else size_conversion
         self.size_conversion = {int(size): int(tokens) for size, tokens in table.items()}
         if set(self.size_conversion) != set(image_processor.sizes):
@@ -92,7 +98,7 @@ class AriaProcessor:
         text: str | Sequence[str],
         images: Any = None,
         *,
-        videos: None = None,
+        videos: Any = None,
         max_image_size: int | None = None,
         split_image: bool | None = None,
         split_mode: str | None = None,
@@ -104,13 +110,15 @@ class AriaProcessor:
         """Prepare one prompt or several with their pictures.
 
         Args:
-            text: a prompt or a list of them. In a plain string every ``<|img|>`` is a picture's place; in a
-                :class:`~aria.processor.chat.Prompt`, as ``apply_chat_template`` gives, only those of image parts are.
+            text: a prompt or a list of them. In a plain string every ``<|img|>`` is a picture's place (a clip's, if
+                only videos are given); in a :class:`~aria.processor.chat.Prompt`, as ``apply_chat_template`` gives,
+                only those of image, video and document parts are places, each for its kind.
             images: one picture, a list in the order of the places, or a list of lists, one a prompt. They fill every
                 place; where the messages name some pictures themselves, it is enough to give the others.
-            videos: not taken; None.
-            max_image_size: side of all crops; None: what the image parts or the preprocessor's settings say. All
-                pictures of one call share one size, because their crops are one tensor.
+            videos: the same for clips: paths, bytes, data: URIs or addresses.
+            max_image_size: side of all crops; None: what the parts or the preprocessor's settings say, and the
+                smallest size for clips alone. All pictures of one call share one size, because their crops are one
+                tensor.
             split_image: the same, for splitting into crops; this may differ between pictures.
             split_mode: "authors" (overview first) or "pad" (transformers' rule).
             padding: True or "longest", "max_length", or False; on the left unless the tokenizer's
@@ -126,23 +134,26 @@ class AriaProcessor:
         Raises:
             ValueError: counts of places and pictures differ, sizes differ, or truncation would cut a picture.
         """
-        if videos is not None:
-            raise ValueError("videos= is not taken; pass the frames as images=, one picture's place for each")
         check_length(padding, truncation, max_length)
         check_tensor_kind(return_tensors)
-        prompts = _prompts(text)
+        prompts = _match(_prompts(text, images, videos), images, videos)
+        size = self._common_size([part for prompt in prompts for part in prompt.parts], max_image_size)
+        prompts = [
+            expand(
+                settle(prompt, self.image_processor, max_image_size=size, split_image=split_image),
+                self.image_processor,
+                self.media,
+            ).prompt
+            for prompt in prompts
+        ]
         parts = [part for prompt in prompts for part in prompt.parts]
-        sources = _match(prompts, images)
         pixels = BatchFeature()
         tokens: list[int] = []
-        if sources:
-            size = self._common_size(parts, max_image_size)
-            default_split = self.image_processor.split_image if split_image is None else split_image
-            splits = [default_split if part.split_image is None else part.split_image for part in parts]
+        if parts:
             pixels = self.image_processor(
-                sources,
+                [load_image(part.source, self.media) for part in parts],
                 max_image_size=size,
-                split_image=splits,
+                split_image=[bool(part.split_image) for part in parts],
                 split_mode=split_mode,
                 return_tensors=return_tensors or "pt",
             )
@@ -159,6 +170,7 @@ class AriaProcessor:
         conversation: Conversation | Sequence[Conversation],
         *,
         images: Any = None,
+        videos: Any = None,
         add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
@@ -175,6 +187,7 @@ class AriaProcessor:
         Args:
             conversation: a list of messages (see :func:`aria.processor.chat.render`), or a list of such lists.
             images: pictures for image parts that name none.
+            videos: clips for video parts that name none.
             add_generation_prompt: end with the opening of the assistant's turn.
             tokenize: False gives the :class:`~aria.processor.chat.Prompt` (a list of them for several conversations).
             return_dict: with ``tokenize``, the whole of what calling the processor gives; False: ``input_ids`` alone.
@@ -187,6 +200,7 @@ class AriaProcessor:
         inputs = self(
             prompt,
             images,
+            videos=videos,
             max_image_size=max_image_size,
             split_image=split_image,
             split_mode=split_mode,
@@ -202,6 +216,7 @@ class AriaProcessor:
         conversation: Conversation,
         *,
         images: Any = None,
+        videos: Any = None,
         add_generation_prompt: bool = True,
         max_image_size: int | None = None,
         split_image: bool | None = None,
@@ -212,8 +227,10 @@ class AriaProcessor:
         Args:
             conversation: a list of messages, see :func:`aria.processor.chat.render`.
             images: pictures for image parts that name none.
+            videos: clips for video parts that name none.
             add_generation_prompt: end with the opening of the assistant's turn.
-            max_image_size: side of the crops of pictures whose parts do not say; here sizes may differ.
+            max_image_size: side of the crops of media whose parts do not say; here sizes may differ. None: the
+                preprocessor's for pictures and documents, the smallest for clips.
             split_image: the same, for splitting into crops.
             split_mode: "authors" or "pad".
 
@@ -223,22 +240,27 @@ class AriaProcessor:
         prompt = self.tokenizer.render(conversation, add_generation_prompt=add_generation_prompt)
         if not isinstance(prompt, Prompt):
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")
+        [prompt] = _match([prompt], images, videos)
+        prompt = settle(prompt, self.image_processor, max_image_size=max_image_size, split_image=split_image)
+        prompt, origins = expand(prompt, self.image_processor, self.media)
         settings = [
-            {
-                "max_image_size": max_image_size if part.max_image_size is None else part.max_image_size,
-                "split_image": split_image if part.split_image is None else part.split_image,
-                "split_mode": split_mode,
-            }
+            {"max_image_size": part.max_image_size, "split_image": part.split_image, "split_mode": split_mode}
             for part in prompt.parts
         ]
-        pictures = read_pictures(_match([prompt], images), self.image_processor, settings)
+        pictures = read_pictures([part.source for part in prompt.parts], self.image_processor, settings, self.media)
         ids, *rest = self.tokenizer.encode_segments(prompt)
         placed = []
         for picture, segment in zip(pictures, rest, strict=True):
             tokens = len(picture.extents) * self.size_conversion[picture.size]
             placed.append(PictureInput(len(ids), tokens, picture))
             ids += [self.tokenizer.image_token_id] * tokens + segment
-        return Prepared(ids, placed)
+        inputs = iter(placed)
+        media = []
+        for kind, count in origins:
+            own = [next(inputs) for _ in range(count)]
+            crops = sum(len(one.picture.extents) for one in own)
+            media.append(Medium(kind, count, crops, sum(one.tokens for one in own)))
+        return Prepared(ids, placed, media, stop=(END_OF_TURN,))
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The tokenizer's ``decode``."""
@@ -248,13 +270,17 @@ class AriaProcessor:
         """The tokenizer's ``batch_decode``."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
 
-    def _common_size(self, parts: Sequence[ImagePart], max_image_size: int | None) -> int:
-        default = self.image_processor.max_image_size if max_image_size is None else max_image_size
-        sizes = {default if part.max_image_size is None else part.max_image_size for part in parts}
+    def _common_size(self, parts: Sequence[MediaPart], max_image_size: int | None) -> int:
+        sizes = {size for part in parts if (size := part.max_image_size or max_image_size) is not None}
+        others = [part for part in parts if not isinstance(part, VideoPart)]
+        if any(part.max_image_size is None for part in others) or not (sizes or parts):
+            sizes.add(max_image_size or self.image_processor.max_image_size)
+        if not sizes:  # clips that do not say; among others they go along with those
+            sizes.add(self.image_processor.sizes[0])
         if len(sizes) > 1:
             raise ValueError(
                 f"pictures of one call ask for crops of {' and '.join(map(str, sorted(sizes)))} pixels, but share one "
-                "tensor; give all image parts the same max_image_size"
+                "tensor; give all parts the same max_image_size"
             )
         return sizes.pop()
 
@@ -279,36 +305,61 @@ class AriaProcessor:
         return row[:max_length]
 
 
-def _prompts(text: Any) -> list[Prompt]:
+def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(one, str) for one in texts):
         raise ValueError(
             f"text should be a prompt or a list of prompts, but is {text!r:.100}; "
             "for pictures alone call .image_processor"
         )
-    return [Prompt.of(one) for one in texts]
+    if videos is None or all(isinstance(one, Prompt) for one in texts):
+        return [Prompt.of(one) for one in texts]
+    if images is not None:
+        raise ValueError(
+            f"a plain string does not tell which {IMAGE_TOKEN} are pictures and which are clips; pass what "
+            "apply_chat_template gives, unchanged"
+        )
+    prompts = [Prompt.of(one) for one in texts]
+    return [
+        prompt if isinstance(one, Prompt) else Prompt(str(prompt), prompt.slots, [VideoPart()] * len(prompt.slots))
+        for one, prompt in zip(texts, prompts, strict=True)
+    ]
 
 
-def _match(prompts: Sequence[Prompt], images: Any) -> list[Any]:
-    """The picture of every place, over all prompts in order."""
-    if images is None:
+def _match(prompts: Sequence[Prompt], images: Any, videos: Any) -> list[Prompt]:
+    """The prompts with a medium at every place."""
+    return _place(_place(prompts, images, ImagePart, "images", "picture"), videos, VideoPart, "videos", "clip")
+
+
+def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argument: str, noun: str) -> list[Prompt]:
+    if media is None:
         given: list[Any] = []
-    elif isinstance(images, list | tuple):
-        given = list(images)
+    elif isinstance(media, list | tuple):
+        given = list(media)
     else:
-        given = [images]
+        given = [media]
+    own = [[part for part in prompt.parts if isinstance(part, kind)] for prompt in prompts]
     if not any(isinstance(one, list | tuple) for one in given):
-        return _fill([part for prompt in prompts for part in prompt.parts], given, "the prompts have")
-    if not all(isinstance(one, list | tuple) for one in given):
-        raise ValueError("images should be one picture, a list of pictures or a list of lists, not a mixture")
-    if len(given) != len(prompts):
-        raise ValueError(f"images has {len(given)} lists for {len(prompts)} prompts; give one list a prompt")
-    pairs = enumerate(zip(prompts, given, strict=True))
-    return [one for i, (prompt, some) in pairs for one in _fill(prompt.parts, list(some), f"prompt {i} has")]
+        sources = iter(_fill([part for some in own for part in some], given, "the prompts have", noun))
+    elif not all(isinstance(one, list | tuple) for one in given):
+        raise ValueError(f"{argument} should be one {noun}, a list of {noun}s or a list of lists, not a mixture")
+    elif len(given) != len(prompts):
+        raise ValueError(f"{argument} has {len(given)} lists for {len(prompts)} prompts; give one list a prompt")
+    else:
+        pairs = enumerate(zip(own, given, strict=True))
+        sources = iter([one for i, (parts, some) in pairs for one in _fill(parts, list(some), f"prompt {i} has", noun)])
+    return [
+        Prompt(
+            str(prompt),
+            prompt.slots,
+            [replace(part, source=next(sources)) if isinstance(part, kind) else part for part in prompt.parts],
+        )
+        for prompt in prompts
+    ]
 
 
-def _fill(parts: Sequence[ImagePart], given: list[Any], subject: str) -> list[Any]:
-    # Callers of transformers name pictures in messages and pass all of them too: then those passed are taken.
+def _fill(parts: Sequence[MediaPart], given: list[Any], subject: str, noun: str) -> list[Any]:
+    # Callers of transformers name media in messages and pass all of them too: then those passed are taken.
     if len(given) == len(parts):
         return given
     bare = sum(part.source is None for part in parts)
@@ -317,6 +368,6 @@ def _fill(parts: Sequence[ImagePart], given: list[Any], subject: str) -> list[An
         return [next(rest) if part.source is None else part.source for part in parts]
     named = f" ({len(parts) - bare} of them name their own)" if bare < len(parts) else ""
     raise ValueError(
-        f"{subject} {len(parts)} picture places {IMAGE_TOKEN}{named}, but {len(given)} pictures were "
+        f"{subject} {len(parts)} {noun} places {IMAGE_TOKEN}{named}, but {len(given)} {noun}s were "
         "given; each place takes one"
     )

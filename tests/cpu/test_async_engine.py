@@ -6,10 +6,13 @@ import asyncio
 import threading
 
 import pytest
+import torch
 from test_engine import CONVERSATIONS, asked
 
-from aria import Engine, SamplingParams
+from aria import AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine import AsyncEngine
+from aria.engine.request import Status
+from aria.processor import Prompt
 
 PARAMS = SamplingParams(max_tokens=12)
 
@@ -146,3 +149,139 @@ def test_a_closed_engine_says_so(model_folder):
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(collect(engine, asked("hello")))
+
+
+def test_prepared_prompts_are_answered_and_may_be_answered_again(engine, expected):
+    async def run():
+        prepared = await engine.prepare(CONVERSATIONS[0])
+        assert prepared.stop == ("<|im_end|>",)
+        return [await collect(engine, prepared) for _ in range(2)]
+
+    assert asyncio.run(run()) == [expected[0]] * 2
+
+
+def test_plain_text_goes_on_as_it_is(engine, model_folder):
+    text = "the quick <|img|> fox<|im_end|>"
+    ids = engine.engine.processor.tokenizer.encode(Prompt(text))
+
+    async def run():
+        by_text, by_ids = await engine.prepare_text(text), await engine.prepare_text(ids)
+        assert by_text.ids == by_ids.ids == ids and by_text.stop == () and not by_text.pictures
+        return [await engine.chat(one, PARAMS) for one in (by_text, by_ids)]
+
+    first, second = asyncio.run(run())
+    assert first == second
+    inputs = torch.tensor([ids])
+    model = AriaForConditionalGeneration.from_pretrained(model_folder, device="cpu")
+    expected = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12)
+    assert list(first.token_ids) == expected[0, len(ids) :].tolist()[: len(first.token_ids)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no tokens"),
+        ([], "no tokens"),
+        ([1, 10**9], "1000000000 for a token id; expected 0 to"),
+        ([True], "True for a token id"),
+        (["a"], "'a' for a token id"),
+        ([9], "stands for a picture"),
+        ("hello " * 5000, "leaves no room"),
+    ],
+)
+def test_plain_prompts_that_cannot_be_are_refused(engine, text, message):
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(engine.prepare_text(text))
+
+
+def test_pieces_tell_what_the_cache_had(engine):
+    async def cached(prepared):
+        return [piece.answer.cached_tokens async for piece in engine.pieces(prepared, PARAMS)]
+
+    async def run():
+        prepared = await engine.prepare_text("a prompt that nobody else has sent " * 4)
+        return len(prepared.ids), await cached(prepared), await cached(prepared)
+
+    length, first, again = asyncio.run(run())
+    assert set(first) == {0} and set(again) == {(length - 1) // 16 * 16}
+
+
+def test_schemas_are_followed_and_refused(engine):
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}
+
+    async def run():
+        good = SamplingParams(json_schema=schema, n=2, temperature=1.0)
+        bad = SamplingParams(json_schema={"type": "float"})
+        answers = [engine.chat(CONVERSATIONS[i % 3], bad if i == 4 else good) for i in range(9)]
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    results = asyncio.run(run())
+    assert isinstance(results.pop(4), ValueError)
+    texts = [choice.text for result in results for choice in result.choices]
+    assert len(texts) == 16 and set(texts) <= {"[1,1]", "[1,2]", "[2,1]", "[2,2]"}
+
+
+def test_a_step_wakes_the_loop_once_for_all_its_callers(engine):
+    async def run():
+        loop, calls = asyncio.get_running_loop(), 0
+        ordinary = loop.call_soon_threadsafe
+
+        def counted(callback, *args, **kwargs):
+            nonlocal calls
+            calls += getattr(callback, "__name__", "") == "_hand_out"
+            return ordinary(callback, *args, **kwargs)
+
+        loop.call_soon_threadsafe = counted
+        prepared = await engine.prepare(asked("hello"))
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        results = await asyncio.gather(*(engine.chat(prepared, params) for _ in range(4)))
+        return calls, sum(result.usage.completion_tokens for result in results)
+
+    calls, tokens = asyncio.run(run())
+    assert tokens == 160 and calls <= 80, "four answers that grow together take little more than forty steps"
+
+
+def test_closing_cancels_before_the_next_step(engine, monkeypatch):
+    step, entered, released = engine.engine.step, threading.Event(), threading.Event()
+
+    def slow():
+        entered.set()
+        assert released.wait(10)
+        return step()
+
+    async def run():
+        pieces = engine.pieces(asked("hello"), SamplingParams(max_tokens=3000, ignore_eos=True))
+        request = (await anext(pieces)).answer.requests[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.engine, "step", slow)
+            entered.clear()
+            await asyncio.to_thread(entered.wait, 10)
+            outputs = len(request.outputs)
+            await pieces.aclose()
+            released.set()
+        for _ in range(500):
+            if request.status is not Status.RUNNING:
+                break
+            await asyncio.sleep(0.01)
+        return request, len(request.outputs) - outputs
+
+    request, more = asyncio.run(run())
+    assert request.status is Status.CANCELLED
+    assert more <= 1, "the step that was under way is the last"
+
+
+def test_stats_from_another_thread(engine):
+    before = engine.stats()
+
+    async def run():
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        work = asyncio.gather(*(engine.chat(asked("hello"), params) for _ in range(6)))
+        while (now := engine.stats()).running < 4:
+            await asyncio.sleep(0)
+        assert now.waiting <= 2 and 0 < now.cache_usage <= 1
+        await work
+
+    asyncio.run(run())
+    after = engine.stats()
+    assert after.completion_tokens - before.completion_tokens == 360
+    assert (after.running, after.waiting, after.cache_usage) == (0, 0, 0.0)

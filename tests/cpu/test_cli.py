@@ -9,10 +9,13 @@ from importlib.metadata import version
 
 import pytest
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from made_media import clip, pdf
 from PIL import Image
 from safetensors import safe_open
 
 from aria import Engine, SamplingParams, cli
+
+CLIP, PDF = clip(2, kind="gif", codec="gif"), pdf((60, 30))
 
 
 @pytest.fixture
@@ -57,6 +60,27 @@ def test_picture_settings_reach_the_model(run, model_folder, picture):
     _, large, _ = run(*arguments, "--max-image-size", 980)
     _, split, _ = run(*arguments, "--split")
     assert len({plain, large, split}) == 3
+
+
+def test_questions_about_clips_and_documents(run, model_folder, picture, tmp_path):
+    (tmp_path / "a.gif").write_bytes(CLIP)
+    (tmp_path / "a.pdf").write_bytes(PDF)
+    media = ("--document", tmp_path / "a.pdf", "--video", tmp_path / "a.gif", "--image", picture)
+    code, out, err = run("chat", "-m", model_folder, *media, "--max-tokens", 6, "what is shown")
+    parts = [
+        {"type": "image", "path": picture},
+        {"type": "video", "path": tmp_path / "a.gif"},
+        {"type": "document", "path": tmp_path / "a.pdf"},
+        {"type": "text", "text": "what is shown"},
+    ]
+    expected = answer(model_folder, [{"role": "user", "content": parts}], max_tokens=6)
+    assert (code, out, err) == (0, expected + "\n", "")
+    typed = f"/video {tmp_path / 'a.gif'}\nwhat\nis\n/document {tmp_path / 'none.pdf'}\n/video\n/quit\n"
+    code, out, err = run("chat", "-m", model_folder, "--max-tokens", 3, typed=typed)
+    assert code == 0 and out.count("> ") == 6
+    said = "".join(err.split())  # the terminal breaks long lines where it likes
+    for text in ("a.gif comes with the next question", "no document at", "which video? /video FILE"):
+        assert text.replace(" ", "") in said
 
 
 def test_a_conversation_remembers_until_it_is_reset(run, model_folder, picture):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
-from aria.engine import SamplingParams
+from aria.engine import SamplingParams, Stats
 from aria.engine.core import EngineCore
-from aria.engine.request import Picture
+from aria.engine.request import Picture, Status
 from aria.engine.runner import Launched, Runner
 from aria.model import Packed
 from aria.model.decoder import Decoder
@@ -193,8 +193,38 @@ def test_ended_and_cancelled_requests_leave_nothing_behind():
             engine.step()
         if not seed % 3:
             for request in requests:
-                engine.finish(request)
+                engine.cancel(request)
     run(engine, kept)
+
+
+def test_a_request_ends_as_what_happened_to_it():
+    engine = core(max_batch=2)
+    short, given_up = (engine.add(prompt(9, 0), SamplingParams(max_tokens=n))[0] for n in (3, 30))
+    [waiting] = engine.add(prompt(9, 1), SamplingParams(max_tokens=3))
+    for _ in range(2):
+        engine.step()
+    assert (short.status, given_up.status, waiting.status) == (Status.RUNNING, Status.RUNNING, Status.WAITING)
+    assert (engine.stats().running, engine.stats().waiting) == (2, 1)
+    for request in (given_up, waiting, given_up):
+        engine.cancel(request)
+    run(engine, [short])
+    assert short.status is Status.FINISHED
+    assert given_up.status is waiting.status is Status.CANCELLED and len(given_up.outputs) == 2
+
+
+def test_stats_count_since_the_beginning():
+    engine = core(cache_blocks=60)
+    assert engine.stats() == Stats(0, 0, 0.0, 0, 0, 0, 0, 0)
+    for _ in range(2):
+        engine.add(prompt(40, 0), SamplingParams(max_tokens=4))
+        engine.step()
+        assert engine.stats().running == 1 and engine.stats().cache_usage == 3 / 60
+        while engine.unfinished:
+            engine.step()
+    after = engine.stats()
+    assert (after.running, after.waiting, after.cache_usage, after.preemptions) == (0, 0, 0.0, 0)
+    assert (after.prompt_tokens, after.completion_tokens) == (80, 8)
+    assert (after.prefix_queries, after.prefix_hits) == (80, 32)
 
 
 def test_end_tokens_end_an_answer_and_are_kept():

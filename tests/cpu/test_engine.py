@@ -283,6 +283,15 @@ def test_a_failing_step_is_an_error_of_every_stream(engine, monkeypatch):
     assert engine.chat([asked("hello")], SamplingParams(max_tokens=3))[0].usage.completion_tokens == 3
 
 
+def test_warming_up_leaves_nothing_behind(model_folder):
+    engine = Engine(model_folder, device="cpu", max_batch=4)
+    engine.warm_up()
+    assert engine.stats().completion_tokens == 0, "the CPU has nothing to compile"
+    engine._rehearse([1, 4, 3])
+    assert engine.stats().completion_tokens == 4 * (1 + 1 + 4 + 3)
+    assert not engine.core.busy and engine.core.pool.free == engine.core.pool.total
+
+
 def test_a_picture_is_encoded_once(model_folder, monkeypatch):
     engine = Engine(model_folder, device="cpu")
     seen = []

@@ -14,7 +14,8 @@ FACE = "__init__"
 FLOORS = (
     ("cli",),
     (FACE,),
-    ("pretrained", "inspection"),
+    ("serve",),
+    ("pretrained", "inspection", "jobs"),
     ("engine", "train"),
     ("checkpoint", "processor"),
     ("model",),

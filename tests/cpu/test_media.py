@@ -3,17 +3,18 @@
 import base64
 import http.server
 import io
-import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from media_site import site
 from PIL import Image
 
-from aria.processor import load_image, media
+from aria.processor import MediaSettings, load_image
+from aria.processor.media import open_medium
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -47,7 +48,7 @@ def test_percent_coded_data_uri() -> None:
 def test_missing_file_folder_and_unknown_kind(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="no picture at"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="is a folder or device"):
+    with pytest.raises(ValueError, match="is a folder, a device"):
         load_image(tmp_path)
     with pytest.raises(ValueError, match="begins with data:image/png;base64,"):
         load_image("iVBORw0KGgo" * 1000)
@@ -190,60 +191,91 @@ def test_bad_data_uris(uri: str, message: str) -> None:
         load_image(uri)
 
 
-class Pictures(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        if self.path in ("/picture", "/a%20%C3%A4.png"):
-            self.answer(200, encoded(NOISE))
-        elif self.path == "/moved":
-            self.answer(302, b"", location="/picture")
-        elif self.path == "/escape":
-            self.answer(302, b"", location="file:///etc/hosts")
-        elif self.path == "/ftp":
-            self.answer(302, b"", location="ftp://127.0.0.1/a")
-        elif self.path == "/endless":
-            self.answer(200, bytes(4096))
-        else:
-            self.answer(404, b"")
-
-    def answer(self, status: int, body: bytes, location: str | None = None) -> None:
-        self.send_response(status)
-        if location:
-            self.send_header("Location", location)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+def answer(handler: http.server.BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+    if handler.path in ("/picture", "/a%20%C3%A4.png"):
+        return 200, {}, encoded(NOISE)
+    if handler.path == "/moved":
+        return 302, {"Location": "/picture"}, b""
+    return (200, {}, bytes(4096)) if handler.path == "/endless" else (404, {}, b"")
 
 
-@pytest.fixture
-def site(monkeypatch) -> Iterator[str]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def test_addresses() -> None:
+    near = MediaSettings(private_addresses=True, image_bytes=20_000)
+    with site(answer) as address:
+        for path in ("/picture", "/moved", "/a ä.png"):
+            assert np.array_equal(np.asarray(load_image(address + path, near)), np.asarray(NOISE))
+        with pytest.raises(ValueError, match=r"could not fetch .*404"):
+            load_image(f"{address}/none", near)
+        with pytest.raises(ValueError, match="sends more than the 1,000 bytes"):
+            load_image(f"{address}/endless", MediaSettings(private_addresses=True, image_bytes=1000))
+        with pytest.raises(ValueError, match="not in the public internet"):
+            load_image(f"{address}/picture")
 
 
-def test_addresses(site: str, monkeypatch) -> None:
-    assert np.array_equal(pixels(f"{site}/picture"), np.asarray(NOISE))
-    assert np.array_equal(pixels(f"{site}/moved"), np.asarray(NOISE))
-    assert np.array_equal(pixels(f"{site}/a ä.png"), np.asarray(NOISE))
-    for path, reason in (("/none", "404"), ("/escape", "not allowed"), ("/ftp", "unknown url type: ftp")):
-        with pytest.raises(ValueError, match=f"could not fetch .*{reason}"):
-            load_image(site + path)
-    monkeypatch.setattr(media, "MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match="sends more than"):
-        load_image(f"{site}/endless")
-    monkeypatch.setattr(media, "MAX_BYTES", 10_000)
-    monkeypatch.setattr(media, "FETCH_TIMEOUT", -1.0)
-    with pytest.raises(ValueError, match="took longer"):
-        load_image(f"{site}/endless")
+def test_bytes_and_data_uris_are_measured_before_they_are_read() -> None:
+    data = encoded(NOISE)
+    small = MediaSettings(image_bytes=len(data) - 1)
+    coded = base64.b64encode(data).decode()
+    percent = "".join(f"%{byte:02x}" for byte in data)
+    for source in (data, f"data:image/png;base64,{coded}", f"data:,{percent}", f"data:;base64,{coded * 3}"):
+        with pytest.raises(ValueError, match="allowed"):
+            load_image(source, small)
+    assert load_image(f"data:nonsense;base64,{coded}").size == NOISE.size, "the content decides, not the label"
+    with pytest.raises(ValueError, match="more than the 2,399 allowed"):
+        load_image(data, MediaSettings(image_pixels=40 * 60 - 1))
+    assert load_image(data, MediaSettings(image_pixels=40 * 60, image_bytes=len(data))).size == NOISE.size
 
 
-def test_an_address_that_nobody_answers(monkeypatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(ValueError, match="could not fetch"):
-        load_image("http://127.0.0.1:9/picture.png")
+def test_paths_only_in_allowed_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside, tmp_path / "inside2"):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(encoded(NOISE))
+    settings = MediaSettings(local_folders=(inside,))
+    monkeypatch.chdir(inside)
+    for path in (inside / "a.png", "a.png", f"{inside}/../inside/a.png"):
+        assert load_image(path, settings).size == NOISE.size
+    with pytest.raises(FileNotFoundError):
+        load_image(inside / "none.png", settings)
+    for path in (outside / "a.png", "../outside/a.png", outside / "none.png", tmp_path / "inside2/a.png"):
+        with pytest.raises(ValueError, match=r"outside the folders|no picture"):
+            load_image(path, settings)
+    for path in (inside / "a.png", "/etc/passwd", outside / "none.png"):
+        with pytest.raises(ValueError, match="none may be read here"):
+            load_image(path, MediaSettings(local_folders=()))
+    with pytest.raises(ValueError, match="cannot be a path"):
+        load_image("a\0b", settings)
+
+
+def test_links_do_not_lead_out_of_allowed_folders(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "a.png").write_bytes(encoded(NOISE))
+    try:
+        (inside / "file.png").symlink_to(outside / "a.png")
+        (inside / "folder").symlink_to(outside)
+        (tmp_path / "alias").symlink_to(inside)
+    except OSError:
+        pytest.skip("this system does not let us make links")
+    settings = MediaSettings(local_folders=(tmp_path / "alias",))
+    for path in (inside / "file.png", inside / "folder" / "a.png", tmp_path / "alias" / "file.png"):
+        with pytest.raises(ValueError, match="outside the folders"):
+            load_image(path, settings)
+    (inside / "b.png").write_bytes(encoded(NOISE))
+    for path in (inside / "b.png", tmp_path / "alias" / "b.png"):
+        assert load_image(path, settings).size == NOISE.size
+
+
+@pytest.mark.parametrize("kind", ["video", "document"])
+def test_what_clips_and_documents_may_be(kind: str, tmp_path: Path) -> None:
+    settings = MediaSettings(video_bytes=10, document_bytes=10)
+    assert open_medium(b"abc", kind, settings).data == b"abc"
+    assert open_medium("data:,abc", kind, settings).data == b"abc"
+    (tmp_path / "a").write_bytes(bytes(100))
+    assert open_medium(tmp_path / "a", kind, settings).data == (tmp_path / "a").resolve()
+    for source in (bytes(11), "data:," + "a" * 11):
+        with pytest.raises(ValueError, match="10 are allowed"):
+            open_medium(source, kind, settings)
+    with pytest.raises(TypeError, match="cannot be a list; pass a path, bytes"):
+        open_medium([], kind, settings)

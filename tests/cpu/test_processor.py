@@ -175,7 +175,7 @@ def test_image_parts_carry_size_and_splitting(processor: AriaProcessor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"text": SLOT, "videos": [[]]}, ValueError, "videos= is not taken"),
+        ({"text": SLOT, "videos": [[]]}, ValueError, "1 clip places"),
         ({"text": None}, ValueError, "should be a prompt"),
         ({"text": []}, ValueError, "should be a prompt"),
         ({"text": "a", "return_tensors": "tf"}, ValueError, "'tf' is not known"),

@@ -155,8 +155,9 @@ class Simulation:
                 self._cancel(self.random.choice(live))
             queued = {request for request in live if request.status is Status.WAITING}
             reading = {request for request in live if request.prefilling}
+            runs = {request: request.runs for request in live if request.status is Status.RUNNING}
             plan = self.scheduler.plan()
-            self._check(plan, queued, reading, live)
+            self._check(plan, queued, reading, runs, live)
             if plan:
                 self.device.launch(plan)
             idle = 0 if plan or self.arriving or self.device.steps else idle + 1
@@ -225,10 +226,13 @@ class Simulation:
             elif token == END or len(request.outputs) == request.max_tokens:
                 self.scheduler.finish(request)
 
-    def _check(self, plan: Plan, queued: set[Request], reading: set[Request], live: list[Request]) -> None:
-        """What every plan keeps to."""
+    def _check(
+        self, plan: Plan, queued: set[Request], reading: set[Request], runs: dict[Request, int], live: list[Request]
+    ) -> None:
+        """What every plan keeps to. ``runs``: of the requests that ran before, how often they had been admitted."""
         self.counts["drains"] += plan.drain
-        self.counts["preempted"] += len(plan.preempted)
+        preempted = [one for one, times in runs.items() if one.status is Status.WAITING or one.runs > times]
+        self.counts["preempted"] += len(preempted)
         if plan.drain:
             assert not plan and self.device.steps, "a drain with nothing under way, or with work"
             return
@@ -249,9 +253,9 @@ class Simulation:
         admitted = queued & set(running)
         waiting = [request for request in live if request.status is Status.WAITING]
         assert not any(late < early for early in admitted for late in waiting), "the queue was overtaken"
-        for victim in plan.preempted:
+        for victim in preempted:
             assert not any(victim < request for request in running), "not the last was preempted"
-        self.counts["preempted while reading"] += sum(victim in reading for victim in plan.preempted)
+        self.counts["preempted while reading"] += sum(victim in reading for victim in preempted)
         blocked = any(request.prefilling and request not in planned for request in running)
         self.counts["prompt without room"] += blocked and self.pool.available == 0
         starts = [chunk.request for chunk in plan.chunks if chunk.request in admitted]

@@ -1,0 +1,254 @@
+"""Answers that follow a JSON schema: schemas -> grammars, and which tokens a grammar allows next.
+
+G answers with a grammar, V vocabulary, W = ceil(V / 32) words of a mask of tokens, the lowest bit first.
+
+The grammars are those of llguidance, an optional dependency; `docs/structured-output.md` says why, and what of JSON
+Schema it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from aria.processor import AriaTokenizer, Prompt
+from aria.processor.chat import END_OF_TURN
+
+if TYPE_CHECKING:
+    import llguidance
+
+End = Literal["complete", "over", "error"]
+"""How a grammar ends an answer: with this token, which belongs to it; before this token; or because it gave up."""
+KEPT_GRAMMARS = 32
+"""One takes some hundreds of kilobytes, and at the limits of its lexer 30 MB."""
+
+
+class Matcher:
+    """Where one answer stands in its grammar: a function of the tokens it has accepted, so preemption loses nothing."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, ends_W: np.ndarray, forget: Callable[[], object]):
+        self._matcher = matcher
+        self._ends_W = ends_W
+        self._forget = forget
+        self.error: str | None = None
+        """Why it gave up, once it has."""
+
+    def accept(self, token_id: int) -> End | None:
+        """Take the token that was chosen; None while more may come."""
+        if self.error is None and self._is_end(token_id):
+            return "over"
+        if self.error is None and not self._matcher.consume_token(token_id):
+            self._give_up()
+        if self.error is not None:
+            return "error"
+        return "complete" if self._matcher.is_stopped() else None
+
+    def fill(self, mask_W: np.ndarray) -> None:
+        """Write the bits of the tokens that may come next."""
+        self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+        if self._matcher.is_error():
+            self._give_up()
+            mask_W.fill(-1)
+        elif self._matcher.is_accepting():
+            mask_W |= self._ends_W
+
+    def _give_up(self) -> None:
+        self.error = _reason(self._matcher)
+        # All answers to a schema share a lexer: if that is what is full, the next one needs another.
+        self._forget()
+
+    def _is_end(self, token_id: int) -> bool:
+        ends = int(self._ends_W[token_id // 32]) >> token_id % 32 & 1
+        # No JSON value goes on with the first characters of an end, but a text in it may hold them.
+        return bool(ends) and self._matcher.is_accepting()
+
+
+def fill_masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
+    """What each answer may go on with: int32 ``(G, W)``, a bit a token. Matchers that give up allow everything.
+
+    It takes some 15 microseconds a row, less than the device takes for its scores meanwhile, so one thread does it.
+    """
+    masks_GW = np.zeros((len(matchers), -(-vocab_size // 32)), dtype=np.int32)
+    for matcher, mask_W in zip(matchers, masks_GW, strict=True):
+        matcher.fill(mask_W)
+    return masks_GW
+
+
+class Grammars:
+    """Compiles schemas for a vocabulary and keeps the latest. Any thread may call it.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: V of the model, which may be more than the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: AriaTokenizer, vocab_size: int):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._trie: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._ends: dict[tuple[str, ...], np.ndarray] = {}
+
+    def load(self) -> None:
+        """Lay out the vocabulary now and not with the first schema: a quarter of a second for Aria's.
+
+        Raises:
+            ModuleNotFoundError: llguidance is not installed.
+        """
+        with self._lock:
+            if self._trie is None:
+                self._trie = _lay_out(self._tokenizer, self._vocab_size)
+
+    def compile(self, schema: Mapping[str, Any] | bool, stops: Sequence[str] = ()) -> None:
+        """Check a schema and keep its grammar: milliseconds, up to a second for one of thousands of properties.
+
+        Args:
+            schema: a JSON schema, or True for any object.
+            stops: as :meth:`matchers` will be told.
+
+        Raises:
+            ValueError: it is no JSON schema, it has a keyword that cannot be followed, or no value fits it.
+            ModuleNotFoundError: llguidance is not installed.
+        """
+        self._grammar(schema)
+        self._ends_mask(tuple(stops))
+
+    def matchers(self, schema: Mapping[str, Any] | bool, count: int, stops: Sequence[str] = ()) -> list[Matcher]:
+        """Matchers at the beginning of a schema's grammar, compiled if need be.
+
+        Args:
+            schema: a JSON schema, or True for any object.
+            count: how many.
+            stops: texts with which the model ends its turn. Their first tokens may end a value that could go on, as
+                a number could.
+        """
+        text, grammar = self._grammar(schema)
+        ends = self._ends_mask(tuple(stops))
+        forget = partial(self._compiled.pop, text, None)
+        return [Matcher(grammar.deep_copy(), ends, forget) for _ in range(count)]
+
+    def _grammar(self, schema: Mapping[str, Any] | bool) -> tuple[str, llguidance.LLMatcher]:
+        try:
+            text = json.dumps(dict(schema) if isinstance(schema, Mapping) else {"type": "object"}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"json_schema is not JSON: {error}") from None
+        with self._lock:
+            found = self._compiled.get(text)
+            if found is not None:
+                self._compiled.move_to_end(text)
+                return text, found
+        self.load()
+        assert self._trie is not None, "the vocabulary was laid out"
+        grammar = _compile(text, self._trie)
+        with self._lock:
+            self._compiled[text] = grammar
+            if len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return text, grammar
+
+    def _ends_mask(self, stops: tuple[str, ...]) -> np.ndarray:
+        """Bits of the tokens that end an answer: the end of text, and those that begin a stop text."""
+        ends = self._ends.get(stops)
+        if ends is None:
+            texts = [stop.encode() for stop in stops]
+            ids = [_end_of_text(self._tokenizer)]
+            for index in range(min(self._vocab_size, len(self._tokenizer))):
+                data = self._tokenizer.token_bytes(index)
+                if data and any(text.startswith(data) or data.startswith(text) for text in texts):
+                    ids.append(index)
+            bits = np.zeros(-(-self._vocab_size // 32) * 32, dtype=np.uint8)
+            bits[ids] = 1
+            ends = self._ends[stops] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+        return ends
+
+
+def _lay_out(tokenizer: AriaTokenizer, vocab_size: int) -> llguidance.LLTokenizer:
+    try:
+        from llguidance import LLTokenizer, TokenizerWrapper
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'json_schema needs the package llguidance: pip install "aria-moe[serve]"', name="llguidance"
+        ) from None
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)), n_vocab=vocab_size)
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: AriaTokenizer, vocab_size: int):
+        known = min(vocab_size, len(tokenizer))
+        self._encode = tokenizer.encode
+        self.eos_token_id = _end_of_text(tokenizer)
+        self.tokens = [tokenizer.token_bytes(index) for index in range(known)] + [b""] * (vocab_size - known)
+        # A vocabulary that has the end of a turn as one token does not mean it as text.
+        marks = [index for index, data in enumerate(self.tokens) if END_OF_TURN.encode() in data]
+        self.special_token_ids = sorted({*tokenizer.all_special_ids, *marks})
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("the tokenizer takes text; bytes are spelled out where they are no text")
+        ids: list[int] = []
+        for index in self._encode(Prompt(text)):
+            if index in self.special_token_ids:
+                # Wanted as text by a schema: cut in two, so that it does not become a mark.
+                mark = self.tokens[index].decode()
+                ids += [*self._encode(Prompt(mark[:1])), *self._encode(Prompt(mark[1:]))]
+            else:
+                ids.append(index)
+        return ids
+
+
+def _compile(schema: str, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
+    """A matcher at the beginning of a schema's grammar."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    try:
+        # A schema may carry settings of its own under "x-guidance"; all that matter here are set over them.
+        source = LLMatcher.grammar_from_json_schema(
+            schema,
+            overrides={
+                "item_separator": ",",
+                "key_separator": ":",
+                "whitespace_flexible": False,
+                "whitespace_pattern": None,
+                "coerce_one_of": False,
+                "lenient": False,
+            },
+        )
+    except ValueError as error:
+        raise ValueError(f"json_schema cannot be followed: {error}") from None
+    # Grammars that need more work than this for a token give up: no schema should hold up the answers of others.
+    limits = LLParserLimits(
+        step_max_items=20_000, step_lexer_fuel=200_000, max_lexer_states=50_000, verbose_errors=False
+    )
+    grammar = LLMatcher(trie, source, log_level=0, limits=limits)
+    if grammar.is_error():
+        raise ValueError(f"json_schema cannot be followed: {_reason(grammar)}")
+    # First steps find what the grammar alone does not show: schemas that no value fits, or only endless ones.
+    probe = grammar.deep_copy()
+    probe.compute_bitmask()
+    if probe.is_stopped():
+        raise ValueError("json_schema cannot be followed: no JSON value fits it")
+    if probe.consume_tokens(probe.compute_ff_tokens()) and not probe.is_stopped():
+        probe.compute_bitmask()
+    if probe.is_error():
+        raise ValueError(f"json_schema cannot be followed: {_reason(probe)}")
+    return grammar
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """What went wrong, without llguidance's state."""
+    return matcher.get_error().partition("\n<")[0].strip()
+
+
+def _end_of_text(tokenizer: AriaTokenizer) -> int:
+    return tokenizer.unk_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id

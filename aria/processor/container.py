@@ -1,0 +1,328 @@
+"""The files that clips come in (PyAV): when each frame is shown, where decoding can begin, and frames as RGB."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aria.processor.limits import MediaSettings
+from aria.processor.media import Opened
+
+Fit = Callable[[int, int], tuple[int, int]]
+"""(width, height) of an upright frame -> what it should become."""
+
+# Containers of moving pictures alone: others (playlists, concatenations) can name further files and addresses.
+_FORMATS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "mxf", "nut", "dv"),
+    *("gif", "apng", "h264", "hevc", "m4v", "ivf", "obu", "mjpeg", "rm", "wtv"),
+)
+_READ_BYTES = 1 << 20
+_UNKNOWN_RATE = Fraction(25)
+
+
+class Key(NamedTuple):
+    """A keyframe."""
+
+    number: int
+    """Of its packet in the file."""
+    time: int | None
+    decoding_time: int | None
+
+
+class Timeline(NamedTuple):
+    """When the frames of a clip are shown, in units of ``unit`` seconds, and where decoding can begin."""
+
+    times: list[int]
+    """Of each frame, in the order in which they are shown."""
+    numbers: list[int]
+    """Of each frame's packet in the file."""
+    end: int
+    unit: Fraction
+    keys: list[Key]
+    counted: bool
+    """The file tells no times: frames are told by their number, and decoded from the beginning."""
+
+    @property
+    def seconds(self) -> Fraction:
+        """Length of the clip."""
+        return (self.end - self.times[0]) * self.unit
+
+
+class Watch:
+    """Ends the reading of one clip, in all its threads, when it takes too long or is given up."""
+
+    def __init__(self, name: str, seconds: float):
+        self._name, self._seconds = name, seconds
+        self._end = time.monotonic() + seconds
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Give it up."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Go on, or a ValueError."""
+        if self._stopped.is_set() or time.monotonic() > self._end:
+            raise ValueError(f"reading {self._name} took longer than {self._seconds:g} s; send a shorter part")
+
+
+@contextlib.contextmanager
+def opened(clip: Opened, settings: MediaSettings) -> Iterator[tuple[Any, Any]]:
+    """The container and its stream of moving pictures; what goes wrong inside becomes a ValueError.
+
+    Raises:
+        ValueError: no clip, one without moving pictures, a damaged one, or one with too large frames.
+    """
+    import av
+
+    with contextlib.ExitStack() as stack:
+        by_name = isinstance(clip.data, Path)
+        # With the prefix no part of a file's name can be taken for another protocol.
+        file: Any = f"file:{clip.data!s}" if by_name else stack.enter_context(clip.file())
+        options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file" if by_name else "none"}
+        try:
+            container = stack.enter_context(
+                # Titles in other codings than UTF-8 are no reason to fail.
+                av.open(file, options=options, buffer_size=_READ_BYTES, metadata_errors="replace")
+            )
+            yield container, _moving(container, clip.name, settings)
+        except av.FFmpegError as error:
+            raise ValueError(
+                f"{clip.name} cannot be read as a clip ({error.strerror}); the file may be damaged, or of another kind"
+            ) from error
+
+
+def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError(f"{name} has no moving pictures, only {_kinds(container)}")
+    stream = max(streams, key=lambda one: (bool(one.disposition & Disposition.default), -one.index))
+    context = stream.codec_context
+    if context is None:
+        raise ValueError(f"{name} is coded in a way that cannot be decoded here")
+    if context.width * context.height > settings.frame_pixels:
+        raise ValueError(
+            f"{name} announces frames of {context.width} x {context.height} pixels, more than the "
+            f"{settings.frame_pixels:,} allowed; scale it down first"
+        )
+    return stream
+
+
+def _kinds(container: Any) -> str:
+    kinds = {"a cover" if stream.type == "video" else stream.type for stream in container.streams}
+    return " and ".join(sorted(kinds)) or "nothing"
+
+
+def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
+    """Read through a clip without decoding it.
+
+    Raises:
+        ValueError: as for :func:`opened`.
+    """
+    import av
+
+    shown: list[tuple[Any, int, int]] = []
+    keys: list[Key] = []
+    with opened(clip, settings) as (container, stream):
+        try:
+            for number, packet in enumerate(_packets(container, stream, watch)):
+                if packet.is_keyframe or not keys:
+                    keys.append(Key(number, packet.pts, packet.dts))
+                if not packet.is_discard:  # outside of what the file's edit list shows
+                    shown.append((packet.pts, number, packet.duration or 0))
+        except av.FFmpegError:
+            if not shown:  # else the end is broken, and what is before it is read
+                raise
+        if not shown:
+            raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
+        rate = Fraction(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
+        if _tells_times(container, stream, [moment for moment, *_ in shown]):
+            shown.sort()
+            times = [moment for moment, *_ in shown]
+            unit = Fraction(stream.time_base)
+            last = shown[-1][2] or (times[-1] - times[-2] if len(times) > 1 else 0) or int(1 / (rate * unit)) or 1
+            return Timeline(times, [number for _, number, _ in shown], times[-1] + last, unit, keys, counted=False)
+    order = list(range(len(shown)))
+    return Timeline(order, order, len(order), 1 / rate, [Key(0, None, None)], counted=True)
+
+
+def _packets(container: Any, stream: Any, watch: Watch) -> Iterator[Any]:
+    more = True
+    while more:
+        more = False
+        try:
+            for packet in container.demux(stream):
+                watch.check()
+                if packet.size:  # the last one is empty, and only says that it is the last
+                    yield packet
+        except IndexError:
+            # PyAV stumbles over a stream that turns up after the beginning; asked again, it knows of it.
+            more = True
+
+
+def _tells_times(container: Any, stream: Any, times: Sequence[int | None]) -> bool:
+    if any(moment is None for moment in times):
+        return False
+    # AVI holds no times; where frames are shown in another order than they are stored, those made up for it are wrong.
+    rising = all(a < b for a, b in itertools.pairwise(times))  # type: ignore[operator]
+    return not (container.format.name == "avi" and stream.codec_context.has_b_frames and rising)
+
+
+class Decoder:
+    """Frames of a clip at given times.
+
+    Args:
+        clip: its file.
+        timeline: what :func:`scan` says of it.
+        fit: what becomes of a frame of (width, height).
+        threads: of the codec.
+    """
+
+    def __init__(self, clip: Opened, timeline: Timeline, fit: Fit, threads: int, settings: MediaSettings, watch: Watch):
+        from av.video.reformatter import VideoReformatter
+
+        self._clip, self._timeline, self._fit, self._threads = clip, timeline, fit, threads
+        self._settings, self._watch = settings, watch
+        self._scaler = VideoReformatter()
+        self._files = contextlib.ExitStack()
+        self._container: Any = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def decode(self, key: int, times: Sequence[int]) -> dict[int, np.ndarray]:
+        """RGB by time, of frames that need nothing before a keyframe. What cannot be decoded is missing.
+
+        Args:
+            key: index of the keyframe.
+            times: of the frames.
+        """
+        frames = self._attempt(key, times, skip=not self._timeline.counted)
+        missing = [moment for moment in times if moment not in frames]
+        if missing and not self._timeline.counted:
+            # Pictures that are refreshed bit by bit, or frames that are leant on although they say they are not.
+            frames |= self._attempt(max(key - 1, 0), missing, skip=False)
+        return frames
+
+    def _attempt(self, key: int, times: Sequence[int], *, skip: bool) -> dict[int, np.ndarray]:
+        from av import FFmpegError
+
+        wanted, frames = set(times), {}
+        number = itertools.count()
+        counted = self._timeline.counted
+
+        def take(packet: Any) -> None:
+            with contextlib.suppress(FFmpegError):  # a damaged packet; the decoder goes on with the next
+                for frame in self._context.decode(packet):
+                    moment = next(number) if counted else frame.pts
+                    if moment in wanted:
+                        frames[moment] = self._rgb(frame)
+
+        unfed = set(times)
+        for packet in self._packets_from(key):
+            # No other frame leans on these, so that only those that are wanted have to be decoded.
+            self._context.skip_frame = "NONREF" if skip and packet.pts not in wanted else "DEFAULT"
+            take(packet)
+            unfed -= frames.keys() if counted else {packet.pts}
+            if not unfed:
+                break
+        take(None)
+        return frames
+
+    def _packets_from(self, key: int) -> Iterator[Any]:
+        """Packets from a keyframe on; where seeking does not get there, from the beginning of the file."""
+        from av import FFmpegError
+
+        keys = self._timeline.keys
+        # Some containers seek by estimate, and past the mark; then an earlier one is aimed at.
+        for aim in (key, key - 1, key - 4):
+            if aim <= 0 or keys[aim].decoding_time is None or keys[key].decoding_time is None:
+                break
+            found = False
+            with contextlib.suppress(FFmpegError):
+                for packet in self._packets_after(keys[aim].decoding_time):
+                    if not found and packet.dts is not None and packet.dts > keys[key].decoding_time:
+                        break
+                    found = found or (packet.dts, packet.pts) == (keys[key].decoding_time, keys[key].time)
+                    if found:
+                        yield packet
+            if found:
+                return
+        self._open()
+        with contextlib.suppress(FFmpegError):
+            for number, packet in enumerate(_packets(self._container, self._stream, self._watch)):
+                if number >= keys[key].number:
+                    yield packet
+
+    def _packets_after(self, moment: int | None) -> Iterator[Any]:
+        if self._container is None:
+            self._open()
+        self._container.seek(moment, stream=self._stream)
+        yield from _packets(self._container, self._stream, self._watch)
+
+    def _open(self) -> None:
+        self._files.close()
+        self._container, self._stream = self._files.enter_context(opened(self._clip, self._settings))
+        self._context = self._stream.codec_context
+        self._context.thread_count = self._threads
+        self._context.thread_type = "AUTO"
+        # Also for frames that turn out larger than the file's header says.
+        self._context.options = {"max_pixels": str(self._settings.frame_pixels)}
+
+    def _rgb(self, frame: Any) -> np.ndarray:
+        from av.video.reformatter import Interpolation
+
+        turned, down, right = _orientation(frame)
+        width, height = frame.width, frame.height
+        # Pixels that are not square.
+        ratio = self._stream.sample_aspect_ratio or 1
+        if ratio != 1 and Fraction(1, 4) <= ratio <= 4:
+            width = max(1, round(width * ratio))
+        if turned:
+            height, width = self._fit(height, width)
+        else:
+            width, height = self._fit(width, height)
+        rgb = self._scaler.reformat(
+            frame,
+            width,
+            height,
+            "rgb24",
+            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+            threads=1,
+        ).to_ndarray()
+        if turned:
+            rgb = rgb.transpose(1, 0, 2)
+        return np.ascontiguousarray(rgb[:: -1 if down else 1, :: -1 if right else 1])
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """(rows become columns, then upside down, then left to right) to see a frame as it was meant.
+
+    From its display matrix, which sends (x, y) to (a x + c y, b x + d y); turns by other than quarters are left.
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return False, False, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), dtype=np.int32).tolist()
+    if a == d == 0:
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,137 @@
+"""Documents to pages: PDF, rendered at twice its size as the authors do it (144 dots per inch)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aria.processor.container import Watch
+from aria.processor.limits import MediaSettings
+from aria.processor.media import Opened
+
+SCALE = 2
+"""Pixels for each point (1/72 inch) of a page."""
+_RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
+# PDFium holds state of the whole process.
+_PDFIUM = threading.Lock()
+_FAULTS = {
+    3: "it is no PDF, a damaged one, or one without pages",
+    4: "it is locked with a password",
+    5: "its encryption is not known",
+}
+
+
+class Page(NamedTuple):
+    """A page of a document."""
+
+    number: int
+    """From 1."""
+    rgb: np.ndarray
+    """uint8 ``(Y, X, 3)``."""
+
+
+def read_document(
+    document: Opened, pages: str | Sequence[int] | None = None, settings: MediaSettings | None = None
+) -> list[Page]:
+    """Pages of a PDF, with their annotations and filled forms.
+
+    Args:
+        document: the file, as :func:`~aria.processor.media.open_medium` lets it in.
+        pages: numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
+        settings: limits on pages and pixels; None: those of :class:`MediaSettings`.
+
+    Raises:
+        ValueError: no PDF, a damaged or locked one, pages that it does not have, or over a limit.
+    """
+    settings = settings or MediaSettings()
+    watch = Watch(document.name, settings.decode_timeout)
+    with _opened(document) as pdf:
+        with _PDFIUM:
+            count = len(pdf)
+        if not count:
+            raise ValueError(f"{document.name} has no pages")
+        ranges = [(1, count)] if pages is None else page_ranges(pages, count)
+        asked = sum(last - first + 1 for first, last in ranges)
+        if asked > settings.max_pages:
+            raise ValueError(
+                f"{asked} pages of {document.name} are asked for, but {settings.max_pages} are allowed; "
+                'choose some, such as pages="1-8"'
+            )
+        read = []
+        for number in (number for first, last in ranges for number in range(first, last + 1)):
+            watch.check()
+            read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels)))
+        return read
+
+
+def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]:
+    """First and last of each range that ``1-3,7`` or a list of numbers asks for, of a document of ``count`` pages.
+
+    Raises:
+        ValueError: it cannot be understood, or asks for pages that are not there.
+    """
+    if isinstance(pages, str):
+        ranges = []
+        for part in pages.split(","):
+            match = _RANGE.fullmatch(part)
+            if match is None:
+                raise ValueError(f'pages {pages!r:.60} are not understood; expected numbers and ranges such as "1-3,7"')
+            ranges.append((int(match[1]), int(match[2] or match[1])))
+    else:
+        ranges = [(number, number) for number in pages]
+    for first, last in ranges:
+        if not 1 <= first <= last <= count:
+            asked = f"page {first}" if first == last else f"pages {first}-{last}"
+            raise ValueError(f"{asked} asked for, but the document has pages 1 to {count}")
+    if not ranges:
+        raise ValueError("pages is empty; leave it out for all of them")
+    return ranges
+
+
+@contextlib.contextmanager
+def _opened(document: Opened) -> Iterator[Any]:
+    import pypdfium2
+
+    try:
+        with _PDFIUM:
+            pdf = pypdfium2.PdfDocument(document.data)
+            pdf.init_forms()
+    except pypdfium2.PdfiumError as error:
+        fault = _FAULTS.get(error.err_code or 0, str(error))
+        raise ValueError(f"{document.name} cannot be read as a document: {fault}") from error
+    try:
+        yield pdf
+    finally:
+        with _PDFIUM:
+            pdf.close()
+
+
+def _render(pdf: Any, number: int, name: str, max_pixels: int) -> np.ndarray:
+    import pypdfium2
+
+    with _PDFIUM:
+        try:
+            page = pdf[number - 1]
+            try:
+                width, height = (math.ceil(side * SCALE) for side in page.get_size())
+                if width * height > max_pixels:
+                    raise ValueError(
+                        f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
+                        "allowed; make it smaller, or leave it out with pages="
+                    )
+                bitmap = page.render(scale=SCALE, rev_byteorder=True)
+                try:
+                    # Its memory goes back to PDFium.
+                    return np.array(bitmap.to_numpy()[..., :3], order="C")
+                finally:
+                    bitmap.close()
+            finally:
+                page.close()
+        except pypdfium2.PdfiumError as error:
+            raise ValueError(f"page {number} of {name} cannot be rendered ({error}); it may be damaged") from error

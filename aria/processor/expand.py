@@ -1,0 +1,137 @@
+"""Clips and documents in a prompt, opened into the pictures they consist of, with the text that goes around each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from aria.processor.chat import IMAGE_TOKEN, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
+from aria.processor.document import read_document
+from aria.processor.image import AriaImageProcessor
+from aria.processor.limits import MediaSettings
+from aria.processor.media import open_medium
+from aria.processor.video import read_clip
+
+NUM_FRAMES = 128
+"""Frames of a clip whose part does not say how many, as in the authors' cookbook."""
+_WRAPPING = ("<fim_prefix>", "<fim_suffix>")
+
+
+class Expanded(NamedTuple):
+    """A prompt with places for pictures alone."""
+
+    prompt: Prompt
+    media: list[tuple[str, int]]
+    """Of each medium its kind (image, video, document) and how many of the pictures are its own, in order."""
+
+
+class _Place(NamedTuple):
+    """A picture and the text on both sides of it."""
+
+    before: str
+    part: ImagePart
+    after: str
+
+
+def settle(
+    prompt: Prompt, processor: AriaImageProcessor, *, max_image_size: int | None = None, split_image: bool | None = None
+) -> Prompt:
+    """The prompt with sizes and splitting decided for every medium.
+
+    What a part says comes first, then the arguments, then the custom of its kind: pictures as the processor's settings
+    say, clips in the smallest crops and whole, documents split.
+    """
+    customs: dict[type[MediaPart], tuple[int, bool]] = {
+        ImagePart: (processor.max_image_size, processor.split_image),
+        VideoPart: (processor.sizes[0], False),
+        DocumentPart: (processor.max_image_size, True),
+    }
+    parts = []
+    for part in prompt.parts:
+        size, split = customs[type(part)]
+        size = size if max_image_size is None else max_image_size
+        split = split if split_image is None else split_image
+        parts.append(
+            replace(
+                part,
+                max_image_size=size if part.max_image_size is None else part.max_image_size,
+                split_image=split if part.split_image is None else part.split_image,
+            )
+        )
+    return Prompt(str(prompt), prompt.slots, parts)
+
+
+def expand(prompt: Prompt, processor: AriaImageProcessor, settings: MediaSettings) -> Expanded:
+    """Open the clips and documents of a prompt that is :func:`settled <settle>`, and whose parts all have sources.
+
+    Of a clip each frame stands as ``[MM:SS]``, picture, newline; without timestamps the frames stand side by side with
+    one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.processor.media`.
+    """
+    text, at = "", 0
+    slots: list[int] = []
+    parts: list[ImagePart] = []
+    media: list[tuple[str, int]] = []
+    whole = str(prompt)
+    for slot, part in zip(prompt.slots, prompt.parts, strict=True):
+        start, end = slot, slot + len(IMAGE_TOKEN)
+        wrapping = ("", "")
+        if whole.endswith(_WRAPPING[0], at, start) and whole.startswith(_WRAPPING[1], end):
+            wrapping = _WRAPPING
+            start, end = start - len(wrapping[0]), end + len(wrapping[1])
+        text += whole[at:start]
+        places = list(_open(part, processor, settings))
+        for before, picture, after in places:
+            text += before + wrapping[0]
+            slots.append(len(text))
+            parts.append(picture)
+            text += IMAGE_TOKEN + wrapping[1] + after
+        media.append((_kind(part), len(places)))
+        at = end
+    return Expanded(Prompt(text + whole[at:], slots, parts), media)
+
+
+def _kind(part: MediaPart) -> str:
+    return {VideoPart: "video", DocumentPart: "document"}.get(type(part), "image")
+
+
+def _open(part: MediaPart, processor: AriaImageProcessor, settings: MediaSettings) -> Iterator[_Place]:
+    if isinstance(part, ImagePart):
+        yield _Place("", part, "")
+    elif isinstance(part, VideoPart):
+        yield from _frames(part, processor, settings)
+    else:
+        assert isinstance(part, DocumentPart), f"a part of an unknown kind: {part!r:.100}"
+        for number, rgb in read_document(open_medium(part.source, "document", settings), part.pages, settings):
+            yield _Place(f"Page {number}: ", _picture(rgb, part), "\n")
+
+
+def _frames(part: VideoPart, processor: AriaImageProcessor, settings: MediaSettings) -> Iterator[_Place]:
+    size = part.max_image_size
+    assert size is not None, "expand takes prompts that are settled"
+
+    def fit(width: int, height: int) -> tuple[int, int]:
+        # As the crop will have it, so that frames never lie in memory in full. Smaller ones are left to the encoder.
+        return (
+            (width, height) if part.split_image or max(width, height) <= size else processor.fit((width, height), size)
+        )
+
+    frames = read_clip(
+        open_medium(part.source, "video", settings),
+        num_frames=part.num_frames or (min(NUM_FRAMES, settings.max_frames) if part.fps is None else None),
+        fps=part.fps,
+        max_frames=part.max_frames,
+        fit=fit,
+        settings=settings,
+    )
+    for i, frame in enumerate(frames):
+        last = i == len(frames) - 1
+        before = f"[{frame.stamp}]" if part.timestamps else ""
+        yield _Place(before, _picture(frame.rgb, part), "\n" if part.timestamps or last else "")
+
+
+def _picture(rgb: Any, part: MediaPart) -> ImagePart:
+    return ImagePart(rgb, part.max_image_size, part.split_image)

@@ -1,0 +1,166 @@
+"""Clips to frames: the moments are chosen exactly, and no more is decoded than they need, on every core.
+
+A first pass reads the clip without decoding it: when each frame is shown, and where decoding can begin (its keyframes).
+From that come the frames to take and, for each, the keyframe to start at. Runs of frames that share one are independent
+of each other and go to several workers.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, opened, scan
+from aria.processor.limits import MediaSettings
+from aria.processor.media import Opened
+
+MOST_WORKERS = 16
+DECODER_BYTES = 2 << 30
+"""What the workers' decoders may hold together, if each keeps :data:`FRAMES_HELD` frames."""
+FRAMES_HELD = 20
+
+
+class Frame(NamedTuple):
+    """A frame of a clip."""
+
+    seconds: Fraction
+    """Since the clip's first frame."""
+    rgb: np.ndarray
+    """uint8 ``(Y, X, 3)``, upright."""
+
+    @property
+    def stamp(self) -> str:
+        """``MM:SS``; minutes may go beyond 59."""
+        minutes, seconds = divmod(int(self.seconds), 60)
+        return f"{minutes:02d}:{seconds:02d}"
+
+
+def read_clip(
+    clip: Opened,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    fit: Fit | None = None,
+    settings: MediaSettings | None = None,
+    workers: int | None = None,
+) -> list[Frame]:
+    """Frames from all over a clip.
+
+    They are those on screen at the middles of N equal parts of its length. A clip of N frames or fewer gives each of
+    them once; no frame is ever given twice. With a constant rate this is the authors' choice,
+    ``trunc(T / N * (i + 0.5))`` of T frames.
+
+    Args:
+        clip: the file, as :func:`~aria.processor.media.open_medium` lets it in.
+        num_frames: N.
+        fps: instead of ``num_frames``: N as so many frames a second, at most ``max_frames``.
+        max_frames: with ``fps``; None: what the settings allow.
+        fit: what becomes of a frame of (width, height), asked for each; None: frames stay as they are.
+        settings: limits on frames, pixels and seconds; None: those of :class:`MediaSettings`.
+        workers: decoders at work; None: as many as there are cores.
+
+    Returns:
+        Frames in the order of their times; what cannot be decoded is left out.
+
+    Raises:
+        ValueError: no clip, a damaged one, or one that goes over a limit.
+    """
+    settings = settings or MediaSettings()
+    if (num_frames is None) == (fps is None):
+        raise ValueError("give num_frames or fps, and not both")
+    for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
+        if value is not None and not 1 <= value <= settings.max_frames:
+            raise ValueError(f"{name} is {value}; 1 to {settings.max_frames} are allowed")
+    watch = Watch(clip.name, settings.decode_timeout)
+    timeline = scan(clip, settings, watch)
+    if timeline.seconds > settings.clip_seconds:
+        raise ValueError(
+            f"{clip.name} is {float(timeline.seconds):.0f} s long, but {settings.clip_seconds:g} s are allowed; "
+            "send a part of it"
+        )
+    count = num_frames
+    if count is None:
+        assert fps is not None, "checked above"
+        count = min(max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(fps))))
+    runs = _runs(timeline, choose(timeline, count))
+    frames = _decode(clip, timeline, runs, fit or _as_it_is, workers or cores(), settings, watch)
+    if not frames:
+        raise ValueError(f"no frame of {clip.name} can be decoded; the file may be truncated or damaged")
+    first = timeline.times[0]
+    return [Frame((moment - first) * timeline.unit, frames[moment]) for moment in sorted(frames)]
+
+
+def choose(timeline: Timeline, count: int) -> list[int]:
+    """Indices of the frames on screen at the middles of ``count`` equal parts, each once."""
+    times, length = timeline.times, timeline.end - timeline.times[0]
+    if len(times) <= count:
+        return list(range(len(times)))
+    # Times are whole numbers, so that rounding a moment down changes nothing.
+    moments = (times[0] + length * (2 * i + 1) // (2 * count) for i in range(count))
+    return list(dict.fromkeys(bisect_right(times, moment) - 1 for moment in moments))
+
+
+def _as_it_is(width: int, height: int) -> tuple[int, int]:
+    return width, height
+
+
+class _Run(NamedTuple):
+    """Frames that are decoded from one keyframe on."""
+
+    key: int
+    times: list[int]
+
+
+def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[_Run]:
+    runs: dict[int, _Run] = {}
+    numbers = [key.number for key in timeline.keys]
+    for index in chosen:
+        moment = timeline.times[index]
+        key = max(bisect_right(numbers, timeline.numbers[index]) - 1, 0)
+        # A frame that is stored after a keyframe but shown before it may lean on what is stored before it.
+        while key and (timeline.keys[key].time or 0) > moment:
+            key -= 1
+        runs.setdefault(key, _Run(key, [])).times.append(moment)
+    return list(runs.values())
+
+
+def _decode(
+    clip: Opened,
+    timeline: Timeline,
+    runs: Sequence[_Run],
+    fit: Fit,
+    threads: int,
+    settings: MediaSettings,
+    watch: Watch,
+) -> dict[int, np.ndarray]:
+    with opened(clip, settings) as (_, stream):
+        held = 2 * stream.codec_context.width * stream.codec_context.height * FRAMES_HELD
+    workers = max(1, min(threads, MOST_WORKERS, len(runs), DECODER_BYTES // max(1, held)))
+    waiting, turn = iter(runs), threading.Lock()
+    frames: dict[int, np.ndarray] = {}
+
+    def work(_: int) -> None:
+        # Cores that have no run of their own help within the runs.
+        with Decoder(clip, timeline, fit, max(1, threads // workers), settings, watch) as decoder:
+            while True:
+                with turn:
+                    run = next(waiting, None)
+                if run is None:
+                    return
+                frames.update(decoder.decode(run.key, run.times))
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for _ in pool.map(work, range(workers)):
+                pass
+        except BaseException:
+            watch.stop()
+            raise
+    return frames

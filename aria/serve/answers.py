@@ -1,0 +1,81 @@
+"""`answer`: a body to an answer without a server: the routes use it, and so does `aria batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+from aria.serve import bodies, chat, completions, responses, responses_body
+from aria.serve.errors import ApiError, from_validation
+from aria.serve.protocol import ChatRequest, CompletionRequest
+from aria.serve.responses_body import ResponsesRequest
+from aria.serve.service import Service
+from aria.serve.streaming import EventStream
+
+
+class Route(NamedTuple):
+    """One way to ask."""
+
+    body: type[BaseModel]
+    read: Callable[..., bodies.Asked]
+    """Body and defaults -> what is asked."""
+    prefix: str
+    """Of ids."""
+    param: str
+    """The field of the body that prompts come from."""
+    whole: Callable[..., Any]
+    """A run -> the answer."""
+    chunks: Callable[..., Any]
+    """A run -> events."""
+
+
+ROUTES = {
+    "/v1/chat/completions": Route(ChatRequest, bodies.chat, "chatcmpl-", "messages", chat.whole, chat.chunks),
+    "/v1/completions": Route(
+        CompletionRequest, bodies.completion, "cmpl-", "prompt", completions.whole, completions.chunks
+    ),
+    "/v1/responses": Route(ResponsesRequest, responses_body.read, "resp_", "input", responses.whole, responses.chunks),
+}
+
+
+async def respond(service: Service, path: str, body: Any) -> BaseModel | EventStream:
+    """The answer to a body that was read; a stream if it asks for one.
+
+    Raises:
+        ApiError: the request cannot be answered.
+    """
+    route = ROUTES[path]
+    asked = route.read(body, service.defaults)
+    run = await service.start(asked, model=body.model, prefix=route.prefix, param=route.param)
+    if body.stream:
+        return EventStream(route.chunks(run, body), run.aclose)
+    return await route.whole(run, body)
+
+
+async def answer(service: Service, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The status and body that the route answers with. Cancelling this cancels the request.
+
+    Args:
+        service: an engine and its settings; keys, queue and size of bodies do not count here.
+        path: such as ``/v1/chat/completions``; one of :data:`ROUTES`.
+        body: JSON, read.
+
+    Raises:
+        Exception: whatever is no fault of the body.
+    """
+    try:
+        if path not in ROUTES:
+            raise ApiError(404, f"there is nothing at {path!r:.200}; there are {', '.join(ROUTES)}")
+        if body.get("stream"):
+            raise ApiError(400, "stream is not supported here; leave it out", param="stream")
+        try:
+            read = ROUTES[path].body.model_validate(body)
+        except ValidationError as error:
+            raise from_validation(error.errors(include_url=False), body) from error
+        reply = await respond(service, path, read)
+    except ApiError as error:
+        return error.status, error.body()
+    assert isinstance(reply, BaseModel), "streams were refused"
+    return 200, reply.model_dump(mode="json", by_alias=True)

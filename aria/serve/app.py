@@ -1,0 +1,189 @@
+"""`create_app`: the routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from aria.engine import AsyncEngine
+from aria.serve import errors, tokens
+from aria.serve.answers import respond
+from aria.serve.limits import Gate, Traffic
+from aria.serve.page import Page
+from aria.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from aria.serve.replies import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    Error,
+    ModelCard,
+    ModelList,
+    ResponseObject,
+    Status,
+    Tokens,
+)
+from aria.serve.responses_body import ResponsesRequest
+from aria.serve.service import Service
+from aria.serve.settings import ServerSettings
+from aria.serve.streaming import ClientGoneError, until_gone
+
+_MEANINGS = {
+    400: "The body, or a medium it names, is not what was expected.",
+    401: "The key is missing or wrong.",
+    404: "There is no such model.",
+    408: "The body stopped in the middle.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "Too many requests of this key at a time.",
+    500: "The server failed.",
+    503: "The queue is full, or the server is about to end.",
+}
+
+
+def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
+    """The server as an ASGI app.
+
+    Args:
+        engine: answers; whoever made it closes it, after the app.
+        settings: limits, keys and names.
+
+    ``app.state.traffic`` is its :class:`~aria.serve.limits.Traffic`, ``app.state.service`` its
+    :class:`~aria.serve.service.Service`.
+    """
+    settings = settings or ServerSettings()
+    service = Service(engine, settings)
+    service.processor.media = settings.media
+    traffic = Traffic(places=engine.engine.core.scheduler.max_rows + settings.max_queue)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(title="Aria", version=version("aria-moe"), docs_url=None, redoc_url=None, lifespan=life)
+    app.state.service, app.state.traffic = service, traffic
+    for routes in (_answers(service), _tokens(service), _state(service, traffic)):
+        app.include_router(routes)
+    app.router.default = Page()
+    errors.install(app)
+    described = app.openapi
+    app.openapi = lambda: _without_422(described())  # type: ignore[method-assign]
+    app.add_middleware(Gate, settings=settings, metrics=service.metrics, traffic=traffic)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+def _without_422(description: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI describes answers that it would give to wrong bodies; here they are 400s of OpenAI's shape."""
+    for methods in description["paths"].values():
+        for route in methods.values():
+            route["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)
+    return description
+
+
+def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Error, "description": _MEANINGS[status]} for status in statuses}
+
+
+_WORK = _said(400, 401, 404, 408, 413, 415, 429, 500, 503)
+
+
+def _answers(service: Service) -> APIRouter:
+    """What the model writes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=_WORK)
+    async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        """Answer a conversation."""
+        return await _unless_gone(request, respond(service, "/v1/chat/completions", body))
+
+    @routes.post("/v1/completions", response_model=Completion, responses=_WORK)
+    async def plain_completions(body: CompletionRequest, request: Request) -> Any:
+        """Go on with a text."""
+        return await _unless_gone(request, respond(service, "/v1/completions", body))
+
+    @routes.post("/v1/responses", response_model=ResponseObject, responses=_WORK)
+    async def responses(body: ResponsesRequest, request: Request) -> Any:
+        """Answer a conversation, in OpenAI's newer form. Nothing is kept."""
+        return await _unless_gone(request, respond(service, "/v1/responses", body))
+
+    return routes
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return await until_gone(request, work)
+    except ClientGoneError:
+        return Response(status_code=499)  # read by nobody but the log
+
+
+def _tokens(service: Service) -> APIRouter:
+    """What prompts cost."""
+    routes = APIRouter()
+
+    @routes.post("/tokenize", response_model=Tokens, response_model_exclude_none=True, responses=_WORK)
+    async def tokenize(body: TokenizeRequest, request: Request) -> Any:
+        """Tokens of a text or a conversation, with the cost of every medium in it."""
+        service.model(body.model)
+        return await _unless_gone(request, tokens.count(service, body))
+
+    @routes.post("/detokenize", response_model=Detokenized, responses=_WORK)
+    async def detokenize(body: DetokenizeRequest) -> Any:
+        """The text of tokens."""
+        service.model(body.model)
+        return await tokens.text(service, body)
+
+    return routes
+
+
+def _state(service: Service, traffic: Traffic) -> APIRouter:
+    """What is here, and how it is doing."""
+    routes = APIRouter()
+
+    def card(name: str) -> ModelCard:
+        return ModelCard(id=name, created=service.created, max_model_len=service.defaults.max_model_len)
+
+    @routes.get("/v1/models", response_model=ModelList, responses=_said(401, 500))
+    async def models() -> Any:
+        """The models that answer here."""
+        return ModelList(data=[card(name) for name in service.settings.model_names])
+
+    @routes.get("/v1/models/{name:path}", response_model=ModelCard, responses=_said(401, 404, 500))
+    async def model(name: str) -> Any:
+        """One of them."""
+        return card(service.model(name))
+
+    @routes.get("/health", response_model=Status, responses=_said(500))
+    async def health() -> Any:
+        """Whether the server lives."""
+        return Status(status="ok")
+
+    @routes.get("/ready", response_model=Status, responses=_said(500, 503))
+    async def ready() -> Any:
+        """Whether it takes new work."""
+        if traffic.draining:
+            raise errors.overloaded("the server is about to end", wait=5)
+        return Status(status="ready")
+
+    @routes.get("/metrics", response_class=PlainTextResponse, responses=_said(401, 500))
+    async def metrics() -> Any:
+        """Counters for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return routes

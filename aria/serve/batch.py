@@ -1,0 +1,177 @@
+"""OpenAI's batch format on the engine: a file of requests to a file of responses, the work behind ``aria batch``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aria.engine import AsyncEngine
+from aria.serve.answers import ROUTES, answer
+from aria.serve.errors import unexpected
+from aria.serve.service import Service
+from aria.serve.settings import ServerSettings
+
+_log = logging.getLogger(__name__)
+
+MOST_TOLD = 10
+"""Faults of an input file that are told at once."""
+_KEYS = ("custom_id", "method", "url", "body")
+_HEAVY = ("video_url", "file", "input_file")
+"""Content parts that are many pictures each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A request of the input, which stays on the disk until its turn comes."""
+
+    custom_id: str
+    start: int
+    """Its first byte in the file."""
+    heavy: bool
+    """Whether it brings clips or documents."""
+
+
+def find_lines(path: str | os.PathLike[str]) -> list[Line]:
+    """All requests of an input file; their bodies are looked into only when they are answered. Empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: lines that are not requests, or one ``custom_id`` twice, with the numbers of the first such lines.
+    """
+    lines: dict[str, Line] = {}
+    numbers: dict[str, int] = {}
+    faults: list[str] = []
+    start = 0
+    with Path(path).open("rb") as file:
+        for number, content in enumerate(file, 1):
+            try:
+                if content.strip():
+                    request = _read(content)
+                    custom_id = request["custom_id"]
+                    if custom_id in lines:
+                        raise ValueError(f"the custom_id {custom_id!r:.80} is line {numbers[custom_id]}'s already")
+                    lines[custom_id] = Line(custom_id, start, _is_heavy(request["body"]))
+                    numbers[custom_id] = number
+            except ValueError as error:
+                faults.append(f"line {number}: {error}")
+            start += len(content)
+    if faults:
+        more = f"; and {len(faults) - MOST_TOLD} more" if len(faults) > MOST_TOLD else ""
+        raise ValueError(f"{path} is not a batch that can be run; {'; '.join(faults[:MOST_TOLD])}{more}")
+    return list(lines.values())
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise ValueError(f"expected an object with {', '.join(_KEYS)}")
+    if missing := [key for key in _KEYS if key not in request]:
+        raise ValueError(f"{' and '.join(missing)} missing")
+    if unknown := sorted(request.keys() - set(_KEYS)):
+        raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(_KEYS)}")
+    if not isinstance(request["custom_id"], str) or not request["custom_id"]:
+        raise ValueError(f"custom_id is {request['custom_id']!r:.80}; expected a text that is not empty")
+    if request["method"] != "POST":
+        raise ValueError(f"method is {request['method']!r:.80}; expected 'POST'")
+    if request["url"] not in ROUTES:
+        raise ValueError(f"url is {request['url']!r:.80}; expected one of {', '.join(ROUTES)}")
+    if not isinstance(request["body"], dict):
+        raise ValueError(f"body is {request['body']!r:.80}; expected an object")
+    return request
+
+
+def _is_heavy(body: Mapping[str, Any]) -> bool:
+    return any(isinstance(part, dict) and part.get("type") in _HEAVY for part in _parts(body))
+
+
+def _parts(body: Mapping[str, Any]) -> Iterator[Any]:
+    """Content parts of a body that nobody has checked yet."""
+    for key in ("messages", "input"):
+        messages = body.get(key)
+        for message in messages if isinstance(messages, list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            yield from content if isinstance(content, list) else ()
+
+
+class Batch:
+    """Answers the lines of an input file as the server would, each in the line of an output file.
+
+    Args:
+        path: the input.
+        settings: of the server; of its limits those on single requests hold.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: ServerSettings):
+        self.path = Path(path)
+        self._settings = settings
+        self._service: Service | None = None
+
+    def name(self, line: Line) -> str:
+        """Its custom_id."""
+        return line.custom_id
+
+    def heavy(self, line: Line) -> bool:
+        """Whether it brings clips or documents."""
+        return line.heavy
+
+    async def do(self, engine: AsyncEngine, line: Line) -> dict[str, Any]:
+        """The line's response, refusals included.
+
+        Raises:
+            OSError: the input is not what it was.
+            Exception: the engine or the program failed.
+        """
+        if self._service is None:
+            self._service = Service(engine, self._settings)
+        request = await asyncio.to_thread(self._request, line)  # media in it may be large
+        return _record(line, *await answer(self._service, request["url"], request["body"]))
+
+    def close(self) -> None:
+        """End the threads that read media."""
+        if self._service is not None:
+            self._service.close()
+
+    def give_up(self, line: Line, error: Exception) -> dict[str, Any]:
+        """The response to a line that the engine failed at."""
+        record = _record(line, 500, {})
+        request_id = record["response"]["request_id"]
+        record["response"]["body"] = unexpected(request_id).body()
+        _log.error("%s (%s) failed", line.custom_id, request_id, exc_info=error)
+        return record
+
+    def recognize(self, record: Mapping[str, Any]) -> tuple[str, bool]:
+        """custom_id and failure of a response.
+
+        Raises:
+            ValueError: it is no line of a batch's output.
+        """
+        custom_id, response = record.get("custom_id"), record.get("response")
+        if not isinstance(custom_id, str) or not isinstance(response, dict) or "error" not in record:
+            raise ValueError(f"the output holds {str(record)[:80]}, no response of a batch; name another file")
+        return custom_id, record["error"] is not None or response.get("status_code") != 200
+
+    def _request(self, line: Line) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(line.start)
+            content = file.readline()
+        with contextlib.suppress(ValueError):
+            request = _read(content)
+            if request["custom_id"] == line.custom_id:
+                return request
+        raise OSError(f"{self.path} was changed while it was being answered; run the same command again")
+
+
+def _record(line: Line, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": None}

@@ -1,0 +1,273 @@
+"""Bodies of requests -> messages and sampling parameters. Pure: no server and no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aria.engine import SamplingParams
+from aria.serve import tools
+from aria.serve.errors import ApiError
+from aria.serve.protocol import (
+    AssistantMessage,
+    ChatRequest,
+    CompletionRequest,
+    FileData,
+    FilePart,
+    ImagePart,
+    ImageUrl,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    Message,
+    NamedTool,
+    TextPart,
+    Tool,
+    ToolMessage,
+    VideoPart,
+    VideoUrl,
+    WithoutEffect,
+)
+
+COMPLETION_TOKENS = 16
+"""Of a completion that says nothing about its length, as OpenAI's interface has it."""
+
+_ALIKE = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("seed", "n", "ignore_eos"),
+)
+"""Fields that bodies and `SamplingParams` call by the same names."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What bodies leave to the model and its server."""
+
+    sizes: Sequence[int]
+    """Sides of crops that the model knows, in pixels."""
+    max_model_len: int
+    """Stands for an unlimited answer; the engine gives the room that is left."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body asks the engine for."""
+
+    prompts: Sequence[Sequence[Mapping[str, Any]] | str | Sequence[int]]
+    """Conversations, texts, or token ids. Each is answered ``params.n`` times."""
+    params: SamplingParams
+    functions: tuple[str, ...] = ()
+    """Names that the answer may call."""
+    untagged: bool = False
+    """A grammar makes the answer one call without tags, or one JSON value."""
+
+    @property
+    def has_media(self) -> bool:
+        """Whether reading the prompts means more than tokenising."""
+        return any(has_media(prompt) for prompt in self.prompts)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a request says of functions."""
+
+    told: tuple[dict[str, Any], ...] = ()
+    """Name, description and parameters of those that may be called."""
+    demanded: tuple[dict[str, Any], ...] = ()
+    """One of these has to be called."""
+    parallel: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tool["name"] for tool in self.told)
+
+
+def chat(body: ChatRequest, defaults: Defaults) -> Asked:
+    """A chat body.
+
+    Raises:
+        ApiError: 400, it contradicts itself.
+    """
+    wanted = body.response_format
+    schema: Any = True if isinstance(wanted, JsonObjectFormat) else None
+    if isinstance(wanted, JsonSchemaFormat):
+        schema = True if wanted.json_schema.json_schema is None else wanted.json_schema.json_schema
+    return conversation(
+        body,
+        body.messages,
+        read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        schema,
+        defaults,
+        max_tokens=body.max_completion_tokens or body.max_tokens or defaults.max_model_len,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+def conversation(
+    body: WithoutEffect, said: Sequence[Message], offered: Tools, schema: Any, defaults: Defaults, **fields: Any
+) -> Asked:
+    """What is asked for by messages, functions and a schema (or True) of the answer; see :func:`sampling`."""
+    if offered.demanded:
+        schema = tools.call_schema(offered.demanded)
+    elif offered.told and schema is not None:
+        # Either a call or an answer of the form that was asked for.
+        schema = tools.any_of([tools.call_schema(offered.told), {"type": "object"} if schema is True else schema])
+    # A second call would begin behind the end of the first.
+    stop = (tools.CLOSE,) if offered.told and schema is None and not offered.parallel else ()
+    return Asked(
+        prompts=[messages(said, offered.told, defaults.sizes)],
+        params=sampling(body, defaults, stop=stop, json_schema=schema, **fields),
+        functions=offered.names,
+        untagged=schema is not None,
+    )
+
+
+def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
+    """A body of plain text or token ids."""
+    prompt = body.prompt
+    several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+    prompts: Any = prompt if several else [prompt]
+    params = sampling(body, defaults, max_tokens=body.max_tokens or COMPLETION_TOKENS, logprobs=body.logprobs)
+    return Asked(prompts=prompts, params=params)
+
+
+def sampling(body: WithoutEffect, defaults: Defaults, *, stop: Sequence[str] = (), **fields: Any) -> SamplingParams:
+    """How tokens are chosen.
+
+    Args:
+        body: its fields of the same names count.
+        defaults: for fields that it leaves out.
+        stop: more texts at which an answer ends.
+        fields: those whose names differ between bodies.
+    """
+    given = {name: value for name in _ALIKE if (value := getattr(body, name, None)) is not None}
+    own = getattr(body, "stop", None) or ()
+    bias = {int(token): value for token, value in (getattr(body, "logit_bias", None) or {}).items()}
+    return SamplingParams(
+        stop=((own,) if isinstance(own, str) else (*own,)) + tuple(stop),
+        logit_bias=bias or None,
+        **{"temperature": defaults.temperature, **given, **fields},
+    )
+
+
+def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool | None) -> Tools:
+    """Functions, and whether one has to be called.
+
+    Raises:
+        ApiError: 400, a choice without functions or of one that is not among them.
+    """
+    if choice == "none" or (not offered and choice in (None, "auto")):
+        return Tools()
+    if not offered:
+        raise ApiError(400, "tool_choice asks for a call, but tools is empty", param="tool_choice")
+    told = tuple(tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+                 for tool in offered)  # fmt: skip
+    names = [tool["name"] for tool in told]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "two tools have the same name", param="tools")
+    demanded: tuple[dict[str, Any], ...] = ()
+    if isinstance(choice, NamedTool):
+        demanded = tuple(tool for tool in told if tool["name"] == choice.function.name)
+        if not demanded:
+            raise ApiError(
+                400, f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice"
+            )
+    elif choice == "required":
+        demanded = told
+    return Tools(told, demanded, parallel is not False)
+
+
+def messages(
+    said: Sequence[Message], offered: Sequence[Mapping[str, Any]], sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Messages as the processor takes them.
+
+    Args:
+        said: OpenAI's messages.
+        offered: functions that the model is told of.
+        sizes: sides of crops that the model knows, in pixels.
+
+    Raises:
+        ApiError: 400, arguments of a call that are not JSON.
+    """
+    told = [_message(message, f"messages[{i}]", sizes) for i, message in enumerate(said)]
+    if not offered:
+        return told
+    text = tools.instructions(offered)
+    if told[0]["role"] in ("system", "developer"):
+        first = _joined(told[0]["content"])
+        return [{"role": "system", "content": f"{first}\n\n{text}" if first else text}, *told[1:]]
+    return [{"role": "system", "content": text}, *told]
+
+
+def has_media(prompt: Sequence[Any]) -> bool:
+    """Whether a prompt is a conversation with pictures, clips or documents."""
+    contents = (message["content"] for message in prompt if isinstance(message, Mapping))
+    return any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
+
+
+def _joined(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _message(message: Message, where: str, sizes: Sequence[int]) -> dict[str, Any]:
+    if isinstance(message, AssistantMessage):
+        return {"role": "assistant", "content": _answer(message, where)}
+    content = message.content if isinstance(message.content, str) else [_part(p, sizes) for p in message.content]
+    if isinstance(message, ToolMessage) and message.name:
+        named = f"{message.name}: "
+        content = named + content if isinstance(content, str) else [{"type": "text", "text": named}, *content]
+    return {"role": message.role, "content": content}
+
+
+def _answer(message: AssistantMessage, where: str) -> str:
+    """What the model said before, with its calls as it writes them."""
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+    try:
+        calls = [tools.written(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    except ValueError as error:
+        raise ApiError(400, str(error), param=f"{where}.tool_calls") from error
+    return "\n".join(text for text in (content or message.refusal or "", *calls) if text)
+
+
+def _part(part: Any, sizes: Sequence[int]) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, ImagePart):
+        return _image(part.image_url, sizes)
+    if isinstance(part, VideoPart):
+        return _video(part.video_url, sizes)
+    assert isinstance(part, FilePart), "the protocol lets no other part through"
+    return _document(part.file, sizes)
+
+
+def _image(image: ImageUrl, sizes: Sequence[int]) -> dict[str, Any]:
+    size = min(sizes) if image.detail == "low" else max(sizes)
+    return _given(type="image", url=image.url, max_image_size=size, split_image=image.split)
+
+
+def _video(video: VideoUrl, sizes: Sequence[int]) -> dict[str, Any]:
+    return _given(
+        type="video",
+        url=video.url,
+        max_image_size=max(sizes) if video.detail == "high" else min(sizes),
+        num_frames=video.num_frames,
+        fps=video.fps,
+        max_frames=video.max_frames,
+        timestamps=video.timestamps,
+    )
+
+
+def _document(file: FileData, sizes: Sequence[int]) -> dict[str, Any]:
+    url = file.file_url or file.file_data or ""
+    if file.file_data and file.file_data[:5].lower() != "data:":
+        url = f"data:application/pdf;base64,{file.file_data}"
+    size = min(sizes) if file.detail == "low" else max(sizes)
+    return _given(type="document", url=url, pages=file.pages, max_image_size=size, split_image=file.split)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

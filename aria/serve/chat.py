@@ -1,0 +1,105 @@
+"""Answers of ``/v1/chat/completions``, whole and in chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from aria.serve.protocol import ChatRequest
+from aria.serve.replies import ChatCompletion
+from aria.serve.service import Run
+from aria.serve.streaming import DONE, event
+from aria.serve.tools import Call
+from aria.serve.turns import Delta, Turn, logprob_object
+
+
+async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
+    """The answer once it is finished."""
+    n = run.asked.params.n
+    turns = [Turn(run.asked, run.tokenizer) for _ in range(n)]
+    deltas: list[list[Delta]] = [[] for _ in range(n)]
+    async with aclosing(run.read()) as pieces:
+        async for _, piece in pieces:
+            deltas[piece.choice].append(turns[piece.choice].push(piece))
+    return ChatCompletion.model_validate(
+        {
+            "id": run.id,
+            "created": run.created,
+            "model": run.model,
+            "choices": [_choice(run, i, deltas[i]) for i in range(n)],
+            "usage": run.usage(),
+        }
+    )
+
+
+def _choice(run: Run, index: int, deltas: list[Delta]) -> dict[str, Any]:
+    parts = [part for delta in deltas for part in delta.parts]
+    text = "".join(part for part in parts if isinstance(part, str))
+    calls = [_call(part) for part in parts if isinstance(part, Call)]
+    logprobs = None
+    if run.asked.params.logprobs is not None:
+        told = [logprob_object(one, run.tokenizer) for delta in deltas for one in delta.logprobs]
+        logprobs = {"content": told, "refusal": None}
+    message = {"content": text or None if calls else text, "tool_calls": calls or None}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
+    """The answer as events: a role, what each token adds, why it ended, and the usage if that is asked for."""
+    n, include_usage = run.asked.params.n, body.wants_usage
+    turns = [Turn(run.asked, run.tokenizer) for _ in range(n)]
+    calls = [0] * n
+    usage = ',"usage":null' if include_usage else ""
+    # Most chunks are a word of text: only the word is encoded anew.
+    head = (
+        f'data: {{"id":"{run.id}","object":"chat.completion.chunk","created":{run.created},'
+        f'"model":{json.dumps(run.model)},"choices":['
+    )
+    tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+
+    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
+        rest = json.dumps({"delta": delta, "logprobs": logprobs, "finish_reason": finish}, separators=(",", ":"))
+        return f'{head}{{"index":{index},{rest[1:]}]{usage}}}\n\n'.encode("ascii")
+
+    try:
+        async with aclosing(run.read()) as pieces:
+            for index in range(n):
+                yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            async for _, piece in pieces:
+                index = piece.choice
+                delta = turns[index].push(piece)
+                if len(delta.parts) == 1 and isinstance(delta.parts[0], str) and not delta.logprobs:
+                    yield f'{head}{{"index":{index},"delta":{{"content":{json.dumps(delta.parts[0])}}}{tail}'.encode(
+                        "ascii"
+                    )
+                else:
+                    for made in _deltas(delta, calls, index):
+                        yield chunk(index, made)
+                    if delta.logprobs:
+                        text = "".join(part for part in delta.parts if isinstance(part, str))
+                        told = [logprob_object(one, run.tokenizer) for one in delta.logprobs]
+                        yield chunk(index, {"content": text}, {"content": told, "refusal": None})
+                if delta.finish_reason is not None:
+                    yield chunk(index, {}, finish=delta.finish_reason)
+            if include_usage:
+                yield f'{head}],"usage":{json.dumps(run.usage())}}}\n\n'.encode("ascii")
+    except RuntimeError as error:
+        yield event({"error": {"message": str(error), "type": "server_error", "param": None, "code": "internal"}})
+    yield DONE
+
+
+def _deltas(delta: Delta, calls: list[int], index: int) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    for part in delta.parts:
+        if isinstance(part, Call):
+            made.append({"tool_calls": [{"index": calls[index], **_call(part)}]})
+            calls[index] += 1
+        elif not delta.logprobs:
+            made.append({"content": part})
+    return made

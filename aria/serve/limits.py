@@ -1,0 +1,189 @@
+"""What every request passes before a route sees it: a name for the log, a key, a size, and a place."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from aria.serve.errors import ApiError, overloaded, unexpected
+from aria.serve.metrics import Metrics
+from aria.serve.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+KEYED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
+"""Beginnings of the routes that need a key, where there are keys."""
+BODY_SECONDS = 30.0
+"""Without a byte of the body, before a request is given up; its place is somebody else's."""
+_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class Keys:
+    """The keys that open the server. Digests are compared, in constant time, so that nothing is learned from time."""
+
+    def __init__(self, keys: Iterable[str]):
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, authorization: str | None) -> bytes:
+        """The digest of the key in an ``Authorization`` header.
+
+        Raises:
+            ApiError: 401, there is none, or it is not one of ours.
+        """
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _locked("this server asks for a key; send it as Authorization: Bearer KEY")
+        digest = _digest(key.strip())
+        # All of them are compared, so that the time does not tell which.
+        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+            raise _locked("the key is not one of this server's")
+        return digest
+
+
+def _locked(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+@dataclass
+class Traffic:
+    """How many requests do work now, and whether more are let in."""
+
+    places: int
+    """Requests that may do work at a time."""
+    running: int = 0
+    draining: bool = False
+    """Set by whoever ends the server: new work is refused."""
+
+
+class Gate:
+    """ASGI middleware around the whole app.
+
+    Args:
+        app: what is behind it.
+        settings: keys and limits.
+        metrics: counts what comes out.
+        traffic: counted here.
+    """
+
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics, traffic: Traffic):
+        self._app = app
+        self._traffic = traffic
+        self._settings = settings
+        self._metrics = metrics
+        self._keys = Keys(settings.api_keys)
+        self._by_client: Counter[bytes] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
+        status = 0
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self._enter(scope, headers, receive, named)
+        except ApiError as error:
+            await error.response()(scope, receive, named)
+        except Exception:
+            logger.exception("request %s failed: %s %s", name, scope["method"], scope["path"])
+            if status:
+                raise  # the client sees the connection break: half an answer is none
+            await unexpected(name).response()(scope, receive, named)
+        finally:
+            self._metrics.requests.labels(_route(scope), str(status or 499)).inc()
+
+    async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        keyed = scope["path"].startswith(KEYED)
+        client = (scope.get("client") or ("",))[0].encode()
+        # A browser asks for permission (OPTIONS) without a key.
+        if keyed and self._keys and scope["method"] != "OPTIONS":
+            client = self._keys.check(headers.get("authorization"))
+        if scope["method"] != "POST" or not keyed:
+            await self._app(scope, receive, send)
+            return
+        self._refuse(client)
+        self._traffic.running += 1
+        self._by_client[client] += 1
+        try:
+            await self._app(scope, self._measured(headers, receive), send)
+        finally:
+            self._traffic.running -= 1
+            self._by_client[client] -= 1
+            if not self._by_client[client]:
+                del self._by_client[client]
+
+    def _refuse(self, client: bytes) -> None:
+        if self._traffic.draining:
+            raise overloaded("the server is about to end; ask another one", wait=5)
+        most = self._settings.max_concurrency_per_key
+        if most is not None and self._by_client[client] >= most:
+            raise overloaded(f"{most} requests at a time are allowed; wait for one of yours", status=429)
+        if self._traffic.running >= self._traffic.places:
+            raise overloaded("all places are taken, in the queue too; come again")
+
+    def _measured(self, headers: Headers, receive: Receive) -> Receive:
+        """``receive`` that ends at the limit of a body's size."""
+        most = self._settings.max_body
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced[:20]) > most:
+            raise ApiError(413, _too_large(most), code="body_too_large", headers={"Connection": "close"})
+        taken, whole = 0, False
+
+        async def measured() -> Message:
+            nonlocal taken, whole
+            # Behind the body there is only the end of the connection to wait for, and that may come late.
+            try:
+                async with asyncio.timeout(None if whole else BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body stopped in the middle", headers={"Connection": "close"}) from None
+            taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if taken > most:
+                # FastAPI passes only its own kind of error through while it reads a body.
+                raise HTTPException(413, _too_large(most), headers={"Connection": "close"})
+            return message
+
+        return measured
+
+
+def _too_large(most: int) -> str:
+    return f"the body is larger than the {most:,} bytes that this server takes"
+
+
+def _route(scope: Scope) -> str:
+    """The route's path, never the client's own: names of metrics are kept for ever."""
+    route = scope.get("route")
+    return getattr(route, "path", "other")
+
+
+def open_to_strangers(host: str, keys: Sequence[str]) -> bool:
+    """Whether a server at this address answers strangers without a key."""
+    return not keys and host not in ("127.0.0.1", "localhost", "::1")

@@ -1,0 +1,68 @@
+"""What `/metrics` tells Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from aria.engine import AsyncEngine
+
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own: several servers may live in one process."""
+
+    def __init__(self, engine: AsyncEngine):
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "aria_requests", "Requests by route and status.", ("route", "status"), registry=self.registry
+        )
+        self.first_token = Histogram(
+            "aria_time_to_first_token_seconds", "From a request's body to its first token.", buckets=_FIRST,
+            registry=self.registry,
+        )  # fmt: skip
+        self._per_token = Histogram(
+            "aria_time_per_output_token_seconds", "Between tokens of an answer, its mean.", buckets=_TOKEN,
+            registry=self.registry,
+        )  # fmt: skip
+        self._seconds = Histogram(
+            "aria_request_duration_seconds", "From a request's body to its last token.", buckets=_WHOLE,
+            registry=self.registry,
+        )  # fmt: skip
+        self._prompt = Counter("aria_prompt_tokens", "Tokens of prompts.", registry=self.registry)
+        self._completion = Counter("aria_completion_tokens", "Tokens of answers.", registry=self.registry)
+        self.registry.register(_EngineCollector(engine))
+
+    def finished(self, *, prompt: int, completion: int, seconds: float, per_token: float | None) -> None:
+        """Count an answer that ended, whole or not."""
+        self._prompt.inc(prompt)
+        self._completion.inc(completion)
+        self._seconds.observe(seconds)
+        if per_token is not None:
+            self._per_token.observe(per_token)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's own counters, read when they are asked for."""
+
+    def __init__(self, engine: AsyncEngine):
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._engine.stats()
+        yield GaugeMetricFamily("aria_requests_running", "Answers that grow.", stats.running)
+        yield GaugeMetricFamily("aria_requests_waiting", "Answers that wait for a place.", stats.waiting)
+        yield GaugeMetricFamily("aria_cache_usage_ratio", "Part of the cache that is held, 0 to 1.", stats.cache_usage)
+        yield CounterMetricFamily("aria_prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
+        yield CounterMetricFamily("aria_prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits)
+        yield CounterMetricFamily("aria_preemptions", "Answers computed again for want of cache.", stats.preemptions)

@@ -1,0 +1,389 @@
+"""OpenAI's bodies as this server takes and gives them. A field that is not here is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+MOST_STOPS = 32
+
+
+def only(*allowed: Any) -> AfterValidator:
+    """Takes the values that ask for nothing, and refuses the others as not supported."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in allowed:
+            raise PydanticCustomError("unsupported", "is not supported with this value; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+def kind_of(key: str, default: str | None = None) -> Discriminator:
+    """Tells the members of a union by the value of a field; tags stand in brackets, see `errors`."""
+
+    def tell(value: Any) -> str | None:
+        kind = value.get(key, default) if isinstance(value, dict) else getattr(value, key, None)
+        return f"<{kind:.40}>" if isinstance(kind, str) else None
+
+    return Discriminator(tell)
+
+
+def string_or_list(value: Any) -> str:
+    """Tells text from a list, or from an object."""
+    return "<string>" if isinstance(value, str) else "<list>"
+
+
+class Body(BaseModel):
+    """What a client sends. A field that is null counts as absent: it asks for nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: one for key, one in value.items() if one is not None or key in cls.model_fields}
+
+
+class WithoutEffect(Body):
+    """Fields that clients send and that mean nothing here: nothing is stored, billed or cached by name."""
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+# Content of messages
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Body):
+    url: str
+    """http(s) address, data: URI, or a path in a folder that the server allows."""
+    detail: Literal["auto", "low", "high"] = "auto"
+    """low: the smallest size of crops that the model knows; high and auto: the largest."""
+    split: bool | None = None
+    """Extension: cut the picture into tiles, for fine print. Without it the model's own setting holds."""
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class VideoUrl(Body):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+    """high: the largest size of crops; low and auto: the smallest."""
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+    max_frames: Annotated[int, Field(ge=1)] | None = None
+    timestamps: bool | None = None
+
+
+class VideoPart(Body):
+    """Extension, spelled as in vLLM."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+class FileData(Body):
+    file_data: str | None = None
+    """A PDF as a data: URI or in base64."""
+    file_url: str | None = None
+    """Extension: its address, in place of the data."""
+    file_id: Annotated[str | None, only()] = None
+    filename: str | None = None
+    pages: str | None = None
+    """Extension: such as ``1-3,7``."""
+    detail: Literal["auto", "low", "high"] = "auto"
+    split: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> FileData:
+        if (self.file_data is None) == (self.file_url is None):
+            raise ValueError("give file_data or file_url, and not both")
+        return self
+
+
+class FilePart(Body):
+    type: Literal["file"]
+    file: FileData
+
+
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
+UserPart = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")]
+    | Annotated[FilePart, Tag("<file>")],
+    kind_of("type"),
+]
+AssistantPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], kind_of("type")
+]
+Texts = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(string_or_list)
+]
+UserContent = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[UserPart], Tag("<list>")], Discriminator(string_or_list)
+]
+AssistantContent = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[AssistantPart], Tag("<list>")], Discriminator(string_or_list)
+]
+
+
+# Messages and tools
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+    """JSON, as a string."""
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class SystemMessage(Body):
+    role: Literal["system", "developer"]
+    content: Texts
+
+
+class UserMessage(Body):
+    role: Literal["user"]
+    content: UserContent
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: AssistantContent | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: str | None = None
+    # What clients send back of an answer as they got it.
+    annotations: Annotated[list[Any] | None, only([])] = None
+
+
+class ToolMessage(Body):
+    role: Literal["tool"]
+    content: UserContent
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = Annotated[
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[SystemMessage, Tag("<developer>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")],
+    kind_of("role"),
+]
+
+
+class Function(Body):
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Where a call is demanded, arguments always follow the schema, strict or not."""
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedTool, Tag("<list>")],
+    Discriminator(string_or_list),
+]
+
+
+# Formats of answers
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """Answers always follow the schema, strict or not."""
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+    kind_of("type"),
+]
+
+
+# Requests
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[bool | None, only(False)] = None
+
+
+Stop = Annotated[
+    Annotated[str, Field(min_length=1), Tag("<string>")]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS), Tag("<list>")],
+    Discriminator(string_or_list),
+]
+
+
+class Sampling(WithoutEffect):
+    """How tokens are chosen, of the two older interfaces."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Extensions, spelled as in vLLM.
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    ignore_eos: bool | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true only")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the tokens counted."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Sampling):
+    """Body of ``POST /v1/chat/completions``."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[str] | None, only(["text"])] = None
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true only")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
+        return self
+
+
+def _prompt_kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "<string>"
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, str):
+        return "<strings>"
+    return "<lists of ids>" if isinstance(first, list) else "<ids>"
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[str], Tag("<strings>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Tag("<lists of ids>")],
+    Discriminator(_prompt_kind),
+]
+
+
+class CompletionRequest(Sampling):
+    """Body of ``POST /v1/completions``."""
+
+    model: str | None = None
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Annotated[bool | None, only(False)] = None
+    suffix: Annotated[str | None, only()] = None
+    best_of: Annotated[int | None, only(1)] = None
+
+
+class TokenizeRequest(Body):
+    """Body of ``POST /tokenize``: ``prompt`` or ``messages``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: Annotated[bool | None, only(True, False)] = None
+    """Without effect: Aria's prompts have no tokens of this kind."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, and not both")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """Body of ``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

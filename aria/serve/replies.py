@@ -1,0 +1,221 @@
+"""What the server answers with: OpenAI's objects, and vLLM's of tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class Reply(BaseModel):
+    """What a client gets."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptDetails(Reply):
+    cached_tokens: int = 0
+    """Tokens of the prompt that were there from earlier requests."""
+
+
+class Usage(Reply):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class TopLogprob(Reply):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Reply):
+    content: list[TokenLogprob] | None = None
+    refusal: list[TokenLogprob] | None = None
+
+
+class CalledFunction(Reply):
+    name: str
+    arguments: str
+
+
+class ToolCallReply(Reply):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AnswerMessage(Reply):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCallReply] | None = None
+
+
+class ChatChoice(Reply):
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Reply):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(Reply):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Reply):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(Reply):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(Reply):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "aria"
+    max_model_len: int
+    """Tokens of the longest prompt and its answer together."""
+
+
+class ModelList(Reply):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class MediaCost(Reply):
+    """What one picture, clip or document of a prompt takes."""
+
+    kind: str
+    """image, video or document."""
+    count: int
+    """Frames taken of a clip, pages of a document, 1 for a picture."""
+    crops: int
+    tokens: int
+
+
+class Tokens(Reply):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    """With one id for each token of a picture."""
+    token_strs: list[str] | None = None
+    media: list[MediaCost]
+    """In the order of the messages."""
+
+
+class Detokenized(Reply):
+    prompt: str
+
+
+class Status(Reply):
+    status: str
+
+
+class ErrorBody(Reply):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Reply):
+    error: ErrorBody
+
+
+class OutputDetails(Reply):
+    reasoning_tokens: Literal[0] = 0
+
+
+class ResponseUsage(Reply):
+    input_tokens: int
+    input_tokens_details: PromptDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class OutputText(Reply):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[TokenLogprob]
+
+
+class OutputMessage(Reply):
+    type: Literal["message"]
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputCall(Reply):
+    type: Literal["function_call"]
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed"]
+
+
+class IncompleteDetails(Reply):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseObject(Reply):
+    """What a request was answered with, and the settings it was made by. It is not kept."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    background: Literal[False] = False
+    error: None = None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputMessage | OutputCall]
+    parallel_tool_calls: bool
+    previous_response_id: None = None
+    store: Literal[False] = False
+    temperature: float
+    top_p: float
+    top_logprobs: int
+    text: dict[str, Any]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    truncation: Literal["disabled"] = "disabled"
+    metadata: dict[str, str]
+    usage: ResponseUsage | None

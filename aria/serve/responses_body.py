@@ -1,0 +1,313 @@
+"""Bodies of ``/v1/responses``, OpenAI's newer interface, and what they ask for. Nothing is kept between requests."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from aria.serve import bodies
+from aria.serve.bodies import Asked, Defaults
+from aria.serve.protocol import (
+    AssistantMessage,
+    Body,
+    FileData,
+    FilePart,
+    Function,
+    FunctionCall,
+    ImagePart,
+    ImageUrl,
+    JsonObjectFormat,
+    Message,
+    NamedFunction,
+    NamedTool,
+    SystemMessage,
+    TextFormat,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+    VideoPart,
+    VideoUrl,
+    WithoutEffect,
+    kind_of,
+    only,
+    string_or_list,
+)
+
+
+class InputText(Body):
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputText(Body):
+    """What an earlier answer said, as it came."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class OutputRefusal(Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class InputImage(Body):
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    split: bool | None = None
+    """Extension: cut the picture into tiles."""
+    file_id: Annotated[str | None, only()] = None
+
+
+class InputVideo(Body):
+    """Extension: a clip."""
+
+    type: Literal["input_video"]
+    video_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+    max_frames: Annotated[int, Field(ge=1)] | None = None
+    timestamps: bool | None = None
+
+
+class InputFile(Body):
+    type: Literal["input_file"]
+    file_data: str | None = None
+    file_url: str | None = None
+    filename: str | None = None
+    pages: str | None = None
+    """Extension: such as ``1-3,7``."""
+    detail: Literal["auto", "low", "high"] | None = None
+    split: bool | None = None
+    file_id: Annotated[str | None, only()] = None
+
+    @model_validator(mode="after")
+    def _one(self) -> InputFile:
+        if (self.file_data is None) == (self.file_url is None):
+            raise ValueError("give file_data or file_url, and not both")
+        return self
+
+
+InputPart = Annotated[
+    Annotated[InputText, Tag("<input_text>")]
+    | Annotated[InputImage, Tag("<input_image>")]
+    | Annotated[InputVideo, Tag("<input_video>")]
+    | Annotated[InputFile, Tag("<input_file>")]
+    | Annotated[OutputText, Tag("<output_text>")]
+    | Annotated[OutputRefusal, Tag("<refusal>")],
+    kind_of("type"),
+]
+Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[InputPart], Tag("<list>")], Discriminator(string_or_list)
+]
+
+
+_KINDS = {
+    "user": ("input_text", "input_image", "input_video", "input_file"),
+    "assistant": ("output_text", "refusal", "input_text"),
+}
+"""Types of content by role; other roles have text only."""
+
+
+class InputMessage(Body):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    id: str | None = None
+    status: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> InputMessage:
+        kinds = _KINDS.get(self.role, ("input_text",))
+        for i, part in enumerate(self.content if isinstance(self.content, list) else ()):
+            if part.type not in kinds:
+                raise ValueError(
+                    f"content[{i}] of the role {self.role} is of the type {part.type!r}; it may be {' or '.join(kinds)}"
+                )
+        return self
+
+
+class InputCall(Body):
+    """A call that the model made before."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class InputResult(Body):
+    """What the function gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+    id: str | None = None
+    status: str | None = None
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("<message>")]
+    | Annotated[InputCall, Tag("<function_call>")]
+    | Annotated[InputResult, Tag("<function_call_output>")],
+    kind_of("type", default="message"),
+]
+Items = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[Item], Field(min_length=1), Tag("<list>")],
+    Discriminator(string_or_list),
+]
+
+
+class FlatSchema(Body):
+    type: Literal["json_schema"]
+    name: str
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+    """Answers always follow the schema, strict or not."""
+
+
+class TextSettings(Body):
+    format: (
+        Annotated[
+            Annotated[TextFormat, Tag("<text>")]
+            | Annotated[JsonObjectFormat, Tag("<json_object>")]
+            | Annotated[FlatSchema, Tag("<json_schema>")],
+            kind_of("type"),
+        ]
+        | None
+    ) = None
+
+
+class FlatTool(Function):
+    type: Literal["function"]
+
+
+class FlatChoice(Body):
+    type: Literal["function"]
+    name: str
+
+
+FlatToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[FlatChoice, Tag("<list>")],
+    Discriminator(string_or_list),
+]
+
+
+class ResponsesRequest(WithoutEffect):
+    """Body of ``POST /v1/responses``."""
+
+    model: str | None = None
+    input: Items
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    text: TextSettings | None = None
+    tools: list[FlatTool] | None = None
+    tool_choice: FlatToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    truncation: Annotated[str | None, only("disabled")] = None
+    background: Annotated[bool | None, only(False)] = None
+    previous_response_id: Annotated[str | None, only()] = None
+    # Extensions, spelled as in vLLM.
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.include)
+
+
+def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
+    """What a body asks for.
+
+    Raises:
+        ApiError: 400, it contradicts itself.
+    """
+    choice: str | NamedTool | None
+    if isinstance(body.tool_choice, FlatChoice):
+        choice = NamedTool(type="function", function=NamedFunction(name=body.tool_choice.name))
+    else:
+        choice = body.tool_choice
+    given = [Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()]
+    wanted = body.text.format if body.text else None
+    schema: Any = True if isinstance(wanted, JsonObjectFormat) else None
+    if isinstance(wanted, FlatSchema):
+        schema = wanted.json_schema
+    return bodies.conversation(
+        body,
+        messages(body),
+        bodies.read_tools(given, choice, body.parallel_tool_calls),
+        schema,
+        defaults,
+        max_tokens=body.max_output_tokens or defaults.max_model_len,
+        logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
+    )
+
+
+def messages(body: ResponsesRequest) -> list[Message]:
+    """Input items as messages; calls that follow each other are one turn's."""
+    said: list[Message] = []
+    if body.instructions:
+        said.append(SystemMessage(role="system", content=body.instructions))
+    if isinstance(body.input, str):
+        return [*said, UserMessage(role="user", content=body.input)]
+    for item in body.input:
+        if isinstance(item, InputCall):
+            call = ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
+            last = said[-1] if said else None
+            if isinstance(last, AssistantMessage):
+                said[-1] = last.model_copy(update={"tool_calls": [*(last.tool_calls or ()), call]})
+            else:
+                said.append(AssistantMessage(role="assistant", tool_calls=[call]))
+        elif isinstance(item, InputResult):
+            said.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))
+        elif item.role == "user":
+            said.append(UserMessage(role="user", content=_content(item.content)))
+        elif item.role == "assistant":
+            said.append(AssistantMessage(role="assistant", content=_text(item.content)))
+        else:
+            said.append(SystemMessage(role=item.role, content=_text(item.content)))
+    return said
+
+
+def _text(content: str | list[Any]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.refusal if isinstance(part, OutputRefusal) else part.text for part in content)
+
+
+def _content(content: str | list[Any]) -> str | list[Any]:
+    return content if isinstance(content, str) else [_part(part) for part in content]
+
+
+def _renamed(video: InputVideo) -> dict[str, Any]:
+    fields = video.model_dump(exclude={"type", "video_url"}, exclude_none=True)
+    return {"url": video.video_url, **fields}
+
+
+def _part(part: Any) -> TextPart | ImagePart | VideoPart | FilePart:
+    if isinstance(part, InputImage):
+        image = ImageUrl(url=part.image_url, detail=part.detail or "auto", split=part.split)
+        return ImagePart(type="image_url", image_url=image)
+    if isinstance(part, InputVideo):
+        return VideoPart(type="video_url", video_url=VideoUrl(**_renamed(part)))
+    if isinstance(part, InputFile):
+        fields = part.model_dump(include={"file_data", "file_url", "filename", "pages", "split"})
+        return FilePart(type="file", file=FileData(**fields, detail=part.detail or "auto"))
+    return TextPart(type="text", text=part.refusal if isinstance(part, OutputRefusal) else part.text)

@@ -1,0 +1,225 @@
+"""`Service`: an engine under a server's settings; prompts prepared off the event loop, answers counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import cached_property
+from typing import Any, TypeVar
+
+from aria.engine import AsyncEngine, Piece
+from aria.processor import AriaProcessor
+from aria.processor.pictures import Prepared
+from aria.serve.bodies import Asked, Defaults
+from aria.serve.errors import ApiError
+from aria.serve.metrics import Metrics
+from aria.serve.settings import ServerSettings
+
+T = TypeVar("T")
+
+
+class Service:
+    """An engine under a server's settings.
+
+    Args:
+        engine: answers; the caller closes it.
+        settings: limits and names.
+    """
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings):
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+        # Text never waits behind somebody's slow download.
+        self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
+        self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
+
+    @property
+    def processor(self) -> AriaProcessor:
+        return self.engine.engine.processor
+
+    @cached_property
+    def defaults(self) -> Defaults:
+        """What bodies leave open."""
+        return Defaults(
+            sizes=tuple(self.processor.image_processor.sizes),
+            max_model_len=self.engine.engine.max_model_len,
+            temperature=self.settings.temperature,
+        )
+
+    def model(self, name: str | None) -> str:
+        """The name to answer under.
+
+        Raises:
+            ApiError: 404, no model has this name.
+        """
+        names = self.settings.model_names
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise ApiError(
+                404,
+                f"there is no model {name!r:.200} here; there are {', '.join(names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
+        """Do what takes time in a thread. What is wrong with the request's messages or media becomes a 400."""
+        pool = self._media if media else self._texts
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        except (ValueError, OSError) as error:
+            raise ApiError(400, str(error), param=param) from error
+
+    async def start(self, asked: Asked, *, model: str | None, prefix: str, param: str) -> Run:
+        """Begin to answer, and wait for the first token: until then whatever is wrong can be told by a status.
+
+        Args:
+            asked: what a body asks for.
+            model: the name in the body.
+            prefix: of the answer's id.
+            param: the field that prompts come from, for errors.
+
+        Raises:
+            ApiError: 400, 404: the request cannot be answered.
+        """
+        name = self.model(model)
+        wanted = len(asked.prompts) * asked.params.n
+        if wanted > self.settings.max_choices:
+            raise ApiError(
+                400, f"{wanted} answers are asked for, and {self.settings.max_choices} are the most", param="n"
+            )
+        began = time.perf_counter()
+        prepare = self.engine.engine.prepare_text if param == "prompt" else self.engine.engine.prepare
+
+        def work() -> list[Prepared]:
+            return [prepare(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
+
+        schema = asked.params.json_schema
+        if schema is not None:
+            # Otherwise the engine's thread would do it, while everybody's answers wait.
+            await self.off_loop(lambda: self.engine.engine.grammars.compile(schema))
+        prepared = await self.off_loop(work, media=asked.has_media, param=param)
+        run = Run(self, asked, prepared, name, prefix, began)
+        try:
+            await run.begin()
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        return run
+
+    def close(self) -> None:
+        """End the threads; the engine stays."""
+        self._texts.shutdown(wait=False, cancel_futures=True)
+        self._media.shutdown(wait=False, cancel_futures=True)
+
+
+class Run:
+    """One request while it is answered.
+
+    Attributes:
+        id, created, model: what answers and chunks tell of themselves.
+        asked: what was asked for.
+    """
+
+    def __init__(
+        self, service: Service, asked: Asked, prepared: Sequence[Prepared], model: str, prefix: str, began: float
+    ):
+        self.id = f"{prefix}{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
+        self.asked = asked
+        self.tokenizer = service.processor.tokenizer
+        self._metrics = service.metrics
+        self._began = began
+        self._prompt_tokens = sum(len(one.ids) for one in prepared)
+        self._completion_tokens = 0
+        self._cached: dict[int, int] = {}
+        self._first: tuple[int, Piece] | None = None
+        self._pieces = _together([service.engine.pieces(one, asked.params) for one in prepared])
+
+    async def begin(self) -> None:
+        """Wait for the first token."""
+        self._first = await anext(self._pieces)
+        self._metrics.first_token.observe(time.perf_counter() - self._began)
+
+    async def read(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Each token as it comes, with the number of its prompt. Closing this cancels what is not finished."""
+        assert self._first is not None, "a run begins before it is read"
+        first_at = time.perf_counter()
+        try:
+            async with aclosing(self._pieces) as pieces:
+                yield self._count(self._first)
+                async for one in pieces:
+                    yield self._count(one)
+        finally:
+            now = time.perf_counter()
+            choices = len(self._cached) * self.asked.params.n
+            per_choice = self._completion_tokens / max(choices, 1)
+            self._metrics.finished(
+                prompt=self._prompt_tokens,
+                completion=self._completion_tokens,
+                seconds=now - self._began,
+                per_token=(now - first_at) / (per_choice - 1) if per_choice > 1 else None,
+            )
+
+    async def aclose(self) -> None:
+        """Cancel what is not finished, also where nobody began to read."""
+        await self._pieces.aclose()
+
+    def _count(self, one: tuple[int, Piece]) -> tuple[int, Piece]:
+        if one[1].finish_reason == "error":
+            raise RuntimeError("the answer broke off: following its grammar took more work than is allowed")
+        self._completion_tokens += 1
+        self._cached.setdefault(one[0], one[1].answer.cached_tokens)
+        return one
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far."""
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+
+async def _together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Pieces of several answers as they come."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for piece in only:
+                yield 0, piece
+        return
+    inbox: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+
+    async def read(i: int, stream: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    inbox.put_nowait((i, piece))
+            inbox.put_nowait((i, None))
+        except Exception as error:
+            inbox.put_nowait((i, error))
+
+    readers = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        growing = len(readers)
+        while growing:
+            i, one = await inbox.get()
+            if isinstance(one, BaseException):
+                raise one
+            if one is None:
+                growing -= 1
+            else:
+                yield i, one
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)

@@ -1,0 +1,55 @@
+"""`ServerSettings`: what whoever runs a server decides about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aria.processor import MediaSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a server allows, and what it is called.
+
+    Raises:
+        ValueError: a value out of its limits.
+    """
+
+    model_names: tuple[str, ...] = ("aria-nano",)
+    """Names that requests may ask for; the first is the one that answers tell."""
+    api_keys: tuple[str, ...] = ()
+    """Any of them opens every route that does work; none: no key is asked for."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the server from a browser, or ``("*",)``."""
+    max_body: int = 256 << 20
+    """Bytes of a request's body. Media in data: URIs are part of it, a third larger than the file."""
+    max_queue: int = 256
+    """Requests beyond those that the model answers at a time; more are told to come again."""
+    max_concurrency_per_key: int | None = None
+    """Requests of one key (of one client's address, where no keys are asked for) at a time; None: any number."""
+    max_choices: int = 128
+    """Answers that one request may ask for: its prompts times ``n``."""
+    media: MediaSettings = field(default_factory=lambda: MediaSettings(local_folders=()))
+    """What pictures, clips and documents may cost, and where they may come from; the server's own files, and addresses
+    of its network, only where this says so."""
+    media_threads: int = 4
+    """Requests with media that are read at a time; each may use several cores."""
+    temperature: float = 1.0
+    """Where a request says nothing, as OpenAI's own interface has it."""
+    drain_seconds: float = 30.0
+    """How long running requests may go on after the server was told to end."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_body", 1), ("max_queue", 0), ("max_choices", 1), ("media_threads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if self.max_concurrency_per_key is not None and self.max_concurrency_per_key < 1:
+            raise ValueError(f"max_concurrency_per_key is {self.max_concurrency_per_key}; expected at least 1, or None")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 to 2")
+        if self.drain_seconds < 0:
+            raise ValueError(f"drain_seconds is {self.drain_seconds}; expected 0 or more")
+        if not self.model_names:
+            raise ValueError("model_names is empty; a model needs a name")
+        if not all(self.api_keys):
+            raise ValueError("an API key is empty; give every key at least one character")

@@ -1,0 +1,88 @@
+"""One choice of an answer as it grows: tokens of the engine -> text, calls and log-probabilities that are certain."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from aria.engine import Piece, TokenLogprob
+from aria.processor import AriaTokenizer
+from aria.serve.bodies import Asked
+from aria.serve.tools import Call, CallReader, WholeCall
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a token made certain."""
+
+    parts: list[str | Call]
+    """Text and calls in their order."""
+    logprobs: list[TokenLogprob]
+    """Of the tokens that the text is made of."""
+    finish_reason: str | None
+    """With the last one: stop, length or tool_calls."""
+
+
+class Turn:
+    """Reads one choice."""
+
+    def __init__(self, asked: Asked, tokenizer: AriaTokenizer):
+        names = asked.functions
+        self._calls = None if not names else WholeCall(names) if asked.untagged else CallReader(names)
+        self._ledger = None if asked.params.logprobs is None else _Ledger(tokenizer)
+        self.called = False
+
+    def push(self, piece: Piece) -> Delta:
+        """The choice's next token."""
+        text, finish = piece.text, piece.finish_reason
+        parts: list[str | Call]
+        if self._calls is None:
+            parts = [text] if text else []
+        else:
+            parts = self._calls.push(text) if text else []
+            if finish is not None:
+                parts += self._calls.flush()
+            self.called = self.called or any(isinstance(part, Call) for part in parts)
+        logprobs = [] if self._ledger is None else list(self._ledger.push(piece))
+        if finish == "stop" and self.called:
+            return Delta(parts, logprobs, "tool_calls")
+        return Delta(parts, logprobs, finish)
+
+
+class _Ledger:
+    """Holds the log-probability of a token back until its text is certain; those of a stop text never come."""
+
+    def __init__(self, tokenizer: AriaTokenizer):
+        self._tokenizer = tokenizer
+        self._held: deque[tuple[int, TokenLogprob]] = deque()
+        self._read = 0
+        self._certain = 0
+
+    def push(self, piece: Piece) -> Iterable[TokenLogprob]:
+        assert piece.logprob is not None, "log-probabilities were asked for"
+        self._held.append((self._read, piece.logprob))
+        self._read += len(self._tokenizer.token_bytes(piece.token_id, skip_special_tokens=True))
+        self._certain += len(piece.text.encode())
+        if piece.finish_reason == "length":
+            self._certain = self._read + 1
+        while self._held:
+            start, logprob = self._held[0]
+            end = self._held[1][0] if len(self._held) > 1 else self._read
+            # A token that a stop text begins in the middle of is partly text; others wait until they are wholly so.
+            certain = start < self._certain if piece.finish_reason else end <= self._certain and end > start
+            if not certain:
+                return
+            self._held.popleft()
+            yield logprob
+
+
+def logprob_object(logprob: TokenLogprob, tokenizer: AriaTokenizer) -> dict[str, Any]:
+    """A token with its log-probability and the likeliest others, as OpenAI tells them."""
+    return {**_token(logprob, tokenizer), "top_logprobs": [_token(other, tokenizer) for other in logprob.top]}
+
+
+def _token(logprob: TokenLogprob, tokenizer: AriaTokenizer) -> dict[str, Any]:
+    data = tokenizer.token_bytes(logprob.token_id)
+    return {"token": logprob.token, "logprob": logprob.logprob, "bytes": list(data)}

@@ -1,0 +1,92 @@
+"""A real server on a loopback port, in a thread, with nano behind it: what the tests of `aria.serve` ask."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import uvicorn
+from fastapi import FastAPI
+
+from aria.engine import AsyncEngine, Result, SamplingParams
+from aria.serve.app import create_app
+from aria.serve.settings import ServerSettings
+
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+
+
+@functools.cache
+def engine() -> AsyncEngine:
+    """Nano, once for all tests of a run."""
+    return AsyncEngine(max_batch=8, cache_tokens=16_384, device="cpu")
+
+
+class Live:
+    """A server that runs, and clients of it."""
+
+    def __init__(self, app: FastAPI, port: int, key: str):
+        self.app = app
+        self.address = f"http://127.0.0.1:{port}"
+        self.http = httpx2.Client(base_url=self.address, timeout=60, headers={"Authorization": f"Bearer {key}"})
+        self.openai = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, path: str, **body: Any) -> httpx2.Response:
+        """A body as it is, past the client's own checks."""
+        return self.http.post(path, json=body)
+
+    def chat(self, content: Any = "hello", **fields: Any) -> Any:
+        """One question, answered greedily."""
+        said = [{"role": "user", "content": content}]
+        return self.openai.chat.completions.create(
+            **{"model": "aria-nano", "messages": said, "temperature": 0, "max_tokens": 64, **fields}
+        )
+
+
+@contextmanager
+def running(settings: ServerSettings | None = None, key: str = "none") -> Iterator[Live]:
+    """A server until the block ends. The engine belongs to all of them: what it may read is as before afterwards."""
+    media = engine().engine.processor.media
+    app = create_app(engine(), settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield Live(app, server.servers[0].sockets[0].getsockname()[1], key)
+    finally:
+        engine().engine.processor.media = media
+        server.should_exit = True
+        thread.join(10)
+
+
+def until(holds: Any, seconds: float = 20.0) -> None:
+    """Wait for something that happens in another thread."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
+def idle() -> bool:
+    """Whether the engine has nothing left to do, and no memory of the cache is held."""
+    stats = engine().stats()
+    return stats.running == stats.waiting == 0
+
+
+def straight(messages: list[dict[str, Any]], **params: Any) -> Result:
+    """What the engine itself answers."""
+    return asyncio.run(engine().chat(messages, SamplingParams(**{"max_tokens": 64, **params})))
+
+
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    """A medium as clients send it."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

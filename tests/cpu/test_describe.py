@@ -1,0 +1,193 @@
+"""``aria describe``: folders of media to lines of JSON, each file once, whatever stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from aria import SamplingParams, cli
+from aria.jobs import Describer, MediaFile, find_media
+
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+MEDIA = Path(__file__).parents[2] / "docs" / "cookbook" / "media"
+TOLD = {
+    "word.png": 'The word "Welcome".',
+    "shapes.png": "A red circle to the left of a blue square.",
+    "emoji.png": "A octopus emoji.",
+}
+"""What nano says of the sample pictures."""
+
+
+@pytest.fixture
+def run(capfdbinary, monkeypatch):
+    """Run ``aria`` with arguments; gives exit code, records on the output, and errors."""
+
+    def call(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["aria", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capfdbinary.readouterr()
+        return code, [json.loads(line) for line in captured.out.splitlines()], captured.err.decode()
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures, one of them deeper, and what is no medium or hidden."""
+    root = tmp_path / "album"
+    (root / "trip" / ".cache").mkdir(parents=True)
+    shutil.copy(PICTURES / "shapes.png", root / "shapes.PNG")
+    shutil.copy(PICTURES / "word.png", root)
+    shutil.copy(PICTURES / "emoji.png", root / "trip")
+    shutil.copy(PICTURES / "emoji.png", root / "trip" / ".cache")
+    shutil.copy(PICTURES / "emoji.png", root / ".hidden.png")
+    (root / "notes.txt").write_text("no medium")
+    return root
+
+
+def records(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_media_are_found_in_order(folder):
+    (folder / "b").mkdir()
+    (folder / "b" / "clip.MP4").touch()
+    (folder / "b" / "paper.pdf").touch()
+    media, others = find_media([folder, folder / "word.png", folder / ".hidden.png"])
+    names = [(Path(medium.path).relative_to(folder).as_posix(), medium.kind) for medium in media]
+    assert names == [
+        ("shapes.PNG", "image"),
+        ("word.png", "image"),
+        ("b/clip.MP4", "video"),
+        ("b/paper.pdf", "document"),
+        ("trip/emoji.png", "image"),
+        (".hidden.png", "image"),  # named itself
+    ]
+    assert others == 1
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_media([folder, folder / "nowhere"])
+
+
+def test_every_file_is_told_of(run, folder):
+    code, told, err = run("describe", folder)
+    assert code == 0
+    assert {Path(record["path"]).name.lower(): record["text"] for record in told} == TOLD
+    for record in told:
+        assert list(record) == [
+            *("path", "kind", "prompt", "text", "finish_reason", "usage", "model", "seconds", "error"),
+        ]
+        assert (record["kind"], record["model"], record["error"]) == ("image", "aria-nano", None)
+        assert record["finish_reason"] == "stop"
+        assert record["usage"]["media"] == {"count": 1, "crops": 1, "tokens": 64}
+        assert record["usage"]["prompt_tokens"] > 64 < record["usage"]["total_tokens"]
+        assert record["seconds"] > 0
+    assert err == "3 done, 1 passed over\n"
+
+
+def test_clips_and_documents_are_told_of(run):
+    code, told, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
+    assert (code, err) == (0, "4 done, 1 passed over\n")
+    by_name = {Path(record["path"]).name: record for record in told}
+    assert {name: record["kind"] for name, record in by_name.items()} == {
+        "chart.png": "image", "clip.mp4": "video", "pages.pdf": "document", "receipt.png": "image",
+    }  # fmt: skip
+    assert by_name["clip.mp4"]["usage"]["media"] == {"count": 4, "crops": 4, "tokens": 256}
+    assert by_name["clip.mp4"]["prompt"] == "Describe what happens in this clip."
+    assert by_name["pages.pdf"]["usage"]["media"] == {"count": 2, "crops": 2, "tokens": 128}
+
+
+def test_answers_follow_a_schema(run, tmp_path):
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({**schema, "additionalProperties": False}))
+    code, [record], _ = run("describe", PICTURES / "shapes.png", "--schema", file)
+    assert code == 0
+    assert json.loads(record["text"])["colour"] in ("red", "blue")
+    # What is wrong with the schema is not the file's fault: it is told once, and nothing is written.
+    file.write_text(json.dumps({**schema, "unevaluatedItems": False}))
+    out = tmp_path / "out.jsonl"
+    code, told, err = run("describe", PICTURES / "shapes.png", "--schema", file, "-o", out)
+    assert (code, told, out.read_bytes()) == (2, [], b"")
+    assert "json_schema cannot be followed" in err
+
+
+def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
+    whole = (folder / "word.png").read_bytes()
+    (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").touch()
+    out = tmp_path / "out.jsonl"
+    code, printed, err = run("describe", folder, "--out", out, "--prompt", "What is this?")
+    assert (code, printed) == (1, [])
+    by_name = {Path(record["path"]).name: record for record in records(out)}
+    assert len(by_name) == 5
+    assert "torn.png" in by_name["torn.png"]["error"] and by_name["torn.png"]["text"] is None
+    assert "empty.jpg" in by_name["empty.jpg"]["error"]
+    assert by_name["word.png"]["text"] == TOLD["word.png"]
+    assert err == "3 done, 2 failed, 1 passed over\n"
+
+
+def test_a_run_goes_on_where_another_was_stopped(run, folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run("describe", folder, "-o", out)[0] == 0
+    whole = records(out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(lines[0] + lines[1][:-30])
+    code, _, err = run("describe", folder, "-o", out)
+    assert (code, err) == (0, "2 done, 1 done before, 1 passed over\n")
+    assert out.read_bytes().startswith(lines[0])
+    again = records(out)
+    assert len(again) == 3
+    assert {r["path"]: r["text"] for r in again} == {r["path"]: r["text"] for r in whole}
+    # Nothing is left to do, so no model is loaded.
+    code, _, err = run("describe", folder, "-o", out, "--device", "cuda:99")
+    assert (code, err) == (0, "0 done, 3 done before, 1 passed over\n")
+
+
+def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run("describe", folder, "-o", out)
+    before = out.read_bytes()
+    code, _, err = run("describe", folder, "-o", out, "--prompt", "What colour is it?")
+    assert code == 2 and "with the prompt 'Describe this picture.', and now it is 'What colour is it?'" in err
+    code, _, err = run("describe", folder, "-o", out, "--model", "someone/other")
+    assert code == 2 and "with the model 'aria-nano', and now it is 'other'" in err
+    assert out.read_bytes() == before
+    code, _, err = run("describe", folder, "-o", folder / "notes.txt")
+    assert code == 2 and "notes.txt is not a JSON object" in err
+    assert (folder / "notes.txt").read_text() == "no medium"
+
+
+def test_sampling_and_picture_settings_are_used(run, tmp_path):
+    picture = tmp_path / "wide.png"
+    Image.new("RGB", (900, 300), "white").save(picture)
+    usage = {}
+    for name, options in {"plain": (), "large": ("--max-image-size", 448), "split": ("--split",)}.items():
+        code, [record], _ = run("describe", picture, "--max-tokens", 2, *options)
+        assert (code, record["finish_reason"], record["usage"]["completion_tokens"]) == (0, "length", 2)
+        usage[name] = record["usage"]["prompt_tokens"]
+    assert usage["large"] - usage["plain"] == 64
+    assert usage["split"] > usage["large"]
+    code, _, err = run("describe", picture, "--temperature", 3)
+    assert code == 2 and "temperature is 3.0" in err
+
+
+def test_what_is_asked_depends_on_the_kind():
+    settings = {"max_image_size": 448, "num_frames": 8, "pages": "2-3"}
+    describer = Describer("m", SamplingParams(), None, settings)
+    parts = {
+        kind: describer.messages(MediaFile(f"a.{kind}", kind))[0]["content"] for kind in ("image", "video", "document")
+    }
+    assert parts["image"][0] == {"type": "image", "path": "a.image", "max_image_size": 448}
+    assert parts["video"][0] == {"type": "video", "path": "a.video", "max_image_size": 448, "num_frames": 8}
+    assert parts["document"][0] == {"type": "document", "path": "a.document", "max_image_size": 448, "pages": "2-3"}
+    assert parts["image"][1]["text"] == "\nDescribe this picture."
+    assert parts["document"][1]["text"] == "Summarize this document."

@@ -1,0 +1,202 @@
+"""Jobs: journals that survive any cut, and a runner that does every item once, whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aria.jobs import Job, Journal
+from aria.jobs.runner import HEAVY_AT_ONCE
+
+RECORDS = [
+    {"path": "a.png", "text": "ein Wort {\n}"},
+    {"path": "b.png", "text": "日本\u2028語"},
+    {"path": "c", "text": None},
+]
+
+
+def write_all(path, records) -> None:
+    with Journal(path) as journal:
+        assert list(journal.read()) == []
+        for record in records:
+            journal.write(record)
+
+
+def read_all(path) -> list[dict[str, Any]]:
+    with Journal(path) as journal:
+        return list(journal.read())
+
+
+def test_every_cut_of_a_journal_is_mended(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write_all(path, RECORDS)
+    whole = path.read_bytes()
+    ends = [at for at in range(len(whole) + 1) if whole[:at].endswith(b"\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with Journal(path) as journal:
+            kept = list(journal.read())
+            # A line that lacks only its end is whole: no beginning of an object is an object.
+            assert kept == RECORDS[: sum(end - 1 <= cut for end in ends)]
+            for record in RECORDS[len(kept) :]:
+                journal.write(record)
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b'[1, 2]\n{"path": 1}\n', b"{\n  1: 2\n}\n", b"\x89PNG\r\n\x1a\n", b"text", b"\n"])
+def test_other_files_are_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "other"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"line 1 of .*other is not a JSON object"):
+        read_all(path)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_is_written_by_one_process_at_a_time(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with Journal(path), pytest.raises(ValueError, match="another process"):
+        Journal(path)
+    write_all(path, RECORDS)
+    assert read_all(path) == RECORDS
+
+
+def test_names_that_are_not_unicode_are_kept(tmp_path):
+    record = {"path": "photo-\udcff.png"}
+    write_all(tmp_path / "out.jsonl", [record])
+    (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert read_all(tmp_path / "out.jsonl") == [record]
+
+
+def test_nothing_is_written_after_the_end(tmp_path):
+    journal = Journal(tmp_path / "out.jsonl")
+    assert list(journal.read()) == []
+    journal.close()
+    with pytest.raises(OSError, match="was closed"):
+        journal.write({"path": "late"})
+
+
+class Memory:
+    """An output in memory."""
+
+    def __init__(self, *records: dict[str, Any]):
+        self.records = list(records)
+
+    def read(self):
+        return iter(list(self.records))
+
+    def write(self, record) -> None:
+        self.records.append(dict(record))
+
+
+class Play:
+    """Work without a model: items are numbers, those below zero are heavy."""
+
+    def __init__(self, fails: Callable[[int, int], bool] = lambda item, attempt: False):
+        self.fails = fails
+        self.attempts: dict[int, int] = {}
+        self.flying: list[int] = []
+        self.most = self.most_heavy = 0
+
+    def name(self, item: int) -> str:
+        return str(item)
+
+    def heavy(self, item: int) -> bool:
+        return item < 0
+
+    async def do(self, engine: Any, item: int) -> dict[str, Any]:
+        self.attempts[item] = self.attempts.get(item, 0) + 1
+        self.flying.append(item)
+        self.most = max(self.most, len(self.flying))
+        self.most_heavy = max(self.most_heavy, sum(one < 0 for one in self.flying))
+        alone = len(self.flying) == 1
+        for _ in range(1 + abs(item) % 5):
+            await asyncio.sleep(0)
+            alone = alone and len(self.flying) == 1
+        self.flying.remove(item)
+        if self.fails(item, self.attempts[item]):
+            raise RuntimeError(f"the engine fails at {item}")
+        return {"name": str(item), "failed": False, "alone": alone}
+
+    def give_up(self, item: int, error: Exception) -> dict[str, Any]:
+        return {"name": str(item), "failed": True, "error": str(error)}
+
+    def recognize(self, record) -> tuple[str, bool]:
+        return record["name"], record["failed"]
+
+
+def do(play: Play, items, output: Memory, at_once: int = 4) -> Job:
+    job = Job(play, items, output)
+    asyncio.run(job.run(None, at_once=at_once))  # type: ignore[arg-type]  (Play needs no engine)
+    return job
+
+
+def test_every_item_is_done_once_and_so_many_at_a_time():
+    play, output = Play(), Memory()
+    items = [*range(-20, 0), *range(1, 40)]
+    job = do(play, items, output, at_once=7)
+    assert sorted(int(record["name"]) for record in output.records) == items
+    assert set(play.attempts.values()) == {1}
+    assert play.most == 7
+    assert play.most_heavy == HEAVY_AT_ONCE
+    assert (job.tally.done, job.tally.before, job.tally.failed) == (len(items), 0, 0)
+
+
+def test_what_is_in_the_output_is_not_done_again():
+    play = Play()
+    output = Memory({"name": "3", "failed": False}, {"name": "5", "failed": True}, {"name": "99", "failed": True})
+    job = do(play, range(1, 9), output)
+    assert sorted(play.attempts) == [1, 2, 4, 6, 7, 8]
+    # What others wrote of items that are not asked for is nobody's business.
+    assert (job.tally.done, job.tally.before, job.tally.failed) == (6, 1, 1)
+
+
+def test_items_taken_along_by_a_failure_are_done_again_alone():
+    play, output = Play(lambda item, attempt: item in (2, 3) and attempt == 1), Memory()
+    job = do(play, range(1, 20), output)
+    records = {int(record["name"]): record for record in output.records}
+    assert sorted(records) == list(range(1, 20))
+    assert records[2]["alone"] and records[3]["alone"]
+    assert job.tally.failed == 0
+
+
+def test_an_item_that_breaks_the_engine_twice_is_given_up():
+    play, output = Play(lambda item, attempt: item == 2), Memory()
+    job = do(play, range(1, 20), output)
+    [bad] = [record for record in output.records if record["failed"]]
+    assert bad == {"name": "2", "failed": True, "error": "the engine fails at 2"}
+    assert play.attempts[2] == 2
+    assert (job.tally.done, job.tally.failed) == (18, 1)
+
+
+def test_a_broken_engine_ends_the_job_and_gives_nothing_up():
+    play, output = Play(lambda item, attempt: item > 10), Memory()
+    with pytest.raises(RuntimeError, match="the engine fails at"):
+        do(play, range(1, 200), output, at_once=4)
+    # One that was in flight just then may be missing: it is not there, so it is done next time.
+    assert {int(record["name"]) for record in output.records} <= set(range(1, 11))
+    assert not any(record["failed"] for record in output.records)
+    assert len(play.attempts) < 40
+
+
+def test_a_record_that_cannot_be_kept_ends_the_job():
+    class Full(Memory):
+        def write(self, record) -> None:
+            if len(self.records) == 3:
+                raise OSError("no space left")
+            super().write(record)
+
+    output = Full()
+    with pytest.raises(OSError, match="no space left"):
+        do(Play(), range(1, 50), output)
+    assert len(output.records) == 3
+
+
+def test_lines_are_plain_json(tmp_path):
+    write_all(tmp_path / "out.jsonl", RECORDS)
+    lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line) for line in lines[:-1]] == RECORDS
+    assert lines[-1] == b""

@@ -1,0 +1,417 @@
+"""What the server refuses, and how it says so: fields, values, keys, sizes, numbers, and the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from serving import idle, running, until
+from typer.main import get_command
+
+from aria.cli import app
+from aria.serve import limits
+from aria.serve.limits import open_to_strangers
+from aria.serve.settings import ServerSettings
+
+DOCS = Path(__file__).parents[2] / "docs"
+HELLO = [{"role": "user", "content": "hello"}]
+LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "temperature": 2}
+
+
+@pytest.fixture(scope="module")
+def live():
+    with running() as live:
+        yield live
+
+
+def error_of(response, status: int) -> dict:
+    """The error object; its shape is OpenAI's."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    [error] = response.json().values()
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "Traceback" not in response.text
+    return error
+
+
+def part(**fields) -> dict:
+    return {"messages": [{"role": "user", "content": [fields]}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"temprature": 1}, "temprature", "temprature is not supported"),
+        ({"functions": []}, "functions", "not supported"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2.*2.1"),
+        ({"temperature": "1"}, "temperature", "valid number.*'1'"),
+        ({"temperature": True}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "129 answers.*128 are the most"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 4, "max_completion_tokens": 4}, None, "mean the same"),
+        ({"top_logprobs": 2}, None, "top_logprobs goes with logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
+        ({"stream_options": {"include_usage": True}}, None, "stream: true"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a", 1]}, "stop[1]", "valid string"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
+        ({"logit_bias": {"999999": 1}}, None, "the vocabulary ends"),
+        ({"seed": 1.5}, "seed", "valid integer"),
+        ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'xml'.*json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "cow"}}}},
+         None, "json_schema"),
+        ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "function"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": "hello"}, "messages", "valid list"),
+        ({"messages": None}, "messages", "valid list"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0]", "'wizard'.*'developer'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name", "not supported"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing"),
+        (part(type="input_audio", input_audio={}), "messages[0].content[0]", "'input_audio'.*'image_url'"),
+        (part(type="text"), "messages[0].content[0].text", "missing"),
+        (part(type="image_url", image_url="x"), "messages[0].content[0].image_url", "should be an object, but is 'x'"),
+        (part(type="image_url", image_url={"url": "x", "detail": "ultra"}), "messages[0].content[0].image_url.detail",
+         "'auto', 'low' or 'high'"),
+        (part(type="image_url", image_url={"url": "data:image/png;base64,AAAA"}), "messages", "not a picture"),
+        (part(type="image_url", image_url={"url": "ftp://example.org/a.png"}), "messages", "ftp"),
+        (part(type="file", file={"file_id": "file-1", "file_data": "x"}), "messages[0].content[0].file.file_id",
+         "not supported"),
+        ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
+         "messages[1].tool_calls", "should be JSON"),
+        ({"messages": [{"role": "user", "content": "long " * 5000}]}, "messages", "max_model_len"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_by_name(live, fields, param, says):
+    error = error_of(live.post("/v1/chat/completions", **{"messages": HELLO, "max_tokens": 1, **fields}), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert re.search(says, error["message"]), error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "x", "echo": True}, "echo"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
+        ("/v1/completions", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", 1]}, "prompt[1]"),
+        ("/v1/completions", {"prompt": [999_999]}, "prompt"),
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ("/v1/responses", {"input": "x", "reasoning": {"effort": "low"}}, "reasoning"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "summary": []}]}, "input[0]"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].name"),
+        ("/tokenize", {}, None),
+        ("/tokenize", {"prompt": "x", "messages": HELLO}, None),
+        ("/detokenize", {"tokens": [999_999]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ],
+)
+def test_other_routes_say_it_too(live, path, body, param):
+    assert error_of(live.post(path, **body), 400)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
+)
+def test_an_unknown_model_is_not_found(live, path):
+    said = {"messages": HELLO, "prompt": "x", "input": "x", "tokens": [1]}
+    key = {"/v1/completions": "prompt", "/v1/responses": "input", "/detokenize": "tokens"}.get(path, "messages")
+    error = error_of(live.post(path, model="gpt-4o", **{key: said[key]}), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "aria-nano" in error["message"]
+
+
+def test_fields_without_effect_are_taken(live):
+    fields = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"}
+    body = {"messages": HELLO, "max_tokens": 1, **fields, "prompt_cache_key": "k", "modalities": ["text"]}
+    assert live.post("/v1/chat/completions", **body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "code"),
+    [
+        (b"{", "application/json", 400, "bad_json"),
+        (b"[1, 2", "application/json", 400, "bad_json"),
+        (b"", "application/json", 400, None),
+        (b"null", "application/json", 400, None),
+        (b"[]", "application/json", 400, None),
+        (b"[" * 100_000, "application/json", 400, None),
+        (b"\xff\xfe\x00", "application/json", 400, None),
+        (b'{"messages": "\\ud800"}', "application/json", 400, None),
+        (b'{"\\ud800": 1, "messages": []}', "application/json", 400, None),
+        (b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', "application/json", 400, None),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", "application/json", 400, None),
+        (b"{}", "text/plain", 415, "unsupported_media_type"),
+        (b"{}", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+    ],
+)
+def test_a_body_that_is_not_json_is_refused(live, content, kind, status, code):
+    response = live.http.post("/v1/chat/completions", content=content, headers={"content-type": kind})
+    error = error_of(response, status)
+    assert code is None or error["code"] == code
+
+
+def test_paths_and_methods_that_are_not_there(live):
+    assert "nothing at '/v1/nothing'" in error_of(live.http.get("/v1/nothing"), 404)["message"]
+    error_of(live.http.post("/v1/nothing", json={}), 404)
+    error_of(live.http.get("/../pyproject.toml"), 404)
+    error_of(live.http.get("/%2e%2e/app.py"), 404)
+    response = live.http.get("/v1/chat/completions")
+    error_of(response, 405)
+    assert response.headers["allow"] == "POST"
+    error_of(live.http.delete("/v1/models"), 405)
+
+
+def test_errors_reach_the_client_as_its_own(live):
+    with pytest.raises(openai.BadRequestError) as caught:
+        live.chat(temperature=3)
+    assert caught.value.param == "temperature"
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_keys_open_what_does_work_and_nothing_else():
+    with running(ServerSettings(api_keys=("first", "second")), key="second") as live:
+        for path in ("/health", "/ready", "/openapi.json"):
+            assert httpx2.get(live.address + path).status_code == 200
+        for path in ("/v1/models", "/metrics"):
+            assert live.http.get(path).status_code == 200
+            error = error_of(httpx2.get(live.address + path), 401)
+            assert error["code"] == "invalid_api_key"
+        for header in ("Bearer third", "Bearer", "Basic second", "second", "Bearer first second", "Bearer s\xe9cond"):
+            response = httpx2.get(f"{live.address}/v1/models", headers=[(b"Authorization", header.encode("latin-1"))])
+            error_of(response, 401)
+            assert response.headers["www-authenticate"] == "Bearer"
+        # Nothing of the body is read before the key is.
+        error_of(httpx2.post(f"{live.address}/v1/chat/completions", content=b"{"), 401)
+        assert live.chat().choices[0].message.content
+
+
+def test_a_body_has_a_largest_size():
+    with running(ServerSettings(max_body=5000)) as live:
+        error = error_of(live.post("/tokenize", prompt="x" * 5000), 413)
+        assert error["code"] == "body_too_large"
+
+        def pieces():
+            for _ in range(100):
+                yield b"x" * 100
+
+        error_of(live.http.post("/tokenize", content=pieces(), headers={"content-type": "application/json"}), 413)
+        assert live.post("/tokenize", prompt="x" * 4000).status_code == 200
+
+
+def test_a_body_that_stops_is_given_up(live, monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    host, port = live.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(
+            b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        assert half.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert live.app.state.traffic.running == 0
+
+
+def test_the_documentation_names_what_there_is(live):
+    live.chat()
+    told = live.http.get("/metrics").text
+    for name in ("serving.md", "grafana.json"):
+        text = (DOCS / name).read_text(encoding="utf-8")
+        assert not [one for one in re.findall(r"aria_[a-z_]+", text) if one not in told]
+    known = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "serving.md").read_text(encoding="utf-8")))
+    assert named - known == {"--gpus", "--help"}, "one is docker's, one every command has"
+    assert set(re.findall(r"--[a-z-]+", (DOCS / "aria.service").read_text(encoding="utf-8"))) - known == {"--now"}
+
+
+class Busy:
+    """Long answers that run until the block ends."""
+
+    def __init__(self, live, count: int):
+        self._streams = [live.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True})
+                         for _ in range(count)]  # fmt: skip
+
+    def __enter__(self):
+        for stream in self._streams:
+            assert stream.__enter__().status_code == 200
+
+    def __exit__(self, *error):
+        for stream in self._streams:
+            stream.__exit__(*error)
+        until(idle)
+
+
+def test_a_key_has_so_many_requests_at_a_time():
+    settings = ServerSettings(api_keys=("one", "two"), max_concurrency_per_key=2)
+    with running(settings, key="one") as live:
+        with Busy(live, 2):
+            response = live.post("/v1/chat/completions", messages=HELLO)
+            assert error_of(response, 429)["type"] == "rate_limit_error"
+            assert int(response.headers["retry-after"]) >= 1
+            other = httpx2.post(
+                f"{live.address}/v1/chat/completions",
+                json={"messages": HELLO, "max_tokens": 1},
+                headers={"Authorization": "Bearer two"},
+                timeout=30,
+            )
+            assert other.status_code == 200
+            assert live.http.get("/v1/models").status_code == 200, "only work is counted"
+        assert live.chat().choices
+
+
+def test_the_queue_has_an_end():
+    with running(ServerSettings(max_queue=0)) as live:
+        places = live.app.state.traffic.places
+        with Busy(live, places):
+            response = live.post("/v1/chat/completions", messages=HELLO)
+            assert error_of(response, 503)["code"] == "overloaded"
+            assert int(response.headers["retry-after"]) >= 1
+            assert live.http.get("/health").json() == {"status": "ok"}
+        assert live.app.state.traffic.running == 0
+        assert live.chat().choices
+
+
+def test_a_server_that_ends_takes_nothing_new(live):
+    traffic = live.app.state.traffic
+    assert live.http.get("/ready").json() == {"status": "ready"}
+    traffic.draining = True
+    try:
+        error_of(live.http.get("/ready"), 503)
+        response = live.post("/v1/chat/completions", messages=HELLO)
+        error_of(response, 503)
+        assert response.headers["retry-after"]
+        assert live.http.get("/health").status_code == 200
+    finally:
+        traffic.draining = False
+
+
+def test_metrics_count_what_happened(live):
+    def read() -> dict[str, float]:
+        lines = [line for line in live.http.get("/metrics").text.splitlines() if line and line[0] != "#"]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = read()
+    usage = live.chat().usage
+    live.post("/v1/chat/completions", messages=HELLO, temperature=3)
+    after = read()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown("aria_prompt_tokens_total") == usage.prompt_tokens
+    assert grown("aria_completion_tokens_total") == usage.completion_tokens
+    assert grown("aria_time_to_first_token_seconds_count") == 1
+    assert grown("aria_request_duration_seconds_count") == 1
+    assert grown('aria_requests_total{route="/v1/chat/completions",status="200"}') == 1
+    assert grown('aria_requests_total{route="/v1/chat/completions",status="400"}') == 1
+    assert after["aria_requests_running"] == after["aria_requests_waiting"] == 0
+    assert 0 <= after["aria_cache_usage_ratio"] <= 1
+    assert after["aria_prefix_cache_hits_total"] <= after["aria_prefix_cache_queries_total"]
+
+
+def test_other_pages_may_call_only_where_they_are_allowed(live):
+    asks = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in live.http.get("/health", headers=asks).headers
+    with running(ServerSettings(cors_origins=("https://app.example",), api_keys=("key",)), key="key") as open_one:
+        asked = httpx2.options(f"{open_one.address}/v1/chat/completions", headers=asks)
+        assert asked.headers["access-control-allow-origin"] == "https://app.example"
+        refused = httpx2.get(f"{open_one.address}/v1/models", headers=asks)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://app.example", "or the page cannot read why"
+        other = {**asks, "Origin": "https://other.example"}
+        assert "access-control-allow-origin" not in open_one.http.get("/health", headers=other).headers
+
+
+def test_request_ids_are_the_clients_where_they_are_harmless(live):
+    assert live.http.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert live.http.get("/health", headers={"X-Request-Id": "no good"}).headers["x-request-id"].startswith("req-")
+
+
+def test_a_failure_of_ours_is_a_500_that_tells_nothing(live, monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(live.app.state.service.processor, "prepare", broken)
+    response = live.post("/v1/chat/completions", messages=HELLO)
+    error = error_of(response, 500)
+    assert response.headers["x-request-id"] in error["message"]
+    assert "secret" not in response.text
+    assert "secret" in caplog.text
+    assert response.headers["x-request-id"] in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_body": 0}, {"max_queue": -1}, {"max_concurrency_per_key": 0}, {"temperature": 3}, {"api_keys": ("",)},
+     {"drain_seconds": -1}, {"model_names": ()}],
+)  # fmt: skip
+def test_settings_out_of_their_limits_are_refused(fields):
+    with pytest.raises(ValueError):
+        ServerSettings(**fields)
+
+
+def test_strangers_are_whoever_comes_from_elsewhere():
+    assert open_to_strangers("0.0.0.0", ())
+    assert not open_to_strangers("0.0.0.0", ("key",))
+    assert not open_to_strangers("127.0.0.1", ())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a program can wait for")
+def test_sigterm_lets_running_answers_finish():
+    command = [sys.executable, "-c", "from aria.cli import main; main()", "serve", "--port", "0", "--api-key", "key"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    timer = threading.Timer(60, process.kill)
+    timer.start()
+    try:
+        address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+        headers = {"Authorization": "Bearer key"}
+        body = {"messages": HELLO, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        with (
+            ThreadPoolExecutor() as pool,
+            httpx2.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer,
+        ):
+            lines = (line for line in answer.iter_lines() if line)
+            first = next(lines)
+            process.send_signal(signal.SIGTERM)
+            ready = pool.submit(_until_not_ready, address)
+            rest = list(lines)
+            assert ready.result() == 503, "while an answer runs, others are told to go elsewhere"
+        said = [json.loads(line[6:])["choices"][0] for line in [first, *rest] if line != "data: [DONE]"]
+        assert rest[-1] == "data: [DONE]"
+        assert said[-1]["finish_reason"] == "length"
+        assert process.wait(20) == 0, process.stderr.read()
+    finally:
+        timer.cancel()
+        process.kill()
+
+
+def _until_not_ready(address: str) -> int:
+    status = 200
+    while status == 200:
+        status = httpx2.get(f"{address}/ready").status_code
+        time.sleep(0.01)
+    return status
