@@ -19,6 +19,7 @@ import torch
 
 from aria import Engine, SamplingParams
 from aria.engine.request import Picture, Request
+from aria.engine.runner import GRAPH_TOKENS
 from bench import measure, script
 from bench.measure import Ceilings
 from bench.prefill import picture_message, random_picture
@@ -127,7 +128,7 @@ def warm_up(engine: Engine, longest: int) -> None:
         for rank in range(most, 0, -1):
             add(length if rank == most else 16, rank + min(rank, 8))
         finish()
-    for length in range(64, min(longest, 576) + 1, 64):
+    for length in (size for size in GRAPH_TOKENS if size <= longest):
         for _ in range(2):
             add(length, 1)
             finish()

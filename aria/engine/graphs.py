@@ -13,6 +13,9 @@ Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
 """Takes tensors, gives tensors; never waits for the host, and does the same whatever the tensors hold."""
 
+FREE_BYTES = 2 << 30
+"""With less than this left on the device, what is kept for later tensors is given up before a graph is made."""
+
 
 def batch_size(count: int, most: int) -> int:
     """The size that a batch of ``count`` is filled up to: up to 8 its own, larger by a seventh at most."""
@@ -43,6 +46,7 @@ class Graphs:
         self._device, self._most = device, most
         self._captured: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def run(self, key: Hashable, work: Work, *inputs: Tensor) -> Outputs:
         """The outputs of ``work(*inputs)``.
@@ -68,10 +72,17 @@ class Graphs:
     def _capture(self, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
         # What a capture runs is not computed, so what the inputs hold does not matter yet.
         mine = tuple(torch.empty_like(x, device=self._device) for x in inputs)
+        # `torch.cuda.graph` waits for the device and gives up what is kept each time, which stalls everybody.
+        if torch.cuda.mem_get_info(self._device)[0] < FREE_BYTES:
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: what they do is no part of this graph, and no fault of it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = work(*mine)
+        with torch.cuda.stream(self._stream):
+            # Other threads may use the device meanwhile: what they do is no part of this graph, and no fault of it.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = work(*mine)
+            finally:
+                graph.capture_end()
         return _Captured(graph, work, mine, outputs)
 
     def _forget(self) -> None:

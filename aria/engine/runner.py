@@ -26,10 +26,8 @@ from aria.model import Aria, Paged, PagedCache
 from aria.model.moe import MoE
 
 MOST_GRAPHS = 256
-GRAPH_TOKENS = 512
-"""Prompts up to so many tokens run as graphs when they are alone."""
-GRAPH_STEP = 64
-"""They are filled up to a multiple of this."""
+GRAPH_TOKENS = 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048
+"""Prompts that are alone run as graphs, filled up to the next of these sizes."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -172,8 +170,8 @@ class Runner:
         """A step with chunks of prompts: decodes and chunks in one pass."""
         chunks, N = plan.chunks, len(plan.decodes)
         # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
-        filled = -(-plan.tokens // GRAPH_STEP) * GRAPH_STEP
-        alone = filled <= GRAPH_TOKENS and not N and len(chunks) == 1 and self._capturable(filled, chunks=True)
+        filled = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
+        alone = filled > 0 and not N and len(chunks) == 1 and self._capturable(filled, chunks=True)
         T = filled if alone else plan.tokens
         ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aria import ops
 from aria.config import AriaConfig
 from aria.model.context import Context
 from aria.model.decoder import LanguageModel
@@ -106,4 +107,5 @@ class Aria(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores ``(T, V)`` of the next token."""
-        return self.language_model.lm_head(hidden_TD)
+        head = self.language_model.lm_head
+        return ops.linear(hidden_TD, head.weight) if ops.inference_kernels(hidden_TD) else head(hidden_TD)

@@ -1,7 +1,7 @@
 """The operations everyone calls. Each picks its implementation by device and dtype.
 
 ``with ops.use("reference"):`` forces the plain-PyTorch twins of :mod:`aria.ops.reference`, to check or to debug. Triton
-kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run for inference in 16 bits on CUDA.
+kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run for inference on CUDA.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ __all__ = [
     "graphs_hold_moe",
     "inference_kernels",
     "layer_norm",
+    "linear",
     "linear_add",
     "linear_gelu",
     "moe_layer",
@@ -92,10 +93,10 @@ def _kernels(name: str) -> ModuleType:
 
 
 def inference_kernels(x: Tensor) -> bool:
-    """Whether ``x`` is worked on by the kernels of inference: 16 bits on CUDA, no gradients, Triton at hand."""
+    """Whether ``x`` is worked on by the kernels of inference: on CUDA, no gradients, Triton at hand."""
     return (
         x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and not torch.is_grad_enabled()
         and not _use_reference()
         and _has_triton()
@@ -148,6 +149,13 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -
         if adjacent(weights_OD):
             return F.linear(rms_norm(x_TD, norm_D, eps), as_one(weights_OD))
     return reference.norm_linear(x_TD, norm_D, eps, *weights_OD)
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Linear without bias; see :func:`aria.ops.reference.linear`."""
+    if inference_kernels(x_TI) and _kernels("gemv").fits_linear(x_TI, weight_OI):
+        return _kernels("gemv").linear(x_TI, weight_OI)
+    return reference.linear(x_TI, weight_OI)
 
 
 def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ def norm_linear(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -
     return torch.cat([F.linear(normed, weight) for weight in weights_OD], dim=-1)
 
 
+def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x W^T``."""
+    return F.linear(x_TI, weight_OI)
+
+
 def linear_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
     """``residual + x @ weight.T``, ``(T, O)``."""
     return residual_TO + F.linear(x_TI, weight_OI)

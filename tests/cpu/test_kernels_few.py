@@ -62,6 +62,7 @@ def test_linear_add():
     x, weight, residual = torch.randn(1, 48), torch.randn(37, 48), torch.randn(1, 37)
     expected = reference.linear_add(x.double(), weight.double(), residual.double())
     assert relative_error(gemv.linear_add(x, weight, residual), expected) < 1e-5
+    assert relative_error(gemv.linear(x, weight), expected - residual) < 1e-5
 
 
 @pytest.mark.parametrize("T", [1, 5, 70])

@@ -71,7 +71,8 @@ def inference(monkeypatch):
 
 @pytest.mark.parametrize("laid_out", [False, True])
 def test_encoder_and_projector_in_inference(inference, monkeypatch, laid_out):
-    monkeypatch.setattr(vision, "MLP_PATCHES", 30)  # of 77: three parts
+    monkeypatch.setattr(vision, "MLP_PATCHES", 60)  # of 77: two parts
+    monkeypatch.setattr(vision, "_round_rows", lambda columns, device: 9)  # a part is 4 rounds and a rest
     tower, projector = random_module(VisionTower(VISION), 0.1), random_module(Projector(PROJECTOR), 0.1)
     torch.manual_seed(0)
     mask = torch.zeros(2, 98, 98, dtype=torch.bool)

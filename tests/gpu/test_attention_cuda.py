@@ -95,10 +95,10 @@ def chunks_by_head(q, k, v, keys, values, blocks, lengths, pasts):
         ([100, 4096, 1, 9000, 8192, 37], [0, 4096, 300, 0, 0, 64]),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", list(ERROR))
 def test_chunks_attention(lengths, pasts, dtype):
     torch.manual_seed(sum(lengths))
-    H, K, N = 3, 128, len(lengths)
+    H, K, N = 3, 64 if dtype == torch.float32 else 128, len(lengths)
     M = max(-(-(length + past) // S) for length, past in zip(lengths, pasts, strict=True))
     q, k, v = torch.randn(sum(lengths), 3 * H, K, device="cuda", dtype=dtype).split(H, dim=1)
     keys, values = torch.randn(2, N * M + 1, H, S, K, device="cuda", dtype=dtype)

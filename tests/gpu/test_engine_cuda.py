@@ -78,35 +78,40 @@ def plain_logits(model: Aria, requests, seen, dtype: torch.dtype) -> torch.Tenso
     return torch.stack([by_request[request][len(request.prompt) + n - 1] for request, n, _ in seen])
 
 
+# Where models are small, a few places that chose other experts make most of the error, of the engine as of a plain
+# pass: several models tell more than one.
 @pytest.mark.parametrize(
-    ("config", "longest", "blocks"),
-    [(CONFIG, 300, 24), (WIDE, 900, 80), (ODD, 300, 24)],
+    ("config", "longest", "blocks", "models"),
+    [(CONFIG, 300, 24, 10), (WIDE, 900, 80, 1), (ODD, 300, 24, 10)],
     ids=["small", "wide", "odd"],
 )
-def test_bfloat16_is_as_near_to_float32_as_a_plain_pass(config, longest, blocks):
-    model = Aria.random(config, dtype=torch.bfloat16, device="cuda", std=0.02 if config is WIDE else 0.05)
+def test_bfloat16_is_as_near_to_float32_as_a_plain_pass(config, longest, blocks, models):
     work = requests_of(config.text.vocab_size, config.text.hidden_size, 24, longest)
-    core = EngineCore(
-        model, max_batch=16, max_model_len=1024, cache_blocks=blocks, step_tokens=1024, mixed_step_tokens=256
-    )
-    requests, seen = engine_logits(core, work, torch.bfloat16)
-    got = torch.stack([logits for *_, logits in seen])
-    plain = plain_logits(model, requests, seen, torch.bfloat16)
-    exact = plain_logits(model.float(), requests, seen, torch.float32)
-    # Of a single place: where models are small, the error of all together is that of the few that chose other experts.
-    usual = [((logits - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item() for logits in (got, plain)]
-    together = [relative_error(logits, exact) for logits in (got, plain)]
-    print("errors of the engine and of a plain pass:", [f"{error:.5f}" for error in (*usual, *together)])
-    assert usual[0] <= 1.1 * usual[1]
-    if config is WIDE:
-        assert together[0] <= 1.1 * together[1]
+    std = 0.02 if config is WIDE else 0.05
+    squares = torch.zeros(2, dtype=torch.float64)
+    for seed in range(models):
+        model = Aria.random(config, dtype=torch.bfloat16, device="cuda", std=std, seed=seed)
+        core = EngineCore(
+            model, max_batch=16, max_model_len=1024, cache_blocks=blocks, step_tokens=1024, mixed_step_tokens=256
+        )
+        requests, seen = engine_logits(core, work, torch.bfloat16)
+        got = torch.stack([logits for *_, logits in seen])
+        plain = plain_logits(model, requests, seen, torch.bfloat16)
+        exact = plain_logits(model.float(), requests, seen, torch.float32)
+        squares += torch.stack([(logits - exact).double().square().sum() for logits in (got, plain)])
+    ours, theirs = squares.sqrt().tolist()
+    print(f"error of the engine by that of a plain pass: {ours / theirs:.3f}")
+    assert ours <= 1.1 * theirs
 
 
-def test_float32_equals_a_plain_pass():
-    model = Aria.random(CONFIG, dtype=torch.float32, device="cuda", std=0.05)
-    work = requests_of(320, 128, 16, 300)
+@pytest.mark.parametrize("config", [CONFIG, WIDE, ODD], ids=["small", "wide", "odd"])
+def test_float32_equals_a_plain_pass(config):
+    model = Aria.random(config, dtype=torch.float32, device="cuda", std=0.02 if config is WIDE else 0.05)
+    work = requests_of(config.text.vocab_size, config.text.hidden_size, 16, 300)
     core = EngineCore(model, max_batch=8, max_model_len=1024, cache_blocks=24, step_tokens=256, mixed_step_tokens=128)
     requests, seen = engine_logits(core, work, torch.float32)
+    # Experts of odd sizes are looped over, which waits for the host, as no graph may.
+    assert any(graph is not None for graph in core.runner._graphs._captured.values()) == (config is not ODD)
     got = torch.stack([logits for *_, logits in seen])
     assert relative_error(got, plain_logits(model, requests, seen, torch.float32)) < 1e-5
 

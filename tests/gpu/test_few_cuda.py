@@ -90,6 +90,7 @@ def test_linear_add(dtype, O, I):
     poison()
     got = gemv.linear_add(x, weight, residual)
     assert relative_error(got, reference.linear_add(x.double(), weight.double(), residual.double())) < TOLERANCE[dtype]
+    assert relative_error(gemv.linear(x, weight), reference.linear(x.double(), weight.double())) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("T", [1, 24])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from aria import ops
 from aria.config import ProjectorConfig, VisionConfig
+from aria.model import vision
 from aria.model.projector import Projector
 from aria.model.vision import VisionTower, pack_patches
 from aria.ops import Segments
@@ -41,16 +42,16 @@ def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         ((2500, 2500), (2500, 2500)),
     ],
 )
-@pytest.mark.parametrize("width", [72, 80])
+@pytest.mark.parametrize(("heads", "width"), [(5, 72), (5, 80), (16, 72)])  # of 16, programs take several tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention(queries, keys, width, dtype):
+def test_attention(queries, keys, heads, width, dtype):
     torch.manual_seed(0)
     segments = [Segments.of(n, "cuda") for n in (queries, keys)]
-    q = torch.randn(sum(queries), 5, width, device="cuda", dtype=dtype)
+    q = torch.randn(sum(queries), heads, width, device="cuda", dtype=dtype)
     # Keys and values are parts of a wider tensor, as one product leaves them, and lie between NaN.
-    wide = torch.full((sum(keys), 12, width), float("nan"), device="cuda", dtype=dtype)
-    wide[:, 1:11] = torch.randn(sum(keys), 10, width, device="cuda", dtype=dtype)
-    k, v = wide[:, 1:6] * 2, wide[:, 6:11]
+    wide = torch.full((sum(keys), 2 * heads + 2, width), float("nan"), device="cuda", dtype=dtype)
+    wide[:, 1:-1] = torch.randn(sum(keys), 2 * heads, width, device="cuda", dtype=dtype)
+    k, v = wide[:, 1 : heads + 1] * 2, wide[:, heads + 1 : -1]
     expected = ops.reference.attention(q.double(), k.double(), v.double(), *segments, causal=False)
     poison(q.shape, dtype)
     with torch.no_grad():
@@ -108,6 +109,17 @@ def test_linear_gelu():
     expected = ops.reference.linear_gelu(x.double(), weight.double(), bias.double())
     with torch.no_grad():
         assert relative_error(ops.linear_gelu(x, weight, bias), expected) < 4e-3
+
+
+@pytest.mark.parametrize("rounds", [4.0, 4.5, 4.9])
+def test_product_of_a_few_rounds(rounds):
+    torch.manual_seed(0)
+    P = int(rounds * (vision._round_rows(1152, torch.device("cuda", 0)) or 1000))
+    x, y, weight = (torch.randn(shape, device="cuda").bfloat16() for shape in ((P, 1152), (P, 96), (1152, 96)))
+    expected = x.double() + y.double() @ weight.double().T
+    with torch.no_grad():
+        vision._add_product(x, y, weight)
+    assert relative_error(x, expected) < 4e-3
 
 
 def encoder(dtype: torch.dtype) -> tuple[VisionTower, Projector]:

@@ -146,9 +146,13 @@ _PIECE = 16384
 
 
 def fits(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
-    """Whether the kernel takes these widths: powers of two for a head, from 16 to 128, and for a block."""
+    """Whether the kernel takes these widths: powers of two for a head, from 16 to 128, and for a block.
+
+    In float32 to 64: no tensor core multiplies that exactly, and wide heads are slow to compute and slow to compile.
+    """
     K, S = q_THK.shape[2], keys_BHSK.shape[2]
-    return 16 <= K <= 128 and all(size & (size - 1) == 0 for size in (K, S))
+    widest = 64 if q_THK.is_cuda and q_THK.dtype == torch.float32 else 128
+    return 16 <= K <= widest and all(size & (size - 1) == 0 for size in (K, S))
 
 
 def chunks_attention(

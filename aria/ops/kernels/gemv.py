@@ -5,9 +5,17 @@ experts (S times F).
 
 Every program owns a few rows of a weight and multiplies them, in float32, by the whole input. RMSNorm costs no pass of
 its own: ``W (g * x / rms) = (W (g * x)) / rms``, and the mean square is summed along with the product. The mixture of
-experts takes three launches: router and shared gate/up (which need no routing), the chosen experts' gate/up, and all
-down projections with the residual.
+experts takes three launches: the router, gate/up of the shared experts (which need no routing) and of the chosen ones,
+and all down projections with the residual.
+
+Memory should never wait for a kernel to end. Weights depend on no other kernel, so a program loads its first blocks of
+them into registers before it waits for its input, and lets the next kernel start and do the same. That fills what the
+small kernels between (attention, router) leave idle.
 """
+
+# Tuples grow by adding: Triton knows no unpacking.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated, misc"
 
 from __future__ import annotations
 
@@ -16,18 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels.pdl import overlap, prefetch, release, wait
+from aria.ops.kernels.pdl import overlap, release, wait
 
 
 @triton.jit
-def _prefetch_rows(row_ptrs, I: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Ask for the rows' first BLOCK_I two-byte columns (a line holds 64 of them)."""
-    line = tl.arange(0, BLOCK_I // 64) * 64
-    prefetch(row_ptrs[:, None] + tl.minimum(line, I - 1)[None, :])
-
-
-@triton.jit
-def columns(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
+def _load(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
     """Load along the last axis, zeros from column I on; the bounds check is compiled out where blocks fit."""
     if I % BLOCK_I == 0:
         values = tl.load(ptrs)
@@ -35,31 +36,67 @@ def columns(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
         values = tl.load(ptrs, mask=(column < I)[None, :], other=0.0)
     else:
         values = tl.load(ptrs, mask=column < I, other=0.0)
-    return values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def columns(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
+    """The same in float32."""
+    return _load(ptrs, column, I, BLOCK_I).to(tl.float32)
+
+
+@triton.jit
+def _hold(ptrs, I: tl.constexpr, BLOCK_I: tl.constexpr, HELD: tl.constexpr):
+    """The first HELD blocks of a vector, or of the rows that begin at ``ptrs``; they stay in registers."""
+    held = ()
+    for block in tl.static_range(HELD):
+        column = block * BLOCK_I + tl.arange(0, BLOCK_I)
+        if len(ptrs.shape) == 1:
+            held = held + (_load(ptrs[:, None] + column[None, :], column, I, BLOCK_I),)
+        else:
+            held = held + (_load(ptrs + column, column, I, BLOCK_I),)
+    return held
+
+
+@triton.jit
+def _input(x_ptr, norm_ptr, column, I: tl.constexpr, BLOCK_I: tl.constexpr, NORM: tl.constexpr):
+    """A block of the input, times the norm's weights where asked, and its squares."""
+    x = columns(x_ptr + column, column, I, BLOCK_I)
+    square = x * x
+    if NORM:
+        x *= columns(norm_ptr + column, column, I, BLOCK_I)
+    return x, square
 
 
 @triton.jit
 def _matvec_kernel(
     x_ptr, norm_ptr, w_ptr, residual_ptr, out_ptr, O, eps,
     I: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``out = W x``, of the normed x and with a residual where asked."""
     row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     w_ptrs = w_ptr + tl.minimum(row, O - 1).to(tl.int64) * I
-    if PDL:
-        _prefetch_rows(w_ptrs, I, AHEAD)
+    weights = _hold(w_ptrs, I, BLOCK_I, HELD)
+    norms = ()
+    if NORM:
+        norms = _hold(norm_ptr, I, BLOCK_I, HELD)
+    release(PDL)
     wait(PDL)
+    xs = _hold(x_ptr, I, BLOCK_I, HELD)
     product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     square = tl.zeros((BLOCK_I,), tl.float32)
-    for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
+    for start in tl.range(HELD * BLOCK_I, I, BLOCK_I, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_I)
-        x = columns(x_ptr + column, column, I, BLOCK_I)
-        if NORM:
-            square += x * x
-            x *= columns(norm_ptr + column, column, I, BLOCK_I)
+        x, squares = _input(x_ptr, norm_ptr, column, I, BLOCK_I, NORM)
+        square += squares
         product += columns(w_ptrs[:, None] + column[None, :], column, I, BLOCK_I) * x[None, :]
-    release(PDL)
+    for block in tl.static_range(HELD):
+        x = xs[block].to(tl.float32)
+        square += x * x
+        if NORM:
+            x *= norms[block].to(tl.float32)
+        product += weights[block].to(tl.float32) * x[None, :]
     out = tl.sum(product, axis=1)
     if NORM:
         out *= tl.rsqrt(tl.sum(square) / I + eps)
@@ -70,60 +107,31 @@ def _matvec_kernel(
 
 @triton.jit
 def _gate_up(
-    x_ptr, norm_ptr, gate_ptrs, up_ptrs, eps,
-    D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, norm_ptr, gate_ptrs, up_ptrs, gates, ups, norms, eps,
+    D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate) * up`` of BLOCK_F rows each, on the normed x; float32."""
+    """``silu(gate) * up`` of BLOCK_F rows each, on the normed x; float32. ``gates``, ``ups`` and ``norms`` are held."""
+    HELD: tl.constexpr = len(gates)
+    xs = _hold(x_ptr, D, BLOCK_D, HELD)
     gate = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     up = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     square = tl.zeros((BLOCK_D,), tl.float32)
-    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK_D)
-        x = columns(x_ptr + column, column, D, BLOCK_D)
+    # Ahead of the loop, which then has their registers.
+    for block in tl.static_range(HELD):
+        x = xs[block].to(tl.float32)
         square += x * x
-        x *= columns(norm_ptr + column, column, D, BLOCK_D)
+        x *= norms[block].to(tl.float32)
+        gate += gates[block].to(tl.float32) * x[None, :]
+        up += ups[block].to(tl.float32) * x[None, :]
+    for start in tl.range(HELD * BLOCK_D, D, BLOCK_D, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_D)
+        x, squares = _input(x_ptr, norm_ptr, column, D, BLOCK_D, True)
+        square += squares
         gate += columns(gate_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
         up += columns(up_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
-    release(PDL)
     scale = tl.rsqrt(tl.sum(square) / D + eps)
     g = tl.sum(gate, axis=1) * scale
     return g * tl.sigmoid(g) * tl.sum(up, axis=1) * scale
-
-
-@triton.jit
-def _router_shared_kernel(
-    x_ptr, norm_ptr, router_ptr, gate_ptr, up_ptr, logits_ptr, hidden_ptr, eps,
-    D: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """What needs no routing: the first programs compute router logits, the others the shared experts' gate and up."""
-    ROUTER: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    program = tl.program_id(0)
-    if program < ROUTER:
-        expert = program * BLOCK_E + tl.arange(0, BLOCK_E)
-        row_ptrs = router_ptr + tl.minimum(expert, E - 1) * D
-        wait(PDL)
-        product = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-        square = tl.zeros((BLOCK_D,), tl.float32)
-        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK_D)
-            x = columns(x_ptr + column, column, D, BLOCK_D)
-            square += x * x
-            x *= columns(norm_ptr + column, column, D, BLOCK_D)
-            product += columns(row_ptrs[:, None] + column[None, :], column, D, BLOCK_D) * x[None, :]
-        release(PDL)
-        logits = tl.sum(product, axis=1) * tl.rsqrt(tl.sum(square) / D + eps)
-        tl.store(logits_ptr + expert, logits, mask=expert < E)
-    else:
-        row = (program - ROUTER) * BLOCK_F + tl.arange(0, BLOCK_F)
-        offset = tl.minimum(row, W - 1) * D
-        if PDL:
-            _prefetch_rows(gate_ptr + offset, D, AHEAD)
-            _prefetch_rows(up_ptr + offset, D, AHEAD)
-        wait(PDL)
-        hidden = _gate_up(x_ptr, norm_ptr, gate_ptr + offset, up_ptr + offset, eps, D, BLOCK_F, BLOCK_D, STAGES, PDL)
-        tl.store(hidden_ptr + row, hidden.to(hidden_ptr.dtype.element_ty), mask=row < W)
 
 
 @triton.jit
@@ -145,40 +153,56 @@ def _choose(logits_ptr, place, E: tl.constexpr, A: tl.constexpr, E_POW2: tl.cons
 
 
 @triton.jit
-def _experts_up_kernel(
-    x_ptr, norm_ptr, fc1_ptr, logits_ptr, index_ptr, hidden_ptr, eps,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, E_POW2: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+def _up_kernel(
+    x_ptr, norm_ptr, gate_ptr, up_ptr, fc1_ptr, logits_ptr, index_ptr, hidden_ptr, eps,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, W: tl.constexpr, E_POW2: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up of the chosen experts, times the expert's weight. Each program finds its expert in the logits."""
-    wait(PDL)
+    """Gate and up: the first programs take the shared experts, which keep memory busy while the router ends, the others
+    the chosen ones, times the expert's weight. Each of these finds its expert in the logits."""
+    SHARED: tl.constexpr = (W + BLOCK_F - 1) // BLOCK_F
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    place = tl.program_id(0) // TILES
-    tile = tl.program_id(0) % TILES
-    expert, weight = _choose(logits_ptr, place, E, A, E_POW2)
-    if tile == 0:
-        tl.store(index_ptr + place, expert)
-    row = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    gate_ptrs = fc1_ptr + expert.to(tl.int64) * (2 * F * D) + tl.minimum(row, F - 1) * D
-    hidden = _gate_up(x_ptr, norm_ptr, gate_ptrs, gate_ptrs + F * D, eps, D, BLOCK_F, BLOCK_D, STAGES, PDL)
-    tl.store(hidden_ptr + place * F + row, (hidden * weight).to(hidden_ptr.dtype.element_ty), mask=row < F)
+    program = tl.program_id(0)
+    release(PDL)
+    if program < SHARED:
+        row = program * BLOCK_F + tl.arange(0, BLOCK_F)
+        gate_ptrs = gate_ptr + tl.minimum(row, W - 1) * D
+        up_ptrs = up_ptr + tl.minimum(row, W - 1) * D
+        gates, ups = _hold(gate_ptrs, D, BLOCK_D, HELD), _hold(up_ptrs, D, BLOCK_D, HELD)
+        norms = _hold(norm_ptr, D, BLOCK_D, HELD)
+        wait(PDL)
+        hidden = _gate_up(x_ptr, norm_ptr, gate_ptrs, up_ptrs, gates, ups, norms, eps, D, BLOCK_F, BLOCK_D, STAGES)
+        tl.store(hidden_ptr + A * F + row, hidden.to(hidden_ptr.dtype.element_ty), mask=row < W)
+    else:
+        place = (program - SHARED) // TILES
+        tile = (program - SHARED) % TILES
+        wait(PDL)
+        expert, weight = _choose(logits_ptr, place, E, A, E_POW2)
+        if tile == 0:
+            tl.store(index_ptr + place, expert)
+        row = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+        gate_ptrs = fc1_ptr + expert.to(tl.int64) * (2 * F * D) + tl.minimum(row, F - 1) * D
+        up_ptrs = gate_ptrs + F * D
+        hidden = _gate_up(x_ptr, norm_ptr, gate_ptrs, up_ptrs, (), (), (), eps, D, BLOCK_F, BLOCK_D, STAGES)
+        tl.store(hidden_ptr + place * F + row, (hidden * weight).to(hidden_ptr.dtype.element_ty), mask=row < F)
 
 
 @triton.jit
 def _down_kernel(
     hidden_ptr, index_ptr, fc2_ptr, shared_ptr, residual_ptr, out_ptr,
     D: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Down projections of the chosen and, as S more of width F, of the shared experts; their sum and the residual."""
     row = tl.minimum(tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), D - 1)
-    if PDL:
-        _prefetch_rows(shared_ptr + row * (S * F), S * F, 512)
-    wait(PDL)
     STEPS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    # The shared experts come first: nobody needs to choose them.
+    weights = _hold(shared_ptr + row * (S * F), F, BLOCK_F, HELD)
+    release(PDL)
+    wait(PDL)
+    hiddens = _hold(hidden_ptr + A * F, F, BLOCK_F, HELD)
     product = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
-    # The shared experts come first: their weights are on the way already.
-    for step in tl.range(0, (S + A) * STEPS, num_stages=STAGES):
+    for step in tl.range(HELD, (S + A) * STEPS, num_stages=STAGES):
         part = step // STEPS
         column = (step % STEPS) * BLOCK_F + tl.arange(0, BLOCK_F)
         if part < S:
@@ -191,27 +215,35 @@ def _down_kernel(
             source = (part - S) * F
         hidden = columns(hidden_ptr + source + column, column, F, BLOCK_F)
         product += columns(base + row[:, None] * stride + column[None, :], column, F, BLOCK_F) * hidden[None, :]
-    release(PDL)
+    for step in tl.static_range(HELD):
+        product += weights[step].to(tl.float32) * hiddens[step].to(tl.float32)[None, :]
     out = tl.sum(product, axis=1)
     out += tl.load(residual_ptr + row).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Tiles as measured on an H100 (docs/kernels.md).
-_MATVEC = {"BLOCK_O": 8, "BLOCK_I": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
-_ROUTER_SHARED = {"BLOCK_E": 8, "BLOCK_F": 8, "BLOCK_D": 512, "STAGES": 3, "AHEAD": 512, "num_warps": 4}
-_EXPERTS_UP = {"BLOCK_F": 8, "BLOCK_D": 256, "STAGES": 4, "num_warps": 4}
-_DOWN = {"BLOCK_D": 4, "BLOCK_F": 512, "STAGES": 4, "num_warps": 4}
+# Tiles as measured on an H100 (docs/kernels.md); the middle one is for weights all of which fit into registers.
+_MATVEC = {"BLOCK_O": 8, "BLOCK_I": 512, "HELD": 2, "STAGES": 4, "num_warps": 4}
+_MATVEC_SMALL = {"BLOCK_O": 8, "BLOCK_I": 512, "HELD": 5, "STAGES": 3, "num_warps": 4}
+_ROUTER = {"BLOCK_O": 1, "BLOCK_I": 512, "HELD": 5, "STAGES": 3, "num_warps": 4}
+_UP = {"BLOCK_F": 8, "BLOCK_D": 256, "HELD": 4, "STAGES": 4, "num_warps": 4}
+_DOWN = {"BLOCK_D": 4, "BLOCK_F": 512, "HELD": 4, "STAGES": 5, "num_warps": 4}
+
+
+def _clipped(tile: dict[str, int], inputs: int, block: str) -> dict[str, int]:
+    """The tile, holding no more blocks than there are."""
+    return tile | {"HELD": min(tile["HELD"], triton.cdiv(inputs, tile[block]))}
 
 
 def _matvec(
-    x_1I: Tensor, weight_OI: Tensor, out_1O: Tensor, norm_I: Tensor | None, eps: float, residual_1O: Tensor | None
-) -> None:
+    x_1I: Tensor, weight_OI: Tensor, out_1O: Tensor, tile: dict[str, int],
+    norm_I: Tensor | None = None, eps: float = 0.0, residual_1O: Tensor | None = None,
+) -> None:  # fmt: skip
     O, I = weight_OI.shape
-    _matvec_kernel[(triton.cdiv(O, _MATVEC["BLOCK_O"]),)](
-        x_1I, norm_I, weight_OI, residual_1O, out_1O, O, eps,
-        I=I, NORM=norm_I is not None, RESIDUAL=residual_1O is not None, **_MATVEC, **overlap(x_1I.device),
+    _matvec_kernel[(triton.cdiv(O, tile["BLOCK_O"]),)](
+        x_1I, norm_I, weight_OI, residual_1O, out_1O, O, eps, I=I, NORM=norm_I is not None,
+        RESIDUAL=residual_1O is not None, **_clipped(tile, I, "BLOCK_I"), **overlap(x_1I.device),
     )  # fmt: skip
 
 
@@ -228,7 +260,7 @@ def _joined(weights_OI: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def fits_linear(x_TI: Tensor, *weights_OI: Tensor) -> bool:
-    """Whether :func:`norm_linear` and :func:`linear_add` take these: one token, inputs a multiple of 16."""
+    """Whether the linears of this file take these: one token, inputs a multiple of 16."""
     return (
         x_TI.shape[0] == 1
         and x_TI.shape[1] % 16 == 0
@@ -245,7 +277,7 @@ def norm_linear(x_1D: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -
     out = x_1D.new_empty(1, sum(sizes))
     joined = _joined(weights_OD)
     for weight, part in zip(joined, (out,) if len(joined) == 1 else out.split(sizes, dim=-1), strict=True):
-        _matvec(x_1D, weight, part, norm_D, eps, None)
+        _matvec(x_1D, weight, part, _MATVEC, norm_D, eps)
     return out
 
 
@@ -253,7 +285,15 @@ def linear_add(x_1I: Tensor, weight_OI: Tensor, residual_1O: Tensor) -> Tensor:
     """:func:`aria.ops.reference.linear_add` of one token."""
     assert fits_linear(x_1I, weight_OI), "linear_add: more than a token, or unfit sizes, dtypes or layout"
     out = torch.empty_like(residual_1O)
-    _matvec(x_1I, weight_OI, out, None, 0.0, residual_1O)
+    _matvec(x_1I, weight_OI, out, _MATVEC_SMALL, residual_1O=residual_1O)
+    return out
+
+
+def linear(x_1I: Tensor, weight_OI: Tensor) -> Tensor:
+    """:func:`aria.ops.reference.linear` of one token."""
+    assert fits_linear(x_1I, weight_OI), "linear: more than a token, or unfit sizes, dtypes or layout"
+    out = x_1I.new_empty(1, weight_OI.shape[0])
+    _matvec(x_1I, weight_OI, out, _MATVEC)
     return out
 
 
@@ -275,16 +315,14 @@ def moe_layer(
     hidden = x_1D.new_empty(top_k * F + W)
     out = torch.empty_like(x_1D)
     options = overlap(x_1D.device)
-    programs = triton.cdiv(E, _ROUTER_SHARED["BLOCK_E"]) + triton.cdiv(W, _ROUTER_SHARED["BLOCK_F"])
-    _router_shared_kernel[(programs,)](
-        x_1D, norm_D, router_ED, gate_WD, up_WD, logits, hidden[top_k * F :], eps,
-        D=D, E=E, W=W, **_ROUTER_SHARED, **options,
-    )  # fmt: skip
-    _experts_up_kernel[(top_k * triton.cdiv(F, _EXPERTS_UP["BLOCK_F"]),)](
-        x_1D, norm_D, fc1_EDF, logits, index, hidden, eps,
-        D=D, E=E, F=F, A=top_k, E_POW2=triton.next_power_of_2(E), **_EXPERTS_UP, **options,
+    _matvec(x_1D, router_ED, logits, _ROUTER, norm_D, eps)
+    programs = triton.cdiv(W, _UP["BLOCK_F"]) + top_k * triton.cdiv(F, _UP["BLOCK_F"])
+    _up_kernel[(programs,)](
+        x_1D, norm_D, gate_WD, up_WD, fc1_EDF, logits, index, hidden, eps,
+        D=D, E=E, F=F, A=top_k, W=W, E_POW2=triton.next_power_of_2(E), **_clipped(_UP, D, "BLOCK_D"), **options,
     )  # fmt: skip
     _down_kernel[(triton.cdiv(D, _DOWN["BLOCK_D"]),)](
-        hidden, index, fc2_EFD, down_DW, x_1D, out, D=D, F=F, A=top_k, S=W // F, **_DOWN, **options
-    )
+        hidden, index, fc2_EFD, down_DW, x_1D, out,
+        D=D, F=F, A=top_k, S=W // F, **_clipped(_DOWN, F, "BLOCK_F"), **options,
+    )  # fmt: skip
     return out

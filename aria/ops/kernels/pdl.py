@@ -1,8 +1,8 @@
 """Overlap of one launch with the next (programmatic dependent launch, Hopper and later).
 
 A kernel launched with :func:`overlap` may start while the kernel before it in the stream still runs. What it does ahead
-of :func:`wait` must not depend on any other kernel: here it asks the L2 cache for weights, which nobody writes. So
-memory stays busy while the last programs of the kernel before finish.
+of :func:`wait` must not depend on any other kernel: here it loads weights, which nobody writes, and old keys. So memory
+stays busy while the last programs of the kernel before finish.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def overlap(device: torch.device) -> dict[str, bool]:
 def release(PDL: tl.constexpr):
     """Let the next kernel of the stream start as soon as all programs of this one came here.
 
-    It belongs behind a program's long loop. Programs that start much too early settle where there is room just then, on
-    a few processors, and the even spread over all of them is worth more than the head start (docs/kernels.md).
+    What follows a kernel that comes here first is on its way as soon as there is room. That pays where a program holds
+    so many registers that few fit on a processor. Small programs that come much too early settle where there is room
+    just then, on a few processors, and the even spread over all of them is worth more: theirs belongs behind the long
+    loop (docs/kernels.md).
     """
     if PDL:
         gdc_launch_dependents()
@@ -43,16 +45,3 @@ def wait(PDL: tl.constexpr):
     """Go on when every kernel before this one is done and what it wrote can be read."""
     if PDL:
         gdc_wait()
-
-
-@triton.jit
-def prefetch(pointers):
-    """Bring the 128-byte lines of ``pointers`` to the L2 cache, without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -1,13 +1,15 @@
 """Drawing tokens on the device: the least score kept of each row, then the largest noisy score above it.
 
-N sequences, V vocabulary. Two launches whatever the rows ask for: a row that keeps all its tokens leaves the first at
-once, a greedy row draws without noise in the second.
+N sequences, V vocabulary, C columns of the table of settings. Three launches whatever the rows ask for: a row that
+keeps all its tokens leaves the first two at once, a greedy row draws without noise in the third.
 
-Nothing is sorted. The least score kept is searched for among the bits of the scores. A first pass over the row, which
-lies in the L2 cache, leaves the peak of each lane of a block; above any bound lie at least as many scores as peaks, and
-that gives a bound below the likeliest. A second pass gathers the scores above it. If all that is kept is among them, as
-it is of a trained model's scores, bisection goes on in registers; if not, every further pass over the row makes the
-interval eight times narrower.
+Nothing is sorted. The least score kept is searched for among the bits of the scores, in two passes over a row that many
+programs share; the last of them to finish goes on alone. After the first it knows the peak and the mass of each small
+group of tokens and one of its scores: the peaks bound the top_k likeliest, the mass and the sample tell where about a
+nucleus ends. The second gathers the scores between two such bounds. If the end is among them, as nearly always, it is
+found in registers; if not, further passes over the row make the interval eight times narrower each.
+
+Masses of gathered scores are integers, so that they do not depend on the order in which programs come.
 """
 
 # Tuples grow by adding: Triton knows no unpacking.
@@ -16,6 +18,8 @@ interval eight times narrower.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,11 +27,19 @@ from torch import Tensor
 
 from aria.ops.sampling import GROUP, LANES
 
-SEARCH_BLOCK = 4096
-"""Scores that a program of the search looks at together, and most that it gathers."""
-GATHERED = 1024
-"""Scores that are gathered, about, where top_k does not say."""
-MAX_PROGRAMS = 2048
+BLOCK = 2048
+"""Scores that a program of the search looks at together."""
+PEAKS = 4096
+"""Groups of scores at most whose peaks are compared."""
+ROOM = 4096
+"""Scores that can be gathered."""
+LIKELIEST = 1024
+"""Scores that are gathered at least, where top_k does not say."""
+SEARCHING = 1024
+"""Programs of a search's launch at most, while there are fewer rows."""
+REGISTERS = 80
+"""Of a thread of the search at most, so that three programs fit on a processor."""
+DRAWING = 2048
 """Programs of the drawing launch, about as many as an H100 keeps resident."""
 
 
@@ -104,97 +116,203 @@ def _bisect(keys, weights, target, low, high):
     """As _search, over keys that are at hand."""
     while high - low > 1:
         middle = low + (high - low) // 2
-        enough = tl.sum(tl.where(keys > middle.to(tl.int32), weights, 0.0)) >= target
+        enough = tl.sum(tl.where(keys > middle.to(tl.int32), weights, 0)) >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return high
 
 
 @triton.jit
-def _gather(
-    row, banned, low, most, temperature, gathered, with_mass,
-    V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+def _settings(rows, table, n, C: tl.constexpr):
+    """Temperature, top_k, top_p and min_p of a sequence."""
+    settings = table + tl.load(rows + n) * C
+    temperature = tl.load(settings).to(tl.float32, bitcast=True)
+    top_p = tl.load(settings + 2).to(tl.float32, bitcast=True)
+    return temperature, tl.load(settings + 1), top_p, tl.load(settings + 3).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bounds(
+    tops, masses, some, most, temperature, top_k, top_p,
+    SHIFT: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, LIKELIEST: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Write keys above ``low`` to ``gathered``, at most BLOCK. Gives how many there are, and the mass of the row."""
-    count = tl.zeros([], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        scores = _scores(row, start + tl.arange(0, BLOCK), banned, V, BANNED)
-        keys = _key(scores, SHIFT)
-        if with_mass:
-            mass += tl.exp((scores - most) / temperature)
-        above = (keys > low).to(tl.int32)
-        if tl.max(above) > 0:
-            place = count + tl.cumsum(above) - above
-            tl.store(gathered + place, keys, mask=(above > 0) & (place < BLOCK))
-            count += tl.sum(above)
-    tl.debug_barrier()
-    return count, tl.sum(mass)
+    """Keys ``low`` and ``high``: the least one kept should lie above the one and not above the other.
+
+    Args:
+        tops, masses, some: of each group of WIDTH scores the largest, the sum of the exponentials of their distances to
+            it, and the first.
+    """
+    keys = _key(tops, SHIFT)
+    ones = tl.full([GROUPS], 1, tl.int32)
+    floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
+    high = _key(most, SHIFT).to(tl.int64)
+    # Above any bound lie at least as many scores as peaks.
+    wanted = tl.where(top_k > 0, tl.minimum(top_k, GROUPS), LIKELIEST)
+    low = _bisect(keys, ones, wanted, floor, high) - 1
+    low = tl.where(top_k > GROUPS, floor, low)
+    if top_k == 0:
+        # What is not among the likeliest is so even that one score stands for WIDTH.
+        mass = tl.sum(tl.where(tops > float("-inf"), masses * tl.exp((tops - most) / temperature), 0.0))
+        keys = _key(some, SHIFT)
+        rest = tl.where(keys <= low.to(tl.int32), WIDTH * tl.exp((some - most) / temperature), 0.0)
+        total = tl.sum(rest)
+        if total > 0.5 * (1 - top_p) * mass:
+            # Below this all probabilities are 0 in float32.
+            floor = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
+            middle = low
+            if total > (1 - top_p) * mass:
+                middle = _bisect(keys, rest, total - (1 - top_p) * mass, floor, low)
+            # As many to both sides as there is room for.
+            SLACK: tl.constexpr = ROOM * 3 // (8 * WIDTH)
+            count = tl.sum((keys > middle.to(tl.int32)).to(tl.int32))
+            if count > SLACK:
+                high = _bisect(keys, ones, count - SLACK, middle, high)
+            low = _bisect(keys, ones, count + SLACK, floor, middle) - 1
+    return low, high
 
 
 # One variant serves all batches: where rows and positions start, and how a row is split, changes with their size.
-@triton.jit(do_not_specialize_on_alignment=["rows"])
-def _threshold_kernel(
-    logits, rows, table, banned, gathered, thresholds, arrived, stride,
+@triton.jit(do_not_specialize=["stretch"], do_not_specialize_on_alignment=["rows"])
+def _bounds_kernel(
+    logits, rows, table, banned, groups, bounds, sums, counts, thresholds, arrivals, stride, stretch,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    GATHERED: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, LIKELIEST: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """The least score that each sequence keeps; also sets its count of finished programs to 0."""
-    n = tl.program_id(0)
+    """The first pass, by programs of ``stretch`` blocks. Leaves bounds ``(N, 3)``, low, high and the bits of the
+    largest score, and zeros in sums and counts; or a threshold, where that is all."""
+    n, split = tl.program_id(0), tl.program_id(1)
+    temperature, top_k, top_p, min_p = _settings(rows, table, n, C)
+    searched = (temperature > 0) & ((top_k > 0) | (top_p < 1))
+    if (not searched) & ((temperature <= 0) | (min_p <= 0)):
+        if split == 0:
+            tl.store(thresholds + n, float("-inf"))
+            tl.store(counts + n * 3 + 2, 0)
+        return
     row = logits + n.to(tl.int64) * stride
-    gathered += n * BLOCK
-    settings = table + tl.load(rows + n) * C
-    temperature = tl.load(settings).to(tl.float32, bitcast=True)
-    top_k = tl.load(settings + 1)
-    top_p = tl.load(settings + 2).to(tl.float32, bitcast=True)
-    min_p = tl.load(settings + 3).to(tl.float32, bitcast=True)
-    threshold = tl.full([], float("-inf"), tl.float32)
-    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
-        lanes = tl.arange(0, BLOCK)
-        peaks = tl.full([BLOCK], float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK):
-            peaks = tl.maximum(peaks, _scores(row, start + lanes, banned, V, BANNED))
-        most = tl.max(peaks)
-        if (top_k > 0) | (top_p < 1):
-            high = _key(most, SHIFT).to(tl.int64)
-            floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
-            k = top_k.to(tl.float32)
-            wanted = tl.where(top_k > 0, tl.minimum(k, BLOCK), GATHERED)
-            low = _bisect(_key(peaks, SHIFT), tl.full([BLOCK], 1.0, tl.float32), wanted, floor, high) - 1
-            low = tl.where(top_k > BLOCK, floor, low)
-            count, mass = _gather(row, banned, low, most, temperature, gathered, (top_k == 0), V, BANNED, SHIFT, BLOCK)
-            least = high
-            found = count <= BLOCK
+    groups += n * 3 * GROUPS
+    PART: tl.constexpr = BLOCK // WIDTH
+    BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    for block in range(split * stretch, tl.minimum((split + 1) * stretch, BLOCKS)):
+        scores = _scores(row, block * BLOCK + tl.arange(0, BLOCK), banned, V, BANNED)
+        scores = tl.reshape(scores, (PART, WIDTH))
+        peaks = tl.max(scores, axis=1)
+        distances = tl.where(scores > float("-inf"), tl.exp((scores - peaks[:, None]) / temperature), 0.0)
+        part = block * PART + tl.arange(0, PART)
+        tl.store(groups + part, peaks)
+        tl.store(groups + GROUPS + part, tl.sum(distances, axis=1))
+        tl.store(groups + 2 * GROUPS + part, _scores(row, part * WIDTH, banned, V, BANNED))
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + n, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        group = tl.arange(0, GROUPS)
+        there = group < BLOCKS * PART
+        tops = tl.load(groups + group, mask=there, other=float("-inf"), cache_modifier=".cg")
+        most = tl.max(tops)
+        if searched:
+            masses = tl.load(groups + GROUPS + group, mask=there, other=0.0, cache_modifier=".cg")
+            some = tl.load(groups + 2 * GROUPS + group, mask=there, other=float("-inf"), cache_modifier=".cg")
+            low, high = _bounds(
+                tops, masses, some, most, temperature, top_k, top_p, SHIFT, WIDTH, GROUPS, LIKELIEST, ROOM
+            )
+            tl.store(bounds + n * 3, low.to(tl.int32))
+            tl.store(bounds + n * 3 + 1, high.to(tl.int32))
+            tl.store(bounds + n * 3 + 2, most.to(tl.int32, bitcast=True))
+            tl.store(sums + n * 2 + tl.arange(0, 2), tl.zeros([2], tl.int64))
+        else:
+            tl.store(thresholds + n, most + temperature * tl.log(min_p))
+        tl.store(counts + n * 3, 0)
+        tl.store(counts + n * 3 + 1, 0)
+        tl.store(counts + n * 3 + 2, 0)
+        tl.store(arrivals + n, 0)
+
+
+@triton.jit
+def _mass(scores, most, temperature):
+    """Probabilities, times a factor, as integers of 45 bits."""
+    return tl.where(scores > float("-inf"), tl.exp((scores - most) / temperature) * 2.0**44, 0.0).to(tl.int64)
+
+
+@triton.jit
+def _least(
+    row, banned, keys, there, mass, beyond, low, high, most, temperature, top_k, top_p, found,
+    V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The least key that is kept: among the gathered ``keys`` if found and there, else by passes over the row."""
+    top = _key(most, SHIFT).to(tl.int64)
+    k = top_k.to(tl.int64)
+    least = high
+    if found:
+        inside = there
+        if top_k > 0:
+            least = _bisect(keys, there.to(tl.int64), k, low, high)
+            inside = there & (keys >= least.to(tl.int32))
+            low = least - 1
+        if top_p < 1:
+            weights = tl.where(inside, _mass(_score(keys, SHIFT), most, temperature), 0)
+            gathered = tl.sum(weights)
+            target = top_p.to(tl.float64) * tl.where(top_k > 0, gathered, mass).to(tl.float64) - beyond.to(tl.float64)
+            found = (target > 0) & (gathered.to(tl.float64) >= target)
             if found:
-                keys = tl.load(gathered + lanes, mask=lanes < count, other=-(1 << 31))
-                weights = (lanes < count).to(tl.float32)
-                if top_k > 0:
-                    least = _bisect(keys, weights, k, low, high)
-                    low = least - 1
-                if top_p < 1:
-                    probability = tl.exp((_score(keys, SHIFT) - most) / temperature)
-                    weights = tl.where((lanes < count) & (keys > low.to(tl.int32)), probability, 0.0)
-                    inside = tl.sum(weights)
-                    mass = tl.where(top_k > 0, inside, mass)
-                    found = inside >= top_p * mass
-                    if found:
-                        least = _bisect(keys, weights, top_p * mass, low, high)
-            if not found:
-                if top_k > 0:
-                    least = _search(row, banned, k, low, high, floor, most, temperature, V, BANNED, False, SHIFT, BLOCK)
-                    floor = least - 1
-                if top_p < 1:
-                    # Below this all probabilities are 0 in float32.
-                    low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
-                    mass = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
-                    least = _search(
-                        row, banned, top_p * mass, low, high, low, most, temperature, V, BANNED, True, SHIFT, BLOCK
-                    )
-            threshold = _score(least.to(tl.int32), SHIFT)
+                least = _bisect(keys, weights, target, low, high)
+    if not found:
+        floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
+        if top_k > 0:
+            least = _search(
+                row, banned, k.to(tl.float32), floor, top, floor, most, temperature,
+                V, BANNED, False, SHIFT, BLOCK,
+            )  # fmt: skip
+            floor = least - 1
+        if top_p < 1:
+            # Below this all probabilities are 0 in float32.
+            low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
+            total = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
+            least = _search(row, banned, top_p * total, low, top, low, most, temperature, V, BANNED, True, SHIFT, BLOCK)
+    return least
+
+
+@triton.jit(do_not_specialize=["stretch"], do_not_specialize_on_alignment=["rows"])
+def _gather_kernel(
+    logits, rows, table, banned, bounds, sums, counts, gathered, thresholds, stride, stretch,
+    C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
+):  # fmt: skip
+    """The second pass, and the least score that each sequence keeps."""
+    n, split = tl.program_id(0), tl.program_id(1)
+    temperature, top_k, top_p, min_p = _settings(rows, table, n, C)
+    if (temperature <= 0) | ((top_k == 0) & (top_p >= 1)):
+        return
+    row = logits + n.to(tl.int64) * stride
+    low, high = tl.load(bounds + n * 3), tl.load(bounds + n * 3 + 1)
+    most = tl.load(bounds + n * 3 + 2).to(tl.float32, bitcast=True)
+    sums += n * 2
+    counts += n * 3
+    gathered += n * ROOM
+    for block in range(split * stretch, tl.minimum((split + 1) * stretch, (V + BLOCK - 1) // BLOCK)):
+        scores = _scores(row, block * BLOCK + tl.arange(0, BLOCK), banned, V, BANNED)
+        keys = _key(scores, SHIFT)
+        if top_k == 0:
+            weights = _mass(scores, most, temperature)
+            tl.atomic_add(sums, tl.sum(weights), sem="relaxed")
+            tl.atomic_add(sums + 1, tl.sum(tl.where(keys > high, weights, 0)), sem="relaxed")
+        inside = (keys > low) & (keys <= high)
+        amount = tl.sum(inside.to(tl.int32))
+        if amount > 0:
+            place = tl.atomic_add(counts, amount, sem="relaxed") + tl.cumsum(inside.to(tl.int32)) - 1
+            tl.store(gathered + place, keys, mask=inside & (place < ROOM))
+    tl.debug_barrier()
+    if tl.atomic_add(counts + 1, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        count = tl.load(counts, cache_modifier=".cg")
+        mass, beyond = tl.load(sums, cache_modifier=".cg"), tl.load(sums + 1, cache_modifier=".cg")
+        lanes = tl.arange(0, ROOM)
+        there = lanes < count
+        found = tl.load(gathered + lanes, mask=there, other=-(1 << 31), cache_modifier=".cg")
+        least = _least(
+            row, banned, found, there, mass, beyond, low.to(tl.int64), high.to(tl.int64), most, temperature,
+            top_k, top_p, count <= ROOM, V, BANNED, SHIFT, BLOCK,
+        )  # fmt: skip
+        threshold = _score(least.to(tl.int32), SHIFT)
         if min_p > 0:
             threshold = tl.maximum(threshold, most + temperature * tl.log(min_p))
-    tl.store(thresholds + n, threshold)
-    tl.store(arrived + n, 0)
+        tl.store(thresholds + n, threshold)
 
 
 @triton.jit
@@ -207,7 +325,7 @@ def _gumbel(bits):
 
 @triton.jit(do_not_specialize=["stretch", "splits"], do_not_specialize_on_alignment=["rows", "positions"])
 def _draw_kernel(
-    logits, rows, positions, table, banned, thresholds, arrived, values, places, tokens, stride, stretch, splits,
+    logits, rows, positions, table, banned, thresholds, counts, values, places, tokens, stride, stretch, splits,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, LANES: tl.constexpr, MOST_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """``stretch`` groups of one sequence's ids; the program that ends last compares what all ``splits`` have found."""
@@ -247,7 +365,7 @@ def _draw_kernel(
     tl.store(values + n * splits + split, value)
     tl.store(places + n * splits + split, place_of_value)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + n, 1, sem="acq_rel") == splits - 1:
+    if tl.atomic_add(counts + n * 3 + 2, 1, sem="acq_rel") == splits - 1:
         part = tl.arange(0, MOST_SPLITS)
         found = tl.load(values + n * splits + part, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
         where = tl.load(places + n * splits + part, mask=part < splits, other=V, cache_modifier=".cg")
@@ -256,32 +374,68 @@ def _draw_kernel(
         tl.store(tokens + n, tl.minimum(token, V - 1).to(tl.int64))
 
 
+@functools.cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters of programs that are done, one for each sequence; every launch leaves them at zero."""
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "sample once before a capture"
+    return torch.zeros(1 << 14, dtype=torch.int32, device=device)
+
+
+def thresholds(logits_NV: Tensor, rows_N: Tensor, table_RC: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """The least score that each sequence keeps, float32 ``(N,)``, -inf where it keeps all; and counters for the draw.
+
+    As :func:`aria.ops.sampling.thresholds`; equal scores are kept together.
+    """
+    N, V = logits_NV.shape
+    device, pow2 = logits_NV.device, triton.next_power_of_2
+    block = min(BLOCK, pow2(V))
+    blocks, width = -(-V // block), min(block, pow2(-(-V // PEAKS)))
+    groups = pow2(blocks * block // width)
+    stretch = -(-blocks // min(blocks, -(-SEARCHING // N)))
+    splits = -(-blocks // stretch)
+    tables = torch.empty(N, 3, groups, dtype=torch.float32, device=device)
+    bounds, counts = (torch.empty(N, 3, dtype=torch.int32, device=device) for _ in range(2))
+    sums = torch.empty(N, 2, dtype=torch.int64, device=device)
+    gathered = torch.empty(N, ROOM, dtype=torch.int32, device=device)
+    least = torch.empty(N, dtype=torch.float32, device=device)
+    arrivals = _arrivals(device)
+    assert arrivals.numel() >= N, f"{N} sequences are more than {arrivals.numel()}"
+    assert V < 1 << 18, f"masses of {V} scores may not fit into 64 bits"
+    sizes = {"C": table_RC.shape[1], "V": V, "BANNED": len(banned), "BLOCK": block, "ROOM": ROOM}
+    sizes |= {"SHIFT": 16 if logits_NV.dtype == torch.bfloat16 else 0}
+    options = {"num_warps": max(4, block // 256), "maxnreg": REGISTERS}
+    _bounds_kernel[N, splits](
+        logits_NV, rows_N, table_RC, banned, tables, bounds, sums, counts, least, arrivals,
+        logits_NV.stride(0), stretch,
+        WIDTH=width, GROUPS=groups, LIKELIEST=min(LIKELIEST, groups), **sizes, **options,
+    )  # fmt: skip
+    _gather_kernel[N, splits](
+        logits_NV, rows_N, table_RC, banned, bounds, sums, counts, gathered, least,
+        logits_NV.stride(0), stretch, **sizes, **options,
+    )  # fmt: skip
+    return least, counts
+
+
 def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
-    """See :func:`aria.ops.sampling.sample`; nothing waits for the host, and shapes do not depend on the rows."""
+    """See :func:`aria.ops.sampling.sample`; nothing waits for the host, and shapes do not depend on the rows.
+
+    Launches share counters, so only one stream may sample.
+    """
     N, V = logits_NV.shape
     assert logits_NV.stride(1) == 1, "each sequence's scores should lie together"
     assert table_RC.is_contiguous() and table_RC.dtype == torch.int32, "the table of settings is int32, row by row"
     device = logits_NV.device
-    block = min(SEARCH_BLOCK, triton.next_power_of_2(V))
     groups = -(-V // GROUP)
-    stretch = -(-groups // min(groups, -(-MAX_PROGRAMS // N)))
+    stretch = -(-groups // min(groups, -(-DRAWING // N)))
     splits = -(-groups // stretch)
-    thresholds = torch.empty(N, dtype=torch.float32, device=device)
-    arrived = torch.empty(N, dtype=torch.int32, device=device)
-    gathered = torch.empty(N, block, dtype=torch.int32, device=device)
+    least, counts = thresholds(logits_NV, rows_N, table_RC, banned)
     values = torch.empty(N, splits, dtype=torch.float32, device=device)
     places = torch.empty(N, splits, dtype=torch.int32, device=device)
     tokens = torch.empty(N, dtype=torch.int64, device=device)
-    stride, columns = logits_NV.stride(0), table_RC.shape[1]
-    shift = 16 if logits_NV.dtype == torch.bfloat16 else 0
-    _threshold_kernel[(N,)](
-        logits_NV, rows_N, table_RC, banned, gathered, thresholds, arrived, stride,
-        C=columns, V=V, BANNED=len(banned), SHIFT=shift, BLOCK=block, GATHERED=min(GATHERED, block // 2),
-        num_warps=max(4, block // 256),
-    )  # fmt: skip
     _draw_kernel[(N, splits)](
-        logits_NV, rows_N, positions_N, table_RC, banned, thresholds, arrived, values, places, tokens,
-        stride, stretch, splits,
-        C=columns, V=V, BANNED=len(banned), LANES=LANES, MOST_SPLITS=triton.next_power_of_2(groups), num_warps=4,
+        logits_NV, rows_N, positions_N, table_RC, banned, least, counts, values, places, tokens,
+        logits_NV.stride(0), stretch, splits,
+        C=table_RC.shape[1], V=V, BANNED=len(banned), LANES=LANES, MOST_SPLITS=triton.next_power_of_2(groups),
+        num_warps=4,
     )  # fmt: skip
     return tokens

@@ -32,22 +32,32 @@ _KEYS = 128
 """Keys of a tile."""
 _STAGES = 4
 """Tiles of keys and values under way."""
-_SPEED = {3: 1.0, 2: 0.86}
+_SPEED = {3: 1.0, 2: 0.91}
 """Groups of four warps, and how fast they are together where all of them are busy (docs/kernels.md)."""
 _LOW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _HIGH_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=3)
 
 
 @gluon.jit
-def _crop(tile, crop, first, queries, heads, ROWS: gl.constexpr):
-    """The crop of a tile, and its first tile, looked for from an earlier crop on. A crop has a tile for each head and
-    each ROWS queries, the last of a head perhaps not full."""
-    blocks = gl.cdiv(gl.load(queries + crop + 1) - gl.load(queries + crop), ROWS)
+def _find(tile, crop, first, grid, ROWS: gl.constexpr):
+    """A tile's crop and that crop's first tile, looked for from an earlier crop on; the tile's head and first row; and
+    the row at which the crop ends.
+
+    A crop has a tile for each head and each ROWS queries, the last of a head perhaps not full.
+    """
+    queries, _, heads, tiles = grid
+    tile = gl.minimum(tile, tiles - 1)  # behind the last, where groups look ahead, is nothing to find
+    start = gl.load(queries + crop)
+    end = gl.load(queries + crop + 1)
+    blocks = gl.cdiv(end - start, ROWS)
     while tile >= first + blocks * heads:
         first += blocks * heads
         crop += 1
-        blocks = gl.cdiv(gl.load(queries + crop + 1) - gl.load(queries + crop), ROWS)
-    return crop, first, (tile - first) // blocks, (tile - first) % blocks * ROWS
+        start = end
+        end = gl.load(queries + crop + 1)
+        blocks = gl.cdiv(end - start, ROWS)
+    head = (tile - first) // blocks
+    return crop, first, head, start + (tile - first - head * blocks) * ROWS, end
 
 
 @gluon.jit
@@ -62,7 +72,7 @@ def _produce(inputs, barriers, buffers, grid, GROUPS: gl.constexpr):
 
     Keys are copied from the last tile to the first, so that the one that is not full is done with first.
     """
-    queries, keys, heads, tiles = grid
+    _, keys, _, tiles = grid
     q_low, q_high, k_low, k_high, v_low, v_high = inputs
     _, q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
     ql, qh, kl, kh, vl, vh = buffers
@@ -70,19 +80,19 @@ def _produce(inputs, barriers, buffers, grid, GROUPS: gl.constexpr):
     TILE: gl.constexpr = kl.shape[1]
     crop = 0
     first = 0
+    done = 0
     count = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        crop, first, head, row = _crop(tile, crop, first, queries, heads, _QUERIES * GROUPS)
-        row += gl.load(queries + crop)
+        crop, first, head, row, _row_end = _find(tile, crop, first, grid, _QUERIES * GROUPS)
         key = gl.load(keys + crop)
         key_end = gl.load(keys + crop + 1)
-        done = tile // gl.num_programs(0)
         half = done % 2
         mbarrier.wait(q_free.index(half), (done // 2 & 1) ^ 1)
         mbarrier.expect(q_ready.index(half), GROUPS * (q_low.block_type.nbytes + q_high.block_type.nbytes))
         for group in gl.static_range(GROUPS):
             place = half * GROUPS + group
             _copy(q_low, q_high, row + group * _QUERIES, head, q_ready.index(half), ql.index(place), qh.index(place))
+        done += 1  # noqa: SIM113
         steps = gl.cdiv(key_end - key, TILE)
         for step in range(steps):
             at = key + (steps - 1 - step) * TILE
@@ -135,7 +145,7 @@ def _attend(ql, qh, memory, mine, next_group, keys, count, turn, scale):
     """One group's 64 queries over all keys of their crop; takes ``steps + 1`` turns.
 
     A turn is ``p @ v`` of one tile and ``q @ k.T`` of the next. Between turns comes the softmax, while other groups
-    have the tensor cores. Returns both tiles of columns, and what to divide them by.
+    have the tensor cores. Returns both tiles of columns, still under way, what to divide them by, and the last stage.
     """
     kl, kh, vl, vh, k_ready, k_free, v_ready, v_free = memory
     STAGES: gl.constexpr = kl.shape[0]
@@ -182,9 +192,7 @@ def _attend(ql, qh, memory, mine, next_group, keys, count, turn, scale):
     mbarrier.wait(mine, (turn + steps) & 1)
     low, high = _values(p, vl.index(stage), vh.index(stage), low, high)
     mbarrier.arrive(next_group)
-    low, high = warpgroup_mma_wait(0, deps=(low, high))
-    mbarrier.arrive(v_free.index(stage))
-    return low, high, total
+    return low, high, total, stage
 
 
 @gluon.jit
@@ -209,36 +217,44 @@ def _pass(memory, mine, next_group, steps, count, turn):
 def _consume(barriers, buffers, results, grid, K: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr):
     """Four warps with 64 queries of each tile. Groups take turns on the tensor cores, in a ring."""
     out, out_stride, scale = results
-    queries, keys, heads, tiles = grid
+    _, keys, _, tiles = grid
     turns, q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
     ql, qh, kl, kh, vl, vh = buffers
     memory = (kl, kh, vl, vh, k_ready, k_free, v_ready, v_free)
     mine = turns.index(GROUP)
     next_group = turns.index((GROUP + 1) % GROUPS)
-    crop = 0
-    first = 0
+    ROWS: gl.constexpr = _QUERIES * GROUPS
+    crop, first, head, row, row_end = _find(gl.program_id(0), gl.to_tensor(0), gl.to_tensor(0), grid, ROWS)
+    length = gl.load(keys + crop + 1) - gl.load(keys + crop)
+    done = 0
     count = 0
     turn = 0
     if GROUP == 0:
         turn = 1  # a wait for the phase before the first passes
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        crop, first, head, row = _crop(tile, crop, first, queries, heads, _QUERIES * GROUPS)
-        row += gl.load(queries + crop) + GROUP * _QUERIES
-        row_end = gl.load(queries + crop + 1)
-        length = gl.load(keys + crop + 1) - gl.load(keys + crop)
+        half = done % 2
+        mbarrier.wait(q_ready.index(half), done // 2 & 1)
         steps = gl.cdiv(length, kl.shape[1])
-        done = tile // gl.num_programs(0)
-        place = done % 2 * GROUPS + GROUP
-        mbarrier.wait(q_ready.index(done % 2), done // 2 & 1)
-        if row < row_end:
-            q_low = ql.index(place).reshape([_QUERIES, _LOW])
-            q_high = qh.index(place).reshape([_QUERIES, _HIGH])
-            low, high, total = _attend(q_low, q_high, memory, mine, next_group, length, count, turn, scale)
-            _store(out + head * K, out_stride, _scale_rows(low, 1.0 / total), row, row_end, 0, K)
-            _store(out + head * K, out_stride, _scale_rows(high, 1.0 / total), row, row_end, _LOW, K)
+        if row + GROUP * _QUERIES < row_end:
+            q_low = ql.index(half * GROUPS + GROUP).reshape([_QUERIES, _LOW])
+            q_high = qh.index(half * GROUPS + GROUP).reshape([_QUERIES, _HIGH])
+            low, high, total, stage = _attend(q_low, q_high, memory, mine, next_group, length, count, turn, scale)
+            at = out + head * K
+            from_row = row + GROUP * _QUERIES
+            to_row = row_end
+            # The next tile is looked up while the tensor cores are at work on this one.
+            crop, first, head, row, row_end = _find(tile + gl.num_programs(0), crop, first, grid, ROWS)
+            length = gl.load(keys + crop + 1) - gl.load(keys + crop)
+            low, high = warpgroup_mma_wait(0, deps=(low, high))
+            mbarrier.arrive(v_free.index(stage))
+            _store(at, out_stride, _scale_rows(low, 1.0 / total), from_row, to_row, 0, K)
+            _store(at, out_stride, _scale_rows(high, 1.0 / total), from_row, to_row, _LOW, K)
         else:
             _pass(memory, mine, next_group, steps, count, turn)
-        mbarrier.arrive(q_free.index(done % 2))
+            crop, first, head, row, row_end = _find(tile + gl.num_programs(0), crop, first, grid, ROWS)
+            length = gl.load(keys + crop + 1) - gl.load(keys + crop)
+        mbarrier.arrive(q_free.index(half))
+        done += 1  # noqa: SIM113
         count += steps
         turn += steps + 1
 
