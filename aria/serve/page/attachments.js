@@ -1,0 +1,199 @@
+// The files that go with the next message: thumbnails, settings, and what each of them costs.
+
+import { tokenize } from "./api.js";
+import { icon, iconButton, make } from "./dom.js";
+import { partOf } from "./parts.js";
+import { deleteMedia, randomId, saveMedium } from "./store.js";
+import { thumbOf } from "./thumbs.js";
+import { dataUri } from "./transfer.js";
+
+const ENDINGS = {
+  image: /\.(png|jpe?g|webp|gif|bmp|tiff?)$/i,
+  video: /\.(mp4|m4v|mov|webm|mkv|avi|mpe?g|ogv)$/i,
+  document: /\.pdf$/i,
+};
+const TYPES = { image: /^image\//, video: /^video\//, document: /^application\/pdf$/ };
+const SETTLE = 350; // ms without a change of settings before the server is asked again
+
+export function kindOf(file) {
+  const kinds = Object.keys(TYPES);
+  return kinds.find((kind) => TYPES[kind].test(file.type)) ?? kinds.find((kind) => ENDINGS[kind].test(file.name)) ?? null;
+}
+
+export function sizeText(bytes) {
+  if (bytes < 1024) return `${bytes} B`;
+  if (bytes < 1024 ** 2) return `${Math.round(bytes / 1024)} KB`;
+  return `${(bytes / 1024 ** 2).toFixed(1)} MB`;
+}
+
+export function costText(kind, cost) {
+  const tokens = `${cost.tokens.toLocaleString()} tokens`;
+  if (kind === "video") return `${cost.count} ${cost.count === 1 ? "frame" : "frames"}, ${tokens}`;
+  if (kind === "document") return `${cost.count} ${cost.count === 1 ? "page" : "pages"}, ${tokens}`;
+  return tokens;
+}
+
+export class Attachments {
+  /**
+   * @param {HTMLElement} list where they are shown.
+   * @param {() => {id: string, max_model_len?: number} | null} model the one that is chosen.
+   * @param {() => void} changed called when an item came, went, or has its cost known.
+   */
+  constructor(list, model, changed) {
+    this.list = list;
+    this.model = model;
+    this.changed = changed;
+    this.items = [];
+  }
+
+  /** Adds files. @returns {string[]} the names of those that are of no kind that Aria reads. */
+  add(files, settings = {}) {
+    const refused = [];
+    for (const file of files) {
+      const kind = kindOf(file);
+      if (kind === null) {
+        refused.push(file.name);
+        continue;
+      }
+      const item = { id: randomId(), kind, name: file.name || "pasted", type: file.type, size: file.size, thumb: null,
+                     settings: { ...this.usual(kind), ...settings } };
+      this.put(item, file);
+    }
+    return refused;
+  }
+
+  /** Shows an item. Its bytes are kept at once: a message that is edited finds them where the others are. */
+  put(item, blob, kept = false) {
+    const entry = { item, blob, cost: null, refusal: null, request: null, element: null };
+    entry.ready = kept ? Promise.resolve() : Promise.all([
+      saveMedium(item.id, blob),
+      thumbOf(item.kind, blob).then((thumb) => (item.thumb = thumb)),
+    ]).then(() => this.show(entry));
+    this.items.push(entry);
+    this.show(entry);
+    this.ask(entry);
+    this.changed();
+    return entry.ready;
+  }
+
+  /** Few enough frames that a clip fits beside a conversation; the server's own numbers for the rest. */
+  usual(kind) {
+    const room = this.model()?.max_model_len ?? 65_536;
+    return kind === "video" ? { frames: Math.max(1, Math.min(128, Math.floor(room / 512))) } : {};
+  }
+
+  remove(entry) {
+    entry.request?.abort();
+    clearTimeout(entry.timer);
+    this.items = this.items.filter((other) => other !== entry);
+    const next = entry.element.nextElementSibling ?? entry.element.previousElementSibling;
+    entry.element.remove();
+    (next?.querySelector("button") ?? document.querySelector("#question")).focus();
+    if (!entry.shared) entry.ready.then(() => deleteMedia([entry.item.id]));
+    this.changed();
+  }
+
+  /** Hands the items over to a message. @returns {Promise<object[]>} */
+  async take() {
+    const taken = this.items;
+    this.items = [];
+    this.list.replaceChildren();
+    for (const entry of taken) {
+      entry.request?.abort();
+      clearTimeout(entry.timer);
+    }
+    this.changed();
+    await Promise.all(taken.map((entry) => entry.ready));
+    return taken.map((entry) => entry.item);
+  }
+
+  /** Tokens of all items, null while one of them is not known. */
+  get tokens() {
+    return this.items.reduce((sum, { cost }) => (sum === null || cost === null ? null : sum + cost.tokens), 0);
+  }
+
+  /** Asks again what every item costs, for another model or after the server came back. */
+  askAll() {
+    for (const entry of this.items) this.ask(entry);
+  }
+
+  async ask(entry) {
+    entry.request?.abort();
+    const request = (entry.request = new AbortController());
+    entry.cost = entry.refusal = null;
+    this.tell(entry);
+    try {
+      entry.uri ??= await dataUri(entry.blob);
+      const messages = [{ role: "user", content: [partOf(entry.item, entry.uri)] }];
+      const counted = await tokenize(this.model()?.id, messages, request.signal);
+      entry.cost = counted.media[0];
+    } catch (error) {
+      if (request.signal.aborted) return;
+      entry.refusal = error.message;
+    }
+    this.tell(entry);
+    this.changed();
+  }
+
+  show(entry) {
+    const { item } = entry;
+    const picture = item.thumb ? make("img", { src: item.thumb, alt: "" }) : icon(item.kind === "video" ? "clip" : "document");
+    entry.told = make("p.price", { role: "status" });
+    const element = make("li.item", {},
+      make("div.thumb", {}, picture),
+      make("div.facts", {}, make("p.name", { title: item.name }, item.name), entry.told, this.settings(entry)),
+      iconButton("close", `Remove ${item.name}`, () => this.remove(entry), "small"));
+    if (entry.element?.isConnected) entry.element.replaceWith(element);
+    else if (this.items.includes(entry)) this.list.append(element);
+    entry.element = element;
+    this.tell(entry);
+  }
+
+  tell(entry) {
+    entry.told.textContent = entry.refusal ?? (entry.cost ? costText(entry.item.kind, entry.cost) : "\u2026");
+    entry.told.classList.toggle("wrong", entry.refusal !== null);
+    entry.told.title = `${sizeText(entry.item.size)}`;
+  }
+
+  settings(entry) {
+    const { item } = entry;
+    const change = (name, value) => {
+      if (value === undefined) delete item.settings[name];
+      else item.settings[name] = value;
+      clearTimeout(entry.timer);
+      entry.timer = setTimeout(() => this.ask(entry), SETTLE);
+    };
+    const fields = [choice("Detail", item.settings.detail, [["", "auto"], ["low", "low"], ["high", "high"]],
+                           (value) => change("detail", value || undefined))];
+    if (item.kind === "video") {
+      fields.unshift(number("Frames", item.settings.frames, (value) => change("frames", value)));
+    } else {
+      const split = item.settings.split === undefined ? "" : String(item.settings.split);
+      fields.push(choice("Split", split, [["", "auto"], ["true", "on"], ["false", "off"]],
+                         (value) => change("split", value === "" ? undefined : value === "true")));
+    }
+    if (item.kind === "document") {
+      const field = make("input", { type: "text", placeholder: "all", inputmode: "text", size: 5 });
+      field.value = item.settings.pages ?? "";
+      field.addEventListener("input", () => change("pages", field.value.trim() || undefined));
+      fields.unshift(make("label", { title: "Such as 1-3,7" }, "Pages", field));
+    }
+    return make("div.knobs", {}, ...fields);
+  }
+}
+
+function choice(label, value, options, chosen) {
+  const select = make("select", {}, ...options.map(([key, text]) => make("option", { value: key }, text)));
+  select.value = value ?? "";
+  select.addEventListener("change", () => chosen(select.value));
+  return make("label", {}, label, select);
+}
+
+function number(label, value, chosen) {
+  const field = make("input", { type: "number", min: 1, step: 1, placeholder: "auto" });
+  field.value = value ?? "";
+  field.addEventListener("input", () => {
+    if (field.validity.valid) chosen(field.value ? Number(field.value) : undefined);
+  });
+  return make("label", {}, label, field);
+}
