@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+
+TEXT = re.compile(rb'"content":"[^"]')
+"""A chunk that has some."""
 
 
 @dataclass
@@ -97,15 +101,34 @@ def _chunk(reply: Reply, data: bytes, began: float) -> None:
         reply.finish_reason = choice["finish_reason"] or reply.finish_reason
 
 
-async def together(host: str, port: int, bodies: list[Mapping[str, Any]]) -> tuple[float, list[Reply]]:
-    """Seconds for all of them at once, and what came back."""
+async def time_stream(host: str, port: int, body: Mapping[str, Any]) -> Reply:
+    """The times and the usage of a stream, whose text is not even looked at: the machine belongs to the server."""
     began = time.perf_counter()
-    replies = await asyncio.gather(*(ask(host, port, body) for body in bodies))
+    reply = Reply()
+    async with _post(host, port, "/v1/chat/completions", body) as reader:
+        reply.status = int((await reader.readline()).split()[1])
+        end = b""
+        while data := await reader.read(1 << 16):
+            if not reply.first and TEXT.search(data):
+                reply.first = time.perf_counter() - began
+            end = (end + data)[-4096:]
+    reply.last = time.perf_counter() - began
+    if counted := re.search(rb'"completion_tokens": ?(\d+)', end):
+        reply.tokens = int(counted[1])
+    else:
+        reply.error = end.decode(errors="replace")
+    return reply
+
+
+async def together(host: str, port: int, bodies: list[Mapping[str, Any]]) -> tuple[float, list[Reply]]:
+    """Seconds for all of these streams at once, and for each."""
+    began = time.perf_counter()
+    replies = await asyncio.gather(*(time_stream(host, port, body) for body in bodies))
     return time.perf_counter() - began, replies
 
 
 def main() -> None:
-    """Bodies from standard input, all at once; seconds and replies to standard output."""
+    """Bodies of streams from standard input, all at once; seconds and replies to standard output."""
     bodies = [json.loads(line) for line in sys.stdin]
     seconds, replies = asyncio.run(together(sys.argv[1], int(sys.argv[2]), bodies))
     print(json.dumps({"seconds": seconds, "replies": [asdict(reply) for reply in replies]}))

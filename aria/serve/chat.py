@@ -10,7 +10,7 @@ from typing import Any
 from aria.serve.protocol import ChatRequest
 from aria.serve.replies import ChatCompletion
 from aria.serve.service import Run
-from aria.serve.streaming import DONE, event
+from aria.serve.streaming import DONE
 from aria.serve.tools import Call
 from aria.serve.turns import Delta, Turn, logprob_object
 
@@ -67,30 +67,27 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
         rest = json.dumps({"delta": delta, "logprobs": logprobs, "finish_reason": finish}, separators=(",", ":"))
         return f'{head}{{"index":{index},{rest[1:]}]{usage}}}\n\n'.encode("ascii")
 
-    try:
-        async with aclosing(run.read()) as pieces:
-            for index in range(n):
-                yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-            async for _, piece in pieces:
-                index = piece.choice
-                delta = turns[index].push(piece)
-                if len(delta.parts) == 1 and isinstance(delta.parts[0], str) and not delta.logprobs:
-                    yield f'{head}{{"index":{index},"delta":{{"content":{json.dumps(delta.parts[0])}}}{tail}'.encode(
-                        "ascii"
-                    )
-                else:
-                    for made in _deltas(delta, calls, index):
-                        yield chunk(index, made)
-                    if delta.logprobs:
-                        text = "".join(part for part in delta.parts if isinstance(part, str))
-                        told = [logprob_object(one, run.tokenizer) for one in delta.logprobs]
-                        yield chunk(index, {"content": text}, {"content": told, "refusal": None})
-                if delta.finish_reason is not None:
-                    yield chunk(index, {}, finish=delta.finish_reason)
-            if include_usage:
-                yield f'{head}],"usage":{json.dumps(run.usage())}}}\n\n'.encode("ascii")
-    except RuntimeError as error:
-        yield event({"error": {"message": str(error), "type": "server_error", "param": None, "code": "internal"}})
+    async with aclosing(run.read()) as pieces:
+        for index in range(n):
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        async for _, piece in pieces:
+            index = piece.choice
+            delta = turns[index].push(piece)
+            if len(delta.parts) == 1 and isinstance(delta.parts[0], str) and not delta.logprobs:
+                yield f'{head}{{"index":{index},"delta":{{"content":{json.dumps(delta.parts[0])}}}{tail}'.encode(
+                    "ascii"
+                )
+            else:
+                for made in _deltas(delta, calls, index):
+                    yield chunk(index, made)
+                if delta.logprobs:
+                    text = "".join(part for part in delta.parts if isinstance(part, str))
+                    told = [logprob_object(one, run.tokenizer) for one in delta.logprobs]
+                    yield chunk(index, {"content": text}, {"content": told, "refusal": None})
+            if delta.finish_reason is not None:
+                yield chunk(index, {}, finish=delta.finish_reason)
+        if include_usage:
+            yield f'{head}],"usage":{json.dumps(run.usage())}}}\n\n'.encode("ascii")
     yield DONE
 
 

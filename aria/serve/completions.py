@@ -67,16 +67,13 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
     include_usage = body.wants_usage
     head = {"id": run.id, "object": "text_completion", "created": run.created, "model": run.model}
     empty = {"usage": None} if include_usage else {}
-    try:
-        async with aclosing(run.read()) as pieces:
-            async for prompt, piece in pieces:
-                index = prompt * n + piece.choice
-                text, logprobs, finish = texts[index].push(piece)
-                if text or finish or (logprobs and logprobs["tokens"]):
-                    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-                    yield event({**head, "choices": [choice], **empty})
-            if include_usage:
-                yield event({**head, "choices": [], "usage": run.usage()})
-    except RuntimeError as error:
-        yield event({"error": {"message": str(error), "type": "server_error", "param": None, "code": "internal"}})
+    async with aclosing(run.read()) as pieces:
+        async for prompt, piece in pieces:
+            index = prompt * n + piece.choice
+            text, logprobs, finish = texts[index].push(piece)
+            if text or finish or (logprobs and logprobs["tokens"]):
+                choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+                yield event({**head, "choices": [choice], **empty})
+        if include_usage:
+            yield event({**head, "choices": [], "usage": run.usage()})
     yield DONE

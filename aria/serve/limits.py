@@ -98,6 +98,7 @@ class Gate:
         headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = name
         status = 0
 
         async def named(message: Message) -> None:

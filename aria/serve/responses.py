@@ -38,17 +38,14 @@ async def chunks(run: Run, body: ResponsesRequest) -> AsyncGenerator[bytes, None
         number += 1
         return event({"type": kind, "sequence_number": number - 1, **fields}, kind)
 
-    try:
-        async with aclosing(run.read()) as pieces:
-            for kind in ("response.created", "response.in_progress"):
-                yield told(kind, {"response": _response(run, body, output).model_dump(mode="json")})
-            async for _, piece in pieces:
-                for kind, fields in output.push(piece):
-                    yield told(kind, fields)
-        last = _response(run, body, output)
-        yield told(f"response.{last.status}", {"response": last.model_dump(mode="json")})
-    except RuntimeError as error:
-        yield told("error", {"code": "internal", "message": str(error), "param": None})
+    async with aclosing(run.read()) as pieces:
+        for kind in ("response.created", "response.in_progress"):
+            yield told(kind, {"response": _response(run, body, output).model_dump(mode="json")})
+        async for _, piece in pieces:
+            for kind, fields in output.push(piece):
+                yield told(kind, fields)
+    last = _response(run, body, output)
+    yield told(f"response.{last.status}", {"response": last.model_dump(mode="json")})
 
 
 class _Output:

@@ -175,7 +175,9 @@ class Run:
 
     def _count(self, one: tuple[int, Piece]) -> tuple[int, Piece]:
         if one[1].finish_reason == "error":
-            raise RuntimeError("the answer broke off: following its grammar took more work than is allowed")
+            raise ApiError(
+                500, "the answer broke off: to follow its schema took more work than is allowed", code="grammar"
+            )
         self._completion_tokens += 1
         self._cached.setdefault(one[0], one[1].answer.cached_tokens)
         return one

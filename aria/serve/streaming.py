@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,6 +12,9 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from aria.serve.errors import ApiError, unexpected
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -67,9 +71,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def pump() -> None:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            try:
+                async with aclosing(self._events) as events:
+                    async for event in events:
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
+            except Exception as error:
+                # The status is out already: what went wrong comes as the last event.
+                told = _told(error, scope.get("state", {}).get("request_id", ""))
+                await send({"type": "http.response.body", "body": told, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         async def answer() -> None:
@@ -84,6 +93,13 @@ class EventStream(Response):
         finally:
             await _cancel(task, gone)
             await self._close()
+
+
+def _told(error: Exception, request_id: str) -> bytes:
+    if not isinstance(error, ApiError):
+        logger.error("request %s failed in the middle of its stream", request_id, exc_info=error)
+        error = unexpected(request_id)
+    return event(error.body())
 
 
 def event(data: Any, name: str | None = None) -> bytes:

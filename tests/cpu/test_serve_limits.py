@@ -13,11 +13,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
-from serving import idle, running, until
+from serving import engine, idle, running, until
 from typer.main import get_command
 
 from aria.cli import app
@@ -363,6 +364,45 @@ def test_a_failure_of_ours_is_a_500_that_tells_nothing(live, monkeypatch, caplog
     assert response.headers["x-request-id"] in caplog.text
 
 
+def test_a_step_that_fails_is_told_and_the_server_goes_on(live, monkeypatch, caplog):
+    failing = threading.Event()
+    step = engine().engine.step
+
+    def fails():
+        if failing.is_set() and not idle():
+            failing.clear()
+            raise RuntimeError("secret")
+        return step()
+
+    monkeypatch.setattr(engine().engine, "step", fails)
+    stream = iter(live.chat(stream=True, max_tokens=3000, extra_body={"ignore_eos": True}))
+    next(stream)
+    failing.set()
+    with pytest.raises(openai.APIError, match="the server failed on this request"):
+        list(stream)
+    assert "secret" in caplog.text
+    until(idle)
+    time.sleep(0.1)  # a step that has begun does not see the next line
+    failing.set()
+    error_of(live.post("/v1/chat/completions", messages=HELLO), 500)
+    assert live.chat().choices[0].message.content
+
+
+def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
+    async def pieces(*_):
+        answer = SimpleNamespace(cached_tokens=0)
+        for finish in (None, "error"):
+            yield SimpleNamespace(answer=answer, choice=0, text="{", token_id=5, logprob=None, finish_reason=finish)
+
+    monkeypatch.setattr(live.app.state.service.engine, "pieces", pieces)
+    error = error_of(live.post("/v1/chat/completions", messages=HELLO), 500)
+    assert "schema" in error["message"]
+    with pytest.raises(openai.APIError, match="schema"):
+        list(live.chat(stream=True))
+    with pytest.raises(openai.APIError, match="schema"):
+        list(live.openai.responses.create(model="aria-nano", input="hello", stream=True))
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"max_body": 0}, {"max_queue": -1}, {"max_concurrency_per_key": 0}, {"temperature": 3}, {"api_keys": ("",)},
@@ -389,7 +429,7 @@ def test_sigterm_lets_running_answers_finish():
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         headers = {"Authorization": "Bearer key"}
-        body = {"messages": HELLO, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = {"messages": HELLO, "max_tokens": 120, "ignore_eos": True, "stream": True}
         with (
             ThreadPoolExecutor() as pool,
             httpx2.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer,
