@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from aria.processor.cache import MediaCache
 from aria.processor.chat import IMAGE_TOKEN, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.document import read_document
 from aria.processor.image import AriaImageProcessor
@@ -62,11 +63,14 @@ def settle(
     return Prompt(str(prompt), prompt.slots, parts)
 
 
-def expand(prompt: Prompt, processor: AriaImageProcessor, settings: MediaSettings) -> Expanded:
+def expand(
+    prompt: Prompt, processor: AriaImageProcessor, settings: MediaSettings, cache: MediaCache | None = None
+) -> Expanded:
     """Open the clips and documents of a prompt that is :func:`settled <settle>`, and whose parts all have sources.
 
     Of a clip each frame stands as ``[MM:SS]``, picture, newline; without timestamps the frames stand side by side with
-    one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline.
+    one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline. What ``cache`` has is not
+    read again.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.processor.media`.
@@ -76,6 +80,7 @@ def expand(prompt: Prompt, processor: AriaImageProcessor, settings: MediaSetting
     parts: list[ImagePart] = []
     media: list[tuple[str, int]] = []
     whole = str(prompt)
+    cache = cache or MediaCache()
     for slot, part in zip(prompt.slots, prompt.parts, strict=True):
         start, end = slot, slot + len(IMAGE_TOKEN)
         wrapping = ("", "")
@@ -83,7 +88,7 @@ def expand(prompt: Prompt, processor: AriaImageProcessor, settings: MediaSetting
             wrapping = _WRAPPING
             start, end = start - len(wrapping[0]), end + len(wrapping[1])
         text += whole[at:start]
-        places = list(_open(part, processor, settings))
+        places = list(_open(part, processor, settings, cache))
         for before, picture, after in places:
             text += before + wrapping[0]
             slots.append(len(text))
@@ -98,34 +103,42 @@ def _kind(part: MediaPart) -> str:
     return {VideoPart: "video", DocumentPart: "document"}.get(type(part), "image")
 
 
-def _open(part: MediaPart, processor: AriaImageProcessor, settings: MediaSettings) -> Iterator[_Place]:
+def _open(
+    part: MediaPart, processor: AriaImageProcessor, settings: MediaSettings, cache: MediaCache
+) -> Iterator[_Place]:
     if isinstance(part, ImagePart):
         yield _Place("", part, "")
     elif isinstance(part, VideoPart):
-        yield from _frames(part, processor, settings)
+        yield from _frames(part, processor, settings, cache)
     else:
         assert isinstance(part, DocumentPart), f"a part of an unknown kind: {part!r:.100}"
-        for number, rgb in read_document(open_medium(part.source, "document", settings), part.pages, settings):
+        document, pages = open_medium(part.source, "document", settings), part.pages
+        read = cache.get(
+            (document.identity(), "pages", pages, settings),
+            lambda: read_document(document, pages, settings),
+            settings.cache_bytes,
+        )
+        for number, rgb in read:
             yield _Place(f"Page {number}: ", _picture(rgb, part), "\n")
 
 
-def _frames(part: VideoPart, processor: AriaImageProcessor, settings: MediaSettings) -> Iterator[_Place]:
-    size = part.max_image_size
+def _frames(
+    part: VideoPart, processor: AriaImageProcessor, settings: MediaSettings, cache: MediaCache
+) -> Iterator[_Place]:
+    size, split = part.max_image_size, part.split_image
     assert size is not None, "expand takes prompts that are settled"
 
     def fit(width: int, height: int) -> tuple[int, int]:
         # As the crop will have it, so that frames never lie in memory in full. Smaller ones are left to the encoder.
-        return (
-            (width, height) if part.split_image or max(width, height) <= size else processor.fit((width, height), size)
-        )
+        return (width, height) if split or max(width, height) <= size else processor.fit((width, height), size)
 
-    frames = read_clip(
-        open_medium(part.source, "video", settings),
-        num_frames=part.num_frames or (min(NUM_FRAMES, settings.max_frames) if part.fps is None else None),
-        fps=part.fps,
-        max_frames=part.max_frames,
-        fit=fit,
-        settings=settings,
+    num_frames = part.num_frames or (min(NUM_FRAMES, settings.max_frames) if part.fps is None else None)
+    asked = {"num_frames": num_frames, "fps": part.fps, "max_frames": part.max_frames}
+    clip = open_medium(part.source, "video", settings)
+    frames = cache.get(
+        (clip.identity(), *asked.values(), None if split else (size, processor.min_image_size), settings),
+        lambda: read_clip(clip, **asked, fit=fit, settings=settings),  # type: ignore[arg-type]  # each as its part has it
+        settings.cache_bytes,
     )
     for i, frame in enumerate(frames):
         last = i == len(frames) - 1

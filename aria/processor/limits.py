@@ -30,6 +30,8 @@ class MediaSettings:
     """Most frames of one clip that a prompt may hold."""
     max_pages: int = 64
     """Most pages of one document that a prompt may hold."""
+    cache_bytes: int = 512 << 20
+    """Most bytes of frames and pages that are kept for the next question about the same clip or document; 0: none."""
     decode_timeout: float = 300.0
     """Seconds that reading one clip or document may take."""
     connect_timeout: float = 10.0
@@ -47,10 +49,11 @@ class MediaSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("local_folders", "private_addresses", "max_redirects") and not value > 0:
+            if field.name in ("max_redirects", "cache_bytes"):
+                if value < 0:
+                    raise ValueError(f"{field.name} is {value}; expected 0 or more")
+            elif field.name not in ("local_folders", "private_addresses") and not value > 0:
                 raise ValueError(f"{field.name} is {value}; expected more than 0")
-        if self.max_redirects < 0:
-            raise ValueError(f"max_redirects is {self.max_redirects}; expected 0 or more")
         if isinstance(self.local_folders, str | Path):
             raise ValueError(f"local_folders is {str(self.local_folders)!r}; expected a tuple of folders")
         if self.local_folders is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -33,6 +34,13 @@ class Opened(NamedTuple):
     """Its bytes, or an absolute path to a file that may be read."""
     name: str
     """What errors call it."""
+
+    def identity(self) -> tuple[object, ...]:
+        """Tells it from others: a digest of its bytes, or the file with its size and the time of its last change."""
+        if isinstance(self.data, bytes):
+            return (hashlib.sha256(self.data).digest(),)
+        state = self.data.stat()
+        return self.data, state.st_size, state.st_mtime_ns, state.st_ino
 
     def file(self) -> BinaryIO:
         """It as a file, open for reading."""

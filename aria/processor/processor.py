@@ -11,6 +11,7 @@ from typing import Any
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
 from aria.processor.batch import BatchFeature, check_tensor_kind
+from aria.processor.cache import MediaCache
 from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.expand import expand, settle
 from aria.processor.files import (
@@ -53,6 +54,7 @@ class AriaProcessor:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.media = MediaSettings()
+        self._media_cache = MediaCache()
         table = SIZE_CONVERSION if size_conversion is None else size_conversion
         self.size_conversion = {int(size): int(tokens) for size, tokens in table.items()}
         if set(self.size_conversion) != set(image_processor.sizes):
@@ -143,6 +145,7 @@ class AriaProcessor:
                 settle(prompt, self.image_processor, max_image_size=size, split_image=split_image),
                 self.image_processor,
                 self.media,
+                self._media_cache,
             ).prompt
             for prompt in prompts
         ]
@@ -242,7 +245,7 @@ class AriaProcessor:
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")
         [prompt] = _match([prompt], images, videos)
         prompt = settle(prompt, self.image_processor, max_image_size=max_image_size, split_image=split_image)
-        prompt, origins = expand(prompt, self.image_processor, self.media)
+        prompt, origins = expand(prompt, self.image_processor, self.media, self._media_cache)
         settings = [
             {"max_image_size": part.max_image_size, "split_image": part.split_image, "split_mode": split_mode}
             for part in prompt.parts

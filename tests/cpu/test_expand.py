@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from aria import Engine, SamplingParams
 from aria.processor import AriaProcessor, DocumentPart, MediaSettings, Prompt, VideoPart, render
+from aria.processor import expand as expanding
 from aria.processor.expand import expand, settle
 from aria.processor.pictures import Medium
 
@@ -227,6 +229,48 @@ def test_limits_of_the_processor_hold_everywhere(tmp_path: Path) -> None:
                 prepare(messages)
     prepared = processor.prepare([{"role": "user", "content": [{"type": "video", "video": CLIP}]}])
     assert prepared.media[0].pictures == 4, "the custom of 128 frames gives way to the limit"
+
+
+def test_the_next_question_finds_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def counted(name: str, real: Any) -> Any:
+        return lambda *args, **kwargs: [reads.append(name), real(*args, **kwargs)][1]
+
+    for name in ("read_clip", "read_document"):
+        monkeypatch.setattr(expanding, name, counted(name, getattr(expanding, name)))
+    processor = AriaProcessor.from_pretrained()
+    (tmp_path / "a.mp4").write_bytes(CLIP)
+
+    def prepare(**part: Any) -> Any:
+        return processor.prepare([{"role": "user", "content": [part]}])
+
+    video = {"type": "video", "num_frames": 3}
+    document = {"type": "document", "document": PDF}
+    first = prepare(**video, video=CLIP)
+    again = prepare(**video, url="data:;base64," + base64.b64encode(CLIP).decode(), timestamps=False)
+    assert [one.key for one in again.pictures] == [one.key for one in first.pictures] and len(again.ids) < len(
+        first.ids
+    )
+    prepare(**document)
+    prepare(**document, split_image=False)
+    prepare(**video, path=tmp_path / "a.mp4")
+    prepare(**video, path=tmp_path / "a.mp4")
+    assert reads == ["read_clip", "read_document", "read_clip"]
+    (tmp_path / "a.mp4").write_bytes(clip(3))
+    assert prepare(**video, path=tmp_path / "a.mp4").pictures[0].key != first.pictures[0].key
+    for other in ({"num_frames": 2}, {"max_image_size": processor.image_processor.sizes[1]}, {"split_image": True}):
+        prepare(**{**video, **other}, video=CLIP)
+    prepare(**document, pages="1")
+    assert len(reads) == 8, "what is asked for otherwise is read anew"
+    processor.media = MediaSettings(max_frames=2)
+    with pytest.raises(ValueError, match="1 to 2 are allowed"):
+        prepare(**video, video=CLIP)
+    processor.media = MediaSettings(cache_bytes=0)
+    for _ in range(2):
+        prepare(**video, video=CLIP)
+    assert len(reads) == 11 and processor._media_cache.nbytes == 0
+    assert pickle.loads(pickle.dumps(processor)).prepare([{"role": "user", "content": "hello"}]).ids
 
 
 def test_the_engine_answers_about_clips_and_documents() -> None:
