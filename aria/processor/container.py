@@ -50,6 +50,8 @@ class Timeline(NamedTuple):
     keys: list[Key]
     counted: bool
     """The file tells no times: frames are told by their number, and decoded from the beginning."""
+    pixels: int = 0
+    """Of a frame, as the file's header has it."""
 
     @property
     def seconds(self) -> Fraction:
@@ -146,15 +148,16 @@ def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
                 raise
         if not shown:
             raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
+        pixels = stream.codec_context.width * stream.codec_context.height
         rate = Fraction(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
         if _tells_times(container, stream, [moment for moment, *_ in shown]):
             shown.sort()
             times = [moment for moment, *_ in shown]
             unit = Fraction(stream.time_base)
             last = shown[-1][2] or (times[-1] - times[-2] if len(times) > 1 else 0) or int(1 / (rate * unit)) or 1
-            return Timeline(times, [number for _, number, _ in shown], times[-1] + last, unit, keys, counted=False)
+            return Timeline(times, [number for _, number, _ in shown], times[-1] + last, unit, keys, False, pixels)
     order = list(range(len(shown)))
-    return Timeline(order, order, len(order), 1 / rate, [Key(0, None, None)], counted=True)
+    return Timeline(order, order, len(order), 1 / rate, [Key(0, None, None)], True, pixels)
 
 
 def _packets(container: Any, stream: Any, watch: Watch) -> Iterator[Any]:

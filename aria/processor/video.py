@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, opened, scan
+from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, scan
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
 
@@ -140,9 +140,8 @@ def _decode(
     settings: MediaSettings,
     watch: Watch,
 ) -> dict[int, np.ndarray]:
-    with opened(clip, settings) as (_, stream):
-        held = 2 * stream.codec_context.width * stream.codec_context.height * FRAMES_HELD
-    workers = max(1, min(threads, MOST_WORKERS, len(runs), DECODER_BYTES // max(1, held)))
+    held = max(1, 2 * timeline.pixels * FRAMES_HELD)  # in 4:2:0 a pixel takes one and a half bytes
+    workers = max(1, min(threads, MOST_WORKERS, len(runs), DECODER_BYTES // held))
     waiting, turn = iter(runs), threading.Lock()
     frames: dict[int, np.ndarray] = {}
 
