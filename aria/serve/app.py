@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -67,7 +66,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
         yield
         service.close()
 
-    app = FastAPI(title="Aria", version=version("aria-moe"), docs_url=None, redoc_url=None, lifespan=life)
+    app = FastAPI(title="Aria", version="1", docs_url=None, redoc_url=None, lifespan=life)
     app.state.service, app.state.traffic = service, traffic
     for routes in (_answers(service), _tokens(service), _state(service, traffic)):
         app.include_router(routes)

@@ -64,6 +64,8 @@ def run(app: FastAPI, *, host: str, port: int, log_level: str, ready: Callable[[
     config = uvicorn.Config(
         app, host=host, port=port, log_level=log_level, access_log=log_level in ("debug", "trace"),
         # What still runs after the drain is cancelled soon: its time is over.
-        timeout_graceful_shutdown=1, server_header=False,
+        timeout_graceful_shutdown=1, server_header=False, ws="none",
+        # Load balancers keep connections for a minute; who closes first should not be the server.
+        timeout_keep_alive=75,
     )  # fmt: skip
     Server(config, app.state.traffic, app.state.service.settings.drain_seconds, ready).run()

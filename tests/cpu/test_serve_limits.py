@@ -24,6 +24,7 @@ from typer.main import get_command
 from aria.cli import app
 from aria.serve import limits
 from aria.serve.limits import open_to_strangers
+from aria.serve.page import FOLDER
 from aria.serve.settings import ServerSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -186,6 +187,24 @@ def test_paths_and_methods_that_are_not_there(live):
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
     error_of(live.http.delete("/v1/models"), 405)
+
+
+def test_the_page_is_there_and_kept_to_itself(live):
+    page = live.http.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert files
+    for file in files:
+        got = live.http.get(f"/{file.relative_to(FOLDER).as_posix()}")
+        assert got.content == file.read_bytes()
+        expected = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+        assert got.headers["content-type"] == expected.get(file.suffix, got.headers["content-type"])
+    error_of(live.http.post("/", json={}), 404)
 
 
 def test_errors_reach_the_client_as_its_own(live):
