@@ -41,7 +41,8 @@ export async function answer(conversation, wishes, grew) {
     growing.delete(conversation.id);
     conversation.updated = Date.now();
     grew(turn);
-    await saveConversation(conversation);
+    // One that was deleted meanwhile stays so.
+    if (!conversation.removed) await saveConversation(conversation);
   }
 }
 

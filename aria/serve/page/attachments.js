@@ -3,7 +3,7 @@
 import { tokenize } from "./api.js";
 import { icon, iconButton, make } from "./dom.js";
 import { partOf } from "./parts.js";
-import { deleteMedia, randomId, saveMedium } from "./store.js";
+import { randomId, saveMedium } from "./store.js";
 import { thumbOf } from "./thumbs.js";
 import { dataUri } from "./transfer.js";
 
@@ -62,18 +62,17 @@ export class Attachments {
     return refused;
   }
 
-  /** Shows an item. Its bytes are kept at once: a message that is edited finds them where the others are. */
+  /** Shows an item. @param {boolean} kept whether its bytes lie in the browser's database already. */
   put(item, blob, kept = false) {
-    const entry = { item, blob, cost: null, refusal: null, request: null, element: null };
-    entry.ready = kept ? Promise.resolve() : Promise.all([
-      saveMedium(item.id, blob),
-      thumbOf(item.kind, blob).then((thumb) => (item.thumb = thumb)),
-    ]).then(() => this.show(entry));
+    const entry = { item, blob, kept, cost: null, refusal: null, request: null, element: null };
     this.items.push(entry);
     this.show(entry);
     this.ask(entry);
     this.changed();
-    return entry.ready;
+    entry.ready = kept ? Promise.resolve() : thumbOf(item.kind, blob).then((thumb) => {
+      item.thumb = thumb;
+      if (this.items.includes(entry)) this.show(entry);
+    });
   }
 
   /** Few enough frames that a clip fits beside a conversation; the server's own numbers for the rest. */
@@ -89,12 +88,11 @@ export class Attachments {
     const next = entry.element.nextElementSibling ?? entry.element.previousElementSibling;
     entry.element.remove();
     (next?.querySelector("button") ?? document.querySelector("#question")).focus();
-    if (!entry.shared) entry.ready.then(() => deleteMedia([entry.item.id]));
     this.changed();
   }
 
-  /** Hands the items over to a message. @returns {Promise<object[]>} */
-  async take() {
+  /** Takes all items out of the list. */
+  clear() {
     const taken = this.items;
     this.items = [];
     this.list.replaceChildren();
@@ -103,8 +101,18 @@ export class Attachments {
       clearTimeout(entry.timer);
     }
     this.changed();
-    await Promise.all(taken.map((entry) => entry.ready));
-    return taken.map((entry) => entry.item);
+    return taken;
+  }
+
+  /** Hands the items over to a message, their bytes to the database. @returns {Promise<object[]>} */
+  async take() {
+    const taken = this.items;
+    for (const entry of taken) {
+      await entry.ready;
+      if (!entry.kept) await saveMedium(entry.item.id, entry.blob);
+      entry.kept = true;
+    }
+    return this.clear().map((entry) => entry.item);
   }
 
   /** Tokens of all items, null while one of them is not known. */

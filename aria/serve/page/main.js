@@ -1,0 +1,337 @@
+// The page: a list of conversations, the one that is open, and the field for the next message.
+
+import { answer, isGrowing, stop } from "./answers.js";
+import { models, onLocked } from "./api.js";
+import { Attachments } from "./attachments.js";
+import { $, make, opened, say } from "./dom.js";
+import { askForKey, chooseModel, chosenModel, openSettings, wishes } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { deleteConversation, deleteMedia, loadAll, loadMedium, mediaOf, newConversation, saveConversation } from "./store.js";
+import { nextTheme } from "./theme.js";
+import { exportJson, importJson } from "./transfer.js";
+import { Turns } from "./turns.js";
+
+const EXAMPLES = [
+  { picture: "samples/word.png", question: "What does it say?", about: "Read a word" },
+  { picture: "samples/shapes.png", question: "What is to the left of the square?", about: "Name a shape" },
+  { picture: "samples/emoji.png", question: "Which emoji is this?", about: "Know an emoji" },
+];
+const COME_BACK = 4000; // ms between questions whether a server that was away is back
+
+let conversations = [];
+let current = newConversation();
+let served = [];
+/** The question in the open conversation that is being edited. */
+let edited = null;
+
+const question = $("#question");
+const turns = new Turns($("#turns"), $("#scroll"), { retry, edit });
+const attachments = new Attachments($("#items"), model, showCost);
+const sidebar = new Sidebar({ choose: open, rename, remove, fail: (error) => tell(error.message) });
+
+function model() {
+  return served.find(({ id }) => id === $("#model").value) ?? null;
+}
+
+// What is shown
+
+function refresh() {
+  sidebar.show(conversations, current);
+  $("#empty").hidden = current.turns.length > 0;
+  $("#turns").hidden = current.turns.length === 0;
+  document.title = current.title ? `${current.title} \u2013 Aria` : "Aria";
+  const growing = isGrowing(current);
+  $("#send").hidden = growing;
+  $("#stop").hidden = !growing;
+}
+
+function showCost() {
+  const { items, tokens } = attachments;
+  const room = model()?.max_model_len;
+  const over = room && tokens !== null && tokens >= room;
+  const said = [];
+  if (edited) said.push("Editing: what follows this message will be replaced.");
+  if (items.length > 1 && tokens !== null) said.push(`${tokens.toLocaleString()} tokens in all.`);
+  if (over) said.push(`That is more than the ${room.toLocaleString()} tokens that this model takes.`);
+  $("#cost").replaceChildren(said.join(" "));
+  $("#cost").classList.toggle("wrong", Boolean(over));
+  if (edited) $("#cost").append(" ", make("button.quiet", { type: "button", click: endEdit }, "Cancel"));
+}
+
+/** Something that went wrong beside any answer. */
+function tell(text, ...more) {
+  const close = make("button.quiet", { type: "button", click: () => ($("#banner").hidden = true) }, "Close");
+  $("#banner").replaceChildren(make("p", {}, text), ...(more.length ? more : [close]));
+  $("#banner").hidden = false;
+}
+
+function fit() {
+  question.style.height = "auto";
+  question.style.height = `${Math.min(question.scrollHeight, window.innerHeight * 0.4)}px`;
+}
+
+// The server
+
+let waiting = null;
+
+async function connect() {
+  clearTimeout(waiting);
+  try {
+    served = await models();
+  } catch (error) {
+    const again = make("button.quiet", { type: "button", click: connect }, "Try again");
+    tell(error.message, again);
+    if (error.status === 0) waiting = setTimeout(connect, COME_BACK);
+    return;
+  }
+  $("#banner").hidden = true;
+  const chosen = $("#model").value || chosenModel();
+  $("#model").replaceChildren(...served.map(({ id }) => make("option", { value: id }, id)));
+  $("#model").value = served.some(({ id }) => id === chosen) ? chosen : served[0].id;
+  attachments.askAll();
+}
+
+// Conversations
+
+function open(conversation) {
+  endEdit();
+  current = conversation;
+  turns.show(current.turns);
+  sidebar.open(false);
+  refresh();
+  question.focus();
+}
+
+async function rename(conversation, title) {
+  Object.assign(conversation, { title, named: true });
+  await saveConversation(conversation);
+  refresh();
+}
+
+async function remove(conversation) {
+  stop(conversation);
+  conversation.removed = true;
+  conversations = conversations.filter((other) => other !== conversation);
+  await deleteConversation(conversation);
+  if (conversation === current) open(newConversation());
+  else refresh();
+  say("The conversation is deleted.");
+}
+
+function titleOf({ text, media }) {
+  const words = text.trim().replace(/\s+/g, " ") || media.map(({ name }) => name).join(", ");
+  return words.length > 60 ? `${words.slice(0, 59)}\u2026` : words;
+}
+
+// Questions and answers
+
+async function send() {
+  const text = question.value.trim();
+  if (isGrowing(current) || (!text && !attachments.items.length)) return;
+  const conversation = current;
+  const replaced = edited;
+  const before = mediaOf(conversation);
+  const media = await attachments.take();
+  const turn = { role: "user", text, media };
+  question.value = "";
+  fit();
+  if (replaced) conversation.turns.splice(conversation.turns.indexOf(replaced));
+  conversation.turns.push(turn);
+  if (!conversation.named) conversation.title = titleOf(conversation.turns[0]);
+  edited = null;
+  showCost();
+  if (!conversations.includes(conversation)) conversations.unshift(conversation);
+  if (replaced) turns.show(conversation.turns);
+  else turns.update(turn);
+  const kept = mediaOf(conversation);
+  await reply(conversation);
+  await deleteMedia(before.filter((id) => !kept.includes(id)));
+}
+
+async function reply(conversation) {
+  const chosen = model()?.id ?? chosenModel() ?? undefined;
+  await answer(conversation, { model: chosen, ...wishes() }, (turn) => {
+    if (conversation === current) turns.update(turn);
+    if (turn.state !== "growing" || !turn.text) refresh();
+    if (turn.state === "done" && conversation === current) say(`Answer: ${turn.text}`);
+    if (turn.state === "stopped") say("Stopped.");
+  });
+}
+
+async function retry() {
+  if (isGrowing(current)) return;
+  if (current.turns.at(-1)?.role === "assistant") current.turns.pop();
+  turns.show(current.turns);
+  await reply(current);
+}
+
+async function edit(turn) {
+  if (isGrowing(current)) return;
+  endEdit();
+  edited = turn;
+  question.value = turn.text;
+  fit();
+  for (const item of turn.media) {
+    attachments.put({ ...item, settings: { ...item.settings } }, await loadMedium(item.id), true);
+  }
+  showCost();
+  question.focus();
+}
+
+function endEdit() {
+  if (!edited) return;
+  edited = null;
+  question.value = "";
+  attachments.clear();
+  fit();
+}
+
+function attach(files) {
+  const refused = attachments.add(files);
+  if (refused.length) tell(`${refused.join(", ")}: Aria reads pictures, clips and PDFs.`);
+}
+
+async function tryExample({ picture, question: text }) {
+  const blob = await (await fetch(picture)).blob();
+  attachments.add([new File([blob], picture.split("/").pop(), { type: "image/png" })], { detail: "low" });
+  question.value = text;
+  await send();
+}
+
+/** Work whose failure a person should read. */
+function guarded(work) {
+  return async (...given) => {
+    try {
+      await work(...given);
+    } catch (error) {
+      tell(error.message);
+    }
+  };
+}
+
+// What people do
+
+function listenToFiles() {
+  $("#attach").addEventListener("click", () => $("#files").click());
+  $("#files").addEventListener("change", () => {
+    attach($("#files").files);
+    $("#files").value = "";
+  });
+  document.addEventListener("paste", (event) => {
+    if (!event.clipboardData.files.length) return;
+    event.preventDefault();
+    attach(event.clipboardData.files);
+  });
+  const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
+  let over = 0;
+  const cover = (change) => (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    over += change;
+    $("#drop").hidden = over <= 0;
+  };
+  document.addEventListener("dragenter", cover(1));
+  document.addEventListener("dragover", cover(0));
+  document.addEventListener("dragleave", cover(-1));
+  document.addEventListener("drop", (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    over = 0;
+    $("#drop").hidden = true;
+    attach(event.dataTransfer.files);
+  });
+}
+
+function listenToKeys() {
+  // On touch keyboards Enter is the only way to a new line.
+  const touch = window.matchMedia("(pointer: coarse)").matches;
+  question.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch) {
+      event.preventDefault();
+      guarded(send)();
+    } else if (event.key === "ArrowUp" && !question.value && !attachments.items.length) {
+      const last = current.turns.findLast((turn) => turn.role === "user");
+      if (last) {
+        event.preventDefault();
+        guarded(edit)(last);
+      }
+    }
+  });
+  document.addEventListener("keydown", (event) => {
+    if (document.querySelector("dialog[open]")) return;
+    const held = event.ctrlKey || event.metaKey;
+    const pressed = event.key.toLowerCase();
+    if (event.key === "Escape" && sidebar.isOpen) sidebar.open(false);
+    else if (event.key === "Escape" && isGrowing(current)) stop(current);
+    else if (event.key === "Escape") guarded(endEditAndTell)();
+    else if (held && event.shiftKey && pressed === "o") open(newConversation());
+    else if (held && pressed === "k") search();
+    else if (held && pressed === ",") openSettings();
+    else if (held && pressed === "/") opened($("#shortcuts"));
+    else return;
+    event.preventDefault();
+  });
+}
+
+function endEditAndTell() {
+  endEdit();
+  showCost();
+}
+
+function search() {
+  sidebar.open(true);
+  $("#search").focus();
+}
+
+function listenToButtons() {
+  $("#composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    guarded(send)();
+  });
+  question.addEventListener("input", fit);
+  $("#stop").addEventListener("click", () => stop(current));
+  $("#new").addEventListener("click", () => open(newConversation()));
+  $("#model").addEventListener("change", () => {
+    chooseModel($("#model").value);
+    attachments.askAll();
+  });
+  $("#theme").addEventListener("click", () => say(`Theme: ${nextTheme()}`));
+  $("#settings-open").addEventListener("click", openSettings);
+  $("#shortcuts-open").addEventListener("click", () => opened($("#shortcuts")));
+  $("#export-all").addEventListener("click", guarded(() => exportJson(conversations)));
+  $("#import").addEventListener("click", () => $("#import-file").click());
+  $("#import-file").addEventListener("change", guarded(async () => {
+    const [file] = $("#import-file").files;
+    $("#import-file").value = "";
+    const read = await importJson(await file.text());
+    conversations = [...read, ...conversations].sort((one, other) => other.updated - one.updated);
+    if (read.length) open(read[0]);
+    say(`${read.length} conversations imported.`);
+  }));
+  $("#examples").append(...EXAMPLES.map((example) => make("li", {},
+    make("button.example", { type: "button", click: guarded(() => tryExample(example)) },
+      make("img", { src: example.picture, alt: "", width: 96, height: 96 }),
+      make("span", {}, make("small", {}, example.about), example.question)))));
+}
+
+async function start() {
+  onLocked(askForKey);
+  listenToButtons();
+  listenToFiles();
+  listenToKeys();
+  turns.show(current.turns);
+  refresh();
+  try {
+    conversations = await loadAll();
+  } catch (error) {
+    tell(`This browser keeps no conversations for this page: ${error.message}`);
+  }
+  const last = sessionStorage.getItem("aria-open");
+  const found = conversations.find(({ id }) => id === last);
+  if (found) open(found);
+  refresh();
+  window.addEventListener("pagehide", () => sessionStorage.setItem("aria-open", current.id));
+  await connect();
+}
+
+start();
