@@ -233,7 +233,7 @@ def serve(
     max_frames: Annotated[int, typer.Option(help="Frames taken of a clip.")] = 256,
     max_pages: Annotated[int, typer.Option(help="Pages taken of a document.")] = 64,
     fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
-    media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 4,
+    media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
     warm_up: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="First do what first requests would wait for: minutes on a GPU."),

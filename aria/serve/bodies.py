@@ -207,6 +207,17 @@ def has_media(prompt: Sequence[Any]) -> bool:
     return any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
 
 
+def characters(prompt: str | Sequence[Any]) -> int:
+    """Of a text, or of all texts of a conversation; token ids have none."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    contents = (message["content"] for message in prompt if isinstance(message, Mapping))
+    return sum(
+        len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
+        for content in contents
+    )
+
+
 def _joined(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 

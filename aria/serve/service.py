@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from aria.engine import AsyncEngine, Piece
 from aria.processor import AriaProcessor
 from aria.processor.pictures import Prepared
+from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.errors import ApiError
 from aria.serve.metrics import Metrics
@@ -70,6 +71,28 @@ class Service:
             )
         return name
 
+    @cached_property
+    def most_characters(self) -> int:
+        """Of a prompt: more cannot fit, whatever they are, and need not be tokenised to know it."""
+        tokenizer = self.processor.tokenizer
+        longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+        return longest * self.defaults.max_model_len
+
+    def check_length(self, prompts: Sequence[Any], param: str) -> None:
+        """Refuse prompts that are too long at first sight.
+
+        Raises:
+            ApiError: 400.
+        """
+        for prompt in prompts:
+            if (characters := bodies.characters(prompt)) > self.most_characters:
+                raise ApiError(
+                    400,
+                    f"a prompt of {characters:,} characters cannot fit into max_model_len, which is "
+                    f"{self.defaults.max_model_len} tokens; shorten it",
+                    param=param,
+                )
+
     async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
         """Do what takes time in a thread. What is wrong with the request's messages or media becomes a 400."""
         pool = self._media if media else self._texts
@@ -96,6 +119,7 @@ class Service:
             raise ApiError(
                 400, f"{wanted} answers are asked for, and {self.settings.max_choices} are the most", param="n"
             )
+        self.check_length(asked.prompts, param)
         began = time.perf_counter()
         prepare = self.engine.engine.prepare_text if param == "prompt" else self.engine.engine.prepare
 

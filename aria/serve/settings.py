@@ -32,7 +32,7 @@ class ServerSettings:
     media: MediaSettings = field(default_factory=lambda: MediaSettings(local_folders=()))
     """What pictures, clips and documents may cost, and where they may come from; the server's own files, and addresses
     of its network, only where this says so."""
-    media_threads: int = 4
+    media_threads: int = 8
     """Requests with media that are read at a time; each may use several cores."""
     temperature: float = 1.0
     """Where a request says nothing, as OpenAI's own interface has it."""

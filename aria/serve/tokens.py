@@ -11,7 +11,7 @@ from aria.serve.service import Service
 
 
 async def count(service: Service, body: TokenizeRequest) -> Tokens:
-    """Tokens of a prompt, however long it is.
+    """Tokens of a prompt, also of one that leaves no room for an answer.
 
     Raises:
         ApiError: 400, the messages or their media are not what was expected.
@@ -20,10 +20,12 @@ async def count(service: Service, body: TokenizeRequest) -> Tokens:
     media: list[MediaCost] = []
     if body.messages is None:
         text = body.prompt or ""
+        service.check_length([text], "prompt")
         ids = await service.off_loop(lambda: processor.tokenizer.encode(text), param="prompt")
     else:
         offered = bodies.read_tools(body.tools, None, None).told
         said = bodies.messages(body.messages, offered, defaults.sizes)
+        service.check_length([said], "messages")
 
         def prepare() -> Prepared:
             return processor.prepare(said, add_generation_prompt=body.add_generation_prompt)
