@@ -6,7 +6,9 @@ import contextlib
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,8 @@ SCALE = 2
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 # PDFium holds state of the whole process.
 _PDFIUM = threading.Lock()
+_SLICE = 0.2
+"""Seconds of drawing until others get their turn."""
 _FAULTS = {
     3: "it is no PDF, a damaged one, or one without pages",
     4: "it is locked with a password",
@@ -66,7 +70,7 @@ def read_document(
         read = []
         for number in (number for first, last in ranges for number in range(first, last + 1)):
             watch.check()
-            read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels)))
+            read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels, watch)))
         return read
 
 
@@ -98,40 +102,85 @@ def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]
 def _opened(document: Opened) -> Iterator[Any]:
     import pypdfium2
 
-    try:
+    with _said_plainly(f"{document.name}, as a document,"), _PDFIUM:
+        pdf = pypdfium2.PdfDocument(document.data)
+    with _closing(pdf):
         with _PDFIUM:
-            pdf = pypdfium2.PdfDocument(document.data)
             pdf.init_forms()
-    except pypdfium2.PdfiumError as error:
-        fault = _FAULTS.get(error.err_code or 0, str(error))
-        raise ValueError(f"{document.name} cannot be read as a document: {fault}") from error
-    try:
         yield pdf
-    finally:
-        with _PDFIUM:
-            pdf.close()
 
 
-def _render(pdf: Any, number: int, name: str, max_pixels: int) -> np.ndarray:
+def _render(pdf: Any, number: int, name: str, max_pixels: int, watch: Watch) -> np.ndarray:
     import pypdfium2
 
-    with _PDFIUM:
-        try:
-            page = pdf[number - 1]
-            try:
-                width, height = (math.ceil(side * SCALE) for side in page.get_size())
-                if width * height > max_pixels:
-                    raise ValueError(
-                        f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
-                        "allowed; make it smaller, or leave it out with pages="
-                    )
-                bitmap = page.render(scale=SCALE, rev_byteorder=True)
-                try:
-                    # Its memory goes back to PDFium.
-                    return np.array(bitmap.to_numpy()[..., :3], order="C")
-                finally:
-                    bitmap.close()
-            finally:
-                page.close()
-        except pypdfium2.PdfiumError as error:
-            raise ValueError(f"page {number} of {name} cannot be rendered ({error}); it may be damaged") from error
+    with contextlib.ExitStack() as opened, _said_plainly(f"page {number} of {name}"):
+        with _PDFIUM:
+            page = opened.enter_context(_closing(pdf[number - 1]))
+            width, height = (math.ceil(side * SCALE) for side in page.get_size())
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
+                    "allowed; make it smaller, or leave it out with pages="
+                )
+            bitmap = pypdfium2.PdfBitmap.new_native(
+                width, height, format=pypdfium2.raw.FPDFBitmap_BGR, rev_byteorder=True
+            )
+            opened.enter_context(_closing(bitmap))
+            bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
+        _draw(pdf, page, bitmap, watch)
+        # Its memory goes back to PDFium.
+        return np.array(bitmap.to_numpy(), order="C")
+
+
+def _draw(pdf: Any, page: Any, bitmap: Any, watch: Watch) -> None:
+    """Draw a page onto a bitmap of its size, a slice of time after the other.
+
+    A page of a few kilobytes can take hours. Other documents get their turn between slices, and the watch can end it.
+    """
+    from pypdfium2 import PdfiumError, raw
+
+    end = 0.0
+    pause = raw.IFSDK_PAUSE(version=1)
+    pause.NeedToPauseNow = type(pause.NeedToPauseNow)(lambda _: time.monotonic() > end)
+    flags = raw.FPDF_ANNOT | raw.FPDF_REVERSE_BYTE_ORDER
+    place = (bitmap, page, 0, 0, bitmap.width, bitmap.height, 0, flags)
+    step = partial(raw.FPDF_RenderPageBitmap_Start, *place, pause)
+    try:
+        while True:
+            with _PDFIUM:
+                end = time.monotonic() + _SLICE
+                status = step()
+            if status != raw.FPDF_RENDER_TOBECONTINUED:
+                break
+            watch.check()
+            time.sleep(0.001)  # who waits for the lock would else hardly ever get it
+            step = partial(raw.FPDF_RenderPage_Continue, page, pause)
+    finally:
+        with _PDFIUM:
+            raw.FPDF_RenderPage_Close(page)
+    if status != raw.FPDF_RENDER_DONE:
+        raise PdfiumError("rendering failed")
+    if pdf.formenv:
+        with _PDFIUM:
+            raw.FPDF_FFLDraw(pdf.formenv, *place)
+
+
+@contextlib.contextmanager
+def _closing(thing: Any) -> Iterator[Any]:
+    try:
+        yield thing
+    finally:
+        with _PDFIUM:
+            thing.close()
+
+
+@contextlib.contextmanager
+def _said_plainly(what: str) -> Iterator[None]:
+    """PDFium's errors, as ValueErrors that say what cannot be read."""
+    from pypdfium2 import PdfiumError
+
+    try:
+        yield
+    except PdfiumError as error:
+        fault = _FAULTS.get(getattr(error, "err_code", None) or 0, str(error))
+        raise ValueError(f"{what} cannot be read: {fault}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import io
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pypdfium2.raw
 import pytest
 from made_media import pdf
 
-from aria.processor import MediaSettings
+from aria.processor import MediaSettings, document
+from aria.processor.container import Watch
 from aria.processor.document import Page, page_ranges, read_document
 from aria.processor.media import open_medium
 
@@ -43,16 +45,16 @@ def test_pages_at_twice_their_size_in_order(tmp_path: Path) -> None:
 
 
 def test_colours_keep_their_order() -> None:
-    document = pypdfium2.PdfDocument.new()
-    page = document.new_page(50, 50)
+    paper = pypdfium2.PdfDocument.new()
+    page = paper.new_page(50, 50)
     square = pypdfium2.raw.FPDFPageObj_CreateNewRect(0, 0, 50, 50)
     pypdfium2.raw.FPDFPageObj_SetFillColor(square, 255, 0, 0, 255)
     pypdfium2.raw.FPDFPath_SetDrawMode(square, pypdfium2.raw.FPDF_FILLMODE_WINDING, False)
     pypdfium2.raw.FPDFPage_InsertObject(page, square)
     page.gen_content()
     buffer = io.BytesIO()
-    document.save(buffer)
-    document.close()
+    paper.save(buffer)
+    paper.close()
     assert read(buffer.getvalue())[0].rgb[50, 50].tolist() == [255, 0, 0]
 
 
@@ -132,11 +134,63 @@ def test_several_threads_at_once() -> None:
         assert all(np.array_equal(page.rgb, other) for page, other in zip(pages, expected, strict=True))
 
 
+def endless_page() -> bytes:
+    """A few kilobytes whose drawing takes minutes: the same large shape again and again."""
+    drawing = zlib.compress(b"0 0 m 600 600 l 300 0 l 0 300 l b\n" * 100_000)
+    return b"""%%PDF-1.4
+1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj
+2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
+3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 600]/Contents 4 0 R/Resources<<>>>>endobj
+4 0 obj<</Length %d/Filter/FlateDecode>>stream
+%b
+endstream endobj
+trailer<</Root 1 0 R/Size 5>>
+%%%%EOF
+""" % (len(drawing), drawing)
+
+
+def test_a_page_without_end_is_given_up() -> None:
+    with pytest.raises(ValueError, match=r"took longer than 0\.5 s"):
+        read(endless_page(), decode_timeout=0.5)
+
+
+def test_a_page_without_end_lets_others_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, over = threading.Event(), threading.Event()
+
+    class UntilOver(Watch):
+        def check(self) -> None:
+            if drawing.is_set() and over.is_set():
+                raise ValueError("over")
+
+    real = document._draw
+
+    def draw(*arguments: Any) -> None:
+        drawing.set()
+        real(*arguments)
+
+    monkeypatch.setattr(document, "Watch", UntilOver)
+    monkeypatch.setattr(document, "_draw", draw)
+    ended: list[str] = []
+
+    def read_slowly() -> None:
+        with pytest.raises(ValueError, match="over"):
+            read(endless_page())
+        ended.append("over")
+
+    thread = threading.Thread(target=read_slowly)
+    thread.start()
+    assert drawing.wait(60)
+    assert len(read(pdf((50, 50)))) == 1 and not ended, "the small one waited for the large one"
+    over.set()
+    thread.join()
+    assert ended == ["over"]
+
+
 def test_a_real_document() -> None:
     # Matplotlib brings its logo as a PDF of its own making, with embedded outlines.
     logo = Path(str(importlib.resources.files("matplotlib") / "mpl-data" / "images" / "matplotlib.pdf"))
     [page] = read(logo)
-    with pypdfium2.PdfDocument(logo) as document:
-        width, height = document[0].get_size()
+    with pypdfium2.PdfDocument(logo) as paper:
+        width, height = paper[0].get_size()
     assert abs(page.rgb.shape[0] - 2 * height) <= 1 and abs(page.rgb.shape[1] - 2 * width) <= 1
     assert (page.rgb.reshape(-1, 3) == 255).all(-1).mean() < 0.95, "something is drawn"
