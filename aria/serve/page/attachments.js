@@ -33,6 +33,16 @@ export function costText(kind, cost) {
   return tokens;
 }
 
+/** Hands what was taken out over to a message, its bytes to the database. @returns {Promise<object[]>} */
+export async function keep(taken) {
+  for (const entry of taken) {
+    await entry.ready;
+    if (!entry.kept) await saveMedium(entry.item.id, entry.blob);
+    entry.kept = true;
+  }
+  return taken.map((entry) => entry.item);
+}
+
 export class Attachments {
   /**
    * @param {HTMLElement} list where they are shown.
@@ -104,15 +114,9 @@ export class Attachments {
     return taken;
   }
 
-  /** Hands the items over to a message, their bytes to the database. @returns {Promise<object[]>} */
-  async take() {
-    const taken = this.items;
-    for (const entry of taken) {
-      await entry.ready;
-      if (!entry.kept) await saveMedium(entry.item.id, entry.blob);
-      entry.kept = true;
-    }
-    return this.clear().map((entry) => entry.item);
+  /** Puts back what was taken out. */
+  restore(taken) {
+    for (const { item, blob, kept } of taken) this.put(item, blob, kept);
   }
 
   /** Tokens of all items, null while one of them is not known. */

@@ -2,7 +2,7 @@
 
 import { answer, isGrowing, stop } from "./answers.js";
 import { models, onLocked } from "./api.js";
-import { Attachments } from "./attachments.js";
+import { Attachments, keep } from "./attachments.js";
 import { $, make, opened, say } from "./dom.js";
 import { askForKey, chooseModel, chosenModel, openSettings, wishes } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -23,6 +23,8 @@ let current = newConversation();
 let served = [];
 /** The question in the open conversation that is being edited. */
 let edited = null;
+/** Whether a question is on its way into its conversation. */
+let sending = false;
 
 const question = $("#question");
 const turns = new Turns($("#turns"), $("#scroll"), { retry, edit });
@@ -96,9 +98,9 @@ async function connect() {
 function open(conversation) {
   endEdit();
   current = conversation;
-  turns.show(current.turns);
   sidebar.open(false);
   refresh();
+  turns.show(current.turns);
   question.focus();
 }
 
@@ -127,25 +129,40 @@ function titleOf({ text, media }) {
 
 async function send() {
   const text = question.value.trim();
-  if (isGrowing(current) || (!text && !attachments.items.length)) return;
+  if (sending || isGrowing(current) || (!text && !attachments.items.length)) return;
   const conversation = current;
   const replaced = edited;
   const before = mediaOf(conversation);
-  const media = await attachments.take();
-  const turn = { role: "user", text, media };
+  const taken = attachments.clear();
+  sending = true;
+  edited = null;
   question.value = "";
   fit();
-  if (replaced) conversation.turns.splice(conversation.turns.indexOf(replaced));
-  conversation.turns.push(turn);
-  if (!conversation.named) conversation.title = titleOf(conversation.turns[0]);
-  edited = null;
   showCost();
-  if (!conversations.includes(conversation)) conversations.unshift(conversation);
-  if (replaced) turns.show(conversation.turns);
-  else turns.update(turn);
+  try {
+    ask(conversation, replaced, { role: "user", text, media: await keep(taken) });
+  } catch (error) {
+    question.value = text;
+    edited = replaced;
+    attachments.restore(taken);
+    throw error;
+  } finally {
+    sending = false;
+  }
   const kept = mediaOf(conversation);
   await reply(conversation);
   await deleteMedia(before.filter((id) => !kept.includes(id)));
+}
+
+/** Adds a question, in place of an edited one and all that followed it. */
+function ask(conversation, replaced, turn) {
+  if (replaced) conversation.turns.splice(conversation.turns.indexOf(replaced));
+  conversation.turns.push(turn);
+  if (!conversation.named) conversation.title = titleOf(conversation.turns[0]);
+  if (!conversations.includes(conversation)) conversations.unshift(conversation);
+  if (conversation !== current) return;
+  if (replaced) turns.show(conversation.turns);
+  else turns.update(turn);
 }
 
 async function reply(conversation) {

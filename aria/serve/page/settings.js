@@ -61,7 +61,8 @@ export async function openSettings() {
 export async function askForKey(why) {
   const form = $("#locked form");
   form.reset();
-  $("#locked-why").textContent = why;
+  // Without a key the title says it all.
+  $("#locked-why").textContent = key.get() ? `The server says: ${why}.` : "";
   const chosen = await opened($("#locked"));
   const value = form.elements.key.value.trim();
   if (chosen !== "use" || !value) return false;

@@ -89,7 +89,7 @@ function readAnswer(turn) {
   const stats = {};
   for (const [name, value] of Object.entries(turn.stats ?? {})) if (Number.isFinite(value)) stats[name] = value;
   return {
-    role: "assistant", text: String(turn.text ?? ""), state: STATES.includes(turn.state) ? turn.state : "done",
+    role: "assistant", text: String(turn.text ?? ""), state: STATES.includes(turn.state) ? turn.state : "interrupted",
     error: turn.error ? String(turn.error) : null, model: turn.model ? String(turn.model) : null,
     reason: turn.reason ? String(turn.reason) : null, stats,
   };

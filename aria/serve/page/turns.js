@@ -91,7 +91,7 @@ export class Turns {
       body,
       open && !turn.text ? make("p.waiting", { "aria-label": "Waiting for the first word" }, make("i"), make("i"), make("i")) : null,
       this.ending(turn),
-      open ? null : this.doings(turn)));
+      open || (turn.state === "failed" && !turn.text) ? null : this.doings(turn)));
   }
 
   ending(turn) {
