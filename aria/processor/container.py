@@ -26,6 +26,8 @@ _FORMATS = (
     *("gif", "apng", "h264", "hevc", "m4v", "ivf", "obu", "mjpeg", "rm", "wtv"),
 )
 _READ_BYTES = 1 << 20
+_MOST_FRAMES = 4_000_000
+"""Of a clip, so that lists of them fit into memory: four hours at 240 a second are fewer."""
 _UNKNOWN_RATE = Fraction(25)
 
 
@@ -142,7 +144,9 @@ def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
                 if packet.is_keyframe or not keys:
                     keys.append(Key(number, packet.pts, packet.dts))
                 if not packet.is_discard:  # outside of what the file's edit list shows
-                    shown.append((packet.pts, number, packet.duration or 0))
+                    shown.append((packet.pts, number, max(packet.duration or 0, 0)))
+                if number == _MOST_FRAMES:
+                    raise ValueError(f"{clip.name} holds more than {_MOST_FRAMES:,} frames; send a part of it")
         except av.FFmpegError:
             if not shown:  # else the end is broken, and what is before it is read
                 raise

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from made_media import HEIGHT, WIDTH, authors, clip, number_in
 from PIL import Image
 
-from aria.processor import MediaSettings
+from aria.processor import MediaSettings, container
 from aria.processor.container import Timeline
 from aria.processor.media import Opened, open_medium
 from aria.processor.video import Frame, choose, read_clip
@@ -311,6 +311,13 @@ def test_broken_tails_and_middles() -> None:
 def test_limits(limits: dict[str, Any], asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(clip(100, g="100"), settings=MediaSettings(**limits), **asked)
+
+
+def test_clips_of_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "_MOST_FRAMES", 99)
+    assert len(read(clip(99), num_frames=2)) == 2
+    with pytest.raises(ValueError, match="more than 99 frames"):
+        read(clip(100), num_frames=2)
 
 
 # Real clips
