@@ -184,12 +184,43 @@ def test_clips_and_what_is_no_medium(page, tmp_path):
 
 
 @in_browser
+@pytest.mark.parametrize(
+    "event", ["DragEvent('drop', {dataTransfer: held,", "ClipboardEvent('paste', {clipboardData: held,"]
+)
+def test_files_are_dropped_and_pasted(page, event):
+    page.driver.execute_async_script(
+        "fetch('samples/word.png').then((response) => response.blob()).then((blob) => {"
+        "  const held = new DataTransfer();"
+        "  held.items.add(new File([blob], 'word.png', {type: 'image/png'}));"
+        f"  document.dispatchEvent(new {event} bubbles: true, cancelable: true}}));"
+        "}).then(arguments[0])"
+    )
+    until(lambda: page.texts(".price") and re.fullmatch(r"\d+ tokens", page.texts(".price")[0]))
+    until(lambda: page.all(".thumb img"))
+
+
+@in_browser
+def test_what_was_refused_does_not_spoil_later_questions(page, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    assert "This file is not a picture" in page.attach(broken)[0]
+    page.say("What is it?")
+    until(lambda: page.all(".trouble"))
+    page.say("hello")
+    assert page.answered()
+    assert len(page.all(".trouble")) == 1
+    # The browser itself notes the refused requests.
+    assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
+
+
+@in_browser
 def test_an_answer_is_stopped_and_asked_for_again(page, slow):
     page.say("hello")
     until(lambda: page.do("return window.seen.length") >= 2)
     page.one("#question").send_keys(Keys.ESCAPE)
     until(lambda: "Stopped." in page.texts(".hers .note"))
     until(idle)
+    until(lambda: re.search(r"first token after .* tokens written", page.texts(".stats")[0]))
     page.one(".hers .retry").click()
     until(lambda: page.all(".growing"))
     page.one("#stop").click()
@@ -286,14 +317,15 @@ def test_answers_are_markdown_in_which_nothing_runs(page, tmp_path):
 @in_browser
 def test_theme_is_switched_and_kept(page):
     ground = "return getComputedStyle(document.body).backgroundColor"
-    page.do("localStorage.setItem('aria-theme', 'light')")
-    page.open()
     light = page.do(ground)
     page.one("#theme").click()
     dark = page.do(ground)
     assert dark != light
     page.open()
     assert page.do(ground) == dark
+    page.one("#theme").click()
+    assert page.do(ground) == light
+    assert page.do("return localStorage.getItem('aria-theme')") is None
 
 
 @in_browser

@@ -1,6 +1,6 @@
 // Answers as they grow: asked, stopped, measured and kept.
 
-import { stream } from "./api.js";
+import { countTokens, stream } from "./api.js";
 import { messagesOf } from "./parts.js";
 import { saveConversation } from "./store.js";
 
@@ -29,10 +29,11 @@ export async function answer(conversation, wishes, grew) {
   conversation.turns.push(turn);
   conversation.updated = Date.now();
   grew(turn);
+  const clock = { start: performance.now(), first: null, last: null };
   try {
     await saveConversation(conversation);
     const messages = await messagesOf(before, wishes.system);
-    await grow(conversation, turn, { model: wishes.model, messages, ...wishes.sampling }, halt.signal, grew);
+    await grow(conversation, turn, { model: wishes.model, messages, ...wishes.sampling }, halt.signal, clock, grew);
     turn.state = "done";
   } catch (error) {
     turn.state = halt.signal.aborted ? "stopped" : "failed";
@@ -41,27 +42,28 @@ export async function answer(conversation, wishes, grew) {
     growing.delete(conversation.id);
     conversation.updated = Date.now();
     grew(turn);
+    if (turn.state === "stopped" && turn.text) await count(turn, clock, grew);
     // One that was deleted meanwhile stays so.
     if (!conversation.removed) await saveConversation(conversation);
   }
 }
 
-async function grow(conversation, turn, body, signal, grew) {
-  const start = performance.now();
-  let first = null;
-  let last = null;
-  let saved = start;
+async function grow(conversation, turn, body, signal, clock, grew) {
+  let saved = clock.start;
   for await (const chunk of stream(body, signal)) {
     const choice = chunk.choices?.[0];
     if (choice?.delta?.content) {
-      last = performance.now();
-      first ??= last;
+      clock.last = performance.now();
+      clock.first ??= clock.last;
       turn.text += choice.delta.content;
-      turn.stats.first = (first - start) / 1000;
+      turn.stats.first = (clock.first - clock.start) / 1000;
       grew(turn);
     }
     turn.reason = choice?.finish_reason ?? turn.reason;
-    if (chunk.usage) Object.assign(turn.stats, counted(chunk.usage, first, last));
+    if (chunk.usage) {
+      const { prompt_tokens: prompt, completion_tokens: completion, prompt_tokens_details: details } = chunk.usage;
+      Object.assign(turn.stats, { prompt, completion, cached: details?.cached_tokens ?? 0, rate: rate(completion, clock) });
+    }
     if (performance.now() - saved > SAVE_EVERY) {
       saved = performance.now();
       await saveConversation(conversation);
@@ -69,11 +71,18 @@ async function grow(conversation, turn, body, signal, grew) {
   }
 }
 
-/** The first token came with the prompt's work: the rate is that of those after it. */
-function counted(usage, first, last) {
-  const stats = { prompt: usage.prompt_tokens, completion: usage.completion_tokens };
-  const cached = usage.prompt_tokens_details?.cached_tokens;
-  if (cached) stats.cached = cached;
-  if (last > first && usage.completion_tokens > 1) stats.rate = ((usage.completion_tokens - 1) * 1000) / (last - first);
-  return stats;
+/** Tokens a second. The first one came with the prompt's work: the rate is that of those after it. */
+function rate(completion, { first, last }) {
+  return last > first && completion > 1 ? ((completion - 1) * 1000) / (last - first) : undefined;
+}
+
+/** A stream that was stopped tells no usage: what it wrote is counted afterwards. */
+async function count(turn, clock, grew) {
+  try {
+    turn.stats.completion = await countTokens(turn.model, turn.text);
+  } catch {
+    return; // The answer stands without its numbers.
+  }
+  turn.stats.rate = rate(turn.stats.completion, clock);
+  grew(turn);
 }

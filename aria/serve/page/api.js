@@ -5,7 +5,8 @@ const NAME = "aria-key";
 export class ServerError extends Error {
   /** @param {number} status HTTP status; 0: the server did not answer. */
   constructor(message, status) {
-    super(message);
+    // The server names media by how they were sent; people know them as files.
+    super(message.replace(/'data:[^']*'/g, "This file"));
     this.status = status;
   }
 }
@@ -83,6 +84,11 @@ export async function models() {
 /** What messages cost. @returns {Promise<{count: number, media: {kind: string, count: number, tokens: number}[]}>} */
 export async function tokenize(model, messages, signal) {
   return (await post("tokenize", { model, messages }, signal)).json();
+}
+
+/** How many tokens a text is. @returns {Promise<number>} */
+export async function countTokens(model, text) {
+  return (await (await post("tokenize", { model, prompt: text })).json()).count;
 }
 
 /** The chunks of a streamed answer, one by one. */

@@ -7,7 +7,6 @@ import { $, make, opened, say } from "./dom.js";
 import { askForKey, chooseModel, chosenModel, openSettings, wishes } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { deleteConversation, deleteMedia, loadAll, loadMedium, mediaOf, newConversation, saveConversation } from "./store.js";
-import { nextTheme } from "./theme.js";
 import { exportJson, importJson } from "./transfer.js";
 import { Turns } from "./turns.js";
 
@@ -27,7 +26,7 @@ let edited = null;
 let sending = false;
 
 const question = $("#question");
-const turns = new Turns($("#turns"), $("#scroll"), { retry, edit });
+const turns = new Turns($("#turns"), $("#scroll"), { retry: guarded(retry), edit: guarded(edit) });
 const attachments = new Attachments($("#items"), model, showCost);
 const sidebar = new Sidebar({ choose: open, rename, remove, fail: (error) => tell(error.message) });
 
@@ -168,8 +167,8 @@ function ask(conversation, replaced, turn) {
 async function reply(conversation) {
   const chosen = model()?.id ?? chosenModel() ?? undefined;
   await answer(conversation, { model: chosen, ...wishes() }, (turn) => {
-    if (conversation === current) turns.update(turn);
     if (turn.state !== "growing" || !turn.text) refresh();
+    if (conversation === current) turns.update(turn);
     if (turn.state === "done" && conversation === current) say(`Answer: ${turn.text}`);
     if (turn.state === "stopped") say("Stopped.");
   });
@@ -312,7 +311,6 @@ function listenToButtons() {
     chooseModel($("#model").value);
     attachments.askAll();
   });
-  $("#theme").addEventListener("click", () => say(`Theme: ${nextTheme()}`));
   $("#settings-open").addEventListener("click", openSettings);
   $("#shortcuts-open").addEventListener("click", () => opened($("#shortcuts")));
   $("#export-all").addEventListener("click", guarded(() => exportJson(conversations)));

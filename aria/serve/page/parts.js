@@ -19,12 +19,16 @@ function given(fields) {
 /** @returns {Promise<object[]>} the messages of turns, after a system prompt if there is one. */
 export async function messagesOf(turns, system) {
   const messages = system ? [{ role: "system", content: system }] : [];
-  for (const turn of turns) {
+  for (const [place, turn] of turns.entries()) {
+    // A question that was refused would be refused again with every later one.
+    if (isRefused(turns[place + 1])) continue;
     if (turn.role === "user") messages.push({ role: "user", content: await contentOf(turn) });
     else if (turn.text) messages.push({ role: "assistant", content: turn.text });
   }
   return messages;
 }
+
+const isRefused = (turn) => turn?.state === "failed" && !turn.text;
 
 async function contentOf(turn) {
   if (!turn.media.length) return turn.text;

@@ -1,30 +1,38 @@
 // Dark or light: the system's choice until a person makes another one, which this browser keeps.
-// It runs before the rest of the page, so that nothing flashes in the wrong colours for long.
+// A plain script in the head, not a module: it runs before anything is drawn in the wrong colours.
+"use strict";
 
-const NAMES = ["system", "light", "dark"];
+(() => {
+  const NAME = "aria-theme";
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const systems = () => (dark.matches ? "dark" : "light");
 
-export function theme() {
-  const kept = localStorage.getItem("aria-theme");
-  return NAMES.includes(kept) ? kept : "system";
-}
-
-/** system -> light -> dark -> system; returns the new one. */
-export function nextTheme() {
-  const name = NAMES[(NAMES.indexOf(theme()) + 1) % NAMES.length];
-  localStorage.setItem("aria-theme", name);
-  show();
-  return name;
-}
-
-function show() {
-  const name = theme();
-  if (name === "system") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = name;
-  const button = document.querySelector("#theme");
-  if (button) {
-    button.title = `Theme: ${name}`;
-    button.setAttribute("aria-label", `Theme: ${name}. Change`);
+  function theme() {
+    const kept = localStorage.getItem(NAME);
+    return ["dark", "light"].includes(kept) ? kept : systems();
   }
-}
 
-show();
+  function show() {
+    document.documentElement.dataset.theme = theme();
+    const button = document.querySelector("#theme");
+    if (!button) return; // The head is read before the body.
+    const label = theme() === "dark" ? "Light colours" : "Dark colours";
+    button.title = label;
+    button.setAttribute("aria-label", label);
+  }
+
+  /** To the other one. Back at the system's, nothing is kept: the page follows it again. */
+  function change() {
+    const next = theme() === "dark" ? "light" : "dark";
+    if (next === systems()) localStorage.removeItem(NAME);
+    else localStorage.setItem(NAME, next);
+    show();
+  }
+
+  dark.addEventListener("change", show);
+  document.addEventListener("DOMContentLoaded", () => {
+    document.querySelector("#theme").addEventListener("click", change);
+    show();
+  });
+  show();
+})();

@@ -119,6 +119,7 @@ export function statsText(stats) {
     const cached = stats.cached ? ` (${stats.cached.toLocaleString()} remembered)` : "";
     said.push(`${stats.prompt.toLocaleString()} tokens read${cached}, ${stats.completion.toLocaleString()} written`);
   }
+  if (stats.prompt === undefined && stats.completion) said.push(`${stats.completion.toLocaleString()} tokens written`);
   return said.join(" \u00b7 ");
 }
 
