@@ -118,13 +118,13 @@ def page(driver, live):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Answers that take their time, so that there is something to stop."""
+    """Answers that take their time, so that they are seen to grow and can be stopped."""
     pieces = engine().pieces
 
     async def slowly(*given, **named):
         async for piece in pieces(*given, **named):
             yield piece
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.15)
 
     monkeypatch.setattr(engine(), "pieces", slowly)
 
@@ -144,7 +144,7 @@ def test_sample_pictures_are_the_examples():
 
 
 @in_browser
-def test_a_picture_is_uploaded_and_its_answer_grows(page):
+def test_a_picture_is_uploaded_and_its_answer_grows(page, slow):
     [cost] = page.attach(PICTURES / "word.png")
     assert re.fullmatch(r"\d+ tokens", cost)
     page.one(".item select").send_keys("low")
