@@ -1,15 +1,15 @@
 """How long the frames of a clip take, by number of workers: ``python -m bench.clip FILE --workers 1 2 4 8 16``.
 
 Reading through the file (which nothing can share), then decoding and scaling to the smallest crops, and how near the
-workers come to sharing that evenly. ``--make SECONDS`` first makes the file with ffmpeg, like a camera's: 1080p, H.264,
-25 frames a second with a keyframe every 250, about 8 Mbit/s.
+workers come to sharing that evenly. ``--make SECONDS`` first makes the file with ffmpeg's libraries, like a camera's:
+1080p, H.264, 25 frames a second with a keyframe every 250, about 8 Mbit/s.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,53 @@ from aria.processor.container import Watch, cores, scan
 from aria.processor.media import open_medium
 from aria.processor.video import read_clip
 
+RATE = 25
+"""Frames a second of a clip that is made."""
+MADE_SECONDS = 71
+"""So much of it is encoded."""
+
 
 def make(path: Path, seconds: int) -> None:
-    """Write a clip to measure with: moving test pattern and noise, so that its size is that of a camera's."""
-    picture = f"testsrc2=size=1920x1080:rate=25:duration={seconds},noise=alls=12:allf=t"
-    coding = "-c:v libx264 -preset veryfast -g 250 -keyint_min 250 -sc_threshold 0 -b:v 8M -maxrate 8M -bufsize 16M"
-    command = ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", picture, *coding.split(), "-pix_fmt", "yuv420p"]
-    subprocess.run([*command, str(path)], check=True)
+    """Write a clip to measure with: a moving test pattern and noise, so that its size is that of a camera's.
+
+    Encoding takes long, so a beginning is encoded and repeated. Its length has no simple ratio to that of the parts
+    that frames are taken from: no frame is taken twice.
+    """
+    import av
+    from av.filter import Graph
+    from av.video.frame import PictureType
+
+    graph = Graph()
+    steps = [
+        graph.add("testsrc2", f"size=1920x1080:rate={RATE}:duration={min(seconds, MADE_SECONDS)}"),
+        graph.add("noise", "alls=12:allf=t"),
+        graph.add("format", "pix_fmts=yuv420p"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*steps).configure()
+    limits = {"maxrate": "8M", "bufsize": "16M", "sc_threshold": "0"}
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=RATE, options={"preset": "veryfast", **limits})
+        assert isinstance(stream, av.VideoStream), "libx264 writes pictures"
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 1920, 1080, "yuv420p", 8_000_000
+        stream.codec_context.gop_size = 250
+        packets = []
+        with contextlib.suppress(av.EOFError):
+            while True:
+                frame = graph.pull()
+                assert isinstance(frame, av.VideoFrame), "a test pattern is made of pictures"
+                frame.pict_type = PictureType.NONE  # the pattern's own would make every frame a keyframe
+                packets += stream.encode(frame)
+        packets += stream.encode(None)
+        for again in range(-(-seconds // MADE_SECONDS)):
+            for packet in packets:
+                assert packet.pts is not None and packet.dts is not None, "the encoder says when"
+                offset = round(again * MADE_SECONDS / packet.time_base)
+                if (packet.pts + offset) * packet.time_base < seconds:
+                    copy = av.Packet(bytes(packet))
+                    copy.stream, copy.time_base, copy.is_keyframe = stream, packet.time_base, packet.is_keyframe
+                    copy.pts, copy.dts = packet.pts + offset, packet.dts + offset
+                    file.mux(copy)
 
 
 def measure(path: Path, frames: int, workers: Sequence[int], repeats: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from aria import AriaConfig
 from aria.config import TextConfig
 from aria.model import Aria, Packed
 from aria.ops import Segments
-from bench import decode, floors, kernels, measure, performance, plots, prefill, script, throughput, video
+from bench import caption, decode, floors, kernels, measure, performance, plots, prefill, script, throughput, video
 from bench.floors import Work
 from bench.measure import Spread
 from bench.shapes import small_config
@@ -155,6 +156,15 @@ def test_prefill(capsys):
     assert "picture of 28 px + question" in names
     assert {row["name"] for row in results["peer"]["prefill"]} >= {"encoder, 2 of 28 x 28"}
     assert all(row["ms"]["median"] > 0 and row["floor_ms"] > 0 for row in results["prefill"])
+
+
+def test_caption(capsys):
+    clip = Path(__file__).parent / "clips" / "cut.mp4"
+    caption.main([str(clip), *SMALL, "--frames", "3", "--tokens", "4", "--repeats", "1"])
+    row = last_line(capsys)["caption"]
+    assert 0 < row["first_s"]["median"] < row["last_s"]["median"]
+    assert set(row["stages_s"]) == {"decode", "preprocess", "encoder", "prompt", "answer"}
+    assert row["stages_s"]["decode"] > 0
 
 
 def test_video(capsys):
