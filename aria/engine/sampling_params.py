@@ -29,7 +29,7 @@ class SamplingParams:
     min_p: float = 0.0
     """0 to 1: drop tokens less likely than so many times the likeliest; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Above 0: scores of tokens in the prompt or the answer are divided by it where positive, else multiplied."""
+    """0.01 to 100: scores of tokens in the prompt or the answer are divided by it where positive, else multiplied."""
     frequency_penalty: float = 0.0
     """-2 to 2: taken from a token's score for each time that the answer holds it."""
     presence_penalty: float = 0.0
@@ -67,11 +67,8 @@ class SamplingParams:
             ("top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0 and at most 1"),
             ("top_k", _whole(self.top_k, 0), "a whole number, 0 (keep all) or more"),
             ("min_p", _number(self.min_p, 0, 1), "a number from 0 (keep all) to 1"),
-            (
-                "repetition_penalty",
-                _number(self.repetition_penalty) and self.repetition_penalty > 0,
-                "a number above 0",
-            ),
+            # Far beyond what changes anything, and scores stay in float32's range.
+            ("repetition_penalty", _number(self.repetition_penalty, 0.01, 100), "a number from 0.01 to 100"),
             ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "a number from -2 to 2"),
             ("presence_penalty", _number(self.presence_penalty, -2, 2), "a number from -2 to 2"),
             ("logit_bias", _biases(self.logit_bias), "None, or a mapping from token ids to numbers from -100 to 100"),
