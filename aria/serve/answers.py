@@ -47,7 +47,12 @@ async def respond(service: Service, path: str, body: Any) -> BaseModel | EventSt
         ApiError: the request cannot be answered.
     """
     route = ROUTES[path]
-    asked = route.read(body, service.defaults)
+    try:
+        asked = route.read(body, service.defaults)
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
     run = await service.start(asked, model=body.model, prefix=route.prefix, param=route.param)
     if body.stream:
         return EventStream(route.chunks(run, body), run.aclose)

@@ -72,7 +72,7 @@ def find_lines(path: str | os.PathLike[str]) -> list[Line]:
 def _read(content: bytes) -> dict[str, Any]:
     try:
         request = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(request, dict):
         raise ValueError(f"expected an object with {', '.join(_KEYS)}")

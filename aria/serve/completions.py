@@ -54,8 +54,9 @@ async def whole(run: Run, body: CompletionRequest) -> Completion:
             text, logprobs, choice["finish_reason"] = texts[choice["index"]].push(piece)
             choice["text"] += text
             if logprobs is not None:
-                kept = choice["logprobs"] or {name: [] for name in logprobs}
-                choice["logprobs"] = {name: kept[name] + values for name, values in logprobs.items()}
+                kept = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
+                for name, values in logprobs.items():
+                    kept[name] += values
     told = {"id": run.id, "created": run.created, "model": run.model, "choices": choices, "usage": run.usage()}
     return Completion.model_validate(told)
 

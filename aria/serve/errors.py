@@ -103,6 +103,8 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         expected = context.get("expected_tags", "").replace("<", "").replace(">", "")
         got = str(context.get("tag", "")).strip("<>")
+        if not expected:
+            return f"{field} is not of a kind that is known; expected an object that says it"
         return f"{field} is of a kind that is not supported{f', {got!r}' if got else ''}; expected one of {expected}"
     if kind == "unsupported":
         return f"{field} {error['msg']}"

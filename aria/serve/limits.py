@@ -26,6 +26,9 @@ KEYED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
 """Beginnings of the routes that need a key, where there are keys."""
 BODY_SECONDS = 30.0
 """Without a byte of the body, before a request is given up; its place is somebody else's."""
+MOST_VALUES = 1 << 19
+"""In a body, more or less: JSON of millions would keep the event loop for minutes, and everybody with it. Media are one
+long text each."""
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -155,21 +158,29 @@ class Gate:
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > most:
             raise ApiError(413, _too_large(most), code="body_too_large", headers={"Connection": "close"})
-        taken, whole = 0, False
+        taken, values, whole = 0, 0, False
 
         async def measured() -> Message:
-            nonlocal taken, whole
+            nonlocal taken, values, whole
             # Behind the body there is only the end of the connection to wait for, and that may come late.
             try:
                 async with asyncio.timeout(None if whole else BODY_SECONDS):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "the body stopped in the middle", headers={"Connection": "close"}) from None
-            taken += len(message.get("body", b""))
+            body = message.get("body", b"")
+            taken += len(body)
+            values += body.count(b",") + body.count(b"[") + body.count(b"{")
             whole = not message.get("more_body", False)
             if taken > most:
                 # FastAPI passes only its own kind of error through while it reads a body.
                 raise HTTPException(413, _too_large(most), headers={"Connection": "close"})
+            if values > MOST_VALUES:
+                raise HTTPException(
+                    413,
+                    f"the body has more than {MOST_VALUES:,} commas and brackets, which this server does not take",
+                    headers={"Connection": "close"},
+                )
             return message
 
         return measured

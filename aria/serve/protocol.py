@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list whose first wrong item is told: a million of them would take minutes and gigabytes."""
+
 MOST_STOPS = 32
+MOST_STOP_CHARACTERS = 1024
+MOST_MESSAGES = 16_384
+"""Each takes at least four tokens."""
+MOST_FIELDS = 100
+MOST_BIASES = 1024
+"""Every row of a batch has room for as many as the most that any asks for."""
 
 
 def only(*allowed: Any) -> AfterValidator:
@@ -19,6 +30,19 @@ def only(*allowed: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    # Python reads more than JSON: NaN, and halves of surrogate pairs.
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""An object that can be told again, such as a schema."""
 
 
 def kind_of(key: str, default: str | None = None) -> Discriminator:
@@ -46,6 +70,8 @@ class Body(BaseModel):
     def _drop_nulls(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if len(value) > MOST_FIELDS:  # each would be a fault of its own
+            raise ValueError(f"an object of {len(value):,} fields, most of which cannot be known here")
         return {key: one for key, one in value.items() if one is not None or key in cls.model_fields}
 
 
@@ -139,13 +165,13 @@ AssistantPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], kind_of("type")
 ]
 Texts = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(string_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[Many[TextPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 UserContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[UserPart], Tag("<list>")], Discriminator(string_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[Many[UserPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 AssistantContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[AssistantPart], Tag("<list>")], Discriminator(string_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[Many[AssistantPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 
 
@@ -177,7 +203,7 @@ class UserMessage(Body):
 class AssistantMessage(Body):
     role: Literal["assistant"]
     content: AssistantContent | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     refusal: str | None = None
     # What clients send back of an answer as they got it.
     annotations: Annotated[list[Any] | None, only([])] = None
@@ -203,7 +229,7 @@ Message = Annotated[
 class Function(Body):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None
     """Where a call is demanded, arguments always follow the schema, strict or not."""
 
@@ -242,7 +268,7 @@ class JsonObjectFormat(Body):
 class JsonSchema(Body):
     name: str
     description: str | None = None
-    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    json_schema: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
     """Answers always follow the schema, strict or not."""
 
@@ -268,9 +294,9 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[bool | None, only(False)] = None
 
 
+_StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Stop = Annotated[
-    Annotated[str, Field(min_length=1), Tag("<string>")]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS), Tag("<list>")],
+    Annotated[_StopText, Tag("<string>")] | Annotated[Many[_StopText], Field(max_length=MOST_STOPS), Tag("<list>")],
     Discriminator(string_or_list),
 ]
 
@@ -283,7 +309,11 @@ class Sampling(WithoutEffect):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MOST_BIASES),
+        ]
+        | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
@@ -293,7 +323,7 @@ class Sampling(WithoutEffect):
     # Extensions, spelled as in vLLM.
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="after")
@@ -312,13 +342,13 @@ class ChatRequest(Sampling):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[str] | None, only(["text"])] = None
@@ -341,12 +371,12 @@ def _prompt_kind(value: Any) -> str:
     return "<lists of ids>" if isinstance(first, list) else "<ids>"
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[Many[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[str], Tag("<strings>")]
+    | Annotated[Many[str], Tag("<strings>")]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[list[TokenIds], Tag("<lists of ids>")],
+    | Annotated[Many[TokenIds], Tag("<lists of ids>")],
     Discriminator(_prompt_kind),
 ]
 
@@ -368,8 +398,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    tools: Many[Tool] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: Annotated[bool | None, only(True, False)] = None
     """Without effect: Aria's prompts have no tokens of this kind."""
@@ -386,4 +416,4 @@ class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Many[Annotated[int, Field(ge=0)]]

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.protocol import (
+    MOST_MESSAGES,
     AssistantMessage,
     Body,
     FileData,
@@ -17,7 +18,9 @@ from aria.serve.protocol import (
     FunctionCall,
     ImagePart,
     ImageUrl,
+    Json,
     JsonObjectFormat,
+    Many,
     Message,
     NamedFunction,
     NamedTool,
@@ -105,7 +108,7 @@ InputPart = Annotated[
     kind_of("type"),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[InputPart], Tag("<list>")], Discriminator(string_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[Many[InputPart], Tag("<list>")], Discriminator(string_or_list)
 ]
 
 
@@ -162,7 +165,8 @@ Item = Annotated[
     kind_of("type", default="message"),
 ]
 Items = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[Item], Field(min_length=1), Tag("<list>")],
+    Annotated[str, Tag("<string>")]
+    | Annotated[Many[Item], Field(min_length=1, max_length=MOST_MESSAGES), Tag("<list>")],
     Discriminator(string_or_list),
 ]
 
@@ -170,7 +174,7 @@ Items = Annotated[
 class FlatSchema(Body):
     type: Literal["json_schema"]
     name: str
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    json_schema: Annotated[Json, Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None
     """Answers always follow the schema, strict or not."""
@@ -213,10 +217,10 @@ class ResponsesRequest(WithoutEffect):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextSettings | None = None
-    tools: list[FlatTool] | None = None
+    tools: Many[FlatTool] | None = None
     tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Many[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     truncation: Annotated[str | None, only("disabled")] = None
@@ -226,7 +230,7 @@ class ResponsesRequest(WithoutEffect):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
