@@ -30,6 +30,7 @@ class AsyncEngine:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[Answer, _Caller] = {}
         self._closed = False
+        self._failing = False
         # Held while a call is put, so that none comes after the one that ends the thread.
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="aria-engine", daemon=True)
@@ -64,6 +65,11 @@ class AsyncEngine:
     async def prepare_text(self, text: str | Sequence[int]) -> Prepared:
         """:meth:`Engine.prepare_text` in a worker thread."""
         return await asyncio.to_thread(self.engine.prepare_text, text)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last step failed, or no thread is there to run one. The next tokens end it."""
+        return self._failing or not self._thread.is_alive()
 
     def stats(self) -> Stats:
         """How busy the engine is, and what it has done. Any thread may ask."""
@@ -139,7 +145,7 @@ class AsyncEngine:
             try:
                 going = self._take_calls()
                 news: list[tuple[_Caller, News]] = []
-                for piece in self.engine.step() if going else ():
+                for piece in self._step() if going else ():
                     piece.answer.pieces.clear()
                     caller = self._callers.get(piece.answer)
                     if caller is not None:
@@ -149,6 +155,17 @@ class AsyncEngine:
                 self._fail(error)
         self._fail(RuntimeError("the engine was closed"))
         self.engine.core.close()
+
+    def _step(self) -> Sequence[Piece]:
+        """A step of the model. What fails in it is no caller's fault, whatever its kind, and is told as such."""
+        try:
+            pieces = self.engine.step()
+        except Exception as error:
+            self._failing = True
+            raise RuntimeError(f"a step of the model failed: {error}") from error
+        if pieces:  # a device fails later than it is told to work: only tokens show that it did
+            self._failing = False
+        return pieces
 
     def _tell(self, news: Sequence[tuple[_Caller, News]]) -> None:
         """Wake each event loop once for all that its callers get. Those whose loop is closed listen no more."""

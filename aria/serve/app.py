@@ -42,7 +42,7 @@ _MEANINGS = {
     415: "The body is not application/json.",
     429: "Too many requests of this key at a time.",
     500: "The server failed.",
-    503: "The queue is full, or the server is about to end.",
+    503: "The queue is full, the server is about to end, or its model fails at every step.",
 }
 
 
@@ -168,9 +168,11 @@ def _state(service: Service, traffic: Traffic) -> APIRouter:
         """One of them."""
         return card(service.model(name))
 
-    @routes.get("/health", response_model=Status, responses=_said(500))
+    @routes.get("/health", response_model=Status, responses=_said(500, 503))
     async def health() -> Any:
-        """Whether the server lives."""
+        """Whether the server lives and its model answers."""
+        if not await service.healthy():
+            raise errors.ApiError(503, "the model fails at every step; the server's log tells why", code="unhealthy")
         return Status(status="ok")
 
     @routes.get("/ready", response_model=Status, responses=_said(500, 503))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -11,7 +12,7 @@ from contextlib import aclosing
 from functools import cached_property
 from typing import Any, TypeVar
 
-from aria.engine import AsyncEngine, Piece
+from aria.engine import AsyncEngine, Piece, SamplingParams
 from aria.processor import AriaProcessor
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
@@ -21,6 +22,10 @@ from aria.serve.metrics import Metrics
 from aria.serve.settings import ServerSettings
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 4.0
+"""For one token, when the model's last step failed; who asks after the server's health waits no longer."""
 
 
 class Service:
@@ -39,6 +44,7 @@ class Service:
         # Text never waits behind somebody's slow download.
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
         self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
+        self._probing = asyncio.Lock()
 
     @property
     def processor(self) -> AriaProcessor:
@@ -137,6 +143,19 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         return run
+
+    async def healthy(self) -> bool:
+        """Whether the model answers. It is asked for a token only where its last step failed: that may have been the
+        fault of one request, and nobody else may come whose answer would show it."""
+        async with self._probing:
+            if not self.engine.failing:
+                return True
+            try:
+                async with asyncio.timeout(PROBE_SECONDS):
+                    await self.engine.chat(await self.engine.prepare_text("Aria"), SamplingParams(max_tokens=1))
+            except Exception as error:
+                logger.error("the model does not answer: %r", error, exc_info=error)
+            return not self.engine.failing
 
     def close(self) -> None:
         """End the threads; the engine stays."""

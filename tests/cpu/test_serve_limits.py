@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,13 +19,16 @@ from types import SimpleNamespace
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 from serving import engine, idle, running, until
 from typer.main import get_command
 
 from aria.cli import app
 from aria.serve import limits
+from aria.serve.answers import ROUTES
 from aria.serve.limits import open_to_strangers
 from aria.serve.page import FOLDER
+from aria.serve.protocol import DetokenizeRequest
 from aria.serve.settings import ServerSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,8 +54,23 @@ def error_of(response, status: int) -> dict:
     return error
 
 
+def loose(live, path: str, body: dict):
+    """Sent in Python's JSON, which has NaN and halves of surrogate pairs."""
+    return live.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+
+
 def part(**fields) -> dict:
     return {"messages": [{"role": "user", "content": [fields]}]}
+
+
+def _function(parameters: dict, choice: str = "auto") -> dict:
+    function = {"name": "f", "parameters": parameters}
+    return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+
+
+NESTED: dict = {"type": "string"}
+for _ in range(400):
+    NESTED = {"type": "object", "properties": {"a": NESTED}}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +94,18 @@ def part(**fields) -> dict:
         ({"stop": ["a", 1]}, "stop[1]", "valid string"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
+        # No float32 holds it: in the engine's step it would end everybody's answers.
+        ({"repetition_penalty": 1e308}, "repetition_penalty", "less than or equal to 100"),
+        ({"stop": "a" * 1025}, "stop", "at most 1024"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, None, "ignore_eos"),
+        (_function(NESTED, choice="required"), None, "nested too deeply"),
+        (_function({"maximum": math.nan}), "tools[0].function.parameters", "not JSON"),
+        (_function({"title": "\ud800"}), "tools[0].function.parameters", "not JSON"),
+        ({f"x{i}": 1 for i in range(100)}, None, "an object of 102 fields"),
+        ({"messages": [[]]}, "messages[0]", "expected an object"),
+        ({"messages": [1] * 20_000}, "messages[0]", "expected an object"),
+        ({"messages": HELLO * 16_385}, "messages", "at most 16384"),
         ({"logit_bias": {"999999": 1}}, None, "the vocabulary ends"),
         ({"seed": 1.5}, "seed", "valid integer"),
         ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
@@ -107,7 +138,7 @@ def part(**fields) -> dict:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_by_name(live, fields, param, says):
-    error = error_of(live.post("/v1/chat/completions", **{"messages": HELLO, "max_tokens": 1, **fields}), 400)
+    error = error_of(loose(live, "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1, **fields}), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert re.search(says, error["message"]), error["message"]
@@ -130,14 +161,16 @@ def test_what_is_wrong_is_said_by_name(live, fields, param, says):
         ("/v1/responses", {"input": "x", "reasoning": {"effort": "low"}}, "reasoning"),
         ("/v1/responses", {"input": [{"type": "reasoning", "summary": []}]}, "input[0]"),
         ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].name"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": {"a": "\ud800"}}]},
+         "tools[0].parameters"),
         ("/tokenize", {}, None),
         ("/tokenize", {"prompt": "x", "messages": HELLO}, None),
         ("/detokenize", {"tokens": [999_999]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
     ],
-)
+)  # fmt: skip
 def test_other_routes_say_it_too(live, path, body, param):
-    assert error_of(live.post(path, **body), 400)["param"] == param
+    assert error_of(loose(live, path, body), 400)["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -247,6 +280,33 @@ def test_a_body_has_a_largest_size():
         assert live.post("/tokenize", prompt="x" * 4000).status_code == 200
 
 
+def test_a_body_has_only_so_many_values(live):
+    values = {"tokens": [1] * (limits.MOST_VALUES + 1)}
+    error = error_of(live.post("/detokenize", **values), 413)
+    assert "commas and brackets" in error["message"]
+    assert live.post("/detokenize", tokens=[1] * 5000).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [1] * 1000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        ("/v1/chat/completions", {"messages": HELLO, "tools": [1] * 1000}),
+        ("/v1/completions", {"prompt": [1, *[-1] * 1000]}),
+        ("/v1/completions", {"prompt": ["a", *[1] * 1000]}),
+        ("/v1/responses", {"input": [1] * 1000}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [1] * 1000}]}),
+        ("/detokenize", {"tokens": [-1] * 1000}),
+    ],
+)
+def test_of_many_faults_one_is_looked_for(path, body):
+    kinds = {path: route.body for path, route in ROUTES.items()} | {"/detokenize": DetokenizeRequest}
+    with pytest.raises(ValidationError) as caught:
+        kinds[path].model_validate(body)
+    assert caught.value.error_count() == 1
+
+
 def test_a_body_that_stops_is_given_up(live, monkeypatch):
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
     host, port = live.address.removeprefix("http://").split(":")
@@ -266,7 +326,7 @@ def test_the_documentation_names_what_there_is(live):
         assert not [one for one in re.findall(r"aria_[a-z_]+", text) if one not in told]
     known = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
     named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "serving.md").read_text(encoding="utf-8")))
-    assert named - known == {"--gpus", "--help"}, "one is docker's, one every command has"
+    assert named - known == {"--gpus", "--memory", "--help"}, "two are docker's, one every command has"
     assert set(re.findall(r"--[a-z-]+", (DOCS / "aria.service").read_text(encoding="utf-8"))) - known == {"--now"}
 
 
@@ -408,6 +468,23 @@ def test_a_step_that_fails_is_told_and_the_server_goes_on(live, monkeypatch, cap
     failing.set()
     error_of(live.post("/v1/chat/completions", messages=HELLO), 500)
     assert live.chat().choices[0].message.content
+
+
+def test_a_step_that_fails_is_never_the_clients_fault_and_health_tells(live, monkeypatch):
+    launch = engine().engine.core.runner.launch
+
+    def fails(_):
+        raise ValueError("secret")
+
+    assert live.http.get("/health").status_code == 200
+    monkeypatch.setattr(engine().engine.core.runner, "launch", fails)
+    error_of(live.post("/v1/chat/completions", messages=HELLO), 500)
+    assert error_of(live.http.get("/health"), 503)["code"] == "unhealthy"
+    monkeypatch.setattr(engine().engine.core.runner, "launch", launch)
+    # It needs nobody's request to find out that the model answers again.
+    assert live.http.get("/health").json() == {"status": "ok"}
+    assert live.chat().choices[0].message.content
+    until(idle)
 
 
 def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
