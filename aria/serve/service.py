@@ -44,7 +44,7 @@ class Service:
         # Text never waits behind somebody's slow download.
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
         self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
-        self._probing = asyncio.Lock()
+        self._probe: asyncio.Task[None] | None = None
 
     @property
     def processor(self) -> AriaProcessor:
@@ -147,15 +147,19 @@ class Service:
     async def healthy(self) -> bool:
         """Whether the model answers. It is asked for a token only where its last step failed: that may have been the
         fault of one request, and nobody else may come whose answer would show it."""
-        async with self._probing:
-            if not self.engine.failing:
-                return True
-            try:
-                async with asyncio.timeout(PROBE_SECONDS):
-                    await self.engine.chat(await self.engine.prepare_text("Aria"), SamplingParams(max_tokens=1))
-            except Exception as error:
-                logger.error("the model does not answer: %r", error, exc_info=error)
-            return not self.engine.failing
+        if self.engine.failing:
+            # All who ask meanwhile wait for the same token, and one of them that leaves ends nothing.
+            if self._probe is None or self._probe.done():
+                self._probe = asyncio.create_task(self._ask_for_a_token())
+            await asyncio.shield(self._probe)
+        return not self.engine.failing
+
+    async def _ask_for_a_token(self) -> None:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self.engine.chat(await self.engine.prepare_text("Aria"), SamplingParams(max_tokens=1))
+        except Exception as error:
+            logger.error("the model does not answer: %r", error, exc_info=error)
 
     def close(self) -> None:
         """End the threads; the engine stays."""
