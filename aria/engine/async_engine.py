@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from aria.engine.engine import Answer, Engine, Message, Piece
+from aria.engine.grammar import Matcher
 from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
 from aria.processor.pictures import Prepared
@@ -96,13 +97,16 @@ class AsyncEngine:
             raise RuntimeError("the engine is closed")
         params = params or SamplingParams()
         prepared = messages if isinstance(messages, Prepared) else await self.prepare(messages)
+        matchers: Sequence[Matcher] | None = None
         if params.json_schema is not None:
-            await asyncio.to_thread(self.engine.grammars.compile, params.json_schema, prepared.stop)
+            # Kept by this request: others may push the grammar out before the engine's thread would look for it.
+            grammars = self.engine.grammars
+            matchers = await asyncio.to_thread(grammars.matchers, params.json_schema, params.n, prepared.stop)
         caller = _Caller()
 
         def start() -> None:
             try:
-                caller.answer = self.engine.queue(prepared, params, priority=priority)
+                caller.answer = self.engine.queue(prepared, params, priority=priority, matchers=matchers)
                 self._callers[caller.answer] = caller
             except Exception as error:
                 self._tell([(caller, error)])

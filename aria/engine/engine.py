@@ -15,7 +15,7 @@ from PIL import Image
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
-from aria.engine.grammar import Grammars
+from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.request import Picture, Request
 from aria.engine.runner import TokenLogprobs
@@ -250,20 +250,31 @@ class Engine:
         self.core.check(len(ids))
         return Prepared(ids, [])
 
-    def queue(self, prepared: Prepared, params: SamplingParams | None = None, *, priority: int = 0) -> Answer:
+    def queue(
+        self,
+        prepared: Prepared,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        matchers: Sequence[Matcher] | None = None,
+    ) -> Answer:
         """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first.
+
+        ``matchers`` are those of the schema, one for each answer; None: they are made here.
 
         Raises:
             ValueError: the parameters do not fit the model, or the schema cannot be followed. Nothing is queued then.
         """
         params = params or SamplingParams()
         schema = params.json_schema
+        if matchers is None:
+            matchers = () if schema is None else self.grammars.matchers(schema, params.n, prepared.stop)
         requests = self.core.add(
             prepared.ids,
             params,
             pictures=[Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures],
             end_token_ids=self._end_token_ids,
-            matchers=() if schema is None else self.grammars.matchers(schema, params.n, prepared.stop),
+            matchers=matchers,
             priority=priority,
         )
         # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.

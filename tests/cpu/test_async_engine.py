@@ -10,7 +10,7 @@ import torch
 from test_engine import CONVERSATIONS, asked
 
 from aria import AriaForConditionalGeneration, Engine, SamplingParams
-from aria.engine import AsyncEngine
+from aria.engine import AsyncEngine, grammar
 from aria.engine.request import Status
 from aria.processor import Prompt
 
@@ -219,6 +219,21 @@ def test_schemas_are_followed_and_refused(engine):
     assert isinstance(results.pop(4), ValueError)
     texts = [choice.text for result in results for choice in result.choices]
     assert len(texts) == 16 and set(texts) <= {"[1,1]", "[1,2]", "[2,1]", "[2,2]"}
+
+
+def test_schemas_are_never_compiled_where_the_model_runs(engine, monkeypatch):
+    compiled_by = []
+    compile_grammar = grammar._compile
+
+    def noted(*args):
+        compiled_by.append(threading.current_thread().name)
+        return compile_grammar(*args)
+
+    monkeypatch.setattr(grammar, "_compile", noted)
+    monkeypatch.setattr(grammar, "KEPT_GRAMMARS", 0)  # others have pushed it out at once
+    params = SamplingParams(json_schema={"enum": ["pushed out"]})
+    assert asyncio.run(engine.chat(CONVERSATIONS[0], params)).text == '"pushed out"'
+    assert compiled_by and "aria-engine" not in compiled_by
 
 
 def test_a_step_wakes_the_loop_once_for_all_its_callers(engine):
