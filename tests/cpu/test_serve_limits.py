@@ -326,7 +326,7 @@ def test_the_documentation_names_what_there_is(live):
         assert not [one for one in re.findall(r"aria_[a-z_]+", text) if one not in told]
     known = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
     named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "serving.md").read_text(encoding="utf-8")))
-    assert named - known == {"--gpus", "--memory", "--help"}, "two are docker's, one every command has"
+    assert named - known == {"--gpus", "--help"}, "one is docker's, one every command has"
     assert set(re.findall(r"--[a-z-]+", (DOCS / "aria.service").read_text(encoding="utf-8"))) - known == {"--now"}
 
 
