@@ -232,6 +232,7 @@ def serve(
     max_clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 4 * 3600.0,
     max_frames: Annotated[int, typer.Option(help="Frames taken of a clip.")] = 256,
     max_pages: Annotated[int, typer.Option(help="Pages taken of a document.")] = 64,
+    max_prompt_pixels: Annotated[int, typer.Option(help="Of all that one request shows.")] = 400_000_000,
     fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
     media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
     warm_up: Annotated[
@@ -281,6 +282,7 @@ def serve(
             clip_seconds=max_clip_seconds,
             max_frames=max_frames,
             max_pages=max_pages,
+            prompt_pixels=max_prompt_pixels,
             total_timeout=fetch_seconds,
         ),
     )

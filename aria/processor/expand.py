@@ -10,7 +10,7 @@ from aria.processor.cache import MediaCache
 from aria.processor.chat import IMAGE_TOKEN, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.document import read_document
 from aria.processor.image import AriaImageProcessor
-from aria.processor.limits import MediaSettings
+from aria.processor.limits import MediaSettings, PixelBudget
 from aria.processor.media import open_medium
 from aria.processor.video import read_clip
 
@@ -64,13 +64,17 @@ def settle(
 
 
 def expand(
-    prompt: Prompt, processor: AriaImageProcessor, settings: MediaSettings, cache: MediaCache | None = None
+    prompt: Prompt,
+    processor: AriaImageProcessor,
+    settings: MediaSettings,
+    cache: MediaCache | None = None,
+    budget: PixelBudget | None = None,
 ) -> Expanded:
     """Open the clips and documents of a prompt that is :func:`settled <settle>`, and whose parts all have sources.
 
     Of a clip each frame stands as ``[MM:SS]``, picture, newline; without timestamps the frames stand side by side with
     one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline. What ``cache`` has is not
-    read again.
+    read again. Frames and pages are taken from the ``budget``.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.processor.media`.
@@ -81,6 +85,7 @@ def expand(
     media: list[tuple[str, int]] = []
     whole = str(prompt)
     cache = cache or MediaCache()
+    budget = budget or PixelBudget(settings.prompt_pixels)
     for slot, part in zip(prompt.slots, prompt.parts, strict=True):
         start, end = slot, slot + len(IMAGE_TOKEN)
         wrapping = ("", "")
@@ -89,6 +94,8 @@ def expand(
             start, end = start - len(wrapping[0]), end + len(wrapping[1])
         text += whole[at:start]
         places = list(_open(part, processor, settings, cache))
+        if not isinstance(part, ImagePart):
+            budget.spend(sum(place.part.source.shape[0] * place.part.source.shape[1] for place in places))
         for before, picture, after in places:
             text += before + wrapping[0]
             slots.append(len(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class MediaSettings:
     """The same for the frames of a clip; 8K has 33 million."""
     page_pixels: int = 36_000_000
     """The same for a page as it is rendered; A0 has 32 million."""
+    prompt_pixels: int = 1_000_000_000
+    """Pixels of all pictures, frames and pages of one prompt together: they stay in memory until they are encoded, 3
+    bytes each."""
     clip_seconds: float = 4 * 3600.0
     max_frames: int = 256
     """Most frames of one clip that a prompt may hold."""
@@ -58,6 +62,28 @@ class MediaSettings:
             raise ValueError(f"local_folders is {str(self.local_folders)!r}; expected a tuple of folders")
         if self.local_folders is not None:
             object.__setattr__(self, "local_folders", tuple(Path(folder) for folder in self.local_folders))
+
+
+class PixelBudget:
+    """What the pictures, frames and pages of one prompt may take together; several threads may spend it."""
+
+    def __init__(self, pixels: int):
+        self._whole = self._left = pixels
+        self._lock = threading.Lock()
+
+    def spend(self, pixels: int) -> None:
+        """Take pixels from what is left.
+
+        Raises:
+            ValueError: there are not so many left.
+        """
+        with self._lock:
+            self._left -= pixels
+            if self._left < 0:
+                raise ValueError(
+                    f"the pictures, frames and pages of one prompt have more than the {self._whole:,} pixels that are "
+                    "allowed together; send fewer or smaller ones"
+                )
 
 
 def short(source: str) -> str:

@@ -18,10 +18,12 @@ from PIL import Image
 
 from aria.processor import rgb
 from aria.processor.fetch import fetch
-from aria.processor.limits import MediaSettings, short
+from aria.processor.limits import MediaSettings, PixelBudget, short
 
 __all__ = ["MediaSettings", "Opened", "fetch", "load_image", "open_medium"]
 
+_PIECE = 1 << 16
+"""Characters of a data: URI that are unquoted at a time."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _NAMES = {"image": "picture", "video": "clip", "document": "document"}
 _EXAMPLES = {"image": "image/png", "video": "video/mp4", "document": "application/pdf"}
@@ -47,7 +49,7 @@ class Opened(NamedTuple):
         return io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data.open("rb")
 
 
-def load_image(source: Any, settings: MediaSettings | None = None) -> Image.Image:
+def load_image(source: Any, settings: MediaSettings | None = None, budget: PixelBudget | None = None) -> Image.Image:
     """A picture of any kind as an RGB ``PIL.Image``, upright.
 
     Rules:
@@ -63,6 +65,7 @@ def load_image(source: Any, settings: MediaSettings | None = None) -> Image.Imag
         source: ``PIL.Image.Image``, numpy array, torch tensor, path (str or Path), bytes, ``data:`` URI, or an
             ``http://`` or ``https://`` address.
         settings: limits and permissions; None: those of :class:`MediaSettings`.
+        budget: what it may take of, with others; pictures in memory take nothing.
 
     Raises:
         FileNotFoundError: no file at the path.
@@ -78,7 +81,8 @@ def load_image(source: Any, settings: MediaSettings | None = None) -> Image.Imag
         return rgb.from_array(rgb.tensor_to_array(source), channels_first=True)
     opened = open_medium(source, "image", settings)
     with opened.file() as file:
-        return rgb.decode(file, opened.name, settings.image_pixels)
+        budget = budget or PixelBudget(settings.prompt_pixels)
+        return rgb.decode(file, opened.name, settings.image_pixels, budget.spend)
 
 
 def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
@@ -148,6 +152,19 @@ def _inside(path: Path, folders: tuple[Path, ...]) -> Path | None:
     return place if any(place.is_relative_to(home) for home in homes) else None
 
 
+def _unquote(text: str) -> bytes:
+    """``%41`` and the like put back, a piece at a time: all at once they take some 75 times their memory."""
+    out = bytearray()
+    start = 0
+    while start < len(text):
+        end = min(start + _PIECE, len(text))
+        if end < len(text) and (escape := text.rfind("%", end - 2, end)) > start:
+            end = escape
+        out += urllib.parse.unquote_to_bytes(text[start:end])
+        start = end
+    return bytes(out)
+
+
 def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
     header, comma, body = uri.partition(",")
     if not comma:
@@ -156,10 +173,10 @@ def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
     # Before anything of it is unpacked. Plain bytes may be three characters each, %41.
     if len(body) > (limit * 4 // 3 + 4 if coded else 3 * limit):
         raise ValueError(f"{short(uri)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
-    data = urllib.parse.unquote_to_bytes(body)
+    data = _unquote(body)
     if coded:
         try:
-            data = base64.b64decode(b"".join(data.split()), validate=True)
+            data = base64.b64decode(data.translate(None, b" \t\r\n\f\v"), validate=True)
         except binascii.Error as error:
             raise ValueError(f"{short(uri)} is not valid base64: {error}") from error
     return _within(data, limit, kind)

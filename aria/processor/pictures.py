@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aria import ops
 from aria.processor.image import AriaImageProcessor, Sheet
+from aria.processor.limits import PixelBudget
 from aria.processor.media import MediaSettings, load_image
 
 MOST_THREADS = 16
@@ -127,12 +128,15 @@ def read_pictures(
     processor: AriaImageProcessor,
     settings: Sequence[dict[str, Any]],
     media: MediaSettings | None = None,
+    budget: PixelBudget | None = None,
 ) -> list[Picture]:
     """:meth:`Picture.of` of several sources, each with its own settings.
 
-    ``media`` limits what is read; None: the defaults of :class:`~aria.processor.media.MediaSettings`.
+    ``media`` limits what is read; None: the defaults of :class:`~aria.processor.media.MediaSettings`. ``budget`` is
+    what they may take together, less what was spent already.
     """
-    arrays = _together(lambda source: _read(source, media), sources)
+    budget = budget or PixelBudget((media or MediaSettings()).prompt_pixels)
+    arrays = _together(lambda source: _read(source, media, budget), sources)
     # One digest of a picture's pieces, so that several threads can share a large picture too.
     pieces = [
         array.reshape(-1).data[at : at + PIECE_BYTES] for array in arrays for at in range(0, array.size, PIECE_BYTES)
@@ -164,11 +168,11 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
     return [one for one in crops if one is not None]
 
 
-def _read(source: Any, media: MediaSettings | None) -> np.ndarray:
+def _read(source: Any, media: MediaSettings | None, budget: PixelBudget) -> np.ndarray:
     # Always a copy: what the key was made from must still be there when the picture is loaded.
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
         return np.array(source, order="C")
-    return np.asarray(load_image(source, media))
+    return np.asarray(load_image(source, media, budget))
 
 
 def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:

@@ -25,6 +25,7 @@ from aria.processor.files import (
     write_json,
 )
 from aria.processor.image import AriaImageProcessor
+from aria.processor.limits import PixelBudget
 from aria.processor.media import MediaSettings, load_image
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length
@@ -245,12 +246,14 @@ class AriaProcessor:
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")
         [prompt] = _match([prompt], images, videos)
         prompt = settle(prompt, self.image_processor, max_image_size=max_image_size, split_image=split_image)
-        prompt, origins = expand(prompt, self.image_processor, self.media, self._media_cache)
+        budget = PixelBudget(self.media.prompt_pixels)
+        prompt, origins = expand(prompt, self.image_processor, self.media, self._media_cache, budget)
         settings = [
             {"max_image_size": part.max_image_size, "split_image": part.split_image, "split_mode": split_mode}
             for part in prompt.parts
         ]
-        pictures = read_pictures([part.source for part in prompt.parts], self.image_processor, settings, self.media)
+        sources = [part.source for part in prompt.parts]
+        pictures = read_pictures(sources, self.image_processor, settings, self.media, budget)
         ids, *rest = self.tokenizer.encode_segments(prompt)
         placed = []
         for picture, segment in zip(pictures, rest, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -13,11 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 _ORIENTATION = 0x0112
 # What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, IndexError, struct.error, EOFError)
+_DAMAGE = (OSError, SyntaxError, ValueError, IndexError, struct.error, EOFError, RuntimeError)
 
 
-def decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """The picture in a file; ``name`` is what errors call it.
+def decode(
+    file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], None] = lambda pixels: None
+) -> Image.Image:
+    """The picture in a file; ``name`` is what errors call it. ``spend`` is told its pixels before it is decoded.
 
     Raises:
         ValueError: not a picture, damaged, or of more pixels than allowed.
@@ -39,6 +42,7 @@ def decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
                 f"{name} announces {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed; "
                 "scale it down first"
             )
+        spend(image.width * image.height)
         return upright_rgb(image, name)
 
 

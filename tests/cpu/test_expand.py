@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ def processor() -> AriaProcessor:
     # As Aria's own settings have it; nano's take the smallest for everything.
     processor.image_processor.max_image_size = processor.image_processor.sizes[-1]
     return processor
+
+
+def made_png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (9, 9, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def opened(processor: AriaProcessor, *parts: Any, **settings: Any) -> Prompt:
@@ -285,3 +292,36 @@ def test_the_engine_answers_about_clips_and_documents() -> None:
     prepared = engine.prepare([{"role": "user", "content": content}])
     assert result.usage.prompt_tokens == len(prepared.ids)
     assert [medium.kind for medium in prepared.media] == ["video", "document"]
+
+
+def test_all_of_a_prompt_together_has_a_limit() -> None:
+    processor = AriaProcessor.from_pretrained()
+    picture = {"type": "image", "image": made_png(100, 80)}
+    video, document = {"type": "video", "video": CLIP, "num_frames": 2}, {"type": "document", "document": PDF}
+
+    def taken(*parts: Any) -> int:
+        """The least limit that lets the parts in."""
+        low, high = 0, 10**7
+        while high - low > 1:
+            middle = (low + high) // 2
+            processor.media = MediaSettings(prompt_pixels=middle)
+            try:
+                processor.prepare([{"role": "user", "content": list(parts)}])
+                high = middle
+            except ValueError as error:
+                assert f"more than the {middle:,} pixels" in str(error)
+                low = middle
+        return high
+
+    assert taken(picture) == 8000 and taken(picture, picture, picture) == 24000
+    # Twice the size of the pages in points, each way.
+    assert taken(document) == 4 * (60 * 30 + 30 * 60 + 40 * 40)
+    assert taken(video, picture, document) == taken(video) + 8000 + taken(document)
+
+
+def test_a_picture_that_is_too_much_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = AriaProcessor.from_pretrained()
+    processor.media = MediaSettings(prompt_pixels=7999)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="send fewer or smaller ones"):
+        processor.prepare([{"role": "user", "content": [{"type": "image", "image": made_png(100, 80)}]}])

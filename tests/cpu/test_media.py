@@ -45,6 +45,29 @@ def test_percent_coded_data_uri() -> None:
     assert np.array_equal(pixels(f"data:image/png,{coded}"), np.asarray(NOISE))
 
 
+def test_data_uris_are_unquoted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.effect_noise((40, 40), 90))
+    escaped = "".join(f"%{byte:02x}" for byte in data)
+    mixed = "".join(chr(byte) if 48 <= byte < 58 else f"%{byte:02X}" for byte in data)
+    for piece in (3, 4, 5, 64, 1 << 16):
+        monkeypatch.setattr("aria.processor.media._PIECE", piece)
+        for body in (escaped, mixed):
+            assert open_medium(f"data:image/png,{body}", "image", MediaSettings()).data == data
+        spaced = "%20".join(base64.b64encode(data).decode()[i : i + 7] for i in range(0, len(data), 7))
+        whole = base64.b64decode(spaced.replace("%20", ""))
+        assert open_medium(f"data:;base64,{spaced}", "image", MediaSettings()).data == whole
+
+
+def test_what_decoders_raise_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Image.Image) -> None:
+        raise RuntimeError("Failed to decode image")  # as Pillow's AVIF does
+
+    data = encoded(Image.new("RGB", (4, 4)))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
+    with pytest.raises(ValueError, match="may be truncated or damaged"):
+        load_image(data)
+
+
 def test_missing_file_folder_and_unknown_kind(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="no picture at"):
         load_image(tmp_path / "none.png")
