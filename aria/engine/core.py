@@ -248,7 +248,8 @@ class EngineCore:
                 if launched is not None and not launched.drawn:
                     # What a grammar allows depends on the token before; the device computes scores meanwhile.
                     tokens += self._collect()
-                    self.runner.draw(launched)
+                    with _current(self.device):
+                        self.runner.draw(launched)
             if self.ahead:
                 tokens += self._collect()
                 self._launched = launched
