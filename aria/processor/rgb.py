@@ -17,9 +17,7 @@ _ORIENTATION = 0x0112
 _DAMAGE = (OSError, SyntaxError, ValueError, IndexError, struct.error, EOFError, RuntimeError)
 
 
-def decode(
-    file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], None] = lambda pixels: None
-) -> Image.Image:
+def decode(file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], None]) -> Image.Image:
     """The picture in a file; ``name`` is what errors call it. ``spend`` is told its pixels before it is decoded.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before anything imports Triton, and some libraries do: kernels are interpreted here.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -12,11 +13,26 @@ import small_tokenizer
 import torch
 from tiny import tiny_config, tiny_model, transformers_twin
 
-from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor
+from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor, cli
 from aria.processor import AriaTokenizer
 
 # The tests' models are small: a second thread costs more than it brings, above all beside other work.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Run ``aria`` with arguments, as the shell does; gives its exit code."""
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["aria", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aria import AsyncEngine, cli
+from aria import AsyncEngine
 from aria.serve.batch import Batch, find_lines
 from aria.serve.settings import ServerSettings
 
@@ -58,16 +58,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys, command):
     """Run ``aria batch`` with arguments; gives exit code and errors."""
 
     def call(*arguments: object):
-        monkeypatch.setattr(sys, "argv", ["aria", "batch", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
+        code = command("batch", *arguments)
         captured = capsys.readouterr()
         assert captured.out == ""
         return code, captured.err

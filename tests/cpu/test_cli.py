@@ -13,23 +13,18 @@ from made_media import clip, pdf
 from PIL import Image
 from safetensors import safe_open
 
-from aria import Engine, SamplingParams, cli
+from aria import Engine, SamplingParams
 
 CLIP, PDF = clip(2, kind="gif", codec="gif"), pdf((60, 30))
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, model_folder):
+def run(capsys, monkeypatch, command, model_folder):
     """Run ``aria`` with arguments and typed lines; gives exit code, output and errors."""
 
     def call(*arguments: object, typed: str = ""):
-        monkeypatch.setattr(sys, "argv", ["aria", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
+        code = command(*arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from aria import SamplingParams, cli
+from aria import SamplingParams
 from aria.jobs import Describer, MediaFile, find_media
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -24,16 +23,11 @@ TOLD = {
 
 
 @pytest.fixture
-def run(capfdbinary, monkeypatch):
+def run(capfdbinary, command):
     """Run ``aria`` with arguments; gives exit code, records on the output, and errors."""
 
     def call(*arguments: object):
-        monkeypatch.setattr(sys, "argv", ["aria", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
+        code = command(*arguments)
         captured = capfdbinary.readouterr()
         return code, [json.loads(line) for line in captured.out.splitlines()], captured.err.decode()
 
