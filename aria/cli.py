@@ -235,6 +235,7 @@ def serve(
     max_prompt_pixels: Annotated[int, typer.Option(help="Of all that one request shows.")] = 400_000_000,
     fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
     media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
+    clip_decoder: Annotated[str, typer.Option(help="cpu, cuda:N, or auto: the model's GPU where it can.")] = "auto",
     warm_up: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="First do what first requests would wait for: minutes on a GPU."),
@@ -284,6 +285,7 @@ def serve(
             max_pages=max_pages,
             prompt_pixels=max_prompt_pixels,
             total_timeout=fetch_seconds,
+            clip_decoder=clip_decoder,
         ),
     )
     if open_to_strangers(host, keys):

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aria import Engine, SamplingParams
 from aria.engine.engine import Answer
 from aria.engine.pictures import PictureCache
@@ -55,6 +57,7 @@ def whole(engine: Engine, path: Path, frames: int, params: SamplingParams) -> tu
     return first - began, last - began
 
 
+@torch.inference_mode()
 def apart(engine: Engine, path: Path, frames: int, params: SamplingParams) -> dict[str, float]:
     """Seconds of each stage, the device waited for after each."""
     forget(engine)

@@ -69,9 +69,9 @@ def make(path: Path, seconds: int) -> None:
                     file.mux(copy)
 
 
-def measure(path: Path, frames: int, workers: Sequence[int], repeats: int) -> dict[str, Any]:
+def measure(path: Path, frames: int, workers: Sequence[int], repeats: int, decoder: str) -> dict[str, Any]:
     """Seconds, the best of some repeats."""
-    settings, images = MediaSettings(decode_timeout=3600), AriaImageProcessor()
+    settings, images = MediaSettings(decode_timeout=3600, clip_decoder=decoder), AriaImageProcessor()
     clip, size = open_medium(path, "video", settings), images.sizes[0]
 
     def fit(width: int, height: int) -> tuple[int, int]:
@@ -110,11 +110,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="+", default=None, help="default: 1, 2, 4, ... up to the cores")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--decoder", default="cpu", help="or cuda: a GPU's video decoder")
     arguments = parser.parse_args()
     if arguments.make:
         make(arguments.file, arguments.make)
     counts = arguments.workers or [1 << i for i in range(8) if 1 << i <= cores()]
-    print(json.dumps({"clip": measure(arguments.file, arguments.frames, counts, arguments.repeats)}))
+    print(json.dumps({"clip": measure(arguments.file, arguments.frames, counts, arguments.repeats, arguments.decoder)}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
@@ -80,8 +81,13 @@ class Watch:
 
 
 @contextlib.contextmanager
-def opened(clip: Opened, settings: MediaSettings) -> Iterator[tuple[Any, Any]]:
+def opened(clip: Opened, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
     """The container and its stream of moving pictures; what goes wrong inside becomes a ValueError.
+
+    Args:
+        clip: the file.
+        settings: limits.
+        gpu: number of a GPU whose video decoder is to do it; what that cannot read falls to the CPU.
 
     Raises:
         ValueError: no clip, one without moving pictures, a damaged one, or one with too large frames.
@@ -93,16 +99,34 @@ def opened(clip: Opened, settings: MediaSettings) -> Iterator[tuple[Any, Any]]:
         # With the prefix no part of a file's name can be taken for another protocol.
         file: Any = f"file:{clip.data!s}" if by_name else stack.enter_context(clip.file())
         options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file" if by_name else "none"}
+        hardware = None if gpu is None else on_gpu(gpu)
         try:
             container = stack.enter_context(
                 # Titles in other codings than UTF-8 are no reason to fail.
-                av.open(file, options=options, buffer_size=_READ_BYTES, metadata_errors="replace")
+                av.open(file, options=options, buffer_size=_READ_BYTES, metadata_errors="replace", hwaccel=hardware)
             )
             yield container, _moving(container, clip.name, settings)
         except av.FFmpegError as error:
             raise ValueError(
                 f"{clip.name} cannot be read as a clip ({error.strerror}); the file may be damaged, or of another kind"
             ) from error
+
+
+def on_gpu(gpu: int, *, or_cpu: bool = True) -> Any:
+    """PyAV's order to decode with a GPU's video decoder; frames stay there, since few of them are wanted here.
+
+    Args:
+        gpu: its number; for this thread it becomes the one at work.
+        or_cpu: what it cannot decode falls to the CPU.
+    """
+    from av.codec.hwaccel import HWAccel
+
+    # PyTorch's own context, which asking a stream brings into this thread: one more for each decoder would take memory
+    # and turns, and the shared one is refused to whoever asks for it with other flags than PyTorch's.
+    torch.cuda.set_device(gpu)
+    torch.cuda.current_stream(gpu).query()
+    options: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
+    return HWAccel("cuda", device=str(gpu), allow_software_fallback=or_cpu, options=options, is_hw_owned=True)
 
 
 def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
@@ -194,13 +218,23 @@ class Decoder:
         timeline: what :func:`scan` says of it.
         fit: what becomes of a frame of (width, height).
         threads: of the codec.
+        gpu: number of a GPU whose video decoder does it, as far as it can.
     """
 
-    def __init__(self, clip: Opened, timeline: Timeline, fit: Fit, threads: int, settings: MediaSettings, watch: Watch):
+    def __init__(
+        self,
+        clip: Opened,
+        timeline: Timeline,
+        fit: Fit,
+        threads: int,
+        settings: MediaSettings,
+        watch: Watch,
+        gpu: int | None = None,
+    ):
         from av.video.reformatter import VideoReformatter
 
         self._clip, self._timeline, self._fit, self._threads = clip, timeline, fit, threads
-        self._settings, self._watch = settings, watch
+        self._settings, self._watch, self._gpu = settings, watch, gpu
         self._scaler = VideoReformatter()
         self._files = contextlib.ExitStack()
         self._container: Any = None
@@ -221,7 +255,11 @@ class Decoder:
         frames = self._attempt(key, times, skip=not self._timeline.counted)
         missing = [moment for moment in times if moment not in frames]
         if missing and not self._timeline.counted:
-            # Pictures that are refreshed bit by bit, or frames that are leant on although they say they are not.
+            # Pictures that are refreshed bit by bit, frames that are leant on although they say they are not, or a
+            # decoder of a GPU that gave up.
+            if self._gpu is not None:
+                self._files.close()
+                self._gpu = self._container = None
             frames |= self._attempt(max(key - 1, 0), missing, skip=False)
         return frames
 
@@ -283,7 +321,7 @@ class Decoder:
 
     def _open(self) -> None:
         self._files.close()
-        self._container, self._stream = self._files.enter_context(opened(self._clip, self._settings))
+        self._container, self._stream = self._files.enter_context(opened(self._clip, self._settings, self._gpu))
         self._context = self._stream.codec_context
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,6 +37,9 @@ class MediaSettings:
     """Most pages of one document that a prompt may hold."""
     cache_bytes: int = 512 << 20
     """Most bytes of frames and pages that are kept for the next question about the same clip or document; 0: none."""
+    clip_decoder: str = "auto"
+    """What decodes clips: ``cpu``, ``cuda:0`` (a GPU's video decoder; what that cannot read falls to the CPU), or
+    ``auto``: the GPU that this process works on, where it does and the driver lets it."""
     decode_timeout: float = 300.0
     """Seconds that reading one clip or document may take."""
     connect_timeout: float = 10.0
@@ -56,6 +60,9 @@ class MediaSettings:
             if field.name in ("max_redirects", "cache_bytes"):
                 if value < 0:
                     raise ValueError(f"{field.name} is {value}; expected 0 or more")
+            elif field.name == "clip_decoder":
+                if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+                    raise ValueError(f"clip_decoder is {value!r}; expected auto, cpu, cuda or cuda:N")
             elif field.name not in ("local_folders", "private_addresses") and not value > 0:
                 raise ValueError(f"{field.name} is {value}; expected more than 0")
         if isinstance(self.local_folders, str | Path):

@@ -12,11 +12,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, scan
+from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
 
@@ -64,7 +66,7 @@ def read_clip(
         max_frames: with ``fps``; None: what the settings allow.
         fit: what becomes of a frame of (width, height), asked for each; None: frames stay as they are.
         settings: limits on frames, pixels and seconds; None: those of :class:`MediaSettings`.
-        workers: decoders at work; None: as many as there are cores.
+        workers: decoders at work; None: as many as there are cores, or as keep a GPU's video decoder busy.
 
     Returns:
         Frames in the order of their times; what cannot be decoded is left out.
@@ -90,7 +92,7 @@ def read_clip(
         assert fps is not None, "checked above"
         count = min(max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(fps))))
     runs = _runs(timeline, choose(timeline, count))
-    frames = _decode(clip, timeline, runs, fit or _as_it_is, workers or cores(), settings, watch)
+    frames = _decode(clip, timeline, runs, fit or _as_it_is, workers, settings, watch)
     if not frames:
         raise ValueError(f"no frame of {clip.name} can be decoded; the file may be truncated or damaged")
     first = timeline.times[0]
@@ -131,15 +133,50 @@ def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[_Run]:
     return list(runs.values())
 
 
+def _gpu(decoder: str, name: str) -> int | None:
+    """The number of the GPU to decode on, by ``MediaSettings.clip_decoder``."""
+    if decoder == "cpu" or (decoder == "auto" and not torch.cuda.is_initialized()):
+        return None
+    if decoder == "auto":
+        gpu = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)
+        return gpu if _decodes(gpu) else None
+    gpu = torch.device(decoder).index or 0
+    if not _decodes(gpu):
+        raise ValueError(f"{name} cannot be decoded on {decoder}: no video decoder is found there; use cpu or auto")
+    return gpu
+
+
+@cache
+def _decodes(gpu: int) -> bool:
+    """Whether a GPU's video decoder can be used: a driver may come without it, so a picture is tried."""
+    import av
+    from av.codec import CodecContext
+
+    try:
+        coder = CodecContext.create("libx264", "w")
+        assert isinstance(coder, av.VideoCodecContext)
+        coder.width = coder.height = 128
+        coder.pix_fmt, coder.time_base = "yuv420p", Fraction(1, 25)
+        packets = [*coder.encode(av.VideoFrame(128, 128, "yuv420p")), *coder.encode(None)]
+        decoder = CodecContext.create("h264", "r", hwaccel=on_gpu(gpu, or_cpu=False))
+        frames = [frame for packet in (*packets, None) for frame in decoder.decode(packet)]
+        return bool(frames) and all(frame.format.name == "cuda" for frame in frames)
+    except (av.FFmpegError, NotImplementedError, RuntimeError):
+        return False
+
+
 def _decode(
     clip: Opened,
     timeline: Timeline,
     runs: Sequence[_Run],
     fit: Fit,
-    threads: int,
+    threads: int | None,
     settings: MediaSettings,
     watch: Watch,
 ) -> dict[int, np.ndarray]:
+    gpu = _gpu(settings.clip_decoder, clip.name)
+    # A GPU has several decoders in one, and threads only wait for them.
+    threads = threads or (cores() if gpu is None else MOST_WORKERS)
     held = max(1, 2 * timeline.pixels * FRAMES_HELD)  # in 4:2:0 a pixel takes one and a half bytes
     workers = max(1, min(threads, MOST_WORKERS, len(runs), DECODER_BYTES // held))
     waiting, turn = iter(runs), threading.Lock()
@@ -147,7 +184,7 @@ def _decode(
 
     def work(_: int) -> None:
         # Cores that have no run of their own help within the runs.
-        with Decoder(clip, timeline, fit, max(1, threads // workers), settings, watch) as decoder:
+        with Decoder(clip, timeline, fit, max(1, threads // workers), settings, watch, gpu) as decoder:
             while True:
                 with turn:
                     run = next(waiting, None)

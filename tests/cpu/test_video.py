@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -304,6 +305,7 @@ def test_broken_tails_and_middles() -> None:
     ({"max_frames": 8}, {"num_frames": 9}, "num_frames is 9; 1 to 8 are allowed"),
     ({"max_frames": 8}, {"fps": 2, "max_frames": 9}, "max_frames is 9; 1 to 8 are allowed"),
     ({"decode_timeout": 1e-9}, {"num_frames": 2}, "took longer than 1e-09 s"),
+    ({"clip_decoder": "gpu"}, {"num_frames": 2}, "clip_decoder is 'gpu'; expected auto, cpu, cuda or cuda:N"),
     ({}, {}, "give num_frames or fps"),
     ({}, {"num_frames": 2, "fps": 2.0}, "give num_frames or fps"),
     ({}, {"num_frames": 0}, "num_frames is 0"),
@@ -311,6 +313,12 @@ def test_broken_tails_and_middles() -> None:
 def test_limits(limits: dict[str, Any], asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(clip(100, g="100"), settings=MediaSettings(**limits), **asked)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="cannot be decoded on cuda:1: no video decoder is found there"):
+        read(clip(10), num_frames=2, settings=MediaSettings(clip_decoder="cuda:1"))
 
 
 def test_clips_of_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
