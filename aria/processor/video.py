@@ -141,7 +141,7 @@ def _gpu(decoder: str, name: str) -> int | None:
         gpu = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)
         return gpu if _decodes(gpu) else None
     gpu = torch.device(decoder).index or 0
-    if not _decodes(gpu):
+    if gpu >= torch.cuda.device_count() or not _decodes(gpu):
         raise ValueError(f"{name} cannot be decoded on {decoder}: no video decoder is found there; use cpu or auto")
     return gpu
 
