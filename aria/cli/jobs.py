@@ -1,0 +1,161 @@
+"""``aria describe`` and ``aria batch``: many answers, a line each, gone on with where they were stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aria.cli.options import (
+    AllowLocal,
+    AllowPrivate,
+    AtOnce,
+    Device,
+    Dtype,
+    MaxImageSize,
+    MaxTokens,
+    Model,
+    Revision,
+    Seed,
+    ServedNames,
+    Temperature,
+    TopK,
+    TopP,
+    app,
+    err,
+    share_work,
+)
+
+
+@app.command()
+def describe(
+    paths: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER...", help="Pictures, clips, PDFs, folders.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSONL file; one that is there is gone on with. Default: stdout.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: a description of what it is.")] = None,
+    model: Model = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="File with a JSON schema that every answer follows.")
+    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_image_size: MaxImageSize = None,
+    split: Annotated[
+        bool | None, typer.Option("--split/--no-split", help="Cut pictures into tiles; default: documents only.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: 128.")] = None,
+    pages: Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")] = None,
+    at_once: AtOnce = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Tell of pictures, clips and PDFs, one line of JSON each. Run again, it goes on where it was stopped."""
+    from aria.engine import Engine, SamplingParams
+    from aria.hub import model_name, read_json
+    from aria.jobs import Describer, Job, find_media
+
+    media, others = find_media(paths)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    if schema is not None:
+        sampling["json_schema"] = read_json(schema)
+    parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
+    settings = {name: value for name, value in parts.items() if value is not None}
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    with _output(out_file) as output:
+        job = Job(Describer(model_name(model), params, prompt, settings), media, output)
+
+        def load() -> Engine:
+            engine = Engine(model, revision=revision, dtype=dtype, device=device)
+            if params.json_schema is not None:
+                engine.grammars.compile(params.json_schema)  # a schema that cannot be followed is no file's fault
+            return engine
+
+        _run_job(job, "describing", load, at_once, passed_over=others)
+
+
+@app.command()
+def batch(
+    requests: Annotated[Path, typer.Argument(metavar="IN", help="JSONL file of requests in OpenAI's batch format.")],
+    responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; one that is there is gone on with.")],
+    model: Model = None,
+    served_model_name: ServedNames = None,
+    allow_local: AllowLocal = None,
+    allow_private_addresses: AllowPrivate = False,
+    at_once: AtOnce = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Answer a file of requests as the server would, a line each. Run again, it goes on where it was stopped."""
+    try:
+        from aria.serve.batch import Batch, find_lines
+    except ImportError as error:
+        raise ValueError(f"{error}; batches need more packages: pip install 'aria-moe[serve]'") from error
+    from aria.engine import Engine
+    from aria.hub import model_name
+    from aria.jobs import Job, Journal
+    from aria.processor.media import MediaSettings
+    from aria.serve.settings import ServerSettings
+
+    if responses.exists() and responses.samefile(requests):
+        raise ValueError(f"{responses} is the input; name another file for the responses")
+    media = MediaSettings(local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses)
+    lines = find_lines(requests)
+    names = tuple(served_model_name or (model_name(model),))
+
+    def load() -> Engine:
+        engine = Engine(model, revision=revision, dtype=dtype, device=device)
+        engine.processor.media = media
+        return engine
+
+    with Journal(responses) as output, contextlib.closing(Batch(requests, ServerSettings(model_names=names))) as work:
+        _run_job(Job(work, lines, output), "answering", load, at_once)
+
+
+def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:
+    """Where records go: a file that is gone on with, or standard output."""
+    from aria.jobs import Journal, Stream
+
+    return contextlib.nullcontext(Stream(sys.stdout.buffer)) if file is None else Journal(file)
+
+
+def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None, *, passed_over: int = 0) -> None:
+    """Do what is left of a job under a progress bar; exit code 1 if any item failed, now or in an earlier run."""
+    import asyncio
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from aria.engine import AsyncEngine
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    stopped = False
+    if job.todo:
+        engine = load()
+        share_work(engine)
+        most = at_once or engine.core.scheduler.max_rows
+        with (
+            AsyncEngine(engine=engine) as running,
+            Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+        ):
+            task = progress.add_task(title, total=len(job.todo))
+            try:
+                asyncio.run(job.run(running, at_once=most, progress=lambda: progress.advance(task)))
+            except KeyboardInterrupt:
+                stopped = True
+    tally = job.tally
+    counts = {"done": tally.done, "done before": tally.before, "failed": tally.failed, "passed over": passed_over}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
+    err.print(f"{said}; stopped, the same command goes on" if stopped else said)
+    if stopped:
+        raise typer.Exit(130)
+    if tally.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,59 @@
+"""``aria inspect`` and ``aria convert``: what a model's files are, and their rewriting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aria.cli.options import Revision, app, err, out
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Folder, weights file or Hub repository; default: nano.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Say what a model is: layout, parameters by part, memory, and what fits on this machine."""
+    from aria.inspection import report
+
+    report(model, revision=revision, console=out)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, weights file or Hub repository, any layout.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; weights that it holds are replaced.")],
+    revision: Revision = None,
+) -> None:
+    """Rewrite a model of any layout in today's Hub layout, weights a tensor at a time, and what the processor reads."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from aria.checkpoint import convert as convert_checkpoint
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("converting", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        done = convert_checkpoint(source, target, revision=revision, progress=show)
+    out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
+    out.print(f"beside them: {', '.join(done.companions) or 'nothing'}")
+    needed = ("tokenizer.model", "preprocessor_config.json")
+    if missing := [name for name in needed if not (target / name).is_file()]:
+        out.print(f"the processor still needs {' and '.join(missing)}; copy them there")
+        return
+    from aria.processor import AriaProcessor
+
+    # The files of the original repositories lack what transformers' processor asks for.
+    AriaProcessor.from_pretrained(target).save_pretrained(target)
+    out.print("the processor's files are complete, also for transformers")

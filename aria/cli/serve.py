@@ -1,0 +1,124 @@
+"""``aria serve``: the server and its chat page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from aria.cli.options import (
+    AllowLocal,
+    AllowPrivate,
+    Device,
+    Dtype,
+    Revision,
+    ServedNames,
+    app,
+    err,
+    out,
+    share_work,
+)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub repository; default: packaged nano.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="ARIA_API_KEY", help="Asked of every client; repeatable. In the environment: with spaces."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
+    served_model_name: ServedNames = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request, media in it included.")] = 256 << 20,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; more are told to come again.")] = 256,
+    max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
+    default_temperature: Annotated[float, typer.Option(help="Where a request says nothing.")] = 1.0,
+    drain_seconds: Annotated[float, typer.Option(help="For running requests, once told to end.")] = 30.0,
+    allow_local: AllowLocal = None,
+    allow_private_addresses: AllowPrivate = False,
+    max_image_bytes: Annotated[int, typer.Option(help="Of a picture.")] = 64 << 20,
+    max_video_bytes: Annotated[int, typer.Option(help="Of a clip.")] = 1 << 30,
+    max_document_bytes: Annotated[int, typer.Option(help="Of a PDF.")] = 256 << 20,
+    max_clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 4 * 3600.0,
+    max_frames: Annotated[int, typer.Option(help="Frames taken of a clip.")] = 256,
+    max_pages: Annotated[int, typer.Option(help="Pages taken of a document.")] = 64,
+    max_prompt_pixels: Annotated[int, typer.Option(help="Of all that one request shows.")] = 400_000_000,
+    fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
+    media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
+    clip_decoder: Annotated[str, typer.Option(help="cpu, cuda:N, or auto: the model's GPU where it can.")] = "auto",
+    warm_up: Annotated[
+        bool,
+        typer.Option("--warm-up/--no-warm-up", help="First do what first requests would wait for: minutes on a GPU."),
+    ] = True,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most answers that grow together.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache holds; default: what fits.")] = None,
+    memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
+    revision: Revision = None,
+) -> None:
+    """Answer OpenAI's clients, and people at a chat page in their browser."""
+    try:
+        from aria.serve.app import create_app
+        from aria.serve.run import run
+    except ImportError as error:
+        raise ValueError(f"{error}; the server needs more packages: pip install 'aria-moe[serve]'") from error
+    from aria.engine import AsyncEngine, Engine
+    from aria.hub import model_name
+    from aria.processor.media import MediaSettings
+    from aria.serve.limits import open_to_strangers
+    from aria.serve.settings import ServerSettings
+
+    keys = list(api_key or ())
+    if api_key_file is not None:
+        keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = ServerSettings(
+        model_names=tuple(served_model_name or [model_name(model)]),
+        api_keys=tuple(keys),
+        cors_origins=tuple(cors_origin or ()),
+        max_body=max_body,
+        max_queue=max_queue,
+        max_concurrency_per_key=max_concurrency_per_key,
+        temperature=default_temperature,
+        drain_seconds=drain_seconds,
+        media_threads=media_threads,
+        media=MediaSettings(
+            local_folders=tuple(allow_local or ()),
+            private_addresses=allow_private_addresses,
+            image_bytes=max_image_bytes,
+            video_bytes=max_video_bytes,
+            document_bytes=max_document_bytes,
+            clip_seconds=max_clip_seconds,
+            max_frames=max_frames,
+            max_pages=max_pages,
+            prompt_pixels=max_prompt_pixels,
+            total_timeout=fetch_seconds,
+            clip_decoder=clip_decoder,
+        ),
+    )
+    if open_to_strangers(host, keys):
+        err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
+    engine = Engine(
+        model, revision=revision, dtype=dtype, device=device, memory_utilization=memory_utilization,
+        max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens,
+    )  # fmt: skip
+    share_work(engine)
+    if warm_up:
+        engine.warm_up()
+
+    def ready(address: str) -> None:
+        out.print(f"chat at {address}, API at {address}/v1", highlight=False, soft_wrap=True)
+
+    with AsyncEngine(engine=engine) as answering:
+        run(create_app(answering, settings), host=host, port=port, log_level=log_level, ready=ready)
