@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	@echo 'Your own picture: $(BIN)/aria chat --image FILE "What is in this picture?"'
 
 test: $(VENV)/.developed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 # Trains the packaged model again, from collecting its material to the card's table: a GPU for 20 minutes, on Debian 12
 # with npm (recipes/nano/README.md tells the steps).
