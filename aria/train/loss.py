@@ -31,26 +31,34 @@ def linear_cross_entropy(
     *,
     bias_V: Tensor | None = None,
     weights_T: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     chunk_elements: int = 2**25,
 ) -> CrossEntropy:
     """Cross-entropy of a linear head, without ever holding the scores of all tokens.
 
-    Scores are made chunk by chunk, and their gradient with them, so memory is one chunk's whatever T x V is.
+    Scores are made chunk by chunk, and their gradient with them, so memory is one chunk's whatever T x V is. Gradients
+    are made only for what requires them.
 
     Args:
         hidden_TD: inputs of the head, any float dtype; products run in it, the softmax in float32.
         weight_VD, bias_V: the head.
         labels_T: int64; ``IGNORE_INDEX`` leaves a token out.
-        weights_T: float32 weight of each label, one where None. The loss is the weighted mean; zero without any label.
+        weights_T: float32 weight of each label, one where None.
+        denominator: what the weighted sum of losses is divided by; None means the sum of the weights, so that the loss
+            is their mean (and zero without any label). Parts of one batch add up to it if all are given its number.
+        low_rank: ``(T, R)`` and ``(V, R)``, whose product is added to the scores: an adapter of the head.
         chunk_elements: scores held at a time.
     """
     if labels_T.shape != hidden_TD.shape[:1]:
         raise ValueError(f"labels {tuple(labels_T.shape)} do not fit hidden states {tuple(hidden_TD.shape)}")
     weights_T = (labels_T != IGNORE_INDEX).float() if weights_T is None else weights_T.masked_fill(labels_T < 0, 0.0)
     # A sum below one is only ever zero in practice; the clamp keeps an empty batch at loss zero.
-    weights_T = weights_T / weights_T.sum().clamp(min=1e-6)
+    weights_T = weights_T / (weights_T.sum().clamp(min=1e-6) if denominator is None else denominator)
+    low_TR, low_VR = low_rank or (None, None)
+    chunk = max(1, chunk_elements // weight_VD.shape[0])
     loss, accuracy = _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, bias_V, labels_T.clamp(min=0), weights_T, max(1, chunk_elements // weight_VD.shape[0])
+        hidden_TD, weight_VD, bias_V, low_TR, low_VR, labels_T.clamp(min=0), weights_T, chunk
     )
     return CrossEntropy(loss, accuracy)
 
@@ -64,50 +72,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        low_TR: Tensor | None,
+        low_VR: Tensor | None,
         labels_T: Tensor,
         weights_T: Tensor,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
         accuracy = torch.zeros_like(loss)
-        needed = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden_TD) if needed else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needed and bias_V is not None else None
+        inputs: Any = (hidden_TD, weight_VD, bias_V, low_TR, low_VR)
+        needed = [x is not None and need for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)]
+        # Rows are each written once, in their own dtype; what all rows add to is summed in float32.
+        grad_hidden, grad_low = (torch.empty_like(inputs[i]) if needed[i] else None for i in (0, 3))
+        grad_weight, grad_bias, grad_low_weight = (
+            torch.zeros_like(inputs[i], dtype=torch.float32) if needed[i] else None for i in (1, 2, 4)
+        )
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden, labels, weights = hidden_TD[rows], labels_T[rows, None], weights_T[rows, None]
             # Bound by bytes: as few passes over the scores as there can be, each in the narrowest dtype that will do.
             scores = torch.nn.functional.linear(hidden, weight_VD, bias_V)
+            if low_TR is not None and low_VR is not None:
+                scores.addmm_(low_TR[rows], low_VR.t())
             accuracy += ((scores.argmax(-1, keepdim=True) == labels) * weights).sum()
             log_shares = torch.log_softmax(scores, -1, dtype=torch.float32)
             loss -= (log_shares.gather(1, labels) * weights).sum()
-            if grad_hidden is None or grad_weight is None:
+            if not any(needed):
                 continue
             excess = log_shares.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
             grad = torch.mul(excess, weights, out=scores)
+            if grad_hidden is not None:
+                torch.mm(grad, weight_VD, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
-            torch.mm(grad, weight_VD, out=grad_hidden[rows])
-            grad_weight += grad.t() @ hidden
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+            if grad_low is not None and low_VR is not None:
+                torch.mm(grad, low_VR, out=grad_low[rows])
+            if grad_low_weight is not None and low_TR is not None:
+                grad_low_weight += grad.t() @ low_TR[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_low, grad_low_weight)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scale = outer[0]
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            (grad_weight * scale).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
-            None,
-            None,
-            None,
-        )
+        grads = [
+            None if grad is None else (grad * scale.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None)
 
 
 def next_token_labels(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -137,20 +153,26 @@ def router_losses(
     *,
     z_coefficient: float = Z_COEFFICIENT,
     balance_coefficient: float = BALANCE_COEFFICIENT,
+    balance_group: int = 1,
     counted_T: Tensor | None = None,
 ) -> RouterLosses:
     """z-loss and load-balance loss of one layer's router, as in the authors' code.
 
-    z = c_z mean(logsumexp(logits)^2); balance = c_a E / (T k) sum_e(mean probability of e x assignments to e), where
-    probability is the softmax over all experts. Perfect balance gives exactly c_a. Both in float32.
+    z = c_z mean(logsumexp(logits)^2); balance = c_a G / (T k) sum_g(mean probability of g x assignments to g), where g
+    is one of G groups of experts that follow each other and probability is the softmax over all experts. A group is one
+    expert in the authors' code and eight in the paper's pre-training (section 2.2). Perfect balance gives exactly c_a.
+    Both in float32.
 
     Args:
         logits_TE: raw scores of the router.
         top_k: experts per token.
+        balance_group: experts of a group; it divides E.
         counted_T: bool, False on tokens that only pad the stream.
     """
     logits_TE = logits_TE.float()
     T, E = logits_TE.shape
+    if E % balance_group:
+        raise ValueError(f"{E} experts do not divide into groups of {balance_group}; set balance_group to a divisor")
     counted_T = logits_TE.new_ones(T) if counted_T is None else counted_T.float()
     tokens = counted_T.sum().clamp(min=1.0)
     z = z_coefficient * (logits_TE.logsumexp(-1).square() * counted_T).sum() / tokens
@@ -160,4 +182,6 @@ def router_losses(
         0, chosen_TA.flatten(), counted_T.repeat_interleave(top_k, output_size=T * top_k)
     )
     load = (assigned_E / (tokens * top_k)).detach()
-    return RouterLosses(z, balance_coefficient * E * (probability_E * load).sum(), load)
+    probability_G, load_G = (x.unflatten(0, (-1, balance_group)).sum(1) for x in (probability_E, load))
+    balance = balance_coefficient * (E // balance_group) * (probability_G * load_G).sum()
+    return RouterLosses(z, balance, load)

@@ -1,0 +1,83 @@
+"""How far a training is, and the learning rate there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+class Budget(Protocol):
+    """How far training is."""
+
+    def progress(self, step: int) -> float:
+        """Share of the whole training that is done before ``step``, 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """So many steps, however long they take."""
+
+    steps: int
+
+    def progress(self, step: int) -> float:
+        return min(1.0, step / self.steps)
+
+
+class EpochBudget:
+    """So many passes over the data; ``done`` tells how many there were, with the part of the one under way."""
+
+    def __init__(self, epochs: float, done: Callable[[], float]):
+        self._epochs, self._done = epochs, done
+
+    def progress(self, step: int) -> float:
+        return min(1.0, self._done() / self._epochs)
+
+
+class TimeBudget:
+    """From progress ``start`` to ``until`` in so many seconds, whatever the speed: the schedule always finishes."""
+
+    def __init__(
+        self, seconds: float, *, start: float = 0.0, until: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ):
+        if seconds <= 0 or not 0.0 <= start < until <= 1.0:
+            raise ValueError(f"cannot go from progress {start} to {until} in {seconds} seconds")
+        self._seconds, self._start, self._until, self._clock = seconds, start, until, clock
+        self._began = clock()
+
+    def progress(self, step: int) -> float:
+        share = min(1.0, (self._clock() - self._began) / self._seconds)
+        return self._start + (self._until - self._start) * share
+
+
+def rate_share(
+    step: int,
+    progress: float,
+    *,
+    kind: Literal["cosine", "linear", "constant"] = "cosine",
+    warmup: float = 0.0,
+    warmup_steps: int | None = None,
+    final: float = 0.0,
+) -> float:
+    """Share of the peak learning rate: a linear warm-up, then the schedule down to ``final`` at progress 1.
+
+    Args:
+        step: optimizer steps that were made.
+        progress: share of the training that is done, 0 to 1.
+        kind: the curve; cosine and linear run over the whole training, of which the warm-up hides the beginning.
+        warmup: share of the training that the rate rises over.
+        warmup_steps: the same in steps, instead.
+        final: share of the peak rate at the end.
+    """
+    if warmup_steps is not None:
+        # The first step has a rate too.
+        warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    else:
+        warm = min(1.0, progress / warmup) if warmup > 0 else 1.0
+    if kind == "constant":
+        return warm
+    left = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))) if kind == "cosine" else 1.0 - min(1.0, progress)
+    return warm * (final + (1.0 - final) * left)
