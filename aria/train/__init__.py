@@ -1,5 +1,6 @@
 """Training: losses, fixed-shape packing and one loop."""
 
+from aria.train.legacy import Trainer, TrainerConfig, cosine_rate
 from aria.train.loss import (
     IGNORE_INDEX,
     CrossEntropy,
@@ -10,7 +11,7 @@ from aria.train.loss import (
 )
 from aria.train.packing import BoundedSegments, FixedPatches, TrainingContext, bounded_segments, fixed_patches
 from aria.train.prefetch import prefetch
-from aria.train.trainer import Budget, StepBudget, TimeBudget, Trainer, TrainerConfig, cosine_rate
+from aria.train.schedule import Budget, StepBudget, TimeBudget
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,325 +1,401 @@
-"""One training loop: float32 master weights, AdamW, a budget in steps or seconds, exact checkpoints, JSONL curves."""
+"""The training loop: one for adapters and full weights, one process and many, and for any objective.
+
+It knows no files and no formats; :mod:`aria.train.run` puts model, data, optimizer and checkpoints into it.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-LossFunction = Callable[[Any, float], tuple[Tensor, Mapping[str, Tensor]]]
-"""``(batch, progress 0..1) -> (loss to descend, scalars to log)``."""
+from aria.train.objective import Losses, Step
+from aria.train.progress import Metrics, Reporter
+from aria.train.schedule import Budget, rate_share
+
+Objective = Callable[[Any, Step], Losses]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """How to descend; what to descend is the loss function's."""
+class Stream(Protocol):
+    """Batches of one rank. Its state is that of the last batch it gave."""
 
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.02
-    """Share of the learning rate that is left at the end of the cosine."""
-    warmup_steps: int = 200
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 1.0
-    average: float | None = None
-    """Decay of an exponential moving average of the weights; None keeps none."""
-    dtype: torch.dtype = torch.float32
-    """What the model computes in. Below float32 the optimizer keeps float32 masters of the weights."""
-    log_every: int = 50
-    save_seconds: float | None = None
-    """Save a checkpoint this often; one is saved at every end in any case."""
-    max_skipped: int = 0
-    """Updates with a gradient that is not finite that one log interval forgives; they change no weight."""
+    def __iter__(self) -> Iterator[Any]: ...
 
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_norm", "log_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} should be above 0, but is {getattr(self, name)}")
-        if self.average is not None and not 0.0 < self.average < 1.0:
-            raise ValueError(f"average should lie between 0 and 1, but is {self.average}")
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Budget(Protocol):
-    """How far training is."""
+class Ranks(Protocol):
+    """What the loop asks of the processes that train together."""
 
-    def progress(self, step: int) -> float:
-        """Share of the whole training that is done before ``step``, 0 to 1."""
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks that have data of their own."""
+        ...
+
+    def max(self, value: int) -> int:
+        """Over all ranks."""
         ...
 
 
-@dataclass(frozen=True)
-class StepBudget:
-    """So many steps, however long they take."""
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the loop reads of a recipe."""
 
-    steps: int
+    accumulate: int = 1
+    log_every: int = 10
+    evaluate_every: int | None = None
+    max_skipped: int = 0
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of :func:`aria.train.schedule.rate_share`."""
+    stop_after: float | None = None
+    """Seconds after which this run saves and stops, wherever the training is."""
+    rate: float | None = None
+    """FLOP/s of matrix products that MFU is a share of; None tells no MFU."""
 
-    def progress(self, step: int) -> float:
-        return min(1.0, step / self.steps)
+
+@dataclass
+class Position:
+    """Where a training is; saved with it."""
+
+    step: int = 0
+    progress: float = 0.0
+    seconds: float = 0.0
+    """Spent on steps, by all runs of this training together."""
+    tokens: int = 0
+    """Seen by all ranks, filler included."""
 
 
-class TimeBudget:
-    """From progress ``start`` to ``until`` in so many seconds, whatever the speed: the schedule always finishes."""
+class Descent:
+    """From gradients to new weights: clipped, never with a number that is not finite, and averaged if asked to.
+
+    Args:
+        parameters: what trains, by name.
+        optimizer: over these parameters; the learning rates of its groups are their peak.
+        clip: ``clip(parameters, most)`` scales gradients in place to a norm of at most ``most``; gives the norm before.
+        clip_norm: the most.
+        average: decay of the moving average of the weights; None keeps none.
+        sources: what is averaged in place of the parameters, by name: float32 masters of weights that are narrower.
+    """
 
     def __init__(
-        self, seconds: float, *, start: float = 0.0, until: float = 1.0, clock: Callable[[], float] = time.monotonic
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: Callable[[Iterable[nn.Parameter], float], Tensor],
+        clip_norm: float,
+        average: float | None = None,
+        sources: Mapping[str, Tensor] | None = None,
     ):
-        if seconds <= 0 or not 0.0 <= start < until <= 1.0:
-            raise ValueError(f"cannot go from progress {start} to {until} in {seconds} seconds")
-        self._seconds, self._start, self._until, self._clock = seconds, start, until, clock
-        self._began = clock()
+        if not parameters:
+            raise ValueError("nothing trains: all parameters are frozen; see [targets]")
+        self.parameters, self.optimizer = dict(parameters), optimizer
+        self._clip, self._clip_norm, self._decay = clip, clip_norm, average
+        self._sources = {name: (sources or {}).get(name, p).detach() for name, p in self.parameters.items()}
+        self.average = {n: s.float().clone() for n, s in self._sources.items()} if average is not None else {}
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
 
-    def progress(self, step: int) -> float:
-        share = min(1.0, (self._clock() - self._began) / self._seconds)
-        return self._start + (self._until - self._start) * share
+    def step(self, number: int, share: float) -> dict[str, Tensor]:
+        """Make optimizer step ``number`` at this share of the peak rates; gradients are cleared. Gives metrics."""
+        with_gradient = [p for p in self.parameters.values() if p.grad is not None]
+        if not with_gradient:
+            raise ValueError("the loss reaches nothing that trains; check [targets] and what the data teach")
+        norm = self._clip(with_gradient, self._clip_norm)
+        skipped = (~norm.isfinite()).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * share
+        if self.optimizer.defaults.get("fused"):
+            # The fused kernel leaves weights and moments alone where `found_inf` is one: no wait for the host.
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skipped.item():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._decay is not None:
+            decay = min(self._decay, (1 + number) / (10 + number))
+            sources = [source.float() for source in self._sources.values()]
+            torch._foreach_lerp_(list(self.average.values()), sources, 1.0 - decay)
+        return {"gradient norm": norm, "skipped": skipped}
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their averages, if there are any."""
+        if not self.average:
+            yield
+            return
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self._copy(self.average)
+            yield
+        finally:
+            self._copy(kept)
 
-def cosine_rate(step: int, progress: float, config: TrainerConfig) -> float:
-    """Learning rate: linear warm-up over steps, then a cosine over progress down to ``final_learning_rate``."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    floor = config.final_learning_rate
-    cosine = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * warm * cosine
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices; norms, biases and tables of positions, queries and tokens go without."""
-    tables = ("position_embedding.weight", "embed_tokens.weight", "query")
-    return parameter.ndim > 1 and not name.endswith(tables)
+    @torch.no_grad()
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
 
 class Trainer:
-    """Trains the parameters of ``model`` that require gradients.
+    """Descends an objective over the batches of a stream until the budget is spent.
 
-    Weights whose ``dtype`` is below float32 get float32 masters; gradients are copied to them, the optimizer steps
-    there, and the rounded result is copied back. Metrics stay on the device between log lines.
+    Args:
+        objective: gives the losses of a batch.
+        stream: this rank's batches.
+        descent: what is descended, and how.
+        budget: how far a training is.
+        settings: of the loop.
+        ranks: the processes that train together.
+        position: where the training is; a resumed one goes on there.
+        save: called to save everything, with whether to wait until it is on disk; it is asked once more at every end.
+        due: whether it is time to save, asked after each step.
+        evaluate: called at its interval, gives what to log.
+        reporter: of the rank that tells; None elsewhere.
+        flops: FLOPs of a batch as MFU counts them.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, config: TrainerConfig, out: str | Path):
-        self.model, self.loss, self.config, self.out = model, loss, config, Path(out)
-        self.step, self.progress, self.seconds = 0, 0.0, 0.0
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.weights:
-            raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
-        self.masters = {name: p.detach().float().clone() for name, p in self.weights.items()}
-        model.to(config.dtype)
-        if config.dtype == torch.float32:
-            self.masters = {name: p.detach() for name, p in self.weights.items()}
-        self.average = {name: m.clone() for name, m in self.masters.items()} if config.average is not None else {}
-        decayed = [m for name, m in self.masters.items() if decays(name, m)]
-        others = [m for name, m in self.masters.items() if not decays(name, m)]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
-        )
-        self._metrics = _Metrics()
-
-    def run(
+    def __init__(
         self,
-        data: Callable[[int], Iterable[Any]],
+        objective: Objective,
+        stream: Stream,
+        descent: Descent,
         budget: Budget,
+        settings: LoopSettings,
+        ranks: Ranks,
         *,
-        until: float = 1.0,
-        on_step: Callable[[int, float], None] | None = None,
-    ) -> str:
-        """Train until the budget's progress reaches ``until``, the data end, or SIGTERM asks to stop; then save.
+        position: Position | None = None,
+        data_ranks: int = 1,
+        save: Callable[[bool], None] = lambda wait: None,
+        due: Callable[[int], bool] = lambda step: False,
+        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        reporter: Reporter | None = None,
+        flops: Callable[[Any], float] | None = None,
+    ):
+        self.objective, self.stream, self.descent, self.budget = objective, stream, descent, budget
+        self.settings, self.ranks, self.position = settings, ranks, position or Position()
+        self._data_ranks, self._save, self._due, self._evaluate = data_ranks, save, due, evaluate
+        self._reporter, self._flops = reporter, flops
+        self._metrics = Metrics()
+        self._clock = _Clock(self.position.seconds)
+        self._interval = _Interval()
 
-        Args:
-            data: ``data(step)`` gives the batches from that step on, so that a resumed run goes on where it was.
-            budget: how far training is.
-            on_step: called before each step with its number and progress.
+    def run(self) -> str:
+        """Train until the budget is spent, the data end, SIGTERM or ``stop_after`` asks to stop; then save.
 
         Returns:
-            ``"done"``, ``"data ended"`` or ``"terminated"``.
+            ``"done"``, ``"data ended"``, ``"terminated"`` or ``"time is up"``.
 
         Raises:
-            FloatingPointError: more updates than ``max_skipped`` were not finite; the weights before them are saved.
+            FloatingPointError: more steps than are forgiven had a gradient that is not finite. They changed nothing:
+                the weights from before them are saved.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        began = saved = time.monotonic()
-        seconds_before = self.seconds
-        batches: Iterator[Any] = iter(data(self.step))
-        with _Termination() as termination:
+        if self._reporter is not None:
+            self._reporter.start(self.position.progress)
+        batches = iter(self.stream)
+        with Termination() as termination:
             while True:
-                self.seconds = seconds_before + time.monotonic() - began
-                self.progress = budget.progress(self.step)
-                reason = "terminated" if termination.asked else "done" if self.progress >= until else None
-                batch = next(batches, None) if reason is None else None
-                reason = reason or ("data ended" if batch is None else None)
+                reason = self._agreed_end(termination)
+                micro = [] if reason else self._next(batches)
+                reason = reason or ("" if micro else "data ended")
                 if reason:
                     self._log()
-                    self.save()
+                    if reason in ("done", "data ended"):
+                        self._evaluated(ended=True)
+                    self._save(True)
                     return reason
-                if on_step is not None:
-                    on_step(self.step, self.progress)
-                self.update(batch)
-                if self.step % self.config.log_every == 0:
+                self._step(micro)
+                step = self.position.step
+                if step % self.settings.log_every == 0:
                     self._log()
-                if self.config.save_seconds and time.monotonic() - saved > self.config.save_seconds:
-                    self.save()
-                    saved = time.monotonic()
+                self._evaluated()
+                if self.ranks.max(int(self._due(step))):
+                    self._refuse_skipped()
+                    self._save(False)
 
-    def update(self, batch: Any) -> None:
-        """One step on one batch."""
-        loss, metrics = self.loss(batch, self.progress)
-        loss.backward()
-        self.descend({"loss": loss, **metrics})
+    def _agreed_end(self, termination: Termination) -> str:
+        """Why to stop before the next step, or nothing; every rank comes to the same."""
+        position = self.position
+        position.seconds = self._clock.seconds
+        # Clocks differ between ranks, and a signal may reach only some of them.
+        progress = self.ranks.max(round(self.budget.progress(position.step) * 10**9)) / 10**9
+        position.progress = max(position.progress, progress)
+        late = self.settings.stop_after is not None and self._clock.this_run >= self.settings.stop_after
+        asked = self.ranks.max(2 * int(termination.asked) + int(late))
+        if position.progress >= 1.0:
+            return "done"
+        return "terminated" if asked >= 2 else "time is up" if asked else ""
 
-    def descend(self, metrics: Mapping[str, Tensor]) -> None:
-        """Clip, step, average and clear the gradients that a backward pass left."""
-        config = self.config
-        names = [name for name, weight in self.weights.items() if weight.grad is not None]
-        if not names:
-            raise ValueError("the loss reaches no trained parameter; check what is frozen and what the batch teaches")
-        self._fill_master_gradients(names)
-        gradients = [gradient for name in names if (gradient := self.masters[name].grad) is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        # The fused kernel leaves weights and moments alone where `found_inf` is one: no wait for the host, and no NaN
-        # ever reaches a weight.
-        skipped = (~norm.isfinite()).float()
-        torch._foreach_mul_(gradients, (config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        rate = cosine_rate(self.step, self.progress, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
-        if self.config.dtype != torch.float32:
-            with torch.no_grad():
-                torch._foreach_copy_([self.weights[n] for n in names], [self.masters[n] for n in names])
-        self.clear_gradients()
-        if config.average is not None:
-            decay = min(config.average, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(self.average.values()), list(self.masters.values()), 1.0 - decay)
-        self.step += 1
-        self._metrics.add({**metrics, "gradient norm": norm, "skipped": skipped})
+    def _next(self, batches: Iterator[Any]) -> list[Any]:
+        """The micro-batches of a step: as many on every rank, on the device."""
+        micro = list(islice(batches, self.settings.accumulate))
+        missing = self.ranks.max(self.settings.accumulate - len(micro))
+        device = self.ranks.device
+        kept = micro[: self.settings.accumulate - missing]
+        return [batch.to(device) if hasattr(batch, "to") else batch for batch in kept]
 
-    def _fill_master_gradients(self, names: list[str]) -> None:
-        gradients = [gradient for name in names if (gradient := self.weights[name].grad) is not None]
-        masters = [self.masters[name] for name in names]
-        if self.config.dtype != torch.float32:
-            # All in one call: hundreds of small parameters would cost a kernel each.
-            wide = [torch.empty_like(master) for master in masters]
-            torch._foreach_copy_(wide, gradients)
-            gradients = wide
-        for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = gradient
-
-    def clear_gradients(self) -> None:
-        for name, weight in self.weights.items():
-            weight.grad = self.masters[name].grad = None
+    def _step(self, micro: list[Any]) -> None:
+        position = self.position
+        labels: Any = float(sum(getattr(batch, "labels", 0) for batch in micro))
+        if self._data_ranks > 1:
+            labels = self.ranks.sum(torch.tensor(labels, device=self.ranks.device))
+        step = Step(labels, len(micro) * self._data_ranks, position.progress)
+        for number, batch in enumerate(micro):
+            losses = self.objective(batch, step)
+            losses.total.backward()
+            # Parts add up to the step, which counts once.
+            last = int(number == len(micro) - 1)
+            self._metrics.add(losses.metrics, count=last)
+            if losses.loads is not None:
+                self._metrics.add_loads(losses.loads, count=last)
+            self._interval.add(batch, self._flops(batch) if self._flops is not None else 0.0)
+        share = rate_share(position.step, position.progress, **self.settings.schedule)
+        made = self.descent.step(position.step, share)
+        # The same on every rank, where the others are parts of a sum.
+        self._metrics.add({name: value / self._data_ranks for name, value in made.items()})
+        position.step += 1
+        position.tokens += self._interval.last_tokens * len(micro) * self._data_ranks
+        if not self._clock.running:
+            # The first step may have compiled what all others use; neither budget nor speed should count that.
+            self._clock.start()
+            self._interval.restart(self.ranks.device)
 
     def _log(self) -> None:
-        """Write one line and stop if too many updates were skipped."""
-        metrics, steps = self._metrics.drain()
+        """Write a line, and stop if too many steps were skipped."""
+        steps = self._metrics.steps
         if not steps:
             return
+        metrics = self._metrics.drain(self.ranks.sum if self._data_ranks > 1 else lambda x: x)
         skipped = round(metrics.pop("skipped") * steps)
-        line = {
-            "step": self.step,
-            "progress": round(self.progress, 5),
-            "seconds": round(self.seconds, 2),
-            "learning rate": self.optimizer.param_groups[0]["lr"],
-            **{name: round(value, 6) if math.isfinite(value) else None for name, value in metrics.items()},
-            "skipped": skipped,
-        }
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if skipped > self.config.max_skipped:
-            self.save()
+        position = self.position
+        if self._reporter is not None:
+            self._reporter.advance(position.progress)
+            speed = self._interval.report(self.ranks.device, self._data_ranks, self.settings.rate)
+            rates = [group["lr"] for group in self.descent.optimizer.param_groups]
+            self._reporter.write(
+                {
+                    "step": position.step,
+                    "progress": position.progress,
+                    "seconds": self._clock.seconds,
+                    "tokens": position.tokens,
+                    "learning rate": max(rates),
+                    **metrics,
+                    "skipped": skipped,
+                    **speed,
+                }
+            )
+        self._interval.restart(self.ranks.device)
+        if skipped > self.settings.max_skipped:
+            self._save(True)
             raise FloatingPointError(
-                f"{skipped} of the last {steps} updates before step {self.step} had a gradient that is not finite; "
-                f"the weights from before them are in {self.out / 'last.pt'}; try a lower learning rate"
+                f"{skipped} of the last {steps} steps before step {position.step} had a gradient that is not finite; "
+                "none of them changed a weight, and the weights are saved. Try a lower optimizer.learning_rate, or "
+                "schedule.max_skipped for data that do this now and then"
             )
 
-    def save(self, file: str | Path | None = None) -> Path:
-        """Write everything that a resumed run needs, to ``last.pt`` where no file is named; the old one goes last."""
-        path = Path(file) if file is not None else self.out / "last.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "weights": self.masters,
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "progress": self.progress,
-            "seconds": self.seconds,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(path)
-        return path
+    def _refuse_skipped(self) -> None:
+        """What is saved in mid-interval must not hide a step that was skipped."""
+        if self._metrics.steps:
+            self._log()
 
-    def resume(self, file: str | Path) -> None:
-        """Go on from a checkpoint of :meth:`save`.
-
-        Raises:
-            ValueError: it was made for other parameters.
-        """
-        device = next(iter(self.masters.values())).device
-        state = torch.load(file, map_location=device, weights_only=True)
-        saved, own = state["weights"], self.masters
-        wrong = sorted(saved.keys() ^ own.keys()) or [n for n in own if own[n].shape != saved[n].shape]
-        if wrong:
-            raise ValueError(f"{file} is of another model; these parameters differ: {', '.join(wrong[:8])}")
-        if self.average and not state["average"]:
-            raise ValueError(f"{file} holds no averaged weights; resume with average=None")
-        with torch.no_grad():
-            for name, master in own.items():
-                master.copy_(saved[name])
-                self.weights[name].copy_(master)
-                if self.average:
-                    self.average[name].copy_(state["average"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.progress, self.seconds = state["step"], state["progress"], state["seconds"]
-        torch.set_rng_state(state["random"].cpu())
-        if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
+    def _evaluated(self, *, ended: bool = False) -> None:
+        every, position = self.settings.evaluate_every, self.position
+        due = ended or (every is not None and position.step % every == 0)
+        if self._evaluate is None or not due or position.step == self._interval.evaluated:
+            return
+        self._interval.evaluated = position.step
+        with self._clock.paused():
+            found = self._evaluate()
+        if self._reporter is not None and found:
+            self._reporter.write({"step": position.step, **found})
+        self._interval.restart(self.ranks.device)
 
 
-class _Metrics:
-    """Sums of scalars on the device, read by the host once a log line."""
+class _Clock:
+    """Seconds of training: from a run's second step on, evaluations left out, added to those of runs before."""
+
+    def __init__(self, before: float):
+        self._before, self._began, self._left_out = before, None, 0.0
+        self._started = time.monotonic()
+
+    _began: float | None
+
+    @property
+    def running(self) -> bool:
+        return self._began is not None
+
+    def start(self) -> None:
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._began - self._left_out if self._began is not None else 0.0)
+
+    @property
+    def this_run(self) -> float:
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._left_out += time.monotonic() - began
+
+
+class _Interval:
+    """Speed since the last line."""
 
     def __init__(self) -> None:
-        # One vector for each set of names: dozens of scalars would cost a kernel each.
-        self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._steps: dict[tuple[str, ...], int] = {}
+        self.last_tokens = 0
+        self.evaluated = -1
+        self._began: float | None = None
+        self._tokens, self._flops = 0, 0.0
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        names, values = tuple(scalars), torch.stack([value.detach().float() for value in scalars.values()])
-        self._sums[names] = self._sums[names] + values if names in self._sums else values
-        self._steps[names] = self._steps.get(names, 0) + 1
+    def add(self, batch: Any, flops: float) -> None:
+        ids = batch["input_ids"] if isinstance(batch, Mapping) else getattr(batch, "input_ids", ())
+        self.last_tokens = len(ids)
+        self._tokens += self.last_tokens
+        self._flops += flops
 
-    def drain(self) -> tuple[dict[str, float], int]:
-        """Means since the last call, and how many steps they are over."""
-        totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for names, sums in self._sums.items():
-            for name, total in zip(names, sums.tolist(), strict=True):
-                totals[name] = totals.get(name, 0.0) + total
-                counts[name] = counts.get(name, 0) + self._steps[names]
-        steps = sum(self._steps.values())
-        self._sums, self._steps = {}, {}
-        return {name: total / counts[name] for name, total in totals.items()}, steps
+    def restart(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._began, self._tokens, self._flops = time.monotonic(), 0, 0.0
+
+    def report(self, device: torch.device, data_ranks: int, rate: float | None) -> dict[str, float]:
+        """Tokens a second of all ranks, MFU and peak memory in bytes of this one; nothing of a run's first step."""
+        found: dict[str, float] = {}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            found["memory"] = torch.cuda.max_memory_allocated(device)
+        if self._began is not None and self._tokens:
+            seconds = max(1e-9, time.monotonic() - self._began)
+            found["tokens/s"] = self._tokens * data_ranks / seconds
+            if rate is not None and self._flops:
+                found["MFU"] = self._flops / seconds / rate
+        return found
 
 
-class _Termination:
+class Termination:
     """Notes SIGTERM instead of dying of it, so that the loop can save; only the main thread may listen."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: Any = None
 
-    def __enter__(self) -> _Termination:
+    def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self

@@ -1,0 +1,240 @@
+"""What a run tells while it goes: means of metrics, ``log.jsonl``, a progress bar, TensorBoard and wandb.
+
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+LOG_NAME = "log.jsonl"
+
+
+class Metrics:
+    """Sums of scalars on the device, read by the host once a log line."""
+
+    def __init__(self) -> None:
+        # One vector for each set of names: dozens of scalars would cost a kernel each.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._loads: Tensor | None = None
+        self._load_steps = 0
+        self.steps = 0
+        """Since the last drain."""
+
+    def add(self, scalars: Mapping[str, Tensor], *, count: int = 1) -> None:
+        """Add scalars. Parts of one step are added with ``count`` 0, but for the last of them."""
+        names = tuple(scalars)
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        self._sums[names] = self._sums[names] + values if names in self._sums else values
+        self._counts[names] = self._counts.get(names, 0) + count
+        self.steps = max(self._counts.values())
+
+    def add_loads(self, loads_LE: Tensor, *, count: int = 1) -> None:
+        """Add shares of the assignments that each expert took."""
+        self._loads = loads_LE if self._loads is None else self._loads + loads_LE
+        self._load_steps += count
+
+    def drain(self, total: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
+        """Means over the steps since the last call.
+
+        Args:
+            total: sums a tensor over the ranks that have data of their own.
+        """
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for names, values in self._sums.items():
+            for name, value in zip(names, total(values).tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0) + self._counts[names]
+        found: dict[str, Any] = {name: value / max(1, counts[name]) for name, value in sums.items()}
+        if self._loads is not None:
+            found |= load_report(total(self._loads) / max(1, self._load_steps))
+        self._sums, self._counts, self._loads, self._load_steps, self.steps = {}, {}, None, 0, 0
+        return found
+
+
+def load_report(loads_LE: Tensor) -> dict[str, Any]:
+    """How evenly experts are used.
+
+    Args:
+        loads_LE: share of each layer's assignments that each expert took.
+
+    Returns:
+        ``load entropy N`` of each layer, 1 where all experts take alike and 0 where one takes all, and
+        ``dead experts``, those that took nothing, by layer.
+    """
+    loads_LE = loads_LE.float().cpu()
+    entropies = torch.special.entr(loads_LE).sum(1) / math.log(max(2, loads_LE.shape[1]))
+    report: dict[str, Any] = {f"load entropy {number}": value for number, value in enumerate(entropies.tolist())}
+    dead = {str(number): (row == 0).nonzero()[:, 0].tolist() for number, row in enumerate(loads_LE)}
+    report["dead experts"] = {layer: experts for layer, experts in dead.items() if experts}
+    return report
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of matrices on the device, measured now: what MFU is a share of."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Sink(Protocol):
+    """Takes a line of numbers."""
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``log.jsonl``: a line of JSON each. Lines of steps that a resumed run does again are dropped first."""
+
+    def __init__(self, file: Path, step: int):
+        self._file = file
+        if file.is_file():
+            kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            partial = file.with_name(file.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            partial.replace(file)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        with self._file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({name: _rounded(value) for name, value in line.items()}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that a crash cut short belongs to no step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+class TensorBoard:
+    """TensorBoard's files, in ``tensorboard`` in the run's folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            module = importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
+            raise ValueError(f"[log] tensorboard is on, but {error}; pip install tensorboard") from error
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name.replace(" ", "_"), value, int(line["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, which a resumed run goes on with."""
+
+    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]):
+        try:
+            module = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ValueError(f"[log] wandb is {project!r}, but {error}; pip install wandb") from error
+        self._run = module.init(
+            project=project, name=folder.name, id=folder.name, dir=str(folder), config=dict(settings), resume="allow"
+        )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._run.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Reporter:
+    """Everything that is told: lines to all sinks, and a bar where there is a terminal. On one rank only."""
+
+    def __init__(self, sinks: Sequence[Sink], console: Console | None = None):
+        self._sinks = list(sinks)
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def start(self, done: float) -> None:
+        """Show the bar, at this share of the training."""
+        if self.console.is_terminal:
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self._task = self._bar.add_task("", total=1.0)
+            self._bar.update(self._task, completed=done)
+            self._bar.start()
+
+    def advance(self, done: float) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Log a line, which names its ``step``."""
+        for sink in self._sinks:
+            sink.write(line)
+        if self._bar is not None:
+            self._bar.update(self._task, description=summary(line))
+        elif "loss" in line:
+            self.console.print(f"step {line['step']}: {summary(line)}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        for sink in self._sinks:
+            sink.close()
+
+
+def summary(line: Mapping[str, Any]) -> str:
+    """The few numbers of a line that a bar has room for."""
+    parts = []
+    for name, form in (
+        ("loss", "loss {:.4f}"),
+        ("held-out loss", "held-out {:.4f}"),
+        ("tokens/s", "{:,.0f} tokens/s"),
+        ("MFU", "MFU {:.1%}"),
+        ("memory", "{:.2f} GiB"),
+    ):
+        value = line.get(name)
+        if value is not None:
+            parts.append(form.format(value / 2**30 if name == "memory" else value))
+    dead = sum(map(len, line.get("dead experts", {}).values()))
+    return ", ".join([*parts, f"{dead} dead experts"] if dead else parts)
