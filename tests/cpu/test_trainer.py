@@ -1,0 +1,267 @@
+"""The loop on a toy, whose every number can be worked out: steps, ends, what is skipped, what is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from aria.train.objective import Losses
+from aria.train.progress import JsonLines, Metrics, Reporter, TensorBoard, Wandb, load_report, measured_rate
+from aria.train.schedule import EpochBudget, StepBudget, TimeBudget, rate_share
+from aria.train.trainer import Descent, LoopSettings, Position, Trainer
+
+RANKS = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
+
+
+class Numbers:
+    """Batches of four pairs of numbers, for ever or so many; its state is how many it gave."""
+
+    def __init__(self, end: int | None = None, poison: tuple[int, ...] = ()):
+        self.given, self._end, self._poison = 0, end, poison
+
+    def __iter__(self):
+        while self._end is None or self.given < self._end:
+            generator = torch.Generator().manual_seed(self.given)
+            x = torch.randn(4, 3, generator=generator)
+            if self.given in self._poison:
+                x[0, 0] = math.nan
+            self.given += 1
+            yield SimpleNamespace(input_ids=x, y=x @ torch.tensor([1.0, -2.0, 0.5]), labels=4)
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.given = state["given"]
+
+
+def toy(**changes):
+    """A line to fit, and everything around it."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, bias=False)
+
+    def objective(batch, step):
+        loss = (model(batch.input_ids)[:, 0] - batch.y).square().sum() / step.labels
+        return Losses(loss, {"loss": loss.detach()}, torch.tensor([[0.5, 0.5, 0.0]]) / step.micro_batches)
+
+    optimizer = changes.pop("optimizer", None) or torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    parameters = dict(model.named_parameters())
+    average = changes.pop("average", None)
+    descent = Descent(parameters, optimizer, clip=nn.utils.clip_grad_norm_, clip_norm=10.0, average=average)
+    stream = changes.pop("stream", None) or Numbers()
+    budget = changes.pop("budget", None) or StepBudget(12)
+    lines: list[dict] = []
+    sink = SimpleNamespace(write=lambda line: lines.append(dict(line)), close=lambda: None)
+    reporter = Reporter([sink], Console(file=io.StringIO()))
+    outside = {name: changes.pop(name) for name in ("save", "due", "evaluate", "position", "flops") if name in changes}
+    settings = LoopSettings(**{"log_every": 4, **changes})
+    trainer = Trainer(objective, stream, descent, budget, settings, RANKS, reporter=reporter, **outside)
+    return SimpleNamespace(model=model, trainer=trainer, descent=descent, stream=stream, lines=lines)
+
+
+def test_it_descends_and_tells_means_of_its_intervals():
+    run = toy(budget=StepBudget(200), schedule={"kind": "cosine"})
+    assert run.trainer.run() == "done"
+    torch.testing.assert_close(run.model.weight[0], torch.tensor([1.0, -2.0, 0.5]), atol=0.02, rtol=0)
+    assert [line["step"] for line in run.lines] == list(range(4, 201, 4))
+    assert run.lines[-1]["loss"] < run.lines[0]["loss"] / 100
+    assert run.lines[0]["load entropy 0"] == pytest.approx(math.log(2) / math.log(3))
+    assert run.lines[0]["dead experts"] == {"0": [2]}
+    assert run.lines[-1]["tokens"] == 200 * 4 and run.lines[-1]["tokens/s"] > 0
+    assert run.lines[-1]["learning rate"] < run.lines[0]["learning rate"] == pytest.approx(0.1, rel=0.01)
+
+
+def test_accumulated_parts_make_the_step_of_the_whole():
+    weights = []
+    for accumulate in (1, 2):
+        run = toy(budget=StepBudget(6 // accumulate), accumulate=accumulate)
+        if accumulate == 1:
+            pairs = list(zip(*[iter(Numbers(6))] * 2, strict=True))
+            joined = [
+                SimpleNamespace(input_ids=torch.cat([a.input_ids, b.input_ids]), y=torch.cat([a.y, b.y]), labels=8)
+                for a, b in pairs
+            ]
+            run.trainer.stream = joined
+            run.trainer.budget = StepBudget(3)
+        run.trainer.run()
+        weights.append(run.model.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(fused):
+    saved = []
+    run = toy(stream=Numbers(poison=(5,)), save=lambda wait: saved.append(run.model.weight.detach().clone()))
+    if not fused:
+        run.descent.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+        run.descent.optimizer.param_groups[0]["initial_lr"] = 0.1
+    with pytest.raises(FloatingPointError, match="1 of the last 4 steps before step 8"):
+        run.trainer.run()
+    assert run.lines[-1]["skipped"] == 1 and len(saved) == 1 and saved[0].isfinite().all()
+    forgiving = toy(stream=Numbers(poison=(5,)), max_skipped=1)
+    assert forgiving.trainer.run() == "done" and forgiving.model.weight.isfinite().all()
+
+
+def test_a_skipped_step_leaves_weights_and_moments_to_the_bit():
+    states = []
+
+    def look(step: int) -> bool:
+        moments = run.descent.optimizer.state[run.model.weight]
+        states.append([run.model.weight.detach().clone(), *(value.clone() for value in moments.values())])
+        return False
+
+    run = toy(stream=Numbers(poison=(2,)), max_skipped=1, budget=StepBudget(4), due=look)
+    run.trainer.run()
+    _, second, third, fourth = states
+    assert all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    assert not torch.equal(third[0], fourth[0])
+
+
+def test_sigterm_saves_and_ends_quietly():
+    saves = []
+    run = toy(budget=StepBudget(1000), save=saves.append)
+    inner = run.trainer.objective
+
+    def interrupted(batch, step):
+        if run.trainer.position.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(batch, step)
+
+    run.trainer.objective = interrupted
+    assert run.trainer.run() == "terminated"
+    assert run.trainer.position.step == 7 and saves == [True]
+    assert run.lines[-1]["step"] == 7
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_it_stops_after_a_time_and_when_the_data_end():
+    assert toy(stop_after=0.0).trainer.run() == "time is up"
+    run = toy(stream=Numbers(5), accumulate=2)
+    assert run.trainer.run() == "data ended"
+    # The last step has one part less, as many labels less, and is a step all the same.
+    assert run.trainer.position.step == 3
+
+
+def test_it_saves_when_it_is_time_and_once_more_at_the_end():
+    saves = []
+    toy(budget=StepBudget(7), due=lambda step: step % 3 == 0, save=saves.append).trainer.run()
+    assert saves == [False, False, True]
+
+
+def test_held_out_data_are_asked_at_intervals_and_at_the_end():
+    run = toy(budget=StepBudget(10), evaluate_every=4, evaluate=lambda: {"held-out loss": 1.5})
+    run.trainer.run()
+    assert [line["step"] for line in run.lines if "held-out loss" in line] == [4, 8, 10]
+
+
+def test_the_average_follows_the_weights_and_is_lent():
+    run = toy(average=0.5, budget=StepBudget(40))
+    run.trainer.run()
+    weight, average = run.model.weight.detach().clone(), run.descent.average["weight"]
+    assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.2)
+    with run.descent.averaged():
+        assert torch.equal(run.model.weight, average)
+    assert torch.equal(run.model.weight, weight)
+
+
+def test_a_frozen_model_is_refused():
+    with pytest.raises(ValueError, match="nothing trains"):
+        Descent({}, torch.optim.SGD([torch.zeros(1)]), clip=nn.utils.clip_grad_norm_, clip_norm=1.0)
+
+
+# Schedules and budgets
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "settings", "expected"),
+    [
+        (0, 0.0, {"kind": "constant"}, 1.0),
+        (4, 0.5, {"kind": "cosine"}, 0.5),
+        (4, 1.0, {"kind": "cosine", "final": 0.1}, 0.1),
+        (4, 0.25, {"kind": "linear"}, 0.75),
+        (4, 0.05, {"kind": "constant", "warmup": 0.1}, 0.5),
+        (1, 0.9, {"kind": "constant", "warmup_steps": 8}, 0.25),
+        (9, 0.5, {"kind": "linear", "final": 0.2, "warmup_steps": 8}, 0.6),
+    ],
+)
+def test_rates(step, progress, settings, expected):
+    assert rate_share(step, progress, **settings) == pytest.approx(expected)
+
+
+def test_budgets():
+    assert [StepBudget(8).progress(n) for n in (0, 4, 9)] == [0.0, 0.5, 1.0]
+    assert EpochBudget(2.0, lambda: 0.5).progress(7) == 0.25
+    now = iter([10.0, 15.0, 99.0])
+    budget = TimeBudget(10.0, start=0.5, clock=lambda: next(now))
+    assert [budget.progress(0), budget.progress(1)] == [0.75, 1.0]
+
+
+# What is told
+
+
+def test_a_resumed_log_drops_what_is_done_again(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 5}\n{"step": 10}\n{"step": 15}\n{"st', encoding="utf-8")
+    JsonLines(file, step=10).write({"step": 11, "loss": math.nan, "x": 1 / 3})
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"step": 5},
+        {"step": 10},
+        {"step": 11, "loss": None, "x": 0.3333333},
+    ]
+
+
+def test_metrics_are_means_over_steps_and_sums_over_their_parts():
+    metrics = Metrics()
+    for value, last in ((1.0, 0), (2.0, 1), (5.0, 1)):
+        metrics.add({"loss": torch.tensor(value)}, count=last)
+    assert metrics.steps == 2
+    assert metrics.drain(lambda x: x * 10) == {"loss": 40.0}
+    assert metrics.steps == 0
+
+
+def test_even_experts_have_entropy_one():
+    report = load_report(torch.tensor([[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]))
+    assert report["load entropy 0"] == pytest.approx(1.0) and report["load entropy 1"] == 0.0
+    assert report["dead experts"] == {"1": [1, 2, 3]}
+
+
+def test_loggers_that_are_not_installed_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"\[log\] wandb is 'aria'.*pip install wandb"):
+        Wandb(tmp_path, "aria", {})
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"\[log\] tensorboard.*pip install tensorboard"):
+        TensorBoard(tmp_path)
+
+
+def test_the_bar_shows_what_matters():
+    out = io.StringIO()
+    reporter = Reporter([], Console(file=out, force_terminal=True, width=160))
+    reporter.start(0.25)
+    reporter.write({"step": 4, "loss": 1.23456, "tokens/s": 12345.0, "MFU": 0.41, "memory": 2**31})
+    reporter.close()
+    shown = out.getvalue()
+    for text in ("25%", "loss 1.2346", "12,345 tokens/s", "MFU 41.0%", "2.00 GiB"):
+        assert text in shown
+
+
+def test_the_measured_rate_is_a_rate():
+    assert 1e8 < measured_rate(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_positions_are_plain_numbers():
+    assert json.loads(json.dumps(vars(Position(step=3, progress=0.5)))) == {
+        "step": 3,
+        "progress": 0.5,
+        "seconds": 0.0,
+        "tokens": 0,
+    }
