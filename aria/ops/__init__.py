@@ -25,11 +25,14 @@ from aria.ops import reference
 from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
 from aria.ops.layout import adjacent, as_one
+from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary, rotary_table, swiglu
 from aria.ops.segments import Segments
 
 __all__ = [
+    "LowRank",
     "Segments",
+    "adapted_linear",
     "adjacent",
     "as_one",
     "attention",
@@ -111,10 +114,25 @@ def attention(
     return chosen.attention(q_THK, k_SHK, v_SHK, queries, keys, causal=causal)
 
 
-def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
+def expert_mlp(
+    x_TD: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    weights_TA: Tensor,
+    index_TA: Tensor,
+    *,
+    fc1_adapter: LowRank | None = None,
+    fc2_adapter: LowRank | None = None,
+) -> Tensor:
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
     chosen = reference if _use_reference() else _moe
-    return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA)
+    adapters = {"fc1_adapter": fc1_adapter, "fc2_adapter": fc2_adapter}
+    return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, **adapters)
+
+
+def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
+    """A linear layer and its low-rank adapter; see :func:`aria.ops.reference.adapted_linear`."""
+    return reference.adapted_linear(x_TI, weight_OI, bias_O, adapter)
 
 
 def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -8,23 +8,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aria.ops.reference import rms_norm, route, swiglu
+from aria.ops.low_rank import LowRank
+from aria.ops.reference import expert_linear, rms_norm, route, swiglu
 
 
-def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
+def expert_mlp(
+    x_TD: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    weights_TA: Tensor,
+    index_TA: Tensor,
+    *,
+    fc1_adapter: LowRank | None = None,
+    fc2_adapter: LowRank | None = None,
+) -> Tensor:
     """See :func:`aria.ops.reference.expert_mlp`. Nothing waits for the host unless :func:`waits` says so."""
     T, A = index_TA.shape
     experts, order = index_TA.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     x = _Reorder.apply(x_TD, order, place, A)
-    if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in (*fc1_EDF.shape[1:], *fc2_EFD.shape[1:])):
+    adapters = (fc1_adapter, fc2_adapter)
+    if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in _sizes(fc1_EDF, fc2_EFD, *adapters)):
         offsets = ends.int()
-        y = F.grouped_mm(swiglu(F.grouped_mm(x, fc1_EDF, offs=offsets)), fc2_EFD, offs=offsets)
+        hidden = swiglu(_grouped(x, fc1_EDF, fc1_adapter, offsets))
+        y = _grouped(hidden, fc2_EFD, fc2_adapter, offsets)
     else:
-        y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist())
+        y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist(), *adapters)
     # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
     return (_Reorder.apply(y, place, order, 1).view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+
+
+def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *adapters: LowRank | None) -> list[int]:
+    """Sizes that grouped products step over in memory."""
+    return [*fc1_EDF.shape[1:], *fc2_EFD.shape[1:], *(adapter.a.shape[-1] for adapter in adapters if adapter)]
+
+
+def _grouped(x: Tensor, weight: Tensor, adapter: LowRank | None, offsets: Tensor) -> Tensor:
+    y = F.grouped_mm(x, weight, offs=offsets)
+    if adapter is None:
+        return y
+    a, b, scaling, dropout = adapter.to(x)
+    return y + F.grouped_mm(F.grouped_mm(F.dropout(x, dropout), a, offs=offsets), b, offs=offsets) * scaling
 
 
 def waits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
@@ -72,7 +97,13 @@ class _Reorder(torch.autograd.Function):
         return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
 
 
-def _loop(x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int]) -> Tensor:
+def _loop(
+    x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int], fc1_adapter: LowRank | None, fc2_adapter: LowRank | None
+) -> Tensor:
     starts = [0, *ends[:-1]]
-    used = [(e, start, end) for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
-    return torch.cat([swiglu(x[start:end] @ fc1[e]) @ fc2[e] for e, start, end in used])
+    pieces = []
+    for e, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if end > start:
+            hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_adapter, e))
+            pieces.append(expert_linear(hidden, fc2[e], fc2_adapter, e))
+    return torch.cat(pieces)

@@ -1,7 +1,8 @@
 """Every operation in plain PyTorch: the specification, and the path wherever nothing faster exists.
 
 T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, A experts per token, F expert width,
-O outputs of a linear, N sequences, B blocks of the cache, S tokens of a block, M blocks of the longest sequence.
+O outputs of a linear, R rank of an adapter, N sequences, B blocks of the cache, S tokens of a block, M blocks of the
+longest sequence.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria.ops.low_rank import LowRank
 from aria.ops.segments import Segments
 
 
@@ -114,7 +116,36 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
+def low_rank(x_TI: Tensor, adapter: LowRank) -> Tensor:
+    """What an adapter adds to a linear layer's output, ``(T, O)`` in the dtype of ``x_TI``."""
+    a, b, scaling, dropout = adapter.to(x_TI)
+    return F.linear(F.linear(F.dropout(x_TI, dropout), a), b) * scaling
+
+
+def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
+    """``x W^T + bias + scaling * dropout(x) A^T B^T``, ``(T, O)``."""
+    return F.linear(x_TI, weight_OI, bias_O) + low_rank(x_TI, adapter)
+
+
+def expert_linear(x_TI: Tensor, weight_IO: Tensor, adapter: LowRank | None, expert: int) -> Tensor:
+    """One expert's product with its part of an adapter of all experts, if there is one."""
+    y_TO = x_TI @ weight_IO
+    if adapter is None:
+        return y_TO
+    a, b, scaling, dropout = adapter
+    return y_TO + F.dropout(x_TI, dropout) @ a[expert].to(x_TI.dtype) @ b[expert].to(x_TI.dtype) * scaling
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    weights_TA: Tensor,
+    index_TA: Tensor,
+    *,
+    fc1_adapter: LowRank | None = None,
+    fc2_adapter: LowRank | None = None,
+) -> Tensor:
     """Weighted sum of the chosen experts' SwiGLU outputs; no capacity, no token dropped.
 
     Args:
@@ -122,11 +153,14 @@ def expert_mlp(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, weights_TA: Tenso
         fc1_EDF: ``(E, D, 2F)``, gate in the first half of the last axis, up in the second.
         fc2_EFD: ``(E, F, D)``.
         weights_TA, index_TA: from :func:`route`.
+        fc1_adapter, fc2_adapter: low-rank adapters of all experts, added to the products; dropout is drawn for each
+            token and each of its experts apart.
     """
     out = torch.zeros_like(x_TD)
     for expert in index_TA.unique().tolist():
         token, place = torch.where(index_TA == expert)
-        y = swiglu(x_TD[token] @ fc1_EDF[expert]) @ fc2_EFD[expert]
+        hidden = swiglu(expert_linear(x_TD[token], fc1_EDF[expert], fc1_adapter, expert))
+        y = expert_linear(hidden, fc2_EFD[expert], fc2_adapter, expert)
         out.index_add_(0, token, y * weights_TA[token, place, None])
     return out
 
