@@ -46,6 +46,11 @@ class Metrics:
         self._loads = loads_LE if self._loads is None else self._loads + loads_LE
         self._load_steps += count
 
+    def peek(self, name: str) -> float:
+        """This rank's sum of a scalar since the last drain; waits for the device."""
+        found = [(names.index(name), values) for names, values in self._sums.items() if name in names]
+        return sum(values[place].item() for place, values in found)
+
     def drain(self, total: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
         """Means over the steps since the last call.
 

@@ -140,6 +140,8 @@ class EvaluateSettings:
 
     data: tuple[str, ...] = ()
     """Files or folders of held-out conversations, read as ``[data]`` reads its own; none evaluates nothing."""
+    split: str = "test"
+    """Which file of a folder, and which split of a Hugging Face data set."""
     every: int | None = None
     """Steps between evaluations; none is at the end only."""
     batches: int = 16

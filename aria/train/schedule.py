@@ -27,14 +27,14 @@ class StepBudget:
         return min(1.0, step / self.steps)
 
 
-class EpochBudget:
-    """So many passes over the data; ``done`` tells how many there were, with the part of the one under way."""
+class ShareBudget:
+    """So much of what ``done`` measures: passes over the data, or seconds spent."""
 
-    def __init__(self, epochs: float, done: Callable[[], float]):
-        self._epochs, self._done = epochs, done
+    def __init__(self, total: float, done: Callable[[], float]):
+        self._total, self._done = total, done
 
     def progress(self, step: int) -> float:
-        return min(1.0, self._done() / self._epochs)
+        return min(1.0, self._done() / self._total)
 
 
 class TimeBudget:

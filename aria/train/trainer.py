@@ -189,7 +189,7 @@ class Trainer:
         self._data_ranks, self._save, self._due, self._evaluate = data_ranks, save, due, evaluate
         self._reporter, self._flops = reporter, flops
         self._metrics = Metrics()
-        self._clock = _Clock(self.position.seconds)
+        self.clock = Clock(self.position.seconds)
         self._interval = _Interval()
 
     def run(self) -> str:
@@ -228,11 +228,11 @@ class Trainer:
     def _agreed_end(self, termination: Termination) -> str:
         """Why to stop before the next step, or nothing; every rank comes to the same."""
         position = self.position
-        position.seconds = self._clock.seconds
+        position.seconds = self.clock.seconds
         # Clocks differ between ranks, and a signal may reach only some of them.
         progress = self.ranks.max(round(self.budget.progress(position.step) * 10**9)) / 10**9
         position.progress = max(position.progress, progress)
-        late = self.settings.stop_after is not None and self._clock.this_run >= self.settings.stop_after
+        late = self.settings.stop_after is not None and self.clock.this_run >= self.settings.stop_after
         asked = self.ranks.max(2 * int(termination.asked) + int(late))
         if position.progress >= 1.0:
             return "done"
@@ -267,9 +267,9 @@ class Trainer:
         self._metrics.add({name: value / self._data_ranks for name, value in made.items()})
         position.step += 1
         position.tokens += self._interval.last_tokens * len(micro) * self._data_ranks
-        if not self._clock.running:
+        if not self.clock.running:
             # The first step may have compiled what all others use; neither budget nor speed should count that.
-            self._clock.start()
+            self.clock.start()
             self._interval.restart(self.ranks.device)
 
     def _log(self) -> None:
@@ -288,7 +288,7 @@ class Trainer:
                 {
                     "step": position.step,
                     "progress": position.progress,
-                    "seconds": self._clock.seconds,
+                    "seconds": self.clock.seconds,
                     "tokens": position.tokens,
                     "learning rate": max(rates),
                     **metrics,
@@ -306,8 +306,8 @@ class Trainer:
             )
 
     def _refuse_skipped(self) -> None:
-        """What is saved in mid-interval must not hide a step that was skipped."""
-        if self._metrics.steps:
+        """What is saved in mid-interval must not let a resumed run forget steps that were skipped."""
+        if self._metrics.peek("skipped") * self._data_ranks > self.settings.max_skipped + 0.5:
             self._log()
 
     def _evaluated(self, *, ended: bool = False) -> None:
@@ -316,14 +316,14 @@ class Trainer:
         if self._evaluate is None or not due or position.step == self._interval.evaluated:
             return
         self._interval.evaluated = position.step
-        with self._clock.paused():
+        with self.clock.paused():
             found = self._evaluate()
         if self._reporter is not None and found:
             self._reporter.write({"step": position.step, **found})
         self._interval.restart(self.ranks.device)
 
 
-class _Clock:
+class Clock:
     """Seconds of training: from a run's second step on, evaluations left out, added to those of runs before."""
 
     def __init__(self, before: float):
@@ -341,10 +341,12 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
+        """Of all runs of this training."""
         return self._before + (time.monotonic() - self._began - self._left_out if self._began is not None else 0.0)
 
     @property
     def this_run(self) -> float:
+        """Seconds since this run's loop was made, everything counted."""
         return time.monotonic() - self._started
 
     @contextmanager

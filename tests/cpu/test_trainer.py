@@ -16,7 +16,7 @@ from torch import nn
 
 from aria.train.objective import Losses
 from aria.train.progress import JsonLines, Metrics, Reporter, TensorBoard, Wandb, load_report, measured_rate
-from aria.train.schedule import EpochBudget, StepBudget, TimeBudget, rate_share
+from aria.train.schedule import ShareBudget, StepBudget, TimeBudget, rate_share
 from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
 RANKS = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
@@ -199,7 +199,7 @@ def test_rates(step, progress, settings, expected):
 
 def test_budgets():
     assert [StepBudget(8).progress(n) for n in (0, 4, 9)] == [0.0, 0.5, 1.0]
-    assert EpochBudget(2.0, lambda: 0.5).progress(7) == 0.25
+    assert ShareBudget(2.0, lambda: 0.5).progress(7) == 0.25
     now = iter([10.0, 15.0, 99.0])
     budget = TimeBudget(10.0, start=0.5, clock=lambda: next(now))
     assert [budget.progress(0), budget.progress(1)] == [0.75, 1.0]

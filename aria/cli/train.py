@@ -1,0 +1,70 @@
+"""``aria train``: recipes run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aria.cli.options import app, err, out
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML; the project's own are in recipes/.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says; repeatable."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run. Default: runs/ and the recipe's name.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Only go on with a run that was begun; without it, begun or not.")
+    ] = False,
+    stop_after: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Save and stop then; the same command goes on.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes and whether it fits.")] = False,
+) -> None:
+    """Train a model or an adapter. Run again, it goes on after its last checkpoint; --dry-run trains nothing."""
+    from aria.train.recipe import Recipe
+    from aria.train.run import begun, dry
+    from aria.train.run import train as run
+
+    read = Recipe.read(recipe, settings or ())
+    if dry_run:
+        for table in dry(read):
+            out.print(table)
+        return
+    folder = out_folder or Path("runs") / recipe.stem
+    if resume and not begun(folder):
+        raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")
+    seconds = None if stop_after is None else stop_after * 60.0
+    run(read, folder, sampler=answer, stop_after=seconds, console=err)
+
+
+def answer(model: Any, processor: Any, conversations: Sequence[Any], max_tokens: int) -> list[str]:
+    """Greedy answers of a model in training, through the operations that training itself uses."""
+    from aria import AriaForConditionalGeneration, ops
+
+    generating = AriaForConditionalGeneration(model)
+    answers = []
+    # Adapters are modules around weights; the fused kernels of inference would read past them.
+    with ops.use("reference"):
+        for messages in conversations:
+            inputs = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(generating.device, generating.dtype)
+            ids = generating.generate(
+                **inputs,
+                max_new_tokens=max_tokens,
+                stop_strings=["<|im_end|>"],
+                tokenizer=processor.tokenizer,
+                do_sample=False,
+            )
+            text = processor.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers.append(text.split("<|im_end|>")[0].strip())
+    return answers

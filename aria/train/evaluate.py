@@ -1,0 +1,110 @@
+"""Held-out data: their loss, and answers that the model writes to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from aria.model import Aria
+from aria.processor import AriaProcessor
+from aria.train.data import DataSettings, make_stream
+from aria.train.objective import Losses, Step
+from aria.train.recipe import Recipe
+from aria.train.trainer import Descent
+
+SAMPLES_NAME = "samples.jsonl"
+
+Sampler = Callable[[Aria, AriaProcessor, Sequence[Any], int], list[str]]
+"""``(model, processor, conversations that end before an answer, max_tokens) -> answers``; the command line's."""
+
+
+class Ranks(Protocol):
+    """What an evaluation asks of the processes that train together."""
+
+    rank: int
+    data_rank: int
+    data_world: int
+    device: torch.device
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
+class Evaluation:
+    """``[evaluate]`` of a recipe, ready to be run at any step.
+
+    Args:
+        model: what is evaluated, with its averaged weights if there are any.
+        objective: of the training; router losses are left out of what is told.
+        descent: lends the averaged weights.
+        out: folder of the run, where samples go.
+        sampler: writes answers; None writes none.
+    """
+
+    def __init__(
+        self,
+        model: Aria,
+        objective: Callable[[Any, Step], Losses],
+        recipe: Recipe,
+        processor: AriaProcessor,
+        ranks: Ranks,
+        descent: Descent,
+        out: Path,
+        sampler: Sampler | None = None,
+    ):
+        self._model, self._objective, self._recipe, self._processor = model, objective, recipe, processor
+        self._ranks, self._descent, self._out, self._sampler = ranks, descent, out, sampler
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Held-out loss (a mean over targets) and accuracy. Every call sees the same batches."""
+        modes = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        try:
+            with self._descent.averaged():
+                found = self._loss()
+                self._write_samples()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return found
+
+    def _loss(self) -> dict[str, float]:
+        recipe, ranks = self._recipe, self._ranks
+        each = -(-recipe.evaluate.batches // ranks.data_world)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in islice(iter(self._stream()), each):
+            batch = batch.to(ranks.device) if hasattr(batch, "to") else batch
+            # Divided by one, shares of a step are sums.
+            metrics = self._objective(batch, Step(1.0, 1, 1.0)).metrics
+            sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
+        loss, hits, labels = ranks.sum(sums.to(ranks.device, torch.float32)).tolist()
+        if not labels:
+            raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch")
+        return {"held-out loss": loss / labels, "held-out accuracy": hits / labels, "held-out targets": round(labels)}
+
+    def _stream(self) -> Any:
+        recipe, ranks = self._recipe, self._ranks
+        settings = held_out(recipe)
+        return make_stream(
+            settings,
+            self._processor,
+            self._model.config,
+            tokens=recipe.batch.tokens,
+            rank=ranks.data_rank,
+            world=ranks.data_world,
+            seed=recipe.seed,
+        )
+
+    def _write_samples(self) -> None:
+        pass
+
+
+def held_out(recipe: Recipe) -> DataSettings:
+    """``[data]`` of a recipe, but for the held-out conversations, each once and in order."""
+    evaluate = recipe.evaluate
+    return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=False)

@@ -1,0 +1,346 @@
+"""Before a training starts: what it takes of memory, part by part, how long it is, and what to change if it cannot fit.
+
+Weights, gradients and optimizer state are counted on a model without memory. What a layer keeps for its backward pass is
+measured, on one layer of the real widths over a few tokens on the CPU, so that it cannot fall behind the code.
+
+T tokens, D hidden, V vocabulary, L layers, P patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from aria.config import AriaConfig, parse_dtype
+from aria.model import Aria, Packed, PackedPatches
+from aria.ops import Segments
+from aria.train import targets
+from aria.train.optimizer import OptimizerSettings, make_optimizer
+from aria.train.recipe import Recipe
+
+RESERVE = 2 << 30
+"""Bytes on CUDA for the runtime, kernels' workspaces and what the allocator cannot use; on the CPU a tenth of it."""
+CHUNK_SCORES = 2**25
+"""Scores that the head's loss holds at a time (:func:`aria.train.loss.linear_cross_entropy`)."""
+SHARE_OF_RATE = {"cuda": 0.35, "cpu": 0.3}
+"""Of the measured rate of matrix products, what a training is estimated to reach."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by part."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    working: int
+    """One layer computed again and its backward pass, or a chunk of pictures, whichever is more."""
+    logits: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Inside, tensors that autograd keeps for backward are counted, each storage once, without the parameters.
+
+    Yields:
+        A function that gives the bytes so far.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    # As long as they live no other tensor can take their place in memory and be taken for one of them.
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(found.values())
+
+
+def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a token that one decoder layer keeps, and bytes a patch that one layer of the vision encoder keeps.
+
+    The layers have the real widths but only as many experts as a token goes to: what is kept does not depend on the
+    others.
+    """
+    text = dataclasses.replace(
+        config.text, num_hidden_layers=1, moe_num_experts=config.text.moe_topk, vocab_size=config.image_token_index + 1
+    )
+    vision = dataclasses.replace(config.vision, num_hidden_layers=1)
+    small = dataclasses.replace(config, text=text, vision=vision)
+    with torch.device("meta"):
+        model = Aria(small).to(dtype)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    targets.apply(model, chosen)
+    model.train()
+    counts = (16, 48)
+    decoder = [_decoder_bytes(model, n) for n in counts]
+    seen = [_vision_bytes(model, n) for n in counts]
+    more = counts[1] - counts[0]
+    return (decoder[1] - decoder[0]) / more, (seen[1] - seen[0]) / more
+
+
+def _decoder_bytes(model: Aria, tokens: int) -> int:
+    x = torch.zeros(tokens, model.config.text.hidden_size, dtype=model.language_model.lm_head.weight.dtype)
+    layer = model.language_model.model.layers[0]
+    with saved_bytes(model) as count:
+        kept = layer(x.requires_grad_(), Packed(model.config.text, Segments.of([tokens])))
+        found = count()
+    del kept
+    return found
+
+
+def _vision_bytes(model: Aria, patches: int) -> int:
+    tower = model.vision_tower
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        return 0
+    x = torch.zeros(patches, model.config.vision.hidden_size, dtype=model.language_model.lm_head.weight.dtype)
+    with saved_bytes(model) as count:
+        kept = tower.encoder.layers[0](x.requires_grad_(), Segments.of([patches]))
+        found = count()
+    del kept
+    return found
+
+
+def state_bytes(settings: OptimizerSettings, dtype: torch.dtype) -> float:
+    """Bytes of optimizer state a parameter, masters included: those of a small matrix after one step."""
+    weight = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    optimizer = make_optimizer([("layer.weight", weight)], settings)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    found = {}
+
+    def collect(value: object) -> None:
+        if isinstance(value, Tensor) and value.numel() > 1:
+            storage = value.untyped_storage()
+            if storage.data_ptr() != weight.untyped_storage().data_ptr():
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                collect(item)
+
+    collect(optimizer.state_dict())
+    return sum(found.values()) / weight.numel()
+
+
+def measure(recipe: Recipe, config: AriaConfig, device: torch.device, world: int = 1) -> Memory:
+    """What a rank takes.
+
+    Args:
+        recipe: of the training.
+        config: of the model.
+        device: that the training runs on.
+        world: ranks that weights are spread over.
+    """
+    dtype = weights_dtype(recipe, config, device)
+    with torch.device("meta"):
+        model = Aria(config).to(dtype)
+    base = sum(p.nbytes for p in model.parameters())
+    before = set(dict(model.named_parameters()))
+    targets.apply(model, recipe.targets)
+    named = dict(model.named_parameters())
+    adapters = sum(p.nbytes for name, p in named.items() if name not in before)
+    trained = [p for p in named.values() if p.requires_grad]
+    # All ranks hold a part, and the layer that is computed whole besides, as well as the next one, which comes ahead.
+    layer = sum(p.nbytes for p in model.language_model.model.layers[0].parameters())
+    spread = (base + adapters) / world + (2 * layer if world > 1 else 0)
+    each = {dtype: state_bytes(recipe.optimizer, dtype) for dtype in {p.dtype for p in trained}}
+    state = sum(p.numel() * each[p.dtype] for p in trained)
+    T, text = recipe.batch.tokens, config.text
+    per_token, per_patch = layer_bytes(config, recipe.targets, dtype)
+    inputs = text.hidden_size * dtype.itemsize
+    full = recipe.parallel.checkpointing == "full"
+    kept = T * text.num_hidden_layers * (inputs if full else per_token + inputs)
+    patches = _patches(recipe, config)
+    seen = per_patch * config.vision.num_hidden_layers * patches
+    chunk = min(patches, recipe.objective.vision_chunk * config.vision.patches_per_side**2)
+    wide = (config.vision.intermediate_size + 6 * config.vision.hidden_size) * dtype.itemsize * chunk
+    # Backward of a layer holds what forward kept, and gradients of about as much.
+    again = 2.0 * T * per_token
+    head = named["language_model.lm_head.weight"]
+    scores = min(CHUNK_SCORES, T * text.vocab_size) * (2 * dtype.itemsize + 8) + (
+        head.numel() * 4 if head.requires_grad else 0
+    )
+    return Memory(
+        weights=round(spread - adapters / world),
+        adapters=round(adapters / world),
+        gradients=round(sum(p.nbytes for p in trained) / world),
+        optimizer=round(state / world),
+        average=round(4 * sum(p.numel() for p in trained) / world) if recipe.schedule.average is not None else 0,
+        activations=round(kept + seen + 2 * inputs * T),
+        working=round(max(again, wide)),
+        logits=round(scores),
+        reserve=RESERVE if device.type == "cuda" else RESERVE // 10,
+    )
+
+
+def weights_dtype(recipe: Recipe, config: AriaConfig, device: torch.device) -> torch.dtype:
+    """What the model's weights will have."""
+    if recipe.model.dtype != "auto":
+        return parse_dtype(recipe.model.dtype)
+    return config.dtype if device.type == "cuda" else torch.float32
+
+
+def _patches(recipe: Recipe, config: AriaConfig) -> int:
+    """Patches of a micro-batch that is full of pictures: no batch can have more."""
+    crops = {patches: recipe.batch.tokens // queries for patches, queries in config.projector.patch_to_query.items()}
+    most = getattr(recipe.data, "max_crops", None)
+    return max(patches * (count if most is None else min(count, most)) for patches, count in crops.items())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of the device that is free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will take."""
+
+    memory: Memory
+    available: int
+    step_tokens: int
+    steps: int | None
+    """None where only the data or a clock can tell."""
+    seconds: float | None
+    device: str
+
+    def table(self) -> Table:
+        """For a person."""
+        table = Table("part", "memory", title=f"One rank on {self.device}", title_justify="left")
+        table.columns[1].justify = "right"
+        for field in dataclasses.fields(self.memory):
+            if value := getattr(self.memory, field.name):
+                table.add_row(field.name, size(value))
+        table.add_section()
+        table.add_row("all", size(self.memory.total))
+        table.add_row("free", size(self.available))
+        table.add_section()
+        table.add_row("tokens a step", f"{self.step_tokens:,}")
+        if self.steps is not None:
+            table.add_row("steps", f"{self.steps:,}")
+            table.add_row("tokens", f"{self.steps * self.step_tokens:,}")
+        if self.seconds is not None:
+            table.add_row("time, roughly", duration(self.seconds))
+        return table
+
+
+def check(
+    recipe: Recipe,
+    config: AriaConfig,
+    device: torch.device,
+    *,
+    world: int = 1,
+    available: int | None = None,
+    flops_rate: float | None = None,
+) -> Plan:
+    """Say what a training takes, and refuse one that cannot fit.
+
+    Args:
+        recipe: of the training.
+        config: of the model.
+        device: that it runs on.
+        world: ranks.
+        available: bytes that are free; None asks the device.
+        flops_rate: FLOP/s of matrix products on the device, for the estimate of time.
+
+    Raises:
+        ValueError: it does not fit; the nearest settings that do are named.
+    """
+    free = available_bytes(device) if available is None else available
+    memory = measure(recipe, config, device, world)
+    if memory.total > free:
+        ways = [f"{words}: {size(need)}" for words, need in _ways(recipe, config, device, world, free)]
+        said = (
+            "; ".join(ways) if ways else "nothing that was tried fits: take a device with more memory, or more of them"
+        )
+        parts = ", ".join(f"{name} {size(value)}" for name, value in dataclasses.asdict(memory).items() if value)
+        raise ValueError(
+            f"this training takes about {size(memory.total)} of memory on each device, but {size(free)} is free "
+            f"({parts}). What would fit: {said}"
+        )
+    tokens = recipe.batch.tokens * recipe.batch.accumulate * world
+    steps = recipe.budget.steps
+    seconds = recipe.budget.minutes * 60.0 if recipe.budget.minutes is not None else None
+    if steps is not None and flops_rate is not None:
+        seconds = steps * tokens * token_flops(recipe, config) / (flops_rate * SHARE_OF_RATE[device.type] * world)
+    return Plan(memory, free, tokens, steps, seconds, str(device))
+
+
+def token_flops(recipe: Recipe, config: AriaConfig) -> float:
+    """FLOPs of training on a token of text."""
+    return (6.0 if recipe.targets.method == "full" else 4.0) * config.active_parameters()
+
+
+def _ways(recipe: Recipe, config: AriaConfig, device: torch.device, world: int, free: int) -> Iterable[tuple[str, int]]:
+    """The nearest setting of each kind that fits, with what it takes."""
+    batch, changed = recipe.batch, dataclasses.replace
+
+    def smaller(part: int) -> Recipe:
+        tokens = changed(batch, tokens=batch.tokens // part, accumulate=batch.accumulate * part)
+        return changed(recipe, batch=tokens)
+
+    halves = [part for part in (2, 4, 8, 16) if batch.tokens // part >= 512]
+    kinds: list[list[tuple[str, Recipe, int]]] = [
+        [
+            (f"batch.tokens={batch.tokens // n} with batch.accumulate={batch.accumulate * n}", smaller(n), world)
+            for n in halves
+        ],
+        [
+            (
+                'parallel.checkpointing="full"',
+                changed(recipe, parallel=changed(recipe.parallel, checkpointing="full")),
+                world,
+            )
+        ],
+        [('targets.method="lora"', changed(recipe, targets=changed(recipe.targets, method="lora")), world)]
+        if recipe.targets.method == "full"
+        else [],
+        [(f"{n} devices (torchrun --nproc-per-node {n})", recipe, n) for n in (2, 4, 8, 16) if n > world]
+        if device.type == "cuda"
+        else [],
+    ]
+    for kind in kinds:
+        for words, other, ranks in kind:
+            need = measure(other, config, device, ranks).total
+            if need <= free:
+                yield words, need
+                break
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,370 @@
+"""From a recipe to a trained model in a folder: everything is made here, checked, resumed, and put into the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from aria.checkpoint import load_model, save_checkpoint
+from aria.config import AriaConfig, parse_dtype
+from aria.model import Aria
+from aria.processor import AriaProcessor
+from aria.train import targets
+from aria.train.cost import Trained, batch_flops
+from aria.train.data import make_stream
+from aria.train.evaluate import Evaluation, Sampler
+from aria.train.objective import Losses, Objective, Step, trains
+from aria.train.optimizer import clip_gradients, make_optimizer
+from aria.train.parallel import Parallel
+from aria.train.preflight import check, weights_dtype
+from aria.train.progress import LOG_NAME, JsonLines, Reporter, Sink, TensorBoard, Wandb, measured_rate
+from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
+from aria.train.schedule import Budget, ShareBudget, StepBudget
+from aria.train.settings import as_table
+from aria.train.state import RunState
+from aria.train.trainer import Descent, LoopSettings, Position, Trainer
+
+EXPORT = "export"
+"""Folder in the run's: the adapter, or the whole model with its processor."""
+
+
+@dataclass
+class Parts:
+    """What a recipe makes before the loop starts."""
+
+    recipe: Recipe
+    parallel: Parallel
+    module: nn.Module
+    processor: AriaProcessor
+    trainable: targets.Trainable
+
+    @property
+    def aria(self) -> Aria:
+        """The model in what is trained, which may hold training aids besides."""
+        return aria_in(self.module)
+
+
+def aria_in(module: nn.Module) -> Aria:
+    """The model itself, or the attribute ``aria`` of a module that trains it with aids of its own."""
+    model = module if isinstance(module, Aria) else getattr(module, "aria", None)
+    if not isinstance(model, Aria):
+        raise ValueError(
+            f"[model] factory made a {type(module).__name__}; expected an Aria, or one as attribute `aria`"
+        )
+    return model
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    sampler: Sampler | None = None,
+    stop_after: float | None = None,
+    console: Console | None = None,
+) -> str:
+    """Train as the recipe says, from where the folder's last checkpoint is, and export what came of it.
+
+    Args:
+        recipe: what to train.
+        out: folder of the run: recipe, log, checkpoints, export.
+        sampler: writes answers for ``[evaluate] samples``.
+        stop_after: seconds after which to save and stop; run again, it goes on.
+        console: where progress is told; standard error where None.
+
+    Returns:
+        Why it ended: ``done``, ``data ended``, ``terminated`` or ``time is up``.
+
+    Raises:
+        ValueError: the recipe does not fit the model, the data, the machine, or the run that the folder holds.
+        FloatingPointError: gradients were not finite; see :class:`aria.train.trainer.Trainer`.
+    """
+    out = Path(out)
+    parallel = Parallel.start(recipe.parallel)
+    try:
+        console = console or Console(stderr=True)
+        state = RunState(out, recipe.checkpoint, parallel)
+        _claim(out, recipe, parallel, begun=state.latest() is not None)
+        parts = _prepare(recipe, parallel, console if parallel.rank == 0 else None)
+        return _run(parts, state, out, console, sampler, stop_after)
+    finally:
+        parallel.close()
+
+
+def begun(out: str | Path) -> bool:
+    """Whether a folder holds a run that can be gone on with."""
+    return RunState.latest_in(Path(out)) is not None
+
+
+def dry(recipe: Recipe) -> list[Table]:
+    """What a training would take, and what of the model would train; nothing is loaded.
+
+    Raises:
+        ValueError: it does not fit into memory, or the recipe does not fit the model.
+    """
+    settings = recipe.model
+    if settings.factory is not None:
+        raise ValueError("[model] factory makes the model by code of its own, which only running it can measure")
+    config = settings.configure(AriaConfig.from_pretrained(settings.path, revision=settings.revision))
+    parallel = Parallel.start(recipe.parallel)
+    try:
+        rate = measured_rate(parallel.device, weights_dtype(recipe, config, parallel.device))
+        with torch.device("meta"):
+            model = Aria(config)
+        trainable = targets.apply(model, recipe.targets)
+        plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate)
+        return [trainable.table(), plan.table()]
+    finally:
+        parallel.close()
+
+
+def _claim(out: Path, recipe: Recipe, parallel: Parallel, *, begun: bool) -> None:
+    """Put the resolved recipe into the run's folder; a folder with checkpoints of another recipe is refused."""
+    file = out / FILE_NAME
+    if begun and file.is_file() and (found := changes(Recipe.read(file), recipe)):
+        raise ValueError(
+            f"{out} holds checkpoints of another recipe ({'; '.join(found[:6])}); name another --out, or train on with "
+            f"the recipe that is there: {file}"
+        )
+    if parallel.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(recipe.to_toml(), encoding="utf-8")
+        partial.replace(file)
+    parallel.barrier()
+
+
+def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Parts:
+    """The model with its weights, what trains of it chosen and spread over the ranks."""
+    settings = recipe.model
+    # Ranks with data of their own draw dropout of their own.
+    torch.manual_seed(recipe.seed + parallel.data_rank)
+    if settings.factory is not None:
+        module = load_object(settings.factory, "[model] factory")(recipe).to(parallel.device)
+        processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
+    else:
+        config = settings.configure(AriaConfig.from_pretrained(settings.path, revision=settings.revision))
+        processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
+        plan = check(recipe, config, parallel.device, world=parallel.world)
+        if console is not None:
+            console.print(plan.table())
+        module = _load(recipe, config, parallel.device)
+    aria = aria_in(module)
+    trainable = targets.apply(aria, recipe.targets)
+    module.train()
+    if console is not None:
+        console.print(trainable.table())
+    return Parts(recipe, parallel, parallel.apply(module, recipe.parallel), processor, trainable)
+
+
+def _load(recipe: Recipe, config: AriaConfig, device: torch.device) -> Aria:
+    settings = recipe.model
+    dtype = None if settings.dtype == "auto" else settings.dtype
+    if settings.random:
+        wanted = dtype or ("float32" if device.type == "cpu" else None)
+        return Aria.random(
+            config, dtype=None if wanted is None else parse_dtype(wanted), device=device, seed=recipe.seed
+        )
+    model = load_model(settings.path, revision=settings.revision, dtype=dtype, device=device)
+    model.config = config
+    return model
+
+
+def _run(
+    parts: Parts, state: RunState, out: Path, console: Console, sampler: Sampler | None, stop_after: float | None
+) -> str:
+    """Put the parts into the loop, resume, train, export."""
+    recipe, parallel = parts.recipe, parts.parallel
+    parameters = {name: p for name, p in parts.module.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(parameters.items(), recipe.optimizer)
+    descent = Descent(
+        parameters,
+        optimizer,
+        clip=clip_gradients,
+        clip_norm=recipe.optimizer.clip_norm,
+        average=recipe.schedule.average,
+        sources=optimizer.masters() if hasattr(optimizer, "masters") else None,
+    )
+    stream = _stream(parts)
+    position = Position()
+    saved = Saved(parts.module, optimizer, descent.average, stream, position)
+    if state.latest() is not None:
+        state.load(saved)
+        if parallel.rank == 0:
+            console.print(f"going on after step {position.step}, {position.progress:.1%} of the training")
+    reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
+    objective, flops = _objective(parts)
+    evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, sampler)
+    trainer = Trainer(
+        objective,
+        stream,
+        descent,
+        StepBudget(1),
+        _loop_settings(recipe, parallel, stop_after),
+        parallel,
+        position=position,
+        data_ranks=parallel.data_world,
+        save=lambda wait: state.save(saved, wait=wait),
+        due=state.due,
+        evaluate=evaluation.run if recipe.evaluate.data else None,
+        reporter=reporter,
+        flops=flops,
+    )
+    trainer.budget = _budget(recipe, stream, trainer)
+    try:
+        reason = trainer.run()
+        if reason in ("done", "data ended"):
+            with descent.averaged():
+                export(parts, out / EXPORT)
+        if reporter is not None:
+            _say_end(reporter, reason, position, stream, out)
+    finally:
+        if reporter is not None:
+            reporter.close()
+        state.close()
+    return reason
+
+
+@dataclass
+class Saved:
+    """All that a resumed run needs."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, torch.Tensor]
+    stream: Any
+    position: Position
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        return {
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "stream": self.stream.state_dict(),
+            "position": vars(self.position),
+            "random": torch.get_rng_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
+        self.stream.load_state_dict(state["stream"])
+        for name, value in state["position"].items():
+            setattr(self.position, name, value)
+        torch.set_rng_state(state["random"])
+
+
+def _stream(parts: Parts) -> Any:
+    recipe, parallel = parts.recipe, parts.parallel
+    if recipe.data.factory is not None:
+        make = load_object(recipe.data.factory, "[data] factory")
+        return make(recipe, parts.processor, parallel.data_rank, parallel.data_world)
+    return make_stream(
+        recipe.data,
+        parts.processor,
+        parts.aria.config,
+        tokens=recipe.batch.tokens,
+        rank=parallel.data_rank,
+        world=parallel.data_world,
+        seed=recipe.seed,
+    )
+
+
+def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[Any], float] | None]:
+    """The objective, and the FLOPs of its batches where they are known."""
+    recipe, aria = parts.recipe, parts.aria
+    if recipe.objective.factory is not None:
+        make = load_object(recipe.objective.factory, "[objective] factory")
+        return make(parts.module, recipe, parts.parallel), None
+    images = parts.processor.image_processor
+    objective = Objective(aria, recipe.objective, mean=images.image_mean, std=images.image_std, ranks=parts.parallel)
+    trained = trained_parts(aria, full=recipe.targets.method == "full")
+
+    def flops(batch: Any) -> float:
+        return batch_flops(aria.config, trained, batch.lengths, batch.labels, batch.crops)
+
+    return objective, flops
+
+
+def trained_parts(aria: Aria, *, full: bool) -> Trained:
+    """Where gradients flow: through everything after the first part that trains."""
+    vision = trains(aria.vision_tower)
+    projector = vision or trains(aria.multi_modal_projector)
+    return Trained(vision, projector, projector or trains(aria.language_model), full)
+
+
+def _loop_settings(recipe: Recipe, parallel: Parallel, stop_after: float | None) -> LoopSettings:
+    schedule = recipe.schedule
+    warmup_steps = schedule.warmup_steps
+    if warmup_steps is None and recipe.budget.steps is not None:
+        warmup_steps = math.ceil(schedule.warmup * recipe.budget.steps)
+    kind = torch.bfloat16 if parallel.device.type == "cuda" else torch.float32
+    return LoopSettings(
+        accumulate=recipe.batch.accumulate,
+        log_every=recipe.log.every,
+        evaluate_every=recipe.evaluate.every,
+        max_skipped=schedule.max_skipped,
+        schedule={
+            "kind": schedule.kind,
+            "warmup": schedule.warmup,
+            "warmup_steps": warmup_steps,
+            "final": schedule.final,
+        },
+        stop_after=stop_after,
+        rate=measured_rate(parallel.device, kind) if parallel.rank == 0 else None,
+    )
+
+
+def _budget(recipe: Recipe, stream: Any, trainer: Trainer) -> Budget:
+    budget = recipe.budget
+    if budget.steps is not None:
+        return StepBudget(budget.steps)
+    if budget.minutes is not None:
+        return ShareBudget(budget.minutes * 60.0, lambda: trainer.clock.seconds)
+    assert budget.epochs is not None, "one measure is set"
+    if not hasattr(stream, "epochs"):
+        raise ValueError(
+            "[budget] epochs needs a stream that counts them; set steps or minutes for this [data] factory"
+        )
+    return ShareBudget(budget.epochs, lambda: stream.epochs)
+
+
+def _reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Reporter:
+    sinks: list[Sink] = [JsonLines(out / LOG_NAME, step)]
+    if recipe.log.tensorboard:
+        sinks.append(TensorBoard(out))
+    if recipe.log.wandb is not None:
+        sinks.append(Wandb(out, recipe.log.wandb, as_table(recipe)))
+    return Reporter(sinks, console)
+
+
+def export(parts: Parts, folder: Path) -> None:
+    """Write what came of a training: the adapter as PEFT's folder, or the whole model with its processor."""
+    aria = parts.aria
+    if parts.parallel.rank == 0:
+        save_checkpoint(aria.state_dict(), aria.config, folder)
+        parts.processor.save_pretrained(folder)
+    parts.parallel.barrier()
+
+
+def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, out: Path) -> None:
+    reporter.say(f"{reason}: {position.step} steps, {position.tokens:,} tokens, {position.seconds:,.0f} s of training")
+    if report := getattr(stream, "report", None):
+        reporter.say(str(report))
+    if reason in ("done", "data ended"):
+        reporter.say(f"written to {out / EXPORT}; try it: aria chat -m {out / EXPORT}")
+    else:
+        reporter.say("the same command goes on")
