@@ -47,24 +47,23 @@ def train(
 
 
 def answer(model: Any, processor: Any, conversations: Sequence[Any], max_tokens: int) -> list[str]:
-    """Greedy answers of a model in training, through the operations that training itself uses."""
-    from aria import AriaForConditionalGeneration, ops
+    """Greedy answers of a model in training."""
+    from aria import AriaForConditionalGeneration
+    from aria.processor.chat import END_OF_TURN
 
     generating = AriaForConditionalGeneration(model)
     answers = []
-    # Adapters are modules around weights; the fused kernels of inference would read past them.
-    with ops.use("reference"):
-        for messages in conversations:
-            inputs = processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(generating.device, generating.dtype)
-            ids = generating.generate(
-                **inputs,
-                max_new_tokens=max_tokens,
-                stop_strings=["<|im_end|>"],
-                tokenizer=processor.tokenizer,
-                do_sample=False,
-            )
-            text = processor.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers.append(text.split("<|im_end|>")[0].strip())
+    for messages in conversations:
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(generating.device, generating.dtype)
+        ids = generating.generate(
+            **inputs,
+            max_new_tokens=max_tokens,
+            stop_strings=[END_OF_TURN],
+            tokenizer=processor.tokenizer,
+            do_sample=False,
+        )
+        text = processor.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.append(text.split(END_OF_TURN)[0].strip())
     return answers

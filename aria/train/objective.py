@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aria.model import Aria, Packed
+from aria.model.adapter import AdaptedLinear
 from aria.model.context import Context
 from aria.model.patches import pack_crops
 from aria.ops import Segments
@@ -235,9 +236,9 @@ def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, denominator
     weight_VD = head.weight
     assert isinstance(weight_VD, Tensor), "the head has a weight"
     low_rank = None
-    if (adapter := getattr(head, "adapter", None)) is not None:
-        dropped = F.dropout(hidden_TD, adapter.dropout, training=head.training) if adapter.dropout else hidden_TD
-        low_rank = ((dropped @ adapter.a.t().to(dropped.dtype)) * adapter.scaling, adapter.b.to(dropped.dtype))
+    if isinstance(head, AdaptedLinear):
+        adapter = head.adapter.low_rank().to(hidden_TD)
+        low_rank = ((F.dropout(hidden_TD, adapter.dropout) @ adapter.a.t()) * adapter.scaling, adapter.b)
     return linear_cross_entropy(hidden_TD, weight_VD, targets_T, denominator=denominator, low_rank=low_rank)
 
 

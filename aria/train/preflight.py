@@ -9,9 +9,10 @@ T tokens, D hidden, V vocabulary, L layers, P patches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +30,8 @@ RESERVE = 2 << 30
 """Bytes on CUDA for the runtime, kernels' workspaces and what the allocator cannot use; on the CPU a tenth of it."""
 CHUNK_SCORES = 2**25
 """Scores that the head's loss holds at a time (:func:`aria.train.loss.linear_cross_entropy`)."""
+SHORTEST = 512
+"""Tokens of a micro-batch that are not worth going below."""
 SHARE_OF_RATE = {"cuda": 0.35, "cpu": 0.3}
 """Of the measured rate of matrix products, what a training is estimated to reach."""
 
@@ -148,55 +151,85 @@ def state_bytes(settings: OptimizerSettings, dtype: torch.dtype) -> float:
     return sum(found.values()) / weight.numel()
 
 
-def measure(recipe: Recipe, config: AriaConfig, device: torch.device, world: int = 1) -> Memory:
-    """What a rank takes.
+@dataclass(frozen=True)
+class _Counts:
+    """What a choice of targets makes of a model; recipes that share it need not count again."""
 
-    Args:
-        recipe: of the training.
-        config: of the model.
-        device: that the training runs on.
-        world: ranks that weights are spread over.
-    """
-    dtype = weights_dtype(recipe, config, device)
-    with torch.device("meta"):
-        model = Aria(config).to(dtype)
-    base = sum(p.nbytes for p in model.parameters())
-    before = set(dict(model.named_parameters()))
-    targets.apply(model, recipe.targets)
-    named = dict(model.named_parameters())
-    adapters = sum(p.nbytes for name, p in named.items() if name not in before)
-    trained = [p for p in named.values() if p.requires_grad]
-    # All ranks hold a part, and the layer that is computed whole besides, as well as the next one, which comes ahead.
-    layer = sum(p.nbytes for p in model.language_model.model.layers[0].parameters())
-    spread = (base + adapters) / world + (2 * layer if world > 1 else 0)
-    each = {dtype: state_bytes(recipe.optimizer, dtype) for dtype in {p.dtype for p in trained}}
-    state = sum(p.numel() * each[p.dtype] for p in trained)
-    T, text = recipe.batch.tokens, config.text
-    per_token, per_patch = layer_bytes(config, recipe.targets, dtype)
-    inputs = text.hidden_size * dtype.itemsize
-    full = recipe.parallel.checkpointing == "full"
-    kept = T * text.num_hidden_layers * (inputs if full else per_token + inputs)
-    patches = _patches(recipe, config)
-    seen = per_patch * config.vision.num_hidden_layers * patches
-    chunk = min(patches, recipe.objective.vision_chunk * config.vision.patches_per_side**2)
-    wide = (config.vision.intermediate_size + 6 * config.vision.hidden_size) * dtype.itemsize * chunk
-    # Backward of a layer holds what forward kept, and gradients of about as much.
-    again = 2.0 * T * per_token
-    head = named["language_model.lm_head.weight"]
-    scores = min(CHUNK_SCORES, T * text.vocab_size) * (2 * dtype.itemsize + 8) + (
-        head.numel() * 4 if head.requires_grad else 0
-    )
-    return Memory(
-        weights=round(spread - adapters / world),
-        adapters=round(adapters / world),
-        gradients=round(sum(p.nbytes for p in trained) / world),
-        optimizer=round(state / world),
-        average=round(4 * sum(p.numel() for p in trained) / world) if recipe.schedule.average is not None else 0,
-        activations=round(kept + seen + 2 * inputs * T),
-        working=round(max(again, wide)),
-        logits=round(scores),
-        reserve=RESERVE if device.type == "cuda" else RESERVE // 10,
-    )
+    base: int
+    adapters: int
+    layer: int
+    trained: Mapping[torch.dtype, int]
+    """Parameters that train, by dtype."""
+    head: int
+    """Parameters of the head if it trains itself."""
+    per_token: float
+    per_patch: float
+
+
+class Estimator:
+    """Memory of trainings of one model on one kind of device."""
+
+    def __init__(self, config: AriaConfig, device: torch.device):
+        self._config, self._device = config, device
+        self._counted: dict[str, _Counts] = {}
+
+    def memory(self, recipe: Recipe, world: int = 1) -> Memory:
+        """What one of ``world`` ranks takes."""
+        config, text = self._config, self._config.text
+        dtype = weights_dtype(recipe, config, self._device)
+        counts = self._count(recipe.targets, dtype)
+        # All ranks hold a part, and the layer that is computed whole besides, as well as the next one, which comes ahead.
+        weights = counts.base / world + (2 * counts.layer if world > 1 else 0)
+        trained = sum(counts.trained.values())
+        state = sum(count * state_bytes(recipe.optimizer, dtype) for dtype, count in counts.trained.items())
+        T, inputs = recipe.batch.tokens, text.hidden_size * dtype.itemsize
+        full = recipe.parallel.checkpointing == "full"
+        kept = T * text.num_hidden_layers * (inputs if full else counts.per_token + inputs)
+        patches = _patches(recipe, config)
+        vision, width = config.vision, config.vision.hidden_size * dtype.itemsize
+        seen = patches * vision.num_hidden_layers * (min(counts.per_patch, width) if full else counts.per_patch)
+        chunk = min(patches, recipe.objective.vision_chunk * vision.patches_per_side**2)
+        wide = (vision.intermediate_size * dtype.itemsize + 6 * width) * chunk
+        # Backward of a layer holds what forward kept, and gradients of about as much.
+        again = max(2.0 * T * counts.per_token, 2.0 * chunk * counts.per_patch)
+        scores = min(CHUNK_SCORES, T * text.vocab_size) * (2 * dtype.itemsize + 8) + 4 * counts.head
+        average = 4 * trained if recipe.schedule.average is not None else 0
+        return Memory(
+            weights=round(weights),
+            adapters=round(counts.adapters / world),
+            gradients=round(sum(dtype.itemsize * count for dtype, count in counts.trained.items()) / world),
+            optimizer=round(state / world),
+            average=round(average / world),
+            activations=round(kept + seen + 2 * inputs * T),
+            working=round(max(again, wide)),
+            logits=round(scores),
+            reserve=RESERVE if self._device.type == "cuda" else RESERVE // 10,
+        )
+
+    def _count(self, chosen: targets.Targets, dtype: torch.dtype) -> _Counts:
+        key = f"{chosen} {dtype}"
+        if key not in self._counted:
+            with torch.device("meta"):
+                model = Aria(self._config).to(dtype)
+            before = dict(model.named_parameters())
+            base = sum(p.nbytes for p in before.values())
+            layer = sum(p.nbytes for p in model.language_model.model.layers[0].parameters())
+            targets.apply(model, chosen)
+            named = dict(model.named_parameters())
+            trained: dict[torch.dtype, int] = {}
+            for parameter in named.values():
+                if parameter.requires_grad:
+                    trained[parameter.dtype] = trained.get(parameter.dtype, 0) + parameter.numel()
+            head = model.language_model.lm_head.weight
+            self._counted[key] = _Counts(
+                base,
+                sum(p.nbytes for name, p in named.items() if name not in before),
+                layer,
+                trained,
+                head.numel() if head.requires_grad else 0,
+                *layer_bytes(self._config, chosen, dtype),
+            )
+        return self._counted[key]
 
 
 def weights_dtype(recipe: Recipe, config: AriaConfig, device: torch.device) -> torch.dtype:
@@ -275,12 +308,11 @@ def check(
         ValueError: it does not fit; the nearest settings that do are named.
     """
     free = available_bytes(device) if available is None else available
-    memory = measure(recipe, config, device, world)
+    estimator = Estimator(config, device)
+    memory = estimator.memory(recipe, world)
     if memory.total > free:
-        ways = [f"{words}: {size(need)}" for words, need in _ways(recipe, config, device, world, free)]
-        said = (
-            "; ".join(ways) if ways else "nothing that was tried fits: take a device with more memory, or more of them"
-        )
+        ways = list(_ways(recipe, estimator, device, world, free))
+        said = "; ".join(ways) if ways else "nothing that was tried; take a device with more memory, or more devices"
         parts = ", ".join(f"{name} {size(value)}" for name, value in dataclasses.asdict(memory).items() if value)
         raise ValueError(
             f"this training takes about {size(memory.total)} of memory on each device, but {size(free)} is free "
@@ -299,40 +331,47 @@ def token_flops(recipe: Recipe, config: AriaConfig) -> float:
     return (6.0 if recipe.targets.method == "full" else 4.0) * config.active_parameters()
 
 
-def _ways(recipe: Recipe, config: AriaConfig, device: torch.device, world: int, free: int) -> Iterable[tuple[str, int]]:
-    """The nearest setting of each kind that fits, with what it takes."""
+def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int, free: int) -> Iterator[str]:
+    """The nearest settings that fit, one of each kind, in the words that ``--set`` takes; of two only if no one does."""
     batch, changed = recipe.batch, dataclasses.replace
-
-    def smaller(part: int) -> Recipe:
-        tokens = changed(batch, tokens=batch.tokens // part, accumulate=batch.accumulate * part)
-        return changed(recipe, batch=tokens)
-
-    halves = [part for part in (2, 4, 8, 16) if batch.tokens // part >= 512]
-    kinds: list[list[tuple[str, Recipe, int]]] = [
-        [
-            (f"batch.tokens={batch.tokens // n} with batch.accumulate={batch.accumulate * n}", smaller(n), world)
-            for n in halves
-        ],
-        [
-            (
-                'parallel.checkpointing="full"',
-                changed(recipe, parallel=changed(recipe.parallel, checkpointing="full")),
-                world,
-            )
-        ],
-        [('targets.method="lora"', changed(recipe, targets=changed(recipe.targets, method="lora")), world)]
-        if recipe.targets.method == "full"
-        else [],
-        [(f"{n} devices (torchrun --nproc-per-node {n})", recipe, n) for n in (2, 4, 8, 16) if n > world]
-        if device.type == "cuda"
-        else [],
+    shorter = [
+        (
+            f"batch.tokens={batch.tokens // n} and batch.accumulate={batch.accumulate * n}",
+            {"batch": changed(batch, tokens=batch.tokens // n, accumulate=batch.accumulate * n)},
+        )
+        for n in (2, 4, 8, 16)
+        if batch.tokens // n >= SHORTEST
     ]
-    for kind in kinds:
-        for words, other, ranks in kind:
-            need = measure(other, config, device, ranks).total
+    again = ("parallel.checkpointing=full", {"parallel": changed(recipe.parallel, checkpointing="full")})
+    adapters = ("targets.method=lora", {"targets": changed(recipe.targets, method="lora")})
+    single: list[list[tuple[str, dict[str, Any]]]] = [shorter]
+    if recipe.parallel.checkpointing != "full":
+        single.append([again])
+    if recipe.targets.method != "lora":
+        single.append([adapters])
+    pairs = [
+        [(f"{a} and {b}", one | other) for a, one in first for b, other in second]
+        for i, first in enumerate(single)
+        for second in single[i + 1 :]
+    ]
+    counts = [n for n in (2, 4, 8, 16, 32, 64) if n > world] if device.type == "cuda" else []
+    found = False
+    for kinds in (single, pairs):
+        for kind in kinds:
+            for words, settings in kind:
+                need = estimator.memory(changed(recipe, **settings), world).total
+                if need <= free:
+                    found = True
+                    yield f"{words} ({size(need)})"
+                    break
+        if found:
+            break
+    for words, settings in (("", {}), (f" and {again[0]}", again[1])):
+        for n in counts:
+            need = estimator.memory(changed(recipe, **settings), n).total
             if need <= free:
-                yield words, need
-                break
+                yield f"{n} devices{words} ({size(need)} on each)"
+                return
 
 
 def size(number: float) -> str:

@@ -11,6 +11,7 @@ from tiny import tiny_config, tiny_model
 from torch import nn
 
 from aria.model import Packed
+from aria.model.adapter import LoRA, attach
 from aria.ops import Segments
 from aria.processor.pictures import Crops
 from aria.train.batch import Batch
@@ -60,7 +61,8 @@ def padded(conversations) -> dict[str, torch.Tensor]:
     ids = torch.tensor([row + [PAD] * (longest - len(row)) for row, _, _ in conversations])
     labels = torch.tensor(
         [
-            [t if a else IGNORE_INDEX for t, a in zip(row, answers, strict=True)] + [IGNORE_INDEX] * (longest - len(row))
+            [t if a else IGNORE_INDEX for t, a in zip(row, answers, strict=True)]
+            + [IGNORE_INDEX] * (longest - len(row))
             for row, answers, _ in conversations
         ]
     )
@@ -240,9 +242,12 @@ def test_a_rank_without_pictures_reaches_the_vision_tower_all_the_same(model):
 @pytest.mark.parametrize("known", [False, True])
 def test_the_head_with_an_adapter_is_the_merged_head(frozen, known):
     torch.manual_seed(0)
-    head = nn.Linear(6, 11, bias=False).double()
+    model = nn.Sequential(nn.Linear(6, 11, bias=False).double())
+    adapter = attach(model, "0", LoRA(rank=2, alpha=4.0, dropout=0.0))
+    [head] = model
     head.weight.requires_grad_(not frozen)
-    a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (11, 2)))
+    nn.init.normal_(adapter.b)
+    a, b = adapter.a, adapter.b
     hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (9,))
     targets[::3] = IGNORE_INDEX
@@ -250,7 +255,6 @@ def test_the_head_with_an_adapter_is_the_merged_head(frozen, known):
     merged = head.weight + 2.0 * b @ a
     expected = nn.functional.cross_entropy(hidden @ merged.t(), targets, reduction="sum") / 20
     wanted = torch.autograd.grad(expected, leaves)
-    head.adapter = SimpleNamespace(a=a, b=b, scaling=2.0, dropout=0.0)
     found = head_loss(head, hidden, targets, 20, 6 if known else None)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for one, other in zip(torch.autograd.grad(found.loss, leaves), wanted, strict=True):
