@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import AriaConfig
+from aria.model.adapter import AdaptedLinear
 from aria.model.context import Context
 from aria.model.decoder import LanguageModel
 from aria.model.projector import Projector
@@ -108,4 +109,5 @@ class Aria(nn.Module):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores ``(T, V)`` of the next token."""
         head = self.language_model.lm_head
-        return ops.linear(hidden_TD, head.weight) if ops.inference_kernels(hidden_TD) else head(hidden_TD)
+        plain = ops.inference_kernels(hidden_TD) and not isinstance(head, AdaptedLinear)
+        return ops.linear(hidden_TD, head.weight) if plain else head(hidden_TD)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
+from aria.model.adapter import Adapter
 from aria.model.layers import join
+from aria.ops import LowRank
 
 
 class Router(nn.Module):
@@ -28,9 +30,16 @@ class Router(nn.Module):
 class GroupedLinear(nn.Module):
     """One matrix for each expert, ``(E, in, out)``: the opposite order of a linear layer's weight."""
 
+    adaptable = True
+
     def __init__(self, experts: int, size_in: int, size_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size_in, size_out))
+        self.adapter: Adapter | None = None
+
+    def low_rank(self) -> LowRank | None:
+        """What its adapter adds, if it has one."""
+        return None if self.adapter is None else self.adapter.low_rank()
 
     @torch.no_grad()
     def lay_out(self) -> None:
@@ -52,7 +61,8 @@ class Experts(nn.Module):
         self.fc2 = GroupedLinear(E, width, D)
 
     def forward(self, x_TD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
-        return ops.expert_mlp(x_TD, self.fc1.weight, self.fc2.weight, weights_TA, index_TA)
+        adapters = {"fc1_adapter": self.fc1.low_rank(), "fc2_adapter": self.fc2.low_rank()}
+        return ops.expert_mlp(x_TD, self.fc1.weight, self.fc2.weight, weights_TA, index_TA, **adapters)
 
 
 class SharedExperts(nn.Module):

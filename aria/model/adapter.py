@@ -1,0 +1,115 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) beside the weights of linear layers and of grouped experts.
+
+R rank, E experts. What is adapted keeps its name, its weight and its place; the adapter is a module under it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aria import ops
+from aria.ops import LowRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """The shape of adapters; the defaults are the authors'."""
+
+    rank: int = 8
+    """R."""
+    alpha: float = 32.0
+    """The adapter counts ``alpha / rank`` times."""
+    dropout: float = 0.05
+    """Share of the adapter's inputs that do not count, in training."""
+    rslora: bool = False
+    """Let it count ``alpha / sqrt(rank)`` times (arXiv 2312.03732), so that larger ranks do not learn more slowly."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Adapter(nn.Module):
+    """A low-rank change of one weight; it changes nothing until it is trained.
+
+    ``a`` starts uniform within ``1 / sqrt(in)`` and ``b`` at zero, as in PEFT. Beside experts each matrix has that
+    bound too: the authors' code takes all of ``(in, R)`` for one fan-in, which makes it ``sqrt(R)`` times smaller.
+    """
+
+    def __init__(self, weight: Tensor, settings: LoRA, dtype: torch.dtype | None = None):
+        """Beside a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts; ``dtype`` None: the weight's."""
+        super().__init__()
+        self.scaling, self.dropout = settings.scaling, settings.dropout
+        R = settings.rank
+        shapes: tuple[tuple[int, ...], tuple[int, ...]]
+        if weight.ndim == 2:
+            out, size = weight.shape
+            shapes = (R, size), (out, R)
+        else:
+            E, size, out = weight.shape
+            shapes = (E, size, R), (E, R, out)
+        bound = 1 / math.sqrt(size)
+        a, b = (weight.new_zeros(shape, dtype=dtype, requires_grad=False) for shape in shapes)
+        self.a, self.b = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
+
+    def low_rank(self) -> LowRank:
+        """As the operations take it; without dropout outside of training."""
+        return LowRank(self.a, self.b, self.scaling, self.dropout if self.training else 0.0)
+
+    @torch.no_grad()
+    def change(self) -> Tensor:
+        """What it adds to the weight, float32, in the weight's shape."""
+        a, b = self.a.float(), self.b.float()
+        return (b @ a if a.ndim == 2 else a @ b) * self.scaling
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with an adapter; shares weight and bias with the layer whose place it takes."""
+
+    adapter: Adapter
+
+    @classmethod
+    def of(cls, linear: nn.Linear, adapter: Adapter) -> AdaptedLinear:
+        """To be put in the place of ``linear``."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        made.weight, made.bias = linear.weight, linear.bias
+        made.adapter = adapter
+        return made.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.adapted_linear(x, self.weight, self.bias, self.adapter.low_rank())
+
+
+def attach(model: nn.Module, name: str, settings: LoRA, dtype: torch.dtype | None = None) -> Adapter:
+    """Put a fresh adapter beside the weight of a module of ``model``, a linear layer or the grouped experts' ``fc1`` or
+    ``fc2``. All modules around it know that they are ``adapted``: kernels that read weights pass adapters by.
+
+    Raises:
+        ValueError: the module can have none, or has one.
+    """
+    *path, last = name.split(".")
+    parent = model.get_submodule(".".join(path))
+    module = getattr(parent, last)
+    if getattr(module, "adapter", None) is not None:
+        raise ValueError(f"{name} has an adapter already")
+    if not (isinstance(module, nn.Linear) or getattr(module, "adaptable", False)):
+        raise ValueError(f"{name} is a {type(module).__name__}; only linear layers and grouped experts take adapters")
+    adapter = Adapter(module.weight, settings, dtype).train(module.training)
+    if isinstance(module, nn.Linear):
+        setattr(parent, last, AdaptedLinear.of(module, adapter))
+    else:
+        module.adapter = adapter
+    for depth in range(len(path) + 1):
+        model.get_submodule(".".join(path[:depth])).adapted = True  # type: ignore[assignment]  # a mark, not a module
+    return adapter
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """All adapters of a model, by the names of the modules they are beside."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+    return {name.removesuffix(".adapter"): adapter for name, adapter in found}
