@@ -87,6 +87,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings -> hidden states."""
 
+    adapted = False
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -113,10 +115,9 @@ class Decoder(nn.Module):
             x_TD = x_TD.index_select(0, paged.sampled)
         return self.norm(x_TD), tuple(all_logits)
 
-    @staticmethod
-    def fused(x_TD: Tensor) -> bool:
+    def fused(self, x_TD: Tensor) -> bool:
         """Whether layers run as fused operations."""
-        return ops.inference_kernels(x_TD)
+        return ops.inference_kernels(x_TD) and not self.adapted
 
 
 class LanguageModel(nn.Module):
