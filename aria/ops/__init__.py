@@ -1,7 +1,8 @@
 """The operations everyone calls. Each picks its implementation by device and dtype.
 
 ``with ops.use("reference"):`` forces the plain-PyTorch twins of :mod:`aria.ops.reference`, to check or to debug. Triton
-kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run for inference on CUDA.
+kernels are in :mod:`aria.ops.kernels`; they are imported when first needed, and run on CUDA: some for inference, others
+with gradients. What PyTorch's compiler traces is plain PyTorch, which it fuses itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
 from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
-from aria.ops.reference import rope_angles, rotary, rotary_table, swiglu
+from aria.ops.reference import rope_angles, rotary_table, swiglu
 from aria.ops.segments import Segments
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "chunks_attention",
     "decode_attention",
     "expert_mlp",
+    "gated",
     "graphs_hold_chunks",
     "graphs_hold_moe",
     "inference_kernels",
@@ -58,6 +60,7 @@ __all__ = [
     "route",
     "sample",
     "swiglu",
+    "training_kernels",
     "use",
 ]
 
@@ -106,6 +109,18 @@ def inference_kernels(x: Tensor) -> bool:
     )
 
 
+def training_kernels(x: Tensor) -> bool:
+    """Whether ``x`` is worked on by the kernels with gradients: on CUDA, not compiled, Triton at hand."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not _use_reference()
+        and _has_triton()
+    )
+
+
 def attention(
     q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, queries: Segments, keys: Segments, *, causal: bool
 ) -> Tensor:
@@ -125,23 +140,39 @@ def expert_mlp(
     fc2_adapter: LowRank | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
-    chosen = reference if _use_reference() else _moe
+    plain = reference if _use_reference() else _moe
+    chosen = _kernels("experts") if training_kernels(x_TD) else plain
     adapters = {"fc1_adapter": fc1_adapter, "fc2_adapter": fc2_adapter}
     return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, **adapters)
 
 
 def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
     """A linear layer and its low-rank adapter; see :func:`aria.ops.reference.adapted_linear`."""
-    return reference.adapted_linear(x_TI, weight_OI, bias_O, adapter)
+    chosen = _kernels("low_rank") if training_kernels(x_TI) and x_TI.ndim == 2 else reference
+    return chosen.adapted_linear(x_TI, weight_OI, bias_O, adapter)
+
+
+def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """SwiGLU's middle; see :func:`aria.ops.reference.gated`."""
+    return (_kernels("swiglu") if training_kernels(gate_TF) else reference).gated(gate_TF, up_TF)
+
+
+def rotary(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Turn heads by their token's angles; see :func:`aria.ops.reference.rotary`."""
+    return (_kernels("pointwise") if training_kernels(x_THK) else reference).rotary(x_THK, cos_TK, sin_TK)
 
 
 def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choice and weights of experts; see :func:`aria.ops.reference.route`."""
+    if training_kernels(logits_TE):
+        return _kernels("pointwise").route(logits_TE, top_k)
     return (_kernels("permute") if inference_kernels(logits_TE) else reference).route(logits_TE, top_k)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm; see :func:`aria.ops.reference.rms_norm`."""
+    if training_kernels(x_TD):
+        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)  # PyTorch's own, one pass each way
     return (_kernels("norm") if inference_kernels(x_TD) else reference).rms_norm(x_TD, weight_D, eps)
 
 

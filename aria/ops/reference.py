@@ -116,6 +116,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """``silu(gate) * up``."""
+    return F.silu(gate_TF) * up_TF
+
+
 def low_rank(x_TI: Tensor, adapter: LowRank) -> Tensor:
     """What an adapter adds to a linear layer's output, ``(T, O)`` in the dtype of ``x_TI``."""
     a, b, scaling, dropout = adapter.to(x_TI)

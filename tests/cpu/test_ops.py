@@ -282,8 +282,8 @@ def test_segments_take_lengths_from_a_tensor():
 
 def test_use_forces_an_implementation_and_restores(monkeypatch):
     called = []
-    monkeypatch.setattr(reference, "expert_mlp", lambda *_: called.append("reference"))
-    monkeypatch.setattr("aria.ops.moe.expert_mlp", lambda *_: called.append("fast"))
+    monkeypatch.setattr(reference, "expert_mlp", lambda *_, **__: called.append("reference"))
+    monkeypatch.setattr("aria.ops.moe.expert_mlp", lambda *_, **__: called.append("fast"))
 
     def call() -> str:
         x = torch.zeros(1)

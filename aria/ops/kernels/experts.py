@@ -1,0 +1,221 @@
+"""Routed experts with gradients: products by PyTorch's grouped kernels, one pass through memory between them.
+
+Kept for the way back are the tokens, the routing, the first product and the thin products of adapters. What is cheap
+to have again is computed again: rows by expert, SwiGLU's result. The gradient of a routing weight is a row of the
+output times the output's gradient; the output is linear in SwiGLU's result, so that product is taken there, and no
+output is kept.
+
+T tokens, D hidden, E experts, A experts per token, F expert width, P = T x A rows sorted by expert, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aria.ops.kernels import swiglu
+from aria.ops.kernels.low_rank import NONE, Noise, expand, gather
+from aria.ops.low_rank import LowRank
+
+
+@triton.jit
+def _combine(
+    y_ptr, weights_ptr, place_ptr, out_ptr, D: tl.constexpr, A: tl.constexpr, D_BLOCK: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D_BLOCK)
+    out = tl.zeros((D_BLOCK,), tl.float32)
+    for i in tl.static_range(A):
+        row = tl.load(place_ptr + t * A + i).to(tl.int64)
+        y = tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            y *= tl.load(weights_ptr + t * A + i).to(tl.float32)
+        out += y
+    tl.store(out_ptr + t * D + d, out, mask=d < D)
+
+
+def combine(y_PD: Tensor, place: Tensor, weights_TA: Tensor | None, top_k: int) -> Tensor:
+    """Sum of each token's rows, weighted or not: ``(T, D)``, added up in float32 in the order of the choices."""
+    T, D = len(place) // top_k, y_PD.shape[1]
+    assert y_PD.is_contiguous() and (weights_TA is None or weights_TA.is_contiguous()), "rows lie one after another"
+    out = y_PD.new_empty(T, D)
+    if T:
+        _combine[(T,)](y_PD, weights_TA, place, out, D, top_k, D_BLOCK=triton.next_power_of_2(D), num_warps=4)
+    return out
+
+
+class Order(NamedTuple):
+    """Rows sorted by expert, and within one by token."""
+
+    source: Tensor
+    """int32: each row's token."""
+    order: Tensor
+    """int64: each row's place among ``(T, A)``."""
+    place: Tensor
+    """int32: the row of each place among ``(T, A)``."""
+    ends: Tensor
+    """int32: where each expert's rows end."""
+
+
+def sort(index_TA: Tensor, experts: int) -> Order:
+    """Sort by expert, without the host. A byte as the key lets the sort end after one pass of eight bits."""
+    dtype = torch.uint8 if experts <= 256 else torch.int32
+    keys, order = index_TA.flatten().to(dtype).sort(stable=True)
+    rows = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    place = torch.empty_like(rows).scatter_(0, order, rows)
+    numbers = torch.arange(experts, dtype=dtype, device=order.device)
+    ends = torch.searchsorted(keys, numbers, right=True, out_int32=True)
+    return Order((order // index_TA.shape[1]).int(), order, place, ends)
+
+
+def product(x_PI: Tensor, weight_EIO: Tensor, ends: Tensor) -> Tensor:
+    """Rows times their experts' matrices, ``(P, O)``."""
+    if _grouped(x_PI, *weight_EIO.shape[1:]):
+        return F.grouped_mm(x_PI, weight_EIO, offs=ends)
+    pieces = [x @ weight for x, weight in zip(_split(x_PI, ends), weight_EIO, strict=True)]
+    return torch.cat(pieces)
+
+
+def outer(x_PI: Tensor, y_PO: Tensor, ends: Tensor) -> Tensor:
+    """Sum over each expert's rows of ``x^T y``: ``(E, I, O)``."""
+    if _grouped(x_PI, x_PI.shape[1], y_PO.shape[1]):
+        return F.grouped_mm(x_PI.t(), y_PO, offs=ends)
+    pieces = zip(_split(x_PI, ends), _split(y_PO, ends), strict=True)
+    return torch.stack([x.t() @ y for x, y in pieces])
+
+
+def _grouped(x: Tensor, *sizes: int) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0 and all(n % 8 == 0 for n in sizes)
+
+
+def _split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    return x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+
+
+class _Adapters(NamedTuple):
+    """Numbers of both adapters; what is not there is neutral."""
+
+    scaling: tuple[float, float]
+    noise: tuple[Noise, Noise]
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        weights: Tensor,
+        index: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        a2: Tensor | None,
+        b2: Tensor | None,
+        adapters: _Adapters,
+    ) -> Tensor:
+        order = sort(index, len(fc1))
+        ends = order.ends
+        rows, h1 = gather(x, a1, adapters.scaling[0], adapters.noise[0], ends=ends, source=order.source)
+        gate_up = product(rows, fc1, ends)
+        del rows
+        sides = swiglu.Sides(h1, b1, a2, adapters.scaling, adapters.noise[1])
+        gate, up = gate_up.chunk(2, dim=1)
+        hidden, h2 = swiglu.forward(gate, up, sides, ends)
+        y = product(hidden, fc2, ends)
+        if b2 is not None:
+            expand(y, h2, b2, ends=ends)
+        ctx.save_for_backward(x, fc1, fc2, weights, gate_up, h1, h2, a1, b1, a2, b2, *order)
+        ctx.adapters = adapters
+        return combine(y, order.place, weights, index.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, fc1, fc2, weights, gate_up, h1, h2, a1, b1, a2, b2, *rest = ctx.saved_tensors
+        order, adapters = Order(*rest), ctx.adapters
+        needs_x, needs_fc1, needs_fc2, needs_weights, _, needs_a1, needs_b1, needs_a2, needs_b2, _ = (
+            ctx.needs_input_grad
+        )
+        ends, source, top_k = order.ends, order.source, weights.shape[1]
+        weights_P = weights.flatten()[order.order]
+
+        # The second product and its adapter. Routing weights come in with SwiGLU's gradient.
+        narrow = None if b2 is None else b2.mT
+        dy, dh2 = gather(grads[0].contiguous(), narrow, adapters.scaling[1], ends=ends, source=source)
+        dhidden = product(dy, fc2.mT, ends)
+        sides = swiglu.Sides(h1, b1, a2, adapters.scaling, adapters.noise[1])
+        gate, up = gate_up.chunk(2, dim=1)
+        found = swiglu.backward(
+            gate, up, dhidden, sides, ends, grad_thin_PR=dh2, weights_P=weights_P, out=needs_fc2,
+            dropped=needs_a2,
+        )  # fmt: skip
+        del dhidden
+        dfc2 = _outer_if(needs_fc2, found.out, dy, ends)
+        da2 = _outer_if(needs_a2, found.dropped, dh2, ends)
+        db2 = outer(h2 * weights_P[:, None], dy, ends) if needs_b2 else None
+        del dy
+        assert found.weights is not None, "the weights' gradients were asked for"
+        dweights = found.weights[order.place].view_as(weights).to(weights.dtype) if needs_weights else None
+
+        # The first product and its adapter.
+        dgate_up, dh1 = found.gate_up, found.thin
+        del found
+        db1 = _outer_if(needs_b1, h1, dgate_up, ends)
+        dfc1 = da1 = dx = None
+        if needs_fc1:
+            dfc1 = outer(gather(x, source=source, ends=ends)[0], dgate_up, ends)
+        if needs_a1:
+            dropped, _ = gather(x, noise=adapters.noise[0], source=source, ends=ends, dropped=True)
+            da1 = _outer_if(True, dropped, dh1, ends)
+            del dropped
+        if needs_x:
+            drows = product(dgate_up, fc1.mT, ends)
+            if dh1 is not None:
+                expand(drows, dh1, a1.mT, adapters.noise[0], ends=ends)
+            dx = combine(drows, order.place, None, top_k)
+        return dx, dfc1, dfc2, dweights, None, da1, db1, da2, db2, None
+
+
+def _outer_if(wanted: bool, x: Tensor | None, y: Tensor | None, ends: Tensor) -> Tensor | None:
+    if not wanted:
+        return None
+    assert x is not None and y is not None, "both sides of a gradient are there if it is wanted"
+    return outer(x, y, ends)
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    weights_TA: Tensor,
+    index_TA: Tensor,
+    *,
+    fc1_adapter: LowRank | None = None,
+    fc2_adapter: LowRank | None = None,
+) -> Tensor:
+    """See :func:`aria.ops.reference.expert_mlp`. With PyTorch's grouped products nothing waits for the host."""
+    both = fc1_adapter, fc2_adapter
+    rank = max((adapter.a.shape[-1] for adapter in both if adapter is not None), default=0)
+    rank = -(-rank // 8) * 8  # grouped products step over 16 bytes at a time
+    a1, b1 = _matrices(fc1_adapter, x_TD, rank)
+    a2, b2 = _matrices(fc2_adapter, x_TD, rank)
+    scaling_1, scaling_2 = (1.0 if adapter is None else adapter.scaling for adapter in both)
+    noise_1, noise_2 = (NONE if adapter is None else Noise(adapter.dropout) for adapter in both)
+    adapters = _Adapters((scaling_1, scaling_2), (noise_1, noise_2))
+    return _ExpertMLP.apply(
+        x_TD, fc1_EDF, fc2_EFD, weights_TA.contiguous(), index_TA, a1, b1, a2, b2, adapters
+    )  # fmt: skip
+
+
+def _matrices(adapter: LowRank | None, like: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
+    """An adapter's two matrices, contiguous and filled up to ``rank`` with zeros."""
+    if adapter is None:
+        return None, None
+    a, b = adapter.to(like)[:2]
+    more = rank - a.shape[-1]
+    return F.pad(a, (0, more)).contiguous(), F.pad(b, (0, 0, 0, more)).contiguous()

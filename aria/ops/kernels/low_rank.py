@@ -1,0 +1,271 @@
+"""Low-rank adapters with gradients: thin products that read their wide side once, with dropout that nobody stores.
+
+Rows lie expert after expert, one after another; a linear layer is one expert. A tile is some rows of one expert. What
+dropout takes is a hash of seed, row and column, so that the backward pass draws the same again.
+
+P rows, T tokens, E experts, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aria.ops.low_rank import LowRank
+
+ROWS = 64
+"""Rows of a tile."""
+
+
+@triton.jit
+def tile_of(ends_ptr, tile, P, E: tl.constexpr, E_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Expert, first row and end of the rows of a tile; of tiles past the last the rows end at once."""
+    if ends_ptr is None:
+        expert, first, end = tile * 0, tile * ROWS, P
+    else:
+        e = tl.arange(0, E_BLOCK)
+        ends = tl.load(ends_ptr + e, mask=e < E, other=0)
+        starts = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+        tiles = (ends - starts + ROWS - 1) // ROWS
+        last = tl.cumsum(tiles, 0)
+        expert = tl.sum((last <= tile).to(tl.int32), 0)
+        here = e == expert
+        first = tl.sum(tl.where(here, starts + (tile - last + tiles) * ROWS, 0), 0)
+        end = tl.sum(tl.where(here, ends, 0), 0)
+    return expert, first, end
+
+
+@triton.jit
+def kept(seed, row, column, threshold):
+    """Which places dropout leaves, ``(rows, columns)``: those whose 32-bit hash reaches the threshold."""
+    line = _hash(row.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
+    return _hash(line[:, None] + column.to(tl.uint32)[None, :] * 0x85EBCA77) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _hash(x):
+    """Three rounds of shifts and multiplications that let every bit of the input reach every bit of the result."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit(do_not_specialize=["P", "seed", "threshold"])
+def _shrink(
+    x_ptr, source_ptr, ends_ptr, a_ptr, rows_ptr, h_ptr, P, seed, threshold, kept_scale, scaling,
+    x_stride, a_expert, a_in, a_rank,
+    E: tl.constexpr, I: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr, STORE_DROPPED: tl.constexpr,
+    E_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = tile_of(ends_ptr, tl.program_id(0), P, E, E_BLOCK, ROWS)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    i = tl.arange(0, I_BLOCK)
+    r = tl.arange(0, R_BLOCK)
+    source = row if source_ptr is None else tl.load(source_ptr + row, mask=row < end, other=0)
+    x_row = x_ptr + source.to(tl.int64)[:, None] * x_stride
+    out_row = row.to(tl.int64)[:, None]
+    sums = tl.zeros((ROWS, R_BLOCK), tl.float32)
+    for start in tl.range(0, I, I_BLOCK):
+        column = start + i
+        inside = (row < end)[:, None] & (column < I)[None, :]
+        x = tl.load(x_row + column[None, :], mask=inside, other=0.0)
+        whole = x
+        if DROP:
+            x = tl.where(kept(seed, row, column, threshold), x.to(tl.float32) * kept_scale, 0.0).to(x.dtype)
+        if rows_ptr is not None:
+            tl.store(rows_ptr + out_row * I + column[None, :], x if STORE_DROPPED else whole, mask=inside)
+        if h_ptr is not None:
+            near = (column < I)[:, None] & (r < R)[None, :]
+            a_place = a_ptr + expert * a_expert + column[:, None] * a_in + r[None, :] * a_rank
+            a = tl.load(a_place, mask=near, other=0.0)
+            sums = tl.dot(x, a, sums, input_precision="ieee")
+    if h_ptr is not None:
+        h_place = h_ptr + out_row * R + r[None, :]
+        tl.store(h_place, sums * scaling, mask=(row < end)[:, None] & (r < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["P", "seed", "threshold"])
+def _expand(
+    y_ptr, h_ptr, ends_ptr, b_ptr, P, seed, threshold, kept_scale, b_expert, b_rank, b_out,
+    E: tl.constexpr, O: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
+    E_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = tile_of(ends_ptr, tl.program_id(0), P, E, E_BLOCK, ROWS)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    column = tl.program_id(1) * O_BLOCK + tl.arange(0, O_BLOCK)
+    r = tl.arange(0, R_BLOCK)
+    there = (row < end)[:, None]
+    h = tl.load(h_ptr + row.to(tl.int64)[:, None] * R + r[None, :], mask=there & (r < R)[None, :], other=0.0)
+    b_place = b_ptr + expert * b_expert + r[:, None] * b_rank + column[None, :] * b_out
+    b = tl.load(b_place, mask=(r < R)[:, None] & (column < O)[None, :], other=0.0)
+    more = tl.dot(h, b, input_precision="ieee")
+    if DROP:
+        more = tl.where(kept(seed, row, column, threshold), more * kept_scale, 0.0)
+    place = y_ptr + row.to(tl.int64)[:, None] * O + column[None, :]
+    inside = there & (column < O)[None, :]
+    y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, y + more, mask=inside)
+
+
+class Noise:
+    """Dropout's draw for one product: a seed of PyTorch's generator for the CPU, which checkpointing restores."""
+
+    def __init__(self, dropout: float):
+        assert 0 <= dropout < 1, f"dropout is {dropout}"
+        self.drop = dropout > 0
+        self.seed = int(torch.randint(2**31 - 1, ())) if self.drop else 0
+        # As a signed 32-bit number; the kernel reads the same bits as an unsigned one.
+        threshold = int(dropout * 2**32)
+        self.threshold = threshold - 2**32 if threshold >= 2**31 else threshold
+        self.scale = 1 / (1 - dropout)
+
+    @property
+    def arguments(self) -> tuple[int, int, float]:
+        return self.seed, self.threshold, self.scale
+
+
+NONE = Noise(0.0)
+
+
+def tiles(rows: int, ends: Tensor | None) -> int:
+    """Tiles that rows of so many experts can have at most."""
+    return triton.cdiv(rows, ROWS) if ends is None else rows // ROWS + min(rows, len(ends))
+
+
+def blocks(ends: Tensor | None, rank: int) -> dict[str, int]:
+    """Sizes that the kernels of this file and of the experts compile in."""
+    experts = 1 if ends is None else len(ends)
+    return {
+        "E": experts, "R": rank, "E_BLOCK": triton.next_power_of_2(experts),
+        "R_BLOCK": max(16, triton.next_power_of_2(rank)), "ROWS": ROWS,
+    }  # fmt: skip
+
+
+def gather(
+    x: Tensor,
+    a_EIR: Tensor | None = None,
+    scaling: float = 1.0,
+    noise: Noise = NONE,
+    *,
+    ends: Tensor | None = None,
+    source: Tensor | None = None,
+    dropped: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows in the order of their experts, and their thin products in the same pass.
+
+    Args:
+        x: ``(N, I)``, rows contiguous.
+        a_EIR, scaling, noise: see :func:`shrink`; None: only the rows are wanted.
+        ends: int32 ``(E,)``: where the rows of each expert end. None: there is one.
+        source: int32 ``(P,)``: which of ``x`` each row is. None: the same.
+        dropped: whether the rows are given as dropout leaves them.
+
+    Returns:
+        ``(P, I)`` and ``(P, R)`` or None; in the dtype of ``x``.
+    """
+    rows = x.new_empty(len(x if source is None else source), x.shape[1])
+    h = None if a_EIR is None else x.new_empty(len(rows), a_EIR.shape[2])
+    _launch(x, a_EIR, scaling, noise, ends, source, rows, dropped, h)
+    return rows, h
+
+
+def shrink(
+    x: Tensor, a_EIR: Tensor, scaling: float = 1.0, noise: Noise = NONE, *, ends: Tensor | None = None
+) -> Tensor:
+    """``scaling * dropout(x) @ a`` of each row's expert, ``(P, R)``.
+
+    Args:
+        x: ``(P, I)``, rows contiguous.
+        a_EIR: ``(E, I, R)`` in any order in memory.
+        ends: see :func:`gather`.
+    """
+    h = x.new_empty(len(x), a_EIR.shape[2])
+    _launch(x, a_EIR, scaling, noise, ends, None, None, False, h)
+    return h
+
+
+def _launch(
+    x: Tensor,
+    a: Tensor | None,
+    scaling: float,
+    noise: Noise,
+    ends: Tensor | None,
+    source: Tensor | None,
+    rows: Tensor | None,
+    dropped: bool,
+    h: Tensor | None,
+) -> None:
+    assert x.stride(1) == 1, "rows are contiguous"
+    P, width = len(x if source is None else source), x.shape[1]
+    strides = (0, 0, 0) if a is None else a.stride()
+    if P:
+        _shrink[(tiles(P, ends),)](
+            x, source, ends, a, rows, h, P, *noise.arguments, scaling, x.stride(0), *strides,
+            I=width, DROP=noise.drop, STORE_DROPPED=dropped, I_BLOCK=64, num_warps=4,
+            **blocks(ends, 1 if a is None else a.shape[2]),
+        )  # fmt: skip
+
+
+def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Tensor | None = None) -> Tensor:
+    """``y + dropout(h @ b)`` in place; the dropout is that of the product whose gradient this is.
+
+    Args:
+        y: ``(P, O)`` contiguous.
+        h: ``(P, R)`` contiguous.
+        b_ERO: ``(E, R, O)`` in any order in memory.
+        ends: see :func:`shrink`.
+    """
+    P, width = y.shape
+    assert y.is_contiguous() and h.is_contiguous(), "rows lie one after another"
+    if P:
+        _expand[tiles(P, ends), triton.cdiv(width, 256)](
+            y, h, ends, b_ERO, P, *noise.arguments, *b_ERO.stride(),
+            O=width, DROP=noise.drop, O_BLOCK=256, num_warps=4, **blocks(ends, h.shape[1]),
+        )  # fmt: skip
+    return y
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """``x W^T + bias`` and its adapter. Keeps ``x`` and the thin product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dropout: float
+    ) -> Tensor:
+        noise = Noise(dropout)
+        h = shrink(x, a.t()[None], scaling, noise)
+        ctx.save_for_backward(x, weight, a, b, h)
+        ctx.noise, ctx.scaling = noise, scaling
+        return expand(F.linear(x, weight, bias), h, b.t()[None])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, h = ctx.saved_tensors
+        dy, needs = grads[0].contiguous(), ctx.needs_input_grad
+        dh = shrink(dy, b[None], ctx.scaling)
+        dx = expand(dy @ weight, dh, a[None], ctx.noise) if needs[0] else None
+        dropped = gather(x, noise=ctx.noise, dropped=True)[0] if ctx.noise.drop and needs[3] else x
+        return (
+            dx,
+            dy.t() @ x if needs[1] else None,
+            dy.sum(0) if needs[2] else None,
+            dh.t() @ dropped if needs[3] else None,
+            dy.t() @ h if needs[4] else None,
+            None,
+            None,
+        )
+
+
+def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
+    """See :func:`aria.ops.reference.adapted_linear`."""
+    a, b, scaling, dropout = adapter.to(x_TI)
+    return _AdaptedLinear.apply(x_TI, weight_OI, bias_O, a, b, scaling, dropout)
