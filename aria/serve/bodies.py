@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aria.engine import SamplingParams
+from aria.processor import calls
 from aria.serve import tools
 from aria.serve.errors import ApiError
 from aria.serve.protocol import (
@@ -194,7 +195,7 @@ def messages(
     told = [_message(message, f"messages[{i}]", sizes) for i, message in enumerate(said)]
     if not offered:
         return told
-    text = tools.instructions(offered)
+    text = calls.instructions(offered)
     if told[0]["role"] in ("system", "developer"):
         first = _joined(told[0]["content"])
         return [{"role": "system", "content": f"{first}\n\n{text}" if first else text}, *told[1:]]
@@ -238,10 +239,10 @@ def _answer(message: AssistantMessage, where: str) -> str:
     if not isinstance(content, str):
         content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
     try:
-        calls = [tools.written(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+        made = [calls.written(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     except ValueError as error:
         raise ApiError(400, str(error), param=f"{where}.tool_calls") from error
-    return "\n".join(text for text in (content or message.refusal or "", *calls) if text)
+    return "\n".join(text for text in (content or message.refusal or "", *made) if text)
 
 
 def _part(part: Any, sizes: Sequence[int]) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""Functions that the model may call: told in the system message, written by the model between two tags, and read back.
-
-Aria has no format of its own for them. This one is widespread among open models: a call is
-``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``.
-"""
+"""Calls of functions in what the model writes, read back; :mod:`aria.processor.calls` has their format."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+from aria.processor.calls import CLOSE, OPEN
 
 
 @dataclass(frozen=True)
@@ -23,33 +19,6 @@ class Call:
     name: str
     arguments: str
     """JSON."""
-
-
-def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What the model is told of the functions.
-
-    Args:
-        tools: ``name``, and ``description`` and ``parameters`` (JSON Schema) where they are known.
-    """
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return (
-        f"You may call functions. These are known, one a line:\n{listed}\n"
-        f'To call one, write {OPEN}{{"name": "the function", "arguments": {{...}}}}{CLOSE} and end your answer; '
-        "several calls may follow each other. Results come in messages of the role tool."
-    )
-
-
-def written(name: str, arguments: str) -> str:
-    """A call as it stands in the conversation.
-
-    Raises:
-        ValueError: the arguments are not JSON.
-    """
-    try:
-        parsed = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        raise ValueError(f"the arguments of {name!r} should be JSON in a string, but are {arguments!r:.80}") from None
-    return f"{OPEN}{json.dumps({'name': name, 'arguments': parsed}, ensure_ascii=False)}{CLOSE}"
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

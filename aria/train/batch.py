@@ -1,0 +1,88 @@
+"""What one rank works on in one micro-step: sequences end to end, always the same number of tokens.
+
+T tokens, C crops, S side of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aria.processor.pictures import Crops
+from aria.train.loss import IGNORE_INDEX
+
+FILLER_PIECE = 1024
+"""Filler comes in sequences of at most so many tokens: attention over it costs next to nothing."""
+
+
+class Sample(NamedTuple):
+    """One sequence, ready to be packed with others."""
+
+    input_ids: Tensor
+    """int64 ``(T,)``, with as many image ids at a picture's place as it has tokens."""
+    targets: Tensor
+    """int64 ``(T,)``: the id to predict after each token, :data:`~aria.train.loss.IGNORE_INDEX` where none is."""
+    crops: tuple[Crops, ...] = ()
+    """Of its pictures, in the order of their places."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_crops(self) -> int:
+        return sum(len(crops.extents) for crops in self.crops)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed sequences; no token attends to another sequence, and no target crosses into one."""
+
+    input_ids: Tensor
+    """int64 ``(T,)``."""
+    targets: Tensor
+    """int64 ``(T,)``: the id to predict after each token, :data:`~aria.train.loss.IGNORE_INDEX` where none is."""
+    lengths: tuple[int, ...]
+    """Of the sequences, filler included; their sum is T."""
+    filler: int = 0
+    """Tokens at the end that only fill up: sequences of their own, without targets, not counted by router losses."""
+    crops: tuple[Crops, ...] = ()
+    """uint8 crops of each picture, in the order of their places."""
+    labels: int = 0
+    """Number of targets."""
+
+    @classmethod
+    def pack(cls, samples: Sequence[Sample], tokens: int, filler_id: int) -> Batch:
+        """Sequences end to end, filled up to exactly ``tokens`` with ``filler_id``."""
+        filler = tokens - sum(sample.tokens for sample in samples)
+        assert filler >= 0, f"{tokens - filler} tokens do not fit into a batch of {tokens}"
+        targets = torch.cat([*(sample.targets for sample in samples), torch.full((filler,), IGNORE_INDEX)])
+        pieces = [min(FILLER_PIECE, filler - start) for start in range(0, filler, FILLER_PIECE)]
+        return cls(
+            input_ids=torch.cat([*(sample.input_ids for sample in samples), torch.full((filler,), filler_id)]),
+            targets=targets,
+            lengths=(*(sample.tokens for sample in samples), *pieces),
+            filler=filler,
+            crops=tuple(crops for sample in samples for crops in sample.crops),
+            labels=int((targets != IGNORE_INDEX).sum()),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device; from pinned memory the copies do not wait."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin(self) -> Batch:
+        """The same batch in memory that CUDA copies from while it works."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            targets=change(self.targets),
+            crops=tuple(Crops(change(crops.pixels), crops.extents) for crops in self.crops),
+        )

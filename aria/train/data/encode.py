@@ -1,0 +1,257 @@
+"""Conversations -> tokens and targets, by the processor's own machinery, so that they are those of inference.
+
+T tokens, C crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from aria.config import AriaConfig
+from aria.processor import AriaProcessor
+from aria.processor.cache import MediaCache
+from aria.processor.chat import END_OF_TURN, Prompt, render
+from aria.processor.expand import expand, settle
+from aria.processor.limits import PixelBudget
+from aria.processor.pictures import Crops, Picture, read_pictures
+from aria.train.batch import Sample
+from aria.train.data.report import RowError
+from aria.train.data.rows import Conversation, Customs, Text, read_row
+from aria.train.data.settings import DataSettings
+from aria.train.data.sources import Row
+from aria.train.loss import IGNORE_INDEX
+
+_NEWLINE = "\n"
+_AROUND_PICTURES = ("<fim_prefix>", "<fim_suffix>")
+
+
+class Note(NamedTuple):
+    """A row was used, but not as it stands."""
+
+    kind: str
+    said: str
+
+
+class Encoded(NamedTuple):
+    """What a row came to."""
+
+    samples: list[Sample]
+    """One of a conversation; one or more of a text."""
+    notes: list[Note]
+
+
+class Turn(NamedTuple):
+    """One message in tokens."""
+
+    ids: list[int]
+    learnt: list[bool]
+    """Of each token whether it is to be predicted."""
+    pictures: list[Picture]
+    role: str
+
+    @property
+    def num_crops(self) -> int:
+        return sum(len(picture.extents) for picture in self.pictures)
+
+
+class Encoder:
+    """Rows -> sequences. Several threads may call it.
+
+    Args:
+        processor: of the model that is trained.
+        config: of the model; pictures of a size that it has no queries for are refused.
+        settings: how.
+        tokens: of a batch; no sequence may be longer.
+
+    Raises:
+        ValueError: settings that do not fit the processor.
+    """
+
+    def __init__(self, processor: AriaProcessor, config: AriaConfig, settings: DataSettings, tokens: int):
+        self._processor, self._settings = processor, settings
+        images = processor.image_processor
+        self._customs = Customs(settings.num_frames, settings.timestamps, images.sizes)
+        self.max_length = min(settings.max_length or tokens, tokens)
+        self._ignored = {processor.tokenizer.image_token_id, config.image_token_index}
+        if config.image_token_index != processor.tokenizer.image_token_id:
+            raise ValueError(
+                f"the model's image_token_index is {config.image_token_index}, but its tokenizer has "
+                f"{processor.tokenizer.image_token_id}; the two do not belong together"
+            )
+        if settings.max_image_size is not None and settings.max_image_size not in images.sizes:
+            raise ValueError(
+                f"[data] max_image_size is {settings.max_image_size}; this model's sizes are "
+                f"{', '.join(map(str, images.sizes))}"
+            )
+        if settings.labels == "together" and not self._newline_splits():
+            raise ValueError(
+                '[data] labels = "together" needs a tokenizer in which a newline is a token by itself, and this one '
+                'joins it with others; use "apart"'
+            )
+
+    def _newline_splits(self) -> bool:
+        """Whether what stands before and after a newline is tokenised independently."""
+        encode = self._processor.tokenizer.encode
+        before, after = f"<|im_start|>assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
+        return len(encode(_NEWLINE)) == 1 and encode(before + after + before) == encode(before) + encode(
+            after
+        ) + encode(before)
+
+    def __call__(self, row: Row) -> Encoded:
+        """The sequences of a row.
+
+        Raises:
+            RowError: it cannot be used, and why.
+        """
+        read, unread = read_row(row, self._customs)
+        notes = [Note("unread fields", f"nothing reads {', '.join(unread)}")] if unread else []
+        if isinstance(read, Text):
+            samples, more = self._text(read.text)
+        else:
+            samples, more = self._conversation(read)
+        return Encoded(samples, notes + more)
+
+    def _text(self, text: str) -> tuple[list[Sample], list[Note]]:
+        """Text is learnt from its second token to the end-of-text token that is put after it."""
+        tokenizer, most = self._processor.tokenizer, self.max_length
+        ids = tokenizer.encode(Prompt(text))
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        # A piece of one token would have nothing to predict, so that the last two share if need be.
+        starts = list(range(0, len(ids), most))
+        if len(starts) > 1 and len(ids) - starts[-1] == 1:
+            starts[-1] -= 1
+        ends = [*starts[1:], len(ids)]
+        samples = [_sample(ids[a:b], [True] * (b - a)) for a, b in zip(starts, ends, strict=True)]
+        said = f"{len(ids):,} tokens became {len(samples)} sequences of at most {most:,}"
+        return samples, [Note("text cut", said)] if len(samples) > 1 else []
+
+    def _conversation(self, conversation: Conversation) -> tuple[list[Sample], list[Note]]:
+        turns = self._turns(conversation)
+        kept = self._fitted(turns)
+        notes = []
+        if len(kept) < len(turns):
+            said = f"{len(turns) - len(kept)} of {len(turns)} messages left out: {self._size(turns)}"
+            notes.append(Note("trimmed", said))
+        ids = [index for turn in kept for index in turn.ids]
+        learnt = [one for turn in kept for one in turn.learnt]
+        crops = tuple(_crops(picture) for turn in kept for picture in turn.pictures)
+        return [_sample(ids, learnt, crops)], notes
+
+    def _turns(self, conversation: Conversation) -> list[Turn]:
+        media = self._processor.media
+        budget, cache = PixelBudget(media.prompt_pixels), MediaCache()
+        turns = []
+        for i, (message, learnt) in enumerate(zip(conversation.messages, conversation.learnt, strict=True)):
+            try:
+                turns.append(self._turn(message, learnt, budget, cache))
+            except FileNotFoundError as error:
+                raise RowError("missing medium", f"message {i}: {error}") from error
+            except (ValueError, TypeError, OSError, MemoryError) as error:
+                kind = "bad message" if isinstance(message["content"], str) else "bad medium"
+                raise RowError(kind, f"message {i}: {error}") from error
+        return turns
+
+    def _turn(self, message: dict[str, object], learnt: bool, budget: PixelBudget, cache: MediaCache) -> Turn:
+        """A message in tokens. Its answer, the end of the turn and the newline after it are what is learnt."""
+        processor, settings = self._processor, self._settings
+        prompt = render([message])
+        role = str(prompt).partition(_NEWLINE)[0].removeprefix("<|im_start|>")
+        header = f"<|im_start|>{role}{_NEWLINE}"
+        content = prompt[len(header) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
+        assert isinstance(content, Prompt), "a slice of a prompt is one"
+        images = processor.image_processor
+        content = settle(content, images, max_image_size=settings.max_image_size, split_image=settings.split_image)
+        content = expand(content, images, processor.media, cache, budget).prompt
+        own = [{"max_image_size": part.max_image_size, "split_image": part.split_image} for part in content.parts]
+        pictures = read_pictures([part.source for part in content.parts], images, own, processor.media, budget)
+        encode = processor.tokenizer.encode
+        if settings.labels == "apart":
+            head = [index for text in ("<|im_start|>", role, _NEWLINE) for index in encode(Prompt(text))]
+            tail = encode(Prompt(END_OF_TURN)) + encode(Prompt(_NEWLINE))
+            first, *rest = processor.tokenizer.encode_segments(content)
+            body, counts = self._filled(first, rest, pictures)
+            return Turn(
+                [*head, *body, *tail],
+                [False] * len(head) + [learnt and one for one in counts] + [learnt] * len(tail),
+                pictures,
+                role,
+            )
+        # The newlines at the ends of header and message part what is tokenised, so that turns may be joined.
+        first, *rest = processor.tokenizer.encode_segments(content + END_OF_TURN + _NEWLINE)
+        head = encode(Prompt(header))
+        body, counts = self._filled(first, rest, pictures)
+        return Turn([*head, *body], [False] * len(head) + [learnt and one for one in counts], pictures, role)
+
+    def _filled(
+        self, first: list[int], rest: Iterable[list[int]], pictures: Sequence[Picture]
+    ) -> tuple[list[int], list[bool]]:
+        """Ids with every picture's places, and which may be learnt: neither those nor the marks around them."""
+        tokenizer = self._processor.tokenizer
+        marks = tuple(tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND_PICTURES)
+        ids, counts = list(first), [True] * len(first)
+        for picture, segment in zip(pictures, rest, strict=True):
+            if ids and ids[-1] == marks[0]:
+                counts[-1] = False
+            places = len(picture.extents) * self._processor.size_conversion[picture.size]
+            ids += [tokenizer.image_token_id] * places + segment
+            counts += [False] * places + [True] * len(segment)
+            if segment and segment[0] == marks[1]:
+                counts[-len(segment)] = False
+        return ids, counts
+
+    def _fitted(self, turns: list[Turn]) -> list[Turn]:
+        """What is kept of turns that are too many: system messages at the beginning, and whole exchanges."""
+        if self._fits(turns):
+            return turns
+        limit = f"{self.max_length:,} tokens"
+        if self._settings.max_crops is not None:
+            limit += f" and {self._settings.max_crops} crops"
+        if self._settings.too_long == "skip":
+            raise RowError("too long", f"{self._size(turns)}, {limit} fit")
+        start = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        system, exchanges = turns[:start], _exchanges(turns[start:])
+        while len(exchanges) > 1:
+            del exchanges[0 if self._settings.too_long == "drop_first" else -1]
+            kept = system + [turn for exchange in exchanges for turn in exchange]
+            while kept and kept[-1].role != "assistant":
+                kept.pop()
+            if any(any(turn.learnt) for turn in kept) and self._fits(kept):
+                return kept
+        raise RowError("too long", f"{self._size(turns)}, {limit} fit, and no whole turns that do have an answer")
+
+    def _fits(self, turns: Sequence[Turn]) -> bool:
+        most = self._settings.max_crops
+        return sum(len(turn.ids) for turn in turns) <= self.max_length and (
+            most is None or sum(turn.num_crops for turn in turns) <= most
+        )
+
+    def _size(self, turns: Sequence[Turn]) -> str:
+        crops = sum(turn.num_crops for turn in turns)
+        return f"{sum(len(turn.ids) for turn in turns):,} tokens" + (f" and {crops} crops" if crops else "")
+
+
+def _exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Turns in groups that each begin with the user's."""
+    groups: list[list[Turn]] = []
+    for before, turn in zip([None, *turns], turns, strict=False):
+        if before is None or (turn.role == "user" and before.role != "user"):
+            groups.append([])
+        groups[-1].append(turn)
+    return groups
+
+
+def _sample(ids: Sequence[int], learnt: Sequence[bool], crops: tuple[Crops, ...] = ()) -> Sample:
+    """A sequence; what is learnt of a token is predicted after the one before it."""
+    input_ids, counts = torch.tensor(ids), torch.tensor(learnt)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    targets[:-1] = torch.where(counts[1:], input_ids[1:], IGNORE_INDEX)
+    return Sample(input_ids, targets, crops)
+
+
+def _crops(picture: Picture) -> Crops:
+    crops = picture.load()
+    return Crops(crops.pixels.contiguous(), crops.extents)

@@ -1,0 +1,288 @@
+"""Rows of every format that is taken -> conversations as the processor takes them, and which turns are learnt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aria.processor.calls import instructions, written
+from aria.train.data.report import RowError
+from aria.train.data.sources import Row
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROW_FIELDS = {"text": ("text",), "messages": ("messages", "images", "video", "videos", "tools", "parallel_tool_calls")}
+_MESSAGE_FIELDS = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", "refusal")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+_OPENAI = {"image_url": "image", "video_url": "video", "file": "document"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that is learnt as a whole."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, with their media named in them."""
+
+    messages: tuple[dict[str, Any], ...]
+    """As :func:`aria.processor.chat.render` takes them."""
+    learnt: tuple[bool, ...]
+    """Of each message whether it is learnt: answers are, unless their ``weight`` is 0."""
+
+
+@dataclass(frozen=True)
+class Customs:
+    """What holds where a row does not say."""
+
+    num_frames: int
+    timestamps: bool
+    sizes: tuple[int, ...]
+    """Sides of crops that the model knows, smallest first."""
+
+
+def read_row(row: Row, customs: Customs) -> tuple[Text | Conversation, list[str]]:
+    """A row, and the names of its fields that nothing reads.
+
+    Raises:
+        RowError: it cannot be learnt from.
+    """
+    fields = {key: value for key, value in row.fields.items() if value is not None}
+    kind = "messages" if "messages" in fields else "text"
+    if kind not in fields:
+        known = ", ".join(sorted(fields)) or "none"
+        raise RowError("no messages", f"expected a row with messages (a conversation) or text; its fields are {known}")
+    others = sorted(key for key in fields if key not in _ROW_FIELDS[kind])
+    if kind == "text":
+        if not isinstance(fields["text"], str) or not fields["text"].strip():
+            raise RowError("empty text", f"text should be a string that is not blank, but is {fields['text']!r:.60}")
+        return Text(fields["text"]), others
+    return _conversation(fields, row.folder, customs), others
+
+
+def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> Conversation:
+    said = fields["messages"]
+    if not isinstance(said, Sequence) or isinstance(said, str) or not said:
+        raise RowError("bad message", f"messages should be a list of messages, but is {said!r:.60}")
+    given = _Given(fields, folder, customs)
+    messages, learnt = [], []
+    for i, message in enumerate(said):
+        read, weight = _message(message, f"message {i}", given)
+        messages.append(read)
+        learnt.append(read["role"] == "assistant" and weight)
+    given.finish()
+    if fields.get("tools"):
+        messages, learnt = _with_tools(fields["tools"], messages, learnt)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RowError("no answer", f"no message is the assistant's; roles are {roles:.60}")
+    if not any(learnt):
+        raise RowError("nothing to learn", "every answer has weight 0")
+    for i, (message, counts) in enumerate(zip(messages, learnt, strict=True)):
+        if counts and not _has_words(message["content"]):
+            raise RowError("empty answer", f"message {i} is the assistant's and says nothing; weight 0 leaves it out")
+    return Conversation(tuple(messages), tuple(learnt))
+
+
+def _has_words(content: str | list[dict[str, Any]]) -> bool:
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    return any(text.strip() for text in texts)
+
+
+class _Given:
+    """Media that stand beside the messages, as the authors' format has them, dealt to the parts that name none."""
+
+    def __init__(self, fields: Mapping[str, Any], folder: Path, customs: Customs):
+        self.folder, self.customs = folder, customs
+        videos = fields.get("videos", [])
+        if "video" in fields:
+            if "videos" in fields:
+                raise RowError("media count", "the row has video and videos; use one of them")
+            videos = fields["video"] if isinstance(fields["video"], list | tuple) else [fields["video"]]
+        self._media = {"image": fields.get("images", []), "video": videos}
+        for kind, media in self._media.items():
+            if isinstance(media, str | bytes) or not isinstance(media, Sequence):
+                raise RowError("bad message", f"{kind}s should be a list, but is {media!r:.60}")
+        self._used = {"image": 0, "video": 0}
+
+    def next(self, kind: str, where: str) -> Any:
+        """What the next place takes."""
+        if kind not in self._media:
+            raise RowError("bad message", f"{where} names no {kind}; give it under path or url")
+        used = self._used[kind]
+        self._used[kind] += 1
+        # Those that are too many are counted too, so that the message tells both numbers.
+        return self._media[kind][used] if used < len(self._media[kind]) else None
+
+    def finish(self) -> None:
+        """Refuse a row whose places and media are not as many."""
+        for kind, media in self._media.items():
+            if self._used[kind] != len(media):
+                noun = "picture" if kind == "image" else "clip"
+                raise RowError(
+                    "media count", f"messages have {self._used[kind]} places for {noun}s, but the row has {len(media)}"
+                )
+
+
+def _message(message: Any, where: str, given: _Given) -> tuple[dict[str, Any], bool]:
+    if not isinstance(message, Mapping):
+        raise RowError("bad message", f"{where} should be an object with role and content, but is {message!r:.60}")
+    fields = {key: value for key, value in message.items() if value is not None}
+    role = fields.get("role")
+    if role not in _ROLES:
+        raise RowError("unknown role", f"{where} has the role {role!r:.40}; known are {', '.join(_ROLES)}")
+    if unknown := sorted(str(key) for key in fields if key not in _MESSAGE_FIELDS):
+        raise RowError(
+            "bad message", f"{where} has unknown fields: {', '.join(unknown)}; known are {', '.join(_MESSAGE_FIELDS)}"
+        )
+    weight = fields.get("weight", 1)
+    if weight not in (0, 1):
+        raise RowError("bad message", f"weight of {where} should be 0 or 1, but is {weight!r:.40}")
+    content = fields.get("content", "")
+    if not isinstance(content, str):
+        if isinstance(content, Mapping) or not isinstance(content, Sequence):
+            raise RowError("bad message", f"content of {where} should be text or a list of parts: {content!r:.60}")
+        content = [_part(part, f"part {i} of {where}", given) for i, part in enumerate(content)]
+    if role == "assistant":
+        content = _with_calls(content, fields, where)
+    elif role == "tool" and "name" in fields:
+        # As the server tells the model whose result it is.
+        named = f"{fields['name']}: "
+        content = named + content if isinstance(content, str) else [{"type": "text", "text": named}, *content]
+    return {"role": role, "content": content}, bool(weight)
+
+
+def _with_tools(
+    tools: Any, messages: list[dict[str, Any]], learnt: list[bool]
+) -> tuple[list[dict[str, Any]], list[bool]]:
+    """The messages with the functions told in the system message, as the server tells them."""
+    told = []
+    for tool in tools if isinstance(tools, Sequence) else [tools]:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError("bad message", f"tools should be a list of functions with names: {tool!r:.60}")
+        named = ("name", "description", "parameters")
+        told.append({key: function[key] for key in named if function.get(key) is not None})
+    text = instructions(told)
+    if messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages], [False, *learnt]
+    first = messages[0]["content"]
+    joined = first if isinstance(first, str) else "".join(part.get("text", "") for part in first)
+    return [{"role": "system", "content": f"{joined}\n\n{text}" if joined else text}, *messages[1:]], learnt
+
+
+def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """What the assistant said, with its calls of functions as the model writes them."""
+    content = content or fields.get("refusal", "")
+    calls = []
+    for call in fields.get("tool_calls", ()):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError("bad message", f"tool_calls of {where} should hold functions with names: {call!r:.60}")
+        try:
+            calls.append(written(function["name"], function.get("arguments") or "{}"))
+        except (TypeError, ValueError) as error:
+            raise RowError("bad message", f"tool_calls of {where}: {error}") from None
+    if not calls:
+        return content
+    if isinstance(content, str):
+        return "\n".join([content, *calls] if content else calls)
+    return [*content, {"type": "text", "text": "".join(f"\n{call}" for call in calls)}]
+
+
+def _part(part: Any, where: str, given: _Given) -> dict[str, Any]:
+    """A part as the processor takes it, its medium found."""
+    if not isinstance(part, Mapping):
+        raise RowError("bad message", f"{where} should be an object with type, but is {part!r:.60}")
+    kind, fields = part.get("type"), {key: value for key, value in part.items() if value is not None}
+    if kind in ("text", "refusal"):
+        text = fields.get(str(kind))
+        if not isinstance(text, str):
+            raise RowError("bad message", f"{kind} of {where} should be a string, but is {text!r:.60}")
+        return {"type": "text", "text": text}
+    if kind in _OPENAI:
+        fields = _from_openai(str(kind), fields, where, given.customs)
+    elif kind not in ("image", "video", "document"):
+        known = ", ".join(("text", "image", "video", "document", *_OPENAI))
+        raise RowError("bad message", f"{where} has the type {kind!r:.40}; known are {known}")
+    kind = fields["type"]
+    named = [key for key in (kind, "path", "url") if key in fields]
+    # The authors' files write "text": null, or "", into every part.
+    if kind in ("image", "video") and fields.pop("text", ""):
+        raise RowError("bad message", f"{where} is a {kind} and has text; give the text a part of its own")
+    if len(named) > 1:
+        raise RowError("bad message", f"{where} names its medium under {' and '.join(named)}; use one of them")
+    source = fields.pop(named[0]) if named else given.next(kind, where)
+    if kind == "video":
+        if isinstance(source, Mapping):
+            fields = {**_frames_of(source, where), **fields}
+            source = source.get("path")
+        fields = {**({} if "fps" in fields else {"num_frames": given.customs.num_frames}), **fields}
+        fields = {"timestamps": given.customs.timestamps, **fields}
+    if source is None:
+        return fields  # of a row whose media are too few, which is told when all are counted
+    return {**fields, kind: _located(source, given.folder, where)}
+
+
+def _frames_of(video: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the authors' ``video`` says of its frames; numbers that are not positive say nothing there."""
+    if unknown := sorted(key for key in video if key not in ("path", "num_frames") and video[key] is not None):
+        raise RowError("bad message", f"the video of {where} has unknown fields: {', '.join(unknown)}")
+    count = video.get("num_frames")
+    return {"num_frames": count} if isinstance(count, int) and count > 0 else {}
+
+
+def _located(source: Any, folder: Path, where: str) -> Any:
+    """A medium; paths count from the folder of their file."""
+    if isinstance(source, Mapping):  # a picture that the package datasets has not decoded
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str):
+        if not source.strip():
+            raise RowError("missing medium", f"{where} names its medium by an empty text")
+        return source if _ADDRESS.match(source) else folder / source
+    if source is None:
+        raise RowError("missing medium", f"{where} names no medium")
+    return source
+
+
+def _from_openai(kind: str, fields: Mapping[str, Any], where: str, customs: Customs) -> dict[str, Any]:
+    """A part of OpenAI's chat format in the processor's words, with the extensions of the server."""
+    inner = fields.get(kind)
+    inner = {"url": inner} if isinstance(inner, str) else inner
+    if not isinstance(inner, Mapping):
+        raise RowError("bad message", f"{kind} of {where} should be an object, but is {inner!r:.60}")
+    inner = {key: value for key, value in inner.items() if value is not None}
+    part = {"type": _OPENAI[kind], **dict(_settings(inner, kind, customs, where))}
+    if kind != "file":
+        part["url"] = inner.get("url", "")
+        return part
+    data = inner.get("file_url") or inner.get("file_data") or ""
+    if "file_data" in inner and isinstance(data, str) and data[:5].lower() != "data:":
+        data = f"data:application/pdf;base64,{data}"
+    return {**part, "url": data}
+
+
+def _settings(inner: Mapping[str, Any], kind: str, customs: Customs, where: str) -> Iterator[tuple[str, Any]]:
+    named = ("file_url", "file_data", "filename") if kind == "file" else ("url",)
+    alike = {
+        "image_url": {"split": "split_image"},
+        "video_url": {name: name for name in ("num_frames", "fps", "max_frames", "timestamps")},
+        "file": {"pages": "pages", "split": "split_image"},
+    }[kind]
+    for key, value in inner.items():
+        if key == "detail":
+            if value not in ("auto", "low", "high"):
+                raise RowError("bad message", f"detail of {where} should be auto, low or high, but is {value!r:.40}")
+            if value != "auto":
+                yield "max_image_size", customs.sizes[0 if value == "low" else -1]
+        elif key in alike:
+            yield alike[key], value
+        elif key not in named:
+            known = ", ".join((*named, "detail", *alike))
+            raise RowError("bad message", f"{kind} of {where} has the unknown field {key!r}; known are {known}")

@@ -1,0 +1,257 @@
+"""Rows -> batches for ever: read ahead by threads, packed in one order, and gone on with exactly where they stopped.
+
+N rows of an epoch. The rows of all epochs are one endless deck, which is dealt to the ranks in turns: rank r of W takes
+cards r, r + W, r + 2 W, ... So every row is used as often as the mixer says, and no rank ever runs out of batches while
+another has some.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from aria.config import AriaConfig
+from aria.processor import AriaProcessor
+from aria.train.batch import Batch, Sample
+from aria.train.data.encode import Encoded, Encoder
+from aria.train.data.order import Order
+from aria.train.data.packer import Packer
+from aria.train.data.report import Report, RowError
+from aria.train.data.settings import DataSettings
+from aria.train.data.sources import Sources
+
+
+class Waiting(NamedTuple):
+    """A sequence that is to be packed."""
+
+    card: int
+    """The rank's how-manieth row it comes from."""
+    part: int
+    """Which sequence of that row."""
+    sample: Sample
+
+    @property
+    def tokens(self) -> int:
+        return self.sample.tokens
+
+    @property
+    def num_crops(self) -> int:
+        return self.sample.num_crops
+
+
+class DataStream:
+    """Batches of one rank, without end.
+
+    Attributes:
+        report: what was used, trimmed and skipped so far.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        processor: AriaProcessor,
+        config: AriaConfig,
+        *,
+        tokens: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+    ):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank should be from 0 to {world - 1}, but is {rank}")
+        self._settings, self._tokens, self._rank, self._world = settings, tokens, rank, world
+        self._filler_id = processor.tokenizer.pad_token_id
+        self._sources = Sources(settings.weights, settings.split)
+        self._order = Order(
+            self._sources.counts,
+            list(settings.weights.values()),
+            seed=seed,
+            shuffle=settings.shuffle,
+            resample=settings.resample,
+        )
+        self._encoder = Encoder(processor, config, settings, tokens)
+        self._next = 0
+        self._held: list[tuple[int, int]] = []
+        self.report = Report()
+
+    @property
+    def rows(self) -> int:
+        """N, over all ranks."""
+        return self._order.size
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data up to the last batch that was given: rows that wait to be packed do not count."""
+        waiting = len({card for card, _ in self._held})
+        return (self._next - waiting) * self._world / self._order.size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is after the last batch that it gave: plain numbers, for JSON."""
+        return {
+            "rank": self._rank,
+            "world": self._world,
+            "next": self._next,
+            "held": [list(one) for one in self._held],
+            "rows": self._order.size,
+            "sources": self._sources.fingerprint(),
+            "report": self.report.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stream of the same data, settings and seed was.
+
+        On the same rank of as many ranks the same batches come as would have come there. With another number of ranks
+        the place in the data is the same, but that rows which waited to be packed, or a few around them, come again.
+
+        Raises:
+            ValueError: the data have changed.
+        """
+        if (now := self._sources.fingerprint()) != state["sources"] or state["rows"] != self._order.size:
+            raise ValueError(
+                f"the data have changed since the state was saved: {'; '.join(state['sources'])} gave "
+                f"{state['rows']:,} rows, {'; '.join(now)} give {self._order.size:,}; start anew, or bring the old "
+                "files back"
+            )
+        self._next, self._held = state["next"], [(card, part) for card, part in state["held"]]
+        if (state["rank"], state["world"]) != (self._rank, self._world):
+            first = min([self._next, *(card for card, _ in self._held)])
+            self._next, self._held = first * state["world"] // self._world, []
+        self.report = Report()
+        self.report.load_state_dict(state["report"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        packer: Packer[Waiting] = Packer(self._tokens, self._settings.max_crops, self._settings.lookahead)
+        reader = Reader(self._read, self._settings.workers, self._settings.workers * self._settings.prefetch)
+        try:
+            cards = sorted({card for card, _ in self._held})
+            again = {card: encoded for card, encoded in reader.read(cards) if isinstance(encoded, Encoded)}
+            if lost := [card for card in cards if card not in again]:
+                raise ValueError(f"{self._where(lost[0])} was usable when the state was saved, and is not any more")
+            packer.add(Waiting(card, part, again[card].samples[part]) for card, part in self._held)
+            arriving = reader.read(_count(self._next))
+            useless = 0
+            while True:
+                while not packer.ready:
+                    card, encoded = next(arriving)
+                    self._next = card + 1
+                    samples = self._account(card, encoded)
+                    packer.add(Waiting(card, part, sample) for part, sample in enumerate(samples))
+                    useless = 0 if samples else useless + 1
+                    if useless * self._world >= self._order.size and useless > 1:
+                        raise ValueError(f"no row of a whole epoch can be used: {self.report}")
+                taken = packer.take()
+                self._held = [(waiting.card, waiting.part) for waiting in packer.held]
+                yield self._packed([waiting.sample for waiting in taken])
+        finally:
+            reader.close()
+
+    def _row(self, card: int) -> int:
+        return self._order.row(card * self._world + self._rank)
+
+    def _where(self, card: int) -> str:
+        return self._sources.where(self._row(card))
+
+    def _read(self, card: int) -> Encoded:
+        return self._encoder(self._sources.read(self._row(card)))
+
+    def _account(self, card: int, encoded: Encoded | RowError) -> list[Sample]:
+        """The sequences of a row, none if it cannot be used; both go into the report."""
+        report, where = self.report, self._where(card)
+        report.rows += 1
+        if isinstance(encoded, RowError):
+            if self._settings.on_error == "stop":
+                raise ValueError(f"{where}: {encoded.kind}: {encoded}") from encoded
+            report.skip(encoded.kind, f"{where}: {encoded}")
+            return []
+        for note in encoded.notes:
+            report.note(note.kind, f"{where}: {note.said}")
+        return encoded.samples
+
+    def _packed(self, samples: list[Sample]) -> Batch:
+        batch, report = Batch.pack(samples, self._tokens, self._filler_id), self.report
+        report.batches += 1
+        report.sequences += len(samples)
+        report.tokens += self._tokens - batch.filler
+        report.filler += batch.filler
+        report.labels += batch.labels
+        report.crops += sum(sample.num_crops for sample in samples)
+        return batch
+
+
+class Reader:
+    """Reads rows ahead of use, by threads, and gives them in the order that was asked for.
+
+    Threads, because decoding, resizing and tokenising leave the interpreter free, nothing has to be copied between
+    processes, and nothing can be forked at the wrong moment.
+    """
+
+    def __init__(self, read: Any, workers: int, ahead: int):
+        self._read, self._ahead = read, ahead
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="aria-data") if workers else None
+
+    def read(self, keys: Iterable[int]) -> Iterator[tuple[int, Encoded | RowError]]:
+        """Of each key what became of it; a fault that belongs to the row is given, others are raised."""
+        if self._pool is None:
+            for key in keys:
+                yield key, self._tried(key)
+            return
+        flying: deque[tuple[int, Future[Encoded | RowError]]] = deque()
+        try:
+            for key in keys:
+                flying.append((key, self._pool.submit(self._tried, key)))
+                if len(flying) > self._ahead:
+                    first, future = flying.popleft()
+                    yield first, future.result()
+            while flying:
+                first, future = flying.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in flying:
+                future.cancel()
+
+    def _tried(self, key: int) -> Encoded | RowError:
+        try:
+            return self._read(key)
+        except RowError as error:
+            return error
+
+    def close(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Drop what has not begun. When the interpreter ends it has done so itself, and half of it is gone."""
+        if self._pool is not None and not _ending():
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _count(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1
+
+
+def make_stream(
+    settings: DataSettings,
+    processor: AriaProcessor,
+    config: AriaConfig,
+    *,
+    tokens: int,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+) -> DataStream:
+    """The stream that ``[data]`` of a recipe asks for.
+
+    Args:
+        settings: ``[data]``.
+        processor, config: of the model that is trained.
+        tokens: of every batch.
+        rank: of those that have data of their own.
+        world: how many these are.
+        seed: of order and mixture; the same on all ranks.
+
+    Raises:
+        FileNotFoundError: there is no such data set.
+        ValueError: a data set of no known kind, or settings that do not fit the model.
+    """
+    return DataStream(settings, processor, config, tokens=tokens, rank=rank, world=world, seed=seed)
