@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -32,6 +33,8 @@ class Ranks(Protocol):
     device: torch.device
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+    def max(self, value: int) -> int: ...
 
 
 class Evaluation:
@@ -77,11 +80,16 @@ class Evaluation:
         recipe, ranks = self._recipe, self._ranks
         each = -(-recipe.evaluate.batches // ranks.data_world)
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch in islice(iter(self._stream()), each):
-            batch = batch.to(ranks.device) if hasattr(batch, "to") else batch
-            # Divided by one, shares of a step are sums.
-            metrics = self._objective(batch, Step(1.0, 1, 1.0)).metrics
-            sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
+        stream = self._stream()
+        with contextlib.closing(iter(stream)) as batches:
+            for batch in islice(batches, each):
+                batch = batch.to(ranks.device) if hasattr(batch, "to") else batch
+                # Divided by one, shares of a step are sums.
+                metrics = self._objective(batch, Step(1.0, 1, 1.0)).metrics
+                sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
+                # Streams never end; a small set is gone through once, by all ranks as long as any has rows left.
+                if not ranks.max(int(stream.epochs < 1.0)):
+                    break
         loss, hits, labels = ranks.sum(sums.to(ranks.device, torch.float32)).tolist()
         if not labels:
             raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch")

@@ -96,13 +96,22 @@ def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    targets.apply(model, chosen)
+    _apply_alike(model, chosen)
     model.train()
     counts = (16, 48)
     decoder = [_decoder_bytes(model, n) for n in counts]
     seen = [_vision_bytes(model, n) for n in counts]
     more = counts[1] - counts[0]
     return (decoder[1] - decoder[0]) / more, (seen[1] - seen[0]) / more
+
+
+def _apply_alike(model: Aria, chosen: targets.Targets) -> None:
+    """Targets on a model of one layer; what they say of single layers may fit nothing there, and then all is alike."""
+    chosen = dataclasses.replace(chosen, freeze_llm_layers=())
+    try:
+        targets.apply(model, chosen)
+    except ValueError:
+        targets.apply(model, dataclasses.replace(chosen, modules=None, freeze=()))
 
 
 def _decoder_bytes(model: Aria, tokens: int) -> int:

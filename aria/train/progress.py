@@ -214,7 +214,7 @@ class Reporter:
             sink.write(line)
         if self._bar is not None:
             self._bar.update(self._task, description=summary(line))
-        elif "loss" in line:
+        elif "loss" in line or "held-out loss" in line:
             self.console.print(f"step {line['step']}: {summary(line)}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:

@@ -205,7 +205,7 @@ class Trainer:
         if self._reporter is not None:
             self._reporter.start(self.position.progress)
         batches = iter(self.stream)
-        with Termination() as termination:
+        with Termination() as termination, _closing(batches):
             while True:
                 reason = self._agreed_end(termination)
                 micro = [] if reason else self._next(batches)
@@ -242,9 +242,14 @@ class Trainer:
         """The micro-batches of a step: as many on every rank, on the device."""
         micro = list(islice(batches, self.settings.accumulate))
         missing = self.ranks.max(self.settings.accumulate - len(micro))
+        return [self._sent(batch) for batch in micro[: self.settings.accumulate - missing]]
+
+    def _sent(self, batch: Any) -> Any:
+        """A batch on the device; from pinned memory the copy does not wait for the work before it."""
         device = self.ranks.device
-        kept = micro[: self.settings.accumulate - missing]
-        return [batch.to(device) if hasattr(batch, "to") else batch for batch in kept]
+        if device.type == "cuda" and hasattr(batch, "pin"):
+            batch = batch.pin()
+        return batch.to(device) if hasattr(batch, "to") else batch
 
     def _step(self, micro: list[Any]) -> None:
         position = self.position
@@ -321,6 +326,16 @@ class Trainer:
         if self._reporter is not None and found:
             self._reporter.write({"step": position.step, **found})
         self._interval.restart(self.ranks.device)
+
+
+@contextmanager
+def _closing(batches: Iterator[Any]) -> Iterator[None]:
+    """Let a generator end its workers at once, however the loop ends."""
+    try:
+        yield
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
 
 
 class Clock:
