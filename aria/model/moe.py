@@ -79,7 +79,7 @@ class SharedExperts(nn.Module):
         join(self.gate_proj, self.up_proj)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(ops.gated(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class MoE(nn.Module):

@@ -227,9 +227,9 @@ def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Te
     P, width = y.shape
     assert y.is_contiguous() and h.is_contiguous(), "rows lie one after another"
     if P:
-        _expand[tiles(P, ends), triton.cdiv(width, 256)](
+        _expand[tiles(P, ends), triton.cdiv(width, 128)](
             y, h, ends, b_ERO, P, *noise.arguments, *b_ERO.stride(),
-            O=width, DROP=noise.drop, O_BLOCK=256, num_warps=4, **blocks(ends, h.shape[1]),
+            O=width, DROP=noise.drop, O_BLOCK=128, num_warps=4, **blocks(ends, h.shape[1]),
         )  # fmt: skip
     return y
 
