@@ -115,7 +115,7 @@ def test_dropout_is_the_same_on_the_way_back(dtype):
     ones, _ = low_rank.gather(torch.ones_like(x), noise=low_rank.Noise(0.25), dropped=True)
     mask = (ones > 0).double() / 0.75
     assert abs((ones == 0).double().mean() - 0.25) < 0.01
-    inputs = dict(x=x, weight=weight, a=a, b=b)
+    inputs = {"x": x, "weight": weight, "a": a, "b": b}
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs.values()]
     expected = wide[0] @ wide[1].T + 2.0 * (wide[0] * mask) @ wide[2].T @ wide[3].T
     seed = torch.randn_like(expected)
@@ -129,18 +129,27 @@ def test_dropout_is_the_same_on_the_way_back(dtype):
 
 @DTYPES
 def test_between_products(dtype):
-    check(ops.gated, reference.gated, {"gate_TF": normal(700, 3328, dtype=dtype), "up_TF": normal(700, 3328, dtype=dtype)},
-          TOLERANCE[dtype])  # fmt: skip
+    pair = {"gate_TF": normal(700, 3328, dtype=dtype), "up_TF": normal(700, 3328, dtype=dtype)}
+    check(ops.gated, reference.gated, pair, TOLERANCE[dtype])
     cos, sin = ops.rotary_table(torch.randint(5000, (300,), device="cuda"), 128, 5e6, dtype)
-    wide = cos.double(), sin.double()
-    check(lambda x: ops.rotary(x, cos, sin), lambda x: reference.rotary(x, *wide), {"x": normal(300, 20, 128, dtype=dtype)},
-          TOLERANCE[dtype])  # fmt: skip
-    norm = normal(2560, dtype=dtype)
-    check(lambda x, norm: ops.rms_norm(x, norm, 1e-5), lambda x, norm: reference.rms_norm(x, norm, 1e-5),
-          {"x": normal(300, 2560, dtype=dtype), "norm": norm}, TOLERANCE[dtype])  # fmt: skip
-    logits = normal(300, 64, dtype=dtype)
-    check(lambda x: ops.route(x, 6)[0], lambda x: reference.route(x, 6)[0], {"x": logits}, TOLERANCE[dtype])
-    assert torch.equal(ops.route(logits.float(), 6)[1], reference.route(logits.float(), 6)[1])
+    wide, x = (cos.double(), sin.double()), {"x": normal(300, 20, 128, dtype=dtype)}
+    check(lambda x: ops.rotary(x, cos, sin), lambda x: reference.rotary(x, *wide), x, TOLERANCE[dtype])
+
+
+@DTYPES
+def test_norm(dtype):
+    inputs = {"x_TD": normal(300, 2560, dtype=dtype), "weight_D": normal(2560, dtype=dtype)}
+    run = lambda module: lambda x_TD, weight_D: module.rms_norm(x_TD, weight_D, 1e-5)  # noqa: E731
+    check(run(ops), run(reference), inputs, TOLERANCE[dtype])
+
+
+@DTYPES
+def test_route(dtype):
+    # Scores far enough apart for one choice in any precision.
+    scores = torch.stack([torch.randperm(64, device="cuda") for _ in range(300)]).to(dtype) / 16
+    inputs = {"x": scores.requires_grad_()}
+    check(lambda x: ops.route(x, 6)[0], lambda x: reference.route(x, 6)[0], inputs, TOLERANCE[dtype])
+    assert torch.equal(ops.route(scores, 6)[1], reference.route(scores, 6)[1])
 
 
 def test_a_layer_waits_for_nothing():
