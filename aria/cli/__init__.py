@@ -6,7 +6,7 @@ import sys
 
 from rich.markup import escape
 
-from aria.cli import chat, jobs, models, serve  # noqa: F401  (each adds its commands)
+from aria.cli import chat, data, jobs, models, serve, train  # noqa: F401  (each adds its commands)
 from aria.cli.options import app, err
 
 __all__ = ["app", "main"]

@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
@@ -20,8 +20,11 @@ from aria.train.data.encode import Encoded, Encoder
 from aria.train.data.order import Order
 from aria.train.data.packer import Packer
 from aria.train.data.report import Report, RowError
+from aria.train.data.rows import Conversation, Customs, read_row
 from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Sources
+
+Read = TypeVar("Read")
 
 
 class Waiting(NamedTuple):
@@ -181,24 +184,24 @@ class DataStream:
         return batch
 
 
-class Reader:
+class Reader(Generic[Read]):
     """Reads rows ahead of use, by threads, and gives them in the order that was asked for.
 
     Threads, because decoding, resizing and tokenising leave the interpreter free, nothing has to be copied between
     processes, and nothing can be forked at the wrong moment.
     """
 
-    def __init__(self, read: Any, workers: int, ahead: int):
+    def __init__(self, read: Callable[[int], Read], workers: int, ahead: int):
         self._read, self._ahead = read, ahead
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="aria-data") if workers else None
 
-    def read(self, keys: Iterable[int]) -> Iterator[tuple[int, Encoded | RowError]]:
+    def read(self, keys: Iterable[int]) -> Iterator[tuple[int, Read | RowError]]:
         """Of each key what became of it; a fault that belongs to the row is given, others are raised."""
         if self._pool is None:
             for key in keys:
                 yield key, self._tried(key)
             return
-        flying: deque[tuple[int, Future[Encoded | RowError]]] = deque()
+        flying: deque[tuple[int, Future[Read | RowError]]] = deque()
         try:
             for key in keys:
                 flying.append((key, self._pool.submit(self._tried, key)))
@@ -212,7 +215,7 @@ class Reader:
             for _, future in flying:
                 future.cancel()
 
-    def _tried(self, key: int) -> Encoded | RowError:
+    def _tried(self, key: int) -> Read | RowError:
         try:
             return self._read(key)
         except RowError as error:
@@ -255,3 +258,39 @@ def make_stream(
         ValueError: a data set of no known kind, or settings that do not fit the model.
     """
     return DataStream(settings, processor, config, tokens=tokens, rank=rank, world=world, seed=seed)
+
+
+class Question(NamedTuple):
+    """A conversation up to its last answer, and that answer."""
+
+    messages: tuple[dict[str, Any], ...]
+    """As the processor takes them, media named in them."""
+    answer: str
+
+
+def questions(settings: DataSettings, processor: AriaProcessor, most: int) -> list[Question]:
+    """The first conversations of the data sets, for a model to answer.
+
+    Rows that are text or cannot be read are passed over; a stream over the same data tells of them.
+
+    Args:
+        settings: ``[data]``, with the data sets to take them from.
+        processor: of the model.
+        most: how many.
+    """
+    sources = Sources(settings.weights, settings.split)
+    customs = Customs(settings.num_frames, settings.timestamps, processor.image_processor.sizes)
+    found: list[Question] = []
+    for row in range(len(sources)):
+        if len(found) == most:
+            break
+        try:
+            read, _ = read_row(sources.read(row), customs)
+        except RowError:
+            continue
+        if isinstance(read, Conversation):
+            last = max(i for i, message in enumerate(read.messages) if message["role"] == "assistant")
+            content = read.messages[last]["content"]
+            parts = [{"text": content}] if isinstance(content, str) else content
+            found.append(Question(read.messages[:last], "".join(part.get("text", "") for part in parts)))
+    return found

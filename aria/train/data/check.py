@@ -1,0 +1,170 @@
+"""``aria data check``: every row and every medium is read as training would read it, and what that comes to is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aria.config import AriaConfig
+from aria.processor import AriaProcessor
+from aria.train.data.encode import Encoder
+from aria.train.data.order import permutation
+from aria.train.data.packer import Packer
+from aria.train.data.report import RowError, Tally
+from aria.train.data.settings import DataSettings
+from aria.train.data.sources import Sources
+from aria.train.data.stream import Reader
+from aria.train.loss import IGNORE_INDEX
+
+PERCENTILES = (0, 50, 90, 99, 100)
+
+
+class Size(NamedTuple):
+    """What one sequence is made of."""
+
+    tokens: int
+    labels: int
+    pictures: int
+    """Frames of clips and pages of documents are pictures too."""
+    num_crops: int
+
+
+@dataclass
+class Check:
+    """What a check has found."""
+
+    batch_tokens: int
+    """Of a batch."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Data set -> its rows."""
+    usable: int = 0
+    """Rows that can be trained on."""
+    sizes: list[Size] = field(default_factory=list)
+    """Of every sequence."""
+    problems: dict[str, Tally] = field(default_factory=dict)
+    """Kind of fault -> rows that have it."""
+    notes: dict[str, Tally] = field(default_factory=dict)
+    batches: int = 0
+    """That the sequences of one epoch make."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return sum(size.tokens for size in self.sizes)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the batches' tokens that are not filler."""
+        return self.tokens / (self.batches * self.batch_tokens) if self.batches else 0.0
+
+    def distribution(self) -> dict[str, dict[str, float]]:
+        """Of tokens, targets, pictures and crops of a sequence: mean and percentiles, 0 is the least, 100 the most."""
+        found = {}
+        names = {"tokens": "tokens", "labels": "targets", "pictures": "pictures", "num_crops": "crops"}
+        for i, name in enumerate(Size._fields):
+            values = np.array([size[i] for size in self.sizes])
+            points = np.percentile(values, PERCENTILES, method="higher") if self.sizes else [0] * len(PERCENTILES)
+            spread = {f"p{point}": float(value) for point, value in zip(PERCENTILES, points, strict=True)}
+            found[names[name]] = {"mean": float(values.mean()) if self.sizes else 0.0, **spread}
+        return found
+
+    def histogram(self) -> list[tuple[int, int]]:
+        """``(bound, count)``: sequences of at most so many tokens, and more than the bound before; powers of two."""
+        bounds: dict[int, int] = {}
+        for size in self.sizes:
+            bound = 1 << (size.tokens - 1).bit_length()
+            bounds[bound] = bounds.get(bound, 0) + 1
+        if not bounds:
+            return []
+        return [(1 << n, bounds.get(1 << n, 0)) for n in range(min(bounds).bit_length() - 1, max(bounds).bit_length())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        tallies = {
+            name: {kind: {"count": tally.count, "first": tally.examples} for kind, tally in found.items()}
+            for name, found in (("problems", self.problems), ("notes", self.notes))
+        }
+        return {
+            "rows": self.rows,
+            "usable": self.usable,
+            **tallies,
+            "sequences": len(self.sizes),
+            "distribution": self.distribution(),
+            "histogram": [{"up_to": bound, "count": count} for bound, count in self.histogram()],
+            "tokens": self.tokens,
+            "targets": sum(size.labels for size in self.sizes),
+            "crops": sum(size.num_crops for size in self.sizes),
+            "batch_tokens": self.batch_tokens,
+            "batches": self.batches,
+            "efficiency": self.efficiency,
+        }
+
+
+def check_data(
+    settings: DataSettings,
+    processor: AriaProcessor,
+    config: AriaConfig,
+    *,
+    tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Check:
+    """Read every row of the data sets that the settings name, once, whatever their weights.
+
+    Args:
+        settings: as in ``[data]`` of a recipe.
+        processor, config: of the model that is to be trained.
+        tokens: of a batch.
+        progress: called with the rows that are done, and all rows.
+
+    Raises:
+        FileNotFoundError: there is no such data set.
+        ValueError: a data set of no known kind, or settings that do not fit the model.
+    """
+    sources = Sources(settings.weights, settings.split)
+    encoder = Encoder(processor, config, settings, tokens)
+    check = Check(tokens, rows=dict(zip(sources.names, sources.counts, strict=True)))
+
+    def measure(row: int) -> tuple[list[Size], list[Any]]:
+        encoded = encoder(sources.read(row))
+        sizes = [
+            Size(sample.tokens, int((sample.targets != IGNORE_INDEX).sum()), len(sample.crops), sample.num_crops)
+            for sample in encoded.samples
+        ]
+        return sizes, encoded.notes
+
+    reader = Reader(measure, settings.workers, settings.workers * settings.prefetch)
+    try:
+        for row, found in reader.read(range(len(sources))):
+            where = sources.where(row)
+            if isinstance(found, RowError):
+                check.problems.setdefault(found.kind, Tally()).add(f"{where}: {found}")
+            else:
+                sizes, notes = found
+                check.usable += 1
+                check.sizes += sizes
+                for note in notes:
+                    check.notes.setdefault(note.kind, Tally()).add(f"{where}: {note.said}")
+            if progress is not None:
+                progress(row + 1, len(sources))
+    finally:
+        reader.close()
+    check.batches = count_batches(check.sizes, tokens, settings.max_crops, settings.lookahead)
+    return check
+
+
+def count_batches(sizes: Sequence[Size], tokens: int, max_crops: int | None, lookahead: int) -> int:
+    """How many batches the sequences make, in an order that is as good as any."""
+    packer: Packer[Size] = Packer(tokens, max_crops, lookahead)
+    batches = 0
+    for i in permutation(len(sizes), 0):
+        packer.add([sizes[i]])
+        while packer.ready:
+            packer.take()
+            batches += 1
+    while packer.held:
+        packer.take()
+        batches += 1
+    return batches
