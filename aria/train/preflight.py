@@ -1,7 +1,8 @@
-"""Before a training starts: what it takes of memory, part by part, how long it is, and what to change if it cannot fit.
+"""What a training takes: memory part by part, steps, time, and what to change if it does not fit.
 
-Weights, gradients and optimizer state are counted on a model without memory. What a layer keeps for its backward pass is
-measured, on one layer of the real widths over a few tokens on the CPU, so that it cannot fall behind the code.
+Weights, gradients and optimizer state are counted on a model without memory. What a layer keeps for its backward pass
+is measured, on one layer of the real widths over a few tokens on the CPU, so that it cannot fall behind the code; only
+for the decoder on CUDA, where kernels keep less, it is a sum.
 
 T tokens, D hidden, V vocabulary, L layers, P patches.
 """
@@ -20,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from aria.config import AriaConfig, parse_dtype
-from aria.model import Aria, Packed, PackedPatches
+from aria.model import Aria, Packed
 from aria.ops import Segments
 from aria.train import targets
 from aria.train.optimizer import OptimizerSettings, make_optimizer
@@ -105,6 +106,18 @@ def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype)
     return (decoder[1] - decoder[0]) / more, (seen[1] - seen[0]) / more
 
 
+def kernel_bytes(config: AriaConfig, dtype: torch.dtype) -> float:
+    """Bytes a token that a decoder layer keeps where the kernels with gradients run, which is on CUDA.
+
+    Eight rows of D (what either norm reads and gives, q, k and v as they are attended, and what attention gives), the
+    first product of A experts, and of the shared experts gate, up and their product.
+    """
+    text = config.text
+    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    experts = 2 * text.moe_topk * text.intermediate_size + 3 * text.shared_size
+    return (4 * text.hidden_size + heads + experts) * dtype.itemsize
+
+
 def _apply_alike(model: Aria, chosen: targets.Targets) -> None:
     """Targets on a model of one layer; what they say of single layers may fit nothing there, and then all is alike."""
     chosen = dataclasses.replace(chosen, freeze_llm_layers=())
@@ -187,7 +200,7 @@ class Estimator:
         config, text = self._config, self._config.text
         dtype = weights_dtype(recipe, config, self._device)
         counts = self._count(recipe.targets, dtype)
-        # All ranks hold a part, and the layer that is computed whole besides, as well as the next one, which comes ahead.
+        # All ranks hold a part, and whole the layer that is computed and the next one, which comes ahead.
         weights = counts.base / world + (2 * counts.layer if world > 1 else 0)
         trained = sum(counts.trained.values())
         state = sum(count * state_bytes(recipe.optimizer, dtype) for dtype, count in counts.trained.items())
@@ -230,13 +243,15 @@ class Estimator:
                 if parameter.requires_grad:
                     trained[parameter.dtype] = trained.get(parameter.dtype, 0) + parameter.numel()
             head = model.language_model.lm_head.weight
+            per_token, per_patch = layer_bytes(self._config, chosen, dtype)
             self._counted[key] = _Counts(
                 base,
                 sum(p.nbytes for name, p in named.items() if name not in before),
                 layer,
                 trained,
                 head.numel() if head.requires_grad else 0,
-                *layer_bytes(self._config, chosen, dtype),
+                kernel_bytes(self._config, dtype) if self._device.type == "cuda" else per_token,
+                per_patch,
             )
         return self._counted[key]
 
@@ -341,7 +356,7 @@ def token_flops(recipe: Recipe, config: AriaConfig) -> float:
 
 
 def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int, free: int) -> Iterator[str]:
-    """The nearest settings that fit, one of each kind, in the words that ``--set`` takes; of two only if no one does."""
+    """The nearest settings that fit, one of each kind, in the words of ``--set``; pairs only if no single one does."""
     batch, changed = recipe.batch, dataclasses.replace
     shorter = [
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from rich.table import Table
 from torch import nn
 
 from aria.checkpoint import load_model, save_checkpoint
+from aria.checkpoint.adapter import save_adapter
 from aria.config import AriaConfig, parse_dtype
 from aria.model import Aria
+from aria.model.adapter import adapters
 from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.cost import Trained, batch_flops
@@ -201,7 +203,7 @@ def _run(
             console.print(f"going on after step {position.step}, {position.progress:.1%} of the training")
     reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
     objective, flops = _objective(parts)
-    evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, sampler)
+    evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, position, sampler)
     trainer = Trainer(
         objective,
         stream,
@@ -353,10 +355,13 @@ def _reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Reporte
 
 def export(parts: Parts, folder: Path) -> None:
     """Write what came of a training: the adapter as PEFT's folder, or the whole model with its processor."""
-    aria = parts.aria
+    aria, recipe = parts.aria, parts.recipe
     if parts.parallel.rank == 0:
-        save_checkpoint(aria.state_dict(), aria.config, folder)
-        parts.processor.save_pretrained(folder)
+        if adapters(aria):
+            save_adapter(aria, folder, base_model=recipe.model.path)
+        else:
+            save_checkpoint(aria.state_dict(), aria.config, folder)
+            parts.processor.save_pretrained(folder)
     parts.parallel.barrier()
 
 
@@ -365,6 +370,6 @@ def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, o
     if report := getattr(stream, "report", None):
         reporter.say(str(report))
     if reason in ("done", "data ended"):
-        reporter.say(f"written to {out / EXPORT}; try it: aria chat -m {out / EXPORT}")
+        reporter.say(f"written to {out / EXPORT}")
     else:
         reporter.say("the same command goes on")

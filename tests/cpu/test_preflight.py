@@ -1,0 +1,151 @@
+"""The preflight's arithmetic against real tensors, its refusals, and the FLOPs of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+
+from aria.config import AriaConfig
+from aria.model import Packed
+from aria.ops import Segments
+from aria.processor.pictures import Crops
+from aria.train import targets
+from aria.train.cost import Trained, batch_flops
+from aria.train.optimizer import make_optimizer
+from aria.train.preflight import Estimator, check, saved_bytes, size
+from aria.train.recipe import Recipe
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FULL = {"method": "full", "freeze_vit": False, "freeze_projector": False}
+
+
+def recipe(**sections) -> Recipe:
+    return Recipe.from_table({"budget": {"steps": 10}, **sections})
+
+
+def trained_model(chosen: Recipe):
+    model = tiny_model(tiny_config())
+    targets.apply(model, chosen.targets)
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    "chosen", [FULL, {"method": "lora"}, {**FULL, "freeze_llm": True}], ids=["full", "lora", "some"]
+)
+def test_weights_gradients_and_optimizer_are_those_of_real_tensors(chosen):
+    told = recipe(targets=chosen)
+    model = trained_model(told)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(named.items(), told.optimizer)
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
+    memory = Estimator(tiny_config(), CPU).memory(told)
+    assert memory.weights + memory.adapters == sum(p.nbytes for p in model.parameters())
+    assert (memory.adapters > 0) == (chosen["method"] == "lora")
+    assert memory.gradients == sum(p.nbytes for p in named.values())
+    assert memory.optimizer == pytest.approx(state, rel=0.01)
+
+
+@pytest.mark.parametrize("chosen", [FULL, {"method": "lora"}], ids=["full", "lora"])
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(chosen):
+    told = recipe(targets=chosen | {"freeze_vit": True}, batch={"tokens": 640})
+    model = trained_model(told)
+    ids = torch.randint(10, 300, (640,), generator=torch.Generator().manual_seed(0))
+    with saved_bytes(model) as count:
+        hidden = model(ids, Packed(model.config.text, Segments.of([300, 340])), router_logits=True).hidden
+        found = count()
+    del hidden
+    memory = Estimator(tiny_config(), CPU).memory(told)
+    assert memory.activations == pytest.approx(found, rel=0.1)
+
+
+def test_activations_of_a_trained_vision_encoder_count_every_patch():
+    frozen = Estimator(tiny_config(), CPU).memory(recipe(targets={"method": "full", "freeze_vit": True}))
+    seen = Estimator(tiny_config(), CPU).memory(recipe(targets=FULL))
+    few = Estimator(tiny_config(), CPU).memory(recipe(targets=FULL, data={"paths": ["a"], "max_crops": 1}))
+    assert frozen.activations < few.activations < seen.activations
+
+
+def test_checkpointing_averages_and_ranks_change_what_they_should():
+    estimator = Estimator(tiny_config(), CPU)
+    plain = estimator.memory(recipe(targets=FULL))
+    assert (
+        estimator.memory(recipe(targets=FULL, parallel={"checkpointing": "full"})).activations < plain.activations / 4
+    )
+    averaged = estimator.memory(recipe(targets=FULL, schedule={"average": 0.9}))
+    assert averaged.average == plain.gradients
+    spread = estimator.memory(recipe(targets=FULL), world=4)
+    assert spread.gradients == pytest.approx(plain.gradients / 4, rel=0.01) and spread.weights < plain.weights
+
+
+def test_what_cannot_fit_is_refused_with_settings_that_do():
+    told = recipe(targets=FULL, batch={"tokens": 4096})
+    config = tiny_config()
+    estimator = Estimator(config, CPU)
+    need = estimator.memory(told).total
+    fits = estimator.memory(dataclasses.replace(told, batch=dataclasses.replace(told.batch, tokens=1024))).total
+    assert check(told, config, CPU, available=need).memory.total == need
+    with pytest.raises(ValueError, match=r"takes about .* on each device, but .* is free") as refused:
+        check(told, config, CPU, available=fits + 1000)
+    said = str(refused.value)
+    assert f"batch.tokens=1024 and batch.accumulate=4 ({size(fits)})" in said
+    assert "parallel.checkpointing=full" in said
+    for part in ("weights", "gradients", "optimizer", "activations", "logits"):
+        assert part in said
+    with pytest.raises(ValueError, match="nothing that was tried"):
+        check(told, config, CPU, available=1000)
+
+
+def test_the_published_shape_on_one_gpu_of_80_gb():
+    gpu = 78 << 30
+    config = AriaConfig.aria()
+    adapters = check(recipe(batch={"tokens": 4096}), config, GPU, available=gpu)
+    assert 47.1 < adapters.memory.weights / 2**30 < 47.2
+    with pytest.raises(ValueError, match=r"targets\.method=lora \(.*; \d+ devices") as refused:
+        check(recipe(targets={**FULL, "freeze_vit": True}, batch={"tokens": 4096}), config, GPU, available=gpu)
+    assert "optimizer" in str(refused.value)
+
+
+def test_a_plan_tells_tokens_steps_and_time():
+    told = recipe(batch={"tokens": 1000, "accumulate": 3}, budget={"steps": 7})
+    plan = check(told, tiny_config(), CPU, available=1 << 40, flops_rate=1e9)
+    assert plan.step_tokens == 3000 and plan.steps == 7
+    assert plan.seconds == pytest.approx(7 * 3000 * 4 * tiny_config().active_parameters() / (1e9 * 0.3))
+    assert plan.table().row_count > 8
+
+
+# FLOPs
+
+
+def test_flops_of_a_batch_by_hand():
+    config = tiny_config()
+    text = config.text
+    head = text.vocab_size * text.hidden_size
+    layers = config.active_parameters() - head
+    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    lora, everything = Trained(False, False, True, False), Trained(True, True, True, True)
+    attention = 2 * (10**2 + 30**2) * width
+    assert batch_flops(config, lora, [10, 30], 5) == 4 * (40 * layers + 5 * head) + 3 * attention
+    assert batch_flops(config, everything, [10, 30], 5) == 6 * (40 * layers + 5 * head) + 3 * attention
+
+
+def test_a_picture_costs_its_real_patches():
+    config = tiny_config()
+    lora = Trained(False, False, True, False)
+    bare = batch_flops(config, lora, [10], 5)
+    whole, half = (
+        batch_flops(config, lora, [10], 5, [Crops(torch.zeros(1, 3, 490, 490), ((490, width),))]) - bare
+        for width in (490, 245)
+    )
+    # Half the patches: products half, attention among them a quarter.
+    assert 0.25 < half / whole < 0.5
+    trained = batch_flops(config, Trained(True, True, True, True), [10], 5)
+    seen = batch_flops(
+        config, Trained(True, True, True, True), [10], 5, [Crops(torch.zeros(1, 3, 490, 490), ((490, 490),))]
+    )
+    assert seen - trained == pytest.approx(3 * whole, rel=1e-6)
