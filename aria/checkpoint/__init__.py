@@ -1,5 +1,6 @@
 """Files to tensors and back: every published layout is read, today's Hub layout is written."""
 
+from aria.checkpoint.adapter import StoredAdapter, load_adapter, read_adapter, save_adapter
 from aria.checkpoint.convert import Converted, convert
 from aria.checkpoint.layouts import LAYOUTS, Layout
 from aria.checkpoint.load import (
@@ -19,11 +20,15 @@ __all__ = [
     "Checkpoint",
     "Converted",
     "Layout",
+    "StoredAdapter",
     "convert",
     "find_weights",
+    "load_adapter",
     "load_into",
     "load_model",
     "parameter_shapes",
+    "read_adapter",
     "read_remote",
+    "save_adapter",
     "save_checkpoint",
 ]

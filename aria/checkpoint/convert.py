@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from aria.checkpoint.adapter import merged, read_adapter
 from aria.checkpoint.load import WEIGHT_PATTERNS, Checkpoint, Progress, parameter_shapes
 from aria.checkpoint.save import (
     GENERATION_NAME,
@@ -23,6 +24,7 @@ from aria.checkpoint.save import (
 )
 from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import resolve
+from aria.ops import LowRank
 
 COMPANIONS = (
     "tokenizer.model",
@@ -53,14 +55,15 @@ class Converted:
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Converted:
-    """Write a checkpoint of any layout again as today's Hub layout, dtypes kept.
+    """Write a checkpoint of any layout again as today's Hub layout, dtypes kept, perhaps with an adapter merged in.
 
     Files of the tokenizer and the processor are copied as they are, but for pointers to the authors' code. Those of the
     original repositories lack what transformers asks for; ``AriaProcessor.from_pretrained(out).save_pretrained(out)``
@@ -69,9 +72,10 @@ def convert(
     Memory stays at one tensor (1.1 GB for the published model) and a few buffers, however large the checkpoint is.
 
     Args:
-        source: a folder, a file of weights with its ``config.json`` beside it, or a Hub repository.
+        source: a folder, a file of weights with its ``config.json`` beside it, or a Hub repository; None: nano.
         out: folder to write; what it held before stays whole if anything fails.
         revision: of a Hub repository.
+        adapter: folder in PEFT's format; what it changes is added in float32 and rounded once.
         max_shard_size: bytes, or text such as ``"5GB"``.
         progress: called with bytes done and bytes in all.
 
@@ -87,15 +91,18 @@ def convert(
     checkpoint = Checkpoint(path, parameter_shapes(config))
     config = replace(config, dtype=checkpoint.dtype)
     specs = {name: Spec(shape, checkpoint.dtype_of(name)) for name, shape in checkpoint.shapes.items()}
+    changes = {} if adapter is None else read_adapter(adapter, config).weights
     with replacing(out) as staging:
-        get = _getter(checkpoint, specs, progress)
+        get = _getter(checkpoint, specs, changes, progress)
         write_weights(specs, get, config, staging, max_shard_size=max_shard_size)
         write_json(staging / CONFIG_NAME, config.to_dict())
         copied = _copy_companions(folder, staging, config)
     return Converted(checkpoint.layout.name, len(specs), checkpoint.nbytes, copied)
 
 
-def _getter(checkpoint: Checkpoint, specs: dict[str, Spec], progress: Progress | None) -> Callable[[str], Tensor]:
+def _getter(
+    checkpoint: Checkpoint, specs: dict[str, Spec], changes: Mapping[str, LowRank], progress: Progress | None
+) -> Callable[[str], Tensor]:
     done = 0
 
     def get(name: str) -> Tensor:
@@ -105,7 +112,8 @@ def _getter(checkpoint: Checkpoint, specs: dict[str, Spec], progress: Progress |
         done += specs[name].nbytes
         if progress is not None:
             progress(done, checkpoint.nbytes)
-        return tensor
+        change = changes.get(name.removesuffix(".weight"))
+        return tensor if change is None else merged(tensor, change)
 
     return get
 

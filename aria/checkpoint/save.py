@@ -193,6 +193,10 @@ def _install(staging: Path, folder: Path) -> None:
 
 
 def _check(specs: Mapping[str, Spec], shapes: Mapping[str, Shape]) -> None:
+    if any(".adapter." in name for name in specs):
+        raise ValueError(
+            "the model has adapters beside its weights; save them with save_adapter, and merge them with `aria merge`"
+        )
     missing = [name for name in shapes if name not in specs]
     unexpected = [name for name in specs if name not in shapes]
     wrong = [

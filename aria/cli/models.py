@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aria.cli.options import Revision, app, err, out
+
+if TYPE_CHECKING:
+    from aria.checkpoint import Converted
 
 
 @app.command()
@@ -28,6 +31,24 @@ def convert(
     revision: Revision = None,
 ) -> None:
     """Rewrite a model of any layout in today's Hub layout, weights a tensor at a time, and what the processor reads."""
+    done = _rewrite("converting", source, target, revision=revision)
+    out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
+    out.print(f"beside them: {', '.join(done.companions) or 'nothing'}")
+    needed = ("tokenizer.model", "preprocessor_config.json")
+    if missing := [name for name in needed if not (target / name).is_file()]:
+        out.print(f"the processor still needs {' and '.join(missing)}; copy them there")
+        return
+    from aria.processor import AriaProcessor
+
+    # The files of the original repositories lack what transformers' processor asks for.
+    AriaProcessor.from_pretrained(target).save_pretrained(target)
+    out.print("the processor's files are complete, also for transformers")
+
+
+def _rewrite(
+    doing: str, source: str | None, target: Path, *, revision: str | None, adapter: str | None = None
+) -> Converted:
+    """:func:`aria.checkpoint.convert` with a progress bar."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from aria.checkpoint import convert as convert_checkpoint
@@ -40,20 +61,28 @@ def convert(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("converting", total=None)
+        task = progress.add_task(doing, total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        done = convert_checkpoint(source, target, revision=revision, progress=show)
-    out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
-    out.print(f"beside them: {', '.join(done.companions) or 'nothing'}")
-    needed = ("tokenizer.model", "preprocessor_config.json")
-    if missing := [name for name in needed if not (target / name).is_file()]:
-        out.print(f"the processor still needs {' and '.join(missing)}; copy them there")
-        return
+        return convert_checkpoint(source, target, revision=revision, adapter=adapter, progress=show)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub repository in PEFT's format.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; weights that it holds are replaced.")],
+    model: Annotated[
+        str | None, typer.Option(help="What the adapter was trained beside; default: what its folder names, else nano.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Write a model with an adapter merged into its weights, in today's Hub layout, a tensor at a time."""
+    from aria.checkpoint.adapter import base_of
     from aria.processor import AriaProcessor
 
-    # The files of the original repositories lack what transformers' processor asks for.
-    AriaProcessor.from_pretrained(target).save_pretrained(target)
-    out.print("the processor's files are complete, also for transformers")
+    base = model or base_of(adapter)
+    done = _rewrite("merging", base, target, revision=revision, adapter=adapter)
+    AriaProcessor.from_pretrained(target if (target / "tokenizer.model").is_file() else base).save_pretrained(target)
+    out.print(f"{target}: {done.tensors} tensors of {base or 'nano'}, those that {adapter} changes with it added")

@@ -43,7 +43,7 @@ class Adapter(nn.Module):
     def __init__(self, weight: Tensor, settings: LoRA, dtype: torch.dtype | None = None):
         """Beside a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts; ``dtype`` None: the weight's."""
         super().__init__()
-        self.scaling, self.dropout = settings.scaling, settings.dropout
+        self.settings, self.scaling, self.dropout = settings, settings.scaling, settings.dropout
         R = settings.rank
         shapes: tuple[tuple[int, ...], tuple[int, ...]]
         if weight.ndim == 2:
@@ -97,7 +97,7 @@ def attach(model: nn.Module, name: str, settings: LoRA, dtype: torch.dtype | Non
     module = getattr(parent, last)
     if getattr(module, "adapter", None) is not None:
         raise ValueError(f"{name} has an adapter already")
-    if not (isinstance(module, nn.Linear) or getattr(module, "adaptable", False)):
+    if not _able(parent, module):
         raise ValueError(f"{name} is a {type(module).__name__}; only linear layers and grouped experts take adapters")
     adapter = Adapter(module.weight, settings, dtype).train(module.training)
     if isinstance(module, nn.Linear):
@@ -107,6 +107,25 @@ def attach(model: nn.Module, name: str, settings: LoRA, dtype: torch.dtype | Non
     for depth in range(len(path) + 1):
         model.get_submodule(".".join(path[:depth])).adapted = True  # type: ignore[assignment]  # a mark, not a module
     return adapter
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of modules that can have an adapter: linear layers and grouped experts.
+
+    Not what lies inside an ``nn.MultiheadAttention``: where transformers computes, its weights are read past the
+    module, and an adapter there would count here alone.
+    """
+    return [
+        f"{name}.{child}"
+        for name, parent in model.named_modules()
+        for child, module in parent.named_children()
+        if _able(parent, module)
+    ]
+
+
+def _able(parent: nn.Module, module: nn.Module) -> bool:
+    kind = isinstance(module, nn.Linear) or getattr(module, "adaptable", False)
+    return kind and not isinstance(parent, nn.MultiheadAttention)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from aria.model import Aria
-from aria.model.adapter import Adapter, LoRA, attach
+from aria.model.adapter import Adapter, LoRA, adaptable, attach
 
 PARTS = {
     "vision_tower.": "vision tower",
@@ -130,15 +129,6 @@ def apply(model: Aria, targets: Targets) -> Trainable:
     if not trainable.parts:
         raise ValueError("everything is frozen, and nothing is left to train; set one of the freeze settings to false")
     return trainable
-
-
-def adaptable(model: nn.Module) -> list[str]:
-    """Names of modules that can have an adapter."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or getattr(module, "adaptable", False)
-    ]
 
 
 def _modules(model: Aria, targets: Targets) -> list[str]:

@@ -1,0 +1,200 @@
+"""Adapter folders: ours in PEFT, PEFT's and the authors' here, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model, transformers_twin
+
+from aria import AriaForConditionalGeneration
+from aria.checkpoint import convert, load_model
+from aria.checkpoint.adapter import load_adapter, merged, read_adapter, save_adapter
+from aria.model import Aria
+from aria.model.adapter import adapters
+from aria.train.targets import Targets, apply
+
+IDS = torch.randint(10, 300, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    AriaForConditionalGeneration(tiny_model(tiny_config())).save_pretrained(folder)
+    return folder
+
+
+def logits(model: Aria) -> torch.Tensor:
+    with torch.no_grad():
+        return AriaForConditionalGeneration(model).eval()(IDS).logits
+
+
+def trained(folder: Path, **settings: object) -> Aria:
+    """A model with adapters that change much."""
+    torch.manual_seed(5)
+    model = load_model(folder)
+    apply(model, Targets(rank=3, alpha=7.0, **settings))
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.b, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"rslora": True, "modules": ("experts.fc1", "q_proj")},
+    {"modules": ("experts.fc2", "*.layers.1.mlp.shared_experts.*")},
+    {"freeze_vit": False, "freeze_projector": False, "freeze_llm_layers": (0,)},
+], ids=["all", "fc1", "fc2", "vision too"])  # fmt: skip
+def test_peft_computes_the_same_from_our_folder(base: Path, tmp_path: Path, settings: dict) -> None:
+    model = trained(base, **settings)
+    save_adapter(model, tmp_path / "adapter", base_model="some/base")
+    ours, plain = logits(model), logits(load_model(base))
+    assert (ours - plain).abs().max() > 0.05
+    twin = PeftModel.from_pretrained(transformers_twin(base), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        theirs = twin(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    named = {name for name, _ in twin.named_parameters() if ".lora_A." in name}
+    assert len(named) == len(adapters(model)), "PEFT adapts what we adapted, and no more"
+    # And again here: to the bit.
+    again = load_model(base)
+    load_adapter(again, read_adapter(tmp_path / "adapter", again.config))
+    assert torch.equal(logits(again), ours)
+
+
+def test_what_peft_writes_is_read(base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "lm_head", "out_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    twin = get_peft_model(transformers_twin(base), config)
+    for name, parameter in twin.named_parameters():
+        if "lora_B" in name and "multihead_attn" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    twin.save_pretrained(str(tmp_path))
+    model = load_model(base)
+    load_adapter(model, read_adapter(tmp_path, model.config))
+    with torch.no_grad():
+        theirs = twin.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_authors_folder_is_read(base: Path, tmp_path: Path) -> None:
+    """Their experts are three-dimensional, and names those of the published layout."""
+    model = trained(base, modules=("experts.fc1", "experts.fc2", "k_proj"))
+    tensors = {}
+    for name, adapter in adapters(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.a.detach()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b.detach()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 7}))
+    again = load_model(base)
+    load_adapter(again, read_adapter(tmp_path, again.config))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
+
+
+def test_merged_weights_compute_the_same_everywhere(base: Path, tmp_path: Path) -> None:
+    model = trained(base, freeze_vit=False)
+    save_adapter(model, tmp_path / "adapter")
+    done = convert(base, tmp_path / "merged", adapter=tmp_path / "adapter")
+    assert done.tensors == len(load_model(base).state_dict())
+    torch.testing.assert_close(logits(load_model(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-4)
+    twin = transformers_twin(tmp_path / "merged")
+    with torch.no_grad():
+        theirs = twin(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(theirs, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_weight_is_rounded_once(base: Path) -> None:
+    model = trained(base)
+    name = "language_model.model.layers.0.mlp.experts.fc1"
+    adapter, weight = adapters(model)[name], model.get_parameter(f"{name}.weight").detach().bfloat16()
+    a, b = adapter.a.detach().double(), adapter.b.detach().double()
+    exact = weight.double() + a @ b * (7 / 3)
+    assert torch.equal(merged(weight, adapter.low_rank()), exact.float().bfloat16())
+
+
+def test_full_weights_are_not_saved_while_adapters_are_apart(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has adapters beside its weights.*merge"):
+        AriaForConditionalGeneration(trained(base)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no adapters to save"):
+        save_adapter(load_model(base), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def spoil(folder: Path, how: str) -> None:
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, told = load_file(file), json.loads(config.read_text())
+    first = next(iter(tensors))
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+        return
+    if how == "empty":
+        tensors = {}
+    elif how == "half":
+        del tensors[first]
+    elif how == "other rank":
+        told["r"] = 5
+    elif how == "other model":
+        tensors = {key.replace("layers.0", "layers.40"): tensor for key, tensor in tensors.items()}
+    elif how == "no tensor of LoRA":
+        tensors["classifier.weight"] = torch.ones(2)
+    elif how == "dora":
+        told["use_dora"] = True
+    elif how == "prefix tuning":
+        told["peft_type"] = "PREFIX_TUNING"
+    elif how == "no rank":
+        del told["r"]
+    save_file(tensors, file)
+    config.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("truncated", "cannot be read.*truncated"),
+    ("empty", "holds no adapter; it was saved empty"),
+    ("half", "has lora_. and not the other"),
+    ("other rank", "does not fit this model.*another model or rank"),
+    ("other model", r"has an adapter for language_model.*layers\.40.*for another model"),
+    ("no tensor of LoRA", "classifier.weight is no tensor of a LoRA adapter"),
+    ("dora", "use_dora is True, which is not offered here"),
+    ("prefix tuning", "is a PREFIX_TUNING adapter; only LORA"),
+    ("no rank", "does not say r and lora_alpha"),
+])  # fmt: skip
+def test_folders_that_do_not_fit(base: Path, tmp_path: Path, how: str, message: str) -> None:
+    model = trained(base)
+    save_adapter(model, tmp_path)
+    spoil(tmp_path, how)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path, model.config)
+
+
+def test_what_is_no_adapter_folder(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        read_adapter(base, tiny_config())
+    save_adapter(trained(base), tmp_path / "one")
+    shutil.copyfile(tmp_path / "one/adapter_config.json", tmp_path / "adapter_config.json")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        read_adapter(tmp_path, tiny_config())
+
+
+def test_merge_from_the_command_line(command, capsys, base: Path, tmp_path: Path) -> None:
+    """What the adapter's folder names is its base, unless told otherwise."""
+    from aria import AriaProcessor
+
+    model = trained(base)
+    save_adapter(model, tmp_path / "adapter")
+    assert command("merge", tmp_path / "adapter", tmp_path / "out") == 2, "the adapter is not nano's"
+    assert "for another model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    AriaProcessor.from_pretrained(None).save_pretrained(base)
+    save_adapter(model, tmp_path / "adapter", base_model=str(base))
+    assert command("merge", tmp_path / "adapter", tmp_path / "out") == 0
+    torch.testing.assert_close(logits(load_model(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
+    assert AriaProcessor.from_pretrained(tmp_path / "out").tokenizer.encode("a cat") == [
+        *AriaProcessor.from_pretrained(None).tokenizer.encode("a cat")
+    ]
