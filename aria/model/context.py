@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aria import ops
 from aria.config import TextConfig
+from aria.model.stacks import StepAdapters
 from aria.ops import Segments
 
 
@@ -109,6 +110,8 @@ class Paged:
     """int32 ``(R, M)``: the blocks of their sequences."""
     sampled_lengths: Tensor | None = None
     """int32 ``(R,)``: tokens of their sequences up to them, themselves included."""
+    adapters: StepAdapters | None = None
+    """Whose adapter each token has; None where no token has any."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles

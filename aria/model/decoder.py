@@ -12,6 +12,7 @@ from aria.config import TextConfig
 from aria.model.context import Context, Paged
 from aria.model.layers import RMSNorm, join
 from aria.model.moe import MoE
+from aria.model.stacks import StepAdapters
 
 
 class Attention(nn.Module):
@@ -51,27 +52,38 @@ class DecoderLayer(nn.Module):
 
     def infer(self, x_TD: Tensor, context: Context) -> Tensor:
         """The same without gradients and without the router's logits, in three fused operations."""
-        return self._go_on(x_TD, context.attend(self.self_attn.layer, *self._project(x_TD)))
+        adapters = context.adapters if isinstance(context, Paged) else None
+        attended_THK = context.attend(self.self_attn.layer, *self._project(x_TD, adapters))
+        return self._go_on(x_TD, attended_THK, adapters)
 
     def infer_sampled(self, x_TD: Tensor, context: Paged) -> Tensor:
         """The last layer's :meth:`infer`: only the tokens that are sampled from come out, ``(R, D)``."""
         assert context.sampled is not None, "the context does not say what is sampled from"
-        attended_RHK = context.attend_sampled(self.self_attn.layer, *self._project(x_TD))
-        return self._go_on(x_TD.index_select(0, context.sampled), attended_RHK)
+        adapters = context.adapters
+        attended_RHK = context.attend_sampled(self.self_attn.layer, *self._project(x_TD, adapters))
+        sampled = None if adapters is None else adapters.at(context.sampled)
+        return self._go_on(x_TD.index_select(0, context.sampled), attended_RHK, sampled)
 
-    def _project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x_TD: Tensor, adapters: StepAdapters | None) -> tuple[Tensor, ...]:
         attention, norm = self.self_attn, self.input_layernorm
         weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        qkv = ops.norm_linear(x_TD, norm.weight, norm.eps, *weights).unflatten(-1, (-1, attention.head_dim))
-        return qkv.split([weight.shape[0] // attention.head_dim for weight in weights], dim=1)
+        qkv = ops.norm_linear(x_TD, norm.weight, norm.eps, *weights)
+        if adapters is not None:
+            qkv = adapters.add(attention.layer, "qkv", qkv, norm(x_TD))
+        heads = [weight.shape[0] // attention.head_dim for weight in weights]
+        return qkv.unflatten(-1, (-1, attention.head_dim)).split(heads, dim=1)
 
-    def _go_on(self, x_TD: Tensor, attended_THK: Tensor) -> Tensor:
+    def _go_on(self, x_TD: Tensor, attended_THK: Tensor, adapters: StepAdapters | None) -> Tensor:
         """From what attention gives to the layer's end."""
         if not len(x_TD):
             return x_TD
-        moe, norm = self.mlp, self.post_attention_layernorm
-        shared = moe.shared_experts
-        x_TD = ops.linear_add(attended_THK.flatten(1), self.self_attn.o_proj.weight, x_TD)
+        moe, norm, layer = self.mlp, self.post_attention_layernorm, self.self_attn.layer
+        shared, attended_TD = moe.shared_experts, attended_THK.flatten(1)
+        x_TD = ops.linear_add(attended_TD, self.self_attn.o_proj.weight, x_TD)
+        if adapters is not None:
+            x_TD = adapters.add(layer, "o", x_TD, attended_TD)
+            if adapters.changes_experts(layer):
+                return x_TD + moe.infer_adapted(norm(x_TD), adapters, layer)
         return ops.moe_layer(
             x_TD,
             norm.weight,
@@ -102,7 +114,9 @@ class Decoder(nn.Module):
         inference do not give the logits: the tuple is then empty, unless they are asked for.
         """
         paged = context if isinstance(context, Paged) and context.sampled is not None else None
-        if self.fused(x_TD) and not router_logits:
+        stacked = isinstance(context, Paged) and context.adapters is not None
+        assert not (stacked and (self.adapted or router_logits)), "adapters of a step go beside plain weights only"
+        if (stacked or self.fused(x_TD)) and not router_logits:
             *first, last = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
             for layer in first:
                 x_TD = layer.infer(x_TD, context)

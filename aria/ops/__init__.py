@@ -29,10 +29,12 @@ from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary_table, swiglu
 from aria.ops.segments import Segments
+from aria.ops.stacked import Stack, stack_adapters, stacked_expert_mlp, stacked_linear_add
 
 __all__ = [
     "LowRank",
     "Segments",
+    "Stack",
     "adapted_linear",
     "adjacent",
     "as_one",
@@ -59,6 +61,9 @@ __all__ = [
     "rotate_and_cache",
     "route",
     "sample",
+    "stack_adapters",
+    "stacked_expert_mlp",
+    "stacked_linear_add",
     "swiglu",
     "training_kernels",
     "use",

@@ -1,0 +1,148 @@
+"""Low-rank adapters of many requests in one step: each token gets what its own adapter adds, and nothing of others.
+
+T tokens, I inputs and O outputs of a linear, E experts, A experts per token, F expert width, P the T * A pairs of a
+token and an expert, R ranks of all adapters together.
+
+The ranks of all adapters lie side by side, so one thin product reads them for everybody; of its result a token keeps
+its own adapter's ranks, and zeros for the others. So the work depends on which adapters there are and not on who asks
+for them: nothing is sorted by adapter, nothing waits for the host, and who shares a step changes no sum. The price is
+that each step reads all adapters, which 64 ranks make a twentieth of what Aria's experts take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aria.ops.low_rank import LowRank
+from aria.ops.moe import waits
+from aria.ops.reference import swiglu
+
+ALIGNMENT = 8
+"""Grouped products step over ranks in 16 bytes, so these are filled up to a multiple of 8."""
+
+
+class Stack(NamedTuple):
+    """The adapters of one weight, side by side; their scaling is part of ``b``."""
+
+    a: Tensor
+    """``(R, I)`` beside a linear's weight, ``(E, I, R)`` beside those of E experts."""
+    b: Tensor
+    """``(O, R)``, or ``(E, R, O)``."""
+    owners: Tensor
+    """int32 ``(R,)``: whose rank this is, from 1 on; -1 is nobody's. Tokens of number 0 have no adapter."""
+
+
+def stack_adapters(parts: Sequence[tuple[int, int, LowRank]], outputs: int, like: Tensor) -> Stack:
+    """Put adapters side by side.
+
+    Args:
+        parts: owner, first output, and the adapter, whose outputs may be some of many: q's among those of q, k and v.
+        outputs: O.
+        like: the weight's dtype and device.
+    """
+    assert parts, "there is nothing to stack"
+    experts = parts[0][2].a.ndim == 3
+    inputs = parts[0][2].a.shape[1]
+    ranks = [low_rank.a.shape[-1 if experts else 0] for _, _, low_rank in parts]
+    R = -(-sum(ranks) // ALIGNMENT) * ALIGNMENT
+    E = parts[0][2].a.shape[:1] if experts else ()
+    # Rank is b's last axis beside a linear and a's beside experts: here it is always the first of both.
+    a, b = (like.new_zeros(R, *E, size, dtype=torch.float32, requires_grad=False) for size in (inputs, outputs))
+    owners = torch.full((R,), -1, dtype=torch.int32)
+    at = 0
+    for (owner, first, low_rank), rank in zip(parts, ranks, strict=True):
+        rows = slice(at, at + rank)
+        a[rows] = low_rank.a.detach().movedim(-1 if experts else 0, 0)
+        b[rows, ..., first : first + _outputs(low_rank)] = low_rank.b.detach().movedim(1, 0) * low_rank.scaling
+        owners[rows] = owner
+        at += rank
+    a, b = a.to(like.dtype), b.to(like.dtype)
+    if experts:
+        return Stack(a.movedim(0, -1).contiguous(), b.transpose(0, 1).contiguous(), owners.to(like.device))
+    return Stack(a, b.t().contiguous(), owners.to(like.device))
+
+
+def _outputs(low_rank: LowRank) -> int:
+    return low_rank.b.shape[-1 if low_rank.b.ndim == 3 else 0]
+
+
+def stacked_linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor) -> Tensor:
+    """``y`` and what each token's adapter adds to a linear of ``x``.
+
+    Args:
+        y_TO: the linear's output, or that with a residual.
+        x_TI: its input.
+        stack: the adapters.
+        owners_T: int32, whose token this is; 0 is nobody's.
+    """
+    return torch.addmm(y_TO, _own(F.linear(x_TI, stack.a), stack, owners_T), stack.b.t())
+
+
+def stacked_expert_mlp(
+    x_TD: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    weights_TA: Tensor,
+    index_TA: Tensor,
+    stacks: tuple[Stack | None, Stack | None],
+    owners_T: Tensor,
+) -> Tensor:
+    """:func:`aria.ops.reference.expert_mlp` in which each token has its own adapters of ``fc1`` and ``fc2``.
+
+    Nothing waits for the host unless :func:`aria.ops.moe.waits` says so.
+    """
+    T, A = index_TA.shape
+    experts, order = index_TA.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
+    token_P = order // A
+    x_PD, owners_P = x_TD[token_P], owners_T[token_P]
+    if grouped_products(x_TD, fc1_EDF, fc2_EFD):
+        offsets = ends.int()
+        hidden_PF = swiglu(_grouped(x_PD, fc1_EDF, stacks[0], owners_P, offsets))
+        y_PD = _grouped(hidden_PF, fc2_EFD, stacks[1], owners_P, offsets)
+    else:
+        y_PD = _loop(x_PD, (fc1_EDF, fc2_EFD), stacks, owners_P, ends.tolist())
+    y_TAD = torch.empty_like(y_PD).index_copy_(0, order, y_PD).view(T, A, -1)
+    return (y_TAD * weights_TA[:, :, None]).sum(1)
+
+
+def grouped_products(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
+    """Whether experts run as grouped products, which no host waits for."""
+    return not waits(x_TD, fc1_EDF, fc2_EFD)
+
+
+def _own(h: Tensor, stack: Stack, owners: Tensor) -> Tensor:
+    """Zero what belongs to other adapters. Not by a product: what another adapter makes infinite stays its own."""
+    return torch.where(stack.owners == owners[:, None], h, 0)
+
+
+def _grouped(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, offsets: Tensor) -> Tensor:
+    y = F.grouped_mm(x, weight, offs=offsets)
+    if stack is None:
+        return y
+    return y.add_(F.grouped_mm(_own(F.grouped_mm(x, stack.a, offs=offsets), stack, owners), stack.b, offs=offsets))
+
+
+def _loop(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    stacks: tuple[Stack | None, Stack | None],
+    owners: Tensor,
+    ends: Sequence[int],
+) -> Tensor:
+    def product(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, expert: int) -> Tensor:
+        y = x @ weight[expert]
+        return y if stack is None else y + _own(x @ stack.a[expert], stack, owners) @ stack.b[expert]
+
+    pieces = []
+    for expert, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+        if end > start:
+            own = owners[start:end]
+            hidden = swiglu(product(x[start:end], weights[0], stacks[0], own, expert))
+            pieces.append(product(hidden, weights[1], stacks[1], own, expert))
+    return torch.cat(pieces)
