@@ -1,0 +1,209 @@
+"""``aria train`` from a recipe to an export: runs that end, are killed, stopped, refused, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from aria import AriaConfig, AriaForConditionalGeneration
+from aria.checkpoint.adapter import read_adapter
+from aria.train.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+ANIMALS = ("a cat", "a dog", "a cow", "an owl", "a hen", "a fox")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder in the authors' format: questions about pictures of one colour, and one without a picture."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for i, animal in enumerate(ANIMALS):
+        Image.new("RGB", (60 + i, 40), (40 * i, 200 - 30 * i, 90)).save(folder / f"{i}.png")
+        asked = [{"type": "image", "text": None}, {"type": "text", "text": "what is this?"}]
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [{"type": "text", "text": animal}]},
+        ]
+        rows.append({"messages": messages, "images": [f"{i}.png"]})
+    plain = [{"role": "user", "content": "say hello"}, {"role": "assistant", "content": "hello"}]
+    rows.append({"messages": plain})
+    for name, part in (("train", rows), ("test", rows[-3:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, data, model_folder):
+    """A recipe of a tiny model; sections are given as text."""
+
+    def write(text: str = "", name: str = "tiny", **top) -> Path:
+        file = tmp_path / f"{name}.toml"
+        settings = {"log.every": 1, "batch.tokens": 192, "data.workers": 0} | top
+        head = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+        file.write_text(
+            f'model.path = "{model_folder.as_posix()}"\ndata.paths = ["{data.as_posix()}"]\n{head}{text}',
+            encoding="utf-8",
+        )
+        return file
+
+    return write
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, model_folder, data, capsys):
+    out = tmp_path / "run"
+    file = recipe(**{"budget.steps": 8, "optimizer.learning_rate": 0.01, "schedule.kind": "constant"})
+    evaluate = [
+        f'evaluate.data=["{data.as_posix()}"]',
+        "evaluate.every=4",
+        "evaluate.samples=2",
+        "evaluate.max_tokens=4",
+    ]
+    sets = [part for setting in evaluate for part in ("--set", setting)]
+    assert command("train", file, "--out", out, *sets) == 0
+    told = capsys.readouterr().err
+    assert "What trains" in told and "done: 8 steps" in told
+    found = lines(out)
+    steps = [line for line in found if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert {"router z 0", "router balance 2", "load entropy 1", "dead experts", "gradient norm"} <= steps[0].keys()
+    held_out = [line for line in found if "held-out loss" in line]
+    assert [line["step"] for line in held_out] == [4, 8] and held_out[0]["held-out targets"] > 0
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["truth"]) for line in samples] == [
+        (4, ANIMALS[-2]), (4, ANIMALS[-1]), (8, ANIMALS[-2]), (8, ANIMALS[-1])
+    ]  # fmt: skip
+    stored = read_adapter(out / "export", AriaConfig.from_pretrained(model_folder))
+    assert any(adapter.b.any() for adapter in stored.weights.values())
+    assert Recipe.read(out / "recipe.toml").evaluate.samples == 2
+
+
+def test_weights_are_trained_and_exported_with_their_processor(command, recipe, tmp_path, model_folder, capsys):
+    out = tmp_path / "run"
+    text = "[targets]\nmethod = 'full'\nfreeze_projector = false\n"
+    top = {"budget.steps": 3, "model.rope_theta": 9e6, "batch.accumulate": 2, "schedule.average": 0.5}
+    assert command("train", recipe(text, **top), "--out", out) == 0
+    assert AriaConfig.from_pretrained(out / "export").text.rope_theta == 9e6
+    trained = AriaForConditionalGeneration.from_pretrained(out / "export").state_dict()
+    before = AriaForConditionalGeneration.from_pretrained(model_folder).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert not any("vision_tower" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed) and any("experts.fc1" in name for name in changed)
+    capsys.readouterr()
+    assert command("chat", "-m", out / "export", "--max-tokens", 2, "hello") == 0
+
+
+def start(file: Path, out: Path) -> subprocess.Popen[bytes]:
+    code = "import torch; torch.set_num_threads(1); from aria.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(file), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
+    until = time.monotonic() + 90
+    while time.monotonic() < until and process.poll() is None:
+        if (out / "log.jsonl").is_file() and any(f'"step": {step},' in x for x in (out / "log.jsonl").open()):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {(process.stderr.read() if process.stderr else b'').decode()}")
+
+
+def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
+    top = {
+        "budget.steps": 60,
+        "checkpoint.every_steps": 5,
+        "optimizer.learning_rate": 1e-3,
+        "schedule.average": 0.9,
+        "targets.dropout": 0.2,
+    }
+    file, whole, broken = recipe(**top), tmp_path / "whole", tmp_path / "broken"
+    uninterrupted = start(file, whole)
+    process = start(file, broken)
+    wait_for_step(process, broken, 12)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start(file, broken)
+    wait_for_step(process, broken, 27)
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 0, told.decode()
+    assert b"going on after step" in told and b"terminated" in told
+    process = start(file, broken)
+    _, told = process.communicate()
+    assert process.returncode == 0, told.decode()
+    assert uninterrupted.wait() == 0
+    one, other = (load_file(out / "export" / "adapter_model.safetensors") for out in (whole, broken))
+    assert one.keys() == other.keys() and any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    timeless = [
+        [(line["step"], line["loss"], line["gradient norm"], line["learning rate"]) for line in lines(out)]
+        for out in (whole, broken)
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 60
+
+
+def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    file = recipe(**{"budget.steps": 2})
+    assert command("train", file, "--out", out, "--resume") == 2
+    assert "holds no checkpoint to go on from" in capsys.readouterr().err
+    assert command("train", file, "--out", out) == 0
+    assert command("train", file, "--out", out, "--set", "optimizer.learning_rate=0.5") == 2
+    assert "holds checkpoints of another recipe (optimizer.learning_rate" in " ".join(capsys.readouterr().err.split())
+    # More of the same is not another recipe.
+    assert command("train", file, "--out", out, "--resume", "--set", "budget.steps=4") == 0
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+
+
+def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
+    out = tmp_path / "run"
+    assert command("train", recipe(**{"budget.epochs": 2.0}), "--out", out) == 0
+    last = lines(out)[-1]
+    assert last["progress"] <= 1.0 and 4 <= last["step"] <= 14
+
+
+def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command("train", recipe(**{"budget.steps": 2}), "--out", out, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert not out.exists()
+    for word in ("weights", "adapters", "gradients", "optimizer", "activations", "tokens a step", "steps"):
+        assert word in told
+
+
+def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
+    for sets, said in (
+        ("optimizer.learning_rte=1", "did you mean 'learning_rate'?"),
+        ('data.paths=["nowhere"]', "nowhere"),
+        ('targets.modules=["q_prj"]', "q_prj"),
+        ("objective.balance_group=3", "balance_group is 3, which does not divide"),
+    ):
+        assert command("train", recipe(**{"budget.steps": 2}), "--out", tmp_path / "run", "--set", sets) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
+    out = tmp_path / "run"
+    settings = [
+        "model.path=", f'data.paths=["{data.as_posix()}"]', "data.max_image_size=224", "batch.tokens=256",
+        "batch.accumulate=1", "budget.steps=2", "log.every=1",
+    ]  # fmt: skip
+    text = (ROOT / "recipes" / "lora.toml").read_text(encoding="utf-8").replace('path = "rhymes-ai/Aria"', "")
+    file = tmp_path / "lora.toml"
+    file.write_text(text, encoding="utf-8")
+    assert command("train", file, "--out", out, *(x for s in settings[1:] for x in ("--set", s))) == 0
+    assert len(lines(out)) == 2 and (out / "export" / "adapter_config.json").is_file()
