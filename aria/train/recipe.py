@@ -39,6 +39,8 @@ class ModelSettings:
     """Another base of the rotary positions than the checkpoint's, to train longer contexts."""
     max_position_embeddings: int | None = None
     """Another longest context than the checkpoint's."""
+    adapter: str | None = None
+    """Folder or Hub repository of an adapter to train on from, in place of a fresh one; its rank is ``[targets]``'s."""
     factory: str | None = None
     """``package.module:callable`` from the recipe to a module to train; its attribute ``aria`` is what is exported."""
 
@@ -177,6 +179,10 @@ class Recipe:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+    def __post_init__(self) -> None:
+        if self.model.adapter is not None and self.targets.method != "lora":
+            raise ValueError('[model] adapter is trained on with targets.method = "lora"; merge it to train weights')
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Recipe:

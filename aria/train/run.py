@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from aria.checkpoint import load_model, save_checkpoint
-from aria.checkpoint.adapter import save_adapter
+from aria.checkpoint.adapter import read_adapter, save_adapter
 from aria.config import AriaConfig, parse_dtype
 from aria.model import Aria
 from aria.model.adapter import adapters
@@ -160,10 +160,33 @@ def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Par
         module = _load(recipe, config, parallel.device)
     aria = aria_in(module)
     trainable = targets.apply(aria, recipe.targets)
+    if settings.adapter is not None:
+        train_on(aria, settings.adapter)
     module.train()
     if console is not None:
         console.print(trainable.table())
     return Parts(recipe, parallel, parallel.apply(module, recipe.parallel), processor, trainable)
+
+
+@torch.no_grad()
+def train_on(model: Aria, folder: str) -> None:
+    """Give a model's fresh adapters the values of stored ones.
+
+    Raises:
+        ValueError: they stand in other places, or have another rank.
+    """
+    stored, fresh = read_adapter(folder, model.config).weights, adapters(model)
+    if others := sorted(stored.keys() ^ fresh.keys()):
+        raise ValueError(
+            f"[model] adapter {folder} adapts other modules than [targets] chooses; they differ in {', '.join(others[:4])}"
+        )
+    for name, adapter in fresh.items():
+        low_rank = stored[name]
+        if low_rank.a.shape != adapter.a.shape:
+            found, wanted = tuple(low_rank.a.shape), tuple(adapter.a.shape)
+            raise ValueError(f"[model] adapter {folder} has {found} at {name}, but [targets] rank makes it {wanted}")
+        adapter.a.copy_(low_rank.a)
+        adapter.b.copy_(low_rank.b * (low_rank.scaling / adapter.scaling))
 
 
 def _load(recipe: Recipe, config: AriaConfig, device: torch.device) -> Aria:

@@ -92,6 +92,22 @@ def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, mode
     assert Recipe.read(out / "recipe.toml").evaluate.samples == 2
 
 
+def test_a_stored_adapter_is_trained_on(command, recipe, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    file = recipe(**{"budget.steps": 6, "optimizer.learning_rate": 0.01, "schedule.kind": "constant"})
+    assert command("train", file, "--out", first) == 0
+    more = ["--set", f"model.adapter={first.as_posix()}/export"]
+    # Another alpha is another scaling: what is stored is what the adapter does, not its numbers.
+    assert (
+        command("train", file, "--out", second, *more, "--set", "targets.alpha=16", "--set", "data.shuffle=false") == 0
+    )
+    assert lines(second)[0]["loss"] < lines(first)[0]["loss"] - 0.1
+    assert command("train", file, "--out", tmp_path / "third", *more, "--set", "targets.rank=4") == 2
+    assert "[targets] rank makes it" in " ".join(capsys.readouterr().err.split())
+    assert command("train", file, "--out", tmp_path / "third", *more, "--set", 'targets.modules=["q_proj"]') == 2
+    assert "adapts other modules" in " ".join(capsys.readouterr().err.split())
+
+
 def test_weights_are_trained_and_exported_with_their_processor(command, recipe, tmp_path, model_folder, capsys):
     out = tmp_path / "run"
     text = "[targets]\nmethod = 'full'\nfreeze_projector = false\n"
