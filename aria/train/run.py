@@ -178,7 +178,7 @@ def train_on(model: Aria, folder: str) -> None:
     stored, fresh = read_adapter(folder, model.config).weights, adapters(model)
     if others := sorted(stored.keys() ^ fresh.keys()):
         raise ValueError(
-            f"[model] adapter {folder} adapts other modules than [targets] chooses; they differ in {', '.join(others[:4])}"
+            f"[model] adapter {folder} adapts other modules than [targets] chooses: {', '.join(others[:4])}"
         )
     for name, adapter in fresh.items():
         low_rank = stored[name]

@@ -223,3 +223,20 @@ def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
     file.write_text(text, encoding="utf-8")
     assert command("train", file, "--out", out, *(x for s in settings[1:] for x in ("--set", s))) == 0
     assert len(lines(out)) == 2 and (out / "export" / "adapter_config.json").is_file()
+
+
+def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_path):
+    out = tmp_path / "run"
+    kinds = {f"{kind}.factory": f"toy_training:{kind}" for kind in ("model", "data", "objective")}
+    kinds["data.factory"] = "toy_training:stream"
+    text = "[targets]\nmethod = 'full'\nfreeze_vit = false\n"
+    top = {"budget.steps": 4, "optimizer.learning_rate": 0.01, "batch.tokens": 64}
+    file = recipe(text, **kinds, **top)
+    assert command("train", file, "--out", out, "--stop-after", 0) == 0
+    assert not (out / "export").exists()
+    assert command("train", file, "--out", out) == 0
+    found = lines(out)
+    assert [line["progress seen"] for line in found] == [0.0, 0.25, 0.5, 0.75]
+    trained = load_file(out / "export" / "model.safetensors")
+    assert "language_model.model.embed_tokens.weight" in trained and not any("aid" in name for name in trained)
+    assert command("train", file, "--out", out, "--dry-run") == 2
