@@ -1,4 +1,4 @@
-"""Sequences into batches of a fixed number of tokens: each batch begins with what has waited longest."""
+"""Sequences into batches of a fixed number of tokens, those first that have waited longest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class Sized(Protocol):
 Item = TypeVar("Item", bound=Sized)
 
 
+MANY = 128
+"""Sequences that are enough to choose from, if they fill two batches."""
+
+
 class Packer(Generic[Item]):
     """Holds sequences until there are enough to choose from.
 
@@ -37,8 +41,10 @@ class Packer(Generic[Item]):
     @property
     def ready(self) -> bool:
         """Whether there is enough to choose from."""
-        enough_crops = self._crops is not None and self._held_crops >= self._lookahead * self._crops
-        return self._held_tokens >= self._lookahead * self._tokens or enough_crops
+        batches = self._held_tokens / self._tokens
+        if self._crops is not None:
+            batches = max(batches, self._held_crops / self._crops)
+        return batches >= self._lookahead or (batches >= 2 and len(self.held) >= MANY)
 
     def add(self, items: Iterable[Item]) -> None:
         """Sequences that each fit into a batch."""
@@ -50,20 +56,35 @@ class Packer(Generic[Item]):
             self._held_crops += item.num_crops
 
     def take(self) -> list[Item]:
-        """The next batch: the oldest, then of the others whatever fits, the longest first."""
+        """The next batch: those that have waited longest, then the longest of the others that fit into the gap.
+
+        Longest first for the whole batch would fill a percent more, and let short ones wait for hundreds of batches.
+        """
         assert self.held, "there is nothing to take"
-        first = self.held[0]
-        taken, tokens, crops = [0], self._tokens - first.tokens, (self._crops or 0) - first.num_crops
+        room = _Room(self._tokens, self._crops)
+        oldest = next((i for i, item in enumerate(self.held) if not room.enter(item)), len(self.held))
+        taken = set(range(oldest))
         # Sorting is stable: among equals the older comes first.
-        for i in sorted(range(1, len(self.held)), key=lambda i: -self.held[i].tokens):
-            item = self.held[i]
-            if item.tokens <= tokens and (self._crops is None or item.num_crops <= crops):
-                taken.append(i)
-                tokens -= item.tokens
-                crops -= item.num_crops
-        chosen = set(taken)
+        for i in sorted(range(oldest, len(self.held)), key=lambda i: -self.held[i].tokens):
+            if room.enter(self.held[i]):
+                taken.add(i)
         batch = [self.held[i] for i in sorted(taken)]
         self._held_tokens -= sum(item.tokens for item in batch)
         self._held_crops -= sum(item.num_crops for item in batch)
-        self.held = [item for i, item in enumerate(self.held) if i not in chosen]
+        self.held = [item for i, item in enumerate(self.held) if i not in taken]
         return batch
+
+
+class _Room:
+    """What is left of a batch."""
+
+    def __init__(self, tokens: int, crops: int | None):
+        self._tokens, self._crops = tokens, float("inf") if crops is None else crops
+
+    def enter(self, item: Sized) -> bool:
+        """Take the room of an item, if there is enough."""
+        if item.tokens > self._tokens or item.num_crops > self._crops:
+            return False
+        self._tokens -= item.tokens
+        self._crops -= item.num_crops
+        return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,6 +23,9 @@ from aria.train.data.report import Report, RowError
 from aria.train.data.rows import Conversation, Customs, read_row
 from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Sources
+
+LEAST_TRIED = 100
+"""Rows after which a stream may give up; a rank of many may meet the same few bad ones again and again."""
 
 Read = TypeVar("Read")
 
@@ -103,27 +106,35 @@ class DataStream:
             "report": self.report.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another stream of the same data, settings and seed was.
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Go on where streams of the same data, settings and seed were.
 
-        On the same rank of as many ranks the same batches come as would have come there. With another number of ranks
-        the place in the data is the same, but that rows which waited to be packed, or a few around them, come again.
+        Args:
+            state: of one rank, or of all of them. On the same rank of as many ranks the same batches come as would have
+                come there. On another number of ranks all go on from the first row that one of the states given has not
+                used: with those of all ranks no row is left out, and a few come twice.
 
         Raises:
             ValueError: the data have changed.
         """
-        if (now := self._sources.fingerprint()) != state["sources"] or state["rows"] != self._order.size:
-            raise ValueError(
-                f"the data have changed since the state was saved: {'; '.join(state['sources'])} gave "
-                f"{state['rows']:,} rows, {'; '.join(now)} give {self._order.size:,}; start anew, or bring the old "
-                "files back"
-            )
-        self._next, self._held = state["next"], [(card, part) for card, part in state["held"]]
-        if (state["rank"], state["world"]) != (self._rank, self._world):
-            first = min([self._next, *(card for card, _ in self._held)])
-            self._next, self._held = first * state["world"] // self._world, []
+        states = [state] if isinstance(state, Mapping) else list(state)
+        for one in states:
+            if (now := self._sources.fingerprint()) != one["sources"] or one["rows"] != self._order.size:
+                raise ValueError(
+                    f"the data have changed since the state was saved: {'; '.join(one['sources'])} gave "
+                    f"{one['rows']:,} rows, {'; '.join(now)} give {self._order.size:,}; start anew, or bring the old "
+                    "files back"
+                )
+        own = [one for one in states if (one["rank"], one["world"]) == (self._rank, self._world)]
+        if own:
+            self._next, self._held = own[0]["next"], [(card, part) for card, part in own[0]["held"]]
+        else:
+            unused = [
+                min([one["next"], *(card for card, _ in one["held"])]) * one["world"] + one["rank"] for one in states
+            ]
+            self._next, self._held = max(0, -((self._rank - min(unused)) // self._world)), []
         self.report = Report()
-        self.report.load_state_dict(state["report"])
+        self.report.load_state_dict((own or states)[0]["report"])
 
     def __iter__(self) -> Iterator[Batch]:
         packer: Packer[Waiting] = Packer(self._tokens, self._settings.max_crops, self._settings.lookahead)
@@ -135,7 +146,7 @@ class DataStream:
                 raise ValueError(f"{self._where(lost[0])} was usable when the state was saved, and is not any more")
             packer.add(Waiting(card, part, again[card].samples[part]) for card, part in self._held)
             arriving = reader.read(_count(self._next))
-            useless = 0
+            useless, most = 0, max(LEAST_TRIED, -(-self._order.size // self._world))
             while True:
                 while not packer.ready:
                     card, encoded = next(arriving)
@@ -143,8 +154,8 @@ class DataStream:
                     samples = self._account(card, encoded)
                     packer.add(Waiting(card, part, sample) for part, sample in enumerate(samples))
                     useless = 0 if samples else useless + 1
-                    if useless * self._world >= self._order.size and useless > 1:
-                        raise ValueError(f"no row of a whole epoch can be used: {self.report}")
+                    if useless == most:
+                        raise ValueError(f"none of {useless:,} rows can be used: {self.report}")
                 taken = packer.take()
                 self._held = [(waiting.card, waiting.part) for waiting in packer.held]
                 yield self._packed([waiting.sample for waiting in taken])

@@ -1,0 +1,240 @@
+"""Formats of rows: the authors', OpenAI's, our own and Hugging Face's say the same, and faults are told by kind."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import made_data
+import made_media
+import numpy as np
+import pytest
+from made_data import chat, jsonl, processor, said
+from PIL import Image
+
+from aria.serve import bodies
+from aria.serve.protocol import ChatRequest
+from aria.train.data import DataSettings, questions
+from aria.train.data.encode import Encoder
+from aria.train.data.report import RowError
+from aria.train.data.rows import Conversation, Customs, read_row
+from aria.train.data.sources import Row, Sources, open_source
+
+CUSTOMS = Customs(8, True, (28, 56))
+
+
+def read(fields, folder="/data"):
+    return read_row(Row(fields, "rows.jsonl:1", Path(folder)), CUSTOMS)[0]
+
+
+def test_the_authors_format():
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "1?"},
+                                         {"type": "image", "text": ""}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "one"}]},
+        ],
+        "images": ["media/a.png", "/elsewhere/b.png"],
+        "video": None,
+    }  # fmt: skip
+    conversation = read(row)
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[0]["content"] == [
+        {"type": "image", "image": Path("/data/media/a.png")},
+        {"type": "text", "text": "1?"},
+        {"type": "image", "image": Path("/elsewhere/b.png")},
+    ]
+    assert conversation.learnt == (False, True)
+    clip = {**row, "images": None, "video": {"path": "c.mp4", "num_frames": 4}}
+    clip["messages"] = [{"role": "user", "content": [{"type": "video", "text": None}]}, said("assistant", "one")]
+    [part] = read(clip).messages[0]["content"]
+    assert part == {"type": "video", "num_frames": 4, "timestamps": True, "video": Path("/data/c.mp4")}
+
+
+def test_openais_format_is_read_as_the_server_reads_it():
+    parts = [
+        {"type": "text", "text": "look"},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png", "detail": "low", "split": True}},
+        {"type": "video_url", "video_url": {"url": "https://example.org/b.mp4", "fps": 1.5, "max_frames": 9}},
+        {"type": "file", "file": {"file_data": "QUJD", "pages": "1-2"}},
+        {"type": "file", "file": {"file_url": "https://example.org/c.pdf", "detail": "high", "filename": "c.pdf"}},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, "é"]}'}}
+    function = {"name": "add", "description": "sums", "parameters": {"type": "object"}}
+    messages = [
+        said("developer", "be brief"),
+        said("user", parts),
+        {"role": "assistant", "content": "let me see", "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3", "name": "add"},
+        {"role": "assistant", "content": None, "refusal": "no"},
+    ]
+    tools = [{"type": "function", "function": function}]
+    body = ChatRequest.model_validate({"messages": messages, "tools": tools})
+    served = bodies.messages(body.messages, [function], (28, 56))
+    ours = read({"messages": messages, "tools": tools}).messages
+    roles = {"developer": "system"}
+    assert [roles.get(m["role"], m["role"]) for m in ours] == [m["role"] for m in served]
+    for mine, theirs in zip(ours, served, strict=True):
+        if isinstance(theirs["content"], str):
+            assert mine["content"] == theirs["content"]
+            continue
+        for a, b in zip(mine["content"], theirs["content"], strict=True):
+            if a["type"] != "text":
+                a["url"] = a.pop(a["type"])
+            # Sizes that nobody asked for are the recipe's business here, as are timestamps.
+            a.pop("timestamps", None)
+            assert a == {key: value for key, value in b.items() if key in a}
+            assert b.keys() - a.keys() <= {"max_image_size"}
+    assert '<tool_call>{"name": "add", "arguments": {"a": [1, "é"]}}</tool_call>' in ours[2]["content"]
+
+
+def test_paths_count_from_the_file_and_addresses_stay(tmp_path):
+    part = {"type": "image_url", "image_url": "pictures/a.png"}
+    assert read(chat_of(part)).messages[0]["content"][0]["image"] == Path("/data/pictures/a.png")
+    for address in ("https://example.org/a.png", "data:image/png;base64,AAAA"):
+        assert read(chat_of({"type": "image", "url": address})).messages[0]["content"][0]["image"] == address
+
+
+def chat_of(part: dict) -> dict:
+    return {"messages": [said("user", [part]), said("assistant", "dog")]}
+
+
+BAD = {
+    "no messages": [{"prompt": "a"}, {}],
+    "empty text": [{"text": " \n"}, {"text": 3}],
+    "bad message": [
+        {"messages": []},
+        {"messages": "hello"},
+        {"messages": ["hello"]},
+        {"messages": [said("user", "a"), said("assistant", "b", weight=0.5)]},
+        {"messages": [said("user", "a", tone="kind"), said("assistant", "b")]},
+        {"messages": [said("user", {"type": "text"}), said("assistant", "b")]},
+        chat_of({"type": "audio", "path": "a.wav"}),
+        chat_of({"type": "text", "text": None}),
+        chat_of({"type": "image", "path": "a.png", "url": "b.png"}),
+        chat_of({"type": "image", "path": "a.png", "text": "a caption"}),
+        chat_of({"type": "image_url", "image_url": {"url": "a.png", "detail": "tiny"}}),
+        chat_of({"type": "image_url", "image_url": {"url": "a.png", "size": 3}}),
+        chat_of({"type": "document"}),
+        {**chat_of({"type": "video"}), "video": {"path": "c.mp4", "frames": 3}},
+        {"messages": [said("user", "a"), {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        {**chat("a", "b"), "tools": [{"name": "f"}]},
+    ],
+    "unknown role": [{"messages": [said("human", "a"), said("assistant", "b")]}, {"messages": [{"content": "a"}]}],
+    "no answer": [{"messages": [said("user", "a")]}],
+    "nothing to learn": [{"messages": [said("user", "a"), said("assistant", "b", weight=0)]}],
+    "empty answer": [chat("a", " "), chat("a", None), chat("a", [])],
+    "media count": [
+        {**chat_of({"type": "image"}), "images": []},
+        {**chat_of({"type": "image"}), "images": ["a.png", "b.png"]},
+        chat_of({"type": "video"}),
+        {**chat("a", "b"), "images": ["a.png"]},
+        {**chat_of({"type": "video"}), "video": "a.mp4", "videos": ["a.mp4"]},
+    ],
+    "missing medium": [
+        chat_of({"type": "image_url", "image_url": {"url": ""}}),
+        {**chat_of({"type": "image"}), "images": [{"bytes": None, "path": None}]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(kind, row) for kind, rows in BAD.items() for row in rows])
+def test_faults_are_told_by_kind(kind, fields):
+    with pytest.raises(RowError) as error:
+        read(fields)
+    assert error.value.kind == kind
+    assert len(str(error.value)) < 250
+
+
+def test_lines_are_found_by_their_number(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", ["\ufeff" + json.dumps(chat("first", "x")), "", '{"text": "é"}\r', "  ", "[1]",
+                                        b'{"text": "\xff"}', '{"text": '])  # fmt: skip
+    file.write_bytes(file.read_bytes() + b'{"text": "no newline at the end"}')
+    source = open_source(str(file))
+    assert len(source) == 6
+    assert source.read(0).fields == chat("first", "x")
+    assert source.read(1) == Row({"text": "é"}, f"{file}:3", tmp_path)
+    assert source.read(5).fields == {"text": "no newline at the end"}
+    for row, line, kind in ((2, 5, "not JSON"), (3, 6, "not UTF-8"), (4, 7, "not JSON")):
+        assert source.where(row) == f"{file}:{line}"
+        with pytest.raises(RowError) as error:
+            source.read(row)
+        assert error.value.kind == kind
+
+
+def test_names_of_data_sets(tmp_path):
+    jsonl(tmp_path / "set" / "train.jsonl", [chat("a", "b")])
+    jsonl(tmp_path / "set" / "test.jsonl", [chat("a", "b")] * 3)
+    assert [len(open_source(str(tmp_path / "set"), split)) for split in ("train", "test")] == [1, 3]
+    with pytest.raises(FileNotFoundError, match=r"no dev\.jsonl; there are test\.jsonl, train\.jsonl"):
+        open_source(str(tmp_path / "set"), "dev")
+    with pytest.raises(FileNotFoundError, match="hf:rhymes-ai/data"):
+        open_source("rhymes-ai/data")
+    for name, content in (("empty.jsonl", b""), ("blank.jsonl", b"\n \n"), ("a.csv", b"a,b")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            open_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match="names no data set"):
+        Sources({})
+
+
+def test_data_sets_of_hugging_face(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    array = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": str(i)}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "dog"}]}],
+         "images": [{"bytes": buffer.getvalue(), "path": None}]}
+        for i in range(3)
+    ]  # fmt: skip
+    made = datasets.Dataset.from_list(rows)
+    decoded = made.cast_column("images", datasets.List(datasets.Image()))
+    made.to_parquet(tmp_path / "a.parquet")
+    decoded.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": decoded, "test": decoded.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "0.png").write_bytes(buffer.getvalue())
+    encoder = Encoder(processor(), made_data.config(), DataSettings(), 256)
+    for i in range(3):
+        beside = {"messages": rows[i]["messages"], "images": ["0.png"]}
+        [expected] = encoder(Row(beside, "", tmp_path)).samples
+        for name in ("a.parquet", "saved", "splits"):
+            source = open_source(str(tmp_path / name))
+            assert len(source) == 3
+            row = source.read(i)
+            assert row.where == f"{tmp_path / name}:{i + 1}"
+            [sample] = encoder(row).samples
+            assert sample.input_ids.tolist() == expected.input_ids.tolist()
+            assert (sample.crops[0].pixels == expected.crops[0].pixels).all()
+    assert len(open_source(str(tmp_path / "splits"), "test")) == 1
+    with pytest.raises(ValueError, match="dev"):
+        open_source(str(tmp_path / "splits"), "dev")
+
+
+def test_questions_end_before_the_last_answer(tmp_path):
+    made_data.picture(tmp_path, "a.png")
+    shown = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "which?"}]
+    two = {"messages": [said("user", shown), said("assistant", "dog"), said("user", "and?"),
+                        said("assistant", [{"type": "text", "text": "fox"}])]}  # fmt: skip
+    file = jsonl(tmp_path / "a.jsonl", ["broken", {"text": "plain"}, two, chat("a", "b"), chat("c", "d")])
+    first, second = questions(DataSettings(paths=(str(file),)), processor(), 2)
+    assert (first.answer, second.answer) == ("fox", "b")
+    assert [message["role"] for message in first.messages] == ["user", "assistant", "user"]
+    prepared = processor().prepare(first.messages)
+    assert len(prepared.pictures) == 1
+
+
+def test_a_document_in_base64_is_read():
+    import base64
+
+    data = base64.b64encode(made_media.pdf((100, 100))).decode()
+    [sample] = Encoder(processor(), made_data.config(), DataSettings(split_image=False), 256)(
+        Row(chat_of({"type": "file", "file": {"file_data": data}}), "", Path())
+    ).samples
+    assert len(sample.crops) == 1
+    assert "Page 1: <fim_prefix>" in processor().decode(sample.input_ids)
