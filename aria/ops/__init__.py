@@ -29,7 +29,7 @@ from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary_table, swiglu
 from aria.ops.segments import Segments
-from aria.ops.stacked import Stack, stack_adapters, stacked_expert_mlp, stacked_linear_add
+from aria.ops.stacked import Stack, graphs_hold_stacked, stack_adapters, stacked_expert_mlp, stacked_linear_add
 
 __all__ = [
     "LowRank",
@@ -45,6 +45,7 @@ __all__ = [
     "gated",
     "graphs_hold_chunks",
     "graphs_hold_moe",
+    "graphs_hold_stacked",
     "inference_kernels",
     "layer_norm",
     "linear",

@@ -94,14 +94,14 @@ def stacked_expert_mlp(
 ) -> Tensor:
     """:func:`aria.ops.reference.expert_mlp` in which each token has its own adapters of ``fc1`` and ``fc2``.
 
-    Nothing waits for the host unless :func:`aria.ops.moe.waits` says so.
+    Nothing waits for the host where :func:`graphs_hold_stacked`.
     """
     T, A = index_TA.shape
     experts, order = index_TA.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
     token_P = order // A
     x_PD, owners_P = x_TD[token_P], owners_T[token_P]
-    if grouped_products(x_TD, fc1_EDF, fc2_EFD):
+    if graphs_hold_stacked(x_TD, fc1_EDF, fc2_EFD):
         offsets = ends.int()
         hidden_PF = swiglu(_grouped(x_PD, fc1_EDF, stacks[0], owners_P, offsets))
         y_PD = _grouped(hidden_PF, fc2_EFD, stacks[1], owners_P, offsets)
@@ -111,8 +111,9 @@ def stacked_expert_mlp(
     return (y_TAD * weights_TA[:, :, None]).sum(1)
 
 
-def grouped_products(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
-    """Whether experts run as grouped products, which no host waits for."""
+def graphs_hold_stacked(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
+    """Whether :func:`stacked_expert_mlp` can be part of a CUDA graph: where grouped products ask no host how many
+    tokens each expert has."""
     return not waits(x_TD, fc1_EDF, fc2_EFD)
 
 

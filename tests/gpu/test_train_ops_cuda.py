@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LowRank, reference
+from aria.ops import LowRank, moe, reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from aria.ops.kernels import low_rank
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 CASES = {
     "some": (137, 64, 5, 2, 40),
@@ -42,19 +42,26 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
     return (torch.randn(shape, device="cuda") * scale).to(dtype).requires_grad_()
 
 
-def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float) -> None:
-    """Errors of the result and of all gradients, against a run in float64."""
+def errors(run, expected: dict[str, Tensor], inputs: dict[str, Tensor], seed: Tensor) -> dict[str, float]:
+    """Of the result and of all gradients."""
+    out = run(**inputs)
+    grads = torch.autograd.grad(out, list(inputs.values()), seed.to(out.dtype))
+    got = {"out": out.detach(), **dict(zip(inputs, grads, strict=True))}
+    return {name: float((got[name].double() - value).norm() / value.norm()) for name, value in expected.items()}
+
+
+def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float, plain=None) -> None:
+    """Against a run in float64; no further from it than ``tolerance``, or than twice what plain PyTorch errs."""
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    expected = expected_run(**wide)
-    seed = torch.randn_like(expected)
-    got = run(**inputs)
-    pairs = {"out": (got, expected)}
-    grads = torch.autograd.grad(got, list(inputs.values()), seed.to(got.dtype))
-    wanted = torch.autograd.grad(expected, list(wide.values()), seed)
-    pairs |= dict(zip(inputs, zip(grads, wanted, strict=True), strict=True))
-    pairs = {name: (a.detach().double(), b.detach()) for name, (a, b) in pairs.items()}
-    errors = {name: float((a - b).norm() / b.norm()) for name, (a, b) in pairs.items()}
-    assert all(error < tolerance for error in errors.values()), errors
+    out = expected_run(**wide)
+    seed = torch.randn_like(out)
+    expected = {
+        "out": out.detach(),
+        **dict(zip(wide, torch.autograd.grad(out, list(wide.values()), seed), strict=True)),
+    }
+    bounds = dict.fromkeys(expected, 0.0) if plain is None else errors(plain, expected, inputs, seed)
+    found = errors(run, expected, inputs, seed)
+    assert all(error < max(tolerance, 2 * bounds[name]) for name, error in found.items()), (found, bounds)
 
 
 @DTYPES
@@ -62,8 +69,8 @@ def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float) -> Non
 @pytest.mark.parametrize("ranks", [(8, 8), (0, 0), (4, 16)], ids=str)
 def test_experts(name, ranks, dtype):
     T, D, E, A, F = CASES[name]
-    if name == "Aria's" and (dtype == torch.float32 or ranks == (4, 16)):
-        pytest.skip("memory, and time")
+    if name != "some" and (ranks != (8, 8) or (dtype == torch.float32 and name == "Aria's")):
+        pytest.skip("each shape takes seconds to compile")
     most = 4 if name == "all on a few" else E
     index = torch.stack([torch.randperm(max(most, A), device="cuda")[:A] for _ in range(T)])
     inputs = {
@@ -86,7 +93,7 @@ def test_experts(name, ranks, dtype):
 
         return apply
 
-    check(run(ops), run(reference), inputs, TOLERANCE[dtype])
+    check(run(ops), run(reference), inputs, TOLERANCE[dtype], run(moe))
 
 
 @DTYPES

@@ -202,8 +202,8 @@ def expert_mlp(
     both = fc1_adapter, fc2_adapter
     rank = max((adapter.a.shape[-1] for adapter in both if adapter is not None), default=0)
     rank = -(-rank // 8) * 8  # grouped products step over 16 bytes at a time
-    a1, b1 = _matrices(fc1_adapter, x_TD, rank)
-    a2, b2 = _matrices(fc2_adapter, x_TD, rank)
+    a1, b1 = _matrices(fc1_adapter, rank)
+    a2, b2 = _matrices(fc2_adapter, rank)
     scaling_1, scaling_2 = (1.0 if adapter is None else adapter.scaling for adapter in both)
     noise_1, noise_2 = (NONE if adapter is None else Noise(adapter.dropout) for adapter in both)
     adapters = _Adapters((scaling_1, scaling_2), (noise_1, noise_2))
@@ -212,10 +212,11 @@ def expert_mlp(
     )  # fmt: skip
 
 
-def _matrices(adapter: LowRank | None, like: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
+def _matrices(adapter: LowRank | None, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """An adapter's two matrices, contiguous and filled up to ``rank`` with zeros."""
     if adapter is None:
         return None, None
-    a, b = adapter.to(like)[:2]
-    more = rank - a.shape[-1]
-    return F.pad(a, (0, more)).contiguous(), F.pad(b, (0, 0, 0, more)).contiguous()
+    a, b = adapter.a, adapter.b
+    if more := rank - a.shape[-1]:
+        a, b = F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more))
+    return a.contiguous(), b.contiguous()

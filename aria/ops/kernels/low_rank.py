@@ -18,8 +18,8 @@ from torch import Tensor
 
 from aria.ops.low_rank import LowRank
 
-ROWS = 64
-"""Rows of a tile."""
+ROWS = 32
+"""Rows of a tile: few, so that a linear layer's 8,192 tokens are two programs for each multiprocessor."""
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _shrink(
         if h_ptr is not None:
             near = (column < I)[:, None] & (r < R)[None, :]
             a_place = a_ptr + expert * a_expert + column[:, None] * a_in + r[None, :] * a_rank
-            a = tl.load(a_place, mask=near, other=0.0)
+            a = tl.load(a_place, mask=near, other=0.0).to(x.dtype)
             sums = tl.dot(x, a, sums, input_precision="ieee")
     if h_ptr is not None:
         h_place = h_ptr + out_row * R + r[None, :]
@@ -106,7 +106,7 @@ def _expand(
     there = (row < end)[:, None]
     h = tl.load(h_ptr + row.to(tl.int64)[:, None] * R + r[None, :], mask=there & (r < R)[None, :], other=0.0)
     b_place = b_ptr + expert * b_expert + r[:, None] * b_rank + column[None, :] * b_out
-    b = tl.load(b_place, mask=(r < R)[:, None] & (column < O)[None, :], other=0.0)
+    b = tl.load(b_place, mask=(r < R)[:, None] & (column < O)[None, :], other=0.0).to(h.dtype)
     more = tl.dot(h, b, input_precision="ieee")
     if DROP:
         more = tl.where(kept(seed, row, column, threshold), more * kept_scale, 0.0)
@@ -185,7 +185,7 @@ def shrink(
 
     Args:
         x: ``(P, I)``, rows contiguous.
-        a_EIR: ``(E, I, R)`` in any order in memory.
+        a_EIR: ``(E, I, R)`` in any order in memory and any dtype; it is multiplied in that of ``x``.
         ends: see :func:`gather`.
     """
     h = x.new_empty(len(x), a_EIR.shape[2])
@@ -210,7 +210,7 @@ def _launch(
     if P:
         _shrink[(tiles(P, ends),)](
             x, source, ends, a, rows, h, P, *noise.arguments, scaling, x.stride(0), *strides,
-            I=width, DROP=noise.drop, STORE_DROPPED=dropped, I_BLOCK=64, num_warps=4,
+            I=width, DROP=noise.drop, STORE_DROPPED=dropped, I_BLOCK=128, num_warps=4,
             **blocks(ends, 1 if a is None else a.shape[2]),
         )  # fmt: skip
 
@@ -221,7 +221,7 @@ def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Te
     Args:
         y: ``(P, O)`` contiguous.
         h: ``(P, R)`` contiguous.
-        b_ERO: ``(E, R, O)`` in any order in memory.
+        b_ERO: ``(E, R, O)`` in any order in memory and any dtype; it is multiplied in that of ``h``.
         ends: see :func:`shrink`.
     """
     P, width = y.shape
@@ -250,7 +250,8 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, h = ctx.saved_tensors
-        dy, needs = grads[0].contiguous(), ctx.needs_input_grad
+        dy, needs = grads[0], ctx.needs_input_grad
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()
         dh = shrink(dy, b[None], ctx.scaling)
         dx = expand(dy @ weight, dh, a[None], ctx.noise) if needs[0] else None
         dropped = gather(x, noise=ctx.noise, dropped=True)[0] if ctx.noise.drop and needs[3] else x
@@ -258,14 +259,21 @@ class _AdaptedLinear(torch.autograd.Function):
             dx,
             dy.t() @ x if needs[1] else None,
             dy.sum(0) if needs[2] else None,
-            dh.t() @ dropped if needs[3] else None,
-            dy.t() @ h if needs[4] else None,
+            _thin(dh, dropped, a.dtype) if needs[3] else None,
+            _thin(dy, h, b.dtype) if needs[4] else None,
             None,
             None,
         )
 
 
+def _thin(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x^T y`` in ``dtype``: float32 adapters get their gradient unrounded."""
+    if x.is_cuda and dtype == torch.float32 and x.dtype != dtype:
+        return torch.mm(x.t(), y, out_dtype=dtype)
+    return (x.t() @ y).to(dtype)
+
+
 def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
     """See :func:`aria.ops.reference.adapted_linear`."""
-    a, b, scaling, dropout = adapter.to(x_TI)
+    a, b, scaling, dropout = adapter
     return _AdaptedLinear.apply(x_TI, weight_OI, bias_O, a, b, scaling, dropout)

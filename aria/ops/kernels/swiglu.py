@@ -24,7 +24,7 @@ def _read(x_ptr, h, wide_ptr, column, F, O, inside, r, R):
     x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
     if wide_ptr is not None:
         wide = tl.load(wide_ptr + r[:, None] * O + column[None, :], mask=(r < R)[:, None] & F[None, :], other=0.0)
-        x += tl.dot(h, wide, input_precision="ieee")
+        x += tl.dot(h, wide.to(h.dtype), input_precision="ieee")
     return x
 
 
@@ -64,7 +64,7 @@ def _forward(
                 out = left.to(out.dtype)
             near = (column < F)[:, None] & (r < R)[None, :]
             a = tl.load(a_ptr + (expert * F + column[:, None]) * R + r[None, :], mask=near, other=0.0)
-            sums = tl.dot(out, a, sums, input_precision="ieee")
+            sums = tl.dot(out, a.to(out.dtype), sums, input_precision="ieee")
     if a_ptr is not None:
         tl.store(thin_ptr + wide_row * R + r[None, :], sums * scaling, mask=thin)
 
@@ -115,7 +115,7 @@ def _backward(
         grad = tl.load(grad_ptr + wide_row * F + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if grad_thin_ptr is not None:
             a = tl.load(a_ptr + (expert * F + column[:, None]) * R + r[None, :], mask=near, other=0.0)
-            more = tl.dot(grad_thin, tl.trans(a), input_precision="ieee")
+            more = tl.dot(grad_thin, tl.trans(a.to(grad_thin.dtype)), input_precision="ieee")
             if DROP:
                 more = tl.where(keep, more * kept_scale, 0.0)
             grad += more
@@ -136,8 +136,10 @@ def _backward(
         tl.store(dup_ptr + dat, dup, mask=inside)
         if dthin_ptr is not None:
             b_place = b + r[None, :] * (2 * F) + column[:, None]
-            sums = tl.dot(dgate, tl.load(b_place, mask=near, other=0.0), sums, input_precision="ieee")
-            sums = tl.dot(dup, tl.load(b_place + F, mask=near, other=0.0), sums, input_precision="ieee")
+            b_gate = tl.load(b_place, mask=near, other=0.0).to(dtype)
+            b_up = tl.load(b_place + F, mask=near, other=0.0).to(dtype)
+            sums = tl.dot(dgate, b_gate, sums, input_precision="ieee")
+            sums = tl.dot(dup, b_up, sums, input_precision="ieee")
     if dweights_ptr is not None:
         tl.store(dweights_ptr + row, dweight, mask=row < end)
     if dthin_ptr is not None:
