@@ -77,7 +77,12 @@ class AsyncEngine:
         return self.engine.stats()
 
     async def pieces(
-        self, messages: Sequence[Message] | Prepared, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        messages: Sequence[Message] | Prepared,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Answer one conversation; every token of every choice as it comes.
 
@@ -87,10 +92,11 @@ class AsyncEngine:
             messages: a conversation, or what :meth:`prepare` or :meth:`prepare_text` made of one.
             params: how to choose tokens.
             priority: lower runs first.
+            adapter: the name of the one that answers; None: the model without any.
 
         Raises:
-            ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, or parameters
-                that do not fit the model; all of them before the first piece.
+            ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, parameters that
+                do not fit the model, or no such adapter; all of them before the first piece.
             RuntimeError: the engine was closed, or a step of the model failed.
         """
         if self._closed:
@@ -106,7 +112,9 @@ class AsyncEngine:
 
         def start() -> None:
             try:
-                caller.answer = self.engine.queue(prepared, params, priority=priority, matchers=matchers)
+                caller.answer = self.engine.queue(
+                    prepared, params, priority=priority, matchers=matchers, adapter=adapter
+                )
                 self._callers[caller.answer] = caller
             except Exception as error:
                 self._tell([(caller, error)])

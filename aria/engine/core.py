@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import NamedTuple
 
 import torch
 
+from aria.engine.adapters import Adapters, Changes
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
 from aria.engine.grammar import Matcher
@@ -50,9 +51,10 @@ class EngineCore:
         mixed_step_tokens: the same while something decodes and waits for the step.
         picture_bytes: memory for encoded pictures.
         image_mean, image_std: what pixels of pictures are normalised with.
+        adapters: low-rank changes by names of modules, of each adapter that requests may name.
 
     Raises:
-        ValueError: ``max_model_len`` is more than the model was made for or than fits.
+        ValueError: ``max_model_len`` is more than the model was made for or than fits, or an adapter does not fit.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class EngineCore:
         picture_bytes: int = 512 << 20,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        adapters: Mapping[str, Changes] | None = None,
     ):
         self.model = model
         weight = model.language_model.lm_head.weight
@@ -76,6 +79,7 @@ class EngineCore:
         step_tokens = step_tokens or (STEP_TOKENS if on_cuda else 2048)
         if on_cuda:
             model.lay_out()
+        self.adapters = Adapters(model, adapters)
         text = model.config.text
         step_tokens = min(step_tokens, text.max_position_embeddings)
         if cache_blocks is None:
@@ -83,7 +87,7 @@ class EngineCore:
             with _current(self.device):
                 blocks = blocks_beside(
                     model, self.block_size, step_tokens=step_tokens, max_rows=max_batch,
-                    utilization=memory_utilization, reserved=picture_bytes,
+                    utilization=memory_utilization, reserved=picture_bytes, adapters=self.adapters,
                 )  # fmt: skip
             blocks = min(blocks, -(-most // self.block_size) + 1)
         else:
@@ -98,8 +102,8 @@ class EngineCore:
             mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
         )
         cache = PagedCache(text, blocks, self.block_size, self.max_model_len, weight.dtype, self.device)
-        encoder = Encoder(model, picture_bytes, image_mean, image_std)
-        self.runner = Runner(model, cache, encoder, max_rows=max_batch, max_model_len=self.max_model_len)
+        encoder = Encoder(self.adapters.encoding, picture_bytes, image_mean, image_std)
+        self.runner = Runner(model, cache, encoder, self.adapters, max_rows=max_batch, max_model_len=self.max_model_len)
         self._ids = count()
         self.ahead = on_cuda
         """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
@@ -152,6 +156,7 @@ class EngineCore:
         end_token_ids: Collection[int] = (),
         matchers: Sequence[Matcher] = (),
         priority: int = 0,
+        adapter: str | None = None,
     ) -> list[Request]:
         """Queue a prompt; nothing is computed before :meth:`step`.
 
@@ -162,13 +167,15 @@ class EngineCore:
             end_token_ids: tokens at which an answer ends, unless ``params.ignore_eos``.
             matchers: one for each answer if ``params.json_schema`` is set. They end it then.
             priority: lower runs first.
+            adapter: the name of one, or None for the model as it is.
 
         Returns:
             One request for each of ``params.n`` answers.
 
         Raises:
-            ValueError: the prompt leaves no room for an answer.
+            ValueError: the prompt leaves no room for an answer, or there is no such adapter.
         """
+        self.adapters.check(adapter)
         params = params or SamplingParams()
         assert len(matchers) == (0 if params.json_schema is None else params.n), "each answer has its own matcher"
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
@@ -186,6 +193,7 @@ class EngineCore:
                 max_tokens=room,
                 pictures=tuple(pictures),
                 priority=priority,
+                adapter=adapter,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
                 matcher=matchers[copy] if matchers else None,

@@ -5,7 +5,7 @@ C crops, S side of a crop in pixels, Q picture tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -27,38 +27,50 @@ MOST_GRAPHS = 32
 
 
 class Encoder:
-    """Encodes pictures, each once as long as there is memory to keep it.
+    """Encodes pictures, each once as long as there is memory to keep it, and once for each adapter that changes it.
 
     Args:
-        model: its vision tower and projector are used.
+        models: whose vision tower and projector are used: without an adapter the one under None, and by the names of
+            adapters those that these change.
         cache_bytes: memory for what was encoded.
         mean, std: of the three channels, as the image processor's settings have them.
     """
 
-    def __init__(self, model: Aria, cache_bytes: int, mean: Sequence[float], std: Sequence[float]):
-        self._model, self._mean, self._std = model, tuple(mean), tuple(std)
-        self._weight = model.multi_modal_projector.query
+    def __init__(
+        self,
+        models: Mapping[str | None, Aria],
+        cache_bytes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self._models, self._mean, self._std = models, tuple(mean), tuple(std)
+        self._config = models[None].config.vision
+        self._weight = models[None].multi_modal_projector.query
         self.cache = PictureCache(cache_bytes)
         with torch.inference_mode():
             self._graphs = Graphs(self._weight.device, MOST_GRAPHS) if ops.inference_kernels(self._weight) else None
 
-    def features(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already."""
+    def features(self, pictures: Sequence[Picture], adapter: str | None = None) -> list[Tensor]:
+        """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already.
+
+        ``adapter``: whose vision tower and projector encode them; one that does not change these is as good as None.
+        """
+        adapter = adapter if adapter in self._models else None
         found: dict[int, Tensor] = {}
         missing: dict[bytes, PictureInput] = {}
         for i, picture in enumerate(pictures):
             if isinstance(picture.data, Tensor):
                 found[i] = picture.data
-            elif (kept := self.cache.get(picture.data.key)) is not None:
+            elif (kept := self.cache.get(_key(picture.data, adapter))) is not None:
                 found[i] = kept
             else:
                 missing[picture.data.key] = picture.data
         made: dict[bytes, Tensor] = {}
         for portion in self._portions(list(missing.values())):
-            for new, features_QD in zip(portion, self._encode(portion), strict=True):
+            for new, features_QD in zip(portion, self._encode(portion, adapter), strict=True):
                 # A part of a larger tensor would keep all of it in memory.
                 made[new.key] = features_QD.clone()
-                self.cache.put(new.key, made[new.key])
+                self.cache.put(_key(new, adapter), made[new.key])
         return [found[i] if i in found else made[picture.data.key] for i, picture in enumerate(pictures)]
 
     def _portions(self, pictures: Sequence[PictureInput]) -> Iterator[list[PictureInput]]:
@@ -70,7 +82,7 @@ class Encoder:
             patches = 0
             for picture in alike:
                 crops = picture.picture
-                more = len(crops.extents) * (crops.size // self._model.config.vision.patch_size) ** 2
+                more = len(crops.extents) * (crops.size // self._config.patch_size) ** 2
                 if portion and patches + more > most:
                     yield portion
                     portion, patches = [], 0
@@ -78,28 +90,33 @@ class Encoder:
                 patches += more
             yield portion
 
-    def _encode(self, pictures: Sequence[PictureInput]) -> Sequence[Tensor]:
+    def _encode(self, pictures: Sequence[PictureInput], adapter: str | None) -> Sequence[Tensor]:
         crops = load_crops([picture.picture for picture in pictures], self._weight.device)
         patches = pack_crops(
             torch.cat([crop.pixels for crop in crops]),
             [extent for crop in crops for extent in crop.extents],
             self._mean,
             self._std,
-            self._model.config.vision,
+            self._config,
             self._weight.dtype,
         )
-        (features_QD,) = self._run(patches)
+        (features_QD,) = self._run(patches, adapter)
         assert features_QD is not None, "encoding gives features"
         return features_QD.split([picture.tokens for picture in pictures])
 
-    def _run(self, patches: PackedPatches) -> tuple[Tensor | None, ...]:
+    def _run(self, patches: PackedPatches, adapter: str | None) -> tuple[Tensor | None, ...]:
         # A graph keeps its work, which should not keep the pictures of its first time.
-        segments, grid = patches.segments, patches.grid_patches
+        model, segments, grid = self._models[adapter], patches.segments, patches.grid_patches
 
         def work(pixels: Tensor, positions: Tensor) -> tuple[Tensor]:
-            return (self._model.encode_images(PackedPatches(pixels, positions, segments, grid)),)
+            return (model.encode_images(PackedPatches(pixels, positions, segments, grid)),)
 
         if self._graphs is None or patches.segments.total > GRAPH_PATCHES:
             return work(patches.pixels, patches.positions)
-        key = patches.segments.lengths, patches.grid_patches
+        key = adapter, patches.segments.lengths, patches.grid_patches
         return self._graphs.run(key, work, patches.pixels, patches.positions)
+
+
+def _key(picture: PictureInput, adapter: str | None) -> Hashable:
+    """What picture tokens are kept by."""
+    return picture.key, adapter

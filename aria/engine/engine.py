@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from aria.checkpoint import load_model
+from aria.checkpoint.adapter import read_adapter
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
 from aria.engine.grammar import Grammars, Matcher
@@ -113,13 +114,15 @@ class Engine:
         memory_utilization: share of the GPU's memory that weights, cache and work may take together.
         cache_tokens: tokens that the cache of keys and values holds; None means what fits.
         max_batch: the most answers that grow together; None means 256 on CUDA and 16 on the CPU.
-        quantization, adapters: not offered yet; anything but the default is refused.
+        adapters: folders or Hub repositories of LoRA adapters in PEFT's format, by the names that requests use.
+            Requests of any of them, and of none, run in the same steps.
+        quantization: not offered yet; anything but the default is refused.
 
     An `AriaConfig` in place of a path means random weights, to measure with; nano's vocabulary then stands in.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: the files are not a model of Aria, or a setting is out of its limits.
+        FileNotFoundError: there is no such model or adapter.
+        ValueError: the files are not a model of Aria or an adapter of it, or a setting is out of its limits.
     """
 
     def __init__(
@@ -134,9 +137,9 @@ class Engine:
         memory_utilization: float = 0.9,
         cache_tokens: int | None = None,
         max_batch: int | None = None,
-        adapters: Mapping[str, str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ):
-        refuse_unbuilt(quantization=quantization, adapters=adapters or None)
+        refuse_unbuilt(quantization=quantization)
         for name, value, holds, expected in (
             ("max_batch", max_batch, max_batch is None or max_batch >= 1, "at least 1"),
             ("cache_tokens", cache_tokens, cache_tokens is None or cache_tokens >= 1, "at least 1"),
@@ -146,8 +149,10 @@ class Engine:
                 raise ValueError(f"{name} is {value}; expected {expected}")
         self.processor = _processor(path_or_repo_id, revision)
         self.model = load_model(path_or_repo_id, revision=revision, dtype=dtype, device=device)
+        stored = {name: read_adapter(folder, self.model.config) for name, folder in (adapters or {}).items()}
         self.core = EngineCore(
             self.model,
+            adapters={name: adapter.weights for name, adapter in stored.items()},
             max_batch=max_batch or (256 if self.device.type == "cuda" else 16),
             max_model_len=max_model_len,
             cache_blocks=None if cache_tokens is None else EngineCore.blocks_for(self.device, cache_tokens),
@@ -170,24 +175,37 @@ class Engine:
         """The most tokens of a prompt and its answer together."""
         return self.core.max_model_len
 
-    def chat(self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None) -> list[Result]:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return self.core.adapters.names
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> list[Result]:
         """Answer conversations.
 
         Args:
             conversations: a list of message lists; a message is ``{"role": ..., "content": text or parts}``.
             params: one set for all of them.
+            adapter: the name of the one that answers; None: the model without any.
 
         Returns:
             One result for each conversation, in order.
 
         Raises:
-            ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer. Nothing is
-                computed then, for any of the conversations.
+            ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, or no such
+                adapter. Nothing is computed then, for any of the conversations.
         """
         if conversations and isinstance(conversations[0], Mapping):
             raise ValueError("chat takes a list of conversations, each a list of messages; wrap this one in a list")
+        self.core.adapters.check(adapter)
         prepared = [self.prepare(messages) for messages in conversations]
-        answers = [self.queue(one, params) for one in prepared]
+        answers = [self.queue(one, params, adapter=adapter) for one in prepared]
         try:
             while not all(answer.done for answer in answers):
                 self.step()
@@ -196,12 +214,14 @@ class Engine:
                 self.cancel(answer)
         return [answer.result() for answer in answers]
 
-    def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[str]:
         """Answer one conversation, piece by piece; the pieces joined are the first choice's text.
 
         Streams may be read in turn: each step serves all of them. Closing one cancels its request.
         """
-        pieces = self._read(self.queue(self.prepare(messages), params))
+        pieces = self._read(self.queue(self.prepare(messages), params, adapter=adapter))
         # Only a generator that has begun gets to its end when it is closed or forgotten.
         next(pieces)
         return pieces
@@ -257,13 +277,16 @@ class Engine:
         *,
         priority: int = 0,
         matchers: Sequence[Matcher] | None = None,
+        adapter: str | None = None,
     ) -> Answer:
-        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first.
+        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first; ``adapter`` names the one
+        that answers.
 
         ``matchers`` are those of the schema, one for each answer; None: they are made here.
 
         Raises:
-            ValueError: the parameters do not fit the model, or the schema cannot be followed. Nothing is queued then.
+            ValueError: the parameters do not fit the model, the schema cannot be followed, or there is no such adapter.
+                Nothing is queued then.
         """
         params = params or SamplingParams()
         schema = params.json_schema
@@ -276,6 +299,7 @@ class Engine:
             end_token_ids=self._end_token_ids,
             matchers=matchers,
             priority=priority,
+            adapter=adapter,
         )
         # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.
         stops = () if params.ignore_eos or schema is not None else prepared.stop
@@ -326,9 +350,12 @@ class Engine:
         with suppress(ModuleNotFoundError):
             self.grammars.load()
         if self.device.type == "cuda":
-            self._rehearse(count for count in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256) if count <= self.core.max_batch)
+            counts = [count for count in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256) if count <= self.core.max_batch]
+            self._rehearse(counts)
+            if self.adapters:  # which one makes no difference, but that pictures may be another's
+                self._rehearse(counts, self.adapters[0])
 
-    def _rehearse(self, counts: Iterable[int]) -> None:
+    def _rehearse(self, counts: Iterable[int], adapter: str | None = None) -> None:
         """Answer a picture and some texts, ``counts`` of them together, and keep nothing of it in the cache."""
         assert not self.core.busy, "rehearsed beside requests"
         params = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -339,7 +366,7 @@ class Engine:
             work.append((self.prepare([{"role": "user", "content": [picture]}]), 1))
         for prepared, count in work:
             for _ in range(count):
-                self.queue(prepared, params)
+                self.queue(prepared, params, adapter=adapter)
             while self.core.busy:
                 self.step()
         self.core.pool.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from aria.engine.adapters import Adapters
 from aria.model import Aria, Paged, PagedCache
 
 GRAPHS_BYTES = 1 << 30
@@ -19,7 +20,14 @@ def block_bytes(model: Aria, block_size: int) -> int:
 
 
 def blocks_beside(
-    model: Aria, block_size: int, *, step_tokens: int, max_rows: int, utilization: float, reserved: int
+    model: Aria,
+    block_size: int,
+    *,
+    step_tokens: int,
+    max_rows: int,
+    utilization: float,
+    reserved: int,
+    adapters: Adapters,
 ) -> int:
     """Blocks that fit on the model's device.
 
@@ -30,11 +38,12 @@ def blocks_beside(
         max_rows: sequences of the largest decoding step.
         utilization: share of the device's memory that everything together may take (on the CPU of no effect).
         reserved: bytes that other parts of the engine will take.
+        adapters: on the device already; a step with them takes more than one without.
     """
     device = model.language_model.lm_head.weight.device
     if device.type != "cuda":
         return int(psutil.virtual_memory().available * CPU_SHARE) // block_bytes(model, block_size)
-    step = _step_bytes(model, block_size, step_tokens, max_rows)
+    step = _step_bytes(model, block_size, step_tokens, max_rows, adapters)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free
@@ -42,7 +51,7 @@ def blocks_beside(
 
 
 @torch.inference_mode()
-def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int) -> int:
+def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int, adapters: Adapters) -> int:
     """Most bytes that a chunk of ``tokens`` takes beside the weights, with the longest past it can have."""
     weight = model.language_model.lm_head.weight
     device = weight.device
@@ -63,6 +72,7 @@ def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int) -> int:
         blocks[None],
         [tokens],
         [past],
+        adapters=adapters.step(torch.zeros_like(place)),
     )
     hidden = model(ids, context).hidden[:rows]
     # Sampling works in float32, with as much again in between.

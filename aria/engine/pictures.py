@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 
 from torch import Tensor
 
@@ -19,12 +20,12 @@ class PictureCache:
         self.nbytes = 0
         self.hits = 0
         self.misses = 0
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._features)
 
-    def get(self, key: bytes) -> Tensor | None:
+    def get(self, key: Hashable) -> Tensor | None:
         """Picture tokens ``(Q, D)``, or None."""
         features = self._features.get(key)
         if features is None:
@@ -34,7 +35,7 @@ class PictureCache:
         self._features.move_to_end(key)
         return features
 
-    def put(self, key: bytes, features_QD: Tensor) -> None:
+    def put(self, key: Hashable, features_QD: Tensor) -> None:
         """Keep picture tokens, and let go of the oldest ones that have no more room beside them."""
         if features_QD.nbytes > self.capacity:
             return

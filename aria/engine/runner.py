@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aria import ops
+from aria.engine.adapters import Adapters
 from aria.engine.encoder import Encoder
 from aria.engine.grammar import fill_masks
 from aria.engine.graphs import Graphs, Work, batch_size
@@ -24,6 +25,7 @@ from aria.engine.sampler import SamplerState, keep_allowed
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
 from aria.model.moe import MoE
+from aria.model.stacks import StepAdapters
 
 MOST_GRAPHS = 256
 GRAPH_TOKENS = 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048
@@ -93,16 +95,26 @@ class Runner:
         model: in evaluation mode, laid out for inference.
         cache: the paged cache; its last index into a block table is ``max_model_len``.
         encoder: of pictures.
+        adapters: that requests may name.
         max_rows: the most requests that run together.
         max_model_len: tokens of the longest sequence.
     """
 
-    def __init__(self, model: Aria, cache: PagedCache, encoder: Encoder, *, max_rows: int, max_model_len: int):
+    def __init__(
+        self,
+        model: Aria,
+        cache: PagedCache,
+        encoder: Encoder,
+        adapters: Adapters,
+        *,
+        max_rows: int,
+        max_model_len: int,
+    ):
         weight = model.language_model.lm_head.weight
         device, vocabulary = weight.device, weight.shape[0]
         self.device = device
         self.encoder = encoder
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._adapters = model, cache, adapters
         self._vocab_size = vocabulary
         self._scratch_row = max_rows
         blocks = -(-max_model_len // cache.block_size)
@@ -112,7 +124,7 @@ class Runner:
         self._owners: list[tuple[int, int] | None] = [None] * max_rows
         self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
-        self._can: dict[tuple[int, bool], bool] = {}
+        self._can: dict[tuple[int, bool, bool], bool] = {}
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
 
@@ -148,42 +160,47 @@ class Runner:
         places = [request.computed - 1 for request in decodes]
         width = self._width(max(places))
         size = batch_size(N, self._scratch_row) if self._graphs else N
-        table = np.zeros((2, size), dtype=np.int32)
+        owners = self._owners_of(decodes)
+        table = np.zeros((3, size), dtype=np.int32)
         table[0] = self._scratch_row
-        table[:, :N] = [_row(request) for request in decodes], places
+        table[:, :N] = [_row(request) for request in decodes], places, owners
 
         def work(table: Tensor) -> tuple[Tensor | None, ...]:
-            rows_N, positions_N = table
-            context = Paged(self._cache, positions_N, self._blocks[:, :width].index_select(0, rows_N))
+            rows_N, positions_N, owners_N = table
+            adapters = self._adapters.step(owners_N) if any(owners) else None
+            blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
+            context = Paged(self._cache, positions_N, blocks_NM, adapters=adapters)
             hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
-            logits_NV = self._model.logits(hidden_ND)
+            logits_NV = self._logits(hidden_ND, adapters)
             tokens_N = self._draw(logits_NV, rows_N, positions_N) if draw else None
             # Scores that nobody asks for are not kept, so that graphs may share their memory.
             return table, None if draw and self._graphs else logits_NV, tokens_N
 
-        key = ("decode", size, width, draw) if self._capturable(size) else None
+        key = ("decode", size, width, draw, any(owners)) if self._capturable(size, adapted=any(owners)) else None
         used, logits, tokens = self._run(key, work, torch.from_numpy(table))
         assert used is not None, "the table comes back"
-        return _Computed(*used[:, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
+        return _Computed(*used[:2, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
 
     def _read(self, plan: Plan, sampling: Sequence[Request]) -> _Computed:
         """A step with chunks of prompts: decodes and chunks in one pass."""
         chunks, N = plan.chunks, len(plan.decodes)
         # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
         filled = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
-        alone = filled > 0 and not N and len(chunks) == 1 and self._capturable(filled, chunks=True)
+        reading = [*plan.decodes, *(chunk.request for chunk in chunks)]
+        owners = self._owners_of(reading)
+        adapted = any(owners)
+        alone = filled > 0 and not N and len(chunks) == 1 and self._capturable(filled, chunks=True, adapted=adapted)
         T = filled if alone else plan.tokens
         ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
         last.update((id(request), i) for i, request in enumerate(plan.decodes))
         decoding = [request.computed - 1 for request in plan.decodes]
-        reading = [*plan.decodes, *(chunk.request for chunk in chunks)]
         places = [np.array([place]) for place in decoding]
         places += [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
         # What fills up stands at place 0, in slot 0 of the block that is nobody's.
         fill = np.zeros(T - plan.tokens, dtype=np.int64)
         lengths = [T] if alone else [chunk.count for chunk in chunks]
-        ids, slots, positions_T, index, rows_N, rows_C, spans, rows, positions = self._upload(
+        ids, slots, positions_T, index, rows_N, rows_C, spans, rows, positions, owners_T = self._upload(
             np.concatenate([*(c.request.tokens(c.start, c.start + c.count) for c in chunks), fill]),
             np.concatenate([self._slots(request, p) for request, p in zip(reading, places, strict=True)] + [fill]),
             np.concatenate([*places, fill]),
@@ -193,6 +210,7 @@ class Runner:
             [x for c, first, T in zip(chunks, ends, lengths, strict=False) for x in (first - N, T, c.start)],
             [_row(request) for request in sampling],
             [request.computed - 1 for request in sampling],
+            np.concatenate([np.repeat(owners, [len(one) for one in places]), fill]) if adapted else [],
         )
         x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
         self._place_pictures(x_TD, chunks, ends)
@@ -202,18 +220,21 @@ class Runner:
         pasts = None if alone else [chunk.start for chunk in chunks]
 
         def work(x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor]:
-            rows_N, rows_C, rows, positions, spans = rest
+            rows_N, rows_C, rows, positions, spans, owners_T = rest
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
             sampled_blocks = self._blocks[:, :widest].index_select(0, rows)
+            adapters = self._adapters.step(owners_T) if adapted else None
             context = Paged(
                 self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3),
-                index, sampled_blocks, positions + 1,
+                index, sampled_blocks, positions + 1, adapters,
             )  # fmt: skip
-            return (self._model.logits(self._model.decode(x_TD, context).hidden),)
+            sampled = None if adapters is None else adapters.at(index)
+            return (self._logits(self._model.decode(x_TD, context).hidden, sampled),)
 
-        key = ("read", T, most, len(sampling)) if alone else None
-        (logits,) = self._run(key, work, x_TD, positions_T, slots, index, rows_N, rows_C, rows, positions, spans)
+        key = ("read", T, most, len(sampling), adapted) if alone else None
+        inputs = x_TD, positions_T, slots, index, rows_N, rows_C, rows, positions, spans, owners_T
+        (logits,) = self._run(key, work, *inputs)
         return _Computed(rows, positions, logits, None)
 
     def _run(self, key: Hashable | None, work: Work, *inputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,20 +243,32 @@ class Runner:
             return self._graphs.run(key, work, *(x if x.is_cuda else x.pin_memory() for x in inputs))
         return work(*(x.to(self.device) for x in inputs))
 
-    def _capturable(self, tokens: int, *, chunks: bool = False) -> bool:
+    def _owners_of(self, requests: Sequence[Request]) -> list[int]:
+        """The number of each request's adapter, 0 for none."""
+        return [self._adapters.number(request.adapter) for request in requests]
+
+    def _logits(self, hidden_ND: Tensor, adapters: StepAdapters | None) -> Tensor:
+        logits_NV = self._model.logits(hidden_ND)
+        return logits_NV if adapters is None else adapters.head(logits_NV, hidden_ND)
+
+    def _capturable(self, tokens: int, *, chunks: bool = False, adapted: bool = False) -> bool:
         """Whether a step of so many tokens can be a graph: older GPUs and unusual widths have operations that wait."""
         if self._graphs is None:
             return False
-        if (tokens, chunks) not in self._can:
+        key = tokens, chunks, adapted and self._adapters.stacks.on_experts
+        if key not in self._can:
             moe, keys = self._model.language_model.model.layers[0].mlp, self._cache.keys[0]
             assert isinstance(moe, MoE), "layers hold a mixture of experts"
             experts, shared = moe.experts, moe.shared_experts
             x_TD = experts.fc1.weight.new_empty(tokens, experts.fc1.weight.shape[1])
             weights = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
-            self._can[tokens, chunks] = ops.graphs_hold_moe(x_TD, experts.fc1.weight, experts.fc2.weight, weights) and (
-                not chunks or ops.graphs_hold_chunks(keys[0], keys)
+            routed = experts.fc1.weight, experts.fc2.weight
+            self._can[key] = (
+                ops.graphs_hold_moe(x_TD, *routed, weights)
+                and (not key[2] or ops.graphs_hold_stacked(x_TD, *routed))
+                and (not chunks or ops.graphs_hold_chunks(keys[0], keys))
             )
-        return self._can[tokens, chunks]
+        return self._can[key]
 
     def _draw(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor) -> Tensor:
         tokens_N = self._sampler.sample(logits_NV, rows_N, positions_N + 1)
@@ -249,10 +282,12 @@ class Runner:
             for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count):
                 low = max(picture.start, chunk.start)
                 high = min(picture.end, chunk.start + chunk.count)
-                wanted.append((picture, at + low - chunk.start, low - picture.start, high - low))
-        features = self.encoder.features([picture for picture, *_ in wanted])
-        for (_, place, first, count), features_QD in zip(wanted, features, strict=True):
-            x_TD[place : place + count] = features_QD[first : first + count]
+                wanted.append((chunk.request.adapter, picture, at + low - chunk.start, low - picture.start, high - low))
+        for adapter in dict.fromkeys(adapter for adapter, *_ in wanted):
+            alike = [one for one in wanted if one[0] == adapter]
+            features = self.encoder.features([picture for _, picture, *_ in alike], adapter)
+            for (_, _, place, first, count), features_QD in zip(alike, features, strict=True):
+                x_TD[place : place + count] = features_QD[first : first + count]
 
     def _sample(self, launched: Launched, masks: tuple[Sequence[int], np.ndarray] | None = None) -> None:
         """Draw tokens from what was computed. ``masks``: places in the step, and what each of them allows."""

@@ -178,7 +178,6 @@ def test_a_config_stands_for_random_weights():
         ({"quantization": "int4"}, "quantization='int4' is not offered yet"),
         ({"memory_utilization": 1.5}, "memory_utilization is 1.5; expected above 0"),
         ({"cache_tokens": 0}, "cache_tokens is 0; expected at least 1"),
-        ({"adapters": {"a": "b"}}, "adapters="),
         ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
     ],
 )
