@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -235,12 +236,28 @@ def test_even_experts_have_entropy_one():
 
 
 def test_loggers_that_are_not_installed_are_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"\[log\] wandb is 'aria'.*pip install wandb"):
         Wandb(tmp_path, "aria", {})
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"\[log\] tensorboard.*pip install tensorboard"):
         TensorBoard(tmp_path)
+
+
+def test_wandb_and_tensorboard_get_numbers(tmp_path, monkeypatch):
+    begun, logged, scalars = {}, [], []
+    run = SimpleNamespace(log=lambda line, step: logged.append((step, line)), finish=lambda: logged.append("finished"))
+    wandb = SimpleNamespace(init=lambda **settings: begun.update(settings) or run)
+    writer = SimpleNamespace(add_scalar=lambda *one: scalars.append(one), close=lambda: scalars.append("closed"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    line = {"step": 7, "loss": 1.5, "dead experts": {"0": [1]}}
+    reporter = Reporter([Wandb(tmp_path, "aria", {"seed": 1}), TensorBoard(tmp_path)], Console(file=io.StringIO()))
+    reporter.write(line)
+    reporter.close()
+    assert begun["project"] == "aria" and begun["resume"] == "allow" and begun["config"] == {"seed": 1}
+    assert logged == [(7, {"loss": 1.5, "dead experts": {"0": [1]}}), "finished"]
+    assert scalars == [("loss", 1.5, 7), "closed"]
 
 
 def test_the_bar_shows_what_matters():
