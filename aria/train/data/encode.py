@@ -5,8 +5,9 @@ T tokens, C crops.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Row
 from aria.train.loss import IGNORE_INDEX
 
-_NEWLINE = "\n"
+_START, _NEWLINE = "<|im_start|>", "\n"
 _AROUND_PICTURES = ("<fim_prefix>", "<fim_suffix>")
 
 
@@ -95,7 +96,7 @@ class Encoder:
     def _newline_splits(self) -> bool:
         """Whether what stands before and after a newline is tokenised independently."""
         encode = self._processor.tokenizer.encode
-        before, after = f"<|im_start|>assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
+        before, after = f"{_START}assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
         return len(encode(_NEWLINE)) == 1 and encode(before + after + before) == encode(before) + encode(
             after
         ) + encode(before)
@@ -142,49 +143,48 @@ class Encoder:
         return [_sample(ids, learnt, crops)], notes
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
-        media = self._processor.media
-        budget, cache = PixelBudget(media.prompt_pixels), MediaCache()
+        budget, cache = PixelBudget(self._processor.media.prompt_pixels), MediaCache()
         turns = []
         for i, (message, learnt) in enumerate(zip(conversation.messages, conversation.learnt, strict=True)):
-            try:
-                turns.append(self._turn(message, learnt, budget, cache))
-            except FileNotFoundError as error:
-                raise RowError("missing medium", f"message {i}: {error}") from error
-            except (ValueError, TypeError, OSError, MemoryError) as error:
-                kind = "bad message" if isinstance(message["content"], str) else "bad medium"
-                raise RowError(kind, f"message {i}: {error}") from error
+            with _faults(f"message {i}", "bad message"):
+                role, content = self._rendered(message)
+            with _faults(f"message {i}", "bad medium"):
+                content, pictures = self._opened(content, budget, cache)
+            with _faults(f"message {i}", "bad message"):
+                turns.append(self._turn(role, content, pictures, learnt))
         return turns
 
-    def _turn(self, message: dict[str, object], learnt: bool, budget: PixelBudget, cache: MediaCache) -> Turn:
-        """A message in tokens. Its answer, the end of the turn and the newline after it are what is learnt."""
-        processor, settings = self._processor, self._settings
+    def _rendered(self, message: dict[str, Any]) -> tuple[str, Prompt]:
+        """The role as it is written, and what stands between the header and the end of the turn."""
         prompt = render([message])
-        role = str(prompt).partition(_NEWLINE)[0].removeprefix("<|im_start|>")
-        header = f"<|im_start|>{role}{_NEWLINE}"
-        content = prompt[len(header) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
+        role = str(prompt).partition(_NEWLINE)[0].removeprefix(_START)
+        content = prompt[len(_START + role + _NEWLINE) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
         assert isinstance(content, Prompt), "a slice of a prompt is one"
-        images = processor.image_processor
+        return role, content
+
+    def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[Picture]]:
+        """The content with places for pictures alone, and these."""
+        settings, images, media = self._settings, self._processor.image_processor, self._processor.media
         content = settle(content, images, max_image_size=settings.max_image_size, split_image=settings.split_image)
-        content = expand(content, images, processor.media, cache, budget).prompt
+        content = expand(content, images, media, cache, budget).prompt
         own = [{"max_image_size": part.max_image_size, "split_image": part.split_image} for part in content.parts]
-        pictures = read_pictures([part.source for part in content.parts], images, own, processor.media, budget)
-        encode = processor.tokenizer.encode
-        if settings.labels == "apart":
-            head = [index for text in ("<|im_start|>", role, _NEWLINE) for index in encode(Prompt(text))]
-            tail = encode(Prompt(END_OF_TURN)) + encode(Prompt(_NEWLINE))
-            first, *rest = processor.tokenizer.encode_segments(content)
-            body, counts = self._filled(first, rest, pictures)
-            return Turn(
-                [*head, *body, *tail],
-                [False] * len(head) + [learnt and one for one in counts] + [learnt] * len(tail),
-                pictures,
-                role,
-            )
-        # The newlines at the ends of header and message part what is tokenised, so that turns may be joined.
-        first, *rest = processor.tokenizer.encode_segments(content + END_OF_TURN + _NEWLINE)
-        head = encode(Prompt(header))
+        return content, read_pictures([part.source for part in content.parts], images, own, media, budget)
+
+    def _turn(self, role: str, content: Prompt, pictures: list[Picture], learnt: bool) -> Turn:
+        """A message in tokens. Its text, the end of the turn and the newline after it are what is learnt."""
+        tokenizer = self._processor.tokenizer
+        headers: tuple[str, ...] = (_START, role, _NEWLINE)
+        ends: tuple[str, ...] = (END_OF_TURN, _NEWLINE)
+        if self._settings.labels == "together":
+            # The newlines at the ends of header and message part what is tokenised, so that turns may be joined.
+            content += "".join(ends)
+            headers, ends = ("".join(headers),), ()
+        head = [index for text in headers for index in tokenizer.encode(Prompt(text))]
+        tail = [index for text in ends for index in tokenizer.encode(Prompt(text))]
+        first, *rest = tokenizer.encode_segments(content)
         body, counts = self._filled(first, rest, pictures)
-        return Turn([*head, *body], [False] * len(head) + [learnt and one for one in counts], pictures, role)
+        counts = [False] * len(head) + counts + [True] * len(tail)
+        return Turn([*head, *body, *tail], [learnt and one for one in counts], pictures, role)
 
     def _filled(
         self, first: list[int], rest: Iterable[list[int]], pictures: Sequence[Picture]
@@ -232,6 +232,17 @@ class Encoder:
     def _size(self, turns: Sequence[Turn]) -> str:
         crops = sum(turn.num_crops for turn in turns)
         return f"{sum(len(turn.ids) for turn in turns):,} tokens" + (f" and {crops} crops" if crops else "")
+
+
+@contextmanager
+def _faults(where: str, kind: str) -> Iterator[None]:
+    """Tells what is wrong with a message as a fault of its row."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RowError("missing medium", f"{where}: {error}") from error
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        raise RowError(kind, f"{where}: {error}") from error
 
 
 def _exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:

@@ -1,0 +1,167 @@
+"""``aria data check``: every fault in a data set is told with its file and line, and what the rest costs."""
+
+from __future__ import annotations
+
+import json
+
+import made_data
+import made_media
+import pytest
+from made_data import chat, config, jsonl, processor, said
+
+from aria.train.data import DataSettings, make_stream
+from aria.train.data.check import check_data
+
+
+def shown(*parts: dict, **more) -> dict:
+    return {"messages": [said("user", list(parts)), said("assistant", "dog")], **more}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A data set with a good row and one row of every fault; ``kinds`` tells by line what is wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    made_data.picture(folder, "good.png")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "short.mp4").write_bytes(made_media.clip(40)[:700])
+    (folder / "text.png").write_text("not a picture")
+    whole = (folder / made_data.picture(folder, "whole.png", (300, 300))).read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "folder.png").mkdir()
+    image = {"type": "image", "text": None}
+    rows: list[tuple[object, str | None]] = [
+        (shown(image, images=["good.png"]), None),
+        ('{"messages": [', "not JSON"),
+        (shown(image, images=["none.png"]), "missing medium"),
+        ("", None),
+        (shown({"type": "video", "text": None}, video={"path": "empty.mp4", "num_frames": 4}), "bad medium"),
+        (shown({"type": "video", "text": None}, video={"path": "short.mp4", "num_frames": 4}), "bad medium"),
+        (shown(image, image, images=["good.png"]), "media count"),
+        (chat("a", ""), "empty answer"),
+        (chat("3" * 100_000, "dog"), "too long"),
+        (b'{"text": "\xc3\x28"}', "not UTF-8"),
+        ({"messages": [said("bot", "a"), said("assistant", "b")]}, "unknown role"),
+        ({"messages": [said("user", "a")]}, "no answer"),
+        (shown(image, images=["half.png"]), "bad medium"),
+        (shown(image, images=["text.png"]), "bad medium"),
+        (shown(image, images=["folder.png"]), "bad medium"),
+        (shown({"type": "image", "url": "http://127.0.0.1:9/a.png"}), "bad medium"),
+        (chat("a", "\ud800"), "bad message"),
+        (shown({"type": "image", "path": "good.png", "max_image_size": 500}), "bad medium"),
+        (shown({"type": "video", "path": "empty.mp4", "num_frames": 0}), "bad message"),
+        (chat("#", "dog"), None),
+    ]  # fmt: skip
+    file = jsonl(folder / "train.jsonl", [row for row, _ in rows])
+    return file, {line: kind for line, (_, kind) in enumerate(rows, 1) if kind}
+
+
+def check(*names, tokens=512, **settings):
+    made = DataSettings(paths=tuple(map(str, names)), workers=2, **settings)
+    return check_data(made, processor(), config(), tokens=tokens)
+
+
+def test_every_fault_is_told_by_file_and_line(bad):
+    file, kinds = bad
+    calls = []
+    made = DataSettings(paths=(str(file.parent),), workers=3)
+    found = check_data(made, processor(), config(), tokens=512, progress=lambda *counts: calls.append(counts))
+    told = {}
+    for kind, tally in found.problems.items():
+        assert tally.count == list(kinds.values()).count(kind)
+        for example in tally.examples:
+            place, _, why = example.removeprefix(f"{file}:").partition(": ")
+            told[int(place)] = kind
+            assert why
+            assert len(example) < 500
+    # Of each kind the first five are told.
+    first = [line for line, kind in kinds.items() if list(kinds.values())[: list(kinds).index(line)].count(kind) < 5]
+    assert told == {line: kinds[line] for line in first}
+    assert found.usable == 2
+    assert calls == [(i + 1, 19) for i in range(19)], "the blank line is no row"
+
+
+@pytest.mark.parametrize("name", ["none.png", "empty.mp4", "half.png", "text.png"])
+def test_media_are_told_by_name(bad, name):
+    file, _ = bad
+    found = check(file)
+    assert any(name in example for tally in found.problems.values() for example in tally.examples)
+
+
+def test_a_stream_passes_over_what_the_check_finds(bad):
+    file, kinds = bad
+    stream = make_stream(DataSettings(paths=(str(file),), lookahead=1), processor(), config(), tokens=512)
+    next(iter(stream))
+    assert set(stream.report.skipped) <= set(kinds.values())
+    assert stream.report.labels
+
+
+def located(messages: list[dict], folder) -> list[dict]:
+    """Messages whose paths hold wherever they are read."""
+    question, answer = messages
+    parts = [{**part, "path": folder / part["path"]} if "path" in part else part for part in question["content"]]
+    return [{**question, "content": parts}, answer]
+
+
+def test_sizes_and_cost(tmp_path):
+    made_data.picture(tmp_path, "a.png")
+    image = {"type": "image", "path": "a.png"}
+    rows = [shown(*[image] * (i % 3), {"type": "text", "text": "3" * i}) for i in range(40)]
+    found = check(jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", [{"text": "fox " * 300}]), tokens=128)
+    assert list(found.rows.values()) == [40, 1]
+    # Counted once more, by the processor.
+    alone = [processor().prepare(located(row["messages"], tmp_path), add_generation_prompt=False) for row in rows]
+    together = check(tmp_path / "a.jsonl", tokens=128, labels="together")
+    assert [size.tokens for size in together.sizes] == [len(one.ids) for one in alone]
+    assert [size.pictures for size in together.sizes] == [len(one.pictures) for one in alone]
+    assert found.notes["text cut"].count == 1
+    assert found.tokens == sum(size.tokens for size in found.sizes) <= found.batches * 128
+    assert found.efficiency > 0.8
+    spread = found.distribution()
+    assert spread["crops"] == {"mean": pytest.approx(39 / len(found.sizes)), "p0": 0, "p50": spread["crops"]["p50"],
+                               "p90": 2, "p99": 2, "p100": 2}  # fmt: skip
+    bins = found.histogram()
+    assert sum(count for _, count in bins) == len(found.sizes)
+    assert bins[-1][0] == 128
+    for bound, count in bins:
+        assert count == sum(bound // 2 < size.tokens <= bound for size in found.sizes)
+
+
+def test_batches_of_a_check_are_those_of_an_epoch(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [chat("3" * (i * 13 % 60), "dog") for i in range(200)])
+    found = check(file, tokens=128)
+    stream = make_stream(DataSettings(paths=(str(file),)), processor(), config(), tokens=128)
+    batches = iter(stream)
+    count = 0
+    while stream.epochs < 1:
+        next(batches)
+        count += 1
+    assert abs(count - found.batches) <= 0.05 * count
+
+
+def test_the_command_tells_and_fails(command, bad, model_folder, capsys):
+    file, _ = bad
+    assert command("data", "check", file, "--model", model_folder, "--tokens", 2048) == 1
+    said = capsys.readouterr().out
+    for word in ("not JSON", "missing medium", f"train.jsonl:{2}", "an epoch: 2 sequences", "1 batches of 2,048"):
+        assert word in " ".join(said.split()).replace(" │ ", " ") or word in said.replace("\n", "")
+
+
+def test_the_command_writes_json(command, tmp_path, model_folder, capsys):
+    file = jsonl(tmp_path / "a.jsonl", [chat("what?", "dog")] * 3)
+    assert command("data", "check", file, "--model", model_folder, "--json", "--tokens", 64) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == {str(file): 3}
+    assert found["usable"] == found["sequences"] == 3
+    assert found["problems"] == {}
+    assert found["tokens"] == 3 * found["distribution"]["tokens"]["mean"]
+    assert found["batches"] * found["batch_tokens"] * found["efficiency"] == pytest.approx(found["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["none.jsonl"], "no data set at"), (["--labels", "both"], "labels"), (["--max-image-size", "11"], "sizes are")],
+)
+def test_the_command_refuses_what_it_cannot_do(command, tmp_path, model_folder, capsys, arguments, said):
+    file = jsonl(tmp_path / "a.jsonl", [chat("what?", "dog")])
+    assert command("data", "check", file, *arguments, "--model", model_folder) == 2
+    assert said in capsys.readouterr().err
