@@ -13,7 +13,7 @@ from aria import AriaConfig
 from aria.config import TextConfig
 from aria.model import Aria, Packed
 from aria.ops import Segments
-from bench import caption, decode, floors, kernels, measure, performance, plots, prefill, script, throughput, video
+from bench import adapters, caption, decode, floors, kernels, measure, performance, plots, prefill, script, throughput, video
 from bench.floors import Work
 from bench.measure import Spread
 from bench.shapes import small_config
@@ -139,6 +139,15 @@ def test_decode(capsys, tmp_path):
         assert 3 <= row["experts_touched"] <= 8
         assert row["mean_context"] > row["context"]
     assert all(row["tokens_per_s"] > 0 for row in results["peer"]["decode"])
+
+
+def test_adapters(capsys):
+    adapters.main([*SMALL, "--batch", "1", "3", "--context", "16", "--steps", "4", "--adapters", "2", "--rank", "4",
+                   "--read", "100"])  # fmt: skip
+    results = last_line(capsys)
+    assert [row["batch"] for row in results["decode"]] == [1, 3]
+    assert all(row[f"{kind}_ms"] > 0 for row in results["decode"] for kind in ("none", "one", "all"))
+    assert results["adapter_bytes"] > 0
 
 
 def test_a_cache_that_is_too_small_is_no_benchmark(capsys):
