@@ -13,8 +13,8 @@ import argparse
 import gc
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,46 +62,45 @@ def make_batch(
 
 
 class Marks:
-    """Moments of a step on the device, and the seconds between them; by the host's clock where there is no CUDA."""
+    """Moments of a step on the device; by the host's clock where there is no CUDA."""
 
     NAMES = ("pictures", "forward", "backward", "optimizer")
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._marks: list[Any] = []
+        self._marks: list[tuple[str, Any]] = []
 
-    def mark(self, *_: Any) -> None:
-        """Now."""
+    def mark(self, name: str) -> None:
+        """What was done since the last mark was of this name."""
+        moment: Any = time.perf_counter()
         if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self._marks.append((name, moment))
 
-    def seconds(self) -> list[float]:
-        """Between each two marks; forgets them."""
+    def seconds(self) -> dict[str, float]:
+        """Of each name since the first mark, whatever that one's name; forgets them."""
         measure.synchronize(self._device)
-        cuda = self._device.type == "cuda"
-        found = [a.elapsed_time(b) / 1000 if cuda else b - a for a, b in itertools.pairwise(self._marks)]
+        found = dict.fromkeys(self.NAMES, 0.0)
+        for (_, before), (name, after) in itertools.pairwise(self._marks):
+            found[name] += before.elapsed_time(after) / 1000 if self._device.type == "cuda" else after - before
         self._marks = []
         return found
 
 
 def run_steps(step: Callable[[], None], marks: Marks, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Time steps that set five marks each, after two that nobody times."""
-    for _ in range(2):
-        step()
-    marks.seconds()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """Time steps, after two that nobody times."""
     rows = []
-    for _ in range(repeats):
+    for number in range(2 + repeats):
+        if number == 2 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        marks.mark("begin")
         step()
         rows.append(marks.seconds())
-    parts = {name: Spread.of(times) * 1000 for name, times in zip(Marks.NAMES, zip(*rows, strict=True), strict=True)}
+    rows = rows[2:]
+    parts = {name: Spread.of([row[name] for row in rows]) * 1000 for name in Marks.NAMES}
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"seconds": Spread.of([sum(row) for row in rows]), "ms": parts, "peak_bytes": peak}
+    return {"seconds": Spread.of([sum(row.values()) for row in rows]), "ms": parts, "peak_bytes": peak}
 
 
 def train(
@@ -115,18 +114,17 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
     marks, losses = Marks(device), []
-    hook = model.multi_modal_projector.register_forward_hook(marks.mark)
+    hook = model.multi_modal_projector.register_forward_hook(lambda *_: marks.mark("pictures"))
 
     def step() -> None:
-        marks.mark()
         found = objective(batch, Step(batch.labels, 1, 0.0))
         losses.append(found.metrics["loss"])
-        marks.mark()
+        marks.mark("forward")
         found.total.backward()
-        marks.mark()
+        marks.mark("backward")
         optimizer.step()
         optimizer.zero_grad()
-        marks.mark()
+        marks.mark("optimizer")
 
     found = run_steps(step, marks, repeats, device)
     hook.remove()
@@ -148,8 +146,26 @@ def _rates(found: dict[str, Any], batch: Batch, config: AriaConfig, full: bool, 
 
 # transformers and peft
 
-ATTEMPTS = ((False, True), (True, True), (True, False))
-"""Gradient checkpointing, and adapters on experts: the first that memory has room for is measured."""
+
+class Way(NamedTuple):
+    """How transformers is run."""
+
+    checkpointing: bool
+    on_experts: bool
+    """Whether experts have adapters too."""
+    together: bool
+    """All sequences at once, or one after another with their gradients added up."""
+
+    def __str__(self) -> str:
+        return (
+            f"gradient checkpointing {'on' if self.checkpointing else 'off'}, "
+            f"adapters on linears {'and experts' if self.on_experts else 'only'}, "
+            f"{'all sequences at once' if self.together else 'a sequence at a time'}"
+        )
+
+
+WAYS = (Way(False, True, True), Way(True, True, True), Way(True, True, False), Way(True, False, False))
+"""The first that memory has room for is measured."""
 
 
 def peer_inputs(config: AriaConfig, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -168,61 +184,57 @@ def train_peer(
     config: AriaConfig, batch: Batch, full: bool, device: torch.device, repeats: int
 ) -> tuple[dict[str, Any], str]:
     """The same steps with transformers, and with peft's adapters; and how they had to be run."""
-    dtype = measure.dtype_of(device)
-    for checkpointing, on_experts in ATTEMPTS:
-        how = f"gradient checkpointing {'on' if checkpointing else 'off'}"
-        how += "" if full else f", adapters on linears{' and experts' if on_experts else ' only'}"
+    for way in WAYS:
         try:
-            return _train_peer(config, batch, full, device, dtype, repeats, checkpointing, on_experts), how
+            return _train_peer(config, batch, full, device, repeats, way), str(way)
         except torch.cuda.OutOfMemoryError:
-            print(f"transformers, {how}: out of memory", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+            print(f"transformers, {way}: out of memory", flush=True)
+        free(device)
     return {}, "out of memory in every way"
 
 
 def _train_peer(
-    config: AriaConfig,
-    batch: Batch,
-    full: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-    checkpointing: bool,
-    on_experts: bool,
+    config: AriaConfig, batch: Batch, full: bool, device: torch.device, repeats: int, way: Way
 ) -> dict[str, Any]:
     torch.manual_seed(0)
+    dtype = measure.dtype_of(device)
     model: Any = Peer(config, dtype, device).model
     model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")
     model.requires_grad_(full)
-    model.model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(False)
-    tower = model.model.multi_modal_projector
+    projector = model.model.multi_modal_projector
+    for frozen in (model.model.vision_tower, projector):
+        frozen.requires_grad_(False)
     if not full:
-        model = _with_peft(model, on_experts)
+        model = _with_peft(model, way.on_experts)
     model.train()
-    if checkpointing:
+    if way.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     inputs = peer_inputs(config, batch, dtype)
+    rows = [inputs] if way.together else [dict(zip(inputs, row, strict=True)) for row in _rows(inputs)]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
     marks = Marks(device)
-    hook = tower.register_forward_hook(marks.mark)
+    hook = projector.register_forward_hook(lambda *_: marks.mark("pictures"))
 
     def step() -> None:
-        marks.mark()
-        loss = model(**inputs).loss
-        marks.mark()
-        loss.backward()
-        marks.mark()
+        for row in rows:
+            loss = model(**row).loss / len(rows)
+            marks.mark("forward")
+            loss.backward()
+            marks.mark("backward")
         optimizer.step()
         optimizer.zero_grad()
-        marks.mark()
+        marks.mark("optimizer")
 
     found = run_steps(step, marks, repeats, device)
     hook.remove()
     return found | {"parameters": sum(p.numel() for p in parameters)}
+
+
+def _rows(inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Each sequence with its picture."""
+    yield from zip(*(tensor.split(1) for tensor in inputs.values()), strict=True)
 
 
 def _with_peft(model: nn.Module, on_experts: bool) -> nn.Module:
@@ -297,7 +309,7 @@ def free(device: torch.device) -> None:
 def add_work(parser: argparse.ArgumentParser) -> None:
     """The options that say how much to do."""
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a step (default: 4096)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step (default: 8192)")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence, its picture included (default: 2048)")
     parser.add_argument("--repeats", type=int, default=8, help="steps that are timed (default: 8)")
 

@@ -41,13 +41,32 @@ def test_adapters(capsys):
     found = last_line(capsys)
     ours, peer = found["runs"]["aria, dropout 0"], found["peer"]
     assert ours["parameters"] == peer["parameters"], "both train the same"
-    assert peer["how"] == "gradient checkpointing off, adapters on linears and experts"
+    assert peer["how"] == str(train.WAYS[0])
     assert found["ratio"] == pytest.approx(ours["tokens_per_s"] / peer["tokens_per_s"], rel=1e-4)
     for run in (*found["runs"].values(), peer):
         # The same work and the same ceiling: MFU goes with tokens a second.
         assert run["mfu"] / run["tokens_per_s"] == pytest.approx(ours["mfu"] / ours["tokens_per_s"], rel=1e-4)
         assert run["mfu_with_pictures"] > run["mfu"]
         assert set(run["ms"]) == {"pictures", "forward", "backward", "optimizer"}
+
+
+def test_the_peer_has_one_gradient_in_every_way(monkeypatch):
+    """All at once, one after another, and with checkpointing: what is measured is the same work."""
+    pytest.importorskip("peft")
+    config = small_config()
+    batch = train.make_batch(config, 2, 24, max(config.image_sizes()), torch.device("cpu"))
+    norms = []
+
+    class Noted(torch.optim.AdamW):
+        def step(self, *_, **__):
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(sum(float(g.square().sum()) for g in gradients))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    for way in train.WAYS[:3]:
+        train._train_peer(config, batch, False, torch.device("cpu"), 1, way)
+    assert len(norms) == 9
+    assert norms == pytest.approx([norms[0]] * 9, rel=1e-3)
 
 
 def test_full_weights_learn_their_batch(capsys):

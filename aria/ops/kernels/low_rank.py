@@ -8,6 +8,7 @@ P rows, T tokens, E experts, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -143,7 +144,11 @@ def tiles(rows: int, ends: Tensor | None) -> int:
 
 def blocks(ends: Tensor | None, rank: int) -> dict[str, int]:
     """Sizes that the kernels of this file and of the experts compile in."""
-    experts = 1 if ends is None else len(ends)
+    return _blocks(1 if ends is None else len(ends), rank)
+
+
+@lru_cache(maxsize=64)
+def _blocks(experts: int, rank: int) -> dict[str, int]:
     return {
         "E": experts, "R": rank, "E_BLOCK": triton.next_power_of_2(experts),
         "R_BLOCK": max(16, triton.next_power_of_2(rank)), "ROWS": ROWS,
