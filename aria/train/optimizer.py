@@ -1,0 +1,361 @@
+"""How weights descend: AdamW, AdamW with moments in 8 bits, or Muon; weights in bf16 too.
+
+E experts. Everything is computed on this rank's parts of tensors (:mod:`aria.train.shards`), and every state dict has
+whole tensors by the names of parameters, so that another number of ranks can go on with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.adamw import adamw
+
+from aria.train.shards import copies, local, spread_as
+
+AWAY_FROM_MUON = ("*embed*", "*lm_head*", "*router*", "*.query", "*.adapter.*")
+"""What Muon leaves to AdamW although it has rows and columns: tables, the head, routers, adapters."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the iteration that makes singular values near to one (Keller Jordan's; PyTorch has the same)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """``[optimizer]`` of a recipe."""
+
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """``adamw8bit`` keeps moments in 8 bits (torchao); ``muon`` makes the steps of matrices orthogonal, each expert's
+    for itself, and leaves the rest to AdamW at the same rate."""
+    learning_rate: float = 5e-5
+    """At its peak."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Pattern for names of parameters -> share of the learning rate that they have; the first that fits."""
+    weight_decay: float = 0.1
+    """Of matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's."""
+    clip_norm: float = 1.0
+    """Most that the norm of all gradients together may be."""
+    rounding: Literal["masters", "stochastic", "nearest"] = "masters"
+    """How weights in bf16 keep small steps: by float32 masters (4 bytes a weight), by rounding up or down by chance (no
+    memory), or not at all. ``adamw8bit`` has no masters: ``masters`` means ``stochastic`` there."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} should be above 0, but is {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay should be 0 or above, but is {self.weight_decay}")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} should be at least 0 and below 1, but is {value}")
+        for pattern, rate in self.rates.items():
+            if rate < 0:
+                raise ValueError(f"rates.{pattern} should be 0 or above, but is {rate}")
+
+
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> Optimizer:
+    """An optimizer over what trains.
+
+    Args:
+        named: parameters by name, spread over ranks or not.
+        settings: ``[optimizer]``.
+
+    Raises:
+        ValueError: a pattern of ``rates`` fits no parameter, or torchao is needed and not installed.
+    """
+    parameters = dict(named)
+    for pattern in settings.rates:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise ValueError(f"[optimizer] rates: nothing that trains is called {pattern!r}")
+    return Optimizer(parameters, settings)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """All parameters, each by its rule; see :func:`make_optimizer`.
+
+    Attributes:
+        found_inf: float32 ``(1,)`` on the device; where one, a step of AdamW changes nothing, and nothing waits for
+            the host to say so.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], settings: OptimizerSettings):
+        self.names = {id(parameter): name for name, parameter in named.items()}
+        self.settings = settings
+        self.found_inf: Tensor | None = None
+        groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+        for name, parameter in named.items():
+            rate = next((r for pattern, r in settings.rates.items() if fnmatchcase(name, pattern)), 1.0)
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((_rule(name, parameter, settings), rate, decay), []).append(parameter)
+        super().__init__(
+            [
+                {"params": members, "rule": rule, "lr": settings.learning_rate * rate, "weight_decay": decay}
+                for (rule, rate, decay), members in groups.items()
+            ],
+            # The loop asks this before it sets `found_inf`.
+            {"fused": settings.kind == "adamw"},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Change every parameter that has a gradient."""
+        assert closure is None, "no rule here evaluates the loss again"
+        for group in self.param_groups:
+            rule = {"adamw": self._adamw, "adamw8bit": self._adamw8bit, "muon": self._muon}[group["rule"]]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter] or self._allocate(parameter, group["rule"])
+                    rule(parameter, state, group)
+
+    def masters(self) -> dict[str, Tensor]:
+        """float32 masters by name, of those parameters that have one."""
+        found = {}
+        for parameter, state in self._states():
+            if "master" in state:
+                found[self.names[id(parameter)]] = spread_as(state["master"], parameter)
+        return found
+
+    def _states(self) -> Iterable[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield parameter, self.state[parameter] or self._allocate(parameter, group["rule"])
+
+    def _allocate(self, parameter: nn.Parameter, rule: str) -> dict[str, Any]:
+        """Fresh state of one parameter."""
+        part, settings, state = local(parameter.detach()), self.settings, self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+        if rule == "adamw8bit":
+            make = _torchao().AdamW8bit._subclass_zeros
+            for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                # Blocks of 256; what does not divide, and what is small, is as good as nothing.
+                eighth = part.numel() >= 4096 and part.numel() % 256 == 0
+                state[name] = make(part.float(), signed, 256) if eighth else torch.zeros_like(part, dtype=torch.float32)
+            return state
+        for name in ("momentum",) if rule == "muon" else ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(part, dtype=torch.float32)
+        if part.dtype != torch.float32 and settings.rounding == "masters":
+            state["master"] = part.float()
+        return state
+
+    def _adamw(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        def change(weight: Tensor) -> None:
+            adamw(
+                [weight],
+                [_gradient(parameter)],
+                [state["exp_avg"]],
+                [state["exp_avg_sq"]],
+                [],
+                [state["step"]],
+                fused=True,
+                found_inf=self.found_inf,
+                amsgrad=False,
+                beta1=self.settings.betas[0],
+                beta2=self.settings.betas[1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=self.settings.eps,
+                maximize=False,
+            )
+
+        self._in_float32(parameter, state, change)
+
+    def _adamw8bit(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] += 1
+        stochastic = parameter.dtype == torch.bfloat16 and self.settings.rounding != "nearest"
+        part = local(parameter.detach())
+        # Compiled, the whole of a step is one pass, and moments are never whole in float32.
+        with torch._dynamo.utils.disable_cache_limit():
+            torch.compile(_torchao_step(), fullgraph=True, dynamic=False)(
+                part,
+                _gradient(parameter),
+                state["step"],
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                None,
+                torch.tensor(group["lr"], dtype=torch.float32, device=part.device),
+                *self.settings.betas,
+                group["weight_decay"],
+                self.settings.eps,
+                True,
+                stochastic,
+            )
+
+    def _muon(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        gradient, momentum = _gradient(parameter), self.settings.momentum
+        state["step"] += 1
+        buffer = state["momentum"].lerp_(gradient, 1 - momentum)
+        update = _orthogonal_part(gradient.lerp(buffer, momentum), parameter)
+        # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
+        rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:]))
+
+        def change(weight: Tensor) -> None:
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(weight.dtype), alpha=-rate)
+
+        self._in_float32(parameter, state, change)
+
+    def _in_float32(self, parameter: nn.Parameter, state: dict[str, Any], change: Callable[[Tensor], None]) -> None:
+        """Apply a change to the weight's float32 self, wherever that is."""
+        part = local(parameter.detach())
+        if part.dtype == torch.float32:
+            change(part)
+        elif "master" in state:
+            change(state["master"])
+            part.copy_(state["master"])
+        else:
+            wide = part.float()
+            change(wide)
+            part.copy_(round_by_chance(wide) if self.settings.rounding == "stochastic" else wide)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Tensors by parameter and kind, whole or spread as the parameter is; they share memory with the optimizer."""
+        state: dict[str, dict[str, Any]] = {}
+        for parameter, kept in self._states():
+            state[self.names[id(parameter)]] = {
+                key: value
+                for kind, tensor in kept.items()
+                for key, value in _plain(kind, tensor, parameter, inner=copies(parameter) == 1).items()
+            }
+        return {"kind": self.settings.kind, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, here or on other ranks.
+
+        Raises:
+            ValueError: it is another optimizer's, or lacks what this one needs.
+        """
+        if state_dict["kind"] != self.settings.kind:
+            raise ValueError(
+                f"the state is that of {state_dict['kind']}, but [optimizer] kind is {self.settings.kind}; go on with "
+                "the same kind, or start anew from the exported weights"
+            )
+        for name, kinds in self.state_dict()["state"].items():
+            saved = state_dict["state"].get(name, {})
+            if missing := kinds.keys() - saved.keys():
+                raise ValueError(f"the optimizer's state has no {', '.join(sorted(missing))} of {name}")
+            for kind, tensor in kinds.items():
+                if tensor is not saved[kind]:
+                    local(tensor).copy_(local(saved[kind]))
+
+
+def _rule(name: str, parameter: nn.Parameter, settings: OptimizerSettings) -> str:
+    if settings.kind != "muon":
+        return settings.kind
+    away = parameter.ndim not in (2, 3) or any(fnmatchcase(name, pattern) for pattern in AWAY_FROM_MUON)
+    return "adamw" if away else "muon"
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "the parameter has a gradient"
+    return local(parameter.grad).float()
+
+
+def _plain(kind: str, tensor: Tensor, parameter: nn.Parameter, *, inner: bool) -> dict[str, Tensor]:
+    """A tensor of state by name; moments in 8 bits are codes and scales, a part of its own on each rank."""
+    if hasattr(tensor, "codes"):
+        mark = f".rank{dist.get_rank()}of{dist.get_world_size()}" if inner and dist.is_initialized() else ""
+        return {f"{kind}.{name}{mark}": getattr(tensor, name) for name in ("codes", "scale")}
+    return {kind: spread_as(tensor, parameter) if tensor.ndim else tensor}
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.optim
+    except ImportError as error:
+        raise ValueError(
+            "[optimizer] kind adamw8bit needs torchao: pip install torchao (or aria-moe[train])"
+        ) from error
+    return torchao.optim
+
+
+def _torchao_step() -> Callable[..., None]:
+    _torchao()
+    from torchao.optim.adam import single_param_adam
+
+    return single_param_adam
+
+
+def round_by_chance(wide: Tensor) -> Tensor:
+    """float32 -> bf16, up with the probability that makes the mean of many roundings the number itself.
+
+    What is not finite stays what it is.
+    """
+    bits = wide.view(torch.int32)
+    noise = torch.randint_like(bits, 1 << 16)
+    rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(wide.isfinite() & rounded.isfinite(), rounded, wide).bfloat16()
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrices with singular values near one, of each ``(..., rows, columns)``, in bf16.
+
+    Newton-Schulz iterations, as :class:`torch.optim.Muon` does for one matrix; singular values end between 0.7 and 1.2.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _orthogonal_part(part: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's part of the orthogonal step. Matrices have to be whole for it; experts may stay where they are."""
+    if not isinstance(parameter, DTensor):
+        return orthogonal(part)
+    spread = DTensor.from_local(
+        part.bfloat16(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    apart = [
+        placement if parameter.ndim == 3 and placement == Shard(0) else Replicate()
+        for placement in parameter.placements
+    ]
+    made = orthogonal(spread.redistribute(placements=apart).to_local())
+    shape, stride = parameter.shape, parameter.stride()
+    gathered = DTensor.from_local(made, parameter.device_mesh, apart, run_check=False, shape=shape, stride=stride)
+    return gathered.redistribute(placements=parameter.placements).to_local()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients in place so that their norm, over all parameters and ranks, is at most ``most``.
+
+    Returns:
+        The norm before, float32 on the device; the same on every rank. Gradients are left alone where it is not finite.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert gradients, "there is a gradient"
+    parts = [local(gradient) for gradient in gradients]
+    # Squares of each dtype at once; an element that several ranks hold counts once.
+    squares = [norm.square() / copies(gradient) for norm, gradient in zip(_norms(parts), gradients, strict=True)]
+    total = torch.stack(squares).sum()
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    share = (most / (norm + 1e-6)).clamp(max=1.0)
+    share = torch.where(norm.isfinite(), share, torch.ones_like(share))
+    torch._foreach_mul_(parts, share)
+    return norm
+
+
+def _norms(parts: list[Tensor]) -> list[Tensor]:
+    """Norms in float32, whatever the dtype."""
+    return list(torch._foreach_norm(parts, 2.0, dtype=torch.float32))

@@ -1,0 +1,40 @@
+"""Parts of tensors that several ranks hold together: what this rank has of one, and one made of such parts.
+
+A tensor that is not spread is its own part, so that code over parts serves one process and many.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part; it shares the tensor's memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_as(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor whose part on this rank is ``part``, spread as ``like`` is; it shares the part's memory."""
+    if not isinstance(like, DTensor) or part.shape != like.to_local().shape:
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def copies(tensor: Tensor) -> int:
+    """How many ranks hold each element."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size() if dist.is_initialized() else 1
+    mesh = tensor.device_mesh
+    inside = math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if placement.is_replicate())
+    return inside * (dist.get_world_size() // mesh.size())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank; all ranks have to ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,280 @@
+"""What a run leaves on disk so that it can go on: folders of checkpoints that are whole or not there.
+
+A checkpoint is a folder ``checkpoints/step-N``. While it is written it is called ``step-N.partial``; its new name is
+the mark that it is whole, so that a crash at any moment leaves the one before. Tensors are in the format of
+``torch.distributed.checkpoint``, which another number of ranks can read; of the weights only those that train are in
+it. What belongs to one rank (its place in the data, its random numbers) lies beside them in ``rank-R.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from aria.train.shards import whole
+
+FOLDER = "checkpoints"
+"""In the folder of a run."""
+PARTIAL = ".partial"
+META = "run.json"
+OF_RANK = ("stream", "random")
+"""Entries of a state that belong to one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """``[checkpoint]`` of a recipe. A training that ends, or is asked to, saves in any case."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 15.0
+    """With ``every_steps``: whichever comes first."""
+    keep: int = 2
+    """Checkpoints that stay; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_minutes", "keep"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} should be above 0, but is {value}")
+
+
+class Ranks(Protocol):
+    """What checkpoints ask of the processes that train together; :class:`aria.train.parallel.Parallel` is one."""
+
+    rank: int
+    world: int
+    saving: dist.ProcessGroup | None
+
+    def barrier(self) -> None: ...
+
+
+class Saved(Protocol):
+    """All of a run that is saved. ``position.step`` names the checkpoint; ``optimizer`` fills its state in itself."""
+
+    position: Any
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class RunState:
+    """The checkpoints of one run.
+
+    Args:
+        out: folder of the run; on several machines, one that all of them see.
+        settings: ``[checkpoint]``.
+        ranks: the processes that train together.
+    """
+
+    def __init__(self, out: str | Path, settings: CheckpointSettings, ranks: Ranks):
+        self.folder = Path(out) / FOLDER
+        self._settings, self._ranks = settings, ranks
+        self._step, self._saved_at = -1, time.monotonic()
+        self._writing: Future[Any] | None = None
+        if ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(left)
+        ranks.barrier()
+
+    @staticmethod
+    def latest_in(out: str | Path) -> Path | None:
+        """The newest whole checkpoint of a run's folder."""
+        return max((p for p in (Path(out) / FOLDER).glob("step-*") if p.suffix != PARTIAL), default=None)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; what is being written does not count."""
+        return self.latest_in(self.folder.parent)
+
+    def due(self, step: int) -> bool:
+        """Whether this rank's settings or clock ask for a checkpoint after this step."""
+        settings = self._settings
+        by_steps = settings.every_steps is not None and step % settings.every_steps == 0
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
+
+    def save(self, saved: Saved, *, wait: bool = False) -> None:
+        """Write a checkpoint of all ranks, in the background: only the copy from the devices is waited for.
+
+        Args:
+            saved: the run.
+            wait: until it is on disk.
+
+        Raises:
+            OSError: this one, or the one before, which is finished first, could not be written.
+        """
+        self._finish()
+        step = saved.position.step
+        self._saved_at = time.monotonic()
+        final = self.folder / f"step-{step:08d}"
+        if step == self._step or final.exists():
+            return
+        state = saved.state_dict()
+        own = {name: state.pop(name) for name in OF_RANK if name in state}
+        own["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        partial = final.with_name(final.name + PARTIAL)
+        if self._ranks.rank == 0:
+            partial.mkdir()
+            meta = {"step": step, "world": self._ranks.world, "torch": torch.__version__}
+            (partial / META).write_text(json.dumps(meta), encoding="utf-8")
+        self._ranks.barrier()
+        torch.save(own, partial / f"rank-{self._ranks.rank}.pt")
+        self._ranks.barrier()
+        self._step = step
+        writing: Any = dcp.async_save(
+            state, checkpoint_id=partial, process_group=self._ranks.saving, no_dist=self._ranks.world == 1
+        )
+        if self._ranks.rank == 0:
+            # Rank 0 is done when all are: it writes last what the others told it they wrote.
+            done: Future[Any] = Future()
+            writing.add_done_callback(lambda future: self._complete(future, partial, final, done))
+            writing = done
+        self._writing = writing
+        if wait:
+            self._finish()
+            self._ranks.barrier()
+
+    def load(self, saved: Saved, folder: Path | None = None) -> None:
+        """Put a run back to where it was at its newest checkpoint, or at that of a folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it does not fit the run.
+        """
+        self._finish()
+        folder = folder or self.latest()
+        if folder is None:
+            raise FileNotFoundError(f"{self.folder} holds no checkpoint")
+        state = saved.state_dict()
+        own = {name: state.pop(name) for name in OF_RANK if name in state}
+        known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        if missing := sorted(set(_names(state)) - known.keys()):
+            raise ValueError(_unfit(folder, missing))
+        dcp.load(state, checkpoint_id=folder, process_group=self._ranks.saving, no_dist=self._ranks.world == 1)
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        # On another number of ranks each goes on from a rank that was there; its stream knows that this was another.
+        file = folder / f"rank-{self._ranks.rank * meta['world'] // self._ranks.world}.pt"
+        loaded = torch.load(file, map_location="cpu", weights_only=False)
+        cuda = loaded.pop("cuda")
+        if self._ranks.world != meta["world"] and "random" in own:
+            # The same numbers on two ranks would be worse than new ones.
+            loaded["random"], cuda = own["random"], None
+        saved.load_state_dict({**state, **loaded})
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+        self._step = meta["step"]
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._finish()
+
+    def _finish(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _complete(self, writing: Future[Any], partial: Path, final: Path, done: Future[Any]) -> None:
+        """Name a checkpoint that is written whole, and delete old ones."""
+        try:
+            writing.result()
+            for file in partial.iterdir():
+                _sync(file)
+            partial.rename(final)
+            _sync(self.folder)
+            whole_ones = sorted(p for p in self.folder.glob("step-*") if p.suffix != PARTIAL)
+            for old in whole_ones[: -self._settings.keep]:
+                # Half deleted, it must not look whole.
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some network file systems cannot; they write in order.
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _names(state: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """Names under which a nested state is saved."""
+    for name, value in state.items():
+        if isinstance(value, Mapping) and value:
+            yield from _names(value, f"{prefix}{name}.")
+        elif not isinstance(value, Mapping):
+            yield f"{prefix}{name}"
+
+
+def _unfit(folder: Path, missing: list[str]) -> str:
+    if any(".codes.rank" in name for name in missing):
+        return f"{folder}: moments in 8 bits can only be gone on with on as many ranks as wrote them"
+    return f"{folder} has no {missing[0]} ({len(missing)} entries are missing); it is another training's"
+
+
+def trained_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The weights that train as a checkpoint has them, whole, on the CPU; their average if there is one.
+
+    Args:
+        folder: of a run, whose newest checkpoint is taken, or of a checkpoint.
+
+    Returns:
+        By the names of parameters, in the dtype of training; averages in float32.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    folder = Path(folder)
+    found = folder if (folder / ".metadata").is_file() else RunState.latest_in(folder)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoint of a training")
+    metadata = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+    for kind in ("average", "weights"):
+        wanted = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in metadata.items()
+            if name.startswith(f"{kind}.") and isinstance(entry, TensorStorageMetadata)
+        }
+        if wanted:
+            dcp.load(wanted, checkpoint_id=found, no_dist=True)
+            return {name.removeprefix(f"{kind}."): tensor for name, tensor in wanted.items()}
+    raise ValueError(f"{found} holds no weights")
+
+
+@torch.no_grad()
+def gathered(model: nn.Module, *, trained: bool = False) -> dict[str, Tensor]:
+    """A spread model's weights, whole, on rank 0's CPU; nothing on other ranks. All ranks have to call it together.
+
+    Args:
+        model: spread over the ranks, or whole.
+        trained: only what trains.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not trained:
+            tensor = whole(parameter.detach())
+            if first:
+                found[name] = tensor.cpu()
+    return found
