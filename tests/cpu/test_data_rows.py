@@ -238,3 +238,45 @@ def test_a_document_in_base64_is_read():
     ).samples
     assert len(sample.crops) == 1
     assert "Page 1: <fim_prefix>" in processor().decode(sample.input_ids)
+
+
+WHOLE = {
+    "messages": [
+        said("system", "x"),
+        said("user", [{"type": "image", "text": None}, {"type": "text", "text": "a"},
+                      {"type": "video_url", "video_url": {"url": "a.mp4", "num_frames": 3}},
+                      {"type": "file", "file": {"file_data": "QUJD", "detail": "low"}}, {"type": "video"}]),
+        said("assistant", "b", weight=1,
+             tool_calls=[{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+        said("tool", "x", name="f"),
+        {"role": "assistant", "content": None, "refusal": "no"},
+    ],
+    "images": ["a.png"],
+    "video": {"path": "c.mp4", "num_frames": 3},
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+}  # fmt: skip
+WRONG = [None, 1, 0, 1.5, "", "x", [], {}, [1], [[]], [{}], {"a": 1}, True, "\ud800", [None], 10**30, {"url": 1}]
+
+
+def places(value, path=()):
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from places(one, (*path, key))
+
+
+def test_whatever_stands_in_a_row_is_told_as_its_fault():
+    encoder = Encoder(processor(), made_data.config(), DataSettings(), 4096)
+    told = set()
+    for path in list(places(WHOLE))[1:]:
+        for wrong in WRONG:
+            row = json.loads(json.dumps(WHOLE))
+            inner = row
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = wrong
+            with pytest.raises(RowError) as error:
+                encoder(Row(row, "", Path("/nowhere")))
+            told.add(error.value.kind)
+            assert len(str(error.value)) < 400
+    assert {"bad message", "unknown role", "media count", "missing medium", "no messages", "empty answer"} <= told

@@ -66,9 +66,9 @@ def read_row(row: Row, customs: Customs) -> tuple[Text | Conversation, list[str]
 
 
 def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> Conversation:
-    said = fields["messages"]
-    if not isinstance(said, Sequence) or isinstance(said, str) or not said:
-        raise RowError("bad message", f"messages should be a list of messages, but is {said!r:.60}")
+    said = _listed(fields["messages"], "messages")
+    if not said:
+        raise RowError("bad message", "messages is an empty list")
     given = _Given(fields, folder, customs)
     messages, learnt = [], []
     for i, message in enumerate(said):
@@ -95,6 +95,12 @@ def _has_words(content: str | list[dict[str, Any]]) -> bool:
     return any(text.strip() for text in texts)
 
 
+def _listed(value: Any, name: str) -> Sequence[Any]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise RowError("bad message", f"{name} should be a list, but is {value!r:.60}")
+    return value
+
+
 class _Given:
     """Media that stand beside the messages, as the authors' format has them, dealt to the parts that name none."""
 
@@ -105,10 +111,7 @@ class _Given:
             if "videos" in fields:
                 raise RowError("media count", "the row has video and videos; use one of them")
             videos = fields["video"] if isinstance(fields["video"], list | tuple) else [fields["video"]]
-        self._media = {"image": fields.get("images", []), "video": videos}
-        for kind, media in self._media.items():
-            if isinstance(media, str | bytes) or not isinstance(media, Sequence):
-                raise RowError("bad message", f"{kind}s should be a list, but is {media!r:.60}")
+        self._media = {"image": _listed(fields.get("images", []), "images"), "video": _listed(videos, "videos")}
         self._used = {"image": 0, "video": 0}
 
     def next(self, kind: str, where: str) -> Any:
@@ -146,9 +149,8 @@ def _message(message: Any, where: str, given: _Given) -> tuple[dict[str, Any], b
         raise RowError("bad message", f"weight of {where} should be 0 or 1, but is {weight!r:.40}")
     content = fields.get("content", "")
     if not isinstance(content, str):
-        if isinstance(content, Mapping) or not isinstance(content, Sequence):
-            raise RowError("bad message", f"content of {where} should be text or a list of parts: {content!r:.60}")
-        content = [_part(part, f"part {i} of {where}", given) for i, part in enumerate(content)]
+        parts = _listed(content, f"content of {where}, if not text,")
+        content = [_part(part, f"part {i} of {where}", given) for i, part in enumerate(parts)]
     if role == "assistant":
         content = _with_calls(content, fields, where)
     elif role == "tool" and "name" in fields:
@@ -163,7 +165,7 @@ def _with_tools(
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """The messages with the functions told in the system message, as the server tells them."""
     told = []
-    for tool in tools if isinstance(tools, Sequence) else [tools]:
+    for tool in _listed(tools, "tools"):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("bad message", f"tools should be a list of functions with names: {tool!r:.60}")
@@ -179,9 +181,12 @@ def _with_tools(
 
 def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
     """What the assistant said, with its calls of functions as the model writes them."""
-    content = content or fields.get("refusal", "")
+    refusal = fields.get("refusal", "")
+    if not isinstance(refusal, str):
+        raise RowError("bad message", f"refusal of {where} should be a string, but is {refusal!r:.60}")
+    content = content or refusal
     calls = []
-    for call in fields.get("tool_calls", ()):
+    for call in _listed(fields.get("tool_calls", ()), f"tool_calls of {where}"):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("bad message", f"tool_calls of {where} should hold functions with names: {call!r:.60}")
@@ -201,13 +206,15 @@ def _part(part: Any, where: str, given: _Given) -> dict[str, Any]:
     if not isinstance(part, Mapping):
         raise RowError("bad message", f"{where} should be an object with type, but is {part!r:.60}")
     kind, fields = part.get("type"), {key: value for key, value in part.items() if value is not None}
+    if not isinstance(kind, str):
+        raise RowError("bad message", f"type of {where} should be a string, but is {kind!r:.60}")
     if kind in ("text", "refusal"):
-        text = fields.get(str(kind))
+        text = fields.get(kind)
         if not isinstance(text, str):
             raise RowError("bad message", f"{kind} of {where} should be a string, but is {text!r:.60}")
         return {"type": "text", "text": text}
     if kind in _OPENAI:
-        fields = _from_openai(str(kind), fields, where, given.customs)
+        fields = _from_openai(kind, fields, where, given.customs)
     elif kind not in ("image", "video", "document"):
         known = ", ".join(("text", "image", "video", "document", *_OPENAI))
         raise RowError("bad message", f"{where} has the type {kind!r:.40}; known are {known}")
