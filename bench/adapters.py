@@ -96,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = Aria.random(SHAPES[arguments.model](), dtype=measure.dtype_of(device), device=device)
     # All the same one: what it holds costs nothing.
     adapter = random_adapter(model, arguments.rank)
-    room = max(arguments.batch) * (arguments.context + arguments.steps + 512) + arguments.read
+    longest = arguments.context + arguments.steps + 512
+    room = max(arguments.batch) * longest + arguments.read
     core = EngineCore(
         model,
         max_batch=max(arguments.batch),
         cache_blocks=EngineCore.blocks_for(device, arguments.cache_tokens or room),
-        max_model_len=min(4096, model.config.text.max_position_embeddings),
+        max_model_len=min(max(longest, arguments.read + 64), model.config.text.max_position_embeddings),
         adapters={f"adapter {i}": adapter for i in range(1, arguments.adapters + 1)},
     )
     results = run(core, arguments.batch, arguments.context, arguments.steps, arguments.read)

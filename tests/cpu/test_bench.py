@@ -13,7 +13,20 @@ from aria import AriaConfig
 from aria.config import TextConfig
 from aria.model import Aria, Packed
 from aria.ops import Segments
-from bench import adapters, caption, decode, floors, kernels, measure, performance, plots, prefill, script, throughput, video
+from bench import (
+    adapters,
+    caption,
+    decode,
+    floors,
+    kernels,
+    measure,
+    performance,
+    plots,
+    prefill,
+    script,
+    throughput,
+    video,
+)
 from bench.floors import Work
 from bench.measure import Spread
 from bench.shapes import small_config
