@@ -28,10 +28,11 @@ def train(
         float | None, typer.Option(metavar="MINUTES", help="Save and stop then; the same command goes on.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes and whether it fits.")] = False,
+    export: Annotated[bool, typer.Option("--export", help="Only write the export of the last checkpoint.")] = False,
 ) -> None:
     """Train a model or an adapter. Run again, it goes on after its last checkpoint; --dry-run trains nothing."""
     from aria.train.recipe import Recipe
-    from aria.train.run import begun, dry
+    from aria.train.run import begun, dry, export_checkpoint
     from aria.train.run import train as run
 
     read = Recipe.read(recipe, settings or ())
@@ -42,6 +43,9 @@ def train(
     folder = out_folder or Path("runs") / recipe.stem
     if resume and not begun(folder):
         raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")
+    if export:
+        out.print(f"written to {export_checkpoint(folder)}", soft_wrap=True)
+        return
     seconds = None if stop_after is None else stop_after * 60.0
     run(read, folder, sampler=answer, stop_after=seconds, console=err)
 

@@ -150,11 +150,9 @@ def _vision_bytes(model: Aria, patches: int) -> int:
 
 
 def state_bytes(settings: OptimizerSettings, dtype: torch.dtype) -> float:
-    """Bytes of optimizer state a parameter, masters included: those of a small matrix after one step."""
+    """Bytes of optimizer state a parameter, masters included: those of a small matrix."""
     weight = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
-    optimizer = make_optimizer([("layer.weight", weight)], settings)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
+    optimizer = make_optimizer([("layer.weight", weight)], dataclasses.replace(settings, rates={}))
     found = {}
 
     def collect(value: object) -> None:
@@ -201,15 +199,19 @@ class Estimator:
         dtype = weights_dtype(recipe, config, self._device)
         counts = self._count(recipe.targets, dtype)
         # All ranks hold a part, and whole the layer that is computed and the next one, which comes ahead.
-        weights = counts.base / world + (2 * counts.layer if world > 1 else 0)
+        # A vision encoder that is frozen stays whole (aria.train.parallel).
+        apart = 0 if world == 1 or counts.per_patch else config.vision.num_parameters() * dtype.itemsize
+        weights = (counts.base - apart) / world + apart + (2 * counts.layer if world > 1 else 0)
         trained = sum(counts.trained.values())
         state = sum(count * state_bytes(recipe.optimizer, dtype) for dtype, count in counts.trained.items())
         T, inputs = recipe.batch.tokens, text.hidden_size * dtype.itemsize
-        full = recipe.parallel.checkpointing == "full"
-        kept = T * text.num_hidden_layers * (inputs if full else counts.per_token + inputs)
+        recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.parallel.checkpointing]
+        kept = T * text.num_hidden_layers * (inputs + (1 - recomputed) * counts.per_token)
         patches = _patches(recipe, config)
         vision, width = config.vision, config.vision.hidden_size * dtype.itemsize
-        seen = patches * vision.num_hidden_layers * (min(counts.per_patch, width) if full else counts.per_patch)
+        seen = patches * vision.num_hidden_layers * ((1 - recomputed) * counts.per_patch)
+        if counts.per_patch:
+            seen += patches * vision.num_hidden_layers * width
         chunk = min(patches, recipe.objective.vision_chunk * vision.patches_per_side**2)
         wide = (vision.intermediate_size * dtype.itemsize + 6 * width) * chunk
         # Backward of a layer holds what forward kept, and gradients of about as much.

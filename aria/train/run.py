@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from aria.checkpoint import load_model, save_checkpoint
 from aria.checkpoint.adapter import read_adapter, save_adapter
@@ -31,7 +31,7 @@ from aria.train.progress import LOG_NAME, JsonLines, Reporter, Sink, TensorBoard
 from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
 from aria.train.schedule import Budget, ShareBudget, StepBudget
 from aria.train.settings import as_table
-from aria.train.state import RunState
+from aria.train.state import RunState, gathered, trained_weights
 from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
 EXPORT = "export"
@@ -207,6 +207,8 @@ def _run(
 ) -> str:
     """Put the parts into the loop, resume, train, export."""
     recipe, parallel = parts.recipe, parts.parallel
+    if recipe.evaluate.samples and parallel.world > 1:
+        raise ValueError("[evaluate] samples are written by one process only; leave them out with several")
     parameters = {name: p for name, p in parts.module.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.items(), recipe.optimizer)
     descent = Descent(
@@ -215,7 +217,7 @@ def _run(
         clip=clip_gradients,
         clip_norm=recipe.optimizer.clip_norm,
         average=recipe.schedule.average,
-        sources=optimizer.masters() if hasattr(optimizer, "masters") else None,
+        sources=optimizer.masters(),
     )
     stream = _stream(parts)
     position = Position()
@@ -263,7 +265,7 @@ class Saved:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    average: dict[str, torch.Tensor]
+    average: dict[str, Tensor]
     stream: Any
     position: Position
 
@@ -377,15 +379,59 @@ def _reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Reporte
 
 
 def export(parts: Parts, folder: Path) -> None:
-    """Write what came of a training: the adapter as PEFT's folder, or the whole model with its processor."""
-    aria, recipe = parts.aria, parts.recipe
+    """Write what came of a training: the adapter as PEFT's folder, or the whole model with its processor.
+
+    All ranks have to call it together; the first one writes.
+    """
+    weights = gathered(parts.aria, trained=bool(adapters(parts.aria)))
     if parts.parallel.rank == 0:
-        if adapters(aria):
-            save_adapter(aria, folder, base_model=recipe.model.path)
-        else:
-            save_checkpoint(aria.state_dict(), aria.config, folder)
-            parts.processor.save_pretrained(folder)
+        _write(parts.recipe, parts.aria.config, weights, parts.processor, folder)
     parts.parallel.barrier()
+
+
+def export_checkpoint(out: str | Path) -> Path:
+    """Write the export of a run's newest checkpoint, in one process and without a GPU, whatever it was trained on.
+
+    Args:
+        out: folder of the run.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no checkpoint.
+        ValueError: the run's model is made by code of its own.
+    """
+    out = Path(out)
+    recipe = Recipe.read(out / FILE_NAME)
+    settings = recipe.model
+    if settings.factory is not None:
+        raise ValueError("[model] factory makes the model by code of its own; let the run end to export it")
+    weights = trained_weights(out)
+    config = settings.configure(AriaConfig.from_pretrained(settings.path, revision=settings.revision))
+    if recipe.targets.method == "full":
+        base = _load(recipe, config, torch.device("cpu")).state_dict()
+        weights = {name: weights.get(name, tensor).to(tensor.dtype) for name, tensor in base.items()}
+    processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
+    _write(recipe, config, weights, processor, out / EXPORT)
+    return out / EXPORT
+
+
+def _write(
+    recipe: Recipe, config: AriaConfig, weights: Mapping[str, Tensor], processor: AriaProcessor, folder: Path
+) -> None:
+    if recipe.targets.method == "full":
+        save_checkpoint(weights, config, folder)
+        processor.save_pretrained(folder)
+        return
+    # The adapters alone, beside weights that take no memory: on many ranks the model here has only parts of its own.
+    with torch.device("meta"):
+        model = Aria(config)
+    targets.apply(model, recipe.targets)
+    for name, adapter in adapters(model).items():
+        adapter.a = nn.Parameter(weights[f"{name}.adapter.a"])
+        adapter.b = nn.Parameter(weights[f"{name}.adapter.b"])
+    save_adapter(model, folder, base_model=recipe.model.path)
 
 
 def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, out: Path) -> None:

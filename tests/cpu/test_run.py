@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from aria import AriaConfig, AriaForConditionalGeneration
 from aria.checkpoint.adapter import read_adapter
 from aria.train.recipe import Recipe
+from aria.train.run import export_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ANIMALS = ("a cat", "a dog", "a cow", "an owl", "a hen", "a fox")
@@ -119,7 +120,11 @@ def test_weights_are_trained_and_exported_with_their_processor(command, recipe, 
     changed = {name for name in before if not torch.equal(before[name], trained[name])}
     assert not any("vision_tower" in name for name in changed)
     assert any("multi_modal_projector" in name for name in changed) and any("experts.fc1" in name for name in changed)
+    (out / "export" / "model.safetensors").unlink()
     capsys.readouterr()
+    assert command("train", out / "recipe.toml", "--out", out, "--export") == 0
+    again = AriaForConditionalGeneration.from_pretrained(out / "export").state_dict()
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
     assert command("chat", "-m", out / "export", "--max-tokens", 2, "hello") == 0
 
 
@@ -158,6 +163,8 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
     assert b"going on after step" in told and b"terminated" in told
+    assert export_checkpoint(broken) == broken / "export"
+    half = load_file(broken / "export" / "adapter_model.safetensors")
     process = start(file, broken)
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
@@ -165,6 +172,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     one, other = (load_file(out / "export" / "adapter_model.safetensors") for out in (whole, broken))
     assert one.keys() == other.keys() and any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert half.keys() == one.keys() and not all(torch.equal(half[name], one[name]) for name in one)
     timeless = [
         [(line["step"], line["loss"], line["gradient norm"], line["learning rate"]) for line in lines(out)]
         for out in (whole, broken)
