@@ -85,6 +85,15 @@ class AdaptedLinear(nn.Linear):
         return ops.adapted_linear(x, self.weight, self.bias, self.adapter.low_rank())
 
 
+def together(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """Linear layers of one input; if all have adapters, these read it once, and may drop the same of it."""
+    adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+    if len(adapted) < len(linears):
+        return tuple(linear(x_TD) for linear in linears)
+    layers = [(linear.weight, linear.bias) for linear in adapted]
+    return ops.adapted_linears(x_TD, layers, [linear.adapter.low_rank() for linear in adapted])
+
+
 def attach(model: nn.Module, name: str, settings: LoRA, dtype: torch.dtype | None = None) -> Adapter:
     """Put a fresh adapter beside the weight of a module of ``model``, a linear layer or the grouped experts' ``fc1`` or
     ``fc2``. All modules around it know that they are ``adapted``: kernels that read weights pass adapters by.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
+from aria.model.adapter import together
 from aria.model.context import Context, Paged
 from aria.model.layers import RMSNorm, join
 from aria.model.moe import MoE
@@ -29,7 +30,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * K, D, bias=False)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        q, k, v = (p(x_TD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x_TD, self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(context.attend(self.layer, q, k, v).flatten(1))
 
     def lay_out(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
-from aria.model.adapter import Adapter
+from aria.model.adapter import Adapter, together
 from aria.model.layers import join
 from aria.model.stacks import StepAdapters
 from aria.ops import LowRank
@@ -80,7 +80,7 @@ class SharedExperts(nn.Module):
         join(self.gate_proj, self.up_proj)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(ops.gated(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(ops.gated(*together(x_TD, self.gate_proj, self.up_proj)))
 
 
 class MoE(nn.Module):

@@ -36,6 +36,7 @@ __all__ = [
     "Segments",
     "Stack",
     "adapted_linear",
+    "adapted_linears",
     "adjacent",
     "as_one",
     "attention",
@@ -156,6 +157,14 @@ def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapt
     """A linear layer and its low-rank adapter; see :func:`aria.ops.reference.adapted_linear`."""
     chosen = _kernels("low_rank") if training_kernels(x_TI) and x_TI.ndim == 2 else reference
     return chosen.adapted_linear(x_TI, weight_OI, bias_O, adapter)
+
+
+def adapted_linears(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
+) -> tuple[Tensor, ...]:
+    """Linear layers of one input and their adapters; see :func:`aria.ops.reference.adapted_linears`."""
+    chosen = _kernels("low_rank") if training_kernels(x_TI) and x_TI.ndim == 2 else reference
+    return chosen.adapted_linears(x_TI, layers, adapters)
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:

@@ -132,6 +132,14 @@ def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapt
     return F.linear(x_TI, weight_OI, bias_O) + low_rank(x_TI, adapter)
 
 
+def adapted_linears(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
+) -> tuple[Tensor, ...]:
+    """:func:`adapted_linear` of several weights and biases on one input; they may drop the same inputs."""
+    pairs = zip(layers, adapters, strict=True)
+    return tuple(adapted_linear(x_TI, weight, bias, adapter) for (weight, bias), adapter in pairs)
+
+
 def expert_linear(x_TI: Tensor, weight_IO: Tensor, adapter: LowRank | None, expert: int) -> Tensor:
     """One expert's product with its part of an adapter of all experts, if there is one."""
     y_TO = x_TI @ weight_IO

@@ -169,6 +169,26 @@ def test_adapted_linear(T, I, O, R, dtype):
     check(run(low_rank), run(reference), inputs, (T, O), TOLERANCE[dtype])
 
 
+@DTYPES
+@pytest.mark.parametrize("scalings", [(0.6, 0.6, 0.6), (0.6, 1.0, 0.6)], ids=["alike", "not alike"])
+def test_linears_of_one_input(dtype, scalings):
+    T, I, widths, ranks = 37, 24, (40, 8, 16), (3, 8, 1)
+    inputs = {"x": normal(T, I, dtype=dtype)}
+    for n, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
+        inputs |= {f"w{n}": normal(width, I, dtype=dtype, scale=I**-0.5), f"a{n}": normal(rank, I, scale=I**-0.5)}
+        inputs |= {f"b{n}": normal(width, rank)}
+
+    def run(module):
+        def apply(x, **matrices):
+            layers = [(matrices[f"w{n}"], None) for n in range(3)]
+            adapters = [LowRank(matrices[f"a{n}"], matrices[f"b{n}"], scalings[n]) for n in range(3)]
+            return torch.cat(module.adapted_linears(x, layers, adapters), dim=1)
+
+        return apply
+
+    check(run(low_rank), run(reference), inputs, (T, sum(widths)), TOLERANCE[dtype])
+
+
 def test_dropout_leaves_its_share_and_its_mean():
     x = torch.ones(500, 300)
     noise = low_rank.Noise(0.3)

@@ -114,6 +114,24 @@ def test_adapted_linear(T, I, O, R, dtype):
 
 
 @DTYPES
+def test_linears_of_one_input(dtype):
+    inputs = {"x": normal(300, 200, dtype=dtype)}
+    for n, width in enumerate((320, 64, 64)):
+        inputs |= {f"w{n}": normal(width, 200, dtype=dtype, scale=0.07), f"a{n}": normal(8, 200, scale=0.07)}
+        inputs |= {f"b{n}": normal(width, 8)}
+
+    def run(module):
+        def apply(x, **matrices):
+            layers = [(matrices[f"w{n}"], None) for n in range(3)]
+            adapters = [LowRank(matrices[f"a{n}"], matrices[f"b{n}"], 0.6) for n in range(3)]
+            return torch.cat(module.adapted_linears(x, layers, adapters), dim=1)
+
+        return apply
+
+    check(run(ops), run(reference), inputs, TOLERANCE[dtype], run(reference))
+
+
+@DTYPES
 def test_dropout_is_the_same_on_the_way_back(dtype):
     x, weight = normal(300, 200, dtype=dtype), normal(96, 200, dtype=dtype, scale=0.1)
     a, b = normal(8, 200, scale=0.1), normal(96, 8)

@@ -8,8 +8,9 @@ P rows, T tokens, E experts, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def _hash(x):
 @triton.jit(do_not_specialize=["P", "seed", "threshold"])
 def _shrink(
     x_ptr, source_ptr, ends_ptr, a_ptr, rows_ptr, h_ptr, P, seed, threshold, kept_scale, scaling,
-    x_stride, a_expert, a_in, a_rank,
+    x_stride, h_stride, a_expert, a_in, a_rank,
     E: tl.constexpr, I: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr, STORE_DROPPED: tl.constexpr,
     E_BLOCK: tl.constexpr, I_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -88,13 +89,13 @@ def _shrink(
             a = tl.load(a_place, mask=near, other=0.0).to(x.dtype)
             sums = tl.dot(x, a, sums, input_precision="ieee")
     if h_ptr is not None:
-        h_place = h_ptr + out_row * R + r[None, :]
+        h_place = h_ptr + out_row * h_stride + r[None, :]
         tl.store(h_place, sums * scaling, mask=(row < end)[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["P", "seed", "threshold"])
 def _expand(
-    y_ptr, h_ptr, ends_ptr, b_ptr, P, seed, threshold, kept_scale, b_expert, b_rank, b_out,
+    y_ptr, h_ptr, ends_ptr, b_ptr, P, seed, threshold, kept_scale, h_stride, b_expert, b_rank, b_out,
     E: tl.constexpr, O: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
     E_BLOCK: tl.constexpr, O_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +106,7 @@ def _expand(
     column = tl.program_id(1) * O_BLOCK + tl.arange(0, O_BLOCK)
     r = tl.arange(0, R_BLOCK)
     there = (row < end)[:, None]
-    h = tl.load(h_ptr + row.to(tl.int64)[:, None] * R + r[None, :], mask=there & (r < R)[None, :], other=0.0)
+    h = tl.load(h_ptr + row.to(tl.int64)[:, None] * h_stride + r[None, :], mask=there & (r < R)[None, :], other=0.0)
     b_place = b_ptr + expert * b_expert + r[:, None] * b_rank + column[None, :] * b_out
     b = tl.load(b_place, mask=(r < R)[:, None] & (column < O)[None, :], other=0.0).to(h.dtype)
     more = tl.dot(h, b, input_precision="ieee")
@@ -211,7 +212,7 @@ def _launch(
 ) -> None:
     assert x.stride(1) == 1, "rows are contiguous"
     P, width = len(x if source is None else source), x.shape[1]
-    strides = (0, 0, 0) if a is None else a.stride()
+    strides = (0,) * 4 if a is None or h is None else (h.stride(0), *a.stride())
     if P:
         _shrink[(tiles(P, ends),)](
             x, source, ends, a, rows, h, P, *noise.arguments, scaling, x.stride(0), *strides,
@@ -225,50 +226,83 @@ def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Te
 
     Args:
         y: ``(P, O)`` contiguous.
-        h: ``(P, R)`` contiguous.
+        h: ``(P, R)``, rows contiguous.
         b_ERO: ``(E, R, O)`` in any order in memory and any dtype; it is multiplied in that of ``h``.
         ends: see :func:`shrink`.
     """
     P, width = y.shape
-    assert y.is_contiguous() and h.is_contiguous(), "rows lie one after another"
+    assert y.is_contiguous() and h.stride(1) == 1, "rows lie one after another"
     if P:
         _expand[tiles(P, ends), triton.cdiv(width, 128)](
-            y, h, ends, b_ERO, P, *noise.arguments, *b_ERO.stride(),
+            y, h, ends, b_ERO, P, *noise.arguments, h.stride(0), *b_ERO.stride(),
             O=width, DROP=noise.drop, O_BLOCK=128, num_warps=4, **blocks(ends, h.shape[1]),
         )  # fmt: skip
     return y
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """``x W^T + bias`` and its adapter. Keeps ``x`` and the thin product."""
+class _AdaptedLinears(torch.autograd.Function):
+    """Linears of one input with their adapters. Keeps ``x`` and the thin products, which are one for all."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scaling: float, dropout: float, *matrices: Tensor | None) -> tuple[Tensor, ...]:
         noise = Noise(dropout)
-        h = shrink(x, a.t()[None], scaling, noise)
-        ctx.save_for_backward(x, weight, a, b, h)
+        layers = _layers(matrices)
+        a_RI = _stacked(layers)
+        h = shrink(x, a_RI.t()[None], scaling, noise)
+        ctx.save_for_backward(x, h, *matrices)
         ctx.noise, ctx.scaling = noise, scaling
-        return expand(F.linear(x, weight, bias), h, b.t()[None])
+        pieces = zip(layers, _split(h, layers), strict=True)
+        return tuple(expand(F.linear(x, layer.weight, layer.bias), part, layer.b.t()[None]) for layer, part in pieces)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, h = ctx.saved_tensors
-        dy, needs = grads[0], ctx.needs_input_grad
-        dy = dy if dy.stride(1) == 1 else dy.contiguous()
-        dh = shrink(dy, b[None], ctx.scaling)
-        dx = expand(dy @ weight, dh, a[None], ctx.noise) if needs[0] else None
-        dropped = gather(x, noise=ctx.noise, dropped=True)[0] if ctx.noise.drop and needs[3] else x
-        return (
-            dx,
-            dy.t() @ x if needs[1] else None,
-            dy.sum(0) if needs[2] else None,
-            _thin(dh, dropped, a.dtype) if needs[3] else None,
-            _thin(dy, h, b.dtype) if needs[4] else None,
-            None,
-            None,
-        )
+        x, h, *matrices = ctx.saved_tensors
+        layers = _layers(matrices)
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        a_RI, dh = _stacked(layers), torch.empty_like(h)
+        dx: Tensor | None = None
+        found: list[Tensor | None] = []
+        for n, (layer, dy) in enumerate(zip(layers, grads, strict=True)):
+            dy = dy if dy.stride(1) == 1 else dy.contiguous()
+            _launch(dy, layer.b[None], ctx.scaling, NONE, None, None, None, False, _split(dh, layers)[n])
+            if needs_x:
+                dx = dy @ layer.weight if dx is None else dx.addmm_(dy, layer.weight)
+            of_weight, of_bias, _, of_b = needs[4 * n : 4 * n + 4]
+            found += [
+                dy.t() @ x if of_weight else None,
+                dy.sum(0) if of_bias else None,
+                None,
+                _thin(dy, _split(h, layers)[n], layer.b.dtype) if of_b else None,
+            ]
+        if any(needs[2::4]):
+            dropped = gather(x, noise=ctx.noise, dropped=True)[0] if ctx.noise.drop else x
+            da_RI = _thin(dh, dropped, a_RI.dtype)
+            found[2::4] = da_RI.split([len(layer.a) for layer in layers])
+        if dx is not None:
+            expand(dx, dh, a_RI[None], ctx.noise)
+        return dx, None, None, *found
+
+
+class Layer(NamedTuple):
+    """A linear layer with an adapter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+
+
+def _layers(matrices: Sequence[Any]) -> list[Layer]:
+    return [Layer(*matrices[i : i + 4]) for i in range(0, len(matrices), 4)]
+
+
+def _stacked(layers: Sequence[Layer]) -> Tensor:
+    """The narrow matrices under each other, ``(sum of R, I)``."""
+    return layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
+
+
+def _split(h: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    return h.split([len(layer.a) for layer in layers], dim=1)
 
 
 def _thin(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -278,7 +312,21 @@ def _thin(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.t() @ y).to(dtype)
 
 
+def adapted_linears(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
+) -> tuple[Tensor, ...]:
+    """See :func:`aria.ops.reference.adapted_linears`; layers that count and drop alike are read together."""
+    if len({(adapter.scaling, adapter.dropout, adapter.a.dtype) for adapter in adapters}) > 1:
+        pairs = zip(layers, adapters, strict=True)
+        return tuple(adapted_linears(x_TI, [layer], [adapter])[0] for layer, adapter in pairs)
+    matrices = [
+        matrix
+        for layer, adapter in zip(layers, adapters, strict=True)
+        for matrix in Layer(*layer, adapter.a, adapter.b)
+    ]
+    return _AdaptedLinears.apply(x_TI, adapters[0].scaling, adapters[0].dropout, *matrices)
+
+
 def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
     """See :func:`aria.ops.reference.adapted_linear`."""
-    a, b, scaling, dropout = adapter
-    return _AdaptedLinear.apply(x_TI, weight_OI, bias_O, a, b, scaling, dropout)
+    return adapted_linears(x_TI, [(weight_OI, bias_O)], [adapter])[0]
