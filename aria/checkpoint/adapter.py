@@ -7,12 +7,10 @@ authors' code has them.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from aria.checkpoint.layouts import LAYOUTS
+from aria.checkpoint.load import parameter_shapes
+from aria.checkpoint.save import replacing, write_json
 from aria.config import AriaConfig
 from aria.hub import read_json, resolve
 from aria.model.adapter import LoRA, adaptable, adapters, attach
@@ -29,27 +30,32 @@ from aria.ops import LowRank
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_EXPERTS = {"gate_up_proj": "fc1", "down_proj": "fc2"}
-"""Parameters of transformers' experts -> our modules, in the order in which PEFT wraps them."""
+_PARAMETERS = {"fc1": "gate_up_proj", "fc2": "down_proj"}
+"""Our modules of the experts -> transformers' parameters, in the order in which PEFT wraps them."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_([AB])(?:\.default)?\.weight")
 _PLAIN = {
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
+    # Others change the weights beside the adapter too, so that its matrices are not the whole change.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "lora_ga"),
 }
-_EMPTY = ("modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
+_EMPTY = (
+    "modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "lora_bias",
+    "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""What PEFT's LoRA may have besides, and is not offered here."""
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
     """What an adapter folder holds."""
 
-    settings: LoRA
     base_model: str | None
     """The name or path of the model that it was trained beside."""
     weights: dict[str, LowRank]
-    """By the names of our modules, in the dtype of the file, on the CPU."""
+    """By the names of our modules, in the dtype of the file, on the CPU; without dropout."""
+    settings: dict[str, LoRA]
+    """Of each: PEFT's patterns may give some a rank or an alpha of their own."""
 
 
 def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision: str | None = None) -> StoredAdapter:
@@ -68,29 +74,32 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is no adapter folder: it has no {name}")
     found = read_json(path / CONFIG_NAME)
-    settings = _settings(found, path)
+    common = _settings(found, path)
     try:
         tensors = load_file(path / WEIGHTS_NAME)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_NAME} cannot be read: {error}; it may be truncated") from error
-    shapes = _shapes(config)
-    weights = {}
-    for name, (a, b) in _pairs(tensors, path).items():
-        name, a, b = _ours(name, a, b, config)
+    ours, shapes = _our_names(config), _shapes(config)
+    weights: dict[str, LowRank] = {}
+    settings: dict[str, LoRA] = {}
+    for key, (a, b) in _pairs(tensors, config, path).items():
+        name, a, b = _ours(key, a, b, ours, config)
         if name not in shapes:
             if not b.any():  # PEFT puts some where transformers never runs them
                 continue
             raise ValueError(f"{path} has an adapter for {name}, which this model has not; is it for another model?")
-        rank, alpha = (
-            _by_pattern(found.get(f"{kind}_pattern") or {}, name, default)
-            for kind, default in (("rank", settings.rank), ("alpha", settings.alpha))
+        if name in weights:
+            raise ValueError(f"{path / WEIGHTS_NAME} has two adapters for {name}")
+        settings[name] = replace(
+            common,
+            rank=int(_by_pattern(found.get("rank_pattern"), name, common.rank)),
+            alpha=float(_by_pattern(found.get("alpha_pattern"), name, common.alpha)),
         )
-        _check(name, a, b, shapes[name], int(rank), path)
-        scaling = LoRA(rank=int(rank), alpha=alpha, rslora=settings.rslora).scaling
-        weights[name] = LowRank(a, b, scaling)
+        _check(name, a, b, shapes[name], settings[name].rank, path)
+        weights[name] = LowRank(a, b, settings[name].scaling)
     if not weights:
         raise ValueError(f"{path / WEIGHTS_NAME} holds no adapter; it was saved empty")
-    return StoredAdapter(settings, found.get("base_model_name_or_path"), weights)
+    return StoredAdapter(found.get("base_model_name_or_path") or None, weights, settings)
 
 
 def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
@@ -105,42 +114,50 @@ def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> s
     return read_json(path / CONFIG_NAME).get("base_model_name_or_path") or None
 
 
-def save_adapter(model: Aria, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
-    """Write the adapters of a model as PEFT's folder, for transformers' Aria; what was there goes last.
+def save_adapter(
+    model: Aria,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapters of a model as PEFT's folder, for transformers' Aria.
 
     Args:
-        model: with adapters of one rank and scaling.
-        folder: made if it is not there.
+        model: with adapters of one shape.
+        folder: made if it is not there. An adapter that it holds is replaced once all of the new one is written; other
+            files stay.
         base_model: name or path that the folder is to tell as its base.
+        state: values by names of parameters, where the model itself holds others or only a part of them; None: its own.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or of several shapes.
+        OSError: the files cannot be written.
     """
     attached = adapters(model)
     if not attached:
         raise ValueError("the model has no adapters to save; attach some before, or save its weights")
+    shapes = {adapter.settings for adapter in attached.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"the model's adapters differ ({_differing(shapes)}); a folder tells one shape, so train one")
     tensors: dict[str, Tensor] = {}
-    inner = {name.rsplit(".", 1)[0] for name in attached if name.endswith(".experts.fc1")}
     for name, adapter in attached.items():
-        a, b = adapter.a.detach().cpu(), adapter.b.detach().cpu()
-        path, last = name.rsplit(".", 1)
+        a, b = (
+            (part if state is None else state[f"{name}.adapter.{which}"]).detach().cpu()
+            for which, part in (("a", adapter.a), ("b", adapter.b))
+        )
         target = _theirs(name)
         if a.ndim == 3:
             a, b = a.mT.flatten(0, 1), b.permute(2, 1, 0).flatten(1)
+            path, last = name.rsplit(".", 1)
             # PEFT nests wrappers where two parameters of a module are adapted; the first lies innermost.
-            target = _theirs(path) + (".base_layer" if last == "fc1" and _both(path, inner, attached) else "")
+            target = _theirs(path) + (".base_layer" if last == "fc1" and f"{path}.fc2" in attached else "")
         tensors[f"base_model.model.{target}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{target}.lora_B.weight"] = b.contiguous()
-    settings = next(iter(attached.values())).settings
-    config = _config(model, list(attached), settings, base_model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS_NAME}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    described = folder / f"{CONFIG_NAME}.partial"
-    described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / WEIGHTS_NAME)
-    described.replace(folder / CONFIG_NAME)
+    config = _config(model, list(attached), shapes.pop(), base_model)
+    with replacing(folder, stale=()) as staging:
+        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        write_json(staging / CONFIG_NAME, config)
 
 
 def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | None = None) -> None:
@@ -152,10 +169,7 @@ def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | Non
         dtype: of its tensors; None: that of the file.
     """
     for name, low_rank in stored.weights.items():
-        rank = low_rank.a.shape[0] if low_rank.a.ndim == 2 else low_rank.a.shape[-1]
-        alpha = low_rank.scaling * (math.sqrt(rank) if stored.settings.rslora else rank)
-        shape = LoRA(rank=rank, alpha=alpha, dropout=stored.settings.dropout, rslora=stored.settings.rslora)
-        adapter = attach(model, name, shape, dtype or low_rank.a.dtype)
+        adapter = attach(model, name, stored.settings[name], dtype or low_rank.a.dtype)
         with torch.no_grad():
             adapter.a.copy_(low_rank.a)
             adapter.b.copy_(low_rank.b)
@@ -171,11 +185,10 @@ def merged(weight: Tensor, low_rank: LowRank) -> Tensor:
 def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
     if found.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{path} is a {found['peft_type']} adapter; only LORA is offered")
-    for name, plain in _PLAIN.items():
-        if found.get(name) not in plain:
-            raise ValueError(f"{path}: {name} is {found[name]!r}, which is not offered here; merge it with PEFT first")
-    if extra := [name for name in _EMPTY if found.get(name)]:
-        raise ValueError(f"{path} uses {extra[0]}, which is not offered here; merge it with PEFT first")
+    strange = [name for name, plain in _PLAIN.items() if found.get(name, plain[0]) not in plain]
+    if strange := strange + [name for name in _EMPTY if found.get(name)]:
+        told = f"{strange[0]} is {found[strange[0]]!r:.100}"
+        raise ValueError(f"{path}: {told}, which is not offered here; merge the adapter with PEFT")
     try:
         return LoRA(
             rank=int(found["r"]),
@@ -187,55 +200,64 @@ def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
         raise ValueError(f"{path / CONFIG_NAME} does not say r and lora_alpha as numbers ({error!r})") from error
 
 
-def _pairs(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(tensors: Mapping[str, Tensor], config: AriaConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    table = config.text.vocab_size, config.text.hidden_size
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         matched = _KEY.fullmatch(key)
-        if matched is None:
-            if key.endswith(".base_layer.weight") or key.endswith("embed_tokens.weight"):
-                continue  # PEFT copies whole weights of heads and embeddings that it leaves as they are
+        if matched is not None:
+            halves.setdefault(matched[1], {})[matched[2]] = tensor
+        elif not key.endswith(("lm_head.base_layer.weight", "lm_head.weight", "embed_tokens.weight")):
             raise ValueError(f"{path / WEIGHTS_NAME}: {key} is no tensor of a LoRA adapter")
-        halves.setdefault(matched[1], {})[matched[2]] = tensor
+        elif tensor.shape != table:  # PEFT copies head and embeddings of the base; those of its size are the base's
+            raise ValueError(
+                f"{path / WEIGHTS_NAME}: {key} is {list(tensor.shape)}, for another vocabulary than {table}"
+            )
     for name, half in halves.items():
         if len(half) < 2:
             raise ValueError(f"{path / WEIGHTS_NAME}: {name} has lora_{next(iter(half))} and not the other")
     return {name: (half["A"], half["B"]) for name, half in halves.items()}
 
 
-def _ours(name: str, a: Tensor, b: Tensor, config: AriaConfig) -> tuple[str, Tensor, Tensor]:
-    """A pair under our name and in our shapes, from transformers' names (``model.language_model.layers``) or ours."""
-    if name.startswith("model."):
-        name = name.removeprefix("model.")
-        if name.startswith("language_model."):
-            name = f"language_model.model.{name.removeprefix('language_model.')}"
-    elif name == "lm_head":
-        name = "language_model.lm_head"
-    path = name.removesuffix(".base_layer")
-    if path.endswith(".experts") and a.ndim == 2:
-        text, E = config.text, config.text.moe_num_experts
-        # Which of the two it is, sizes tell: PEFT's names do so only where there are both.
-        kind = "fc1" if (a.shape[1], b.shape[0]) == (text.hidden_size, 2 * text.intermediate_size) else "fc2"
-        if a.shape[0] % E or b.shape[1] % E:
-            raise ValueError(f"{path}: {a.shape[0]} rows of lora_A are no whole number for each of {E} experts")
-        return f"{path}.{kind}", a.unflatten(0, (E, -1)).mT.contiguous(), b.unflatten(1, (-1, E)).permute(2, 1, 0)
-    return name, a, b
+def _our_names(config: AriaConfig) -> dict[str, str]:
+    """Modules as layouts with our orientation and experts name them -> ours."""
+    layouts = [layout for layout in LAYOUTS if not layout.linear_in_out and layout.expert_prefix is None]
+    return {
+        piece.key.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, shape in parameter_shapes(config).items()
+        for layout in layouts
+        for piece in layout.pieces(name, shape)
+    }
+
+
+def _ours(key: str, a: Tensor, b: Tensor, ours: Mapping[str, str], config: AriaConfig) -> tuple[str, Tensor, Tensor]:
+    """A pair under our name and in our shapes."""
+    path = key.removesuffix(".base_layer")
+    if not path.endswith(".experts"):
+        return ours.get(path, path), a, b
+    text, E = config.text, config.text.moe_num_experts
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] % E or b.shape[1] % E:
+        raise ValueError(f"{key} has {tuple(a.shape)} and {tuple(b.shape)}, not the same rank for each of {E} experts")
+    # Which of the two it is, sizes tell: PEFT's names do so only where there are both.
+    parameter = (
+        "gate_up_proj" if (a.shape[1], b.shape[0]) == (text.hidden_size, 2 * text.intermediate_size) else "down_proj"
+    )
+    name = ours.get(f"{path}.{parameter}", f"{path}.{parameter}")
+    return name, a.unflatten(0, (E, -1)).mT.contiguous(), b.unflatten(1, (-1, E)).permute(2, 1, 0).contiguous()
 
 
 def _theirs(name: str) -> str:
-    """Our module's name in transformers' Aria."""
+    """Our module's name in transformers' Aria; of experts, the parameter's."""
+    path, _, last = name.rpartition(".")
+    if path.endswith(".experts"):
+        return f"{_theirs(path)}.{_PARAMETERS[last]}"
     if name == "language_model.lm_head":
         return "lm_head"
     return f"model.{name.replace('language_model.model.', 'language_model.', 1)}"
 
 
-def _both(path: str, inner: set[str], attached: Mapping[str, object]) -> bool:
-    return path in inner and f"{path}.fc2" in attached
-
-
 def _config(model: Aria, names: list[str], settings: LoRA, base_model: str | None) -> dict[str, Any]:
     experts = [name for name in names if name.endswith((".experts.fc1", ".experts.fc2"))]
-    back = {ours: theirs for theirs, ours in _EXPERTS.items()}
-    parameters = [f"{_theirs(path)}.{back[last]}" for path, last in (name.rsplit(".", 1) for name in experts)]
     linears = [name for name in names if name not in experts]
     return {
         "peft_type": "LORA",
@@ -246,7 +268,7 @@ def _config(model: Aria, names: list[str], settings: LoRA, base_model: str | Non
         "lora_dropout": 0.0 if experts else settings.dropout,
         "use_rslora": settings.rslora,
         "target_modules": _short(model, linears),
-        "target_parameters": parameters or None,
+        "target_parameters": [_theirs(name) for name in experts] or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -269,10 +291,16 @@ def _shapes(config: AriaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in adaptable(model)}
 
 
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
     """PEFT's way: a pattern is the end of a name, as a regular expression."""
-    theirs = _theirs(name)
-    return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", theirs)), default)
+    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", _theirs(name)))
+    return next(found, default)
+
+
+def _differing(shapes: set[LoRA]) -> str:
+    """How adapters that should be of one shape differ."""
+    values = {field.name: sorted({getattr(shape, field.name) for shape in shapes}) for field in fields(LoRA)}
+    return ", ".join(f"{name} {found}" for name, found in values.items() if len(found) > 1)
 
 
 def _check(name: str, a: Tensor, b: Tensor, weight: tuple[int, ...], rank: int, path: Path) -> None:
@@ -281,6 +309,8 @@ def _check(name: str, a: Tensor, b: Tensor, weight: tuple[int, ...], rank: int, 
     else:
         expected = (weight[0], weight[1], rank), (weight[0], rank, weight[2])  # type: ignore[assignment]
     came = tuple(a.shape), tuple(b.shape)
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"{path}: the tensors of {name} are {a.dtype} and {b.dtype}, which are no floating numbers")
     if came != expected:
         raise ValueError(
             f"{path} does not fit this model: {name} has tensors of {came[0]} and {came[1]}, and rank {rank} beside "

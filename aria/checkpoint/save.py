@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,12 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(
+    folder: str | os.PathLike[str], *, stale: Sequence[str] = ("model*.safetensors", INDEX_NAME)
+) -> Iterator[Path]:
     """A new folder to write into; at the end its files take their places in ``folder``, together with their index.
 
-    Weights of an earlier save go away. If anything fails, ``folder`` is as it was.
+    Files of an earlier save that fit a pattern of ``stale`` go away. If anything fails, ``folder`` is as it was.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -161,7 +163,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield staging
-        _install(staging, folder)
+        _install(staging, folder, [file for pattern in stale for file in folder.glob(pattern)])
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if made:
@@ -169,9 +171,9 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _install(staging: Path, folder: Path) -> None:
+def _install(staging: Path, folder: Path, stale: Sequence[Path]) -> None:
     new = sorted(staging.iterdir())
-    stale = [*folder.glob("model*.safetensors"), folder / INDEX_NAME, *(folder / file.name for file in new)]
+    leaving = dict.fromkeys([*stale, *(folder / file.name for file in new)])
     old = staging / ".old"
     old.mkdir()
     moved: list[tuple[Path, Path]] = []
@@ -181,7 +183,7 @@ def _install(staging: Path, folder: Path) -> None:
         moved.append((source, target))
 
     try:
-        for file in dict.fromkeys(stale):
+        for file in leaving:
             if file.exists():
                 move(file, old / file.name)
         for file in new:

@@ -1,4 +1,4 @@
-"""``aria inspect`` and ``aria convert``: what a model's files are, and their rewriting."""
+"""``aria inspect``, ``aria convert`` and ``aria merge``: what a model's files are, and their rewriting."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ def convert(
     done = _rewrite("converting", source, target, revision=revision)
     out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
     out.print(f"beside them: {', '.join(done.companions) or 'nothing'}")
+    _complete(target)
+
+
+def _complete(target: Path) -> None:
+    """Write the files of a processor again: those of the original repositories lack what transformers asks for."""
     needed = ("tokenizer.model", "preprocessor_config.json")
     if missing := [name for name in needed if not (target / name).is_file()]:
         out.print(f"the processor still needs {' and '.join(missing)}; copy them there")
         return
     from aria.processor import AriaProcessor
 
-    # The files of the original repositories lack what transformers' processor asks for.
     AriaProcessor.from_pretrained(target).save_pretrained(target)
     out.print("the processor's files are complete, also for transformers")
 
@@ -80,9 +84,8 @@ def merge(
 ) -> None:
     """Write a model with an adapter merged into its weights, in today's Hub layout, a tensor at a time."""
     from aria.checkpoint.adapter import base_of
-    from aria.processor import AriaProcessor
 
     base = model or base_of(adapter)
     done = _rewrite("merging", base, target, revision=revision, adapter=adapter)
-    AriaProcessor.from_pretrained(target if (target / "tokenizer.model").is_file() else base).save_pretrained(target)
     out.print(f"{target}: {done.tensors} tensors of {base or 'nano'}, those that {adapter} changes with it added")
+    _complete(target)

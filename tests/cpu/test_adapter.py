@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model, transformers_twin
 
-from aria import AriaForConditionalGeneration
+from aria import AriaForConditionalGeneration, AriaProcessor
+from aria.checkpoint import adapter as adapter_files
 from aria.checkpoint import convert, load_model
 from aria.checkpoint.adapter import load_adapter, merged, read_adapter, save_adapter
 from aria.model import Aria
-from aria.model.adapter import adapters
+from aria.model.adapter import LoRA, adapters
 from aria.train.targets import Targets, apply
 
 IDS = torch.randint(10, 300, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -63,14 +64,21 @@ def test_peft_computes_the_same_from_our_folder(base: Path, tmp_path: Path, sett
     assert len(named) == len(adapters(model)), "PEFT adapts what we adapted, and no more"
     # And again here: to the bit.
     again = load_model(base)
-    load_adapter(again, read_adapter(tmp_path / "adapter", again.config))
+    stored = read_adapter(tmp_path / "adapter", again.config)
+    load_adapter(again, stored)
     assert torch.equal(logits(again), ours)
+    # Written once more it is the same file: no setting drifts on its way.
+    save_adapter(again, tmp_path / "again", base_model=stored.base_model)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
 def test_what_peft_writes_is_read(base: Path, tmp_path: Path) -> None:
     config = LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "lm_head", "out_proj"],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2},
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "experts.down_proj": 3},
+        alpha_pattern={r"layers\.[02]\..*.gate_up_proj": 11},
     )  # fmt: skip
     torch.manual_seed(0)
     twin = get_peft_model(transformers_twin(base), config)
@@ -79,24 +87,34 @@ def test_what_peft_writes_is_read(base: Path, tmp_path: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
     twin.save_pretrained(str(tmp_path))
     model = load_model(base)
-    load_adapter(model, read_adapter(tmp_path, model.config))
+    stored = read_adapter(tmp_path, model.config)
+    layers = "language_model.model.layers"
+    assert stored.settings[f"{layers}.2.mlp.experts.fc1"] == LoRA(rank=4, alpha=11, dropout=0, rslora=True)
+    assert stored.settings[f"{layers}.1.mlp.experts.fc2"] == LoRA(rank=3, alpha=6, dropout=0, rslora=True)
+    load_adapter(model, stored)
     with torch.no_grad():
         theirs = twin.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"adapters differ \(rank \[2, 3, 4\], alpha \[6.0, 11.0\]\)"):
+        save_adapter(model, tmp_path / "again")
 
 
 def test_the_authors_folder_is_read(base: Path, tmp_path: Path) -> None:
-    """Their experts are three-dimensional, and names those of the published layout."""
-    model = trained(base, modules=("experts.fc1", "experts.fc2", "k_proj"))
+    """Their experts are three-dimensional, and names those of their layout."""
+    modules = ("experts.fc1", "experts.fc2", "k_proj", "linear_in")
+    model = trained(base, modules=modules, freeze_vit=False, freeze_projector=False)
     tensors = {}
     for name, adapter in adapters(model).items():
+        name = name.replace("vision_tower.", "vision_tower.vision_model.").replace(".feed_forward.", ".ffn.")
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.a.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b.detach()
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 7}))
     again = load_model(base)
     load_adapter(again, read_adapter(tmp_path, again.config))
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_merged_weights_compute_the_same_everywhere(base: Path, tmp_path: Path) -> None:
@@ -118,6 +136,41 @@ def test_a_merged_weight_is_rounded_once(base: Path) -> None:
     a, b = adapter.a.detach().double(), adapter.b.detach().double()
     exact = weight.double() + a @ b * (7 / 3)
     assert torch.equal(merged(weight, adapter.low_rank()), exact.float().bfloat16())
+
+
+def test_an_adapter_in_bfloat16_keeps_its_bits(base: Path, tmp_path: Path) -> None:
+    model = trained(base, dtype="bfloat16")
+    save_adapter(model, tmp_path)
+    again = load_model(base)
+    load_adapter(again, read_adapter(tmp_path, again.config))
+    assert {adapter.a.dtype for adapter in adapters(again).values()} == {torch.bfloat16}
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_values_kept_elsewhere_are_written(base: Path, tmp_path: Path) -> None:
+    """Of a model that several ranks hold, or an average of its weights."""
+    model = trained(base)
+    state = {name: 2 * p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_adapter(model, tmp_path, state=state)
+    stored = read_adapter(tmp_path, model.config)
+    for name, adapter in adapters(model).items():
+        assert torch.equal(stored.weights[name].a, 2 * adapter.a) and torch.equal(stored.weights[name].b, 2 * adapter.b)
+
+
+def test_a_save_that_fails_leaves_what_was_there(base: Path, tmp_path: Path, monkeypatch) -> None:
+    model = trained(base)
+    AriaForConditionalGeneration(load_model(base)).save_pretrained(tmp_path)
+    save_adapter(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "model.safetensors" in before, "an adapter may lie beside its model"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(adapter_files, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(trained(base, modules=("q_proj",)), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_full_weights_are_not_saved_while_adapters_are_apart(base: Path, tmp_path: Path) -> None:
@@ -147,6 +200,20 @@ def spoil(folder: Path, how: str) -> None:
         tensors["classifier.weight"] = torch.ones(2)
     elif how == "dora":
         told["use_dora"] = True
+    elif how == "pissa":
+        told["init_lora_weights"] = "pissa_niter_4"
+    elif how == "trained head":
+        told["modules_to_save"] = ["lm_head"]
+    elif how == "more tokens":
+        tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(310, 64)
+    elif how == "twice":
+        other = ".model.model.language_model.", ".model.language_model.model."
+        tensors |= {key.replace(*other): tensor.clone() for key, tensor in tensors.items() if "q_proj" in key}
+    elif how == "integers":
+        tensors[first] = tensors[first].int()
+    elif how == "uneven experts":
+        name = next(key for key in tensors if "experts.lora_A" in key)
+        tensors[name] = tensors[name][1:].clone()
     elif how == "prefix tuning":
         told["peft_type"] = "PREFIX_TUNING"
     elif how == "no rank":
@@ -160,7 +227,13 @@ def spoil(folder: Path, how: str) -> None:
     ("empty", "holds no adapter; it was saved empty"),
     ("half", "has lora_. and not the other"),
     ("other rank", "does not fit this model.*another model or rank"),
-    ("other model", r"has an adapter for language_model.*layers\.40.*for another model"),
+    ("other model", r"has an adapter for model\.language_model.*layers\.40.*for another model"),
+    ("pissa", "init_lora_weights is 'pissa_niter_4', which is not offered here"),
+    ("trained head", "modules_to_save is .'lm_head'., which is not offered"),
+    ("more tokens", r"lm_head.base_layer.weight is \[310, 64\], for another vocabulary than \(300, 64\)"),
+    ("integers", "torch.int32 .*which are no floating numbers"),
+    ("twice", "has two adapters for "),
+    ("uneven experts", "not the same rank for each of 8 experts"),
     ("no tensor of LoRA", "classifier.weight is no tensor of a LoRA adapter"),
     ("dora", "use_dora is True, which is not offered here"),
     ("prefix tuning", "is a PREFIX_TUNING adapter; only LORA"),
@@ -183,18 +256,16 @@ def test_what_is_no_adapter_folder(base: Path, tmp_path: Path) -> None:
         read_adapter(tmp_path, tiny_config())
 
 
-def test_merge_from_the_command_line(command, capsys, base: Path, tmp_path: Path) -> None:
+def test_merge_from_the_command_line(command, capsys, model_folder: Path, tmp_path: Path) -> None:
     """What the adapter's folder names is its base, unless told otherwise."""
-    from aria import AriaProcessor
-
-    model = trained(base)
+    model = trained(model_folder)
     save_adapter(model, tmp_path / "adapter")
     assert command("merge", tmp_path / "adapter", tmp_path / "out") == 2, "the adapter is not nano's"
     assert "for another model" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    AriaProcessor.from_pretrained(None).save_pretrained(base)
-    save_adapter(model, tmp_path / "adapter", base_model=str(base))
+    save_adapter(model, tmp_path / "adapter", base_model=str(model_folder))
     assert command("merge", tmp_path / "adapter", tmp_path / "out") == 0
+    assert f"tensors of {model_folder}" in capsys.readouterr().out.replace("\n", "")
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
-    assert AriaProcessor.from_pretrained(tmp_path / "out").tokenizer.encode("a cat") == [
-        *AriaProcessor.from_pretrained(None).tokenizer.encode("a cat")
-    ]
+    ours, theirs = (AriaProcessor.from_pretrained(folder) for folder in (tmp_path / "out", model_folder))
+    assert ours.tokenizer.encode("a cat") == theirs.tokenizer.encode("a cat")
+    assert ours.image_processor.max_image_size == theirs.image_processor.max_image_size == 490
