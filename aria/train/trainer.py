@@ -231,7 +231,7 @@ class Trainer:
         position.seconds = self.clock.seconds
         # Clocks differ between ranks, and a signal may reach only some of them.
         progress = self.ranks.max(round(self.budget.progress(position.step) * 10**9)) / 10**9
-        position.progress = max(position.progress, progress)
+        position.progress = progress
         late = self.settings.stop_after is not None and self.clock.this_run >= self.settings.stop_after
         asked = self.ranks.max(2 * int(termination.asked) + int(late))
         if position.progress >= 1.0:
