@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from aria.cli.options import (
+    Adapter,
     Device,
     Dtype,
     MaxImageSize,
@@ -23,6 +24,7 @@ from aria.cli.options import (
     app,
     err,
     out,
+    read_adapters,
     share_work,
 )
 
@@ -39,6 +41,7 @@ HELP = (
 def chat(
     question: Annotated[str | None, typer.Argument(help="Asked once; without one, a conversation starts.")] = None,
     model: Model = None,
+    adapter: Adapter = None,
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="Picture file or address; repeatable.")
     ] = None,
@@ -63,11 +66,12 @@ def chat(
     settings: dict[str, Any] = {"split_image": True} if split else {}
     if max_image_size is not None:
         settings["max_image_size"] = max_image_size
-    conversation = _Conversation(system, settings)
+    adapters = read_adapters([adapter] if adapter else ())
+    conversation = _Conversation(system, settings, next(iter(adapters), None))
     for kind, sources in (("image", image), ("video", video), ("document", document)):
         for source in sources or []:
             conversation.show(kind, source)
-    engine = Engine(model, revision=revision, dtype=dtype, device=device)
+    engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
     share_work(engine)
     if question is not None:
         _say(conversation.ask(engine, question, params))
@@ -79,8 +83,8 @@ def chat(
 class _Conversation:
     """Messages so far, and the media that the next question brings."""
 
-    def __init__(self, system: str | None, settings: dict[str, Any]):
-        self._settings = settings
+    def __init__(self, system: str | None, settings: dict[str, Any], adapter: str | None):
+        self._settings, self._adapter = settings, adapter
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -103,7 +107,7 @@ class _Conversation:
         """The answer, piece by piece. A question that fails leaves the conversation as it was."""
         asked = {"role": "user", "content": [*self.media, {"type": "text", "text": question}]}
         answer = ""
-        for piece in engine.stream([*self.messages, asked], params):
+        for piece in engine.stream([*self.messages, asked], params, adapter=self._adapter):
             answer += piece
             yield piece
         self.messages += [asked, {"role": "assistant", "content": answer}]

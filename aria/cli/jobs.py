@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from aria.cli.options import (
+    Adapter,
+    Adapters,
     AllowLocal,
     AllowPrivate,
     AtOnce,
@@ -27,6 +29,7 @@ from aria.cli.options import (
     TopP,
     app,
     err,
+    read_adapters,
     share_work,
 )
 
@@ -39,6 +42,7 @@ def describe(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: a description of what it is.")] = None,
     model: Model = None,
+    adapter: Adapter = None,
     schema: Annotated[
         Path | None, typer.Option("--schema", help="File with a JSON schema that every answer follows.")
     ] = None,
@@ -70,11 +74,13 @@ def describe(
     parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
     settings = {name: value for name, value in parts.items() if value is not None}
     params = SamplingParams(max_tokens=max_tokens, **sampling)
+    adapters = read_adapters([adapter] if adapter else ())
+    name = next(iter(adapters), None)
     with _output(out_file) as output:
-        job = Job(Describer(model_name(model), params, prompt, settings), media, output)
+        job = Job(Describer(name or model_name(model), params, prompt, settings, name), media, output)
 
         def load() -> Engine:
-            engine = Engine(model, revision=revision, dtype=dtype, device=device)
+            engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
             if params.json_schema is not None:
                 engine.grammars.compile(params.json_schema)  # a schema that cannot be followed is no file's fault
             return engine
@@ -88,6 +94,7 @@ def batch(
     responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; one that is there is gone on with.")],
     model: Model = None,
     served_model_name: ServedNames = None,
+    adapter: Adapters = None,
     allow_local: AllowLocal = None,
     allow_private_addresses: AllowPrivate = False,
     at_once: AtOnce = None,
@@ -111,9 +118,10 @@ def batch(
     media = MediaSettings(local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses)
     lines = find_lines(requests)
     names = tuple(served_model_name or (model_name(model),))
+    adapters = read_adapters(adapter or ())
 
     def load() -> Engine:
-        engine = Engine(model, revision=revision, dtype=dtype, device=device)
+        engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
         engine.processor.media = media
         return engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,15 @@ AtOnce = Annotated[
 ServedNames = Annotated[
     list[str] | None, typer.Option(help="What requests call the model; repeatable. Default: aria-nano, or its folder.")
 ]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Folder or Hub repository of a LoRA adapter that answers.")
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=FOLDER", help="LoRA adapter that requests ask for by NAME; repeatable."
+    ),
+]
 AllowLocal = Annotated[list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")]
 AllowPrivate = Annotated[
     bool, typer.Option("--allow-private-addresses", help="Requests may fetch from this machine and its network.")
@@ -59,6 +69,27 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
 ) -> None:
     """Options of all commands; :func:`main` takes ``--debug`` out of the arguments wherever it stands."""
+
+
+def read_adapters(named: Iterable[str]) -> dict[str, str]:
+    """``NAME=FOLDER`` -> folders by name; a folder alone is called as it is.
+
+    Raises:
+        ValueError: no name, no folder, or one name twice.
+    """
+    from aria.hub import model_name
+
+    folders: dict[str, str] = {}
+    for one in named:
+        name, equals, folder = one.partition("=")
+        if not equals:
+            name, folder = model_name(one), one
+        if not name or not folder:
+            raise ValueError(f"--adapter is {one!r:.200}; expected NAME=FOLDER")
+        if name in folders:
+            raise ValueError(f"two adapters are called {name!r}; give one of them another name: --adapter NAME=FOLDER")
+        folders[name] = folder
+    return folders
 
 
 def share_work(engine: Any) -> None:

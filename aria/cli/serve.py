@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from aria.cli.options import (
+    Adapters,
     AllowLocal,
     AllowPrivate,
     Device,
@@ -18,6 +19,7 @@ from aria.cli.options import (
     app,
     err,
     out,
+    read_adapters,
     share_work,
 )
 
@@ -35,6 +37,7 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
     served_model_name: ServedNames = None,
+    adapter: Adapters = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
     ] = None,
@@ -107,11 +110,12 @@ def serve(
             clip_decoder=clip_decoder,
         ),
     )
+    adapters = read_adapters(adapter or ())
     if open_to_strangers(host, keys):
         err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
     engine = Engine(
         model, revision=revision, dtype=dtype, device=device, memory_utilization=memory_utilization,
-        max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens,
+        max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens, adapters=adapters,
     )  # fmt: skip
     share_work(engine)
     if warm_up:

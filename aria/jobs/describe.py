@@ -88,6 +88,8 @@ class Describer:
     """None means :data:`PROMPTS`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of content parts: ``max_image_size`` and ``split_image``, ``num_frames`` of clips, ``pages`` of documents."""
+    adapter: str | None = None
+    """The name, in the engine, of the adapter that answers."""
 
     def name(self, medium: MediaFile) -> str:
         """Its path."""
@@ -108,7 +110,7 @@ class Describer:
             prepared = await engine.prepare(self.messages(medium))
         except (ValueError, OSError) as error:
             return self._record(medium, time.perf_counter() - start, error=error)
-        result = await engine.chat(prepared, self.params)
+        result = await engine.chat(prepared, self.params, adapter=self.adapter)
         seconds = time.perf_counter() - start
         fault = ValueError("the schema's grammar grew beyond its limits") if result.finish_reason == "error" else None
         return self._record(medium, seconds, result=result, shown=prepared.media[0], error=fault)

@@ -156,12 +156,15 @@ def _state(service: Service, traffic: Traffic) -> APIRouter:
     routes = APIRouter()
 
     def card(name: str) -> ModelCard:
-        return ModelCard(id=name, created=service.created, max_model_len=service.defaults.max_model_len)
+        root = service.settings.model_names[0]
+        parent = None if service.adapter(name) is None else root
+        length = service.defaults.max_model_len
+        return ModelCard(id=name, created=service.created, root=root, parent=parent, max_model_len=length)
 
     @routes.get("/v1/models", response_model=ModelList, responses=_said(401, 500))
     async def models() -> Any:
-        """The models that answer here."""
-        return ModelList(data=[card(name) for name in service.settings.model_names])
+        """The models that answer here: the model by its names, then its adapters."""
+        return ModelList(data=[card(name) for name in service.models])
 
     @routes.get("/v1/models/{name:path}", response_model=ModelCard, responses=_said(401, 404, 500))
     async def model(name: str) -> Any:

@@ -37,10 +37,15 @@ class Metrics:
         )  # fmt: skip
         self._prompt = Counter("aria_prompt_tokens", "Tokens of prompts.", registry=self.registry)
         self._completion = Counter("aria_completion_tokens", "Tokens of answers.", registry=self.registry)
+        self._models = Counter(
+            "aria_model_requests", "Requests that began to be answered, by model or adapter.", ("model",),
+            registry=self.registry,
+        )  # fmt: skip
         self.registry.register(_EngineCollector(engine))
 
-    def finished(self, *, prompt: int, completion: int, seconds: float, per_token: float | None) -> None:
+    def finished(self, *, model: str, prompt: int, completion: int, seconds: float, per_token: float | None) -> None:
         """Count an answer that ended, whole or not."""
+        self._models.labels(model).inc()
         self._prompt.inc(prompt)
         self._completion.inc(completion)
         self._seconds.observe(seconds)

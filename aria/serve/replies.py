@@ -104,6 +104,10 @@ class ModelCard(Reply):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "aria"
+    root: str
+    """The model whose weights answer."""
+    parent: str | None = None
+    """Of an adapter: the model that it goes beside."""
     max_model_len: int
     """Tokens of the longest prompt and its answer together."""
 

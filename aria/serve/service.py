@@ -34,9 +34,14 @@ class Service:
     Args:
         engine: answers; the caller closes it.
         settings: limits and names.
+
+    Raises:
+        ValueError: an adapter has a name of the model.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings):
+        if both := [name for name in engine.engine.adapters if name in settings.model_names]:
+            raise ValueError(f"{both[0]!r} is the name of the model and of an adapter; give one of them another")
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics(engine)
@@ -59,13 +64,22 @@ class Service:
             temperature=self.settings.temperature,
         )
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names that requests may ask for: those of the model, then its adapters."""
+        return (*self.settings.model_names, *self.engine.engine.adapters)
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that answers under a name, None where it is the model itself."""
+        return model if model in self.engine.engine.adapters else None
+
     def model(self, name: str | None) -> str:
         """The name to answer under.
 
         Raises:
             ApiError: 404, no model has this name.
         """
-        names = self.settings.model_names
+        names = self.models
         if name is None:
             return names[0]
         if name not in names:
@@ -189,7 +203,8 @@ class Run:
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}
         self._first: tuple[int, Piece] | None = None
-        self._pieces = _together([service.engine.pieces(one, asked.params) for one in prepared])
+        adapter = service.adapter(model)
+        self._pieces = _together([service.engine.pieces(one, asked.params, adapter=adapter) for one in prepared])
 
     async def begin(self) -> None:
         """Wait for the first token."""
@@ -210,6 +225,7 @@ class Run:
             choices = len(self._cached) * self.asked.params.n
             per_choice = self._completion_tokens / max(choices, 1)
             self._metrics.finished(
+                model=self.model,
                 prompt=self._prompt_tokens,
                 completion=self._completion_tokens,
                 seconds=now - self._began,

@@ -1,0 +1,158 @@
+"""Adapters by name: the server's `model` field, batches, and the commands that take `--adapter`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import serving
+import torch
+from PIL import Image
+
+from aria import Engine, SamplingParams
+from aria.checkpoint import load_model
+from aria.checkpoint.adapter import save_adapter
+from aria.cli.options import read_adapters
+from aria.engine import AsyncEngine
+from aria.model.adapter import adapters as attached
+from aria.serve.app import create_app
+from aria.serve.settings import ServerSettings
+from aria.train.targets import Targets, apply
+
+HELLO = [{"role": "user", "content": "hello"}]
+NAMES = ("aria-nano", "words", "experts")
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder, tmp_path_factory):
+    made = {}
+    for name, modules in (("words", ("q_proj", "lm_head")), ("experts", ("experts.fc1", "experts.fc2"))):
+        torch.manual_seed(len(name))
+        model = load_model(model_folder)
+        apply(model, Targets(rank=4, modules=modules))
+        for adapter in attached(model).values():
+            torch.nn.init.normal_(adapter.b, std=0.2)
+        made[name] = tmp_path_factory.mktemp(name)
+        save_adapter(model, made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder, folders):
+    with AsyncEngine(model_folder, device="cpu", adapters=folders) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def live(engine):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "engine", lambda: engine)
+        with serving.running() as live:
+            yield live
+
+
+def expected(engine: AsyncEngine, name: str) -> str:
+    adapter = None if name == "aria-nano" else name
+    return asyncio.run(engine.chat(HELLO, SamplingParams(max_tokens=12), adapter=adapter)).text
+
+
+def test_models_are_the_base_and_then_its_adapters(live):
+    cards = [card.model_dump() for card in live.openai.models.list().data]
+    assert [(card["id"], card["root"], card["parent"]) for card in cards] == [
+        ("aria-nano", "aria-nano", None),
+        ("words", "aria-nano", "aria-nano"),
+        ("experts", "aria-nano", "aria-nano"),
+    ]
+    assert live.openai.models.retrieve("words").model_dump() == cards[1]
+    with pytest.raises(
+        openai.NotFoundError, match="no model 'other' here; there are aria-nano, words, experts"
+    ) as told:
+        live.chat(model="other")
+    assert told.value.code == "model_not_found" and told.value.param == "model"
+
+
+def test_the_model_field_chooses_who_answers(live, engine):
+    answers = {name: expected(engine, name) for name in NAMES}
+    assert len(set(answers.values())) == 3
+    with ThreadPoolExecutor(6) as pool:
+        told = list(pool.map(lambda name: live.chat(model=name, max_tokens=12), NAMES * 4))
+    for name, answer in zip(NAMES * 4, told, strict=True):
+        assert (answer.model, answer.choices[0].message.content) == (name, answers[name])
+    assert live.post("/v1/chat/completions", messages=HELLO, temperature=0, max_tokens=12).json()["model"] == NAMES[0]
+    chunks = list(live.chat(model="experts", max_tokens=12, stream=True))
+    assert {chunk.model for chunk in chunks} == {"experts"}
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answers["experts"]
+    response = live.openai.responses.create(model="words", input="hello", temperature=0, max_output_tokens=12)
+    assert (response.model, response.output_text) == ("words", answers["words"])
+    plain = [live.openai.completions.create(model=name, prompt="hello", temperature=0, max_tokens=12) for name in NAMES]
+    assert len({one.choices[0].text for one in plain}) == 3
+
+
+def test_requests_are_counted_by_model(live):
+    def count() -> float:
+        lines = live.http.get("/metrics").text.splitlines()
+        return sum(
+            float(line.split()[-1]) for line in lines if line.startswith('aria_model_requests_total{model="words"}')
+        )
+
+    before = count()
+    live.chat(model="words", max_tokens=2)
+    serving.until(lambda: count() == before + 1)
+
+
+def test_one_name_for_model_and_adapter_is_refused(engine):
+    with pytest.raises(ValueError, match="'words' is the name of the model and of an adapter"):
+        create_app(engine, ServerSettings(model_names=("aria", "words")))
+
+
+def test_a_batch_asks_for_adapters_by_name(command, engine, model_folder, folders, tmp_path):
+    lines = [
+        {
+            "custom_id": name,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": name, "messages": HELLO, "temperature": 0, "max_tokens": 12},
+        }
+        for name in ("base", "words", "third")
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("-m", model_folder, "--served-model-name", "base", "--adapter", f"words={folders['words']}")
+    assert command("batch", source, out, *arguments) == 1, "one line asks for a model that is not there"
+    told = {record["custom_id"]: record["response"] for record in map(json.loads, out.read_text().splitlines())}
+    assert told["third"]["status_code"] == 404
+    for name, other in (("base", "aria-nano"), ("words", "words")):
+        assert told[name]["body"]["choices"][0]["message"]["content"] == expected(engine, other)
+
+
+def test_chat_and_describe_answer_with_an_adapter(command, model_folder, folders, tmp_path, capsys):
+    engine = Engine(model_folder, device="cpu", adapters=folders)
+    assert command("chat", "-m", model_folder, "--adapter", folders["experts"], "--max-tokens", 12, "hello") == 0
+    [result] = engine.chat([HELLO], SamplingParams(max_tokens=12), adapter="experts")
+    assert capsys.readouterr().out == result.text + "\n"
+    Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / "picture.png")
+    told = {}
+    for name, options in ((None, ()), ("mine", ("--adapter", f"mine={folders['experts']}"))):
+        out = tmp_path / f"{name}.jsonl"
+        asked = ("describe", tmp_path / "picture.png", "-o", out, "-m", model_folder, "--max-tokens", 12)
+        assert command(*asked, *options) == 0
+        told[name] = json.loads(out.read_text())
+    assert told["mine"]["model"] == "mine" and told["mine"]["text"] != told[None]["text"]
+    assert command(*asked[:-2], "--max-tokens", 12) == 2, "another model's records are not gone on with"
+    assert "with the model 'mine'" in capsys.readouterr().err
+
+
+def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, tmp_path):
+    assert read_adapters(["a=b=c", "x/last"]) == {"a": "b=c", "last": "x/last"}
+    for wrong, message in (
+        (["=folder"], "expected NAME=FOLDER"),
+        (["name="], "expected NAME=FOLDER"),
+        (["a=x", "a=y"], "two adapters are called 'a'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_adapters(wrong)
+    assert command("chat", "-m", model_folder, "--adapter", tmp_path, "hello") == 2
+    assert "is no adapter folder: it has no adapter_config.json" in " ".join(capsys.readouterr().err.split())
