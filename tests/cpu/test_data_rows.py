@@ -280,3 +280,19 @@ def test_whatever_stands_in_a_row_is_told_as_its_fault():
             told.add(error.value.kind)
             assert len(str(error.value)) < 400
     assert {"bad message", "unknown role", "media count", "missing medium", "no messages", "empty answer"} <= told
+
+
+def test_the_documentation_s_examples_are_rows():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = []
+    for block in text.split("```json\n")[1:]:
+        block = block.split("```")[0].strip()
+        while block:
+            row, end = json.JSONDecoder().raw_decode(block)
+            examples.append(read(row))
+            block = block[end:].strip()
+    assert [sum(one.learnt) for one in examples] == [1, 1, 1]
+    kinds = [
+        [part["type"] for m in one.messages for part in m["content"] if isinstance(part, dict)] for one in examples
+    ]
+    assert kinds[2] == ["text", "image", "document"]
