@@ -428,10 +428,7 @@ def _write(
     with torch.device("meta"):
         model = Aria(config)
     targets.apply(model, recipe.targets)
-    for name, adapter in adapters(model).items():
-        adapter.a = nn.Parameter(weights[f"{name}.adapter.a"])
-        adapter.b = nn.Parameter(weights[f"{name}.adapter.b"])
-    save_adapter(model, folder, base_model=recipe.model.path)
+    save_adapter(model, folder, base_model=recipe.model.path, state=weights)
 
 
 def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, out: Path) -> None:

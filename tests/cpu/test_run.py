@@ -145,8 +145,8 @@ def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> Non
 
 def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
     top = {
-        "budget.steps": 60,
-        "checkpoint.every_steps": 5,
+        "budget.steps": 22,
+        "checkpoint.every_steps": 6,
         "optimizer.learning_rate": 1e-3,
         "schedule.average": 0.9,
         "targets.dropout": 0.2,
@@ -154,11 +154,11 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     file, whole, broken = recipe(**top), tmp_path / "whole", tmp_path / "broken"
     uninterrupted = start(file, whole)
     process = start(file, broken)
-    wait_for_step(process, broken, 12)
+    wait_for_step(process, broken, 8)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process = start(file, broken)
-    wait_for_step(process, broken, 27)
+    wait_for_step(process, broken, 14)
     process.terminate()
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
@@ -177,7 +177,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
         [(line["step"], line["loss"], line["gradient norm"], line["learning rate"]) for line in lines(out)]
         for out in (whole, broken)
     ]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 60
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 22
 
 
 def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys):
