@@ -176,10 +176,14 @@ def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | Non
 
 
 def merged(weight: Tensor, low_rank: LowRank) -> Tensor:
-    """A weight with its adapter added, in float32 and rounded once."""
+    """A weight with its adapter added, in float32 and rounded once; a new tensor of the weight's dtype."""
     a, b = (part.to(weight.device, torch.float32) for part in (low_rank.a, low_rank.b))
-    change = (b @ a if a.ndim == 2 else a @ b) * low_rank.scaling
-    return change.add_(weight.float()).to(weight.dtype)
+    if weight.ndim == 2:
+        return torch.addmm(weight.float(), b, a, alpha=low_rank.scaling).to(weight.dtype)
+    out = torch.empty_like(weight)
+    for expert, before in enumerate(weight):  # one by one, because all of Aria's in float32 are 2 GB
+        out[expert] = torch.addmm(before.float(), a[expert], b[expert], alpha=low_rank.scaling)
+    return out
 
 
 def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
