@@ -129,7 +129,8 @@ class Objective:
         """Losses of a batch that lies on the model's device."""
         model = self.model
         features_QD, tie = self._see(batch.crops)
-        x_TD = model.embed(batch.input_ids, features_QD)
+        # Tied to the first of all tensors, so that gradients reach the encoder after the decoder, on every rank alike.
+        x_TD = model.embed(batch.input_ids, features_QD) + tie
         segments = _segments(batch.lengths, x_TD.device)
         targets_T, counted_T = batch.targets, None
         if batch.filler:
@@ -146,7 +147,7 @@ class Objective:
         answers = head_loss(model.language_model.lm_head, hidden_TD, targets_T, step.labels, labels)
         total, metrics, loads = self._router_losses(router_logits, counted_T, step)
         metrics = {"loss": answers.loss.detach(), "accuracy": answers.accuracy, **metrics}
-        return Losses(answers.loss + total + tie, metrics, loads)
+        return Losses(answers.loss + total, metrics, loads)
 
     def _router_losses(
         self, router_logits: Sequence[Tensor], counted_T: Tensor | None, step: Step
@@ -176,11 +177,14 @@ class Objective:
         """Picture tokens ``(Q, D)`` in the order of the crops, and a zero that ties what else was run to the loss.
 
         Every rank runs the same number of chunks, on a grey crop where it has no more of its own: a rank that did not
-        call a module whose weights are spread over all ranks would let the others wait for ever.
+        call a module whose weights are spread over all ranks would let the others wait for ever. What trains runs once
+        at least, so that there is always a gradient, be it zero.
         """
         chunks = list(_chunks(crops, self.settings.vision_chunk))
+        learning = trains(self.model.vision_tower) or trains(self.model.multi_modal_projector)
+        least = max(len(chunks), int(learning))
+        most = least if self.ranks is None else self.ranks.max(least)
         features = [self._encode(chunk) for chunk in chunks]
-        most = len(chunks) if self.ranks is None else self.ranks.max(len(chunks))
         tie: Tensor | float = 0.0
         for _ in range(most - len(chunks)):
             dummy = self._encode(self._dummy())

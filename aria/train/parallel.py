@@ -232,12 +232,12 @@ class Parallel:
                 _fully_shard(layer.mlp.experts, rest, _rows_within_experts(rest.size()))
         tower, decoder = model.vision_tower, model.language_model.model
         towers = [*tower.encoder.layers, tower] if any(p.requires_grad for p in tower.parameters()) else []
-        for module in (*towers, model.multi_modal_projector, decoder.embed_tokens, *layers, decoder):
-            _fully_shard(module, mesh)
-        # What the gradient of a table needs is where it was read, and not the table.
-        cast(FSDPModule, decoder.embed_tokens).set_unshard_in_backward(False)
-        _prefetch(layers)
+        # The embeddings are read before the decoder is called, and the head's weights outside of its `forward`.
+        _whole_where_read(decoder.embed_tokens, mesh)
         _whole_where_read(model.language_model.lm_head, mesh)
+        for module in (*towers, model.multi_modal_projector, *layers, decoder):
+            _fully_shard(module, mesh, ignored=set(decoder.embed_tokens.parameters()))
+        _prefetch(layers)
 
 
 def _decoder_layers(model: Aria) -> list[DecoderLayer]:
@@ -253,11 +253,21 @@ def _start_alike(model: nn.Module) -> None:
 
 
 def _fully_shard(
-    module: nn.Module, mesh: DeviceMesh, placement: Callable[[nn.Parameter], Shard | None] | None = None
+    module: nn.Module,
+    mesh: DeviceMesh,
+    placement: Callable[[nn.Parameter], Shard | None] | None = None,
+    ignored: set[nn.Parameter] | None = None,
 ) -> None:
     """Gradients are summed, in float32: the loss is divided by the whole step's targets already."""
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True, shard_placement_fn=placement)
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=precision,
+        reshard_after_forward=True,
+        shard_placement_fn=placement,
+        ignored_params=ignored,
+    )
     cast(FSDPModule, module).set_gradient_divide_factor(1.0)
     # As a plain sum, which every backend has.
     cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
