@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,8 @@ def train(
     export: Annotated[bool, typer.Option("--export", help="Only write the export of the last checkpoint.")] = False,
 ) -> None:
     """Train a model or an adapter. Run again, it goes on after its last checkpoint; --dry-run trains nothing."""
+    # Checkpoints are written by what many processes use; that there is one is no news.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     from aria.train.recipe import Recipe
     from aria.train.run import begun, dry, export_checkpoint
     from aria.train.run import train as run
