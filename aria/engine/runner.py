@@ -255,9 +255,11 @@ class Runner:
         """Whether a step of so many tokens can be a graph: older GPUs and unusual widths have operations that wait."""
         if self._graphs is None:
             return False
-        key = tokens, chunks, adapted and self._adapters.stacks.on_experts
+        decoder = self._model.language_model.model
+        # Experts with adapters, a step's or the model's own, pass the fused kernels by.
+        key = tokens, chunks, decoder.adapted or (adapted and self._adapters.stacks.on_experts)
         if key not in self._can:
-            moe, keys = self._model.language_model.model.layers[0].mlp, self._cache.keys[0]
+            moe, keys = decoder.layers[0].mlp, self._cache.keys[0]
             assert isinstance(moe, MoE), "layers hold a mixture of experts"
             experts, shared = moe.experts, moe.shared_experts
             x_TD = experts.fc1.weight.new_empty(tokens, experts.fc1.weight.shape[1])

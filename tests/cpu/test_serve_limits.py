@@ -490,7 +490,7 @@ def test_a_step_that_fails_is_never_the_clients_fault_and_health_tells(live, mon
 
 
 def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
-    async def pieces(*_):
+    async def pieces(*_, **__):
         answer = SimpleNamespace(cached_tokens=0)
         for finish in (None, "error"):
             yield SimpleNamespace(answer=answer, choice=0, text="{", token_id=5, logprob=None, finish_reason=finish)
