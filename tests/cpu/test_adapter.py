@@ -152,6 +152,16 @@ def test_an_adapter_in_bfloat16_keeps_its_bits(base: Path, tmp_path: Path) -> No
     assert torch.equal(logits(again), logits(model))
 
 
+def test_what_the_documentation_shows_runs(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[-1].split("```")[0].replace("rhymes-ai/Aria", base.as_posix())
+    found: dict[str, Aria] = {}
+    exec(example, {}, found)
+    assert int(capsys.readouterr().out) == sum(p.numel() for p in found["model"].parameters() if p.requires_grad) > 0
+    assert torch.equal(logits(found["again"]), logits(found["model"]))
+
+
 def test_values_kept_elsewhere_are_written(base: Path, tmp_path: Path) -> None:
     """Of a model that several ranks hold, or an average of its weights."""
     model = trained(base)

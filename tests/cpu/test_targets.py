@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
@@ -27,6 +30,14 @@ def test_the_authors_recipe_trains_as_many_parameters_as_theirs() -> None:
     assert found.parameters == 154_333_184 and found.whole == 25_307_308_912
     assert {part.name: part.parameters for part in found.parts}["experts, adapters"] == 144_965_632
     assert {part.dtype for part in found.parts} == {torch.float32}
+
+
+def test_what_the_documentation_shows_trains() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    written = tomllib.loads(text.split("```toml\n")[1].split("```")[0])["targets"]
+    targets = Targets(**{key: tuple(value) if isinstance(value, list) else value for key, value in written.items()})
+    found = apply(whole_aria(), targets)
+    assert len(found.adapters) == 3 * 26 + 3 * 8, "three in each of 26 layers, three more in 20 to 27"
 
 
 def test_full_training_leaves_frozen_layers_alone() -> None:
