@@ -36,7 +36,7 @@ def expert_mlp(
     else:
         y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist(), *adapters)
     # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
-    return (_Reorder.apply(y, place, order, 1).view(T, A, -1) * weights_TA[:, :, None]).sum(1)
+    return (_Reorder.apply(y, place, order, 1).view(T, A, x.shape[1]) * weights_TA[:, :, None]).sum(1)
 
 
 def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *adapters: LowRank | None) -> list[int]:
@@ -94,16 +94,22 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         grad = grads[0][inverse]
-        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+        return (
+            grad if ctx.copies == 1 else grad.view(len(grad) // ctx.copies, ctx.copies, grad.shape[1]).sum(1),
+            None,
+            None,
+            None,
+        )
 
 
 def _loop(
     x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int], fc1_adapter: LowRank | None, fc2_adapter: LowRank | None
 ) -> Tensor:
     starts = [0, *ends[:-1]]
+    # Without any tokens the first expert still takes part, so that what trains has a gradient, of zeros.
+    used = [(e, *span) for e, span in enumerate(zip(starts, ends, strict=True)) if span[1] > span[0]] or [(0, 0, 0)]
     pieces = []
-    for e, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if end > start:
-            hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_adapter, e))
-            pieces.append(expert_linear(hidden, fc2[e], fc2_adapter, e))
+    for e, start, end in used:
+        hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_adapter, e))
+        pieces.append(expert_linear(hidden, fc2[e], fc2_adapter, e))
     return torch.cat(pieces)

@@ -113,6 +113,18 @@ def test_experts_with_fewer_adapters(ranks, implementation):
     check(case.run(implementation), case.run(reference), case.inputs, case.shape, TOLERANCE[torch.float32])
 
 
+@IMPLEMENTATIONS
+def test_experts_without_tokens_have_gradients_of_zeros(implementation):
+    """A rank of several may have none of them."""
+    case = Experts("some", torch.float32, ranks=(8, 8))
+    case.index = case.index[:0]
+    inputs = case.inputs | {name: case.inputs[name].detach()[:0].requires_grad_() for name in ("x", "weights")}
+    out = case.run(implementation)(**inputs)
+    assert out.shape == (0, 24)
+    grads = torch.autograd.grad(out.sum(), list(inputs.values()))
+    assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, inputs.values(), strict=True))
+
+
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
     case = Experts("some", torch.float32, ranks=(8, 8))
     whole = gradients(case.run(experts), case.inputs, torch.ones(case.shape))

@@ -51,7 +51,7 @@ def errors(run, expected: dict[str, Tensor], inputs: dict[str, Tensor], seed: Te
 
 
 def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float, plain=None) -> None:
-    """Against a run in float64; no further from it than ``tolerance``, and twice what plain PyTorch errs if it is given."""
+    """Against a run in float64; no further from it than ``tolerance``, and twice what plain PyTorch errs if given."""
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     out = expected_run(**wide)
     seed = torch.randn_like(out).to(inputs[next(iter(inputs))].dtype).double()

@@ -210,8 +210,8 @@ def _launch(
     dropped: bool,
     h: Tensor | None,
 ) -> None:
-    assert x.stride(1) == 1, "rows are contiguous"
     P, width = len(x if source is None else source), x.shape[1]
+    assert not P or x.stride(1) == 1, "rows are contiguous"
     strides = (0,) * 4 if a is None or h is None else (h.stride(0), *a.stride())
     if P:
         _shrink[(tiles(P, ends),)](
