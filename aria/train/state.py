@@ -56,6 +56,7 @@ class Ranks(Protocol):
 
     rank: int
     world: int
+    data_world: int
     saving: dist.ProcessGroup | None
 
     def barrier(self) -> None: ...
@@ -129,7 +130,12 @@ class RunState:
         partial = final.with_name(final.name + PARTIAL)
         if self._ranks.rank == 0:
             partial.mkdir()
-            meta = {"step": step, "world": self._ranks.world, "torch": torch.__version__}
+            meta = {
+                "step": step,
+                "world": self._ranks.world,
+                "data_world": self._ranks.data_world,
+                "torch": torch.__version__,
+            }
             (partial / META).write_text(json.dumps(meta), encoding="utf-8")
         self._ranks.barrier()
         torch.save(own, partial / f"rank-{self._ranks.rank}.pt")
@@ -166,13 +172,14 @@ class RunState:
             raise ValueError(_unfit(folder, missing))
         dcp.load(state, checkpoint_id=folder, process_group=self._ranks.saving, no_dist=self._ranks.world == 1)
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        # On another number of ranks each goes on from a rank that was there; its stream knows that this was another.
-        file = folder / f"rank-{self._ranks.rank * meta['world'] // self._ranks.world}.pt"
-        loaded = torch.load(file, map_location="cpu", weights_only=False)
-        cuda = loaded.pop("cuda")
-        if self._ranks.world != meta["world"] and "random" in own:
-            # The same numbers on two ranks would be worse than new ones.
-            loaded["random"], cuda = own["random"], None
+        same = (self._ranks.world, self._ranks.data_world) == (meta["world"], meta["data_world"])
+        there = [self._ranks.rank] if same else range(meta["world"])
+        files = [torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=False) for rank in there]
+        loaded, cuda = files[0], files[0].pop("cuda")
+        if not same:
+            # A stream is told where all of them were. The same random numbers on two ranks would be worse than new ones.
+            loaded = {**own, "stream": [file["stream"] for file in files]}
+            cuda = None
         saved.load_state_dict({**state, **loaded})
         if cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
