@@ -177,7 +177,7 @@ class RunState:
         files = [torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=False) for rank in there]
         loaded, cuda = files[0], files[0].pop("cuda")
         if not same:
-            # A stream is told where all of them were. The same random numbers on two ranks would be worse than new ones.
+            # A stream is told where all of them were. The same random numbers twice would be worse than new ones.
             loaded = {**own, "stream": [file["stream"] for file in files]}
             cuda = None
         saved.load_state_dict({**state, **loaded})
