@@ -1,0 +1,59 @@
+"""Two processes over gloo train as one does: shards, experts, sequences, adapters, frozen parts, lonely ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from spread import CASES, train
+
+from aria.train.parallel import Parallel
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def torchrun(script: Path, *arguments: object, ranks: int = 2, restarts: int = 0, **environment: str):
+    """Processes that torchrun starts, and their end."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+            *("--max-restarts", str(restarts), str(script), *map(str, arguments)),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE))),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    """What two ranks trained, by case."""
+    folder = tmp_path_factory.mktemp("spread")
+    ended = torchrun(HERE / "spread.py", folder, *CASES)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return {name: torch.load(folder / f"{name}.pt") for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_process_does(spread, name):
+    case, two = CASES[name], spread[name]
+    alone = train(case, Parallel.start())
+    tolerance = 2e-3 if case.optimizer.kind == "muon" else 1e-5
+    assert two["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+    assert two["norms"] == pytest.approx(alone["norms"], rel=10 * tolerance)
+    assert two["losses"][-1] < two["losses"][1]
+    assert two["weights"].keys() == alone["weights"].keys()
+    for weight, value in alone["weights"].items():
+        distance = (two["weights"][weight] - value).abs().max()
+        assert distance <= tolerance * value.abs().max().clamp(min=1.0), f"{weight}: {distance:.1e}"
