@@ -10,6 +10,7 @@ T tokens, D hidden, V vocabulary, L layers, P patches.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -280,6 +281,16 @@ def available_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What a few batches of the data are like."""
+
+    batches: float
+    """Micro-batches of one rank in a pass over the data."""
+    flops: float
+    """Of one of them."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a training will take."""
 
@@ -319,6 +330,7 @@ def check(
     world: int = 1,
     available: int | None = None,
     flops_rate: float | None = None,
+    sampled: Sampled | None = None,
 ) -> Plan:
     """Say what a training takes, and refuse one that cannot fit.
 
@@ -329,6 +341,7 @@ def check(
         world: ranks.
         available: bytes that are free; None asks the device.
         flops_rate: FLOP/s of matrix products on the device, for the estimate of time.
+        sampled: what the data are like, for steps of epochs and FLOPs of pictures; None: full batches of text.
 
     Raises:
         ValueError: it does not fit; the nearest settings that do are named.
@@ -344,12 +357,18 @@ def check(
             f"this training takes about {size(memory.total)} of memory on each device, but {size(free)} is free "
             f"({parts}). What would fit: {said}"
         )
-    tokens = recipe.batch.tokens * recipe.batch.accumulate * world
-    steps = recipe.budget.steps
-    seconds = recipe.budget.minutes * 60.0 if recipe.budget.minutes is not None else None
+    batch, budget = recipe.batch, recipe.budget
+    ranks = world // recipe.parallel.sequence
+    steps = budget.steps
+    if budget.epochs is not None and sampled is not None:
+        steps = math.ceil(budget.epochs * sampled.batches / batch.accumulate)
+    seconds = budget.minutes * 60.0 if budget.minutes is not None else None
     if steps is not None and flops_rate is not None:
-        seconds = steps * tokens * token_flops(recipe, config) / (flops_rate * SHARE_OF_RATE[device.type] * world)
-    return Plan(memory, free, tokens, steps, seconds, str(device))
+        each = batch.tokens * token_flops(recipe, config) if sampled is None else sampled.flops
+        # Ranks that share sequences share their work.
+        each /= recipe.parallel.sequence
+        seconds = steps * batch.accumulate * each / (flops_rate * SHARE_OF_RATE[device.type])
+    return Plan(memory, free, batch.tokens * batch.accumulate * ranks, steps, seconds, str(device))
 
 
 def token_flops(recipe: Recipe, config: AriaConfig) -> float:

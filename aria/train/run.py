@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ from aria.model.adapter import adapters
 from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.cost import Trained, batch_flops
-from aria.train.data import make_stream
+from aria.train.data import DataStream, make_stream
 from aria.train.evaluate import Evaluation, Sampler
 from aria.train.objective import Losses, Objective, Step, trains
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
-from aria.train.preflight import check, weights_dtype
+from aria.train.preflight import Sampled, check, weights_dtype
 from aria.train.progress import LOG_NAME, JsonLines, Reporter, Sink, TensorBoard, Wandb, measured_rate
 from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
 from aria.train.schedule import Budget, ShareBudget, StepBudget
@@ -36,6 +38,8 @@ from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
 EXPORT = "export"
 """Folder in the run's: the adapter, or the whole model with its processor."""
+SAMPLED = 4
+"""Batches that a dry run looks at to tell steps and time."""
 
 
 @dataclass
@@ -121,10 +125,26 @@ def dry(recipe: Recipe) -> list[Table]:
         with torch.device("meta"):
             model = Aria(config)
         trainable = targets.apply(model, recipe.targets)
-        plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate)
+        sampled = _sampled(recipe, config, parallel, trained_parts(model, full=recipe.targets.method == "full"))
+        plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate, sampled=sampled)
         return [trainable.table(), plan.table()]
     finally:
         parallel.close()
+
+
+def _sampled(recipe: Recipe, config: AriaConfig, parallel: Parallel, trained: Trained) -> Sampled | None:
+    """What the first batches are like; nothing where the data come from code, or are not there yet."""
+    if recipe.data.factory is not None or not recipe.data.weights:
+        return None
+    processor = AriaProcessor.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    try:
+        stream = _conversations(recipe, processor, config, parallel)
+    except FileNotFoundError:
+        return None
+    reading: Any = iter(stream)
+    with contextlib.closing(reading) as batches:
+        flops = [batch_flops(config, trained, b.lengths, b.labels, b.crops) for b in islice(batches, SAMPLED)]
+    return Sampled(len(flops) / stream.epochs, sum(flops) / len(flops)) if stream.epochs else None
 
 
 def _claim(out: Path, recipe: Recipe, parallel: Parallel, *, begun: bool) -> None:
@@ -251,7 +271,7 @@ def _run(
             with descent.averaged():
                 export(parts, out / EXPORT)
         if reporter is not None:
-            _say_end(reporter, reason, position, stream, out)
+            _say_end(reporter, reason, position, stream, out, adapter=bool(adapters(parts.aria)))
     finally:
         if reporter is not None:
             reporter.close()
@@ -299,10 +319,14 @@ def _stream(parts: Parts) -> Any:
     if recipe.data.factory is not None:
         make = load_object(recipe.data.factory, "[data] factory")
         return make(recipe, parts.processor, parallel.data_rank, parallel.data_world)
+    return _conversations(recipe, parts.processor, parts.aria.config, parallel)
+
+
+def _conversations(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel) -> DataStream:
     return make_stream(
         recipe.data,
-        parts.processor,
-        parts.aria.config,
+        processor,
+        config,
         tokens=recipe.batch.tokens,
         rank=parallel.data_rank,
         world=parallel.data_world,
@@ -431,11 +455,12 @@ def _write(
     save_adapter(model, folder, base_model=recipe.model.path, state=weights)
 
 
-def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, out: Path) -> None:
+def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, out: Path, *, adapter: bool) -> None:
     reporter.say(f"{reason}: {position.step} steps, {position.tokens:,} tokens, {position.seconds:,.0f} s of training")
     if report := getattr(stream, "report", None):
         reporter.say(str(report))
     if reason in ("done", "data ended"):
-        reporter.say(f"written to {out / EXPORT}")
+        use = f"--adapter {out / EXPORT}" if adapter else f"-m {out / EXPORT}"
+        reporter.say(f"written to {out / EXPORT}; to talk to it: aria chat {use}")
     else:
         reporter.say("the same command goes on")

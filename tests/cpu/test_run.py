@@ -201,12 +201,16 @@ def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
 
 
 def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert command("train", recipe(**{"budget.steps": 2}), "--out", out, "--dry-run") == 0
+    out, file = tmp_path / "run", recipe(**{"budget.epochs": 6.0})
+    assert command("train", file, "--out", out, "--dry-run") == 0
     told = capsys.readouterr().out
     assert not out.exists()
-    for word in ("weights", "adapters", "gradients", "optimizer", "activations", "tokens a step", "steps"):
+    for word in ("weights", "adapters", "gradients", "optimizer", "activations", "tokens a step", "time, roughly"):
         assert word in told
+    [steps] = [int(line.split("│")[2]) for line in told.splitlines() if line.startswith("│ steps")]
+    assert command("train", file, "--out", out) == 0
+    assert lines(out)[-1]["step"] == pytest.approx(steps, rel=0.25)
+    assert command("train", file, "--dry-run", "--set", 'data.paths=["not/yet"]') == 0
 
 
 def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
