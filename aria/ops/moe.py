@@ -49,7 +49,8 @@ def _grouped(x: Tensor, weight: Tensor, adapter: LowRank | None, offsets: Tensor
     if adapter is None:
         return y
     a, b, scaling, dropout = adapter.to(x)
-    return y + F.grouped_mm(F.grouped_mm(F.dropout(x, dropout), a, offs=offsets), b, offs=offsets) * scaling
+    thin = F.grouped_mm(F.dropout(x, dropout) if dropout else x, a, offs=offsets) * scaling
+    return y + F.grouped_mm(thin, b, offs=offsets)
 
 
 def waits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:

@@ -121,15 +121,12 @@ def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
 
 
-def low_rank(x_TI: Tensor, adapter: LowRank) -> Tensor:
-    """What an adapter adds to a linear layer's output, ``(T, O)`` in the dtype of ``x_TI``."""
-    a, b, scaling, dropout = adapter.to(x_TI)
-    return F.linear(F.linear(F.dropout(x_TI, dropout), a), b) * scaling
-
-
 def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
-    """``x W^T + bias + scaling * dropout(x) A^T B^T``, ``(T, O)``."""
-    return F.linear(x_TI, weight_OI, bias_O) + low_rank(x_TI, adapter)
+    """``x W^T + bias + scaling * dropout(x) A^T B^T``, ``(T, O)`` in the dtype of ``x_TI``."""
+    a, b, scaling, dropout = adapter.to(x_TI)
+    thin_TR = F.linear(F.dropout(x_TI, dropout) if dropout else x_TI, a) * scaling
+    y_TO = F.linear(x_TI, weight_OI, bias_O)
+    return torch.addmm(y_TO, thin_TR, b.t()) if x_TI.ndim == 2 else y_TO + F.linear(thin_TR, b)
 
 
 def adapted_linears(
@@ -145,8 +142,9 @@ def expert_linear(x_TI: Tensor, weight_IO: Tensor, adapter: LowRank | None, expe
     y_TO = x_TI @ weight_IO
     if adapter is None:
         return y_TO
-    a, b, scaling, dropout = adapter
-    return y_TO + F.dropout(x_TI, dropout) @ a[expert].to(x_TI.dtype) @ b[expert].to(x_TI.dtype) * scaling
+    a_IR, b_RO = adapter.a[expert].to(x_TI.dtype), adapter.b[expert].to(x_TI.dtype)
+    dropped = F.dropout(x_TI, adapter.dropout) if adapter.dropout else x_TI
+    return torch.addmm(y_TO, dropped @ a_IR * adapter.scaling, b_RO)
 
 
 def expert_mlp(

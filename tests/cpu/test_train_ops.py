@@ -126,7 +126,7 @@ def test_experts_without_tokens_have_gradients_of_zeros(implementation):
 
 
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
-    case = Experts("some", torch.float32, ranks=(8, 8))
+    case = Experts("one token", torch.float32, ranks=(8, 8))
     whole = gradients(case.run(experts), case.inputs, torch.ones(case.shape))
     for name in ("x", "fc1", "fc2", "weights", "a1", "b1", "a2", "b2"):
         alone = {key: x.detach().requires_grad_(key == name) for key, x in case.inputs.items()}
