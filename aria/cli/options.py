@@ -45,9 +45,7 @@ Adapter = Annotated[
 ]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(
-        "--adapter", metavar="NAME=FOLDER", help="LoRA adapter that requests ask for by NAME; repeatable."
-    ),
+    typer.Option("--adapter", metavar="NAME=FOLDER", help="LoRA adapter that requests ask for by NAME; repeatable."),
 ]
 AllowLocal = Annotated[list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")]
 AllowPrivate = Annotated[
