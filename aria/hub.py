@@ -15,6 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 NANO = Path(__file__).parent / "nano"
 """Folder of the packaged small model, the default wherever a model is asked for."""
 
+ADAPTER_NAME = "adapter_config.json"
+"""What makes a folder an adapter."""
+
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -75,7 +78,9 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: it is not JSON, or not an object.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}; a model folder needs one")
+        adapter = (file.parent / ADAPTER_NAME).is_file()
+        mend = "it is an adapter: name the model, and this as --adapter" if adapter else "a model folder needs one"
+        raise FileNotFoundError(f"{file.parent} has no {file.name}; {mend}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aria.checkpoint.layouts import LAYOUTS
 from aria.checkpoint.load import parameter_shapes
-from aria.checkpoint.save import replacing, write_json
+from aria.checkpoint.save import Spec, replacing, write_json, write_safetensors
 from aria.config import AriaConfig
-from aria.hub import read_json, resolve
+from aria.hub import ADAPTER_NAME, read_json, resolve
 from aria.model.adapter import LoRA, adaptable, adapters, attach
 from aria.model.aria import Aria
 from aria.ops import LowRank
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PARAMETERS = {"fc1": "gate_up_proj", "fc2": "down_proj"}
 """Our modules of the experts -> transformers' parameters, in the order in which PEFT wraps them."""
@@ -69,11 +68,11 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
         FileNotFoundError: there is no such folder, or it lacks one of its two files.
         ValueError: it is not LoRA, uses what is not offered here, or does not fit the model.
     """
-    path = resolve(folder, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    path = resolve(folder, revision=revision, allow_patterns=[ADAPTER_NAME, WEIGHTS_NAME])
+    for name in (ADAPTER_NAME, WEIGHTS_NAME):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is no adapter folder: it has no {name}")
-    found = read_json(path / CONFIG_NAME)
+    found = read_json(path / ADAPTER_NAME)
     common = _settings(found, path)
     try:
         tensors = load_file(path / WEIGHTS_NAME)
@@ -108,10 +107,10 @@ def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> s
     Raises:
         FileNotFoundError: there is no such folder, or it has no ``adapter_config.json``.
     """
-    path = resolve(folder, revision=revision, allow_patterns=[CONFIG_NAME])
-    if not (path / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{path} is no adapter folder: it has no {CONFIG_NAME}")
-    return read_json(path / CONFIG_NAME).get("base_model_name_or_path") or None
+    path = resolve(folder, revision=revision, allow_patterns=[ADAPTER_NAME])
+    if not (path / ADAPTER_NAME).is_file():
+        raise FileNotFoundError(f"{path} is no adapter folder: it has no {ADAPTER_NAME}")
+    return read_json(path / ADAPTER_NAME).get("base_model_name_or_path") or None
 
 
 def save_adapter(
@@ -152,12 +151,12 @@ def save_adapter(
             path, last = name.rsplit(".", 1)
             # PEFT nests wrappers where two parameters of a module are adapted; the first lies innermost.
             target = _theirs(path) + (".base_layer" if last == "fc1" and f"{path}.fc2" in attached else "")
-        tensors[f"base_model.model.{target}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{target}.lora_B.weight"] = b.contiguous()
+        tensors |= {f"base_model.model.{target}.lora_{kind}.weight": part for kind, part in (("A", a), ("B", b))}
     config = _config(model, list(attached), shapes.pop(), base_model)
     with replacing(folder, stale=()) as staging:
-        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        write_json(staging / CONFIG_NAME, config)
+        specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        write_safetensors(staging / WEIGHTS_NAME, specs, tensors.__getitem__)
+        write_json(staging / ADAPTER_NAME, config)
 
 
 def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | None = None) -> None:
@@ -201,7 +200,7 @@ def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
             rslora=bool(found.get("use_rslora", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / CONFIG_NAME} does not say r and lora_alpha as numbers ({error!r})") from error
+        raise ValueError(f"{path / ADAPTER_NAME} does not say r and lora_alpha as numbers ({error!r})") from error
 
 
 def _pairs(tensors: Mapping[str, Tensor], config: AriaConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:

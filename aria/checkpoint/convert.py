@@ -23,7 +23,7 @@ from aria.checkpoint.save import (
     write_weights,
 )
 from aria.config import CONFIG_NAME, AriaConfig
-from aria.hub import resolve
+from aria.hub import ADAPTER_NAME, resolve
 from aria.ops import LowRank
 
 COMPANIONS = (
@@ -80,13 +80,16 @@ def convert(
         progress: called with bytes done and bytes in all.
 
     Raises:
-        FileNotFoundError, ValueError: the source is not a checkpoint of Aria that can be read, or is ``out`` itself.
+        FileNotFoundError, ValueError: the source is not a checkpoint of Aria that can be read, or is ``out`` itself;
+            the adapter does not fit, or ``out`` holds one.
         OSError: the files cannot be written.
     """
     path = resolve(source, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *COMPANIONS])
     folder = path if path.is_dir() else path.parent
     if Path(out).resolve() == folder.resolve():
         raise ValueError(f"{out} is the source itself; give another folder to write to")
+    if adapter is not None and (Path(out) / ADAPTER_NAME).is_file():
+        raise ValueError(f"{out} holds an adapter, which would be added once more on loading; give another folder")
     config = AriaConfig.from_pretrained(folder)
     checkpoint = Checkpoint(path, parameter_shapes(config))
     config = replace(config, dtype=checkpoint.dtype)

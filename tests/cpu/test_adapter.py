@@ -182,7 +182,7 @@ def test_a_save_that_fails_leaves_what_was_there(base: Path, tmp_path: Path, mon
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapter_files, "save_file", full)
+    monkeypatch.setattr(adapter_files, "write_safetensors", full)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(trained(base, modules=("q_proj",)), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -271,6 +271,12 @@ def test_what_is_no_adapter_folder(base: Path, tmp_path: Path) -> None:
         read_adapter(tmp_path, tiny_config())
 
 
+def test_an_adapter_is_no_model(base: Path, tmp_path: Path) -> None:
+    save_adapter(trained(base), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"it is an adapter: name the model, and this as --adapter"):
+        AriaForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_merge_from_the_command_line(command, capsys, model_folder: Path, tmp_path: Path) -> None:
     """What the adapter's folder names is its base, unless told otherwise."""
     model = trained(model_folder)
@@ -278,6 +284,8 @@ def test_merge_from_the_command_line(command, capsys, model_folder: Path, tmp_pa
     assert command("merge", tmp_path / "adapter", tmp_path / "out") == 2, "the adapter is not nano's"
     assert "for another model" in capsys.readouterr().err and not (tmp_path / "out").exists()
     save_adapter(model, tmp_path / "adapter", base_model=str(model_folder))
+    assert command("merge", tmp_path / "adapter", tmp_path / "adapter") == 2
+    assert "holds an adapter, which would be added once more" in capsys.readouterr().err.replace("\n", " ")
     assert command("merge", tmp_path / "adapter", tmp_path / "out") == 0
     assert f"tensors of {model_folder}" in capsys.readouterr().out.replace("\n", "")
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
