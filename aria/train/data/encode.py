@@ -63,12 +63,12 @@ class Encoder:
 
     Args:
         processor: of the model that is trained.
-        config: of the model; pictures of a size that it has no queries for are refused.
+        config: of the model.
         settings: how.
         tokens: of a batch; no sequence may be longer.
 
     Raises:
-        ValueError: settings that do not fit the processor.
+        ValueError: model, processor and settings do not fit together.
     """
 
     def __init__(self, processor: AriaProcessor, config: AriaConfig, settings: DataSettings, tokens: int):
@@ -76,7 +76,6 @@ class Encoder:
         images = processor.image_processor
         self._customs = Customs(settings.num_frames, settings.timestamps, images.sizes)
         self.max_length = min(settings.max_length or tokens, tokens)
-        self._ignored = {processor.tokenizer.image_token_id, config.image_token_index}
         if config.image_token_index != processor.tokenizer.image_token_id:
             raise ValueError(
                 f"the model's image_token_index is {config.image_token_index}, but its tokenizer has "
@@ -97,9 +96,8 @@ class Encoder:
         """Whether what stands before and after a newline is tokenised independently."""
         encode = self._processor.tokenizer.encode
         before, after = f"{_START}assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
-        return len(encode(_NEWLINE)) == 1 and encode(before + after + before) == encode(before) + encode(
-            after
-        ) + encode(before)
+        parted = encode(before) + encode(after) + encode(before)
+        return len(encode(_NEWLINE)) == 1 and encode(before + after + before) == parted
 
     def __call__(self, row: Row) -> Encoded:
         """The sequences of a row.

@@ -54,7 +54,7 @@ class DataSettings:
     """Rows that each of them is ahead."""
 
     def __post_init__(self) -> None:
-        least = {"max_length": 2, "max_crops": 1, "lookahead": 1, "num_frames": 1, "workers": 0, "prefetch": 1}
+        least = {"max_length": 3, "max_crops": 1, "lookahead": 1, "num_frames": 1, "workers": 0, "prefetch": 1}
         for name, value in least.items():
             given = getattr(self, name)
             if given is not None and given < value:
