@@ -14,14 +14,14 @@ BATCHES = 6
 
 
 def main() -> None:
-    """Measure both sizes; the last line is JSON."""
+    """Measure every kind of batch; the last line is JSON."""
     assets = Assets.load()
     renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
     rates = {}
-    for size, pictures in ((224, 256), (448, 64)):
-        make_batch(assets, Random(0), size, pictures)
+    for kind, pictures in (("small", 256), ("large", 64), ("several", 256), ("long", 256)):
+        make_batch(assets, Random(0), kind, pictures)
         started = time.perf_counter()
-        batches = [make_batch(assets, Random(seed), size, pictures) for seed in range(BATCHES)]
+        batches = [make_batch(assets, Random(seed), kind, pictures) for seed in range(BATCHES)]
         planned = BATCHES * pictures / (time.perf_counter() - started)
         moved = [to_device(batch, renderer.device) for batch in batches]
         renderer(moved[0])["pixel_values"].sum().item()
@@ -29,8 +29,8 @@ def main() -> None:
         # Reading one number waits for the device.
         torch.stack([renderer(batch)["pixel_values"].sum() for batch in moved]).sum().item()
         drawn = BATCHES * pictures / (time.perf_counter() - started)
-        print(f"{size} px: {planned:.0f} pictures/s planned by a core, {drawn:.0f}/s drawn on {renderer.device}")
-        rates[str(size)] = {"planned_per_core": round(planned), "drawn": round(drawn)}
+        print(f"{kind}: {planned:.0f} pictures/s planned by a core, {drawn:.0f}/s drawn on {renderer.device}")
+        rates[kind] = {"planned_per_core": round(planned), "drawn": round(drawn)}
     print(json.dumps(rates))
 
 

@@ -1,6 +1,6 @@
 """Scenes -> arrays of drawing commands for a whole batch, sorted into the groups that are drawn together.
 
-N pictures, W lines of text, G glyphs, M marks (shapes and sprites).
+N pictures, W lines of text, G glyphs, M marks (shapes and sprites), B pictures with boxes, K boxes of one of them.
 """
 
 import math
@@ -35,6 +35,7 @@ def pack(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
         "noisy": np.flatnonzero(sensor[:, 3]).astype(np.int64),
         **_pack_backgrounds(batch),
         **_pack_photos(batch),
+        **_pack_boxes(batch),
         **_pack_marks(batch, assets),
         **_pack_lines(batch, assets),
     }
@@ -104,6 +105,26 @@ def _pack_photos(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
         "photo_values": np.array([(*p.box, p.mirrored, p.hue, p.mix) for _, p in shown], np.float32).reshape(-1, 7),
         "photo_mixed": np.array([i for i, (_, p) in enumerate(shown) if p.mix], np.int64),
     }
+
+
+def _pack_boxes(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """``box_*``: picture numbers (B,), and for each layer and picture corners and colour (B, K, 7) and class (B, K).
+
+    K is the same for all, so that one matrix product draws them; boxes that only fill up have no area. The class is -1
+    where nothing is to be labelled.
+    """
+    charts = [(n, scene.boxes) for n, scene in enumerate(batch) if scene.boxes]
+    most = max((len(boxes) for _, boxes in charts), default=0)
+    values = np.zeros((scenes.LAYERS, len(charts), most, 7), np.float32)
+    classes = np.full((scenes.LAYERS, len(charts), most), -1, np.int64)
+    bar = scenes.FIRST_SHAPE + scenes.SHAPES.index("rectangle") * len(scenes.COLOURS)
+    for row, (_, boxes) in enumerate(charts):
+        for column, box in enumerate(boxes):
+            place = box.layer, row, column
+            values[place] = (box.left, box.top, box.right, box.bottom, *box.colour)
+            if box.colour_name:
+                classes[place] = bar + scenes.COLOUR_NAMES.index(box.colour_name)
+    return {"box_picture": np.array([n for n, _ in charts], np.int64), "box_values": values, "box_class": classes}
 
 
 def _pack_marks(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:

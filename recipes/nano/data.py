@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,32 +15,71 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from recipes.nano import commands, dialogue, scenes, tokenizer
+from recipes.nano import commands, dialogue, stories, tokenizer
 from recipes.nano.assets import FOLDER, Assets
-from recipes.nano.planner import Planner
-from recipes.nano.scenes import Scene
+from recipes.nano.planner import SHARES, Planner
+from recipes.nano.scenes import PICTURE, STORIES, TASKS, Story
 
-TOKENS_PER_PICTURE = {224: 176, 448: 256}  # of the packed stream; sequences are drawn again until they fit
-MAX_SEQLEN = {224: 288, 448: 512}
-PICTURES_PER_TALK = 32  # one sequence of text alone for so many pictures
 PICTURES_PER_FILLER = 4  # the rest of the stream is cut into that many pieces (at least 4), so that none is long
+Turns = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of batch: what is the same in all batches of that kind, so that their shapes are.
+
+    ``size`` of its pictures in pixels, ``tokens`` of the packed stream for each of them, ``longest`` sequence
+    (conversations are drawn again until they fit), fewest and most ``pictures`` of a conversation, ``shares`` of tasks.
+    """
+
+    size: int
+    tokens: int
+    longest: int
+    pictures: tuple[int, int]
+    shares: Mapping[str, float]
+
+
+KINDS = {
+    "small": Kind(224, 176, 288, (1, 1), dict(zip(TASKS, SHARES[224], strict=True))),
+    "large": Kind(448, 256, 512, (1, 1), dict(zip(TASKS, SHARES[448], strict=True))),
+    "several": Kind(224, 116, 512, (2, 6), {"clips": 0.55, "several": 0.45}),
+    "long": Kind(224, 92, 4096, (10, 48), {"search": 1.0}),
+}
+
+
+def small_talk(rng: Random) -> Turns:
+    """A conversation without a picture, of one turn or two."""
+    return [dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run draws. The content of batch n depends on this (but for ``first`` and ``workers``) and on n alone.
 
-    ``pictures``: pictures a batch, by size. ``cycle``: sizes of successive batches. ``growth``: batches over which
-    words grow to their full length. ``first``: number of the first batch, 0 but for a run that goes on.
+    ``pictures``: pictures a batch, by kind. ``cycle``: kinds of successive batches. ``shares``: of tasks, for kinds that
+    shall differ from ``KINDS``. ``growth``: batches over which words grow to their full length. ``first``: number of
+    the first batch, 0 but for a run that goes on. ``talk`` makes conversations without a picture, one for every
+    ``talk_every`` pictures; worker processes must be able to import it.
     """
 
     seed: int
-    pictures: Mapping[int, int] = field(default_factory=lambda: {224: 512, 448: 128})
-    cycle: tuple[int, ...] = (224, 224, 224, 448)
+    pictures: Mapping[str, int] = field(default_factory=lambda: {"small": 512, "large": 128, "several": 512, "long": 512})
+    cycle: tuple[str, ...] = ("small", "small", "small", "large")
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     assets: Path = FOLDER / "assets.npz"
     workers: int = 4
     growth: int = 3500
     first: int = 0
+    talk: Callable[[Random], Turns] = small_talk
+    talk_every: int = 32
+
+    def __post_init__(self) -> None:
+        for kind in {*self.cycle, *self.pictures, *self.shares}:
+            if kind not in KINDS:
+                raise ValueError(f"a plan's kinds of batches should be among {', '.join(KINDS)}, but one is {kind!r}")
+        for kind, shares in self.shares.items():
+            if unknown := sorted(set(shares) - set(KINDS[kind].shares)):
+                raise ValueError(f"tasks of {kind!r} should be among {', '.join(KINDS[kind].shares)}, not {unknown}")
 
 
 def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
@@ -92,33 +131,43 @@ class Batches(IterableDataset):
         worker, step = (info.id, info.num_workers) if info else (0, 1)
         assets = self.assets or Assets.load(self.plan.assets, pictures=False)
         for number in itertools.count(self.plan.first + worker, step):
-            size = self.plan.cycle[number % len(self.plan.cycle)]
+            kind = self.plan.cycle[number % len(self.plan.cycle)]
             rng = Random(self.plan.seed * 1_000_003 + number)
             grown = min(1.0, number / self.plan.growth)
-            batch = make_batch(assets, rng, size, self.plan.pictures[size], grown)
+            batch = make_batch(assets, rng, kind, self.plan.pictures[kind], grown, self.plan)
             yield bundle(batch) if info else batch
 
 
-def make_batch(assets: Assets, rng: Random, size: int, pictures: int, grown: float = 1.0) -> dict[str, Any]:
-    """Plan, tokenize and pack one batch; tensors on the CPU. ``grown``, 0..1, makes words longer."""
-    planner = Planner(assets, size, rng)
-    count = pictures + pictures // PICTURES_PER_TALK
-    fillers = max(4, pictures // PICTURES_PER_FILLER)
-    room = pictures * TOKENS_PER_PICTURE[size]
-    planned: list[Scene] = [planner.plan(grown) for _ in range(pictures)]
-    sequences = [tokens(scene.turns, size) for scene in planned] + [_talk(rng) for _ in range(count - pictures)]
+def make_batch(
+    assets: Assets, rng: Random, kind: str, pictures: int, grown: float = 1.0, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Plan, tokenize and pack one batch; tensors on the CPU. ``grown``, 0..1, makes words longer.
+
+    Of the ``plan`` only shares and talk are read.
+    """
+    plan = plan or Plan(seed=0)
+    shape, shares = KINDS[kind], plan.shares.get(kind, KINDS[kind].shares)
+    planner = Planner(assets, shape.size, rng)
+    talks = pictures // plan.talk_every
+    most, fillers = -(-pictures // shape.pictures[0]), max(4, pictures // PICTURES_PER_FILLER)
+    room = pictures * shape.tokens
+    told = [_story(planner, count, shares, grown) for count in deal(pictures, shape.pictures, rng)]
+    sequences = [tokens(story.turns, shape.size) for story in told]
+    sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
     # Replace the longest conversations until all fit: shapes of the stream must not depend on luck.
     lengths = np.array([len(ids) for ids, _ in sequences])
-    while lengths.sum() > room or lengths.max() > MAX_SEQLEN[size]:
+    while lengths.sum() > room or lengths.max() > shape.longest:
         longest = int(lengths.argmax())
-        if longest < pictures:
-            planned[longest] = planner.plan(grown)
-            sequences[longest] = tokens(planned[longest].turns, size)
+        if longest < len(told):
+            told[longest] = _story(planner, len(told[longest].scenes), shares, grown)
+            sequences[longest] = tokens(told[longest].turns, shape.size)
         else:
-            sequences[longest] = _talk(rng)
+            sequences[longest] = tokens(plan.talk(rng))
         lengths[longest] = len(sequences[longest][0])
-    filler = np.diff(np.linspace(0, room - lengths.sum(), fillers + 1).astype(np.int64))
-    assert filler.max() <= MAX_SEQLEN[size], f"{filler.max()} tokens of filler in a piece, room for {MAX_SEQLEN[size]}"
+    # There are as many pieces whatever the number of conversations is.
+    pieces = fillers + most + talks - len(sequences)
+    filler = np.diff(np.linspace(0, room - lengths.sum(), pieces + 1).astype(np.int64))
+    assert filler.max() <= shape.longest, f"{filler.max()} tokens of filler in a piece, room for {shape.longest}"
     all_lengths = np.concatenate([lengths, filler])
     starts = np.concatenate([[0], np.cumsum(all_lengths)])
     used = int(lengths.sum())
@@ -126,26 +175,45 @@ def make_batch(assets: Assets, rng: Random, size: int, pictures: int, grown: flo
     labels = np.full(room, -100, np.int64)
     input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
     labels[:used] = np.concatenate([wanted for _, wanted in sequences])
+    task = [(*TASKS, *STORIES).index(story.task) for story in told for _ in story.scenes]
     batch: dict[str, Any] = {
         "input_ids": input_ids,
         "labels": labels,
         "positions": np.arange(room) - np.repeat(starts[:-1], all_lengths),
         "cu_seqlens": starts.astype(np.int32),
-        "task": np.array([scenes.TASKS.index(scene.task) for scene in planned], np.int64),
-        **commands.pack(planned, assets),
+        "task": np.array(task, np.int64),
+        **commands.pack([scene for story in told for scene in story.scenes], assets),
     }
     batch = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
     return batch | {
-        "size": size,
-        "max_seqlen": MAX_SEQLEN[size],
+        "kind": kind,
+        "size": shape.size,
+        "max_seqlen": shape.longest,
         "num_tokens": used,
         "seed": rng.getrandbits(62),
     }
 
 
-def _talk(rng: Random) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation without a picture, of one turn or two."""
-    return tokens([dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))], None)
+def deal(pictures: int, bounds: tuple[int, int], rng: Random) -> list[int]:
+    """Random numbers within ``bounds`` that add up to ``pictures``; only the last may be smaller than the bounds say."""
+    low, high = bounds
+    counts: list[int] = []
+    left = pictures
+    while left > high:
+        counts.append(rng.randint(low, max(low, min(high, left - low))))
+        left -= counts[-1]
+    return [*counts, left] if left else counts
+
+
+def _story(planner: Planner, pictures: int, shares: Mapping[str, float], grown: float) -> Story:
+    """A conversation about so many pictures, of a task drawn by ``shares``."""
+    task = planner.rng.choices(tuple(shares), tuple(shares.values()))[0]
+    if task in STORIES:
+        makers = {"clips": stories.clip, "several": stories.several, "search": stories.search}
+        return makers[task](planner, pictures)
+    scene = planner.plan(grown, task)
+    (question, answer), *rest = scene.turns
+    return Story(task, [scene], [(PICTURE + question, answer), *rest])
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -156,27 +224,30 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
     }
 
 
-def tokens(turns: list[tuple[str, str]], size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and unshifted labels of a conversation about a picture of ``size``, or about none."""
+def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and unshifted labels of a conversation; pictures in its questions are of ``size`` pixels."""
     ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in dialogue.conversation(turns, picture=size is not None):
-        piece = _answer(text) if learnt else _prompt(text, size)
+    for text, learnt in dialogue.conversation(turns, picture=False):
+        piece = _short(text) if len(text) < 200 else tokenizer.encode(text)
+        if learnt:
+            labels += piece
+        else:
+            piece = _with_places(piece, size)
+            labels += [-100] * len(piece)
         ids += piece
-        labels += piece if learnt else [-100] * len(piece)
     return np.array(ids, np.int64), np.array(labels, np.int64)
 
 
-@lru_cache(maxsize=16384)
-def _prompt(text: str, size: int | None) -> list[int]:
-    """Ids of a question with its markers, the image token repeated once for each query."""
-    ids = tokenizer.encode(text)
-    if size is None:
-        return ids
+def _with_places(ids: list[int], size: int) -> list[int]:
+    """The image token repeated once for each query."""
     image = tokenizer.IMAGE_TOKEN_ID
-    return [copy for token in ids for copy in [token] * (tokenizer.QUERIES[size] if token == image else 1)]
+    if image not in ids:
+        return ids
+    places = [image] * tokenizer.QUERIES[size]
+    return [copy for token in ids for copy in (places if token == image else (token,))]
 
 
 @lru_cache(maxsize=16384)
-def _answer(text: str) -> list[int]:
+def _short(text: str) -> list[int]:
     return tokenizer.encode(text)

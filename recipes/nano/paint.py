@@ -1,4 +1,4 @@
-"""Draws one planned scene with PIL, at the size of a user's picture and with the real fonts.
+"""Draws planned scenes with PIL, at the size of a user's picture and with the real fonts.
 
 Shares no drawing code with ``render.py``: the evaluation must see what users send, not what training drew.
 """
@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from recipes.nano import shapes
-from recipes.nano.scenes import Line, Mark, Photo, Scene
+from recipes.nano.scenes import Box, Line, Mark, Photo, Scene, Story
 
 OVERSAMPLE = 3
+BAR_STYLES = ("plain", "rounded", "shaded", "framed")
 
 
 class Painter:
@@ -35,6 +36,10 @@ class Painter:
             canvas = self._photo(scene.photo, width, height)
         else:
             canvas = background(scene.background, width, height, rng)
+        if scene.boxes:
+            style = rng.choice(BAR_STYLES)
+            for box in sorted(scene.boxes, key=lambda box: box.layer):
+                paint_box(canvas, box, scale, style)
         for mark in scene.marks:
             if mark.kind == "shape":
                 _paint_shape(canvas, mark, scale)
@@ -47,6 +52,14 @@ class Painter:
             canvas.save(out, "JPEG", quality=rng.randint(60, 95))
             canvas = Image.open(out).convert("RGB")
         return canvas
+
+    def paint_story(self, story: Story, scale: float, rng: Random) -> list[Image.Image]:
+        """All pictures of ``story``; the frames of a clip as one camera takes them."""
+        seed = rng.getrandbits(32)
+        return [
+            self.paint(scene, scale, Random(seed if story.task == "clips" else seed + n))
+            for n, scene in enumerate(story.scenes)
+        ]
 
     def _photo(self, photo: Photo, width: int, height: int) -> Image.Image:
         """The part of the photograph inside the box, widened to the picture's proportions."""
@@ -101,6 +114,30 @@ def background(values: Sequence[float], width: int, height: int, rng: Random) ->
         share = np.zeros((height, width))
     share = share.clip(0, 1)[..., None]
     return Image.fromarray(np.rint((first * (1 - share) + second * share) * 255).astype(np.uint8))
+
+
+def paint_box(canvas: Image.Image, box: Box, scale: float, style: str) -> None:
+    """A bar in a style that training never draws but for the plain one; lines and axes are always plain."""
+    left, top, right, bottom = (side * scale for side in (box.left, box.top, box.right, box.bottom))
+    x, y = math.floor(left) - 2, math.floor(top) - 2
+    width, height = math.ceil(right) + 2 - x, math.ceil(bottom) + 2 - y
+    if min(right - left, bottom - top) <= 0:
+        return
+    large = Image.new("L", (width * OVERSAMPLE, height * OVERSAMPLE))
+    corners = [round((side - origin) * OVERSAMPLE) for side, origin in zip((left, top, right, bottom), (x, y) * 2, strict=True)]
+    corners = [*corners[:2], max(corners[2] - 1, corners[0]), max(corners[3] - 1, corners[1])]
+    bar = bool(box.colour_name) and min(right - left, bottom - top) > 6
+    radius = min(right - left, bottom - top) * 0.2 * OVERSAMPLE if bar and style == "rounded" else 0
+    ImageDraw.Draw(large).rounded_rectangle(corners, radius, 255)
+    mask = large.resize((width, height), Image.Resampling.BOX)
+    if bar and style == "shaded":  # a little lighter towards the top
+        shades = np.linspace(1.0, 0.82, height)[:, None, None] * np.array(box.colour) * 255
+        canvas.paste(Image.fromarray(np.broadcast_to(shades, (height, width, 3)).astype(np.uint8)), (x, y), mask)
+        return
+    canvas.paste(_bytes(box.colour), (x, y), mask)
+    if bar and style == "framed":
+        dark = _bytes([channel * 0.5 for channel in box.colour])
+        ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=dark, width=max(1, round(scale)))
 
 
 def _paint_shape(canvas: Image.Image, mark: Mark, scale: float) -> None:

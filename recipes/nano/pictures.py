@@ -25,9 +25,8 @@ def worth(batch: Batch) -> int:
 class Pictures:
     """The source of a run's batches: batch n holds the same pictures in every run of one seed."""
 
-    def __init__(self, device: torch.device | str, *, batch: int, workers: int, seed: int = 0):
-        self.device = torch.device(device)
-        self._plan = Plan(seed=seed, pictures={224: batch, 448: max(1, batch // 4)}, workers=workers)
+    def __init__(self, device: torch.device | str, plan: Plan):
+        self.device, self._plan = torch.device(device), plan
         self._assets = Assets.load(self._plan.assets)
         self._render = Renderer(self._assets, self.device)
         self._started: tuple[int, Iterator[Batch]] | None = None
@@ -38,7 +37,7 @@ class Pictures:
         self._started = step, self.raw(step)
 
     def raw(self, step: int) -> Iterator[Batch]:
-        """Planned batches in host memory from number ``step`` on, three of 224 px to one of 448."""
+        """Planned batches in host memory from number ``step`` on."""
         return loader(replace(self._plan, first=step), pin_memory=self.device.type == "cuda")
 
     def to_device(self, raw: Batch) -> Batch:
@@ -58,7 +57,8 @@ class Pictures:
         return self.drawn(started[1] if started and started[0] == step else self.raw(step))
 
     def samples(self) -> Iterator[Batch]:
-        """One drawn batch of each size that no training step sees."""
-        for size, pictures in self._plan.pictures.items():
-            raw = make_batch(self._assets, Random(f"sample {self._plan.seed} {size}"), size, pictures)
+        """One drawn batch of each kind that no training step sees."""
+        for kind in dict.fromkeys(self._plan.cycle):
+            rng = Random(f"sample {self._plan.seed} {kind}")
+            raw = make_batch(self._assets, rng, kind, self._plan.pictures[kind], plan=self._plan)
             yield self.render(self.to_device(raw))

@@ -8,11 +8,13 @@ import numpy as np
 
 from recipes.nano import dialogue as say
 from recipes.nano.assets import Assets
+from recipes.nano.charts import chart_questions, plan_chart
+from recipes.nano.documents import plan_lines
 from recipes.nano.questions import Form, fill, shape_questions, side_of
 from recipes.nano.scenes import COLOUR_NAMES, COLOURS, SHAPES, TASKS, Colour, Line, Mark, Photo, Scene
 
-# Shares of the tasks among pictures: at 224 px, and at 448 px, which is there for lines of text.
-SHARES = {224: (0.44, 0.2, 0.26, 0.1), 448: (0.62, 0.13, 0.15, 0.1)}
+# Shares of the tasks among pictures: at 224 px, and at 448 px, which is there for lines of text and charts.
+SHARES = {224: (0.4, 0.19, 0.24, 0.09, 0.03, 0.05), 448: (0.2, 0.1, 0.1, 0.08, 0.3, 0.22)}
 MIN_SIDE = 56  # of the packaged preprocessor_config.json
 MIN_EM = 19.0  # capitals of about 14 px
 LINE_HEIGHT = 1.3
@@ -41,8 +43,9 @@ class Planner:
     def plan(self, grown: float = 1.0, task: str | None = None) -> Scene:
         """One scene, of ``task`` or of one drawn by ``SHARES``."""
         scene = self.empty(task or self.rng.choices(TASKS, SHARES[self.size])[0])
-        scene.sensor = self._sensor()
+        scene.sensor = self.sensor()
         kinds = {"words": self._words, "shapes": self._shapes, "emoji": self._emoji, "not sure": self._not_sure}
+        kinds |= {"lines": self._lines, "charts": self._charts}
         kinds[scene.task](scene, grown)
         return scene
 
@@ -61,7 +64,8 @@ class Planner:
         short = max(int(self.size / ratio), MIN_SIDE)
         return (short, self.size) if rng.random() < 0.7 else (self.size, short)
 
-    def _sensor(self) -> tuple[float, ...]:
+    def sensor(self) -> tuple[float, ...]:
+        """What a camera does to a picture: often nothing."""
         rng = self.rng
         if rng.random() < 0.35:
             return (0.0, 1.0, 0.0, 0.0)
@@ -69,12 +73,15 @@ class Planner:
         noise = rng.random() ** 2 * 0.08 if rng.random() < 0.4 else 0.0
         return (rng.gauss(0, 0.04), 1.0 + rng.gauss(0, 0.08), blur, noise)
 
-    def _background(self, colours: Sequence[Colour], contrast: float) -> tuple[float, ...]:
-        """A background at least ``contrast`` away from all ``colours``, as ``_contrast`` measures it."""
+    def background(self, colours: Sequence[Colour], contrast: float, calm: bool = False) -> tuple[float, ...]:
+        """A background at least ``contrast`` away from all ``colours``, as ``_contrast`` measures it.
+
+        A ``calm`` one has no pattern, and is mostly light.
+        """
         rng = self.rng
         best, distance = (1.0, 1.0, 1.0), -1.0
         for _ in range(16):
-            candidate = self._backdrop()
+            candidate = self._backdrop(calm)
             nearest = min((_contrast(candidate, colour) for colour in colours), default=9.0)
             if nearest > distance:
                 best, distance = candidate, nearest
@@ -82,12 +89,13 @@ class Planner:
                 break
         room = max(0.0, min(0.35, distance - contrast))
         second = tuple(min(1.0, max(0.0, c + rng.uniform(-1, 1) * room * 0.58)) for c in best)
-        kind = rng.choices((0, 1, 2, 3, 4), (0.45, 0.2, 0.1, 0.17, 0.08))[0]
+        weights = (0.85, 0.1, 0.05, 0, 0) if calm else (0.45, 0.2, 0.1, 0.17, 0.08)
+        kind = rng.choices((0, 1, 2, 3, 4), weights)[0]
         return (float(kind), *best, *second, rng.uniform(0, math.tau), rng.uniform(1, 9), rng.uniform(0, math.tau))
 
-    def _backdrop(self) -> Colour:
+    def _backdrop(self, calm: bool = False) -> Colour:
         rng = self.rng
-        kind = rng.random()
+        kind = rng.random() * (0.85 if calm else 1.0)
         if kind < 0.3:
             return (1.0, 1.0, 1.0)
         if kind < 0.5:
@@ -241,7 +249,7 @@ class Planner:
                     name,
                 )
             )
-        scene.background = self._background([colour], 0.32)
+        scene.background = self.background([colour], 0.32)
 
     def advances(self, text: str, face: int, spacing: float) -> np.ndarray:
         """Advance of each character in ems."""
@@ -251,6 +259,13 @@ class Planner:
     def _cut(self, text: str, face: int, spacing: float, room: float) -> str:
         ends = np.cumsum(self.advances(text, face, spacing))
         return text[: max(1, int(np.searchsorted(ends, room)))].rstrip()
+
+    def _lines(self, scene: Scene, grown: float) -> None:
+        self._talk(scene, plan_lines(self, scene, grown) + self._absent("es"))
+
+    def _charts(self, scene: Scene, grown: float) -> None:
+        chart = plan_chart(self, scene)
+        self._talk(scene, chart_questions(chart, self) + self._absent("e"))
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +294,18 @@ class Planner:
             angle = rng.uniform(-0.25, 0.25) if rng.random() < 0.4 else 0.0
             stretch = rng.uniform(0.9, 1.1) if name not in ("circle", "square") else 1.0
             scene.marks.append(Mark("shape", SHAPES.index(name), x, y, size, angle, stretch, look, name, colour))
-        scene.background = self._background(list(fills.values()), 0.22)
+        scene.background = self.background(list(fills.values()), 0.22)
+
+    def thing(self, size: float, sprite: bool) -> Mark:
+        """A shape or an emoji of half-width ``size``, for the caller to place."""
+        rng = self.rng
+        if sprite:
+            chosen = rng.randrange(self.assets.num_styles) * len(self.assets.emoji) + rng.choice(self.things)
+            label = self.assets.emoji[chosen % len(self.assets.emoji)]["label"]
+            return Mark("sprite", chosen, 0.0, 0.0, size, 0.0, 1.0, self._sprite_look(label), label)
+        name, colour = rng.choice(SHAPES), rng.choice(COLOUR_NAMES)
+        look = self._shape_look(self.colour(colour), size)
+        return Mark("shape", SHAPES.index(name), 0.0, 0.0, size, 0.0, 1.0, look, name, colour)
 
     def _spots(self, scene: Scene, count: int) -> tuple[list[float], list[tuple[float, float]]]:
         """Half-widths and centres of ``count`` shapes that do not touch."""
@@ -343,7 +369,7 @@ class Planner:
             label = self.assets.emoji[sprite % len(self.assets.emoji)]["label"]
             stretch = rng.uniform(0.92, 1.08) if rng.random() < 0.3 else 1.0
             scene.marks.append(Mark("sprite", sprite, x, y, size, angle, stretch, self._sprite_look(label), label))
-        scene.background = self._background([], 0.0)
+        scene.background = self.background([], 0.0)
 
     def _sprite_look(self, label: str) -> tuple[float, ...]:
         """Changes of drawing style that leave the thing what it is, so that a style never seen is recognised too."""

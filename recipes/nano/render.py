@@ -66,6 +66,7 @@ class Renderer:
         points = torch.cat([_patch_points(size, len(valid), self.device), _query_points(size, valid)], 1)
         labels = torch.zeros(points.shape[:2], dtype=torch.int64, device=self.device)
         self._draw_photos(canvas, labels, batch, valid)
+        self._draw_boxes(canvas, labels, points, batch)
         self._draw_marks(canvas, labels, points, batch)
         self._draw_lines(canvas, labels, points, batch)
         pixels = self.axis[:size]
@@ -133,6 +134,33 @@ class Renderer:
         """Rotations of colour space about the grey axis, (n, 3, 3)."""
         across, turned, along = self.hue_turn
         return across * angle.cos()[:, None, None] + turned * angle.sin()[:, None, None] + along
+
+    # --- bars of charts ----------------------------------------------------------------------------------------------
+
+    def _draw_boxes(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
+        """Boxes of a layer do not overlap, so what covers a pixel is a matrix product: rows times columns."""
+        pictures = batch["box_picture"]
+        if not len(pictures):
+            return
+        size = canvas.shape[-1]
+        shown = canvas[pictures]
+        for values, classes in zip(batch["box_values"], batch["box_class"], strict=True):
+            left, top, right, bottom, *_ = values.unbind(-1)
+            across, down = self._covered(left, right, size), self._covered(top, bottom, size)
+            paint = torch.cat([values[..., 4:], torch.ones_like(values[..., :1])], -1)
+            rows = (down[..., None] * paint[:, :, None]).permute(0, 3, 2, 1)  # (B, 4, S, K)
+            colour, alpha = torch.matmul(rows, across[:, None]).split((3, 1), 1)
+            shown = torch.addcmul(colour, shown, 1 - alpha.clamp_(max=1))
+            x, y = points[pictures, None].unbind(-1)
+            inside = (x > left[..., None]) & (x < right[..., None]) & (y > top[..., None]) & (y < bottom[..., None])
+            found = torch.where(inside & (classes[..., None] >= 0), classes[..., None], -1).amax(1)
+            self._label(labels, pictures, found)
+        canvas.index_copy_(0, pictures, shown)
+
+    def _covered(self, start: Tensor, end: Tensor, size: int) -> Tensor:
+        """Share of each pixel of an axis that lies between ``start`` and ``end``: (B, K) -> (B, K, S)."""
+        pixel = self.axis[:size]
+        return (torch.minimum(end[..., None], pixel + 1) - torch.maximum(start[..., None], pixel)).clamp_(0, 1)
 
     # --- shapes and sprites ------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""What a planned picture is made of: text lines, shapes, emoji, photographs; the names of shapes, colours and classes.
+"""What a planned picture is made of: text, shapes, emoji, bars, photographs; the names of shapes, colours and classes.
 
 Nothing is drawn here. A ``Scene`` holds drawing commands in pixels of the model's picture; ``render.py`` draws batches
-of them on the GPU for training, ``paint.py`` draws single ones with PIL at the size of a user's picture.
+of them on the GPU for training, ``paint.py`` draws single ones with PIL at the size of a user's picture. A ``Story`` is
+a conversation about one scene or several.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 
 from recipes.nano.fonts import CHARACTERS
 
-TASKS = ("words", "shapes", "emoji", "not sure")
+TASKS = ("words", "shapes", "emoji", "not sure", "lines", "charts")  # about one picture
+STORIES = ("clips", "several", "search")  # about more than one
 SHAPES = (
     *("circle", "square", "triangle", "rectangle", "star", "heart"),
     *("pentagon", "hexagon", "diamond", "oval", "cross", "arrow"),
@@ -82,6 +84,26 @@ class Mark:
 
 
 @dataclass
+class Box:
+    """An upright rectangle of a chart between two corners: a bar, an axis, a line of the grid.
+
+    Boxes of a lower ``layer`` (below ``LAYERS``) are drawn first; those of one layer do not overlap. One that has no
+    ``colour_name`` is not there for the dense labels.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    colour: Colour
+    colour_name: str = ""
+    layer: int = 1
+
+
+LAYERS = 2
+
+
+@dataclass
 class Photo:
     """Part of a picture of another kind, perhaps mixed with a second one. ``box`` is x, y, width, height in 0..1."""
 
@@ -109,5 +131,18 @@ class Scene:
     sensor: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0)
     lines: list[Line] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
     photo: Photo | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)
+
+
+PICTURE = "<fim_prefix><|img|><fim_suffix>"
+
+
+@dataclass
+class Story:
+    """Pictures of one size and a conversation about them; ``PICTURE`` stands in the questions, once for each."""
+
+    task: str
+    scenes: list[Scene]
+    turns: list[tuple[str, str]]

@@ -18,6 +18,7 @@ from aria.checkpoint.save import save_checkpoint
 from aria.model import Aria
 from aria.train import TimeBudget, Trainer, TrainerConfig
 from recipes.nano import smoke, tokenizer
+from recipes.nano.data import Plan
 from recipes.nano.learn import Learner
 from recipes.nano.model import nano_config, tiny_config
 from recipes.nano.pictures import Pictures
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
-    pictures = Pictures(options.device, batch=options.batch, workers=options.workers, seed=options.seed)
+    counts = {"small": options.batch, "large": max(1, options.batch // 4)}
+    pictures = Pictures(options.device, Plan(seed=options.seed, pictures=counts, workers=options.workers))
     if options.smoke:
         smoke.measure(lambda: build(options, pictures.num_classes), trainer_config(options), pictures, options.out)
         return

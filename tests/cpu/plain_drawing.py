@@ -12,7 +12,7 @@ from recipes.nano import commands, shapes
 from recipes.nano.assets import Assets
 from recipes.nano.fonts import CHARACTERS, EM_SIZES
 from recipes.nano.render import Renderer
-from recipes.nano.scenes import Line, Mark, Scene
+from recipes.nano.scenes import Box, Line, Mark, Scene
 
 
 def draw(scene: Scene, renderer: Renderer, assets: Assets, grains: Tensor, noise: Tensor) -> Tensor:
@@ -20,6 +20,8 @@ def draw(scene: Scene, renderer: Renderer, assets: Assets, grains: Tensor, noise
     picture = _background(scene, grains)
     if scene.photo:
         picture = _photo(scene, renderer)
+    for box in sorted(scene.boxes, key=lambda box: box.layer):
+        picture = _box(picture, box)
     for mark in scene.marks:
         picture = _shape(picture, mark, renderer) if mark.kind == "shape" else _sprite(picture, mark, renderer)
     for line in scene.lines:
@@ -79,6 +81,15 @@ def _photo(scene: Scene, renderer: Renderer) -> Tensor:
     indices = scene.photo.index, max(scene.photo.other, 0)
     one, other = (_sample(renderer.photos[i] / 255, u * 2 - 1, v * 2 - 1, "reflection") for i in indices)
     return _turn_hue(one * (1 - scene.photo.mix) + other * scene.photo.mix, scene.photo.hue)
+
+
+def _box(picture: Tensor, box: Box) -> Tensor:
+    """Each pixel is mixed by the part of its area that the rectangle covers."""
+    x, y = _places(picture.shape[-1])
+    wide = (x + 0.5).clamp(max=box.right) - (x - 0.5).clamp(min=box.left)
+    high = (y + 0.5).clamp(max=box.bottom) - (y - 0.5).clamp(min=box.top)
+    alpha = wide.clamp(0, 1) * high.clamp(0, 1)
+    return picture * (1 - alpha) + torch.tensor(box.colour)[:, None, None] * alpha
 
 
 def _own_axes(size: int, mark: Mark) -> tuple[Tensor, Tensor]:
