@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +14,7 @@ import torch
 
 from aria.model import Aria
 from aria.processor import AriaProcessor
-from aria.train.data import DataSettings, make_stream
-from aria.train.data.report import RowError
-from aria.train.data.rows import Conversation, Customs, read_row
-from aria.train.data.sources import Sources
+from aria.train.data import DataSettings, make_stream, questions
 from aria.train.objective import Losses, Step
 from aria.train.recipe import Recipe
 from aria.train.trainer import Descent, Position
@@ -120,31 +117,16 @@ class Evaluation:
         recipe, count = self._recipe, self._recipe.evaluate.samples
         if self._sampler is None or not count:
             return
-        asked = list(islice(held_out_conversations(recipe, self._processor), count))
-        given = self._sampler(self._model, self._processor, [one for one, _ in asked], recipe.evaluate.max_tokens)
+        asked = questions(held_out(recipe), self._processor, count)
+        given = self._sampler(
+            self._model, self._processor, [question.messages for question in asked], recipe.evaluate.max_tokens
+        )
         if self._ranks.rank:
             return
         with (self._out / SAMPLES_NAME).open("a", encoding="utf-8") as file:
             for (messages, truth), answer in zip(asked, given, strict=True):
                 line = {"step": self._position.step, "messages": messages, "truth": truth, "answer": answer}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-
-
-def held_out_conversations(recipe: Recipe, processor: AriaProcessor) -> Iterator[tuple[list[dict[str, Any]], str]]:
-    """Held-out conversations up to their last answer, and that answer's text; rows that are of no use are left out."""
-    settings = held_out(recipe)
-    sources = Sources(settings.weights, settings.split)
-    customs = Customs(settings.num_frames, settings.timestamps, processor.image_processor.sizes)
-    for index in range(len(sources)):
-        try:
-            row, _ = read_row(sources.read(index), customs)
-        except RowError:
-            continue
-        if isinstance(row, Conversation):
-            last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-            content = row.messages[last]["content"]
-            parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-            yield list(row.messages[:last]), "".join(parts)
 
 
 def held_out(recipe: Recipe) -> DataSettings:
