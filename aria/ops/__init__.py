@@ -25,11 +25,12 @@ from aria.ops import moe as _moe
 from aria.ops import reference
 from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
+from aria.ops import stacked as _stacked
 from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary_table, swiglu
 from aria.ops.segments import Segments
-from aria.ops.stacked import Stack, graphs_hold_stacked, stack_adapters, stacked_expert_mlp, stacked_linear_add
+from aria.ops.stacked import Stack, graphs_hold_stacked, stack_adapters, stacked_linear_add
 
 __all__ = [
     "LowRank",
@@ -255,6 +256,21 @@ def _moe_module(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Te
         if many.fits(x_TD, fc1_EDF, fc2_EFD):
             return many
     return reference if _use_reference() else _moe
+
+
+def stacked_expert_mlp(
+    x_TD: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    weights_TA: Tensor,
+    index_TA: Tensor,
+    stacks: tuple[Stack | None, Stack | None],
+    owners_T: Tensor,
+) -> Tensor:
+    """Experts in which each token has its own adapters; see :func:`aria.ops.stacked.stacked_expert_mlp`."""
+    fast = inference_kernels(x_TD) and _kernels("stacked").fits(stacks)
+    chosen = _kernels("stacked") if fast else _stacked
+    return chosen.stacked_expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, stacks, owners_T)
 
 
 def graphs_hold_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:

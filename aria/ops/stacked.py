@@ -80,7 +80,7 @@ def stacked_linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tenso
         stack: the adapters.
         owners_T: int32, whose token this is; 0 is nobody's.
     """
-    return torch.addmm(y_TO, _own(F.linear(x_TI, stack.a), stack, owners_T), stack.b.t())
+    return torch.addmm(y_TO, own_ranks(F.linear(x_TI, stack.a), stack, owners_T), stack.b.t())
 
 
 def stacked_expert_mlp(
@@ -117,7 +117,7 @@ def graphs_hold_stacked(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
     return not waits(x_TD, fc1_EDF, fc2_EFD)
 
 
-def _own(h: Tensor, stack: Stack, owners: Tensor) -> Tensor:
+def own_ranks(h: Tensor, stack: Stack, owners: Tensor) -> Tensor:
     """Zero what belongs to other adapters. Not by a product: what another adapter makes infinite stays its own."""
     return torch.where(stack.owners == owners[:, None], h, 0)
 
@@ -126,7 +126,7 @@ def _grouped(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, off
     y = F.grouped_mm(x, weight, offs=offsets)
     if stack is None:
         return y
-    return y.add_(F.grouped_mm(_own(F.grouped_mm(x, stack.a, offs=offsets), stack, owners), stack.b, offs=offsets))
+    return y.add_(F.grouped_mm(own_ranks(F.grouped_mm(x, stack.a, offs=offsets), stack, owners), stack.b, offs=offsets))
 
 
 def _loop(
@@ -138,7 +138,7 @@ def _loop(
 ) -> Tensor:
     def product(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, expert: int) -> Tensor:
         y = x @ weight[expert]
-        return y if stack is None else y + _own(x @ stack.a[expert], stack, owners) @ stack.b[expert]
+        return y if stack is None else y + own_ranks(x @ stack.a[expert], stack, owners) @ stack.b[expert]
 
     pieces = []
     for expert, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
