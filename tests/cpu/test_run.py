@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> Non
     raise AssertionError(f"step {step} was not reached: {(process.stderr.read() if process.stderr else b'').decode()}")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
     top = {
         "budget.steps": 22,
@@ -252,3 +254,21 @@ def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_pa
     trained = load_file(out / "export" / "model.safetensors")
     assert "language_model.model.embed_tokens.weight" in trained and not any("aid" in name for name in trained)
     assert command("train", file, "--out", out, "--dry-run") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback of Windows is not what is tested here")
+def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path, data, model_folder):
+    out = tmp_path / "run"
+    file = recipe(**{"budget.steps": 2, "targets.dropout": 0.0, "evaluate.data": [data.as_posix()]})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "aria.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, "train", str(file), "--out", str(out)], check=True, cwd=ROOT, env=environment)
+    config = AriaConfig.from_pretrained(model_folder)
+    first = read_adapter(out / "export", config).weights
+    # A line for each step, of both ranks together.
+    assert [line["tokens"] for line in lines(out) if "loss" in line] == [2 * 192, 4 * 192]
+    assert lines(out)[-1]["held-out targets"] > 0
+    assert command("train", file, "--out", out, "--set", "budget.steps=3") == 0
+    assert [line["tokens"] for line in lines(out) if "loss" in line][-1] == 5 * 192
+    second = read_adapter(out / "export", config).weights
+    assert first.keys() == second.keys() and any(not torch.equal(first[n].b, second[n].b) for n in first)
