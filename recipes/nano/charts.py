@@ -1,4 +1,4 @@
-"""Plans bar charts: upright bars, lying bars and lollipops, with names, values, titles, and what is asked about them."""
+"""Plans bar charts: upright bars, lying bars, lollipops; names, values, titles, and what is asked about them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 CLEAR = 7.0
 """Pixels by which two bars differ at least before anything is asked about which is longer."""
+HEAD, WIDEST_HEAD = 0.7, 0.09  # of a lollipop: radius as a share of half its slot's bar, that at most in sizes
 SMALLEST_EM = 19.0  # as in the planner: capitals of about 14 px
 
 
@@ -71,7 +72,7 @@ def plan_chart(planner: Planner, scene: Scene, grown: float = 1.0) -> Chart:
     large = scene.size > 224
     count = rng.randint(2, 6 if large else 3)
     colours = _bar_colours(planner, count)
-    fills = {name: planner.colour(name) for name in set(colours)}
+    fills = {name: planner.colour(name) for name in dict.fromkeys(colours)}
     scene.background = planner.background(list(fills.values()), 0.2, calm=True)
     style = _style(planner, scene)
     names = _names(planner, style, count, scene)
@@ -85,7 +86,10 @@ def chart_questions(chart: Chart, planner: Planner) -> list[Form]:
     """Weighted ``(question forms, answer)`` about a chart, each with one right answer."""
     rng = planner.rng
     order = sorted(range(len(chart.names)), key=lambda i: chart.lengths[i])
-    forms: list[Form] = [(0.3, (say.DESCRIBE, describe_chart(chart))), (0.15, (CATEGORIES, f"{', '.join(chart.names)}."))]
+    forms: list[Form] = [
+        (0.3, (say.DESCRIBE, describe_chart(chart))),
+        (0.15, (CATEGORIES, f"{', '.join(chart.names)}.")),
+    ]
     if chart.lengths[order[-1]] - chart.lengths[order[-2]] >= CLEAR:
         forms.append((1.0, (LARGEST, f"{chart.names[order[-1]]}.")))
     if chart.lengths[order[1]] - chart.lengths[order[0]] >= CLEAR:
@@ -108,7 +112,7 @@ def chart_questions(chart: Chart, planner: Planner) -> list[Form]:
 
 
 def describe_chart(chart: Chart) -> str:
-    """ 'A bar chart "Sales": Jan 12, Feb 7 and Mar 20.', or only the names where no values are printed."""
+    """'A bar chart "Sales": Jan 12, Feb 7 and Mar 20.', or only the names where no values are printed."""
     title = f' "{chart.title}"' if chart.title else ""
     bars = [f"{name} {value}" if chart.printed else name for name, value in zip(chart.names, chart.values, strict=True)]
     return f"A bar chart{title}: {say.listing(bars)}."
@@ -253,6 +257,8 @@ def _upright(
     end, ticks = _ticks(chart, planner)
     floor = bottom - em * 1.35
     top += em * 1.15 if chart.printed else 0.0
+    if style.heads:  # room for the disc of the longest
+        top += HEAD * min((right - left) / len(chart.names) * (1 - style.gap) / 2, WIDEST_HEAD * scene.size)
     high = floor - top
     wanted = style.grid and scene.size > 224 and planner.rng.random() < 0.6
     if wanted:  # numbers on the axis take room from the left; few enough that they do not touch
@@ -280,8 +286,8 @@ def _upright(
         _write(scene, style, name, middle - own / 2, floor + em * 1.05)
         if chart.printed:
             own = planner.advances(str(value), face, 0.0).sum() * em
-            lift = min(half, slot * 0.3) if style.heads else 0.0
-            _write(scene, style, str(value), middle - own / 2, max(floor - tall - lift - em * 0.25, em))
+            lift = HEAD * min(half, WIDEST_HEAD * scene.size) if style.heads else 0.0
+            _write(scene, style, str(value), middle - own / 2, floor - tall - lift - em * 0.25)
 
 
 def _lying(
@@ -299,6 +305,8 @@ def _lying(
     start = left + wide + em * 0.45
     widest = max(planner.advances(str(value), face, 0.0).sum() for value in chart.values) * em
     long = right - start - (widest + em * 0.6 if chart.printed else 0.0)
+    if style.heads:
+        long -= HEAD * min(slot * (1 - style.gap) / 2, WIDEST_HEAD * scene.size)
     end, ticks = _ticks(chart, planner)
     if style.grid:
         for tick in ticks:
@@ -314,7 +322,7 @@ def _lying(
         own = planner.advances(name, face, 0.0).sum() * em
         _write(scene, style, name, start - em * 0.35 - own, middle + em * 0.34)
         if chart.printed:
-            lift = min(half, slot * 0.3) if style.heads else 0.0
+            lift = HEAD * min(half, WIDEST_HEAD * scene.size) if style.heads else 0.0
             _write(scene, style, str(value), start + length + lift + em * 0.3, middle + em * 0.34)
 
 
@@ -322,7 +330,7 @@ def _bar(
     scene: Scene, style: Style, fill: Colour, colour: str, middle: float, foot: float, half: float, length: float
 ) -> None:
     """A bar from ``foot``, upwards or to the right; a lollipop is a thin one with a disc at its end."""
-    half = min(half, 0.09 * scene.size) if style.heads else half
+    half = min(half, WIDEST_HEAD * scene.size) if style.heads else half
     thin = max(1.0, half * 0.18) if style.heads else half
     if style.upright:
         scene.boxes.append(Box(middle - thin, foot - length, middle + thin, foot, fill, colour))
@@ -331,5 +339,5 @@ def _bar(
     if style.heads:
         x, y = (middle, foot - length) if style.upright else (foot + length, middle)
         look = (*fill, 0.0, 0.0, 0.0, 0.0, 0.0)
-        disc = Mark("shape", SHAPES.index("circle"), x, y, half * 0.7, 0.0, 1.0, look, "circle", colour)
+        disc = Mark("shape", SHAPES.index("circle"), x, y, half * HEAD, 0.0, 1.0, look, "circle", colour)
         scene.marks.append(disc)

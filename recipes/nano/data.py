@@ -56,14 +56,16 @@ def small_talk(rng: Random) -> Turns:
 class Plan:
     """What a run draws. The content of batch n depends on this (but for ``first`` and ``workers``) and on n alone.
 
-    ``pictures``: pictures a batch, by kind. ``cycle``: kinds of successive batches. ``shares``: of tasks, for kinds that
-    shall differ from ``KINDS``. ``growth``: batches over which words grow to their full length. ``first``: number of
-    the first batch, 0 but for a run that goes on. ``talk`` makes conversations without a picture, one for every
+    ``pictures``: pictures a batch, by kind. ``cycle``: kinds of successive batches. ``shares``: of tasks, if they shall
+    not be those of ``KINDS``. ``growth``: batches over which words grow to their full length. ``first``: number of the
+    first batch, 0 but for a run that goes on. ``talk`` makes conversations without a picture, one for every
     ``talk_every`` pictures; worker processes must be able to import it.
     """
 
     seed: int
-    pictures: Mapping[str, int] = field(default_factory=lambda: {"small": 512, "large": 128, "several": 512, "long": 512})
+    pictures: Mapping[str, int] = field(
+        default_factory=lambda: {"small": 512, "large": 128, "several": 512, "long": 512}
+    )
     cycle: tuple[str, ...] = ("small", "small", "small", "large")
     shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     assets: Path = FOLDER / "assets.npz"
@@ -195,7 +197,7 @@ def make_batch(
 
 
 def deal(pictures: int, bounds: tuple[int, int], rng: Random) -> list[int]:
-    """Random numbers within ``bounds`` that add up to ``pictures``; only the last may be smaller than the bounds say."""
+    """Random numbers within ``bounds`` that add up to ``pictures``; only the last may be too small."""
     low, high = bounds
     counts: list[int] = []
     left = pictures

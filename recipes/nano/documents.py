@@ -90,7 +90,7 @@ def _note(planner: Planner, longest: int) -> str:
     """A few words, a number, a time, a string without meaning, something with a bullet."""
     rng = planner.rng
     kind = rng.random()
-    if kind < 0.12 or longest < 6:
+    if kind < 0.12 or longest < 10:
         return planner.text(max(2, min(longest, 12)))
     if kind < 0.2:
         return f"{rng.randint(1, 24)}:{rng.randint(0, 59):02d} {_word(planner, longest - 6)}".strip()
@@ -128,7 +128,9 @@ def place(planner: Planner, scene: Scene, texts: list[str], sizes: list[float]) 
         while len(text) > 1 and planner.advances(text, own, 0.0).sum() * size * SMALLEST_EM > room_w * 0.96:
             text = text[:-1].rstrip()
         cut.append(text)
-    widths = [planner.advances(text, own, 0.0).sum() * size for text, size, own in zip(cut, sizes, faces, strict=False)]
+    widths = [
+        float(planner.advances(text, own, 0.0).sum()) * size for text, size, own in zip(cut, sizes, faces, strict=False)
+    ]
     wide, high = max(widths), sum(sizes[:count]) * leading
     largest = min(room_w / (wide * cos + high * abs(sin)), room_h / (high * cos + wide * abs(sin)), 0.3 * scene.size)
     if largest < SMALLEST_EM:

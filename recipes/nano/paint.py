@@ -124,7 +124,9 @@ def paint_box(canvas: Image.Image, box: Box, scale: float, style: str) -> None:
     if min(right - left, bottom - top) <= 0:
         return
     large = Image.new("L", (width * OVERSAMPLE, height * OVERSAMPLE))
-    corners = [round((side - origin) * OVERSAMPLE) for side, origin in zip((left, top, right, bottom), (x, y) * 2, strict=True)]
+    corners = [
+        round((side - origin) * OVERSAMPLE) for side, origin in zip((left, top, right, bottom), (x, y) * 2, strict=True)
+    ]
     corners = [*corners[:2], max(corners[2] - 1, corners[0]), max(corners[3] - 1, corners[1])]
     bar = bool(box.colour_name) and min(right - left, bottom - top) > 6
     radius = min(right - left, bottom - top) * 0.2 * OVERSAMPLE if bar and style == "rounded" else 0

@@ -288,7 +288,7 @@ class Planner:
         """Place shapes without overlap, in random sizes; two stand clearly beside or clearly above one another."""
         rng, count = self.rng, len(names)
         sizes, places = self._spots(scene, count)
-        fills = {name: self.colour(name) for name in set(colours)}
+        fills = {name: self.colour(name) for name in dict.fromkeys(colours)}
         for (x, y), size, name, colour in zip(places, sizes, names, colours, strict=True):
             look = self._shape_look(fills[colour], size)
             angle = rng.uniform(-0.25, 0.25) if rng.random() < 0.4 else 0.0

@@ -1,7 +1,7 @@
 """Plans conversations about several pictures: clips of moving shapes, pictures side by side, one thing among many.
 
-Pictures stand in the text as the processor puts them: frames of a clip each after their ``[MM:SS]`` and before a newline,
-other pictures wherever the user's text has them.
+Pictures stand in the text as the processor puts them: frames of a clip each after their ``[MM:SS]`` and before a
+newline, other pictures wherever the user's text has them.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def _fill(mark: Mark) -> tuple[float, float, float]:
     return mark.look[0], mark.look[1], mark.look[2]
 
 
-def _path(
-    planner: Planner, scene: Scene, things: Sequence[Mark], way: str, frames: int
-) -> list[tuple[float, float]]:
+def _path(planner: Planner, scene: Scene, things: Sequence[Mark], way: str, frames: int) -> list[tuple[float, float]]:
     """Places of the first thing, one a frame, and (set in them) those of the others, off the path."""
     rng, mover = planner.rng, things[0]
     dx, dy = DIRECTIONS[way]
@@ -142,7 +140,9 @@ def _path(
         if 2 * half_x > scene.width or 2 * half_y > scene.height:
             continue
         x, y = rng.uniform(half_x, scene.width - half_x), rng.uniform(half_y, scene.height - half_y)
-        shares = [(n + (rng.uniform(-0.12, 0.12) if 0 < n < frames - 1 else 0)) / max(frames - 1, 1) for n in range(frames)]
+        shares = [
+            (n + (rng.uniform(-0.12, 0.12) if 0 < n < frames - 1 else 0)) / max(frames - 1, 1) for n in range(frames)
+        ]
         path = [(x + step_x * length * (s - 0.5), y + step_y * length * (s - 0.5)) for s in shares]
         if _settle(planner, scene, things, path):
             return path
@@ -200,7 +200,11 @@ def _frames_text(planner: Planner, frames: int) -> str:
 WHAT_IS_IN = ("What is in {}?", "What does {} show?", "Describe {}.", "What do you see in {}?", "What is shown in {}?")
 READ_IN = ("What does {} say?", "Read the text in {}.", "What is written in {}?", "What word is in {}?")
 WHICH_SHOWS = ("Which {noun} shows {what}?", "In which {noun} is {what}?", "Which {noun} has {what}?")
-WHICH_SAYS = ("Which {noun} says {what}?", 'In which {noun} is the word "{what}"?', 'Which {noun} has the text "{what}"?')
+WHICH_SAYS = (
+    "Which {noun} says {what}?",
+    'In which {noun} is the word "{what}"?',
+    'Which {noun} has the text "{what}"?',
+)
 IS_IN = ("Is there {what} in {where}?", "Does {where} show {what}?")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
@@ -219,7 +223,9 @@ def several(planner: Planner, pictures: int) -> Story:
         shown = PICTURE * pictures + rng.choice(("", "", "\n"))
     forms = [form for n in range(pictures) for form in _about(planner, scenes, titles, n, where, noun, 1.0 / pictures)]
     if pictures <= 6:
-        forms.append((0.15, ([form.format(say.plural(noun)) for form in say.COUNT[:2]], say.count_answer(pictures, noun))))
+        forms.append(
+            (0.15, ([form.format(say.plural(noun)) for form in say.COUNT[:2]], say.count_answer(pictures, noun)))
+        )
     return Story("several", scenes, _turns(planner, shown, forms, (1, 2, 3)))
 
 

@@ -12,7 +12,7 @@ from recipes.nano import commands, shapes
 from recipes.nano.assets import Assets
 from recipes.nano.fonts import CHARACTERS, EM_SIZES
 from recipes.nano.render import Renderer
-from recipes.nano.scenes import Box, Line, Mark, Scene
+from recipes.nano.scenes import LAYERS, Box, Line, Mark, Scene
 
 
 def draw(scene: Scene, renderer: Renderer, assets: Assets, grains: Tensor, noise: Tensor) -> Tensor:
@@ -20,8 +20,8 @@ def draw(scene: Scene, renderer: Renderer, assets: Assets, grains: Tensor, noise
     picture = _background(scene, grains)
     if scene.photo:
         picture = _photo(scene, renderer)
-    for box in sorted(scene.boxes, key=lambda box: box.layer):
-        picture = _box(picture, box)
+    for layer in range(LAYERS):
+        picture = _boxes(picture, [box for box in scene.boxes if box.layer == layer])
     for mark in scene.marks:
         picture = _shape(picture, mark, renderer) if mark.kind == "shape" else _sprite(picture, mark, renderer)
     for line in scene.lines:
@@ -83,13 +83,17 @@ def _photo(scene: Scene, renderer: Renderer) -> Tensor:
     return _turn_hue(one * (1 - scene.photo.mix) + other * scene.photo.mix, scene.photo.hue)
 
 
-def _box(picture: Tensor, box: Box) -> Tensor:
-    """Each pixel is mixed by the part of its area that the rectangle covers."""
+def _boxes(picture: Tensor, boxes: list[Box]) -> Tensor:
+    """Each pixel is mixed by the parts of its area that the rectangles cover, which do not overlap."""
     x, y = _places(picture.shape[-1])
-    wide = (x + 0.5).clamp(max=box.right) - (x - 0.5).clamp(min=box.left)
-    high = (y + 0.5).clamp(max=box.bottom) - (y - 0.5).clamp(min=box.top)
-    alpha = wide.clamp(0, 1) * high.clamp(0, 1)
-    return picture * (1 - alpha) + torch.tensor(box.colour)[:, None, None] * alpha
+    share, colour = torch.zeros_like(x), torch.zeros_like(picture)
+    for box in boxes:
+        wide = (x + 0.5).clamp(max=box.right) - (x - 0.5).clamp(min=box.left)
+        high = (y + 0.5).clamp(max=box.bottom) - (y - 0.5).clamp(min=box.top)
+        covered = wide.clamp(0, 1) * high.clamp(0, 1)
+        share += covered
+        colour += covered * torch.tensor(box.colour)[:, None, None]
+    return picture * (1 - share) + colour
 
 
 def _own_axes(size: int, mark: Mark) -> tuple[Tensor, Tensor]:
@@ -138,17 +142,17 @@ def _line(picture: Tensor, line: Line, renderer: Renderer, assets: Assets) -> Te
     em = EM_SIZES[commands.atlas_for(line.em)]
     tiles, tops = renderer.glyphs[em]
     strip = torch.zeros(4 * em, 60 * em)
-    pen, baseline, margin = 0.0, 2 * em, 2 * em
+    pen, baseline, margin = np.float32(0), 2 * em, 2 * em  # in ems, rounded as the renderer does it
     for character in line.text:
         code = ord(character) - 32
         if code:
             glyph = line.face * len(CHARACTERS) + code - 1
-            left = int(np.rint(pen)) + int(assets.glyph_boxes[em][line.face, code - 1, 0]) + margin
+            left = int(np.rint(float(pen) * em)) + int(assets.glyph_boxes[em][line.face, code - 1, 0]) + margin
             top = baseline + int(tops[glyph])
             tile = tiles[glyph] / 255
             part = strip[top : top + tile.shape[0], left : left + tile.shape[1]]
             part.copy_(torch.maximum(part, tile[: part.shape[0], : part.shape[1]]))
-        pen += (float(assets.face_metrics[line.face, code]) + line.spacing) * em
+        pen += assets.face_metrics[line.face, code] + np.float32(line.spacing)
     x, y = _places(picture.shape[-1])
     x, y = (x - line.x) * em / line.em, (y - line.y) * em / line.em
     cos, sin = np.cos(line.angle), np.sin(line.angle)

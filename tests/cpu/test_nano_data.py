@@ -8,79 +8,30 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from nano_material import draw_scenes, font, jpeg, material, packed_scenes
+from PIL import Image
 from plain_drawing import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.nano import data, dialogue, evaluate, fonts, paint, questions, scenes, tokenizer
+from recipes.nano import data, dialogue, evaluate, paint, questions, scenes, tokenizer
 from recipes.nano.assets import Assets, clean_label, fingerprint
-from recipes.nano.commands import pack
 from recipes.nano.planner import Planner
 from recipes.nano.render import IGNORED, Renderer, _patch_points, _query_points
-
-LABELS = ["red disc", "blue bar", "green tent"]
-
-
-def _png(draw_on) -> bytes:
-    picture = Image.new("RGBA", (128, 128))
-    draw_on(ImageDraw.Draw(picture))
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
-
-
-def _jpeg(seed: int) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(noise).resize((256, 192), Image.Resampling.BICUBIC).save(out, "JPEG")
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def assets() -> Assets:
-    rasters = {em: fonts.rasterise([_font(em)], em) for em in fonts.EM_SIZES}
-    sprites = [
-        _png(lambda draw: draw.ellipse((8, 8, 120, 120), (220, 20, 20))),
-        _png(lambda draw: draw.rectangle((4, 44, 124, 84), (20, 20, 220))),
-        _png(lambda draw: draw.polygon([(64, 4), (124, 120), (4, 120)], (20, 160, 20))),
-    ]
-    return Assets(
-        families=["Default"],
-        face_metrics=fonts.measure(_font(200))[None],
-        glyph_boxes={em: boxes for em, (boxes, _) in rasters.items()},
-        glyph_bits={em: bits for em, (_, bits) in rasters.items()},
-        emoji=[{"label": label, "hexcode": "", "concrete": True} for label in LABELS],
-        sprites=sprites,
-        photos=[_jpeg(seed) for seed in range(3)],
-        words=["apple", "bread", "cloud", "door", "evening", "flower", "go", "hat"],
-    )
+    return material()
 
 
 @pytest.fixture(scope="module")
 def renderer(assets: Assets) -> Renderer:
     torch.set_num_threads(1)
     return Renderer(assets)
-
-
-def _draw(renderer: Renderer, assets: Assets, drawn: list[scenes.Scene], seed: int = 0) -> dict[str, torch.Tensor]:
-    return renderer(_packed(drawn, assets, seed))
-
-
-def _packed(drawn: list[scenes.Scene], assets: Assets, seed: int = 0) -> dict[str, Any]:
-    packed = pack(drawn, assets)
-    batch = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in packed.items()}
-    return batch | {"size": drawn[0].size, "seed": seed}
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font
 
 
 def _neutral(scene: scenes.Scene) -> scenes.Scene:
@@ -123,9 +74,9 @@ def test_packaged_tokenizer_files_are_those_the_recipe_writes(tmp_path):
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [224, 448])
-def test_same_seed_same_batch(assets: Assets, size: int):
-    first, again, other = (data.make_batch(assets, Random(seed), size, 32) for seed in (1, 1, 2))
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_same_seed_same_batch(assets: Assets, kind: str):
+    first, again, other = (data.make_batch(assets, Random(seed), kind, 32) for seed in (1, 1, 2))
     for key, value in first.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, again[key]), key
@@ -241,12 +192,12 @@ def test_descriptions_read_well():
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [224, 448])
-def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, size: int):
-    pictures, queries = 32, tokenizer.QUERIES[size]
-    batch = data.make_batch(assets, Random(8), size, pictures)
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str):
+    pictures, queries = 32, tokenizer.QUERIES[data.KINDS[kind].size]
+    batch = data.make_batch(assets, Random(8), kind, pictures)
     ids, labels, starts = batch["input_ids"], batch["labels"], batch["cu_seqlens"].tolist()
-    assert len(ids) == len(labels) == len(batch["positions"]) == pictures * data.TOKENS_PER_PICTURE[size] == starts[-1]
+    assert len(ids) == len(labels) == len(batch["positions"]) == pictures * data.KINDS[kind].tokens == starts[-1]
     assert len(starts) == pictures + 1 + pictures // 4 + 1
     assert max(np.diff(starts)) <= batch["max_seqlen"]
     for n, (start, end) in enumerate(pairwise(starts)):
@@ -265,7 +216,9 @@ def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, size: int)
 
 def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
     assets.save(tmp_path / "assets.npz")
-    plan = data.Plan(seed=3, pictures={224: 8, 448: 8}, cycle=(224, 448), assets=tmp_path / "assets.npz", workers=1)
+    plan = data.Plan(
+        seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), assets=tmp_path / "assets.npz", workers=1
+    )
     here = data.Batches(plan, assets)
     for given, wanted, _ in zip(data.loader(plan), here, range(3), strict=False):
         assert torch.equal(given["input_ids"], wanted["input_ids"])
@@ -273,7 +226,8 @@ def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
 
 
 def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
-    plan = data.Plan(seed=3, pictures={224: 8, 448: 8}, cycle=(224, 448), growth=4)
+    words = {key: {"words": 1.0} for key in ("small", "large")}
+    plan = data.Plan(seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), shares=words, growth=4)
     whole = [batch for batch, _ in zip(data.Batches(plan, assets), range(5), strict=False)]
     later = [batch for batch, _ in zip(data.Batches(replace(plan, first=3), assets), range(2), strict=False)]
     for ours, wanted in zip(later, whole[3:], strict=True):
@@ -289,8 +243,8 @@ def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
 @pytest.mark.parametrize("size", [224, 448])
 def test_groups_and_windows_draw_what_the_whole_canvas_would(assets: Assets, renderer: Renderer, size: int):
     planner = Planner(assets, size, Random(size))
-    drawn = [planner.plan(1.0, task) for task in scenes.TASKS for _ in range(12)]
-    ours = _draw(renderer, assets, drawn, seed=5)["pixel_values"]
+    drawn = [planner.plan(1.0, task) for task in scenes.TASKS for _ in range(12 if size == 224 else 6)]
+    ours = draw_scenes(renderer, assets, drawn, seed=5)["pixel_values"]
     generator = torch.Generator().manual_seed(5)
     grains = torch.rand((len(drawn), 1, 9, 9), generator=generator)[:, 0]
     noisy = [n for n, scene in enumerate(drawn) if scene.sensor[3]]
@@ -302,15 +256,15 @@ def test_groups_and_windows_draw_what_the_whole_canvas_would(assets: Assets, ren
         torch.testing.assert_close(ours[n], plain, rtol=0, atol=1e-3, msg=lambda text, scene=scene: f"{text}\n{scene}")
 
 
-@pytest.mark.parametrize("task", ["words", "shapes", "emoji", "not sure"])
+@pytest.mark.parametrize("task", scenes.TASKS)
 def test_both_ways_of_drawing_give_the_same_picture(assets: Assets, renderer: Renderer, task: str):
     planner = Planner(assets, 224, Random(9))
     drawn = [_neutral(planner.plan(1.0, task)) for _ in range(8)]
     for scene in drawn:
         if scene.photo:
             scene.photo.hue, scene.photo.mix = 0.0, 0.0
-    pixels = (_draw(renderer, assets, drawn)["pixel_values"] + 1) / 2
-    painter = paint.Painter([_font(20).font_bytes], assets.sprites, assets.photos)
+    pixels = (draw_scenes(renderer, assets, drawn)["pixel_values"] + 1) / 2
+    painter = paint.Painter([font(20).font_bytes], assets.sprites, assets.photos)
     for scene, picture in zip(drawn, pixels, strict=True):
         large = painter.paint(scene, 2.0, _NoJpeg(1))
         small = large.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
@@ -334,7 +288,7 @@ class _NoJpeg(Random):
 def test_letters_lie_where_the_labels_say(assets: Assets, renderer: Renderer):
     scene = scenes.Scene("words", 224, 224, 224, background=(0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0))
     scene.lines = [scenes.Line("HIM", 0, 90.0, 10.0, 150.0, 0.0, 0.0, (0.0, 0.0, 0.0), "black")]
-    out = _draw(renderer, assets, [scene])
+    out = draw_scenes(renderer, assets, [scene])
     labels = out["patch_labels"].view(16, 16)
     dark = (out["pixel_values"][0].mean(0) < 0).view(16, 14, 16, 14)[:, 7, :, 7]  # patch centres in ink
     names = scenes.dense_classes(assets.labels)
@@ -352,7 +306,7 @@ def test_labels_of_shapes_and_sprites_agree_with_the_pixels(assets: Assets, rend
         drawn = [_neutral(planner.plan(1.0, task)) for _ in range(12)]
         for scene in drawn:
             scene.background = (0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.0)
-        out = _draw(renderer, assets, drawn)
+        out = draw_scenes(renderer, assets, drawn)
         centres = out["pixel_values"][:, :, 7::14, 7::14].flatten(2)
         coloured = (centres.abs() > 0.25).any(1)
         for scene, labels, seen in zip(drawn, out["patch_labels"], coloured, strict=True):
@@ -367,7 +321,7 @@ def test_labels_of_shapes_and_sprites_agree_with_the_pixels(assets: Assets, rend
 def test_photographs_are_labelled_other_everywhere(assets: Assets, renderer: Renderer):
     planner = Planner(assets, 224, Random(12))
     drawn = [planner.plan(1.0, "not sure") for _ in range(3)]
-    labels = _draw(renderer, assets, drawn)["patch_labels"]
+    labels = draw_scenes(renderer, assets, drawn)["patch_labels"]
     assert set(labels.unique().tolist()) <= {scenes.OTHER, IGNORED}
 
 
@@ -383,7 +337,7 @@ def test_queries_cover_the_patches_of_a_square_picture_once(assets: Assets, rend
 
 
 def test_renderer_repeats_itself(assets: Assets, renderer: Renderer):
-    batch = data.make_batch(assets, Random(13), 224, 8)
+    batch = data.make_batch(assets, Random(13), "small", 8)
     first, again = renderer(batch), renderer(batch)
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
@@ -409,7 +363,9 @@ class _Waits(TorchDispatchMode):
 @pytest.mark.parametrize("size", [224, 448])
 def test_drawing_never_waits_for_the_host(assets: Assets, renderer: Renderer, size: int):
     planner = Planner(assets, size, Random(14))
-    batch = _packed([planner.plan(1.0, task) for task in scenes.TASKS for _ in range(16)], assets)
+    batch = packed_scenes(
+        [planner.plan(1.0, task) for task in scenes.TASKS for _ in range(16 if size == 224 else 10)], assets
+    )
     for key in (
         "photo_mixed",
         "sprite_outlined",
@@ -448,15 +404,15 @@ def test_scores_count_exact_answers_letters_and_false_doubts():
 
 
 def test_fingerprints_tell_copies_from_other_pictures():
-    one, other = (Image.open(io.BytesIO(_jpeg(seed))) for seed in (1, 2))
+    one, other = (Image.open(io.BytesIO(jpeg(seed))) for seed in (1, 2))
     copy = one.resize((128, 96))
     assert (fingerprint(one) ^ fingerprint(copy)).bit_count() <= 6
     assert (fingerprint(one) ^ fingerprint(other)).bit_count() > 6
 
 
 def test_batches_always_fit_whatever_is_drawn(assets: Assets):
-    for seed in range(60):
-        for size in (224, 448):
-            batch = data.make_batch(assets, Random(seed), size, 32, grown=seed / 60)
+    for seed in range(16):
+        for kind in data.KINDS:
+            batch = data.make_batch(assets, Random(seed), kind, 48, grown=seed / 16)
             assert torch.diff(batch["cu_seqlens"]).max() <= batch["max_seqlen"]
             assert batch["num_tokens"] <= len(batch["input_ids"])
