@@ -16,9 +16,9 @@ if torch.cuda.device_count() < 2:
 CPU_TESTS = Path(__file__).parents[1] / "cpu"
 sys.path.insert(0, str(CPU_TESTS))
 
-from spread import CASES, train
+from spread import CASES, train  # noqa: E402
 
-from aria.train.parallel import Parallel
+from aria.train.parallel import Parallel  # noqa: E402
 
 
 @pytest.fixture(scope="module")
