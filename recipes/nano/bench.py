@@ -18,7 +18,9 @@ def main() -> None:
     assets = Assets.load()
     renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
     rates = {}
-    for kind, pictures in (("small", 256), ("large", 64), ("several", 256), ("long", 256)):
+    share = 1 if renderer.device.type == "cuda" else 8
+    for kind, pictures in (("small", 512), ("large", 128), ("several", 512), ("long", 512)):
+        pictures //= share
         make_batch(assets, Random(0), kind, pictures)
         started = time.perf_counter()
         batches = [make_batch(assets, Random(seed), kind, pictures) for seed in range(BATCHES)]

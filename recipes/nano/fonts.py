@@ -1,6 +1,6 @@
 """Faces: which font files are used, which families are held out, and their glyphs as bitmaps."""
 
-import zlib
+import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,8 @@ def rasterise(faces: list[ImageFont.FreeTypeFont], em: int) -> tuple[np.ndarray,
     """Glyph bitmaps of faces opened at size ``em``.
 
     Returns boxes ``(faces, characters, 4)`` int16 (left bearing, top above the baseline as a negative number, width,
-    height in pixels) and the zlib-packed concatenation of the 8-bit bitmaps, row-major.
+    height in pixels) and the xz-packed concatenation of the 8-bit bitmaps, row-major, in 16 shades: nobody sees more
+    on the edge of a letter, and they take half the room.
     """
     boxes = np.zeros((len(faces), len(CHARACTERS), 4), np.int16)
     bitmaps: list[bytes] = []
@@ -79,7 +80,8 @@ def rasterise(faces: list[ImageFont.FreeTypeFont], em: int) -> tuple[np.ndarray,
             mask, (left, top) = font.getmask2(character, mode="L", anchor="ls")
             boxes[f, c] = (left, top, *mask.size)
             bitmaps.append(bytes(mask))
-    return boxes, zlib.compress(b"".join(bitmaps))
+    shades = np.frombuffer(b"".join(bitmaps), np.uint8).astype(np.uint16)
+    return boxes, lzma.compress(((shades + 8) // 17 * 17).astype(np.uint8).tobytes())
 
 
 def measure(font: ImageFont.FreeTypeFont) -> np.ndarray:

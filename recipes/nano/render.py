@@ -6,7 +6,7 @@ the same maps, taken at a few points. N pictures, S their size, n things drawn t
 """
 
 import io
-import zlib
+import lzma
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +45,7 @@ class Renderer:
     def _glyph_tiles(self, assets: Assets, em: int) -> tuple[Tensor, Tensor]:
         """Bitmaps of all glyphs at one size in equal tiles ``(faces * characters, h, w)`` uint8, and their tops."""
         boxes = assets.glyph_boxes[em].reshape(-1, 4).astype(np.int64)
-        bits = np.frombuffer(zlib.decompress(assets.glyph_bits[em]), np.uint8)
+        bits = np.frombuffer(lzma.decompress(assets.glyph_bits[em]), np.uint8)
         tiles = np.zeros((len(boxes), boxes[:, 3].max(), boxes[:, 2].max()), np.uint8)
         start = 0
         for tile, (_, _, width, height) in zip(tiles, boxes, strict=True):
