@@ -256,7 +256,7 @@ def _upright(
     em, face = style.em, style.face
     end, ticks = _ticks(chart, planner)
     floor = bottom - em * 1.35
-    top += em * 1.15 if chart.printed else 0.0
+    top += em * 1.25 if chart.printed else 0.0
     if style.heads:  # room for the disc of the longest
         top += HEAD * min((right - left) / len(chart.names) * (1 - style.gap) / 2, WIDEST_HEAD * scene.size)
     high = floor - top
@@ -287,7 +287,7 @@ def _upright(
         if chart.printed:
             own = planner.advances(str(value), face, 0.0).sum() * em
             lift = HEAD * min(half, WIDEST_HEAD * scene.size) if style.heads else 0.0
-            _write(scene, style, str(value), middle - own / 2, floor - tall - lift - em * 0.25)
+            _write(scene, style, str(value), middle - own / 2, floor - tall - lift - em * 0.34)
 
 
 def _lying(
