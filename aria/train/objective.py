@@ -97,6 +97,10 @@ class Ranks(Protocol):
         """This rank's part of the tokens."""
         ...
 
+    def join(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that share the tokens of one batch."""
+        ...
+
 
 class Objective:
     """The loss of :class:`aria.model.Aria` on a :class:`~aria.train.batch.Batch`.
@@ -147,6 +151,9 @@ class Objective:
         answers = head_loss(model.language_model.lm_head, hidden_TD, targets_T, step.labels, labels)
         total, metrics, loads = self._router_losses(router_logits, counted_T, step)
         metrics = {"loss": answers.loss.detach(), "accuracy": answers.accuracy, **metrics}
+        if self.ranks is not None and self.ranks.sequence > 1:
+            joined = self.ranks.join(torch.stack([value.float() for value in metrics.values()]))
+            metrics, loads = dict(zip(metrics, joined, strict=True)), self.ranks.join(loads)
         return Losses(answers.loss + total, metrics, loads)
 
     def _router_losses(

@@ -173,9 +173,12 @@ class Optimizer(torch.optim.Optimizer):
         state["step"] += 1
         stochastic = parameter.dtype == torch.bfloat16 and self.settings.rounding != "nearest"
         part = local(parameter.detach())
-        # Compiled, the whole of a step is one pass, and moments are never whole in float32.
+        change = _torchao_step()
+        if part.is_cuda:
+            # Compiled, a step is one pass, and moments are never whole in float32.
+            change = torch.compile(change, fullgraph=True, dynamic=False)
         with torch._dynamo.utils.disable_cache_limit():
-            torch.compile(_torchao_step(), fullgraph=True, dynamic=False)(
+            change(
                 part,
                 _gradient(parameter),
                 state["step"],

@@ -112,6 +112,9 @@ class Parallel:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend,
+                store=_store_of_this_attempt(),
+                rank=rank,
+                world_size=world,
                 timeout=datetime.timedelta(seconds=settings.timeout),
                 device_id=device if device.type == "cuda" else None,
             )
@@ -121,9 +124,9 @@ class Parallel:
         """Over the ranks that have data of their own."""
         return self._reduced(tensor, self._data)
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Over all ranks."""
-        return self._reduced(tensor, None)
+    def join(self, tensor: Tensor) -> Tensor:
+        """Over the ranks that share the tokens of one batch."""
+        return self._reduced(tensor, self._sequence)
 
     def max(self, value: int) -> int:
         """The largest value of all ranks; the device is not waited for."""
@@ -238,6 +241,18 @@ class Parallel:
         for module in (*towers, model.multi_modal_projector, *layers, decoder):
             _fully_shard(module, mesh, ignored=set(decoder.embed_tokens.parameters()))
         _prefetch(layers)
+
+
+def _store_of_this_attempt() -> dist.Store | None:
+    """Where processes find each other; None means as PyTorch does it.
+
+    torchrun keeps one store for a run and all its restarts, with the addresses of processes that are dead.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def _decoder_layers(model: Aria) -> list[DecoderLayer]:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria.train.shards import whole
@@ -191,8 +192,14 @@ class RunState:
 
     def _finish(self) -> None:
         writing, self._writing = self._writing, None
-        if writing is not None:
+        if writing is None:
+            return
+        try:
             writing.result()
+        except (Exception, CheckpointException) as error:
+            failures = error.failures if isinstance(error, CheckpointException) else {}
+            reasons = [f"rank {rank}: {failed}" for rank, (failed, _) in failures.items()] or [str(error)]
+            raise OSError(f"the checkpoint in {self.folder} could not be written: {'; '.join(reasons)}") from error
 
     def _complete(self, writing: Future[Any], partial: Path, final: Path, done: Future[Any]) -> None:
         """Name a checkpoint that is written whole, and delete old ones."""

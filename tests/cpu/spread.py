@@ -123,7 +123,7 @@ def train(case: Case, parallel: Parallel) -> dict[str, Any]:
         norms.append(clip_gradients(named.values(), case.optimizer.clip_norm).item())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(parallel.total(found).item())
+        losses.append(parallel.sum(found).item())
     return {"losses": losses, "norms": norms, "weights": gathered(model, trained=True)}
 
 

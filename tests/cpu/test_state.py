@@ -1,0 +1,195 @@
+"""Checkpoints of runs: whole or not there, exactly what was saved, on other numbers of ranks, after kill -9."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import elastic
+import pytest
+import torch
+from test_parallel import HERE, torchrun
+from torch import nn
+
+from aria.train.optimizer import OptimizerSettings, make_optimizer
+from aria.train.parallel import Parallel
+from aria.train.state import CheckpointSettings, RunState, trained_weights
+
+
+class Counter:
+    """A stream's stand-in: its state is how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.asked = state["asked"]
+
+
+class Run:
+    """A model of two layers in a state of training, to be saved."""
+
+    def __init__(self, kind: str = "adamw", seed: int = 0):
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).bfloat16()
+        self.model[0].bias.requires_grad_(False)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.trained.items(), OptimizerSettings(kind=kind, learning_rate=0.01))
+        self.stream, self.position = Counter(), SimpleNamespace(step=0)
+
+    def step(self) -> None:
+        x = torch.randn(32, 8).bfloat16()
+        self.model(x).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.stream.asked += 1
+        self.position.step += 1
+
+    def state_dict(self):
+        return {
+            "weights": {name: p.detach() for name, p in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state_dict(),
+            "position": vars(self.position),
+            "random": torch.get_rng_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stream.load_state_dict(state["stream"])
+        vars(self.position).update(state["position"])
+        torch.set_rng_state(state["random"])
+
+
+def state_of(folder: Path, **settings) -> RunState:
+    return RunState(folder, CheckpointSettings(**settings), Parallel.start())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_goes_on_bit_by_bit(tmp_path, kind):
+    whole = Run(kind)
+    state = state_of(tmp_path)
+    for number in range(6):
+        whole.step()
+        if number == 2:
+            # Saved in the background, while the run goes on changing what is saved.
+            state.save(whole)
+    state.close()
+    # What is frozen is not in a checkpoint: the base model has it.
+    resumed = Run(kind)
+    with torch.no_grad():
+        for parameter in resumed.trained.values():
+            parameter.zero_()
+    state_of(tmp_path).load(resumed)
+    assert resumed.position.step == resumed.stream.asked == 3
+    for _ in range(3):
+        resumed.step()
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_only_whole_checkpoints_count_and_the_newest_stay(tmp_path):
+    run, state = Run(), state_of(tmp_path, keep=2)
+    assert state.latest() is None and RunState.latest_in(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        state.load(run)
+    for _ in range(4):
+        run.step()
+        state.save(run, wait=True)
+        state.save(run, wait=True)
+    assert sorted(p.name for p in state.folder.iterdir()) == ["step-00000003", "step-00000004"]
+    # What a crash left behind does not count, and goes away.
+    (state.folder / "step-00000009.partial").mkdir()
+    assert state.latest().name == "step-00000004"
+    state_of(tmp_path)
+    assert sorted(p.name for p in state.folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_failing_write_is_told_and_leaves_what_was_before(tmp_path, monkeypatch):
+    run, state = Run(), state_of(tmp_path)
+    run.step()
+    state.save(run, wait=True)
+    run.step()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match=r"could not be written: rank 0: no space left"):
+        state.save(run, wait=True)
+    monkeypatch.undo()
+    assert state.latest().name == "step-00000001"
+    found = Run(seed=5)
+    state_of(tmp_path).load(found)
+    assert found.position.step == 1
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    run, state = Run(), state_of(tmp_path)
+    run.step()
+    state.save(run, wait=True)
+    with pytest.raises(ValueError, match="it is another training's"):
+        state.load(Run("muon"))
+
+
+def test_due_by_steps_and_by_the_clock(tmp_path, monkeypatch):
+    state = state_of(tmp_path, every_steps=3, every_minutes=5.0)
+    assert [state.due(step) for step in (1, 2, 3, 4, 6)] == [False, False, True, False, True]
+    state._saved_at -= 301
+    assert state.due(4)
+    assert not state_of(tmp_path, every_minutes=None).due(7)
+
+
+def test_weights_of_a_checkpoint_are_read_without_the_run(tmp_path):
+    run, state = Run(), state_of(tmp_path)
+    run.step()
+    state.save(run, wait=True)
+    for folder in (tmp_path, state.latest()):
+        found = trained_weights(folder)
+        assert found.keys() == run.trained.keys()
+        assert all(torch.equal(found[name], p) for name, p in run.trained.items())
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Runs of two ranks in folders: one undisturbed, one whose second rank is killed, and one that goes on alone."""
+    folder = tmp_path_factory.mktemp("elastic")
+    script = HERE / "elastic.py"
+    undisturbed = torchrun(script, folder / "whole", 8)
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
+    disturbed = torchrun(script, folder / "killed", 8, restarts=1, ARIA_TEST_KILL_AT="5")
+    assert disturbed.returncode == 0, disturbed.stderr[-3000:]
+    return folder
+
+
+def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(killed):
+    whole, again = (torch.load(killed / name / "end.pt") for name in ("whole", "killed"))
+    assert again["began"] == 4 and whole["began"] == 0
+    assert whole["weights"].keys() == again["weights"].keys()
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, again["weights"][name]), name
+    assert (killed / "killed" / "died").is_file()
+
+
+def test_another_number_of_ranks_goes_on(killed):
+    # One process, from the checkpoint of two at step 6, to where two came.
+    step = Path("checkpoints", "step-00000006")
+    shutil.copytree(killed / "whole" / step, killed / "alone" / step)
+    elastic.main(str(killed / "alone"), "8")
+    whole, alone = (torch.load(killed / name / "end.pt") for name in ("whole", "alone"))
+    assert alone["began"] == 6
+    for name, weight in whole["weights"].items():
+        torch.testing.assert_close(alone["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_rank_that_fails_ends_all(tmp_path):
+    ended = torchrun(HERE / "elastic.py", tmp_path / "run", 8, ARIA_TEST_RAISE_AT="3")
+    assert ended.returncode != 0
+    assert "the second rank has had enough" in ended.stderr
