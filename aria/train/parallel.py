@@ -1,4 +1,4 @@
-"""One model on many GPUs, from outside: weights in shards, experts and sequences spread, layers recomputed or compiled.
+"""One model on many GPUs, from outside: weights in shards, experts and sequences spread, layers computed again.
 
 T tokens of a batch, S ranks that share them, D hidden, E experts, A experts per token, V vocabulary. The model's code
 knows one device and no ranks; modules are changed in place here, and parameters keep their names and (whole) shapes.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
@@ -35,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """``[parallel]`` of a recipe. With one process only ``checkpointing`` and ``compile`` change anything."""
+    """``[parallel]`` of a recipe. With one process only ``checkpointing`` changes anything."""
 
     expert: int = 1
     """Ranks over which the experts of a layer are spread; tokens travel to them. 1: all ranks compute all experts, and
@@ -44,8 +45,6 @@ class ParallelSettings:
     """Ranks that share the tokens of one batch, for long contexts; inside attention they share the heads."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Layers that keep only their input and are computed again for gradients: none, every other one, or all."""
-    compile: bool = False
-    """Let PyTorch's compiler fuse operations inside layers."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others before it gives up."""
 
@@ -141,8 +140,12 @@ class Parallel:
         self.max(0)
 
     def close(self) -> None:
-        """Leave the other processes. Where this one fails, they notice: their next exchange raises an error."""
-        if self.world > 1 and dist.is_initialized():
+        """Leave the other processes. Where this one fails, they notice: their next exchange raises an error.
+
+        On GPUs a failing process leaves by ending: NCCL would first wait for exchanges that nobody finishes.
+        """
+        failing = sys.exc_info()[0] is not None
+        if self.world > 1 and dist.is_initialized() and not (failing and self.device.type == "cuda"):
             dist.destroy_process_group()
 
     def _reduced(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -341,18 +344,11 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
 
 
 def _change_layers(model: Aria, settings: ParallelSettings) -> None:
-    """Compile and recompute layers, as the settings say."""
+    """Keep less of layers for gradients, as the settings say."""
     towers, layers = list(model.vision_tower.encoder.layers), _decoder_layers(model)
-    if settings.compile:
-        inner: Iterable[nn.Module] = layers
-        if settings.expert > 1:
-            # Rows that travel have sizes that only the host knows, at which a compiled layer would break anyway.
-            inner = [part for layer in layers for part in (layer.self_attn, layer.mlp.shared_experts)]
-        for module in (*towers, *inner):
-            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
     every = {"none": 0, "selective": 2, "full": 1}[settings.checkpointing]
     for stack in (towers, layers):
-        for layer in stack[:: every or len(stack) + 1] if every else ():
+        for layer in stack[::every] if every else ():
             layer.forward = _recomputed(layer.forward)  # type: ignore[method-assign]
 
 
