@@ -97,11 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All the same one: what it holds costs nothing.
     adapter = random_adapter(model, arguments.rank)
     longest = arguments.context + arguments.steps + 512
-    room = max(arguments.batch) * longest + arguments.read
+    cache = arguments.cache_tokens or (
+        None if device.type == "cuda" else max(arguments.batch) * longest + arguments.read
+    )
     core = EngineCore(
         model,
         max_batch=max(arguments.batch),
-        cache_blocks=EngineCore.blocks_for(device, arguments.cache_tokens or room),
+        cache_blocks=None if cache is None else EngineCore.blocks_for(device, cache),
         max_model_len=min(max(longest, arguments.read + 64), model.config.text.max_position_embeddings),
         adapters={f"adapter {i}": adapter for i in range(1, arguments.adapters + 1)},
     )
