@@ -118,8 +118,9 @@ def graphs_hold_stacked(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
 
 
 def own_ranks(h: Tensor, stack: Stack, owners: Tensor) -> Tensor:
-    """Zero what belongs to other adapters. Not by a product: what another adapter makes infinite stays its own."""
-    return torch.where(stack.owners == owners[:, None], h, 0)
+    """Zero in place what belongs to other adapters. Not by a product: what another adapter makes infinite stays its
+    own. Not by ``torch.where``: its zero would be copied to the device, which no graph may do."""
+    return h.masked_fill_(stack.owners != owners[:, None], 0)
 
 
 def _grouped(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, offsets: Tensor) -> Tensor:
