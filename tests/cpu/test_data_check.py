@@ -9,6 +9,7 @@ import made_media
 import pytest
 from made_data import chat, config, jsonl, processor, said
 
+from aria.cli import options
 from aria.train.data import DataSettings, make_stream
 from aria.train.data.check import check_data
 
@@ -138,12 +139,13 @@ def test_batches_of_a_check_are_those_of_an_epoch(tmp_path):
     assert abs(count - found.batches) <= 0.05 * count
 
 
-def test_the_command_tells_and_fails(command, bad, model_folder, capsys):
+def test_the_command_tells_and_fails(command, bad, model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(options.out, "width", 400)  # paths in tables are not broken
     file, _ = bad
     assert command("data", "check", file, "--model", model_folder, "--tokens", 2048) == 1
     said = capsys.readouterr().out
     for word in ("not JSON", "missing medium", f"train.jsonl:{2}", "an epoch: 2 sequences", "1 batches of 2,048"):
-        assert word in " ".join(said.split()).replace(" │ ", " ") or word in said.replace("\n", "")
+        assert word in " ".join(said.split())
 
 
 def test_the_command_writes_json(command, tmp_path, model_folder, capsys):

@@ -34,6 +34,7 @@ from aria.train import (
     router_losses,
 )
 from recipes.nano import train
+from recipes.nano.data import Plan
 from recipes.nano.learn import Learner, Stages, _some
 from recipes.nano.model import area_weights, nano_config, tiny_config
 
@@ -455,7 +456,7 @@ class FewPictures:
 
     asked: ClassVar[list[int]] = []
 
-    def __init__(self, device: str, *, batch: int, workers: int, seed: int) -> None:
+    def __init__(self, device: str, plan: Plan) -> None:
         self.started: int | None = None
 
     def start(self, step: int) -> None:
