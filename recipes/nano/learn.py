@@ -35,7 +35,8 @@ class Stages:
     """What is taught when, in shares of the whole training.
 
     Patches are taught from the start, queries once patches mean something, answers once queries do; then the dense
-    losses step back to ``beside`` and stay, on a random ``kept`` share of each picture's patches and queries.
+    losses step back to ``beside`` and stay, on a random ``kept`` share of each picture's patches and queries; with 0
+    answers alone are taught. Batches of text are taught from the start.
     """
 
     queries: float = 0.03
@@ -48,6 +49,8 @@ class Stages:
         """Weights of the losses on patches, on queries and on answers; zero means not computed at all."""
         share = (progress - self.answers) / max(1e-9, self.settled - self.answers)
         dense = 1.0 - (1.0 - self.beside) * min(1.0, max(0.0, share))
+        # A start that is already settled is settled before the first step, too.
+        dense = self.beside if self.settled <= 0.0 else dense
         return dense, dense * (progress >= self.queries), float(progress >= self.answers)
 
     def share(self, progress: float) -> float:
@@ -68,19 +71,24 @@ class Learner(nn.Module):
 
     def loss(self, batch: Batch, progress: float) -> Losses:
         """The weighted sum to descend, and what to log."""
+        if not batch["size"]:
+            return self.answer(batch, None)
         for_patches, for_queries, for_answers = self.stages.weights(progress)
         share = self.stages.share(progress)
         metrics: dict[str, Tensor] = {}
         patches, hidden_PD = self.see(batch)
-        dense = self.patch_loss(batch, patches, hidden_PD, share)
-        total = for_patches * dense.loss
-        metrics |= {"patch loss": dense.loss, "patch accuracy": dense.accuracy}
-        if not for_queries:
+        total = hidden_PD.new_zeros((), dtype=torch.float32)
+        if for_patches:
+            dense = self.patch_loss(batch, patches, hidden_PD, share)
+            total = for_patches * dense.loss
+            metrics |= {"patch loss": dense.loss, "patch accuracy": dense.accuracy}
+        if not for_queries and not for_answers:
             return total, metrics
         tokens_QD = self.project(patches, hidden_PD)
-        dense = self.query_loss(batch, tokens_QD, share)
-        total = total + for_queries * dense.loss
-        metrics |= {"query loss": dense.loss, "query accuracy": dense.accuracy}
+        if for_queries:
+            dense = self.query_loss(batch, tokens_QD, share)
+            total = total + for_queries * dense.loss
+            metrics |= {"query loss": dense.loss, "query accuracy": dense.accuracy}
         if not for_answers:
             return total, metrics
         answers, found = self.answer(batch, tokens_QD)
@@ -124,15 +132,16 @@ class Learner(nn.Module):
             self._query_segments[key] = segments, torch.arange(count, device=device).repeat(pictures)
         return self._query_segments[key]
 
-    def answer(self, batch: Batch, tokens_QD: Tensor) -> Losses:
-        """Next-token loss on the answers and the router's losses."""
+    def answer(self, batch: Batch, tokens_QD: Tensor | None) -> Losses:
+        """Next-token loss on the answers and the router's losses; without picture tokens, of text alone."""
         model, config = self.aria, self.aria.config.text
         ids, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
         segments = bounded_segments(cu_seqlens, batch["max_seqlen"], ids.shape[0])
         embedded = model.language_model.model.embed_tokens(ids)
-        # Sorting finds the image places in order without the host, where a boolean mask would wait for their number.
-        places = (ids != model.config.image_token_index).to(torch.uint8).argsort(stable=True)[: tokens_QD.shape[0]]
-        embedded = embedded.index_copy(0, places, tokens_QD)
+        if tokens_QD is not None:
+            # Sorting finds the image places in order without the host; a boolean mask would wait for their number.
+            places = (ids != model.config.image_token_index).to(torch.uint8).argsort(stable=True)[: tokens_QD.shape[0]]
+            embedded = embedded.index_copy(0, places, tokens_QD)
         context = TrainingContext(config, segments, batch["positions"], embedded.dtype)
         hidden, router_logits = model.language_model.model(embedded, context)
         labels = next_token_labels(batch["labels"], cu_seqlens)
@@ -140,7 +149,8 @@ class Learner(nn.Module):
         counted = torch.arange(ids.shape[0], device=ids.device) < batch["num_tokens"]
         routers = [router_losses(logits, config.moe_topk, counted_T=counted) for logits in router_logits]
         total = answers.loss + sum(router.z + router.balance for router in routers)
-        metrics = {"answer loss": answers.loss, "answer accuracy": answers.accuracy}
+        kind = "answer" if tokens_QD is not None else "text"
+        metrics = {f"{kind} loss": answers.loss, f"{kind} accuracy": answers.accuracy}
         for layer, router in enumerate(routers):
             metrics |= {f"router z {layer}": router.z, f"router balance {layer}": router.balance}
             metrics[f"busiest expert {layer}"] = router.load.max()
