@@ -7,7 +7,8 @@ whole tensors by the names of parameters, so that another number of ranks can go
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from aria.train.shards import copies, local, spread_as
 
 AWAY_FROM_MUON = ("*embed*", "*lm_head*", "*router*", "*.query", "*.adapter.*")
 """What Muon leaves to AdamW although it has rows and columns: tables, the head, routers, adapters."""
+HANDFUL = 2**26
+"""Elements that an optimizer's step works on at once, where no parameter alone has more."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iteration that makes singular values near to one (Keller Jordan's; PyTorch has the same)."""
 
@@ -112,10 +115,9 @@ class Optimizer(torch.optim.Optimizer):
         assert closure is None, "no rule here evaluates the loss again"
         for group in self.param_groups:
             rule = {"adamw": self._adamw, "adamw8bit": self._adamw8bit, "muon": self._muon}[group["rule"]]
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter] or self._allocate(parameter, group["rule"])
-                    rule(parameter, state, group)
+            for parameters in _handfuls(parameter for parameter in group["params"] if parameter.grad is not None):
+                states = [self.state[parameter] or self._allocate(parameter, group["rule"]) for parameter in parameters]
+                rule(parameters, states, group)
 
     def masters(self) -> dict[str, Tensor]:
         """float32 masters by name, of those parameters that have one."""
@@ -147,15 +149,15 @@ class Optimizer(torch.optim.Optimizer):
             state["master"] = part.float()
         return state
 
-    def _adamw(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-        def change(weight: Tensor) -> None:
+    def _adamw(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        with self._in_float32(parameters, states) as weights:
             adamw(
-                [weight],
-                [_gradient(parameter)],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
+                weights,
+                _gradients(parameters),
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
-                [state["step"]],
+                [state["step"] for state in states],
                 fused=True,
                 found_inf=self.found_inf,
                 amsgrad=False,
@@ -167,57 +169,56 @@ class Optimizer(torch.optim.Optimizer):
                 maximize=False,
             )
 
-        self._in_float32(parameter, state, change)
-
-    def _adamw8bit(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-        state["step"] += 1
-        stochastic = parameter.dtype == torch.bfloat16 and self.settings.rounding != "nearest"
-        part = local(parameter.detach())
-        change = _torchao_step()
-        if part.is_cuda:
+    def _adamw8bit(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        step = _torchao_step()
+        for parameter, gradient, state in zip(parameters, _gradients(parameters), states, strict=True):
+            state["step"] += 1
+            part = local(parameter.detach())
             # Compiled, a step is one pass, and moments are never whole in float32.
-            change = torch.compile(change, fullgraph=True, dynamic=False)
-        with torch._dynamo.utils.disable_cache_limit():
-            change(
-                part,
-                _gradient(parameter),
-                state["step"],
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                None,
-                torch.tensor(group["lr"], dtype=torch.float32, device=part.device),
-                *self.settings.betas,
-                group["weight_decay"],
-                self.settings.eps,
-                True,
-                stochastic,
-            )
+            change = torch.compile(step, fullgraph=True, dynamic=False) if part.is_cuda else step
+            with torch._dynamo.utils.disable_cache_limit():
+                change(
+                    part,
+                    gradient,
+                    state["step"],
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    None,
+                    torch.tensor(group["lr"], dtype=torch.float32, device=part.device),
+                    *self.settings.betas,
+                    group["weight_decay"],
+                    self.settings.eps,
+                    True,
+                    parameter.dtype == torch.bfloat16 and self.settings.rounding != "nearest",
+                )
 
-    def _muon(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-        gradient, momentum = _gradient(parameter), self.settings.momentum
-        state["step"] += 1
-        buffer = state["momentum"].lerp_(gradient, 1 - momentum)
-        update = _orthogonal_part(gradient.lerp(buffer, momentum), parameter)
+    def _muon(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        momentum, lr, decay = self.settings.momentum, group["lr"], group["weight_decay"]
+        gradients, buffers = _gradients(parameters), [state["momentum"] for state in states]
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, buffers, momentum)
+        updates = _orthogonal_parts(gradients, parameters)
         # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
-        rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:]))
+        rates = [-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
+        torch._foreach_mul_(updates, rates)
+        with self._in_float32(parameters, states) as weights:
+            torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_add_(weights, updates)
 
-        def change(weight: Tensor) -> None:
-            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(weight.dtype), alpha=-rate)
-
-        self._in_float32(parameter, state, change)
-
-    def _in_float32(self, parameter: nn.Parameter, state: dict[str, Any], change: Callable[[Tensor], None]) -> None:
-        """Apply a change to the weight's float32 self, wherever that is."""
-        part = local(parameter.detach())
-        if part.dtype == torch.float32:
-            change(part)
-        elif "master" in state:
-            change(state["master"])
-            part.copy_(state["master"])
-        else:
-            wide = part.float()
-            change(wide)
-            part.copy_(round_by_chance(wide) if self.settings.rounding == "stochastic" else wide)
+    @contextmanager
+    def _in_float32(self, parameters: list[nn.Parameter], states: list[dict[str, Any]]) -> Iterator[list[Tensor]]:
+        """The weights' float32 selves, wherever those are; what is done to them inside reaches the weights."""
+        parts = [local(parameter.detach()) for parameter in parameters]
+        wide = [state.get("master", part).float() for part, state in zip(parts, states, strict=True)]
+        yield wide
+        narrow = [n for n, part in enumerate(parts) if part is not wide[n]]
+        kept = [n for n in narrow if "master" in states[n]]
+        if kept:
+            torch._foreach_copy_([parts[n] for n in kept], [wide[n] for n in kept])
+        for n in narrow:
+            if "master" not in states[n]:
+                parts[n].copy_(round_by_chance(wide[n]) if self.settings.rounding == "stochastic" else wide[n])
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Tensors by parameter and kind, whole or spread as the parameter is; they share memory with the optimizer."""
@@ -258,9 +259,24 @@ def _rule(name: str, parameter: nn.Parameter, settings: OptimizerSettings) -> st
     return "adamw" if away else "muon"
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "the parameter has a gradient"
-    return local(parameter.grad).float()
+def _handfuls(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters by the handful: many small ones share their launches, a large one has its own copies in float32."""
+    handful: list[nn.Parameter] = []
+    for parameter in parameters:
+        if handful and sum(p.numel() for p in handful) + parameter.numel() > HANDFUL:
+            yield handful
+            handful = []
+        handful.append(parameter)
+    if handful:
+        yield handful
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """This rank's parts in float32, and copies: the caller may change them."""
+    found = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in found]
+    torch._foreach_copy_(wide, found)
+    return wide
 
 
 def _plain(kind: str, tensor: Tensor, parameter: nn.Parameter, *, inner: bool) -> dict[str, Tensor]:
@@ -315,10 +331,25 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def _orthogonal_part(part: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of the orthogonal step. Matrices have to be whole for it; experts may stay where they are."""
-    if not isinstance(parameter, DTensor):
-        return orthogonal(part)
+def _orthogonal_parts(parts: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+    """This rank's parts of the orthogonal steps, in float32; matrices of one shape are made orthogonal together."""
+    made = list(parts)
+    alike: dict[torch.Size, list[int]] = {}
+    for n, parameter in enumerate(parameters):
+        if isinstance(parameter, DTensor):
+            made[n] = _orthogonal_part(parts[n], parameter).float()
+        else:
+            alike.setdefault(parameter.shape[-2:], []).append(n)
+    for shape, numbers in alike.items():
+        stacks = [parts[n].reshape(-1, *shape) for n in numbers]
+        steps = orthogonal(torch.cat(stacks)).float().split([len(stack) for stack in stacks])
+        for n, step in zip(numbers, steps, strict=True):
+            made[n] = step.view_as(parts[n])
+    return made
+
+
+def _orthogonal_part(part: Tensor, parameter: DTensor) -> Tensor:
+    """This rank's part of one. Matrices have to be whole for it; experts may stay where they are."""
     spread = DTensor.from_local(
         part.bfloat16(),
         parameter.device_mesh,
@@ -348,8 +379,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     assert gradients, "there is a gradient"
     parts = [local(gradient) for gradient in gradients]
     # Squares of each dtype at once; an element that several ranks hold counts once.
-    squares = [norm.square() / copies(gradient) for norm, gradient in zip(_norms(parts), gradients, strict=True)]
-    total = torch.stack(squares).sum()
+    squares = torch.stack(_norms(parts)).square()
+    shares = [1.0 / copies(gradient) for gradient in gradients]
+    if any(share != 1.0 for share in shares):
+        squares *= torch.tensor(shares, device=squares.device)
+    total = squares.sum()
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         dist.all_reduce(total)
     norm = total.sqrt()
