@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from recipes.nano import fonts, sources
+from recipes.nano.rude import is_rude
 
 FOLDER = Path(__file__).resolve().parents[2] / ".nano"
 TRAINING_STYLES = ("noto", "fluent", "twemoji")
@@ -93,7 +94,7 @@ class Assets:
                 meta["emoji"],
                 files["sprite"],
                 files["photo"],
-                meta["words"],
+                [word for word in meta["words"] if not is_rude(word)],
             )
 
 

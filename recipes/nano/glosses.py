@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from recipes.nano.assets import FOLDER
+from recipes.nano.rude import is_rude
 from recipes.nano.sources import WORD_PACKAGES, Sources
 
 FILE = FOLDER / "glosses.json"
@@ -24,13 +25,6 @@ LEAST_TAGGED = 3
 _RUDE = re.compile(
     r"offensive|slur|derogatory|disparaging|obscene|vulgar|sexual|ethnic|genital|intercourse|excre|insult"
 )
-_RUDE_STEMS = (
-    *("arse", "bastard", "bitch", "cunt", "dyke", "erotic", "fag", "fuck", "imbecile", "kike", "krauthead", "molest"),
-    *("negr", "nigg", "orgy", "paki$", "piss", "pimp$", "prostitut", "pussy", "raped?$", "rapist", "shit", "slut"),
-    *("whor", "ass$", "cocky?$", "coon$", "crippled?$", "dago", "gook", "hun$", "idiot", "jap$", "jew$", "queer"),
-    *("retard", "sexy", "spick?$", "tit$", "titillat", "wog", "wop$"),
-)
-_RUDE_WORD = re.compile("|".join(_RUDE_STEMS))
 
 
 class Words(NamedTuple):
@@ -40,11 +34,6 @@ class Words(NamedTuple):
     """Word -> definition, of the words that are taught."""
     others: list[str]
     """Words as common that are not taught, so that not knowing can be."""
-
-
-def rude(word: str) -> bool:
-    """Whether WordNet has the word, but nano should not say it. In lower case."""
-    return bool(_RUDE_WORD.match(word))
 
 
 def choose(folder: Path, words: int = WORDS) -> Words:
@@ -80,7 +69,7 @@ def _nouns(file: Path) -> Iterator[tuple[str, list[int]]]:
     with file.open(encoding="ascii") as lines:
         for line in lines:
             word, *rest = line.split()
-            if re.fullmatch(r"[a-z]{3,12}", word) and not line.startswith(" ") and not rude(word):
+            if re.fullmatch(r"[a-z]{3,12}", word) and not line.startswith(" ") and not is_rude(word):
                 yield word, [int(offset) for offset in rest[-int(rest[1]) :]]
 
 

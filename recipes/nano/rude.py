@@ -1,0 +1,41 @@
+"""Words that WordNet lists and nano neither reads, defines nor is asked: insults, and what is said of sex and filth."""
+
+import re
+
+_STEMS = (
+    *(
+        "arse(hole)?s?$",
+        "ass$",
+        "asses$",
+        "bastard",
+        "bitch",
+        "cock$",
+        "cocky",
+        "coons?$",
+        "crippled?$",
+        "cunt",
+        "dago",
+    ),
+    *(
+        "dyke",
+        "erotic",
+        "fagg?",
+        "fuck",
+        "gook",
+        "huns?$",
+        "idiot",
+        "imbecile",
+        "japs?$",
+        "jews?$",
+        "kike",
+        "krauthead",
+    ),
+    *("molest", "negr", "nigg(a|er)", "orgy", "pakis?$", "pimps?$", "piss", "prostitut", "pussy", "queer", "raped?$"),
+    *("rapist", "retard", "sexy", "shit", "slut", "spick?$", "tits?$", "titillat", "whore", "wogs?$", "wops?$"),
+)
+_RUDE = re.compile("|".join(_STEMS))
+
+
+def is_rude(word: str) -> bool:
+    """Whether a word, in lower case, is left out."""
+    return bool(_RUDE.match(word))
