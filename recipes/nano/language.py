@@ -15,8 +15,7 @@ from recipes.nano import glosses
 Turn = tuple[str, str]  # what is asked, and the one right answer
 
 UNKNOWN_WORD = "I do not know this word."
-UNKNOWN_FACT = "I do not know that."
-NO_PICTURE = "I see no picture. Show me one."
+UNKNOWN_FACT, NO_PICTURE = say.UNKNOWN_FACT, say.NO_PICTURE
 
 # Forms of a question: those of training, then those that are held out.
 Forms = tuple[Sequence[str], Sequence[str]]
