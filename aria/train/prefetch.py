@@ -11,22 +11,26 @@ from torch import Tensor
 Batch = Mapping[str, Any]
 
 
-def prefetch(batches: Iterable[Batch], device: torch.device | str) -> Iterator[dict[str, Any]]:
-    """Yield batches on ``device``; on CUDA the next one is copied while the current one is worked on.
+def prefetch(
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
+) -> Iterator[dict[str, Any]]:
+    """Yield batches on ``device``; on CUDA the next one is copied and prepared while the current one is worked on.
 
     Copies overlap only from pinned memory, so tensors that are not pinned yet are pinned here. Values may be tensors,
-    dicts, lists and tuples of them, or anything else, which passes as it is.
+    dicts, lists and tuples of them, or anything else, which passes as it is. ``prepare`` works on the device.
     """
     device = torch.device(device)
     if device.type != "cuda":
         for batch in batches:
-            yield _tensors(batch, lambda tensor: tensor.to(device))
+            yield prepare(_tensors(batch, lambda tensor: tensor.to(device)))
         return
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     ahead: dict[str, Any] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
-            coming = _tensors(batch, lambda tensor: _pinned(tensor).to(device, non_blocking=True))
+            coming = prepare(_tensors(batch, lambda tensor: _pinned(tensor).to(device, non_blocking=True)))
         if ahead is not None:
             yield ahead
         # Work queued from here on waits for the copy; the allocator must not reuse the memory before that work is done.

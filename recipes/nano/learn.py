@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ from recipes.nano.model import DenseHeads, initialise
 
 Batch = Mapping[str, Any]
 Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+class Phase(NamedTuple):
+    """What is computed of a batch, and on which share of each picture's patches and queries."""
+
+    patches: bool
+    queries: bool
+    answers: bool
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,11 @@ class Stages:
         dense = self.beside if self.settled <= 0.0 else dense
         return dense, dense * (progress >= self.queries), float(progress >= self.answers)
 
+    def phase(self, progress: float) -> Phase:
+        """What :meth:`weights` and :meth:`share` leave to compute."""
+        patches, queries, answers = (weight > 0.0 for weight in self.weights(progress))
+        return Phase(patches, queries, answers, self.share(progress))
+
     def share(self, progress: float) -> float:
         """Share of each picture's patches and queries that the dense losses are computed on."""
         return self.kept if progress >= self.settled else 1.0
@@ -71,28 +85,31 @@ class Learner(nn.Module):
 
     def loss(self, batch: Batch, progress: float) -> Losses:
         """The weighted sum to descend, and what to log."""
+        dense = max(self.stages.weights(progress)[:2])
+        return self.taught(batch, self.stages.phase(progress), torch.tensor(dense, device=batch["input_ids"].device))
+
+    def taught(self, batch: Batch, phase: Phase, dense: Tensor) -> Losses:
+        """The same with the dense losses' weight as a tensor, and nothing else that changes within a phase."""
         if not batch["size"]:
             return self.answer(batch, None)
-        for_patches, for_queries, for_answers = self.stages.weights(progress)
-        share = self.stages.share(progress)
         metrics: dict[str, Tensor] = {}
         patches, hidden_PD = self.see(batch)
         total = hidden_PD.new_zeros((), dtype=torch.float32)
-        if for_patches:
-            dense = self.patch_loss(batch, patches, hidden_PD, share)
-            total = for_patches * dense.loss
-            metrics |= {"patch loss": dense.loss, "patch accuracy": dense.accuracy}
-        if not for_queries and not for_answers:
+        if phase.patches:
+            found = self.patch_loss(batch, patches, hidden_PD, phase.share)
+            total = dense * found.loss
+            metrics |= {"patch loss": found.loss, "patch accuracy": found.accuracy}
+        if not phase.queries and not phase.answers:
             return total, metrics
         tokens_QD = self.project(patches, hidden_PD)
-        if for_queries:
-            dense = self.query_loss(batch, tokens_QD, share)
-            total = total + for_queries * dense.loss
-            metrics |= {"query loss": dense.loss, "query accuracy": dense.accuracy}
-        if not for_answers:
+        if phase.queries:
+            found = self.query_loss(batch, tokens_QD, phase.share)
+            total = total + dense * found.loss
+            metrics |= {"query loss": found.loss, "query accuracy": found.accuracy}
+        if not phase.answers:
             return total, metrics
-        answers, found = self.answer(batch, tokens_QD)
-        return total + for_answers * answers, metrics | found
+        answers, told = self.answer(batch, tokens_QD)
+        return total + answers, metrics | told
 
     def see(self, batch: Batch) -> tuple[FixedPatches, Tensor]:
         """Pictures -> patches and the ViT's output for them ``(N x P, D)``, padding computed but kept apart."""

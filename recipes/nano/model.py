@@ -93,6 +93,7 @@ class DenseHeads(nn.Module):
 
     def __init__(self, config: AriaConfig, num_classes: int):
         super().__init__()
+        num_classes = -(-num_classes // 8) * 8  # matrix units want eights; the last few are never a label
         self.patch_norm = nn.LayerNorm(config.vision.hidden_size)
         self.patch_head = nn.Linear(config.vision.hidden_size, num_classes)
         self.query_norm = nn.LayerNorm(config.text.hidden_size)

@@ -48,8 +48,8 @@ class Pictures:
         return batch | self._render(batch)
 
     def drawn(self, raw: Iterator[Batch]) -> Iterator[Batch]:
-        """Planned batches on the device, drawn."""
-        return map(self.render, prefetch(raw, self.device))
+        """Planned batches on the device, each drawn while the one before is worked on."""
+        return prefetch(raw, self.device, self.render)
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Drawn batches without end from number ``step`` on."""

@@ -30,6 +30,7 @@ from recipes.nano.data import Plan
 from recipes.nano.learn import Learner, Stages
 from recipes.nano.model import nano_config, tiny_config
 from recipes.nano.pictures import Pictures
+from recipes.nano.replay import Replayed
 from recipes.nano.text import Texts
 
 Batch = dict[str, Any]
@@ -226,17 +227,32 @@ def load(model: Learner, export: Path) -> None:
 
 
 def objective(model: nn.Module, recipe: Recipe, ranks: Any) -> Callable[[Batch, Step], Losses]:
-    """``[objective] factory``: the learner's own losses; on CUDA every shape is compiled before the clock starts."""
+    """``[objective] factory``: the learner's own losses; on CUDA compiled, and replayed as graphs.
+
+    Raises:
+        ValueError: gradients shall be accumulated, which graphs do not do.
+    """
     assert isinstance(model, Learner), "[model] factory is this module's"
     torch.set_float32_matmul_precision("high")
+    if ranks.device.type != "cuda":
 
-    def losses(batch: Batch, step: Step) -> Losses:
-        total, metrics = model.loss(batch, step.progress)
-        return Losses(total / step.micro_batches, {name: m / step.micro_batches for name, m in metrics.items()})
+        def losses(batch: Batch, step: Step) -> Losses:
+            total, metrics = model.loss(batch, step.progress)
+            return Losses(total / step.micro_batches, {name: m / step.micro_batches for name, m in metrics.items()})
 
-    if ranks.device.type == "cuda":
-        model.compile()
-        for batch in _stream(recipe, None, 0, 1).samples():
-            model.loss(batch, 1.0)[0].backward()
-        model.zero_grad(set_to_none=True)
-    return losses
+        return losses
+    if recipe.batch.accumulate != 1:
+        raise ValueError(f"[batch] accumulate should be 1 for nano on a GPU, but is {recipe.batch.accumulate}")
+    model.compile()
+    replayed = Replayed(model)
+    # Every kind is compiled and captured before the clock starts; each later phase is, when it comes.
+    for batch in _stream(recipe, None, 0, 1).samples():
+        replayed(batch, 1.0)
+    model.zero_grad(set_to_none=True)
+
+    def replay(batch: Batch, step: Step) -> Losses:
+        total, metrics = replayed(batch, step.progress)
+        # The gradients are there: what the loop calls backward on ends here.
+        return Losses(total.clone().requires_grad_(), metrics)
+
+    return replay

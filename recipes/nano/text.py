@@ -90,6 +90,7 @@ def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
     input_ids[:used] = np.concatenate([ids for ids, _ in found])
     labels[:used] = np.concatenate([wanted for _, wanted in found])
     return {
+        "kind": "text",
         "size": 0,
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),

@@ -1,0 +1,88 @@
+"""Nano's training on a GPU: steps replayed as graphs are the steps themselves."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA", allow_module_level=True)
+
+from aria.model import Aria
+from recipes.nano.learn import Learner, Stages
+from recipes.nano.model import tiny_config
+from recipes.nano.replay import Replayed
+
+CLASSES = 21
+
+
+def batch_of(seed: int, pictures: int = 6, words: int = 96) -> dict:
+    """Pictures of 224 px in one conversation each, with whatever labels."""
+    torch.manual_seed(seed)
+    rng = Random(seed)
+    length, queries = 64 + words, 64
+    ids = torch.randint(20, 90, (pictures, length))
+    ids[:, 8 : 8 + queries] = 9
+    labels = torch.where(torch.arange(length) >= length - 30, ids, -100).flatten()
+    sides = torch.tensor([[rng.randrange(60, 225), 224] for _ in range(pictures)])
+    pixel = torch.arange(224)
+    mask = (pixel[:, None] < sides[:, 0, None, None]) & (pixel < sides[:, 1, None, None])
+    patches = torch.randint(0, CLASSES, (pictures, 256))
+    batch = {
+        "input_ids": ids.flatten(),
+        "labels": labels,
+        "positions": torch.arange(length).repeat(pictures),
+        "cu_seqlens": torch.arange(pictures + 1, dtype=torch.int32) * length,
+        "pixel_values": torch.rand(pictures, 3, 224, 224) * 2 - 1,
+        "pixel_mask": mask,
+        "patch_labels": patches,
+        "query_labels": torch.randint(0, CLASSES, (pictures, queries, 4)),
+    }
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    return batch | {"kind": "small", "size": 224, "max_seqlen": length, "num_tokens": length * pictures - seed}
+
+
+def text_of(batch: dict) -> dict:
+    ids = torch.where(batch["input_ids"] == 9, 30, batch["input_ids"])
+    return batch | {"kind": "text", "size": 0, "input_ids": ids}
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+
+
+def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
+    # All patches are taught, so nothing is drawn by chance.
+    stages = Stages(queries=0.2, answers=0.5, settled=0.9, kept=1.0)
+    learner = Learner(Aria(tiny_config(96)), CLASSES, stages, seed=3).cuda()
+    replayed = Replayed(learner)
+    replayed(batch_of(0), 1.0)
+    for progress in (0.1, 0.3, 0.6, 0.95):
+        for seed in (1, 2):
+            for batch in (batch_of(seed), text_of(batch_of(seed))):
+                total, metrics = replayed(batch, progress)
+                total, found = total.item(), {name: value.item() for name, value in metrics.items()}
+                ours = gradients(learner)
+                learner.zero_grad()
+                wanted, wanted_metrics = learner.loss(batch, progress)
+                wanted.backward()
+                assert total == pytest.approx(wanted.item(), rel=1e-4)
+                assert found == pytest.approx({n: v.item() for n, v in wanted_metrics.items()}, rel=1e-3, abs=1e-6)
+                theirs = gradients(learner)
+                assert ours.keys() == theirs.keys()
+                for name, gradient in theirs.items():
+                    error = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
+                    assert error < 2e-3, f"{name} at {progress} is {error:.1e} off"
+                learner.zero_grad()
+                del wanted
+
+
+def test_a_phase_is_captured_when_it_begins_and_the_one_before_is_dropped():
+    learner = Learner(Aria(tiny_config(96)), CLASSES, replace(Stages(), kept=0.5), seed=3).cuda()
+    replayed = Replayed(learner)
+    for progress, alive in ((0.0, 1), (0.05, 1), (0.2, 1), (0.9, 1)):
+        replayed(batch_of(1), progress)
+        assert len(replayed._graphs) == alive
+    replayed(text_of(batch_of(1)), 0.9)
+    assert {kind for kind, _ in replayed._graphs} == {"small", "text"}
