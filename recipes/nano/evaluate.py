@@ -1,301 +1,175 @@
-"""The held-out evaluation: pictures drawn by PIL as users would send them, answered through the public ``generate``.
+"""The held-out evaluation: pictures drawn by PIL as users would send them, answered through the public ``Engine``.
 
 ``python -m recipes.nano.evaluate [MODEL] --json results.json``; MODEL is a folder or repo id, default the packaged one.
+What is asked stands in ``asked.py``. Worker processes draw and prepare while the model answers.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
+import shutil
+import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from random import Random
+from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageFont
+import torch
 
-from aria import AriaForConditionalGeneration, AriaProcessor
-from recipes.nano import dialogue as say
-from recipes.nano import fonts
-from recipes.nano.assets import FOLDER, Assets, unpack_files, unpack_json
-from recipes.nano.paint import Painter
-from recipes.nano.planner import CLEAR_CHARACTERS, MIN_SIDE, Planner
-from recipes.nano.questions import describe_shapes, pair_questions
-from recipes.nano.scenes import COLOUR_NAMES, SHAPES, Photo, Scene
+from aria import AriaProcessor, Engine, SamplingParams
+from aria.engine.engine import Answer
+from aria.processor.pictures import Prepared
+from recipes.nano.asked import REFUSALS, Held, Item, Questions
+from recipes.nano.assets import FOLDER
+from recipes.nano.tokenizer import NANO_FOLDER
 
-TERMINATOR = "<|im_end|>"
+LONGEST_ANSWER = 200  # tokens, which are letters
+NEAR = 0.1
+"""An answer is near the right one with edits of at most this share of the right one's letters."""
+REFUSED = ("i am not sure", "i do not know", "i see no picture")
+FALSE = "false not sure"
+PORTION = 12
+"""Items that a worker process is given at a time; a quarter of them where they have many pictures."""
+CPU_CACHE = 1 << 16  # tokens: sixteen of the longest texts
+COLUMNS = ("exact", "near", "letters", "not sure")
 
 
-@dataclass
-class Item:
-    """One question about one picture (or none) and the one right answer."""
+class Answered(NamedTuple):
+    """What was asked, what is right, and what the model said."""
 
     task: str
     question: str
-    answer: str
-    scene: Scene | None = None
-    scale: float = 1.0
-    seed: int = 0
+    wanted: str
+    given: str
 
 
-class Held:
-    """The held-out material: faces seen and unseen, words, sprites by style, photographs."""
-
-    def __init__(self, path: Path = FOLDER / "eval.npz") -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets")
-        with np.load(path) as file:
-            meta = unpack_json(file["meta"])
-            self.fonts = [zlib.decompress(content) for content in unpack_files(file["fonts"], file["font_ends"])]
-            self.sprites = unpack_files(file["sprites"], file["sprite_ends"])
-            self.photos = unpack_files(file["photos"], file["photo_ends"])
-        self.faces, self.sprite_meta, self.words = meta["faces"], meta["sprites"], meta["words"]
-        self.photo_sizes = [Image.open(io.BytesIO(content)).size for content in self.photos]
-        self.painter = Painter(self.fonts, self.sprites, self.photos)
-        measured = [fonts.measure(ImageFont.truetype(io.BytesIO(content), 200)) for content in self.fonts]
-        self.assets = Assets(
-            families=[face["family"] for face in self.faces],
-            face_metrics=np.stack(measured),
-            glyph_boxes={},
-            glyph_bits={},
-            emoji=[{"label": entry["label"], "hexcode": "", "concrete": True} for entry in self.sprite_meta],
-            sprites=self.sprites,
-            photos=self.photos,
-            words=self.words,
-        )
-
-    def faces_of(self, held_out: bool) -> list[int]:
-        """Indices of the faces that training saw, or did not."""
-        return [i for i, face in enumerate(self.faces) if face["held_out"] == held_out]
+Place = tuple[str, int]  # of an item: its task and number
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
+# --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-class Questions:
-    """Makes the items of every task from seeded streams, so that a model is always asked the same."""
+class Workshop:
+    """Makes items into what the engine takes: plans, paints and prepares them."""
 
-    def __init__(self, held: Held, count: int, seed: int = 2026) -> None:
-        self.held, self.count, self.seed = held, count, seed
+    def __init__(self, eval_file: Path, count: int, processor: str | Path):
+        self.questions = Questions(Held(eval_file), count)
+        self.processor = AriaProcessor.from_pretrained(processor)
 
-    def all(self) -> list[Item]:
-        """Items of all tasks, task after task."""
-        makers: dict[str, Callable[[Planner, Random, int], tuple[Scene, str, str]]] = {
-            "words, seen fonts": partial(self._word, held_out=False),
-            "words, unseen fonts": partial(self._word, held_out=True),
-            "strings, seen fonts": partial(self._string, held_out=False),
-            "strings, unseen fonts": partial(self._string, held_out=True),
-            "colour": self._colour,
-            "shape": self._shape,
-            "count 1-5": self._count,
-            "position": self._position,
-            "describe shapes": self._describe,
-        }
-        items = [item for task, maker in makers.items() for item in self._make(task, self.count, maker)]
-        items += self._make("lines at 448 px", self.count // 2, partial(self._lines, held_out=False), size=448)
-        for style, chosen in self._styles().items():
-            items += self._make(f"emoji, {style}", len(chosen), partial(self._emoji, chosen=chosen))
-        items += self._make("not sure", max(self.count, len(self.held.photos)), self._photo)
-        return items + list(self._talk())
-
-    def _make(
-        self, task: str, count: int, maker: Callable[[Planner, Random, int], tuple[Scene, str, str]], size: int = 224
-    ) -> Iterator[Item]:
-        for n in range(count):
-            rng = Random(f"{self.seed} {task} {n}")
-            planner = Planner(self.held.assets, size, rng)
-            scene, question, answer = maker(planner, rng, n)
-            longer = rng.uniform(300, 800) * size / 224
-            yield Item(task, question, answer, scene, longer / size, rng.getrandbits(32))
-
-    def _face(self, rng: Random, held_out: bool) -> int:
-        return rng.choice(self.held.faces_of(held_out))
-
-    def _word(self, planner: Planner, rng: Random, n: int, held_out: bool) -> tuple[Scene, str, str]:
-        word = rng.choice(self.held.words)
-        text = rng.choice((word, word.capitalize(), word.upper()))
-        return self._printed(planner, [text], self._face(rng, held_out))
-
-    def _string(self, planner: Planner, rng: Random, n: int, held_out: bool) -> tuple[Scene, str, str]:
-        letters = CLEAR_CHARACTERS[rng.choice(tuple(CLEAR_CHARACTERS))]
-        text = "".join(rng.choices(letters, k=rng.randint(2, 10)))
-        return self._printed(planner, [text], self._face(rng, held_out))
-
-    def _lines(self, planner: Planner, rng: Random, n: int, held_out: bool) -> tuple[Scene, str, str]:
-        texts = [" ".join(rng.sample(self.held.words, rng.randint(1, 2))) for _ in range(rng.randint(2, 3))]
-        return self._printed(planner, texts, self._face(rng, held_out))
-
-    def _printed(self, planner: Planner, texts: list[str], face: int) -> tuple[Scene, str, str]:
-        for _ in range(50):
-            scene = planner.empty("words")
-            planner.place_lines(scene, texts, face)
-            if [line.text for line in scene.lines] == texts:  # all fitted
-                return scene, planner.rng.choice(say.READ), "\n".join(texts)
-        raise ValueError(f"no picture has room for {texts!r}")
-
-    def _colour(self, planner: Planner, rng: Random, n: int) -> tuple[Scene, str, str]:
-        names = rng.sample(SHAPES, rng.randint(1, 3))
-        scene = self._shapes(planner, names, [rng.choice(COLOUR_NAMES) for _ in names])
-        mark = rng.choice(scene.marks)
-        return scene, rng.choice(say.COLOUR_OF).format(mark.name), say.sentence(mark.colour_name)
-
-    def _shape(self, planner: Planner, rng: Random, n: int) -> tuple[Scene, str, str]:
-        scene = self._shapes(planner, [rng.choice(SHAPES)], [rng.choice(COLOUR_NAMES)])
-        return scene, rng.choice(say.WHICH_SHAPE), say.sentence(say.with_article(scene.marks[0].name))
-
-    def _count(self, planner: Planner, rng: Random, n: int) -> tuple[Scene, str, str]:
-        name, number = rng.choice(SHAPES), 1 + n % 5
-        others = [rng.choice([s for s in SHAPES if s != name]) for _ in range(rng.randint(0, 6 - number))]
-        names = [name] * number + (others if rng.random() < 0.4 else [])
-        scene = self._shapes(planner, names, [rng.choice(COLOUR_NAMES) for _ in names])
-        return scene, rng.choice(say.COUNT).format(say.plural(name)), say.count_answer(number, name)
-
-    def _position(self, planner: Planner, rng: Random, n: int) -> tuple[Scene, str, str]:
-        for _ in range(50):
-            scene = self._shapes(planner, rng.sample(SHAPES, 2), [rng.choice(COLOUR_NAMES) for _ in range(2)])
-            asked = pair_questions(scene.marks[0], scene.marks[1], rng)
-            if asked:
-                _, (forms, answer) = rng.choice(asked)
-                return scene, rng.choice(list(forms)), answer
-        raise ValueError("two shapes never stood clearly beside each other")
-
-    def _describe(self, planner: Planner, rng: Random, n: int) -> tuple[Scene, str, str]:
-        count = rng.randint(1, 3)
-        scene = self._shapes(planner, rng.sample(SHAPES, count), [rng.choice(COLOUR_NAMES) for _ in range(count)])
-        return scene, rng.choice(say.DESCRIBE), describe_shapes(scene.marks)
-
-    def _shapes(self, planner: Planner, names: Sequence[str], colours: Sequence[str]) -> Scene:
-        scene = planner.empty("shapes")
-        planner.place_shapes(scene, names, colours)
-        return scene
-
-    def _styles(self) -> dict[str, list[int]]:
-        trained = [i for i, entry in enumerate(self.held.sprite_meta) if entry["style"] != "openmoji"]
-        unseen = [i for i, entry in enumerate(self.held.sprite_meta) if entry["style"] == "openmoji"]
-        if self.count < 500:  # a quick look
-            trained, unseen = trained[:: -(-600 // self.count)], unseen[:: -(-853 // self.count)]
-        return {"trained styles": trained, "unseen style": unseen}
-
-    def _emoji(self, planner: Planner, rng: Random, n: int, chosen: Sequence[int]) -> tuple[Scene, str, str]:
-        scene = planner.empty("emoji")
-        planner.place_emoji(scene, [chosen[n]])
-        return scene, rng.choice(say.NAME_EMOJI), scene.marks[0].name
-
-    def _photo(self, planner: Planner, rng: Random, n: int) -> tuple[Scene, str, str]:
-        """Every photograph whole first, then parts of them; asked as anything may be asked."""
-        photos = len(self.held.photos)
-        scene = planner.empty("not sure")
-        width, height = self.held.photo_sizes[n % photos]
-        long = max(width, height)
-        scene.width, scene.height = (max(scene.size * side // long, MIN_SIDE) for side in (width, height))
-        side = 1.0 if n < photos else rng.uniform(0.5, 0.9)
-        box = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side, side)
-        scene.photo = Photo(n % photos, box, n >= photos and rng.random() < 0.5, 0.0)
-        forms = rng.choice((say.DESCRIBE, say.DESCRIBE, say.DESCRIBE, say.READ, say.NAME_EMOJI))
-        return scene, rng.choice(forms), say.NOT_SURE
-
-    def _talk(self) -> Iterator[Item]:
-        for forms, answer in say.SMALL_TALK:
-            for form in forms:
-                yield Item("talk", form, answer)
+    def make(self, places: Sequence[Place]) -> list[tuple[Item, Prepared]]:
+        """The items of these places."""
+        items = [self.questions.item(*place) for place in places]
+        return [(item, self.processor.prepare(item.messages(self.questions.paint(item)))) for item in items]
 
 
-# --- how it is answered and scored -----------------------------------------------------------------------------------
+_workshop: Workshop
 
 
-def draw(items: Sequence[Item], held: Held, processes: int) -> list[Image.Image | None]:
-    """The pictures of all items, drawn by several processes."""
+def _start(*settings: object) -> None:
+    global _workshop
+    torch.set_num_threads(1)
+    _workshop = Workshop(*settings)  # type: ignore[arg-type]
+
+
+def _make(places: Sequence[Place]) -> list[tuple[Item, Prepared]]:
+    return _workshop.make(places)
+
+
+def made(
+    portions: Iterable[Sequence[Place]], settings: tuple[Path, int, str | Path], processes: int
+) -> Iterator[tuple[Item, Prepared]]:
+    """Items in order, by several processes that are never far ahead: pictures take memory."""
     if processes <= 1:
-        return [_draw(held.painter, item) for item in items]
-    with multiprocessing.get_context("spawn").Pool(processes, _start, (held.fonts, held.sprites, held.photos)) as pool:
-        return pool.map(_draw_here, items, chunksize=32)
+        workshop = Workshop(*settings)
+        for portion in portions:
+            yield from workshop.make(portion)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[list[tuple[Item, Prepared]]]] = deque()
+    with ProcessPoolExecutor(processes, context, _start, settings) as pool:
+        for portion in portions:
+            waiting.append(pool.submit(_make, portion))
+            if len(waiting) > 4 * processes:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
-_painter: Painter
+# --- answering -------------------------------------------------------------------------------------------------------
 
 
-def _start(*material: Sequence[bytes]) -> None:
-    global _painter
-    _painter = Painter(*material)
+def open_engine(model: str | None, processor: str | Path | None, device: str | None, batch: int | None) -> Engine:
+    """The engine; with ``processor``, of a folder of weights that has no files of the processor."""
+    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    cache = None if cuda else CPU_CACHE
+    if processor is None:
+        return Engine(model, device=device, max_batch=batch, cache_tokens=cache)
+    if model is None or not Path(model).is_dir():
+        raise ValueError(f"--processor goes with a model in a folder, but MODEL is {model}")
+    with tempfile.TemporaryDirectory() as folder:
+        AriaProcessor.from_pretrained(processor).save_pretrained(folder)
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+        return Engine(folder, device=device, max_batch=batch, cache_tokens=cache)
 
 
-def _draw_here(item: Item) -> Image.Image | None:
-    return _draw(_painter, item)
+def answers(engine: Engine, items: Iterable[tuple[Item, Prepared]], ahead: int) -> Iterator[Answered]:
+    """Greedy answers, in the order in which they end; ``ahead`` requests are kept in the engine."""
+    params = SamplingParams(max_tokens=LONGEST_ANSWER)
+    source = iter(items)
+    growing: list[tuple[Item, Answer]] = []
+    while True:
+        while len(growing) < ahead and (new := next(source, None)) is not None:
+            growing.append((new[0], engine.queue(new[1], params)))
+        if not growing:
+            return
+        for _ in range(8):
+            engine.step()
+        left = []
+        for item, answer in growing:
+            if answer.done:
+                yield Answered(item.task, item.question, item.answer, answer.result().text.strip())
+            else:
+                left.append((item, answer))
+        growing = left
 
 
-def _draw(painter: Painter, item: Item) -> Image.Image | None:
-    return painter.paint(item.scene, item.scale, Random(item.seed)) if item.scene else None
-
-
-def answers(
-    model: AriaForConditionalGeneration,
-    processor: AriaProcessor,
-    items: Sequence[Item],
-    pictures: Sequence[Image.Image | None],
-    batch: int = 128,
-) -> list[str]:
-    """Greedy answers, without what ends them, in the order of ``items``."""
-    order = sorted(range(len(items)), key=lambda i: (_size(items[i]), len(items[i].answer)))
-    found = [""] * len(items)
-    for _, group in groupby(order, key=lambda i: _size(items[i])):  # pictures of one call share one size
-        alike = list(group)
-        for start in range(0, len(alike), batch):
-            chosen = alike[start : start + batch]
-            texts = _generate(model, processor, [(items[i], pictures[i]) for i in chosen])
-            for i, text in zip(chosen, texts, strict=True):
-                found[i] = text
+def portions(questions: Questions, wanted: str = "") -> list[list[Place]]:
+    """All places of the tasks with ``wanted`` in their names, as workers are given them."""
+    found: list[list[Place]] = []
+    for task, made in questions.tasks.items():
+        size = PORTION // 4 if task.startswith(("search", "several", "clip")) else PORTION
+        if wanted in task:
+            places = [(task, n) for n in range(made.count)]
+            found += [places[at : at + size] for at in range(0, len(places), size)]
     return found
 
 
-def _size(item: Item) -> int:
-    return item.scene.size if item.scene else 0
+# --- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def _generate(
-    model: AriaForConditionalGeneration, processor: AriaProcessor, asked: Sequence[tuple[Item, Image.Image | None]]
-) -> list[str]:
-    prompts = []
-    for item, picture in asked:
-        image = [{"type": "image"}] if picture else []
-        content = [*image, {"type": "text", "text": item.question}]
-        message = {"role": "user", "content": content}
-        prompts.append(processor.apply_chat_template([message], add_generation_prompt=True))
-    images = [picture for _, picture in asked if picture]
-    size = _size(asked[0][0]) or None
-    inputs = processor(text=prompts, images=images or None, max_image_size=size, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
-    ids = model.generate(
-        **inputs, max_new_tokens=200, stop_strings=[TERMINATOR], tokenizer=processor.tokenizer, do_sample=False
-    )
-    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.split(TERMINATOR)[0].strip() for text in texts]
-
-
-def score(items: Sequence[Item], given: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per task: number of items, share of exact answers, letters right (1 - edits / length), "not sure" answers."""
+def score(answered: Iterable[Answered]) -> dict[str, dict[str, float]]:
+    """Per task: number of items; shares of exact and of near answers, of right letters (1 - edits / length), and of
+    answers that it does not know. The last entry is about that among all tasks that it should know."""
     results: dict[str, dict[str, float]] = {}
-    for task in dict.fromkeys(item.task for item in items):
-        pairs = [(item.answer, text) for item, text in zip(items, given, strict=True) if item.task == task]
-        exact = sum(same(wanted, text) for wanted, text in pairs)
-        length = sum(len(wanted) for wanted, _ in pairs)
-        edits = sum(min(distance(wanted, text), len(wanted)) for wanted, text in pairs)
-        unsure = sum(text.lower().startswith("i am not sure") for _, text in pairs)
-        count = len(pairs)
+    for task, group in groupby(answered, key=lambda one: one.task):
+        rows = list(group)
+        assert task not in results, "answers of a task should stand together"
+        edits = [min(distance(row.wanted, row.given), len(row.wanted)) for row in rows]
+        exact = [same(row.wanted, row.given) for row in rows]
+        near = [right or n <= NEAR * len(row.wanted) for right, n, row in zip(exact, edits, rows, strict=True)]
         results[task] = {
-            "items": count,
-            "exact": exact / count,
-            "letters": 1 - edits / length,
-            "not sure": unsure / count,
+            "items": len(rows),
+            "exact": sum(exact) / len(rows),
+            "near": sum(near) / len(rows),
+            "letters": 1 - sum(edits) / sum(len(row.wanted) for row in rows),
+            "not sure": sum(row.given.lower().startswith(REFUSED) for row in rows) / len(rows),
         }
-    known = [task for task in results if task not in ("not sure", "talk")]
-    total = sum(results[task]["items"] for task in known)
-    false = sum(results[task]["items"] * results[task]["not sure"] for task in known)
-    results["false not sure"] = {"items": total, "exact": false / max(total, 1)}
+    known = [row for task, row in results.items() if task not in (*REFUSALS, "talk")]
+    total = sum(row["items"] for row in known)
+    results[FALSE] = {"items": total, "exact": sum(row["items"] * row["not sure"] for row in known) / max(total, 1)}
     return results
 
 
@@ -316,14 +190,11 @@ def distance(a: str, b: str) -> int:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results as text, one task a line."""
-    lines = [f"{'task':26}{'items':>7}{'exact':>9}{'letters':>9}{'not sure':>10}"]
+    lines = [f"{'task':32}{'items':>7}" + "".join(f"{name:>10}" for name in COLUMNS)]
     for task, row in results.items():
-        cells = [f"{row[name]:>{width}.1%}" if name in row else "" for name, width in COLUMNS]
-        lines.append(f"{task:26}{row['items']:>7.0f}{''.join(cells)}")
+        cells = [f"{row[name]:>10.1%}" if name in row else "" for name in COLUMNS]
+        lines.append(f"{task:32}{row['items']:>7.0f}{''.join(cells)}")
     return "\n".join(lines)
-
-
-COLUMNS = (("exact", 9), ("letters", 9), ("not sure", 10))
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -332,34 +203,37 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", help="folder or repo id; default: the packaged model")
     parser.add_argument("--processor", help="where tokenizer and processor files are, if not with the model")
     parser.add_argument("--eval-file", type=Path, default=FOLDER / "eval.npz")
-    parser.add_argument("--count", type=int, default=500, help="items a task")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--count", type=int, default=500, help="items of most tasks")
+    parser.add_argument("--tasks", default="", help="only those with this in their name")
+    parser.add_argument("--batch", type=int, help="answers that grow together; default: the engine's")
     parser.add_argument("--processes", type=int, default=max(1, (multiprocessing.cpu_count() or 2) - 1))
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, help="write results here")
     parser.add_argument("--misses", type=Path, help="write wrong answers here, one JSON a line")
     options = parser.parse_args(list(arguments) if arguments is not None else None)
-    held = Held(options.eval_file)
-    items = Questions(held, options.count).all()
     started = time.monotonic()
-    pictures = draw(items, held, options.processes)
-    print(f"{len(items)} items drawn in {time.monotonic() - started:.0f} s", flush=True)
-    model = AriaForConditionalGeneration.from_pretrained(options.model, device=options.device)
-    processor = AriaProcessor.from_pretrained(options.processor or options.model)
-    started = time.monotonic()
-    given = answers(model, processor, items, pictures, options.batch)
-    print(f"answered in {time.monotonic() - started:.0f} s")
-    results = score(items, given)
+    processor = options.processor or options.model or NANO_FOLDER
+    asked = portions(Questions(Held(options.eval_file), options.count), options.tasks)
+    if not asked:
+        parser.error(f"no task has {options.tasks!r} in its name")
+    engine = open_engine(options.model, options.processor, options.device, options.batch)
+    ahead = 2 * (options.batch or (256 if engine.device.type == "cuda" else 16))
+    items = made(asked, (options.eval_file, options.count, processor), options.processes)
+    found = []
+    for one in answers(engine, items, ahead):
+        found.append(one)
+        if len(found) % 1000 == 0:
+            print(f"{len(found)} answered in {time.monotonic() - started:.0f} s", flush=True)
+    order = {portion[0][0]: n for n, portion in enumerate(asked)}
+    found.sort(key=lambda one: order[one.task])
+    results = score(found)
+    print(f"{len(found)} answered in {time.monotonic() - started:.0f} s")
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if options.misses:
-        rows = [
-            {"task": item.task, "question": item.question, "wanted": item.answer, "given": text}
-            for item, text in zip(items, given, strict=True)
-            if not same(item.answer, text)
-        ]
-        options.misses.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        missed = [one._asdict() for one in found if not same(one.wanted, one.given)]
+        options.misses.write_text("".join(json.dumps(row) + "\n" for row in missed), encoding="utf-8")
     print(json.dumps({task: round(row["exact"], 4) for task, row in results.items()}))
 
 

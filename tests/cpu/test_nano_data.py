@@ -17,7 +17,7 @@ from PIL import Image
 from plain_drawing import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.nano import data, dialogue, evaluate, paint, questions, scenes, tokenizer
+from recipes.nano import data, dialogue, paint, questions, scenes, tokenizer
 from recipes.nano.assets import Assets, clean_label, fingerprint
 from recipes.nano.planner import Planner
 from recipes.nano.render import IGNORED, Renderer, _patch_points, _query_points
@@ -382,25 +382,6 @@ def test_drawing_never_waits_for_the_host(assets: Assets, renderer: Renderer, si
     with waits:
         torch.ones(3)[torch.tensor([True, False, True])].sum().item()
     assert waits.found == {"lift_fresh", "index", "_local_scalar_dense"}, "the watch itself"
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def test_scores_count_exact_answers_letters_and_false_doubts():
-    items = [
-        evaluate.Item("words", "?", "Hello"),
-        evaluate.Item("words", "?", "ab\ncd"),
-        evaluate.Item("not sure", "?", dialogue.NOT_SURE),
-    ]
-    results = evaluate.score(items, ["Hallo", "ab \ncd", dialogue.NOT_SURE])
-    assert results["words"]["exact"] == 0.5
-    assert results["words"]["letters"] == pytest.approx(0.8)
-    assert results["not sure"]["exact"] == 1.0
-    assert results["false not sure"] == {"items": 2, "exact": 0.0}
-    unsure = evaluate.score(items, [dialogue.NOT_SURE] * 3)
-    assert unsure["false not sure"]["exact"] == 1.0
-    assert evaluate.distance("kitten", "sitting") == 3
 
 
 def test_fingerprints_tell_copies_from_other_pictures():
