@@ -1,6 +1,5 @@
-"""Training: losses, fixed-shape packing and one loop."""
+"""Training: losses, fixed-shape packing, budgets; the loop and its recipes are in modules of their own."""
 
-from aria.train.legacy import Trainer, TrainerConfig, cosine_rate
 from aria.train.loss import (
     IGNORE_INDEX,
     CrossEntropy,
@@ -22,11 +21,8 @@ __all__ = [
     "RouterLosses",
     "StepBudget",
     "TimeBudget",
-    "Trainer",
-    "TrainerConfig",
     "TrainingContext",
     "bounded_segments",
-    "cosine_rate",
     "fixed_patches",
     "linear_cross_entropy",
     "next_token_labels",
