@@ -29,14 +29,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-# Trains the packaged model again, from collecting its material to the card's table: a GPU for 20 minutes, on Debian 12
+# Trains the packaged model again, from collecting its material to the card's table: a GPU for half an hour, on Debian 12
 # with npm (recipes/nano/README.md tells the steps).
+STAGES := 1-language 2-seeing 3-long 4-answers
 nano: $(VENV)/.installed
 	$(PIP_INSTALL) --quiet --editable '.[train]'
 	$(BIN)/python -m recipes.nano.assets
+	$(BIN)/python -m recipes.nano.glosses
 	$(BIN)/python -m recipes.nano.train --out runs/nano
-	$(BIN)/python -m recipes.nano.evaluate runs/nano/export --processor aria/nano --json runs/nano/results.json
-	$(BIN)/python -m recipes.nano.publish runs/nano/export runs/nano/results.json
+	for stage in $(STAGES); do \
+	    $(BIN)/python -m recipes.nano.evaluate runs/nano/$$stage/export --json runs/nano/$$stage/results.json || exit 1; \
+	done
+	$(BIN)/python -m recipes.nano.publish runs/nano
 
 clean:
 	rm -rf $(VENV)
