@@ -31,6 +31,8 @@ TEXTS = {  # task -> kind of language.KINDS
     **{kind: kind for kind in ("unknown words", "sums", "reckoning", "facts", "beyond", "no picture")},
     "spelling": "words",
 }
+STEP = 25
+"""Pixels: pictures of one size are resized together."""
 TALK = tuple((form, answer) for forms, answer in say.SMALL_TALK for form in forms)
 
 
@@ -115,8 +117,8 @@ class Task:
     make: Callable[[Planner, Random, int], Asked]
     size: int = 224
     """Of the planned pictures, in pixels; 0: both sizes in turn."""
-    painted: tuple[float, float] = (300.0, 800.0)
-    """Longer sides of the painted pictures, in pixels for ``size`` 224."""
+    painted: tuple[int, int] = (300, 800)
+    """Longer sides of the painted pictures, in pixels for ``size`` 224, in steps of :data:`STEP`."""
 
 
 class Questions:
@@ -151,7 +153,7 @@ class Questions:
         ):
             shown[f"chart, {task}"] = partial(self._chart, kind=kind), number, 0
         self.tasks = {task: Task(number, make, size) for task, (make, number, size) in shown.items()}
-        small = partial(Task, painted=(224.0, 400.0))
+        small = partial(Task, painted=(225, 400))
         self.tasks |= {
             "clip, direction": small(count, partial(self._clip, directions=True)),
             "clip, other questions": small(half, partial(self._clip, directions=False)),
@@ -169,7 +171,8 @@ class Questions:
         rng = Random(f"{self.seed} {task} {n}")
         size = made.size or (224, 448)[n % 2]
         scenes, question, answer = made.make(self.held.planner(size, rng), rng, n)
-        return Item(task, question, answer, scenes, rng.uniform(*made.painted) / 224, rng.getrandbits(32))
+        longer = rng.randrange(made.painted[0], made.painted[1] + 1, STEP)
+        return Item(task, question, answer, scenes, longer / 224, rng.getrandbits(32))
 
     def paint(self, item: Item) -> list[Image.Image]:
         """Its pictures."""
