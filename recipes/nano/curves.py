@@ -25,7 +25,7 @@ def read(log: Path) -> Lines:
     if not log.is_file():
         return []
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "seconds" in line and "loss" in line]
+    return [line for line in lines if "seconds" in line]
 
 
 def joined(logs: Mapping[str, Lines], name: str) -> tuple[list[float], list[float]]:
