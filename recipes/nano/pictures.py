@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,13 +24,19 @@ def worth(batch: Batch) -> int:
     return len(batch["valid"]) * (batch["size"] // 224) ** 2
 
 
+@lru_cache(maxsize=2)
+def _drawing(assets: Path, device: torch.device) -> tuple[Assets, Renderer]:
+    """Material and renderer, made once a process: unpacking takes seconds."""
+    material = Assets.load(assets)
+    return material, Renderer(material, device)
+
+
 class Pictures:
     """The source of a run's batches: batch n holds the same pictures in every run of one seed."""
 
     def __init__(self, device: torch.device | str, plan: Plan):
         self.device, self._plan = torch.device(device), plan
-        self._assets = Assets.load(self._plan.assets)
-        self._render = Renderer(self._assets, self.device)
+        self._assets, self._render = _drawing(self._plan.assets, self.device)
         self._started: tuple[int, Iterator[Batch]] | None = None
         self.num_classes = self._render.num_classes
 

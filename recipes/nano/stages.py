@@ -66,7 +66,7 @@ STAGES = {
         cycle=("small", "large", "small", "several", "small", "large", "small", TEXT),
         texts={**LANGUAGE, text.NEEDLES: 0.05},
         teaching=Stages(),
-        growth=1400,
+        growth=2500,
     ),
     # Lengths up to eight times those of the second stage, whose longest sequence has 512 tokens.
     "long": Stage(
@@ -89,7 +89,7 @@ class Mixture:
 
     Args:
         stage: what they hold.
-        tokens: of a batch of text; pictures of a batch go by that, too: 512 small ones to 32,768.
+        tokens: of a batch of text; pictures of a batch go by that, too: 256 small ones to 16,384.
         workers: processes that plan.
         seed: of the run.
         device: where pictures are drawn.
@@ -99,7 +99,7 @@ class Mixture:
         self.stage, self.device, self.number = stage, torch.device(device), 0
         pictured = tuple(kind for kind in stage.cycle if kind != TEXT)
         writers = workers if not pictured else max(min(workers, 1), workers // 6)
-        self._texts = Texts(seed, stage.texts, tokens, longest=stage.longest, workers=writers)
+        self._texts = Texts(seed, stage.texts, tokens, longest=min(stage.longest, tokens), workers=writers)
         self.pictures: Pictures | None = None
         if pictured:
             most = max(2, tokens // 64)

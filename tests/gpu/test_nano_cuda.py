@@ -55,7 +55,7 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
 def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
     # All patches are taught, so nothing is drawn by chance.
     stages = Stages(queries=0.2, answers=0.5, settled=0.9, kept=1.0)
-    learner = Learner(Aria(tiny_config(96)), CLASSES, stages, seed=3).cuda()
+    learner = Learner(Aria(tiny_config(96)), CLASSES, stages, seed=3).cuda().bfloat16()
     replayed = Replayed(learner)
     replayed(batch_of(0), 1.0)
     for progress in (0.1, 0.3, 0.6, 0.95):
@@ -67,19 +67,20 @@ def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
                 learner.zero_grad()
                 wanted, wanted_metrics = learner.loss(batch, progress)
                 wanted.backward()
-                assert total == pytest.approx(wanted.item(), rel=1e-4)
-                assert found == pytest.approx({n: v.item() for n, v in wanted_metrics.items()}, rel=1e-3, abs=1e-6)
+                assert total == pytest.approx(wanted.item(), rel=1e-3)
+                assert found == pytest.approx({n: v.item() for n, v in wanted_metrics.items()}, rel=5e-3, abs=1e-4)
                 theirs = gradients(learner)
                 assert ours.keys() == theirs.keys()
                 for name, gradient in theirs.items():
                     error = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
-                    assert error < 2e-3, f"{name} at {progress} is {error:.1e} off"
+                    # Sums over queries and experts are added up in any order.
+                    assert error < 2e-2, f"{name} at {progress} is {error:.1e} off"
                 learner.zero_grad()
                 del wanted
 
 
 def test_a_phase_is_captured_when_it_begins_and_the_one_before_is_dropped():
-    learner = Learner(Aria(tiny_config(96)), CLASSES, replace(Stages(), kept=0.5), seed=3).cuda()
+    learner = Learner(Aria(tiny_config(96)), CLASSES, replace(Stages(), kept=0.5), seed=3).cuda().bfloat16()
     replayed = Replayed(learner)
     for progress, alive in ((0.0, 1), (0.05, 1), (0.2, 1), (0.9, 1)):
         replayed(batch_of(1), progress)
