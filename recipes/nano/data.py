@@ -156,10 +156,12 @@ def make_batch(
     told = [_story(planner, count, shares, grown) for count in deal(pictures, shape.pictures, rng)]
     sequences = [tokens(story.turns, shape.size) for story in told]
     sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
-    # Replace the longest conversations until all fit: shapes of the stream must not depend on luck.
+    # Replace conversations until all fit: shapes of the stream must not depend on luck. Of a sum that is too large, the
+    # one that is longest beside its share: one of many pictures is always long.
     lengths = np.array([len(ids) for ids, _ in sequences])
+    shares_of = np.array([shape.tokens * len(story.scenes) for story in told] + [0] * talks)
     while lengths.sum() > room or lengths.max() > shape.longest:
-        longest = int(lengths.argmax())
+        longest = int((lengths if lengths.max() > shape.longest else lengths - shares_of).argmax())
         if longest < len(told):
             told[longest] = _story(planner, len(told[longest].scenes), shares, grown)
             sequences[longest] = tokens(told[longest].turns, shape.size)
