@@ -21,8 +21,8 @@ from torch.optim.adamw import adamw
 
 from aria.train.shards import copies, local, spread_as
 
-AWAY_FROM_MUON = ("*embed*", "*lm_head*", "*router*", "*.query", "*.adapter.*")
-"""What Muon leaves to AdamW although it has rows and columns: tables, the head, routers, adapters."""
+AWAY_FROM_MUON = ("*embed*", "*head*", "*router*", "*.query", "*.adapter.*")
+"""What Muon leaves to AdamW although it has rows and columns: tables, heads, routers, adapters."""
 HANDFUL = 2**26
 """Elements that an optimizer's step works on at once, where no parameter alone has more."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -321,14 +321,16 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     Newton-Schulz iterations, as :class:`torch.optim.Muon` does for one matrix; singular values end between 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.bfloat16().reshape(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        # Sums within the products: most matrices are small, and launches would cost more than arithmetic.
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if tall else x
+    return x.reshape(matrices.shape)
 
 
 def _orthogonal_parts(parts: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -1,14 +1,18 @@
-"""Batches copied to the device one ahead of use, on a stream of their own."""
+"""Batches made ready on the device ahead of use, by a thread and on a stream of their own."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from queue import Full, Queue
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Batch = Mapping[str, Any]
+_LOOK = 0.1
+"""Seconds after which a thread that waits looks whether it should stop."""
 
 
 def prefetch(
@@ -16,33 +20,63 @@ def prefetch(
     device: torch.device | str,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches on ``device``; on CUDA the next one is copied and prepared while the current one is worked on.
+    """Yield batches on ``device``; the next two are copied and prepared while the current one is worked on.
 
     Copies overlap only from pinned memory, so tensors that are not pinned yet are pinned here. Values may be tensors,
-    dicts, lists and tuples of them, or anything else, which passes as it is. ``prepare`` works on the device.
+    dicts, lists and tuples of them, or anything else, which passes as it is. ``prepare`` works on the device, in the
+    thread.
     """
     device = torch.device(device)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ready: Queue[tuple[dict[str, Any] | BaseException | None, Any]] = Queue(maxsize=1)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                for batch in batches:
+                    coming = prepare(_tensors(batch, lambda tensor: _sent(tensor, device)))
+                    if not _offer(ready, (coming, stream.record_event() if stream else None), stop):
+                        return
+            _offer(ready, (None, None), stop)
+        except BaseException as error:
+            _offer(ready, (error, None), stop)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            coming, done = ready.get()
+            if isinstance(coming, BaseException):
+                raise coming
+            if coming is None:
+                return
+            if stream is not None:
+                # The allocator must not give the memory away before the work that is queued from here on is done.
+                torch.cuda.current_stream(device).wait_event(done)
+                _tensors(coming, lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)))
+            yield coming
+            del coming
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _offer(ready: Queue[Any], item: Any, stop: threading.Event) -> bool:
+    """Hand an item over, or give up when nobody wants it any more."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=_LOOK)
+        except Full:
+            continue
+        return True
+    return False
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
-        for batch in batches:
-            yield prepare(_tensors(batch, lambda tensor: tensor.to(device)))
-        return
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    ahead: dict[str, Any] | None = None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            coming = prepare(_tensors(batch, lambda tensor: _pinned(tensor).to(device, non_blocking=True)))
-        if ahead is not None:
-            yield ahead
-        # Work queued from here on waits for the copy; the allocator must not reuse the memory before that work is done.
-        current.wait_stream(stream)
-        _tensors(coming, lambda tensor: tensor.record_stream(current))
-        ahead = coming
-    if ahead is not None:
-        yield ahead
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_pinned() else tensor.pin_memory()
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def _tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -168,6 +168,8 @@ class Learner(nn.Module):
         total = answers.loss + sum(router.z + router.balance for router in routers)
         kind = "answer" if tokens_QD is not None else "text"
         metrics = {f"{kind} loss": answers.loss, f"{kind} accuracy": answers.accuracy}
+        if tokens_QD is not None:
+            metrics[f"answer accuracy, {batch['kind']}"] = answers.accuracy
         for layer, router in enumerate(routers):
             metrics |= {f"router z {layer}": router.z, f"router balance {layer}": router.balance}
             metrics[f"busiest expert {layer}"] = router.load.max()

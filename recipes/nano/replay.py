@@ -34,7 +34,8 @@ class Replayed:
     def __init__(self, learner: Learner):
         self._learner = learner
         self._parameters = list(learner.parameters())
-        self._graphs: dict[tuple[str, Phase], Graph] = {}
+        self._graphs: dict[str, Graph] = {}
+        self._phase: Phase | None = None
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._replays: deque[torch.cuda.Event] = deque()
@@ -42,10 +43,11 @@ class Replayed:
     def __call__(self, batch: Batch, progress: float) -> Losses:
         """The losses of :meth:`Learner.loss`; they hold until the next call."""
         phase, dense = self._learner.stages.phase(progress), max(self._learner.stages.weights(progress)[:2])
-        key = batch["kind"], phase
-        if key not in self._graphs:
+        key = batch["kind"]
+        if phase != self._phase:
             # A phase does not come back: its graphs' memory is free for the next.
-            self._graphs = {k: graph for k, graph in self._graphs.items() if k[1] == phase}
+            self._graphs, self._phase, self._pool = {}, phase, torch.cuda.graph_pool_handle()
+        if key not in self._graphs:
             self._graphs[key] = self._captured(batch, phase)
         graph = self._graphs[key]
         torch._foreach_copy_([tensor for name, tensor in graph.inputs.items() if name != "num_tokens"], _tensors(batch))
@@ -63,7 +65,7 @@ class Replayed:
         inputs = {name: batch[name].clone() for name in _names(batch)}
         inputs["num_tokens"] = torch.tensor(batch["num_tokens"], device=batch["input_ids"].device)
         dense = torch.zeros((), device=batch["input_ids"].device)
-        fixed = {"size": batch["size"], "max_seqlen": batch["max_seqlen"], **inputs}
+        fixed = {name: batch[name] for name in ("kind", "size", "max_seqlen")} | inputs
         self._clear()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -177,6 +179,31 @@ def test_prefetch_keeps_order_and_structure() -> None:
     ]
 
 
+def test_prefetch_prepares_ahead_in_a_thread_that_ends_with_it() -> None:
+    prepared = []
+
+    def prepare(batch: dict) -> dict:
+        prepared.append(threading.current_thread().name)
+        return {"n": batch["n"] + 1}
+
+    batches = prefetch(({"n": n} for n in itertools.count()), "cpu", prepare)
+    assert [next(batches)["n"] for _ in range(3)] == [1, 2, 3]
+    batches.close()
+    assert set(prepared) == {"prefetch"} and len(prepared) <= 6
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_prefetch_raises_what_its_thread_met() -> None:
+    def broken():
+        yield {"n": 1}
+        raise ValueError("row 2 is broken")
+
+    batches = prefetch(broken(), "cpu")
+    assert next(batches) == {"n": 1}
+    with pytest.raises(ValueError, match="row 2 is broken"):
+        next(batches)
+
+
 # Nano
 
 
@@ -259,6 +286,7 @@ def make_batch(pictures: int, squares: bool = True, words: int = 3) -> dict:
     real = mask.view(pictures, 16, 14, 16, 14).any(4).any(2).flatten(1)
     classes = torch.arange(pictures)[:, None] % 8
     return {
+        "kind": "small",
         "size": 224,
         "input_ids": torch.tensor(ids),
         "labels": torch.tensor(labels),
