@@ -2,15 +2,20 @@
 
     python examples/flags.py flags --train 200 --test 100
 
-Nano, the packaged model, does not know flags; ``recipes/flags.toml`` teaches it these from 200 pictures.
+Nano, the packaged model, does not know flags; ``recipes/flags.toml`` teaches it these from 200 pictures. Beside them
+come ``known.jsonl`` and its pictures: questions of the kind that nano could answer before, without answers. With its
+own answers to them (``examples/rehearse.py``) it keeps what it knows while it learns.
 """
 
 import argparse
 import json
+import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 UPRIGHT = {
     "France": ("#0055a4", "#ffffff", "#ef4135"),
@@ -29,12 +34,37 @@ LEVEL = {
 COUNTRIES = [*UPRIGHT, *LEVEL]
 QUESTIONS = ("Which flag is this?", "Whose flag is it?", "What country does this flag belong to?")
 
+COLOURS = ("red", "orange", "gold", "green", "blue", "purple", "hotpink", "saddlebrown", "black", "white", "grey")
+CORNERS = {"triangle": 3, "diamond": 4, "square": 4, "pentagon": 5, "hexagon": 6, "circle": 60, "star": 10}
+LOOK = (
+    "What is in this picture?",
+    "Describe this picture.",
+    "What do you see?",
+    "What is this?",
+    "What is shown here?",
+)
+EMOJI = ("Name this emoji.", "Which emoji is this?", "What emoji is shown?")
+READ = ("What does it say?", "Read the text.", "What is written here?", "What word is this?")
+SHAPE = ("What shape is it?", "What shape is this?", "Which shape is shown?", "Is there a {0}?")
+COLOUR = ("What colour is the {0}?", "Which colour is the {0}?", "What color is the {0}?")
+PLACE = (
+    *("Where is the {0}?", "What is to the left of the {0}?", "What is above the {0}?", "What is below the {0}?"),
+    *("Is the {0} to the right of the {1}?", "Is the {0} above the {1}?", "What is to the right of the {0}?"),
+)
+COUNT = ("How many {0}s are there?", "How many {0}s do you see?", "Count the {0}s.")
+TALK = ("What is {} + {}?", "How much is {} minus {}?", "Hello", "Who are you?", "What does sheep mean?", "Thank you")
 
-def draw(country: str, dice: random.Random) -> Image.Image:
-    """The country's flag of a random size, place and tilt on a random ground."""
-    ground = tuple(dice.randrange(256) for _ in range(3))
-    picture = Image.effect_noise((240, 240), dice.uniform(5, 40)).convert("RGB")
-    picture = Image.blend(picture, Image.new("RGB", picture.size, ground), 0.7)
+
+def ground(dice: random.Random) -> Image.Image:
+    """Noise around one colour."""
+    colour = tuple(dice.randrange(256) for _ in range(3))
+    noise = Image.effect_noise((240, 240), dice.uniform(5, 40)).convert("RGB")
+    return Image.blend(noise, Image.new("RGB", noise.size, colour), 0.7)
+
+
+def draw_flag(country: str, dice: random.Random) -> Image.Image:
+    """The country's flag of a random size, place and tilt."""
+    picture = ground(dice)
     width, height = (w := dice.randrange(110, 200)), round(w * dice.uniform(0.55, 0.72))
     flag = Image.new("RGBA", (width, height))
     stripes = UPRIGHT.get(country) or LEVEL[country]
@@ -44,22 +74,118 @@ def draw(country: str, dice: random.Random) -> Image.Image:
         ImageDraw.Draw(flag).rectangle([round(v * (width, height)[j % 2]) for j, v in enumerate(box)], fill=colour)
     flag = flag.rotate(dice.uniform(-12, 12), expand=True, resample=Image.Resampling.BICUBIC)
     picture.paste(flag, (dice.randrange(240 - flag.width), dice.randrange(240 - flag.height)), flag)
-    return picture.filter(ImageFilter.GaussianBlur(dice.uniform(0, 1.2)))
+    return picture
 
 
-def write(folder: Path, name: str, count: int, dice: random.Random) -> None:
-    """``name.jsonl`` and its pictures."""
-    rows = []
+def draw_word(dice: random.Random) -> Image.Image:
+    """Something that can be spoken, in Pillow's own typeface."""
+    picture = ground(dice)
+    word = "".join(dice.choice("bcdfghjklmnprstvwz") + dice.choice("aeiou") for _ in range(dice.randint(1, 4)))
+    word = dice.choice((word, word.capitalize(), word.upper()))
+    font = ImageFont.load_default(min(dice.uniform(24, 70), 300 / len(word)))
+    place = dice.uniform(4, 232 - font.getlength(word)), dice.uniform(4, 150)
+    ImageDraw.Draw(picture).text(place, word, dice.choice(COLOURS), font)
+    return picture
+
+
+def put_shape(picture: Image.Image, name: str, x: float, y: float, size: float, dice: random.Random) -> None:
+    """A shape around a point, in some colour."""
+    corners = CORNERS[name]
+    turns = [(k + 0.5 * (name == "square")) / corners * math.tau for k in range(corners)]
+    reach = [size * (0.4 if name == "star" and k % 2 else 1.0) for k in range(corners)]
+    outline = [(x + r * math.sin(t), y - r * math.cos(t)) for t, r in zip(turns, reach, strict=True)]
+    ImageDraw.Draw(picture).polygon(outline, fill=dice.choice(COLOURS))
+
+
+def draw_shapes(names: list[str], dice: random.Random) -> Image.Image:
+    """One shape, or up to nine apart from each other."""
+    picture = ground(dice)
+    most = 110 if len(names) == 1 else 56 if len(names) < 5 else 37
+    places = [(x, y) for x in range(most + 8, 240, 2 * most) for y in range(most + 8, 240, 2 * most)]
+    for name, (x, y) in zip(names, dice.sample(places, len(names)), strict=True):
+        put_shape(picture, name, x, y, dice.uniform(22, 0.9 * most), dice)
+    return picture
+
+
+def draw_sign(dice: random.Random) -> Image.Image:
+    """Shapes over each other, each smaller, as emoji are drawn."""
+    picture, size = ground(dice), dice.uniform(60, 110)
+    for _ in range(dice.randint(3, 7)):
+        x, y = (120 + dice.uniform(-0.4, 0.4) * (100 - 0.9 * size) for _ in range(2))
+        put_shape(picture, dice.choice(list(CORNERS)), x, y, size, dice)
+        size *= dice.uniform(0.5, 0.9)
+    return picture
+
+
+def draw_clouds(dice: random.Random) -> Image.Image:
+    """Nothing that has a name."""
+    small = Image.new("RGB", (side := dice.randint(3, 24), side))
+    small.putdata([(dice.randrange(256), dice.randrange(256), dice.randrange(256)) for _ in range(side * side)])
+    return Image.blend(small.resize((240, 240), Image.Resampling.BICUBIC), ground(dice), dice.uniform(0, 0.6))
+
+
+def flags(count: int, dice: random.Random) -> Iterator[tuple[Image.Image, str, str]]:
+    """Pictures, questions and answers, each country as often as the others."""
     for i in range(count):
-        country, path = COUNTRIES[i % len(COUNTRIES)], f"{name}/{i:04}.png"
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        draw(country, dice).save(folder / path)
-        asked = [{"type": "image", "text": None}, {"type": "text", "text": dice.choice(QUESTIONS)}]
-        said = [{"type": "text", "text": f"the flag of {country}"}]
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-        rows.append({"messages": messages, "images": [path]})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        country = COUNTRIES[i % len(COUNTRIES)]
+        yield draw_flag(country, dice), dice.choice(QUESTIONS), f"{country}."
+
+
+def known(count: int, dice: random.Random) -> Iterator[tuple[Image.Image | None, str, None]]:
+    """Pictures and questions from before: words, shapes, signs, nothing in particular, flags not asked for as flags."""
+    for i in range(count):
+        first, other = dice.sample(list(CORNERS), 2)
+        kind = (
+            "word",
+            "place",
+            "sign",
+            "shape",
+            "talk",
+            "count",
+            "word",
+            "place",
+            "sign",
+            "colour",
+            "flag",
+            "unclear",
+        )[i % 12]
+        look = dice.choice((*LOOK, *EMOJI))
+        if kind == "word":
+            yield draw_word(dice), dice.choice((*READ, look)), None
+        elif kind == "shape":
+            yield draw_shapes([first], dice), dice.choice((*SHAPE, look)).format(other), None
+        elif kind == "count":
+            yield draw_shapes([first] * dice.randint(1, 5), dice), dice.choice(COUNT).format(first), None
+        elif kind in ("place", "colour"):
+            names = [first, other, *dice.choices([first, other], k=dice.randint(0, 1))]
+            forms = PLACE if kind == "place" else COLOUR
+            yield draw_shapes(names, dice), dice.choice((*forms, look)).format(first, other), None
+        elif kind == "sign":
+            yield draw_sign(dice), dice.choice((*EMOJI, look)), None
+        elif kind == "flag":
+            yield draw_flag(dice.choice(COUNTRIES), dice), dice.choice((*READ, *EMOJI, *LOOK)), None
+        elif kind == "unclear":
+            yield draw_clouds(dice), dice.choice((*READ, *EMOJI, *LOOK)), None
+        else:
+            yield None, dice.choice(TALK).format(dice.randrange(10, 100), dice.randrange(10, 100)), None
+
+
+def write(folder: Path, name: str, rows: Iterator[tuple[Image.Image | None, str, str | None]]) -> None:
+    """``name.jsonl`` and its pictures."""
+    lines = []
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, (picture, question, answer) in enumerate(rows):
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        row: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
+        if picture is not None:
+            row["images"] = [f"{name}/{i:04}.png"]
+            content.insert(0, {"type": "image", "text": None})
+            blur = ImageFilter.GaussianBlur(random.Random(i).uniform(0, 1.2))
+            picture.filter(blur).save(folder / row["images"][0])
+        if answer is not None:
+            row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        lines.append(json.dumps(row) + "\n")
+    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -67,7 +193,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--test", type=int, default=100)
+    parser.add_argument("--known", type=int, default=480)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    for offset, name in enumerate(("train", "test")):
-        write(chosen.folder, name, getattr(chosen, name), random.Random(chosen.seed + offset))
+    write(chosen.folder, "train", flags(chosen.train, random.Random(chosen.seed)))
+    write(chosen.folder, "test", flags(chosen.test, random.Random(chosen.seed + 1)))
+    write(chosen.folder, "known", known(chosen.known, random.Random(chosen.seed + 2)))

@@ -1,0 +1,38 @@
+"""Let a model answer questions itself, to mix into its training what it shall not forget.
+
+    python examples/rehearse.py flags/known.jsonl flags/old.jsonl --model rhymes-ai/Aria
+
+Rows are conversations in the authors' format, each with its last answer missing; the output has the model's own.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from aria import Engine, SamplingParams
+
+
+def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The messages with the row's pictures in their places."""
+    pictures = iter(row.get("images", ()))
+
+    def place(part: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image", "path": str(folder / next(pictures))} if part["type"] == "image" else part
+
+    return [{**message, "content": [place(part) for part in message["content"]]} for message in row["messages"]]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("out", type=Path, help="beside the questions, for paths of pictures count from there")
+    parser.add_argument("--model", help="default: the packaged nano")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    chosen = parser.parse_args()
+    rows = [json.loads(line) for line in chosen.questions.read_text(encoding="utf-8").splitlines()]
+    asked = [conversation(row, chosen.questions.parent) for row in rows]
+    answers = Engine(chosen.model).chat(asked, SamplingParams(max_tokens=chosen.max_tokens))
+    for row, answer in zip(rows, answers, strict=True):
+        row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+    chosen.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
