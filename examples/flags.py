@@ -193,7 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--test", type=int, default=100)
-    parser.add_argument("--known", type=int, default=480)
+    parser.add_argument("--known", type=int, default=960)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     write(chosen.folder, "train", flags(chosen.train, random.Random(chosen.seed)))
