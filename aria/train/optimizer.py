@@ -87,8 +87,8 @@ class Optimizer(torch.optim.Optimizer):
     """All parameters, each by its rule; see :func:`make_optimizer`.
 
     Attributes:
-        found_inf: float32 ``(1,)`` on the device; where one, a step of AdamW changes nothing, and nothing waits for
-            the host to say so.
+        found_inf: float32 scalar on the device; where one, a step of AdamW or Muon changes nothing, and nothing waits
+            for the host to say so.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], settings: OptimizerSettings):
@@ -105,8 +105,8 @@ class Optimizer(torch.optim.Optimizer):
                 {"params": members, "rule": rule, "lr": settings.learning_rate * rate, "weight_decay": decay}
                 for (rule, rate, decay), members in groups.items()
             ],
-            # The loop asks this before it sets `found_inf`.
-            {"fused": settings.kind == "adamw"},
+            # What the loop asks, of this as of PyTorch's own, before it sets `found_inf`.
+            {"fused": settings.kind != "adamw8bit"},
         )
 
     @torch.no_grad()
@@ -193,17 +193,21 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def _muon(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        momentum, lr, decay = self.settings.momentum, group["lr"], group["weight_decay"]
-        gradients, buffers = _gradients(parameters), [state["momentum"] for state in states]
-        torch._foreach_add_([state["step"] for state in states], 1.0)
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        torch._foreach_lerp_(gradients, buffers, momentum)
+        gradients, buffers = _gradients(parameters, self.found_inf), [state["momentum"] for state in states]
+        # As the fused AdamW does: nothing changes where a gradient is not finite, and the host need not know.
+        keep: Tensor | float = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        torch._foreach_add_([state["step"] for state in states], keep)
+        changes = torch._foreach_sub(gradients, buffers)
+        torch._foreach_mul_(changes, (1 - self.settings.momentum) * keep)
+        torch._foreach_add_(buffers, changes)
+        torch._foreach_lerp_(gradients, buffers, self.settings.momentum)
         updates = _orthogonal_parts(gradients, parameters)
         # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
-        rates = [-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
+        rates = [-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
         torch._foreach_mul_(updates, rates)
+        torch._foreach_mul_(updates, keep)
         with self._in_float32(parameters, states) as weights:
-            torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * keep)
             torch._foreach_add_(weights, updates)
 
     @contextmanager
@@ -271,11 +275,16 @@ def _handfuls(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]
         yield handful
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """This rank's parts in float32, and copies: the caller may change them."""
+def _gradients(parameters: list[nn.Parameter], found_inf: Tensor | None = None) -> list[Tensor]:
+    """This rank's parts as float32 copies, which the caller may change; zeros where ``found_inf`` is one."""
     found = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in found]
+    # One allocation: hundreds of small ones cost the host more than the step costs the device.
+    flat = torch.empty(sum(gradient.numel() for gradient in found), dtype=torch.float32, device=found[0].device)
+    pieces = flat.split([gradient.numel() for gradient in found])
+    wide = [piece.view(gradient.shape) for piece, gradient in zip(pieces, found, strict=True)]
     torch._foreach_copy_(wide, found)
+    if found_inf is not None:
+        flat.masked_fill_(found_inf > 0.0, 0.0)
     return wide
 
 

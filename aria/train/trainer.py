@@ -118,7 +118,7 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
         if self.optimizer.defaults.get("fused"):
-            # The fused kernel leaves weights and moments alone where `found_inf` is one: no wait for the host.
+            # Weights and moments are left alone where `found_inf` is one: no wait for the host.
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skipped.item():

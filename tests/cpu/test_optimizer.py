@@ -146,9 +146,10 @@ def test_rounding_by_chance_is_right_on_average_and_leaves_what_is_exact():
     assert round_by_chance(torch.tensor([float("nan")])).isnan().all()
 
 
-def test_a_step_that_is_not_finite_can_be_left_out_without_asking():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_can_be_left_out_without_asking(kind):
     named = parameters()
-    optimizer = make_optimizer(named.items(), BASE)
+    optimizer = make_optimizer(named.items(), replace(BASE, kind=kind))
     assert optimizer.defaults["fused"]
     give_gradients(named, 1)
     optimizer.step()
