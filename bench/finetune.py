@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import json
 import os
 import re
 import subprocess
@@ -88,13 +89,12 @@ def old_tasks(engine: Engine, count: int, tasks: Sequence[str]) -> dict[str, flo
 
 
 @contextmanager
-def server(adapter: Path) -> Iterator[int]:
+def server(model: str | None, adapter: Path) -> Iterator[int]:
     """`aria serve` with the adapter, in a process of its own: its port."""
-    command = [sys.executable, *ARIA, "serve", "--port", "0", "--device", "cpu", "--adapter", f"flags={adapter}"]
+    command = [sys.executable, *ARIA, "serve", *([model] if model else [])]
+    options = ["--port", "0", "--device", "cpu", "--adapter", f"flags={adapter}", "--log-level", "warning"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None, "it was asked for"
             said = process.stdout.readline()
@@ -106,7 +106,7 @@ def server(adapter: Path) -> Iterator[int]:
             process.terminate()
 
 
-def served_texts(adapter: Path, asked: Sequence[Question]) -> list[str]:
+def served_texts(model: str | None, adapter: Path, asked: Sequence[Question]) -> list[str]:
     """Greedy answers of the server by HTTP; pictures in low detail, which is the size that was trained."""
 
     def openai(part: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def served_texts(adapter: Path, asked: Sequence[Question]) -> list[str]:
             found.append(reply.text)
         return found
 
-    with server(adapter) as port:
+    with server(model, adapter) as port:
         return asyncio.run(all_of_them(port))
 
 
@@ -142,13 +142,8 @@ def transformers_texts(merged: Path, asked: Sequence[Question]) -> list[str]:
         inputs = processor.apply_chat_template(
             list(question.messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        ids = model.generate(
-            **inputs,
-            max_new_tokens=LONGEST,
-            do_sample=False,
-            stop_strings=["<|im_end|>"],
-            tokenizer=processor.tokenizer,
-        )
+        places = [processor.tokenizer.image_token_id]
+        ids = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False, suppress_tokens=places)
         text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found.append(text.split("<|im_end|>")[0].strip())
     return found
@@ -157,12 +152,17 @@ def transformers_texts(merged: Path, asked: Sequence[Question]) -> list[str]:
 # --- everything ------------------------------------------------------------------------------------------------------
 
 
-def teach(folder: Path, recipe: Path, sets: Sequence[str]) -> dict[str, Cost]:
+def teach(folder: Path, model: str | None, recipe: Path, sets: Sequence[str]) -> dict[str, Cost]:
     """Data, training and merging, as commands in ``folder``."""
+    if model is not None:
+        sets = [f"model.path={json.dumps(model)}", *sets]
     options = [part for one in sets for part in ("--set", one)]
+    named = [] if model is None else ["--model", model]
     return {
         "drawing": run(ROOT / "examples/flags.py", "flags", cwd=folder),
-        "rehearsal's answers": run(ROOT / "examples/rehearse.py", "flags/known.jsonl", "flags/old.jsonl", cwd=folder),
+        "rehearsal's answers": run(
+            ROOT / "examples/rehearse.py", "flags/known.jsonl", "flags/old.jsonl", *named, cwd=folder
+        ),
         "training": run(*ARIA, "train", recipe.resolve(), "--out", "run", *options, cwd=folder),
         "merging": run(*ARIA, "merge", "run/export", "merged", cwd=folder),
     }
@@ -171,18 +171,21 @@ def teach(folder: Path, recipe: Path, sets: Sequence[str]) -> dict[str, Cost]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Teach, ask, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of another nano than the packaged one")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/flags.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as of aria train")
     parser.add_argument("--count", type=int, default=100, help="questions of each old task")
     parser.add_argument("--tasks", nargs="+", default=list(OLD_TASKS), help="old tasks, by their names")
     parser.add_argument("--compare", type=int, default=20, help="prompts whose texts are compared")
     parser.add_argument("--out", type=Path, help="folder to keep everything in (default: one that is removed)")
+    parser.add_argument("--ask-only", action="store_true", help="of what is in the folder of --out already")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (chosen.out or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        costs = teach(folder, chosen.recipe, chosen.set)
+        model = None if chosen.model is None else str(chosen.model.resolve())
+        costs = {} if chosen.ask_only else teach(folder, model, chosen.recipe, chosen.set)
         results: dict[str, Any] = {"costs": {name: cost._asdict() for name, cost in costs.items()}}
         rows = [(name, f"{cost.wall:.0f}", f"{cost.cpu:.0f}") for name, cost in costs.items()]
         print(measure.table(rows, ("command", "seconds", "of all cores")), flush=True)
@@ -191,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             path = (folder / "flags" / f"{name}.jsonl").as_posix()
             return questions(DataSettings(paths=(path,)), before.processor, most)
 
-        before, after = (Engine(model, device="cpu") for model in (None, folder / "merged"))
+        before, after = (Engine(path, device="cpu") for path in (model, folder / "merged"))
         test = read("test", 10_000)
         found = {"flags, held out": [accuracy(engine, test) for engine in (before, after)]}
         old = [old_tasks(engine, chosen.count, chosen.tasks) for engine in (before, after)]
@@ -203,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = test[: chosen.compare // 2] + read("old", chosen.compare - chosen.compare // 2)
         merged = texts(after, asked)
         others = {
-            "aria serve --adapter": served_texts(folder / "run/export", asked),
+            "aria serve --adapter": served_texts(model, folder / "run/export", asked),
             "transformers, merged folder": transformers_texts(folder / "merged", asked),
         }
         same = {name: sum(map(str.__eq__, merged, said)) for name, said in others.items()}

@@ -36,13 +36,7 @@ QUESTIONS = ("Which flag is this?", "Whose flag is it?", "What country does this
 
 COLOURS = ("red", "orange", "gold", "green", "blue", "purple", "hotpink", "saddlebrown", "black", "white", "grey")
 CORNERS = {"triangle": 3, "diamond": 4, "square": 4, "pentagon": 5, "hexagon": 6, "circle": 60, "star": 10}
-LOOK = (
-    "What is in this picture?",
-    "Describe this picture.",
-    "What do you see?",
-    "What is this?",
-    "What is shown here?",
-)
+LOOK = ("What is in this picture?", "Describe this picture.", "What do you see?", "What is this?", "What's this?")
 EMOJI = ("Name this emoji.", "Which emoji is this?", "What emoji is shown?")
 READ = ("What does it say?", "Read the text.", "What is written here?", "What word is this?")
 SHAPE = ("What shape is it?", "What shape is this?", "Which shape is shown?", "Is there a {0}?")
@@ -53,6 +47,11 @@ PLACE = (
 )
 COUNT = ("How many {0}s are there?", "How many {0}s do you see?", "Count the {0}s.")
 TALK = ("What is {} + {}?", "How much is {} minus {}?", "Hello", "Who are you?", "What does sheep mean?", "Thank you")
+
+KINDS = (
+    *("word", "count", "place", "sign", "shape", "talk", "place"),
+    *("word", "count", "sign", "colour", "place", "flag", "unclear"),
+)
 
 
 def ground(dice: random.Random) -> Image.Image:
@@ -135,20 +134,7 @@ def known(count: int, dice: random.Random) -> Iterator[tuple[Image.Image | None,
     """Pictures and questions from before: words, shapes, signs, nothing in particular, flags not asked for as flags."""
     for i in range(count):
         first, other = dice.sample(list(CORNERS), 2)
-        kind = (
-            "word",
-            "place",
-            "sign",
-            "shape",
-            "talk",
-            "count",
-            "word",
-            "place",
-            "sign",
-            "colour",
-            "flag",
-            "unclear",
-        )[i % 12]
+        kind = KINDS[i % len(KINDS)]
         look = dice.choice((*LOOK, *EMOJI))
         if kind == "word":
             yield draw_word(dice), dice.choice((*READ, look)), None
