@@ -263,7 +263,9 @@ class Questions:
     def _chart(self, planner: Planner, rng: Random, n: int, kind: str) -> Asked:
         while True:
             scene = planner.empty("charts")
-            forms = [(_kind(form), form) for form in charts.chart_questions(charts.plan_chart(planner, scene), planner)]
+            forms = [
+                (_kind(form), form) for form in charts.chart_questions(charts.plan_chart(planner, scene), planner.rng)
+            ]
             wanted = [form for found, form in forms if found == kind]
             if wanted:
                 _, (questions, answer) = rng.choices(wanted, [weight for weight, _ in wanted])[0]

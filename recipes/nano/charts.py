@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING
 
 from recipes.nano import dialogue as say
@@ -82,9 +83,8 @@ def plan_chart(planner: Planner, scene: Scene, grown: float = 1.0) -> Chart:
     return chart
 
 
-def chart_questions(chart: Chart, planner: Planner) -> list[Form]:
+def chart_questions(chart: Chart, rng: Random) -> list[Form]:
     """Weighted ``(question forms, answer)`` about a chart, each with one right answer."""
-    rng = planner.rng
     order = sorted(range(len(chart.names)), key=lambda i: chart.lengths[i])
     forms: list[Form] = [
         (0.3, (say.DESCRIBE, describe_chart(chart))),

@@ -40,8 +40,8 @@ class Kind:
 
 
 KINDS = {
-    "small": Kind(224, 176, 288, (1, 1), dict(zip(TASKS, SHARES[224], strict=True))),
-    "large": Kind(448, 256, 512, (1, 1), dict(zip(TASKS, SHARES[448], strict=True))),
+    "small": Kind(224, 208, 400, (1, 1), dict(zip(TASKS, SHARES[224], strict=True))),
+    "large": Kind(448, 288, 512, (1, 1), dict(zip(TASKS, SHARES[448], strict=True))),
     "several": Kind(224, 116, 512, (2, 6), {"clips": 0.55, "several": 0.45}),
     "long": Kind(224, 92, 4096, (10, 48), {"search": 1.0}),
 }
@@ -183,6 +183,7 @@ def make_batch(
     batch: dict[str, Any] = {
         "input_ids": input_ids,
         "labels": labels,
+        "weights": answer_weights(labels),
         "positions": np.arange(room) - np.repeat(starts[:-1], all_lengths),
         "cu_seqlens": starts.astype(np.int32),
         "task": np.array(task, np.int64),
@@ -241,6 +242,19 @@ def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
             labels += [-100] * len(piece)
         ids += piece
     return np.array(ids, np.int64), np.array(labels, np.int64)
+
+
+def answer_weights(labels: np.ndarray) -> np.ndarray:
+    """float32 weights of labels: one over the root of their answer's length, so that short answers are not drowned.
+
+    A text to be read has ten times the letters of a colour, most of them easy.
+    """
+    learnt = labels != -100
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], learnt, [False]]).astype(np.int8)))
+    lengths = edges[1::2] - edges[::2]
+    weights = np.zeros(len(labels), np.float32)
+    weights[learnt] = np.repeat(lengths**-0.5, lengths)
+    return weights
 
 
 def _with_places(ids: list[int], size: int) -> list[int]:

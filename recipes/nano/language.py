@@ -33,6 +33,12 @@ DEFINE: Forms = (
         "Tell me the meaning of {}.",
     ),
 )
+AROUND = (
+    *(("Hello. ", ""), ("Good morning! ", ""), ("OK. ", ""), ("Next word. ", ""), ("A question: ", ""), ("Now: ", "")),
+    *(("", " Thanks."), ("", " Thank you!"), ("I read a book. ", ""), ("It is for my homework. ", ""), ("So, ", "")),
+    *(("", " I have forgotten it."), ("I saw it somewhere. ", ""), ("", " It is in my book."), ("Well. ", "")),
+)
+"""What people say before and after a question."""
 ADD: Forms = (
     (
         *(
@@ -110,7 +116,12 @@ def definition(rng: Random, held_out: bool = False) -> Turn:
     """A word and its definition: all words are taught (nobody could guess one), in other forms than are held out."""
     known = glosses.read().definitions
     word = rng.choice(list(known))
-    return _form(DEFINE, rng, held_out).format(word), say.sentence(known[word])
+    question = _form(DEFINE, rng, held_out).format(word)
+    if not held_out and rng.random() < 0.3:
+        # So that the word is known wherever it stands.
+        before, after = rng.choice(AROUND)
+        question = f"{before}{question}{after}"
+    return question, say.sentence(known[word])
 
 
 def unknown_word(rng: Random, held_out: bool = False) -> Turn:

@@ -162,7 +162,8 @@ class Learner(nn.Module):
         context = TrainingContext(config, segments, batch["positions"], embedded.dtype)
         hidden, router_logits = model.language_model.model(embedded, context)
         labels = next_token_labels(batch["labels"], cu_seqlens)
-        answers = linear_cross_entropy(hidden, model.language_model.lm_head.weight, labels)
+        weights = batch["weights"].roll(-1)
+        answers = linear_cross_entropy(hidden, model.language_model.lm_head.weight, labels, weights_T=weights)
         counted = torch.arange(ids.shape[0], device=ids.device) < batch["num_tokens"]
         routers = [router_losses(logits, config.moe_topk, counted_T=counted) for logits in router_logits]
         total = answers.loss + sum(router.z + router.balance for router in routers)

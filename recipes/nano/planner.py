@@ -14,7 +14,10 @@ from recipes.nano.questions import Form, fill, shape_questions, side_of
 from recipes.nano.scenes import COLOUR_NAMES, COLOURS, SHAPES, TASKS, Colour, Line, Mark, Photo, Scene
 
 # Shares of the tasks among pictures: at 224 px, and at 448 px, which is there for lines of text and charts.
-SHARES = {224: (0.4, 0.19, 0.24, 0.09, 0.03, 0.05), 448: (0.2, 0.1, 0.1, 0.08, 0.3, 0.22)}
+SHARES = {224: (0.34, 0.26, 0.24, 0.05, 0.03, 0.08), 448: (0.12, 0.12, 0.08, 0.05, 0.33, 0.3)}
+FEW, MANY = (0.5, 0.3, 0.2), (0.15, 0.25, 0.25, 0.2, 0.15)
+"""Shares of conversations by their turns. Looking up one of several things has short answers and is late to be learned:
+such pictures are asked about more often."""
 MIN_SIDE = 56  # of the packaged preprocessor_config.json
 MIN_EM = 19.0  # capitals of about 14 px
 LINE_HEIGHT = 1.3
@@ -108,10 +111,13 @@ class Planner:
         """A colour that people call ``name``."""
         return _hsv(*(self.rng.uniform(*bounds) for bounds in COLOURS[name]))
 
-    def _talk(self, scene: Scene, forms: Sequence[Form]) -> None:
-        """One to three of the weighted ``(question forms, answer)``, none twice; sometimes a thank-you at the end."""
+    def _talk(self, scene: Scene, forms: Sequence[Form], turns: Sequence[float] = FEW) -> None:
+        """Some of the weighted ``(question forms, answer)``, none twice; sometimes a thank-you at the end.
+
+        ``turns``: shares of conversations of one turn, two turns and so on.
+        """
         rng = self.rng
-        count = rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0]
+        count = rng.choices(range(1, len(turns) + 1), turns)[0]
         # Weighted draw without replacement: the largest of u ** (1 / weight) come first.
         order = sorted(forms, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[:count]
         scene.turns = [(say.asked(questions, rng), answer) for _, (questions, answer) in order]
@@ -265,13 +271,13 @@ class Planner:
 
     def _charts(self, scene: Scene, grown: float) -> None:
         chart = plan_chart(self, scene)
-        self._talk(scene, chart_questions(chart, self) + self._absent("e"))
+        self._talk(scene, chart_questions(chart, self.rng) + self._absent("e"), MANY)
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 
     def _shapes(self, scene: Scene, grown: float) -> None:
         rng = self.rng
-        kind = rng.choices(("one", "two", "same", "mixed"), (0.25, 0.3, 0.25, 0.2))[0]
+        kind = rng.choices(("one", "two", "same", "mixed"), (0.15, 0.35, 0.25, 0.25))[0]
         count = {"one": 1, "two": 2}.get(kind) or rng.randint(2 if kind == "same" else 3, 6)
         names = [rng.choice(SHAPES) for _ in range(count)]
         colours = [rng.choice(COLOUR_NAMES) for _ in range(count)]
@@ -282,7 +288,7 @@ class Planner:
         elif kind == "mixed" and rng.random() < 0.5:  # few kinds, so that counting one among others comes up
             names = [rng.choice(names[:2]) for _ in range(count)]
         self.place_shapes(scene, names, colours)
-        self._talk(scene, shape_questions(scene.marks, rng) + self._absent("te"))
+        self._talk(scene, shape_questions(scene.marks, rng) + self._absent("te"), MANY)
 
     def place_shapes(self, scene: Scene, names: Sequence[str], colours: Sequence[str]) -> None:
         """Place shapes without overlap, in random sizes; two stand clearly beside or clearly above one another."""

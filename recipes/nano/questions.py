@@ -37,9 +37,9 @@ def shape_questions(marks: Sequence[Mark], rng: Random) -> list[Form]:
     forms.append((0.2, (fill(say.COUNT, f"{colour} shapes"), say.count_answer(len(same), f"{colour} shape"))))
     for mark in marks:
         if names.count(mark.name) == 1:
-            forms.append((0.8 / len(marks), (fill(say.COLOUR_OF, mark.name), say.sentence(mark.colour_name))))
+            forms.append((1.2 / len(marks), (fill(say.COLOUR_OF, mark.name), say.sentence(mark.colour_name))))
     if len(same) == 1 and len(marks) > 1:
-        forms.append((0.4, (fill(say.SHAPE_IN_COLOUR, colour), say.sentence(say.with_article(same[0].name)))))
+        forms.append((0.6, (fill(say.SHAPE_IN_COLOUR, colour), say.sentence(say.with_article(same[0].name)))))
     if len(marks) == 1:
         forms.append((0.7, (say.WHICH_SHAPE, say.sentence(say.with_article(names[0])))))
     present = rng.random() < 0.5

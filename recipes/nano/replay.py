@@ -90,7 +90,7 @@ class Replayed:
 
 def _names(batch: Batch) -> list[str]:
     """What the learner reads of a batch, and the renderer's commands are not."""
-    text = ["input_ids", "labels", "positions", "cu_seqlens"]
+    text = ["input_ids", "labels", "weights", "positions", "cu_seqlens"]
     return [*text, "pixel_values", "pixel_mask", "patch_labels", "query_labels"] if batch["size"] else text
 
 

@@ -60,24 +60,24 @@ class Stage:
 
 
 STAGES = {
-    "language": Stage(cycle=(TEXT,), texts={**LANGUAGE, text.PLAIN: 0.1}),
-    # A text for seven batches of pictures: a seventh of the steps, a thirtieth of the time.
+    "language": Stage(cycle=(TEXT,), texts={**LANGUAGE, text.PLAIN: 0.1, text.TOLD: 0.35, text.NEEDLES: 0.1}),
+    # A text for nine batches of pictures: a tenth of the steps, a thirtieth of the time.
     "seeing": Stage(
-        cycle=("small", "large", "small", "several", "small", "large", "small", TEXT),
-        texts={**LANGUAGE, text.NEEDLES: 0.05},
+        cycle=("small", "large", "small", "several", "small", "large", "small", "several", "small", TEXT),
+        texts={**LANGUAGE, text.TOLD: 0.25, text.NEEDLES: 0.1},
         teaching=Stages(),
         growth=2500,
     ),
     # Lengths up to eight times those of the second stage, whose longest sequence has 512 tokens.
     "long": Stage(
         cycle=(TEXT, "long", TEXT, "several", TEXT, "long", "small", "large"),
-        texts={text.NEEDLES: 3.0, **LANGUAGE},
+        texts={text.NEEDLES: 3.0, text.TOLD: 0.2, **LANGUAGE},
         longest=4096,
         teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
     ),
     "answers": Stage(
         cycle=("small", "large", TEXT, "small", "several", "small", "large", "long"),
-        texts={**REHEARSED, text.NEEDLES: 0.3},
+        texts={**REHEARSED, text.TOLD: 0.1, text.NEEDLES: 0.3},
         longest=4096,
         teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
     ),

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from recipes.nano import data, haystack, language, tokenizer
+from recipes.nano import data, haystack, language, tokenizer, told
 
-PLAIN, NEEDLES = "plain text", "needles"
+PLAIN, NEEDLES, TOLD = "plain text", "needles", "told pictures"
 Sequence = tuple[np.ndarray, np.ndarray]  # ids and unshifted labels
 
 
@@ -23,8 +23,9 @@ Sequence = tuple[np.ndarray, np.ndarray]  # ids and unshifted labels
 class Texts:
     """What batches of text hold. The content of batch n depends on this (but for ``first`` and ``workers``) and on n.
 
-    ``shares``: kinds of :mod:`recipes.nano.language`, ``plain text`` or ``needles`` -> share of the tokens of answers'
-    sequences. ``tokens``: T. ``longest``: no needle's text is longer, and the shortest have ``shortest``.
+    ``shares``: kinds of :mod:`recipes.nano.language`, ``plain text``, ``needles`` or ``told pictures`` -> share of the
+    tokens of answers' sequences. ``tokens``: T. ``longest``: no needle's text is longer, and the shortest have
+    ``shortest``.
     """
 
     seed: int
@@ -94,6 +95,7 @@ def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
         "size": 0,
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
+        "weights": torch.from_numpy(data.answer_weights(labels)),
         "positions": torch.from_numpy(np.arange(texts.tokens) - np.repeat(starts[:-1], lengths)),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "max_seqlen": max(512, texts.longest),
@@ -116,8 +118,10 @@ def _sequence(texts: Texts, rng: Random) -> Sequence:
 
 def _drawn(texts: Texts, rng: Random) -> Sequence:
     shares = dict(texts.shares)
-    needles, plain = shares.pop(NEEDLES, 0.0), shares.pop(PLAIN, 0.0)
-    kind = rng.choices((NEEDLES, PLAIN, ""), (needles, plain, sum(shares.values())))[0]
+    others = {kind: shares.pop(kind, 0.0) for kind in (NEEDLES, PLAIN, TOLD)}
+    kind = rng.choices((*others, ""), (*others.values(), sum(shares.values())))[0]
+    if kind == TOLD:
+        return data.tokens(told.conversation(rng, language.words(False)))
     if kind == PLAIN:
         ids = np.array(tokenizer.encode(language.text(rng) + "\n"), np.int64)
         labels = ids.copy()

@@ -397,3 +397,10 @@ def test_batches_always_fit_whatever_is_drawn(assets: Assets):
             batch = data.make_batch(assets, Random(seed), kind, 48, grown=seed / 16)
             assert torch.diff(batch["cu_seqlens"]).max() <= batch["max_seqlen"]
             assert batch["num_tokens"] <= len(batch["input_ids"])
+
+
+def test_labels_weigh_by_the_root_of_their_answers_length() -> None:
+    labels = np.array([-100, 5, -100, -100, 5, 6, 7, 8, -100, 3, 4])
+    weights = data.answer_weights(labels)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, [0, 1, 0, 0, 0.5, 0.5, 0.5, 0.5, 0, 2**-0.5, 2**-0.5], rtol=1e-6)

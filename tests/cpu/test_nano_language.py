@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from recipes.nano import glosses, haystack, language, stages, text, tokenizer
+from recipes.nano import glosses, haystack, language, stages, text, tokenizer, told
 from recipes.nano.text import Texts
 
 WORDS = ("apple", "bridge", "candle", "donkey", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle")
@@ -133,3 +133,35 @@ def test_a_stage_goes_on_where_it_was() -> None:
     resumed.load_state_dict(begun.state_dict())
     found = [batch["input_ids"] for batch in islice(iter(resumed), 2)]
     assert all(torch.equal(a, b) for a, b in zip(expected[3:], found, strict=True))
+
+
+def test_answers_about_told_pictures_follow_from_what_was_told() -> None:
+    rng, seen = Random(8), set()
+    for _ in range(600):
+        turns = told.conversation(rng, language.words(False))
+        first = turns[0][0]
+        told_first = first.lower()
+        for question, answer in turns:
+            asked = question.lower().rsplit("\n", 1)[-1].rsplit(". ", 1)[-1]
+            colour = re.search(r"(?:colou?r is|the colou?r of) the (\w+)", asked)
+            if colour:
+                seen.add("colour")
+                assert f"{answer[:-1].lower()} {colour[1]}" in told_first
+            value = re.fullmatch(r"(?:what is the value of|how much is) (\w+)\??", asked)
+            if value and "bar chart" in told_first:
+                seen.add("value")
+                assert f"{value[1]} {answer[:-1]}" in told_first
+            if asked.startswith(("which bar is the largest", "which bar is the longest")):
+                seen.add("largest")
+                bars = re.findall(r"(\w+) (\d+)(?:,| and|\.)", first.split(": ", 1)[1])
+                assert answer[:-1] == max(bars, key=lambda bar: int(bar[1]))[0]
+    assert seen == {"colour", "value", "largest"}
+
+
+def test_definitions_are_asked_with_something_around_them_but_never_in_forms_that_are_held_out() -> None:
+    questions = [question for question, _ in turns_of("definitions", False, 2000)]
+    around = [q for q in questions if any((b and q.startswith(b)) or (a and q.endswith(a)) for b, a in language.AROUND)]
+    assert 400 < len(around) < 800
+    words = "|".join(sorted(glosses.read().definitions, key=len, reverse=True))
+    shapes = {re.sub(rf"\b({words})\b", "{}", question) for question in questions}
+    assert not any(form in shape for form in language.DEFINE[1] for shape in shapes)

@@ -79,7 +79,7 @@ def test_questions_about_charts_have_the_chart_s_answers(assets: Assets):
         area = {
             name: (bar.right - bar.left) * (bar.bottom - bar.top) for name, bar in zip(chart.names, bars, strict=True)
         }
-        for _, (forms, answer) in charts.chart_questions(chart, planner):
+        for _, (forms, answer) in charts.chart_questions(chart, planner.rng):
             if forms == charts.LARGEST:
                 assert answer == max(area, key=area.__getitem__) + "."
                 seen.add("largest")

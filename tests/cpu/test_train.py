@@ -290,6 +290,7 @@ def make_batch(pictures: int, squares: bool = True, words: int = 3) -> dict:
         "size": 224,
         "input_ids": torch.tensor(ids),
         "labels": torch.tensor(labels),
+        "weights": torch.ones(len(labels)),
         "positions": Segments.of(cu_seqlens.diff().tolist()).positions(),
         "cu_seqlens": cu_seqlens,
         "max_seqlen": 288,

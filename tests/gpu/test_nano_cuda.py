@@ -32,6 +32,7 @@ def batch_of(seed: int, pictures: int = 6, words: int = 96) -> dict:
     batch = {
         "input_ids": ids.flatten(),
         "labels": labels,
+        "weights": torch.rand(labels.shape) + 0.1,
         "positions": torch.arange(length).repeat(pictures),
         "cu_seqlens": torch.arange(pictures + 1, dtype=torch.int32) * length,
         "pixel_values": torch.rand(pictures, 3, 224, 224) * 2 - 1,
