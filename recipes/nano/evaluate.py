@@ -33,7 +33,7 @@ REFUSED = ("i am not sure", "i do not know", "i see no picture")
 FALSE = "false not sure"
 PORTION = 12
 """Items that a worker process is given at a time; a quarter of them where they have many pictures."""
-CPU_CACHE = 1 << 16  # tokens: sixteen of the longest texts
+CACHE = {"cpu": 1 << 16, "cuda": 1 << 19}  # tokens: several evaluations may share a GPU
 COLUMNS = ("exact", "near", "letters", "not sure")
 
 
@@ -104,7 +104,7 @@ def made(
 def open_engine(model: str | None, processor: str | Path | None, device: str | None, batch: int | None) -> Engine:
     """The engine; with ``processor``, of a folder of weights that has no files of the processor."""
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    cache = None if cuda else CPU_CACHE
+    cache = CACHE["cuda" if cuda else "cpu"]
     if processor is None:
         return Engine(model, device=device, max_batch=batch, cache_tokens=cache)
     if model is None or not Path(model).is_dir():
