@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,15 @@ def test_the_published_shape_on_one_gpu_of_80_gb():
     with pytest.raises(ValueError, match=r"targets\.method=lora \(.*; \d+ devices") as refused:
         check(recipe(targets={**FULL, "freeze_vit": True}, batch={"tokens": 4096}), config, GPU, available=gpu)
     assert "optimizer" in str(refused.value)
+
+
+def test_recipes_of_full_weights_fit_the_gpus_that_they_name():
+    gpu, config, folder = int(79e9), AriaConfig.aria(), Path(__file__).parents[2] / "recipes"
+    for name, gpus in (("full", 8), ("full-8bit", 4)):
+        told = Recipe.read(folder / f"{name}.toml")
+        assert check(told, config, GPU, available=gpu, world=gpus).memory.total < gpu
+        with pytest.raises(ValueError, match="about .* of memory on each device"):
+            check(told, config, GPU, available=gpu, world=gpus // 2)
 
 
 def test_a_plan_tells_tokens_steps_and_time():
