@@ -117,7 +117,7 @@ def test_recipes_of_full_weights_fit_the_gpus_that_they_name():
     for name, gpus in (("full", 8), ("full-8bit", 4)):
         told = Recipe.read(folder / f"{name}.toml")
         assert check(told, config, GPU, available=gpu, world=gpus).memory.total < gpu
-        with pytest.raises(ValueError, match="about .* of memory on each device"):
+        with pytest.raises(ValueError, match=r"about .* of memory on each device"):
             check(told, config, GPU, available=gpu, world=gpus // 2)
 
 
