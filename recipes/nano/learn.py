@@ -48,8 +48,8 @@ class Stages:
     answers alone are taught. Batches of text are taught from the start.
     """
 
-    queries: float = 0.03
-    answers: float = 0.1
+    queries: float = 0.01
+    answers: float = 0.03
     settled: float = 0.25
     beside: float = 0.3
     kept: float = 0.5
