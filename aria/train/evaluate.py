@@ -65,6 +65,9 @@ class Evaluation:
         self._model, self._objective, self._recipe, self._processor = model, objective, recipe, processor
         self._ranks, self._descent, self._out, self._sampler = ranks, descent, out, sampler
         self._position = position
+        if recipe.evaluate.data:
+            # What is missing is told now, not after hours of training.
+            self._stream()
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:

@@ -272,7 +272,7 @@ _FREE = {
     "checkpoint": None,
     "log": None,
     "evaluate": None,
-    "data": {"workers", "prefetch"},
+    "data": {"workers", "prefetch", "on_error"},
 }
 """Sections, or keys of sections, that may differ when a run is gone on with."""
 

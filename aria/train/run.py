@@ -95,6 +95,8 @@ def train(
     out = Path(out)
     parallel = Parallel.start(recipe.parallel)
     try:
+        if recipe.evaluate.samples and parallel.world > 1:
+            raise ValueError("[evaluate] samples are written by one process only; leave them out with several")
         console = console or Console(stderr=True)
         state = RunState(out, recipe.checkpoint, parallel)
         _claim(out, recipe, parallel, begun=state.latest() is not None)
@@ -227,8 +229,6 @@ def _run(
 ) -> str:
     """Put the parts into the loop, resume, train, export."""
     recipe, parallel = parts.recipe, parts.parallel
-    if recipe.evaluate.samples and parallel.world > 1:
-        raise ValueError("[evaluate] samples are written by one process only; leave them out with several")
     parameters = {name: p for name, p in parts.module.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.items(), recipe.optimizer)
     descent = Descent(
@@ -246,9 +246,9 @@ def _run(
         state.load(saved)
         if parallel.rank == 0:
             console.print(f"going on after step {position.step}, {position.progress:.1%} of the training")
-    reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
     objective, flops = _objective(parts)
     evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, position, sampler)
+    reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
     trainer = Trainer(
         objective,
         stream,
@@ -335,7 +335,7 @@ def _conversations(recipe: Recipe, processor: AriaProcessor, config: AriaConfig,
 
 
 def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[Any], float] | None]:
-    """The objective, and the FLOPs of its batches where they are known."""
+    """The objective, and the FLOPs of one rank for its batches where they are known."""
     recipe, aria = parts.recipe, parts.aria
     if recipe.objective.factory is not None:
         make = load_object(recipe.objective.factory, "[objective] factory")
@@ -345,7 +345,8 @@ def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[A
     trained = trained_parts(aria, full=recipe.targets.method == "full")
 
     def flops(batch: Any) -> float:
-        return batch_flops(aria.config, trained, batch.lengths, batch.labels, batch.crops)
+        # Ranks that share sequences share their work.
+        return batch_flops(aria.config, trained, batch.lengths, batch.labels, batch.crops) / parts.parallel.sequence
 
     return objective, flops
 

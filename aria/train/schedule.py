@@ -61,6 +61,7 @@ def rate_share(
     warmup: float = 0.0,
     warmup_steps: int | None = None,
     final: float = 0.0,
+    reached: float | None = None,
 ) -> float:
     """Share of the peak learning rate: a linear warm-up, then the schedule down to ``final`` at progress 1.
 
@@ -71,12 +72,14 @@ def rate_share(
         warmup: share of the training that the rate rises over.
         warmup_steps: the same in steps, instead.
         final: share of the peak rate at the end.
+        reached: progress when the step is done, where it is known; a warm-up by ``warmup`` goes by it, so that the
+            first step has a rate too.
     """
     if warmup_steps is not None:
         # The first step has a rate too.
         warm = min(1.0, (step + 1) / max(1, warmup_steps))
     else:
-        warm = min(1.0, progress / warmup) if warmup > 0 else 1.0
+        warm = min(1.0, (progress if reached is None else reached) / warmup) if warmup > 0 else 1.0
     if kind == "constant":
         return warm
     left = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))) if kind == "cosine" else 1.0 - min(1.0, progress)

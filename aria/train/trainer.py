@@ -212,9 +212,10 @@ class Trainer:
                 reason = reason or ("" if micro else "data ended")
                 if reason:
                     self._log()
+                    # Before held-out data are asked, which may fail after hours.
+                    self._save(True)
                     if reason in ("done", "data ended"):
                         self._evaluated(ended=True)
-                    self._save(True)
                     return reason
                 self._step(micro)
                 step = self.position.step
@@ -230,13 +231,15 @@ class Trainer:
         position = self.position
         position.seconds = self.clock.seconds
         # Clocks differ between ranks, and a signal may reach only some of them.
-        progress = self.ranks.max(round(self.budget.progress(position.step) * 10**9)) / 10**9
-        position.progress = progress
+        position.progress = self._agreed_progress(position.step)
         late = self.settings.stop_after is not None and self.clock.this_run >= self.settings.stop_after
         asked = self.ranks.max(2 * int(termination.asked) + int(late))
         if position.progress >= 1.0:
             return "done"
         return "terminated" if asked >= 2 else "time is up" if asked else ""
+
+    def _agreed_progress(self, step: int) -> float:
+        return self.ranks.max(round(self.budget.progress(step) * 10**9)) / 10**9
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of a step: as many on every rank, on the device."""
@@ -266,7 +269,9 @@ class Trainer:
             if losses.loads is not None:
                 self._metrics.add_loads(losses.loads, count=last)
             self._interval.add(batch, self._flops(batch) if self._flops is not None else 0.0)
-        share = rate_share(position.step, position.progress, **self.settings.schedule)
+        # The rows of this step are read: data of less than a step would be learnt at no rate at all without them.
+        reached = self._agreed_progress(position.step + 1)
+        share = rate_share(position.step, position.progress, reached=reached, **self.settings.schedule)
         made = self.descent.step(position.step, share)
         # The same on every rank, where the others are parts of a sum.
         self._metrics.add({name: value / self._data_ranks for name, value in made.items()})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from aria import AriaConfig, AriaForConditionalGeneration
 from aria.checkpoint.adapter import read_adapter
 from aria.train.recipe import Recipe
-from aria.train.run import export_checkpoint
+from aria.train.run import _objective, export_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ANIMALS = ("a cat", "a dog", "a cow", "an owl", "a hen", "a fox")
@@ -272,3 +273,45 @@ def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path
     assert [line["tokens"] for line in lines(out) if "loss" in line][-1] == 5 * 192
     second = read_adapter(out / "export", config).weights
     assert first.keys() == second.keys() and any(not torch.equal(first[n].b, second[n].b) for n in first)
+
+
+def test_data_of_less_than_a_step_are_learnt_too(command, recipe, tmp_path, model_folder):
+    out = tmp_path / "run"
+    file = recipe(**{"budget.epochs": 1.0, "batch.accumulate": 8, "optimizer.learning_rate": 1e-3})
+    assert command("train", file, "--out", out) == 0
+    assert [line["step"] for line in lines(out)] == [1] and lines(out)[0]["learning rate"] > 0
+    stored = read_adapter(out / "export", AriaConfig.from_pretrained(model_folder))
+    assert any(adapter.b.any() for adapter in stored.weights.values())
+
+
+def test_held_out_data_that_are_missing_are_told_before_training(command, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command("train", recipe(**{"budget.steps": 2, "evaluate.data": ["nowhere"]}), "--out", out) == 2
+    assert "nowhere" in capsys.readouterr().err and not (out / "log.jsonl").exists()
+
+
+def test_a_run_that_stopped_at_a_bad_row_may_go_on_past_it(command, recipe, tmp_path, data, capsys):
+    out, folder = tmp_path / "run", tmp_path / "rows"
+    folder.mkdir()
+    good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"
+    (folder / "train.jsonl").write_text(good * 60 + "no row\n" + good * 10, encoding="utf-8")
+    top = {"data.shuffle": False, "data.lookahead": 1, "data.on_error": "stop", "checkpoint.every_steps": 1}
+    rows = ["--set", f'data.paths=["{folder.as_posix()}"]']
+    file = recipe(**top, **{"budget.steps": 12})
+    assert command("train", file, "--out", out, *rows) == 2
+    assert "train.jsonl:61" in capsys.readouterr().err.replace("\n", "")
+    assert command("train", file, "--out", out, *rows, "--resume", "--set", "data.on_error=skip") == 0
+    assert lines(out)[-1]["step"] == 12
+
+
+def test_ranks_that_share_sequences_share_their_flops(model_folder):
+    aria = AriaForConditionalGeneration.from_pretrained(model_folder).model
+    processor = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3))
+    batch = SimpleNamespace(lengths=(8, 8), labels=5, crops=())
+    counted = []
+    for ranks in (1, 2):
+        parts = SimpleNamespace(
+            recipe=Recipe(), aria=aria, processor=processor, parallel=SimpleNamespace(sequence=ranks)
+        )
+        counted.append(_objective(parts)[1](batch))
+    assert counted[0] == 2 * counted[1] > 0

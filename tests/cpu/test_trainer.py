@@ -164,6 +164,17 @@ def test_held_out_data_are_asked_at_intervals_and_at_the_end():
     assert [line["step"] for line in run.lines if "held-out loss" in line] == [4, 8, 10]
 
 
+def test_a_training_is_saved_before_held_out_data_can_fail():
+    def fails():
+        raise OSError("no such file")
+
+    saves = []
+    run = toy(budget=StepBudget(3), evaluate=fails, save=saves.append)
+    with pytest.raises(OSError, match="no such file"):
+        run.trainer.run()
+    assert saves == [True]
+
+
 def test_the_average_follows_the_weights_and_is_lent():
     run = toy(average=0.5, budget=StepBudget(40))
     run.trainer.run()
@@ -190,6 +201,8 @@ def test_a_frozen_model_is_refused():
         (4, 1.0, {"kind": "cosine", "final": 0.1}, 0.1),
         (4, 0.25, {"kind": "linear"}, 0.75),
         (4, 0.05, {"kind": "constant", "warmup": 0.1}, 0.5),
+        (0, 0.0, {"kind": "cosine", "warmup": 0.1, "reached": 0.02}, 0.2),
+        (0, 0.0, {"kind": "cosine", "warmup": 0.1, "reached": 1.0}, 1.0),
         (1, 0.9, {"kind": "constant", "warmup_steps": 8}, 0.25),
         (9, 0.5, {"kind": "linear", "final": 0.2, "warmup_steps": 8}, 0.6),
     ],
