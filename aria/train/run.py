@@ -24,6 +24,7 @@ from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.cost import Trained, batch_flops
 from aria.train.data import DataStream, make_stream
+from aria.train.data.report import Report
 from aria.train.evaluate import Evaluation, Sampler
 from aria.train.objective import Losses, Objective, Step, trains
 from aria.train.optimizer import clip_gradients, make_optimizer
@@ -270,8 +271,12 @@ def _run(
         if reason in ("done", "data ended"):
             with descent.averaged():
                 export(parts, out / EXPORT)
+        report = getattr(stream, "report", None)
+        if isinstance(report, Report):
+            # Each rank has met only its own rows.
+            report = Report.joined(parallel.collect(report))
         if reporter is not None:
-            _say_end(reporter, reason, position, stream, out, adapter=bool(adapters(parts.aria)))
+            _say_end(reporter, reason, position, report, out, adapter=bool(adapters(parts.aria)))
     finally:
         if reporter is not None:
             reporter.close()
@@ -456,9 +461,9 @@ def _write(
     save_adapter(model, folder, base_model=recipe.model.path, state=weights)
 
 
-def _say_end(reporter: Reporter, reason: str, position: Position, stream: Any, out: Path, *, adapter: bool) -> None:
+def _say_end(reporter: Reporter, reason: str, position: Position, report: Any, out: Path, *, adapter: bool) -> None:
     reporter.say(f"{reason}: {position.step} steps, {position.tokens:,} tokens, {position.seconds:,.0f} s of training")
-    if report := getattr(stream, "report", None):
+    if report:
         reporter.say(str(report))
     if reason in ("done", "data ended"):
         use = f"--adapter {out / EXPORT}" if adapter else f"-m {out / EXPORT}"

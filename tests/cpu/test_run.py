@@ -260,10 +260,19 @@ def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_pa
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback of Windows is not what is tested here")
 def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path, data, model_folder):
     out = tmp_path / "run"
-    file = recipe(**{"budget.steps": 2, "targets.dropout": 0.0, "evaluate.data": [data.as_posix()]})
+    good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"
+    # The second row is the second rank's.
+    (tmp_path / "rows.jsonl").write_text(good + "no row\n" + good * 40, encoding="utf-8")
+    top = {"budget.steps": 2, "targets.dropout": 0.0, "evaluate.data": [data.as_posix()], "data.shuffle": False}
+    file = recipe(**top)
+    file.write_text(
+        file.read_text(encoding="utf-8").replace(f'"{data.as_posix()}"]', f'"{tmp_path.as_posix()}/rows.jsonl"]', 1)
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "aria.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, "train", str(file), "--out", str(out)], check=True, cwd=ROOT, env=environment)
+    run = [*launcher, "train", str(file), "--out", str(out)]
+    told = subprocess.run(run, check=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE).stderr.decode()
+    assert "rows.jsonl:2: " in told and told.count("not JSON") == 1
     config = AriaConfig.from_pretrained(model_folder)
     first = read_adapter(out / "export", config).weights
     # A line for each step, of both ranks together.

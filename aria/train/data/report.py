@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,21 @@ class Report:
         for name, value in state.items():
             tallies = name in ("skipped", "notes")
             setattr(self, name, {kind: Tally(**_copied(one)) for kind, one in value.items()} if tallies else value)
+
+    @classmethod
+    def joined(cls, reports: Iterable[Report]) -> Report:
+        """What several streams gave together."""
+        together = cls()
+        for report in reports:
+            for name, value in vars(report).items():
+                if name not in ("skipped", "notes"):
+                    setattr(together, name, getattr(together, name) + value)
+                    continue
+                for kind, one in value.items():
+                    tally = getattr(together, name).setdefault(kind, Tally())
+                    tally.count += one.count
+                    tally.examples = list(dict.fromkeys([*tally.examples, *one.examples]))[:MOST_EXAMPLES]
+        return together
 
     def __str__(self) -> str:
         lines = [
