@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.train.data import DataSettings, make_stream, questions
 from aria.train.objective import Losses, Step
+from aria.train.progress import drop_after
 from aria.train.recipe import Recipe
 from aria.train.trainer import Descent, Position
 
@@ -68,10 +68,12 @@ class Evaluation:
         if recipe.evaluate.data:
             # What is missing is told now, not after hours of training.
             self._stream()
+        if ranks.rank == 0:
+            drop_after(out / SAMPLES_NAME, position.step)
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Held-out loss (a mean over targets) and accuracy. Every call sees the same batches."""
+        """Held-out loss (a mean over targets), accuracy, rows that cannot be used. Every call sees the same rows."""
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
@@ -83,24 +85,32 @@ class Evaluation:
                 module.training = mode
         return found
 
-    def _loss(self) -> dict[str, float]:
+    def _loss(self) -> dict[str, Any]:
         recipe, ranks = self._recipe, self._ranks
         each = -(-recipe.evaluate.batches // ranks.data_world)
         sums = torch.zeros(3, dtype=torch.float64)
         stream = self._stream()
-        with contextlib.closing(iter(stream)) as batches:
-            for batch in islice(batches, each):
-                batch = batch.to(ranks.device) if hasattr(batch, "to") else batch
+        with contextlib.closing(stream.once()) as batches:
+            for _ in range(each):
+                batch = next(batches, None)
+                # Ranks compute together: one that has no more goes on with filler.
+                if not ranks.max(int(batch is not None)):
+                    break
+                batch = (stream.filler() if batch is None else batch).to(ranks.device)
                 # Divided by one, shares of a step are sums.
                 metrics = self._objective(batch, Step(1.0, 1, 1.0)).metrics
                 sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
-                # Streams never end; a small set is gone through once, by all ranks as long as any has rows left.
-                if not ranks.max(int(stream.epochs < 1.0)):
-                    break
-        loss, hits, labels = ranks.sum(sums.to(ranks.device, torch.float32)).tolist()
+        skipped = stream.report.skipped
+        count = torch.tensor([float(sum(tally.count for tally in skipped.values()))])
+        loss, hits, labels, unused = ranks.sum(torch.cat([sums, count]).to(ranks.device, torch.float32)).tolist()
         if not labels:
             raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch")
-        return {"held-out loss": loss / labels, "held-out accuracy": hits / labels, "held-out targets": round(labels)}
+        found = {"held-out loss": loss / labels, "held-out accuracy": hits / labels, "held-out targets": round(labels)}
+        if unused:
+            found["held-out rows skipped"] = round(unused)
+            # Of this rank's: examples of other ranks could cross a checkpoint that is being written.
+            found["held-out problems"] = [example for tally in skipped.values() for example in tally.examples]
+        return found
 
     def _stream(self) -> Any:
         recipe, ranks = self._recipe, self._ranks

@@ -122,11 +122,7 @@ class JsonLines:
 
     def __init__(self, file: Path, step: int):
         self._file = file
-        if file.is_file():
-            kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            partial = file.with_name(file.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            partial.replace(file)
+        drop_after(file, step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         with self._file.open("a", encoding="utf-8") as out:
@@ -134,6 +130,22 @@ class JsonLines:
 
     def close(self) -> None:
         pass
+
+
+def drop_after(file: Path, step: int) -> None:
+    """Drop the lines of later steps than ``step``, and one that was cut short, from a file of JSON lines."""
+    if not file.is_file():
+        return
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.replace(file)
+
+
+def last_evaluated(file: Path) -> int:
+    """The last step of a log that has a held-out loss; -1 where none has."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return max((int(_step_of(line)) for line in lines if '"held-out loss"' in line), default=-1)
 
 
 def _step_of(line: str) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,13 +31,23 @@ from aria.train.objective import Losses, Objective, Step, trains
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
 from aria.train.preflight import Sampled, check, weights_dtype
-from aria.train.progress import LOG_NAME, JsonLines, Reporter, Sink, TensorBoard, Wandb, measured_rate
+from aria.train.progress import (
+    LOG_NAME,
+    JsonLines,
+    Reporter,
+    Sink,
+    TensorBoard,
+    Wandb,
+    last_evaluated,
+    measured_rate,
+)
 from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
 from aria.train.schedule import Budget, ShareBudget, StepBudget
 from aria.train.settings import as_table
 from aria.train.state import RunState, gathered, trained_weights
 from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
+LOCK_NAME = ".lock"
 EXPORT = "export"
 """Folder in the run's: the adapter, or the whole model with its processor."""
 SAMPLED = 4
@@ -95,16 +106,31 @@ def train(
     """
     out = Path(out)
     parallel = Parallel.start(recipe.parallel)
+    lock = FileLock(out / LOCK_NAME)
     try:
+        if parallel.rank == 0 and out.is_dir():
+            _lock(lock, out)
+        parallel.barrier()
         if recipe.evaluate.samples and parallel.world > 1:
             raise ValueError("[evaluate] samples are written by one process only; leave them out with several")
         console = console or Console(stderr=True)
         state = RunState(out, recipe.checkpoint, parallel)
-        _claim(out, recipe, parallel, begun=state.latest() is not None)
+        _claim(out, recipe, parallel, lock, begun=state.latest() is not None)
         parts = _prepare(recipe, parallel, console if parallel.rank == 0 else None)
         return _run(parts, state, out, console, sampler, stop_after)
     finally:
+        lock.release()
         parallel.close()
+
+
+def _lock(lock: BaseFileLock, out: Path) -> None:
+    """Keep others out of a run's folder; the lock of a process that died does not hold."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{out} is being trained in by another process; wait for its end, or name another --out"
+        ) from None
 
 
 def begun(out: str | Path) -> bool:
@@ -150,7 +176,7 @@ def _sampled(recipe: Recipe, config: AriaConfig, parallel: Parallel, trained: Tr
     return Sampled(len(flops) / stream.epochs, sum(flops) / len(flops)) if stream.epochs else None
 
 
-def _claim(out: Path, recipe: Recipe, parallel: Parallel, *, begun: bool) -> None:
+def _claim(out: Path, recipe: Recipe, parallel: Parallel, lock: BaseFileLock, *, begun: bool) -> None:
     """Put the resolved recipe into the run's folder; a folder with checkpoints of another recipe is refused."""
     file = out / FILE_NAME
     if begun and file.is_file() and (found := changes(Recipe.read(file), recipe)):
@@ -160,6 +186,7 @@ def _claim(out: Path, recipe: Recipe, parallel: Parallel, *, begun: bool) -> Non
         )
     if parallel.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        _lock(lock, out)
         partial = file.with_name(file.name + ".partial")
         partial.write_text(recipe.to_toml(), encoding="utf-8")
         partial.replace(file)
@@ -250,6 +277,8 @@ def _run(
     objective, flops = _objective(parts)
     evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, position, sampler)
     reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
+    parallel.barrier()  # the log has been cut to where the run goes on
+    evaluated = last_evaluated(out / LOG_NAME)
     trainer = Trainer(
         objective,
         stream,
@@ -264,6 +293,7 @@ def _run(
         evaluate=evaluation.run if recipe.evaluate.data else None,
         reporter=reporter,
         flops=flops,
+        evaluated=evaluated,
     )
     trainer.budget = _budget(recipe, stream, trainer)
     try:

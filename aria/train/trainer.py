@@ -165,6 +165,7 @@ class Trainer:
         evaluate: called at its interval, gives what to log.
         reporter: of the rank that tells; None elsewhere.
         flops: FLOPs of a batch as MFU counts them.
+        evaluated: the step of the last evaluation, which is not made again.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class Trainer:
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         reporter: Reporter | None = None,
         flops: Callable[[Any], float] | None = None,
+        evaluated: int = -1,
     ):
         self.objective, self.stream, self.descent, self.budget = objective, stream, descent, budget
         self.settings, self.ranks, self.position = settings, ranks, position or Position()
@@ -191,9 +193,10 @@ class Trainer:
         self._metrics = Metrics()
         self.clock = Clock(self.position.seconds)
         self._interval = _Interval()
+        self._interval.evaluated = evaluated
 
     def run(self) -> str:
-        """Train until the budget is spent, the data end, SIGTERM or ``stop_after`` asks to stop; then save.
+        """Train until the budget is spent, the data end, SIGTERM, Ctrl-C or ``stop_after`` asks to stop; then save.
 
         Returns:
             ``"done"``, ``"data ended"``, ``"terminated"`` or ``"time is up"``.
@@ -411,20 +414,27 @@ class _Interval:
 
 
 class Termination:
-    """Notes SIGTERM instead of dying of it, so that the loop can save; only the main thread may listen."""
+    """Notes SIGTERM and Ctrl-C instead of dying of them, so that the loop can save; a second Ctrl-C does not wait.
+
+    Only the main thread may listen, and what the process was started to ignore stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

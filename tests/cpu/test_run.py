@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -93,6 +95,41 @@ def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, mode
     stored = read_adapter(out / "export", AriaConfig.from_pretrained(model_folder))
     assert any(adapter.b.any() for adapter in stored.weights.values())
     assert Recipe.read(out / "recipe.toml").evaluate.samples == 2
+
+
+def test_held_out_rows_are_each_asked_once_and_bad_ones_told(command, recipe, tmp_path, data, capsys):
+    good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    counts, held = [], tmp_path / "held"
+    shutil.copytree(data, held)
+    for name, rows in (("three", good[:3]), ("one", good[:1]), ("two and a bad one", [*good[1:3], "no row\n"])):
+        (held / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        evaluated = {"evaluate.data": [(held / f"{name}.jsonl").as_posix()], "budget.steps": 1}
+        assert command("train", recipe(**evaluated), "--out", tmp_path / f"run {name}") == 0
+        counts.append(next(line for line in lines(tmp_path / f"run {name}") if "held-out loss" in line))
+    three, one, two = counts
+    assert three["held-out targets"] == one["held-out targets"] + two["held-out targets"]
+    assert "held-out rows skipped" not in three and two["held-out rows skipped"] == 1
+    assert two["held-out problems"][0].startswith((held / "two and a bad one.jsonl:3").as_posix())
+
+
+def test_a_finished_run_is_not_evaluated_again(command, recipe, tmp_path, data):
+    out = tmp_path / "run"
+    file = recipe(**{"budget.steps": 2, "evaluate.data": [data.as_posix()], "evaluate.samples": 1})
+    assert command("train", file, "--out", out) == 0
+    before = [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
+    assert command("train", file, "--out", out) == 0
+    assert before == [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
+
+
+def test_a_folder_where_something_is_training_is_left_alone(command, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    file = recipe(**{"budget.steps": 2})
+    assert command("train", file, "--out", out) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with FileLock(out / ".lock"):
+        assert command("train", file, "--out", out, "--set", "budget.steps=4") == 2
+    assert "is being trained in by another process" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")} | {out / ".lock": before[out / ".lock"]}
 
 
 def test_a_stored_adapter_is_trained_on(command, recipe, tmp_path, capsys):

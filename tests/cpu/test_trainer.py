@@ -127,21 +127,37 @@ def test_a_skipped_step_leaves_weights_and_moments_to_the_bit():
     assert not torch.equal(third[0], fourth[0])
 
 
-def test_sigterm_saves_and_ends_quietly():
-    saves = []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_quietly(number):
+    saves, before = [], signal.getsignal(number)
     run = toy(budget=StepBudget(1000), save=saves.append)
     inner = run.trainer.objective
 
     def interrupted(batch, step):
         if run.trainer.position.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return inner(batch, step)
 
     run.trainer.objective = interrupted
     assert run.trainer.run() == "terminated"
     assert run.trainer.position.step == 7 and saves == [True]
     assert run.lines[-1]["step"] == 7
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_does_not_wait():
+    run = toy(budget=StepBudget(1000))
+    inner = run.trainer.objective
+
+    def interrupted(batch, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return inner(batch, step)
+
+    run.trainer.objective = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.trainer.run()
+    assert run.trainer.position.step == 0
 
 
 def test_it_stops_after_a_time_and_when_the_data_end():

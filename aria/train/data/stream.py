@@ -162,6 +162,25 @@ class DataStream:
         finally:
             reader.close()
 
+    def once(self) -> Iterator[Batch]:
+        """Batches of one pass: each of this rank's rows once, the last batch as full as they make it."""
+        packer: Packer[Waiting] = Packer(self._tokens, self._settings.max_crops, self._settings.lookahead)
+        reader = Reader(self._read, self._settings.workers, self._settings.workers * self._settings.prefetch)
+        try:
+            for card, encoded in reader.read(range(-(-(self._order.size - self._rank) // self._world))):
+                samples = self._account(card, encoded)
+                packer.add(Waiting(card, part, sample) for part, sample in enumerate(samples))
+                while packer.ready:
+                    yield self._packed([waiting.sample for waiting in packer.take()])
+            while packer.held:
+                yield self._packed([waiting.sample for waiting in packer.take()])
+        finally:
+            reader.close()
+
+    def filler(self) -> Batch:
+        """A batch with nothing in it, for a rank that has no more while others do."""
+        return Batch.pack([], self._tokens, self._filler_id)
+
     def _row(self, card: int) -> int:
         return self._order.row(card * self._world + self._rank)
 
