@@ -79,7 +79,7 @@ def texts(engine: Engine, asked: Sequence[Question]) -> list[str]:
 def old_tasks(engine: Engine, count: int, tasks: Sequence[str]) -> dict[str, float]:
     """Share of exact answers to nano's own evaluation, by task."""
     asked = Questions(Held(EVAL_FILE), count)
-    places = [portion for task in tasks for portion in portions(asked, task) if portion[0][0] == task]
+    places = [portion for portion in portions(asked, tasks) if portion[0][0] in tasks]
     given = list(answers(engine, made(places, (EVAL_FILE, count, NANO_FOLDER), 1), 32))
     given.sort(key=lambda one: tasks.index(one.task))
     return {task: row["exact"] for task, row in score(given).items() if task in tasks}

@@ -136,12 +136,12 @@ def answers(engine: Engine, items: Iterable[tuple[Item, Prepared]], ahead: int) 
         growing = left
 
 
-def portions(questions: Questions, wanted: str = "") -> list[list[Place]]:
-    """All places of the tasks with ``wanted`` in their names, as workers are given them."""
+def portions(questions: Questions, wanted: Sequence[str] = ("",)) -> list[list[Place]]:
+    """All places of the tasks with one of ``wanted`` in their names, as workers are given them."""
     found: list[list[Place]] = []
     for task, made in questions.tasks.items():
         size = PORTION // 4 if task.startswith(("search", "several", "clip")) else PORTION
-        if wanted in task:
+        if any(part in task for part in wanted):
             places = [(task, n) for n in range(made.count)]
             found += [places[at : at + size] for at in range(0, len(places), size)]
     return found
@@ -204,7 +204,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--processor", help="where tokenizer and processor files are, if not with the model")
     parser.add_argument("--eval-file", type=Path, default=FOLDER / "eval.npz")
     parser.add_argument("--count", type=int, default=500, help="items of most tasks")
-    parser.add_argument("--tasks", default="", help="only those with this in their name")
+    parser.add_argument("--tasks", nargs="+", default=[""], help="only those with one of these in their name")
     parser.add_argument("--batch", type=int, help="answers that grow together; default: the engine's")
     parser.add_argument("--processes", type=int, default=max(1, (multiprocessing.cpu_count() or 2) - 1))
     parser.add_argument("--device")
@@ -215,7 +215,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     processor = options.processor or options.model or NANO_FOLDER
     asked = portions(Questions(Held(options.eval_file), options.count), options.tasks)
     if not asked:
-        parser.error(f"no task has {options.tasks!r} in its name")
+        parser.error(f"no task has {' or '.join(map(repr, options.tasks))} in its name")
     engine = open_engine(options.model, options.processor, options.device, options.batch)
     ahead = 2 * (options.batch or (256 if engine.device.type == "cuda" else 16))
     items = made(asked, (options.eval_file, options.count, processor), options.processes)

@@ -14,7 +14,7 @@ from recipes.nano.questions import Form, fill, shape_questions, side_of
 from recipes.nano.scenes import COLOUR_NAMES, COLOURS, SHAPES, TASKS, Colour, Line, Mark, Photo, Scene
 
 # Shares of the tasks among pictures: at 224 px, and at 448 px, which is there for lines of text and charts.
-SHARES = {224: (0.34, 0.26, 0.24, 0.05, 0.03, 0.08), 448: (0.12, 0.12, 0.08, 0.05, 0.33, 0.3)}
+SHARES = {224: (0.18, 0.31, 0.3, 0.07, 0.01, 0.13), 448: (0.05, 0.06, 0.08, 0.05, 0.26, 0.5)}
 FEW, MANY = (0.5, 0.3, 0.2), (0.15, 0.25, 0.25, 0.2, 0.15)
 """Shares of conversations by their turns. Looking up one of several things has short answers and is late to be learned:
 such pictures are asked about more often."""

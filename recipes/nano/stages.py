@@ -61,9 +61,9 @@ class Stage:
 
 STAGES = {
     "language": Stage(cycle=(TEXT,), texts={**LANGUAGE, text.PLAIN: 0.1, text.TOLD: 0.35, text.NEEDLES: 0.1}),
-    # A text for nine batches of pictures: a tenth of the steps, a thirtieth of the time.
+    # Two texts for nine batches of pictures: a fifth of the steps, a twentieth of the time.
     "seeing": Stage(
-        cycle=("small", "large", "small", "several", "small", "large", "small", "several", "small", TEXT),
+        cycle=("small", "large", "small", "several", TEXT, "small", "large", "small", "several", "small", TEXT),
         texts={**LANGUAGE, text.TOLD: 0.25, text.NEEDLES: 0.1},
         teaching=Stages(),
         growth=2500,
@@ -76,7 +76,7 @@ STAGES = {
         teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
     ),
     "answers": Stage(
-        cycle=("small", "large", TEXT, "small", "several", "small", "large", "long"),
+        cycle=("small", "large", TEXT, "small", "several", TEXT, "small", "large", "long"),
         texts={**REHEARSED, text.TOLD: 0.1, text.NEEDLES: 0.3},
         longest=4096,
         teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),

@@ -49,7 +49,7 @@ def test_another_model_may_be_named(play):
 
 
 def test_several_pictures(play):
-    # Nano has only learned from one picture at a time, so what it says of two is left open.
+    # Nano has learned one question at a time, so what it says to two of them is left open.
     assert all(play("several_pictures.py").splitlines())
 
 

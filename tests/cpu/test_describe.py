@@ -17,7 +17,7 @@ MEDIA = Path(__file__).parents[2] / "docs" / "cookbook" / "media"
 TOLD = {
     "word.png": 'The word "Welcome".',
     "shapes.png": "A red circle to the left of a blue square.",
-    "emoji.png": "A octopus emoji.",
+    "emoji.png": "An octopus emoji.",
 }
 """What nano says of the sample pictures."""
 

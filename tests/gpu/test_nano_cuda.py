@@ -1,5 +1,6 @@
 """Nano's training on a GPU: steps replayed as graphs are the steps themselves."""
 
+import copy
 from dataclasses import replace
 from random import Random
 
@@ -53,10 +54,15 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
 
 
+def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.float() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
+
+
 def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
     # All patches are taught, so nothing is drawn by chance.
     stages = Stages(queries=0.2, answers=0.5, settled=0.9, kept=1.0)
     learner = Learner(Aria(tiny_config(96)), CLASSES, stages, seed=3).cuda().bfloat16()
+    wide = copy.deepcopy(learner).float()
     replayed = Replayed(learner)
     replayed(batch_of(0), 1.0)
     for progress in (0.1, 0.3, 0.6, 0.95):
@@ -65,19 +71,26 @@ def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
                 total, metrics = replayed(batch, progress)
                 total, found = total.item(), {name: value.item() for name, value in metrics.items()}
                 ours = gradients(learner)
+                told = {}
+                for model in (learner, wide):
+                    model.zero_grad()
+                    wanted, wanted_metrics = model.loss(batch, progress)
+                    wanted.backward()
+                    told[model] = wanted.item(), {name: value.item() for name, value in wanted_metrics.items()}
+                    del wanted, wanted_metrics
+                theirs, exact = gradients(learner), gradients(wide)
                 learner.zero_grad()
-                wanted, wanted_metrics = learner.loss(batch, progress)
-                wanted.backward()
-                assert total == pytest.approx(wanted.item(), rel=1e-3)
-                assert found == pytest.approx({n: v.item() for n, v in wanted_metrics.items()}, rel=5e-3, abs=1e-4)
-                theirs = gradients(learner)
+                assert total == pytest.approx(told[learner][0], rel=1e-3)
+                for name, value in told[learner][1].items():
+                    # One letter of 180 may fall to either side.
+                    assert found[name] == pytest.approx(value, rel=5e-3, abs=1e-2 if "accuracy" in name else 1e-4)
                 assert ours.keys() == theirs.keys()
-                for name, gradient in theirs.items():
-                    error = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
-                    # Sums over queries and experts are added up in any order.
-                    assert error < 2e-2, f"{name} at {progress} is {error:.1e} off"
-                learner.zero_grad()
-                del wanted
+                for name, gradient in exact.items():
+                    if name.endswith("k_proj.bias"):
+                        continue  # softmax does not see it: what gradient it has is rounding
+                    # Sums over queries and experts are added up in any order, and some of them all but cancel.
+                    error, plain = off(ours[name], gradient), off(theirs[name], gradient)
+                    assert error < 1.5 * plain + 1e-2, f"{name} at {progress} is {error:.1e} off, plain {plain:.1e}"
 
 
 def test_graphs_of_a_phase_end_with_it():
