@@ -39,7 +39,8 @@ ARIA = ("-c", "from aria.cli import main; main()")
 EVAL_FILE = FOLDER.resolve() / "eval.npz"
 OLD_TASKS = (
     *("words, seen fonts", "words, unseen fonts", "colour", "shape", "count 1-5", "position"),
-    *("emoji, trained styles", "not sure", "talk"),
+    *("emoji, trained styles", "not sure", "talk", "sums", "definitions"),
+    *("lines, seen fonts", "chart, printed value", "chart, largest bar", "clip, direction"),
 )
 LONGEST = 64
 

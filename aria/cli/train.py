@@ -73,4 +73,8 @@ def answer(model: Any, processor: Any, conversations: Sequence[Any], max_tokens:
         )
         text = processor.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.append(text.split(END_OF_TURN)[0].strip())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # The engine lays experts out for itself, but optimizers walk a weight and its moments in one order.
+            parameter.data = parameter.data.contiguous()
     return answers

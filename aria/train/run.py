@@ -119,7 +119,8 @@ def train(
         parts = _prepare(recipe, parallel, console if parallel.rank == 0 else None)
         return _run(parts, state, out, console, sampler, stop_after)
     finally:
-        lock.release()
+        # Taken twice where the folder was there before; an error that is kept would keep the lock.
+        lock.release(force=True)
         parallel.close()
 
 
@@ -298,13 +299,13 @@ def _run(
     trainer.budget = _budget(recipe, stream, trainer)
     try:
         reason = trainer.run()
-        if reason in ("done", "data ended"):
-            with descent.averaged():
-                export(parts, out / EXPORT)
         report = getattr(stream, "report", None)
         if isinstance(report, Report):
             # Each rank has met only its own rows.
             report = Report.joined(parallel.collect(report))
+        if reason in ("done", "data ended"):
+            with descent.averaged():
+                export(parts, out / EXPORT)
         if reporter is not None:
             _say_end(reporter, reason, position, report, out, adapter=bool(adapters(parts.aria)))
     finally:
@@ -441,12 +442,12 @@ def _reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Reporte
 def export(parts: Parts, folder: Path) -> None:
     """Write what came of a training: the adapter as PEFT's folder, or the whole model with its processor.
 
-    All ranks have to call it together; the first one writes.
+    All ranks have to call it together; the first one writes, and nobody waits for it: a slow disk may take longer than
+    exchanges may.
     """
     weights = gathered(parts.aria, trained=bool(adapters(parts.aria)))
     if parts.parallel.rank == 0:
         _write(parts.recipe, parts.aria.config, weights, parts.processor, folder)
-    parts.parallel.barrier()
 
 
 def export_checkpoint(out: str | Path) -> Path:

@@ -18,10 +18,11 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
-from aria import AriaConfig, AriaForConditionalGeneration
+from aria import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 from aria.checkpoint.adapter import read_adapter
+from aria.cli.train import answer
 from aria.train.recipe import Recipe
-from aria.train.run import _objective, export_checkpoint
+from aria.train.run import _objective, export_checkpoint, train
 
 ROOT = Path(__file__).parents[2]
 ANIMALS = ("a cat", "a dog", "a cow", "an owl", "a hen", "a fox")
@@ -361,3 +362,28 @@ def test_ranks_that_share_sequences_share_their_flops(model_folder):
         )
         counted.append(_objective(parts)[1](batch))
     assert counted[0] == 2 * counted[1] > 0
+
+
+def test_an_error_that_is_kept_keeps_no_folder_locked(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    wrong, right = (Recipe.read(recipe(), [f"objective.balance_group={n}", "budget.steps=1"]) for n in (3, 1))
+    with pytest.raises(ValueError, match="balance_group is 3") as kept:
+        train(wrong, tmp_path / "run")
+    assert train(right, tmp_path / "run") == "done"
+    assert kept.tb is not None
+
+
+def test_samples_leave_weights_as_optimizers_know_them(model_folder, monkeypatch):
+    generating = AriaForConditionalGeneration.from_pretrained(model_folder)
+    strides = [parameter.stride() for parameter in generating.model.parameters()]
+
+    def generate(self, input_ids, **others):
+        # As the engine does on a GPU.
+        self.model.lay_out()
+        assert [parameter.stride() for parameter in self.model.parameters()] != strides
+        return input_ids
+
+    monkeypatch.setattr(AriaForConditionalGeneration, "generate", generate)
+    processor = AriaProcessor.from_pretrained(model_folder)
+    assert answer(generating.model, processor, [[{"role": "user", "content": "hello"}]], 4) == [""]
+    assert [parameter.stride() for parameter in generating.model.parameters()] == strides
