@@ -101,8 +101,8 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
     return StoredAdapter(found.get("base_model_name_or_path") or None, weights, settings)
 
 
-def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
-    """What an adapter folder names as the model that it was trained beside; None where it names nothing.
+def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> tuple[str | None, str | None]:
+    """What an adapter folder names as the model that it was trained beside, and its revision; None where it is silent.
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no ``adapter_config.json``.
@@ -110,7 +110,8 @@ def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> s
     path = resolve(folder, revision=revision, allow_patterns=[ADAPTER_NAME])
     if not (path / ADAPTER_NAME).is_file():
         raise FileNotFoundError(f"{path} is no adapter folder: it has no {ADAPTER_NAME}")
-    return read_json(path / ADAPTER_NAME).get("base_model_name_or_path") or None
+    found = read_json(path / ADAPTER_NAME)
+    return found.get("base_model_name_or_path") or None, found.get("revision") or None
 
 
 def save_adapter(
@@ -118,6 +119,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     *,
     base_model: str | None = None,
+    revision: str | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapters of a model as PEFT's folder, for transformers' Aria.
@@ -127,6 +129,7 @@ def save_adapter(
         folder: made if it is not there. An adapter that it holds is replaced once all of the new one is written; other
             files stay.
         base_model: name or path that the folder is to tell as its base.
+        revision: of that base, where it is a Hub repository.
         state: values by names of parameters, where the model itself holds others or only a part of them; None: its own.
 
     Raises:
@@ -152,7 +155,7 @@ def save_adapter(
             # PEFT nests wrappers where two parameters of a module are adapted; the first lies innermost.
             target = _theirs(path) + (".base_layer" if last == "fc1" and f"{path}.fc2" in attached else "")
         tensors |= {f"base_model.model.{target}.lora_{kind}.weight": part for kind, part in (("A", a), ("B", b))}
-    config = _config(model, list(attached), shapes.pop(), base_model)
+    config = _config(model, list(attached), shapes.pop(), base_model, revision)
     with replacing(folder, stale=()) as staging:
         specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         write_safetensors(staging / WEIGHTS_NAME, specs, tensors.__getitem__)
@@ -259,12 +262,15 @@ def _theirs(name: str) -> str:
     return f"model.{name.replace('language_model.model.', 'language_model.', 1)}"
 
 
-def _config(model: Aria, names: list[str], settings: LoRA, base_model: str | None) -> dict[str, Any]:
+def _config(
+    model: Aria, names: list[str], settings: LoRA, base_model: str | None, revision: str | None
+) -> dict[str, Any]:
     experts = [name for name in names if name.endswith((".experts.fc1", ".experts.fc2"))]
     linears = [name for name in names if name not in experts]
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
+        "revision": revision,  # of the base, as in PEFT
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         # PEFT refuses dropout beside experts, also where nothing is trained.

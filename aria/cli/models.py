@@ -85,7 +85,8 @@ def merge(
     """Write a model with an adapter merged into its weights, in today's Hub layout, a tensor at a time."""
     from aria.checkpoint.adapter import base_of
 
-    base = model or base_of(adapter)
-    done = _rewrite("merging", base, target, revision=revision, adapter=adapter)
+    # A revision is of one base: what the folder tells says nothing about another.
+    base, trained_at = (model, None) if model is not None else base_of(adapter)
+    done = _rewrite("merging", base, target, revision=revision or trained_at, adapter=adapter)
     out.print(f"{target}: {done.tensors} tensors of {base or 'nano'}, those that {adapter} changes with it added")
     _complete(target)

@@ -183,6 +183,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.model.adapter is not None and self.targets.method != "lora":
             raise ValueError('[model] adapter is trained on with targets.method = "lora"; merge it to train weights')
+        names = ("rope_theta", "max_position_embeddings", "random")
+        lost = [name for name in names if getattr(self.model, name) not in (None, False)]
+        if lost and self.targets.method == "lora":
+            raise ValueError(
+                f"[model] {', '.join(lost)}: an adapter's folder cannot hold that, so it would go beside "
+                'another base; set targets.method = "full", or export a base with it first and name that as model.path'
+            )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Recipe:

@@ -489,7 +489,7 @@ def _write(
     with torch.device("meta"):
         model = Aria(config)
     targets.apply(model, recipe.targets)
-    save_adapter(model, folder, base_model=recipe.model.path, state=weights)
+    save_adapter(model, folder, base_model=recipe.model.path, revision=recipe.model.revision, state=weights)
 
 
 def _say_end(reporter: Reporter, reason: str, position: Position, report: Any, out: Path, *, adapter: bool) -> None:

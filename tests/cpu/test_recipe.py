@@ -135,6 +135,7 @@ def test_overrides_take_toml_or_bare_text(tmp_path):
             "budget.steps = 7",
             "seed=3",
             "model.random=true",
+            "targets.method=full",
         ],
     )
     assert recipe.optimizer.learning_rate == 1e-3 and recipe.model.path == "some/folder"
@@ -160,6 +161,8 @@ def test_overrides_take_toml_or_bare_text(tmp_path):
         ),
         ("", ["schedule.warmup=3"], r"\[schedule\] warmup should be from 0 to 1, but is 3.0"),
         ("", ["evaluate.every=5"], r"\[evaluate\] data is empty, but every or samples ask"),
+        ("", ["model.rope_theta=1e6"], r"\[model\] rope_theta: an adapter's folder cannot hold that.*export a base"),
+        ("", ["model.max_position_embeddings=8192", "model.random=true"], "max_position_embeddings, random: an ad"),
         ("", ["objective.balance_group=0"], r"\[objective\] balance_group should be 1 or above"),
     ],
 )

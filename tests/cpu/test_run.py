@@ -16,7 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from aria import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 from aria.checkpoint.adapter import read_adapter
@@ -166,6 +166,25 @@ def test_weights_are_trained_and_exported_with_their_processor(command, recipe, 
     again = AriaForConditionalGeneration.from_pretrained(out / "export").state_dict()
     assert all(torch.equal(again[name], trained[name]) for name in trained)
     assert command("chat", "-m", out / "export", "--max-tokens", 2, "hello") == 0
+
+
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_beside(
+    command, recipe, tmp_path, model_folder, monkeypatch
+):
+    newer = tmp_path / "newer"
+    shutil.copytree(model_folder, newer)
+    weights = load_file(newer / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, newer / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(
+        "aria.hub.snapshot_download", lambda name, *, revision, **_: {"v1": model_folder, None: newer}[revision]
+    )
+    file, out = recipe(**{"budget.steps": 1}), tmp_path / "run"
+    file.write_text(file.read_text(encoding="utf-8").replace(model_folder.as_posix(), "org/base"), encoding="utf-8")
+    assert command("train", file, "--out", out, "--set", "model.revision=v1") == 0
+    norm = next(name for name in weights if name.endswith("model.norm.weight"))
+    for options, scale in (((), 1), (("--model", "org/base"), 2), (("--model", newer), 2), (("--revision", "v1"), 1)):
+        assert command("merge", out / "export", tmp_path / "merged", *options) == 0
+        assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[norm], scale * weights[norm])
 
 
 def start(file: Path, out: Path) -> subprocess.Popen[bytes]:
