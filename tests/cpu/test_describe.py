@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from aria import SamplingParams
+from aria.hub import NANO
 from aria.jobs import Describer, MediaFile, find_media
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -78,6 +79,7 @@ def test_every_file_is_told_of(run, folder):
     for record in told:
         assert list(record) == [
             *("path", "kind", "prompt", "text", "finish_reason", "usage", "model", "seconds", "error"),
+            *("base", "adapter"),
         ]
         assert (record["kind"], record["model"], record["error"]) == ("image", "aria-nano", None)
         assert record["finish_reason"] == "stop"
@@ -154,6 +156,9 @@ def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
     assert code == 2 and "with the prompt 'Describe this picture.', and now it is 'What colour is it?'" in err
     code, _, err = run("describe", folder, "-o", out, "--model", "someone/other")
     assert code == 2 and "with the model 'aria-nano', and now it is 'other'" in err
+    shutil.copytree(NANO, tmp_path / "aria-nano")
+    code, _, err = run("describe", folder, "-o", out, "--model", tmp_path / "aria-nano")
+    assert code == 2 and f"with the base 'aria-nano', and now it is '{tmp_path / 'aria-nano'}'" in err
     assert out.read_bytes() == before
     code, _, err = run("describe", folder, "-o", folder / "notes.txt")
     assert code == 2 and "notes.txt is not a JSON object" in err

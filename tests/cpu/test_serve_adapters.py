@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -143,6 +144,29 @@ def test_chat_and_describe_answer_with_an_adapter(command, model_folder, folders
     assert told["mine"]["model"] == "mine" and told["mine"]["text"] != told[None]["text"]
     assert command(*asked[:-2], "--max-tokens", 12) == 2, "another model's records are not gone on with"
     assert "with the model 'mine'" in capsys.readouterr().err
+
+
+def test_adapters_of_one_name_are_not_mixed_in_an_output(command, model_folder, folders, tmp_path, monkeypatch, capsys):
+    Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / "picture.png")
+    for name, folder in folders.items():
+        shutil.copytree(folder, tmp_path / name / "export")
+    out = tmp_path / "out.jsonl"
+    asked = ("describe", tmp_path / "picture.png", "-o", out, "-m", model_folder, "--max-tokens", 4, "--adapter")
+    assert command(*asked, tmp_path / "words" / "export") == 0
+    before = out.read_bytes()
+    assert command(*asked, tmp_path / "experts" / "export") == 2, "it is called the same and is another"
+    assert "with the adapter" in capsys.readouterr().err and out.read_bytes() == before
+    # The same by another path is the same.
+    monkeypatch.chdir(tmp_path / "words")
+    assert command(*asked, "export") == 0
+    assert "1 done before" in capsys.readouterr().err and out.read_bytes() == before
+    # An older output does not say which adapter answered; without one, the name that it says is enough.
+    older = {name: value for name, value in json.loads(before).items() if name not in ("base", "adapter")}
+    out.write_text(json.dumps(older) + "\n")
+    assert command(*asked, "export") == 2
+    assert "with the adapter None" in capsys.readouterr().err
+    out.write_text(json.dumps(older | {"model": model_folder.name}) + "\n")
+    assert command(*asked[:-1]) == 0
 
 
 def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, tmp_path):
