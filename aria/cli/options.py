@@ -70,7 +70,7 @@ def options(
 
 
 def read_adapters(named: Iterable[str]) -> dict[str, str]:
-    """``NAME=FOLDER`` -> folders by name; a folder alone is called as it is.
+    """``NAME=FOLDER`` -> folders by name; a folder alone is called as it is, also one with ``=`` in its path.
 
     Raises:
         ValueError: no name, no folder, or one name twice.
@@ -80,7 +80,7 @@ def read_adapters(named: Iterable[str]) -> dict[str, str]:
     folders: dict[str, str] = {}
     for one in named:
         name, equals, folder = one.partition("=")
-        if not equals:
+        if not equals or Path(one).expanduser().is_dir():
             name, folder = model_name(one), one
         if not name or not folder:
             raise ValueError(f"--adapter is {one!r:.200}; expected NAME=FOLDER")

@@ -41,7 +41,7 @@ from aria.train.progress import (
     last_evaluated,
     measured_rate,
 )
-from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
+from aria.train.recipe import FILE_NAME, ModelSettings, Recipe, changes, load_object
 from aria.train.schedule import Budget, ShareBudget, StepBudget
 from aria.train.settings import as_table
 from aria.train.state import RunState, gathered, trained_weights
@@ -307,7 +307,7 @@ def _run(
             with descent.averaged():
                 export(parts, out / EXPORT)
         if reporter is not None:
-            _say_end(reporter, reason, position, report, out, adapter=bool(adapters(parts.aria)))
+            _say_end(reporter, reason, position, report, out, beside=recipe.model if adapters(parts.aria) else None)
     finally:
         if reporter is not None:
             reporter.close()
@@ -492,12 +492,19 @@ def _write(
     save_adapter(model, folder, base_model=recipe.model.path, revision=recipe.model.revision, state=weights)
 
 
-def _say_end(reporter: Reporter, reason: str, position: Position, report: Any, out: Path, *, adapter: bool) -> None:
+def _say_end(
+    reporter: Reporter, reason: str, position: Position, report: Any, out: Path, *, beside: ModelSettings | None
+) -> None:
+    """Tell what came of it; ``beside``: the model that an adapter was trained beside."""
     reporter.say(f"{reason}: {position.step} steps, {position.tokens:,} tokens, {position.seconds:,.0f} s of training")
     if report:
         reporter.say(str(report))
     if reason in ("done", "data ended"):
-        use = f"--adapter {out / EXPORT}" if adapter else f"-m {out / EXPORT}"
+        use = f"-m {out / EXPORT}"
+        if beside is not None:
+            # Chat's own default is nano, which other models' adapters do not fit.
+            base = ("-m", beside.path), ("--revision", beside.revision), ("--adapter", out / EXPORT)
+            use = " ".join(f"{option} {value}" for option, value in base if value is not None)
         reporter.say(f"written to {out / EXPORT}; to talk to it: aria chat {use}")
     else:
         reporter.say("the same command goes on")

@@ -98,6 +98,15 @@ def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, mode
     assert Recipe.read(out / "recipe.toml").evaluate.samples == 2
 
 
+@pytest.mark.parametrize("folder", ["run", "lr=1e-4"])
+def test_the_command_told_at_the_end_answers(command, recipe, tmp_path, model_folder, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    assert command("train", recipe(**{"budget.steps": 1}), "--out", folder) == 0
+    told = " ".join(capsys.readouterr().err.split()).split("to talk to it: aria ")[1].split()
+    assert told == ["chat", "-m", model_folder.as_posix(), "--adapter", str(Path(folder, "export"))]
+    assert command(*told, "--max-tokens", 2, "hello") == 0
+
+
 def test_held_out_rows_are_each_asked_once_and_bad_ones_told(command, recipe, tmp_path, data, capsys):
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     counts, held = [], tmp_path / "held"

@@ -171,6 +171,9 @@ def test_adapters_of_one_name_are_not_mixed_in_an_output(command, model_folder, 
 
 def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, tmp_path):
     assert read_adapters(["a=b=c", "x/last"]) == {"a": "b=c", "last": "x/last"}
+    folder = tmp_path / "rank=4" / "export"
+    folder.mkdir(parents=True)
+    assert read_adapters([str(folder), f"mine={folder}"]) == {"export": str(folder), "mine": str(folder)}
     for wrong, message in (
         (["=folder"], "expected NAME=FOLDER"),
         (["name="], "expected NAME=FOLDER"),
