@@ -88,8 +88,10 @@ def convert(
     folder = path if path.is_dir() else path.parent
     if Path(out).resolve() == folder.resolve():
         raise ValueError(f"{out} is the source itself; give another folder to write to")
-    if adapter is not None and (Path(out) / ADAPTER_NAME).is_file():
-        raise ValueError(f"{out} holds an adapter, which would be added once more on loading; give another folder")
+    if (Path(out) / ADAPTER_NAME).is_file():
+        # transformers adds an adapter that lies beside the weights.
+        again = "" if adapter is None else "once more "
+        raise ValueError(f"{out} holds an adapter, which would be added {again}on loading; give another folder")
     config = AriaConfig.from_pretrained(folder)
     checkpoint = Checkpoint(path, parameter_shapes(config))
     config = replace(config, dtype=checkpoint.dtype)

@@ -17,8 +17,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from aria.checkpoint import load_model, save_checkpoint
+from aria.checkpoint.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from aria.checkpoint.adapter import read_adapter, save_adapter
 from aria.config import AriaConfig, parse_dtype
+from aria.hub import ADAPTER_NAME
 from aria.model import Aria
 from aria.model.adapter import adapters
 from aria.processor import AriaProcessor
@@ -484,6 +486,9 @@ def _write(
     if recipe.targets.method == "full":
         save_checkpoint(weights, config, folder)
         processor.save_pretrained(folder)
+        # Of an earlier training in this folder; transformers would add it to the weights.
+        for name in (ADAPTER_NAME, ADAPTER_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
         return
     # The adapters alone, beside weights that take no memory: on many ranks the model here has only parts of its own.
     with torch.device("meta"):

@@ -196,6 +196,15 @@ def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_beside(
         assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[norm], scale * weights[norm])
 
 
+def test_weights_take_the_place_of_an_adapter_trained_there_before(command, recipe, tmp_path):
+    """transformers would add it to them."""
+    out = tmp_path / "run"
+    assert command("train", recipe(**{"budget.steps": 1}), "--out", out) == 0
+    shutil.rmtree(out / "checkpoints")
+    assert command("train", recipe("[targets]\nmethod = 'full'\n", **{"budget.steps": 1}), "--out", out) == 0
+    assert (out / "export" / "model.safetensors").is_file() and not list((out / "export").glob("adapter_*"))
+
+
 def start(file: Path, out: Path) -> subprocess.Popen[bytes]:
     code = "import torch; torch.set_num_threads(1); from aria.cli import main; main()"
     command = [sys.executable, "-c", code, "train", str(file), "--out", str(out)]

@@ -301,6 +301,17 @@ def test_converting_onto_itself_is_refused(state, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_converting_onto_an_adapter_is_refused(state, tmp_path):
+    """transformers would add it to the weights."""
+    source = write_layout("original", state, CONFIG, tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="out holds an adapter, which would be added on loading; give another folder"):
+        convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_broken_source_leaves_nothing_behind(state, tmp_path):
     source = write_layout("hub", state, CONFIG, tmp_path / "in")
     (source / "tokenizer_config.json").write_text("{")
