@@ -124,7 +124,7 @@ def batch(
     media = MediaSettings(local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses)
     lines = find_lines(requests)
     names = tuple(served_model_name or (model_name(model),))
-    adapters = read_adapters(adapter or ())
+    adapters = read_adapters(adapter or (), taken=names)
 
     def load() -> Engine:
         engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)

@@ -69,12 +69,18 @@ def options(
     """Options of all commands; :func:`main` takes ``--debug`` out of the arguments wherever it stands."""
 
 
-def read_adapters(named: Iterable[str]) -> dict[str, str]:
+def read_adapters(named: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
     """``NAME=FOLDER`` -> folders by name; a folder alone is called as it is, also one with ``=`` in its path.
 
+    Args:
+        named: what was given as ``--adapter``.
+        taken: names of the model.
+
     Raises:
-        ValueError: no name, no folder, or one name twice.
+        FileNotFoundError: a folder is not there, or holds no adapter; told here, before a model is read for minutes.
+        ValueError: no name, no folder, one name twice, or one of the model's.
     """
+    from aria.checkpoint.adapter import base_of
     from aria.hub import model_name
 
     folders: dict[str, str] = {}
@@ -86,7 +92,11 @@ def read_adapters(named: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"--adapter is {one!r:.200}; expected NAME=FOLDER")
         if name in folders:
             raise ValueError(f"two adapters are called {name!r}; give one of them another name: --adapter NAME=FOLDER")
+        if name in taken:
+            raise ValueError(f"{name!r} is the name of the model and of an adapter; give one of them another")
         folders[name] = folder
+    for folder in folders.values():
+        base_of(folder)
     return folders
 
 

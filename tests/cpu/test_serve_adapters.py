@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -169,11 +170,15 @@ def test_adapters_of_one_name_are_not_mixed_in_an_output(command, model_folder, 
     assert command(*asked[:-1]) == 0
 
 
-def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, tmp_path):
+def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, tmp_path, folders, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b=c", "x/last", "rank=4/export"):
+        shutil.copytree(folders["words"], name)
     assert read_adapters(["a=b=c", "x/last"]) == {"a": "b=c", "last": "x/last"}
-    folder = tmp_path / "rank=4" / "export"
-    folder.mkdir(parents=True)
-    assert read_adapters([str(folder), f"mine={folder}"]) == {"export": str(folder), "mine": str(folder)}
+    folder = str(tmp_path / "rank=4" / "export")
+    assert read_adapters([folder, f"mine={folder}"]) == {"export": folder, "mine": folder}
+    with pytest.raises(ValueError, match="'last' is the name of the model and of an adapter"):
+        read_adapters(["x/last"], taken=["aria", "last"])
     for wrong, message in (
         (["=folder"], "expected NAME=FOLDER"),
         (["name="], "expected NAME=FOLDER"),
@@ -181,5 +186,13 @@ def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, t
     ):
         with pytest.raises(ValueError, match=message):
             read_adapters(wrong)
-    assert command("chat", "-m", model_folder, "--adapter", tmp_path, "hello") == 2
-    assert "is no adapter folder: it has no adapter_config.json" in " ".join(capsys.readouterr().err.split())
+    # A model may take minutes to be read: what is wrong with adapters is told before.
+    monkeypatch.setattr("aria.engine.engine.load_model", lambda *_, **__: pytest.fail("the model was read"))
+    Path("in.jsonl").touch()
+    for asked, message in (
+        (("chat", "-m", model_folder, "--adapter", tmp_path, "hello"), "no adapter folder: it has no adapter_config"),
+        (("serve", model_folder, "--adapter", "mine=not/there/export"), "no file or folder 'not/there/export'"),
+        (("batch", "in.jsonl", "out", "--adapter", "aria-nano=x/last"), "'aria-nano' is the name of the model and of"),
+    ):
+        assert command(*asked) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
