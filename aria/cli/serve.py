@@ -110,7 +110,7 @@ def serve(
             clip_decoder=clip_decoder,
         ),
     )
-    adapters = read_adapters(adapter or ())
+    adapters = read_adapters(adapter or (), taken=settings.model_names)
     if open_to_strangers(host, keys):
         err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
     engine = Engine(
