@@ -14,6 +14,8 @@ import torch
 from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.train.data import DataSettings, make_stream, questions
+from aria.train.data.encode import Encoder
+from aria.train.data.report import Report
 from aria.train.objective import Losses, Step
 from aria.train.progress import drop_after
 from aria.train.recipe import Recipe
@@ -79,7 +81,7 @@ class Evaluation:
         try:
             with self._descent.averaged():
                 found = self._loss()
-                self._write_samples()
+                found |= self._write_samples()
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -99,9 +101,15 @@ class Evaluation:
                 batch = (stream.filler() if batch is None else batch).to(ranks.device)
                 # Divided by one, shares of a step are sums.
                 metrics = self._objective(batch, Step(1.0, 1, 1.0)).metrics
+                if missing := [name for name in ("loss", "accuracy") if name not in metrics]:
+                    raise ValueError(
+                        f"[evaluate] needs loss and accuracy among an objective's metrics, sums over the batch's "
+                        f"targets divided by those of the step; this one has no {' and no '.join(missing)}, only "
+                        f"{', '.join(metrics) or 'nothing'}"
+                    )
                 sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
-        skipped = stream.report.skipped
-        count = torch.tensor([float(sum(tally.count for tally in skipped.values()))])
+        mine = _told(stream.report, "held-out")
+        count = torch.tensor([float(mine.get("held-out rows skipped", 0))])
         loss, hits, labels, unused = ranks.sum(torch.cat([sums, count]).to(ranks.device, torch.float32)).tolist()
         if not labels:
             raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch")
@@ -109,7 +117,7 @@ class Evaluation:
         if unused:
             found["held-out rows skipped"] = round(unused)
             # Of this rank's: examples of other ranks could cross a checkpoint that is being written.
-            found["held-out problems"] = [example for tally in skipped.values() for example in tally.examples]
+            found["held-out problems"] = mine.get("held-out problems", [])
         return found
 
     def _stream(self) -> Any:
@@ -125,21 +133,40 @@ class Evaluation:
             seed=recipe.seed,
         )
 
-    def _write_samples(self) -> None:
-        """The model's answers beside the true ones, a line each. Every rank answers: all hold parts of the weights."""
+    def _write_samples(self) -> dict[str, Any]:
+        """The model's answers beside the true ones, a line each. Every rank answers: all hold parts of the weights.
+
+        Returns:
+            What to log of rows that were passed over.
+        """
         recipe, count = self._recipe, self._recipe.evaluate.samples
         if self._sampler is None or not count:
-            return
-        asked = questions(held_out(recipe), self._processor, count)
+            return {}
+        settings, report, text = held_out(recipe), Report(), self._model.config.text
+        tokens = min(recipe.batch.tokens, text.max_position_embeddings)
+        encoder = Encoder(self._processor, self._model.config, settings, tokens)
+        asked = questions(settings, self._processor, count, encoder=encoder, report=report)
         given = self._sampler(
             self._model, self._processor, [question.messages for question in asked], recipe.evaluate.max_tokens
         )
+        told = _told(report, "sample")
         if self._ranks.rank:
-            return
+            return told
         with (self._out / SAMPLES_NAME).open("a", encoding="utf-8") as file:
             for (messages, truth), answer in zip(asked, given, strict=True):
                 line = {"step": self._position.step, "messages": messages, "truth": truth, "answer": answer}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        return told
+
+
+def _told(report: Report, what: str) -> dict[str, Any]:
+    """Lines of the log about rows that could not be used; none if all could."""
+    if not report.skipped:
+        return {}
+    return {
+        f"{what} rows skipped": sum(tally.count for tally in report.skipped.values()),
+        f"{what} problems": [example for tally in report.skipped.values() for example in tally.examples],
+    }
 
 
 def held_out(recipe: Recipe) -> DataSettings:

@@ -209,6 +209,9 @@ class Trainer:
             self._reporter.start(self.position.progress)
         batches = iter(self.stream)
         with Termination() as termination, _closing(batches):
+            if self.position.step:
+                # The run before may have ended while it asked held-out data.
+                self._evaluated()
             while True:
                 reason = self._agreed_end(termination)
                 micro = [] if reason else self._next(batches)
@@ -328,6 +331,10 @@ class Trainer:
         due = ended or (every is not None and position.step % every == 0)
         if self._evaluate is None or not due or position.step == self._interval.evaluated:
             return
+        if not ended:
+            # Held-out data may fail, and must not take the steps since the last checkpoint with them.
+            self._refuse_skipped()
+            self._save(False)
         self._interval.evaluated = position.step
         with self.clock.paused():
             found = self._evaluate()
@@ -360,7 +367,7 @@ class Clock:
         return self._began is not None
 
     def start(self) -> None:
-        self._began = time.monotonic()
+        self._began, self._left_out = time.monotonic(), 0.0
 
     @property
     def seconds(self) -> float:

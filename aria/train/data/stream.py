@@ -298,15 +298,24 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions(settings: DataSettings, processor: AriaProcessor, most: int) -> list[Question]:
+def questions(
+    settings: DataSettings,
+    processor: AriaProcessor,
+    most: int,
+    *,
+    encoder: Encoder | None = None,
+    report: Report | None = None,
+) -> list[Question]:
     """The first conversations of the data sets, for a model to answer.
 
-    Rows that are text or cannot be read are passed over; a stream over the same data tells of them.
+    Rows that are text or cannot be read are passed over.
 
     Args:
         settings: ``[data]``, with the data sets to take them from.
         processor: of the model.
         most: how many.
+        encoder: passes over what it could not use whole as well: media that are missing, and rows that are too long.
+        report: is told of rows that cannot be used.
     """
     sources = Sources(settings.weights, settings.split)
     customs = Customs(settings.num_frames, settings.timestamps, processor.image_processor.sizes)
@@ -315,8 +324,14 @@ def questions(settings: DataSettings, processor: AriaProcessor, most: int) -> li
         if len(found) == most:
             break
         try:
-            read, _ = read_row(sources.read(row), customs)
-        except RowError:
+            fields = sources.read(row)
+            read, _ = read_row(fields, customs)
+            notes = encoder(fields).notes if encoder is not None and isinstance(read, Conversation) else []
+            if trimmed := [note for note in notes if note.kind == "trimmed"]:
+                raise RowError("too long", trimmed[0].said)
+        except RowError as error:
+            if report is not None:
+                report.skip(error.kind, f"{sources.where(row)}: {error}")
             continue
         if isinstance(read, Conversation):
             last = max(i for i, message in enumerate(read.messages) if message["role"] == "assistant")

@@ -1,0 +1,95 @@
+"""Held-out data in a training: what they cannot break, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import made_data
+import pytest
+from made_data import chat, jsonl, said
+
+from aria.train.recipe import Recipe
+from aria.train.run import train
+
+LONG = chat("3" * 900, "dog")
+UNSEEN = {"messages": [said("user", [{"type": "image", "path": "none.png"}]), said("assistant", "dog")]}
+
+
+@pytest.fixture
+def run(tmp_path, model_folder):
+    """Trains a tiny model for four steps and gives the lines of its log and of its samples."""
+    data = jsonl(tmp_path / "train.jsonl", [chat(f"{i}?", "dog") for i in range(8)])
+
+    def run(sampler=None, **settings):
+        table = {
+            "model": {"path": str(model_folder)},
+            "data": {"paths": [str(data)], "workers": 0},
+            "batch": {"tokens": 192},
+            "budget": {"steps": 4},
+            "log": {"every": 1},
+            "checkpoint": {"keep": 9},
+        }
+        train(Recipe.from_table({**table, **settings}), tmp_path / "run", sampler=sampler)
+        files = [tmp_path / "run" / name for name in ("log.jsonl", "samples.jsonl")]
+        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
+
+    return run
+
+
+def held(tmp_path: Path, rows, **settings):
+    return {"data": [str(jsonl(tmp_path / "held.jsonl", rows))], "every": 2, **settings}
+
+
+def repeat(model, processor, conversations, max_tokens):
+    for messages in conversations:
+        processor.prepare(messages)
+    return ["yes"] * len(conversations)
+
+
+def test_a_training_is_saved_before_an_evaluation_that_may_fail(run, tmp_path):
+    def fails(*_):
+        raise OSError("no room")
+
+    evaluate = held(tmp_path, [chat("a", "b")], samples=1)
+    with pytest.raises(OSError, match="no room"):
+        run(fails, evaluate=evaluate)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    log, samples = run(repeat, evaluate=evaluate)
+    # What failed is made up for.
+    assert [line["step"] for line in log if "held-out loss" in line] == [2, 4]
+    assert [line["step"] for line in samples] == [2, 4]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_rows_that_the_loss_passes_over_are_no_samples(run, tmp_path):
+    made_data.picture(tmp_path, "a.png")
+    shown = {"messages": [said("user", [{"type": "image", "path": "a.png"}]), said("assistant", "fox")]}
+    log, samples = run(repeat, evaluate=held(tmp_path, [UNSEEN, LONG, "no row", shown, chat("a", "b")], samples=2))
+    assert [(line["step"], line["truth"]) for line in samples] == [(2, "fox"), (2, "b"), (4, "fox"), (4, "b")]
+    told = next(line for line in log if "held-out loss" in line)
+    assert told["sample rows skipped"] == told["held-out rows skipped"] == 3
+    assert told["sample problems"] == told["held-out problems"]
+    assert [problem.split("held.jsonl:")[1][0] for problem in told["sample problems"]] == ["1", "2", "3"]
+
+
+def test_what_is_cut_for_the_loss_is_no_sample(run, tmp_path, model_folder):
+    cut = {"messages": [*LONG["messages"], *chat("a", "b")["messages"]]}
+    data = {"paths": [str(tmp_path / "train.jsonl")], "workers": 0, "too_long": "drop_first"}
+    _, samples = run(repeat, data=data, evaluate=held(tmp_path, [cut, chat("c", "d")], samples=1))
+    assert {line["truth"] for line in samples} == {"d"}
+
+
+def test_an_objective_without_a_loss_is_told_what_is_missing(run, tmp_path, monkeypatch):
+    (tmp_path / "own_objective.py").write_text(
+        "from aria.train.objective import Losses, Objective\n"
+        "def make(module, recipe, ranks):\n"
+        "    inner = Objective(module, ranks=ranks)\n"
+        "    def losses(batch, step):\n"
+        "        found = inner(batch, step)\n"
+        "        return Losses(found.total, {'mine': found.metrics['loss']})\n"
+        "    return losses\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"needs loss and accuracy .* no loss and no accuracy, only mine"):
+        run(objective={"factory": "own_objective:make"}, evaluate=held(tmp_path, [chat("a", "b")]))
