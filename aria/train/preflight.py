@@ -52,10 +52,22 @@ class Memory:
     """One layer computed again and its backward pass, or a chunk of pictures, whichever is more."""
     logits: int
     reserve: int
+    whole: int = 0
+    """Not a part, but before all others: the model and the reserve on a rank that has read it and not yet spread it."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is held together while it trains; nothing that takes nothing."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value and name != "whole"}
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(self.parts.values())
+
+    @property
+    def most(self) -> int:
+        """At any time: while it trains, or before."""
+        return max(self.total, self.whole)
 
 
 @contextmanager
@@ -191,12 +203,12 @@ class Estimator:
     """Memory of trainings of one model on one kind of device."""
 
     def __init__(self, config: AriaConfig, device: torch.device):
-        self._config, self._device = config, device
+        self.config, self._device = config, device
         self._counted: dict[str, _Counts] = {}
 
     def memory(self, recipe: Recipe, world: int = 1) -> Memory:
         """What one of ``world`` ranks takes."""
-        config, text = self._config, self._config.text
+        config, text = self.config, self.config.text
         dtype = weights_dtype(recipe, config, self._device)
         counts = self._count(recipe.targets, dtype)
         # All ranks hold a part, and whole the layer that is computed and the next one, which comes ahead.
@@ -206,8 +218,10 @@ class Estimator:
         trained = sum(counts.trained.values())
         state = sum(count * state_bytes(recipe.optimizer, dtype) for dtype, count in counts.trained.items())
         T, inputs = recipe.batch.tokens, text.hidden_size * dtype.itemsize
+        # Embeddings and pictures are made of all tokens on every rank; layers and head have this rank's part of them.
+        own = T / recipe.parallel.sequence
         recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.parallel.checkpointing]
-        kept = T * text.num_hidden_layers * (inputs + (1 - recomputed) * counts.per_token)
+        kept = own * text.num_hidden_layers * (inputs + (1 - recomputed) * counts.per_token)
         patches = _patches(recipe, config)
         vision, width = config.vision, config.vision.hidden_size * dtype.itemsize
         seen = patches * vision.num_hidden_layers * ((1 - recomputed) * counts.per_patch)
@@ -216,9 +230,10 @@ class Estimator:
         chunk = min(patches, recipe.objective.vision_chunk * vision.patches_per_side**2)
         wide = (vision.intermediate_size * dtype.itemsize + 6 * width) * chunk
         # Backward of a layer holds what forward kept, and gradients of about as much.
-        again = max(2.0 * T * counts.per_token, 2.0 * chunk * counts.per_patch)
-        scores = min(CHUNK_SCORES, T * text.vocab_size) * (2 * dtype.itemsize + 8) + 4 * counts.head
+        again = max(2.0 * own * counts.per_token, 2.0 * chunk * counts.per_patch)
+        scores = min(CHUNK_SCORES, own * text.vocab_size) * (2 * dtype.itemsize + 8) + 4 * counts.head
         average = 4 * trained if recipe.schedule.average is not None else 0
+        reserve = RESERVE if self._device.type == "cuda" else RESERVE // 10
         return Memory(
             weights=round(weights),
             adapters=round(counts.adapters / world),
@@ -228,14 +243,16 @@ class Estimator:
             activations=round(kept + seen + 2 * inputs * T),
             working=round(max(again, wide)),
             logits=round(scores),
-            reserve=RESERVE if self._device.type == "cuda" else RESERVE // 10,
+            reserve=reserve,
+            # Every rank reads the model onto its device, and adapters are attached, before anything is spread.
+            whole=counts.base + counts.adapters + reserve if world > 1 else 0,
         )
 
     def _count(self, chosen: targets.Targets, dtype: torch.dtype) -> _Counts:
         key = f"{chosen} {dtype}"
         if key not in self._counted:
             with torch.device("meta"):
-                model = Aria(self._config).to(dtype)
+                model = Aria(self.config).to(dtype)
             before = dict(model.named_parameters())
             base = sum(p.nbytes for p in before.values())
             layer = sum(p.nbytes for p in model.language_model.model.layers[0].parameters())
@@ -246,14 +263,14 @@ class Estimator:
                 if parameter.requires_grad:
                     trained[parameter.dtype] = trained.get(parameter.dtype, 0) + parameter.numel()
             head = model.language_model.lm_head.weight
-            per_token, per_patch = layer_bytes(self._config, chosen, dtype)
+            per_token, per_patch = layer_bytes(self.config, chosen, dtype)
             self._counted[key] = _Counts(
                 base,
                 sum(p.nbytes for name, p in named.items() if name not in before),
                 layer,
                 trained,
                 head.numel() if head.requires_grad else 0,
-                kernel_bytes(self._config, dtype) if self._device.type == "cuda" else per_token,
+                kernel_bytes(self.config, dtype) if self._device.type == "cuda" else per_token,
                 per_patch,
             )
         return self._counted[key]
@@ -306,11 +323,12 @@ class Plan:
         """For a person."""
         table = Table("part", "memory", title=f"One rank on {self.device}", title_justify="left")
         table.columns[1].justify = "right"
-        for field in dataclasses.fields(self.memory):
-            if value := getattr(self.memory, field.name):
-                table.add_row(field.name, size(value))
+        for name, value in self.memory.parts.items():
+            table.add_row(name, size(value))
         table.add_section()
         table.add_row("all", size(self.memory.total))
+        if self.memory.whole > self.memory.total:
+            table.add_row("before, the whole model", size(self.memory.whole))
         table.add_row("free", size(self.available))
         table.add_section()
         table.add_row("tokens a step", f"{self.step_tokens:,}")
@@ -349,12 +367,14 @@ def check(
     free = available_bytes(device) if available is None else available
     estimator = Estimator(config, device)
     memory = estimator.memory(recipe, world)
-    if memory.total > free:
+    if memory.most > free:
         ways = list(_ways(recipe, estimator, device, world, free))
         said = "; ".join(ways) if ways else "nothing that was tried; take a device with more memory, or more devices"
-        parts = ", ".join(f"{name} {size(value)}" for name, value in dataclasses.asdict(memory).items() if value)
+        parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items())
+        if memory.whole > free:
+            parts += f"; before, every rank reads the whole model onto its device, which takes {size(memory.whole)}"
         raise ValueError(
-            f"this training takes about {size(memory.total)} of memory on each device, but {size(free)} is free "
+            f"this training takes about {size(memory.most)} of memory on each device, but {size(free)} is free "
             f"({parts}). What would fit: {said}"
         )
     batch, budget = recipe.batch, recipe.budget
@@ -389,6 +409,22 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
     ]
     again = ("parallel.checkpointing=full", {"parallel": changed(recipe.parallel, checkpointing="full")})
     adapters = ("targets.method=lora", {"targets": changed(recipe.targets, method="lora")})
+    # Fewer ranks have data of their own then, and more micro-batches make up for it. No pairs: others change the same
+    # sections.
+    parallel, text = recipe.parallel, estimator.config.text
+    shared = [
+        (
+            f"parallel.sequence={n} and batch.accumulate={batch.accumulate * n // parallel.sequence}",
+            {
+                "parallel": changed(parallel, sequence=n),
+                "batch": changed(batch, accumulate=batch.accumulate * n // parallel.sequence),
+            },
+        )
+        for n in (2, 4, 8)
+        if n > parallel.sequence
+        and not n % parallel.sequence
+        and not any(x % n for x in (world, batch.tokens, text.num_attention_heads, text.num_key_value_heads))
+    ]
     single: list[list[tuple[str, dict[str, Any]]]] = [shorter]
     if recipe.parallel.checkpointing != "full":
         single.append([again])
@@ -400,11 +436,19 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
         for second in single[i + 1 :]
     ]
     counts = [n for n in (2, 4, 8, 16, 32, 64) if n > world] if device.type == "cuda" else []
+
+    def most(settings: dict[str, Any], ranks: int) -> float:
+        try:
+            return estimator.memory(changed(recipe, **settings), ranks).most
+        except ValueError:
+            # These do not go together with others of the recipe.
+            return math.inf
+
     found = False
-    for kinds in (single, pairs):
+    for kinds in ([*single, shared], pairs):
         for kind in kinds:
             for words, settings in kind:
-                need = estimator.memory(changed(recipe, **settings), world).total
+                need = most(settings, world)
                 if need <= free:
                     found = True
                     yield f"{words} ({size(need)})"
@@ -413,7 +457,7 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
             break
     for words, settings in (("", {}), (f" and {again[0]}", again[1])):
         for n in counts:
-            need = estimator.memory(changed(recipe, **settings), n).total
+            need = most(settings, n)
             if need <= free:
                 yield f"{n} devices{words} ({size(need)} on each)"
                 return

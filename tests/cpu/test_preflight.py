@@ -84,6 +84,43 @@ def test_checkpointing_averages_and_ranks_change_what_they_should():
     assert spread.gradients == pytest.approx(plain.gradients / 4, rel=0.01) and spread.weights < plain.weights
 
 
+def test_ranks_that_share_sequences_keep_their_part_of_the_tokens():
+    estimator = Estimator(tiny_config(), CPU)
+    chosen = {"targets": {"method": "full", "freeze_vit": True}}
+
+    def memory(tokens: int, sequence: int):
+        return estimator.memory(recipe(**chosen, batch={"tokens": tokens}, parallel={"sequence": sequence}), world=4)
+
+    whole, shared, half = memory(1024, 1), memory(1024, 2), memory(512, 1)
+    embedded = 2 * 64 * 4 * 512
+    assert shared.activations == half.activations + embedded, "embeddings are those of all tokens"
+    assert shared.logits == half.logits < whole.logits
+    assert shared.activations < 0.55 * whole.activations and shared.working <= whole.working
+    config, limit = AriaConfig.aria(), Estimator(AriaConfig.aria(), GPU)
+    pretrain = Recipe.read(Path(__file__).parents[2] / "recipes" / "pretrain.toml")
+    spread = dataclasses.replace(pretrain, parallel=dataclasses.replace(pretrain.parallel, sequence=4))
+    need = limit.memory(spread, 8).most
+    with pytest.raises(ValueError, match=r"parallel\.sequence=4 and batch\.accumulate=256") as refused:
+        check(pretrain, config, GPU, available=need, world=8)
+    assert size(need) in str(refused.value)
+    assert check(spread, config, GPU, available=need, world=8).step_tokens * 4 == 65536 * 64 * 8
+
+
+def test_every_rank_needs_room_for_the_whole_model_before_it_is_spread():
+    config = AriaConfig.aria()
+    told = recipe(batch={"tokens": 4096})
+    memory = Estimator(config, GPU).memory(told, 8)
+    alone = Estimator(config, GPU).memory(told)
+    assert alone.whole == 0 and memory.whole == alone.weights + alone.adapters + alone.reserve > memory.total
+    with pytest.raises(ValueError, match="every rank reads the whole model onto its device") as refused:
+        check(told, config, GPU, available=memory.whole - 1, world=8)
+    assert "nothing that was tried" in str(refused.value)
+    plan = check(told, config, GPU, available=memory.whole, world=8)
+    assert plan.memory == memory and "before, the whole model" in plan.table().columns[0].cells
+    with pytest.raises(ValueError, match="nothing that was tried"):
+        check(told, config, GPU, available=memory.whole - 1)
+
+
 def test_what_cannot_fit_is_refused_with_settings_that_do():
     told = recipe(targets=FULL, batch={"tokens": 4096})
     config = tiny_config()
