@@ -193,6 +193,7 @@ def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, t
         (("chat", "-m", model_folder, "--adapter", tmp_path, "hello"), "no adapter folder: it has no adapter_config"),
         (("serve", model_folder, "--adapter", "mine=not/there/export"), "no file or folder 'not/there/export'"),
         (("batch", "in.jsonl", "out", "--adapter", "aria-nano=x/last"), "'aria-nano' is the name of the model and of"),
+        (("serve", "--adapter", "aria-nano=x/last"), "'aria-nano' is the name of the model and of"),
     ):
         assert command(*asked) == 2
         assert message in " ".join(capsys.readouterr().err.split())
