@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ _PLAIN = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     # Others change the weights beside the adapter too, so that its matrices are not the whole change.
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "lora_ga"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 _EMPTY = (
     "modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "lora_bias",
@@ -79,6 +79,7 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_NAME} cannot be read: {error}; it may be truncated") from error
     ours, shapes = _our_names(config), _shapes(config)
+    ranks, alphas = (_Patterns(found, kind, path) for kind in ("rank_pattern", "alpha_pattern"))
     weights: dict[str, LowRank] = {}
     settings: dict[str, LoRA] = {}
     for key, (a, b) in _pairs(tensors, config, path).items():
@@ -89,10 +90,12 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
             raise ValueError(f"{path} has an adapter for {name}, which this model has not; is it for another model?")
         if name in weights:
             raise ValueError(f"{path / WEIGHTS_NAME} has two adapters for {name}")
+        # PEFT knows today's names; the authors' folders have those of their layout.
+        called = (_theirs(name), name, key)
         settings[name] = replace(
             common,
-            rank=int(_by_pattern(found.get("rank_pattern"), name, common.rank)),
-            alpha=float(_by_pattern(found.get("alpha_pattern"), name, common.alpha)),
+            rank=int(ranks.of(called, common.rank)),
+            alpha=alphas.of(called, common.alpha),
         )
         _check(name, a, b, shapes[name], settings[name].rank, path)
         weights[name] = LowRank(a, b, settings[name].scaling)
@@ -300,10 +303,23 @@ def _shapes(config: AriaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in adaptable(model)}
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """PEFT's way: a pattern is the end of a name, as a regular expression."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", _theirs(name)))
-    return next(found, default)
+class _Patterns:
+    """PEFT's way to give some modules another rank or alpha: the end of a name, as a regular expression -> value."""
+
+    def __init__(self, found: Mapping[str, Any], kind: str, path: Path):
+        patterns = found.get(kind) or {}
+        try:
+            self._patterns = {re.compile(rf"(.*\.)?({pattern})"): float(patterns[pattern]) for pattern in patterns}
+        except (re.error, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path / ADAPTER_NAME}: {kind} should map ends of modules' names to numbers, but is {patterns!r:.200} "
+                f"({error})"
+            ) from error
+
+    def of(self, names: Sequence[str], default: float) -> float:
+        """The first pattern's value that one of a module's names has."""
+        found = (v for pattern, v in self._patterns.items() if any(pattern.fullmatch(name) for name in names))
+        return next(found, default)
 
 
 def _differing(shapes: set[LoRA]) -> str:
@@ -324,4 +340,10 @@ def _check(name: str, a: Tensor, b: Tensor, weight: tuple[int, ...], rank: int, 
         raise ValueError(
             f"{path} does not fit this model: {name} has tensors of {came[0]} and {came[1]}, and rank {rank} beside "
             f"its weight asks for {expected[0]} and {expected[1]}; it is for another model or rank"
+        )
+    # Served beside others, a zero times what is not finite would spoil theirs, too.
+    if wrong := [half for half, tensor in (("A", a), ("B", b)) if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{path}: lora_{wrong[0]} of {name} holds inf or NaN; its training went astray: export an earlier "
+            "checkpoint, or train with a lower learning rate"
         )

@@ -260,6 +260,9 @@ def paged_attention(
         cache[blocks_NM.long()].transpose(1, 2).reshape(N, KV, M * S, -1) for cache in (keys_BHSK, values_BHSK)
     )
     mask = torch.arange(M * S, device=q_NHK.device) < lengths_N[:, None]
+    # Freed blocks keep what their last owner wrote, and a zero times its NaN would be NaN.
+    for gathered in (keys, values):
+        gathered.masked_fill_(~mask[:, None, :, None], 0)
     out = F.scaled_dot_product_attention(
         q_NHK[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=q_NHK.shape[1] != KV
     )

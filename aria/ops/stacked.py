@@ -44,6 +44,9 @@ def stack_adapters(parts: Sequence[tuple[int, int, LowRank]], outputs: int, like
         parts: owner, first output, and the adapter, whose outputs may be some of many: q's among those of q, k and v.
         outputs: O.
         like: the weight's dtype and device.
+
+    Raises:
+        ValueError: values are not finite in that dtype. A zero times one of them would spoil tokens of all others.
     """
     assert parts, "there is nothing to stack"
     experts = parts[0][2].a.ndim == 3
@@ -62,6 +65,11 @@ def stack_adapters(parts: Sequence[tuple[int, int, LowRank]], outputs: int, like
         owners[rows] = owner
         at += rank
     a, b = a.to(like.dtype), b.to(like.dtype)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(
+            f"an adapter's values, times its scaling, are not finite in {like.dtype}; "
+            "serve the model in a dtype that holds them"
+        )
     if experts:
         return Stack(a.movedim(0, -1).contiguous(), b.transpose(0, 1).contiguous(), owners.to(like.device))
     return Stack(a, b.t().contiguous(), owners.to(like.device))

@@ -109,7 +109,12 @@ def test_the_authors_folder_is_read(base: Path, tmp_path: Path) -> None:
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.a.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b.detach()
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 7}))
+    told = {"peft_type": "LORA", "r": 3, "lora_alpha": 7, "alpha_pattern": {r"layers\.1\..*experts\.fc1": 5}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    stored = read_adapter(tmp_path, tiny_config()).settings
+    assert {settings.alpha for name, settings in stored.items() if "layers.1.mlp.experts.fc1" in name} == {5.0}
+    assert {settings.alpha for name, settings in stored.items() if "layers.1.mlp.experts.fc1" not in name} == {7.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"alpha_pattern": None}))
     again = load_model(base)
     load_adapter(again, read_adapter(tmp_path, again.config))
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -226,6 +231,14 @@ def spoil(folder: Path, how: str) -> None:
         tensors |= {key.replace(*other): tensor.clone() for key, tensor in tensors.items() if "q_proj" in key}
     elif how == "integers":
         tensors[first] = tensors[first].int()
+    elif how in ("nan", "inf"):
+        tensors[first].view(-1)[3] = float(how)
+    elif how == "lora_ga":
+        told["init_lora_weights"] = how
+    elif how == "patterns":
+        told["alpha_pattern"] = {"q_proj(": 2}
+    elif how == "list of patterns":
+        told["rank_pattern"] = ["q_proj"]
     elif how == "uneven experts":
         name = next(key for key in tensors if "experts.lora_A" in key)
         tensors[name] = tensors[name][1:].clone()
@@ -244,6 +257,11 @@ def spoil(folder: Path, how: str) -> None:
     ("other rank", "does not fit this model.*another model or rank"),
     ("other model", r"has an adapter for model\.language_model.*layers\.40.*for another model"),
     ("pissa", "init_lora_weights is 'pissa_niter_4', which is not offered here"),
+    ("lora_ga", "init_lora_weights is 'lora_ga', which is not offered here"),
+    ("nan", "lora_. of .* holds inf or NaN; its training went astray"),
+    ("inf", "lora_. of .* holds inf or NaN; its training went astray"),
+    ("patterns", "alpha_pattern should map ends of modules' names to numbers"),
+    ("list of patterns", "rank_pattern should map ends of modules' names to numbers"),
     ("trained head", "modules_to_save is .'lm_head'., which is not offered"),
     ("more tokens", r"lm_head.base_layer.weight is \[310, 64\], for another vocabulary than \(300, 64\)"),
     ("integers", "torch.int32 .*which are no floating numbers"),

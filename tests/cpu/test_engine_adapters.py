@@ -189,10 +189,38 @@ def test_every_token_gets_its_own_adapter_and_nothing_of_others():
             expected = expected + b.double() @ (a.double() @ x[t].double()) * scaling
         torch.testing.assert_close(got[t].double(), expected, rtol=1e-5, atol=1e-5)
     # An adapter that makes a token infinite spoils nobody else's.
-    stack.a[stack.owners == 3] = float("inf")
-    spoiled = ops.stacked_linear_add(y, x, stack, owners)
+    stack.a[stack.owners == 3] = 3e38
+    spoiled = ops.stacked_linear_add(y, x.abs() + 1, stack, owners)
+    stack.a[stack.owners == 3] = 0.0
+    got = ops.stacked_linear_add(y, x.abs() + 1, stack, owners)
     assert torch.equal(spoiled[owners != 3], got[owners != 3])
     assert not spoiled[owners == 3].isfinite().any()
+
+
+@pytest.mark.parametrize("half", ["a", "b"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_an_adapter_that_is_not_finite_is_not_put_beside_others(half, value):
+    weight = torch.randn(30, 20).half()
+    bad = low_rank(weight, 2, 1.0, 0)
+    getattr(bad, half)[0, 0] = value
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        ops.stack_adapters([(1, 0, low_rank(weight, 2, 1.0, 1)), (2, 0, bad)], 30, weight)
+
+
+def test_nothing_of_a_request_that_went_astray_is_left_for_later_ones():
+    """Finite values may overflow on the way; their blocks of the cache are given to others."""
+    wild = {f"{LAYERS}.0.self_attn.v_proj": LowRank(torch.full((2, 64), 1e30), torch.full((64, 2), 1e30), 1.0)}
+    small = {"cache_blocks": 6, "max_model_len": 90}
+    plain_core, engine = core(adapters=None, **small), core(adapters={"wild": wild}, **small)
+    engine.add(prompt(80, 4), SamplingParams(max_tokens=6), adapter="wild")
+    run(engine)
+    for seed in (3, 5, 6):
+        told = []
+        for one in (plain_core, engine):
+            [request] = one.add(prompt(33, seed), SamplingParams(max_tokens=6))
+            run(one)
+            told.append(request.outputs)
+        assert told[0] == told[1]
 
 
 def test_what_does_not_fit_is_refused_by_name():
