@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from aria.config import AriaConfig
+from aria.model import Aria
 from aria.processor.pictures import Crops
+from aria.train.objective import trains
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,56 @@ class Trained:
     decoder: bool
     full: bool
     """Whether weights themselves train, so that there are products for their gradients too."""
+    passes: tuple[float, ...] | None = None
+    """Of each layer of the decoder, and last of its head: products of a weight for each of its inputs. 1 where no
+    gradient comes, 2 where gradients pass through, and up to 3 by the share of the weights that train. None: alike."""
+
+    @classmethod
+    def of(cls, aria: Aria, *, full: bool) -> Trained:
+        """What gets gradients in a model: everything after the first part that trains."""
+        vision = trains(aria.vision_tower)
+        projector = vision or trains(aria.multi_modal_projector)
+        language, decoder = aria.language_model, aria.language_model.model
+        active = aria.config.text.moe_topk / aria.config.text.moe_num_experts
+        reached, passes = projector or trains(decoder.embed_tokens), []
+        for layer in decoder.layers:
+            reached = reached or trains(layer)
+            passes.append(1 + reached + (_share(layer, active) if full else 0.0))
+        reached = reached or trains(decoder.norm)
+        # An adapter beside the head counts as passed through, as everywhere.
+        through = reached or not full
+        passes.append(1 + through + (_share(language.lm_head, active) if full else 0.0))
+        return cls(vision, projector, projector or trains(language), full, tuple(passes))
+
+    def decoder_passes(self, config: AriaConfig) -> tuple[float, ...]:
+        """``passes``, or what the other fields say where there are none."""
+        if self.passes is not None:
+            return self.passes
+        alike = _passes(self.decoder or self.projector or self.vision, self.full and self.decoder)
+        return (alike,) * (config.text.num_hidden_layers + 1)
+
+
+def _share(module: nn.Module, active: float) -> float:
+    """Of the weights that a token multiplies with, the part that trains; of experts it meets ``active`` of all."""
+    trained = whole = 0.0
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            count = parameter.numel() * (active if ".experts." in name else 1.0)
+            trained, whole = trained + count * parameter.requires_grad, whole + count
+    return trained / whole
+
+
+def token_flops(config: AriaConfig, trained: Trained) -> float:
+    """FLOPs of training on a token of text that is a target, attention left out."""
+    return sum(_products(config, trained))
+
+
+def _products(config: AriaConfig, trained: Trained) -> tuple[float, float]:
+    """FLOPs of a token's products with the weights of the layers, and with those of the head."""
+    text = config.text
+    *layers, last = trained.decoder_passes(config)
+    head = text.vocab_size * text.hidden_size
+    return 2.0 * (text.active_parameters() - head) * sum(layers) / len(layers), 2.0 * head * last
 
 
 def batch_flops(
@@ -41,15 +95,13 @@ def batch_flops(
         crops: the pictures.
     """
     text = config.text
-    tokens = sum(lengths)
-    passes = _passes(trained.decoder or trained.projector or trained.vision, trained.full and trained.decoder)
-    head = text.vocab_size * text.hidden_size
-    layers = text.active_parameters() - head
+    layers, head = _products(config, trained)
     # Causal attention reads half of each sequence on average; two products of 2 FLOPs, and their backward costs twice.
-    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    width = text.num_attention_heads * text.head_dim
     attended = sum(n * n for n in lengths) / 2
-    attention = 4.0 * attended * width * (3 if passes > 1 else 1)
-    return 2.0 * passes * (layers * tokens + head * labels) + attention + _vision_flops(config, trained, crops)
+    times = sum(3 if passes > 1 else 1 for passes in trained.decoder_passes(config)[:-1])
+    attention = 4.0 * attended * width * times
+    return layers * sum(lengths) + head * labels + attention + _vision_flops(config, trained, crops)
 
 
 def _vision_flops(config: AriaConfig, trained: Trained, crops: Iterable[Crops]) -> float:

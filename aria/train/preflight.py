@@ -25,6 +25,7 @@ from aria.config import AriaConfig, parse_dtype
 from aria.model import Aria, Packed
 from aria.ops import Segments
 from aria.train import targets
+from aria.train.cost import Trained, token_flops
 from aria.train.optimizer import OptimizerSettings, make_optimizer
 from aria.train.recipe import Recipe
 
@@ -384,16 +385,18 @@ def check(
         steps = math.ceil(budget.epochs * sampled.batches / batch.accumulate)
     seconds = budget.minutes * 60.0 if budget.minutes is not None else None
     if steps is not None and flops_rate is not None:
-        each = batch.tokens * token_flops(recipe, config) if sampled is None else sampled.flops
+        each = batch.tokens * _token_flops(recipe, config) if sampled is None else sampled.flops
         # Ranks that share sequences share their work.
         each /= recipe.parallel.sequence
         seconds = steps * batch.accumulate * each / (flops_rate * SHARE_OF_RATE[device.type])
     return Plan(memory, free, batch.tokens * batch.accumulate * ranks, steps, seconds, str(device))
 
 
-def token_flops(recipe: Recipe, config: AriaConfig) -> float:
-    """FLOPs of training on a token of text."""
-    return (6.0 if recipe.targets.method == "full" else 4.0) * config.active_parameters()
+def _token_flops(recipe: Recipe, config: AriaConfig) -> float:
+    with torch.device("meta"):
+        model = Aria(config)
+    targets.apply(model, recipe.targets)
+    return token_flops(config, Trained.of(model, full=recipe.targets.method == "full"))
 
 
 def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int, free: int) -> Iterator[str]:

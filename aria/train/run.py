@@ -29,7 +29,7 @@ from aria.train.cost import Trained, batch_flops
 from aria.train.data import DataStream, make_stream
 from aria.train.data.report import Report
 from aria.train.evaluate import Evaluation, Sampler
-from aria.train.objective import Losses, Objective, Step, trains
+from aria.train.objective import Losses, Objective, Step
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
 from aria.train.preflight import Sampled, check, weights_dtype
@@ -391,9 +391,7 @@ def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[A
 
 def trained_parts(aria: Aria, *, full: bool) -> Trained:
     """Where gradients flow: through everything after the first part that trains."""
-    vision = trains(aria.vision_tower)
-    projector = vision or trains(aria.multi_modal_projector)
-    return Trained(vision, projector, projector or trains(aria.language_model), full)
+    return Trained.of(aria, full=full)
 
 
 def _loop_settings(recipe: Recipe, parallel: Parallel, stop_after: float | None) -> LoopSettings:

@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
+from aria import ops
 from aria.config import AriaConfig
 from aria.model import Packed
 from aria.ops import Segments
 from aria.processor.pictures import Crops
 from aria.train import targets
+from aria.train.batch import Batch, Sample
 from aria.train.cost import Trained, batch_flops
+from aria.train.objective import Objective, Step
 from aria.train.optimizer import make_optimizer
 from aria.train.preflight import Estimator, check, saved_bytes, size
 from aria.train.recipe import Recipe
+from aria.train.run import trained_parts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FULL = {"method": "full", "freeze_vit": False, "freeze_projector": False}
@@ -196,3 +201,47 @@ def test_a_picture_costs_its_real_patches():
         config, Trained(True, True, True, True), [10], 5, [Crops(torch.zeros(1, 3, 490, 490), ((490, 490),))]
     )
     assert seen - trained == pytest.approx(3 * whole, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "a_token"),
+    [
+        (FULL | {"freeze_vit": True}, 6.0),
+        (FULL | {"freeze_vit": True, "freeze_llm": True}, 4.0),
+        ({"method": "full", "freeze_llm_layers": [0, 1], "freeze": ["*embed_tokens*"]}, None),
+        ({"method": "full", "freeze_llm_layers": [0, 1]}, None),
+        ({"method": "full", "freeze_llm_layers": [1], "freeze": ["*.experts.*", "*lm_head*"]}, None),
+        ({"method": "lora", "rank": 1, "dropout": 0.0}, 4.0),
+    ],
+    ids=["full", "projector", "first layers frozen", "embeddings before frozen layers", "some of all", "adapters"],
+)
+def test_flops_are_those_that_pytorch_counts(chosen, a_token):
+    config = tiny_config()
+    told = recipe(targets=chosen, batch={"tokens": 1000})
+    model, full = trained_model(told), chosen["method"] == "full"
+    generator = torch.Generator().manual_seed(0)
+    # Short ones, so that causal attention, of which PyTorch counts both halves, is little.
+    rows = torch.randint(10, 300, (64, 12), generator=generator)
+    batch = Batch.pack([Sample(ids, ids.roll(-1)) for ids in rows], 64 * 12, 2)
+    trained = trained_parts(model, full=full)
+    # Where it trains, the projector reads a grey patch at least.
+    grey = [Crops(torch.zeros(1, 3, 490, 490), ((14, 14),))] if trained.projector else []
+    counted = batch_flops(config, trained, batch.lengths, batch.labels, grey)
+    with FlopCounterMode(display=False) as counter, ops.use("reference"):
+        Objective(model)(batch, Step(batch.labels, 1, 0.0)).total.backward()
+    # The products of adapters of rank one are left out, and are as little.
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.04)
+    if a_token is not None:
+        each = a_token * config.active_parameters()
+        assert batch_flops(config, trained, [1] * 1000, 1000) == pytest.approx(1000 * each, rel=0.01)
+        plan = check(told, config, CPU, available=1 << 40, flops_rate=1e9)
+        assert plan.seconds == pytest.approx(10 * 1000 * each / (1e9 * 0.3))
+
+
+def test_adapters_of_later_layers_cost_the_first_ones_no_gradient():
+    config = tiny_config()
+    chosen = {"modules": ["experts.fc1"], "freeze_llm_layers": [0, 1]}
+    found = trained_parts(trained_model(recipe(targets=chosen)), full=False)
+    assert found.passes == (1, 1, 2, 2)
+    every = Trained(False, False, True, False)
+    assert batch_flops(config, found, [10, 30], 5) < 0.7 * batch_flops(config, every, [10, 30], 5)
