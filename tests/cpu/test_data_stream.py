@@ -18,6 +18,7 @@ from aria.train.batch import FILLER_PIECE, Batch, Sample
 from aria.train.data import DataSettings, make_stream
 from aria.train.data.order import Order, noise, permutation
 from aria.train.data.packer import Packer
+from aria.train.data.report import Report
 from aria.train.loss import IGNORE_INDEX
 
 TOKENS = 160
@@ -206,6 +207,23 @@ def test_on_another_number_of_ranks_no_row_is_left_out(rows):
     other = stream(rows)
     other.load_state_dict(states[1])
     assert 0 < other.epochs < 1
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 4), (3, 3)])
+def test_on_another_number_of_ranks_the_report_is_that_of_all(rows, before, now):
+    old = [stream(rows, rank=rank, world=before) for rank in range(before)]
+    for one in old:
+        take(one, 9)
+    # Two ranks share each sequence, and have saved the same.
+    states = [one.state_dict() for one in old for _ in range(2)]
+    new = [stream(rows, rank=rank, world=now) for rank in range(now)]
+    for one in new:
+        one.load_state_dict(states)
+    reports = [Report.joined(one.report for one in ones) for ones in (old, new)]
+    assert reports[0] == reports[1]
+    assert reports[0].skipped and reports[0].batches == 9 * before
+    take(new[0], 2)
+    assert Report.joined(one.report for one in old) == reports[0], "what goes on counts for itself"
 
 
 def test_a_state_of_other_data_is_refused(rows, tmp_path):

@@ -83,6 +83,13 @@ class Report:
             setattr(self, name, {kind: Tally(**_copied(one)) for kind, one in value.items()} if tallies else value)
 
     @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Report:
+        """The report whose state it is."""
+        report = cls()
+        report.load_state_dict(state)
+        return report
+
+    @classmethod
     def joined(cls, reports: Iterable[Report]) -> Report:
         """What several streams gave together."""
         together = cls()
