@@ -133,8 +133,8 @@ class DataStream:
                 min([one["next"], *(card for card, _ in one["held"])]) * one["world"] + one["rank"] for one in states
             ]
             self._next, self._held = max(0, -((self._rank - min(unused)) // self._world)), []
-        # Over all ranks each row counts once: what none goes on with is the first one's. Ranks that share sequences bring
-        # the same state.
+        # Over all ranks each row counts once: what none goes on with is the first one's. Ranks that share sequences
+        # bring the same state.
         alike = {(one["rank"], one["world"]): one for one in states}.values()
         self.report = Report.joined(Report.of(one["report"]) for one in (own[:1] or (() if self._rank else alike)))
 
