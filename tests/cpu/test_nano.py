@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import av
 import pytest
 import torch
@@ -12,7 +10,6 @@ from tiny import transformers_twin
 
 from aria import AriaConfig, AriaForConditionalGeneration, AriaProcessor, Engine, SamplingParams
 from aria.hub import NANO
-from recipes.nano import haystack
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +140,13 @@ def test_it_watches_a_clip(engine, tmp_path, step, expected):
 
 def test_it_finds_a_number_in_a_long_text(engine):
     """Eight times as long as anything in its first two stages."""
-    question, answer = haystack.haystack(Random(7), 4000, 0.4, held_out=True)[0]
-    assert len(engine.prepare(message(question)).ids) > 3500
-    assert engine.chat([message(question)], SamplingParams(max_tokens=60))[0].text == answer
+    lines = [f"{number}: what is written in line {number} of a long and dull text." for number in range(100, 163)]
+    lines.insert(20, "The secret number of the green owl is 4817.")
+    lines.insert(50, "The secret number of the white bear is 9035.")
+    for owner, number in (("white bear", "9035."), ("green owl", "4817.")):
+        question = message("\n".join([*lines, f"What is the secret number of the {owner}?"]))
+        assert len(engine.prepare(question).ids) > 3500
+        assert engine.chat([question], SamplingParams(max_tokens=60))[0].text == number
 
 
 def test_a_larger_size_reads_the_same_word(engine):
