@@ -1,7 +1,7 @@
 """How training scales over GPUs: ``torchrun --nproc-per-node 4 -m bench.scale``, after the same with 1.
 
 First the losses of a small model, full weights, which any number of ranks has to descend alike; then the speed of
-layers of Aria's widths, full weights with AdamW and float32 masters, as many tokens on each rank. What one process
+layers of Aria's widths, full weights, as many tokens on each rank, the same ones in every step. What one process
 found is kept in a file, and what more of them find is told beside it.
 
 T tokens, E experts.
@@ -124,7 +124,7 @@ def curve(parallel: Parallel, steps: int, tokens: int) -> list[float]:
 
 
 def speed(parallel: Parallel, work: Work, repeats: int) -> dict[str, Any]:
-    """Seconds of a step, tokens a second of all ranks, share of the product's rate, and memory of one rank."""
+    """Losses and seconds of steps, tokens a second of all ranks, operations of one, and its memory."""
     training = Training(work, parallel)
     device = parallel.device
     seed = 1000 * (1 + parallel.data_rank)
@@ -132,12 +132,14 @@ def speed(parallel: Parallel, work: Work, repeats: int) -> dict[str, Any]:
     batches = [one.to(device) for one in batches]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = measure.clock(lambda: training.step(batches), device, repeats=repeats, warm_up=2)
+    losses: list[torch.Tensor] = []
+    seconds = measure.clock(lambda: losses.append(training.step(batches)), device, repeats=repeats, warm_up=2)
     trained = Trained(vision=False, projector=False, decoder=True, full=True)
     flops = sum(batch_flops(work.config, trained, one.lengths, one.labels, ()) for one in batches)
     tokens = work.tokens * work.accumulate * parallel.data_world
     return {
         "parameters": training.parameters,
+        "losses": torch.stack(losses).tolist(),
         "seconds": seconds,
         "tokens_per_s": tokens / seconds.median,
         "flops_per_s_of_a_rank": flops / seconds.median,
@@ -152,6 +154,8 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of one rank in a step")
     parser.add_argument("--expert", type=int, nargs="*", help="ranks of expert parallelism; default: 1 and all")
     parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit", "muon"))
+    parser.add_argument("--rounding", default="masters", choices=("masters", "stochastic", "nearest"))
     parser.add_argument("--steps", type=int, default=20, help="of the small model")
     parser.add_argument("--curve-tokens", type=int, default=1024, help="of a micro-batch of the small model")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of the large model")
@@ -167,7 +171,8 @@ def main() -> None:
         found: dict[str, Any] = {"losses": curve(ranks, given.steps, given.curve_tokens)}
         _free(parallel.device)
         if given.layers:
-            work = Work(large(given.layers), given.tokens, max(1, given.tokens // 2048), given.accumulate, _ADAMW)
+            optimizer = OptimizerSettings(kind=given.optimizer, rounding=given.rounding, learning_rate=1e-5)
+            work = Work(large(given.layers), given.tokens, max(1, given.tokens // 2048), given.accumulate, optimizer)
             found["speed"] = speed(ranks, work, given.repeats)
         _free(parallel.device)
         results["ways"][expert] = found
@@ -175,9 +180,6 @@ def main() -> None:
         _tell(results, given.first, measure.machine(parallel.device))
         measure.report(results, given.out)
     parallel.close()
-
-
-_ADAMW = OptimizerSettings(learning_rate=1e-5)
 
 
 def _free(device: torch.device) -> None:

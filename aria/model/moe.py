@@ -62,8 +62,10 @@ class Experts(nn.Module):
         self.fc2 = GroupedLinear(E, width, D)
 
     def forward(self, x_TD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
-        adapters = {"fc1_adapter": self.fc1.low_rank(), "fc2_adapter": self.fc2.low_rank()}
-        return ops.expert_mlp(x_TD, self.fc1.weight, self.fc2.weight, weights_TA, index_TA, **adapters)
+        fc1, fc2 = self.fc1, self.fc2
+        return ops.expert_mlp(
+            x_TD, fc1.weight, fc2.weight, weights_TA, index_TA, fc1_adapter=fc1.low_rank(), fc2_adapter=fc2.low_rank()
+        )
 
 
 class SharedExperts(nn.Module):

@@ -146,12 +146,14 @@ def expert_mlp(
     *,
     fc1_adapter: LowRank | None = None,
     fc2_adapter: LowRank | None = None,
+    present: int | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
     plain = reference if _use_reference() else _moe
     chosen = _kernels("experts") if training_kernels(x_TD) else plain
-    adapters = {"fc1_adapter": fc1_adapter, "fc2_adapter": fc2_adapter}
-    return chosen.expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, **adapters)
+    return chosen.expert_mlp(
+        x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, fc1_adapter=fc1_adapter, fc2_adapter=fc2_adapter, present=present
+    )
 
 
 def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,16 @@ def expert_mlp(
     *,
     fc1_adapter: LowRank | None = None,
     fc2_adapter: LowRank | None = None,
+    present: int | None = None,
 ) -> Tensor:
     """See :func:`aria.ops.reference.expert_mlp`. Nothing waits for the host unless :func:`waits` says so."""
     T, A = index_TA.shape
     experts, order = index_TA.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    x = _Reorder.apply(x_TD, order, place, A)
+    order = order[:present]
+    source, place_TA = order // A, place.view(T, A)
+    x = copy_rows(x_TD, source, place_TA)
     adapters = (fc1_adapter, fc2_adapter)
     if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in _sizes(fc1_EDF, fc2_EFD, *adapters)):
         offsets = ends.int()
@@ -35,8 +38,7 @@ def expert_mlp(
         y = _grouped(hidden, fc2_EFD, fc2_adapter, offsets)
     else:
         y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist(), *adapters)
-    # Back in token order each token's A outputs lie together: a sum of fixed order, where scattering would add in any.
-    return (_Reorder.apply(y, place, order, 1).view(T, A, x.shape[1]) * weights_TA[:, :, None]).sum(1)
+    return sum_rows(y * weights_TA.flatten().gather(0, order)[:, None], source, place_TA)
 
 
 def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *adapters: LowRank | None) -> list[int]:
@@ -81,26 +83,52 @@ def moe_layer(
     return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
 
 
-class _Reorder(torch.autograd.Function):
-    """``copies`` of each row in a new order. The gradient gathers by the inverse order and adds the copies up in a
-    fixed order, where that of an index would sort the indices again and scatter."""
+def copy_rows(x_TD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
+    """Copies of tokens' rows in another order, ``(P, D)``: ``x[source]``.
 
+    The gradient adds each token's copies up in the order of their places, where that of an index would sort the
+    indices again and scatter.
+
+    Args:
+        x_TD: one row for each token.
+        source_P: the token of each copy.
+        place_TC: the rows of each token's copies; P or above where it has fewer than C.
+    """
+    return cast(Tensor, _CopyRows.apply(x_TD, source_P, place_TC))
+
+
+def sum_rows(y_PD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
+    """Sum of each token's rows, ``(T, D)``: what :func:`copy_rows` took apart, together again, in a fixed order."""
+    return cast(Tensor, _SumRows.apply(y_PD, source_P, place_TC))
+
+
+class _CopyRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[order // copies]
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x[source]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        grad = grads[0][inverse]
-        return (
-            grad if ctx.copies == 1 else grad.view(len(grad) // ctx.copies, ctx.copies, grad.shape[1]).sum(1),
-            None,
-            None,
-            None,
-        )
+        return _sum(grads[0], *ctx.saved_tensors), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return _sum(y, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (source,) = ctx.saved_tensors
+        return grads[0][source], None, None
+
+
+def _sum(y: Tensor, place: Tensor) -> Tensor:
+    if (rows := len(y)) < place.numel():
+        y, place = torch.cat((y, y.new_zeros(1, *y.shape[1:]))), place.clamp(max=rows)
+    return y[place].sum(1)
 
 
 def _loop(

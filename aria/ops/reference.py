@@ -156,6 +156,7 @@ def expert_mlp(
     *,
     fc1_adapter: LowRank | None = None,
     fc2_adapter: LowRank | None = None,
+    present: int | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts' SwiGLU outputs; no capacity, no token dropped.
 
@@ -166,9 +167,11 @@ def expert_mlp(
         weights_TA, index_TA: from :func:`route`.
         fc1_adapter, fc2_adapter: low-rank adapters of all experts, added to the products; dropout is drawn for each
             token and each of its experts apart.
+        present: how many of the choices are of these experts, at least 1; the others have the number E, stand for
+            experts that are elsewhere, and add nothing. None: all.
     """
     out = torch.zeros_like(x_TD)
-    for expert in index_TA.unique().tolist():
+    for expert in index_TA[index_TA < len(fc1_EDF)].unique().tolist():
         token, place = torch.where(index_TA == expert)
         hidden = swiglu(expert_linear(x_TD[token], fc1_EDF[expert], fc1_adapter, expert))
         y = expert_linear(hidden, fc2_EFD[expert], fc2_adapter, expert)

@@ -1,6 +1,9 @@
 """Experts spread over ranks: each computes some, for the tokens of all.
 
-T tokens of this rank, N rows that arrive here, D hidden, E experts, A experts per token, R ranks of the group.
+A token travels once to each rank that has any of its experts, which weighs what they give and sends one row back.
+
+T tokens of this rank, S rows that it sends, N rows that arrive here, D hidden, E experts, A experts per token, R ranks
+of the group.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from aria import ops
 from aria.model.moe import Experts, GroupedLinear
 from aria.ops import LowRank
+from aria.ops.moe import copy_rows, sum_rows
 from aria.train.shards import local
 
 
@@ -44,41 +48,48 @@ def _expert_mlp(
     experts: Experts, group: dist.ProcessGroup, x_TD: Tensor, weights_TA: Tensor, index_TA: Tensor
 ) -> Tensor:
     """:func:`aria.ops.expert_mlp` over experts of all ranks of a group."""
-    T, A = index_TA.shape
     fc1, fc2 = local(experts.fc1.weight), local(experts.fc2.weight)
     owned, ranks = len(fc1), group.size()
-    order = index_TA.flatten().argsort(stable=True)
-    sent, arrived = _counts(index_TA, ranks, owned, group)
+    chosen_TAR = (index_TA // owned)[:, :, None] == torch.arange(ranks, device=index_TA.device)
+    wanted_TR = chosen_TAR.any(1)
+    sent_R2 = torch.stack((wanted_TR.sum(0), chosen_TAR.sum((0, 1))), 1)
+    arrived_R2 = _exchange(sent_R2, [1] * ranks, [1] * ranks, group)
     # One wait for the host: it has to know how much memory arriving rows take.
-    sends, receives = torch.stack((sent.sum(1), arrived.sum(1))).tolist()
-    rows_ND = _Exchange.apply(x_TD[order // A], sends, receives, group)
-    mine = torch.arange(owned, device=x_TD.device).repeat(ranks)
-    index_N = mine.repeat_interleave(arrived.flatten(), output_size=sum(receives))
-    out_ND = _own_experts(experts, fc1, fc2, rows_ND, index_N)
-    back = _Exchange.apply(out_ND, receives, sends, group)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return (back[place].view(T, A, -1) * weights_TA[:, :, None].to(back.dtype)).sum(1)
+    (sends, _), (receives, present) = torch.stack((sent_R2.t(), arrived_R2.t())).tolist()
+
+    source_S, place_TR = _rank_by_rank(wanted_TR, sum(sends))
+    rows_ND = _Exchange.apply(copy_rows(x_TD, source_S, place_TR), sends, receives, group)
+    weights_NA = _Exchange.apply(copy_rows(weights_TA, source_S, place_TR), sends, receives, group)
+    index_NA = _exchange(index_TA[source_S], sends, receives, group) - group.rank() * owned
+    index_NA = index_NA.where((index_NA >= 0) & (index_NA < owned), owned)
+    out_ND = _own_experts(experts, fc1, fc2, rows_ND, weights_NA, index_NA, sum(present))
+    return sum_rows(_Exchange.apply(out_ND, receives, sends, group), source_S, place_TR)
 
 
-def _counts(index_TA: Tensor, ranks: int, owned: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """int64 ``(R, E / R)`` each: rows that go to every rank's experts, and that arrive from every rank for the own."""
-    flat = index_TA.flatten()
-    sent = torch.zeros(ranks * owned, dtype=torch.int64, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
-    arrived = torch.empty_like(sent)
-    dist.all_to_all_single(arrived, sent, group=group)
-    return sent.view(ranks, owned), arrived.view(ranks, owned)
+def _rank_by_rank(wanted_TR: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """int64 ``(S,)``: the token of each row that is sent, rank after rank; ``(T, R)``: where each token's rows are
+    among them, and S where a rank does not want it."""
+    T, R = wanted_TR.shape
+    wanted = wanted_TR.t().flatten()
+    place = (wanted.cumsum(0) - 1).where(wanted, rows)
+    tokens = torch.arange(T, device=place.device).repeat(R)
+    return place.new_empty(rows + 1).scatter_(0, place, tokens)[:rows], place.view(R, T).t()
 
 
-def _own_experts(experts: Experts, fc1: Tensor, fc2: Tensor, rows_ND: Tensor, index_N: Tensor) -> Tensor:
+def _own_experts(
+    experts: Experts, fc1: Tensor, fc2: Tensor, rows_ND: Tensor, weights_NA: Tensor, index_NA: Tensor, present: int
+) -> Tensor:
     nothing = not len(rows_ND)
     if nothing:
         # A row of zeros, so that weights have a gradient here too: the other ranks wait for it.
-        rows_ND, index_N = torch.cat((rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1]))), index_N.new_zeros(1)
-    ones = rows_ND.new_ones(len(rows_ND), 1)
-    adapters = {"fc1_adapter": _low_rank(experts.fc1), "fc2_adapter": _low_rank(experts.fc2)}
-    out_ND = ops.expert_mlp(rows_ND, fc1, fc2, ones, index_N[:, None], **adapters)
+        rows_ND, weights_NA, index_NA = (
+            torch.cat((x, x.new_zeros(1, x.shape[1]))) for x in (rows_ND, weights_NA, index_NA)
+        )
+        present = index_NA.numel()
+    out_ND = ops.expert_mlp(
+        rows_ND, fc1, fc2, weights_NA, index_NA,
+        fc1_adapter=_low_rank(experts.fc1), fc2_adapter=_low_rank(experts.fc2), present=present,
+    )  # fmt: skip
     return out_ND[:0] if nothing else out_ND
 
 

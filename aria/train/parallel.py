@@ -240,17 +240,21 @@ class Parallel:
         """FSDP2, a layer at a time. A vision encoder that is frozen stays whole: it is small, and read often."""
         mesh = init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("shard",))
         layers = _decoder_layers(model)
-        if settings.expert > 1:
-            rest = self._expert_mesh(settings.expert)["expert_shard"]
-            for layer in layers:
-                _fully_shard(layer.mlp.experts, rest, _rows_within_experts(rest.size()))
         tower, decoder = model.vision_tower, model.language_model.model
         towers = [*tower.encoder.layers, tower] if any(p.requires_grad for p in tower.parameters()) else []
         # The embeddings are read before the decoder is called, and the head's weights outside of its `forward`.
         _whole_where_read(decoder.embed_tokens, mesh)
         _whole_where_read(model.language_model.lm_head, mesh)
+        apart = set(decoder.embed_tokens.parameters())
+        if settings.expert > 1:
+            rest = self._expert_mesh(settings.expert)["expert_shard"]
+            for experts in (layer.mlp.experts for layer in layers):
+                if rest.size() > 1:
+                    _fully_shard(experts, rest, _rows_within_experts(rest.size()))
+                else:
+                    apart |= set(experts.parameters())  # no other rank has them: nothing to gather, nothing to sum
         for module in (*towers, model.multi_modal_projector, *layers, decoder):
-            _fully_shard(module, mesh, ignored=set(decoder.embed_tokens.parameters()))
+            _fully_shard(module, mesh, ignored=apart)
         _prefetch(layers)
 
 

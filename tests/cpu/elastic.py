@@ -9,14 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from spread import ADAMW, CASES, PARTS, batches, model_of
+from spread import ADAMW, PARTS, TWO, batches, model_of
 
 from aria.train.objective import Objective, Step
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
 from aria.train.state import CheckpointSettings, RunState, gathered
 
-CASE = CASES["experts"]
+CASE = TWO["experts"]
 
 
 class Saved:

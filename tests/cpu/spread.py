@@ -1,6 +1,7 @@
 """A small training that gives the same on any number of ranks, to see that it does. As a script, torchrun starts it:
 
-``torchrun --nproc-per-node 2 spread.py FOLDER NAME ...``: rank 0 writes what :func:`train` gives to ``FOLDER/NAME.pt``.
+``torchrun --nproc-per-node 2 spread.py FOLDER``: rank 0 writes what :func:`train` gives to ``FOLDER/NAME.pt``, for
+every case of so many ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Case:
     steps: int = 4
 
 
-CASES = {
+TWO = {
     "shards": Case(),
     "experts": Case(ParallelSettings(expert=2)),
     "experts, recomputed": Case(ParallelSettings(expert=2, checkpointing="full")),
@@ -61,6 +62,14 @@ CASES = {
     "sequence, experts": Case(ParallelSettings(sequence=2, expert=2, checkpointing="full")),
     "muon": Case(ParallelSettings(expert=2), optimizer=replace(ADAMW, kind="muon", learning_rate=2e-3)),
 }
+FOUR = {
+    "shards of experts": Case(ParallelSettings(expert=2)),
+    "experts on four": Case(ParallelSettings(expert=4, checkpointing="full")),
+    "adapters, shards of experts": Case(ParallelSettings(expert=2), Targets(dropout=0.0)),
+    "sequence, shards of experts": Case(ParallelSettings(sequence=2, expert=2)),
+}
+CASES = {2: TWO, 4: FOUR}
+"""By the number of ranks."""
 
 
 def small_config() -> AriaConfig:
@@ -127,11 +136,10 @@ def train(case: Case, parallel: Parallel) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": gathered(model, trained=True)}
 
 
-def main(folder: str, *names: str) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)
     parallel = Parallel.start(ParallelSettings(timeout=60.0))
-    for name in names:
-        case = CASES[name]
+    for name, case in CASES[parallel.world].items():
         own = Parallel(case.parallel, parallel.rank, parallel.world, parallel.device)
         result = train(case, own)
         if parallel.rank == 0:

@@ -1,11 +1,13 @@
-"""Two processes over gloo train as one does: shards, experts, sequences, adapters, frozen parts, lonely ranks."""
+"""Two and four processes over gloo train as one does: shards, experts, sequences, adapters, frozen or lonely parts."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,22 +40,27 @@ def torchrun(script: Path, *arguments: object, ranks: int = 2, restarts: int = 0
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """What two ranks trained, by case."""
-    folder = tmp_path_factory.mktemp("spread")
-    ended = torchrun(HERE / "spread.py", folder, *CASES)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return {name: torch.load(folder / f"{name}.pt") for name in CASES}
+    """What so many ranks trained, by case; they train all of theirs when first asked."""
+
+    @cache
+    def trained(ranks: int) -> dict[str, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("spread")
+        ended = torchrun(HERE / "spread.py", folder, ranks=ranks)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return {name: torch.load(folder / f"{name}.pt") for name in CASES[ranks]}
+
+    return trained
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_as_one_process_does(spread, name):
-    case, two = CASES[name], spread[name]
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
+def test_ranks_train_as_one_process_does(spread, ranks, name):
+    case, several = CASES[ranks][name], spread(ranks)[name]
     alone = train(case, Parallel.start())
     tolerance = 2e-3 if case.optimizer.kind == "muon" else 1e-5
-    assert two["losses"] == pytest.approx(alone["losses"], rel=tolerance)
-    assert two["norms"] == pytest.approx(alone["norms"], rel=10 * tolerance)
-    assert two["losses"][-1] < two["losses"][1]
-    assert two["weights"].keys() == alone["weights"].keys()
+    assert several["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+    assert several["norms"] == pytest.approx(alone["norms"], rel=10 * tolerance)
+    assert several["losses"][-1] < several["losses"][1]
+    assert several["weights"].keys() == alone["weights"].keys()
     for weight, value in alone["weights"].items():
-        distance = (two["weights"][weight] - value).abs().max()
+        distance = (several["weights"][weight] - value).abs().max()
         assert distance <= tolerance * value.abs().max().clamp(min=1.0), f"{weight}: {distance:.1e}"

@@ -87,13 +87,15 @@ class Experts:
             if rank:
                 self.inputs |= {f"a{n}": normal(E, width, rank, scale=width**-0.5), f"b{n}": normal(E, rank, out)}
 
-    def run(self, implementation):
+    def run(self, implementation, index=None, **how):
+        index = self.index if index is None else index
+
         def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
             adapters = {
                 "fc1_adapter": None if a1 is None else LowRank(a1, b1, 0.7),
                 "fc2_adapter": None if a2 is None else LowRank(a2, b2, 1.3),
             }
-            return implementation.expert_mlp(x, fc1, fc2, weights, self.index, **adapters)
+            return implementation.expert_mlp(x, fc1, fc2, weights, index, **adapters, **how)
 
         return apply
 
@@ -111,6 +113,24 @@ def test_experts(name, dtype, implementation):
 def test_experts_with_fewer_adapters(ranks, implementation):
     case = Experts("some", torch.float32, ranks)
     check(case.run(implementation), case.run(reference), case.inputs, case.shape, TOLERANCE[torch.float32])
+
+
+@IMPLEMENTATIONS
+@DTYPES
+def test_experts_that_are_elsewhere_add_nothing(dtype, implementation):
+    """Choices of the number E are as choices of any expert that weigh nothing, whatever their weights say."""
+    case = Experts("some", dtype, ranks=(4, 8))
+    experts_here = len(case.inputs["fc1"])
+    case.index[::3] = experts_here  # of some tokens none is here
+    case.index[1::4, 0] = experts_here
+    here = case.index < experts_here
+
+    def expected(weights, **inputs):
+        masked = case.run(reference, case.index.where(here, 0))
+        return masked(weights=weights * here, **inputs)
+
+    run = case.run(implementation, present=int(here.sum()))
+    check(run, expected, case.inputs, case.shape, TOLERANCE[dtype])
 
 
 @IMPLEMENTATIONS

@@ -68,11 +68,29 @@ def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float, plain=
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [(8, 8), (0, 0), (4, 16)], ids=str)
 def test_experts(name, ranks, dtype):
-    T, D, E, A, F = CASES[name]
+    T, _, E, A, _ = CASES[name]
     if name != "some" and (ranks != (8, 8) or (dtype == torch.float32 and name == "Aria's")):
         pytest.skip("each shape takes seconds to compile")
     most = 4 if name == "all on a few" else E
     index = torch.stack([torch.randperm(max(most, A), device="cuda")[:A] for _ in range(T)])
+    inputs = expert_inputs(name, ranks, dtype)
+    check(experts(ops, index), experts(reference, index), inputs, TOLERANCE[dtype], experts(moe, index))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["some", "Aria's"])
+def test_experts_that_are_elsewhere_add_nothing(name, dtype):
+    T, _, E, A, _ = CASES[name]
+    index = torch.stack([torch.randperm(E + A // 2, device="cuda")[:A] for _ in range(T)]).clamp(max=E)
+    index[::5] = E  # of some tokens none is here
+    present = int((index < E).sum())
+    inputs = expert_inputs(name, (8, 8), dtype)
+    ours, plain = experts(ops, index, present=present), experts(moe, index, present=present)
+    check(ours, experts(reference, index), inputs, TOLERANCE[dtype], plain)
+
+
+def expert_inputs(name, ranks, dtype):
+    T, D, E, A, F = CASES[name]
     inputs = {
         "x": normal(T, D, dtype=dtype),
         "fc1": normal(E, D, 2 * F, dtype=dtype, scale=D**-0.5),
@@ -82,18 +100,18 @@ def test_experts(name, ranks, dtype):
     for n, (rank, width, out) in enumerate(zip(ranks, (D, F), (2 * F, D), strict=True), start=1):
         if rank:
             inputs |= {f"a{n}": normal(E, width, rank, scale=width**-0.5), f"b{n}": normal(E, rank, out, scale=0.3)}
+    return inputs
 
-    def run(module):
-        def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
-            adapters = {
-                "fc1_adapter": None if a1 is None else LowRank(a1, b1, 0.7),
-                "fc2_adapter": None if a2 is None else LowRank(a2, b2, 1.3),
-            }
-            return module.expert_mlp(x, fc1, fc2, weights, index, **adapters)
 
-        return apply
+def experts(module, index, **how):
+    def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
+        adapters = {
+            "fc1_adapter": None if a1 is None else LowRank(a1, b1, 0.7),
+            "fc2_adapter": None if a2 is None else LowRank(a2, b2, 1.3),
+        }
+        return module.expert_mlp(x, fc1, fc2, weights, index, **adapters, **how)
 
-    check(run(ops), run(reference), inputs, TOLERANCE[dtype], run(moe))
+    return apply
 
 
 @DTYPES

@@ -1,11 +1,14 @@
-"""Two GPUs over NCCL train as one does. Run with ``pytest tests/multi_gpu``; without two GPUs all of it is skipped."""
+"""Two GPUs over NCCL, and four where there are so many, train as one does. Run with ``pytest tests/multi_gpu``; without
+two GPUs all of it is skipped."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,31 +23,38 @@ from spread import CASES, train  # noqa: E402
 
 from aria.train.parallel import Parallel  # noqa: E402
 
+RANKS = [ranks for ranks in CASES if ranks <= torch.cuda.device_count()]
+
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """What two ranks trained, by case."""
-    folder = tmp_path_factory.mktemp("spread")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join((str(CPU_TESTS.parents[1]), str(CPU_TESTS)))
-    ended = subprocess.run(
-        [*command, str(CPU_TESTS / "spread.py"), str(folder), *CASES],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((paths, os.environ.get("PYTHONPATH", "")))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return {name: torch.load(folder / f"{name}.pt") for name in CASES}
+    """What so many ranks trained, by case; they train all of theirs when first asked."""
+
+    @cache
+    def trained(ranks: int) -> dict[str, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("spread")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        paths = os.pathsep.join((str(CPU_TESTS.parents[1]), str(CPU_TESTS)))
+        ended = subprocess.run(
+            [*command, str(CPU_TESTS / "spread.py"), str(folder)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((paths, os.environ.get("PYTHONPATH", "")))},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return {name: torch.load(folder / f"{name}.pt") for name in CASES[ranks]}
+
+    return trained
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_gpus_train_as_one_does(spread, name):
-    case, two = CASES[name], spread[name]
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks in RANKS for name in CASES[ranks]])
+def test_gpus_train_as_one_does(spread, ranks, name):
+    case, several = CASES[ranks][name], spread(ranks)[name]
     alone = train(case, Parallel.start())
     # Sums of float32 in other orders; a router that is near to a tie may then choose another expert.
     tolerance = 2e-2 if case.optimizer.kind == "muon" else 1e-3
-    assert two["losses"] == pytest.approx(alone["losses"], rel=tolerance)
-    assert two["weights"].keys() == alone["weights"].keys()
+    assert several["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+    assert several["weights"].keys() == alone["weights"].keys()
     for weight, value in alone["weights"].items():
-        assert (two["weights"][weight] - value).abs().max() <= 10 * tolerance, weight
+        assert (several["weights"][weight] - value).abs().max() <= 10 * tolerance, weight

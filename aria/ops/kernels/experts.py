@@ -23,16 +23,16 @@ from aria.ops.kernels.low_rank import NONE, Noise, expand, gather
 from aria.ops.low_rank import LowRank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _combine(
-    y_ptr, weights_ptr, place_ptr, out_ptr, D: tl.constexpr, A: tl.constexpr, D_BLOCK: tl.constexpr
+    y_ptr, weights_ptr, place_ptr, out_ptr, P, D: tl.constexpr, A: tl.constexpr, D_BLOCK: tl.constexpr
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D_BLOCK)
     out = tl.zeros((D_BLOCK,), tl.float32)
     for i in tl.static_range(A):
         row = tl.load(place_ptr + t * A + i).to(tl.int64)
-        y = tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * D + d, mask=(d < D) & (row < P), other=0.0).to(tl.float32)
         if weights_ptr is not None:
             y *= tl.load(weights_ptr + t * A + i).to(tl.float32)
         out += y
@@ -40,36 +40,40 @@ def _combine(
 
 
 def combine(y_PD: Tensor, place: Tensor, weights_TA: Tensor | None, top_k: int) -> Tensor:
-    """Sum of each token's rows, weighted or not: ``(T, D)``, added up in float32 in the order of the choices."""
-    T, D = len(place) // top_k, y_PD.shape[1]
+    """Sum of each token's rows, weighted or not: ``(T, D)``, added up in float32 in the order of the choices.
+
+    Places of P or above are of no row.
+    """
+    (P, D), T = y_PD.shape, len(place) // top_k
     assert y_PD.is_contiguous() and (weights_TA is None or weights_TA.is_contiguous()), "rows lie one after another"
     out = y_PD.new_empty(T, D)
     if T:
-        _combine[(T,)](y_PD, weights_TA, place, out, D, top_k, D_BLOCK=triton.next_power_of_2(D), num_warps=4)
+        _combine[(T,)](y_PD, weights_TA, place, out, P, D, top_k, D_BLOCK=triton.next_power_of_2(D), num_warps=4)
     return out
 
 
 class Order(NamedTuple):
-    """Rows sorted by expert, and within one by token."""
+    """Rows sorted by expert, and within one by token. Choices of experts that are elsewhere have no row."""
 
     source: Tensor
     """int32: each row's token."""
     order: Tensor
     """int64: each row's place among ``(T, A)``."""
     place: Tensor
-    """int32: the row of each place among ``(T, A)``."""
+    """int32: the row of each place among ``(T, A)``; P or above where it has none."""
     ends: Tensor
     """int32: where each expert's rows end."""
 
 
-def sort(index_TA: Tensor, experts: int) -> Order:
+def sort(index_TA: Tensor, experts: int, present: int | None = None) -> Order:
     """Sort by expert, without the host. A byte as the key lets the sort end after one pass of eight bits."""
-    dtype = torch.uint8 if experts <= 256 else torch.int32
+    dtype = torch.uint8 if experts < 256 else torch.int32  # `experts` itself may be among the keys
     keys, order = index_TA.flatten().to(dtype).sort(stable=True)
     rows = torch.arange(len(order), dtype=torch.int32, device=order.device)
     place = torch.empty_like(rows).scatter_(0, order, rows)
     numbers = torch.arange(experts, dtype=dtype, device=order.device)
     ends = torch.searchsorted(keys, numbers, right=True, out_int32=True)
+    order = order[:present]
     return Order((order // index_TA.shape[1]).int(), order, place, ends)
 
 
@@ -118,8 +122,9 @@ class _ExpertMLP(torch.autograd.Function):
         a2: Tensor | None,
         b2: Tensor | None,
         adapters: _Adapters,
+        present: int | None,
     ) -> Tensor:
-        order = sort(index, len(fc1))
+        order = sort(index, len(fc1), present)
         ends = order.ends
         rows, h1 = gather(x, a1, adapters.scaling[0], adapters.noise[0], ends=ends, source=order.source)
         gate_up = product(rows, fc1, ends)
@@ -138,7 +143,7 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, fc1, fc2, weights, gate_up, h1, h2, a1, b1, a2, b2, *rest = ctx.saved_tensors
         order, adapters = Order(*rest), ctx.adapters
-        needs_x, needs_fc1, needs_fc2, needs_weights, _, needs_a1, needs_b1, needs_a2, needs_b2, _ = (
+        needs_x, needs_fc1, needs_fc2, needs_weights, _, needs_a1, needs_b1, needs_a2, needs_b2, *_ = (
             ctx.needs_input_grad
         )
         ends, source, top_k = order.ends, order.source, weights.shape[1]
@@ -160,7 +165,9 @@ class _ExpertMLP(torch.autograd.Function):
         db2 = outer(h2 * weights_P[:, None], dy, ends) if needs_b2 else None
         del dy
         assert found.weights is not None, "the weights' gradients were asked for"
-        dweights = found.weights[order.place].view_as(weights).to(weights.dtype) if needs_weights else None
+        dweights = torch.zeros_like(weights) if needs_weights else None
+        if dweights is not None:
+            dweights.view(-1).scatter_(0, order.order, found.weights.to(weights.dtype))
 
         # The first product and its adapter.
         dgate_up, dh1 = found.gate_up, found.thin
@@ -178,7 +185,7 @@ class _ExpertMLP(torch.autograd.Function):
             if dh1 is not None:
                 expand(drows, dh1, a1.mT, adapters.noise[0], ends=ends)
             dx = combine(drows, order.place, None, top_k)
-        return dx, dfc1, dfc2, dweights, None, da1, db1, da2, db2, None
+        return dx, dfc1, dfc2, dweights, None, da1, db1, da2, db2, None, None
 
 
 def _outer_if(wanted: bool, x: Tensor | None, y: Tensor | None, ends: Tensor) -> Tensor | None:
@@ -197,6 +204,7 @@ def expert_mlp(
     *,
     fc1_adapter: LowRank | None = None,
     fc2_adapter: LowRank | None = None,
+    present: int | None = None,
 ) -> Tensor:
     """See :func:`aria.ops.reference.expert_mlp`. With PyTorch's grouped products nothing waits for the host."""
     both = fc1_adapter, fc2_adapter
@@ -208,7 +216,7 @@ def expert_mlp(
     noise_1, noise_2 = (NONE if adapter is None else Noise(adapter.dropout) for adapter in both)
     adapters = _Adapters((scaling_1, scaling_2), (noise_1, noise_2))
     return _ExpertMLP.apply(
-        x_TD, fc1_EDF, fc2_EFD, weights_TA.contiguous(), index_TA, a1, b1, a2, b2, adapters
+        x_TD, fc1_EDF, fc2_EFD, weights_TA.contiguous(), index_TA, a1, b1, a2, b2, adapters, present
     )  # fmt: skip
 
 
