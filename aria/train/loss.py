@@ -104,13 +104,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad.t() @ hidden
+                _add_product(grad_weight, grad.t(), hidden)
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
             if grad_low is not None and low_VR is not None:
                 torch.mm(grad, low_VR, out=grad_low[rows])
             if grad_low_weight is not None and low_TR is not None:
-                grad_low_weight += grad.t() @ low_TR[rows]
+                _add_product(grad_low_weight, grad.t(), low_TR[rows])
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_low, grad_low_weight)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.mark_non_differentiable(accuracy)
@@ -124,6 +124,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None, None)
+
+
+def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
+    """``sums += x @ y`` with ``sums`` in float32; on CUDA in the product's own pass, and unrounded."""
+    if x.is_cuda and x.dtype != torch.float32:
+        torch.addmm(sums, x, y, out_dtype=torch.float32, out=sums)
+    else:
+        sums += x @ y
 
 
 def next_token_labels(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
