@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,13 +77,13 @@ def describe(
     adapters = read_adapters([adapter] if adapter else ())
     name = next(iter(adapters), None)
     base = "aria-nano" if model is None else _place(model)
-    answering = {
+    weights = {
         "base": base if revision is None else f"{base}@{revision}",
         "adapter": None if name is None else _place(adapters[name]),
     }
+    describer = Describer(name or model_name(model), params, prompt, settings, name, weights)
     with _output(out_file) as output:
-        signed = _Signed(output, answering)
-        job = Job(Describer(name or model_name(model), params, prompt, settings, name), media, signed)
+        job = Job(describer, media, output)
 
         def load() -> Engine:
             engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
@@ -139,33 +139,6 @@ def _place(path_or_repo_id: str) -> str:
     """Where a model or an adapter lies, the same from every folder; a Hub repository as it is called."""
     path = Path(path_or_repo_id).expanduser()
     return str(path.resolve()) if path.exists() else path_or_repo_id
-
-
-class _Signed:
-    """Records that tell which weights answered; names alone do not: trained adapters lie in folders of one name.
-
-    Args:
-        output: where records are kept.
-        answering: what is told, by fields; an output in which it differs is refused.
-    """
-
-    def __init__(self, output: Any, answering: Mapping[str, str | None]):
-        self._output, self._answering = output, answering
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        for record in self._output.read():
-            yield record  # the job says first whether it is such a record at all
-            for name, now in self._answering.items():
-                # Older records have neither: the model's name was compared, but that of an adapter tells too little.
-                before = record.get(name, now if name == "base" else None)
-                if before != now:
-                    raise ValueError(
-                        f"the output tells of {record.get('path')!r} with the {name} {before!r}, and now it is "
-                        f"{now!r}; name another file, or use the same {name}"
-                    )
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._output.write({**record, **self._answering})
 
 
 def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:

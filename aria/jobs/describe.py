@@ -90,6 +90,8 @@ class Describer:
     """Of content parts: ``max_image_size`` and ``split_image``, ``num_frames`` of clips, ``pages`` of documents."""
     adapter: str | None = None
     """The name, in the engine, of the adapter that answers."""
+    weights: Mapping[str, str | None] = field(default_factory=dict)
+    """Where ``base`` and ``adapter`` lie, for the records: trained adapters lie in folders of one name."""
 
     def name(self, medium: MediaFile) -> str:
         """Its path."""
@@ -130,15 +132,18 @@ class Describer:
         """Path and failure of a record that answers the same question.
 
         Raises:
-            ValueError: it is no record of this kind, or of another question or model.
+            ValueError: it is no record of this kind, or of another question, or other weights answered.
         """
         path, kind = record.get("path"), record.get("kind")
         if not isinstance(path, str) or kind not in PROMPTS or "error" not in record:
             raise ValueError(f"the output holds {str(record)[:80]}, no record of this kind; name another file")
-        for name, value in (("prompt", self._asked(MediaFile(path, kind))), ("model", self.model)):
-            if record.get(name) != value:
+        now = {"prompt": self._asked(MediaFile(path, kind)), "model": self.model, **self.weights}
+        for name, value in now.items():
+            # Records of old tell neither base nor adapter: the model's name stands for the one, none for the other.
+            before = record.get(name, value if name == "base" else None)
+            if before != value:
                 raise ValueError(
-                    f"the output tells of {path!r} with the {name} {record.get(name)!r}, and now it is {value!r}; "
+                    f"the output tells of {path!r} with the {name} {before!r}, and now it is {value!r}; "
                     f"name another file, or use the same {name}"
                 )
         return path, record["error"] is not None
@@ -162,6 +167,7 @@ class Describer:
             "model": self.model,
             "seconds": round(seconds, 3),
             "error": None if error is None else str(error) or type(error).__name__,
+            **self.weights,
         }
 
     def _asked(self, medium: MediaFile) -> str:

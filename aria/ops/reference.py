@@ -264,8 +264,9 @@ def paged_attention(
     )
     mask = torch.arange(M * S, device=q_NHK.device) < lengths_N[:, None]
     # Freed blocks keep what their last owner wrote, and a zero times its NaN would be NaN.
+    past = ~mask[:, None, :, None]
     for gathered in (keys, values):
-        gathered.masked_fill_(~mask[:, None, :, None], 0)
+        gathered.masked_fill_(past, 0)
     out = F.scaled_dot_product_attention(
         q_NHK[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=q_NHK.shape[1] != KV
     )
