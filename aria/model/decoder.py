@@ -83,10 +83,7 @@ class DecoderLayer(nn.Module):
         x_TD = ops.linear_add(attended_TD, self.self_attn.o_proj.weight, x_TD)
         if adapters is not None:
             x_TD = adapters.add(layer, "o", x_TD, attended_TD)
-            if adapters.changes_experts(layer):
-                return x_TD + moe.infer_adapted(norm(x_TD), adapters, layer)
-        return ops.moe_layer(
-            x_TD,
+        weights = (
             norm.weight,
             norm.eps,
             moe.router.weight,
@@ -95,6 +92,9 @@ class DecoderLayer(nn.Module):
             (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
             moe.top_k,
         )
+        if adapters is not None and any(stacks := adapters.of_experts(layer)):
+            return ops.stacked_moe_layer(x_TD, *weights, stacks, adapters.owners)
+        return ops.moe_layer(x_TD, *weights)
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,6 @@ from aria import ops
 from aria.config import TextConfig
 from aria.model.adapter import Adapter, together
 from aria.model.layers import join
-from aria.model.stacks import StepAdapters
 from aria.ops import LowRank
 
 
@@ -98,12 +97,3 @@ class MoE(nn.Module):
         logits_TE = self.router(x_TD)
         weights_TA, index_TA = ops.route(logits_TE, self.top_k)
         return self.experts(x_TD, weights_TA, index_TA) + self.shared_experts(x_TD), logits_TE
-
-    def infer_adapted(self, x_TD: Tensor, adapters: StepAdapters, layer: int) -> Tensor:
-        """The same in a step whose tokens have adapters: each its own."""
-        fc1, fc2, shared = self.experts.fc1, self.experts.fc2, self.shared_experts
-        weights_TA, index_TA = ops.route(self.router(x_TD), self.top_k)
-        routed = adapters.experts(layer, x_TD, fc1.weight, fc2.weight, weights_TA, index_TA)
-        gate_up = torch.cat((shared.gate_proj(x_TD), shared.up_proj(x_TD)), dim=-1)
-        hidden = ops.swiglu(adapters.add(layer, "gate_up", gate_up, x_TD))
-        return adapters.add(layer, "down", routed + shared.down_proj(hidden), hidden)

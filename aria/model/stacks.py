@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aria import ops
-from aria.ops import LowRank, Stack
+from aria.ops import LowRank, MoEStacks, Stack
 
 LAYERS = "language_model.model.layers"
 HEAD = "language_model.lm_head"
@@ -66,7 +66,7 @@ class AdapterStacks:
     @property
     def on_experts(self) -> bool:
         """Whether any layer's mixture of experts is changed, and so cannot run as one fused operation."""
-        return any(part in ("fc1", "fc2", "gate_up", "down") for _, part in self._stacks)
+        return any(part in MoEStacks._fields for _, part in self._stacks)
 
     def of(self, layer: int, part: str) -> Stack | None:
         """The stack of a layer's part, or of the head, ``(-1, "head")``; None where no adapter changes it."""
@@ -90,14 +90,9 @@ class StepAdapters:
         stack = self.stacks.of(layer, part)
         return y_TO if stack is None else ops.stacked_linear_add(y_TO, x_TI, stack, self.owners)
 
-    def changes_experts(self, layer: int) -> bool:
-        """Whether a layer's mixture of experts is changed."""
-        return any(self.stacks.of(layer, part) is not None for part in ("fc1", "fc2", "gate_up", "down"))
-
-    def experts(self, layer: int, x_TD: Tensor, fc1: Tensor, fc2: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        """The routed experts of a layer with each token's adapter."""
-        stacks = self.stacks.of(layer, "fc1"), self.stacks.of(layer, "fc2")
-        return ops.stacked_expert_mlp(x_TD, fc1, fc2, weights, index, stacks, self.owners)
+    def of_experts(self, layer: int) -> MoEStacks:
+        """What changes a layer's mixture of experts."""
+        return MoEStacks(**{part: self.stacks.of(layer, part) for part in MoEStacks._fields})
 
     def head(self, logits_TV: Tensor, hidden_TD: Tensor) -> Tensor:
         """Scores with what each token's adapter adds to the head."""

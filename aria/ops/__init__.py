@@ -30,10 +30,11 @@ from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary_table, swiglu
 from aria.ops.segments import Segments
-from aria.ops.stacked import Stack, graphs_hold_stacked, stack_adapters, stacked_linear_add
+from aria.ops.stacked import MoEStacks, Stack, graphs_hold_stacked, stack_adapters
 
 __all__ = [
     "LowRank",
+    "MoEStacks",
     "Segments",
     "Stack",
     "adapted_linear",
@@ -67,6 +68,7 @@ __all__ = [
     "stack_adapters",
     "stacked_expert_mlp",
     "stacked_linear_add",
+    "stacked_moe_layer",
     "swiglu",
     "training_kernels",
     "use",
@@ -74,6 +76,9 @@ __all__ = [
 
 _FEW_EXPERTS = 256
 """Tokens up to which experts are better read as weights than multiplied as tiles (docs/kernels.md)."""
+
+_FEW_ADAPTED = 64
+"""Tokens up to which adapters beside a linear have kernels of their own (docs/kernels.md)."""
 
 _IMPLEMENTATIONS = ("fast", "reference")
 _implementation: ContextVar[str] = ContextVar("implementation", default="fast")
@@ -260,6 +265,14 @@ def _moe_module(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Te
     return reference if _use_reference() else _moe
 
 
+def stacked_linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor) -> Tensor:
+    """What each token's adapter adds to a linear; see :func:`aria.ops.stacked.stacked_linear_add`."""
+    few = inference_kernels(x_TI) and len(x_TI) <= _FEW_ADAPTED and x_TI.is_contiguous() and y_TO.is_contiguous()
+    if few and _kernels("thin").fits(stack):
+        return _kernels("thin").linear_add(y_TO, x_TI, stack, owners_T)
+    return _stacked.stacked_linear_add(y_TO, x_TI, stack, owners_T)
+
+
 def stacked_expert_mlp(
     x_TD: Tensor,
     fc1_EDF: Tensor,
@@ -273,6 +286,41 @@ def stacked_expert_mlp(
     fast = inference_kernels(x_TD) and _kernels("stacked").fits(stacks)
     chosen = _kernels("stacked") if fast else _stacked
     return chosen.stacked_expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, stacks, owners_T)
+
+
+def stacked_moe_layer(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    fc1_EDF: Tensor,
+    fc2_EFD: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+    stacks: MoEStacks,
+    owners_T: Tensor,
+) -> Tensor:
+    """:func:`moe_layer` in which each token has its own adapters.
+
+    Args:
+        stacks: the adapters of the layer's experts.
+        owners_T: int32, whose token this is; 0 is nobody's.
+    """
+    if inference_kernels(x_TD) and len(x_TD) <= _FEW_EXPERTS:
+        few = _kernels("few")
+        if few.fits_moe(x_TD, fc1_EDF, fc2_EFD, shared) and _kernels("thin").fits(*stacks):
+            return few.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k, stacks, owners_T)
+
+    def add(y_TO: Tensor, x_TI: Tensor, stack: Stack | None) -> Tensor:
+        return y_TO if stack is None else stacked_linear_add(y_TO, x_TI, stack, owners_T)
+
+    gate, up, down = shared
+    normed = rms_norm(x_TD, norm_D, eps)
+    weights, index = route(F.linear(normed, router_ED), top_k)
+    routed = stacked_expert_mlp(normed, fc1_EDF, fc2_EFD, weights, index, (stacks.fc1, stacks.fc2), owners_T)
+    gate_up = torch.cat((F.linear(normed, gate), F.linear(normed, up)), dim=-1)
+    hidden = swiglu(add(gate_up, normed, stacks.gate_up))
+    return x_TD + add(routed + F.linear(hidden, down), hidden, stacks.down)
 
 
 def graphs_hold_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:

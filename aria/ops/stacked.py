@@ -37,6 +37,19 @@ class Stack(NamedTuple):
     """int32 ``(R,)``: whose rank this is, from 1 on; -1 is nobody's. Tokens of number 0 have no adapter."""
 
 
+class MoEStacks(NamedTuple):
+    """The adapters of a layer's mixture of experts, by weight; None where a weight has none."""
+
+    fc1: Stack | None = None
+    fc2: Stack | None = None
+    gate_up: Stack | None = None
+    """Of the shared experts."""
+    down: Stack | None = None
+
+
+NO_STACKS = MoEStacks()
+
+
 def stack_adapters(parts: Sequence[tuple[int, int, LowRank]], outputs: int, like: Tensor) -> Stack:
     """Put adapters side by side.
 

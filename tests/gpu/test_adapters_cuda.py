@@ -124,9 +124,12 @@ def test_float32_equals_merged_models(config):
     assert relative_error(got, plain_logits(models, requests, seen, torch.float32)) < 1e-5
 
 
-@pytest.mark.parametrize("most_ranks", [64, 0], ids=["kernels", "grouped products"])
-def test_bfloat16_is_as_near_to_float32_as_merged_weights(most_ranks, monkeypatch):
-    monkeypatch.setattr("aria.ops.kernels.stacked.MOST_RANKS", most_ranks)
+@pytest.mark.parametrize(
+    ("few", "many"), [(128, 64), (0, 64), (0, 0)], ids=["kernels", "kernels of many tokens", "grouped products"]
+)
+def test_bfloat16_is_as_near_to_float32_as_merged_weights(few, many, monkeypatch):
+    monkeypatch.setattr("aria.ops.kernels.thin.MOST_RANKS", few)
+    monkeypatch.setattr("aria.ops.kernels.stacked.MOST_RANKS", many)
     std = 0.02
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda", std=std)
     ranks = {"attention": 4, "experts": 8, "all": 16}

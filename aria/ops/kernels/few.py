@@ -6,6 +6,7 @@ the T * A pairs of a token and a choice, then the T * S of a token and a part of
 The products are weight-stationary: the weight is the first operand of the tensor cores' product and a few tokens the
 second, so that 16 tokens fill an instruction that would otherwise want 64. Experts get lists of their rows from one
 small kernel; nothing depends on the routing but what is in memory, so that a step can be captured in a CUDA graph.
+What tokens' adapters add starts the sums of these products: two more launches make its thin half (:mod:`thin`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from aria.ops.kernels import gemv
+from aria.ops.kernels import gemv, thin
 from aria.ops.kernels.gemv import DTYPES, columns
 from aria.ops.kernels.pdl import overlap, release, wait
+from aria.ops.kernels.thin import widen
+from aria.ops.stacked import NO_STACKS, MoEStacks, Stack
 
 
 @triton.jit
@@ -132,13 +135,16 @@ def _lists_kernel(
 @triton.jit
 def _experts_up_kernel(
     normed_ptr, fc1_ptr, gate_ptr, up_ptr, scores_ptr, rows_ptr, counts_ptr, busy_ptr, hidden_ptr, T,
+    h_ptr, b_ptr, shared_h_ptr, shared_b_ptr,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, A_POW2: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, SHARED_R: tl.constexpr, R_BLOCK: tl.constexpr, SHARED_BLOCK: tl.constexpr, PARTS: tl.constexpr,
     SHARED: tl.constexpr, EVERY: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate) * up``, times the expert's weight, in rows ``(R, F)``.
+    """``silu(gate) * up``, times the expert's weight, in rows ``(T * A + T * S, F)``.
 
-    The shared experts, which have all tokens and no weight, are the first SHARED parts of the grid.
+    The shared experts, which have all tokens and no weight, are the first SHARED parts of the grid. Adapters of R ranks
+    of the routed and SHARED_R of the shared experts add ``h b`` to gate and up.
     """
     wait(PDL)
     HALF: tl.constexpr = BLOCK_O // 2
@@ -173,6 +179,12 @@ def _experts_up_kernel(
             row = tl.load(rows_ptr + expert * T + place, mask=place < T, other=0)
             token = row // A
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+        if R > 0 and part >= SHARED:
+            b_ptrs = b_ptr + expert * (R * 2 * F) + line // HALF * F + column
+            product = widen(product, b_ptrs, 2 * F, h_ptr, row, live, T * A, R, R_BLOCK, PARTS)
+        if SHARED_R > 0 and part < SHARED:
+            b_ptrs = shared_b_ptr + (line // HALF * (S * F) + part * F + column) * SHARED_R
+            product = widen(product, b_ptrs, 1, shared_h_ptr, place, live, T, SHARED_R, SHARED_BLOCK, PARTS)
         for step in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             inner = step + tl.arange(0, BLOCK_D)
             w = _weights(w_ptrs, inner, D, BLOCK_D)
@@ -194,11 +206,16 @@ def _experts_up_kernel(
 @triton.jit
 def _down_kernel(
     hidden_ptr, fc2_ptr, shared_ptr, rows_ptr, counts_ptr, busy_ptr, out_ptr, T,
-    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr, SHARED: tl.constexpr,
-    EVERY: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    h_ptr, b_ptr, shared_h_ptr, shared_b_ptr,
+    D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, SHARED_R: tl.constexpr, R_BLOCK: tl.constexpr, SHARED_BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    SHARED: tl.constexpr, EVERY: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Down projections of the rows ``(R, F)``; the shared experts are the first SHARED parts of the grid."""
+    """Down projections of the rows ``(T * A + T * S, F)``; the shared experts are the first SHARED parts of the grid.
+
+    The first of these parts has what adapters of the shared experts add, for all of them.
+    """
     wait(PDL)
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     part = tl.program_id(0) // TILES
@@ -225,6 +242,12 @@ def _down_kernel(
         if part >= SHARED:
             row = tl.load(rows_ptr + expert * T + place, mask=place < T, other=0)
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+        if R > 0 and part >= SHARED:
+            b_ptrs = b_ptr + expert * (R * D) + tl.minimum(out, D - 1)
+            product = widen(product, b_ptrs, D, h_ptr, row, live, T * A, R, R_BLOCK, PARTS)
+        if SHARED > 0 and SHARED_R > 0 and part == 0:
+            b_ptrs = shared_b_ptr + tl.minimum(out, D - 1) * SHARED_R
+            product = widen(product, b_ptrs, 1, shared_h_ptr, place, live, T, SHARED_R, SHARED_BLOCK, PARTS)
         for step in tl.range(0, F, BLOCK_F, num_stages=STAGES):
             inner = step + tl.arange(0, BLOCK_F)
             w = _weights(w_ptrs, inner, F, BLOCK_F)
@@ -330,14 +353,18 @@ def moe_layer(
     fc2_EFD: Tensor,
     shared: tuple[Tensor, Tensor, Tensor],
     top_k: int,
+    stacks: MoEStacks = NO_STACKS,
+    owners_T: Tensor | None = None,
 ) -> Tensor:
     """:func:`aria.ops.reference.moe_layer` of one to some hundred tokens, without a wait for the host.
 
     Args:
         fc1_EDF, fc2_EFD: shapes ``(E, D, 2F)`` and ``(E, F, D)``, memory ``[E, out, in]``; see :func:`fits_moe`.
+        stacks, owners_T: adapters that :func:`thin.fits`, and whose each token has; see
+            :func:`aria.ops.stacked_moe_layer`.
     """
     assert fits_moe(x_TD, fc1_EDF, fc2_EFD, shared), "moe_layer: unfit sizes, dtypes or layout of the experts"
-    if x_TD.shape[0] == 1:
+    if x_TD.shape[0] == 1 and owners_T is None:
         return gemv.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
     gate_WD, up_WD, down_DW = shared
     T, (E, D), F, A = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], top_k
@@ -352,22 +379,37 @@ def moe_layer(
 
     lists = _route(x_TD, norm_D, eps, router_ED, normed, A)
 
+    def thinned(x: Tensor, stack: Stack | None, shared_x: Tensor, shared_stack: Stack | None) -> thin.Thin:
+        if owners_T is None:
+            return thin.NOTHING
+        return thin.thin(
+            x, stack, shared_x, shared_stack, owners_T, lists[1:], A, experts=experts, block=block, options=options
+        )
+
+    thin_up = thinned(normed, stacks.fc1, normed, stacks.gate_up)
+
     def up(tile: dict[str, int], block: int, beside: int, experts: int) -> None:
         tile = _narrow(tile, dtype, "BLOCK_D")
         _experts_up_kernel[((beside + experts) * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
             normed, fc1_EDF, gate_WD, up_WD, *lists, hidden, T,
-            A_POW2=triton.next_power_of_2(A), SHARED=beside, BLOCK_T=block, **sizes, **tile, **options,
+            A_POW2=triton.next_power_of_2(A), SHARED=beside, BLOCK_T=block, **thin_up.arguments(), **sizes, **tile,
+            **options,
         )  # fmt: skip
 
     if not together:
         up(_UP, _block(T), S, 0)
     up(_UP if block < _WIDEST else _UP_WIDE, block, beside, experts)
     tile = _narrow(_DOWN if block < _WIDEST else _DOWN_WIDE, dtype, "BLOCK_F")
+    of_shared = hidden[T * A :].view(T, S * F)
+    thin_down = thinned(hidden[: T * A], stacks.fc2, of_shared, stacks.down if together else None)
     _down_kernel[((beside + experts) * triton.cdiv(D, tile["BLOCK_O"]),)](
-        hidden, fc2_EFD, down_DW, *lists[1:], parts, T, SHARED=beside, BLOCK_T=block, **sizes, **tile, **options
-    )
+        hidden, fc2_EFD, down_DW, *lists[1:], parts, T, SHARED=beside, BLOCK_T=block, **thin_down.arguments(), **sizes,
+        **tile, **options,
+    )  # fmt: skip
     if not together:
-        torch.mm(hidden[T * A :].view(T, S * F), down_DW.t(), out=parts[T * A : T * A + T])
+        down = torch.mm(of_shared, down_DW.t(), out=parts[T * A : T * A + T])
+        if stacks.down is not None and owners_T is not None:
+            thin.linear_add(down, of_shared, stacks.down, owners_T, out=down)
     _combine_kernel[(T, triton.cdiv(D, _COMBINE["BLOCK_D"]))](
         x_TD, parts, out, T, D=D, A=A, SHARED=beside or 1, **_COMBINE, **options
     )

@@ -1,0 +1,267 @@
+"""Thin products of a decode step's adapters: what few tokens make of the ranks of all adapters, each token of its own.
+
+The sum over the inputs is cut among SPLIT programs, for a thin product has too few outputs to fill the chip; who reads
+the result adds the parts up, in order.
+
+T tokens, E experts, A experts of a token, R ranks of all adapters together, I inputs; `few` tells of the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aria.ops.kernels.pdl import overlap, release, wait
+from aria.ops.stacked import Stack
+
+SPLIT = 4
+MOST_RANKS = 128
+"""What a program of these products holds at a time."""
+_TILE = {"BLOCK_I": 128, "STAGES": 4, "num_warps": 4}
+
+
+@triton.jit
+def _part(
+    x_ptrs, a_ptrs, stride, live, first, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, LENGTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Products over the inputs from ``first`` on, LENGTH of them at most: ``(BLOCK_T, R_BLOCK)``. In ``a`` the next
+    input is ``stride`` on."""
+    sums = tl.zeros((BLOCK_T, R_BLOCK), tl.float32)
+    r = tl.arange(0, R_BLOCK)
+    for step in tl.range(0, LENGTH, BLOCK_I, num_stages=STAGES):
+        i = first + step + tl.arange(0, BLOCK_I)
+        x = tl.load(x_ptrs[:, None] + i[None, :], mask=live[:, None] & (i < I)[None, :], other=0.0)
+        a = tl.load(a_ptrs[None, :] + i[:, None] * stride, mask=(i < I)[:, None] & (r < R)[None, :], other=0.0)
+        sums = tl.dot(x, a, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _thin_kernel(
+    x_ptr, a_ptr, a_owners_ptr, h_ptr, shared_x_ptr, shared_a_ptr, shared_owners_ptr, shared_h_ptr,
+    owners_ptr, rows_ptr, counts_ptr, busy_ptr, T,
+    E: tl.constexpr, A: tl.constexpr, I: tl.constexpr, R: tl.constexpr, SHARED_I: tl.constexpr, SHARED_R: tl.constexpr,
+    BY_ROW: tl.constexpr, EVERY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr,
+    SHARED_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The shared experts' tiles of tokens are the first of the grid, then come the experts that have tokens.
+
+    ``h`` is ``(PARTS, T * A, R)`` and ``shared_h`` ``(PARTS, T, SHARED_R)``. With BY_ROW, ``x`` has a row for each pair
+    of a token and an expert, else for each token. What is not of a token's own adapter is 0, whatever it was.
+    """
+    wait(PDL)
+    tiles = tl.cdiv(T, BLOCK_T) if SHARED_R > 0 else 0
+    program, part = tl.program_id(0), tl.program_id(1)
+    if SHARED_R > 0 and program < tiles:
+        _of_shared(
+            shared_x_ptr, shared_a_ptr, shared_owners_ptr, shared_h_ptr + part * T * SHARED_R, owners_ptr, T, program,
+            part, SHARED_I, SHARED_R, BLOCK_T, BLOCK_I, SHARED_BLOCK, PARTS, STAGES,
+        )  # fmt: skip
+    if R > 0 and program >= tiles:
+        _of_expert(
+            x_ptr, a_ptr, a_owners_ptr, h_ptr + part * T * A * R, owners_ptr, rows_ptr, counts_ptr, busy_ptr, T,
+            program - tiles, part, E, A, I, R, BY_ROW, EVERY, BLOCK_T, BLOCK_I, R_BLOCK, PARTS, STAGES,
+        )  # fmt: skip
+    release(PDL)
+
+
+@triton.jit
+def _of_shared(
+    x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, T, tile, part, I: tl.constexpr, R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    LENGTH: tl.constexpr = ((I + BLOCK_I - 1) // BLOCK_I + PARTS - 1) // PARTS * BLOCK_I
+    token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = token < T
+    a_ptrs = a_ptr + tl.arange(0, R_BLOCK) * I
+    x_ptrs = x_ptr + tl.minimum(token, T - 1) * I
+    sums = _part(x_ptrs, a_ptrs, 1, live, part * LENGTH, I, R, BLOCK_T, BLOCK_I, R_BLOCK, LENGTH, STAGES)
+    _store(sums, h_ptr, token, token, live, a_owners_ptr, owners_ptr, R, R_BLOCK)
+
+
+@triton.jit
+def _of_expert(
+    x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, rows_ptr, counts_ptr, busy_ptr, T, slot, part,
+    E: tl.constexpr, A: tl.constexpr, I: tl.constexpr, R: tl.constexpr, BY_ROW: tl.constexpr, EVERY: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    LENGTH: tl.constexpr = ((I + BLOCK_I - 1) // BLOCK_I + PARTS - 1) // PARTS * BLOCK_I
+    if EVERY or slot < tl.load(busy_ptr + E):
+        expert = slot
+        if not EVERY:
+            expert = tl.load(busy_ptr + slot)
+        count = tl.load(counts_ptr + expert)
+        a_ptrs = a_ptr + expert * (I * R) + tl.arange(0, R_BLOCK)
+        start = 0
+        while start < count:
+            place = start + tl.arange(0, BLOCK_T)
+            live = place < count
+            row = tl.load(rows_ptr + expert * T + place, mask=live, other=0)
+            token = row // A
+            x_ptrs = x_ptr + (row if BY_ROW else token) * I
+            sums = _part(x_ptrs, a_ptrs, R, live, part * LENGTH, I, R, BLOCK_T, BLOCK_I, R_BLOCK, LENGTH, STAGES)
+            _store(sums, h_ptr, row, token, live, a_owners_ptr, owners_ptr, R, R_BLOCK)
+            start += BLOCK_T
+
+
+@triton.jit
+def _store(sums, h_ptr, row, token, live, rank_owners_ptr, owners_ptr, R: tl.constexpr, R_BLOCK: tl.constexpr):
+    r = tl.arange(0, R_BLOCK)
+    mine = tl.load(owners_ptr + token, mask=live, other=0)
+    theirs = tl.load(rank_owners_ptr + r, mask=r < R, other=-1)
+    kept = tl.where(mine[:, None] == theirs[None, :], sums, 0.0)
+    tl.store(h_ptr + row[:, None] * R + r[None, :], kept, mask=live[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def widen(
+    product, b_ptrs, stride, h_ptr, row, live, rows, R: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """``product + b h`` of some rows of ``h``: ``(outputs, len(row))``.
+
+    Args:
+        b_ptrs: rank 0 of each output; ``stride`` on is the next.
+        rows: how many ``h`` has in each of its PARTS.
+    """
+    r = tl.arange(0, R_BLOCK)
+    b = tl.load(b_ptrs[:, None] + r[None, :] * stride, mask=(r < R)[None, :], other=0.0)
+    h_ptrs = h_ptr + row[:, None] * R + r[None, :]
+    inside = live[:, None] & (r < R)[None, :]
+    h = tl.load(h_ptrs, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        h += tl.load(h_ptrs + part * rows * R, mask=inside, other=0.0)
+    return tl.dot(b, tl.trans(h.to(b.dtype)), product, input_precision="ieee")
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, T, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Thin products beside a linear of all tokens: ``h`` is ``(PARTS, T, R)``."""
+    wait(PDL)
+    part = tl.program_id(1)
+    _of_shared(
+        x_ptr, a_ptr, a_owners_ptr, h_ptr + part * T * R, owners_ptr, T, tl.program_id(0), part, I, R, BLOCK_T,
+        BLOCK_I, R_BLOCK, PARTS, STAGES,
+    )  # fmt: skip
+    release(PDL)
+
+
+@triton.jit
+def _add_kernel(
+    y_ptr, h_ptr, b_ptr, out_ptr, T, O: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    R_BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``y + h b`` of a tile of tokens and outputs."""
+    wait(PDL)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    live = token < T
+    inside = (out < O)[:, None] & live[None, :]
+    at = token.to(tl.int64)[None, :] * O + out[:, None]
+    product = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b_ptrs = b_ptr + tl.minimum(out, O - 1) * R
+    product = widen(product, b_ptrs, 1, h_ptr, token, live, T, R, R_BLOCK, PARTS)
+    tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)
+    release(PDL)
+
+
+class Thin(NamedTuple):
+    """What widens to the adapters' part of a product over experts, routed and shared; None where there are none."""
+
+    h: Tensor | None
+    b: Tensor | None
+    shared_h: Tensor | None
+    shared_b: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the kernels that take it."""
+        R = 0 if self.h is None else self.h.shape[2]
+        SHARED_R = 0 if self.shared_h is None else self.shared_h.shape[2]
+        return {
+            "h_ptr": self.h, "b_ptr": self.b, "shared_h_ptr": self.shared_h, "shared_b_ptr": self.shared_b,
+            "R": R, "SHARED_R": SHARED_R, "R_BLOCK": _block(R), "SHARED_BLOCK": _block(SHARED_R), "PARTS": SPLIT,
+        }  # fmt: skip
+
+
+NOTHING = Thin(None, None, None, None)
+
+
+def fits(*stacks: Stack | None) -> bool:
+    """Whether :func:`thin` and :func:`linear_add` take these adapters."""
+    return all(stack is None or len(stack.owners) <= MOST_RANKS for stack in stacks)
+
+
+def thin(
+    x: Tensor,
+    stack: Stack | None,
+    shared_x: Tensor,
+    shared: Stack | None,
+    owners_T: Tensor,
+    lists: tuple[Tensor, ...],
+    top_k: int,
+    *,
+    experts: int,
+    block: int,
+    options: dict[str, bool],
+) -> Thin:
+    """Thin products of the routed and of the shared experts' inputs, in one launch.
+
+    Args:
+        x: ``(T, I)``, or ``(T * A, I)`` with a row for each pair of a token and an expert.
+        stack: the routed experts' adapters.
+        shared_x, shared: ``(T, I)`` and adapters of the shared experts.
+        owners_T: int32, whose adapter each token has.
+        lists: rows, counts and busy experts of :mod:`aria.ops.kernels.few`.
+        experts: how many can be busy; E means that all are looked at.
+        block: tokens of a tile.
+    """
+    if stack is None and shared is None:
+        return NOTHING
+    T = len(owners_T)
+    R, SHARED_R = (0 if one is None else len(one.owners) for one in (stack, shared))
+    h, shared_h = (
+        x.new_empty(SPLIT, rows, r, dtype=torch.float32) if r else None for rows, r in ((T * top_k, R), (T, SHARED_R))
+    )
+    E = len(lists[1])
+    programs = (triton.cdiv(T, block) if shared else 0) + (experts if stack else 0)
+    _thin_kernel[(programs, SPLIT)](
+        x, stack and stack.a, stack and stack.owners, h, shared_x, shared and shared.a, shared and shared.owners,
+        shared_h, owners_T, *lists, T,
+        E=E, A=top_k, I=x.shape[1], R=R, SHARED_I=shared_x.shape[1], SHARED_R=SHARED_R, BY_ROW=len(x) > T,
+        EVERY=experts == E, BLOCK_T=block, R_BLOCK=_block(R), SHARED_BLOCK=_block(SHARED_R), PARTS=SPLIT, **_tile(x),
+        **options,
+    )  # fmt: skip
+    return Thin(h, stack and stack.b, shared_h, shared and shared.b)
+
+
+def linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See :func:`aria.ops.stacked.stacked_linear_add`. ``out`` may be ``y`` itself."""
+    (T, outputs), R, options = y_TO.shape, len(stack.owners), overlap(x_TI.device)
+    assert x_TI.is_contiguous() and y_TO.is_contiguous(), "rows lie one after another"
+    out = torch.empty_like(y_TO) if out is None else out
+    h = x_TI.new_empty(SPLIT, T, R, dtype=torch.float32)
+    block, ranks = {"BLOCK_T": 16, "PARTS": SPLIT} | options, {"R": R, "R_BLOCK": _block(R)}
+    tiles = triton.cdiv(T, 16)
+    _linear_kernel[(tiles, SPLIT)](
+        x_TI, stack.a, stack.owners, h, owners_T, T, I=x_TI.shape[1], **ranks, **_tile(x_TI), **block
+    )
+    _add_kernel[(triton.cdiv(outputs, 64), tiles)](
+        y_TO, h, stack.b, out, T, O=outputs, BLOCK_O=64, num_warps=4, **ranks, **block
+    )
+    return out
+
+
+def _tile(x: Tensor) -> dict[str, int]:
+    return _TILE | {"BLOCK_I": _TILE["BLOCK_I"] // (4 if x.dtype == torch.float32 else 1)}
+
+
+def _block(ranks: int) -> int:
+    """A tile that holds so many ranks: at least the tensor cores' 16."""
+    return max(16, triton.next_power_of_2(ranks))
