@@ -256,7 +256,7 @@ class Runner:
         if self._graphs is None:
             return False
         decoder = self._model.language_model.model
-        # Experts with adapters, a step's or the model's own, pass the fused kernels by.
+        # Experts with adapters, a step's or the model's own, may pass the fused kernels by: many ranks, many tokens.
         key = tokens, chunks, decoder.adapted or (adapted and self._adapters.stacks.on_experts)
         if key not in self._can:
             moe, keys = decoder.layers[0].mlp, self._cache.keys[0]
