@@ -204,6 +204,7 @@ class Trainer:
         Raises:
             FloatingPointError: more steps than are forgiven had a gradient that is not finite. They changed nothing:
                 the weights from before them are saved.
+            Exception: whatever the data raise; the steps before are saved.
         """
         if self._reporter is not None:
             self._reporter.start(self.position.progress)
@@ -248,10 +249,25 @@ class Trainer:
         return self.ranks.max(round(self.budget.progress(step) * 10**9)) / 10**9
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
-        """The micro-batches of a step: as many on every rank, on the device."""
-        micro = list(islice(batches, self.settings.accumulate))
-        missing = self.ranks.max(self.settings.accumulate - len(micro))
-        return [self._sent(batch) for batch in micro[: self.settings.accumulate - missing]]
+        """The micro-batches of a step: as many on every rank, on the device.
+
+        Where the data of any rank fail, all of them save what was before this step, and end with an error.
+        """
+        wanted, before = self.settings.accumulate, self.stream.state_dict()
+        failed: Exception | None = None
+        micro: list[Any] = []
+        try:
+            micro = list(islice(batches, wanted))
+        except Exception as error:
+            failed = error
+        missing = self.ranks.max(wanted + 1 if failed else wanted - len(micro))
+        if missing > wanted:
+            self.stream.load_state_dict(before)
+            self._log()
+            if self.position.step:
+                self._save(True)
+            raise failed or RuntimeError("the data of another process failed; its own message says at what")
+        return [self._sent(batch) for batch in micro[: wanted - missing]]
 
     def _sent(self, batch: Any) -> Any:
         """A batch on the device; from pinned memory the copy does not wait for the work before it."""

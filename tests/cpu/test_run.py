@@ -379,10 +379,14 @@ def test_a_run_that_stopped_at_a_bad_row_may_go_on_past_it(command, recipe, tmp_
     folder.mkdir()
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"
     (folder / "train.jsonl").write_text(good * 60 + "no row\n" + good * 10, encoding="utf-8")
-    top = {"data.shuffle": False, "data.lookahead": 1, "data.on_error": "stop", "checkpoint.every_steps": 1}
+    top = {"data.shuffle": False, "data.lookahead": 1, "data.on_error": "stop"}
     rows = ["--set", f'data.paths=["{folder.as_posix()}"]']
     file = recipe(**top, **{"budget.steps": 12})
     assert command("train", file, "--out", out, *rows) == 2
+    assert "train.jsonl:61" in capsys.readouterr().err.replace("\n", "")
+    stopped = lines(out)[-1]["step"]
+    assert stopped > 1 and [folder.name for folder in (out / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
+    assert command("train", file, "--out", out, *rows, "--resume") == 2, "the row is not passed over"
     assert "train.jsonl:61" in capsys.readouterr().err.replace("\n", "")
     assert command("train", file, "--out", out, *rows, "--resume", "--set", "data.on_error=skip") == 0
     assert lines(out)[-1]["step"] == 12

@@ -81,18 +81,19 @@ def test_it_descends_and_tells_means_of_its_intervals():
     assert run.lines[-1]["learning rate"] < run.lines[0]["learning rate"] == pytest.approx(0.1, rel=0.01)
 
 
+class Joined(Numbers):
+    """The same numbers, two batches as one."""
+
+    def __iter__(self):
+        for a, b in zip(*[super().__iter__()] * 2, strict=False):
+            x, y = torch.cat([a.input_ids, b.input_ids]), torch.cat([a.y, b.y])
+            yield SimpleNamespace(input_ids=x, y=y, labels=8)
+
+
 def test_accumulated_parts_make_the_step_of_the_whole():
     weights = []
-    for accumulate in (1, 2):
-        run = toy(budget=StepBudget(6 // accumulate), accumulate=accumulate)
-        if accumulate == 1:
-            pairs = list(zip(*[iter(Numbers(6))] * 2, strict=True))
-            joined = [
-                SimpleNamespace(input_ids=torch.cat([a.input_ids, b.input_ids]), y=torch.cat([a.y, b.y]), labels=8)
-                for a, b in pairs
-            ]
-            run.trainer.stream = joined
-            run.trainer.budget = StepBudget(3)
+    for stream, accumulate in ((Joined(), 1), (Numbers(), 2)):
+        run = toy(stream=stream, budget=StepBudget(3), accumulate=accumulate)
         run.trainer.run()
         weights.append(run.model.weight.detach())
     torch.testing.assert_close(*weights)
@@ -311,3 +312,53 @@ def test_positions_are_plain_numbers():
         "seconds": 0.0,
         "tokens": 0,
     }
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_was_learnt_before_the_data_fail_is_saved(accumulate):
+    class Failing(Numbers):
+        def __iter__(self):
+            for batch in super().__iter__():
+                if self.given == 8:
+                    raise OSError("the disk is gone")
+                yield batch
+
+    saved = []
+    stream = Failing()
+    run = toy(stream=stream, accumulate=accumulate, save=lambda wait: saved.append((run_step(), stream.given, wait)))
+
+    def run_step():
+        return run.trainer.position.step
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run.trainer.run()
+    steps = 7 // accumulate
+    assert saved == [(steps, steps * accumulate, True)], "batches of the step that was not made come again"
+    assert run.lines[-1]["step"] == steps
+
+
+def test_another_rank_whose_data_fail_ends_this_one():
+    saved, asked = [], []
+    run = toy(save=lambda wait: saved.append(run.stream.given))
+
+    def most(value):
+        asked.append(value)
+        # Of each step's questions the third is for missing batches; the other rank's fail before step 4.
+        return 2 if run.trainer.position.step == 4 and run.stream.given == 5 and value == 0 else value
+
+    run.trainer.ranks = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, max=most)
+    with pytest.raises(RuntimeError, match="data of another process"):
+        run.trainer.run()
+    assert saved == [4]
+
+
+def test_data_that_fail_at_once_leave_no_checkpoint():
+    class Empty(Numbers):
+        def __iter__(self):
+            raise ValueError("no rows")
+            yield
+
+    saved = []
+    with pytest.raises(ValueError, match="no rows"):
+        toy(stream=Empty(), save=saved.append).trainer.run()
+    assert not saved
