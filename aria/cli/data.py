@@ -14,6 +14,8 @@ data = typer.Typer(help="Data for training.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 _BAR = 40
+_FIRST = 5
+"""Places of a problem that a table shows."""
 
 
 @data.command()
@@ -100,12 +102,16 @@ def _show(found: Any, model: str, per_step: int) -> None:
     out.print(
         f"{rows:,} rows in {len(found.rows)} data sets, {found.usable:,} usable; tokens as {escape(model)} has them"
     )
-    for title, tallies in (("problems", found.problems), ("notes", found.notes)):
-        if tallies:
+    problems = [(kind, len(places), places[:_FIRST]) for kind, places in found.problems.items()]
+    notes = [(kind, tally.count, tally.examples) for kind, tally in found.notes.items()]
+    for title, kinds in (("problems", problems), ("notes", notes)):
+        if kinds:
             table = Table(title, "rows", "first of them", title_justify="left")
-            for kind, tally in sorted(tallies.items(), key=lambda item: -item[1].count):
-                table.add_row(escape(kind), f"{tally.count:,}", escape("\n".join(tally.examples)))
+            for kind, count, places in sorted(kinds, key=lambda one: -one[1]):
+                table.add_row(escape(kind), f"{count:,}", escape("\n".join(places)))
             out.print(table)
+    if any(count > len(places) for _, count, places in problems):
+        out.print("--json names all rows that have a problem")
     if not found.sizes:
         return
     distribution = found.distribution()

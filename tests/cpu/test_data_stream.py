@@ -367,6 +367,7 @@ def test_nothing_waits_long_and_little_is_filler():
         ({"workers": -1}, "workers should be 0 or above"),
         ({"mixer": {"a": 0.0}}, "'a' a weight above 0"),
         ({"mixer": {"a": 1.0}, "paths": ("a",)}, "stands in both"),
+        ({"paths": ("a", "b", "a")}, "'a' more than once"),
     ],
 )
 def test_settings_are_checked(wrong, said):

@@ -44,9 +44,10 @@ class Check:
     """Rows that can be trained on."""
     sizes: list[Size] = field(default_factory=list)
     """Of every sequence."""
-    problems: dict[str, Tally] = field(default_factory=dict)
-    """Kind of fault -> rows that have it."""
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """Kind of fault -> all rows that have it: ``file:line: what is wrong``."""
     notes: dict[str, Tally] = field(default_factory=dict)
+    """Kind of remark -> the first rows that are used, but not as they stand."""
     batches: int = 0
     """That the sequences of one epoch make."""
 
@@ -83,14 +84,11 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        tallies = {
-            name: {kind: {"count": tally.count, "first": tally.examples} for kind, tally in found.items()}
-            for name, found in (("problems", self.problems), ("notes", self.notes))
-        }
         return {
             "rows": self.rows,
             "usable": self.usable,
-            **tallies,
+            "problems": {kind: {"count": len(rows), "rows": rows} for kind, rows in self.problems.items()},
+            "notes": {kind: {"count": tally.count, "first": tally.examples} for kind, tally in self.notes.items()},
             "sequences": len(self.sizes),
             "distribution": self.distribution(),
             "histogram": [{"up_to": bound, "count": count} for bound, count in self.histogram()],
@@ -140,7 +138,7 @@ def check_data(
         for row, found in reader.read(range(len(sources))):
             where = sources.where(row)
             if isinstance(found, RowError):
-                check.problems.setdefault(found.kind, Tally()).add(f"{where}: {found}")
+                check.problems.setdefault(found.kind, []).append(f"{where}: {found}")
             else:
                 sizes, notes = found
                 check.usable += 1

@@ -59,6 +59,8 @@ class DataSettings:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise ValueError(f"{name} should be {value} or above, but is {given}")
+        if twice := sorted({path for path in self.paths if self.paths.count(path) > 1}):
+            raise ValueError(f"paths names {twice[0]!r} more than once; mixer says how often a data set is taken")
         for path, weight in self.mixer.items():
             if not 0 < weight < float("inf"):
                 raise ValueError(f"mixer should give {path!r} a weight above 0, but gives {weight}")

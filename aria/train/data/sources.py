@@ -145,6 +145,8 @@ def open_source(name: str, split: str = "train") -> Source:
     """
     if name.startswith(HUGGING_FACE):
         repository, _, config = name.removeprefix(HUGGING_FACE).partition(":")
+        if not repository:
+            raise ValueError(f"{name!r} names no data set of the Hub; expected hf:owner/name or hf:owner/name:config")
         return _loaded(name, Path(), lambda lib: lib.load_dataset(repository, config or None, split=split))
     path = Path(name).expanduser()
     if not path.exists():
@@ -163,12 +165,18 @@ def _folder(folder: Path, split: str) -> Source:
     if (folder / f"{split}.jsonl").is_file():
         return JsonLines(folder / f"{split}.jsonl")
     if (folder / "dataset_dict.json").is_file():
-        return _loaded(str(folder), folder, lambda lib: lib.load_from_disk(str(folder))[split])
+        return _loaded(str(folder), folder, lambda lib: _split(lib.load_from_disk(str(folder)), split))
     if (folder / "state.json").is_file():
         return _loaded(str(folder), folder, lambda lib: lib.load_from_disk(str(folder)))
     others = sorted(file.name for file in folder.glob("*.jsonl"))
     there = f"there are {', '.join(others[:5])}: name the file itself" if others else "there is no .jsonl file at all"
     raise FileNotFoundError(f"{folder} has no {split}.jsonl; {there}")
+
+
+def _split(sets: Mapping[str, Any], split: str) -> Any:
+    if split not in sets:
+        raise ValueError(f"it has no split {split!r}, only {', '.join(sets)}")
+    return sets[split]
 
 
 def _loaded(name: str, folder: Path, load: Any) -> HuggingFace:
@@ -180,7 +188,7 @@ def _loaded(name: str, folder: Path, load: Any) -> HuggingFace:
         rows = load(library)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error}") from error
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from error
     if not len(rows):
         raise ValueError(f"{name} is empty")
