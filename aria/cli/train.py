@@ -26,7 +26,7 @@ def train(
         bool, typer.Option("--resume", help="Only go on with a run that was begun; without it, begun or not.")
     ] = False,
     stop_after: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="Save and stop then; the same command goes on.")
+        float | None, typer.Option(metavar="MINUTES", min=0.0, help="Save and stop then; the same command goes on.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes and whether it fits.")] = False,
     export: Annotated[bool, typer.Option("--export", help="Only write the export of the last checkpoint.")] = False,
@@ -47,7 +47,7 @@ def train(
     if resume and not begun(folder):
         raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")
     if export:
-        out.print(f"written to {export_checkpoint(folder)}", soft_wrap=True)
+        out.print(f"written to {export_checkpoint(folder, read)}", soft_wrap=True)
         return
     seconds = None if stop_after is None else stop_after * 60.0
     run(read, folder, sampler=answer, stop_after=seconds, console=err)

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
+from aria.config import AriaConfig
 from aria.model import Aria
 from aria.processor import AriaProcessor
-from aria.train.data import DataSettings, make_stream, questions
+from aria.train.data import DataSettings, DataStream, make_stream, questions
 from aria.train.data.encode import Encoder
 from aria.train.data.report import Report
 from aria.train.objective import Losses, Step
@@ -67,9 +68,6 @@ class Evaluation:
         self._model, self._objective, self._recipe, self._processor = model, objective, recipe, processor
         self._ranks, self._descent, self._out, self._sampler = ranks, descent, out, sampler
         self._position = position
-        if recipe.evaluate.data:
-            # What is missing is told now, not after hours of training.
-            self._stream()
         if ranks.rank == 0:
             drop_after(out / SAMPLES_NAME, position.step)
 
@@ -91,8 +89,9 @@ class Evaluation:
         recipe, ranks = self._recipe, self._ranks
         each = -(-recipe.evaluate.batches // ranks.data_world)
         sums = torch.zeros(3, dtype=torch.float64)
-        stream = self._stream()
-        with contextlib.closing(stream.once()) as batches:
+        stream = held_out_stream(recipe, self._processor, self._model.config, ranks)
+        reading: Any = stream.once()
+        with contextlib.closing(reading) as batches:
             for _ in range(each):
                 batch = next(batches, None)
                 # Ranks compute together: one that has no more goes on with filler.
@@ -119,19 +118,6 @@ class Evaluation:
             # Of this rank's: examples of other ranks could cross a checkpoint that is being written.
             found["held-out problems"] = mine.get("held-out problems", [])
         return found
-
-    def _stream(self) -> Any:
-        recipe, ranks = self._recipe, self._ranks
-        settings = held_out(recipe)
-        return make_stream(
-            settings,
-            self._processor,
-            self._model.config,
-            tokens=recipe.batch.tokens,
-            rank=ranks.data_rank,
-            world=ranks.data_world,
-            seed=recipe.seed,
-        )
 
     def _write_samples(self) -> dict[str, Any]:
         """The model's answers beside the true ones, a line each. Every rank answers: all hold parts of the weights.
@@ -173,3 +159,20 @@ def held_out(recipe: Recipe) -> DataSettings:
     """``[data]`` of a recipe, but for the held-out conversations, each once and in order."""
     evaluate = recipe.evaluate
     return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=False)
+
+
+def held_out_stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> DataStream:
+    """Held-out batches of one rank, as often as this is called the same ones.
+
+    Raises:
+        FileNotFoundError: there are no such data.
+    """
+    return make_stream(
+        held_out(recipe),
+        processor,
+        config,
+        tokens=recipe.batch.tokens,
+        rank=ranks.data_rank,
+        world=ranks.data_world,
+        seed=recipe.seed,
+    )

@@ -181,6 +181,8 @@ class Recipe:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed should be from 0 to {2**32 - 1}, but is {self.seed}")
         if self.model.adapter is not None and self.targets.method != "lora":
             raise ValueError('[model] adapter is trained on with targets.method = "lora"; merge it to train weights')
         names = ("rope_theta", "max_position_embeddings", "random")

@@ -28,7 +28,7 @@ from aria.train import targets
 from aria.train.cost import Trained, batch_flops
 from aria.train.data import DataStream, make_stream
 from aria.train.data.report import Report
-from aria.train.evaluate import Evaluation, Sampler
+from aria.train.evaluate import Evaluation, Sampler, held_out_stream
 from aria.train.objective import Losses, Objective, Step
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
@@ -65,6 +65,7 @@ class Parts:
     module: nn.Module
     processor: AriaProcessor
     trainable: targets.Trainable
+    stream: Any
 
     @property
     def aria(self) -> Aria:
@@ -107,6 +108,8 @@ def train(
         FloatingPointError: gradients were not finite; see :class:`aria.train.trainer.Trainer`.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; a run needs a folder of its own: name another --out")
     parallel = Parallel.start(recipe.parallel)
     lock = FileLock(out / LOCK_NAME)
     try:
@@ -141,8 +144,10 @@ def begun(out: str | Path) -> bool:
     return RunState.latest_in(Path(out)) is not None
 
 
-def dry(recipe: Recipe) -> list[Table]:
+def dry(recipe: Recipe) -> list[Table | str]:
     """What a training would take, and what of the model would train; nothing is loaded.
+
+    Data that are not there yet are no mistake here: a last line says so, and steps and time stay untold.
 
     Raises:
         ValueError: it does not fit into memory, or the recipe does not fit the model.
@@ -154,25 +159,43 @@ def dry(recipe: Recipe) -> list[Table]:
     parallel = Parallel.start(recipe.parallel)
     try:
         rate = measured_rate(parallel.device, weights_dtype(recipe, config, parallel.device))
-        with torch.device("meta"):
-            model = Aria(config)
-        trainable = targets.apply(model, recipe.targets)
-        sampled = _sampled(recipe, config, parallel, trained_parts(model, full=recipe.targets.method == "full"))
+        processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
+        model, trainable = _outline(recipe, config)
+        sampled, notes = None, []
+        try:
+            stream = _stream(recipe, processor, config, parallel)
+        except FileNotFoundError as error:
+            notes.append(f"A training needs what is not there yet: {error}")
+        else:
+            if isinstance(stream, DataStream):
+                sampled = _sampled(stream, config, trained_parts(model, full=recipe.targets.method == "full"))
         plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate, sampled=sampled)
-        return [trainable.table(), plan.table()]
+        return [trainable.table(), plan.table(), *notes]
     finally:
         parallel.close()
 
 
-def _sampled(recipe: Recipe, config: AriaConfig, parallel: Parallel, trained: Trained) -> Sampled | None:
-    """What the first batches are like; nothing where the data come from code, or are not there yet."""
-    if recipe.data.factory is not None or not recipe.data.weights:
-        return None
-    processor = AriaProcessor.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    try:
-        stream = _conversations(recipe, processor, config, parallel)
-    except FileNotFoundError:
-        return None
+def _outline(recipe: Recipe, config: AriaConfig) -> tuple[Aria, targets.Trainable]:
+    """The model without its weights, and what trains of it: mistakes come out before tens of gigabytes are read.
+
+    Raises:
+        ValueError: targets, adapter, optimizer or objective do not fit the model.
+    """
+    with torch.device("meta"):
+        model = Aria(config)
+    trainable = targets.apply(model, recipe.targets)
+    if recipe.model.adapter is not None:
+        train_on(model, recipe.model.adapter)
+    make_optimizer(((name, p) for name, p in model.named_parameters() if p.requires_grad), recipe.optimizer)
+    if recipe.objective.factory is None:
+        Objective(model, recipe.objective)
+    else:
+        load_object(recipe.objective.factory, "[objective] factory")
+    return model, trainable
+
+
+def _sampled(stream: DataStream, config: AriaConfig, trained: Trained) -> Sampled | None:
+    """What the first batches are like."""
     reading: Any = iter(stream)
     with contextlib.closing(reading) as batches:
         flops = [batch_flops(config, trained, b.lengths, b.labels, b.crops) for b in islice(batches, SAMPLED)]
@@ -182,18 +205,28 @@ def _sampled(recipe: Recipe, config: AriaConfig, parallel: Parallel, trained: Tr
 def _claim(out: Path, recipe: Recipe, parallel: Parallel, lock: BaseFileLock, *, begun: bool) -> None:
     """Put the resolved recipe into the run's folder; a folder with checkpoints of another recipe is refused."""
     file = out / FILE_NAME
-    if begun and file.is_file() and (found := changes(Recipe.read(file), recipe)):
-        raise ValueError(
-            f"{out} holds checkpoints of another recipe ({'; '.join(found[:6])}); name another --out, or train on with "
-            f"the recipe that is there: {file}"
-        )
+    there = Recipe.read(file) if file.is_file() else None
+    if begun and there is not None:
+        _same(file, there, recipe)
+    parallel.barrier()
     if parallel.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         _lock(lock, out)
+    # One that says the same may be a person's own, with comments.
+    if parallel.rank == 0 and there != recipe:
         partial = file.with_name(file.name + ".partial")
         partial.write_text(recipe.to_toml(), encoding="utf-8")
         partial.replace(file)
     parallel.barrier()
+
+
+def _same(file: Path, there: Recipe, recipe: Recipe) -> None:
+    """Refuse another recipe than a run was begun with, but for what may differ."""
+    if found := changes(there, recipe):
+        raise ValueError(
+            f"{file.parent} holds checkpoints of another recipe ({'; '.join(found[:6])}); name another --out, or go on "
+            f"with the recipe that is there: {file}"
+        )
 
 
 def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Parts:
@@ -204,12 +237,15 @@ def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Par
     if settings.factory is not None:
         module = load_object(settings.factory, "[model] factory")(recipe).to(parallel.device)
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
+        stream = _stream(recipe, processor, aria_in(module).config, parallel)
     else:
         config = settings.configure(AriaConfig.from_pretrained(settings.path, revision=settings.revision))
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
         plan = check(recipe, config, parallel.device, world=parallel.world)
         if console is not None:
             console.print(plan.table())
+        _outline(recipe, config)
+        stream = _stream(recipe, processor, config, parallel)
         module = _load(recipe, config, parallel.device)
     aria = aria_in(module)
     trainable = targets.apply(aria, recipe.targets)
@@ -218,7 +254,7 @@ def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Par
     module.train()
     if console is not None:
         console.print(trainable.table())
-    return Parts(recipe, parallel, parallel.apply(module, recipe.parallel), processor, trainable)
+    return Parts(recipe, parallel, parallel.apply(module, recipe.parallel), processor, trainable, stream)
 
 
 @torch.no_grad()
@@ -270,7 +306,7 @@ def _run(
         average=recipe.schedule.average,
         sources=optimizer.masters(),
     )
-    stream = _stream(parts)
+    stream = parts.stream
     position = Position()
     saved = Saved(parts.module, optimizer, descent.average, stream, position)
     if state.latest() is not None:
@@ -352,15 +388,13 @@ class Saved:
         torch.set_rng_state(state["random"])
 
 
-def _stream(parts: Parts) -> Any:
-    recipe, parallel = parts.recipe, parts.parallel
+def _stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel) -> Any:
+    """Batches of this rank. Held-out data are looked for too: that they are missing is told before a training."""
+    if recipe.evaluate.data:
+        held_out_stream(recipe, processor, config, parallel)
     if recipe.data.factory is not None:
         make = load_object(recipe.data.factory, "[data] factory")
-        return make(recipe, parts.processor, parallel.data_rank, parallel.data_world)
-    return _conversations(recipe, parts.processor, parts.aria.config, parallel)
-
-
-def _conversations(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel) -> DataStream:
+        return make(recipe, processor, parallel.data_rank, parallel.data_world)
     return make_stream(
         recipe.data,
         processor,
@@ -450,21 +484,26 @@ def export(parts: Parts, folder: Path) -> None:
         _write(parts.recipe, parts.aria.config, weights, parts.processor, folder)
 
 
-def export_checkpoint(out: str | Path) -> Path:
+def export_checkpoint(out: str | Path, expected: Recipe | None = None) -> Path:
     """Write the export of a run's newest checkpoint, in one process and without a GPU, whatever it was trained on.
 
     Args:
         out: folder of the run.
+        expected: what the run should be of; None takes any.
 
     Returns:
         The folder that was written.
 
     Raises:
         FileNotFoundError: the folder holds no run, or no checkpoint.
-        ValueError: the run's model is made by code of its own.
+        ValueError: the run's model is made by code of its own, or the run is not of the recipe that is expected.
     """
     out = Path(out)
-    recipe = Recipe.read(out / FILE_NAME)
+    if not (file := out / FILE_NAME).is_file():
+        raise FileNotFoundError(f"{out} holds no run (no {FILE_NAME} in it); name the --out that was trained in")
+    recipe = Recipe.read(file)
+    if expected is not None:
+        _same(file, recipe, expected)
     settings = recipe.model
     if settings.factory is not None:
         raise ValueError("[model] factory makes the model by code of its own; let the run end to export it")

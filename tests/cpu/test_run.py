@@ -288,7 +288,10 @@ def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, 
     [steps] = [int(line.split("│")[2]) for line in told.splitlines() if line.startswith("│ steps")]
     assert command("train", file, "--out", out) == 0
     assert lines(out)[-1]["step"] == pytest.approx(steps, rel=0.25)
-    assert command("train", file, "--dry-run", "--set", 'data.paths=["not/yet"]') == 0
+    for missing in ("data.paths", "evaluate.data"):
+        capsys.readouterr()
+        assert command("train", file, "--dry-run", "--set", f'{missing}=["not/yet"]') == 0
+        assert "what is not there yet: no data set at 'not/yet'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
@@ -297,9 +300,46 @@ def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
         ('data.paths=["nowhere"]', "nowhere"),
         ('targets.modules=["q_prj"]', "q_prj"),
         ("objective.balance_group=3", "balance_group is 3, which does not divide"),
+        ('optimizer.rates={"nothing*"=0.5}', "nothing that trains is called 'nothing*'"),
+        ('evaluate.data=["elsewhere"]', "elsewhere"),
+        ("model.adapter=nowhere", "nowhere"),
+        ("objective.factory=os:nope", "os has nothing of that name"),
+        ("seed=-1", "seed should be from 0"),
     ):
         assert command("train", recipe(**{"budget.steps": 2}), "--out", tmp_path / "run", "--set", sets) == 2
         assert said in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "file").touch()
+    assert command("train", recipe(**{"budget.steps": 2}), "--out", tmp_path / "file") == 2
+    assert "is a file" in " ".join(capsys.readouterr().err.split())
+
+
+def test_mistakes_are_told_before_weights_are_read(command, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("aria.train.run.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    for sets in (
+        'data.paths=["nowhere"]', 'evaluate.data=["nowhere"]', "objective.balance_group=3", "model.adapter=nowhere",
+        'optimizer.rates={"nothing*"=0.5}', 'targets.modules=["q_prj"]',
+    ):  # fmt: skip
+        assert command("train", recipe(**{"budget.steps": 2}), "--out", tmp_path / "run", "--set", sets) == 2
+    capsys.readouterr()
+
+
+def test_a_persons_own_recipe_in_the_runs_folder_stays_as_it_is(command, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    mine = "# for the cat\n" + recipe(**{"budget.steps": 2}).read_text(encoding="utf-8")
+    (out / "recipe.toml").write_text(mine, encoding="utf-8")
+    assert command("train", out / "recipe.toml", "--out", out) == 0
+    assert (out / "recipe.toml").read_text(encoding="utf-8") == mine
+
+
+def test_only_a_run_of_the_recipe_is_exported(command, recipe, tmp_path, capsys):
+    out, file = tmp_path / "run", recipe(**{"budget.steps": 2})
+    assert command("train", file, "--out", out, "--export") == 2
+    assert "holds no run" in " ".join(capsys.readouterr().err.split())
+    assert command("train", file, "--out", out) == 0
+    assert command("train", file, "--out", out, "--export", "--set", "targets.rank=2") == 2
+    assert "targets.rank" in " ".join(capsys.readouterr().err.split())
+    assert command("train", file, "--out", out, "--export", "--set", "budget.steps=9") == 0
 
 
 def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
