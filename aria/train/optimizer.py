@@ -137,11 +137,12 @@ class Optimizer(torch.optim.Optimizer):
         part, settings, state = local(parameter.detach()), self.settings, self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
         if rule == "adamw8bit":
-            make = _torchao().AdamW8bit._subclass_zeros
+            make, block = _torchao().AdamW8bit._subclass_zeros, _block(parameter)
             for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                # Blocks of 256; what does not divide, and what is small, is as good as nothing.
-                eighth = part.numel() >= 4096 and part.numel() % 256 == 0
-                state[name] = make(part.float(), signed, 256) if eighth else torch.zeros_like(part, dtype=torch.float32)
+                eighth = block and part.numel()
+                state[name] = (
+                    make(part.float(), signed, block) if eighth else torch.zeros_like(part, dtype=torch.float32)
+                )
             return state
         for name in ("momentum",) if rule == "muon" else ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(part, dtype=torch.float32)
@@ -174,6 +175,8 @@ class Optimizer(torch.optim.Optimizer):
         for parameter, gradient, state in zip(parameters, _gradients(parameters), states, strict=True):
             state["step"] += 1
             part = local(parameter.detach())
+            if not part.numel():
+                continue
             # Compiled, a step is one pass, and moments are never whole in float32.
             change = torch.compile(step, fullgraph=True, dynamic=False) if part.is_cuda else step
             with torch._dynamo.utils.disable_cache_limit():
@@ -229,9 +232,7 @@ class Optimizer(torch.optim.Optimizer):
         state: dict[str, dict[str, Any]] = {}
         for parameter, kept in self._states():
             state[self.names[id(parameter)]] = {
-                key: value
-                for kind, tensor in kept.items()
-                for key, value in _plain(kind, tensor, parameter, inner=copies(parameter) == 1).items()
+                key: value for kind, tensor in kept.items() for key, value in _plain(kind, tensor, parameter).items()
             }
         return {"kind": self.settings.kind, "state": state}
 
@@ -288,12 +289,28 @@ def _gradients(parameters: list[nn.Parameter], found_inf: Tensor | None = None) 
     return wide
 
 
-def _plain(kind: str, tensor: Tensor, parameter: nn.Parameter, *, inner: bool) -> dict[str, Tensor]:
-    """A tensor of state by name; moments in 8 bits are codes and scales, a part of its own on each rank."""
-    if hasattr(tensor, "codes"):
-        mark = f".rank{dist.get_rank()}of{dist.get_world_size()}" if inner and dist.is_initialized() else ""
-        return {f"{kind}.{name}{mark}": getattr(tensor, name) for name in ("codes", "scale")}
-    return {kind: spread_as(tensor, parameter) if tensor.ndim else tensor}
+def _block(parameter: nn.Parameter) -> int:
+    """Elements of a moment in 8 bits that share a scale; 0: the moment is in float32, for it takes next to nothing.
+
+    Blocks are parts of rows, so that ranks hold whole ones, and the same ones, however many share the rows.
+    """
+    last = parameter.ndim - 1
+    apart = isinstance(parameter, DTensor) and any(place.is_shard(last) for place in parameter.placements)
+    block = 0 if last < 1 or apart else math.gcd(parameter.shape[last], 256)
+    return block if block >= 16 and parameter.numel() >= 4096 else 0
+
+
+def _plain(kind: str, tensor: Tensor, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """A tensor of state by name; a moment in 8 bits is codes, and a scale for each block of a row."""
+    if not tensor.ndim:
+        return {kind: tensor}
+    block = _block(parameter)
+    if not hasattr(tensor, "codes") and (tensor.numel() or not block):
+        return {kind: spread_as(tensor, parameter)}
+    # A rank that has nothing of it joins in with nothing.
+    codes = getattr(tensor, "codes", tensor.byte())
+    scale = getattr(tensor, "scale", tensor).view(*tensor.shape[:-1], tensor.shape[-1] // block)
+    return {f"{kind}.codes": spread_as(codes, parameter), f"{kind}.scale": spread_as(scale, parameter)}
 
 
 def _torchao() -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -18,12 +19,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def spread_as(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose part on this rank is ``part``, spread as ``like`` is; it shares the part's memory."""
-    if not isinstance(like, DTensor) or part.shape != like.to_local().shape:
+    """The tensor whose part on this rank is ``part``, spread as ``like`` is; it shares the part's memory.
+
+    Its rows may have another length than those of ``like``, where no rank has less than whole rows.
+    """
+    if not isinstance(like, DTensor):
         return part
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    shape, stride = like.shape, like.stride()
+    if part.shape != like.to_local().shape:
+        shape = torch.Size((*like.shape[:-1], part.shape[-1]))
+        stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 def copies(tensor: Tensor) -> int:

@@ -170,7 +170,9 @@ class RunState:
         own = {name: state.pop(name) for name in OF_RANK if name in state}
         known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         if missing := sorted(set(_names(state)) - known.keys()):
-            raise ValueError(_unfit(folder, missing))
+            raise ValueError(
+                f"{folder} has no {missing[0]} ({len(missing)} entries are missing); it is another training's"
+            )
         dcp.load(state, checkpoint_id=folder, process_group=self._ranks.saving, no_dist=self._ranks.world == 1)
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         same = (self._ranks.world, self._ranks.data_world) == (meta["world"], meta["data_world"])
@@ -239,12 +241,6 @@ def _names(state: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
             yield from _names(value, f"{prefix}{name}.")
         elif not isinstance(value, Mapping):
             yield f"{prefix}{name}"
-
-
-def _unfit(folder: Path, missing: list[str]) -> str:
-    if any(".codes.rank" in name for name in missing):
-        return f"{folder}: moments in 8 bits can only be gone on with on as many ranks as wrote them"
-    return f"{folder} has no {missing[0]} ({len(missing)} entries are missing); it is another training's"
 
 
 def trained_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""A training that saves, dies where it is told to, and goes on: ``torchrun ... elastic.py FOLDER STEPS``."""
+"""A training that saves, dies where it is told to, and goes on: ``torchrun ... elastic.py FOLDER STEPS [KIND]``."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,14 +40,15 @@ class Saved:
         vars(self.position).update(state["position"])
 
 
-def main(folder: str, steps: str) -> None:
+def main(folder: str, steps: str, kind: str = "adamw") -> None:
     torch.set_num_threads(1)
+    optimizer = replace(ADAMW, kind=kind)
     out, world = Path(folder), int(os.environ.get("WORLD_SIZE", "1"))
     settings = CASE.parallel if world > 1 else type(CASE.parallel)()
     parallel = Parallel.start(settings)
     model = parallel.apply(model_of(CASE, parallel.device))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = Saved(model, make_optimizer(named.items(), ADAMW))
+    saved = Saved(model, make_optimizer(named.items(), optimizer))
     state = RunState(out, CheckpointSettings(every_steps=2, keep=4), parallel)
     if state.latest() is not None:
         state.load(saved)
@@ -56,7 +58,7 @@ def main(folder: str, steps: str) -> None:
         labels = float(sum(part.labels for part in parts))
         for batch in parts[parallel.data_rank :: parallel.data_world]:
             objective(batch, Step(labels, PARTS, 0.0)).total.backward()
-        clip_gradients(named.values(), ADAMW.clip_norm)
+        clip_gradients(named.values(), optimizer.clip_norm)
         saved.optimizer.step()
         saved.optimizer.zero_grad()
         position.step += 1

@@ -212,7 +212,7 @@ def test_data_sets_of_hugging_face(tmp_path, monkeypatch):
             assert sample.input_ids.tolist() == expected.input_ids.tolist()
             assert (sample.crops[0].pixels == expected.crops[0].pixels).all()
     assert len(open_source(str(tmp_path / "splits"), "test")) == 1
-    with pytest.raises(ValueError, match="no split .dev., only train, test"):
+    with pytest.raises(ValueError, match="no split 'dev', only train, test"):
         open_source(str(tmp_path / "splits"), "dev")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import elastic
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from test_parallel import HERE, torchrun
 from torch import nn
 
@@ -187,6 +189,28 @@ def test_another_number_of_ranks_goes_on(killed):
     assert alone["began"] == 6
     for name, weight in whole["weights"].items():
         torch.testing.assert_close(alone["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+def test_moments_in_8_bits_go_on_on_another_number_of_ranks(tmp_path):
+    script, kind = HERE / "elastic.py", "adamw8bit"
+    two = torchrun(script, tmp_path / "two", 8, kind)
+    assert two.returncode == 0, two.stderr[-3000:]
+    step = Path("checkpoints", "step-00000006")
+    shutil.copytree(tmp_path / "two" / step, tmp_path / "one" / step)
+    elastic.main(str(tmp_path / "one"), "8", kind)
+    shutil.copytree(
+        tmp_path / "one" / "checkpoints" / "step-00000008", tmp_path / "again" / "checkpoints" / "step-00000008"
+    )
+    again = torchrun(script, tmp_path / "again", 10, kind)
+    assert again.returncode == 0, again.stderr[-3000:]
+    ended, alone = (torch.load(tmp_path / name / "end.pt") for name in ("two", "one"))
+    assert alone["began"] == 6
+    saved = dcp.FileSystemReader(tmp_path / "two" / step).read_metadata().state_dict_metadata
+    assert any(name.endswith("exp_avg.codes") for name in saved)
+    for name, weight in ended["weights"].items():
+        torch.testing.assert_close(alone["weights"][name], weight, rtol=0, atol=1e-5)
+    assert torch.load(tmp_path / "again" / "end.pt")["began"] == 8
 
 
 def test_a_rank_that_fails_ends_all(tmp_path):
