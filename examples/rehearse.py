@@ -30,6 +30,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", help="default: the packaged nano")
     parser.add_argument("--max-tokens", type=int, default=128)
     chosen = parser.parse_args()
+    if not chosen.questions.is_file():
+        parser.error(f"{chosen.questions}: there is no such file")
     rows = [json.loads(line) for line in chosen.questions.read_text(encoding="utf-8").splitlines()]
     asked = [conversation(row, chosen.questions.parent) for row in rows]
     answers = Engine(chosen.model).chat(asked, SamplingParams(max_tokens=chosen.max_tokens))

@@ -344,6 +344,6 @@ def _check(name: str, a: Tensor, b: Tensor, weight: tuple[int, ...], rank: int, 
     # Served beside others, a zero times what is not finite would spoil theirs, too.
     if wrong := [half for half, tensor in (("A", a), ("B", b)) if not tensor.isfinite().all()]:
         raise ValueError(
-            f"{path}: lora_{wrong[0]} of {name} holds inf or NaN; its training went astray: export an earlier "
-            "checkpoint, or train with a lower learning rate"
+            f"{path}: lora_{wrong[0]} of {name} holds inf or NaN; its training went astray: delete the newest "
+            "of its run's checkpoints and export again, or train with a lower learning rate"
         )

@@ -16,7 +16,9 @@ from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.train.data import DataSettings, DataStream, make_stream, questions
 from aria.train.data.encode import Encoder
-from aria.train.data.report import Report
+from aria.train.data.report import Report, RowError
+from aria.train.data.sources import Sources
+from aria.train.loss import IGNORE_INDEX
 from aria.train.objective import Losses, Step
 from aria.train.progress import drop_after
 from aria.train.recipe import Recipe
@@ -128,21 +130,25 @@ class Evaluation:
         recipe, count = self._recipe, self._recipe.evaluate.samples
         if self._sampler is None or not count:
             return {}
-        settings, report, text = held_out(recipe), Report(), self._model.config.text
-        tokens = min(recipe.batch.tokens, text.max_position_embeddings)
-        encoder = Encoder(self._processor, self._model.config, settings, tokens)
+        settings, report = held_out(recipe), Report()
+        encoder = Encoder(self._processor, self._model.config, settings, recipe.batch.tokens)
         asked = questions(settings, self._processor, count, encoder=encoder, report=report)
-        given = self._sampler(
-            self._model, self._processor, [question.messages for question in asked], recipe.evaluate.max_tokens
-        )
-        told = _told(report, "sample")
-        if self._ranks.rank:
-            return told
-        with (self._out / SAMPLES_NAME).open("a", encoding="utf-8") as file:
-            for (messages, truth), answer in zip(asked, given, strict=True):
-                line = {"step": self._position.step, "messages": messages, "truth": truth, "answer": answer}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-        return told
+        if not asked:
+            report.skip("no answer", f"{', '.join(recipe.evaluate.data)}: no conversation that an answer ends")
+        lines = []
+        for number, (messages, truth) in enumerate(asked, 1):
+            try:
+                [answer] = self._sampler(self._model, self._processor, [messages], recipe.evaluate.max_tokens)
+            except ValueError as error:
+                # Such as pictures of several sizes, which are learnt but not generated from.
+                report.skip("not answered", f"sample {number}, whose answer is {truth!r:.60}: {error}")
+                continue
+            line = {"step": self._position.step, "messages": messages, "truth": truth, "answer": answer}
+            lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        if not self._ranks.rank:
+            with (self._out / SAMPLES_NAME).open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        return _told(report, "sample")
 
 
 def _told(report: Report, what: str) -> dict[str, Any]:
@@ -161,12 +167,28 @@ def held_out(recipe: Recipe) -> DataSettings:
     return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=False)
 
 
-def held_out_stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> DataStream:
-    """Held-out batches of one rank, as often as this is called the same ones.
+def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig) -> None:
+    """Look whether any row of the held-out data can be used, before a training that would end with them.
 
     Raises:
         FileNotFoundError: there are no such data.
+        ValueError: no row has targets that fit into a batch.
     """
+    settings = held_out(recipe)
+    sources = Sources(settings.weights, settings.split)
+    encoder = Encoder(processor, config, settings, recipe.batch.tokens)
+    said = ""
+    for row in range(len(sources)):
+        try:
+            if any((sample.targets != IGNORE_INDEX).any() for sample in encoder(sources.read(row)).samples):
+                return
+        except RowError as error:
+            said = said or f" ({sources.where(row)}: {error})"
+    raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch{said}")
+
+
+def held_out_stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> DataStream:
+    """Held-out batches of one rank, as often as this is called the same ones."""
     return make_stream(
         held_out(recipe),
         processor,

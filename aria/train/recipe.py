@@ -232,8 +232,8 @@ class Recipe:
 def _override(table: dict[str, Any], override: str) -> None:
     """Put ``section.key=value`` into a table."""
     name, sign, text = override.partition("=")
-    keys = [key.strip() for key in name.split(".")]
-    if not sign or not all(keys):
+    keys = _keys(name)
+    if not sign or not keys:
         raise ValueError(f"--set {override!r}: expected section.key=value, such as optimizer.learning_rate=1e-4")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
@@ -250,6 +250,19 @@ def _override(table: dict[str, Any], override: str) -> None:
     if sections == ["budget"]:
         table.clear()
     table[last] = value
+
+
+def _keys(name: str) -> list[str]:
+    """The parts of a dotted key of TOML, in which quotes hold dots together; nothing if it is none."""
+    try:
+        table: Any = tomllib.loads(f"{name} = 0")
+    except tomllib.TOMLDecodeError:
+        return []
+    keys = []
+    while isinstance(table, dict):
+        [(key, table)] = table.items()
+        keys.append(key)
+    return keys
 
 
 def load_object(name: str, setting: str) -> Callable[..., Any]:
@@ -282,6 +295,8 @@ _FREE = {
     "log": None,
     "evaluate": None,
     "data": {"workers", "prefetch", "on_error"},
+    "optimizer": {"learning_rate", "clip_norm"},
+    "schedule": {"max_skipped"},
 }
 """Sections, or keys of sections, that may differ when a run is gone on with."""
 

@@ -28,7 +28,7 @@ from aria.train import targets
 from aria.train.cost import Trained, batch_flops
 from aria.train.data import DataStream, make_stream
 from aria.train.data.report import Report
-from aria.train.evaluate import Evaluation, Sampler, held_out_stream
+from aria.train.evaluate import Evaluation, Sampler, check_held_out
 from aria.train.objective import Losses, Objective, Step
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
@@ -147,7 +147,8 @@ def begun(out: str | Path) -> bool:
 def dry(recipe: Recipe) -> list[Table | str]:
     """What a training would take, and what of the model would train; nothing is loaded.
 
-    Data that are not there yet are no mistake here: a last line says so, and steps and time stay untold.
+    Data that are not there yet are no mistake here: a last line says so, and steps and time stay untold. Of several
+    processes the first one tells.
 
     Raises:
         ValueError: it does not fit into memory, or the recipe does not fit the model.
@@ -161,6 +162,7 @@ def dry(recipe: Recipe) -> list[Table | str]:
         rate = measured_rate(parallel.device, weights_dtype(recipe, config, parallel.device))
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
         model, trainable = _outline(recipe, config)
+        check(recipe, config, parallel.device, world=parallel.world)
         sampled, notes = None, []
         try:
             stream = _stream(recipe, processor, config, parallel)
@@ -170,7 +172,7 @@ def dry(recipe: Recipe) -> list[Table | str]:
             if isinstance(stream, DataStream):
                 sampled = _sampled(stream, config, trained_parts(model, full=recipe.targets.method == "full"))
         plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate, sampled=sampled)
-        return [trainable.table(), plan.table(), *notes]
+        return [] if parallel.rank else [trainable.table(), plan.table(), *notes]
     finally:
         parallel.close()
 
@@ -327,7 +329,7 @@ def _run(
         parallel,
         position=position,
         data_ranks=parallel.data_world,
-        save=lambda wait: state.save(saved, wait=wait),
+        save=lambda wait, prune: state.save(saved, wait=wait, prune=prune),
         due=state.due,
         evaluate=evaluation.run if recipe.evaluate.data else None,
         reporter=reporter,
@@ -389,9 +391,9 @@ class Saved:
 
 
 def _stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel) -> Any:
-    """Batches of this rank. Held-out data are looked for too: that they are missing is told before a training."""
+    """Batches of this rank. Held-out data are looked at too: what they lack is told before a training."""
     if recipe.evaluate.data:
-        held_out_stream(recipe, processor, config, parallel)
+        check_held_out(recipe, processor, config)
     if recipe.data.factory is not None:
         make = load_object(recipe.data.factory, "[data] factory")
         return make(recipe, processor, parallel.data_rank, parallel.data_world)

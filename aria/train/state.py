@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +74,10 @@ class Saved(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class MisfitError(ValueError):
+    """A checkpoint that is whole, but of another training."""
+
+
 class RunState:
     """The checkpoints of one run.
 
@@ -109,12 +114,13 @@ class RunState:
         minutes = (time.monotonic() - self._saved_at) / 60
         return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
-    def save(self, saved: Saved, *, wait: bool = False) -> None:
+    def save(self, saved: Saved, *, wait: bool = False, prune: bool = True) -> None:
         """Write a checkpoint of all ranks, in the background: only the copy from the devices is waited for.
 
         Args:
             saved: the run.
             wait: until it is on disk.
+            prune: delete the oldest ones beyond those that are to be kept.
 
         Raises:
             OSError: this one, or the one before, which is finished first, could not be written.
@@ -124,6 +130,8 @@ class RunState:
         self._saved_at = time.monotonic()
         final = self.folder / f"step-{step:08d}"
         if step == self._step or final.exists():
+            if wait:
+                self._ranks.barrier()
             return
         state = saved.state_dict()
         own = {name: state.pop(name) for name in OF_RANK if name in state}
@@ -148,7 +156,7 @@ class RunState:
         if self._ranks.rank == 0:
             # Rank 0 is done when all are: it writes last what the others told it they wrote.
             done: Future[Any] = Future()
-            writing.add_done_callback(lambda future: self._complete(future, partial, final, done))
+            writing.add_done_callback(lambda future: self._complete(future, partial, final, done, prune))
             writing = done
         self._writing = writing
         if wait:
@@ -160,19 +168,27 @@ class RunState:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it does not fit the run.
+            ValueError: it does not fit the run, or cannot be read.
         """
         self._finish()
         folder = folder or self.latest()
         if folder is None:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint")
         state = saved.state_dict()
+        with _readable(folder):
+            self._step = self._read(folder, state)
+        saved.load_state_dict(state)
+
+    def _read(self, folder: Path, state: dict[str, Any]) -> int:
+        """Fill a state with what a checkpoint has; its step."""
         own = {name: state.pop(name) for name in OF_RANK if name in state}
         known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        if missing := sorted(set(_names(state)) - known.keys()):
-            raise ValueError(
-                f"{folder} has no {missing[0]} ({len(missing)} entries are missing); it is another training's"
-            )
+        for name, value in _entries(state):
+            entry, shape = known.get(name), getattr(value, "shape", None)
+            if entry is None:
+                raise MisfitError(f"{folder} has no {name}; it is another training's")
+            if isinstance(entry, TensorStorageMetadata) and entry.size != shape:
+                raise MisfitError(f"{folder} has {name} of {tuple(entry.size)}, not {shape}; it is another training's")
         dcp.load(state, checkpoint_id=folder, process_group=self._ranks.saving, no_dist=self._ranks.world == 1)
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         same = (self._ranks.world, self._ranks.data_world) == (meta["world"], meta["data_world"])
@@ -182,11 +198,10 @@ class RunState:
         if not same:
             # A stream is told where all of them were. The same random numbers twice would be worse than new ones.
             loaded = {**own, "stream": [file["stream"] for file in files]}
-            cuda = None
-        saved.load_state_dict({**state, **loaded})
-        if cuda is not None and torch.cuda.is_available():
+        elif cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
-        self._step = meta["step"]
+        state |= loaded
+        return int(meta["step"])
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -199,11 +214,9 @@ class RunState:
         try:
             writing.result()
         except (Exception, CheckpointException) as error:
-            failures = error.failures if isinstance(error, CheckpointException) else {}
-            reasons = [f"rank {rank}: {failed}" for rank, (failed, _) in failures.items()] or [str(error)]
-            raise OSError(f"the checkpoint in {self.folder} could not be written: {'; '.join(reasons)}") from error
+            raise OSError(f"the checkpoint in {self.folder} could not be written: {_reasons(error)}") from error
 
-    def _complete(self, writing: Future[Any], partial: Path, final: Path, done: Future[Any]) -> None:
+    def _complete(self, writing: Future[Any], partial: Path, final: Path, done: Future[Any], prune: bool) -> None:
         """Name a checkpoint that is written whole, and delete old ones."""
         try:
             writing.result()
@@ -212,7 +225,7 @@ class RunState:
             partial.rename(final)
             _sync(self.folder)
             whole_ones = sorted(p for p in self.folder.glob("step-*") if p.suffix != PARTIAL)
-            for old in whole_ones[: -self._settings.keep]:
+            for old in whole_ones[: -self._settings.keep] if prune else ():
                 # Half deleted, it must not look whole.
                 shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
             done.set_result(None)
@@ -234,13 +247,34 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _names(state: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    """Names under which a nested state is saved."""
+def _entries(state: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Names under which a nested state is saved, and what goes there."""
     for name, value in state.items():
         if isinstance(value, Mapping) and value:
-            yield from _names(value, f"{prefix}{name}.")
+            yield from _entries(value, f"{prefix}{name}.")
         elif not isinstance(value, Mapping):
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Inside, what fails for a damaged checkpoint says so; those of ``torch.distributed`` are no plain exceptions."""
+    try:
+        yield
+    except MisfitError:
+        raise
+    except (Exception, CheckpointException) as error:
+        raise ValueError(
+            f"{folder} cannot be read: {_reasons(error)}. If it is damaged, delete that folder, and the one before it "
+            "is taken"
+        ) from error
+
+
+def _reasons(error: BaseException) -> str:
+    """What went wrong, by ranks where several say it; the first line of each."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    told = [f"rank {rank}: {failed}" for rank, (failed, _) in failures.items()] or [str(error)]
+    return "; ".join(one.strip().partition("\n")[0] for one in told) or type(error).__name__
 
 
 def trained_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -254,22 +288,24 @@ def trained_weights(folder: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: it cannot be read.
     """
     folder = Path(folder)
     found = folder if (folder / ".metadata").is_file() else RunState.latest_in(folder)
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint of a training")
-    metadata = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
-    for kind in ("average", "weights"):
-        wanted = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in metadata.items()
-            if name.startswith(f"{kind}.") and isinstance(entry, TensorStorageMetadata)
-        }
-        if wanted:
-            dcp.load(wanted, checkpoint_id=found, no_dist=True)
-            return {name.removeprefix(f"{kind}."): tensor for name, tensor in wanted.items()}
-    raise ValueError(f"{found} holds no weights")
+    with _readable(found):
+        metadata = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+        for kind in ("average", "weights"):
+            wanted = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                for name, entry in metadata.items()
+                if name.startswith(f"{kind}.") and isinstance(entry, TensorStorageMetadata)
+            }
+            if wanted:
+                dcp.load(wanted, checkpoint_id=found, no_dist=True)
+                return {name.removeprefix(f"{kind}."): tensor for name, tensor in wanted.items()}
+        raise MisfitError(f"{found} holds no weights")
 
 
 @torch.no_grad()

@@ -188,6 +188,6 @@ def _parts(model: Aria) -> list[Part]:
 
 def _nearest(name: str, names: list[str]) -> str:
     """What may have been meant."""
-    tails = sorted({tail for one in names for tail in (one.rsplit(".", 1)[-1], one)})
+    tails = sorted({".".join(one.split(".")[-n:]) for one in names for n in (1, 2)} | {*names})
     near = difflib.get_close_matches(name, tails, n=3, cutoff=0.5)
     return f"; near to it are {', '.join(near)}" if near else f"; there are {', '.join(tails[:8])}, ..."

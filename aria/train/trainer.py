@@ -26,7 +26,10 @@ Objective = Callable[[Any, Step], Losses]
 
 
 class Stream(Protocol):
-    """Batches of one rank. Its state is that of the last batch it gave."""
+    """Batches of one rank. Its state is that of the last batch it gave.
+
+    It is asked for before every step, and must stay as it was then; where the data of any rank fail, it is given back.
+    """
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -160,7 +163,8 @@ class Trainer:
         settings: of the loop.
         ranks: the processes that train together.
         position: where the training is; a resumed one goes on there.
-        save: called to save everything, with whether to wait until it is on disk; it is asked once more at every end.
+        save: called to save everything, with whether to wait until it is on disk, and whether older checkpoints may go;
+            it is asked once more at every end.
         due: whether it is time to save, asked after each step.
         evaluate: called at its interval, gives what to log.
         reporter: of the rank that tells; None elsewhere.
@@ -179,7 +183,7 @@ class Trainer:
         *,
         position: Position | None = None,
         data_ranks: int = 1,
-        save: Callable[[bool], None] = lambda wait: None,
+        save: Callable[[bool, bool], None] = lambda wait, prune: None,
         due: Callable[[int], bool] = lambda step: False,
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         reporter: Reporter | None = None,
@@ -220,7 +224,7 @@ class Trainer:
                 if reason:
                     self._log()
                     # Before held-out data are asked, which may fail after hours.
-                    self._save(True)
+                    self._save(True, True)
                     if reason in ("done", "data ended"):
                         self._evaluated(ended=True)
                     return reason
@@ -231,7 +235,7 @@ class Trainer:
                 self._evaluated()
                 if self.ranks.max(int(self._due(step))):
                     self._refuse_skipped()
-                    self._save(False)
+                    self._save(False, True)
 
     def _agreed_end(self, termination: Termination) -> str:
         """Why to stop before the next step, or nothing; every rank comes to the same."""
@@ -260,13 +264,18 @@ class Trainer:
             micro = list(islice(batches, wanted))
         except Exception as error:
             failed = error
-        missing = self.ranks.max(wanted + 1 if failed else wanted - len(micro))
+        missing = self.ranks.max(wanted - len(micro) if failed is None else wanted + 1)
         if missing > wanted:
-            self.stream.load_state_dict(before)
-            self._log()
-            if self.position.step:
-                self._save(True)
-            raise failed or RuntimeError("the data of another process failed; its own message says at what")
+            if failed is None:
+                failed = RuntimeError("the data of another process failed; its own message says at what")
+            try:
+                self.stream.load_state_dict(before)
+                self._log()
+                if self.position.step:
+                    self._save(True, True)
+            except Exception as error:
+                raise RuntimeError(f"{failed}. Nor could the steps before it be saved: {error}") from failed
+            raise failed
         return [self._sent(batch) for batch in micro[: wanted - missing]]
 
     def _sent(self, batch: Any) -> Any:
@@ -330,11 +339,13 @@ class Trainer:
             )
         self._interval.restart(self.ranks.device)
         if skipped > self.settings.max_skipped:
-            self._save(True)
+            # The weights may have gone astray before: run again and again, it would leave none from before that.
+            self._save(True, False)
             raise FloatingPointError(
                 f"{skipped} of the last {steps} steps before step {position.step} had a gradient that is not finite; "
-                "none of them changed a weight, and the weights are saved. Try a lower optimizer.learning_rate, or "
-                "schedule.max_skipped for data that do this now and then"
+                "none of them changed a weight, and the weights are saved. The same command goes on behind them: with "
+                "--set optimizer.learning_rate at something lower, or schedule.max_skipped for data that do this now "
+                "and then; to go on from older weights, delete the newest folder of checkpoints first"
             )
 
     def _refuse_skipped(self) -> None:
@@ -350,7 +361,7 @@ class Trainer:
         if not ended:
             # Held-out data may fail, and must not take the steps since the last checkpoint with them.
             self._refuse_skipped()
-            self._save(False)
+            self._save(False, True)
         self._interval.evaluated = position.step
         with self.clock.paused():
             found = self._evaluate()

@@ -93,6 +93,20 @@ def test_a_stream_passes_over_what_the_check_finds(bad):
     assert stream.report.labels
 
 
+def test_text_that_is_no_text_is_a_row_that_cannot_be_used(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "half a pair: \\ud800"}\n{"text": "a fox"}\n', encoding="utf-8")
+    found = check(file)
+    assert list(found.problems) == ["bad text"] and found.usable == 1
+    assert found.problems["bad text"][0].startswith(f"{file}:1: ")
+
+
+def test_what_is_longer_than_the_models_context_is_too_long(tmp_path):
+    most = config().text.max_position_embeddings
+    file = jsonl(tmp_path / "a.jsonl", [chat("3 " * most, "dog"), chat("3", "dog")])
+    assert list(check(file, tokens=4 * most).problems) == ["too long"]
+
+
 def located(messages: list[dict], folder) -> list[dict]:
     """Messages whose paths hold wherever they are read."""
     question, answer = messages

@@ -87,6 +87,10 @@ def test_openais_format_is_read_as_the_server_reads_it():
             assert a == {key: value for key, value in b.items() if key in a}
             assert b.keys() - a.keys() <= {"max_image_size"}
     assert '<tool_call>{"name": "add", "arguments": {"a": [1, "é"]}}</tool_call>' in ours[2]["content"]
+    # Many data sets have arguments as they are, and not in a string.
+    plain = {**call, "function": {"name": "add", "arguments": {"a": [1, "é"]}}}
+    messages[2] = {**messages[2], "tool_calls": [plain, plain]}
+    assert read({"messages": messages, "tools": tools}).messages[2] == ours[2]
 
 
 def test_paths_count_from_the_file_and_addresses_stay(tmp_path):

@@ -226,12 +226,15 @@ def test_on_another_number_of_ranks_the_report_is_that_of_all(rows, before, now)
     assert Report.joined(one.report for one in old) == reports[0], "what goes on counts for itself"
 
 
-def test_a_state_of_other_data_is_refused(rows, tmp_path):
-    one = stream(rows)
+@pytest.mark.parametrize("answer", ["b", "cats"], ids=["of another size", "of the same size"])
+def test_a_state_of_other_data_is_refused(tmp_path, answer):
+    file = jsonl(tmp_path / "train.jsonl", [chat("a", "dogs")] * 60)
+    one = stream(file)
     take(one, 1)
-    other = jsonl(tmp_path / "train.jsonl", [chat("a", "b")] * 60)
+    stream(file).load_state_dict(one.state_dict())
+    jsonl(file, [chat("a", "dogs")] * 59 + [chat("a", answer)])
     with pytest.raises(ValueError, match="data have changed"):
-        stream(other).load_state_dict(one.state_dict())
+        stream(file).load_state_dict(one.state_dict())
 
 
 def test_what_cannot_be_used_is_told_by_file_and_line(rows):

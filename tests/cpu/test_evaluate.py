@@ -80,6 +80,32 @@ def test_what_is_cut_for_the_loss_is_no_sample(run, tmp_path, model_folder):
     assert {line["truth"] for line in samples} == {"d"}
 
 
+def test_a_sample_that_cannot_be_answered_is_told_and_the_training_goes_on(run, tmp_path):
+    def picky(model, processor, conversations, max_tokens):
+        [messages] = conversations
+        if "hard" in str(messages):
+            raise ValueError("pictures of several sizes")
+        return ["yes"]
+
+    log, samples = run(picky, evaluate=held(tmp_path, [chat("hard?", "dog"), chat("c?", "cat")], samples=2))
+    assert [(line["step"], line["truth"]) for line in samples] == [(2, "cat"), (4, "cat")]
+    told = next(line for line in log if "held-out loss" in line)
+    assert told["sample rows skipped"] == 1
+    assert told["sample problems"] == ["sample 1, whose answer is 'dog': pictures of several sizes"]
+
+
+def test_text_without_conversations_is_evaluated_and_gives_no_samples(run, tmp_path):
+    log, samples = run(repeat, evaluate=held(tmp_path, [{"text": "all of it is learnt"}], samples=2))
+    told = next(line for line in log if "held-out loss" in line)
+    assert not samples and "no conversation" in told["sample problems"][0]
+
+
+def test_held_out_data_that_cannot_be_used_are_refused_before_the_training(run, tmp_path):
+    with pytest.raises(ValueError, match=r"no targets that fit into a batch \(.*held\.jsonl:1: "):
+        run(evaluate=held(tmp_path, ["no row", LONG]))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_an_objective_without_a_loss_is_told_what_is_missing(run, tmp_path, monkeypatch):
     (tmp_path / "own_objective.py").write_text(
         "from aria.train.objective import Losses, Objective\n"

@@ -136,8 +136,11 @@ def test_overrides_take_toml_or_bare_text(tmp_path):
             "seed=3",
             "model.random=true",
             "targets.method=full",
+            'data.mixer."c/d.jsonl"=1.5',
+            'optimizer.rates."vision_tower.*" = 0.1',
         ],
     )
+    assert recipe.data.mixer == {"c/d.jsonl": 1.5} and recipe.optimizer.rates == {"vision_tower.*": 0.1}
     assert recipe.optimizer.learning_rate == 1e-3 and recipe.model.path == "some/folder"
     assert recipe.data.paths == ("b", "c") and recipe.seed == 3 and recipe.model.random
     assert recipe.budget == BudgetSettings(steps=7)
@@ -151,6 +154,7 @@ def test_overrides_take_toml_or_bare_text(tmp_path):
         ("[optimiser]\n", [], "unknown key 'optimiser' in the recipe; did you mean 'optimizer'?"),
         ("", ["optimizer.learning_rat=1"], "did you mean 'learning_rate'?"),
         ("", ["seed"], "--set 'seed': expected section.key=value"),
+        ("", ['data."mixer=1'], "expected section.key=value"),
         ("", ["data.paths=['a'"], "is not a value of TOML"),
         ("seed = 1", ["seed.x=1"], "seed is not a table"),
         ("", ["batch.tokens=0"], r"\[batch\] tokens should be 1 or above, but is 0"),
@@ -204,9 +208,11 @@ def test_changes_that_matter_are_told_from_those_that_do_not():
     assert changes(before, dataclasses.replace(before, budget=BudgetSettings(steps=9))) == []
     same = dataclasses.replace(before, data=dataclasses.replace(before.data, workers=9))
     assert changes(before, same) == []
-    other = dataclasses.replace(before, seed=1, optimizer=dataclasses.replace(before.optimizer, learning_rate=0.5))
+    slower = dataclasses.replace(before, optimizer=dataclasses.replace(before.optimizer, learning_rate=0.5))
+    assert changes(before, slower) == []
+    other = dataclasses.replace(before, seed=1, optimizer=dataclasses.replace(before.optimizer, weight_decay=0.5))
     found = changes(before, other)
-    assert found[0] == "seed: 42 -> 1" and found[1].startswith("optimizer.learning_rate: ") and len(found) == 2
+    assert found[0] == "seed: 42 -> 1" and found[1].startswith("optimizer.weight_decay: ") and len(found) == 2
 
 
 def test_objects_by_name():

@@ -264,11 +264,13 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     assert command("train", file, "--out", out, "--resume") == 2
     assert "holds no checkpoint to go on from" in capsys.readouterr().err
     assert command("train", file, "--out", out) == 0
-    assert command("train", file, "--out", out, "--set", "optimizer.learning_rate=0.5") == 2
-    assert "holds checkpoints of another recipe (optimizer.learning_rate" in " ".join(capsys.readouterr().err.split())
-    # More of the same is not another recipe.
-    assert command("train", file, "--out", out, "--resume", "--set", "budget.steps=4") == 0
+    assert command("train", file, "--out", out, "--set", "optimizer.weight_decay=0.5") == 2
+    assert "holds checkpoints of another recipe (optimizer.weight_decay" in " ".join(capsys.readouterr().err.split())
+    # More of the same is not another recipe, nor is what a gradient that is not finite asks for.
+    sets = ("budget.steps=4", "optimizer.learning_rate=1e-6", "schedule.max_skipped=1")
+    assert command("train", file, "--out", out, "--resume", *(x for one in sets for x in ("--set", one))) == 0
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+    assert lines(out)[-1]["learning rate"] <= 1e-6 < lines(out)[0]["learning rate"]
 
 
 def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):

@@ -139,6 +139,40 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     state.save(run, wait=True)
     with pytest.raises(ValueError, match="it is another training's"):
         state.load(Run("muon"))
+    other = Run()
+    with torch.no_grad():
+        other.model[1].weight.data = torch.zeros(4, 18).bfloat16()
+    with pytest.raises(ValueError, match=r"has weights.1.weight of \(4, 16\), not .*another training's"):
+        state.load(other)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "run.json", "rank-0.pt", ".metadata"])
+@pytest.mark.parametrize("how", ["half", "gone"])
+def test_a_damaged_checkpoint_is_named_with_the_mend(tmp_path, name, how):
+    run, state = Run(), state_of(tmp_path)
+    for _ in range(2):
+        run.step()
+        state.save(run, wait=True)
+    file = state.latest() / name
+    half = file.read_bytes()[: file.stat().st_size // 2]
+    file.unlink()
+    if how == "half":
+        file.write_bytes(half)
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be read: .+\. If it is damaged, delete that folder"):
+        state_of(tmp_path).load(Run(seed=5))
+    shutil.rmtree(state.latest())
+    found = Run(seed=5)
+    state_of(tmp_path).load(found)
+    assert found.position.step == 1
+
+
+def test_what_may_be_wanted_is_not_pruned(tmp_path):
+    run, state = Run(), state_of(tmp_path, keep=1)
+    for prune in (True, False, False, True):
+        run.step()
+        state.save(run, wait=True, prune=prune)
+        there = sorted(int(folder.name[5:]) for folder in state.folder.iterdir())
+        assert there == ([run.position.step] if prune else list(range(1, run.position.step + 1)))
 
 
 def test_due_by_steps_and_by_the_clock(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ class Encoder:
         processor: of the model that is trained.
         config: of the model.
         settings: how.
-        tokens: of a batch; no sequence may be longer.
+        tokens: of a batch; no sequence may be longer, nor longer than the model's context.
 
     Raises:
         ValueError: model, processor and settings do not fit together.
@@ -75,7 +75,7 @@ class Encoder:
         self._processor, self._settings = processor, settings
         images = processor.image_processor
         self._customs = Customs(settings.num_frames, settings.timestamps, images.sizes)
-        self.max_length = min(settings.max_length or tokens, tokens)
+        self.max_length = min(settings.max_length or tokens, tokens, config.text.max_position_embeddings)
         if config.image_token_index != processor.tokenizer.image_token_id:
             raise ValueError(
                 f"the model's image_token_index is {config.image_token_index}, but its tokenizer has "
@@ -108,7 +108,8 @@ class Encoder:
         read, unread = read_row(row, self._customs)
         notes = [Note("unread fields", f"nothing reads {', '.join(unread)}")] if unread else []
         if isinstance(read, Text):
-            samples, more = self._text(read.text)
+            with _faults("text", "bad text"):
+                samples, more = self._text(read.text)
         else:
             samples, more = self._conversation(read)
         return Encoded(samples, notes + more)

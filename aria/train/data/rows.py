@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,9 @@ def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("bad message", f"tool_calls of {where} should hold functions with names: {call!r:.60}")
         try:
-            calls.append(written(function["name"], function.get("arguments") or "{}"))
+            given = function.get("arguments") or "{}"
+            # OpenAI's API has them in a string; many data sets do not.
+            calls.append(written(function["name"], given if isinstance(given, str) else json.dumps(given)))
         except (TypeError, ValueError) as error:
             raise RowError("bad message", f"tool_calls of {where}: {error}") from None
     if not calls:

@@ -30,7 +30,7 @@ class DataSettings:
     """How turns are tokenised: ``apart``, markers and text each by themselves, as the authors trained; ``together``,
     the whole conversation at once, as prompts are for inference."""
     max_length: int | None = None
-    """Most tokens of a sequence; None: as many as a batch has."""
+    """Most tokens of a sequence; None: as many as a batch has, and in any case no more than the model's context."""
     too_long: Literal["skip", "drop_first", "drop_last"] = "skip"
     """What happens to a conversation that is longer, or has more than ``max_crops``: it is skipped, or its first or
     last turns are left out, whole ones (system messages at its beginning stay). Plain text is cut into sequences."""

@@ -6,6 +6,7 @@ import importlib
 import json
 import mmap
 import re
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,7 @@ class JsonLines:
             raise ValueError(f"{file} is empty; expected one JSON object a line")
         with file.open("rb") as opened:
             self._bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        self._starts, self._lines = _index(self._bytes)
+        self._starts, self._lines, self._checksum = _index(self._bytes)
         if not len(self._lines):
             raise ValueError(f"{file} has only blank lines; expected one JSON object a line")
 
@@ -70,7 +71,7 @@ class JsonLines:
         return f"{self.file}:{self._lines[index] + 1}"
 
     def fingerprint(self) -> str:
-        return f"{self.file.name}, {len(self):,} rows, {len(self._bytes):,} bytes"
+        return f"{self.file.name}, {len(self):,} rows, {len(self._bytes):,} bytes, {self._checksum:08x}"
 
     def read(self, index: int) -> Row:
         line = int(self._lines[index])
@@ -88,12 +89,14 @@ class JsonLines:
         return Row(fields, where, self.file.parent)
 
 
-def _index(data: mmap.mmap) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets of all lines, with the end, and numbers (from 0) of those that are not blank."""
-    piece = 1 << 26
+def _index(data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, int]:
+    """Offsets of all lines, with the end; numbers (from 0) of those that are not blank; a checksum of everything."""
+    piece, checksum = 1 << 26, 0
     found = []
     for start in range(0, len(data), piece):
-        part = np.frombuffer(data[start : start + piece], dtype=np.uint8)
+        read = data[start : start + piece]
+        checksum = zlib.crc32(read, checksum)
+        part = np.frombuffer(read, dtype=np.uint8)
         found.append(np.flatnonzero(part == ord("\n")) + (start + 1))
     ends = np.concatenate(found)
     starts = np.concatenate(([0], ends, [] if len(ends) and ends[-1] == len(data) else [len(data)])).astype(np.int64)
@@ -104,7 +107,7 @@ def _index(data: mmap.mmap) -> tuple[np.ndarray, np.ndarray]:
         for line in short.tolist()
         if not data[int(starts[line]) : int(starts[line + 1])].strip(b"\xef\xbb\xbf \t\r\n")
     ]
-    return starts, np.setdiff1d(np.arange(len(starts) - 1), blank, assume_unique=True)
+    return starts, np.setdiff1d(np.arange(len(starts) - 1), blank, assume_unique=True), checksum
 
 
 class HuggingFace:
