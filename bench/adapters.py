@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def add_work(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], metavar="N")
         parser.add_argument("--context", type=int, default=128)
-        parser.add_argument("--steps", type=int, default=64)
+        parser.add_argument("--steps", type=int, default=32)
         parser.add_argument("--read", type=int, default=2048, metavar="T", help="tokens of a prompt that is read")
         parser.add_argument("--adapters", type=int, default=4)
         parser.add_argument("--rank", type=int, default=8)

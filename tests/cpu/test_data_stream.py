@@ -371,6 +371,8 @@ def test_nothing_waits_long_and_little_is_filler():
         ({"mixer": {"a": 0.0}}, "'a' a weight above 0"),
         ({"mixer": {"a": 1.0}, "paths": ("a",)}, "stands in both"),
         ({"paths": ("a", "b", "a")}, "'a' more than once"),
+        ({"paths": ("a", "b", "a/")}, "'a' more than once"),
+        ({"paths": ("a/",), "mixer": {"a": 1.0}}, "stands in both"),
     ],
 )
 def test_settings_are_checked(wrong, said):

@@ -6,7 +6,7 @@ the T * A pairs of a token and a choice, then the T * S of a token and a part of
 The products are weight-stationary: the weight is the first operand of the tensor cores' product and a few tokens the
 second, so that 16 tokens fill an instruction that would otherwise want 64. Experts get lists of their rows from one
 small kernel; nothing depends on the routing but what is in memory, so that a step can be captured in a CUDA graph.
-What tokens' adapters add starts the sums of these products: two more launches make its thin half (:mod:`thin`).
+What tokens' adapters add starts the sums of these products: a launch before each makes its thin half (:mod:`thin`).
 """
 
 from __future__ import annotations

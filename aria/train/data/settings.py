@@ -59,12 +59,13 @@ class DataSettings:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise ValueError(f"{name} should be {value} or above, but is {given}")
-        if twice := sorted({path for path in self.paths if self.paths.count(path) > 1}):
+        named = [path.rstrip("/") for path in self.paths]
+        if twice := sorted({path for path in named if named.count(path) > 1}):
             raise ValueError(f"paths names {twice[0]!r} more than once; mixer says how often a data set is taken")
         for path, weight in self.mixer.items():
             if not 0 < weight < float("inf"):
                 raise ValueError(f"mixer should give {path!r} a weight above 0, but gives {weight}")
-            if path in self.paths:
+            if path.rstrip("/") in named:
                 raise ValueError(f"{path!r} should stand in paths or in mixer, but stands in both")
 
     @property
