@@ -65,7 +65,7 @@ class AdapterStacks:
 
     @property
     def on_experts(self) -> bool:
-        """Whether any layer's mixture of experts is changed, which the fused kernels take up to so many ranks and tokens only."""
+        """Whether any layer's mixture of experts is changed; fused kernels take that up to so many ranks and tokens."""
         return any(part in MoEStacks._fields for _, part in self._stacks)
 
     def of(self, layer: int, part: str) -> Stack | None:

@@ -343,8 +343,7 @@ def paged_attention(
     q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
 ) -> Tensor:
     """One query of each sequence over a paged cache; see :func:`aria.ops.reference.paged_attention`."""
-    fast = inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK)
-    chosen = _kernels("paged_attention") if fast else reference
+    chosen = _paged_module(q_NHK, keys_BHSK)
     return chosen.paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, lengths_N)
 
 
@@ -359,9 +358,15 @@ def decode_attention(
     values_BHSK: Tensor,
 ) -> Tensor:
     """One new token of each sequence over a paged cache; see :func:`aria.ops.reference.decode_attention`."""
-    fast = inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK)
-    chosen = _kernels("paged_attention") if fast else reference
+    chosen = _paged_module(q_NHK, keys_BHSK)
     return chosen.decode_attention(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
+
+
+def _paged_module(q_NHK: Tensor, keys_BHSK: Tensor) -> ModuleType:
+    if inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK):
+        return _kernels("paged_attention")
+    # A GPU would have to wait for lengths to be read; the plain way does not, and so can be part of a graph.
+    return reference if q_NHK.is_cuda or _use_reference() else _attention
 
 
 def chunks_attention(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria.ops.reference import cache_new
 from aria.ops.segments import Segments
 
 
@@ -44,6 +45,37 @@ def attention(
         return out
     pieces = zip(q_THK.split(queries.lengths), k_SHK.split(keys.lengths), v_SHK.split(keys.lengths), strict=True)
     return torch.cat([_one(q, k, v, causal) for q, k, v in pieces])
+
+
+def paged_attention(
+    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
+) -> Tensor:
+    """See :func:`aria.ops.reference.paged_attention`; each sequence reads its own blocks, however long others are."""
+    S, out_NHK = keys_BHSK.shape[2], torch.empty_like(q_NHK)
+    for q_HK, blocks_M, length, out_HK in zip(q_NHK, blocks_NM, lengths_N.tolist(), out_NHK, strict=True):
+        used = blocks_M[: -(-length // S)]
+        # (M, KV, S, K) -> (1, length, KV, K)
+        k, v = (
+            cache.index_select(0, used).transpose(1, 2).flatten(0, 1)[None, :length]
+            for cache in (keys_BHSK, values_BHSK)
+        )
+        out_HK.copy_(_dense(q_HK[None, None], k, v, causal=False)[0, 0])
+    return out_NHK
+
+
+def decode_attention(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    positions_N: Tensor,
+    blocks_NM: Tensor,
+    angles_PK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+) -> Tensor:
+    """See :func:`aria.ops.reference.decode_attention`."""
+    q_NHK = cache_new(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
+    return paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, positions_N + 1)
 
 
 @cache

@@ -273,6 +273,24 @@ def paged_attention(
     return out[:, :, 0]
 
 
+def cache_new(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    positions_N: Tensor,
+    blocks_NM: Tensor,
+    angles_PK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+) -> Tensor:
+    """The first half of :func:`decode_attention`: turns q and k, writes k and v at ``positions``; the turned q."""
+    S = keys_BHSK.shape[2]
+    block = blocks_NM.gather(1, (positions_N.long() // S)[:, None])[:, 0]
+    slots = block * S + positions_N % S
+    q_NHK, _ = rotate_and_cache(q_NHK, k_NHK, v_NHK, positions_N, slots, angles_PK, keys_BHSK, values_BHSK)
+    return q_NHK
+
+
 def decode_attention(
     q_NHK: Tensor,
     k_NHK: Tensor,
@@ -291,10 +309,7 @@ def decode_attention(
     Returns:
         ``(N, H, K)``.
     """
-    S = keys_BHSK.shape[2]
-    block = blocks_NM.gather(1, (positions_N.long() // S)[:, None])[:, 0]
-    slots = block * S + positions_N % S
-    q_NHK, _ = rotate_and_cache(q_NHK, k_NHK, v_NHK, positions_N, slots, angles_PK, keys_BHSK, values_BHSK)
+    q_NHK = cache_new(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
     return paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, positions_N + 1)
 
 

@@ -1,4 +1,4 @@
-"""The decoder's attention kernels against their references, through Triton's interpreter."""
+"""The decoder's attention against its references: kernels through Triton's interpreter, and the CPU's own way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
 
 from aria.ops import reference
+from aria.ops.attention import decode_attention as decode_on_cpu
+from aria.ops.attention import paged_attention as paged_on_cpu
 from aria.ops.kernels import chunk_attention, norm, paged_attention, rotary
 
 
@@ -34,6 +36,7 @@ def paged(lengths, H=4, KV=4, K=32, S=16, M=None, dtype=torch.float32):
 MANY = [3 * n % 50 for n in range(66)]
 
 
+@pytest.mark.parametrize("decode", [paged_attention.decode_attention, decode_on_cpu], ids=["kernel", "cpu"])
 @pytest.mark.parametrize(
     "lengths, H, KV, K, S",
     [
@@ -45,25 +48,26 @@ MANY = [3 * n % 50 for n in range(66)]
         (MANY, 1, 1, 16, 16),
     ],
 )
-def test_decode_attention(lengths, H, KV, K, S):
+def test_decode_attention(lengths, H, KV, K, S, decode):
     torch.manual_seed(0)
     q, k, v, positions, blocks, keys, values = paged(lengths, H, KV, K, S)
     angles = reference.rope_angles(512, K, 1e4)
     old_keys, old_values = keys.clone(), values.clone()
     expected = reference.decode_attention(q, k, v, positions, blocks, angles, keys, values)
     for _ in range(2):  # twice: the counters are at zero again
-        got = paged_attention.decode_attention(q, k, v, positions, blocks, angles, old_keys, old_values)
+        got = decode(q, k, v, positions, blocks, angles, old_keys, old_values)
         assert relative_error(got, expected) < 1e-6
         torch.testing.assert_close(old_keys, keys)
         torch.testing.assert_close(old_values, values)
 
 
+@pytest.mark.parametrize("attend", [paged_attention.paged_attention, paged_on_cpu], ids=["kernel", "cpu"])
 @pytest.mark.parametrize("H, KV", [(4, 4), (6, 2)])
-def test_paged_attention(H, KV):
+def test_paged_attention(H, KV, attend):
     torch.manual_seed(1)
     q, _, _, lengths, blocks, keys, values = paged([1, 17, 200, 64], H, KV, S=64)
     q = q.contiguous()
-    got = paged_attention.paged_attention(q, keys, values, blocks, lengths)
+    got = attend(q, keys, values, blocks, lengths)
     assert relative_error(got, reference.paged_attention(q, keys, values, blocks, lengths)) < 1e-6
 
 
