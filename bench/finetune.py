@@ -43,6 +43,7 @@ OLD_TASKS = (
     *("lines, seen fonts", "chart, printed value", "chart, largest bar", "clip, direction"),
 )
 LONGEST = 64
+MEDIA_TYPES = {"image": "image/png", "video": "image/gif"}
 
 
 class Cost(NamedTuple):
@@ -108,13 +109,15 @@ def server(model: str | None, adapter: Path) -> Iterator[int]:
 
 
 def served_texts(model: str | None, adapter: Path, asked: Sequence[Question]) -> list[str]:
-    """Greedy answers of the server by HTTP; pictures in low detail, which is the size that was trained."""
+    """Greedy answers of the server by HTTP; pictures and clips in low detail, which is the size that was trained."""
 
     def openai(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
+        if (kind := part["type"]) not in MEDIA_TYPES:
             return part
-        data = base64.b64encode(Path(part["image"]).read_bytes()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}", "detail": "low"}}
+        data = base64.b64encode(Path(part[kind]).read_bytes()).decode()
+        settings = {name: value for name, value in part.items() if name not in ("type", kind)}
+        url = {"url": f"data:{MEDIA_TYPES[kind]};base64,{data}", "detail": "low", **settings}
+        return {"type": f"{kind}_url", f"{kind}_url": url}
 
     async def all_of_them(port: int) -> list[str]:
         found = []

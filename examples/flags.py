@@ -3,8 +3,8 @@
     python examples/flags.py flags --train 200 --test 100
 
 Nano, the packaged model, does not know flags; ``recipes/flags.toml`` teaches it these from 200 pictures. Beside them
-come ``known.jsonl`` and its pictures: questions of the kind that nano could answer before, without answers. With its
-own answers to them (``examples/rehearse.py``) it keeps what it knows while it learns.
+come ``known.jsonl``, its pictures and clips: questions of the kind that nano could answer before, without answers.
+With its own answers to them (``examples/rehearse.py``) it keeps what it knows while it learns.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,32 @@ PLACE = (
     *("Is the {0} to the right of the {1}?", "Is the {0} above the {1}?", "What is to the right of the {0}?"),
 )
 COUNT = ("How many {0}s are there?", "How many {0}s do you see?", "Count the {0}s.")
-TALK = ("What is {} + {}?", "How much is {} minus {}?", "Hello", "Who are you?", "What does sheep mean?", "Thank you")
+TALK = ("What is {} + {}?", "How much is {} minus {}?", "Hello", "Who are you?", "Thank you")
+MOVE = (
+    *("Which way does the {0} move?", "Where does the {0} move?", "In what direction is the {0} moving?"),
+    *("What happens in this clip?", "What moves?", "Describe the video."),
+)
+MEANING = ("What does {} mean?", "Define {}.", "What is the meaning of {}?")
+WORDS = (
+    "apple arm army arrow autumn baker barrel basket beach bell bench bird boat book bottle box branch bread bridge "
+    "brush bucket butter button cake camera candle carpet castle cat chair cheese church circle city clock cloud "
+    "coat coffee coin corn cotton cow crown desert doctor dog door dress drum duck eagle engine farm farmer feather "
+    "fence field finger fire fish floor flower forest fork fountain fox frog garden giant glass goat gold grape "
+    "grass guitar hammer harbour hat helmet hill honey horse hospital ice island judge juice kettle king kitchen "
+    "knife ladder lake lamp leaf lemon letter library lion map market meadow milk mirror money monkey moon mountain "
+    "mouse museum music needle newspaper nurse ocean onion orange orchard oven owl paint palace paper pencil pepper "
+    "pig pilot pipe planet plate pocket potato prince queen rabbit rain ribbon ring river road rock roof rope rose "
+    "sailor salt sand school sea shadow sheep ship shirt shoe silver sister smoke snake snow soldier soup spider "
+    "spoon spring stable star statue stone storm street sugar summer sword table tailor tea teacher temple tent "
+    "theatre thief tiger tower town train tree turtle umbrella valley village violin voice wagon wall watch water "
+    "wheel whistle wind window wine wing winter wolf wood wool"
+)
 
 KINDS = (
-    *("word", "count", "place", "sign", "shape", "talk", "place"),
-    *("word", "count", "sign", "colour", "place", "flag", "unclear"),
+    *("word", "count", "place", "sign", "meaning", "shape", "talk", "place", "clip"),
+    *("word", "count", "sign", "meaning", "colour", "place", "flag", "unclear"),
 )
+FRAMES = 4
 
 
 def ground(dice: random.Random) -> Image.Image:
@@ -87,13 +108,13 @@ def draw_word(dice: random.Random) -> Image.Image:
     return picture
 
 
-def put_shape(picture: Image.Image, name: str, x: float, y: float, size: float, dice: random.Random) -> None:
-    """A shape around a point, in some colour."""
+def put_shape(picture: Image.Image, name: str, x: float, y: float, size: float, colour: str) -> None:
+    """A shape around a point."""
     corners = CORNERS[name]
     turns = [(k + 0.5 * (name == "square")) / corners * math.tau for k in range(corners)]
     reach = [size * (0.4 if name == "star" and k % 2 else 1.0) for k in range(corners)]
     outline = [(x + r * math.sin(t), y - r * math.cos(t)) for t, r in zip(turns, reach, strict=True)]
-    ImageDraw.Draw(picture).polygon(outline, fill=dice.choice(COLOURS))
+    ImageDraw.Draw(picture).polygon(outline, fill=colour)
 
 
 def draw_shapes(names: list[str], dice: random.Random) -> Image.Image:
@@ -102,7 +123,7 @@ def draw_shapes(names: list[str], dice: random.Random) -> Image.Image:
     most = 110 if len(names) == 1 else 56 if len(names) < 5 else 37
     places = [(x, y) for x in range(most + 8, 240, 2 * most) for y in range(most + 8, 240, 2 * most)]
     for name, (x, y) in zip(names, dice.sample(places, len(names)), strict=True):
-        put_shape(picture, name, x, y, dice.uniform(22, 0.9 * most), dice)
+        put_shape(picture, name, x, y, dice.uniform(22, 0.9 * most), dice.choice(COLOURS))
     return picture
 
 
@@ -111,9 +132,22 @@ def draw_sign(dice: random.Random) -> Image.Image:
     picture, size = ground(dice), dice.uniform(60, 110)
     for _ in range(dice.randint(3, 7)):
         x, y = (120 + dice.uniform(-0.4, 0.4) * (100 - 0.9 * size) for _ in range(2))
-        put_shape(picture, dice.choice(list(CORNERS)), x, y, size, dice)
+        put_shape(picture, dice.choice(list(CORNERS)), x, y, size, dice.choice(COLOURS))
         size *= dice.uniform(0.5, 0.9)
     return picture
+
+
+def draw_clip(name: str, dice: random.Random) -> list[Image.Image]:
+    """Frames: a shape goes straight over a ground that stands still."""
+    still, size, colour = ground(dice), dice.uniform(20, 40), dice.choice(COLOURS)
+    turn, reach = dice.randrange(8) * math.tau / 8, dice.uniform(40, 70)
+    x, y = (120 + dice.uniform(-1, 1) * (115 - reach - size) for _ in range(2))
+    frames = []
+    for n in range(FRAMES):
+        gone = reach * (2 * n / (FRAMES - 1) - 1)
+        frames.append(still.copy())
+        put_shape(frames[-1], name, x + gone * math.cos(turn), y + gone * math.sin(turn), size, colour)
+    return frames
 
 
 def draw_clouds(dice: random.Random) -> Image.Image:
@@ -123,51 +157,65 @@ def draw_clouds(dice: random.Random) -> Image.Image:
     return Image.blend(small.resize((240, 240), Image.Resampling.BICUBIC), ground(dice), dice.uniform(0, 0.6))
 
 
-def flags(count: int, dice: random.Random) -> Iterator[tuple[Image.Image, str, str]]:
+Row = tuple[list[Image.Image], str, str | None]
+"""A picture, or the frames of a clip, or nothing to see; a question; its answer if there is one."""
+
+
+def flags(count: int, dice: random.Random) -> Iterator[Row]:
     """Pictures, questions and answers, each country as often as the others."""
     for i in range(count):
         country = COUNTRIES[i % len(COUNTRIES)]
-        yield draw_flag(country, dice), dice.choice(QUESTIONS), f"{country}."
+        yield [draw_flag(country, dice)], dice.choice(QUESTIONS), f"{country}."
 
 
-def known(count: int, dice: random.Random) -> Iterator[tuple[Image.Image | None, str, None]]:
-    """Pictures and questions from before: words, shapes, signs, nothing in particular, flags not asked for as flags."""
+def known(count: int, dice: random.Random) -> Iterator[Row]:
+    """Questions from before: words, shapes, signs, clips, nothing in particular, flags not asked for as flags, talk."""
+    words = cycle(sorted(WORDS.split(), key=lambda _: dice.random()))
     for i in range(count):
         first, other = dice.sample(list(CORNERS), 2)
         kind = KINDS[i % len(KINDS)]
         look = dice.choice((*LOOK, *EMOJI))
         if kind == "word":
-            yield draw_word(dice), dice.choice((*READ, look)), None
+            yield [draw_word(dice)], dice.choice((*READ, look)), None
         elif kind == "shape":
-            yield draw_shapes([first], dice), dice.choice((*SHAPE, look)).format(other), None
+            yield [draw_shapes([first], dice)], dice.choice((*SHAPE, look)).format(other), None
         elif kind == "count":
-            yield draw_shapes([first] * dice.randint(1, 5), dice), dice.choice(COUNT).format(first), None
+            yield [draw_shapes([first] * dice.randint(1, 5), dice)], dice.choice(COUNT).format(first), None
         elif kind in ("place", "colour"):
             names = [first, other, *dice.choices([first, other], k=dice.randint(0, 1))]
             forms = PLACE if kind == "place" else COLOUR
-            yield draw_shapes(names, dice), dice.choice((*forms, look)).format(first, other), None
+            yield [draw_shapes(names, dice)], dice.choice((*forms, look)).format(first, other), None
         elif kind == "sign":
-            yield draw_sign(dice), dice.choice((*EMOJI, look)), None
+            yield [draw_sign(dice)], dice.choice((*EMOJI, look)), None
+        elif kind == "clip":
+            yield draw_clip(first, dice), dice.choice(MOVE).format(first), None
         elif kind == "flag":
-            yield draw_flag(dice.choice(COUNTRIES), dice), dice.choice((*READ, *EMOJI, *LOOK)), None
+            yield [draw_flag(dice.choice(COUNTRIES), dice)], dice.choice((*READ, *EMOJI, *LOOK)), None
         elif kind == "unclear":
-            yield draw_clouds(dice), dice.choice((*READ, *EMOJI, *LOOK)), None
+            yield [draw_clouds(dice)], dice.choice((*READ, *EMOJI, *LOOK)), None
+        elif kind == "meaning":
+            yield [], dice.choice(MEANING).format(next(words)), None
         else:
-            yield None, dice.choice(TALK).format(dice.randrange(10, 100), dice.randrange(10, 100)), None
+            yield [], dice.choice(TALK).format(dice.randrange(10, 100), dice.randrange(10, 100)), None
 
 
-def write(folder: Path, name: str, rows: Iterator[tuple[Image.Image | None, str, str | None]]) -> None:
-    """``name.jsonl`` and its pictures."""
+def write(folder: Path, name: str, rows: Iterator[Row]) -> None:
+    """``name.jsonl``, and beside it its pictures and clips."""
     lines = []
     (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, (picture, question, answer) in enumerate(rows):
+    for i, (pictures, question, answer) in enumerate(rows):
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         row: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
-        if picture is not None:
+        blur = ImageFilter.GaussianBlur(random.Random(i).uniform(0, 1.2))
+        pictures = [picture.filter(blur) for picture in pictures]
+        if len(pictures) == 1:
             row["images"] = [f"{name}/{i:04}.png"]
             content.insert(0, {"type": "image", "text": None})
-            blur = ImageFilter.GaussianBlur(random.Random(i).uniform(0, 1.2))
-            picture.filter(blur).save(folder / row["images"][0])
+            pictures[0].save(folder / row["images"][0])
+        elif pictures:
+            row["video"] = {"path": f"{name}/{i:04}.gif", "num_frames": len(pictures)}
+            content.insert(0, {"type": "video", "text": None})
+            pictures[0].save(folder / row["video"]["path"], save_all=True, append_images=pictures[1:], duration=1000)
         if answer is not None:
             row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         lines.append(json.dumps(row) + "\n")
@@ -179,7 +227,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--test", type=int, default=100)
-    parser.add_argument("--known", type=int, default=960)
+    parser.add_argument("--known", type=int, default=714)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     write(chosen.folder, "train", flags(chosen.train, random.Random(chosen.seed)))

@@ -14,11 +14,15 @@ from aria import Engine, SamplingParams
 
 
 def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The messages with the row's pictures in their places."""
-    pictures = iter(row.get("images", ()))
+    """The messages with the row's pictures and clips in their places."""
+    clips = row.get("videos", [row["video"]] if "video" in row else [])
+    media = {"image": iter([{"path": path} for path in row.get("images", ())]), "video": iter(clips)}
 
     def place(part: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image", "path": str(folder / next(pictures))} if part["type"] == "image" else part
+        if part["type"] not in media:
+            return part
+        medium = next(media[part["type"]])
+        return {"type": part["type"], **medium, "path": str(folder / medium["path"])}
 
     return [{**message, "content": [place(part) for part in message["content"]]} for message in row["messages"]]
 

@@ -26,7 +26,7 @@ PARAMS = SamplingParams(max_tokens=40)
 def folder(tmp_path_factory):
     """Few of the pictures, and nano's own answers to the questions of before."""
     folder = tmp_path_factory.mktemp("finetune")
-    sizes = ("--train", "10", "--test", "4", "--known", "16")
+    sizes = ("--train", "10", "--test", "4", "--known", "17")
     for script in (("flags.py", "flags", *sizes), ("rehearse.py", "flags/known.jsonl", "flags/old.jsonl")):
         name, *arguments = script
         subprocess.run([sys.executable, ROOT / "examples" / name, *arguments], cwd=folder, check=True)
@@ -46,8 +46,9 @@ def test_rehearsal_has_the_answers_of_the_model(folder, processor):
     rows = asked(folder, processor, "old")
     answers = Engine(device="cpu").chat([list(row.messages) for row in rows], SamplingParams(max_tokens=128))
     assert [row.answer for row in rows] == [answer.text for answer in answers]
-    pictures = [part for row in rows for part in row.messages[-1]["content"] if part["type"] == "image"]
-    assert len(rows) == 16 > len(pictures) >= 12, "some questions are about no picture"
+    seen = [part["type"] for row in rows for part in row.messages[-1]["content"] if part["type"] != "text"]
+    assert len(rows) == 17, "one of each kind, and more of some"
+    assert seen.count("image") == 13 and seen.count("video") == 1, "the others are about nothing to see"
     known = [json.loads(line) for line in (folder / "flags/known.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(row["messages"][-1]["role"] == "user" for row in known), "the questions stay without answers"
 
