@@ -59,7 +59,8 @@ def test_a_token_that_is_not_a_number_harms_nobody_else():
     x[7] = float("nan")
     got, expected = case.run(x), case.run(case.x)
     others = torch.arange(20) != 7
-    assert torch.equal(got[others], expected[others])
+    # Its experts are others than before, so rows lie elsewhere in tiles, and some CPUs round by the place.
+    torch.testing.assert_close(got[others], expected[others])
     assert got[7].isnan().all()
 
 
