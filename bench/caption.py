@@ -19,7 +19,7 @@ import torch
 
 from aria import Engine, SamplingParams
 from aria.engine.engine import Answer
-from aria.engine.pictures import PictureCache
+from aria.model.picture_cache import PictureCache
 from aria.processor.pictures import Prepared, load_crops
 from bench import measure, script
 from bench.measure import Ceilings, Spread

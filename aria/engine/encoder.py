@@ -13,9 +13,9 @@ from torch import Tensor
 
 from aria import ops
 from aria.engine.graphs import Graphs
-from aria.engine.pictures import PictureCache
 from aria.engine.request import Picture
 from aria.model import Aria, PackedPatches, pack_crops
+from aria.model.picture_cache import PictureCache
 from aria.processor.pictures import PictureInput, load_crops
 
 MOST_PATCHES = {"cuda": 80_000, "cpu": 10_000}

@@ -39,6 +39,8 @@ class Crops(NamedTuple):
     """uint8 ``(C, 3, S, S)``, black where a crop is padded at its right and bottom."""
     extents: tuple[tuple[int, int], ...]
     """(height, width) of the real pixels of each crop, from its upper left corner."""
+    key: bytes | None = None
+    """Of the picture that they are all of, if they are: the same crops have the same one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,5 +84,5 @@ class Batch:
             self,
             input_ids=change(self.input_ids),
             targets=change(self.targets),
-            crops=tuple(Crops(change(crops.pixels), crops.extents) for crops in self.crops),
+            crops=tuple(crops._replace(pixels=change(crops.pixels)) for crops in self.crops),
         )

@@ -18,6 +18,7 @@ from aria.model import Aria, Packed
 from aria.model.adapter import AdaptedLinear
 from aria.model.context import Context
 from aria.model.patches import pack_crops
+from aria.model.picture_cache import PictureCache
 from aria.ops import Segments
 from aria.processor.pictures import Crops
 from aria.train.batch import Batch
@@ -45,9 +46,12 @@ class ObjectiveSettings:
     """Experts that are balanced together: 1 as in the authors' fine-tuning code, 8 as in their pre-training."""
     vision_chunk: int = 4
     """Crops that go through the vision encoder at a time."""
+    picture_bytes: int = 0
+    """Memory of the host, on each rank, for picture tokens: where neither encoder nor projector trains, a picture is
+    encoded once and not in every epoch and every evaluation. The least recently used go first."""
 
     def __post_init__(self) -> None:
-        for name in ("z_coefficient", "balance_coefficient"):
+        for name in ("z_coefficient", "balance_coefficient", "picture_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} should be 0 or above, but is {getattr(self, name)}")
         for name in ("balance_group", "vision_chunk"):
@@ -122,11 +126,19 @@ class Objective:
         """``mean`` and ``std`` normalise pictures, as the processor's do; ``ranks`` None means there is one process."""
         self.model, self.settings, self.ranks = model, settings or ObjectiveSettings(), ranks
         self._mean, self._std = mean, std
+        self._kept = PictureCache(self.settings.picture_bytes)
+        self.encoded: Sequence[Crops] = ()
+        """Of the last batch, what the vision encoder was run on: all pictures but those that were kept."""
         text = model.config.text
         if text.moe_num_experts % self.settings.balance_group:
             raise ValueError(
                 f"[objective] balance_group is {self.settings.balance_group}, which does not divide the model's "
                 f"{text.moe_num_experts} experts"
+            )
+        if self._kept.capacity and self._sees():
+            raise ValueError(
+                f"[objective] picture_bytes is {self._kept.capacity:,}, but what the vision encoder or the projector "
+                "gives changes while they train: set picture_bytes = 0, or freeze_vit and freeze_projector to true"
             )
 
     def __call__(self, batch: Batch, step: Step) -> Losses:
@@ -187,9 +199,13 @@ class Objective:
         call a module whose weights are spread over all ranks would let the others wait for ever. What trains runs once
         at least, so that there is always a gradient, be it zero.
         """
-        chunks = list(_chunks(crops, self.settings.vision_chunk))
-        learning = trains(self.model.vision_tower) or trains(self.model.multi_modal_projector)
-        least = max(len(chunks), int(learning))
+        kept = {picture.key: known for picture in crops if (known := self._kept.get(picture.key)) is not None}
+        self.encoded = [picture for picture in crops if picture.key not in kept]
+        # What is kept must not depend on what happened to be beside it, or a run that goes on would depart from one
+        # that was never stopped: such pictures are encoded by themselves.
+        portions = [[picture] for picture in self.encoded] if self._kept.capacity else [self.encoded]
+        chunks = [chunk for portion in portions for chunk in _chunks(portion, self.settings.vision_chunk)]
+        least = max(len(chunks), int(self._sees()))
         most = least if self.ranks is None else self.ranks.max(least)
         features = [self._encode(chunk) for chunk in chunks]
         tie: Tensor | float = 0.0
@@ -197,7 +213,34 @@ class Objective:
             dummy = self._encode(self._dummy())
             if dummy.requires_grad:
                 tie = tie + dummy.sum() * 0.0
+        if self._kept.capacity:
+            features = list(self._joined(crops, kept, features))
         return (torch.cat(features) if features else None), tie
+
+    def _joined(
+        self, crops: Sequence[Crops], kept: Mapping[bytes | None, Tensor], features: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """Picture tokens of each picture: those that were kept, and those of the chunks, which are kept from now on."""
+        made = iter(torch.cat(list(features)).split([self._places(p) for p in self.encoded]) if features else ())
+        device = self.model.multi_modal_projector.query.device
+        for picture in crops:
+            if picture.key in kept:
+                yield kept[picture.key].to(device, non_blocking=True)
+                continue
+            features_QD = next(made)
+            if picture.key is not None:
+                self._kept.put(picture.key, _on_host(features_QD))
+            yield features_QD
+
+    def _places(self, picture: Crops) -> int:
+        """Picture tokens of a picture."""
+        config = self.model.config
+        grid = (picture.pixels.shape[-1] // config.vision.patch_size) ** 2
+        return len(picture.extents) * config.projector.queries_for(grid)
+
+    def _sees(self) -> bool:
+        """Whether anything trains that picture tokens depend on."""
+        return trains(self.model.vision_tower) or trains(self.model.multi_modal_projector)
 
     def _encode(self, crops: Crops) -> Tensor:
         """Crops of one size -> their picture tokens; a part that is frozen keeps nothing for gradients."""
@@ -259,6 +302,13 @@ def _segments(lengths: Sequence[int], device: torch.device) -> Segments:
     if device.type == "cuda":
         cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
     return Segments(tuple(lengths), cu_seqlens.to(device))
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy on the host that nobody waits for: whoever sends it back does so on the same stream."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _chunks(crops: Sequence[Crops], most: int) -> Iterator[Crops]:

@@ -52,6 +52,8 @@ class Memory:
     working: int
     """One layer computed again and its backward pass, or a chunk of pictures, whichever is more."""
     logits: int
+    pictures: int
+    """Those that are kept encoded; none where the host has memory of its own for them."""
     reserve: int
     whole: int = 0
     """Not a part, but before all others: the model and the reserve on a rank that has read it and not yet spread it."""
@@ -244,6 +246,7 @@ class Estimator:
             activations=round(kept + seen + 2 * inputs * T),
             working=round(max(again, wide)),
             logits=round(scores),
+            pictures=recipe.objective.picture_bytes if self._device.type == "cpu" else 0,
             reserve=reserve,
             # Every rank reads the model onto its device, and adapters are attached, before anything is spread.
             whole=counts.base + counts.adapters + reserve if world > 1 else 0,

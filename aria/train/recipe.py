@@ -295,6 +295,7 @@ _FREE = {
     "log": None,
     "evaluate": None,
     "data": {"workers", "prefetch", "on_error"},
+    "objective": {"picture_bytes"},
     "optimizer": {"learning_rate", "clip_norm"},
     "schedule": {"max_skipped"},
 }

@@ -419,8 +419,9 @@ def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[A
     trained = trained_parts(aria, full=recipe.targets.method == "full")
 
     def flops(batch: Any) -> float:
-        # Ranks that share sequences share their work.
-        return batch_flops(aria.config, trained, batch.lengths, batch.labels, batch.crops) / parts.parallel.sequence
+        # Asked after the objective was. Ranks that share sequences share their work.
+        whole = batch_flops(aria.config, trained, batch.lengths, batch.labels, objective.encoded)
+        return whole / parts.parallel.sequence
 
     return objective, flops
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,86 @@ def test_frozen_parts_get_no_gradients_and_the_rest_the_same(model, conversation
     agree(found, {name: g for name, g in expected.items() if not name.startswith("vision_tower")})
     assert {name.split(".")[0] for name in less} == {"language_model"}
     agree(less, {name: g for name, g in expected.items() if name.startswith("language_model")})
+
+
+@pytest.fixture
+def encodings(model):
+    """One entry for each time that the vision encoder runs: its crops."""
+    calls = []
+    handle = model.vision_tower.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0].grid_patches)))
+    yield calls
+    handle.remove()
+
+
+@pytest.fixture
+def blind(model):
+    """The model with its eyes frozen."""
+    for part in (model.vision_tower, model.multi_modal_projector):
+        part.requires_grad_(False)
+    yield model
+    model.requires_grad_(True)
+
+
+def keyed(batch: Batch) -> Batch:
+    return replace(batch, crops=tuple(c._replace(key=bytes(c.pixels[0, 0, 0, :9].tolist())) for c in batch.crops))
+
+
+def room(pictures: float) -> ObjectiveSettings:
+    """Memory for so many pictures of one crop of 490 px."""
+    return replace(PLAIN, picture_bytes=int(pictures * 128 * tiny_config().text.hidden_size * 4))
+
+
+def test_a_picture_that_was_kept_is_not_encoded_again(blind, conversations, encodings):
+    batch = keyed(packed(conversations))
+    plain = Objective(blind, PLAIN)(batch, Step(batch.labels, 1, 0.0))
+    plain.total.backward()
+    expected = gradients(blind)
+    objective = Objective(blind, room(2))
+    encodings.clear()
+    for seen in (2, 0):
+        losses = objective(batch, Step(batch.labels, 1, 0.0))
+        losses.total.backward()
+        assert len(objective.encoded) == seen
+        assert losses.total.item() == pytest.approx(plain.total.item(), rel=1e-6)
+        agree(gradients(blind), expected)
+    assert encodings == [1, 1]
+
+
+def test_what_is_kept_of_a_picture_does_not_depend_on_those_beside_it(blind):
+    rows = [conversation(9, True, seed) for seed in range(5)]
+    pictures = keyed(packed(rows)).crops
+    together, later = Objective(blind, room(5)), Objective(blind, room(5))
+    expected = together._see(pictures)[0].split(128)
+    assert torch.equal(later._see(pictures[3:4])[0], expected[3])
+    assert torch.equal(later._see((pictures[3], pictures[1]))[0], torch.cat([expected[3], expected[1]]))
+    assert later.encoded == [pictures[1]]
+
+
+def test_pictures_that_nobody_asked_for_lately_make_room(blind, encodings):
+    pictures = keyed(packed([conversation(9, True, seed) for seed in range(3)])).crops
+    objective = Objective(blind, room(2.5))
+    for number, encoded in ((0, 1), (1, 1), (0, 0), (2, 1), (0, 0), (1, 1)):
+        objective._see(pictures[number : number + 1])
+        assert len(objective.encoded) == encoded
+    unnamed = pictures[0]._replace(key=None)
+    for _ in range(2):
+        objective._see([unnamed])
+        assert objective.encoded == [unnamed]
+
+
+def test_ranks_that_kept_their_pictures_wait_for_those_that_did_not(blind, conversations, encodings):
+    batch = keyed(packed(conversations))
+    objective = Objective(blind, room(2), ranks=SimpleNamespace(sequence=1, max=lambda value: max(value, 1)))
+    first, second = (objective(batch, Step(batch.labels, 1, 0.0)).total.item() for _ in range(2))
+    assert encodings == [1, 1, 1]
+    assert first == second
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
+def test_pictures_are_not_kept_while_what_encodes_them_trains(blind, part):
+    getattr(blind, part).requires_grad_(True)
+    with pytest.raises(ValueError, match="set picture_bytes = 0, or freeze_vit and freeze_projector to true"):
+        Objective(blind, room(1))
 
 
 @pytest.mark.parametrize("chunk", [1, 2])

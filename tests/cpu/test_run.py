@@ -223,11 +223,12 @@ def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> Non
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
     top = {
-        "budget.steps": 22,
+        "budget.steps": 50,
         "checkpoint.every_steps": 6,
         "optimizer.learning_rate": 1e-3,
         "schedule.average": 0.9,
         "targets.dropout": 0.2,
+        "objective.picture_bytes": 1 << 20,
     }
     file, whole, broken = recipe(**top), tmp_path / "whole", tmp_path / "broken"
     uninterrupted = start(file, whole)
@@ -255,7 +256,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
         [(line["step"], line["loss"], line["gradient norm"], line["learning rate"]) for line in lines(out)]
         for out in (whole, broken)
     ]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 22
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 50
 
 
 def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys):
@@ -266,8 +267,8 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     assert command("train", file, "--out", out) == 0
     assert command("train", file, "--out", out, "--set", "optimizer.weight_decay=0.5") == 2
     assert "holds checkpoints of another recipe (optimizer.weight_decay" in " ".join(capsys.readouterr().err.split())
-    # More of the same is not another recipe, nor is what a gradient that is not finite asks for.
-    sets = ("budget.steps=4", "optimizer.learning_rate=1e-6", "schedule.max_skipped=1")
+    # More of the same is not another recipe, nor is what a gradient that is not finite asks for, nor memory.
+    sets = ("budget.steps=4", "optimizer.learning_rate=1e-6", "schedule.max_skipped=1", "objective.picture_bytes=9999")
     assert command("train", file, "--out", out, "--resume", *(x for one in sets for x in ("--set", one))) == 0
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
     assert lines(out)[-1]["learning rate"] <= 1e-6 < lines(out)[0]["learning rate"]

@@ -15,7 +15,7 @@ from aria.processor.pictures import Crops
 from aria.train import targets
 from aria.train.batch import Batch, Sample
 from aria.train.loss import IGNORE_INDEX
-from aria.train.objective import Objective, Step
+from aria.train.objective import Objective, ObjectiveSettings, Step
 from aria.train.preflight import Estimator
 from aria.train.recipe import Recipe
 from aria.train.run import train
@@ -69,6 +69,23 @@ def test_the_objective_is_the_cpus():
         assert distance < 0.01, f"{name}: {distance:.2e}"
     # In bf16 some tokens go to other experts, so that single gradients may differ.
     assert losses("cuda", torch.bfloat16)[0] == pytest.approx(expected, rel=0.03)
+
+
+def test_kept_pictures_come_back_as_they_were():
+    model = load_model(None, dtype=torch.bfloat16, device="cuda")
+    for part in (model.vision_tower, model.multi_modal_projector):
+        part.requires_grad_(False)
+    size = min(model.config.image_sizes())
+    pixels = torch.randint(0, 256, (40, 1, 3, size, size), dtype=torch.uint8, device="cuda")
+    pictures = [Crops(one, ((size, size),), bytes([number])) for number, one in enumerate(pixels)]
+    objective = Objective(model, ObjectiveSettings(picture_bytes=1 << 30))
+    first, _ = objective._see(pictures)
+    assert len(objective.encoded) == 40
+    # Asked for again before the device has done any of it.
+    for order in (list(range(40)), [7, 3, 39, 3, 0]):
+        again, _ = objective._see([pictures[i] for i in order])
+        assert not objective.encoded
+        assert torch.equal(again, torch.cat([first.chunk(40)[i] for i in order]))
 
 
 @pytest.fixture

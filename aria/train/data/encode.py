@@ -264,4 +264,4 @@ def _sample(ids: Sequence[int], learnt: Sequence[bool], crops: tuple[Crops, ...]
 
 def _crops(picture: Picture) -> Crops:
     crops = picture.load()
-    return Crops(crops.pixels.contiguous(), crops.extents)
+    return Crops(crops.pixels.contiguous(), crops.extents, picture.key)
