@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -30,6 +30,10 @@ UPLOAD_BYTES = 64 << 20
 """Pictures of one shape go to the device together, up to so many bytes at a time."""
 # Since its version 13 Pillow begins with the height where that shrinks much more than the width.
 _PILLOW_CHOOSES = int(PIL.__version__.split(".")[0]) >= 13
+
+
+Pixels = TypeVar("Pixels", np.ndarray, Tensor)
+"""Grey levels, uint8, on the host or on a device."""
 
 
 class Crops(NamedTuple):
@@ -163,8 +167,13 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
     device = torch.device(device)
     crops: list[Crops | None] = [None] * len(pictures)
     for group in _alike(pictures):
-        first = pictures[group[0]]
-        loaded = _cut(_upload([pictures[i].rgb for i in group], device), first)
+        first, arrays = pictures[group[0]], [pictures[i].rgb for i in group]
+        if device.type == "cpu":
+            # Threads that call this beside PyTorch's own should not make it begin more of them: where there are more
+            # than cores, all wait for each other asleep, and small operations take twice as long.
+            loaded = torch.from_numpy(_cut(np.stack(arrays), first))
+        else:
+            loaded = _cut(_upload(arrays, device), first)
         for i, one in zip(group, loaded.permute(0, 1, 4, 2, 3).unbind(), strict=True):
             crops[i] = Crops(one, pictures[i].extents)
     return [one for one in crops if one is not None]
@@ -202,18 +211,18 @@ def _together(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[A
         return list(pool.map(lambda call: function(*call), calls))
 
 
-def _cut(rgb_FYXH: Tensor, picture: Picture) -> Tensor:
+def _cut(rgb_FYXH: Pixels, picture: Picture) -> Pixels:
     """Crops uint8 ``(F, C, S, S, 3)`` of pictures that are all like ``picture``."""
     F, S = len(rgb_FYXH), picture.size
     [whole] = picture.extents if len(picture.extents) == 1 else [None]
     if whole == (S, S) == rgb_FYXH.shape[1:3]:
         return rgb_FYXH[:, None]
-    crops = rgb_FYXH.new_zeros(F, len(picture.extents), S, S, 3)
+    crops = _black(rgb_FYXH, F, len(picture.extents), S, S, 3)
     extents = iter(enumerate(picture.extents))
     for sheet in picture.sheets:
         page = _resize(rgb_FYXH, *sheet.drawn)
         if sheet.size != sheet.drawn:
-            canvas = rgb_FYXH.new_zeros(F, sheet.size[1], sheet.size[0], 3)
+            canvas = _black(rgb_FYXH, F, sheet.size[1], sheet.size[0], 3)
             x, y = sheet.offset
             canvas[:, y : y + sheet.drawn[1], x : x + sheet.drawn[0]] = page
             page = canvas
@@ -223,15 +232,18 @@ def _cut(rgb_FYXH: Tensor, picture: Picture) -> Tensor:
     return crops
 
 
-def _resize(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:
+def _black(like: Pixels, *shape: int) -> Pixels:
+    return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def _resize(pictures_FYXH: Pixels, width: int, height: int) -> Pixels:
     old_height, old_width = pictures_FYXH.shape[1:3]
     if (old_height, old_width) == (height, width):
         return pictures_FYXH
-    if pictures_FYXH.device.type == "cpu":
-        arrays = (np.ascontiguousarray(picture) for picture in pictures_FYXH.numpy())
-        resized = (Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays)
-        return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
-    return resize_as_pillow(pictures_FYXH, width, height)
+    if isinstance(pictures_FYXH, Tensor):
+        return resize_as_pillow(pictures_FYXH, width, height)
+    images = (Image.fromarray(np.ascontiguousarray(picture)) for picture in pictures_FYXH)
+    return np.stack([np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images])
 
 
 def resize_as_pillow(pictures_FYXH: Tensor, width: int, height: int) -> Tensor:

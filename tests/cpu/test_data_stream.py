@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -285,6 +288,35 @@ def test_a_fault_of_ours_is_not_taken_for_a_row_s(rows, monkeypatch):
     monkeypatch.setattr(shown._encoder, "_text", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         take(shown, 60)
+
+
+THREADS = """
+import sys, threading
+import psutil
+from aria import AriaConfig, AriaProcessor
+from aria.train.data import DataSettings, make_stream
+
+def native():
+    return psutil.Process().num_threads() - len(threading.enumerate())
+
+settings = DataSettings(paths=(sys.argv[1],), workers=4)
+batches = iter(make_stream(settings, AriaProcessor.from_pretrained(), AriaConfig.from_pretrained(), tokens=512))
+before = native()
+for _ in range(3):
+    next(batches)
+print(native() - before, sum(thread.name.startswith("aria-data") for thread in threading.enumerate()))
+"""
+
+
+def test_reading_ahead_starts_no_threads_of_pytorch_s(tmp_path):
+    """With more of them than cores, those of the training would sleep whenever they wait for each other."""
+    for i in range(12):
+        made_data.picture(tmp_path, f"{i}.png", (400, 300 + i))
+    shown = [[{"type": "image", "path": f"{i}.png"}, {"type": "text", "text": "fox"}] for i in range(12)]
+    file = jsonl(tmp_path / "train.jsonl", [{"messages": [said("user", c), said("assistant", "dog")]} for c in shown])
+    command = [sys.executable, "-c", THREADS, str(file)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "4"], done.stdout + done.stderr
 
 
 def test_mixtures_are_exact():

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from aria.config import AriaConfig
@@ -264,4 +265,6 @@ def _sample(ids: Sequence[int], learnt: Sequence[bool], crops: tuple[Crops, ...]
 
 def _crops(picture: Picture) -> Crops:
     crops = picture.load()
-    return Crops(crops.pixels.contiguous(), crops.extents, picture.key)
+    # In NumPy, as load_crops works.
+    pixels = torch.from_numpy(np.ascontiguousarray(crops.pixels.numpy()))
+    return Crops(pixels, crops.extents, picture.key)
