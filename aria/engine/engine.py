@@ -148,8 +148,11 @@ class Engine:
             if not holds:
                 raise ValueError(f"{name} is {value}; expected {expected}")
         self.processor = _processor(path_or_repo_id, revision)
+        config = path_or_repo_id
+        if not isinstance(config, AriaConfig):
+            config = AriaConfig.from_pretrained(config, revision=revision)
+        stored = {name: read_adapter(folder, config) for name, folder in (adapters or {}).items()}
         self.model = load_model(path_or_repo_id, revision=revision, dtype=dtype, device=device)
-        stored = {name: read_adapter(folder, self.model.config) for name, folder in (adapters or {}).items()}
         self.core = EngineCore(
             self.model,
             adapters={name: adapter.weights for name, adapter in stored.items()},

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aria.checkpoint import load_model, save_checkpoint
 from aria.checkpoint.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from aria.checkpoint.adapter import read_adapter, save_adapter
-from aria.config import AriaConfig, parse_dtype
+from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
 from aria.hub import ADAPTER_NAME
 from aria.model import Aria
 from aria.model.adapter import adapters
@@ -205,8 +205,13 @@ def _sampled(stream: DataStream, config: AriaConfig, trained: Trained) -> Sample
 
 
 def _claim(out: Path, recipe: Recipe, parallel: Parallel, lock: BaseFileLock, *, begun: bool) -> None:
-    """Put the resolved recipe into the run's folder; a folder with checkpoints of another recipe is refused."""
+    """Put the resolved recipe into the run's folder; one with another recipe's checkpoints or weights is refused."""
     file = out / FILE_NAME
+    if recipe.targets.method == "lora" and (out / EXPORT / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{out / EXPORT} holds the weights of an earlier training, and what is read from there would be these and "
+            "not the adapter: move them away, or name another --out"
+        )
     there = Recipe.read(file) if file.is_file() else None
     if begun and there is not None:
         _same(file, there, recipe)

@@ -283,6 +283,16 @@ def engine(model_folder, folders):
     return Engine(model_folder, device="cpu", adapters={name: folder for name, (folder, _) in folders.items()})
 
 
+def test_an_adapter_that_is_not_there_is_told_before_weights_are_read(model_folder, folders, monkeypatch, tmp_path):
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("aria.engine.engine.load_model", read)
+    there = folders[next(iter(TRAINED))][0]
+    with pytest.raises(FileNotFoundError, match="no-such-adapter"):
+        Engine(model_folder, device="cpu", adapters={"there": there, "gone": tmp_path / "no-such-adapter"})
+
+
 def alone(model_folder, change, params) -> list[str]:
     """What an engine answers whose model has the adapter merged."""
     other = Engine(model_folder, device="cpu")

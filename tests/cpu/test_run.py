@@ -205,6 +205,17 @@ def test_weights_take_the_place_of_an_adapter_trained_there_before(command, reci
     assert (out / "export" / "model.safetensors").is_file() and not list((out / "export").glob("adapter_*"))
 
 
+def test_adapters_do_not_come_to_lie_beside_weights_trained_there_before(command, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command("train", recipe("[targets]\nmethod = 'full'\n", **{"budget.steps": 1}), "--out", out) == 0
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "recipe.toml").read_text(encoding="utf-8")
+    assert command("train", recipe(**{"budget.steps": 1}), "--out", out) == 2
+    assert "holds the weights of an earlier training" in " ".join(capsys.readouterr().err.split())
+    assert (out / "export" / "model.safetensors").is_file() and not list((out / "export").glob("adapter_*"))
+    assert (out / "recipe.toml").read_text(encoding="utf-8") == before
+
+
 def start(file: Path, out: Path) -> subprocess.Popen[bytes]:
     code = "import torch; torch.set_num_threads(1); from aria.cli import main; main()"
     command = [sys.executable, "-c", code, "train", str(file), "--out", str(out)]
