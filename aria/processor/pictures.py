@@ -171,11 +171,11 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
         if device.type == "cpu":
             # Threads that call this beside PyTorch's own should not make it begin more of them: where there are more
             # than cores, all wait for each other asleep, and small operations take twice as long.
-            loaded = torch.from_numpy(_cut(np.stack(arrays), first))
+            loaded = torch.from_numpy(np.ascontiguousarray(_cut(np.stack(arrays), first).transpose(0, 1, 4, 2, 3)))
         else:
-            loaded = _cut(_upload(arrays, device), first)
-        for i, one in zip(group, loaded.permute(0, 1, 4, 2, 3).unbind(), strict=True):
-            crops[i] = Crops(one, pictures[i].extents)
+            loaded = _cut(_upload(arrays, device), first).permute(0, 1, 4, 2, 3)
+        for i, one in zip(group, loaded.unbind(), strict=True):
+            crops[i] = Crops(one, pictures[i].extents, pictures[i].key)
     return [one for one in crops if one is not None]
 
 

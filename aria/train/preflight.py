@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from aria.config import AriaConfig, parse_dtype
 from aria.model import Aria, Packed
-from aria.model.moe import GroupedLinear
 from aria.ops import Segments
 from aria.train import targets
 from aria.train.cost import Trained, token_flops
@@ -114,10 +113,7 @@ def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    for module in model.modules():
-        if isinstance(module, GroupedLinear):
-            # In the order of checkpoints products of 16-bit numbers take many CPUs ten times as long.
-            module.lay_out()
+    model.lay_out()  # in the order of checkpoints products of 16-bit numbers take many CPUs ten times as long
     _apply_alike(model, chosen)
     model.train()
     counts = (16, 48)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from aria.config import AriaConfig
@@ -139,7 +138,7 @@ class Encoder:
             notes.append(Note("trimmed", said))
         ids = [index for turn in kept for index in turn.ids]
         learnt = [one for turn in kept for one in turn.learnt]
-        crops = tuple(_crops(picture) for turn in kept for picture in turn.pictures)
+        crops = tuple(picture.load() for turn in kept for picture in turn.pictures)
         return [_sample(ids, learnt, crops)], notes
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
@@ -261,10 +260,3 @@ def _sample(ids: Sequence[int], learnt: Sequence[bool], crops: tuple[Crops, ...]
     targets = torch.full_like(input_ids, IGNORE_INDEX)
     targets[:-1] = torch.where(counts[1:], input_ids[1:], IGNORE_INDEX)
     return Sample(input_ids, targets, crops)
-
-
-def _crops(picture: Picture) -> Crops:
-    crops = picture.load()
-    # In NumPy, as load_crops works.
-    pixels = torch.from_numpy(np.ascontiguousarray(crops.pixels.numpy()))
-    return Crops(pixels, crops.extents, picture.key)
