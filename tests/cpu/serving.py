@@ -68,8 +68,8 @@ def running(settings: ServerSettings | None = None, key: str = "none") -> Iterat
         thread.join(10)
 
 
-def until(holds: Any, seconds: float = 20.0) -> None:
-    """Wait for something that happens in another thread."""
+def until(holds: Any, seconds: float = 120.0) -> None:
+    """Wait for something that happens in another thread; after ``seconds`` it counts as hung."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come to that"

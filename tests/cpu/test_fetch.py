@@ -13,8 +13,8 @@ from aria.processor import fetch as module
 from aria.processor.fetch import fetch, is_public
 from aria.processor.limits import MediaSettings
 
-OPEN = MediaSettings(private_addresses=True, connect_timeout=2, read_timeout=2, total_timeout=10)
-CLOSED = MediaSettings(connect_timeout=2, read_timeout=2, total_timeout=10)
+OPEN = MediaSettings(private_addresses=True, connect_timeout=60, read_timeout=60, total_timeout=120)
+CLOSED = MediaSettings(connect_timeout=60, read_timeout=60, total_timeout=120)
 LIMIT = 10_000
 
 FORBIDDEN_HOSTS = [

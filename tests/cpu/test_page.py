@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,15 +119,19 @@ def page(driver, live):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Answers that take their time, so that they are seen to grow and can be stopped."""
-    pieces = engine().pieces
+    """Answers that pause after their second token until the test sets the event, or the client leaves."""
+    pieces, released = engine().pieces, threading.Event()
 
     async def slowly(*given, **named):
+        count = 0
         async for piece in pieces(*given, **named):
             yield piece
-            await asyncio.sleep(0.15)
+            count += 1
+            while count == 2 and not released.is_set():
+                await asyncio.sleep(0.01)
 
     monkeypatch.setattr(engine(), "pieces", slowly)
+    return released
 
 
 def test_vendored_files_are_those_that_the_readme_names():
@@ -150,6 +155,8 @@ def test_a_picture_is_uploaded_and_its_answer_grows(page, slow):
     page.one(".item select").send_keys("low")
     until(lambda: page.texts(".price") == ["64 tokens"])
     page.say("What does it say?")
+    until(lambda: page.do("return window.seen.length") >= 1)
+    slow.set()
     assert page.answered() == "Welcome"
     seen = page.do("return window.seen")
     assert len(seen) > 1
@@ -216,7 +223,7 @@ def test_what_was_refused_does_not_spoil_later_questions(page, tmp_path):
 @in_browser
 def test_an_answer_is_stopped_and_asked_for_again(page, slow):
     page.say("hello")
-    until(lambda: page.do("return window.seen.length") >= 2)
+    until(lambda: page.do("return window.seen.length") >= 1)
     page.one("#question").send_keys(Keys.ESCAPE)
     until(lambda: "Stopped." in page.texts(".hers .note"))
     until(idle)
@@ -231,7 +238,7 @@ def test_an_answer_is_stopped_and_asked_for_again(page, slow):
 @in_browser
 def test_conversations_outlive_the_page_and_interrupted_answers_are_marked(page, slow):
     page.say("hello there")
-    until(lambda: page.do("return window.seen.length") >= 2)
+    until(lambda: page.do("return window.seen.length") >= 1)
     page.driver.refresh()
     until(lambda: page.texts(".hers .note") and "Interrupted" in page.texts(".hers .note")[0])
     assert page.texts(".mine .text") == ["hello there"]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from signals import start, start_interrupted
 
 from aria import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 from aria.checkpoint.adapter import read_adapter
@@ -216,21 +216,6 @@ def test_adapters_do_not_come_to_lie_beside_weights_trained_there_before(command
     assert (out / "recipe.toml").read_text(encoding="utf-8") == before
 
 
-def start(file: Path, out: Path) -> subprocess.Popen[bytes]:
-    code = "import torch; torch.set_num_threads(1); from aria.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", str(file), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-
-
-def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
-    until = time.monotonic() + 90
-    while time.monotonic() < until and process.poll() is None:
-        if (out / "log.jsonl").is_file() and any(f'"step": {step},' in x for x in (out / "log.jsonl").open()):
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {(process.stderr.read() if process.stderr else b'').decode()}")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
     top = {
@@ -242,20 +227,19 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
         "objective.picture_bytes": 1 << 20,
     }
     file, whole, broken = recipe(**top), tmp_path / "whole", tmp_path / "broken"
-    uninterrupted = start(file, whole)
-    process = start(file, broken)
-    wait_for_step(process, broken, 8)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process = start(file, broken)
-    wait_for_step(process, broken, 14)
-    process.terminate()
+    uninterrupted = start("train", file, "--out", whole)
+    # Step 12's checkpoint is begun only when step 6's is complete.
+    logged = "aria.train.progress:JsonLines.write"
+    process = start_interrupted(logged, 13, signal.SIGKILL, "train", file, "--out", broken)
+    _, told = process.communicate()
+    assert process.returncode == -signal.SIGKILL, told.decode()
+    process = start_interrupted(logged, 3, signal.SIGTERM, "train", file, "--out", broken)
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
     assert b"going on after step" in told and b"terminated" in told
     assert export_checkpoint(broken) == broken / "export"
     half = load_file(broken / "export" / "adapter_model.safetensors")
-    process = start(file, broken)
+    process = start("train", file, "--out", broken)
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
     assert uninterrupted.wait() == 0

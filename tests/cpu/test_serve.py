@@ -244,7 +244,7 @@ def test_leaving_a_stream_cancels_it(live):
     next(iter(stream))
     assert not idle()
     stream.close()
-    until(idle, 5)
+    until(idle)
 
 
 def test_leaving_before_the_answer_cancels_it(live):
@@ -253,7 +253,7 @@ def test_leaving_before_the_answer_cancels_it(live):
         short.chat.completions.create(
             model="aria-nano", messages=HELLO, max_tokens=3500, extra_body={"ignore_eos": True}
         )
-    until(idle, 5)
+    until(idle)
 
 
 def test_texts_go_on(live):
