@@ -1,15 +1,15 @@
 # `make demo` shows what Aria sees in three pictures; `make test` runs every CPU test. Both make the environment first,
 # and do that again only when pyproject.toml or constraints.txt has changed.
 #
-#   make demo PYTHON=/path/to/python3.12    choose the interpreter (default: the first 3.11 or 3.12 found)
+#   make demo PYTHON=/path/to/python3.12    choose the interpreter (default: the first from 3.11 on)
 #   make test ARGS="-k generate"            pass arguments to pytest
 
 VENV := .venv
 BIN := $(VENV)/bin
 PICTURES := examples/pictures
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3 python); do \
-    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && break; \
+FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python); do \
+    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
     python=; done
 
 # Asks the model about a picture as a person would, and shows both.
@@ -60,7 +60,7 @@ $(VENV)/.developed: $(VENV)/.installed
 $(BIN)/python:
 	@$(FIND_PYTHON); \
 	if [ -z "$$python" ]; then \
-	    echo "Aria needs Python 3.11 or 3.12, and no such python was found; install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; \
+	    echo "Aria needs Python 3.11 or newer, and none was found; install one, or name it: make demo PYTHON=/path/to/python3.12" >&2; \
 	    exit 1; \
 	fi; \
 	echo "Making $(VENV) with $$python ..."; \

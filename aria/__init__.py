@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (a checkout can be imported by any interpreter)
+    raise ImportError(
+        f"aria needs Python 3.11 or newer, and this is Python {sys.version.split()[0]} ({sys.executable}); "
+        "create an environment with a newer interpreter: python3.12 -m venv .venv"
+    )
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
