@@ -257,13 +257,19 @@ class Engine:
         return prepared
 
     def prepare_text(self, text: str | Sequence[int]) -> Prepared:
-        """Plain text to be continued, or its token ids. No template is put around it, and no picture is in it.
+        """Text to be continued, or its token ids. No template is put around it, and no picture is in it.
+
+        The text is the whole prompt, as the caller wrote it: ``<|im_start|>`` and the other markers in a plain string are
+        control tokens. Text of others belongs in messages, see :meth:`prepare`, or in a :class:`~aria.processor.Prompt`.
 
         Raises:
             ValueError: an id that is not in the vocabulary or stands for a picture, or no room for an answer.
         """
         tokenizer = self.processor.tokenizer
-        ids = tokenizer.encode(Prompt(text)) if isinstance(text, str) else list(text)
+        if isinstance(text, Prompt) and text.slots:
+            raise ValueError(f"the prompt has places for {len(text.slots)} pictures; send pictures in messages")
+        prompt = Prompt.raw(text) if isinstance(text, str) and not isinstance(text, Prompt) else text
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         vocabulary = self.model.config.text.vocab_size
         for token in ids if not isinstance(text, str) else ():
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:

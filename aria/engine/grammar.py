@@ -196,15 +196,7 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
             raise TypeError("the tokenizer takes text; bytes are spelled out where they are no text")
-        ids: list[int] = []
-        for index in self._encode(Prompt(text)):
-            if index in self.special_token_ids:
-                # Wanted as text by a schema: cut in two, so that it does not become a mark.
-                mark = self.tokens[index].decode()
-                ids += [*self._encode(Prompt(mark[:1])), *self._encode(Prompt(mark[1:]))]
-            else:
-                ids.append(index)
-        return ids
+        return self._encode(Prompt(text))  # a marker that a schema wants is text
 
 
 def _compile(schema: str, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:

@@ -1,18 +1,31 @@
-"""Messages to prompt: Aria's chat format, with every place for a picture marked apart from text that looks like one."""
+"""Messages to prompt: Aria's chat format, with what the template writes kept apart from text that looks like it."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 IMAGE_TOKEN = "<|img|>"
+START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 """Ends a message; ordinary text of several tokens in Aria's vocabulary, so an answer is searched for it as text."""
+IMAGE_WRAPPING = ("<fim_prefix>", "<fim_suffix>")
+"""What stands around the image tokens of one picture."""
+# Pieces 0 to 18 of Aria's vocabulary. Only rhymes-ai/Aria's tokenizer_config.json lists them; the vocabulary of the
+# other published repositories is the same, and so they are special there too.
+SPECIAL_TOKENS = (
+    *("<unk>", "<|startoftext|>", "<|endoftext|>", "<|Human|>", "<|Assistant|>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", IMAGE_TOKEN),
+    *(f"<|reserved{i:03}|>" for i in range(9)),
+)
+MARKERS = (*SPECIAL_TOKENS, START_OF_TURN, END_OF_TURN, *IMAGE_WRAPPING)
+"""Texts that steer the model where the template writes them, and are just text where a user does."""
 CHAT_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -88,60 +101,117 @@ class DocumentPart(MediaPart):
 
 
 class Prompt(str):
-    """Text that knows which of its ``<|img|>`` are places for media; the others are just text.
+    """Text that knows which of its markers were written by the template; all others are just text.
 
-    A clip or document has one place; the processor opens it into a place for each frame or page.
+    Two things are kept apart: ``slots``, the ``<|img|>`` that are places for media, and ``markup``, the spans in which
+    ``<|im_start|>``, ``<|im_end|>`` and the other :data:`MARKERS` are control tokens. A marker anywhere else is tokenised
+    as the text that it is, to ids that the template never gives. A clip or document has one place; the processor opens
+    it into a place for each frame or page.
 
-    It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer has a picture at
-    every ``<|img|>``, as in transformers; ``Prompt(text)`` has none, however the text reads.
+    It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer is read as
+    transformers reads it: a picture at every ``<|img|>``, and every marker a control token, whoever wrote it.
+    ``Prompt(text)`` has neither, however the text reads; ``Prompt.raw(text)`` has markers but no pictures.
 
-    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep the places; what a plain string adds is just
-    text. Every other method of ``str`` that makes text (``replace``, ``split``, ``format``, f-strings, ``%``, ...)
-    gives a plain ``str``, and raises ValueError where an ``<|img|>`` is just text and would become a place. A plain
+    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep places and markup; what a plain string adds is
+    just text. Every other method of ``str`` that makes text (``replace``, ``split``, ``format``, f-strings, ``%``, ...)
+    gives a plain ``str``, and raises ValueError where a marker is just text and would become a control token. A plain
     ``str`` knows nothing of what messages say of their pictures; the processor then asks for them. ``str(prompt)`` asks
     for the plain text by name; ``"".join`` and ``re.sub`` do too, because they read the characters and never ask.
 
     Attributes:
         slots: offsets of the ``<|img|>`` that are places for media.
         parts: what is known about the medium of each slot.
+        markup: ``(start, end)`` of the spans that the template wrote, in order and without touching each other.
     """
 
     slots: tuple[int, ...]
     parts: tuple[MediaPart, ...]
+    markup: tuple[tuple[int, int], ...]
 
-    def __new__(cls, text: str = "", slots: Sequence[int] = (), parts: Sequence[MediaPart] | None = None) -> Prompt:
+    def __new__(
+        cls,
+        text: str = "",
+        slots: Sequence[int] = (),
+        parts: Sequence[MediaPart] | None = None,
+        markup: Sequence[tuple[int, int]] = (),
+    ) -> Prompt:
         self = super().__new__(cls, text)
         self.slots = tuple(slots)
         self.parts = tuple(parts) if parts is not None else (ImagePart(),) * len(self.slots)
+        self.markup = tuple(markup)
         if len(self.parts) != len(self.slots):
             raise ValueError(f"{len(self.slots)} slots but {len(self.parts)} picture parts")
         if any(not text.startswith(IMAGE_TOKEN, slot) for slot in self.slots):
             raise ValueError(f"every slot should be the offset of a {IMAGE_TOKEN}, but they are {self.slots}")
+        edges = [edge for span in self.markup for edge in span]
+        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= len(text)):
+            raise ValueError(f"markup should be spans in order within {len(text)} characters, but is {self.markup}")
         return self
 
     @classmethod
     def of(cls, text: str) -> Prompt:
-        """The prompt itself, or a plain string with a slot at every ``<|img|>``."""
+        """The prompt itself, or a plain string read as transformers does: all markup, a slot at every ``<|img|>``."""
         if isinstance(text, Prompt):
             return text
         lengths = [len(segment) for segment in text.split(IMAGE_TOKEN)]
-        return cls(text, [sum(lengths[: i + 1]) + i * len(IMAGE_TOKEN) for i in range(len(lengths) - 1)])
+        slots = [sum(lengths[: i + 1]) + i * len(IMAGE_TOKEN) for i in range(len(lengths) - 1)]
+        return cls(text, slots, markup=cls.raw(text).markup)
 
-    def segments(self) -> list[str]:
+    @classmethod
+    def raw(cls, text: str) -> Prompt:
+        """Text in which every marker is a control token, but no ``<|img|>`` is a place for a picture."""
+        return cls(text, markup=[(0, len(text))] if text else ())
+
+    @classmethod
+    def concat(cls, pieces: Iterable[str]) -> Prompt:
+        """Pieces end to end; those that are plain strings are just text."""
+        texts: list[str] = []
+        slots: list[int] = []
+        parts: list[MediaPart] = []
+        markup: list[tuple[int, int]] = []
+        at = 0
+        for piece in pieces:
+            texts.append(str(piece))
+            if isinstance(piece, Prompt):
+                slots += (at + slot for slot in piece.slots)
+                parts += piece.parts
+                for start, end in piece.markup:
+                    start = markup.pop()[0] if markup and markup[-1][1] == at + start else at + start
+                    markup.append((start, at + end))
+            at += len(piece)
+        return cls("".join(texts), slots, parts, markup)
+
+    def with_parts(self, parts: Sequence[MediaPart]) -> Prompt:
+        """The same prompt with something else known about its media."""
+        return Prompt(str(self), self.slots, parts, self.markup)
+
+    def segments(self) -> list[Prompt]:
         """Text around the slots: one piece more than there are slots."""
         starts = [0, *(slot + len(IMAGE_TOKEN) for slot in self.slots)]
-        return [str(self)[start:end] for start, end in zip(starts, [*self.slots, len(self)], strict=True)]
+        return [self._cut(start, end) for start, end in zip(starts, [*self.slots, len(self)], strict=True)]
+
+    def typed(self, markers: Iterable[str] = MARKERS) -> Iterator[tuple[int, str]]:
+        """Offset and text of each marker that is just text, a marker at a time."""
+        text, ends = str(self), [end for _, end in self.markup]
+        for marker in markers:
+            at = text.find(marker)
+            while at >= 0:
+                span = bisect_left(ends, at + len(marker))
+                if marker == IMAGE_TOKEN:
+                    written = at in self.slots
+                else:
+                    written = span < len(ends) and self.markup[span][0] <= at
+                if not written:
+                    yield at, marker
+                at = text.find(marker, at + 1)
 
     def __add__(self, other: str) -> Prompt:
-        """Joined text; ``<|img|>`` in a plain string that is added stays text."""
-        if not isinstance(other, str):
-            return NotImplemented
-        slots, parts = (other.slots, other.parts) if isinstance(other, Prompt) else ((), ())
-        return Prompt(str(self) + str(other), (*self.slots, *(len(self) + s for s in slots)), (*self.parts, *parts))
+        """Joined text; what a plain string adds is just text."""
+        return Prompt.concat([self, other]) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> Prompt:
         """A plain string with this after it; Python asks here first, because this class is the narrower one."""
-        return Prompt(other) + self if isinstance(other, str) else NotImplemented
+        return Prompt.concat([other, self]) if isinstance(other, str) else NotImplemented
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         """One character, or a slice with its places. A slice that begins or ends inside a place is a ValueError."""
@@ -166,22 +236,23 @@ class Prompt(str):
         return self._cut(0, len(str(self).rstrip(chars)))
 
     def _cut(self, start: int, stop: int) -> Prompt:
-        slots, parts = [], []
-        for slot, part in zip(self.slots, self.parts, strict=True):
+        first, last = bisect_left(self.slots, start), bisect_left(self.slots, stop)
+        for slot in (*self.slots[max(first - 1, 0) : first], *self.slots[max(last - 1, first) : last]):
             end = slot + len(IMAGE_TOKEN)
-            if start <= slot and end <= stop:
-                slots.append(slot - start)
-                parts.append(part)
-            elif start < end and slot < stop and start < stop:
+            if start < stop and (slot < start < end or slot < stop < end):
                 raise ValueError(f"characters {start} to {stop} end inside a picture's place, {slot} to {end}")
-        return Prompt(str(self)[start:stop], slots, parts)
+        touching = self.markup[bisect_right([end for _, end in self.markup], start) :]
+        markup = [(max(a, start) - start, min(b, stop) - start) for a, b in touching if a < stop and start < stop]
+        slots = [slot - start for slot in self.slots[first:last]]
+        return Prompt(str(self)[start:stop], slots, self.parts[first:last], markup)
 
     def _check_plain(self, operation: str) -> None:
-        """Refuse an operation that gives a plain string where a plain string would mean other pictures."""
-        if self.slots != Prompt.of(str(self)).slots:
+        """Refuse an operation that gives a plain string where a plain string would be tokenised to something else."""
+        for _, marker in self.typed():
+            became = "a picture's place" if marker == IMAGE_TOKEN else "a control token"
             raise ValueError(
-                f"{operation} makes a plain string of this prompt: here an {IMAGE_TOKEN} is just text, and would "
-                "become a picture's place; +, strip and slices keep the places, str(prompt) gives the plain text"
+                f"{operation} makes a plain string of this prompt: here a {marker} is just text, and would become "
+                f"{became}; +, strip and slices keep them apart, str(prompt) gives the plain text"
             )
 
 
@@ -225,24 +296,19 @@ def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Pr
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
-    text = ""
-    slots: list[int] = []
-    parts: list[MediaPart] = []
+    pieces: list[str] = []
     for i, message in enumerate(messages):
         role, content = _read_message(message, f"message {i}")
-        text += f"<|im_start|>{role}\n"
+        pieces.append(Prompt.raw(f"{START_OF_TURN}{role}\n"))
         for part in [content] if isinstance(content, str) else _read_parts(content, f"message {i}"):
-            if isinstance(part, MediaPart):
-                text += "<fim_prefix>"
-                slots.append(len(text))
-                parts.append(part)
-                text += f"{IMAGE_TOKEN}<fim_suffix>"
-            else:
-                text += part
-        text += "<|im_end|>\n"
+            pieces.append(_PLACE.with_parts([part]) if isinstance(part, MediaPart) else str(part))
+        pieces.append(Prompt.raw(f"{END_OF_TURN}\n"))
     if add_generation_prompt:
-        text += "<|im_start|>assistant\n"
-    return Prompt(text, slots, parts)
+        pieces.append(Prompt.raw(f"{START_OF_TURN}assistant\n"))
+    return Prompt.concat(pieces)
+
+
+_PLACE = Prompt.of(IMAGE_TOKEN.join(IMAGE_WRAPPING))
 
 
 def is_batch(conversation: Any) -> bool:

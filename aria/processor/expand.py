@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from aria.processor.cache import MediaCache
-from aria.processor.chat import IMAGE_TOKEN, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
+from aria.processor.chat import IMAGE_TOKEN, IMAGE_WRAPPING, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.document import read_document
 from aria.processor.image import AriaImageProcessor
 from aria.processor.limits import MediaSettings, PixelBudget
@@ -16,7 +16,6 @@ from aria.processor.video import read_clip
 
 NUM_FRAMES = 128
 """Frames of a clip whose part does not say how many, as in the authors' cookbook."""
-_WRAPPING = ("<fim_prefix>", "<fim_suffix>")
 
 
 class Expanded(NamedTuple):
@@ -60,7 +59,7 @@ def settle(
                 split_image=split if part.split_image is None else part.split_image,
             )
         )
-    return Prompt(str(prompt), prompt.slots, parts)
+    return prompt.with_parts(parts)
 
 
 def expand(
@@ -79,31 +78,27 @@ def expand(
     Raises:
         FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.processor.media`.
     """
-    text, at = "", 0
-    slots: list[int] = []
-    parts: list[ImagePart] = []
+    at = 0
+    pieces: list[str] = []
     media: list[tuple[str, int]] = []
     whole = str(prompt)
     cache = cache or MediaCache()
     budget = budget or PixelBudget(settings.prompt_pixels)
     for slot, part in zip(prompt.slots, prompt.parts, strict=True):
         start, end = slot, slot + len(IMAGE_TOKEN)
-        wrapping = ("", "")
-        if whole.endswith(_WRAPPING[0], at, start) and whole.startswith(_WRAPPING[1], end):
-            wrapping = _WRAPPING
-            start, end = start - len(wrapping[0]), end + len(wrapping[1])
-        text += whole[at:start]
+        if whole.endswith(IMAGE_WRAPPING[0], at, start) and whole.startswith(IMAGE_WRAPPING[1], end):
+            start, end = start - len(IMAGE_WRAPPING[0]), end + len(IMAGE_WRAPPING[1])
+        place = prompt[start:end]
+        assert isinstance(place, Prompt), "a slice of a prompt is one"
+        pieces.append(prompt[at:start])
         places = list(_open(part, processor, settings, cache))
         if not isinstance(part, ImagePart):
             budget.spend(sum(place.part.source.shape[0] * place.part.source.shape[1] for place in places))
         for before, picture, after in places:
-            text += before + wrapping[0]
-            slots.append(len(text))
-            parts.append(picture)
-            text += IMAGE_TOKEN + wrapping[1] + after
+            pieces += (before, place.with_parts([picture]), after)
         media.append((_kind(part), len(places)))
         at = end
-    return Expanded(Prompt(text + whole[at:], slots, parts), media)
+    return Expanded(Prompt.concat([*pieces, prompt[at:]]), media)
 
 
 def _kind(part: MediaPart) -> str:

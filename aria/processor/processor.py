@@ -327,7 +327,7 @@ def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
         )
     prompts = [Prompt.of(one) for one in texts]
     return [
-        prompt if isinstance(one, Prompt) else Prompt(str(prompt), prompt.slots, [VideoPart()] * len(prompt.slots))
+        prompt if isinstance(one, Prompt) else prompt.with_parts([VideoPart()] * len(prompt.slots))
         for one, prompt in zip(texts, prompts, strict=True)
     ]
 
@@ -355,10 +355,8 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
         pairs = enumerate(zip(own, given, strict=True))
         sources = iter([one for i, (parts, some) in pairs for one in _fill(parts, list(some), f"prompt {i} has", noun)])
     return [
-        Prompt(
-            str(prompt),
-            prompt.slots,
-            [replace(part, source=next(sources)) if isinstance(part, kind) else part for part in prompt.parts],
+        prompt.with_parts(
+            [replace(part, source=next(sources)) if isinstance(part, kind) else part for part in prompt.parts]
         )
         for prompt in prompts
     ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import sentencepiece
 
 from aria.hub import read_json, resolve
 from aria.processor.batch import BatchFeature, check_tensor_kind, to_tensors
-from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, Conversation, Prompt, is_batch, render
+from aria.processor.chat import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    MARKERS,
+    SPECIAL_TOKENS,
+    Conversation,
+    Prompt,
+    is_batch,
+    render,
+)
 from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL, write_json
 
-# Pieces 0 to 18 of Aria's vocabulary. Only rhymes-ai/Aria's tokenizer_config.json lists them; the vocabulary of the
-# other published repositories is the same, and so they are special there too.
-_SPECIAL = (
-    *("<unk>", "<|startoftext|>", "<|endoftext|>", "<|Human|>", "<|Assistant|>"),
-    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", IMAGE_TOKEN),
-    *(f"<|reserved{i:03}|>" for i in range(9)),
-)
 # Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
 _PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -61,6 +64,7 @@ class AriaTokenizer:
         self.vocab_size = len(self._pieces)
         self._read_added_tokens()
         self._pattern = _compile(self._added)
+        self._spellings: dict[str, list[int]] = {}
         for key in ("pad_token", "eos_token"):
             _content(self._config, key)
         if self._config.get("image_token", IMAGE_TOKEN) not in (None, IMAGE_TOKEN):
@@ -97,7 +101,7 @@ class AriaTokenizer:
             if token.get("special"):
                 special.add(content)
         controls = [self._pieces.id_to_piece(i) for i in range(self.vocab_size) if self._pieces.is_control(i)]
-        for content in (*_SPECIAL, *controls):
+        for content in (*SPECIAL_TOKENS, *controls):
             index = self._pieces.piece_to_id(content)
             if content not in added and self._pieces.id_to_piece(index) == content:
                 added[content] = index
@@ -199,7 +203,16 @@ class AriaTokenizer:
         return index if self._pieces.id_to_piece(index) == token else default
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. In a :class:`~aria.processor.chat.Prompt` only its slots become the image token's id."""
+        """Ids of a text.
+
+        A plain string gives the ids that transformers gives: each marker in it is a control token. In a
+        :class:`~aria.processor.chat.Prompt` only what the template wrote is; a marker in other text is spelled in other
+        pieces, which decode to the same text.
+
+        Raises:
+            ValueError: text that cannot be tokenised, or (only in a vocabulary of single characters without bytes) a
+                marker as text.
+        """
         first, *rest = self.encode_segments(text)
         for segment in rest:
             first += [self.image_token_id, *segment]
@@ -209,15 +222,73 @@ class AriaTokenizer:
         """Ids of the text around each picture's place: one list more than there are places, none with the image id."""
         if not isinstance(text, str):
             raise ValueError(f"text should be a string, but is a {type(text).__name__}")
-        return [self._encode_without_images(segment) for segment in Prompt.of(text).segments()]
+        return [self._encode_segment(segment) for segment in Prompt.of(text).segments()]
 
-    def _encode_without_images(self, text: str) -> list[int]:
-        # A literal <|img|> is cut after its first character: no added token is left to find, the text decodes alike.
-        head, tail = IMAGE_TOKEN[:1], IMAGE_TOKEN[1:]
+    def _encode_segment(self, segment: Prompt) -> list[int]:
+        segment = self._normalized(segment)
+        text = str(segment)
         ids: list[int] = []
-        for part in text.replace(IMAGE_TOKEN, head + IMAGE_TOKEN + tail).split(IMAGE_TOKEN):
-            ids += self._encode_part(part)
-        return ids
+        done = 0
+        for start, marker in sorted(segment.typed(self._markers)):
+            if start >= done:  # else it lies in one that is spelled already
+                ids += self._encode_part(text[done:start]) + self._spelled(marker)
+                done = start + len(marker)
+        return ids + self._encode_part(text[done:])
+
+    @cached_property
+    def _markers(self) -> tuple[str, ...]:
+        """What is a control token where the template writes it, the longest first."""
+        special = [content for content, index in self._added.items() if index in self._special]
+        return tuple(sorted({*MARKERS, *special}, key=lambda marker: (-len(marker), marker)))
+
+    def _spelled(self, marker: str) -> list[int]:
+        """A marker as text: ids that decode to it and are not those that the template's has in any surroundings.
+
+        Where it has several pieces, cutting it between two of them would change nothing. It is cut inside one.
+        """
+        if marker not in self._spellings:
+            usual = self._encode_part(marker)
+            self._spellings[marker] = next((ids for ids in self._other_spellings(marker, usual) if ids != usual), [])
+        if not self._spellings[marker]:
+            raise ValueError(
+                f"text holds {marker}, which this vocabulary can only spell as the template does; take it out, or use a "
+                "vocabulary with byte pieces"
+            )
+        return self._spellings[marker]
+
+    def _other_spellings(self, marker: str, usual: Sequence[int]) -> Iterator[list[int]]:
+        at, cuts = 0, []
+        for i, size in enumerate(len(self.token_bytes(index)) for index in usual):
+            # The first and last pieces may be others where text around the marker merges with them.
+            cuts += [(i in (0, len(usual) - 1), -size, at + inner) for inner in range(1, size)]
+            at += size
+        for *_, cut in sorted(cuts):
+            ids = self._encode_part(marker[:cut]) + self._encode_part(marker[cut:])
+            if self._special.isdisjoint(ids) and self.decode(ids) == marker:
+                yield ids
+        for place, index in enumerate(usual):
+            data = self.token_bytes(index)
+            if marker[place : place + 1].isalpha() and (spelled := self._bytes(data)):
+                yield [*usual[:place], *spelled, *usual[place + 1 :]]
+
+    def _normalized(self, segment: Prompt) -> Prompt:
+        """The segment, with text that SentencePiece would normalise to a marker normalised already, to be found."""
+        if not self._normalizes or segment.markup == Prompt.raw(segment).markup:
+            return segment
+        edges = [0, *(edge for span in segment.markup for edge in span), len(segment)]
+        runs = [segment[start:end] for start, end in pairwise(edges)]
+        for i, run in enumerate(runs[::2]):
+            read = self._pieces.normalize(str(run)).replace(_SPACE, " ")
+            if any(read.count(marker) > run.count(marker) for marker in self._markers):
+                runs[2 * i] = read
+        return Prompt.concat(runs)
+
+    @cached_property
+    def _normalizes(self) -> bool:
+        """Whether SentencePiece reads any character as another one."""
+        codes = (*range(1, 32), *range(33, 0x3000), *range(0xF900, 0x10000))
+        text = "a".join(chr(code) for code in codes if chr(code) != _SPACE)
+        return self._pieces.normalize(text) != text
 
     def _encode_part(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -247,7 +318,11 @@ class AriaTokenizer:
 
     @cached_property
     def _space_bytes(self) -> list[int] | None:
-        ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        return self._bytes(_SPACE.encode())
+
+    def _bytes(self, data: bytes) -> list[int] | None:
+        """Ids of the pieces that stand for single bytes, or None where the vocabulary has none."""
+        ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in data]
         return ids if all(self._pieces.is_byte(i) for i in ids) else None
 
     @cached_property

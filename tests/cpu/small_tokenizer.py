@@ -30,7 +30,12 @@ _WORDS = (
 
 @functools.cache
 def model(
-    *, model_type: str = "bpe", controls: bool = False, byte_fallback: bool = True, dummy_prefix: bool = False
+    *,
+    model_type: str = "bpe",
+    controls: bool = False,
+    byte_fallback: bool = True,
+    dummy_prefix: bool = False,
+    normalization: str = "identity",
 ) -> bytes:
     """Bytes of a trained ``tokenizer.model``; ``controls``: ids 3 to 18 are control pieces, not user-defined ones."""
     rng = random.Random(0)
@@ -47,7 +52,7 @@ def model(
         hard_vocab_limit=False,
         character_coverage=1.0,
         byte_fallback=byte_fallback and model_type == "bpe",
-        normalization_rule_name="identity",
+        normalization_rule_name=normalization,
         add_dummy_prefix=dummy_prefix,
         remove_extra_whitespaces=dummy_prefix,
         unk_id=0,

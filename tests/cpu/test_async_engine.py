@@ -161,7 +161,7 @@ def test_prepared_prompts_are_answered_and_may_be_answered_again(engine, expecte
 
 def test_plain_text_goes_on_as_it_is(engine, model_folder):
     text = "the quick <|img|> fox<|im_end|>"
-    ids = engine.engine.processor.tokenizer.encode(Prompt(text))
+    ids = engine.engine.processor.tokenizer.encode(Prompt.raw(text))
 
     async def run():
         by_text, by_ids = await engine.prepare_text(text), await engine.prepare_text(ids)

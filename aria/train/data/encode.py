@@ -14,7 +14,7 @@ import torch
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
 from aria.processor.cache import MediaCache
-from aria.processor.chat import END_OF_TURN, Prompt, render
+from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, Prompt, render
 from aria.processor.expand import expand, settle
 from aria.processor.limits import PixelBudget
 from aria.processor.pictures import Crops, Picture, read_pictures
@@ -25,8 +25,7 @@ from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Row
 from aria.train.loss import IGNORE_INDEX
 
-_START, _NEWLINE = "<|im_start|>", "\n"
-_AROUND_PICTURES = ("<fim_prefix>", "<fim_suffix>")
+_NEWLINE = "\n"
 
 
 class Note(NamedTuple):
@@ -95,7 +94,7 @@ class Encoder:
     def _newline_splits(self) -> bool:
         """Whether what stands before and after a newline is tokenised independently."""
         encode = self._processor.tokenizer.encode
-        before, after = f"{_START}assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
+        before, after = f"{START_OF_TURN}assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
         parted = encode(before) + encode(after) + encode(before)
         return len(encode(_NEWLINE)) == 1 and encode(before + after + before) == parted
 
@@ -115,7 +114,7 @@ class Encoder:
         return Encoded(samples, notes + more)
 
     def _text(self, text: str) -> tuple[list[Sample], list[Note]]:
-        """Text is learnt from its second token to the end-of-text token that is put after it."""
+        """Text is learnt from its second token to the end-of-text token that is put after it; no marker steers in it."""
         tokenizer, most = self._processor.tokenizer, self.max_length
         ids = tokenizer.encode(Prompt(text))
         if tokenizer.eos_token_id is not None:
@@ -126,8 +125,12 @@ class Encoder:
             starts[-1] -= 1
         ends = [*starts[1:], len(ids)]
         samples = [_sample(ids[a:b], [True] * (b - a)) for a, b in zip(starts, ends, strict=True)]
-        said = f"{len(ids):,} tokens became {len(samples)} sequences of at most {most:,}"
-        return samples, [Note("text cut", said)] if len(samples) > 1 else []
+        notes = []
+        if len(samples) > 1:
+            notes.append(Note("text cut", f"{len(ids):,} tokens became {len(samples)} sequences of at most {most:,}"))
+        if START_OF_TURN in text or END_OF_TURN in text:
+            notes.append(Note("markers read as text", "a conversation belongs in messages, where its turns are known"))
+        return samples, notes
 
     def _conversation(self, conversation: Conversation) -> tuple[list[Sample], list[Note]]:
         turns = self._turns(conversation)
@@ -156,8 +159,8 @@ class Encoder:
     def _rendered(self, message: dict[str, Any]) -> tuple[str, Prompt]:
         """The role as it is written, and what stands between the header and the end of the turn."""
         prompt = render([message])
-        role = str(prompt).partition(_NEWLINE)[0].removeprefix(_START)
-        content = prompt[len(_START + role + _NEWLINE) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
+        role = str(prompt).partition(_NEWLINE)[0].removeprefix(START_OF_TURN)
+        content = prompt[len(START_OF_TURN + role + _NEWLINE) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
         assert isinstance(content, Prompt), "a slice of a prompt is one"
         return role, content
 
@@ -172,14 +175,14 @@ class Encoder:
     def _turn(self, role: str, content: Prompt, pictures: list[Picture], learnt: bool) -> Turn:
         """A message in tokens. Its text, the end of the turn and the newline after it are what is learnt."""
         tokenizer = self._processor.tokenizer
-        headers: tuple[str, ...] = (_START, role, _NEWLINE)
+        headers: tuple[str, ...] = (START_OF_TURN, role, _NEWLINE)
         ends: tuple[str, ...] = (END_OF_TURN, _NEWLINE)
         if self._settings.labels == "together":
             # The newlines at the ends of header and message part what is tokenised, so that turns may be joined.
-            content += "".join(ends)
+            content += Prompt.raw("".join(ends))
             headers, ends = ("".join(headers),), ()
-        head = [index for text in headers for index in tokenizer.encode(Prompt(text))]
-        tail = [index for text in ends for index in tokenizer.encode(Prompt(text))]
+        head = [index for text in headers for index in tokenizer.encode(text)]
+        tail = [index for text in ends for index in tokenizer.encode(text)]
         first, *rest = tokenizer.encode_segments(content)
         body, counts = self._filled(first, rest, pictures)
         counts = [False] * len(head) + counts + [True] * len(tail)
@@ -190,7 +193,7 @@ class Encoder:
     ) -> tuple[list[int], list[bool]]:
         """Ids with every picture's places, and which may be learnt: neither those nor the marks around them."""
         tokenizer = self._processor.tokenizer
-        marks = tuple(tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND_PICTURES)
+        marks = tuple(tokenizer.convert_tokens_to_ids(mark) for mark in IMAGE_WRAPPING)
         ids, counts = list(first), [True] * len(first)
         for picture, segment in zip(pictures, rest, strict=True):
             if ids and ids[-1] == marks[0]:
