@@ -101,23 +101,25 @@ def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _WORK = _said(400, 401, 404, 408, 413, 415, 429, 500, 503)
+_EVENTS = {"text/event-stream": {"schema": {"description": "Server-sent events."}}}
+_ANSWERS = {**_WORK, 200: {"description": "The answer; a stream of events with stream: true.", "content": _EVENTS}}
 
 
 def _answers(service: Service) -> APIRouter:
     """What the model writes."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=_WORK)
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation."""
         return await _unless_gone(request, respond(service, "/v1/chat/completions", body))
 
-    @routes.post("/v1/completions", response_model=Completion, responses=_WORK)
+    @routes.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
     async def plain_completions(body: CompletionRequest, request: Request) -> Any:
         """Go on with a text."""
         return await _unless_gone(request, respond(service, "/v1/completions", body))
 
-    @routes.post("/v1/responses", response_model=ResponseObject, responses=_WORK)
+    @routes.post("/v1/responses", response_model=ResponseObject, responses=_ANSWERS)
     async def responses(body: ResponsesRequest, request: Request) -> Any:
         """Answer a conversation, in OpenAI's newer form. Nothing is kept."""
         return await _unless_gone(request, respond(service, "/v1/responses", body))

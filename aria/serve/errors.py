@@ -22,6 +22,9 @@ _KINDS = {
 _TAG = re.compile(r"<.*>|\[key\]")
 """What the unions of `protocol` call their members, and pydantic a key: no part of a field's place in the body."""
 
+_UNSUPPORTED = ("unsupported_field", "unsupported_value")
+"""Errors of a field by its name, which bodies raise as a whole; see `protocol.Body`."""
+
 
 class ApiError(Exception):
     """Something to tell a client, with the HTTP status that goes with it.
@@ -78,8 +81,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     if not errors:
         return ApiError(400, "the body is not what this route takes")
     # A field that nobody knows is the clearest of several complaints about one place.
-    error = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    place = tuple(error["loc"])
+    error = next((one for one in errors if one["type"] in _UNSUPPORTED), errors[0])
+    place = (*error["loc"], error["ctx"]["field"]) if error["type"] in _UNSUPPORTED else tuple(error["loc"])
     if place[:1] == ("body",):
         place = place[1:]
     if error["type"] == "json_invalid":
@@ -89,15 +92,13 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 
 def _code(kind: str) -> str:
-    return {"extra_forbidden": "unsupported_field", "unsupported": "unsupported_value", "missing": "missing_field"}.get(
-        kind, "invalid_value"
-    )
+    return kind if kind in _UNSUPPORTED else "missing_field" if kind == "missing" else "invalid_value"
 
 
 def _sentence(error: Mapping[str, Any], field: str) -> str:
     kind, context = error["type"], error.get("ctx") or {}
-    if kind == "extra_forbidden":
-        return f"{field} is not supported; leave it out"
+    if kind in _UNSUPPORTED:
+        return f"{field} {context['message']}"
     if kind == "missing":
         return f"{field} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -106,8 +107,6 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
         if not expected:
             return f"{field} is not of a kind that is known; expected an object that says it"
         return f"{field} is of a kind that is not supported{f', {got!r}' if got else ''}; expected one of {expected}"
-    if kind == "unsupported":
-        return f"{field} {error['msg']}"
     if kind == "value_error":
         return f"{field}: {context.get('error', error['msg'])}"
     if kind in ("model_type", "model_attributes_type"):

@@ -1,12 +1,15 @@
-"""OpenAI's bodies as this server takes and gives them. A field that is not here is refused by its name."""
+"""OpenAI's request bodies as this server takes them. Fields that no code reads are in the tables of `fields`."""
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+from aria.serve import fields
 
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]
@@ -17,19 +20,10 @@ MOST_STOP_CHARACTERS = 1024
 MOST_MESSAGES = 16_384
 """Each takes at least four tokens."""
 MOST_FIELDS = 100
+MOST_NAME = 256
+"""Characters of an unknown field's name that an error repeats."""
 MOST_BIASES = 1024
 """Every row of a batch has room for as many as the most that any asks for."""
-
-
-def only(*allowed: Any) -> AfterValidator:
-    """Takes the values that ask for nothing, and refuses the others as not supported."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in allowed:
-            raise PydanticCustomError("unsupported", "is not supported with this value; leave it out")
-        return value
-
-    return AfterValidator(check)
 
 
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +43,8 @@ def kind_of(key: str, default: str | None = None) -> Discriminator:
     """Tells the members of a union by the value of a field; tags stand in brackets, see `errors`."""
 
     def tell(value: Any) -> str | None:
-        kind = value.get(key, default) if isinstance(value, dict) else getattr(value, key, None)
+        kind = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        kind = default if kind is None else kind
         return f"<{kind:.40}>" if isinstance(kind, str) else None
 
     return Discriminator(tell)
@@ -60,19 +55,58 @@ def string_or_list(value: Any) -> str:
     return "<string>" if isinstance(value, str) else "<list>"
 
 
-class Body(BaseModel):
-    """What a client sends. A field that is null counts as absent: it asks for nothing."""
+def _with_ignored(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add the fields that are accepted without effect to a model's JSON schema."""
+    assert issubclass(model, Body)
+    for name, rule in model.known.items():
+        if rule.schema is not None and name not in names_of(model):
+            schema.setdefault("properties", {})[name] = rule.schema
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class Body(BaseModel):
+    """What a client sends. A field with a default may be null, which counts as absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_with_ignored)
+    known: ClassVar[fields.Rules] = {}
+    """Fields of OpenAI's or vLLM's interface that are not implemented."""
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
+    def _drop_ignored(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         if len(value) > MOST_FIELDS:  # each would be a fault of its own
             raise ValueError(f"an object of {len(value):,} fields, most of which cannot be known here")
-        return {key: one for key, one in value.items() if one is not None or key in cls.model_fields}
+        names, kept = names_of(cls), {}
+        for name, one in value.items():
+            if name not in names:
+                _check_known(cls, name, one)
+            elif one is not None or names[name]:
+                kept[name] = one
+        return kept
+
+
+@functools.cache
+def names_of(model: type[BaseModel]) -> dict[str, bool]:
+    """Names of a model's fields as clients spell them, and whether each is required."""
+    return {field.alias or name: field.is_required() for name, field in model.model_fields.items()}
+
+
+def _check_known(model: type[Body], name: str, value: Any) -> None:
+    """Refuse a field that is not implemented, unless its value has no effect."""
+    rule = model.known.get(name)
+    if value is None or (rule is not None and rule.accepts(value)):
+        return
+    kind = "unsupported_value" if rule is not None and rule.values else "unsupported_field"
+    if rule is not None:
+        message = f"is not supported{' with this value' if rule.values else ''}: {rule.reason}"
+    else:
+        like = fields.nearest(name, [*names_of(model), *model.known])
+        message = f"is not supported; {f'did you mean {like}?' if like else 'leave it out'}"
+    # The error is about the whole object here; `errors` completes its place by the name.
+    # JSON's names may hold half of a surrogate pair, which pydantic does not take.
+    field = name[:MOST_NAME].encode("utf-8", "replace").decode()
+    raise PydanticCustomError(kind, "{message}", {"field": field, "message": message})
 
 
 class WithoutEffect(Body):
@@ -84,21 +118,27 @@ class WithoutEffect(Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    known: ClassVar[fields.Rules] = fields.REQUEST
 
 
 # Content of messages
+
+Detail = Literal["auto", "low", "high", "original"]
+"""Of pictures, frames and pages: low is the smallest size of crops that the model knows, high and original are the
+largest."""
 
 
 class TextPart(Body):
     type: Literal["text"]
     text: str
+    known: ClassVar[fields.Rules] = fields.PART
 
 
 class ImageUrl(Body):
     url: str
     """http(s) address, data: URI, or a path in a folder that the server allows."""
-    detail: Literal["auto", "low", "high"] = "auto"
-    """low: the smallest size of crops that the model knows; high and auto: the largest."""
+    detail: Detail = "auto"
+    """auto: the largest size."""
     split: bool | None = None
     """Extension: cut the picture into tiles, for fine print. Without it the model's own setting holds."""
 
@@ -106,12 +146,13 @@ class ImageUrl(Body):
 class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl
+    known: ClassVar[fields.Rules] = fields.PART
 
 
 class VideoUrl(Body):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
-    """high: the largest size of crops; low and auto: the smallest."""
+    detail: Detail = "auto"
+    """auto: the smallest size."""
     num_frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     max_frames: Annotated[int, Field(ge=1)] | None = None
@@ -123,18 +164,19 @@ class VideoPart(Body):
 
     type: Literal["video_url"]
     video_url: VideoUrl
+    known: ClassVar[fields.Rules] = fields.PART
 
 
 class FileData(Body):
+    known: ClassVar[fields.Rules] = fields.FILE
     file_data: str | None = None
     """A PDF as a data: URI or in base64."""
     file_url: str | None = None
     """Extension: its address, in place of the data."""
-    file_id: Annotated[str | None, only()] = None
     filename: str | None = None
     pages: str | None = None
     """Extension: such as ``1-3,7``."""
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Detail = "auto"
     split: bool | None = None
 
     @model_validator(mode="after")
@@ -147,11 +189,13 @@ class FileData(Body):
 class FilePart(Body):
     type: Literal["file"]
     file: FileData
+    known: ClassVar[fields.Rules] = fields.PART
 
 
 class RefusalPart(Body):
     type: Literal["refusal"]
     refusal: str
+    known: ClassVar[fields.Rules] = fields.PART
 
 
 UserPart = Annotated[
@@ -193,11 +237,13 @@ class ToolCall(Body):
 class SystemMessage(Body):
     role: Literal["system", "developer"]
     content: Texts
+    known: ClassVar[fields.Rules] = fields.MESSAGE
 
 
 class UserMessage(Body):
     role: Literal["user"]
     content: UserContent
+    known: ClassVar[fields.Rules] = fields.MESSAGE
 
 
 class AssistantMessage(Body):
@@ -205,8 +251,7 @@ class AssistantMessage(Body):
     content: AssistantContent | None = None
     tool_calls: Many[ToolCall] | None = None
     refusal: str | None = None
-    # What clients send back of an answer as they got it.
-    annotations: Annotated[list[Any] | None, only([])] = None
+    known: ClassVar[fields.Rules] = fields.ASSISTANT
 
 
 class ToolMessage(Body):
@@ -214,6 +259,7 @@ class ToolMessage(Body):
     content: UserContent
     tool_call_id: str
     name: str | None = None
+    known: ClassVar[fields.Rules] = fields.MESSAGE
 
 
 Message = Annotated[
@@ -232,11 +278,13 @@ class Function(Body):
     parameters: Json | None = None
     strict: bool | None = None
     """Where a call is demanded, arguments always follow the schema, strict or not."""
+    known: ClassVar[fields.Rules] = fields.TOOL
 
 
 class Tool(Body):
     type: Literal["function"]
     function: Function
+    known: ClassVar[fields.Rules] = fields.TOOL
 
 
 class NamedFunction(Body):
@@ -291,7 +339,9 @@ ResponseFormat = Annotated[
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: Annotated[bool | None, only(False)] = None
+    continuous_usage_stats: bool | None = None
+    """Extension of vLLM: with include_usage, every chunk has the tokens so far."""
+    known: ClassVar[fields.Rules] = fields.STREAM
 
 
 _StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
@@ -351,7 +401,7 @@ class ChatRequest(Sampling):
     tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: Annotated[list[str] | None, only(["text"])] = None
+    known: ClassVar[fields.Rules] = fields.CHAT
 
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
@@ -388,9 +438,7 @@ class CompletionRequest(Sampling):
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Annotated[bool | None, only(False)] = None
-    suffix: Annotated[str | None, only()] = None
-    best_of: Annotated[int | None, only(1)] = None
+    known: ClassVar[fields.Rules] = fields.COMPLETION
 
 
 class TokenizeRequest(Body):
@@ -401,9 +449,8 @@ class TokenizeRequest(Body):
     messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     tools: Many[Tool] | None = None
     add_generation_prompt: bool = True
-    add_special_tokens: Annotated[bool | None, only(True, False)] = None
-    """Without effect: Aria's prompts have no tokens of this kind."""
     return_token_strs: bool | None = None
+    known: ClassVar[fields.Rules] = fields.TOKENIZE
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from aria.serve import bodies
+from aria.serve import bodies, fields
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.protocol import (
     MOST_MESSAGES,
     AssistantMessage,
     Body,
+    Detail,
     FileData,
     FilePart,
     Function,
@@ -35,7 +36,6 @@ from aria.serve.protocol import (
     VideoUrl,
     WithoutEffect,
     kind_of,
-    only,
     string_or_list,
 )
 
@@ -43,6 +43,7 @@ from aria.serve.protocol import (
 class InputText(Body):
     type: Literal["input_text"]
     text: str
+    known: ClassVar[fields.Rules] = fields.PART
 
 
 class OutputText(Body):
@@ -62,18 +63,20 @@ class OutputRefusal(Body):
 class InputImage(Body):
     type: Literal["input_image"]
     image_url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Detail = "auto"
     split: bool | None = None
     """Extension: cut the picture into tiles."""
-    file_id: Annotated[str | None, only()] = None
+    known: ClassVar[fields.Rules] = fields.FILE
 
 
 class InputVideo(Body):
     """Extension: a clip."""
 
+    known: ClassVar[fields.Rules] = fields.PART
+
     type: Literal["input_video"]
     video_url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Detail = "auto"
     num_frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     max_frames: Annotated[int, Field(ge=1)] | None = None
@@ -87,9 +90,9 @@ class InputFile(Body):
     filename: str | None = None
     pages: str | None = None
     """Extension: such as ``1-3,7``."""
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Detail = "auto"
     split: bool | None = None
-    file_id: Annotated[str | None, only()] = None
+    known: ClassVar[fields.Rules] = fields.FILE
 
     @model_validator(mode="after")
     def _one(self) -> InputFile:
@@ -125,6 +128,7 @@ class InputMessage(Body):
     content: Content
     id: str | None = None
     status: str | None = None
+    known: ClassVar[fields.Rules] = fields.ITEM
 
     @model_validator(mode="after")
     def _fits(self) -> InputMessage:
@@ -146,6 +150,7 @@ class InputCall(Body):
     arguments: str
     id: str | None = None
     status: str | None = None
+    known: ClassVar[fields.Rules] = fields.ITEM
 
 
 class InputResult(Body):
@@ -156,12 +161,25 @@ class InputResult(Body):
     output: Content
     id: str | None = None
     status: str | None = None
+    known: ClassVar[fields.Rules] = fields.ITEM
+
+
+class InputReasoning(Body):
+    """Reasoning of another model; the prompt does not contain it."""
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: list[Any] | None = None
+    content: list[Any] | None = None
+    encrypted_content: str | None = None
+    status: str | None = None
 
 
 Item = Annotated[
     Annotated[InputMessage, Tag("<message>")]
     | Annotated[InputCall, Tag("<function_call>")]
-    | Annotated[InputResult, Tag("<function_call_output>")],
+    | Annotated[InputResult, Tag("<function_call_output>")]
+    | Annotated[InputReasoning, Tag("<reasoning>")],
     kind_of("type", default="message"),
 ]
 Items = Annotated[
@@ -190,10 +208,20 @@ class TextSettings(Body):
         ]
         | None
     ) = None
+    known: ClassVar[fields.Rules] = fields.TEXT
 
 
 class FlatTool(Function):
     type: Literal["function"]
+    known: ClassVar[fields.Rules] = fields.FLAT_TOOL
+
+
+class Reasoning(Body):
+    """Settings of reasoning models. Aria answers without reasoning first, so that none has an effect."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    known: ClassVar[fields.Rules] = fields.REASONING
 
 
 class FlatChoice(Body):
@@ -205,6 +233,24 @@ FlatToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[FlatChoice, Tag("<list>")],
     Discriminator(string_or_list),
 ]
+
+
+LOGPROBS = "message.output_text.logprobs"
+Include = Literal[
+    "message.output_text.logprobs",
+    # Nothing of these kinds is in an answer.
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class StreamOptions(Body):
+    known: ClassVar[fields.Rules] = fields.STREAM
 
 
 class ResponsesRequest(WithoutEffect):
@@ -220,12 +266,12 @@ class ResponsesRequest(WithoutEffect):
     tools: Many[FlatTool] | None = None
     tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: Many[Literal["message.output_text.logprobs"]] | None = None
+    include: Many[Include] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
-    truncation: Annotated[str | None, only("disabled")] = None
-    background: Annotated[bool | None, only(False)] = None
-    previous_response_id: Annotated[str | None, only()] = None
+    reasoning: Reasoning | None = None
+    stream_options: StreamOptions | None = None
+    known: ClassVar[fields.Rules] = fields.RESPONSES
     # Extensions, spelled as in vLLM.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -234,7 +280,7 @@ class ResponsesRequest(WithoutEffect):
 
     @property
     def wants_logprobs(self) -> bool:
-        return bool(self.include)
+        return LOGPROBS in (self.include or ())
 
 
 def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
@@ -279,6 +325,8 @@ def messages(body: ResponsesRequest) -> list[Message]:
                 said[-1] = last.model_copy(update={"tool_calls": [*(last.tool_calls or ()), call]})
             else:
                 said.append(AssistantMessage(role="assistant", tool_calls=[call]))
+        elif isinstance(item, InputReasoning):
+            continue
         elif isinstance(item, InputResult):
             said.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))
         elif item.role == "user":
@@ -307,11 +355,11 @@ def _renamed(video: InputVideo) -> dict[str, Any]:
 
 def _part(part: Any) -> TextPart | ImagePart | VideoPart | FilePart:
     if isinstance(part, InputImage):
-        image = ImageUrl(url=part.image_url, detail=part.detail or "auto", split=part.split)
+        image = ImageUrl(url=part.image_url, detail=part.detail, split=part.split)
         return ImagePart(type="image_url", image_url=image)
     if isinstance(part, InputVideo):
         return VideoPart(type="video_url", video_url=VideoUrl(**_renamed(part)))
     if isinstance(part, InputFile):
         fields = part.model_dump(include={"file_data", "file_url", "filename", "pages", "split"})
-        return FilePart(type="file", file=FileData(**fields, detail=part.detail or "auto"))
+        return FilePart(type="file", file=FileData(**fields, detail=part.detail))
     return TextPart(type="text", text=part.refusal if isinstance(part, OutputRefusal) else part.text)

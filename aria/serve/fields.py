@@ -1,0 +1,165 @@
+"""Fields of OpenAI's and vLLM's interfaces that no code here reads.
+
+They are accepted where they change nothing, and refused by name with the reason where they would change the answer. The
+models of `protocol` and `responses_body` have the fields that are implemented.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+_LONGEST_NAME = 64
+"""Characters of a client's field name that are compared with known names; the cost grows with their square."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to a known field that is not implemented."""
+
+    reason: str = ""
+    """Why other values are refused, and what to use instead."""
+    values: tuple[Any, ...] | None = None
+    """Values without effect here; None: whatever it holds."""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value changes nothing. True is not 1."""
+        if self.values is None:
+            return True
+        return any(isinstance(value, bool) == isinstance(known, bool) and value == known for known in self.values)
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """JSON schema of the values that are accepted; None: there are none but null."""
+        if self.values is None:
+            return {"description": "Accepted without effect."}
+        if not self.values:
+            return None
+        return {"enum": [None, *self.values], "description": "Accepted with these values, which have no effect."}
+
+
+Rules = dict[str, Rule]
+
+
+def _ignored(*names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names, Rule())
+
+
+def _only(*values: Any, reason: str) -> Rule:
+    return Rule(reason, values)
+
+
+def _refused(reason: str) -> Rule:
+    return Rule(reason, ())
+
+
+_SCHEMAS = _refused("use structured_outputs or response_format")
+_NO_BEAMS = "there is no beam search; use n"
+_MEDIA = "set detail, split, num_frames or pages on the content part"
+_TOOL_CALLS = "functions are deprecated; use tools, tool_choice and tool_calls"
+_NO_AUDIO = "the model neither hears nor speaks"
+_STATELESS = "nothing is kept between requests; send the whole conversation"
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""Levels of reasoning effort. The model answers without reasoning first, so that all of them are the same."""
+
+REQUEST: Rules = {
+    **_ignored("prompt_cache_retention", "prompt_cache_options", "session_id", "thinking_token_budget"),
+    **_ignored("include_reasoning", "spaces_between_special_tokens", "truncation_side", "stream_interval"),
+    **_ignored("return_mm_kwargs", "routed_experts_prompt_start", "add_special_tokens"),
+    "priority": _only(0, reason="requests are scheduled in the order of their arrival"),
+    "cache_salt": _refused("the prefix cache is shared by all requests of an adapter"),
+    "kv_transfer_params": _only({}, reason="prefill and decode run in one process"),
+    "ec_transfer_params": _only({}, reason="encoder and decoder run in one process"),
+    "vllm_xargs": _only({}, reason="there are no extensions that would read it"),
+    "logits_processors": _only([], reason="use logit_bias"),
+    "mm_processor_kwargs": _only({}, reason=_MEDIA),
+    "media_io_kwargs": _only({}, reason=_MEDIA),
+    "use_beam_search": _only(False, reason=_NO_BEAMS),
+    "length_penalty": _only(1, reason=_NO_BEAMS),
+    "truncate_prompt_tokens": _refused('shorten the prompt, or use truncation: "auto" of /v1/responses'),
+    "allowed_token_ids": _refused("use logit_bias, or a schema"),
+    "bad_words": _only([], reason="use logit_bias"),
+    "logprob_token_ids": _refused("use top_logprobs"),
+    "watermarking": _only(False, reason="answers carry no watermark"),
+    "return_tokens_as_token_ids": _only(False, reason="use return_token_ids"),
+    "return_prompt_text": _only(False, reason="/tokenize and /detokenize give the prompt's text"),
+    "return_token_offsets": _only(False, reason="/tokenize gives the prompt's tokens"),
+    "repetition_detection": _refused("use repetition_penalty or stop"),
+    "moderation": _refused("answers are not moderated"),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _SCHEMAS),
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), _SCHEMAS),
+}
+CHAT: Rules = REQUEST | {
+    **_ignored("prediction"),
+    "reasoning_effort": _only(*EFFORTS, reason=f"expected one of {', '.join(EFFORTS)}"),
+    "verbosity": _only("medium", reason="say in a message how long the answer should be"),
+    "audio": _refused(_NO_AUDIO),
+    "modalities": _only(["text"], reason="answers are text"),
+    "functions": _only([], reason=_TOOL_CALLS),
+    "function_call": _only("none", "auto", reason=_TOOL_CALLS),
+    "web_search_options": _refused("the server searches nothing"),
+    "documents": _only([], reason="put documents into messages"),
+    "chat_template": _refused("the model's own template is used"),
+    "echo": _only(False, reason="put the text of the last message before the answer"),
+}
+COMPLETION: Rules = REQUEST | {
+    "echo": _only(False, reason="put the prompt before the answer"),
+    "suffix": _only("", reason="the model cannot fill in the middle"),
+    "best_of": _only(1, reason="use n"),
+    "prompt_embeds": _refused("send text or token ids"),
+}
+RESPONSES: Rules = REQUEST | {
+    **_ignored("max_tool_calls"),
+    "truncation": _only("disabled", reason="shorten the conversation"),
+    "background": _only(False, reason=_STATELESS),
+    "background_options": _only({}, reason=_STATELESS),
+    "conversation": _refused(_STATELESS),
+    "previous_response_id": _refused(_STATELESS),
+    "previous_response": _refused(_STATELESS),
+    "previous_input_messages": _only([], reason=_STATELESS),
+    "prompt": _refused("no prompts are stored here; use instructions and input"),
+    "context_management": _only([], reason='use truncation: "auto"'),
+    "enable_response_messages": _only(False, reason="/tokenize gives the prompt's tokens"),
+    "access_programs": _only([], reason="there are none here"),
+    "image": _refused("the model draws no images"),
+}
+TOKENIZE: Rules = {
+    **_ignored("add_special_tokens"),
+    "chat_template": CHAT["chat_template"],
+    "mm_processor_kwargs": REQUEST["mm_processor_kwargs"],
+    "media_io_kwargs": REQUEST["media_io_kwargs"],
+}
+TEMPLATE: Rules = {
+    **_ignored("enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "clear_thinking"),
+    **_ignored("reasoning_effort"),
+    "documents": CHAT["documents"],
+    "tools": _refused("use tools of the request"),
+}
+PART: Rules = _ignored("cache_control", "prompt_cache_breakpoint")
+FILE: Rules = PART | {"file_id": _refused("no files are kept here; send the data or an address")}
+MESSAGE: Rules = _ignored("name", "cache_control")
+ASSISTANT: Rules = MESSAGE | {
+    **_ignored("parsed", "reasoning", "reasoning_content", "reasoning_details", "thinking_blocks", "annotations"),
+    **_ignored("provider_specific_fields", "phase"),
+    "audio": _refused(_NO_AUDIO),
+    "function_call": _refused(_TOOL_CALLS),
+}
+TOOL: Rules = {**_ignored("cache_control"), "defer_loading": _only(False, reason="all tools are in the prompt")}
+FLAT_TOOL: Rules = TOOL | {
+    **_ignored("allowed_callers", "output_schema"),
+    "async": _only(False, reason="an answer ends with its calls"),
+}
+ITEM: Rules = {
+    **_ignored("phase", "caller", "name", "async"),
+    "namespace": _refused("tools have no namespaces"),
+}
+REASONING: Rules = _ignored("context", "mode", "generate_summary")
+TEXT: Rules = {"verbosity": CHAT["verbosity"]}
+STREAM: Rules = {"include_obfuscation": _only(False, reason="events are not padded")}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one most looks like, None where it looks like none."""
+    return next(iter(difflib.get_close_matches(name[:_LONGEST_NAME], known, 1)), None)

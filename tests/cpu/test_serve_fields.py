@@ -1,0 +1,210 @@
+"""Fields that clients send: each of OpenAI's and vLLM's is implemented, accepted without effect, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from openai.types import chat, completion_create_params, responses, shared_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.chat.chat_completion_content_part_image_param import ImageURL
+from openai.types.responses import response_create_params
+from pydantic import BaseModel, ValidationError
+
+from aria.serve import protocol, responses_body
+from aria.serve.errors import ApiError, from_validation
+from aria.serve.protocol import ChatRequest, CompletionRequest, names_of
+from aria.serve.responses_body import ResponsesRequest
+
+HELLO = [{"role": "user", "content": "hello"}]
+PICTURE = "data:image/png;base64,AAAA"
+BODIES: dict[type[BaseModel], dict] = {
+    ChatRequest: {"messages": HELLO},
+    CompletionRequest: {"prompt": "hello"},
+    ResponsesRequest: {"input": "hello"},
+}
+# Of vLLM's own, those that each of its bodies has.
+VLLM = [
+    "use_beam_search",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "length_penalty",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "allowed_token_ids",
+    "add_special_tokens",
+    "spaces_between_special_tokens",
+    "priority",
+    "session_id",
+    "cache_salt",
+    "return_tokens_as_token_ids",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "repetition_detection",
+    "watermarking",
+    "logprob_token_ids",
+    "thinking_token_budget",
+    "stream_interval",
+]
+VLLM_CHAT = [
+    "echo",
+    "documents",
+    "chat_template",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "include_reasoning",
+    "bad_words",
+    "return_prompt_text",
+    "return_mm_kwargs",
+]
+
+
+def known(model: type) -> set[str]:
+    return {*names_of(model), *model.known}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (chat_create_params.CompletionCreateParamsBase, ChatRequest),
+        (completion_create_params.CompletionCreateParamsBase, CompletionRequest),
+        (response_create_params.ResponseCreateParamsBase, ResponsesRequest),
+        (chat.ChatCompletionStreamOptionsParam, protocol.StreamOptions),
+        (response_create_params.StreamOptions, responses_body.StreamOptions),
+        (chat.ChatCompletionSystemMessageParam, protocol.SystemMessage),
+        (chat.ChatCompletionDeveloperMessageParam, protocol.SystemMessage),
+        (chat.ChatCompletionUserMessageParam, protocol.UserMessage),
+        (chat.ChatCompletionAssistantMessageParam, protocol.AssistantMessage),
+        (chat.ChatCompletionMessage, protocol.AssistantMessage),
+        (chat.ParsedChatCompletionMessage, protocol.AssistantMessage),
+        (chat.ChatCompletionToolMessageParam, protocol.ToolMessage),
+        (chat.ChatCompletionContentPartTextParam, protocol.TextPart),
+        (chat.ChatCompletionContentPartImageParam, protocol.ImagePart),
+        (chat.ChatCompletionContentPartRefusalParam, protocol.RefusalPart),
+        (ImageURL, protocol.ImageUrl),
+        (shared_params.FunctionDefinition, protocol.Function),
+        (responses.EasyInputMessageParam, responses_body.InputMessage),
+        (responses.ResponseOutputMessageParam, responses_body.InputMessage),
+        (responses.ResponseFunctionToolCallParam, responses_body.InputCall),
+        (responses.response_input_item_param.FunctionCallOutput, responses_body.InputResult),
+        (responses.ResponseReasoningItemParam, responses_body.InputReasoning),
+        (responses.ResponseInputTextParam, responses_body.InputText),
+        (responses.ResponseInputImageParam, responses_body.InputImage),
+        (responses.ResponseInputFileParam, responses_body.InputFile),
+        (responses.ResponseOutputTextParam, responses_body.OutputText),
+        (responses.FunctionToolParam, responses_body.FlatTool),
+        (responses.ResponseTextConfigParam, responses_body.TextSettings),
+        (shared_params.Reasoning, responses_body.Reasoning),
+    ],
+)
+def test_every_field_of_the_official_client_is_known(theirs, ours):
+    fields = {"model", *theirs.model_fields} if issubclass(theirs, BaseModel) else set(theirs.__annotations__)
+    assert fields - {"model"} <= known(ours)
+
+
+def test_every_field_of_vllm_is_known():
+    assert set(VLLM) <= known(ChatRequest) & known(CompletionRequest)
+    assert set(VLLM_CHAT) <= known(ChatRequest)
+    assert not {one for model in BODIES for one in set(model.known) & set(names_of(model))}, "in two places"
+
+
+def refusal(model: type[BaseModel], body: dict) -> ApiError:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    return from_validation(caught.value.errors(include_url=False), body)
+
+
+def user(**part) -> dict:
+    return {"messages": [{"role": "user", "content": [part]}]}
+
+
+def answer(**fields) -> dict:
+    return {"messages": [*HELLO, {"role": "assistant", "content": "x", **fields}, *HELLO]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prediction": {"type": "content", "content": "x"}, "reasoning_effort": "low", "verbosity": "medium"},
+        {"functions": [], "function_call": "auto", "modalities": ["text"], "logit_bias": {}, "documents": []},
+        {"use_beam_search": False, "length_penalty": 1.0, "priority": 0, "mm_processor_kwargs": {}, "bad_words": []},
+        {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}},
+        {"stream": None, "stream_options": None, "unheard_of": None},
+        {"messages": [{"role": role, "content": "x", "name": "bob"} for role in ("system", "user", "assistant")]},
+        {"messages": [{"role": "user", "content": "x", "name": None, "cache_control": {"type": "ephemeral"}}]},
+        user(type="text", text="x", cache_control={"type": "ephemeral"}),
+        user(type="image_url", image_url={"url": PICTURE, "detail": "original"}, cache_control=None),
+        user(type="image_url", image_url={"url": PICTURE, "detail": None, "split": None}),
+        user(type="file", file={"file_data": "AAAA", "file_url": None, "file_id": None, "detail": None}),
+        user(type="video_url", video_url={"url": "a.mp4", "detail": "original", "fps": None}),
+        answer(parsed={"k": 1}, refusal=None, annotations=[{"type": "url_citation"}], audio=None, function_call=None),
+        answer(reasoning_content="y", reasoning="y", tool_calls=None),
+        answer(tool_calls=[{"id": "1", "type": None, "function": {"name": "f", "arguments": "{}"}}]),
+        {"tools": [{"type": "function", "cache_control": {}, "function": {"name": "f", "strict": None}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": None, "strict": None}}},
+    ],
+)
+def test_what_changes_nothing_is_accepted_in_chats(fields):
+    ChatRequest.model_validate({"messages": HELLO, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"store": False, "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low", "summary": "auto"}},
+        {"reasoning": {"effort": None}, "include": None, "text": {"format": None, "verbosity": "medium"}},
+        {"truncation": "disabled", "background": False, "previous_response_id": None, "max_tool_calls": 4},
+        {"input": [{"type": None, "role": "user", "content": "x", "phase": None, "id": None}]},
+        {"input": [{"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None}, *HELLO]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a", "detail": "original"}]}]},
+        {"tools": [{"type": "function", "name": "f", "strict": None, "defer_loading": False, "output_schema": {}}]},
+    ],
+)
+def test_what_changes_nothing_is_accepted_in_responses(fields):
+    assert responses_body.messages(ResponsesRequest.model_validate({"input": "hello", **fields}))
+
+
+def test_included_log_probabilities_are_told_apart_from_what_is_never_there():
+    body = {"input": "x", "include": ["reasoning.encrypted_content"]}
+    assert not ResponsesRequest.model_validate(body).wants_logprobs
+    body["include"].append("message.output_text.logprobs")
+    assert ResponsesRequest.model_validate(body).wants_logprobs
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "param", "code", "says"),
+    [
+        (ChatRequest, {"max_token": 3}, "max_token", "unsupported_field", "did you mean max_tokens?"),
+        (ChatRequest, {"zzz": 3}, "zzz", "unsupported_field", "leave it out"),
+        (ChatRequest, {"a" * 5000: 3}, "a" * 256, "unsupported_field", "leave it out"),
+        (ChatRequest, {"length_penalty": True}, "length_penalty", "unsupported_value", "beam search"),
+        (ChatRequest, {"use_beam_search": True}, "use_beam_search", "unsupported_value", "beam search"),
+        (ChatRequest, {"allowed_token_ids": [1]}, "allowed_token_ids", "unsupported_field", "logit_bias"),
+        (ChatRequest, {"audio": {"voice": "x"}}, "audio", "unsupported_field", "neither hears"),
+        (ChatRequest, {"verbosity": "low"}, "verbosity", "unsupported_value", "how long"),
+        (ChatRequest, {"priority": -1}, "priority", "unsupported_value", "order of their arrival"),
+        (ChatRequest, answer(audio={"id": "1"}), "messages[1].audio", "unsupported_field", "neither hears"),
+        (ChatRequest, answer(function_call={"name": "f"}), "messages[1].function_call", "unsupported_field", "tool_"),
+        (ChatRequest, user(type="text", text="x", cache_contrl="y"), "messages[0].content[0].cache_contrl",
+         "unsupported_field", "cache_control"),
+        (ChatRequest, user(type="file", file={"file_id": "1", "file_data": "x"}), "messages[0].content[0].file.file_id",
+         "unsupported_field", "no files are kept"),
+        (CompletionRequest, {"best_of": 2}, "best_of", "unsupported_value", "use n"),
+        (CompletionRequest, {"prompt_embeds": "x"}, "prompt_embeds", "unsupported_field", "token ids"),
+        (ResponsesRequest, {"previous_response_id": "x"}, "previous_response_id", "unsupported_field", "whole conv"),
+        (ResponsesRequest, {"conversation": "x"}, "conversation", "unsupported_field", "nothing is kept"),
+        (ResponsesRequest, {"reasoning": {"efort": "x"}}, "reasoning.efort", "unsupported_field", "mean effort"),
+        (ResponsesRequest, {"include": ["x"]}, "include[0]", "invalid_value", "message.output_text.logprobs"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answer_is_refused_by_name(model, fields, param, code, says):
+    error = refusal(model, {**BODIES[model], **fields})
+    assert (error.status, error.param, error.code) == (400, param, code)
+    assert param in error.message and says in error.message
+
+
+def test_fields_without_effect_are_in_the_description():
+    schema = ChatRequest.model_json_schema()
+    assert {"prediction", "verbosity", "stream_interval"} <= schema["properties"].keys()
+    assert schema["properties"]["verbosity"]["enum"] == [None, "medium"]
+    assert "audio" not in schema["properties"] and schema["additionalProperties"] is False
