@@ -7,10 +7,14 @@ Aria has no format of its own for them. This one is widespread among open models
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+_WHITE = re.compile(r"[ \t\n\r]*")
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -31,10 +35,77 @@ def written(name: str, arguments: str) -> str:
     """A call as it stands in the conversation.
 
     Raises:
-        ValueError: the arguments are not JSON.
+        ValueError: the arguments are not JSON; NaN, Infinity and lone surrogates are none.
     """
     try:
-        parsed = json.loads(arguments or "{}")
+        parsed = json.loads(arguments or "{}", parse_constant=_refuse)
+        text = json.dumps({"name": name, "arguments": parsed}, ensure_ascii=False, allow_nan=False)
+        text.encode()
     except (ValueError, RecursionError):
         raise ValueError(f"the arguments of {name!r} should be JSON in a string, but are {arguments!r:.80}") from None
-    return f"{OPEN}{json.dumps({'name': name, 'arguments': parsed}, ensure_ascii=False)}{CLOSE}"
+    return f"{OPEN}{text}{CLOSE}"
+
+
+def replayed(name: str, arguments: str) -> str:
+    """The same for a call that the model made before, whose arguments may be cut off or otherwise no JSON.
+
+    They stand as they came then: the model sees what it wrote, next to the error that its client reports.
+    """
+    try:
+        return written(name, arguments)
+    except ValueError:
+        return f'{OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}{CLOSE}'
+
+
+def read(text: str) -> tuple[str, str]:
+    """The function that a call names, and its arguments as the model spelled them.
+
+    Raises:
+        ValueError: it is no call, or not JSON; NaN, Infinity and lone surrogates are none.
+    """
+    said = _DECODER.decode(text)
+    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+        raise ValueError("a call is an object with a name")
+    if not isinstance(said.get("arguments", {}), dict):
+        raise ValueError("the arguments of a call are an object")
+    json.dumps(said, ensure_ascii=False).encode()
+    arguments = "{}"
+    place = _skip(text, text.index("{") + 1)
+    while text[place] != "}":
+        key, place = _DECODER.raw_decode(text, place)
+        start = _skip(text, _skip(text, place) + 1)
+        _, end = _DECODER.raw_decode(text, start)
+        if key == "arguments":
+            arguments = text[start:end]
+        place = _skip(text, end)
+        if text[place] == ",":
+            place = _skip(text, place + 1)
+    return said["name"], arguments
+
+
+def end_of_call(text: str, start: int, seen: int = 0) -> int:
+    """The place of the tag that closes a call whose JSON begins at ``start``, or -1; tags inside strings are text.
+
+    Args:
+        text: what the model wrote.
+        start: behind :data:`OPEN`.
+        seen: no tag begins before this place.
+    """
+    place = text.find(CLOSE, max(start, seen))
+    while place >= 0 and '"' in _STRINGS.sub("", text[start:place]):
+        place = text.find(CLOSE, place + 1)
+    return place
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _skip(text: str, place: int) -> int:
+    """The first place that is not white space."""
+    found = _WHITE.match(text, place)
+    assert found is not None, "it matches nothing, too"
+    return found.end()
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)

@@ -62,6 +62,8 @@ class Asked:
     """Names that the answer may call."""
     untagged: bool = False
     """A grammar makes the answer one call without tags, or one JSON value."""
+    parallel: bool = True
+    """An answer may hold several calls; otherwise it ends with its first."""
 
     @property
     def has_media(self) -> bool:
@@ -90,19 +92,26 @@ def chat(body: ChatRequest, defaults: Defaults) -> Asked:
     Raises:
         ApiError: 400, it contradicts itself.
     """
-    wanted = body.response_format
-    schema: Any = True if isinstance(wanted, JsonObjectFormat) else None
-    if isinstance(wanted, JsonSchemaFormat):
-        schema = True if wanted.json_schema.json_schema is None else wanted.json_schema.json_schema
     return conversation(
         body,
         body.messages,
         read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
-        schema,
+        schema_of(body.response_format),
         defaults,
         max_tokens=body.max_completion_tokens or body.max_tokens or defaults.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+
+
+def schema_of(form: Any) -> Any:
+    """The schema that the format of an answer asks for: None for text, True for any object."""
+    if isinstance(form, JsonObjectFormat):
+        given = form.json_schema
+    elif isinstance(form, JsonSchemaFormat):
+        given = form.json_schema.json_schema if form.json_schema else form.bare_schema
+    else:
+        return None
+    return True if given is None else given
 
 
 def conversation(
@@ -114,13 +123,12 @@ def conversation(
     elif offered.told and schema is not None:
         # Either a call or an answer of the form that was asked for.
         schema = tools.any_of([tools.call_schema(offered.told), {"type": "object"} if schema is True else schema])
-    # A second call would begin behind the end of the first.
-    stop = (tools.CLOSE,) if offered.told and schema is None and not offered.parallel else ()
     return Asked(
         prompts=[messages(said, offered.told, defaults.sizes)],
-        params=sampling(body, defaults, stop=stop, json_schema=schema, **fields),
+        params=sampling(body, defaults, json_schema=schema, **fields),
         functions=offered.names,
         untagged=schema is not None,
+        parallel=offered.parallel,
     )
 
 
@@ -133,20 +141,19 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
     return Asked(prompts=prompts, params=params)
 
 
-def sampling(body: WithoutEffect, defaults: Defaults, *, stop: Sequence[str] = (), **fields: Any) -> SamplingParams:
+def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> SamplingParams:
     """How tokens are chosen.
 
     Args:
         body: its fields of the same names count.
         defaults: for fields that it leaves out.
-        stop: more texts at which an answer ends.
         fields: those whose names differ between bodies.
     """
     given = {name: value for name in _ALIKE if (value := getattr(body, name, None)) is not None}
     own = getattr(body, "stop", None) or ()
     bias = {int(token): value for token, value in (getattr(body, "logit_bias", None) or {}).items()}
     return SamplingParams(
-        stop=((own,) if isinstance(own, str) else (*own,)) + tuple(stop),
+        stop=own,
         logit_bias=bias or None,
         **{"temperature": defaults.temperature, **given, **fields},
     )
@@ -188,11 +195,8 @@ def messages(
         said: OpenAI's messages.
         offered: functions that the model is told of.
         sizes: sides of crops that the model knows, in pixels.
-
-    Raises:
-        ApiError: 400, arguments of a call that are not JSON.
     """
-    told = [_message(message, f"messages[{i}]", sizes) for i, message in enumerate(said)]
+    told = [_message(message, sizes) for message in said]
     if not offered:
         return told
     text = calls.instructions(offered)
@@ -223,9 +227,9 @@ def _joined(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _message(message: Message, where: str, sizes: Sequence[int]) -> dict[str, Any]:
+def _message(message: Message, sizes: Sequence[int]) -> dict[str, Any]:
     if isinstance(message, AssistantMessage):
-        return {"role": "assistant", "content": _answer(message, where)}
+        return {"role": "assistant", "content": _answer(message)}
     content = message.content if isinstance(message.content, str) else [_part(p, sizes) for p in message.content]
     if isinstance(message, ToolMessage) and message.name:
         named = f"{message.name}: "
@@ -233,15 +237,12 @@ def _message(message: Message, where: str, sizes: Sequence[int]) -> dict[str, An
     return {"role": message.role, "content": content}
 
 
-def _answer(message: AssistantMessage, where: str) -> str:
+def _answer(message: AssistantMessage) -> str:
     """What the model said before, with its calls as it writes them."""
     content = message.content or ""
     if not isinstance(content, str):
         content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
-    try:
-        made = [calls.written(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-    except ValueError as error:
-        raise ApiError(400, str(error), param=f"{where}.tool_calls") from error
+    made = [calls.replayed(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     return "\n".join(text for text in (content or message.refusal or "", *made) if text)
 
 

@@ -23,6 +23,8 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
     async with aclosing(run.read()) as pieces:
         async for _, piece in pieces:
             deltas[piece.choice].append(turns[piece.choice].push(piece))
+            if all(turn.finished for turn in turns):
+                break
     return ChatCompletion.model_validate(
         {
             "id": run.id,
@@ -42,8 +44,9 @@ def _choice(run: Run, index: int, deltas: list[Delta]) -> dict[str, Any]:
     if run.asked.params.logprobs is not None:
         told = [logprob_object(one, run.tokenizer) for delta in deltas for one in delta.logprobs]
         logprobs = {"content": told, "refusal": None}
+    finish = next(delta.finish_reason for delta in reversed(deltas) if delta.finish_reason is not None)
     message = {"content": text or None if calls else text, "tool_calls": calls or None}
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
 
 def _call(call: Call) -> dict[str, Any]:
@@ -86,6 +89,8 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
                     yield chunk(index, {"content": text}, {"content": told, "refusal": None})
             if delta.finish_reason is not None:
                 yield chunk(index, {}, finish=delta.finish_reason)
+            if all(turn.finished for turn in turns):
+                break
         if include_usage:
             yield f'{head}],"usage":{json.dumps(run.usage())}}}\n\n'.encode("ascii")
     yield DONE

@@ -225,13 +225,17 @@ AssistantContent = Annotated[
 class FunctionCall(Body):
     name: str
     arguments: str
-    """JSON, as a string."""
+    """JSON, as a string; what is cut off or otherwise no JSON stands in the conversation as it is."""
+    parsed_arguments: Any = None
+    """Without effect: OpenAI's client adds it to the calls that it parsed."""
 
 
 class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = None
+    """Without effect: its place among the calls of a stream."""
 
 
 class SystemMessage(Body):
@@ -311,10 +315,12 @@ class TextFormat(Body):
 
 class JsonObjectFormat(Body):
     type: Literal["json_object"]
+    json_schema: Annotated[Json | None, Field(alias="schema")] = None
+    """Extension, as in llama.cpp."""
 
 
 class JsonSchema(Body):
-    name: str
+    name: str | None = None
     description: str | None = None
     json_schema: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -323,7 +329,15 @@ class JsonSchema(Body):
 
 class JsonSchemaFormat(Body):
     type: Literal["json_schema"]
-    json_schema: JsonSchema
+    json_schema: JsonSchema | None = None
+    bare_schema: Annotated[Json | None, Field(alias="schema")] = None
+    """Extension, as in llama.cpp: the schema itself in place of ``json_schema``."""
+
+    @model_validator(mode="after")
+    def _one(self) -> JsonSchemaFormat:
+        if (self.json_schema is None) == (self.bare_schema is None):
+            raise ValueError("give json_schema (OpenAI's form) or schema (llama.cpp's), and not both")
+        return self
 
 
 ResponseFormat = Annotated[

@@ -25,6 +25,8 @@ async def whole(run: Run, body: ResponsesRequest) -> ResponseObject:
         async for _, piece in pieces:
             for _ in output.push(piece):
                 pass
+            if output.finish_reason is not None:
+                break
     return _response(run, body, output)
 
 
@@ -44,6 +46,8 @@ async def chunks(run: Run, body: ResponsesRequest) -> AsyncGenerator[bytes, None
         async for _, piece in pieces:
             for kind, fields in output.push(piece):
                 yield told(kind, fields)
+            if output.finish_reason is not None:
+                break
     last = _response(run, body, output)
     yield told(f"response.{last.status}", {"response": last.model_dump(mode="json")})
 

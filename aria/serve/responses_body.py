@@ -296,14 +296,11 @@ def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
         choice = body.tool_choice
     given = [Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()]
     wanted = body.text.format if body.text else None
-    schema: Any = True if isinstance(wanted, JsonObjectFormat) else None
-    if isinstance(wanted, FlatSchema):
-        schema = wanted.json_schema
     return bodies.conversation(
         body,
         messages(body),
         bodies.read_tools(given, choice, body.parallel_tool_calls),
-        schema,
+        wanted.json_schema if isinstance(wanted, FlatSchema) else bodies.schema_of(wanted),
         defaults,
         max_tokens=body.max_output_tokens or defaults.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,

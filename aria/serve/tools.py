@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aria.processor import calls
 from aria.processor.calls import CLOSE, OPEN
 
 
@@ -63,13 +63,10 @@ def _moved(schema: Any, place: str) -> Any:
 def parse(text: str, names: Collection[str]) -> Call | None:
     """The call that a text is, or None: not JSON, not a call, or of a function that is not offered."""
     try:
-        said = json.loads(text)
+        name, arguments = calls.read(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(said, dict) or said.get("name") not in names or not isinstance(said.get("arguments", {}), dict):
-        return None
-    arguments = json.dumps(said.get("arguments", {}), ensure_ascii=False)
-    return Call(f"call_{uuid.uuid4().hex[:24]}", said["name"], arguments)
+    return Call(f"call_{uuid.uuid4().hex[:24]}", name, arguments) if name in names else None
 
 
 class CallReader:
@@ -82,35 +79,45 @@ class CallReader:
     def __init__(self, names: Collection[str]):
         self._names = names
         self._held = ""
+        self._seen = 0
+        """No tag that closes the held call begins before this place."""
 
     def push(self, piece: str) -> list[str | Call]:
         """The next piece of text; what became certain with it, in order."""
         self._held += piece
+        return self._read(last=False)
+
+    def flush(self) -> list[str | Call]:
+        """No more text comes: what was held back. A call may lack its last tag, where the answer stopped at it."""
+        found = self._read(last=True)
+        held, self._held = self._held, ""
+        before, tag, inside = held.partition(OPEN)
+        call = parse(inside, self._names) if tag else None
+        found += [held] if call is None else [before.rstrip(), call]
+        return [one for one in found if one]
+
+    def _read(self, last: bool) -> list[str | Call]:
         found: list[str | Call] = []
         while (start := self._held.find(OPEN)) >= 0:
-            end = self._held.find(CLOSE, start)
+            inside = start + len(OPEN)
+            end = calls.end_of_call(self._held, inside, self._seen)
+            if end < 0 and last:
+                end = self._held.find(CLOSE, inside)  # quotes do not match, so this is no call
             if end < 0:
                 break
-            call = parse(self._held[start + len(OPEN) : end], self._names)
+            call = parse(self._held[inside:end], self._names)
             end += len(CLOSE)
             if call is None:
                 found.append(self._held[:end])
             else:
                 found += [self._held[:start].rstrip(), call]
                 end += len(self._held[end:]) - len(self._held[end:].lstrip())
-            self._held = self._held[end:]
+            self._held, self._seen = self._held[end:], 0
         # White space before a call belongs to neither, and is held back with the tag.
         keep = len(self._held[:start].rstrip()) if start >= 0 else len(self._held) - self._open_end()
         found.append(self._held[:keep])
         self._held = self._held[keep:]
-        return [one for one in found if one]
-
-    def flush(self) -> list[str | Call]:
-        """No more text comes: what was held back. A call may lack its last tag, where the answer stopped at it."""
-        held, self._held = self._held, ""
-        before, tag, inside = held.partition(OPEN)
-        call = parse(inside, self._names) if tag else None
-        found: list[str | Call] = [held] if call is None else [before.rstrip(), call]
+        self._seen = max(len(self._held) - len(CLOSE) + 1, 0)
         return [one for one in found if one]
 
     def _open_end(self) -> int:

@@ -32,10 +32,15 @@ class Turn:
         names = asked.functions
         self._calls = None if not names else WholeCall(names) if asked.untagged else CallReader(names)
         self._ledger = None if asked.params.logprobs is None else _Ledger(tokenizer)
-        self.called = False
+        self._parallel = asked.parallel
+        self._called = False
+        self.finished = False
+        """Nothing more comes, though the engine may still write."""
 
     def push(self, piece: Piece) -> Delta:
         """The choice's next token."""
+        if self.finished:
+            return Delta([], [], None)
         text, finish = piece.text, piece.finish_reason
         parts: list[str | Call]
         if self._calls is None:
@@ -44,11 +49,13 @@ class Turn:
             parts = self._calls.push(text) if text else []
             if finish is not None:
                 parts += self._calls.flush()
-            self.called = self.called or any(isinstance(part, Call) for part in parts)
+            first = next((i for i, part in enumerate(parts) if isinstance(part, Call)), None)
+            self._called = self._called or first is not None
+            if first is not None and not self._parallel:
+                parts, finish = parts[: first + 1], "stop"
         logprobs = [] if self._ledger is None else list(self._ledger.push(piece))
-        if finish == "stop" and self.called:
-            return Delta(parts, logprobs, "tool_calls")
-        return Delta(parts, logprobs, finish)
+        self.finished = finish is not None
+        return Delta(parts, logprobs, "tool_calls" if finish == "stop" and self._called else finish)
 
 
 class _Ledger:

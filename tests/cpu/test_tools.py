@@ -1,0 +1,116 @@
+"""Calls of functions: what the model writes -> what clients read, and back into later turns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from aria import SamplingParams
+from aria.processor import calls
+from aria.serve.bodies import Asked, Defaults, _answer, chat
+from aria.serve.protocol import AssistantMessage, ChatRequest
+from aria.serve.tools import Call, CallReader, parse
+from aria.serve.turns import Turn
+
+NESTED = json.dumps({"path": "a.md", "text": 'quote " and </tool_call> and <tool_call>{"name": "f"}</tool_call>\\'})
+SAID = f"Saved.\n{calls.written('f', NESTED)}\n{calls.written('f', '')}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, len(SAID)), max_size=12))
+def test_tags_inside_of_arguments_are_text_however_the_answer_is_cut(cuts):
+    reader = CallReader(["f"])
+    found = [one for a, b in itertools.pairwise([0, *sorted(cuts), len(SAID)]) for one in reader.push(SAID[a:b])]
+    found += reader.flush()
+    assert "".join(one for one in found if isinstance(one, str)) == "Saved."
+    assert [call.arguments for call in found if isinstance(call, Call)] == [NESTED, "{}"]
+
+
+def test_a_call_with_quotes_that_do_not_match_hides_no_later_call():
+    broken = '<tool_call>{"name": "f", "arguments": {"a": "it"s"}}</tool_call>'
+    reader = CallReader(["f"])
+    found = [*reader.push(broken + calls.written("f", '{"a": 1}') + " done"), *reader.flush()]
+    text = "".join(one for one in found if isinstance(one, str))
+    assert text == f"{broken}done"
+    assert [call.arguments for call in found if isinstance(call, Call)] == ['{"a": 1}']
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"n": NaN}', '{"n": [-Infinity]}', '{"n": "cut \\ud83d"}', '{"\\udc00": 1}', '{"n": "cut', "[1]", '"{}"', "1"],
+)
+def test_arguments_that_are_not_json_stay_text(arguments):
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    assert parse(text[len(calls.OPEN) : -len(calls.CLOSE)], ["f"]) is None
+    reader = CallReader(["f"])
+    assert "".join([*reader.push(text), *reader.flush()]) == text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"n": 1e999}',
+        '{"n":12345678901234567890123, "x" : 1.0e-2}',
+        '{"a": 1, "a": 2}',
+        '{"s": "\\ud83d\\ude00"}',
+        "{ }",
+    ],
+)
+def test_arguments_are_those_that_the_model_spelled(arguments):
+    call = parse(f' {{ "arguments" : {arguments} , "name":"f"}}\n', ["f"])
+    assert call is not None and call.arguments == arguments
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"path": "notes.txt", "text": "cut of', "", "not JSON", '{"n": NaN}', "[" * 99_999]
+)
+def test_an_earlier_call_stays_in_the_conversation_as_it_was(arguments):
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    message = AssistantMessage.model_validate({"role": "assistant", "tool_calls": [call]})
+    assert _answer(message) == f'<tool_call>{{"name": "f", "arguments": {arguments or "{}"}}}</tool_call>'
+
+
+def test_one_call_alone_ends_the_answer_after_it():
+    turn = Turn(Asked([], SamplingParams(), functions=("f",), parallel=False), None)
+    texts = [SAID[:70], SAID[70:], "more", ""]
+    pieces = [SimpleNamespace(text=text, finish_reason=None) for text in texts]
+    deltas = [turn.push(piece) for piece in pieces]
+    assert [part for delta in deltas for part in delta.parts if isinstance(part, str)] == ["Saved."]
+    assert [part.arguments for delta in deltas for part in delta.parts if isinstance(part, Call)] == [NESTED]
+    assert [delta.finish_reason for delta in deltas] == [None, "tool_calls", None, None] and turn.finished
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, True),
+        ({"type": "json_object", "schema": {"const": 1}}, {"const": 1}),
+        ({"type": "json_schema", "schema": {"const": 1}}, {"const": 1}),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": 1}}}, {"const": 1}),
+        ({"type": "json_schema", "json_schema": {"schema": {}}}, {}),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, True),
+    ],
+)
+def test_formats_of_answers_in_openai_s_and_llama_cpp_s_form(form, schema):
+    body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "response_format": form})
+    assert chat(body, Defaults(sizes=(224,), max_model_len=9)).params.json_schema == schema
+
+
+@pytest.mark.parametrize("more", [{}, {"schema": {}, "json_schema": {"name": "a"}}])
+def test_a_format_has_one_schema(more):
+    form = {"type": "json_schema", **more}
+    with pytest.raises(ValidationError, match=r"give json_schema .* or schema"):
+        ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "response_format": form})
+
+
+def test_what_clients_send_back_of_a_call_is_taken():
+    call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}}
+    message = AssistantMessage.model_validate({"role": "assistant", "tool_calls": [call]})
+    assert _answer(message) == '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
