@@ -28,7 +28,7 @@ from aria.engine.request import Picture
 from aria.engine.sampling_params import SamplingParams
 from aria.hub import read_json, resolve
 from aria.model import Aria, Packed, pack_patches
-from aria.ops import Segments
+from aria.ops import Segments, on_own_device
 from aria.processor import AriaTokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -180,6 +180,7 @@ class AriaForConditionalGeneration(nn.Module):
             generation_config=self.generation_config,
         )  # fmt: skip
 
+    @on_own_device
     def forward(
         self,
         input_ids: Tensor,
@@ -213,6 +214,7 @@ class AriaForConditionalGeneration(nn.Module):
         return AriaOutput(logits, loss, router_logits if output_router_logits else None)
 
     @torch.no_grad()
+    @on_own_device
     def generate(
         self,
         input_ids: Tensor,

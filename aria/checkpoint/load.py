@@ -22,6 +22,7 @@ from aria.checkpoint.stored import StoredTensor, names, read_safetensors
 from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
 from aria.hub import resolve
 from aria.model import Aria
+from aria.ops import current
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.pdparams", "*.index.json", CONFIG_NAME)
 """Files of a Hub repository that loading needs, as glob patterns."""
@@ -161,12 +162,14 @@ def load_model(
     if isinstance(path_or_repo_id, AriaConfig):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for Hub repositories, but a config was given; leave it out")
-        return Aria.random(path_or_repo_id, dtype=dtype, device=device)
+        with current(device):
+            return Aria.random(path_or_repo_id, dtype=dtype, device=device)
     path = resolve(path_or_repo_id, revision=revision, allow_patterns=WEIGHT_PATTERNS)
     config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
     with torch.device("meta"):
         model = Aria(config)
-    load_into(model, path, dtype=dtype, device=device, progress=progress)
+    with current(device):
+        load_into(model, path, dtype=dtype, device=device, progress=progress)
     return model.eval()
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import NamedTuple
 
 import torch
 
+from aria import ops
 from aria.engine.adapters import Adapters, Changes
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
@@ -76,24 +76,33 @@ class EngineCore:
         weight = model.language_model.lm_head.weight
         self.device, on_cuda = weight.device, weight.is_cuda
         self.block_size = _block_size(self.device)
-        step_tokens = step_tokens or (STEP_TOKENS if on_cuda else 2048)
-        if on_cuda:
-            model.lay_out()
-        self.adapters = Adapters(model, adapters)
-        text = model.config.text
-        step_tokens = min(step_tokens, text.max_position_embeddings)
-        if cache_blocks is None:
-            most = max_batch * (max_model_len or text.max_position_embeddings)
-            with _current(self.device):
+        self.max_batch = max_batch
+        with ops.current(self.device):
+            if on_cuda:
+                model.lay_out()
+            self.adapters = Adapters(model, adapters)
+            text = model.config.text
+            step_tokens = min(step_tokens or (STEP_TOKENS if on_cuda else 2048), text.max_position_embeddings)
+            if cache_blocks is None:
+                most = max_batch * (max_model_len or text.max_position_embeddings)
                 blocks = blocks_beside(
                     model, self.block_size, step_tokens=step_tokens, max_rows=max_batch,
                     utilization=memory_utilization, reserved=picture_bytes, adapters=self.adapters,
                 )  # fmt: skip
-            blocks = min(blocks, -(-most // self.block_size) + 1)
-        else:
-            blocks = cache_blocks + 1
-        self.max_batch = max_batch
-        self.max_model_len = self._longest(max_model_len, blocks)
+                blocks = min(blocks, -(-most // self.block_size) + 1)
+            else:
+                blocks = cache_blocks + 1
+            self.max_model_len = self._longest(max_model_len, blocks)
+            cache = PagedCache(
+                text, blocks, self.block_size, self.max_model_len, max_batch, weight.dtype, self.device
+            )  # fmt: skip
+            encoder = Encoder(self.adapters.encoding, picture_bytes, image_mean, image_std)
+            self.runner = Runner(
+                model, cache, encoder, self.adapters, max_rows=max_batch, max_model_len=self.max_model_len
+            )  # fmt: skip
+            if on_cuda:
+                # Steps may run on another stream than the one that this was made on.
+                torch.cuda.current_stream().synchronize()
         self.pool = BlockPool(blocks, self.block_size)
         self.scheduler = Scheduler(
             self.pool,
@@ -101,9 +110,6 @@ class EngineCore:
             step_tokens=step_tokens,
             mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
         )
-        cache = PagedCache(text, blocks, self.block_size, self.max_model_len, weight.dtype, self.device)
-        encoder = Encoder(self.adapters.encoding, picture_bytes, image_mean, image_std)
-        self.runner = Runner(model, cache, encoder, self.adapters, max_rows=max_batch, max_model_len=self.max_model_len)
         self._ids = count()
         self.ahead = on_cuda
         """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
@@ -239,6 +245,7 @@ class EngineCore:
         """Whether a step has anything to do: requests to serve, or a launched step to wait for."""
         return self.unfinished or self._launched is not None
 
+    @ops.on_own_device
     def step(self) -> list[Token]:
         """Start the next step and give the tokens of the one before; on the CPU, of the step itself.
 
@@ -251,13 +258,11 @@ class EngineCore:
                 # A request that has to give up its blocks waits for the value of its last token.
                 tokens = self._collect()
                 plan = self.scheduler.plan()
-            with _current(self.device):
-                launched = self.runner.launch(plan) if plan else None
-                if launched is not None and not launched.drawn:
-                    # What a grammar allows depends on the token before; the device computes scores meanwhile.
-                    tokens += self._collect()
-                    with _current(self.device):
-                        self.runner.draw(launched)
+            launched = self.runner.launch(plan) if plan else None
+            if launched is not None and not launched.drawn:
+                # What a grammar allows depends on the token before; the device computes scores meanwhile.
+                tokens += self._collect()
+                self.runner.draw(launched)
             if self.ahead:
                 tokens += self._collect()
                 self._launched = launched
@@ -299,16 +304,12 @@ class EngineCore:
             self.cancel(request)
         self.pool.clear()
 
+    @ops.on_own_device
     def close(self) -> None:
         """End all requests and wait for the device."""
         for request in list(self._ends):
             self.cancel(request)
         self._collect()
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels, graphs and events go to the device that is current, and every thread begins with the first."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _block_size(device: torch.device) -> int:

@@ -46,10 +46,12 @@ class Encoder:
         self._models, self._mean, self._std = models, tuple(mean), tuple(std)
         self._config = models[None].config.vision
         self._weight = models[None].multi_modal_projector.query
+        self.device = self._weight.device
         self.cache = PictureCache(cache_bytes)
         with torch.inference_mode():
             self._graphs = Graphs(self._weight.device, MOST_GRAPHS) if ops.inference_kernels(self._weight) else None
 
+    @ops.on_own_device
     def features(self, pictures: Sequence[Picture], adapter: str | None = None) -> list[Tensor]:
         """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already.
 

@@ -57,7 +57,7 @@ def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int, adapters: 
     device = weight.device
     text = model.config.text
     past = max(text.max_position_embeddings - tokens, 0)
-    cache = PagedCache(text, 1, block_size, text.max_position_embeddings, weight.dtype, device)
+    cache = PagedCache(text, 1, block_size, text.max_position_embeddings, 1, weight.dtype, device)
     # All in the block that is nobody's: what is computed does not matter here.
     blocks = torch.zeros(-(-(past + tokens) // block_size), dtype=torch.int32, device=device)
     place = torch.arange(tokens, dtype=torch.int32, device=device)

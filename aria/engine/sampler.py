@@ -40,6 +40,8 @@ class SamplerState:
         self._vocab_size = vocab_size
         self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
         self._table = self._packed(SamplingParams(), 0).repeat(max_rows, 1).to(device)
+        # Counters of the kernel that draws: engines on streams of their own draw at the same time.
+        self._arrivals = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._penalized: set[int] = set()
         self._biased: set[int] = set()
         # (R, V), once a row needs it: twice the times that the answer has a token, plus one if the prompt has it.
@@ -97,7 +99,7 @@ class SamplerState:
         Returns:
             int64 ``(N,)``.
         """
-        return ops.sample(logits_NV, rows_N, positions_N, self._table, self._banned)
+        return ops.sample(logits_NV, rows_N, positions_N, self._table, self._banned, self._arrivals)
 
     def extras(self, rows: Collection[int]) -> bool:
         """Whether any of these rows has penalties or biases."""

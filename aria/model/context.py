@@ -48,6 +48,15 @@ class PagedCache:
     """Memory for keys and values in blocks of S tokens; which block is whose is the engine's business.
 
     Block 0 belongs to nobody: rows that only fill up a batch write there.
+
+    Args:
+        config: of the decoder.
+        blocks: B.
+        block_size: S.
+        max_positions: tokens of the longest sequence.
+        max_sequences: the most of which one token each attends in a step.
+        dtype: of keys and values.
+        device: where they are.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class PagedCache:
         blocks: int,
         block_size: int,
         max_positions: int,
+        max_sequences: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ):
@@ -72,6 +82,9 @@ class PagedCache:
         """``(L, B, KV, S, K)`` each."""
         self.angles = ops.rope_angles(max_positions, config.head_dim, config.rope_theta, device)
         """float32 ``(positions, K)``."""
+        self.arrivals = torch.zeros(max_sequences * config.num_attention_heads, dtype=torch.int32, device=device)
+        """Counters of the kernels that attend from one token of each sequence; between launches they are zeros. A
+        cache has its own, because engines on streams of their own run at the same time."""
 
     @property
     def block_size(self) -> int:
@@ -115,10 +128,11 @@ class Paged:
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles
+        paged = angles, keys, values, self.cache.arrivals
         N = self.blocks.shape[0]
         new, read = (q_THK[:N], k_THK[:N], v_THK[:N]), (q_THK[N:], k_THK[N:], v_THK[N:])
         if not self.chunk_lengths:
-            return ops.decode_attention(*new, self.positions, self.blocks, angles, keys, values)
+            return ops.decode_attention(*new, self.positions, self.blocks, *paged)
         assert self.slots is not None and self.chunk_blocks is not None, "chunks need slots and blocks"
         # All chunks are written before any is read: one may begin with blocks that another one fills.
         q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots[N:], angles, keys, values)
@@ -126,7 +140,7 @@ class Paged:
         out = ops.chunks_attention(q, k, read[2], keys, values, *chunks)
         if not N:
             return out
-        return torch.cat((ops.decode_attention(*new, self.positions[:N], self.blocks, angles, keys, values), out))
+        return torch.cat((ops.decode_attention(*new, self.positions[:N], self.blocks, *paged), out))
 
     def attend_sampled(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         """Remember keys and values of all tokens, but attend only from those that are sampled: ``(R, H, K)``."""
@@ -139,4 +153,6 @@ class Paged:
         q_RHK = q_THK.index_select(0, self.sampled)
         if not len(q_RHK):
             return q_RHK
-        return ops.paged_attention(q_RHK, keys, values, self.sampled_blocks, self.sampled_lengths)
+        return ops.paged_attention(
+            q_RHK, keys, values, self.sampled_blocks, self.sampled_lengths, self.cache.arrivals
+        )  # fmt: skip

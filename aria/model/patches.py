@@ -55,7 +55,7 @@ def pack_crops(
     if sum(lengths) < C * side**2:
         index = torch.cat([places + i * side**2 for i, (places, _) in enumerate(found)])
         patches = patches.index_select(0, _send(index, device))
-    scale, shift = _normalisation(tuple(mean), tuple(std), p**2, device)
+    scale, shift = (_send(x, device) for x in _normalisation(tuple(mean), tuple(std), p**2))
     return PackedPatches(
         pixels=patches.float().div_(255).sub_(shift).div_(scale).to(dtype),
         positions=_send(torch.cat([positions for _, positions in found]), device),
@@ -74,11 +74,10 @@ def _real_patches(rows: int, columns: int, side: int, per_side: int) -> tuple[Te
 
 
 @lru_cache(maxsize=16)
-def _normalisation(
-    mean: tuple[float, ...], std: tuple[float, ...], pixels: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], pixels: int) -> tuple[Tensor, Tensor]:
+    """On the host."""
     scale, shift = (torch.tensor(values, dtype=torch.float32).repeat_interleave(pixels) for values in (std, mean))
-    return scale.to(device), shift.to(device)
+    return scale, shift
 
 
 def _send(x: Tensor, device: torch.device) -> Tensor:

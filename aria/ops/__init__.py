@@ -26,6 +26,7 @@ from aria.ops import reference
 from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
 from aria.ops import stacked as _stacked
+from aria.ops.device import current, on_own_device
 from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary_table, swiglu
@@ -43,6 +44,7 @@ __all__ = [
     "as_one",
     "attention",
     "chunks_attention",
+    "current",
     "decode_attention",
     "expert_mlp",
     "gated",
@@ -56,6 +58,7 @@ __all__ = [
     "linear_gelu",
     "moe_layer",
     "norm_linear",
+    "on_own_device",
     "paged_attention",
     "resample",
     "rms_norm",
@@ -340,11 +343,21 @@ def rotate_and_cache(q_THK: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]
 
 
 def paged_attention(
-    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
+    q_NHK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_NM: Tensor,
+    lengths_N: Tensor,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """One query of each sequence over a paged cache; see :func:`aria.ops.reference.paged_attention`."""
-    chosen = _paged_module(q_NHK, keys_BHSK)
-    return chosen.paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, lengths_N)
+    """One query of each sequence over a paged cache; see :func:`aria.ops.reference.paged_attention`.
+
+    ``arrivals`` are the counters of the kernel, see :func:`aria.ops.kernels.paged_attention.decode_attention`.
+    """
+    arguments = q_NHK, keys_BHSK, values_BHSK, blocks_NM, lengths_N
+    if _paged_kernel(q_NHK, keys_BHSK):
+        return _kernels("paged_attention").paged_attention(*arguments, arrivals)
+    return _plain_paged(q_NHK).paged_attention(*arguments)
 
 
 def decode_attention(
@@ -356,15 +369,23 @@ def decode_attention(
     angles_PK: Tensor,
     keys_BHSK: Tensor,
     values_BHSK: Tensor,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """One new token of each sequence over a paged cache; see :func:`aria.ops.reference.decode_attention`."""
-    chosen = _paged_module(q_NHK, keys_BHSK)
-    return chosen.decode_attention(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
+    """One new token of each sequence over a paged cache; see :func:`aria.ops.reference.decode_attention`.
+
+    ``arrivals`` are the counters of the kernel, see :func:`aria.ops.kernels.paged_attention.decode_attention`.
+    """
+    arguments = q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK
+    if _paged_kernel(q_NHK, keys_BHSK):
+        return _kernels("paged_attention").decode_attention(*arguments, arrivals)
+    return _plain_paged(q_NHK).decode_attention(*arguments)
 
 
-def _paged_module(q_NHK: Tensor, keys_BHSK: Tensor) -> ModuleType:
-    if inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK):
-        return _kernels("paged_attention")
+def _paged_kernel(q_NHK: Tensor, keys_BHSK: Tensor) -> bool:
+    return inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK)
+
+
+def _plain_paged(q_NHK: Tensor) -> ModuleType:
     # A GPU would have to wait for lengths to be read; the plain way does not, and so can be part of a graph.
     return reference if q_NHK.is_cuda or _use_reference() else _attention
 
@@ -392,12 +413,22 @@ def chunks_attention(
     return reference.chunks_attention(*arguments, pasts)
 
 
-def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
-    """A token of each sequence, drawn as its row of the table says; see :func:`aria.ops.sampling.sample`."""
+def sample(
+    logits_NV: Tensor,
+    rows_N: Tensor,
+    positions_N: Tensor,
+    table_RC: Tensor,
+    banned: Tensor,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """A token of each sequence, drawn as its row of the table says; see :func:`aria.ops.sampling.sample`.
+
+    ``arrivals`` are the counters of the kernel, see :func:`aria.ops.kernels.sample.sample`.
+    """
     # Scores of any precision: on CUDA all of them go through the kernel, which nothing waits for.
-    fast = logits_NV.is_cuda and _has_triton() and not _use_reference()
-    chosen = _kernels("sample") if fast else _sampling
-    return chosen.sample(logits_NV, rows_N, positions_N, table_RC, banned)
+    if logits_NV.is_cuda and _has_triton() and not _use_reference():
+        return _kernels("sample").sample(logits_NV, rows_N, positions_N, table_RC, banned, arrivals)
+    return _sampling.sample(logits_NV, rows_N, positions_N, table_RC, banned)
 
 
 def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:

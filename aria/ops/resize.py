@@ -43,11 +43,17 @@ def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
     return first, torch.where(weights < 0, weights - 0.5, weights + 0.5).int()
 
 
-@lru_cache(maxsize=256)
 def taps_on(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same on a device, with weights ``(taps, target)``."""
+    """The same on a device, with weights ``(taps, target)``.
+
+    Sent anew each time: a tensor kept for all would be given up on one stream while another still reads it.
+    """
     first, weights = bicubic_taps(source, target)
-    return first.to(device), weights.t().contiguous().to(device)
+    both = first, weights.t().contiguous()
+    if device.type != "cuda":
+        return both
+    first, weights = (x.pin_memory().to(device, non_blocking=True) for x in both)
+    return first, weights
 
 
 def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from aria.ops import current
 from aria.train.objective import Losses, Step
 from aria.train.progress import Metrics, Reporter
 from aria.train.schedule import Budget, rate_share
@@ -213,7 +214,7 @@ class Trainer:
         if self._reporter is not None:
             self._reporter.start(self.position.progress)
         batches = iter(self.stream)
-        with Termination() as termination, _closing(batches):
+        with current(self.ranks.device), Termination() as termination, _closing(batches):
             if self.position.step:
                 # The run before may have ended while it asked held-out data.
                 self._evaluated()

@@ -54,8 +54,11 @@ def test_decode_attention(lengths, H, KV, K, S, decode):
     angles = reference.rope_angles(512, K, 1e4)
     old_keys, old_values = keys.clone(), values.clone()
     expected = reference.decode_attention(q, k, v, positions, blocks, angles, keys, values)
+    arrivals = torch.zeros(len(lengths) * H, dtype=torch.int32)
+    counters = () if decode is decode_on_cpu else (arrivals,)
     for _ in range(2):  # twice: the counters are at zero again
-        got = decode(q, k, v, positions, blocks, angles, old_keys, old_values)
+        got = decode(q, k, v, positions, blocks, angles, old_keys, old_values, *counters)
+        assert not arrivals.any()
         assert relative_error(got, expected) < 1e-6
         torch.testing.assert_close(old_keys, keys)
         torch.testing.assert_close(old_values, values)

@@ -51,7 +51,7 @@ def test_draws_are_those_of_the_twin(vocabulary, dtype):
         logits = wide.to(dtype)[:, :vocabulary]
         positions = torch.randint(0, 70000, (len(rows),), dtype=torch.int32)
         arguments = (logits, rows, positions, state._table, state._banned)
-        drawn = kernels.sample(*arguments)
+        drawn = kernels.sample(*arguments, state._arrivals)
         assert drawn.dtype == torch.int64
         assert drawn.tolist() == sampling.sample(*arguments).tolist()
 
@@ -79,15 +79,26 @@ def test_the_least_score_kept_is_that_of_sorting(dtype, programs, monkeypatch):
     # With room as small as this, some rows find their bound among what they gathered, and others have to search on.
     for name, value in (("BLOCK", 512), ("PEAKS", 256), ("ROOM", 512), ("LIKELIEST", 100), ("SEARCHING", programs)):
         monkeypatch.setattr(kernels, name, value)
-    thresholds, counts = kernels.thresholds(logits, rows, state._table, state._banned)
+    thresholds, counts = kernels.thresholds(logits, rows, state._table, state._banned, state._arrivals)
     assert counts[:, 2].tolist() == [0] * N
-    assert not kernels._arrivals(logits.device).any()
+    assert not state._arrivals.any()
     scores = logits.float().index_fill(1, state._banned, float("-inf"))[:-1]
     expected = sampling.thresholds(scores, sampling.Settings.of(state._table[rows[:-1]]))
     for n in range(N - 1):
         kept, right = scores[n] >= thresholds[n], scores[n] >= expected[n]
         assert kept.equal(right), (settings[n], int(kept.sum()), int(right.sum()))
     assert thresholds[N - 1] == float("-inf")
+
+
+def test_launches_use_the_counters_of_their_sampler():
+    """Programs of a sampler that count down elsewhere meanwhile must not be taken for one's own."""
+    state, rows = rows_of([{"temperature": 1.0, "top_p": 0.9}] * 2, 2500)
+    other, _ = rows_of([{"temperature": 1.0}] * 2, 2500)
+    assert state._arrivals.data_ptr() != other._arrivals.data_ptr()
+    other._arrivals.fill_(1)  # as while another stream draws
+    arguments = (torch.randn(3, 2500), rows, rows, state._table, state._banned)
+    assert kernels.sample(*arguments, state._arrivals).tolist() == sampling.sample(*arguments).tolist()
+    assert other._arrivals.eq(1).all() and not state._arrivals.any()
 
 
 def test_a_row_is_drawn_alike_in_every_batch():

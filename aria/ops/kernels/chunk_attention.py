@@ -11,7 +11,7 @@ of the sequence, P tokens of a piece of its past.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -196,7 +196,7 @@ def chunks_attention(
         start += length
     rest = max(length - count for length, count in zip(lengths, even, strict=True))
     if rest:
-        spans = _spans(tuple(lengths), tuple(pasts), q_THK.device) if spans_N3 is None else spans_N3
+        spans = _spans(lengths, pasts, q_THK.device) if spans_N3 is None else spans_N3
         _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans, rest, round_to, out)
     return out
 
@@ -209,9 +209,8 @@ def _even(length: int, past: int, round_to: int) -> int:
     return even if even + past >= 2 * round_to else 0
 
 
-@lru_cache(maxsize=16)
-def _spans(lengths: tuple[int, ...], pasts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 ``(N, 3)``: first token, length and past of each chunk. All layers of a step ask for the same."""
+def _spans(lengths: Sequence[int], pasts: Sequence[int], device: torch.device) -> Tensor:
+    """int32 ``(N, 3)``: first token, length and past of each chunk."""
     starts = accumulate(lengths[:-1], initial=0)
     return torch.tensor(list(zip(starts, lengths, pasts, strict=True)), dtype=torch.int32, device=device)
 

@@ -203,16 +203,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of programs that are done, one for each head and sequence; every launch leaves them at zero."""
-    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "decode once before a capture"
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
-
-
 def _attend(
     q_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor,
-    new: tuple[Tensor, Tensor, Tensor] | None,
+    new: tuple[Tensor, Tensor, Tensor] | None, arrivals: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Launch; ``new`` are k, v and the angles of tokens that are not in the cache yet."""
     N, H, K = q_NHK.shape
@@ -229,7 +222,8 @@ def _attend(
     out = torch.empty(N, H, K, dtype=q_NHK.dtype, device=device)
     states = torch.empty(items * H, 2, dtype=torch.float32, device=device)
     partials = torch.empty(items * H, K, dtype=torch.float32, device=device)
-    arrivals = _arrivals(device)
+    if arrivals is None:
+        arrivals = torch.zeros(N * H, dtype=torch.int32, device=device)
     assert arrivals.numel() >= N * H, f"{N} sequences of {H} heads are more than {arrivals.numel()}"
     tile, vector = min(tuning.tile, S), 16 // q_NHK.element_size()
     _decode_kernel[H, items](
@@ -250,10 +244,18 @@ def fits(q_NHK: Tensor, keys_BHSK: Tensor) -> bool:
 
 
 def paged_attention(
-    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
+    q_NHK: Tensor,
+    keys_BHSK: Tensor,
+    values_BHSK: Tensor,
+    blocks_NM: Tensor,
+    lengths_N: Tensor,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """One query of each sequence against its cached keys; see :func:`aria.ops.reference.paged_attention`."""
-    return _attend(q_NHK, lengths_N, blocks_NM, keys_BHSK, values_BHSK, None)
+    """One query of each sequence against its cached keys; see :func:`aria.ops.reference.paged_attention`.
+
+    ``arrivals`` are counters as in :func:`decode_attention`.
+    """
+    return _attend(q_NHK, lengths_N, blocks_NM, keys_BHSK, values_BHSK, None, arrivals)
 
 
 def decode_attention(
@@ -265,10 +267,15 @@ def decode_attention(
     angles_PK: Tensor,
     keys_BHSK: Tensor,
     values_BHSK: Tensor,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """One new token of each sequence; see :func:`aria.ops.reference.decode_attention`.
 
-    Launches share counters, so only one stream may decode. Where the GPU allows it the kernel starts early and reads
-    positions, tables and old keys while the kernel before it still runs: these must not be what that one writes.
+    Where the GPU allows it the kernel starts early and reads positions, tables and old keys while the kernel before it
+    still runs: these must not be what that one writes.
+
+    Args:
+        arrivals: int32, N x H or more counters of programs that are done. They are zeros, and every launch leaves them
+            so; launches that may run at the same time need counters of their own. None: made for this launch.
     """
-    return _attend(q_NHK, positions_N, blocks_NM, keys_BHSK, values_BHSK, (k_NHK, v_NHK, angles_PK))
+    return _attend(q_NHK, positions_N, blocks_NM, keys_BHSK, values_BHSK, (k_NHK, v_NHK, angles_PK), arrivals)

@@ -18,8 +18,6 @@ Masses of gathered scores are integers, so that they do not depend on the order 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -374,17 +372,12 @@ def _draw_kernel(
         tl.store(tokens + n, tl.minimum(token, V - 1).to(tl.int64))
 
 
-@functools.cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of programs that are done, one for each sequence; every launch leaves them at zero."""
-    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "sample once before a capture"
-    return torch.zeros(1 << 14, dtype=torch.int32, device=device)
-
-
-def thresholds(logits_NV: Tensor, rows_N: Tensor, table_RC: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
+def thresholds(
+    logits_NV: Tensor, rows_N: Tensor, table_RC: Tensor, banned: Tensor, arrivals: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The least score that each sequence keeps, float32 ``(N,)``, -inf where it keeps all; and counters for the draw.
 
-    As :func:`aria.ops.sampling.thresholds`; equal scores are kept together.
+    As :func:`aria.ops.sampling.thresholds`; equal scores are kept together. ``arrivals`` are those of :func:`sample`.
     """
     N, V = logits_NV.shape
     device, pow2 = logits_NV.device, triton.next_power_of_2
@@ -398,7 +391,8 @@ def thresholds(logits_NV: Tensor, rows_N: Tensor, table_RC: Tensor, banned: Tens
     sums = torch.empty(N, 2, dtype=torch.int64, device=device)
     gathered = torch.empty(N, ROOM, dtype=torch.int32, device=device)
     least = torch.empty(N, dtype=torch.float32, device=device)
-    arrivals = _arrivals(device)
+    if arrivals is None:
+        arrivals = torch.zeros(N, dtype=torch.int32, device=device)
     assert arrivals.numel() >= N, f"{N} sequences are more than {arrivals.numel()}"
     assert V < 1 << 18, f"masses of {V} scores may not fit into 64 bits"
     sizes = {"C": table_RC.shape[1], "V": V, "BANNED": len(banned), "BLOCK": block, "ROOM": ROOM}
@@ -416,10 +410,19 @@ def thresholds(logits_NV: Tensor, rows_N: Tensor, table_RC: Tensor, banned: Tens
     return least, counts
 
 
-def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
+def sample(
+    logits_NV: Tensor,
+    rows_N: Tensor,
+    positions_N: Tensor,
+    table_RC: Tensor,
+    banned: Tensor,
+    arrivals: Tensor | None = None,
+) -> Tensor:
     """See :func:`aria.ops.sampling.sample`; nothing waits for the host, and shapes do not depend on the rows.
 
-    Launches share counters, so only one stream may sample.
+    Args:
+        arrivals: int32, N or more counters of programs that are done. They are zeros, and every launch leaves them so;
+            launches that may run at the same time need counters of their own. None: made for this launch.
     """
     N, V = logits_NV.shape
     assert logits_NV.stride(1) == 1, "each sequence's scores should lie together"
@@ -428,7 +431,7 @@ def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Ten
     groups = -(-V // GROUP)
     stretch = -(-groups // min(groups, -(-DRAWING // N)))
     splits = -(-groups // stretch)
-    least, counts = thresholds(logits_NV, rows_N, table_RC, banned)
+    least, counts = thresholds(logits_NV, rows_N, table_RC, banned, arrivals)
     values = torch.empty(N, splits, dtype=torch.float32, device=device)
     places = torch.empty(N, splits, dtype=torch.int32, device=device)
     tokens = torch.empty(N, dtype=torch.int64, device=device)
