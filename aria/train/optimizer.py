@@ -83,6 +83,167 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: Optimize
     return Optimizer(parameters, settings)
 
 
+Parameters = list[nn.Parameter]
+States = list[dict[str, Tensor]]
+Group = Mapping[str, Any]
+
+
+class Rule:
+    """How one kind of parameter is updated. A rule owns its state: how it is allocated, stepped and saved.
+
+    What is saved has the same names and shapes on every rank, also on those whose part of a parameter is empty.
+    """
+
+    moments: tuple[str, ...]
+    """Names of the float32 moments."""
+
+    def __init__(self, settings: OptimizerSettings):
+        self.settings = settings
+
+    def allocate(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Fresh state for this rank's part of a parameter: ``step``, moments, and a master if one is kept."""
+        part = local(parameter.detach())
+        state = {"step": torch.zeros((), dtype=torch.float32, device=part.device)}
+        state |= {name: torch.zeros_like(part, dtype=torch.float32) for name in self.moments}
+        if part.dtype != torch.float32 and self.settings.rounding == "masters":
+            state["master"] = part.float()
+        return state
+
+    def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
+        """Update parameters that all have a gradient, in place, at the ``lr`` and ``weight_decay`` of their group."""
+        raise NotImplementedError
+
+    def saved(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state as checkpoints hold it, spread over the ranks as the parameter is; it shares the state's memory."""
+        return {name: spread_as(tensor, parameter) if tensor.ndim else tensor for name, tensor in state.items()}
+
+    @contextmanager
+    def _in_float32(self, parameters: Parameters, states: States) -> Iterator[list[Tensor]]:
+        """The weights' float32 selves, wherever those are; what is done to them inside reaches the weights."""
+        parts = [local(parameter.detach()) for parameter in parameters]
+        wide = [state.get("master", part).float() for part, state in zip(parts, states, strict=True)]
+        yield wide
+        narrow = [n for n, part in enumerate(parts) if part is not wide[n]]
+        kept = [n for n in narrow if "master" in states[n]]
+        if kept:
+            torch._foreach_copy_([parts[n] for n in kept], [wide[n] for n in kept])
+        for n in narrow:
+            if "master" not in states[n]:
+                parts[n].copy_(round_by_chance(wide[n]) if self.settings.rounding == "stochastic" else wide[n])
+
+
+class AdamW(Rule):
+    """PyTorch's fused kernel."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
+        with self._in_float32(parameters, states) as weights:
+            adamw(
+                weights,
+                _gradients(parameters),
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=found_inf,
+                amsgrad=False,
+                beta1=self.settings.betas[0],
+                beta2=self.settings.betas[1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=self.settings.eps,
+                maximize=False,
+            )
+
+
+class AdamW8bit(Rule):
+    """torchao's. A moment is uint8 codes of the parameter's shape, and a float32 scale for each block of a row."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, settings: OptimizerSettings):
+        super().__init__(settings)
+        self._torchao = _torchao()
+        self._maps: dict[tuple[bool, torch.device], Tensor] = {}
+
+    def allocate(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        part, block = local(parameter.detach()), _block(parameter)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=part.device)}
+        for name in self.moments:
+            if block:
+                rows = (*part.shape[:-1], part.shape[-1] // block)
+                state[f"{name}.codes"] = torch.zeros_like(part, dtype=torch.uint8)
+                state[f"{name}.scale"] = torch.zeros(rows, dtype=torch.float32, device=part.device)
+            else:
+                state[name] = torch.zeros_like(part, dtype=torch.float32)
+        return state
+
+    def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
+        step = self._torchao.adam.single_param_adam
+        for parameter, gradient, state in zip(parameters, _gradients(parameters), states, strict=True):
+            state["step"] += 1
+            part = local(parameter.detach())
+            if not part.numel():
+                continue
+            # Compiled, a step is one pass, and moments are never whole in float32.
+            change = torch.compile(step, fullgraph=True, dynamic=False) if part.is_cuda else step
+            with torch._dynamo.utils.disable_cache_limit():
+                change(
+                    part,
+                    gradient,
+                    state["step"],
+                    self._moment(state, "exp_avg", signed=True),
+                    self._moment(state, "exp_avg_sq", signed=False),
+                    None,
+                    torch.tensor(group["lr"], dtype=torch.float32, device=part.device),
+                    *self.settings.betas,
+                    group["weight_decay"],
+                    self.settings.eps,
+                    True,
+                    parameter.dtype == torch.bfloat16 and self.settings.rounding != "nearest",
+                )
+
+    def _moment(self, state: Mapping[str, Tensor], name: str, *, signed: bool) -> Tensor:
+        """A moment as torchao's step takes it; what is written to it reaches the state."""
+        if name in state:
+            return state[name]
+        codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
+        kind = self._torchao.subclass_8bit.OptimState8bit
+        key = signed, codes.device
+        if key not in self._maps:
+            self._maps[key] = kind.zeros((1,), signed, 1, codes.device).qmap
+        return kind(codes, scale.view(-1), self._maps[key], signed, torch.float32)
+
+
+class Muon(Rule):
+    """Momentum whose matrices are made orthogonal, each expert's for itself."""
+
+    moments = ("momentum",)
+
+    def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
+        gradients, buffers = _gradients(parameters, found_inf), [state["momentum"] for state in states]
+        # As the fused AdamW does: nothing changes where a gradient is not finite, and the host need not know.
+        keep: Tensor | float = 1.0 if found_inf is None else 1.0 - found_inf
+        torch._foreach_add_([state["step"] for state in states], keep)
+        changes = torch._foreach_sub(gradients, buffers)
+        torch._foreach_mul_(changes, (1 - self.settings.momentum) * keep)
+        torch._foreach_add_(buffers, changes)
+        torch._foreach_lerp_(gradients, buffers, self.settings.momentum)
+        updates = _orthogonal_parts(gradients, parameters)
+        # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
+        rates = [-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
+        torch._foreach_mul_(updates, rates)
+        torch._foreach_mul_(updates, keep)
+        with self._in_float32(parameters, states) as weights:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * keep)
+            torch._foreach_add_(weights, updates)
+
+
+RULES: dict[str, type[Rule]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "muon": Muon}
+
+
 class Optimizer(torch.optim.Optimizer):
     """All parameters, each by its rule; see :func:`make_optimizer`.
 
@@ -100,6 +261,7 @@ class Optimizer(torch.optim.Optimizer):
             rate = next((r for pattern, r in settings.rates.items() if fnmatchcase(name, pattern)), 1.0)
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((_rule(name, parameter, settings), rate, decay), []).append(parameter)
+        self._rules = {rule: RULES[rule](settings) for rule, _, _ in groups}
         super().__init__(
             [
                 {"params": members, "rule": rule, "lr": settings.learning_rate * rate, "weight_decay": decay}
@@ -114,126 +276,33 @@ class Optimizer(torch.optim.Optimizer):
         """Change every parameter that has a gradient."""
         assert closure is None, "no rule here evaluates the loss again"
         for group in self.param_groups:
-            rule = {"adamw": self._adamw, "adamw8bit": self._adamw8bit, "muon": self._muon}[group["rule"]]
+            rule = self._rules[group["rule"]]
             for parameters in _handfuls(parameter for parameter in group["params"] if parameter.grad is not None):
-                states = [self.state[parameter] or self._allocate(parameter, group["rule"]) for parameter in parameters]
-                rule(parameters, states, group)
+                states = [self._state(parameter, rule) for parameter in parameters]
+                rule.step(parameters, states, group, self.found_inf)
 
     def masters(self) -> dict[str, Tensor]:
         """float32 masters by name, of those parameters that have one."""
         found = {}
-        for parameter, state in self._states():
+        for parameter, _, state in self._states():
             if "master" in state:
                 found[self.names[id(parameter)]] = spread_as(state["master"], parameter)
         return found
 
-    def _states(self) -> Iterable[tuple[nn.Parameter, dict[str, Any]]]:
+    def _states(self) -> Iterable[tuple[nn.Parameter, Rule, dict[str, Tensor]]]:
         for group in self.param_groups:
+            rule = self._rules[group["rule"]]
             for parameter in group["params"]:
-                yield parameter, self.state[parameter] or self._allocate(parameter, group["rule"])
+                yield parameter, rule, self._state(parameter, rule)
 
-    def _allocate(self, parameter: nn.Parameter, rule: str) -> dict[str, Any]:
-        """Fresh state of one parameter."""
-        part, settings, state = local(parameter.detach()), self.settings, self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-        if rule == "adamw8bit":
-            make, block = _torchao().AdamW8bit._subclass_zeros, _block(parameter)
-            for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                eighth = block and part.numel()
-                state[name] = (
-                    make(part.float(), signed, block) if eighth else torch.zeros_like(part, dtype=torch.float32)
-                )
-            return state
-        for name in ("momentum",) if rule == "muon" else ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(part, dtype=torch.float32)
-        if part.dtype != torch.float32 and settings.rounding == "masters":
-            state["master"] = part.float()
-        return state
-
-    def _adamw(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        with self._in_float32(parameters, states) as weights:
-            adamw(
-                weights,
-                _gradients(parameters),
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                found_inf=self.found_inf,
-                amsgrad=False,
-                beta1=self.settings.betas[0],
-                beta2=self.settings.betas[1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=self.settings.eps,
-                maximize=False,
-            )
-
-    def _adamw8bit(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        step = _torchao_step()
-        for parameter, gradient, state in zip(parameters, _gradients(parameters), states, strict=True):
-            state["step"] += 1
-            part = local(parameter.detach())
-            if not part.numel():
-                continue
-            # Compiled, a step is one pass, and moments are never whole in float32.
-            change = torch.compile(step, fullgraph=True, dynamic=False) if part.is_cuda else step
-            with torch._dynamo.utils.disable_cache_limit():
-                change(
-                    part,
-                    gradient,
-                    state["step"],
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    None,
-                    torch.tensor(group["lr"], dtype=torch.float32, device=part.device),
-                    *self.settings.betas,
-                    group["weight_decay"],
-                    self.settings.eps,
-                    True,
-                    parameter.dtype == torch.bfloat16 and self.settings.rounding != "nearest",
-                )
-
-    def _muon(self, parameters: list[nn.Parameter], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        gradients, buffers = _gradients(parameters, self.found_inf), [state["momentum"] for state in states]
-        # As the fused AdamW does: nothing changes where a gradient is not finite, and the host need not know.
-        keep: Tensor | float = 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        torch._foreach_add_([state["step"] for state in states], keep)
-        changes = torch._foreach_sub(gradients, buffers)
-        torch._foreach_mul_(changes, (1 - self.settings.momentum) * keep)
-        torch._foreach_add_(buffers, changes)
-        torch._foreach_lerp_(gradients, buffers, self.settings.momentum)
-        updates = _orthogonal_parts(gradients, parameters)
-        # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
-        rates = [-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
-        torch._foreach_mul_(updates, rates)
-        torch._foreach_mul_(updates, keep)
-        with self._in_float32(parameters, states) as weights:
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * keep)
-            torch._foreach_add_(weights, updates)
-
-    @contextmanager
-    def _in_float32(self, parameters: list[nn.Parameter], states: list[dict[str, Any]]) -> Iterator[list[Tensor]]:
-        """The weights' float32 selves, wherever those are; what is done to them inside reaches the weights."""
-        parts = [local(parameter.detach()) for parameter in parameters]
-        wide = [state.get("master", part).float() for part, state in zip(parts, states, strict=True)]
-        yield wide
-        narrow = [n for n, part in enumerate(parts) if part is not wide[n]]
-        kept = [n for n in narrow if "master" in states[n]]
-        if kept:
-            torch._foreach_copy_([parts[n] for n in kept], [wide[n] for n in kept])
-        for n in narrow:
-            if "master" not in states[n]:
-                parts[n].copy_(round_by_chance(wide[n]) if self.settings.rounding == "stochastic" else wide[n])
+    def _state(self, parameter: nn.Parameter, rule: Rule) -> dict[str, Tensor]:
+        if not self.state[parameter]:
+            self.state[parameter] = rule.allocate(parameter)
+        return self.state[parameter]
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Tensors by parameter and kind, whole or spread as the parameter is; they share memory with the optimizer."""
-        state: dict[str, dict[str, Any]] = {}
-        for parameter, kept in self._states():
-            state[self.names[id(parameter)]] = {
-                key: value for kind, tensor in kept.items() for key, value in _plain(kind, tensor, parameter).items()
-            }
+        state = {self.names[id(parameter)]: rule.saved(parameter, kept) for parameter, rule, kept in self._states()}
         return {"kind": self.settings.kind, "state": state}
 
     @torch.no_grad()
@@ -245,7 +314,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if state_dict["kind"] != self.settings.kind:
             raise ValueError(
-                f"the state is that of {state_dict['kind']}, but [optimizer] kind is {self.settings.kind}; go on with "
+                f"the state is that of {state_dict['kind']}, but [optimizer] kind is {self.settings.kind}; resume with "
                 "the same kind, or start anew from the exported weights"
             )
         for name, kinds in self.state_dict()["state"].items():
@@ -300,34 +369,16 @@ def _block(parameter: nn.Parameter) -> int:
     return block if block >= 16 and parameter.numel() >= 4096 else 0
 
 
-def _plain(kind: str, tensor: Tensor, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """A tensor of state by name; a moment in 8 bits is codes, and a scale for each block of a row."""
-    if not tensor.ndim:
-        return {kind: tensor}
-    block = _block(parameter)
-    if not hasattr(tensor, "codes") and (tensor.numel() or not block):
-        return {kind: spread_as(tensor, parameter)}
-    # A rank that has nothing of it joins in with nothing.
-    codes = getattr(tensor, "codes", tensor.byte())
-    scale = getattr(tensor, "scale", tensor).view(*tensor.shape[:-1], tensor.shape[-1] // block)
-    return {f"{kind}.codes": spread_as(codes, parameter), f"{kind}.scale": spread_as(scale, parameter)}
-
-
 def _torchao() -> Any:
+    """torchao's optimizers; ``adam.single_param_adam`` is the step of one parameter."""
     try:
         import torchao.optim
+        from torchao.optim import adam, subclass_8bit  # noqa: F401
     except ImportError as error:
         raise ValueError(
             "[optimizer] kind adamw8bit needs torchao: pip install torchao (or aria-moe[train])"
         ) from error
     return torchao.optim
-
-
-def _torchao_step() -> Callable[..., None]:
-    _torchao()
-    from torchao.optim.adam import single_param_adam
-
-    return single_param_adam
 
 
 def round_by_chance(wide: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from aria.train.progress import (
     measured_rate,
 )
 from aria.train.recipe import FILE_NAME, ModelSettings, Recipe, changes, load_object
+from aria.train.rng import random_states, restore_random_states
 from aria.train.schedule import Budget, ShareBudget, StepBudget
 from aria.train.settings import as_table
 from aria.train.state import RunState, gathered, trained_weights
@@ -378,7 +379,7 @@ class Saved:
             "average": self.average,
             "stream": self.stream.state_dict(),
             "position": vars(self.position),
-            "random": torch.get_rng_state(),
+            "random": random_states(),
         }
 
     @torch.no_grad()
@@ -392,7 +393,7 @@ class Saved:
         self.stream.load_state_dict(state["stream"])
         for name, value in state["position"].items():
             setattr(self.position, name, value)
-        torch.set_rng_state(state["random"])
+        restore_random_states(state["random"])
 
 
 def _stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel) -> Any:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Ranks(Protocol):
 
     def barrier(self) -> None: ...
 
+    def max(self, value: int) -> int: ...
+
 
 class Saved(Protocol):
     """All of a run that is saved. ``position.step`` names the checkpoint; ``optimizer`` fills its state in itself."""
@@ -78,6 +81,10 @@ class MisfitError(ValueError):
     """A checkpoint that is whole, but of another training."""
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written. Raised on every rank, whichever of them failed."""
+
+
 class RunState:
     """The checkpoints of one run.
 
@@ -85,17 +92,30 @@ class RunState:
         out: folder of the run; on several machines, one that all of them see.
         settings: ``[checkpoint]``.
         ranks: the processes that train together.
+        about: JSON values that are stored in each checkpoint, and returned when it is loaded.
+        report: gets a line about a background write that failed, on each rank whose part failed.
+
+    Attributes:
+        failed: whether the last checkpoint that was asked for could not be written, even when tried again.
     """
 
-    def __init__(self, out: str | Path, settings: CheckpointSettings, ranks: Ranks):
+    def __init__(
+        self,
+        out: str | Path,
+        settings: CheckpointSettings,
+        ranks: Ranks,
+        *,
+        about: Mapping[str, Any] | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ):
         self.folder = Path(out) / FOLDER
-        self._settings, self._ranks = settings, ranks
+        self._settings, self._ranks, self._about, self._report = settings, ranks, dict(about or {}), report
         self._step, self._saved_at = -1, time.monotonic()
         self._writing: Future[Any] | None = None
+        self.failed = False
         if ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(left)
+            self._drop_partial()
         ranks.barrier()
 
     @staticmethod
@@ -108,8 +128,11 @@ class RunState:
         return self.latest_in(self.folder.parent)
 
     def due(self, step: int) -> bool:
-        """Whether this rank's settings or clock ask for a checkpoint after this step."""
-        settings = self._settings
+        """Whether a checkpoint is to be written after this step: by settings, by this rank's clock, or because the last
+        one failed in the background."""
+        settings, writing = self._settings, self._writing
+        if writing is not None and writing.done() and writing.exception() is not None:
+            return True
         by_steps = settings.every_steps is not None and step % settings.every_steps == 0
         minutes = (time.monotonic() - self._saved_at) / 60
         return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
@@ -117,54 +140,99 @@ class RunState:
     def save(self, saved: Saved, *, wait: bool = False, prune: bool = True) -> None:
         """Write a checkpoint of all ranks, in the background: only the copy from the devices is waited for.
 
+        The one before is finished first. Where that failed, this is reported, and the new one is waited for: a disk
+        that is full for good ends the run now, and not when hours more are lost.
+
         Args:
             saved: the run.
             wait: until it is on disk.
             prune: delete the oldest ones beyond those that are to be kept.
 
         Raises:
-            OSError: this one, or the one before, which is finished first, could not be written.
+            CheckpointError: it could not be written. What was written of it is deleted.
         """
-        self._finish()
         step = saved.position.step
-        self._saved_at = time.monotonic()
+        if self._ranks.max(int(self._lost())):
+            self._step, wait = -1, True
         final = self.folder / f"step-{step:08d}"
         if step == self._step or final.exists():
-            if wait:
-                self._ranks.barrier()
-            return
-        state = saved.state_dict()
-        own = {name: state.pop(name) for name in OF_RANK if name in state}
-        own["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        partial = final.with_name(final.name + PARTIAL)
-        if self._ranks.rank == 0:
-            partial.mkdir()
-            meta = {
-                "step": step,
-                "world": self._ranks.world,
-                "data_world": self._ranks.data_world,
-                "torch": torch.__version__,
-            }
-            (partial / META).write_text(json.dumps(meta), encoding="utf-8")
-        self._ranks.barrier()
-        torch.save(own, partial / f"rank-{self._ranks.rank}.pt")
-        self._ranks.barrier()
-        self._step = step
-        writing: Any = dcp.async_save(
-            state, checkpoint_id=partial, process_group=self._ranks.saving, no_dist=self._ranks.world == 1
-        )
-        if self._ranks.rank == 0:
-            # Rank 0 is done when all are: it writes last what the others told it they wrote.
-            done: Future[Any] = Future()
-            writing.add_done_callback(lambda future: self._complete(future, partial, final, done, prune))
-            writing = done
-        self._writing = writing
-        if wait:
-            self._finish()
             self._ranks.barrier()
+            return
+        self._saved_at, self.failed = time.monotonic(), True
+        partial = final.with_name(final.name + PARTIAL)
+        state: dict[str, Any] = {}
 
-    def load(self, saved: Saved, folder: Path | None = None) -> None:
+        def prepare() -> None:
+            state.update(saved.state_dict())
+            if self._ranks.rank == 0:
+                self._drop_partial()
+                partial.mkdir()
+                meta = self._about | {
+                    "step": step,
+                    "world": self._ranks.world,
+                    "data_world": self._ranks.data_world,
+                    "torch": torch.__version__,
+                }
+                (partial / META).write_text(json.dumps(meta), encoding="utf-8")
+
+        def write_own() -> None:
+            own = {name: state.pop(name) for name in OF_RANK if name in state}
+            torch.save(own, partial / f"rank-{self._ranks.rank}.pt")
+
+        def write() -> None:
+            writing: Any = dcp.async_save(
+                state, checkpoint_id=partial, process_group=self._ranks.saving, no_dist=self._ranks.world == 1
+            )
+            if self._ranks.rank == 0:
+                # Rank 0 is done when all are: it writes last what the others told it they wrote.
+                done: Future[Any] = Future()
+                writing.add_done_callback(lambda future: self._complete(future, partial, final, done, prune))
+                writing = done
+            self._writing = writing
+
+        self._together(prepare)
+        self._together(write_own)
+        self._together(write)
+        self._step = step
+        if wait:
+            self._together(self._finish)
+        self.failed = False
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do this rank's part of a checkpoint; where the part of any rank fails, all of them raise an error."""
+        failed: BaseException | None = None
+        try:
+            work()
+        except (Exception, CheckpointException) as error:
+            failed = error
+        if self._ranks.max(int(failed is not None)):
+            self._step = -1
+            if self._ranks.rank == 0:
+                # Its room may be what an export needs.
+                self._drop_partial()
+            why = "another process failed; its own message says why" if failed is None else _reasons(failed)
+            raise CheckpointError(f"the checkpoint in {self.folder} could not be written: {why}") from failed
+
+    def _lost(self) -> bool:
+        """Wait for what is being written, and report it if it failed on this rank."""
+        try:
+            self._finish()
+        except (Exception, CheckpointException) as error:
+            self._report(f"the checkpoint in {self.folder} could not be written: {_reasons(error)}; trying once more")
+            return True
+        return False
+
+    def _drop_partial(self) -> None:
+        """Delete what was left of checkpoints that are not whole."""
+        for left in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left)
+
+    def load(self, saved: Saved, folder: Path | None = None) -> dict[str, Any]:
         """Put a run back to where it was at its newest checkpoint, or at that of a folder.
+
+        Returns:
+            What the checkpoint says of itself: ``step``, ``world``, ``data_world``, ``torch``, and ``about`` as it was
+            saved.
 
         Raises:
             FileNotFoundError: there is none.
@@ -176,11 +244,13 @@ class RunState:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint")
         state = saved.state_dict()
         with _readable(folder):
-            self._step = self._read(folder, state)
+            meta = self._read(folder, state)
+        self._step = int(meta["step"])
         saved.load_state_dict(state)
+        return meta
 
-    def _read(self, folder: Path, state: dict[str, Any]) -> int:
-        """Fill a state with what a checkpoint has; its step."""
+    def _read(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Fill a state with what a checkpoint has; gives what it says of itself."""
         own = {name: state.pop(name) for name in OF_RANK if name in state}
         known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         for name, value in _entries(state):
@@ -190,31 +260,37 @@ class RunState:
             if isinstance(entry, TensorStorageMetadata) and entry.size != shape:
                 raise MisfitError(f"{folder} has {name} of {tuple(entry.size)}, not {shape}; it is another training's")
         dcp.load(state, checkpoint_id=folder, process_group=self._ranks.saving, no_dist=self._ranks.world == 1)
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
         same = (self._ranks.world, self._ranks.data_world) == (meta["world"], meta["data_world"])
         there = [self._ranks.rank] if same else range(meta["world"])
         files = [torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=False) for rank in there]
-        loaded, cuda = files[0], files[0].pop("cuda")
-        if not same:
+        if same:
+            state |= files[0]
+        else:
             # A stream is told where all of them were. The same random numbers twice would be worse than new ones.
-            loaded = {**own, "stream": [file["stream"] for file in files]}
-        elif cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
-        state |= loaded
-        return int(meta["step"])
+            state |= {**own, "stream": [file["stream"] for file in files]}
+        return meta
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._finish()
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointError: it could not be written. While another error is on its way, this is only reported.
+        """
+        other_error = sys.exc_info()[0] is not None
+        try:
+            self._finish()
+        except (Exception, CheckpointException) as error:
+            said = f"the checkpoint in {self.folder} could not be written: {_reasons(error)}"
+            if not other_error:
+                raise CheckpointError(said) from error
+            self._report(said)
 
     def _finish(self) -> None:
+        """Wait for what is being written; raises what went wrong."""
         writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
+        if writing is not None:
             writing.result()
-        except (Exception, CheckpointException) as error:
-            raise OSError(f"the checkpoint in {self.folder} could not be written: {_reasons(error)}") from error
 
     def _complete(self, writing: Future[Any], partial: Path, final: Path, done: Future[Any], prune: bool) -> None:
         """Name a checkpoint that is written whole, and delete old ones."""

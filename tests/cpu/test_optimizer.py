@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 
+import few_rows
 import pytest
 import torch
+from test_parallel import HERE, environment
 from torch import nn
 
 from aria.train.optimizer import OptimizerSettings, clip_gradients, make_optimizer, orthogonal, round_by_chance
+from aria.train.state import RunState, trained_weights
 
 BASE = OptimizerSettings(learning_rate=0.01, weight_decay=0.1)
 KINDS = [
@@ -197,3 +202,48 @@ def test_a_rate_for_nothing_and_the_state_of_another_kind_are_refused():
     state = make_optimizer(named.items(), BASE).state_dict()
     with pytest.raises(ValueError, match="the state is that of adamw"):
         make_optimizer(named.items(), replace(BASE, kind="muon")).load_state_dict(state)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What six, then five, then three ranks left, most of which hold no row of any parameter."""
+    folder = tmp_path_factory.mktemp("few rows")
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "few_rows.py"), str(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return folder
+
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks processes after PyTorch was imported")
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_without_rows_save_resume_and_export(ranks, kind):
+    alone, ended = few_rows.Training(kind, 1), torch.load(ranks / f"{kind}.pt")
+    for _ in range(few_rows.STEPS * len(few_rows.WORLDS)):
+        alone.step()
+    assert ended["steps"] == alone.position.step
+    saved = trained_weights(ranks / kind)
+    for name, parameter in alone.named.items():
+        # Matrices that are gathered for Muon are rounded to bf16 in another order.
+        torch.testing.assert_close(ended["weights"][name], parameter.detach(), rtol=0, atol=0.01 * (kind == "muon"))
+        assert torch.equal(saved[name], ended["weights"][name]), name
+
+
+@needs_fork
+def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_is_tried_again_after_the_next_step(ranks):
+    seen = torch.load(ranks / "failures.pt")
+    assert "could not be written: no space left" in seen[1]["prepared"]
+    assert all("could not be written: another process failed" in seen[rank]["prepared"] for rank in (0, 2))
+    assert seen[0]["left"] == [], "what was half written goes away"
+    for rank in seen:
+        assert rank["due"] and rank["whole"] == "step-00000002"
+        [line] = rank["lines"]
+        assert "could not be written: rank 0: no space left" in line and "trying once more" in line
+    assert RunState.latest_in(ranks / "failing").name == "step-00000002"

@@ -19,19 +19,20 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def torchrun(script: Path, *arguments: object, ranks: int = 2, restarts: int = 0, **environment: str):
+def environment(**more: str) -> dict[str, str]:
+    """Of processes that import from here."""
+    path = os.pathsep.join((str(ROOT), str(HERE)))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(script: Path, *arguments: object, ranks: int = 2, restarts: int = 0, **variables: str):
     """Processes that torchrun starts, and their end."""
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
             *("--max-restarts", str(restarts), str(script), *map(str, arguments)),
         ],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE))),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=200,

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import elastic
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 from aria.train.optimizer import OptimizerSettings, make_optimizer
 from aria.train.parallel import Parallel
-from aria.train.state import CheckpointSettings, RunState, trained_weights
+from aria.train.state import CheckpointError, CheckpointSettings, RunState, trained_weights
 
 
 class Counter:
@@ -126,11 +127,52 @@ def test_a_failing_write_is_told_and_leaves_what_was_before(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match=r"could not be written: rank 0: no space left"):
         state.save(run, wait=True)
+    assert state.failed and [path.name for path in state.folder.iterdir()] == ["step-00000001"]
     monkeypatch.undo()
     assert state.latest().name == "step-00000001"
     found = Run(seed=5)
     state_of(tmp_path).load(found)
     assert found.position.step == 1
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_write_that_fails_in_the_background_is_told_and_tried_again_after_the_next_step(tmp_path, monkeypatch, again):
+    lines: list[str] = []
+    run = Run()
+    state = RunState(tmp_path, CheckpointSettings(every_minutes=None), Parallel.start(), report=lines.append)
+    full = patch.object(Path, "rename", side_effect=OSError("no space left on device"))
+    run.step()
+    assert not state.due(1)
+    with full:
+        state.save(run)
+        assert state._writing.exception() is not None
+        run.step()
+        assert state.due(2) and not lines and not state.failed
+        if not again:
+            with pytest.raises(CheckpointError, match="no space left"):
+                state.save(run)
+    if again:
+        # What was the disk's passing trouble costs nothing.
+        state.save(run)
+        assert state.latest().name == "step-00000002" and not state.due(3)
+    assert state.failed == (not again) and len(lines) == 1 and "no space left" in lines[0]
+    state.close()
+
+
+def test_a_write_that_fails_in_the_background_does_not_count_as_made(tmp_path):
+    run, state = Run(), state_of(tmp_path)
+    run.step()
+    with patch.object(Path, "rename", side_effect=OSError("no space left on device")):
+        state.save(run)
+        state._writing.exception()
+    # The same step once more, as at the end of a run.
+    state.save(run, wait=True)
+    assert state.latest().name == "step-00000001"
+    run.step()
+    with patch.object(Path, "rename", side_effect=OSError("no space left on device")):
+        state.save(run)
+        with pytest.raises(CheckpointError, match="no space left"):
+            state.close()
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
