@@ -259,8 +259,8 @@ class Engine:
     def prepare_text(self, text: str | Sequence[int]) -> Prepared:
         """Text to be continued, or its token ids. No template is put around it, and no picture is in it.
 
-        The text is the whole prompt, as the caller wrote it: ``<|im_start|>`` and the other markers in a plain string are
-        control tokens. Text of others belongs in messages, see :meth:`prepare`, or in a :class:`~aria.processor.Prompt`.
+        The text is the whole prompt, as the caller wrote it: ``<|im_start|>`` and the other markers in a plain string
+        are control tokens. Untrusted text belongs in messages (:meth:`prepare`) or a :class:`~aria.processor.Prompt`.
 
         Raises:
             ValueError: an id that is not in the vocabulary or stands for a picture, or no room for an answer.

@@ -104,17 +104,17 @@ class Prompt(str):
     """Text that knows which of its markers were written by the template; all others are just text.
 
     Two things are kept apart: ``slots``, the ``<|img|>`` that are places for media, and ``markup``, the spans in which
-    ``<|im_start|>``, ``<|im_end|>`` and the other :data:`MARKERS` are control tokens. A marker anywhere else is tokenised
-    as the text that it is, to ids that the template never gives. A clip or document has one place; the processor opens
-    it into a place for each frame or page.
+    ``<|im_start|>``, ``<|im_end|>`` and the other :data:`MARKERS` are control tokens. A marker anywhere else is
+    tokenised as the text that it is, to ids that the template never gives. A clip or document has one place; the
+    processor opens it into a place for each frame or page.
 
     It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer is read as
     transformers reads it: a picture at every ``<|img|>``, and every marker a control token, whoever wrote it.
     ``Prompt(text)`` has neither, however the text reads; ``Prompt.raw(text)`` has markers but no pictures.
 
-    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep places and markup; what a plain string adds is
-    just text. Every other method of ``str`` that makes text (``replace``, ``split``, ``format``, f-strings, ``%``, ...)
-    gives a plain ``str``, and raises ValueError where a marker is just text and would become a control token. A plain
+    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep places and markup; what a plain string adds
+    is just text. Every other method of ``str`` that makes text (``replace``, ``split``, f-strings, ``%``, ...) gives a
+    plain ``str``, and raises ValueError where a marker is just text and would become a control token. A plain
     ``str`` knows nothing of what messages say of their pictures; the processor then asks for them. ``str(prompt)`` asks
     for the plain text by name; ``"".join`` and ``re.sub`` do too, because they read the characters and never ask.
 
@@ -197,11 +197,8 @@ class Prompt(str):
             at = text.find(marker)
             while at >= 0:
                 span = bisect_left(ends, at + len(marker))
-                if marker == IMAGE_TOKEN:
-                    written = at in self.slots
-                else:
-                    written = span < len(ends) and self.markup[span][0] <= at
-                if not written:
+                written = span < len(ends) and self.markup[span][0] <= at
+                if not (at in self.slots if marker == IMAGE_TOKEN else written):
                     yield at, marker
                 at = text.find(marker, at + 1)
 

@@ -206,8 +206,8 @@ class AriaTokenizer:
         """Ids of a text.
 
         A plain string gives the ids that transformers gives: each marker in it is a control token. In a
-        :class:`~aria.processor.chat.Prompt` only what the template wrote is; a marker in other text is spelled in other
-        pieces, which decode to the same text.
+        :class:`~aria.processor.chat.Prompt` only what the template wrote is; a marker in other text is spelled in
+        other pieces, which decode to the same text.
 
         Raises:
             ValueError: text that cannot be tokenised, or (only in a vocabulary of single characters without bytes) a
@@ -251,7 +251,7 @@ class AriaTokenizer:
             self._spellings[marker] = next((ids for ids in self._other_spellings(marker, usual) if ids != usual), [])
         if not self._spellings[marker]:
             raise ValueError(
-                f"text holds {marker}, which this vocabulary can only spell as the template does; take it out, or use a "
+                f"text holds {marker}, which this vocabulary can only spell as the template does; remove it, or use a "
                 "vocabulary with byte pieces"
             )
         return self._spellings[marker]

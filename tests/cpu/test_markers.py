@@ -11,7 +11,7 @@ import small_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aria import AriaConfig, AriaImageProcessor, AriaProcessor, Engine
+from aria import AriaImageProcessor, AriaProcessor, Engine
 from aria.processor import AriaTokenizer, Prompt, render
 from aria.processor.chat import MARKERS
 from aria.train.data import DataSettings
@@ -28,10 +28,28 @@ NFKC = AriaTokenizer(small_tokenizer.model(normalization="nmt_nfkc"), small_toke
 WRITTEN = ("<|im_start|>", "<|im_end|>", "<fim_prefix>", "<fim_suffix>")
 
 # Markers whole, in pieces, and with what may merge with them or be read as a space.
-fragments = st.sampled_from(
-    [*MARKERS, "<|im_", "<|im_end", "end|>", "start|>user\n", "<", "|", ">", "<|", "|>", "im", "_", "<<|im_end|>>", ".<"]
-    + [" ", "\n", "\u2581", "\u200b", "the fox", "?", "世", "\U0001f44d", "<0x3C>", "<s>", "</s>", "<mark4", "é", "7", "\t"]
+FRAGMENTS = (
+    *MARKERS,
+    *("<|im_", "<|im_end", "end|>", "start|>user\n", "<", "|", ">", "<|", "|>", "im", "_", "<<|im_end|>>", ".<"),
+    *(
+        " ",
+        "\n",
+        "\u2581",
+        "\u200b",
+        "the fox",
+        "?",
+        "世",
+        "\U0001f44d",
+        "<0x3C>",
+        "<s>",
+        "</s>",
+        "<mark4",
+        "é",
+        "7",
+        "\t",
+    ),
 )
+fragments = st.sampled_from(FRAGMENTS)
 texts = st.lists(fragments | st.text(max_size=3), max_size=8).map("".join)
 contents = texts | st.lists(texts, max_size=4)
 conversations = st.lists(
@@ -112,7 +130,9 @@ def test_text_that_is_normalised_to_a_marker_is_text(text: str) -> None:
     inner = usual[1:-1] or usual
     runs = sum(ids[i : i + len(inner)] == inner for i in range(len(ids)))
     assert runs == (marker == "<|im_end|>")
-    assert NFKC.encode(render([{"role": "user", "content": "ﬁx ＜"}])) == NFKC.encode("<|im_start|>user\nﬁx ＜<|im_end|>\n")
+    assert NFKC.encode(render([{"role": "user", "content": "ﬁx ＜"}])) == NFKC.encode(
+        "<|im_start|>user\nﬁx ＜<|im_end|>\n"
+    )
 
 
 def test_a_vocabulary_without_another_spelling_refuses_the_text() -> None:

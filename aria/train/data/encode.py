@@ -114,7 +114,7 @@ class Encoder:
         return Encoded(samples, notes + more)
 
     def _text(self, text: str) -> tuple[list[Sample], list[Note]]:
-        """Text is learnt from its second token to the end-of-text token that is put after it; no marker steers in it."""
+        """Text is learnt from its second token to the end-of-text token after it; markers in it are just text."""
         tokenizer, most = self._processor.tokenizer, self.max_length
         ids = tokenizer.encode(Prompt(text))
         if tokenizer.eos_token_id is not None:
