@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     results: dict[str, Any] = {}
     for file in arguments.results:
-        results |= json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+        results |= json.loads(file.read_bytes().strip().split(b"\n")[-1])
     page: Path | None = arguments.page
     folder = arguments.folder or (page.with_suffix("") if page else Path())
     text = tables(results)

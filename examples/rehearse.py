@@ -36,7 +36,7 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     if not chosen.questions.is_file():
         parser.error(f"{chosen.questions}: there is no such file")
-    rows = [json.loads(line) for line in chosen.questions.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in chosen.questions.read_bytes().splitlines()]
     asked = [conversation(row, chosen.questions.parent) for row in rows]
     answers = Engine(chosen.model).chat(asked, SamplingParams(max_tokens=chosen.max_tokens))
     for row, answer in zip(rows, answers, strict=True):

@@ -85,7 +85,7 @@ def serve(
 
     keys = list(api_key or ())
     if api_key_file is not None:
-        keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").split("\n") if line.strip()]
     settings = ServerSettings(
         model_names=tuple(served_model_name or [model_name(model)]),
         api_keys=tuple(keys),

@@ -31,6 +31,30 @@ def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def with_instructions(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose system message ends with :func:`instructions`; where they begin with none, one is put first.
+
+    Args:
+        messages: as :func:`aria.processor.chat.render` takes them, at least one. Media in the system message stay.
+        tools: as for :func:`instructions`.
+    """
+    text = instructions(tools)
+    first, *rest = messages
+    if first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages]
+    content = plain(first["content"])
+    if isinstance(content, str):
+        return [{"role": "system", "content": f"{content}\n\n{text}" if content else text}, *rest]
+    return [{"role": "system", "content": [*content, {"type": "text", "text": f"\n\n{text}"}]}, *rest]
+
+
+def plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The content of a message as one string, if it is text alone; with media it stays a list of parts."""
+    if isinstance(content, str) or any(part["type"] != "text" for part in content):
+        return content
+    return "".join(part["text"] for part in content)
+
+
 def written(name: str, arguments: str) -> str:
     """A call as it stands in the conversation.
 

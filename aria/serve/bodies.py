@@ -199,11 +199,7 @@ def messages(
     told = [_message(message, sizes) for message in said]
     if not offered:
         return told
-    text = calls.instructions(offered)
-    if told[0]["role"] in ("system", "developer"):
-        first = _joined(told[0]["content"])
-        return [{"role": "system", "content": f"{first}\n\n{text}" if first else text}, *told[1:]]
-    return [{"role": "system", "content": text}, *told]
+    return calls.with_instructions(told, offered)
 
 
 def has_media(prompt: Sequence[Any]) -> bool:
@@ -221,10 +217,6 @@ def characters(prompt: str | Sequence[Any]) -> int:
         len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
         for content in contents
     )
-
-
-def _joined(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _message(message: Message, sizes: Sequence[int]) -> dict[str, Any]:

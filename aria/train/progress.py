@@ -136,19 +136,29 @@ def drop_after(file: Path, step: int) -> None:
     """Drop the lines of later steps than ``step``, and one that was cut short, from a file of JSON lines."""
     if not file.is_file():
         return
-    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    kept = [line for line in read_lines(file) if _step_of(line) <= step]
     partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     partial.replace(file)
+
+
+def read_lines(file: Path) -> list[bytes]:
+    """The lines of a file of JSON lines, each with its ``\\n``.
+
+    As bytes, because texts in JSON may hold U+2028, U+2029 and U+0085, at which ``str.splitlines`` cuts too, and a line
+    that a crash cut short may end within a character.
+    """
+    with file.open("rb") as opened:
+        return [line.removesuffix(b"\n") + b"\n" for line in opened]
 
 
 def last_evaluated(file: Path) -> int:
     """The last step of a log that has a held-out loss; -1 where none has."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return max((int(_step_of(line)) for line in lines if '"held-out loss"' in line), default=-1)
+    lines = read_lines(file) if file.is_file() else []
+    return max((int(_step_of(line)) for line in lines if b'"held-out loss"' in line), default=-1)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; a line that a crash cut short belongs to no step."""
     try:
         return float(json.loads(line)["step"])

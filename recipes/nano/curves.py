@@ -24,7 +24,7 @@ def read(log: Path) -> Lines:
     """The lines of a ``log.jsonl`` that tell of training; none where there is no such file."""
     if not log.is_file():
         return []
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
     return [line for line in lines if "seconds" in line]
 
 

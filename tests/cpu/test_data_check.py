@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import made_data
 import made_media
@@ -99,6 +100,18 @@ def test_text_that_is_no_text_is_a_row_that_cannot_be_used(tmp_path):
     found = check(file)
     assert list(found.problems) == ["bad text"] and found.usable == 1
     assert found.problems["bad text"][0].startswith(f"{file}:1: ")
+
+
+def test_a_file_that_is_cut_while_it_is_checked_is_an_error_by_its_line(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [chat("what?", "dog")] * 5)
+    settings = DataSettings(paths=(str(file),), workers=0)
+
+    def cut(done: int, _: int) -> None:
+        if done == 2:
+            os.truncate(file, 100)
+
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: the file was changed .* gone or cut off"):
+        check_data(settings, processor(), config(), tokens=512, progress=cut)
 
 
 def test_what_is_longer_than_the_models_context_is_too_long(tmp_path):

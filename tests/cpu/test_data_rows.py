@@ -93,6 +93,39 @@ def test_openais_format_is_read_as_the_server_reads_it():
     assert read({"messages": messages, "tools": tools}).messages[2] == ours[2]
 
 
+def test_pictures_of_a_system_message_stay_where_functions_are_told(tmp_path):
+    made_data.picture(tmp_path, "a.png")
+    sheet = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Brand sheet."}]
+    row = {"messages": [said("system", sheet), said("user", "a"), said("assistant", "b")]}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    encoder = Encoder(processor(), made_data.config(), DataSettings(), 512)
+    [alone], [told] = (encoder(Row({**row, **more}, "", tmp_path)).samples for more in ({}, {"tools": tools}))
+    assert alone.num_crops == told.num_crops == 1
+    text = processor().decode(told.input_ids)
+    assert "<fim_suffix>Brand sheet.\n\nYou may call functions." in text
+    # Text in parts reads as text in one piece.
+    parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}]
+    messages = [said("user", "a"), said("assistant", "b")]
+    whole, pieces = (
+        read({"messages": [said("system", content), *messages], "tools": tools}).messages[0]["content"]
+        for content in ("Be brief.", parts)
+    )
+    assert whole == pieces and whole.startswith("Be brief.\n\nYou may")
+
+
+def test_answers_in_parts_read_as_the_server_reads_them():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    blank = [{"type": "text", "text": ""}]
+    answers = [
+        {"role": "assistant", "content": content, **more}
+        for content in (None, "", [], blank, [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+        for more in ({"tool_calls": [call, call]}, {"refusal": "no"})
+    ]
+    messages = [said("user", "a"), *answers]
+    served = bodies.messages(ChatRequest.model_validate({"messages": messages}).messages, [], (28, 56))
+    assert [one["content"] for one in read({"messages": messages}).messages] == [one["content"] for one in served]
+
+
 def test_paths_count_from_the_file_and_addresses_stay(tmp_path):
     part = {"type": "image_url", "image_url": "pictures/a.png"}
     assert read(chat_of(part)).messages[0]["content"][0]["image"] == Path("/data/pictures/a.png")
@@ -225,9 +258,11 @@ def test_questions_end_before_the_last_answer(tmp_path):
     shown = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "which?"}]
     two = {"messages": [said("user", shown), said("assistant", "dog"), said("user", "and?"),
                         said("assistant", [{"type": "text", "text": "fox"}])]}  # fmt: skip
-    file = jsonl(tmp_path / "a.jsonl", ["broken", {"text": "plain"}, two, chat("a", "b"), chat("c", "d")])
-    first, second = questions(DataSettings(paths=(str(file),)), processor(), 2)
+    drawn = {"messages": [said("user", "draw"), said("assistant", [{"type": "text", "text": "so: "}, *shown])]}
+    file = jsonl(tmp_path / "a.jsonl", ["broken", {"text": "plain"}, two, chat("a", "b"), drawn, chat("c", "d")])
+    first, second, third = questions(DataSettings(paths=(str(file),)), processor(), 3)
     assert (first.answer, second.answer) == ("fox", "b")
+    assert third.answer == "so: <fim_prefix><|img|><fim_suffix>which?", "a picture is not left out in silence"
     assert [message["role"] for message in first.messages] == ["user", "assistant", "user"]
     prepared = processor().prepare(first.messages)
     assert len(prepared.pictures) == 1

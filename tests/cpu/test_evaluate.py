@@ -62,6 +62,26 @@ def test_a_training_is_saved_before_an_evaluation_that_may_fail(run, tmp_path):
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
 
 
+def test_training_data_that_are_rewritten_end_the_run_with_its_last_step_saved(run, tmp_path):
+    file = tmp_path / "train.jsonl"
+    before = file.read_bytes()
+
+    def rewrites(*_):
+        file.write_bytes(before[:30])
+        return ["yes"]
+
+    evaluate = held(tmp_path, [chat("a", "b")], samples=1)
+    settings = {"budget": {"steps": 200}, "data": {"paths": [str(file)], "workers": 0, "lookahead": 1}}
+    with pytest.raises(ValueError, match=r"train\.jsonl:\d: the file was changed .* now has 30, so this line is gone"):
+        run(rewrites, evaluate=evaluate, **settings)
+    last = max(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert last == f"step-{lines[-1]['step']:08d}"
+    file.write_bytes(before)
+    log, _ = run(repeat, evaluate=evaluate, **{**settings, "budget": {"steps": lines[-1]["step"] + 2}})
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, lines[-1]["step"] + 3))
+
+
 def test_rows_that_the_loss_passes_over_are_no_samples(run, tmp_path):
     made_data.picture(tmp_path, "a.png")
     shown = {"messages": [said("user", [{"type": "image", "path": "a.png"}]), said("assistant", "fox")]}

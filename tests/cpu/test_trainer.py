@@ -15,7 +15,17 @@ from rich.console import Console
 from torch import nn
 
 from aria.train.objective import Losses
-from aria.train.progress import JsonLines, Metrics, Reporter, TensorBoard, Wandb, load_report, measured_rate
+from aria.train.progress import (
+    JsonLines,
+    Metrics,
+    Reporter,
+    TensorBoard,
+    Wandb,
+    drop_after,
+    last_evaluated,
+    load_report,
+    measured_rate,
+)
 from aria.train.schedule import ShareBudget, StepBudget, TimeBudget, rate_share
 from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
@@ -252,6 +262,20 @@ def test_a_resumed_log_drops_what_is_done_again(tmp_path):
         {"step": 10},
         {"step": 11, "loss": None, "x": 0.3333333},
     ]
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    whole = [
+        json.dumps({"step": i, "answer": "one\u2028two\u2029three\x85four"}, ensure_ascii=False) for i in (5, 10, 15)
+    ]
+    cut = json.dumps({"step": 15, "answer": "über"}, ensure_ascii=False).encode().partition(b"\xbc")[0]
+    file.write_bytes("".join(f"{line}\n" for line in whole).encode() + cut)
+    drop_after(file, 10)
+    assert file.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in whole[:2])
+    told = {"step": 20, "held-out loss": 1.0, "held-out problems": ["a\u2028b"]}
+    file.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert last_evaluated(file) == 20
 
 
 def test_metrics_are_means_over_steps_and_sums_over_their_parts():

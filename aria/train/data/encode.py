@@ -149,20 +149,12 @@ class Encoder:
         turns = []
         for i, (message, learnt) in enumerate(zip(conversation.messages, conversation.learnt, strict=True)):
             with _faults(f"message {i}", "bad message"):
-                role, content = self._rendered(message)
+                role, content = rendered(message)
             with _faults(f"message {i}", "bad medium"):
                 content, pictures = self._opened(content, budget, cache)
             with _faults(f"message {i}", "bad message"):
                 turns.append(self._turn(role, content, pictures, learnt))
         return turns
-
-    def _rendered(self, message: dict[str, Any]) -> tuple[str, Prompt]:
-        """The role as it is written, and what stands between the header and the end of the turn."""
-        prompt = render([message])
-        role = str(prompt).partition(_NEWLINE)[0].removeprefix(START_OF_TURN)
-        content = prompt[len(START_OF_TURN + role + _NEWLINE) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
-        assert isinstance(content, Prompt), "a slice of a prompt is one"
-        return role, content
 
     def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[Picture]]:
         """The content with places for pictures alone, and these."""
@@ -234,6 +226,15 @@ class Encoder:
     def _size(self, turns: Sequence[Turn]) -> str:
         crops = sum(turn.num_crops for turn in turns)
         return f"{sum(len(turn.ids) for turn in turns):,} tokens" + (f" and {crops} crops" if crops else "")
+
+
+def rendered(message: dict[str, Any]) -> tuple[str, Prompt]:
+    """The role of a message as it is written, and what stands between the header and the end of the turn."""
+    prompt = render([message])
+    role = str(prompt).partition(_NEWLINE)[0].removeprefix(START_OF_TURN)
+    content = prompt[len(START_OF_TURN + role + _NEWLINE) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
+    assert isinstance(content, Prompt), "a slice of a prompt is one"
+    return role, content
 
 
 @contextmanager

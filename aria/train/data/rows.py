@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aria.processor.calls import instructions, written
+from aria.processor.calls import plain, with_instructions, written
 from aria.train.data.report import RowError
 from aria.train.data.sources import Row
 
@@ -78,7 +78,9 @@ def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> 
         learnt.append(read["role"] == "assistant" and weight)
     given.finish()
     if fields.get("tools"):
-        messages, learnt = _with_tools(fields["tools"], messages, learnt)
+        messages = with_instructions(messages, _functions(fields["tools"]))
+        # Where no system message was there, one has been put first.
+        learnt = [False] * (len(messages) - len(learnt)) + learnt
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(message["role"] for message in messages)
@@ -161,10 +163,8 @@ def _message(message: Any, where: str, given: _Given) -> tuple[dict[str, Any], b
     return {"role": role, "content": content}, bool(weight)
 
 
-def _with_tools(
-    tools: Any, messages: list[dict[str, Any]], learnt: list[bool]
-) -> tuple[list[dict[str, Any]], list[bool]]:
-    """The messages with the functions told in the system message, as the server tells them."""
+def _functions(tools: Any) -> list[dict[str, Any]]:
+    """Name, description and parameters of each of a row's tools, as the server tells them."""
     told = []
     for tool in _listed(tools, "tools"):
         function = tool.get("function") if isinstance(tool, Mapping) else None
@@ -172,12 +172,7 @@ def _with_tools(
             raise RowError("bad message", f"tools should be a list of functions with names: {tool!r:.60}")
         named = ("name", "description", "parameters")
         told.append({key: function[key] for key in named if function.get(key) is not None})
-    text = instructions(told)
-    if messages[0]["role"] not in ("system", "developer"):
-        return [{"role": "system", "content": text}, *messages], [False, *learnt]
-    first = messages[0]["content"]
-    joined = first if isinstance(first, str) else "".join(part.get("text", "") for part in first)
-    return [{"role": "system", "content": f"{joined}\n\n{text}" if joined else text}, *messages[1:]], learnt
+    return told
 
 
 def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
@@ -185,7 +180,7 @@ def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
     refusal = fields.get("refusal", "")
     if not isinstance(refusal, str):
         raise RowError("bad message", f"refusal of {where} should be a string, but is {refusal!r:.60}")
-    content = content or refusal
+    content = plain(content) or refusal
     calls = []
     for call in _listed(fields.get("tool_calls", ()), f"tool_calls of {where}"):
         function = call.get("function") if isinstance(call, Mapping) else None

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
-import mmap
+import os
 import re
+import threading
 import zlib
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from aria.hub import read_json
+from aria.train.data.content import content_hash
 from aria.train.data.report import RowError
 
 HUGGING_FACE = "hf:"
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+"""Bytes of lines that are no rows: white space, and the mark with which some editors begin a file."""
 
 
 class Row(NamedTuple):
@@ -43,39 +50,71 @@ class Source(Protocol):
 
         Raises:
             RowError: it is not UTF-8, not JSON, or not an object.
+            ValueError: the file has been changed since it was opened.
         """
         ...
 
+    @property
     def fingerprint(self) -> str:
-        """Changes when the rows do."""
+        """Changes when the rows do, and only then: a copy of the files has the same."""
+        ...
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What earlier versions wrote in its place."""
         ...
 
 
 class JsonLines:
-    """A JSONL file. Only where its lines begin is kept in memory, 8 bytes each; blank lines are no rows."""
+    """A JSONL file. Of each line its offset, its number and a checksum are kept in memory; blank lines are no rows.
+
+    The file is read, not mapped into memory: a mapped file that another program makes shorter ends the process.
+    """
 
     def __init__(self, file: Path):
         self.file = file
-        if not file.stat().st_size:
+        # Offsets of all lines with the end; numbers and checksums of those that are rows.
+        self._starts, self._lines, self._checksums = array("q", [0]), array("q"), array("I")
+        self._checksum = 0
+        # Open for as long as this is used, so that a file that is replaced, and not rewritten, is read to its end.
+        self._opened, self._reading = file.open("rb", buffering=0), threading.Lock()
+        lines = io.BufferedReader(self._opened)
+        for number, line in enumerate(lines):
+            self._starts.append(self._starts[-1] + len(line))
+            self._checksum = zlib.crc32(line, self._checksum)
+            if line.strip(_BLANK):
+                self._lines.append(number)
+                self._checksums.append(zlib.crc32(line))
+        lines.detach()
+        if not self._size:
             raise ValueError(f"{file} is empty; expected one JSON object a line")
-        with file.open("rb") as opened:
-            self._bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        self._starts, self._lines, self._checksum = _index(self._bytes)
         if not len(self._lines):
             raise ValueError(f"{file} has only blank lines; expected one JSON object a line")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_opened"):
+            self._opened.close()
 
     def __len__(self) -> int:
         return len(self._lines)
 
+    @property
+    def _size(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self._starts[-1]
+
     def where(self, index: int) -> str:
         return f"{self.file}:{self._lines[index] + 1}"
 
+    @property
     def fingerprint(self) -> str:
-        return f"{self.file.name}, {len(self):,} rows, {len(self._bytes):,} bytes, {self._checksum:08x}"
+        return f"{self.file.name}, {len(self):,} rows, {self._size:,} bytes, {self._checksum:08x}"
+
+    former_fingerprint = fingerprint
 
     def read(self, index: int) -> Row:
-        line = int(self._lines[index])
-        data, where = self._bytes[int(self._starts[line]) : int(self._starts[line + 1])], self.where(index)
+        line, where = self._lines[index], self.where(index)
+        data = self._bytes(index)
         try:
             text = data.decode("utf-8-sig" if line == 0 else "utf-8")
         except UnicodeDecodeError as error:
@@ -88,33 +127,43 @@ class JsonLines:
             raise RowError("not JSON", f"expected an object, but the line is {text.strip()!r:.60}")
         return Row(fields, where, self.file.parent)
 
-
-def _index(data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, int]:
-    """Offsets of all lines, with the end; numbers (from 0) of those that are not blank; a checksum of everything."""
-    piece, checksum = 1 << 26, 0
-    found = []
-    for start in range(0, len(data), piece):
-        read = data[start : start + piece]
-        checksum = zlib.crc32(read, checksum)
-        part = np.frombuffer(read, dtype=np.uint8)
-        found.append(np.flatnonzero(part == ord("\n")) + (start + 1))
-    ends = np.concatenate(found)
-    starts = np.concatenate(([0], ends, [] if len(ends) and ends[-1] == len(data) else [len(data)])).astype(np.int64)
-    # Short lines may be blank: only those are looked at.
-    short = np.flatnonzero(np.diff(starts) < 8)
-    blank = [
-        line
-        for line in short.tolist()
-        if not data[int(starts[line]) : int(starts[line + 1])].strip(b"\xef\xbb\xbf \t\r\n")
-    ]
-    return starts, np.setdiff1d(np.arange(len(starts) - 1), blank, assume_unique=True), checksum
+    def _bytes(self, index: int) -> bytes:
+        """A line as it was when the file was opened."""
+        line = self._lines[index]
+        start, length = self._starts[line], self._starts[line + 1] - self._starts[line]
+        try:
+            with self._reading:
+                self._opened.seek(start)
+                data = self._opened.read(length)
+            size = os.fstat(self._opened.fileno()).st_size
+        except OSError as error:
+            raise OSError(f"{self.where(index)}: {error}") from error
+        if zlib.crc32(data) == self._checksums[index]:
+            return data
+        if len(data) < length:
+            changed = f"the file had {self._size:,} bytes and now has {size:,}, so this line is gone or cut off"
+        else:
+            other = "" if size == self._size else f", and the file had {self._size:,} bytes and now has {size:,}"
+            changed = f"this line is not what it was{other}"
+        raise ValueError(
+            f"{self.where(index)}: the file was changed while it was in use: {changed}. Bring the old content back to "
+            "go on with it; write new data under another name"
+        )
 
 
 class HuggingFace:
-    """A data set of Hugging Face's ``datasets``: memory-mapped Arrow, read row by row."""
+    """A data set of Hugging Face's ``datasets``: Arrow in its own cache, mapped into memory and read row by row.
+
+    Args:
+        name: what messages call it.
+        rows: a ``datasets.Dataset``.
+        folder: what paths in rows count from.
+    """
 
     def __init__(self, name: str, rows: Any, folder: Path):
         self._name, self._rows, self._folder = name, rows, folder
+        self.former: str = rows._fingerprint
+        """What ``datasets`` knows it by, drawn from times of change."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -122,8 +171,15 @@ class HuggingFace:
     def where(self, index: int) -> str:
         return f"{self._name}:{index + 1}"
 
+    @cached_property
     def fingerprint(self) -> str:
-        return f"{self._name}, {len(self):,} rows, {self._rows._fingerprint}"
+        # Files are known by their last names, as those of JSON lines are.
+        name = self._name if self._name.startswith(HUGGING_FACE) else Path(self._name).name
+        return f"{name}, {len(self):,} rows, content {content_hash(self._rows)}"
+
+    @property
+    def former_fingerprint(self) -> str:
+        return f"{self._name}, {len(self):,} rows, {self.former}"
 
     def read(self, index: int) -> Row:
         try:
@@ -168,18 +224,26 @@ def _folder(folder: Path, split: str) -> Source:
     if (folder / f"{split}.jsonl").is_file():
         return JsonLines(folder / f"{split}.jsonl")
     if (folder / "dataset_dict.json").is_file():
-        return _loaded(str(folder), folder, lambda lib: _split(lib.load_from_disk(str(folder)), split))
+        splits = read_json(folder / "dataset_dict.json").get("splits", [])
+        if split not in splits:
+            raise ValueError(f"{folder}: it has no split {split!r}, only {', '.join(splits)}")
+        return _saved(folder, folder / split)
     if (folder / "state.json").is_file():
-        return _loaded(str(folder), folder, lambda lib: lib.load_from_disk(str(folder)))
+        return _saved(folder, folder)
     others = sorted(file.name for file in folder.glob("*.jsonl"))
     there = f"there are {', '.join(others[:5])}: name the file itself" if others else "there is no .jsonl file at all"
     raise FileNotFoundError(f"{folder} has no {split}.jsonl; {there}")
 
 
-def _split(sets: Mapping[str, Any], split: str) -> Any:
-    if split not in sets:
-        raise ValueError(f"it has no split {split!r}, only {', '.join(sets)}")
-    return sets[split]
+def _saved(folder: Path, part: Path) -> HuggingFace:
+    """What ``datasets`` has saved in a folder, by way of its cache: the files themselves may be written anew."""
+    if not (part / "state.json").is_file():
+        raise FileNotFoundError(f"{part} has no state.json; expected a folder that datasets has saved")
+    state = read_json(part / "state.json")
+    files = [str(part / file["filename"]) for file in state["_data_files"]]
+    source = _loaded(str(folder), folder, lambda lib: lib.load_dataset("arrow", data_files=files, split="train"))
+    source.former = state["_fingerprint"]
+    return source
 
 
 def _loaded(name: str, folder: Path, load: Any) -> HuggingFace:
@@ -191,6 +255,8 @@ def _loaded(name: str, folder: Path, load: Any) -> HuggingFace:
         rows = load(library)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error}") from error
+    except library.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{name}: {error.__cause__ or error}") from error
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from error
     if not len(rows):
@@ -235,4 +301,11 @@ class Sources:
 
     def fingerprint(self) -> list[str]:
         """Of each."""
-        return [source.fingerprint() for source in self._all]
+        return [source.fingerprint for source in self._all]
+
+    def has(self, fingerprints: Sequence[str]) -> bool:
+        """Whether these are the rows that had such fingerprints, also where an earlier version wrote them."""
+        pairs = zip(self._all, fingerprints, strict=False)
+        return len(self._all) == len(fingerprints) and all(
+            saved in (source.former_fingerprint, source.fingerprint) for source, saved in pairs
+        )

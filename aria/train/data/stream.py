@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
 from aria.train.batch import Batch, Sample
-from aria.train.data.encode import Encoded, Encoder
+from aria.train.data.encode import Encoded, Encoder, rendered
 from aria.train.data.order import Order
 from aria.train.data.packer import Packer
 from aria.train.data.report import Report, RowError
@@ -119,11 +119,11 @@ class DataStream:
         """
         states = [state] if isinstance(state, Mapping) else list(state)
         for one in states:
-            if (now := self._sources.fingerprint()) != one["sources"] or one["rows"] != self._order.size:
+            if not self._sources.has(one["sources"]) or one["rows"] != self._order.size:
                 raise ValueError(
                     f"the data have changed since the state was saved: {'; '.join(one['sources'])} gave "
-                    f"{one['rows']:,} rows, {'; '.join(now)} give {self._order.size:,}; start anew, or bring the old "
-                    "files back"
+                    f"{one['rows']:,} rows, {'; '.join(self._sources.fingerprint())} give {self._order.size:,}; start "
+                    "anew, or bring the old files back"
                 )
         own = [one for one in states if (one["rank"], one["world"]) == (self._rank, self._world)]
         if own:
@@ -298,6 +298,7 @@ class Question(NamedTuple):
     messages: tuple[dict[str, Any], ...]
     """As the processor takes them, media named in them."""
     answer: str
+    """As a prompt has it: pictures, clips and documents in it are ``<fim_prefix><|img|><fim_suffix>``."""
 
 
 def questions(
@@ -337,7 +338,5 @@ def questions(
             continue
         if isinstance(read, Conversation):
             last = max(i for i, message in enumerate(read.messages) if message["role"] == "assistant")
-            content = read.messages[last]["content"]
-            parts = [{"text": content}] if isinstance(content, str) else content
-            found.append(Question(read.messages[:last], "".join(part.get("text", "") for part in parts)))
+            found.append(Question(read.messages[:last], str(rendered(read.messages[last])[1])))
     return found
