@@ -277,7 +277,9 @@ class AriaForConditionalGeneration(nn.Module):
         ]
         ends = self._end_tokens(eos_token_id)
         completions = {
-            request: Completion(request.max_tokens, ends, tokenizer if stops else None, stops, False)
+            request: Completion(
+                request.max_tokens, ends, tokenizer if stops else None, stops, skip_special_tokens=False
+            )
             for request in requests
         }
         if streamer is not None:

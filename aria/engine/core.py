@@ -18,6 +18,7 @@ from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.outputs import Stats
 from aria.engine.request import Picture, Request
 from aria.engine.runner import Launched, Runner, TokenLogprobs
+from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
 from aria.engine.scheduler import Scheduler
 from aria.model import Aria, PagedCache
@@ -114,7 +115,7 @@ class EngineCore:
         self.ahead = on_cuda
         """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
         self._launched: Launched | None = None
-        self._ends: dict[Request, frozenset[int]] = {}
+        self._unfinished: set[Request] = set()
         self._prompt_tokens = self._completion_tokens = 0
 
     @staticmethod
@@ -160,6 +161,7 @@ class EngineCore:
         *,
         pictures: Sequence[Picture] = (),
         end_token_ids: Collection[int] = (),
+        end_text: EndText | None = None,
         matchers: Sequence[Matcher] = (),
         priority: int = 0,
         adapter: str | None = None,
@@ -170,7 +172,8 @@ class EngineCore:
             prompt: token ids, those of pictures in their places.
             params: how to sample; a seed that is None is drawn from torch's global generator.
             pictures: where pictures lie in the prompt.
-            end_token_ids: tokens at which an answer ends, unless ``params.ignore_eos``.
+            end_token_ids: tokens at which an answer ends, beside those of ``params``; not if ``params.ignore_eos``.
+            end_text: what ends a turn as text, which is not drawn before ``params.min_tokens``. The caller finds it.
             matchers: one for each answer if ``params.json_schema`` is set. They end it then.
             priority: lower runs first.
             adapter: the name of one, or None for the model as it is.
@@ -186,8 +189,10 @@ class EngineCore:
         assert len(matchers) == (0 if params.json_schema is None else params.n), "each answer has its own matcher"
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
         vocabulary = self.model.config.text.vocab_size
-        if outside := [token for token in params.logit_bias or () if token >= vocabulary]:
-            raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if outside := [token for token in ids or () if token >= vocabulary]:
+                raise ValueError(f"{name} names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
+        ends = frozenset((*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_token_ids)))
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         room = min(params.max_tokens, self.max_model_len - len(prompt))
         requests: list[Request] = []
@@ -202,23 +207,27 @@ class EngineCore:
                 adapter=adapter,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
+                end_token_ids=ends,
+                end_text=None if params.ignore_eos else end_text,
                 matcher=matchers[copy] if matchers else None,
                 leader=requests[0] if requests else None,
             )
             self.scheduler.add(request)
-            self._ends[request] = frozenset() if params.ignore_eos else frozenset(end_token_ids)
+            self._unfinished.add(request)
             requests.append(request)
             self._prompt_tokens += len(prompt)
         return requests
 
     def finish(self, request: Request) -> None:
         """A request's answer is complete: take no more tokens for it. One that has ended already is left alone."""
-        if self._ends.pop(request, None) is not None:
+        if request in self._unfinished:
+            self._unfinished.remove(request)
             self.scheduler.finish(request)
 
     def cancel(self, request: Request) -> None:
         """Give a request up, at any moment; one that has ended already is left alone."""
-        if self._ends.pop(request, None) is not None:
+        if request in self._unfinished:
+            self._unfinished.remove(request)
             self.scheduler.cancel(request)
 
     def stats(self) -> Stats:
@@ -238,7 +247,7 @@ class EngineCore:
     @property
     def unfinished(self) -> bool:
         """Whether any request still takes tokens."""
-        return bool(self._ends)
+        return bool(self._unfinished)
 
     @property
     def busy(self) -> bool:
@@ -283,7 +292,7 @@ class EngineCore:
             return []
         tokens = []
         for request, token, logprobs in zip(launched.requests, *launched.wait(), strict=True):
-            if request not in self._ends:
+            if request not in self._unfinished:
                 continue
             self.scheduler.append(request, token)
             self._completion_tokens += 1
@@ -292,7 +301,7 @@ class EngineCore:
                 request.end = request.matcher.accept(token)
                 if request.matcher.error is not None:
                     logger.warning("an answer was ended by the limits of its grammar: %s", request.matcher.error)
-            if request.end or token in self._ends[request] or len(request.outputs) >= request.max_tokens:
+            if request.end or token in request.end_token_ids or len(request.outputs) >= request.max_tokens:
                 self.finish(request)
         return tokens
 
@@ -300,14 +309,14 @@ class EngineCore:
         """End all requests and forget what is cached, as after a step that failed: what it planned was not computed, or
         what it sampled was not read."""
         self._launched = None
-        for request in list(self._ends):
+        for request in list(self._unfinished):
             self.cancel(request)
         self.pool.clear()
 
     @ops.on_own_device
     def close(self) -> None:
         """End all requests and wait for the device."""
-        for request in list(self._ends):
+        for request in list(self._unfinished):
             self.cancel(request)
         self._collect()
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.request import Picture, Request
 from aria.engine.runner import TokenLogprobs
+from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
-from aria.processor.chat import Prompt
+from aria.processor.chat import END_OF_TURN, Prompt
 from aria.processor.pictures import Prepared
 
 Message = Mapping[str, Any]
@@ -183,6 +185,14 @@ class Engine:
         """Names of the adapters that requests may ask for."""
         return self.core.adapters.names
 
+    @cached_property
+    def _end_text(self) -> EndText:
+        """Tokens that lead to the end of a turn; of Aria's vocabulary that takes a tenth of a second."""
+        tokenizer, size = self.processor.tokenizer, self.model.config.text.vocab_size
+        # Ids past the tokenizer's have no text.
+        tokens = [tokenizer.token_bytes(index) if index < len(tokenizer) else b"" for index in range(size)]
+        return EndText.of(END_OF_TURN, tokens, self.device)
+
     def chat(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -306,15 +316,24 @@ class Engine:
             params,
             pictures=[Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures],
             end_token_ids=self._end_token_ids,
+            end_text=self._end_text if params.min_tokens and prepared.stop else None,
             matchers=matchers,
             priority=priority,
             adapter=adapter,
         )
         # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.
-        stops = () if params.ignore_eos or schema is not None else prepared.stop
-        ends = () if params.ignore_eos else self._end_token_ids
+        turn_ends = () if params.ignore_eos or schema is not None else prepared.stop
         completions = [
-            Completion(request.max_tokens, ends, self.processor.tokenizer, (*stops, *(params.stop or ())))
+            Completion(
+                request.max_tokens,
+                request.end_token_ids,
+                self.processor.tokenizer,
+                params.stop or (),
+                turn_ends,
+                params.include_stop_str_in_output,
+                params.min_tokens,
+                params.skip_special_tokens,
+            )
             for request in requests
         ]
         answer = Answer(len(prepared.ids), completions, requests)

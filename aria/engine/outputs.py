@@ -91,21 +91,35 @@ class Result:
 
 
 class StopMatcher:
-    """Finds stop texts in text that comes in pieces, and holds back what may yet turn out to be one."""
+    """Finds stop texts in text that comes in pieces, and holds back what may yet turn out to be one.
 
-    def __init__(self, stops: Sequence[str]):
+    Args:
+        stops: the texts.
+        kept: those of them that are part of the text before the end.
+    """
+
+    def __init__(self, stops: Sequence[str], kept: Collection[str] = ()):
         self._stops = tuple(stops)
+        self._kept = frozenset(kept)
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
+        """The stop text that was found."""
 
-    def push(self, piece: str) -> str:
-        """Take the next piece; returns the text that is now certain to stand before any stop text."""
-        assert not self.matched, "text came after a stop text"
+    def push(self, piece: str, *, search: bool = True) -> str:
+        """Take the next piece; returns the text that is now certain to be part of the answer.
+
+        Args:
+            piece: the text behind what came before.
+            search: whether a stop text that ends in this piece counts.
+        """
+        assert self.matched is None, "text came after a stop text"
+        before = len(self._held)
         self._held += piece
-        starts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if starts:
-            self.matched = True
-            keep = min(starts)
+        ends = ((self._held.find(stop, max(before - len(stop) + 1, 0)), stop) for stop in self._stops)
+        found = [(at, stop) for at, stop in ends if at >= 0] if search else []
+        if found:
+            keep, self.matched = min(found, key=lambda one: (one[0], len(one[1])))
+            keep += len(self.matched) if self.matched in self._kept else 0
         else:
             keep = len(self._held) - self._open_end()
         out, self._held = self._held[:keep], self._held[keep:]
@@ -114,7 +128,7 @@ class StopMatcher:
     def flush(self) -> str:
         """No more text comes: what was held back, unless it is a stop text."""
         held, self._held = self._held, ""
-        return "" if self.matched else held
+        return "" if self.matched is not None else held
 
     def _open_end(self) -> int:
         """Length of the longest end of the held text that begins a stop text."""
@@ -131,6 +145,13 @@ class Completion:
     tokenizer: AriaTokenizer | None = None
     """Needed for text and stop texts; None keeps tokens only."""
     stop: Sequence[str] = ()
+    """Texts at which the answer ends."""
+    turn_ends: Sequence[str] = ()
+    """More of them, which stand for end tokens."""
+    include_stop: bool = False
+    """Whether a text of ``stop`` is part of the text, and, where special tokens are, the end token or its text."""
+    min_tokens: int = 0
+    """Texts of ``stop`` that end within so many tokens do not count."""
     skip_special_tokens: bool = True
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -138,11 +159,13 @@ class Completion:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        assert self.tokenizer is not None or not self.stop, "stop texts need a tokenizer"
+        stops = (*self.stop, *self.turn_ends)
+        assert self.tokenizer is not None or not stops, "stop texts need a tokenizer"
         self._stream = (
             None if self.tokenizer is None else TextStream(self.tokenizer, skip_special_tokens=self.skip_special_tokens)
         )
-        self._matcher = StopMatcher(self.stop)
+        kept = () if not self.include_stop else self.stop if self.skip_special_tokens else stops
+        self._matcher = StopMatcher(stops, kept)
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None, end: End | None = None) -> str:
         """Take the next token, and how it ends the grammar if it does; returns the text that became certain with it."""
@@ -154,16 +177,17 @@ class Completion:
         full = len(self.token_ids) >= self.max_tokens or end is not None
         piece = ""
         if self._stream is not None:
-            fresh = "" if ended else self._stream.push(token_id)
+            kept = not ended or (self.include_stop and end is None)
+            fresh = self._stream.push(token_id) if kept else ""
             if ended or full:
                 fresh += self._stream.flush()
-            piece = self._matcher.push(fresh)
+            piece = self._matcher.push(fresh, search=len(self.token_ids) > self.min_tokens)
             if ended or full:
                 piece += self._matcher.flush()
         self.text += piece
         if end == "error":
             self.finish_reason = "error"
-        elif ended or self._matcher.matched or end == "complete":
+        elif ended or self._matcher.matched is not None or end == "complete":
             self.finish_reason = "stop"
         elif full:
             self.finish_reason = "length"

@@ -11,6 +11,7 @@ from typing import Any
 
 from aria.engine.blocks import block_hash, root_hash
 from aria.engine.grammar import End, Matcher
+from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
 
 
@@ -57,6 +58,10 @@ class Request:
     """Lower runs first."""
     seed: int = 0
     adapter: str | None = None
+    end_token_ids: frozenset[int] = frozenset()
+    """Tokens at which the answer ends, itself included as its last."""
+    end_text: EndText | None = None
+    """Of the text that ends a turn, where ``params.min_tokens`` keeps it from being drawn too early."""
     matcher: Matcher | None = None
     """Where the answer stands in its grammar: it has accepted ``outputs``."""
     end: End | None = None

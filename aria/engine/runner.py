@@ -137,7 +137,8 @@ class Runner:
         """
         self._update_rows([*plan.decodes, *(chunk.request for chunk in plan.chunks)])
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
-        extras = self._sampler.extras([_row(request) for request in sampling])
+        places = [request.computed for request in sampling]
+        extras = self._sampler.extras([_row(request) for request in sampling], places)
         grammars = any(request.matcher is not None for request in sampling)
         # Penalties, grammars and log-probabilities need the scores, so what draws from them stays out of the graph.
         draw = not extras and not grammars and all(request.params.logprobs is None for request in sampling)
@@ -298,7 +299,10 @@ class Runner:
         sampling = launched.requests
         if tokens is None:
             assert logits is not None, "neither tokens nor scores came"
-            scores = self._sampler.apply_extras(logits, rows) if extras else logits
+            scores = logits
+            if extras:
+                last = self._tokens.index_select(0, rows)
+                scores = self._sampler.apply_extras(logits, rows, positions + 1, last)
             if masks is not None:
                 scores = keep_allowed(scores, *(self._send(torch.as_tensor(x)) for x in masks))
             tokens = self._draw(scores, rows, positions)
@@ -327,7 +331,12 @@ class Runner:
             if self._owners[row] != owner:
                 self._owners[row] = owner
                 self._known_blocks[row] = 0
-                self._sampler.set_row(row, request.params, request.seed, request.prompt, request.outputs)
+                self._sampler.set_row(
+                    row, request.params, request.seed, request.prompt, request.outputs,
+                    end_ids=request.end_token_ids, end_text=request.end_text,
+                )  # fmt: skip
+                if request.end_text is not None:
+                    self._tokens[row] = request.tokens(request.known - 1, request.known)[0]
             fresh = request.blocks[self._known_blocks[row] :]
             start = row * self._blocks.shape[1] + self._known_blocks[row]
             places += range(start, start + len(fresh))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,44 @@ GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: scores divided by them leave float32's range."""
 
 # A row of the table: temperature, top_k, top_p, min_p, seed (as aria.ops.sampling.Settings reads them), then the
-# repetition, frequency and presence penalties.
-_ROW = struct.Struct("<fiffqfff")
+# repetition, frequency and presence penalties, and the place from which the answer may end.
+_ROW = struct.Struct("<fiffqfffi")
 _PENALTIES = slice(6, 9)
+_MAY_END = 9
+_INT32 = 2**31 - 1
+
+
+class EndText(NamedTuple):
+    """Tokens that lead to a text at which answers end, where the vocabulary has no token for it.
+
+    Each is a bool tensor ``(V,)``. A text counts as begun by its first two characters, so that the first alone, which
+    may be common, stays free.
+    """
+
+    begins: Tensor
+    """The token holds the text, or ends with its first two characters or more of them."""
+    opens: Tensor
+    """It ends with the first character alone."""
+    follows: Tensor
+    """Behind the first character, it begins the text."""
+
+    @staticmethod
+    def of(text: str, tokens: Sequence[bytes], device: torch.device) -> EndText:
+        """Read off a vocabulary.
+
+        Args:
+            text: of two characters at least, all of them ASCII.
+            tokens: the bytes of each of the V tokens.
+            device: where the scores will be.
+        """
+        data = text.encode("ascii")
+        starts = tuple(data[:n] for n in range(2, len(data)))
+        columns = (
+            [data in token or token.endswith(starts) for token in tokens],
+            [token.endswith(data[:1]) for token in tokens],
+            [bool(token) and (data[1:].startswith(token) or token.startswith(data[1:])) for token in tokens],
+        )
+        return EndText(*(torch.tensor(column, device=device) for column in columns))
 
 
 class SamplerState:
@@ -49,9 +85,22 @@ class SamplerState:
         # (R, most biases of a row), once a row needs them.
         self._bias_ids: Tensor | None = None
         self._bias_values: Tensor | None = None
+        # Rows that may not end yet -> the place from which they may; (R, most end tokens of a row), once one has any.
+        self._may_end: dict[int, int] = {}
+        self._end_ids: Tensor | None = None
+        self._end_text: EndText | None = None
+        self._end_text_rows = torch.zeros(max_rows, dtype=torch.bool, device=device)
 
     def set_row(
-        self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int] = (),
+        *,
+        end_ids: Collection[int] = (),
+        end_text: EndText | None = None,
     ) -> None:
         """Give a row to a request: a new one, or one that comes back after preemption with its tokens so far.
 
@@ -61,9 +110,15 @@ class SamplerState:
             seed: 0 to 2**63 - 1, in place of ``params.seed``.
             prompt_ids: tokens of the prompt.
             output_ids: tokens of the answer so far.
+            end_ids: tokens that are not drawn before ``params.min_tokens``.
+            end_text: the same of a text; one for all rows that have any.
         """
         self.clear_row(row)
-        self._send(self._packed(params, seed), self._table[row])
+        may_end = 0
+        if params.min_tokens and (end_ids or end_text is not None):
+            may_end = min(len(prompt_ids) + params.min_tokens, _INT32)
+            self._hold_end(row, may_end, end_ids, end_text)
+        self._send(self._packed(params, seed, may_end), self._table[row])
         if params.logit_bias:
             self._set_bias(row, params.logit_bias)
         if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
@@ -80,6 +135,7 @@ class SamplerState:
     def clear_row(self, row: int) -> None:
         """The row's request has left; until the next one comes it costs nothing."""
         self._penalized.discard(row)
+        self._may_end.pop(row, None)
         if row in self._biased:
             assert self._bias_values is not None, "a biased row has biases"
             self._biased.discard(row)
@@ -101,15 +157,27 @@ class SamplerState:
         """
         return ops.sample(logits_NV, rows_N, positions_N, self._table, self._banned, self._arrivals)
 
-    def extras(self, rows: Collection[int]) -> bool:
-        """Whether any of these rows has penalties or biases."""
-        return not (self._penalized.isdisjoint(rows) and self._biased.isdisjoint(rows))
+    def extras(self, rows: Sequence[int], positions: Sequence[int]) -> bool:
+        """Whether any of these rows has penalties or biases, or may not end yet.
 
-    def apply_extras(self, logits_NV: Tensor, rows_N: Tensor) -> Tensor:
-        """Scores after penalties, then biases: float32 ``(N, V)``; ``logits_NV`` stay as they are.
+        Args:
+            rows: below R.
+            positions: where in its sequence the token of each will stand.
+        """
+        waiting = any(place < self._may_end.get(row, 0) for row, place in zip(rows, positions, strict=True))
+        return waiting or not (self._penalized.isdisjoint(rows) and self._biased.isdisjoint(rows))
+
+    def apply_extras(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
+        """Scores after penalties, then biases, then -inf for ends that come too early: float32 ``(N, V)``.
 
         The repetition penalty divides positive scores of tokens in prompt or answer, and multiplies negative ones
         (Keskar et al., 2019); frequency and presence are those of OpenAI's interface, over the answer alone.
+
+        Args:
+            logits_NV: any floating dtype; left as they are.
+            rows_N: int32.
+            positions_N: int32, where in its sequence each token will stand.
+            last_N: int64, the token before it.
         """
         scores_NV = logits_NV.float()
         if self._counts is not None and self._penalized:
@@ -125,6 +193,19 @@ class SamplerState:
         if self._bias_ids is not None and self._bias_values is not None and self._biased:
             ids, values = (x.index_select(0, rows_N) for x in (self._bias_ids, self._bias_values))
             scores_NV = scores_NV.scatter_add(1, ids, values)
+        return self._without_ends(scores_NV, rows_N, positions_N, last_N) if self._may_end else scores_NV
+
+    def _without_ends(self, scores_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
+        early_N1 = (positions_N < self._table[:, _MAY_END].index_select(0, rows_N))[:, None]
+        if self._end_ids is not None:
+            ids = self._end_ids.index_select(0, rows_N)
+            values = torch.where(early_N1 & (ids >= 0), float("-inf"), 0.0)
+            scores_NV = scores_NV.scatter_add(1, ids.clamp(min=0), values)
+        if self._end_text is not None:
+            begins, opens, follows = self._end_text
+            early_N1 = early_N1 & self._end_text_rows.index_select(0, rows_N)[:, None]
+            ends_NV = begins | (opens.index_select(0, last_N)[:, None] & follows)
+            scores_NV = scores_NV.masked_fill(early_N1 & ends_NV, float("-inf"))
         return scores_NV
 
     def count(self, rows_N: Tensor, tokens_N: Tensor) -> None:
@@ -145,9 +226,9 @@ class SamplerState:
         values, ids = logprobs_NV.topk(min(k, self._vocab_size), dim=-1)
         return chosen, ids, values
 
-    def _packed(self, params: SamplingParams, seed: int) -> Tensor:
+    def _packed(self, params: SamplingParams, seed: int, may_end: int = 0) -> Tensor:
         """A row of the table, int32."""
-        greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
+        greedy = params.temperature < GREEDY_BELOW or params.top_k == 1 or params.top_p == 0
         packed = _ROW.pack(
             0.0 if greedy else params.temperature,
             params.top_k if params.top_k < self._vocab_size else 0,
@@ -157,25 +238,35 @@ class SamplerState:
             params.repetition_penalty,
             params.frequency_penalty,
             params.presence_penalty,
+            may_end,
         )
         return torch.frombuffer(bytearray(packed), dtype=torch.int32)
 
     def _set_bias(self, row: int, bias: Mapping[int, float]) -> None:
         assert max(bias) < self._vocab_size, f"a bias for token {max(bias)}, which the vocabulary has not"
-        known = 0 if self._bias_ids is None else self._bias_ids.shape[1]
-        width = max(known, 1 << (len(bias) - 1).bit_length())
-        if width > known:
-            more = (0, width - known)
-            ids = torch.zeros(self._table.shape[0], known, dtype=torch.int64, device=self._device)
-            values = torch.zeros(self._table.shape[0], known, device=self._device)
-            old_ids, old_values = self._bias_ids, self._bias_values
-            self._bias_ids = torch.nn.functional.pad(ids if old_ids is None else old_ids, more)
-            self._bias_values = torch.nn.functional.pad(values if old_values is None else old_values, more)
-        assert self._bias_ids is not None and self._bias_values is not None, "made above"
-        free = width - len(bias)
+        self._bias_ids = self._wide_enough(self._bias_ids, len(bias), torch.int64)
+        self._bias_values = self._wide_enough(self._bias_values, len(bias), torch.float32)
+        free = self._bias_ids.shape[1] - len(bias)
         self._send(torch.tensor([*bias, *[0] * free]), self._bias_ids[row])
         self._send(torch.tensor([*bias.values(), *[0.0] * free], dtype=torch.float32), self._bias_values[row])
         self._biased.add(row)
+
+    def _hold_end(self, row: int, may_end: int, end_ids: Collection[int], end_text: EndText | None) -> None:
+        self._may_end[row] = may_end
+        self._end_ids = self._wide_enough(self._end_ids, len(end_ids), torch.int64)
+        free = self._end_ids.shape[1] - len(end_ids)
+        self._send(torch.tensor([*sorted(end_ids), *[-1] * free], dtype=torch.int64), self._end_ids[row])
+        if end_text is not None:
+            self._end_text = end_text
+        self._end_text_rows[row] = end_text is not None
+
+    def _wide_enough(self, columns: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
+        """``(R, a power of two)`` that has room for so many columns; new ones are zeros."""
+        known = 0 if columns is None else columns.shape[1]
+        width = max(known, 1 << max(count - 1, 0).bit_length())
+        if columns is None:
+            return torch.zeros(self._table.shape[0], width, dtype=dtype, device=self._device)
+        return torch.nn.functional.pad(columns, (0, width - known))
 
     def _send(self, values: Tensor, target: Tensor) -> None:
         """To the device without waiting for it: later work on the stream sees them, earlier does not."""

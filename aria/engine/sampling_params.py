@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,13 @@ class SamplingParams:
 
     max_tokens: int = 256
     """At least 1."""
+    min_tokens: int = 0
+    """Tokens before which an answer does not end: end tokens are not drawn, and texts of ``stop`` are not looked for.
+    At most ``max_tokens``."""
     temperature: float = 0.0
     """0 to 2; 0 is greedy."""
     top_p: float = 1.0
-    """Above 0, at most 1: keep the smallest set of likeliest tokens that holds so much probability."""
+    """0 to 1: keep the smallest set of likeliest tokens that holds so much probability; 0 is greedy."""
     top_k: int = 0
     """0 keeps all."""
     min_p: float = 0.0
@@ -39,9 +42,15 @@ class SamplingParams:
     seed: int | None = None
     """None draws one from torch's global generator, so ``torch.manual_seed`` makes a program repeatable."""
     stop: str | Sequence[str] | None = ()
-    """Texts at which an answer ends; none of them is part of it."""
+    """Texts at which an answer ends; none of them is part of it, unless ``include_stop_str_in_output``."""
+    stop_token_ids: Sequence[int] | None = ()
+    """Tokens at which an answer ends, beside the model's own; their text is no part of it."""
+    include_stop_str_in_output: bool = False
+    """Keep the text of ``stop`` or of the end token that ended the answer."""
     ignore_eos: bool = False
-    """Go on past the end of the text or of the turn, to ``max_tokens`` or a text of ``stop``: for benchmarks."""
+    """Continue past the end of the text or of the turn, until ``max_tokens``, ``stop`` or ``stop_token_ids``."""
+    skip_special_tokens: bool = True
+    """Leave special tokens, such as the end of the text, out of the answer's text."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside each chosen one, to 20; 0 reports the chosen one alone."""
     n: int = 1
@@ -59,12 +68,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(self.logit_bias) or None)
         for name, holds, expected in (
             ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
+            ("min_tokens", _whole(self.min_tokens, 0), "a whole number, 0 or more"),
             ("temperature", _number(self.temperature, 0, 2), "a number from 0 to 2"),
-            ("top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0 and at most 1"),
+            ("top_p", _number(self.top_p, 0, 1), "a number from 0 (greedy) to 1"),
             ("top_k", _whole(self.top_k, 0), "a whole number, 0 (keep all) or more"),
             ("min_p", _number(self.min_p, 0, 1), "a number from 0 (keep all) to 1"),
             # Far beyond what changes anything, and scores stay in float32's range.
@@ -73,7 +84,11 @@ class SamplingParams:
             ("presence_penalty", _number(self.presence_penalty, -2, 2), "a number from -2 to 2"),
             ("logit_bias", _biases(self.logit_bias), "None, or a mapping from token ids to numbers from -100 to 100"),
             ("seed", self.seed is None or _whole(self.seed), "None or a whole number"),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("stop_token_ids", isinstance(self.stop_token_ids, tuple), "None, or token ids: whole numbers, 0 or more"),
+            *(
+                (name, isinstance(getattr(self, name), bool), "True or False")
+                for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+            ),
             ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 20), "None, or a whole number from 0 to 20"),
             ("n", _whole(self.n, 1), "a whole number, at least 1"),
             (
@@ -82,10 +97,15 @@ class SamplingParams:
                 "None, True (any object) or a mapping, the JSON schema",
             ),
             ("ignore_eos", not (self.ignore_eos and self.json_schema is not None), "False beside json_schema"),
+            ("min_tokens", not (self.min_tokens and self.json_schema is not None), "0 beside json_schema"),
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
         ):
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; expected at most max_tokens, which is {self.max_tokens}"
+            )
 
 
 def _number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -99,6 +119,14 @@ def _number(value: object, least: float = -math.inf, most: float = math.inf) -> 
 
 def _whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _ids(value: Any) -> Any:
+    """A tuple of token ids; anything that is none stays as it came, to be refused."""
+    if value is None:
+        return ()
+    listed = isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
+    return tuple(value) if listed and all(_whole(token, 0) for token in value) else value
 
 
 def _biases(value: object) -> bool:

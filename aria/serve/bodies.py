@@ -35,7 +35,8 @@ COMPLETION_TOKENS = 16
 
 _ALIKE = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
-    *("seed", "n", "ignore_eos"),
+    *("seed", "n", "min_tokens", "ignore_eos", "stop_token_ids"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
 )
 """Fields that bodies and `SamplingParams` call by the same names."""
 
@@ -64,6 +65,8 @@ class Asked:
     """A grammar makes the answer one call without tags, or one JSON value."""
     parallel: bool = True
     """An answer may hold several calls; otherwise it ends with its first."""
+    token_ids: bool = False
+    """Whether the ids of prompts and answers are returned."""
 
     @property
     def has_media(self) -> bool:
@@ -129,6 +132,7 @@ def conversation(
         functions=offered.names,
         untagged=schema is not None,
         parallel=offered.parallel,
+        token_ids=bool(getattr(body, "return_token_ids", None)),
     )
 
 
@@ -138,7 +142,7 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
     several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
     prompts: Any = prompt if several else [prompt]
     params = sampling(body, defaults, max_tokens=body.max_tokens or COMPLETION_TOKENS, logprobs=body.logprobs)
-    return Asked(prompts=prompts, params=params)
+    return Asked(prompts=prompts, params=params, token_ids=bool(body.return_token_ids))
 
 
 def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> SamplingParams:
@@ -150,6 +154,8 @@ def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> Sampling
         fields: those whose names differ between bodies.
     """
     given = {name: value for name in _ALIKE if (value := getattr(body, name, None)) is not None}
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
     own = getattr(body, "stop", None) or ()
     bias = {int(token): value for token, value in (getattr(body, "logit_bias", None) or {}).items()}
     return SamplingParams(

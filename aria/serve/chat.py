@@ -20,8 +20,11 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
     n = run.asked.params.n
     turns = [Turn(run.asked, run.tokenizer) for _ in range(n)]
     deltas: list[list[Delta]] = [[] for _ in range(n)]
+    tokens: list[list[int]] = [[] for _ in range(n)]
     async with aclosing(run.read()) as pieces:
         async for _, piece in pieces:
+            if not turns[piece.choice].finished:
+                tokens[piece.choice].append(piece.token_id)
             deltas[piece.choice].append(turns[piece.choice].push(piece))
             if all(turn.finished for turn in turns):
                 break
@@ -30,13 +33,14 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
             "id": run.id,
             "created": run.created,
             "model": run.model,
-            "choices": [_choice(run, i, deltas[i]) for i in range(n)],
+            "choices": [_choice(run, i, deltas[i], tokens[i]) for i in range(n)],
             "usage": run.usage(),
+            "prompt_token_ids": run.prompt_ids and run.prompt_ids[0],
         }
     )
 
 
-def _choice(run: Run, index: int, deltas: list[Delta]) -> dict[str, Any]:
+def _choice(run: Run, index: int, deltas: list[Delta], tokens: list[int]) -> dict[str, Any]:
     parts = [part for delta in deltas for part in delta.parts]
     text = "".join(part for part in parts if isinstance(part, str))
     calls = [_call(part) for part in parts if isinstance(part, Call)]
@@ -46,7 +50,13 @@ def _choice(run: Run, index: int, deltas: list[Delta]) -> dict[str, Any]:
         logprobs = {"content": told, "refusal": None}
     finish = next(delta.finish_reason for delta in reversed(deltas) if delta.finish_reason is not None)
     message = {"content": text or None if calls else text, "tool_calls": calls or None}
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": finish,
+        "token_ids": tokens if run.asked.token_ids else None,
+    }
 
 
 def _call(call: Call) -> dict[str, Any]:
@@ -66,15 +76,26 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     )
     tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
 
-    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
-        rest = json.dumps({"delta": delta, "logprobs": logprobs, "finish_reason": finish}, separators=(",", ":"))
-        return f'{head}{{"index":{index},{rest[1:]}]{usage}}}\n\n'.encode("ascii")
+    def chunk(
+        index: int,
+        delta: dict[str, Any],
+        logprobs: Any = None,
+        finish: str | None = None,
+        more: str = "",
+        **fields: Any,
+    ) -> bytes:
+        choice = {"delta": delta, "logprobs": logprobs, "finish_reason": finish, **fields}
+        rest = json.dumps(choice, separators=(",", ":"))
+        return f'{head}{{"index":{index},{rest[1:]}]{more}{usage}}}\n\n'.encode("ascii")
 
     async with aclosing(run.read()) as pieces:
+        prompt = f',"prompt_token_ids":{json.dumps(run.prompt_ids[0])}' if run.prompt_ids else ""
         for index in range(n):
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None}, more="" if index else prompt)
         async for _, piece in pieces:
             index = piece.choice
+            if run.asked.token_ids and not turns[index].finished:
+                yield chunk(index, {}, token_ids=[piece.token_id])
             delta = turns[index].push(piece)
             if len(delta.parts) == 1 and isinstance(delta.parts[0], str) and not delta.logprobs:
                 yield f'{head}{{"index":{index},"delta":{{"content":{json.dumps(delta.parts[0])}}}{tail}'.encode(

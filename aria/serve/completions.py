@@ -53,6 +53,9 @@ async def whole(run: Run, body: CompletionRequest) -> Completion:
             choice = choices[prompt * n + piece.choice]
             text, logprobs, choice["finish_reason"] = texts[choice["index"]].push(piece)
             choice["text"] += text
+            if run.prompt_ids:
+                choice.setdefault("prompt_token_ids", run.prompt_ids[prompt])
+                choice.setdefault("token_ids", []).append(piece.token_id)
             if logprobs is not None:
                 kept = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
                 for name, values in logprobs.items():
@@ -68,12 +71,17 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
     include_usage = body.wants_usage
     head = {"id": run.id, "object": "text_completion", "created": run.created, "model": run.model}
     empty = {"usage": None} if include_usage else {}
+    begun: set[int] = set()
     async with aclosing(run.read()) as pieces:
         async for prompt, piece in pieces:
             index = prompt * n + piece.choice
             text, logprobs, finish = texts[index].push(piece)
-            if text or finish or (logprobs and logprobs["tokens"]):
+            if text or finish or (logprobs and logprobs["tokens"]) or run.prompt_ids:
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+                if run.prompt_ids:
+                    choice["token_ids"] = [piece.token_id]
+                    choice["prompt_token_ids"] = None if index in begun else run.prompt_ids[prompt]
+                    begun.add(index)
                 yield event({**head, "choices": [choice], **empty})
         if include_usage:
             yield event({**head, "choices": [], "usage": run.usage()})

@@ -369,7 +369,8 @@ class Sampling(WithoutEffect):
     """How tokens are chosen, of the two older interfaces."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0 is greedy."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -385,10 +386,17 @@ class Sampling(WithoutEffect):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions, spelled as in vLLM.
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """0 and -1 keep all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: Annotated[Many[Annotated[int, Field(ge=0)]], Field(max_length=MOST_STOPS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    """Whether choices bring the ids of their tokens, and those of the prompt."""
 
     @model_validator(mode="after")
     def _streams(self) -> Sampling:

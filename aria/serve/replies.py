@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+T = TypeVar("T")
+Asked = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+"""A field of vLLM's beside OpenAI's, left out where it was not asked for."""
 
 
 class Reply(BaseModel):
@@ -65,6 +70,8 @@ class ChatChoice(Reply):
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
+    token_ids: Asked[list[int]] = None
+    """All tokens that were generated, the end included."""
 
 
 class ChatCompletion(Reply):
@@ -74,6 +81,7 @@ class ChatCompletion(Reply):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: Asked[list[int]] = None
 
 
 class CompletionLogprobs(Reply):
@@ -88,6 +96,8 @@ class CompletionChoice(Reply):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"]
+    token_ids: Asked[list[int]] = None
+    prompt_token_ids: Asked[list[int]] = None
 
 
 class Completion(Reply):

@@ -261,7 +261,7 @@ class ResponsesRequest(WithoutEffect):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     text: TextSettings | None = None
     tools: Many[FlatTool] | None = None
     tool_choice: FlatToolChoice | None = None
@@ -274,7 +274,7 @@ class ResponsesRequest(WithoutEffect):
     known: ClassVar[fields.Rules] = fields.RESPONSES
     # Extensions, spelled as in vLLM.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 

@@ -187,6 +187,7 @@ class Run:
     Attributes:
         id, created, model: what answers and chunks tell of themselves.
         asked: what was asked for.
+        prompt_ids: the tokens of each prompt, if they are asked for.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class Run:
         self.tokenizer = service.processor.tokenizer
         self._metrics = service.metrics
         self._began = began
+        self.prompt_ids = [list(one.ids) for one in prepared] if asked.token_ids else None
         self._prompt_tokens = sum(len(one.ids) for one in prepared)
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}

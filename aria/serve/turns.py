@@ -31,7 +31,8 @@ class Turn:
     def __init__(self, asked: Asked, tokenizer: AriaTokenizer):
         names = asked.functions
         self._calls = None if not names else WholeCall(names) if asked.untagged else CallReader(names)
-        self._ledger = None if asked.params.logprobs is None else _Ledger(tokenizer)
+        params = asked.params
+        self._ledger = None if params.logprobs is None else _Ledger(tokenizer, params.skip_special_tokens)
         self._parallel = asked.parallel
         self._called = False
         self.finished = False
@@ -61,8 +62,9 @@ class Turn:
 class _Ledger:
     """Holds the log-probability of a token back until its text is certain; those of a stop text never come."""
 
-    def __init__(self, tokenizer: AriaTokenizer):
+    def __init__(self, tokenizer: AriaTokenizer, skip_special_tokens: bool):
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._held: deque[tuple[int, TokenLogprob]] = deque()
         self._read = 0
         self._certain = 0
@@ -70,7 +72,7 @@ class _Ledger:
     def push(self, piece: Piece) -> Iterable[TokenLogprob]:
         assert piece.logprob is not None, "log-probabilities were asked for"
         self._held.append((self._read, piece.logprob))
-        self._read += len(self._tokenizer.token_bytes(piece.token_id, skip_special_tokens=True))
+        self._read += len(self._tokenizer.token_bytes(piece.token_id, skip_special_tokens=self._skip))
         self._certain += len(piece.text.encode())
         if piece.finish_reason == "length":
             self._certain = self._read + 1

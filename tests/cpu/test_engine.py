@@ -309,3 +309,81 @@ def test_the_end_of_a_prompt_that_was_answered_before_is_all_that_is_read(engine
     engine.chat([messages], SamplingParams(max_tokens=3))
     tokens = len(engine.prepare(messages).ids)
     assert engine.core.scheduler.prefix_tokens - before == (tokens - 1) // 16 * 16
+
+
+def test_an_answer_does_not_end_before_min_tokens(engine):
+    forced = {"temperature": 0.0, "max_tokens": 12, "logit_bias": {2: 100.0}}
+    for params in (SamplingParams(**forced, min_tokens=5), SamplingParams(**forced, min_tokens=5, n=2)):
+        for choice in engine.chat([CONVERSATIONS[1]], params)[0].choices:
+            assert choice.token_ids[5:] == (2,) and 2 not in choice.token_ids[:5]
+            assert choice.finish_reason == "stop"
+    never = engine.chat([CONVERSATIONS[1]], SamplingParams(**forced, min_tokens=12))[0]
+    assert never.finish_reason == "length" and len(never.token_ids) == 12 and 2 not in never.token_ids
+    free = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=12))[0].text
+    late = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=12, stop=free[1], min_tokens=8))[0]
+    assert len(late.token_ids) >= 9 and late.text.startswith(free[:2])
+
+
+def test_the_end_of_a_turn_is_not_spelled_before_min_tokens(engine):
+    begins = engine.processor.tokenizer.encode("<|im_end|>")[0]
+    biased = {"logit_bias": {begins: 80.0}, "max_tokens": 10}
+    free = engine.chat([CONVERSATIONS[1]], SamplingParams(**biased, ignore_eos=True, min_tokens=10))[0]
+    assert free.token_ids == (begins,) * 10 and free.text.startswith("<|")
+    held = engine.chat([CONVERSATIONS[1]], SamplingParams(**biased, min_tokens=6))[0]
+    assert "<|" not in engine.processor.tokenizer.decode(held.token_ids[:6])
+    assert held.token_ids[6:] == (begins,) * 4
+
+
+def test_stop_tokens_end_an_answer(engine):
+    [free] = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=12))
+    at = 4
+    stop = free.token_ids[at]
+    first = free.token_ids.index(stop)
+    before, text = (engine.processor.tokenizer.decode(free.token_ids[:end]) for end in (first, first + 1))
+    for fields, expected in (
+        ({}, before),
+        ({"ignore_eos": True}, before),
+        ({"include_stop_str_in_output": True}, text),
+        ({"min_tokens": 12}, None),
+    ):
+        [cut] = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=12, stop_token_ids=[stop], **fields))
+        if expected is None:
+            assert stop not in cut.token_ids and cut.finish_reason == "length"
+        else:
+            assert cut.token_ids == free.token_ids[: first + 1] and cut.text == expected
+            assert cut.finish_reason == "stop"
+    with pytest.raises(ValueError, match="stop_token_ids names token 90000, but the vocabulary ends at"):
+        engine.chat([CONVERSATIONS[1]], SamplingParams(stop_token_ids=[90_000]))
+
+
+def test_special_tokens_and_stop_texts_are_kept_where_that_is_asked_for(engine):
+    forced = {"max_tokens": 4, "logit_bias": {2: 100.0}, "temperature": 0.0}
+    end = engine.processor.tokenizer.decode([2])
+    texts = [
+        engine.chat([CONVERSATIONS[1]], SamplingParams(**forced, **fields))[0].text
+        for fields in (
+            {},
+            {"skip_special_tokens": False},
+            {"skip_special_tokens": False, "include_stop_str_in_output": True},
+            {"skip_special_tokens": False, "ignore_eos": True},
+            {"ignore_eos": True},
+        )
+    ]
+    assert texts == ["", "", end, end * 4, ""] and end
+    free = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=24))[0].text
+    params = SamplingParams(max_tokens=24, stop=free[6:9], include_stop_str_in_output=True)
+    until = free.index(free[6:9]) + 3
+    assert (
+        engine.chat([CONVERSATIONS[1]], params)[0].text
+        == "".join(engine.stream(CONVERSATIONS[1], params))
+        == free[:until]
+    )
+    # The end of a turn is none of the caller's stop texts: it is a special token of this tokenizer in all but its ids.
+    tokenizer = engine.processor.tokenizer
+    for include, skip, expected in ((True, True, "red"), (True, False, "red<|im_end|>"), (False, False, "red")):
+        completion = Completion(
+            100, {2}, tokenizer, turn_ends=("<|im_end|>",), include_stop=include, skip_special_tokens=skip
+        )
+        for index in tokenizer.encode("red<|im_end|>"):
+            completion.push(index)
+        assert completion.text == expected and completion.finish_reason == "stop"

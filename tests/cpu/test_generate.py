@@ -142,7 +142,7 @@ def test_generation_config_is_followed_and_arguments_win(pair):
     ("setting", "message"),
     [
         ({"do_sample": True, "temperature": 2.5}, "temperature is 2.5; expected a number from 0 to 2"),
-        ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0"),
+        ({"do_sample": True, "top_p": -0.1}, "top_p is -0.1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"max_new_tokens": 0}, "max_tokens is 0; expected a whole number, at least 1"),
         ({"num_return_sequences": 0}, "n is 0"),

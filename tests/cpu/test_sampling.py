@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from aria.engine import SamplingParams
 from aria.engine.outputs import StopMatcher
-from aria.engine.sampler import SamplerState
+from aria.engine.sampler import EndText, SamplerState
 from aria.ops import sampling
 
 CPU = torch.device("cpu")
@@ -19,6 +19,16 @@ CPU = torch.device("cpu")
 
 def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def extras(state: SamplerState, *rows: int) -> bool:
+    """Whether one of these rows changes its scores at place 100."""
+    return state.extras(rows, [100] * len(rows))
+
+
+def changed_by(state: SamplerState, scores: torch.Tensor, *rows: int, place: int = 100, last: int = 0) -> torch.Tensor:
+    """Scores after what these rows ask for."""
+    return state.apply_extras(scores, int32(*rows), int32(*[place] * len(rows)), torch.tensor([last] * len(rows)))
 
 
 def sampler(*settings: dict, vocabulary: int, banned=(), prompt=(), outputs=()) -> SamplerState:
@@ -174,7 +184,7 @@ def test_penalties_follow_their_formulas_and_remember_what_was_drawn():
     V, prompt, outputs = 8, [1, 1, 2], [2, 3, 3]
     settings = {"repetition_penalty": 1.5, "frequency_penalty": 0.3, "presence_penalty": -0.7}
     state = sampler(settings, {}, {"frequency_penalty": 2.0}, vocabulary=V, prompt=prompt, outputs=outputs)
-    assert state.extras([0]) and state.extras([1, 2]) and not state.extras([1]) and not state.extras([])
+    assert extras(state, 0) and extras(state, 1, 2) and not extras(state, 1) and not extras(state)
     scores = torch.randn(3, V)
     for _ in range(3):
         expected = scores.clone()
@@ -184,21 +194,21 @@ def test_penalties_follow_their_formulas_and_remember_what_was_drawn():
             times = outputs.count(token)
             expected[0, token] -= 0.3 * times - 0.7 * (times > 0)
             expected[2, token] -= 2.0 * times
-        changed = state.apply_extras(scores, int32(0, 1, 2))
+        changed = changed_by(state, scores, 0, 1, 2)
         assert_close(changed, expected)
-        assert_close(state.apply_extras(scores[[2, 0]].bfloat16(), int32(2, 0)), expected[[2, 0]], rtol=0.02, atol=0.02)
+        assert_close(changed_by(state, scores[[2, 0]].bfloat16(), 2, 0), expected[[2, 0]], rtol=0.02, atol=0.02)
         token = int(state.sample(changed, int32(0, 1, 2), int32(5, 5, 5))[0])
         assert token == int(expected[0].argmax())
         outputs.append(token)
         state.count(int32(0, 2, 1), torch.tensor([token, token, 6]))
     # The same request in another row, after preemption, and a row whose next request asks for nothing.
     state.set_row(1, SamplingParams(**settings), 0, prompt, outputs)
-    twice = state.apply_extras(scores[[0, 0]], int32(0, 1))
+    twice = changed_by(state, scores[[0, 0]], 0, 1)
     assert_close(twice[0], twice[1], rtol=0, atol=0)
     state.clear_row(1)
     state.set_row(1, SamplingParams(temperature=1.0), 0, prompt, [])
-    assert_close(state.apply_extras(scores, int32(0, 1, 2))[1], scores[1], rtol=0, atol=0)
-    assert not state.extras([1])
+    assert_close(changed_by(state, scores, 0, 1, 2)[1], scores[1], rtol=0, atol=0)
+    assert not extras(state, 1)
 
 
 def test_biases_are_added_and_leave_with_their_request():
@@ -208,11 +218,11 @@ def test_biases_are_added_and_leave_with_their_request():
     expected[0, 3] += 100
     expected[1, [0, 1]] -= 100
     expected[1, 5] += 2.5
-    assert state.extras([0]) and not state.extras([2])
-    assert_close(state.apply_extras(scores, int32(0, 1, 2)), expected)
+    assert extras(state, 0) and not extras(state, 2)
+    assert_close(changed_by(state, scores, 0, 1, 2), expected)
     state.set_row(0, SamplingParams(), 0, [])
-    assert not state.extras([0, 2])
-    assert_close(state.apply_extras(scores, int32(0, 1))[0], scores[0])
+    assert not extras(state, 0, 2)
+    assert_close(changed_by(state, scores, 0, 1)[0], scores[0])
     with pytest.raises(AssertionError, match="a bias for token 6"):
         state.set_row(0, SamplingParams(logit_bias={6: 1.0}), 0, [])
 
@@ -254,7 +264,7 @@ def test_nothing_is_held_back_longer_than_needed():
     [
         ({"temperature": -0.1}, "temperature is -0.1; expected a number from 0 to 2"),
         ({"temperature": 2.01}, "temperature"),
-        ({"top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
+        ({"top_p": -0.1}, "top_p is -0.1; expected a number from 0 .greedy. to 1"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_tokens": 0}, "max_tokens is 0; expected a whole number, at least 1"),
@@ -277,6 +287,14 @@ def test_nothing_is_held_back_longer_than_needed():
         ({"logit_bias": {"7": 1.0}}, "logit_bias"),
         ({"logit_bias": {7: 101}}, "logit_bias is {7: 101}; expected None, or a mapping from token ids to numbers"),
         ({"ignore_eos": 1}, "ignore_eos is 1; expected True or False"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens is 0; expected True or False"),
+        ({"include_stop_str_in_output": "no"}, "include_stop_str_in_output is 'no'"),
+        ({"stop_token_ids": [True]}, "stop_token_ids is .True.; expected None, or token ids"),
+        ({"stop_token_ids": "7"}, "stop_token_ids is '7'"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens is -1; expected a whole number, 0 or more"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; expected at most max_tokens, which is 8"),
+        ({"min_tokens": 1, "json_schema": True}, "min_tokens is 1; expected 0 beside json_schema"),
     ],
 )
 def test_parameters_out_of_their_limits_are_refused(settings, message):
@@ -296,3 +314,52 @@ def test_biases_are_kept_apart_from_the_callers_mapping():
     assert params.logit_bias == {7: 1.5}
     assert hash(params) == hash(SamplingParams(logit_bias={7: 1.5}))
     assert SamplingParams(logit_bias={}).logit_bias is None
+
+
+def test_an_end_is_not_drawn_before_it_may_come():
+    tokens = [b"a", b"<|", b"<", b"|", b"im_end|>", b"x<", b"<|im_end|>", b"|im", b"||", b"", b"<|im_", b"|>"]
+    end_text = EndText.of("<|im_end|>", tokens, CPU)
+    state = SamplerState(3, 12, CPU)
+    for row, ends in enumerate(([4, 0], [0], [])):
+        text = None if row == 0 else end_text
+        state.set_row(row, SamplingParams(min_tokens=5), 0, [1] * 10, end_ids=ends, end_text=text)
+    scores = torch.randn(3, 12)
+
+    def banned(place: int, last: int) -> list[set[int]]:
+        changed = changed_by(state, scores, 0, 1, 2, place=place, last=last)
+        gone = changed == float("-inf")
+        assert_close(changed[~gone], scores[~gone])
+        return [set(row.nonzero()[:, 0].tolist()) for row in gone]
+
+    # The first character alone stays free, and behind it nothing that goes on with the text.
+    text = {1, 6, 10}
+    for place in (10, 14):
+        assert state.extras([1], [place])
+        assert banned(place, 0) == [{0, 4}, {0} | text, text]
+        assert banned(place, 5) == [{0, 4}, {0, 3, 7} | text, {3, 7} | text]
+    assert banned(15, 5) == [set()] * 3
+    assert not state.extras([0, 1, 2], [15] * 3)
+    # What a request that has left asked for is forgotten.
+    state.set_row(1, SamplingParams(min_tokens=5), 0, [1] * 10)
+    state.set_row(2, SamplingParams(), 0, [1] * 10)
+    assert banned(10, 5) == [{0, 4}, set(), set()]
+
+
+def test_a_top_p_of_zero_is_greedy():
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    state = sampler({"temperature": 2.0, "top_p": 0.0}, vocabulary=50)
+    assert all(state.sample(scores, int32(0), int32(place)) == scores.argmax() for place in range(20))
+
+
+def test_stop_texts_may_be_kept_and_looked_for_later():
+    matcher = StopMatcher(["ab", "<|im_end|>"], kept=["ab"])
+    assert matcher.push("xaby ab a", search=False) == "xaby ab "
+    assert matcher.push("bz") == "ab" and matcher.matched == "ab"
+    assert matcher.flush() == ""
+    dropped = StopMatcher(["ab", "<|im_end|>"], kept=["ab"])
+    assert dropped.push("x<|im_") == "x"
+    assert dropped.push("end|>ab") == "" and dropped.matched == "<|im_end|>"
+    # One that ended before it was looked for does not count later, be it still held back.
+    nested = StopMatcher(["ab", "xabyz"])
+    assert nested.push("xab", search=False) == ""
+    assert nested.push("c") == "xabc" and nested.matched is None

@@ -82,7 +82,7 @@ for _ in range(400):
         ({"temperature": 2.1}, "temperature", "less than or equal to 2.*2.1"),
         ({"temperature": "1"}, "temperature", "valid number.*'1'"),
         ({"temperature": True}, "temperature", "valid number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 129}, "n", "129 answers.*128 are the most"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),

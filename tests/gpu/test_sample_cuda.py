@@ -79,7 +79,7 @@ def test_penalties_biases_and_logprobs_are_those_of_the_cpu():
         state = SamplerState(3, V, torch.device(device), (9,))
         state.set_row(1, params, 7, [1, 2, 3], [3, 4])
         for _ in range(3):
-            scores = state.apply_extras(logits.to(device), rows.to(device))
+            scores = state.apply_extras(logits.to(device), rows.to(device), rows.to(device), rows.to(device).long())
             tokens = state.sample(scores, rows.to(device), rows.to(device))
             state.count(rows.to(device), tokens)
         results.append([scores, tokens, *state.logprobs(logits.to(device), tokens, 5)])
