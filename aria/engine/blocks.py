@@ -124,7 +124,7 @@ class BlockPool:
         blocks = self._find(names)
         return len(blocks), sum(self._references[block] > 0 for block in blocks)
 
-    def match(self, names: Sequence[bytes]) -> list[int]:
+    def match(self, names: Iterable[bytes]) -> list[int]:
         """The blocks of the leading names that are known, with a reference taken to each."""
         blocks = self._find(names)
         for block in blocks:
@@ -155,7 +155,7 @@ class BlockPool:
         assert named == {block: name for name, block in self._named.items()}, "names and blocks disagree"
         assert cached == named.keys() - references.keys(), "a block is cached without content, or has content unkept"
 
-    def _find(self, names: Sequence[bytes]) -> list[int]:
+    def _find(self, names: Iterable[bytes]) -> list[int]:
         blocks = []
         for name in names:
             block = self._named.get(name)

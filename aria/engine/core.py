@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 STEP_TOKENS = 36_864
 """On CUDA, tokens of prompts that one step reads while nothing decodes: a clip of 256 frames and what is asked of it.
 The more tokens an expert has, the nearer its products come to the GPU's rate; 76 kB of memory a token are the price."""
+STEP_PATCHES = 256 * 35**2
+"""On CUDA, patches of images that such a step encodes: of the frames of that clip."""
+MIXED_STEP_PATCHES = 70**2
+"""On CUDA, the same beside answers that grow: one image of the largest size, whose 14 ms everybody waits for."""
 
 
 class Token(NamedTuple):
@@ -110,6 +114,9 @@ class EngineCore:
             max_rows=max_batch,
             step_tokens=step_tokens,
             mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
+            step_patches=STEP_PATCHES if on_cuda else 10_000,
+            mixed_step_patches=MIXED_STEP_PATCHES if on_cuda else 1_225,
+            encoded=encoder.holds,
         )
         self._ids = count()
         self.ahead = on_cuda

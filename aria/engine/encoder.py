@@ -51,6 +51,17 @@ class Encoder:
         with torch.inference_mode():
             self._graphs = Graphs(self._weight.device, MOST_GRAPHS) if ops.inference_kernels(self._weight) else None
 
+    def patches(self, picture: PictureInput) -> int:
+        """What encoding a picture costs, in patches of the vision tower: those that are not only padding."""
+        side = self._config.patch_size
+        return sum(-(-height // side) * -(-width // side) for height, width in picture.picture.extents)
+
+    def holds(self, picture: Picture, adapter: str | None) -> bool:
+        """Whether :meth:`features` would have nothing to encode. ``adapter`` as there."""
+        if isinstance(picture.data, Tensor):
+            return True
+        return _key(picture.data, adapter if adapter in self._models else None) in self.cache
+
     @ops.on_own_device
     def features(self, pictures: Sequence[Picture], adapter: str | None = None) -> list[Tensor]:
         """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already.
@@ -83,8 +94,7 @@ class Encoder:
             portion: list[PictureInput] = []
             patches = 0
             for picture in alike:
-                crops = picture.picture
-                more = len(crops.extents) * (crops.size // self._config.patch_size) ** 2
+                more = self.patches(picture)
                 if portion and patches + more > most:
                     yield portion
                     portion, patches = [], 0

@@ -311,10 +311,11 @@ class Engine:
         schema = params.json_schema
         if matchers is None:
             matchers = () if schema is None else self.grammars.matchers(schema, params.n, prepared.stop)
+        patches = self.core.runner.encoder.patches
         requests = self.core.add(
             prepared.ids,
             params,
-            pictures=[Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures],
+            pictures=[Picture(one.start, one.tokens, one.key, one, patches(one)) for one in prepared.pictures],
             end_token_ids=self._end_token_ids,
             end_text=self._end_text if params.min_tokens and prepared.stop else None,
             matchers=matchers,

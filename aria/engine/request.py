@@ -14,6 +14,9 @@ from aria.engine.grammar import End, Matcher
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
 
+PATCHES_A_TOKEN = 20
+"""The most patches of an image that Aria's projector makes one token of, rounded up."""
+
 
 class Status(Enum):
     WAITING = "waiting"
@@ -34,6 +37,12 @@ class Picture:
     """Digest of all that its embeddings depend on; None makes blocks from its start on unfit for the prefix cache."""
     data: Any = None
     """What the encoder takes; nothing to the scheduler."""
+    patches: int = -1
+    """What encoding it costs; 0 for image tokens, -1 for an estimate by their number."""
+
+    def __post_init__(self) -> None:
+        if self.patches < 0:
+            object.__setattr__(self, "patches", self.tokens * PATCHES_A_TOKEN)
 
     @property
     def end(self) -> int:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 
 from aria.engine.blocks import BlockPool
-from aria.engine.request import Request, Status
+from aria.engine.request import Picture, Request, Status
+
+LONG_STEPS = 2
+"""A prompt that needs more than so many further steps leaves half of a step to the prompts behind it."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,50 @@ class Plan:
         return len(self.decodes) + sum(chunk.count for chunk in self.chunks)
 
 
+class _Images:
+    """The images that one step encodes, counted in patches. One is allowed in any case, whatever its size.
+
+    Args:
+        most: patches of the step.
+        encoded: as of `Scheduler`.
+    """
+
+    def __init__(self, most: int, encoded: Callable[[Picture, str | None], bool]):
+        self._most, self._encoded = most, encoded
+        self._patches = 0
+        self._taken: set[tuple[bytes | None, str | None]] = set()
+
+    def fit(self, request: Request, stop: int, block_size: int) -> int:
+        """Where a chunk that would end at ``stop`` has to end so that its images fit into the step."""
+        patches = self._patches
+        for picture in request.pictures_between(request.computed, stop):
+            more = self._cost(request, picture)
+            # Chunks are whole blocks, so what lies in the first one comes together.
+            together = not self._patches and picture.start < request.computed + block_size
+            if more and patches and patches + more > self._most and not together:
+                return max(picture.start, request.computed)
+            patches += more
+        return stop
+
+    def take(self, request: Request, stop: int) -> None:
+        """Count the images of a chunk that ends at ``stop``."""
+        for picture in request.pictures_between(request.computed, stop):
+            self._patches += self._cost(request, picture)
+            self._taken.add((picture.key, request.adapter))
+
+    def _cost(self, request: Request, picture: Picture) -> int:
+        known = picture.key is not None and (picture.key, request.adapter) in self._taken
+        return 0 if known or self._encoded(picture, request.adapter) else picture.patches
+
+
 class Scheduler:
     """Continuous batching over a `BlockPool`: decoding goes first, reading prompts fills up the step.
 
     Where requests compete, priority decides, then arrival. Nothing overtakes the first in the queue, so a large request
-    waits for room but not forever. When a decode finds no block, the last of the running requests is preempted: it
-    gives back its blocks and waits, keeps its outputs, and later reads prompt and outputs again, what the prefix
-    cache still has excepted.
+    waits for room but not forever. A prompt that needs more than :data:`LONG_STEPS` further steps leaves half of each
+    to the prompts of its priority that came later, and gets what they do not use. When a decode finds no block, the
+    last of the running requests is preempted: it gives back its blocks and waits, keeps its outputs, and later reads
+    prompt and outputs again, what the prefix cache still has excepted.
 
     Args:
         pool: the cache's blocks.
@@ -61,6 +101,9 @@ class Scheduler:
         step_tokens: the most tokens of a step in which nothing decodes.
         mixed_step_tokens: the same where something does, so that it is not held up for long; no more than
             ``step_tokens``, but a block of a prompt is read in any case.
+        step_patches, mixed_step_patches: the most patches of images to encode in such steps; one image is encoded in
+            any case.
+        encoded: whether the image tokens of a picture are at hand already, for the adapter of that name.
         watermark: fraction of the cache that stays available when a request is admitted beside others, for the others
             to grow into.
     """
@@ -72,7 +115,10 @@ class Scheduler:
         max_rows: int,
         step_tokens: int,
         mixed_step_tokens: int,
-        watermark: float = 0.01,
+        step_patches: int = 320_000,
+        mixed_step_patches: int = 4_900,
+        encoded: Callable[[Picture, str | None], bool] = lambda picture, adapter: False,
+        watermark: float = 0.05,
     ):
         assert max_rows >= 1, "no rows"
         assert step_tokens >= pool.block_size, f"a step of {step_tokens} tokens reads no block of {pool.block_size}"
@@ -80,6 +126,9 @@ class Scheduler:
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.mixed_step_tokens = min(mixed_step_tokens, step_tokens)
+        self.step_patches = step_patches
+        self.mixed_step_patches = min(mixed_step_patches, step_patches)
+        self._encoded = encoded
         self._watermark = int(watermark * pool.total)
         self._arrivals = count()
         self._queue: list[Request] = []
@@ -202,30 +251,70 @@ class Scheduler:
     def _plan_chunks(self, plan: Plan) -> None:
         """Fill the step with prompts, those of running requests and of waiting ones alike, in order."""
         S = self.pool.block_size
-        budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if plan.decodes else self.step_tokens
-        prefilling = deque(request for request in self._running if request.prefilling)
-        admitting = True
-        while budget >= S:
-            head = self._head() if admitting else None
-            if head is not None and not (prefilling and prefilling[0] < head):
-                if not self._admit(head):
-                    # Nothing overtakes it in the queue; what runs already goes on.
-                    admitting = False
-                    continue
-                request = head
-            elif prefilling:
-                request = prefilling.popleft()
+        mixed = bool(plan.decodes)
+        whole = budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if mixed else self.step_tokens
+        images = _Images(self.mixed_step_patches if mixed else self.step_patches, self._encoded)
+        long: list[Request] = []
+        kept_for_long = 0
+        prompts = self._prompts()
+        # Answers may have grown into the room of a prompt. Without them all prompts that are being read fit, so it
+        # waits for them, and nobody behind it takes what becomes free.
+        while budget - kept_for_long >= S and self.pool.available:
+            request = next(prompts, None)
+            if long and (request is None or request.priority > long[0].priority):
+                for one in long:
+                    budget -= self._read(plan, one, budget, images)
+                long, kept_for_long = [], 0
+            if request is None:
+                return
+            self._find_more(request)
+            if request.prefill - request.computed > LONG_STEPS * whole:
+                if not long:
+                    kept_for_long = budget - budget // 2
+                long.append(request)
             else:
-                return
-            room = (len(request.blocks) + self.pool.available) * S - request.computed
-            stop = min(request.prefill, request.computed + min(room, budget))
-            if stop < request.prefill:
-                stop -= stop % S
-            if stop == request.computed:
-                # Answers have grown into its room. Without them all prompts that are being read fit, so this ends.
-                return
-            plan.chunks.append(self._advance(request, stop))
-            budget -= plan.chunks[-1].count
+                budget -= self._read(plan, request, budget - kept_for_long, images)
+        for one in long:
+            budget -= self._read(plan, one, budget, images)
+
+    def _prompts(self) -> Iterator[Request]:
+        """Requests with prompts to read, in order; a waiting one is admitted when it is its turn."""
+        prefilling = [request for request in self._running if request.prefilling]
+        for request in prefilling:
+            yield from self._admitted(before=request)
+            yield request
+        yield from self._admitted()
+
+    def _admitted(self, before: Request | None = None) -> Iterator[Request]:
+        """Waiting requests as they are admitted. Nothing overtakes the first one that has no room."""
+        while (head := self._head()) is not None and (before is None or head < before) and self._admit(head):
+            yield head
+
+    def _read(self, plan: Plan, request: Request, budget: int, images: _Images) -> int:
+        """Plan a chunk of a prompt. Returns its tokens: 0 where blocks, images or ``budget`` leave room for none."""
+        S = self.pool.block_size
+        stop = min(request.prefill, request.computed + min(budget, self.pool.available * S))
+        stop = images.fit(request, stop, S)
+        if stop < request.prefill:
+            stop -= stop % S
+        if stop <= request.computed:
+            return 0
+        images.take(request, stop)
+        plan.chunks.append(self._advance(request, stop))
+        return plan.chunks[-1].count
+
+    def _find_more(self, request: Request) -> None:
+        """Take from the prefix cache what others have read of a prompt since this request read its last chunk."""
+        S = self.pool.block_size
+        names = request.block_hashes(S)
+        last = min(len(names), (request.known - 1) // S)
+        found = self.pool.match(names[place] for place in range(len(request.blocks), last))
+        if found:
+            request.blocks += found
+            self._promised -= len(found)
+            request.published = len(request.blocks)
+            request.computed = request.published * S
+            self._count_found(request, len(found) * S)
 
     def _advance(self, request: Request, stop: int) -> Chunk:
         """Let a request read up to ``stop``."""
@@ -267,10 +356,13 @@ class Scheduler:
         insort(self._running, head)
         self._promised += self._unallocated(head)
         self.prefix_queries += head.known
-        self.prefix_tokens += head.computed
-        if head.runs == 1:
-            head.cached_tokens = head.computed
+        self._count_found(head, head.computed)
         return True
+
+    def _count_found(self, request: Request, tokens: int) -> None:
+        self.prefix_tokens += tokens
+        if request.runs == 1:
+            request.cached_tokens += tokens
 
     def _enqueue(self, request: Request) -> None:
         request.status = Status.WAITING

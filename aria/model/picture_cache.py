@@ -25,6 +25,9 @@ class PictureCache:
     def __len__(self) -> int:
         return len(self._features)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._features
+
     def get(self, key: Hashable) -> Tensor | None:
         """Picture tokens ``(Q, D)``, or None."""
         features = self._features.get(key)

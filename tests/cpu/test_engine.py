@@ -302,6 +302,21 @@ def test_a_picture_is_encoded_once(model_folder, monkeypatch):
     assert engine.core.runner.encoder.cache.nbytes > 0
 
 
+def test_steps_count_the_patches_of_images_that_are_not_encoded_yet(model_folder):
+    engine = Engine(model_folder, device="cpu")
+    half = Image.effect_noise((490, 245), 60).convert("RGB")
+    prepared = engine.prepare([{"role": "user", "content": [{"type": "image", "image": half}]}])
+    [request] = engine.queue(prepared, SamplingParams(max_tokens=1)).requests
+    [image] = request.pictures
+    # 490 x 336 pixels are real, in patches of 14.
+    assert image.patches == 35 * 24
+    encoder = engine.core.runner.encoder
+    assert not encoder.holds(image, None)
+    while engine.core.busy:
+        engine.step()
+    assert encoder.holds(image, None) and encoder.holds(image, "an adapter that leaves images as they are")
+
+
 def test_the_end_of_a_prompt_that_was_answered_before_is_all_that_is_read(engine):
     messages = asked("hello " * 30)
     engine.chat([messages], SamplingParams(max_tokens=3))

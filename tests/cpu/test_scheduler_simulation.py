@@ -17,7 +17,7 @@ import pytest
 from aria.engine.blocks import BlockPool
 from aria.engine.request import Picture, Request, Status
 from aria.engine.sampling_params import SamplingParams
-from aria.engine.scheduler import Plan, Scheduler
+from aria.engine.scheduler import Chunk, Plan, Scheduler
 
 VOCABULARY = 40
 END = 0
@@ -134,10 +134,14 @@ class Simulation:
             max_rows=setting.max_rows,
             step_tokens=S if self.crowded else self.random.choice([S, 3 * S + 1, 20 * S]),
             mixed_step_tokens=self.random.choice([1, 2 * S, 10 * S]),
+            step_patches=self.random.choice([40, 10**6]),
+            mixed_step_patches=self.random.choice([1, 40, 10**6]),
+            encoded=lambda picture, adapter: (picture, adapter) in self.encoded,
             watermark=self.random.choice([0, 0.1]),
         )
         self.rate = self.random.choice([0.05, 0.3, 0.95])
         self.device = Device(self.pool, setting.max_rows)
+        self.encoded: set[tuple[Picture, str | None]] = set()
         self.all = list(self.arriving)
         self.expected = {request: tokens_alone(request) for request in self.all}
         self.counts: Counter[str] = Counter()
@@ -247,6 +251,7 @@ class Simulation:
         read = sum(chunk.count for chunk in plan.chunks)
         limit = max(S, scheduler.mixed_step_tokens - len(plan.decodes)) if plan.decodes else scheduler.step_tokens
         assert read <= limit, f"{read} tokens are read, {limit} are allowed"
+        self._check_images(plan)
         for chunk in plan.chunks:
             assert chunk.count > 0 and chunk.samples == (not chunk.request.prefilling)
             assert chunk.samples or (chunk.start + chunk.count) % S == 0, "a chunk ends inside a block"
@@ -258,6 +263,8 @@ class Simulation:
         self.counts["preempted while reading"] += sum(victim in reading for victim in preempted)
         blocked = any(request.prefilling and request not in planned for request in running)
         self.counts["prompt without room"] += blocked and self.pool.available == 0
+        positions = [request.arrival for request in (chunk.request for chunk in plan.chunks)]
+        self.counts["shared with long prompts"] += not self.crowded and positions != sorted(positions)
         starts = [chunk.request for chunk in plan.chunks if chunk.request in admitted]
         self.counts["started together"] += len(starts) > 1
         blocks_written = set()
@@ -265,6 +272,26 @@ class Simulation:
             first = chunk.start // S
             self.counts["read in the step that wrote"] += bool(blocks_written & set(chunk.request.blocks[:first]))
             blocks_written |= set(chunk.request.blocks[first:])
+
+    def _check_images(self, plan: Plan) -> None:
+        """Beyond the limit a step encodes only what the first block of its first images holds."""
+        S, limit = self.setting.block_size, self.scheduler.step_patches
+        if plan.decodes:
+            limit = self.scheduler.mixed_step_patches
+        new: dict[Any, tuple[Chunk, Picture]] = {}
+        for chunk in plan.chunks:
+            adapter = chunk.request.adapter
+            for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count):
+                if (picture, adapter) not in self.encoded:
+                    new.setdefault((picture.key or picture, adapter), (chunk, picture))
+        if sum(picture.patches for _, picture in new.values()) > limit:
+            (chunk, _), *others = new.values()
+            assert all(other is chunk and picture.start < chunk.start + S for other, picture in others)
+            self.counts["images beyond the limit"] += 1
+        self.counts["images"] += len(new)
+        for chunk in plan.chunks:
+            seen = chunk.request.pictures_between(chunk.start, chunk.start + chunk.count)
+            self.encoded.update((picture, chunk.request.adapter) for picture in seen)
 
     def _check_end(self) -> None:
         for request in self.all:
@@ -300,6 +327,9 @@ def test_every_request_gets_its_own_tokens(ahead):
         "read in the step that wrote",
         "cancelled waiting",
         "cancelled running",
+        "images",
+        "images beyond the limit",
+        "shared with long prompts",
     ]
     if ahead:
         expected += ["drains", "cancelled under way", "dropped"]
