@@ -68,6 +68,10 @@ def serve(
     max_batch: Annotated[int | None, typer.Option(help="Most answers that grow together.")] = None,
     cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache holds; default: what fits.")] = None,
     memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    access_log: Annotated[
+        bool,
+        typer.Option("--access-log/--no-access-log", help="Log a line for each request, without its contents."),
+    ] = True,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
     revision: Revision = None,
 ) -> None:
@@ -125,4 +129,5 @@ def serve(
         out.print(f"chat at {address}, API at {address}/v1", highlight=False, soft_wrap=True)
 
     with AsyncEngine(engine=engine) as answering:
-        run(create_app(answering, settings), host=host, port=port, log_level=log_level, ready=ready)
+        server = create_app(answering, settings)
+        run(server, host=host, port=port, log_level=log_level, access_log=access_log, ready=ready)

@@ -34,6 +34,22 @@ MIXED_STEP_PATCHES = 70**2
 """On CUDA, the same beside answers that grow: one image of the largest size, whose 14 ms everybody waits for."""
 
 
+class ContextLengthError(ValueError):
+    """A prompt leaves no room for an answer.
+
+    Args:
+        limit: tokens of the longest prompt and its answer together.
+        prompt: how much there is, such as "4,000 tokens".
+        advice: what to do about it.
+    """
+
+    def __init__(self, limit: int, prompt: str, advice: str):
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens (max_model_len). However, the prompt resulted in "
+            f"{prompt}, which leaves no room for an answer; {advice}"
+        )
+
+
 class Token(NamedTuple):
     """One more token of a request."""
 
@@ -149,17 +165,14 @@ class EngineCore:
         """Refuse a prompt that leaves no room for an answer.
 
         Raises:
-            ValueError: it says how long the prompt is, how much pictures take, and what to do.
+            ContextLengthError: it says how long the prompt is, how much pictures take, and what to do.
         """
         if prompt_tokens < 1:
             raise ValueError("the prompt has no tokens; expected at least one")
         if prompt_tokens >= self.max_model_len:
-            pictures = f", {picture_tokens} of them of pictures," if picture_tokens else ""
-            mend = "use fewer or smaller pictures, or less text" if picture_tokens else "shorten it"
-            raise ValueError(
-                f"a prompt of {prompt_tokens} tokens{pictures} leaves no room for an answer within max_model_len, "
-                f"which is {self.max_model_len}; {mend}"
-            )
+            pictures = f", {picture_tokens} of them for pictures" if picture_tokens else ""
+            advice = "use fewer or smaller pictures, or less text" if picture_tokens else "shorten it"
+            raise ContextLengthError(self.max_model_len, f"{prompt_tokens} tokens{pictures}", advice)
 
     def add(
         self,

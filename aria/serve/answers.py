@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from aria.serve import bodies, chat, completions, responses, responses_body
-from aria.serve.errors import ApiError, from_validation
+from aria.serve.errors import ApiError, from_validation, not_found
+from aria.serve.exchange import Exchange
 from aria.serve.protocol import ChatRequest, CompletionRequest
 from aria.serve.responses_body import ResponsesRequest
 from aria.serve.service import Service
@@ -40,8 +41,8 @@ ROUTES = {
 }
 
 
-async def respond(service: Service, path: str, body: Any) -> BaseModel | EventStream:
-    """The answer to a body that was read; a stream if it asks for one.
+async def respond(service: Service, path: str, body: Any, exchange: Exchange | None = None) -> BaseModel | EventStream:
+    """The answer to a body that was read; a stream if it asks for one. The exchange is who asked, and counts tokens.
 
     Raises:
         ApiError: the request cannot be answered.
@@ -53,7 +54,8 @@ async def respond(service: Service, path: str, body: Any) -> BaseModel | EventSt
         raise ApiError(400, str(error)) from error
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-    run = await service.start(asked, model=body.model, prefix=route.prefix, param=route.param)
+    exchange = exchange or Exchange()
+    run = await service.start(asked, model=body.model, prefix=route.prefix, param=route.param, exchange=exchange)
     if body.stream:
         return EventStream(route.chunks(run, body), run.aclose)
     return await route.whole(run, body)
@@ -72,7 +74,7 @@ async def answer(service: Service, path: str, body: Mapping[str, Any]) -> tuple[
     """
     try:
         if path not in ROUTES:
-            raise ApiError(404, f"there is nothing at {path!r:.200}; there are {', '.join(ROUTES)}")
+            raise not_found(path)
         if body.get("stream"):
             raise ApiError(400, "stream is not supported here; leave it out", param="stream")
         try:

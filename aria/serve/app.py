@@ -66,7 +66,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
         yield
         service.close()
 
-    app = FastAPI(title="Aria", version="1", docs_url=None, redoc_url=None, lifespan=life)
+    app = FastAPI(title="Aria", version="1", docs_url=None, redoc_url=None, lifespan=life, redirect_slashes=False)
     app.state.service, app.state.traffic = service, traffic
     for routes in (_answers(service), _tokens(service), _state(service, traffic)):
         app.include_router(routes)
@@ -79,8 +79,11 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_methods=["GET", "HEAD", "POST"],
+            # OpenAI's JavaScript client describes itself in a dozen headers, and frameworks add their own.
+            allow_headers=["*"],
+            # The operator allowed the origin: also where the server's network is not the page's.
+            allow_private_network=True,
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
@@ -112,17 +115,17 @@ def _answers(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation."""
-        return await _unless_gone(request, respond(service, "/v1/chat/completions", body))
+        return await _unless_gone(request, respond(service, "/v1/chat/completions", body, request.state.exchange))
 
     @routes.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
     async def plain_completions(body: CompletionRequest, request: Request) -> Any:
         """Go on with a text."""
-        return await _unless_gone(request, respond(service, "/v1/completions", body))
+        return await _unless_gone(request, respond(service, "/v1/completions", body, request.state.exchange))
 
     @routes.post("/v1/responses", response_model=ResponseObject, responses=_ANSWERS)
     async def responses(body: ResponsesRequest, request: Request) -> Any:
         """Answer a conversation, in OpenAI's newer form. Nothing is kept."""
-        return await _unless_gone(request, respond(service, "/v1/responses", body))
+        return await _unless_gone(request, respond(service, "/v1/responses", body, request.state.exchange))
 
     return routes
 

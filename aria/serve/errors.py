@@ -9,7 +9,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+
+from aria.engine import ContextLengthError
 
 _KINDS = {
     401: "authentication_error",
@@ -22,11 +25,27 @@ _KINDS = {
 _TAG = re.compile(r"<.*>|\[key\]")
 """What the unions of `protocol` call their members, and pydantic a key: no part of a field's place in the body."""
 
+_STATELESS = "nothing is kept between requests"
+_FILES = "no files are kept here; send media and documents in messages, and run batch files with `aria batch`"
+_TRAINING = "train with `aria train`"
+_ELSEWHERE = {
+    **dict.fromkeys(("/v1/embeddings", "/pooling", "/classify"), "the model answers, it makes no embeddings"),
+    **dict.fromkeys(("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), "the model makes no scores"),
+    **dict.fromkeys(("/v1/images", "/v1/videos"), "the model draws nothing"),
+    **dict.fromkeys(("/v1/audio", "/v1/realtime"), "the model neither hears nor speaks"),
+    **dict.fromkeys(("/v1/files", "/v1/uploads", "/v1/batches"), _FILES),
+    **dict.fromkeys(("/v1/fine_tuning", "/v1/evals"), _TRAINING),
+    **dict.fromkeys(("/v1/assistants", "/v1/threads", "/v1/vector_stores", "/v1/conversations"), _STATELESS),
+    **dict.fromkeys(("/v1/responses/", "/v1/chat/completions/"), _STATELESS),
+    "/v1/moderations": "nothing is moderated here",
+    "/v1/messages": "use /v1/chat/completions",
+}
+"""Beginnings of paths that OpenAI's or vLLM's servers have, and why they are not here."""
 _UNSUPPORTED = ("unsupported_field", "unsupported_value")
 """Errors of a field by its name, which bodies raise as a whole; see `protocol.Body`."""
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """Something to tell a client, with the HTTP status that goes with it.
 
     Args:
@@ -46,12 +65,15 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
+        # FastAPI lets its own kind of error alone through while it reads a body.
+        super().__init__(status, message, headers)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
-        self.headers = dict(headers or {})
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         """What the client reads."""
@@ -74,6 +96,11 @@ def overloaded(message: str, *, status: int = 503, wait: int = 1) -> ApiError:
     """A refusal that holds for now only."""
     code = "rate_limit_exceeded" if status == 429 else "overloaded"
     return ApiError(status, message, code=code, headers={"Retry-After": str(wait)})
+
+
+def context_length(error: ContextLengthError, param: str | None) -> ApiError:
+    """A prompt that is too long, by the code that clients look for before they shorten a conversation."""
+    return ApiError(400, str(error), param=param, code="context_length_exceeded")
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
@@ -100,7 +127,7 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
     if kind in _UNSUPPORTED:
         return f"{field} {context['message']}"
     if kind == "missing":
-        return f"{field} is missing"
+        return f"{field} is missing" if error["loc"] != ("body",) else "the body is empty; expected a JSON object"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         expected = context.get("expected_tags", "").replace("<", "").replace(">", "")
         got = str(context.get("tag", "")).strip("<>")
@@ -141,8 +168,30 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        said = {
-            404: f"there is nothing at {request.url.path!r:.200}",
-            405: f"{request.method} is not what {request.url.path!r:.200} takes",
-        }.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, said, headers=error.headers).response()
+        path = request.url.path
+        if error.status_code == 404:
+            return not_found(path).response()
+        if error.status_code == 405:
+            allowed = Headers(error.headers or {}).get("allow", "another method")
+            message = f"{request.method} is not what {path!r:.200} takes; it takes {allowed}"
+            return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return ApiError(400, _unreadable(error.__cause__), code="bad_json").response()
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+def not_found(path: str) -> ApiError:
+    """There is no such path; of routes that other servers have, the message says what to do instead."""
+    reason = next((reason for prefix, reason in _ELSEWHERE.items() if path.startswith(prefix)), None)
+    more = f": {reason}" if reason else ""
+    return ApiError(404, f"there is nothing at {path!r:.200}{more}", code="unknown_url")
+
+
+def _unreadable(cause: BaseException) -> str:
+    """Why bytes are no JSON."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not valid {cause.encoding}: {cause.reason} at byte {cause.start}"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply"
+    # Of values, only whole numbers have a limit.
+    return f"the body has a number that is too long: {str(cause).partition(';')[0]}"

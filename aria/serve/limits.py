@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aria.serve.errors import ApiError, overloaded, unexpected
+from aria.serve.exchange import Exchange
+from aria.serve.inflate import inflated, is_compressed
 from aria.serve.metrics import Metrics
 from aria.serve.settings import ServerSettings
 
@@ -101,7 +102,9 @@ class Gate:
         headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = name
+        exchange = Exchange(scope["method"], scope["path"], name)
+        scope = _normalized(scope)
+        scope["state"]["exchange"] = exchange
         status = 0
 
         async def named(message: Message) -> None:
@@ -109,6 +112,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            elif exchange.method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -122,6 +127,7 @@ class Gate:
             await unexpected(name).response()(scope, receive, named)
         finally:
             self._metrics.requests.labels(_route(scope), str(status or 499)).inc()
+            exchange.log(status or 499)
 
     async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         keyed = scope["path"].startswith(KEYED)
@@ -129,6 +135,7 @@ class Gate:
         # A browser asks for permission (OPTIONS) without a key.
         if keyed and self._keys and scope["method"] != "OPTIONS":
             client = self._keys.check(headers.get("authorization"))
+        scope["state"]["exchange"].client = client
         if scope["method"] != "POST" or not keyed:
             await self._app(scope, receive, send)
             return
@@ -136,7 +143,7 @@ class Gate:
         self._traffic.running += 1
         self._by_client[client] += 1
         try:
-            await self._app(scope, self._measured(headers, receive), send)
+            await self._app(scope, self._body(headers, receive), send)
         finally:
             self._traffic.running -= 1
             self._by_client[client] -= 1
@@ -152,42 +159,68 @@ class Gate:
         if self._traffic.running >= self._traffic.places:
             raise overloaded("all places are taken, in the queue too; come again")
 
-    def _measured(self, headers: Headers, receive: Receive) -> Receive:
-        """``receive`` that ends at the limit of a body's size."""
+    def _body(self, headers: Headers, receive: Receive) -> Receive:
+        """``receive`` that inflates a body, and ends at the limits of its size, before that and after it."""
         most = self._settings.max_body
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > most:
-            raise ApiError(413, _too_large(most), code="body_too_large", headers={"Connection": "close"})
-        taken, values, whole = 0, 0, False
-
-        async def measured() -> Message:
-            nonlocal taken, values, whole
-            # Behind the body there is only the end of the connection to wait for, and that may come late.
-            try:
-                async with asyncio.timeout(None if whole else BODY_SECONDS):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the body stopped in the middle", headers={"Connection": "close"}) from None
-            body = message.get("body", b"")
-            taken += len(body)
-            values += body.count(b",") + body.count(b"[") + body.count(b"{")
-            whole = not message.get("more_body", False)
-            if taken > most:
-                # FastAPI passes only its own kind of error through while it reads a body.
-                raise HTTPException(413, _too_large(most), headers={"Connection": "close"})
-            if values > MOST_VALUES:
-                raise HTTPException(
-                    413,
-                    f"the body has more than {MOST_VALUES:,} commas and brackets, which this server does not take",
-                    headers={"Connection": "close"},
-                )
-            return message
-
-        return measured
+            raise _too_large(most)
+        receive = _timed(receive)
+        if is_compressed(headers):
+            receive = inflated(_measured(receive, most, values=None))
+        return _measured(receive, most, values=MOST_VALUES)
 
 
-def _too_large(most: int) -> str:
-    return f"the body is larger than the {most:,} bytes that this server takes"
+def _timed(receive: Receive) -> Receive:
+    """``receive`` that gives up a body which stops."""
+    complete = False
+
+    async def timed() -> Message:
+        nonlocal complete
+        # Behind the body there is only the end of the connection to wait for, and that may come late.
+        try:
+            async with asyncio.timeout(None if complete else BODY_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            headers = {"Connection": "close"}
+            raise ApiError(408, "the body stopped in the middle", code="body_timeout", headers=headers) from None
+        complete = not message.get("more_body", False)
+        return message
+
+    return timed
+
+
+def _measured(receive: Receive, most: int, values: int | None) -> Receive:
+    """``receive`` that ends at a body's largest size in bytes, and in commas and brackets of its JSON."""
+    taken, counted = 0, 0
+
+    async def measured() -> Message:
+        nonlocal taken, counted
+        message = await receive()
+        body = message.get("body", b"")
+        taken += len(body)
+        if taken > most:
+            raise _too_large(most)
+        if values is not None:
+            counted += body.count(b",") + body.count(b"[") + body.count(b"{")
+            if counted > values:
+                told = f"the body has more than {values:,} commas and brackets, which this server does not take"
+                raise ApiError(413, told, code="body_too_large", headers={"Connection": "close"})
+        return message
+
+    return measured
+
+
+def _normalized(scope: Scope) -> Scope:
+    """The scope of the same request without a slash at the end of its path, and of GET in place of HEAD."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    path = scope["path"].rstrip("/") or "/"
+    return {**scope, "method": method, "path": path, "state": dict(scope.get("state", {}))}
+
+
+def _too_large(most: int) -> ApiError:
+    message = f"the body is larger than the {most:,} bytes that this server takes"
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
 def _route(scope: Scope) -> str:

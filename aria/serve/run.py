@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from aria.serve.exchange import ACCESS_LOG
 from aria.serve.limits import Traffic
 
 
@@ -51,7 +55,25 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: FastAPI, *, host: str, port: int, log_level: str, ready: Callable[[str], None]) -> None:
+def _log_config(level: str, access_log: bool) -> dict[str, Any]:
+    """uvicorn's logging, and the access log in its form."""
+    if level not in uvicorn.config.LOG_LEVELS:
+        raise ValueError(f"the log level is {level!r}; expected one of {', '.join(uvicorn.config.LOG_LEVELS)}")
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["formatters"]["access"] = {"format": "%(asctime)s %(message)s"}
+    config["handlers"]["access"] = {
+        "formatter": "access",
+        "class": "logging.StreamHandler",
+        "stream": "ext://sys.stderr",
+    }
+    chosen = uvicorn.config.LOG_LEVELS[level] if access_log else logging.CRITICAL
+    config["loggers"][ACCESS_LOG] = {"handlers": ["access"], "level": chosen, "propagate": False}
+    return config
+
+
+def run(
+    app: FastAPI, *, host: str, port: int, log_level: str, access_log: bool = True, ready: Callable[[str], None]
+) -> None:
     """Serve until a signal ends it.
 
     Args:
@@ -59,10 +81,11 @@ def run(app: FastAPI, *, host: str, port: int, log_level: str, ready: Callable[[
         host: address to listen on.
         port: 0 takes any free one.
         log_level: uvicorn's: critical, error, warning, info, debug or trace.
+        access_log: a line for each request on stderr, at the level info.
         ready: called with the server's address once it listens.
     """
     config = uvicorn.Config(
-        app, host=host, port=port, log_level=log_level, access_log=log_level in ("debug", "trace"),
+        app, host=host, port=port, log_level=log_level, access_log=False, log_config=_log_config(log_level, access_log),
         # What still runs after the drain is cancelled soon: its time is over.
         timeout_graceful_shutdown=1, server_header=False, ws="none",
         # Load balancers keep connections for a minute; who closes first should not be the server.

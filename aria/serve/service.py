@@ -12,12 +12,13 @@ from contextlib import aclosing
 from functools import cached_property
 from typing import Any, TypeVar
 
-from aria.engine import AsyncEngine, Piece, SamplingParams
+from aria.engine import AsyncEngine, ContextLengthError, Piece, SamplingParams
 from aria.processor import AriaProcessor
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
-from aria.serve.errors import ApiError
+from aria.serve.errors import ApiError, context_length
+from aria.serve.exchange import Exchange
 from aria.serve.metrics import Metrics
 from aria.serve.settings import ServerSettings
 
@@ -92,11 +93,10 @@ class Service:
         return name
 
     @cached_property
-    def most_characters(self) -> int:
-        """Of a prompt: more cannot fit, whatever they are, and need not be tokenised to know it."""
+    def _token_characters(self) -> int:
+        """Most characters of one token: a prompt with more of them for each place cannot fit, without tokenizing it."""
         tokenizer = self.processor.tokenizer
-        longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
-        return longest * self.defaults.max_model_len
+        return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
     def check_length(self, prompts: Sequence[Any], param: str) -> None:
         """Refuse prompts that are too long at first sight.
@@ -105,23 +105,21 @@ class Service:
             ApiError: 400.
         """
         for prompt in prompts:
-            if (characters := bodies.characters(prompt)) > self.most_characters:
-                raise ApiError(
-                    400,
-                    f"a prompt of {characters:,} characters cannot fit into max_model_len, which is "
-                    f"{self.defaults.max_model_len} tokens; shorten it",
-                    param=param,
-                )
+            if (characters := bodies.characters(prompt)) > self._token_characters * self.defaults.max_model_len:
+                tokens = f"at least {-(-characters // self._token_characters)} tokens"
+                raise context_length(ContextLengthError(self.defaults.max_model_len, tokens, "shorten it"), param)
 
     async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
         """Do what takes time in a thread. What is wrong with the request's messages or media becomes a 400."""
         pool = self._media if media else self._texts
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, work)
+        except ContextLengthError as error:
+            raise context_length(error, param) from error
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error), param=param) from error
 
-    async def start(self, asked: Asked, *, model: str | None, prefix: str, param: str) -> Run:
+    async def start(self, asked: Asked, *, model: str | None, prefix: str, param: str, exchange: Exchange) -> Run:
         """Begin to answer, and wait for the first token: until then whatever is wrong can be told by a status.
 
         Args:
@@ -129,6 +127,7 @@ class Service:
             model: the name in the body.
             prefix: of the answer's id.
             param: the field that prompts come from, for errors.
+            exchange: counts the tokens.
 
         Raises:
             ApiError: 400, 404: the request cannot be answered.
@@ -151,9 +150,12 @@ class Service:
             # Otherwise the engine's thread would do it, while everybody's answers wait.
             await self.off_loop(lambda: self.engine.engine.grammars.compile(schema))
         prepared = await self.off_loop(work, media=asked.has_media, param=param)
-        run = Run(self, asked, prepared, name, prefix, began)
+        exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
+        run = Run(self, asked, prepared, name, prefix, began, exchange)
         try:
             await run.begin()
+        except ContextLengthError as error:
+            raise context_length(error, param) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         return run
@@ -191,7 +193,14 @@ class Run:
     """
 
     def __init__(
-        self, service: Service, asked: Asked, prepared: Sequence[Prepared], model: str, prefix: str, began: float
+        self,
+        service: Service,
+        asked: Asked,
+        prepared: Sequence[Prepared],
+        model: str,
+        prefix: str,
+        began: float,
+        exchange: Exchange,
     ):
         self.id = f"{prefix}{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -201,6 +210,7 @@ class Run:
         self._metrics = service.metrics
         self._began = began
         self.prompt_ids = [list(one.ids) for one in prepared] if asked.token_ids else None
+        self._exchange = exchange
         self._prompt_tokens = sum(len(one.ids) for one in prepared)
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}
@@ -244,6 +254,7 @@ class Run:
                 500, "the answer broke off: to follow its schema took more work than is allowed", code="grammar"
             )
         self._completion_tokens += 1
+        self._exchange.completion_tokens = self._completion_tokens
         self._cached.setdefault(one[0], one[1].answer.cached_tokens)
         return one
 

@@ -77,7 +77,7 @@ class EventStream(Response):
                         await send({"type": "http.response.body", "body": event, "more_body": True})
             except Exception as error:
                 # The status is out already: what went wrong comes as the last event.
-                told = _told(error, scope.get("state", {}).get("request_id", ""))
+                told = _told(error, scope["state"]["exchange"].request_id)
                 await send({"type": "http.response.body", "body": told, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

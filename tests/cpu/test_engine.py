@@ -198,14 +198,14 @@ def test_mistakes_are_named(engine, model_folder):
 def test_more_pictures_than_fit_are_refused_before_anything_is_queued(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=600)
     crowd = asked("look", *(picture(seed) for seed in range(5)))
-    with pytest.raises(ValueError, match=r"of pictures.*max_model_len, which is 600; use fewer or smaller pictures"):
+    with pytest.raises(ValueError, match=r"length is 600 tokens.*for pictures.*use fewer or smaller pictures"):
         engine.chat([CONVERSATIONS[1], crowd])
     assert not engine.core.busy
 
 
 def test_a_prompt_as_long_as_the_model_is_refused(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=100)
-    with pytest.raises(ValueError, match=r"leaves no room.*max_model_len, which is 100; shorten it"):
+    with pytest.raises(ValueError, match=r"length is 100 tokens .max_model_len.*leaves no room.*shorten it"):
         engine.chat([asked("hello " * 200)])
 
 
