@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +18,13 @@ from tiny import tiny_config
 
 from aria import AriaConfig, AriaImageProcessor, AriaProcessor
 from aria.processor import AriaTokenizer
+from aria.train.batch import Batch
+from aria.train.data import DataSettings, DataStream, make_stream
 
 SIZES = {28: 4, 56: 9}
 """Side of a crop -> tokens."""
+TOKENS = 160
+"""Of a batch of :func:`stream`."""
 
 
 @functools.cache
@@ -62,3 +67,21 @@ def said(role: str, text: str, **more: Any) -> dict[str, Any]:
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     """A row of one question and one answer."""
     return {"messages": [said("user", question), said("assistant", answer)], **more}
+
+
+def stream(path: Path, *, rank=0, world=1, seed=3, tokens=TOKENS, **settings) -> DataStream:
+    made = DataSettings(**{"paths": (str(path),), "lookahead": 3, "prefetch": 2, "workers": 2, **settings})
+    return make_stream(made, processor(), config(), tokens=tokens, rank=rank, world=world, seed=seed)
+
+
+def take(stream: DataStream, count: int) -> list[Batch]:
+    batches = iter(stream)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def plain(batch: Batch) -> Any:
+    crops = [(crops.pixels.tolist(), crops.extents) for crops in batch.crops]
+    return batch.input_ids.tolist(), batch.targets.tolist(), batch.lengths, batch.filler, crops, batch.labels

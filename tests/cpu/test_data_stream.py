@@ -15,18 +15,15 @@ import made_data
 import numpy as np
 import pytest
 import torch
-from made_data import chat, config, jsonl, processor, said
+from made_data import TOKENS, chat, jsonl, plain, processor, said, stream, take
 
+from aria.processor.chat import Prompt
 from aria.train.batch import FILLER_PIECE, Batch, Sample
-from aria.train.data import DataSettings, make_stream
-from aria.train.data.content import WINDOW, content_hash
+from aria.train.data import DataSettings
 from aria.train.data.order import Order, noise, permutation
 from aria.train.data.packer import Packer
 from aria.train.data.report import Report
-from aria.train.data.sources import open_source
 from aria.train.loss import IGNORE_INDEX
-
-TOKENS = 160
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +47,6 @@ def rows(tmp_path_factory):
 BROKEN = {7, 11, 13}
 
 
-def stream(path, *, rank=0, world=1, seed=3, tokens=TOKENS, **settings):
-    made = DataSettings(**{"paths": (str(path),), "lookahead": 3, "prefetch": 2, "workers": 2, **settings})
-    return make_stream(made, processor(), config(), tokens=tokens, rank=rank, world=world, seed=seed)
-
-
-def take(stream, count: int) -> list[Batch]:
-    batches = iter(stream)
-    try:
-        return list(itertools.islice(batches, count))
-    finally:
-        batches.close()
-
-
 def numbers(batches: list[Batch]) -> list[int]:
     """Of the rows in batches, in order; rows that are cut count once."""
     found = []
@@ -70,11 +54,6 @@ def numbers(batches: list[Batch]) -> list[int]:
         for ids in batch.input_ids.split(list(batch.lengths)):
             found += re.findall(r"#(\d\d\d)", processor().decode(ids))
     return [int(number) for number in found]
-
-
-def plain(batch: Batch) -> Any:
-    crops = [(crops.pixels.tolist(), crops.extents) for crops in batch.crops]
-    return batch.input_ids.tolist(), batch.targets.tolist(), batch.lengths, batch.filler, crops, batch.labels
 
 
 def test_batches_are_full_and_sequences_whole(rows):
@@ -186,6 +165,81 @@ def test_the_seed_decides_the_order(rows):
     assert all(abs(place - row) < 12 for place, row in enumerate(sorted(plain_order)))
 
 
+LETTERS = "abcdefghijkl"
+PIECES = 8
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    """Twelve texts that each fill eight batches; a piece of one begins with its letters, in a row."""
+    length = processor().tokenizer.encode(Prompt("a" * 4000))
+    each = 4000 * TOKENS * PIECES // len(length) - 20
+    return jsonl(tmp_path_factory.mktemp("books") / "train.jsonl", [{"text": letter * each} for letter in LETTERS])
+
+
+def letters(batches: list[Batch]) -> list[str]:
+    """The document of each batch."""
+    return [processor().decode(batch.input_ids[4:9])[-1] for batch in batches]
+
+
+def test_pieces_of_documents_come_among_those_of_others(books):
+    read = stream(books, lookahead=4)
+    batches = take(read, 12 * PIECES)
+    found = letters(batches)
+    # The last four of the pass wait beside those of the next.
+    assert all(len(set(found[i : i + 4])) == 4 for i in range(0, 8 * PIECES, 4)), "as many as lookahead says"
+    assert read.epochs == pytest.approx(1.0, abs=0.02), "of documents that are under way, what was taken counts"
+    # In one pass all pieces come, each once and not in the order of the text.
+    passed = list(stream(books, lookahead=4).once())
+    assert Counter(letters(passed)) == dict.fromkeys(LETTERS, PIECES)
+    short = [i for i, batch in enumerate(passed) if batch.filler]
+    assert len(short) == 12, "the last piece of each"
+    last = {letters([passed[i]])[0]: letters(passed[i:]).count(letters([passed[i]])[0]) for i in short}
+    assert len(set(last.values())) > 2
+    in_order = letters(take(stream(books, shuffle=False, lookahead=4), 3 * PIECES))
+    assert in_order == [letter for letter in LETTERS[:3] for _ in range(PIECES)]
+
+
+@pytest.mark.parametrize("stop", [3, 21])
+def test_a_stream_stops_and_goes_on_within_documents(books, stop):
+    whole = [plain(batch) for batch in take(stream(books, rank=1, world=2), stop + 9)]
+    first = stream(books, rank=1, world=2)
+    assert [plain(batch) for batch in take(first, stop)] == whole[:stop]
+    again = stream(books, rank=1, world=2, workers=0)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert again.epochs == first.epochs
+    assert [plain(batch) for batch in take(again, 9)] == whole[stop:]
+
+
+def test_on_another_number_of_ranks_no_piece_is_left_out_and_few_come_twice(books):
+    seen: list[Any] = []
+    states = []
+    for rank in range(2):
+        one = stream(books, rank=rank, world=2, lookahead=2)
+        seen += [(letters([batch])[0], batch.filler) for batch in take(one, 3 * PIECES)]
+        states.append(json.loads(json.dumps(one.state_dict())))
+    for rank in range(3):
+        one = stream(books, rank=rank, world=3, lookahead=2)
+        one.load_state_dict(states)
+        batches = iter(one)
+        while one.epochs < 1.5:
+            seen.append((letters([batch := next(batches)])[0], batch.filler))
+    counts = Counter(letter for letter, _ in seen)
+    assert min(counts[letter] for letter in LETTERS) >= PIECES
+    assert sum(1 for _, filler in seen if filler) >= 12
+    assert len(seen) < 18 * PIECES + 2 * PIECES, "what was under way continues, and is not read anew"
+
+
+def test_states_of_earlier_versions_go_on_with_what_waited(books):
+    one = stream(books, rank=1, world=2)
+    old = one.state_dict() | {"next": 2, "held": [[0, 6], [0, 7], [1, 0], [1, 1]]}
+    one.load_state_dict(json.loads(json.dumps(old)))
+    assert one.epochs == 0.0
+    order = [one._order.row(number) for number in (1, 3)]
+    found = letters(take(one, 4))
+    assert found == [LETTERS[row] for row in order for _ in range(2)]
+
+
 def test_on_another_number_of_ranks_no_row_is_left_out(rows):
     seen = []
     states = []
@@ -240,117 +294,6 @@ def test_a_state_of_other_data_is_refused(tmp_path, answer):
     jsonl(file, [chat("a", "dogs")] * 59 + [chat("a", answer)])
     with pytest.raises(ValueError, match="data have changed"):
         stream(file).load_state_dict(one.state_dict())
-
-
-REWRITTEN = {
-    "shorter": (lambda old: old[:40], r"had 1,\d\d\d bytes and now has 40, so this line is gone or cut off"),
-    "empty": (lambda old: b"", r"now has 0"),
-    "changed": (lambda old: old.replace(b"dogs", b"cats"), "this line is not what it was. Bring"),
-    "longer": (lambda old: old.replace(b"dogs", b"doggies"), r"this line is not what it was, and the file had"),
-}
-
-
-@pytest.mark.parametrize("how", REWRITTEN)
-def test_a_file_that_is_rewritten_while_it_is_read_is_an_error_by_its_line(tmp_path, how):
-    file = jsonl(tmp_path / "train.jsonl", [chat(f"{i}", "dogs") for i in range(20)])
-    before, (change, said) = file.read_bytes(), REWRITTEN[how]
-    one = stream(file, on_error="skip", workers=0)
-    batches = iter(one)
-    next(batches)
-    state = one.state_dict()
-    with file.open("r+b") as opened:  # in place, as shells and scripts do
-        opened.write(change(before))
-        opened.truncate()
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}:\d+: the file was changed .*{said}"):
-        for _ in range(60):
-            next(batches)
-    one.load_state_dict(state)
-    file.write_bytes(before)
-    assert len(take(one, 3)) == 3
-
-
-def test_a_file_that_grows_or_is_replaced_is_read_to_its_end(tmp_path):
-    file = jsonl(tmp_path / "train.jsonl", [chat("a", "dogs")] * 20)
-    expected = [plain(batch) for batch in take(stream(file), 12)]
-    batches = iter(stream(file, workers=0))
-    found = [plain(next(batches)) for _ in range(3)]
-    with file.open("ab") as opened:
-        opened.write(b"more\n")
-    found += [plain(next(batches)) for _ in range(3)]
-    jsonl(tmp_path / "new", [chat("a", "cats")]).replace(file)
-    assert found + [plain(next(batches)) for _ in range(6)] == expected
-
-
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Writes 20 rows as Parquet, each time into a cache of its own, and gives the file."""
-    datasets = pytest.importorskip("datasets")
-    datasets.disable_progress_bars()
-    caches = itertools.count()
-
-    def write(answer="dogs", **options):
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / f"cache{next(caches)}"))
-        rows = [{**chat(f"{i}", answer if i == 7 else "dogs"), "images": None if i % 2 else []} for i in range(20)]
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet", **options)
-        return tmp_path / "train.parquet"
-
-    return write
-
-
-@pytest.mark.parametrize("how", ["copied", "other row groups"])
-def test_a_copy_of_a_table_is_the_same_data(table, how):
-    one = stream(table())
-    take(one, 2)
-    state = json.loads(json.dumps(one.state_dict()))
-    file = table(**({"batch_size": 3} if how == "other row groups" else {}))
-    os.utime(file, (0, 0))
-    again = stream(file)
-    again.load_state_dict(state)
-    assert [plain(batch) for batch in take(again, 2)] == [plain(batch) for batch in take(stream(file), 4)[2:]]
-    other = stream(table("cats"))
-    with pytest.raises(ValueError, match="data have changed"):
-        other.load_state_dict(state)
-
-
-def test_states_of_earlier_versions_are_taken_where_the_table_was_not_touched(table):
-    file = table()
-    one = stream(file)
-    take(one, 2)
-    [source] = one._sources._all
-    state = one.state_dict() | {"sources": [f"{file}, 20 rows, {source._rows._fingerprint}"]}
-    stream(file).load_state_dict(state)
-    with pytest.raises(ValueError, match="data have changed"):
-        stream(table("cats")).load_state_dict(state)
-
-
-def test_a_saved_folder_may_be_written_anew_while_it_is_read(table, tmp_path):
-    import datasets
-
-    datasets.Dataset.from_parquet(str(table())).save_to_disk(str(tmp_path / "saved"))
-    source = open_source(str(tmp_path / "saved"))
-    [arrow] = (tmp_path / "saved").glob("*.arrow")
-    arrow.write_bytes(b"")
-    assert [source.read(i).fields["messages"][1]["content"] for i in range(len(source))] == ["dogs"] * 20
-
-
-def test_large_tables_are_known_by_a_sample_of_their_rows(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    rows = [{"text": f"{i}"} for i in range(4 * WINDOW)]
-    whole = datasets.Dataset.from_list(rows)
-    assert content_hash(whole, 600).startswith("sampled ")
-    assert content_hash(whole, 600) == content_hash(datasets.concatenate_datasets([whole.take(9), whole.skip(9)]), 600)
-    other = datasets.Dataset.from_list([{"text": f"{i + 1}"} for i in range(4 * WINDOW)])
-    assert content_hash(whole, 600) != content_hash(other, 600)
-    # Every value counts that is not null, whatever lies under those that are.
-    nested = [
-        {"a": [{"b": [1.5, None], "c": None}], "d": None if i % 2 else [], "e": b"x", "f": True} for i in range(9)
-    ]
-    changed = [{"b": [1.5, 0.0], "c": None}], [{"b": [1.5, None], "c": ""}], [{"b": [1.5], "c": None}], None, []
-    hashes = {content_hash(datasets.Dataset.from_list(nested))}
-    for value in changed:
-        schema = datasets.Dataset.from_list([*nested, {"a": [{"b": [1.5], "c": "x"}]}]).features
-        hashes.add(content_hash(datasets.Dataset.from_list([*nested[1:], nested[0] | {"a": value}], features=schema)))
-    assert len(hashes) == 1 + len(changed)
 
 
 def test_what_cannot_be_used_is_told_by_file_and_line(rows):
@@ -462,6 +405,16 @@ def test_noise_is_splitmix_and_permutations_are_even():
     assert (np.sort(places, axis=1) == np.arange(6)).all()
     for column in places.T:
         assert np.abs(np.bincount(column) / 6000 - 1 / 6).max() < 0.03
+
+
+def test_what_waits_is_bounded(monkeypatch):
+    monkeypatch.setattr("aria.train.data.packer.MOST_TOKENS", 200)
+    packer = Packer(10, lookahead=8)
+    added = 0
+    while not packer.ready:
+        packer.add_pieces([Piece(10) for _ in range(9)])
+        added += 1
+    assert added == 3, "two or three long documents are enough, and not eight"
 
 
 class Piece:

@@ -37,7 +37,8 @@ class DataSettings:
     max_crops: int | None = None
     """Most crops of all pictures in a batch, which bounds the memory that the vision encoder takes."""
     lookahead: int = 8
-    """Sequences wait to be packed until they would fill so many batches; more fill batches better and take memory."""
+    """Sequences wait to be packed until they would fill so many batches; more fill batches better and take memory. As
+    many long texts, or more, are read side by side."""
     max_image_size: int | None = None
     """Side of a crop in pixels where a row does not say; None: the processor's for pictures, the smallest for clips."""
     split_image: bool | None = None

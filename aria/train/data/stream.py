@@ -1,23 +1,24 @@
 """Rows -> batches for ever: read ahead by threads, packed in one order, and gone on with exactly where they stopped.
 
 N rows of an epoch. The rows of all epochs are one endless deck, which is dealt to the ranks in turns: rank r of W takes
-cards r, r + W, r + 2 W, ... So every row is used as often as the mixer says, and no rank ever runs out of batches while
-another has some.
+the rows numbered r, r + W, r + 2 W, ... So every row is used as often as the mixer says, and no rank ever runs out of
+batches while another has some.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
 from aria.train.batch import Batch, Sample
 from aria.train.data.encode import Encoded, Encoder, rendered
-from aria.train.data.order import Order
+from aria.train.data.order import Order, permutation
 from aria.train.data.packer import Packer
 from aria.train.data.report import Report, RowError
 from aria.train.data.rows import Conversation, Customs, read_row
@@ -33,10 +34,12 @@ Read = TypeVar("Read")
 class Waiting(NamedTuple):
     """A sequence that is to be packed."""
 
-    card: int
-    """The rank's how-manieth row it comes from."""
+    number: int
+    """Of its row, in the deck."""
     part: int
     """Which sequence of that row."""
+    parts: int
+    """How many that row has."""
     sample: Sample
 
     @property
@@ -46,6 +49,17 @@ class Waiting(NamedTuple):
     @property
     def num_crops(self) -> int:
         return self.sample.num_crops
+
+
+class Held(NamedTuple):
+    """What waits of a row, as a state tells it."""
+
+    number: int
+    """Of the row, in the deck."""
+    left: tuple[int, ...]
+    """Its sequences that wait, in their order: each enters the packer when the one before it was taken."""
+    parts: int
+    """How many sequences the row has."""
 
 
 class DataStream:
@@ -68,7 +82,7 @@ class DataStream:
     ):
         if not 0 <= rank < world:
             raise ValueError(f"rank should be from 0 to {world - 1}, but is {rank}")
-        self._settings, self._tokens, self._rank, self._world = settings, tokens, rank, world
+        self._settings, self._tokens, self._rank, self._world, self._seed = settings, tokens, rank, world, seed
         self._filler_id = processor.tokenizer.pad_token_id
         self._sources = Sources(settings.weights, settings.split)
         self._order = Order(
@@ -80,7 +94,7 @@ class DataStream:
         )
         self._encoder = Encoder(processor, config, settings, tokens)
         self._next = 0
-        self._held: list[tuple[int, int]] = []
+        self._held: list[Held] = []
         self.report = Report()
 
     @property
@@ -91,8 +105,8 @@ class DataStream:
     @property
     def epochs(self) -> float:
         """Passes over the data up to the last batch that was given: rows that wait to be packed do not count."""
-        waiting = len({card for card, _ in self._held})
-        return (self._next - waiting) * self._world / self._order.size
+        waiting = sum(len(one.left) / one.parts for one in self._held)
+        return max(0.0, self._next - waiting) * self._world / self._order.size
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is after the last batch that it gave: plain numbers, for JSON."""
@@ -100,7 +114,7 @@ class DataStream:
             "rank": self._rank,
             "world": self._world,
             "next": self._next,
-            "held": [list(one) for one in self._held],
+            "held": [[one.number, list(one.left), one.parts] for one in self._held],
             "rows": self._order.size,
             "sources": self._sources.fingerprint(),
             "report": self.report.state_dict(),
@@ -112,7 +126,8 @@ class DataStream:
         Args:
             state: of one rank, or of all of them. On the same rank of as many ranks the same batches come as would have
                 come there. On another number of ranks all go on from the first row that one of the states given has not
-                used: with those of all ranks no row is left out, and a few come twice.
+                read, and share what waits of rows before it: with those of all ranks no row is left out, and a few come
+                twice.
 
         Raises:
             ValueError: the data have changed.
@@ -125,41 +140,44 @@ class DataStream:
                     f"{one['rows']:,} rows, {'; '.join(self._sources.fingerprint())} give {self._order.size:,}; start "
                     "anew, or bring the old files back"
                 )
+        # Ranks that share sequences bring the same state.
+        alike = {(one["rank"], one["world"]): one for one in states}.values()
         own = [one for one in states if (one["rank"], one["world"]) == (self._rank, self._world)]
         if own:
-            self._next, self._held = own[0]["next"], [(card, part) for card, part in own[0]["held"]]
+            self._next, self._held = own[0]["next"], _held(own[0])
         else:
-            unused = [
-                min([one["next"], *(card for card, _ in one["held"])]) * one["world"] + one["rank"] for one in states
-            ]
-            self._next, self._held = max(0, -((self._rank - min(unused)) // self._world)), []
-        # Over all ranks each row counts once: what none goes on with is the first one's. Ranks that share sequences
-        # bring the same state.
-        alike = {(one["rank"], one["world"]): one for one in states}.values()
+            unread = min(one["next"] * one["world"] + one["rank"] for one in states)
+            waiting = sorted(held for one in alike for held in _held(one) if held.number < unread)
+            self._next, self._held = max(0, -((self._rank - unread) // self._world)), waiting[self._rank :: self._world]
+        # Over all ranks each row counts once: what none goes on with is the first one's.
         self.report = Report.joined(Report.of(one["report"]) for one in (own[:1] or (() if self._rank else alike)))
 
     def __iter__(self) -> Iterator[Batch]:
         packer: Packer[Waiting] = Packer(self._tokens, self._settings.max_crops, self._settings.lookahead)
         reader = Reader(self._read, self._settings.workers, self._settings.workers * self._settings.prefetch)
         try:
-            cards = sorted({card for card, _ in self._held})
-            again = {card: encoded for card, encoded in reader.read(cards) if isinstance(encoded, Encoded)}
-            if lost := [card for card in cards if card not in again]:
+            numbers = sorted({held.number for held in self._held})
+            again = {number: encoded for number, encoded in reader.read(numbers) if isinstance(encoded, Encoded)}
+            if lost := [number for number in numbers if number not in again]:
                 raise ValueError(f"{self._where(lost[0])} was usable when the state was saved, and is not any more")
-            packer.add(Waiting(card, part, again[card].samples[part]) for card, part in self._held)
-            arriving = reader.read(_count(self._next))
+            for number, left, parts in self._held:
+                packer.add_pieces(Waiting(number, part, parts, again[number].samples[part]) for part in left)
+            arriving = reader.read(count(self._next * self._world + self._rank, self._world))
             useless, most = 0, max(LEAST_TRIED, -(-self._order.size // self._world))
             while True:
                 while not packer.ready:
-                    card, encoded = next(arriving)
-                    self._next = card + 1
-                    samples = self._account(card, encoded)
-                    packer.add(Waiting(card, part, sample) for part, sample in enumerate(samples))
+                    number, encoded = next(arriving)
+                    self._next = number // self._world + 1
+                    samples = self._account(number, encoded)
+                    self._add(packer, number, samples)
                     useless = 0 if samples else useless + 1
                     if useless == most:
                         raise ValueError(f"none of {useless:,} rows can be used: {self.report}")
                 taken = packer.take()
-                self._held = [(waiting.card, waiting.part) for waiting in packer.held]
+                self._held = [
+                    Held(pieces[0].number, tuple(piece.part for piece in pieces), pieces[0].parts)
+                    for pieces in packer.held
+                ]
                 yield self._packed([waiting.sample for waiting in taken])
         finally:
             reader.close()
@@ -169,9 +187,8 @@ class DataStream:
         packer: Packer[Waiting] = Packer(self._tokens, self._settings.max_crops, self._settings.lookahead)
         reader = Reader(self._read, self._settings.workers, self._settings.workers * self._settings.prefetch)
         try:
-            for card, encoded in reader.read(range(-(-(self._order.size - self._rank) // self._world))):
-                samples = self._account(card, encoded)
-                packer.add(Waiting(card, part, sample) for part, sample in enumerate(samples))
+            for number, encoded in reader.read(range(self._rank, self._order.size, self._world)):
+                self._add(packer, number, self._account(number, encoded))
                 while packer.ready:
                     yield self._packed([waiting.sample for waiting in packer.take()])
             while packer.held:
@@ -183,18 +200,24 @@ class DataStream:
         """A batch with nothing in it, for a rank that has no more while others do."""
         return Batch.pack([], self._tokens, self._filler_id)
 
-    def _row(self, card: int) -> int:
-        return self._order.row(card * self._world + self._rank)
+    def _add(self, packer: Packer[Waiting], number: int, samples: Sequence[Sample]) -> None:
+        """Let the sequences of a row wait: those of a document shuffled, and among those of other documents."""
+        parts = len(samples)
+        if not self._settings.shuffle:
+            packer.add(Waiting(number, part, parts, sample) for part, sample in enumerate(samples))
+            return
+        order = permutation(parts, self._seed, 3, number).tolist()
+        packer.add_pieces(Waiting(number, part, parts, samples[part]) for part in order)
 
-    def _where(self, card: int) -> str:
-        return self._sources.where(self._row(card))
+    def _where(self, number: int) -> str:
+        return self._sources.where(self._order.row(number))
 
-    def _read(self, card: int) -> Encoded:
-        return self._encoder(self._sources.read(self._row(card)))
+    def _read(self, number: int) -> Encoded:
+        return self._encoder(self._sources.read(self._order.row(number)))
 
-    def _account(self, card: int, encoded: Encoded | RowError) -> list[Sample]:
+    def _account(self, number: int, encoded: Encoded | RowError) -> list[Sample]:
         """The sequences of a row, none if it cannot be used; both go into the report."""
-        report, where = self.report, self._where(card)
+        report, where = self.report, self._where(number)
         report.rows += 1
         if isinstance(encoded, RowError):
             if self._settings.on_error == "stop":
@@ -259,10 +282,12 @@ class Reader(Generic[Read]):
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _count(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += 1
+def _held(state: Mapping[str, Any]) -> list[Held]:
+    """What waits in a state. Earlier versions told sequences one by one, each by its rank's count of rows."""
+    if all(len(one) == 3 for one in state["held"]):
+        return [Held(number, tuple(left), parts) for number, left, parts in state["held"]]
+    pieces = Counter(card for card, _ in state["held"])
+    return [Held(card * state["world"] + state["rank"], (part,), pieces[card]) for card, part in state["held"]]
 
 
 def make_stream(
