@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +38,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 class VisionConfig:
     """The ViT (SigLIP-SO400M's shape, positions by fractional buckets as in NaViT)."""
 
+    model_type: ClassVar[str] = "idefics3_vision"
     hidden_size: int = 1152
     intermediate_size: int = 4304
     num_hidden_layers: int = 27
@@ -101,6 +102,7 @@ class ProjectorConfig:
 class TextConfig:
     """The decoder: Llama's attention, a mixture of experts in every layer."""
 
+    model_type: ClassVar[str] = "aria_text"
     vocab_size: int = 100352
     hidden_size: int = 2560
     intermediate_size: int = 1664
@@ -115,6 +117,11 @@ class TextConfig:
     max_position_embeddings: int = 65536
     rope_theta: float = 5_000_000.0
     rms_norm_eps: float = 1e-6
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """:attr:`moe_topk`, as transformers names it too."""
+        return self.moe_topk
 
     @property
     def shared_size(self) -> int:
@@ -141,6 +148,8 @@ class TextConfig:
 class AriaConfig:
     """Aria = vision + projector + text. Fields carry the Hub's names, every default filled in."""
 
+    model_type: ClassVar[str] = "aria"
+    tie_word_embeddings: ClassVar[bool] = False
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -150,6 +159,30 @@ class AriaConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def text_config(self) -> TextConfig:
+        """:attr:`text`, as transformers names it."""
+        return self.text
+
+    @property
+    def vision_config(self) -> VisionConfig:
+        """:attr:`vision`, as transformers names it."""
+        return self.vision
+
+    @property
+    def image_token_id(self) -> int:
+        """:attr:`image_token_index`, as transformers names it too."""
+        return self.image_token_index
+
+    @property
+    def projector_patch_to_query_dict(self) -> dict[int, int]:
+        """The projector's table, as transformers names it."""
+        return dict(self.projector.patch_to_query)
+
+    def get_text_config(self, decoder: bool = False) -> TextConfig:
+        """:attr:`text`; ``decoder`` changes nothing, because the decoder is the only text model here."""
+        return self.text
 
     @classmethod
     def aria(cls) -> AriaConfig:
@@ -172,7 +205,7 @@ class AriaConfig:
         try:
             return cls.from_dict(data)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{file}: {error}") from None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AriaConfig:
@@ -214,16 +247,16 @@ class AriaConfig:
         vision, text = dataclasses.asdict(self.vision), dataclasses.asdict(self.text)
         return {
             "architectures": ["AriaForConditionalGeneration"],
-            "model_type": "aria",
+            "model_type": self.model_type,
             "image_token_index": self.image_token_index,
             "ignore_index": -100,
             "initializer_range": 0.02,
             "pad_token_id": self.pad_token_id,
             "projector_patch_to_query_dict": {str(k): v for k, v in self.projector.patch_to_query.items()},
-            "text_config": {"model_type": "aria_text", **text, "num_experts_per_tok": self.text.moe_topk},
-            "tie_word_embeddings": False,
+            "text_config": {"model_type": self.text.model_type, **text, "num_experts_per_tok": self.text.moe_topk},
+            "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": dtype,
-            "vision_config": {"model_type": "idefics3_vision", **vision, "hidden_act": "gelu_pytorch_tanh"},
+            "vision_config": {"model_type": self.vision.model_type, **vision, "hidden_act": "gelu_pytorch_tanh"},
             "vision_feature_layer": -1,
         }
 

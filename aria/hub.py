@@ -59,8 +59,9 @@ def resolve(
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"{name!r} is neither a local path nor a Hub repository that could be fetched{at}: {reason}"
-        ) from error
+            f"{name!r} is neither a local path nor a Hub repository that could be fetched{at}: {reason}; "
+            "check the name and the network, or give the folder of a copy"
+        ) from None
 
 
 def model_name(path_or_repo_id: str | os.PathLike[str] | None = None) -> str:
@@ -84,7 +85,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} should hold a JSON object, but holds a {type(data).__name__}")
     return data

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from aria.engine.request import Picture
 from aria.engine.sampling_params import SamplingParams
 from aria.hub import read_json, resolve
 from aria.model import Aria, Packed, pack_patches
+from aria.model.output import AriaOutput
 from aria.ops import Segments, on_own_device
 from aria.processor import AriaTokenizer
 
@@ -82,30 +82,6 @@ class Streamer(Protocol):
     def put(self, value: Tensor) -> None: ...
 
     def end(self) -> None: ...
-
-
-@dataclass
-class AriaOutput(Mapping[str, Any]):
-    """What a forward pass gives; fields by attribute or by key."""
-
-    logits: Tensor
-    """``(B, S, V)``; rows of padding are zeros."""
-    loss: Tensor | None = None
-    """Next-token cross-entropy, float32."""
-    router_logits: tuple[Tensor, ...] | None = None
-    """``(T, E)`` of each layer, for the tokens that are not padding."""
-
-    def _present(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._present()[key]
-
-    def __iter__(self):
-        return iter(self._present())
-
-    def __len__(self) -> int:
-        return len(self._present())
 
 
 class AriaForConditionalGeneration(nn.Module):
@@ -189,7 +165,11 @@ class AriaForConditionalGeneration(nn.Module):
         pixel_mask: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_logits: bool = False,
-    ) -> AriaOutput:
+        output_hidden_states: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+    ) -> AriaOutput | tuple[Any, ...]:
         """Score every place of padded sequences.
 
         Args:
@@ -199,6 +179,11 @@ class AriaForConditionalGeneration(nn.Module):
             pixel_mask: bool ``(C, S', S')``.
             labels: int64 ``(B, S)``; -100 is left out, and so are padding and places of pictures.
             output_router_logits: also return the routers' logits.
+            output_hidden_states: also return the embeddings, and the hidden states after each layer.
+            logits_to_keep: give logits of the last so many positions of the padded sequences, or of the positions in an
+                int64 tensor ``(n,)``; 0 means all. The loss is always of all positions.
+            return_dict: False gives a tuple.
+            use_cache: taken because callers of transformers pass it; a forward pass here keeps nothing.
 
         Raises:
             ValueError: shapes that do not fit, or as many picture places as there are not features for.
@@ -206,12 +191,36 @@ class AriaForConditionalGeneration(nn.Module):
         packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
         segments = Segments.of(packed.lengths, self.device)
+        states: list[Tensor] = []
         hidden, router_logits = self.model(
-            packed.take(input_ids), Packed(self.config.text, segments), features, router_logits=output_router_logits
+            packed.take(input_ids),
+            Packed(self.config.text, segments),
+            features,
+            router_logits=output_router_logits,
+            states=states if output_hidden_states else None,
         )
-        logits = packed.spread(self.model.logits(hidden))
-        loss = None if labels is None else self._loss(logits, labels, input_ids, packed.mask)
-        return AriaOutput(logits, loss, router_logits if output_router_logits else None)
+        keep = _positions(logits_to_keep, input_ids.shape[1])
+        logits = packed.spread(self.model.logits(hidden)) if keep is None or labels is not None else None
+        loss = None if labels is None or logits is None else self._loss(logits, labels, input_ids, packed.mask)
+        if keep is not None:
+            # Sliced before the head: a row of logits has as many numbers as the vocabulary has tokens.
+            kept = packed.spread(hidden)[:, keep] if logits is None else logits[:, keep]
+            logits = self.model.logits(kept.flatten(0, 1)).unflatten(0, kept.shape[:2]) if logits is None else kept
+        output = AriaOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(map(packed.spread, (*states, hidden))) if output_hidden_states else None,
+            router_logits=router_logits if output_router_logits else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of token embeddings ``(V, D)``."""
+        return self.model.language_model.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language head ``(V, D)``; it shares nothing with the input embeddings."""
+        return self.model.language_model.lm_head
 
     @torch.no_grad()
     @on_own_device
@@ -407,6 +416,20 @@ class _Packing:
         out = x_TV.new_zeros(*self.mask.shape, x_TV.shape[-1])
         out[self.mask.to(x_TV.device)] = x_TV
         return out
+
+
+def _positions(logits_to_keep: int | Tensor, length: int) -> slice | Tensor | None:
+    """Which positions of the padded sequences; None means all."""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
+            raise ValueError(
+                f"logits_to_keep should be a number or an int64 tensor of one axis, but is {logits_to_keep.dtype} "
+                f"{tuple(logits_to_keep.shape)}"
+            )
+        return logits_to_keep
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep should be 0 (all), a number of positions or a tensor; got {logits_to_keep!r}")
+    return slice(max(length - logits_to_keep, 0), None) if logits_to_keep else None
 
 
 def _pictures(prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig) -> list[list[Picture]]:

@@ -31,25 +31,25 @@ def read_remote(
         layout = detect({name: tensor.shape for name, tensor in stored.items()}, shapes)
         plan = place(layout, stored, shapes)
     except ValueError as error:
-        raise ValueError(f"{repo_id}: {error}") from error
+        raise ValueError(f"{repo_id}: {error}") from None
     return layout, main_dtype(tensor for parts in plan.values() for _, tensor in parts)
 
 
 def _headers(repo_id: str, revision: str | None) -> dict[str, StoredTensor]:
     try:
         files = get_safetensors_metadata(repo_id, revision=revision).files_metadata
-    except NotASafetensorsRepoError as error:
+    except NotASafetensorsRepoError:
         raise ValueError(
             f"{repo_id} has no safetensors, the only weights whose headers the Hub can show; fetch PaddlePaddle's "
             "model_state.pdparams whole and give its folder (pickles of torch, .bin or .pth, are not read at all)"
-        ) from error
+        ) from None
     except SafetensorsParsingError as error:
-        raise ValueError(f"{repo_id} has a damaged safetensors file: {error}") from error
+        raise ValueError(f"{repo_id} has a damaged safetensors file: {error}") from None
     except Exception as error:  # of the HTTP client, which is another one in each major version of huggingface_hub
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
             f"the weights of {repo_id} are not on this machine, and their headers cannot be read on the Hub: {reason}"
-        ) from error
+        ) from None
     return {
         key: StoredTensor(dtype_of_code(tensor.dtype, key, f"{repo_id}/{name}"), tuple(tensor.shape), segments=())
         for name, file in files.items()

@@ -87,13 +87,20 @@ class Aria(nn.Module):
         image_features_QD: Tensor | None = None,
         *,
         router_logits: bool = False,
+        states: list[Tensor] | None = None,
     ) -> Output:
-        """One pass of the decoder over packed tokens; :meth:`logits` gives scores for the rows that need them."""
-        return self.decode(self.embed(input_ids_T, image_features_QD), context, router_logits=router_logits)
+        """One pass of the decoder over packed tokens; :meth:`logits` gives scores for the rows that need them.
 
-    def decode(self, x_TD: Tensor, context: Context, *, router_logits: bool = False) -> Output:
+        ``states`` gets what goes into each layer, ``(T, D)``.
+        """
+        x_TD = self.embed(input_ids_T, image_features_QD)
+        return self.decode(x_TD, context, router_logits=router_logits, states=states)
+
+    def decode(
+        self, x_TD: Tensor, context: Context, *, router_logits: bool = False, states: list[Tensor] | None = None
+    ) -> Output:
         """The same on embeddings."""
-        return Output(*self.language_model.model(x_TD, context, router_logits))
+        return Output(*self.language_model.model(x_TD, context, router_logits, states))
 
     def lay_out(self) -> Aria:
         """Arrange weights in memory as the inference kernels read them; names, shapes and values stay. Returns itself.

@@ -108,8 +108,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, context: Context, router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x_TD: Tensor, context: Context, router_logits: bool = False, states: list[Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns normed hidden states ``(T, D)``, and each layer's router logits ``(T, E)``.
+
+        ``states`` gets what goes into each layer, ``(T, D)``.
 
         Where the context says which tokens are sampled from, the hidden states are theirs alone. The fused kernels of
         inference do not give the logits: the tuple is then empty, unless they are asked for.
@@ -120,10 +124,13 @@ class Decoder(nn.Module):
         if (stacked or self.fused(x_TD)) and not router_logits:
             *first, last = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
             for layer in first:
+                _note(states, x_TD)
                 x_TD = layer.infer(x_TD, context)
+            _note(states, x_TD)
             return self.norm(last.infer(x_TD, context) if paged is None else last.infer_sampled(x_TD, paged)), ()
         all_logits = []
         for module in self.layers:
+            _note(states, x_TD)
             x_TD, logits_TE = module(x_TD, context)
             all_logits.append(logits_TE)
         if paged is not None and paged.sampled is not None:
@@ -133,6 +140,11 @@ class Decoder(nn.Module):
     def fused(self, x_TD: Tensor) -> bool:
         """Whether layers run as fused operations."""
         return ops.inference_kernels(x_TD) and not self.adapted
+
+
+def _note(states: list[Tensor] | None, x_TD: Tensor) -> None:
+    if states is not None:
+        states.append(x_TD)
 
 
 class LanguageModel(nn.Module):

@@ -126,7 +126,7 @@ class AriaImageProcessor:
         try:
             _check_settings(data)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{file}: {error}") from None
         known = ("max_image_size", "min_image_size", "image_mean", "image_std", "split_image", "split_mode")
         settings = {key: data[key] for key in (*known, "split_resolutions") if data.get(key) is not None}
         return cls(**settings, sizes=tuple(read_size_conversion(folder)))

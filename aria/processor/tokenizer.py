@@ -60,7 +60,7 @@ class AriaTokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model + _KEEP_SPACES)
         except RuntimeError as error:
-            raise ValueError(f"{TOKENIZER_MODEL} is not a SentencePiece model: {error}") from error
+            raise ValueError(f"{TOKENIZER_MODEL} is not a SentencePiece model: {error}") from None
         self.vocab_size = len(self._pieces)
         self._read_added_tokens()
         self._pattern = _compile(self._added)
