@@ -256,13 +256,28 @@ class Engine:
         finally:
             self.cancel(answer)
 
-    def prepare(self, messages: Sequence[Message]) -> Prepared:
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Prepared:
         """Messages -> token ids and pictures. Touches nothing of the engine's state, so any thread may call it.
+
+        Args:
+            messages: a conversation.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open in place of that; the answer continues it.
 
         Raises:
             ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer.
         """
-        prepared = self.processor.prepare(messages)
+        prepared = self.processor.prepare(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
         return prepared
 

@@ -274,7 +274,9 @@ for _name in (
     setattr(Prompt, _name, _checked(_name))
 
 
-def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Prompt:
+def render(
+    messages: Conversation, *, add_generation_prompt: bool = False, continue_final_message: bool = False
+) -> Prompt:
     """One conversation as the text that Aria was trained on.
 
     Args:
@@ -287,19 +289,25 @@ def render(messages: Conversation, *, add_generation_prompt: bool = False) -> Pr
             ``fps`` with ``max_frames``, and ``timestamps``; documents ``pages``. Keys whose value is None count as
             absent.
         add_generation_prompt: end with the opening of the assistant's turn.
+        continue_final_message: leave the last message open, so that the model continues it.
 
     Raises:
-        ValueError: an unknown role, key or part type, by name and place.
+        ValueError: an unknown role, key or part type, by name and place; no message to continue; both options at once.
     """
+    if continue_final_message and add_generation_prompt:
+        raise ValueError("add_generation_prompt opens a new turn and continue_final_message the last one; use one")
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
+    if continue_final_message and not messages:
+        raise ValueError("there is no message to continue; continue_final_message needs one")
     pieces: list[str] = []
     for i, message in enumerate(messages):
         role, content = _read_message(message, f"message {i}")
         pieces.append(Prompt.raw(f"{START_OF_TURN}{role}\n"))
         for part in [content] if isinstance(content, str) else _read_parts(content, f"message {i}"):
             pieces.append(_PLACE.with_parts([part]) if isinstance(part, MediaPart) else str(part))
-        pieces.append(Prompt.raw(f"{END_OF_TURN}\n"))
+        if not (continue_final_message and i == len(messages) - 1):
+            pieces.append(Prompt.raw(f"{END_OF_TURN}\n"))
     if add_generation_prompt:
         pieces.append(Prompt.raw(f"{START_OF_TURN}assistant\n"))
     return Prompt.concat(pieces)

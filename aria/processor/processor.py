@@ -222,6 +222,7 @@ class AriaProcessor:
         images: Any = None,
         videos: Any = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         max_image_size: int | None = None,
         split_image: bool | None = None,
         split_mode: str | None = None,
@@ -241,7 +242,11 @@ class AriaProcessor:
         Raises:
             ValueError: as for a call, and for several conversations.
         """
-        prompt = self.tokenizer.render(conversation, add_generation_prompt=add_generation_prompt)
+        prompt = self.tokenizer.render(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         if not isinstance(prompt, Prompt):
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")
         [prompt] = _match([prompt], images, videos)

@@ -431,7 +431,9 @@ class AriaTokenizer:
             {"input_ids": to_tensors(ids, return_tensors), "attention_mask": to_tensors(mask, return_tensors)}
         )
 
-    def render(self, conversation: Any, *, add_generation_prompt: bool = False) -> Prompt | list[Prompt]:
+    def render(
+        self, conversation: Any, *, add_generation_prompt: bool = False, continue_final_message: bool = False
+    ) -> Prompt | list[Prompt]:
         """Conversation (or list of conversations) to text; see :func:`aria.processor.chat.render`.
 
         Raises:
@@ -442,15 +444,20 @@ class AriaTokenizer:
                 "this tokenizer brings a chat template of its own, and only Aria's is rendered here; render it with "
                 "jinja2 and pass the text"
             )
+        ending = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
         if is_batch(conversation):
-            return [render(messages, add_generation_prompt=add_generation_prompt) for messages in conversation]
-        return render(conversation, add_generation_prompt=add_generation_prompt)
+            return [render(messages, **ending) for messages in conversation]
+        return render(conversation, **ending)
 
     def apply_chat_template(
         self,
         conversation: Conversation | Sequence[Conversation],
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         padding: bool | str = False,
         truncation: bool = False,
@@ -459,7 +466,11 @@ class AriaTokenizer:
         return_dict: bool = True,
     ) -> Any:
         """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; a picture stays one id."""
-        prompt = self.render(conversation, add_generation_prompt=add_generation_prompt)
+        prompt = self.render(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         if not tokenize:
             return prompt
         inputs = self(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,13 @@ async def respond(service: Service, path: str, body: Any, exchange: Exchange | N
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     exchange = exchange or Exchange()
-    run = await service.start(asked, model=body.model, prefix=route.prefix, param=route.param, exchange=exchange)
+    run = await service.start(
+        asked,
+        id=route.prefix + (body.request_id or uuid.uuid4().hex).removeprefix(route.prefix),
+        model=body.model,
+        param=route.param,
+        exchange=exchange,
+    )
     if body.stream:
         return EventStream(route.chunks(run, body), run.aclose)
     return await route.whole(run, body)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aria.engine import SamplingParams
@@ -67,6 +67,8 @@ class Asked:
     """An answer may hold several calls; otherwise it ends with its first."""
     token_ids: bool = False
     """Whether the ids of prompts and answers are returned."""
+    ending: Mapping[str, bool] = field(default_factory=dict)
+    """How the prompts of conversations end, see :meth:`aria.engine.Engine.prepare`."""
 
     @property
     def has_media(self) -> bool:
@@ -133,6 +135,7 @@ def conversation(
         untagged=schema is not None,
         parallel=offered.parallel,
         token_ids=bool(getattr(body, "return_token_ids", None)),
+        ending=getattr(body, "ending", {}),
     )
 
 

@@ -33,6 +33,7 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
             "id": run.id,
             "created": run.created,
             "model": run.model,
+            "system_fingerprint": run.fingerprint,
             "choices": [_choice(run, i, deltas[i], tokens[i]) for i in range(n)],
             "usage": run.usage(),
             "prompt_token_ids": run.prompt_ids and run.prompt_ids[0],
@@ -68,13 +69,16 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     n, include_usage = run.asked.params.n, body.wants_usage
     turns = [Turn(run.asked, run.tokenizer) for _ in range(n)]
     calls = [0] * n
-    usage = ',"usage":null' if include_usage else ""
+    continuous = body.wants_usage_of_chunks
+    no_usage = ',"usage":null' if include_usage else ""
     # Most chunks are a word of text: only the word is encoded anew.
     head = (
         f'data: {{"id":"{run.id}","object":"chat.completion.chunk","created":{run.created},'
-        f'"model":{json.dumps(run.model)},"choices":['
+        f'"model":{json.dumps(run.model)},"system_fingerprint":"{run.fingerprint}","choices":['
     )
-    tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+
+    def usage() -> str:
+        return f',"usage":{json.dumps(run.usage())}' if continuous else no_usage
 
     def chunk(
         index: int,
@@ -86,7 +90,7 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     ) -> bytes:
         choice = {"delta": delta, "logprobs": logprobs, "finish_reason": finish, **fields}
         rest = json.dumps(choice, separators=(",", ":"))
-        return f'{head}{{"index":{index},{rest[1:]}]{more}{usage}}}\n\n'.encode("ascii")
+        return f'{head}{{"index":{index},{rest[1:]}]{more}{usage()}}}\n\n'.encode("ascii")
 
     async with aclosing(run.read()) as pieces:
         prompt = f',"prompt_token_ids":{json.dumps(run.prompt_ids[0])}' if run.prompt_ids else ""
@@ -98,9 +102,8 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
                 yield chunk(index, {}, token_ids=[piece.token_id])
             delta = turns[index].push(piece)
             if len(delta.parts) == 1 and isinstance(delta.parts[0], str) and not delta.logprobs:
-                yield f'{head}{{"index":{index},"delta":{{"content":{json.dumps(delta.parts[0])}}}{tail}'.encode(
-                    "ascii"
-                )
+                text = f'{{"index":{index},"delta":{{"content":{json.dumps(delta.parts[0])}}}'
+                yield f'{head}{text},"logprobs":null,"finish_reason":null}}]{usage()}}}\n\n'.encode("ascii")
             else:
                 for made in _deltas(delta, calls, index):
                     yield chunk(index, made)

@@ -60,8 +60,8 @@ async def whole(run: Run, body: CompletionRequest) -> Completion:
                 kept = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
                 for name, values in logprobs.items():
                     kept[name] += values
-    told = {"id": run.id, "created": run.created, "model": run.model, "choices": choices, "usage": run.usage()}
-    return Completion.model_validate(told)
+    head = {"id": run.id, "created": run.created, "model": run.model, "system_fingerprint": run.fingerprint}
+    return Completion.model_validate({**head, "choices": choices, "usage": run.usage()})
 
 
 async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
@@ -69,8 +69,14 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
     n = run.asked.params.n
     texts = [_Text(run) for _ in range(len(run.asked.prompts) * n)]
     include_usage = body.wants_usage
-    head = {"id": run.id, "object": "text_completion", "created": run.created, "model": run.model}
-    empty = {"usage": None} if include_usage else {}
+    head = {
+        "id": run.id,
+        "object": "text_completion",
+        "created": run.created,
+        "model": run.model,
+        "system_fingerprint": run.fingerprint,
+    }
+    no_usage = {"usage": None} if include_usage else {}
     begun: set[int] = set()
     async with aclosing(run.read()) as pieces:
         async for prompt, piece in pieces:
@@ -82,7 +88,8 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
                     choice["token_ids"] = [piece.token_id]
                     choice["prompt_token_ids"] = None if index in begun else run.prompt_ids[prompt]
                     begun.add(index)
-                yield event({**head, "choices": [choice], **empty})
+                usage = {"usage": run.usage()} if body.wants_usage_of_chunks else no_usage
+                yield event({**head, "choices": [choice], **usage})
         if include_usage:
             yield event({**head, "choices": [], "usage": run.usage()})
     yield DONE

@@ -365,6 +365,10 @@ Stop = Annotated[
 ]
 
 
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+"""Extension of vLLM: the id of the answer, behind the prefix of its kind."""
+
+
 class Sampling(WithoutEffect):
     """How tokens are chosen, of the two older interfaces."""
 
@@ -395,6 +399,7 @@ class Sampling(WithoutEffect):
     stop_token_ids: Annotated[Many[Annotated[int, Field(ge=0)]], Field(max_length=MOST_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    request_id: RequestId | None = None
     return_token_ids: bool | None = None
     """Whether choices bring the ids of their tokens, and those of the prompt."""
 
@@ -409,8 +414,55 @@ class Sampling(WithoutEffect):
         """Whether a stream ends with the tokens counted."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def wants_usage_of_chunks(self) -> bool:
+        """Whether each chunk has the tokens so far."""
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-class ChatRequest(Sampling):
+
+class TemplateSettings(Body):
+    """Variables of the chat template."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    known: ClassVar[fields.Rules] = fields.TEMPLATE
+
+
+class Templated(Body):
+    """How a conversation ends in its prompt. Extensions, spelled as in vLLM."""
+
+    add_generation_prompt: bool | None = None
+    """Whether the prompt ends with the opening of the assistant's turn; the default, unless the last message is
+    continued."""
+    continue_final_message: bool | None = None
+    """Whether the last message stays open, so that the answer continues it."""
+    chat_template_kwargs: TemplateSettings | None = None
+    """The same; what stands here comes first."""
+
+    @property
+    def ending(self) -> dict[str, bool]:
+        """How prompts end, as `AriaProcessor.prepare` takes it."""
+        inner = self.chat_template_kwargs or TemplateSettings()
+        opens, continues = (
+            mine if inside is None else inside
+            for mine, inside in (
+                (self.add_generation_prompt, inner.add_generation_prompt),
+                (self.continue_final_message, inner.continue_final_message),
+            )
+        )
+        opens = not continues if opens is None else opens
+        return {"add_generation_prompt": opens, "continue_final_message": bool(continues)}
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Templated:
+        if all(self.ending.values()):
+            raise ValueError(
+                "add_generation_prompt opens a new turn and continue_final_message the last one; set one to false"
+            )
+        return self
+
+
+class ChatRequest(Sampling, Templated):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str | None = None
@@ -463,14 +515,13 @@ class CompletionRequest(Sampling):
     known: ClassVar[fields.Rules] = fields.COMPLETION
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Templated):
     """Body of ``POST /tokenize``: ``prompt`` or ``messages``."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     tools: Many[Tool] | None = None
-    add_generation_prompt: bool = True
     return_token_strs: bool | None = None
     known: ClassVar[fields.Rules] = fields.TOKENIZE
 

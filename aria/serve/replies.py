@@ -79,6 +79,7 @@ class ChatCompletion(Reply):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: Asked[list[int]] = None
@@ -105,6 +106,7 @@ class Completion(Reply):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
 

@@ -25,6 +25,7 @@ from aria.serve.protocol import (
     Message,
     NamedFunction,
     NamedTool,
+    RequestId,
     SystemMessage,
     TextFormat,
     TextPart,
@@ -273,6 +274,7 @@ class ResponsesRequest(WithoutEffect):
     stream_options: StreamOptions | None = None
     known: ClassVar[fields.Rules] = fields.RESPONSES
     # Extensions, spelled as in vLLM.
+    request_id: RequestId | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None

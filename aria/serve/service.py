@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, TypeVar
 
+import torch
+
 from aria.engine import AsyncEngine, ContextLengthError, Piece, SamplingParams
+from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
@@ -47,6 +51,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(engine)
         self.created = int(time.time())
+        self.fingerprint = _fingerprint(engine.engine.model)
         # Text never waits behind somebody's slow download.
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
         self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
@@ -119,13 +124,13 @@ class Service:
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error), param=param) from error
 
-    async def start(self, asked: Asked, *, model: str | None, prefix: str, param: str, exchange: Exchange) -> Run:
+    async def start(self, asked: Asked, *, id: str, model: str | None, param: str, exchange: Exchange) -> Run:
         """Begin to answer, and wait for the first token: until then whatever is wrong can be told by a status.
 
         Args:
             asked: what a body asks for.
+            id: of the answer.
             model: the name in the body.
-            prefix: of the answer's id.
             param: the field that prompts come from, for errors.
             exchange: counts the tokens.
 
@@ -143,7 +148,7 @@ class Service:
         prepare = self.engine.engine.prepare_text if param == "prompt" else self.engine.engine.prepare
 
         def work() -> list[Prepared]:
-            return [prepare(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
+            return [prepare(prompt, **asked.ending) for prompt in asked.prompts]  # type: ignore[arg-type]
 
         schema = asked.params.json_schema
         if schema is not None:
@@ -151,7 +156,7 @@ class Service:
             await self.off_loop(lambda: self.engine.engine.grammars.compile(schema))
         prepared = await self.off_loop(work, media=asked.has_media, param=param)
         exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
-        run = Run(self, asked, prepared, name, prefix, began, exchange)
+        run = Run(self, asked, prepared, id, name, began, exchange)
         try:
             await run.begin()
         except ContextLengthError as error:
@@ -187,7 +192,7 @@ class Run:
     """One request while it is answered.
 
     Attributes:
-        id, created, model: what answers and chunks tell of themselves.
+        id, created, model, fingerprint: what answers and chunks tell of themselves.
         asked: what was asked for.
         prompt_ids: the tokens of each prompt, if they are asked for.
     """
@@ -197,14 +202,15 @@ class Run:
         service: Service,
         asked: Asked,
         prepared: Sequence[Prepared],
+        id: str,
         model: str,
-        prefix: str,
         began: float,
         exchange: Exchange,
     ):
-        self.id = f"{prefix}{uuid.uuid4().hex}"
+        self.id = id
         self.created = int(time.time())
         self.model = model
+        self.fingerprint = service.fingerprint
         self.asked = asked
         self.tokenizer = service.processor.tokenizer
         self._metrics = service.metrics
@@ -266,6 +272,14 @@ class Run:
             "total_tokens": self._prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
+
+
+def _fingerprint(model: Aria) -> str:
+    """Changes with all that answers depend on beside the request: program, weights, dtype and device."""
+    weight = model.language_model.lm_head.weight.detach()
+    parts = version("aria-moe"), torch.__version__, model.config, weight.dtype, weight.device.type
+    sample = weight[0].float().cpu().numpy().tobytes()
+    return "fp_" + hashlib.sha256(repr(parts).encode() + sample).hexdigest()[:12]
 
 
 async def _together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:

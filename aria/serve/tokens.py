@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
 from aria.serve.errors import ApiError
@@ -27,8 +29,10 @@ async def count(service: Service, body: TokenizeRequest) -> Tokens:
         said = bodies.messages(body.messages, offered, defaults.sizes)
         service.check_length([said], "messages")
 
+        ending: dict[str, Any] = body.ending
+
         def prepare() -> Prepared:
-            return processor.prepare(said, add_generation_prompt=body.add_generation_prompt)
+            return processor.prepare(said, **ending)
 
         prepared = await service.off_loop(prepare, media=bodies.has_media(said), param="messages")
         ids, media = prepared.ids, _costs(prepared)

@@ -370,3 +370,48 @@ def pdf() -> bytes:
     pages = [Image.new("RGB", (100, 140), color) for color in ("white", "gray")]
     pages[0].save(file, "PDF", save_all=True, append_images=pages[1:])
     return file.getvalue()
+
+
+def test_an_answer_continues_the_last_message(live):
+    whole = straight(HELLO)
+    said = [*HELLO, {"role": "assistant", "content": whole.text[:3]}]
+    fields = {"messages": said, "continue_final_message": True}
+    told = live.post("/tokenize", **fields).json()["tokens"]
+    text = live.post("/detokenize", tokens=told).json()["prompt"]
+    assert text.endswith(f"assistant\n{whole.text[:3]}")
+    plain = live.post("/v1/completions", prompt=told, max_tokens=5, temperature=0, ignore_eos=True).json()
+    body = {**fields, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    answer = live.post("/v1/chat/completions", **body).json()
+    assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    closed = live.post("/tokenize", messages=HELLO, add_generation_prompt=False).json()["tokens"]
+    text = live.post("/detokenize", tokens=closed).json()["prompt"]
+    assert text == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_every_chunk_has_the_tokens_so_far(live, path):
+    asked = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
+    body = {**asked, "max_tokens": 3, "ignore_eos": True, "stream": True}
+
+    def chunks(**options):
+        lines = live.post(path, **body, stream_options=options).text.split("\n\n")
+        return [json.loads(line[6:]) for line in lines if line and line != "data: [DONE]"]
+
+    usages = [chunk["usage"] for chunk in chunks(include_usage=True, continuous_usage_stats=True)]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts) and set(counts) >= {1, 2, 3} and counts[-2:] == [3, 3]
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    assert [chunk["usage"] for chunk in chunks(include_usage=True)[:-1]] == [None] * (len(usages) - 1)
+    assert all("usage" not in chunk for chunk in chunks(continuous_usage_stats=True)), "it is an addition"
+
+
+@pytest.mark.parametrize(("path", "prefix"), [("/v1/chat/completions", "chatcmpl-"), ("/v1/completions", "cmpl-")])
+def test_answers_have_a_fingerprint_and_the_id_that_was_asked_for(live, path, prefix):
+    asked = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
+    body = {**asked, "max_tokens": 2, "request_id": "mine.1"}
+    answer = live.post(path, **body).json()
+    first = json.loads(live.post(path, **body, stream=True).text.split("\n\n")[0][6:])
+    assert answer["id"] == first["id"] == f"{prefix}mine.1"
+    assert answer["system_fingerprint"] == first["system_fingerprint"] == live.app.state.service.fingerprint
+    assert live.post(path, **asked, max_tokens=1).json()["id"] != answer["id"]
+    assert live.post(path, **asked, request_id='"').status_code == 400

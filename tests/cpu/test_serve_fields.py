@@ -23,6 +23,7 @@ BODIES: dict[type[BaseModel], dict] = {
 }
 # Of vLLM's own, those that each of its bodies has.
 VLLM = [
+    "request_id",
     "use_beam_search",
     "top_k",
     "min_p",
@@ -47,6 +48,9 @@ VLLM = [
     "stream_interval",
 ]
 VLLM_CHAT = [
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
     "echo",
     "documents",
     "chat_template",
@@ -130,6 +134,7 @@ def answer(**fields) -> dict:
         {"use_beam_search": False, "length_penalty": 1.0, "priority": 0, "mm_processor_kwargs": {}, "bad_words": []},
         {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}},
         {"stream": None, "stream_options": None, "unheard_of": None},
+        {"chat_template_kwargs": {"enable_thinking": False, "add_generation_prompt": None}, "request_id": None},
         {"messages": [{"role": role, "content": "x", "name": "bob"} for role in ("system", "user", "assistant")]},
         {"messages": [{"role": "user", "content": "x", "name": None, "cache_control": {"type": "ephemeral"}}]},
         user(type="text", text="x", cache_control={"type": "ephemeral"}),
@@ -194,6 +199,10 @@ def test_included_log_probabilities_are_told_apart_from_what_is_never_there():
         (ResponsesRequest, {"previous_response_id": "x"}, "previous_response_id", "unsupported_field", "whole conv"),
         (ResponsesRequest, {"conversation": "x"}, "conversation", "unsupported_field", "nothing is kept"),
         (ResponsesRequest, {"reasoning": {"efort": "x"}}, "reasoning.efort", "unsupported_field", "mean effort"),
+        (ChatRequest, {"chat_template_kwargs": {"enable_thinkin": 1}}, "chat_template_kwargs.enable_thinkin",
+         "unsupported_field", "did you mean enable_thinking?"),
+        (ChatRequest, {"chat_template_kwargs": {"tools": [1]}}, "chat_template_kwargs.tools", "unsupported_field",
+         "use tools of the request"),
         (ResponsesRequest, {"include": ["x"]}, "include[0]", "invalid_value", "message.output_text.logprobs"),
     ],
 )  # fmt: skip
@@ -201,6 +210,27 @@ def test_what_would_change_the_answer_is_refused_by_name(model, fields, param, c
     error = refusal(model, {**BODIES[model], **fields})
     assert (error.status, error.param, error.code) == (400, param, code)
     assert param in error.message and says in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "opens", "continues"),
+    [
+        ({}, True, False),
+        ({"add_generation_prompt": False}, False, False),
+        ({"continue_final_message": True}, False, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, False, True),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, False, True),
+        ({"add_generation_prompt": True, "chat_template_kwargs": {"add_generation_prompt": False}}, False, False),
+    ],
+)
+def test_how_a_prompt_ends(fields, opens, continues):
+    ending = ChatRequest.model_validate({"messages": HELLO, **fields}).ending
+    assert ending == {"add_generation_prompt": opens, "continue_final_message": continues}
+
+
+def test_two_endings_contradict_each_other():
+    body = {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True}
+    assert "set one to false" in refusal(ChatRequest, body).message
 
 
 def test_fields_without_effect_are_in_the_description():
