@@ -54,6 +54,9 @@ def serve(
     max_clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 4 * 3600.0,
     max_frames: Annotated[int, typer.Option(help="Frames taken of a clip.")] = 256,
     max_pages: Annotated[int, typer.Option(help="Pages taken of a document.")] = 64,
+    image_background: Annotated[
+        str, typer.Option(help="Color behind transparent pixels, such as white or #202020; none keeps stored colors.")
+    ] = "white",
     max_prompt_pixels: Annotated[int, typer.Option(help="Of all that one request shows.")] = 400_000_000,
     fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
     media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
@@ -110,6 +113,7 @@ def serve(
             max_frames=max_frames,
             max_pages=max_pages,
             prompt_pixels=max_prompt_pixels,
+            background=None if image_background == "none" else image_background,
             total_timeout=fetch_seconds,
             clip_decoder=clip_decoder,
         ),

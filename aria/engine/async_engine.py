@@ -12,6 +12,7 @@ from aria.engine.engine import Answer, Engine, Message, Piece
 from aria.engine.grammar import Matcher
 from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
+from aria.processor.cancellation import run_cancellable
 from aria.processor.pictures import Prepared
 
 News = Piece | BaseException
@@ -60,12 +61,15 @@ class AsyncEngine:
             await pieces.aclose()
 
     async def prepare(self, messages: Sequence[Message]) -> Prepared:
-        """:meth:`Engine.prepare` in a worker thread: reading pictures takes time that the event loop has not."""
-        return await asyncio.to_thread(self.engine.prepare, messages)
+        """:meth:`Engine.prepare` in a worker thread, so that reading images does not block the event loop.
+
+        Cancelling this stops downloads and decoding, too.
+        """
+        return await run_cancellable(None, lambda: self.engine.prepare(messages))
 
     async def prepare_text(self, text: str | Sequence[int]) -> Prepared:
         """:meth:`Engine.prepare_text` in a worker thread."""
-        return await asyncio.to_thread(self.engine.prepare_text, text)
+        return await run_cancellable(None, lambda: self.engine.prepare_text(text))
 
     @property
     def failing(self) -> bool:

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
+from aria.processor import rgb
+from aria.processor.cancellation import check_cancelled
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
 
@@ -75,7 +78,13 @@ class Watch:
         self._stopped.set()
 
     def check(self) -> None:
-        """Go on, or a ValueError."""
+        """Called between pieces of work.
+
+        Raises:
+            ValueError: the time is up.
+            Cancelled: nobody waits for the result any more.
+        """
+        check_cancelled()
         if self._stopped.is_set() or time.monotonic() > self._end:
             raise ValueError(f"reading {self._name} took longer than {self._seconds:g} s; send a shorter part")
 
@@ -133,6 +142,9 @@ def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if len(streams) > 1 and streams[0].frames == 1:
+        # An animated AVIF begins with its first picture as a still one, of which it also says that it is the default.
+        streams = [stream for stream in streams if stream.frames != 1] or streams
     if not streams:
         raise ValueError(f"{name} has no moving pictures, only {_kinds(container)}")
     stream = max(streams, key=lambda one: (bool(one.disposition & Disposition.default), -one.index))
@@ -329,9 +341,14 @@ class Decoder:
         self._context.options = {"max_pixels": str(self._settings.frame_pixels)}
 
     def _rgb(self, frame: Any) -> np.ndarray:
+        from av import VideoFrame
         from av.video.reformatter import Interpolation
 
         turned, down, right = _orientation(frame)
+        if self._settings.background is not None and any(part.is_alpha for part in frame.format.components):
+            rgba = self._scaler.reformat(frame, format="rgba").to_ndarray()
+            opaque = np.asarray(rgb.on_background(Image.fromarray(rgba), self._settings.background))
+            frame = VideoFrame.from_ndarray(opaque, "rgb24")
         width, height = frame.width, frame.height
         # Pixels that are not square.
         ratio = self._stream.sample_aspect_ratio or 1
@@ -341,7 +358,7 @@ class Decoder:
             height, width = self._fit(height, width)
         else:
             width, height = self._fit(width, height)
-        rgb = self._scaler.reformat(
+        pixels = self._scaler.reformat(
             frame,
             width,
             height,
@@ -350,8 +367,8 @@ class Decoder:
             threads=1,
         ).to_ndarray()
         if turned:
-            rgb = rgb.transpose(1, 0, 2)
-        return np.ascontiguousarray(rgb[:: -1 if down else 1, :: -1 if right else 1])
+            pixels = pixels.transpose(1, 0, 2)
+        return np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if right else 1])
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:

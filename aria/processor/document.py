@@ -24,7 +24,10 @@ _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 _PDFIUM = threading.Lock()
 _SLICE = 0.2
 """Seconds of drawing until others get their turn."""
+_UNSET = 2
+"""PDFium's code for a missing file, which is ruled out before: set on purpose, to see whether it is overwritten."""
 _FAULTS = {
+    _UNSET: "it has no pages",
     3: "it is no PDF, a damaged one, or one without pages",
     4: "it is locked with a password",
     5: "its encryption is not known",
@@ -103,11 +106,33 @@ def _opened(document: Opened) -> Iterator[Any]:
     import pypdfium2
 
     with _said_plainly(f"{document.name}, as a document,"), _PDFIUM:
+        # A document without pages fails to load and leaves the code of whatever failed before, here or elsewhere.
+        pypdfium2.raw.FPDF_LoadDocument(b"", None)
+        assert pypdfium2.raw.FPDF_GetLastError() == _UNSET, "PDFium no longer reports a missing file by this code"
         pdf = pypdfium2.PdfDocument(document.data)
     with _closing(pdf):
         with _PDFIUM:
+            if _is_dynamic_form(pdf):
+                raise ValueError(
+                    f"{document.name} is a dynamic XFA form: only Adobe's programs make its real pages, and the "
+                    "file holds one page that says so; print it to a PDF there, and send that"
+                )
             pdf.init_forms()
         yield pdf
+
+
+def _is_dynamic_form(pdf: Any) -> bool:
+    """Whether the only page asks to open the file elsewhere. Static XFA forms have their fields on their pages, too."""
+    from pypdfium2 import raw
+
+    kind = pdf.get_formtype()
+    if kind != raw.FORMTYPE_XFA_FOREGROUND or len(pdf) != 1:
+        return bool(kind == raw.FORMTYPE_XFA_FULL)
+    page = pdf[0]
+    try:
+        return bool(raw.FPDFPage_GetAnnotCount(page) == 0)
+    finally:
+        page.close()
 
 
 def _render(pdf: Any, number: int, name: str, max_pixels: int, watch: Watch) -> np.ndarray:
@@ -117,6 +142,10 @@ def _render(pdf: Any, number: int, name: str, max_pixels: int, watch: Watch) -> 
         with _PDFIUM:
             page = opened.enter_context(_closing(pdf[number - 1]))
             width, height = (math.ceil(side * SCALE) for side in page.get_size())
+            if not width or not height:
+                raise ValueError(
+                    f"page {number} of {name} has no area ({width} x {height} pixels); leave it out with pages="
+                )
             if width * height > max_pixels:
                 raise ValueError(
                     f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
@@ -182,5 +211,5 @@ def _said_plainly(what: str) -> Iterator[None]:
     try:
         yield
     except PdfiumError as error:
-        fault = _FAULTS.get(getattr(error, "err_code", None) or 0, str(error))
+        fault = _FAULTS.get(getattr(error, "err_code", None), str(error))
         raise ValueError(f"{what} cannot be read: {fault}") from error

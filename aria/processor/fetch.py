@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
+import selectors
 import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import httpcore2
 
+from aria.processor.cancellation import POLL_SECONDS, check_cancelled
 from aria.processor.limits import MediaSettings, short
+
+T = TypeVar("T")
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_INFLATED_BYTES = 1 << 20
 _HEADERS = [("User-Agent", "aria-moe"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
+_COMPRESSED = ("br", "compress", "x-compress", "dcb", "dcz", "zstd")
+"""Content codings that change the bytes and are not undone here; gzip and deflate are, since some servers always send
+them. Whatever else stands in the header (``aws-chunked``, ``UTF-8``, ``none``) says nothing about the bytes."""
 
 # IANA's registries of special-purpose addresses, and what else does not lead to somebody else's public server.
 _CLOSED_V4 = tuple(
@@ -85,6 +95,7 @@ def fetch(url: str, limit: int, settings: MediaSettings) -> bytes:
 
     Raises:
         ValueError: the address is not allowed, does not answer, answers with an error, or sends too much or too slowly.
+        Cancelled: nobody waits for the body any more; see :mod:`aria.processor.cancellation`.
     """
     clock = _Clock(url, settings)
     backend = _Backend(clock, settings)
@@ -133,14 +144,19 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
 def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock) -> bytes:
     if response.status != 200:
         raise ValueError(f"could not fetch {short(url)}: it answers with status {response.status}")
-    if (coding := _header(response, b"content-encoding") or "identity").lower() != "identity":
-        raise ValueError(f"could not fetch {short(url)}: it sends {coding!r:.40} coding, which was not asked for")
+    codings = [one.strip().lower() for one in (_header(response, b"content-encoding") or "").split(",")]
+    if unknown := [one for one in codings if one in _COMPRESSED]:
+        raise ValueError(f"could not fetch {short(url)}: it sends {unknown[0]} coding, which was not asked for")
     too_much = f"{short(url)} sends more than the {limit:,} bytes allowed"
     length = _header(response, b"content-length") or ""
     if length.isdecimal() and int(length) > limit:
         raise ValueError(too_much)
+    chunks: Iterator[bytes] = response.iter_stream()
+    for coding in reversed(codings):
+        if coding in ("gzip", "x-gzip", "deflate"):
+            chunks = _inflated(chunks, url)
     body = bytearray()
-    for chunk in response.iter_stream():
+    for chunk in chunks:
         body += chunk
         if len(body) > limit:
             raise ValueError(too_much)
@@ -148,8 +164,31 @@ def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock) -> 
     return bytes(body)
 
 
+def _inflated(chunks: Iterator[bytes], url: str) -> Iterator[bytes]:
+    """What gzip or zlib made smaller, in pieces of a bounded size however well it was compressed."""
+    inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # either header
+    try:
+        for chunk in chunks:
+            rest = chunk
+            while rest and not inflate.eof:
+                yield inflate.decompress(rest, _INFLATED_BYTES)
+                rest = inflate.unconsumed_tail
+        while not inflate.eof and (rest := inflate.decompress(inflate.unconsumed_tail, _INFLATED_BYTES)):
+            yield rest
+    except zlib.error as error:
+        raise ValueError(f"could not fetch {short(url)}: its compressed body is damaged ({error})") from error
+    if not inflate.eof:
+        raise ValueError(f"could not fetch {short(url)}: its compressed body ends too early")
+
+
 def _header(response: httpcore2.Response, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for key, value in response.headers if key.lower() == name), None)
+    value = next((value for key, value in response.headers if key.lower() == name), None)
+    if value is None:
+        return None
+    try:
+        return value.decode()  # servers send raw UTF-8 in redirects, although headers should be ASCII
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 @contextlib.contextmanager
@@ -171,7 +210,13 @@ class _Clock:
         self._end = time.monotonic() + settings.total_timeout
 
     def left(self, timeout: float | None) -> float:
-        """Seconds that may go into one operation, which on its own might take ``timeout``."""
+        """Seconds that may go into one operation, which on its own might take ``timeout``.
+
+        Raises:
+            ValueError: no time is left.
+            Cancelled: nobody waits any more.
+        """
+        check_cancelled()
         rest = self._end - time.monotonic()
         if rest <= 0:
             raise ValueError(f"could not fetch {short(self._url)}: it took longer than {self._total:g} s")
@@ -183,7 +228,6 @@ class _Backend(httpcore2.NetworkBackend):
 
     def __init__(self, clock: _Clock, settings: MediaSettings):
         self._clock, self._settings = clock, settings
-        self._system = httpcore2.SyncBackend()
 
     def connect_tcp(
         self,
@@ -194,24 +238,22 @@ class _Backend(httpcore2.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.NetworkStream:
         failure: Exception | None = None
-        for address in self._addresses(host, port):
+        for family, address in self._addresses(host, port):
             try:
-                stream = self._system.connect_tcp(
-                    address, port, self._clock.left(timeout), local_address, socket_options
-                )
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-                failure = error
-            else:
-                return _Stream(stream, self._clock)
+                return _Stream(_connect(family, address, self._clock, timeout), self._clock)
+            except TimeoutError as error:
+                failure = httpcore2.ConnectTimeout(str(error))
+            except OSError as error:
+                failure = httpcore2.ConnectError(str(error))
         raise failure or httpcore2.ConnectError(f"{host} has no address")
 
-    def _addresses(self, host: str, port: int) -> list[str]:
+    def _addresses(self, host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise httpcore2.ConnectError(f"{host} is not known ({error})") from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        if not self._settings.private_addresses and not all(map(is_public, addresses)):
+        addresses = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
+        if not self._settings.private_addresses and not all(is_public(str(address[0])) for _, address in addresses):
             # Which address it was stays here: names of an inner network would tell strangers about it.
             raise ValueError(
                 f"{host} is not in the public internet, so nothing is fetched from there; "
@@ -220,25 +262,91 @@ class _Backend(httpcore2.NetworkBackend):
         return addresses
 
 
-class _Stream(httpcore2.NetworkStream):
-    """A connection whose every operation ends when the time of the whole is up."""
+def _connect(family: socket.AddressFamily, address: Any, clock: _Clock, timeout: float | None) -> socket.socket:
+    """A connected socket; waits in short turns, so that a download nobody waits for ends here too."""
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            connection.connect(address)
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_WRITE)
 
-    def __init__(self, stream: httpcore2.NetworkStream, clock: _Clock):
-        self._stream, self._clock = stream, clock
+            def connected() -> None:
+                if not selector.select(POLL_SECONDS):
+                    raise TimeoutError("the connection was not taken in time")
+
+            _in_turns(connected, clock, timeout)
+        if error := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(error, os.strerror(error))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _in_turns(operation: Callable[[], T], clock: _Clock, timeout: float | None) -> T:
+    """Repeat an operation that gives up after :data:`POLL_SECONDS` until its own time or that of the whole is over.
+
+    Raises:
+        TimeoutError: ``timeout`` seconds have passed.
+    """
+    end = time.monotonic() + clock.left(timeout)
+    while True:
+        try:
+            return operation()
+        except TimeoutError:
+            clock.left(None)
+            if time.monotonic() >= end:
+                raise
+
+
+class _Stream(httpcore2.NetworkStream):
+    """A connection whose every operation ends when the time of the whole is up, or when nobody waits any more."""
+
+    def __init__(self, connection: socket.socket, clock: _Clock):
+        self._connection, self._clock = connection, clock
+        connection.settimeout(POLL_SECONDS)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._clock.left(timeout))
+        try:
+            return _in_turns(lambda: self._connection.recv(max_bytes), self._clock, timeout)
+        except TimeoutError as error:
+            raise httpcore2.ReadTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore2.ReadError(str(error)) from error
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._clock.left(timeout))
+        rest = memoryview(buffer)
+        try:
+            while rest:
+                rest = rest[_in_turns(lambda: self._connection.send(rest), self._clock, timeout) :]  # noqa: B023
+        except TimeoutError as error:
+            raise httpcore2.WriteTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore2.WriteError(str(error)) from error
 
     def close(self) -> None:
-        self._stream.close()
+        self._connection.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, self._clock.left(timeout)), self._clock)
+        try:
+            # The socket belongs to the new stream from here on.
+            self._connection = secured = ssl_context.wrap_socket(
+                self._connection, server_hostname=server_hostname, do_handshake_on_connect=False
+            )
+            _in_turns(secured.do_handshake, self._clock, timeout)
+        except TimeoutError as error:
+            self.close()
+            raise httpcore2.ConnectTimeout(str(error)) from error
+        except OSError as error:
+            self.close()
+            raise httpcore2.ConnectError(str(error)) from error
+        return self
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        secured = isinstance(self._connection, ssl.SSLSocket)
+        return self._connection if info == "socket" or (info == "ssl_object" and secured) else None

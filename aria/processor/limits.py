@@ -7,6 +7,8 @@ import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from PIL import ImageColor
+
 
 @dataclass(frozen=True, kw_only=True)
 class MediaSettings:
@@ -30,6 +32,9 @@ class MediaSettings:
     prompt_pixels: int = 1_000_000_000
     """Pixels of all pictures, frames and pages of one prompt together: they stay in memory until they are encoded, 3
     bytes each."""
+    background: str | None = "white"
+    """Colour behind the transparent pixels of images and clips, a name or ``#rrggbb``. None: their stored colours,
+    often black, which is what transformers shows the model."""
     clip_seconds: float = 4 * 3600.0
     max_frames: int = 256
     """Most frames of one clip that a prompt may hold."""
@@ -63,12 +68,22 @@ class MediaSettings:
             elif field.name == "clip_decoder":
                 if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
                     raise ValueError(f"clip_decoder is {value!r}; expected auto, cpu, cuda or cuda:N")
+            elif field.name == "background":
+                if value is not None and not _is_color(value):
+                    raise ValueError(f'background is {value!r}; expected a colour such as "white" or "#fff", or None')
             elif field.name not in ("local_folders", "private_addresses") and not value > 0:
                 raise ValueError(f"{field.name} is {value}; expected more than 0")
         if isinstance(self.local_folders, str | Path):
             raise ValueError(f"local_folders is {str(self.local_folders)!r}; expected a tuple of folders")
         if self.local_folders is not None:
             object.__setattr__(self, "local_folders", tuple(Path(folder) for folder in self.local_folders))
+
+
+def _is_color(value: object) -> bool:
+    try:
+        return len(ImageColor.getrgb(value)) == 3  # type: ignore[arg-type]  # anything but a str is an error below
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 class PixelBudget:

@@ -25,6 +25,8 @@ __all__ = ["MediaSettings", "Opened", "fetch", "load_image", "open_medium"]
 _PIECE = 1 << 16
 """Characters of a data: URI that are unquoted at a time."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*(data:|https?://)", re.IGNORECASE)
+_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
 _NAMES = {"image": "picture", "video": "clip", "document": "document"}
 _EXAMPLES = {"image": "image/png", "video": "video/mp4", "document": "application/pdf"}
 
@@ -54,8 +56,8 @@ def load_image(source: Any, settings: MediaSettings | None = None, budget: Pixel
 
     Rules:
         * EXIF orientation is applied; of an animation the first frame (of a PIL object: its current frame) is taken.
-        * Alpha is dropped as ``PIL.Image.convert("RGB")`` drops it, because the authors and transformers show the
-          model exactly that; put a transparent picture on a background of your choice first if it matters.
+        * Transparent pixels are composited on ``settings.background``, white by default. With ``background=None``
+          they keep their stored colours, often black, as transformers shows them to the model.
         * 16-bit grey is scaled to 8 bits, never clipped.
         * Arrays are ``(H, W)`` grey or ``(H, W, C)`` or ``(C, H, W)`` with C = 1, 3 or 4. Where both readings are
           possible arrays are read as channels last and torch tensors as channels first. uint8 is taken as it is, bool
@@ -74,15 +76,15 @@ def load_image(source: Any, settings: MediaSettings | None = None, budget: Pixel
     """
     settings = settings or MediaSettings()
     if isinstance(source, Image.Image):
-        return rgb.upright_rgb(source, "the picture")
+        return rgb.upright_rgb(source, "the picture", settings.background)
     if isinstance(source, np.ndarray):
-        return rgb.from_array(source, channels_first=False)
+        return rgb.from_array(source, channels_first=False, background=settings.background)
     if isinstance(source, torch.Tensor):
-        return rgb.from_array(rgb.tensor_to_array(source), channels_first=True)
+        return rgb.from_array(rgb.tensor_to_array(source), channels_first=True, background=settings.background)
     opened = open_medium(source, "image", settings)
     with opened.file() as file:
         budget = budget or PixelBudget(settings.prompt_pixels)
-        return rgb.decode(file, opened.name, settings.image_pixels, budget.spend)
+        return rgb.decode(file, opened.name, settings.image_pixels, budget.spend, settings.background)
 
 
 def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
@@ -90,7 +92,7 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
 
     Args:
         source: path (str or Path), bytes, ``data:`` URI (its media type does not matter, the content decides), or an
-            ``http://`` or ``https://`` address.
+            ``http://`` or ``https://`` address. White space around a URI or address is ignored.
         kind: "image", "video" or "document".
         settings: limits and permissions.
 
@@ -102,6 +104,8 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     limit: int = getattr(settings, f"{kind}_bytes")
     if isinstance(source, bytes | bytearray | memoryview):
         return Opened(_within(bytes(source), limit, kind), f"{len(source)} bytes")
+    if isinstance(source, str) and _ADDRESS.match(source):
+        source = source.strip()
     if isinstance(source, str) and source[:5].lower() == "data:":
         return Opened(_read_data_uri(source, limit, kind), short(source))
     if isinstance(source, str) and (scheme := _SCHEME.match(source)):
@@ -169,14 +173,15 @@ def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
     header, comma, body = uri.partition(",")
     if not comma:
         raise ValueError(f"{short(uri)} is not a data: URI; expected data:{_EXAMPLES[kind]};base64,...")
-    coded = header.lower().endswith(";base64")
+    coded = _BASE64.search(header) is not None
     # Before anything of it is unpacked. Plain bytes may be three characters each, %41.
     if len(body) > (limit * 4 // 3 + 4 if coded else 3 * limit):
         raise ValueError(f"{short(uri)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
     data = _unquote(body)
     if coded:
+        data = data.translate(None, b" \t\r\n\f\v").rstrip(b"=")  # browsers do without padding, too
         try:
-            data = base64.b64decode(data.translate(None, b" \t\r\n\f\v"), validate=True)
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
         except binascii.Error as error:
             raise ValueError(f"{short(uri)} is not valid base64: {error}") from error
     return _within(data, limit, kind)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from aria import ops
+from aria.processor.cancellation import check_cancelled, map_in_context
 from aria.processor.image import AriaImageProcessor, Sheet
 from aria.processor.limits import PixelBudget
 from aria.processor.media import MediaSettings, load_image
@@ -180,6 +181,7 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
 
 
 def _read(source: Any, media: MediaSettings | None, budget: PixelBudget) -> np.ndarray:
+    check_cancelled()
     # Always a copy: what the key was made from must still be there when the picture is loaded.
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
         return np.array(source, order="C")
@@ -208,7 +210,7 @@ def _together(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[A
     if len(calls) < 2:
         return [function(*call) for call in calls]
     with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1, MOST_THREADS)) as pool:
-        return list(pool.map(lambda call: function(*call), calls))
+        return map_in_context(pool, lambda call: function(*call), calls)
 
 
 def _cut(rgb_FYXH: Pixels, picture: Picture) -> Pixels:

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from aria.processor.cancellation import check_cancelled
 
 # Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 _ORIENTATION = 0x0112
-# What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, IndexError, struct.error, EOFError, RuntimeError)
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PHOTOMETRIC = 0x0106
+_WHITE_IS_ZERO = 0
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT_BYTES = 1 << 19
+"""Most bytes of metadata in a PNG that are read: an orientation takes less, and Pillow refuses files with 1 MB."""
 
 
-def decode(file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], None]) -> Image.Image:
-    """The picture in a file; ``name`` is what errors call it. ``spend`` is told its pixels before it is decoded.
+def decode(
+    file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], None], background: str | None = "white"
+) -> Image.Image:
+    """The image in a file as upright RGB.
+
+    Args:
+        file: open for reading, at its beginning.
+        name: what errors call it.
+        max_pixels: limit on width times height, checked before decoding.
+        spend: called with the number of pixels before they are decoded; may raise.
+        background: colour behind transparent pixels; None: their stored colours.
 
     Raises:
-        ValueError: not a picture, damaged, or of more pixels than allowed.
+        ValueError: not an image, damaged, or of more pixels than allowed.
+        Cancelled: nobody waits for it any more.
     """
     Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
     try:
-        image = Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN])
+        image = Image.open(_CheckedFile(_without_long_text(file)), formats=[f for f in _FORMATS if f in Image.OPEN])
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a known format ({', '.join(_FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} announces more than the {max_pixels:,} pixels allowed; scale it down first"
         ) from error
-    except _DAMAGE as error:
+    except Exception as error:
         raise ValueError(_damaged(name, error)) from error
     with image:
         if image.width * image.height > max_pixels:
@@ -41,17 +67,72 @@ def decode(file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], No
                 "scale it down first"
             )
         spend(image.width * image.height)
-        return upright_rgb(image, name)
+        if image.format == "TIFF":
+            image.info.pop("xmp", None)  # which Pillow would rewrite while loading, and may stumble over
+        return upright_rgb(image, name, background)
 
 
-def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+class _CheckedFile:
+    """A file as Pillow reads it, in pieces, between which the caller's leaving is noticed."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        check_cancelled()
+        return self._file.read(size)
+
+
+def _without_long_text(file: BinaryIO) -> BinaryIO:
+    """A PNG without its texts and colour profiles where they are long; other files as they are."""
+    if file.read(len(_PNG)) != _PNG:
+        file.seek(0)
+        return file
+    kept, dropped, start, room = [], False, 0, _PNG_TEXT_BYTES
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        end = file.tell() + length + 4
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            size = _text_size(file.read(min(length, room + 1)), room)
+            if size > room:
+                kept.append((start, end - length - 12))
+                dropped, start = True, end
+            else:
+                room -= size
+        file.seek(end)
+    if not dropped:
+        file.seek(0)
+        return file
+    kept.append((start, file.seek(0, io.SEEK_END)))
+    parts = []
+    for first, last in kept:
+        file.seek(first)
+        parts.append(file.read(max(last - first, 0)))
+    return io.BytesIO(b"".join(parts))
+
+
+def _text_size(chunk: bytes, limit: int) -> int:
+    """Bytes of a text chunk as Pillow would hold it, counted up to a little more than ``limit``."""
+    keyword, _, rest = chunk.partition(b"\0")
+    # Behind the keyword stand up to two flags and two short texts, then what may be compressed.
+    for start in (at for at in range(min(len(rest), 256)) if rest[at : at + 1] == b"\x78"):
+        try:
+            return len(keyword) + len(zlib.decompressobj().decompress(rest[start:], limit + 1))
+        except zlib.error:
+            continue
+    return len(chunk)
+
+
+def upright_rgb(image: Image.Image, name: str, background: str | None = "white") -> Image.Image:
+    """An image in memory as upright RGB, its transparent pixels on ``background`` (see :func:`decode`)."""
     if not image.width or not image.height:
         raise ValueError(f"{name} is empty ({image.width} x {image.height} pixels)")
     try:
         image.load()
         image = _upright(image)
-        return image if image.mode == "RGB" else _to_rgb(image)
-    except _DAMAGE as error:
+        return image if image.mode == "RGB" and "transparency" not in image.info else _to_rgb(image, background)
+    except Exception as error:  # decoders of damaged files raise errors of every kind
         raise ValueError(_damaged(name, error)) from error
 
 
@@ -60,24 +141,44 @@ def _damaged(name: str, error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # Pixels only: Pillow's own exif_transpose also writes the metadata anew, and fails where they are odd.
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error):
-        return image  # unreadable metadata says nothing about the orientation
-    return ImageOps.exif_transpose(image) if turned else image
+        orientation = image.getexif().get(_ORIENTATION)
+        method = _TRANSPOSED.get(orientation)  # type: ignore[arg-type]  # whatever the file holds there
+    except Exception:  # unreadable metadata say nothing about the orientation
+        return image
+    return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, background: str | None) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return from_array(np.asarray(image).astype(np.uint16), channels_first=False)
+        grey = np.asarray(image).astype(np.uint16)
+        tags = getattr(image, "tag_v2", {})
+        if image.format == "TIFF" and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            grey = 65535 - grey  # which Pillow does for up to 8 bits only
+        return from_array(grey, channels_first=False, background=background)
     if image.mode == "I":
-        return from_array(_narrow(np.asarray(image)), channels_first=False)
+        return from_array(_narrow(np.asarray(image)), channels_first=False, background=background)
     if image.mode == "F":
-        return from_array(np.asarray(image), channels_first=False)
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        # Same pixels; without the entry Pillow does not advise RGBA, which would be composited onto nothing here.
+        return from_array(np.asarray(image), channels_first=False, background=background)
+    if background is not None and image.has_transparency_data:
+        return on_background(image, background)
+    if "transparency" in image.info:
+        # Same pixels, without a warning from Pillow that they are transparent.
         image = image.copy()
         del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def on_background(image: Image.Image, background: str) -> Image.Image:
+    """An image with transparent pixels, composited onto a colour; RGB."""
+    if image.mode == "La":  # the only mode that needs a step between
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    if image.getextrema()[3] != (255, 255):
+        canvas = Image.new("RGBA", image.size, background)
+        canvas.alpha_composite(image)
+        image = canvas
     return image.convert("RGB")
 
 
@@ -94,7 +195,8 @@ def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def from_array(array: np.ndarray, *, channels_first: bool) -> Image.Image:
+def from_array(array: np.ndarray, *, channels_first: bool, background: str | None = "white") -> Image.Image:
+    """An array as :func:`aria.processor.media.load_image` takes it -> RGB."""
     shape = array.shape
     if array.ndim == 3:
         last, first = shape[2] in (1, 3, 4), shape[0] in (1, 3, 4)
@@ -102,14 +204,18 @@ def from_array(array: np.ndarray, *, channels_first: bool) -> Image.Image:
             array = array.transpose(1, 2, 0)
         elif not last:
             raise ValueError(f"an array of shape {shape} is no picture: expected 1, 3 or 4 channels first or last")
-        array = array[..., 0] if array.shape[2] == 1 else array[..., :3]
+        if array.shape[2] == 1:
+            array = array[..., 0]
+        elif background is None:
+            array = array[..., :3]
     elif array.ndim != 2:
         raise ValueError(
             f"an array of shape {shape} is no picture; expected (H, W), (H, W, C) or (C, H, W), one at a time"
         )
     if not array.size:
         raise ValueError(f"an array of shape {shape} is an empty picture")
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(array))).convert("RGB")
+    image = Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
+    return image.convert("RGB") if background is None or image.mode != "RGBA" else on_background(image, background)
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:

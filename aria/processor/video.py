@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from aria.processor.cancellation import map_in_context
 from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
@@ -194,8 +195,7 @@ def _decode(
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for _ in pool.map(work, range(workers)):
-                pass
+            map_in_context(pool, work, range(workers))
         except BaseException:
             watch.stop()
             raise

@@ -18,6 +18,7 @@ import torch
 from aria.engine import AsyncEngine, ContextLengthError, Piece, SamplingParams
 from aria.model import Aria
 from aria.processor import AriaProcessor
+from aria.processor.cancellation import run_cancellable
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
@@ -115,10 +116,13 @@ class Service:
                 raise context_length(ContextLengthError(self.defaults.max_model_len, tokens, "shorten it"), param)
 
     async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
-        """Do what takes time in a thread. What is wrong with the request's messages or media becomes a 400."""
+        """Do what takes time in a thread, which stops when the client leaves.
+
+        What is wrong with the request's messages or media becomes a 400.
+        """
         pool = self._media if media else self._texts
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool, work)
+            return await run_cancellable(pool, work)
         except ContextLengthError as error:
             raise context_length(error, param) from error
         except (ValueError, OSError) as error:

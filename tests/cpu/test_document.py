@@ -82,7 +82,7 @@ def test_pages_that_are_not_there(pages: Any, message: str) -> None:
 
 @pytest.mark.parametrize(("data", "message"), [
     (b"", "no PDF, a damaged one"), (b"hello", "no PDF, a damaged one"), (b"%PDF-1.7\n", "no PDF, a damaged"),
-    (pdf((50, 50))[:200], "no PDF, a damaged one|cannot be rendered|has no pages"), (pdf(), "without pages"),
+    (pdf((50, 50))[:200], "no PDF, a damaged one|cannot be rendered|has no pages"), (pdf(), "has no pages"),
 ])  # fmt: skip
 def test_what_is_no_document(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -194,3 +194,35 @@ def test_a_real_document() -> None:
         width, height = paper[0].get_size()
     assert abs(page.rgb.shape[0] - 2 * height) <= 1 and abs(page.rgb.shape[1] - 2 * width) <= 1
     assert (page.rgb.reshape(-1, 3) == 255).all(-1).mean() < 0.95, "something is drawn"
+
+
+def bare(catalog: bytes, boxes: bytes = b"/MediaBox[0 0 60 60]") -> bytes:
+    """A PDF of one empty page."""
+    return b"""%%PDF-1.7
+1 0 obj<</Type/Catalog/Pages 2 0 R%b>>endobj
+2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
+3 0 obj<</Type/Page/Parent 2 0 R%b>>endobj
+4 0 obj<</Length 5>>stream
+<a/>
+endstream endobj
+trailer<</Root 1 0 R/Size 5>>
+%%%%EOF
+""" % (catalog, boxes)
+
+
+def test_what_has_no_pages_of_its_own_says_so(tmp_path: Path) -> None:
+    (tmp_path / "empty.pdf").write_bytes(pdf())
+    for source in (pdf(), tmp_path / "empty.pdf", pdf()):
+        with pytest.raises(ValueError, match="password"):
+            read(LOCKED)  # whose error PDFium remembers
+        with pytest.raises(ValueError, match="cannot be read: it has no pages"):
+            read(source)
+    for catalog in (b"/AcroForm<</Fields[]/XFA 4 0 R>>", b"/NeedsRendering true/AcroForm<</Fields[]/XFA 4 0 R>>"):
+        with pytest.raises(ValueError, match=r"is a dynamic XFA form.*print it to a PDF"):
+            read(bare(catalog))
+
+
+def test_pages_without_area_are_named() -> None:
+    assert read(bare(b""))[0].rgb.shape == (120, 120, 3)
+    with pytest.raises(ValueError, match=r"page 1 of .* has no area"):
+        read(bare(b"", b"/MediaBox[0 0 60 60]/CropBox[80 80 90 90]"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import socket
 import threading
+import zlib
 from typing import Any
 
 import pytest
@@ -78,7 +81,7 @@ FORBIDDEN_HOSTS = [
 @pytest.mark.parametrize("host", FORBIDDEN_HOSTS)
 def test_private_addresses_are_refused_however_they_are_written(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     connected: list[Any] = []
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: connected.append(args))
+    monkeypatch.setattr(module, "_connect", lambda *args: connected.append(args))
     with pytest.raises(ValueError, match=r"not in the public internet|is not known|is not an address") as error:
         fetch(f"http://{host}:8080/latest/meta-data/", LIMIT, CLOSED)
     assert not connected, error
@@ -106,7 +109,7 @@ def test_public_addresses_are_told(address: str) -> None:
 ], ids=str)  # fmt: skip
 def test_names_that_lead_inside_are_refused(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     connected: list[Any] = []
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: connected.append(args))
+    monkeypatch.setattr(module, "_connect", lambda *args: connected.append(args))
     monkeypatch.setattr(socket, "getaddrinfo", Resolver({"inside.example": [addresses]}))
     with pytest.raises(ValueError, match=r"inside\.example is not in the public internet") as error:
         fetch("http://inside.example/", LIMIT, CLOSED)
@@ -119,11 +122,11 @@ def test_a_name_is_resolved_once_and_the_connection_goes_where_was_checked(monke
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     connected: list[str] = []
 
-    def refuse(address: tuple[str, int], *args: object, **kwargs: object) -> socket.socket:
+    def refuse(family: object, address: tuple[str, int], *args: object) -> socket.socket:
         connected.append(address[0])
         raise ConnectionRefusedError("closed")
 
-    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(module, "_connect", refuse)
     with pytest.raises(ValueError, match="closed"):
         fetch("http://rebinding.example/", LIMIT, CLOSED)
     assert connected == ["8.8.8.8"] and resolver.asked == ["rebinding.example"]
@@ -251,11 +254,46 @@ def test_size_is_cut_with_and_without_a_length() -> None:
 
 @pytest.mark.parametrize(("status", "headers", "message"), [
     (404, {}, "status 404"), (500, {}, "status 500"), (204, {}, "status 204"), (302, {}, "status 302"),
-    (200, {"Content-Encoding": "gzip"}, "'gzip' coding"), (206, {}, "status 206"),
+    (200, {"Content-Encoding": "br"}, "br coding"), (206, {}, "status 206"),
 ])  # fmt: skip
 def test_answers_that_are_not_taken(status: int, headers: dict[str, str], message: str) -> None:
     with site(lambda handler: (status, headers, b"")) as address, pytest.raises(ValueError, match=message):
         fetch(address, LIMIT, OPEN)
+
+
+@pytest.mark.parametrize("coding", ["aws-chunked", "UTF-8", "none", "binary", "identity", "", "utf-8, identity"])
+def test_codings_that_say_nothing_are_ignored(coding: str) -> None:
+    with site(lambda handler: (200, {"Content-Encoding": coding}, b"body")) as address:
+        assert fetch(address, LIMIT, OPEN) == b"body"
+
+
+def test_compressed_bodies_are_inflated_within_the_limit() -> None:
+    sent: dict[str, tuple[str, bytes]] = {
+        "/gzip": ("gzip", gzip.compress(b"body")),
+        "/deflate": ("deflate", zlib.compress(b"body")),
+        "/twice": ("gzip, x-gzip", gzip.compress(gzip.compress(b"body"))),
+        "/bomb": ("gzip", gzip.compress(bytes(50 * LIMIT))),
+        "/cut": ("gzip", gzip.compress(os.urandom(100))[:-20]),
+        "/damaged": ("gzip", b"not gzip"),
+        "/full": ("gzip", gzip.compress(bytes(LIMIT))),
+    }
+    with site(lambda handler: (200, {"Content-Encoding": sent[handler.path][0]}, sent[handler.path][1])) as address:
+        for path in ("/gzip", "/deflate", "/twice"):
+            assert fetch(address + path, LIMIT, OPEN) == b"body"
+        assert fetch(address + "/full", LIMIT, OPEN) == bytes(LIMIT)
+        for path, message in (("/bomb", "sends more than"), ("/cut", "ends too early"), ("/damaged", "is damaged")):
+            with pytest.raises(ValueError, match=message):
+                fetch(address + path, LIMIT, OPEN)
+
+
+def test_a_redirect_in_raw_utf8_is_followed() -> None:
+    def answer(handler: Any) -> Any:
+        if handler.path != "/":
+            return 200, {}, handler.path.encode()
+        handler.wfile.write("HTTP/1.1 302 Found\r\nLocation: /caf\u00e9.png\r\nContent-Length: 0\r\n\r\n".encode())
+
+    with site(answer) as address:
+        assert fetch(address, LIMIT, OPEN) == b"/caf%C3%A9.png"
 
 
 @pytest.mark.parametrize("part", ["headers", "body"])

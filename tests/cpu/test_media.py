@@ -142,7 +142,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 
 def test_other_modes_are_what_pillow_converts() -> None:
     rgba = Image.fromarray(np.random.default_rng(2).integers(0, 256, (9, 7, 4), dtype=np.uint8), "RGBA")
-    assert np.array_equal(pixels(rgba), np.asarray(rgba)[..., :3])  # alpha dropped, as in training
+    stored = MediaSettings(background=None)
+    assert np.array_equal(np.asarray(load_image(rgba, stored)), np.asarray(rgba)[..., :3])  # as transformers has it
     for mode in ("L", "1", "CMYK", "YCbCr", "HSV", "LA", "P", "RGBA", "RGBX"):
         image = NOISE.convert(mode)
         assert np.array_equal(pixels(image), np.asarray(image.convert("RGB"))), mode
@@ -156,7 +157,10 @@ def test_palette_with_transparency_is_quiet() -> None:
         data = encoded(image, "PNG", transparency=transparency)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert np.array_equal(pixels(data), np.asarray(image.convert("RGB")))
+            assert np.array_equal(
+                np.asarray(load_image(data, MediaSettings(background=None))), np.asarray(image.convert("RGB"))
+            )
+            load_image(data)
 
 
 def test_arrays_and_tensors() -> None:
@@ -176,7 +180,8 @@ def test_arrays_and_tensors() -> None:
     assert np.array_equal(pixels(array[..., 0])[..., 2], array[..., 0])
     assert np.array_equal(pixels(array[..., :1])[..., 2], array[..., 0])
     assert pixels(np.array([[True, False]]))[0].tolist() == [[255] * 3, [0] * 3]
-    assert np.array_equal(pixels(np.dstack([array, array[..., 0]])), array)  # fourth channel is alpha
+    opaque = np.full_like(array[..., 0], 255)
+    assert np.array_equal(pixels(np.dstack([array, opaque])), array)  # fourth channel is alpha
     ambiguous = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(pixels(ambiguous), ambiguous)
     assert np.array_equal(pixels(torch.from_numpy(ambiguous)), ambiguous.transpose(1, 2, 0))
@@ -244,6 +249,17 @@ def test_bytes_and_data_uris_are_measured_before_they_are_read() -> None:
         with pytest.raises(ValueError, match="allowed"):
             load_image(source, small)
     assert load_image(f"data:nonsense;base64,{coded}").size == NOISE.size, "the content decides, not the label"
+    # As clients write them.
+    padded = base64.b64encode(data + bytes(1 - len(data) % 3 % 2)).decode()
+    for uri in (
+        f"data:image/png; base64,{padded}",
+        f"data:image/png;charset=utf-8; BASE64 ,{padded}",
+        f" data:image/png;base64,{padded}\n",
+        f"DATA:image/png;base64,{padded.rstrip('=')}",
+        f"data:image/png;base64, {padded[:20]} {padded[20:]}",
+        f"data:image/png;base64,{padded.replace('=', '%3D')}",
+    ):
+        assert load_image(uri).size == NOISE.size, uri[:40]
     with pytest.raises(ValueError, match="more than the 2,399 allowed"):
         load_image(data, MediaSettings(image_pixels=40 * 60 - 1))
     assert load_image(data, MediaSettings(image_pixels=40 * 60, image_bytes=len(data))).size == NOISE.size

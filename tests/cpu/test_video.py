@@ -387,3 +387,26 @@ def test_ffprobe_still_says_so(name: str) -> None:
 def test_names_in_messages_are_those_of_the_source() -> None:
     with pytest.raises(ValueError, match=r"^my clip cannot be read"):
         read_clip(Opened(b"nothing", "my clip"), num_frames=1)
+
+
+def test_an_animated_avif_is_a_clip() -> None:
+    frames = [Image.fromarray(np.full((32, 48, 3), 20 * i, np.uint8)) for i in range(10)]
+    data = io.BytesIO()
+    frames[0].save(data, "AVIF", save_all=True, append_images=frames[1:], duration=100)
+    assert len(read(data.getvalue(), num_frames=4)) == 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_transparent_pixels_of_clips_are_white(kind: str) -> None:
+    frames = [Image.new("RGBA", (32, 32), (0, 0, 0, 0)) for _ in range(3)]
+    for number, frame in enumerate(frames):
+        frame.paste((255, 0, 0, 255), (8 * number, 0, 8 * number + 8, 32))
+    data = io.BytesIO()
+    frames[0].save(
+        data, kind, save_all=True, append_images=frames[1:], duration=100, disposal=2 if kind == "GIF" else 1
+    )
+    for number, frame in enumerate(read(data.getvalue(), num_frames=3)):
+        assert frame.rgb[16, 28].tolist() == [255, 255, 255]
+        assert frame.rgb[16, 8 * number + 4].tolist() == [255, 0, 0]
+    stored = read(data.getvalue(), num_frames=1, settings=MediaSettings(background=None))[0].rgb[16, 28].tolist()
+    assert stored == ([255, 255, 255] if kind == "GIF" else [0, 0, 0])  # FFmpeg reads a GIF's as white itself
