@@ -70,6 +70,10 @@ class Evaluation:
         self._model, self._objective, self._recipe, self._processor = model, objective, recipe, processor
         self._ranks, self._descent, self._out, self._sampler = ranks, descent, out, sampler
         self._position = position
+        # Open for as long as the run: every evaluation sees the same rows, or fails where a file was changed.
+        evaluates = bool(recipe.evaluate.data)
+        self._stream = held_out_stream(recipe, processor, model.config, ranks) if evaluates else None
+        self._rows: int | None = None
         if ranks.rank == 0:
             drop_after(out / SAMPLES_NAME, position.step)
 
@@ -88,13 +92,14 @@ class Evaluation:
         return found
 
     def _loss(self) -> dict[str, Any]:
-        recipe, ranks = self._recipe, self._ranks
-        each = -(-recipe.evaluate.batches // ranks.data_world)
+        recipe, ranks, stream = self._recipe, self._ranks, self._stream
+        assert stream is not None, "there are held-out data"
+        if self._rows is None and recipe.evaluate.batches is not None:
+            self._rows = stream.rows_that_fill(recipe.evaluate.batches)
         sums = torch.zeros(3, dtype=torch.float64)
-        stream = held_out_stream(recipe, self._processor, self._model.config, ranks)
-        reading: Any = stream.once()
+        reading: Any = stream.once(self._rows)
         with contextlib.closing(reading) as batches:
-            for _ in range(each):
+            while True:
                 batch = next(batches, None)
                 # Ranks compute together: one that has no more goes on with filler.
                 if not ranks.max(int(batch is not None)):
@@ -110,11 +115,14 @@ class Evaluation:
                     )
                 sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
         mine = _told(stream.report, "held-out")
-        count = torch.tensor([float(mine.get("held-out rows skipped", 0))])
-        loss, hits, labels, unused = ranks.sum(torch.cat([sums, count]).to(ranks.device, torch.float32)).tolist()
+        skipped = mine.get("held-out rows skipped", 0)
+        counts = torch.tensor([stream.report.rows, skipped], dtype=torch.float64)
+        total = ranks.sum(torch.cat([sums, counts]).to(ranks.device))
+        loss, hits, labels, rows, unused = total.tolist()
         if not labels:
             raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch")
         found = {"held-out loss": loss / labels, "held-out accuracy": hits / labels, "held-out targets": round(labels)}
+        found["held-out rows"] = f"{round(rows - unused):,} of {stream.rows:,} rows"
         if unused:
             found["held-out rows skipped"] = round(unused)
             # Of this rank's: examples of other ranks could cross a checkpoint that is being written.
@@ -132,7 +140,8 @@ class Evaluation:
             return {}
         settings, report = held_out(recipe), Report()
         encoder = Encoder(self._processor, self._model.config, settings, recipe.batch.tokens)
-        asked = questions(settings, self._processor, count, encoder=encoder, report=report)
+        sources = None if self._stream is None else self._stream.sources
+        asked = questions(settings, self._processor, count, encoder=encoder, report=report, sources=sources)
         if not asked:
             report.skip("no answer", f"{', '.join(recipe.evaluate.data)}: no conversation that an answer ends")
         lines = []
@@ -162,9 +171,9 @@ def _told(report: Report, what: str) -> dict[str, Any]:
 
 
 def held_out(recipe: Recipe) -> DataSettings:
-    """``[data]`` of a recipe, but for the held-out conversations, each once and in order."""
+    """``[data]`` of a recipe, but for the held-out conversations: each once, in an order that the seed draws."""
     evaluate = recipe.evaluate
-    return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=False)
+    return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=True)
 
 
 def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig) -> None:

@@ -265,5 +265,7 @@ def summary(line: Mapping[str, Any]) -> str:
         value = line.get(name)
         if value is not None:
             parts.append(form.format(value / 2**30 if name == "memory" else value))
+            if name == "held-out loss" and "held-out rows" in line:
+                parts[-1] += f" ({line['held-out rows']})"
     dead = sum(map(len, line.get("dead experts", {}).values()))
     return ", ".join([*parts, f"{dead} dead experts"] if dead else parts)

@@ -146,8 +146,9 @@ class EvaluateSettings:
     """Which file of a folder, and which split of a Hugging Face data set."""
     every: int | None = None
     """Steps between evaluations; none is at the end only."""
-    batches: int = 16
-    """Micro-batches of held-out data that the loss is computed on, of all ranks together."""
+    batches: int | None = None
+    """A random sample of the held-out rows is used, with as many tokens as so many micro-batches have, of all ranks
+    together. The seed draws it; it is the same at each evaluation and on any number of ranks. None: all rows."""
     samples: int = 0
     """Held-out conversations whose last answer is written by the model into ``samples.jsonl``, beside the true one."""
     max_tokens: int = 128

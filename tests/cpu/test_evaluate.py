@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import made_data
 import pytest
 from made_data import chat, jsonl, said
 
+from aria.train.evaluate import held_out_stream
 from aria.train.recipe import Recipe
 from aria.train.run import train
 
@@ -89,8 +93,55 @@ def test_rows_that_the_loss_passes_over_are_no_samples(run, tmp_path):
     assert [(line["step"], line["truth"]) for line in samples] == [(2, "fox"), (2, "b"), (4, "fox"), (4, "b")]
     told = next(line for line in log if "held-out loss" in line)
     assert told["sample rows skipped"] == told["held-out rows skipped"] == 3
-    assert told["sample problems"] == told["held-out problems"]
+    assert told["sample problems"] == sorted(told["held-out problems"])
     assert [problem.split("held.jsonl:")[1][0] for problem in told["sample problems"]] == ["1", "2", "3"]
+
+
+def many(tmp_path: Path) -> Path:
+    """40 rows, of which no two fit into a batch of 192 tokens; the first 30 have other answers."""
+    rows = [chat(f"#{i:02d} " + "3" * 90, "dog" if i < 30 else "fox") for i in range(40)]
+    return jsonl(tmp_path / "held.jsonl", rows)
+
+
+def test_all_rows_are_asked_or_as_many_as_are_said(run, tmp_path, capsys):
+    evaluate = {"data": [str(many(tmp_path))], "every": 2}
+    log, *_ = run(evaluate=evaluate)
+    assert [line["held-out rows"] for line in log if "held-out loss" in line] == ["40 of 40 rows"] * 2
+    log, *_ = run(evaluate={**evaluate, "batches": 5}, budget={"steps": 6})
+    told = log[-1]
+    assert told["held-out rows"] == "7 of 40 rows", "of some 130 tokens each"
+    assert f"step 6: held-out {told['held-out loss']:.4f} (7 of 40 rows)" in capsys.readouterr().err
+
+
+def test_a_sample_of_rows_is_drawn_by_the_seed_and_the_same_on_any_number_of_ranks(tmp_path):
+    def asked(seed: int, world: int) -> set[int]:
+        evaluate = {"data": [str(many(tmp_path))], "batches": 8}
+        recipe = Recipe.from_table({"data": {"paths": ["x"]}, "batch": {"tokens": 192}, "evaluate": evaluate,
+                                    "seed": seed})  # fmt: skip
+        found: list[int] = []
+        for rank in range(world):
+            ranks = SimpleNamespace(data_rank=rank, data_world=world)
+            stream = held_out_stream(recipe, made_data.processor(), made_data.config(), ranks)
+            rows = stream.rows_that_fill(recipe.evaluate.batches)
+            for batch in [*stream.once(rows), *stream.once(rows)]:
+                found += map(int, re.findall(r"#(\d\d)", made_data.processor().decode(batch.input_ids)))
+            assert stream.report.rows == len(range(rank, rows, world)), "of the last pass"
+        assert len(found) == 2 * len(set(found))
+        return set(found)
+
+    one = asked(1, 1)
+    assert 8 <= len(one) < 16 and max(one) >= 30
+    assert asked(1, 2) == asked(1, 3) == one != asked(2, 1)
+
+
+def test_held_out_data_that_are_rewritten_end_the_run(run, tmp_path):
+    def cuts(*_):
+        os.truncate(tmp_path / "held.jsonl", 30)
+        return ["yes"]
+
+    with pytest.raises(ValueError, match=r"held\.jsonl:\d: the file was changed .* and now has 30"):
+        run(cuts, evaluate=held(tmp_path, [chat("a", "b")] * 3, samples=1))
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
 
 
 def test_what_is_cut_for_the_loss_is_no_sample(run, tmp_path, model_folder):

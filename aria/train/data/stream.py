@@ -103,6 +103,11 @@ class DataStream:
         return self._order.size
 
     @property
+    def sources(self) -> Sources:
+        """What is read."""
+        return self._sources
+
+    @property
     def epochs(self) -> float:
         """Passes over the data up to the last batch that was given: rows that wait to be packed do not count."""
         waiting = sum(len(one.left) / one.parts for one in self._held)
@@ -182,12 +187,32 @@ class DataStream:
         finally:
             reader.close()
 
-    def once(self) -> Iterator[Batch]:
-        """Batches of one pass: each of this rank's rows once, the last batch as full as they make it."""
+    def rows_that_fill(self, batches: int) -> int:
+        """How many rows, from the first on, have the tokens of so many batches: on every rank the same number."""
+        left = batches * self._tokens
+        reader = Reader(self._read, self._settings.workers, self._settings.workers * self._settings.prefetch)
+        try:
+            for number, encoded in reader.read(range(self._order.size)):
+                if isinstance(encoded, Encoded):
+                    left -= sum(sample.tokens for sample in encoded.samples)
+                if left < 0:
+                    return max(1, number)
+        finally:
+            reader.close()
+        return self._order.size
+
+    def once(self, rows: int | None = None) -> Iterator[Batch]:
+        """Batches of one pass: each of this rank's rows once, the last batch as full as they make it. The report begins
+        anew.
+
+        Args:
+            rows: the first ones, over all ranks; None: all.
+        """
+        self.report = Report()
         packer: Packer[Waiting] = Packer(self._tokens, self._settings.max_crops, self._settings.lookahead)
         reader = Reader(self._read, self._settings.workers, self._settings.workers * self._settings.prefetch)
         try:
-            for number, encoded in reader.read(range(self._rank, self._order.size, self._world)):
+            for number, encoded in reader.read(range(self._rank, rows or self._order.size, self._world)):
                 self._add(packer, number, self._account(number, encoded))
                 while packer.ready:
                     yield self._packed([waiting.sample for waiting in packer.take()])
@@ -333,6 +358,7 @@ def questions(
     *,
     encoder: Encoder | None = None,
     report: Report | None = None,
+    sources: Sources | None = None,
 ) -> list[Question]:
     """The first conversations of the data sets, for a model to answer.
 
@@ -344,8 +370,9 @@ def questions(
         most: how many.
         encoder: passes over what it could not use whole as well: media that are missing, and rows that are too long.
         report: is told of rows that cannot be used.
+        sources: the data sets, where they are open already.
     """
-    sources = Sources(settings.weights, settings.split)
+    sources = sources or Sources(settings.weights, settings.split)
     customs = Customs(settings.num_frames, settings.timestamps, processor.image_processor.sizes)
     found: list[Question] = []
     for row in range(len(sources)):
