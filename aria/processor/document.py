@@ -26,7 +26,7 @@ _SLICE = 0.2
 """Seconds of drawing until others get their turn."""
 _UNSET = 2
 """PDFium's code for a missing file, which is ruled out before: set on purpose, to see whether it is overwritten."""
-_FAULTS = {
+_FAULTS: dict[int | None, str] = {
     _UNSET: "it has no pages",
     3: "it is no PDF, a damaged one, or one without pages",
     4: "it is locked with a password",

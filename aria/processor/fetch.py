@@ -252,7 +252,7 @@ class _Backend(httpcore2.NetworkBackend):
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise httpcore2.ConnectError(f"{host} is not known ({error})") from error
-        addresses = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
+        addresses: list[tuple[socket.AddressFamily, Any]] = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
         if not self._settings.private_addresses and not all(is_public(str(address[0])) for _, address in addresses):
             # Which address it was stays here: names of an inner network would tell strangers about it.
             raise ValueError(

@@ -51,7 +51,10 @@ def decode(
     """
     Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
     try:
-        image = Image.open(_CheckedFile(_without_long_text(file)), formats=[f for f in _FORMATS if f in Image.OPEN])
+        image = Image.open(
+            _CheckedFile(_without_long_text(file)),  # type: ignore[arg-type]  # Pillow asks for these methods alone
+            formats=[f for f in _FORMATS if f in Image.OPEN],
+        )
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a known format ({', '.join(_FORMATS)})") from None
     except Image.DecompressionBombError as error:
@@ -175,7 +178,7 @@ def on_background(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "La":  # the only mode that needs a step between
         image = image.convert("LA")
     image = image.convert("RGBA")
-    if image.getextrema()[3] != (255, 255):
+    if image.getchannel("A").getextrema() != (255, 255):
         canvas = Image.new("RGBA", image.size, background)
         canvas.alpha_composite(image)
         image = canvas
