@@ -364,8 +364,11 @@ class AriaForConditionalGeneration(nn.Module):
         def choose(value: Any, name: str, default: Any) -> Any:
             return self._setting(name, default) if value is None else value
 
+        new = choose(max_new_tokens, "max_new_tokens", DEFAULT_NEW_TOKENS)
+        if not _is(int)(new) or new < 1:
+            raise ValueError(f"max_new_tokens is {new!r}; expected a whole number, at least 1")
         params = SamplingParams(
-            max_tokens=choose(max_new_tokens, "max_new_tokens", DEFAULT_NEW_TOKENS),
+            max_tokens=new,
             temperature=choose(temperature, "temperature", 1.0),
             top_p=choose(top_p, "top_p", 1.0),
             top_k=choose(top_k, "top_k", 0),

@@ -16,6 +16,7 @@ from aria.engine.encoder import Encoder
 from aria.engine.grammar import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.outputs import Stats
+from aria.engine.prompt_scores import PromptScores
 from aria.engine.request import Picture, Request
 from aria.engine.runner import Launched, Runner, TokenLogprobs
 from aria.engine.sampler import EndText
@@ -214,7 +215,8 @@ class EngineCore:
                 raise ValueError(f"{name} names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
         ends = frozenset((*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_token_ids)))
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
-        room = min(params.max_tokens, self.max_model_len - len(prompt))
+        # One token is drawn in any case; where none was asked for it is dropped.
+        room = max(1, min(params.max_tokens, self.max_model_len - len(prompt)))
         requests: list[Request] = []
         for copy in range(params.n):
             request = Request(
@@ -232,6 +234,8 @@ class EngineCore:
                 matcher=matchers[copy] if matchers else None,
                 leader=requests[0] if requests else None,
             )
+            if params.prompt_logprobs is not None and not requests:
+                request.prompt_scores = PromptScores(len(prompt), params.prompt_logprobs)
             self.scheduler.add(request)
             self._unfinished.add(request)
             requests.append(request)
@@ -311,11 +315,15 @@ class EngineCore:
         if launched is None:
             return []
         tokens = []
-        for request, token, logprobs in zip(launched.requests, *launched.wait(), strict=True):
+        drawn = launched.wait()
+        for request, first, scored in launched.scored:
+            assert request.prompt_scores is not None, "scores came that nobody asked for"
+            request.prompt_scores.put(first, scored)
+        for request, token, logprobs in zip(launched.requests, *drawn, strict=True):
             if request not in self._unfinished:
                 continue
             self.scheduler.append(request, token)
-            self._completion_tokens += 1
+            self._completion_tokens += request.params.max_tokens > 0
             tokens.append(Token(request, token, logprobs))
             if request.matcher is not None:
                 request.end = request.matcher.accept(token)

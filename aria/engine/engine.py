@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
 from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
+from aria.engine.prompt_scores import PromptScores
 from aria.engine.request import Picture, Request
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampler import EndText
@@ -61,7 +62,8 @@ class Piece:
     """Which of the ``n`` choices."""
     text: str
     """May be empty: half a character, or what may yet turn out to be a stop text, is held back."""
-    token_id: int
+    token_id: int | None
+    """None where the answer was to have no token: the prompt was read."""
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
     """Set with a choice's last piece."""
@@ -70,8 +72,9 @@ class Piece:
 class Answer:
     """A conversation that is being answered: ``n`` choices as they grow."""
 
-    def __init__(self, prompt_tokens: int, completions: Sequence[Completion], requests: Sequence[Request]):
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, tokenizer: AriaTokenizer, completions: Sequence[Completion], requests: Sequence[Request]):
+        self._tokenizer = tokenizer
+        self.prompt_tokens = len(requests[0].prompt)
         self.completions = completions
         self.requests = requests
         self.pieces: deque[Piece] = deque()
@@ -97,7 +100,26 @@ class Answer:
             assert completion.finish_reason is not None, "a result was asked for before the end"
             logprobs = tuple(completion.logprobs) or None
             choices.append(Choice(completion.text, tuple(completion.token_ids), completion.finish_reason, logprobs))
-        return Result(tuple(choices), Usage(self.prompt_tokens, sum(len(choice.token_ids) for choice in choices)))
+        usage = Usage(self.prompt_tokens, sum(len(choice.token_ids) for choice in choices))
+        return Result(tuple(choices), usage, self.prompt_logprobs())
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt were asked for and are not complete. They are once the first choice
+        has a piece."""
+        scores = self.requests[0].prompt_scores
+        return scores is not None and not scores.complete
+
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Of each token of the prompt, where they were asked for, once it is no longer :attr:`scoring`.
+
+        Any thread may call it; a long prompt takes some time.
+        """
+        scores = self.requests[0].prompt_scores
+        if scores is None:
+            return None
+        assert scores.complete, "log-probabilities of a prompt were asked for before it was read"
+        return named_scores(self._tokenizer, self.requests[0].prompt, scores)
 
 
 class Engine:
@@ -341,7 +363,7 @@ class Engine:
         turn_ends = () if params.ignore_eos or schema is not None else prepared.stop
         completions = [
             Completion(
-                request.max_tokens,
+                min(params.max_tokens, request.max_tokens),
                 request.end_token_ids,
                 self.processor.tokenizer,
                 params.stop or (),
@@ -352,7 +374,7 @@ class Engine:
             )
             for request in requests
         ]
-        answer = Answer(len(prepared.ids), completions, requests)
+        answer = Answer(self.processor.tokenizer, completions, requests)
         for choice, request in enumerate(requests):
             self._answers[request] = answer, choice
         return answer
@@ -374,7 +396,8 @@ class Engine:
         completion = answer.completions[choice]
         logprob = self._named(token)
         text = completion.push(token.token_id, logprob, token.request.end)
-        piece = Piece(answer, choice, text, token.token_id, logprob, completion.finish_reason)
+        kept = token.token_id if completion.max_tokens else None
+        piece = Piece(answer, choice, text, kept, logprob, completion.finish_reason)
         answer.pieces.append(piece)
         if completion.finish_reason is not None:
             self.core.finish(token.request)
@@ -429,3 +452,21 @@ def named_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogpro
     """Log-probabilities with the tokens' text."""
     top = tuple(TokenLogprob(id, tokenizer.decode([id]), value) for id, value in logprobs.likeliest)
     return TokenLogprob(token_id, tokenizer.decode([token_id]), logprobs.chosen, top)
+
+
+def named_scores(
+    tokenizer: AriaTokenizer, prompt: Sequence[int], scores: PromptScores
+) -> tuple[TokenLogprob | None, ...]:
+    """Log-probabilities of a prompt with the tokens' text."""
+
+    @cache
+    def text(token: int) -> str:
+        return tokenizer.decode([token])
+
+    told: list[TokenLogprob | None] = []
+    columns = scores.logprobs.tolist(), scores.ranks.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist()
+    for token, logprob, rank, ids, values in zip(prompt, *columns, strict=True):
+        likeliest = enumerate(zip(ids, values, strict=True), 1)
+        top = tuple(TokenLogprob(other, text(other), value, rank=place) for place, (other, value) in likeliest)
+        told.append(TokenLogprob(token, text(token), logprob, top, rank))
+    return (None, *told[1:])

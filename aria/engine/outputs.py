@@ -22,6 +22,8 @@ class TokenLogprob:
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
     """The likeliest tokens at this place, likeliest first."""
+    rank: int | None = None
+    """1 where no token was likelier; known of tokens of prompts."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Result:
 
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Of each token of the prompt, where they were asked for; the first has none."""
 
     @property
     def text(self) -> str:
@@ -138,7 +142,10 @@ class StopMatcher:
 
 @dataclass
 class Completion:
-    """One answer as it grows. Ends at an end token, at a stop text, with its grammar, or at its last token."""
+    """One answer as it grows. Ends at an end token, at a stop text, with its grammar, or at its last token.
+
+    With ``max_tokens`` of 0 it stays empty, and the first token that comes ends it.
+    """
 
     max_tokens: int
     end_token_ids: Collection[int]
@@ -170,6 +177,9 @@ class Completion:
     def push(self, token_id: int, logprob: TokenLogprob | None = None, end: End | None = None) -> str:
         """Take the next token, and how it ends the grammar if it does; returns the text that became certain with it."""
         assert self.finish_reason is None, "a token came after the end"
+        if not self.max_tokens:
+            self.finish_reason = "length"
+            return ""
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)

@@ -11,6 +11,7 @@ from typing import Any
 
 from aria.engine.blocks import block_hash, root_hash
 from aria.engine.grammar import End, Matcher
+from aria.engine.prompt_scores import PromptScores
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
 
@@ -97,6 +98,8 @@ class Request:
     """Times it was admitted. What the device has in its row serves one of them: preemption in between loses it."""
     published: int = 0
     """Blocks whose content has been offered to the prefix cache."""
+    prompt_scores: PromptScores | None = None
+    """Of the prompt's tokens, where they are asked for; several answers to one prompt have the leader's alone."""
     cached_tokens: int = 0
     """Tokens of the prompt that the prefix cache had when it was first read."""
 
@@ -121,6 +124,13 @@ class Request:
     def known(self) -> int:
         """Tokens whose values are on the host."""
         return len(self.prompt) + len(self.outputs)
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens whose keys and values may come from the prefix cache: one at least is read, to have something
+        to sample from, and so are those that the prompt's next tokens have yet to be scored from."""
+        scores = self.prompt_scores
+        return self.known - 1 if scores is None or scores.complete else min(self.known, scores.known) - 1
 
     @property
     def over(self) -> bool:

@@ -7,7 +7,7 @@ V vocabulary, Q picture tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from aria import ops
+from aria.engine import prompt_scores
 from aria.engine.adapters import Adapters
 from aria.engine.encoder import Encoder
 from aria.engine.grammar import fill_masks
 from aria.engine.graphs import Graphs, Work, batch_size
+from aria.engine.prompt_scores import ScoredTokens
 from aria.engine.request import Request
 from aria.engine.sampler import SamplerState, keep_allowed
 from aria.engine.scheduler import Chunk, Plan
@@ -49,6 +51,8 @@ class Launched:
     """Until tokens are drawn from it."""
     logits: Tensor | None = None
     """``(len(requests), V)``, before penalties; None where a graph did not keep it, overwritten by the next step."""
+    scored: list[tuple[Request, int, ScoredTokens]] = field(default_factory=list)
+    """Tokens of prompts: whose they are, the first of them, and what is known of them once :meth:`wait` is over."""
     _tokens: Tensor | None = None
     _logprobs: tuple[Tensor, ...] | None = None
     _done: torch.cuda.Event | None = None
@@ -60,11 +64,11 @@ class Launched:
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """The tokens, and log-probabilities where they were asked for."""
-        if self._tokens is None:
-            assert self.drawn, "a step was waited for before its tokens were drawn"
-            return [], []
+        assert self.drawn, "a step was waited for before its tokens were drawn"
         if self._done is not None:
             self._done.synchronize()
+        if self._tokens is None:
+            return [], []
         tokens = self._tokens.tolist()
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         if self._logprobs is not None:
@@ -142,8 +146,13 @@ class Runner:
         grammars = any(request.matcher is not None for request in sampling)
         # Penalties, grammars and log-probabilities need the scores, so what draws from them stays out of the graph.
         draw = not extras and not grammars and all(request.params.logprobs is None for request in sampling)
-        computed = self._read(plan, sampling) if plan.chunks else self._grow(plan.decodes, draw)
-        launched = Launched(sampling, computed._replace(extras=extras))
+        scored: list[tuple[Request, int, ScoredTokens]] = []
+        computed = self._read(plan, sampling, scored) if plan.chunks else self._grow(plan.decodes, draw)
+        launched = Launched(sampling, computed._replace(extras=extras), scored=scored)
+        if scored and self.device.type == "cuda":
+            launched.scored = [(request, first, ScoredTokens(*map(_fetch, one))) for request, first, one in scored]
+            launched._done = torch.cuda.Event()
+            launched._done.record()
         if sampling and not grammars:
             self._sample(launched)
         return launched
@@ -182,15 +191,24 @@ class Runner:
         assert used is not None, "the table comes back"
         return _Computed(*used[:2, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
 
-    def _read(self, plan: Plan, sampling: Sequence[Request]) -> _Computed:
-        """A step with chunks of prompts: decodes and chunks in one pass."""
+    def _read(
+        self, plan: Plan, sampling: Sequence[Request], scored: list[tuple[Request, int, ScoredTokens]]
+    ) -> _Computed:
+        """A step with chunks of prompts: decodes and chunks in one pass. Fills ``scored``."""
         chunks, N = plan.chunks, len(plan.decodes)
         # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
         filled = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
         reading = [*plan.decodes, *(chunk.request for chunk in chunks)]
         owners = self._owners_of(reading)
         adapted = any(owners)
-        alone = filled > 0 and not N and len(chunks) == 1 and self._capturable(filled, chunks=True, adapted=adapted)
+        scoring = any(_unscored(chunk) for chunk in chunks)
+        alone = (
+            filled > 0
+            and not N
+            and not scoring
+            and len(chunks) == 1
+            and self._capturable(filled, chunks=True, adapted=adapted)
+        )
         T = filled if alone else plan.tokens
         ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
@@ -220,7 +238,9 @@ class Runner:
         widest = max(width, most)
         pasts = None if alone else [chunk.start for chunk in chunks]
 
-        def work(x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor]:
+        def work(
+            x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor
+        ) -> tuple[Tensor | None, ...]:
             rows_N, rows_C, rows, positions, spans, owners_T = rest
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
@@ -228,15 +248,36 @@ class Runner:
             adapters = self._adapters.step(owners_T) if adapted else None
             context = Paged(
                 self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3),
-                index, sampled_blocks, positions + 1, adapters,
+                None if scoring else index, sampled_blocks, positions + 1, adapters,
             )  # fmt: skip
             sampled = None if adapters is None else adapters.at(index)
-            return (self._logits(self._model.decode(x_TD, context).hidden, sampled),)
+            hidden = self._model.decode(x_TD, context).hidden
+            hidden_RD = hidden.index_select(0, index) if scoring else hidden
+            return self._logits(hidden_RD, sampled), hidden if scoring else None
 
         key = ("read", T, most, len(sampling), adapted) if alone else None
         inputs = x_TD, positions_T, slots, index, rows_N, rows_C, rows, positions, spans, owners_T
-        (logits,) = self._run(key, work, *inputs)
+        logits, hidden_TD = self._run(key, work, *inputs)
+        if hidden_TD is not None:
+            for chunk, start in zip(chunks, ends[:-1], strict=True):
+                if count := _unscored(chunk):
+                    place = slice(start, start + count)
+                    owners_N = owners_T[place] if adapted else None
+                    scored.append((chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], owners_N)))
         return _Computed(rows, positions, logits, None)
+
+    def _score(self, chunk: Chunk, hidden_ND: Tensor, owners_N: Tensor | None) -> ScoredTokens:
+        """The tokens of a prompt that come behind the first N of a chunk, some at a time: all scores of a long prompt
+        would not fit into memory."""
+        k = chunk.request.params.prompt_logprobs
+        assert k is not None, "nobody asks for log-probabilities of this prompt"
+        [tokens_N] = self._upload(chunk.request.prompt[chunk.start + 1 : chunk.start + 1 + len(hidden_ND)])
+        parts = []
+        for start in range(0, len(hidden_ND), prompt_scores.TOGETHER):
+            some = slice(start, start + prompt_scores.TOGETHER)
+            adapters = None if owners_N is None else self._adapters.step(owners_N[some])
+            parts.append(ScoredTokens.of(self._logits(hidden_ND[some], adapters), tokens_N[some], k))
+        return ScoredTokens.cat(parts)
 
     def _run(self, key: Hashable | None, work: Work, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         """By a graph, where there are graphs and the work has a key."""
@@ -370,6 +411,14 @@ class Runner:
 def _row(request: Request) -> int:
     assert request.row is not None, f"request {request.id} runs without a row"
     return request.row
+
+
+def _unscored(chunk: Chunk) -> int:
+    """Leading tokens of a chunk from which the prompt's next ones are to be scored."""
+    scores = chunk.request.prompt_scores
+    if scores is None or scores.complete:
+        return 0
+    return max(0, min(chunk.count, len(chunk.request.prompt) - 1 - chunk.start))
 
 
 def _fetch(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 256
-    """At least 1."""
+    """0 or more; 0 reads the prompt alone, for ``prompt_logprobs``."""
     min_tokens: int = 0
     """Tokens before which an answer does not end: end tokens are not drawn, and texts of ``stop`` are not looked for.
     At most ``max_tokens``."""
@@ -53,6 +53,9 @@ class SamplingParams:
     """Leave special tokens, such as the end of the text, out of the answer's text."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside each chosen one, to 20; 0 reports the chosen one alone."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to report beside each token of the prompt, to 20; 0 reports the prompt's own
+    alone. Such a prompt is read as a whole, whatever the prefix cache has of it."""
     n: int = 1
     """Answers to one prompt."""
     json_schema: Mapping[str, Any] | bool | None = field(default=None, hash=False)
@@ -72,7 +75,7 @@ class SamplingParams:
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(self.logit_bias) or None)
         for name, holds, expected in (
-            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
+            ("max_tokens", _whole(self.max_tokens, 0), "a whole number, 0 or more"),
             ("min_tokens", _whole(self.min_tokens, 0), "a whole number, 0 or more"),
             ("temperature", _number(self.temperature, 0, 2), "a number from 0 to 2"),
             ("top_p", _number(self.top_p, 0, 1), "a number from 0 (greedy) to 1"),
@@ -89,7 +92,10 @@ class SamplingParams:
                 (name, isinstance(getattr(self, name), bool), "True or False")
                 for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
             ),
-            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 20), "None, or a whole number from 0 to 20"),
+            *(
+                (name, value is None or _whole(value, 0, 20), "None, or a whole number from 0 to 20")
+                for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs))
+            ),
             ("n", _whole(self.n, 1), "a whole number, at least 1"),
             (
                 "json_schema",

@@ -307,7 +307,7 @@ class Scheduler:
         """Take from the prefix cache what others have read of a prompt since this request read its last chunk."""
         S = self.pool.block_size
         names = request.block_hashes(S)
-        last = min(len(names), (request.known - 1) // S)
+        last = min(len(names), request.reusable // S)
         found = self.pool.match(names[place] for place in range(len(request.blocks), last))
         if found:
             request.blocks += found
@@ -336,8 +336,7 @@ class Scheduler:
     def _admit(self, head: Request) -> bool:
         """Let the first waiting request run if there is a row and room for all that it has to read."""
         pool = self.pool
-        # One token at least must be read to have something to sample from.
-        names = head.block_hashes(pool.block_size)[: (head.known - 1) // pool.block_size]
+        names = head.block_hashes(pool.block_size)[: head.reusable // pool.block_size]
         # Blocks that are cached but not in use count as available, so only those in use make it cheaper.
         _, shared = pool.peek(names)
         need = pool.blocks_for(head.known) - shared

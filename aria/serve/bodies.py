@@ -35,7 +35,7 @@ COMPLETION_TOKENS = 16
 
 _ALIKE = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
-    *("seed", "n", "min_tokens", "ignore_eos", "stop_token_ids"),
+    *("seed", "n", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs"),
     *("include_stop_str_in_output", "skip_special_tokens"),
 )
 """Fields that bodies and `SamplingParams` call by the same names."""
@@ -69,6 +69,10 @@ class Asked:
     """Whether the ids of prompts and answers are returned."""
     ending: Mapping[str, bool] = field(default_factory=dict)
     """How the prompts of conversations end, see :meth:`aria.engine.Engine.prepare`."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens are returned beside each token of a prompt; None: nothing of prompts is."""
+    echo: bool = False
+    """Whether an answer begins with its prompt."""
 
     @property
     def has_media(self) -> bool:
@@ -136,6 +140,7 @@ def conversation(
         parallel=offered.parallel,
         token_ids=bool(getattr(body, "return_token_ids", None)),
         ending=getattr(body, "ending", {}),
+        prompt_logprobs=getattr(body, "prompt_logprobs", None),
     )
 
 
@@ -144,8 +149,22 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
     prompt = body.prompt
     several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
     prompts: Any = prompt if several else [prompt]
-    params = sampling(body, defaults, max_tokens=body.max_tokens or COMPLETION_TOKENS, logprobs=body.logprobs)
-    return Asked(prompts=prompts, params=params, token_ids=bool(body.return_token_ids))
+    echoed = body.logprobs if body.echo else None
+    wanted = [count for count in (echoed, body.prompt_logprobs) if count is not None]
+    params = sampling(
+        body,
+        defaults,
+        max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=max(wanted, default=None),
+    )
+    return Asked(
+        prompts=prompts,
+        params=params,
+        token_ids=bool(body.return_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        echo=bool(body.echo),
+    )
 
 
 def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> SamplingParams:

@@ -23,7 +23,7 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
     tokens: list[list[int]] = [[] for _ in range(n)]
     async with aclosing(run.read()) as pieces:
         async for _, piece in pieces:
-            if not turns[piece.choice].finished:
+            if not turns[piece.choice].finished and piece.token_id is not None:
                 tokens[piece.choice].append(piece.token_id)
             deltas[piece.choice].append(turns[piece.choice].push(piece))
             if all(turn.finished for turn in turns):
@@ -36,7 +36,8 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
             "system_fingerprint": run.fingerprint,
             "choices": [_choice(run, i, deltas[i], tokens[i]) for i in range(n)],
             "usage": run.usage(),
-            "prompt_token_ids": run.prompt_ids and run.prompt_ids[0],
+            "prompt_token_ids": run.prompt_ids[0] if run.asked.token_ids else None,
+            "prompt_logprobs": await run.prompt_logprobs(0),
         }
     )
 
@@ -93,7 +94,7 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
         return f'{head}{{"index":{index},{rest[1:]}]{more}{usage()}}}\n\n'.encode("ascii")
 
     async with aclosing(run.read()) as pieces:
-        prompt = f',"prompt_token_ids":{json.dumps(run.prompt_ids[0])}' if run.prompt_ids else ""
+        prompt = f',"prompt_token_ids":{json.dumps(run.prompt_ids[0])}' if run.asked.token_ids else ""
         for index in range(n):
             yield chunk(index, {"role": "assistant", "content": "", "refusal": None}, more="" if index else prompt)
         async for _, piece in pieces:

@@ -2,64 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from aria.engine import TokenLogprob
+from aria.engine import Piece, TokenLogprob
 from aria.serve.protocol import CompletionRequest
 from aria.serve.replies import Completion
 from aria.serve.service import Run
 from aria.serve.streaming import DONE, event
-from aria.serve.turns import Delta, Turn
 
 
 class _Text:
-    """One choice; its log-probabilities tell where in the text each token begins."""
+    """One choice, with its prompt before it where that is echoed. Every token has its log-probability, also one that
+    ends the answer and is no part of the text."""
 
-    def __init__(self, run: Run):
-        self._turn = Turn(run.asked, run.tokenizer)
+    def __init__(self, run: Run, prompt: int):
+        self._run, self._prompt = run, prompt
+        self._echo = run.asked.echo
+        self._wanted = run.asked.params.logprobs
         self._offset = 0
-        self._wanted = run.asked.params.logprobs is not None
 
-    def push(self, piece: Any) -> tuple[str, dict[str, Any] | None, str | None]:
-        """A token -> text, log-probabilities, and the reason to end."""
-        delta: Delta = self._turn.push(piece)
-        text = "".join(part for part in delta.parts if isinstance(part, str))
-        return text, self._logprobs(delta.logprobs) if self._wanted else None, delta.finish_reason
+    async def push(self, piece: Piece) -> tuple[str, dict[str, Any] | None]:
+        """A token -> text and log-probabilities."""
+        text = piece.text
+        known: list[TokenLogprob | None] = []
+        if self._echo:
+            self._echo = False
+            text = self._echoed() + text
+            if self._wanted is not None:
+                known += await self._run.scores(self._prompt)
+        if self._wanted is None:
+            return text, None
+        known += [piece.logprob] if piece.token_id is not None else []
+        return text, self._logprobs(known)
 
-    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
-        offsets = []
-        for one in tokens:
+    def _echoed(self) -> str:
+        prompt = self._run.asked.prompts[self._prompt]
+        if isinstance(prompt, str):
+            return prompt
+        return self._run.tokenizer.decode(prompt)
+
+    def _logprobs(self, known: Sequence[TokenLogprob | None]) -> dict[str, Any]:
+        tokens, values, likeliest, offsets = [], [], [], []
+        for one in known:
+            # The first token of a prompt has nothing before it to be likely after.
+            tokens.append(self._first() if one is None else one.token)
+            values.append(None if one is None else one.logprob)
+            likeliest.append(None if one is None else self._likeliest(one))
             offsets.append(self._offset)
-            self._offset += len(one.token)
-        return {
-            "tokens": [one.token for one in tokens],
-            "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [
-                {other.token: other.logprob for other in (*one.top, one)} if one.top else {} for one in tokens
-            ],
-            "text_offset": offsets,
-        }
+            self._offset += len(tokens[-1])
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": likeliest, "text_offset": offsets}
+
+    def _first(self) -> str:
+        return self._run.tokenizer.decode([self._run.prompt_ids[self._prompt][0]])
+
+    def _likeliest(self, one: TokenLogprob) -> dict[str, float]:
+        told: dict[str, float] = {}
+        # Of tokens that read alike, such as parts of characters, the likeliest counts.
+        for other in (*one.top[: self._wanted], one) if self._wanted else ():
+            told.setdefault(other.token, other.logprob)
+        return told
+
+
+async def _pieces(run: Run) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Pieces as they come, but none before its prompt's log-probabilities are known, if they are asked for."""
+    held: dict[int, list[Piece]] = {}
+    async with aclosing(run.read()) as pieces:
+        async for prompt, piece in pieces:
+            held.setdefault(prompt, []).append(piece)
+            if not piece.answer.scoring:
+                for one in held.pop(prompt):
+                    yield prompt, one
 
 
 async def whole(run: Run, body: CompletionRequest) -> Completion:
     """The answers once they are finished, those to the first prompt first."""
     n = run.asked.params.n
-    texts = [_Text(run) for _ in range(len(run.asked.prompts) * n)]
+    texts = [_Text(run, i // n) for i in range(len(run.asked.prompts) * n)]
     choices: list[dict[str, Any]] = [{"index": i, "text": "", "logprobs": None} for i in range(len(texts))]
-    async with aclosing(run.read()) as pieces:
+    async with aclosing(_pieces(run)) as pieces:
         async for prompt, piece in pieces:
             choice = choices[prompt * n + piece.choice]
-            text, logprobs, choice["finish_reason"] = texts[choice["index"]].push(piece)
+            text, logprobs = await texts[choice["index"]].push(piece)
             choice["text"] += text
-            if run.prompt_ids:
+            choice["finish_reason"] = piece.finish_reason
+            if run.asked.token_ids:
                 choice.setdefault("prompt_token_ids", run.prompt_ids[prompt])
-                choice.setdefault("token_ids", []).append(piece.token_id)
+                choice.setdefault("token_ids", []).extend(_ids(piece))
             if logprobs is not None:
                 kept = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
                 for name, values in logprobs.items():
                     kept[name] += values
+    for choice in choices:
+        choice["prompt_logprobs"] = await run.prompt_logprobs(choice["index"] // n)
     head = {"id": run.id, "created": run.created, "model": run.model, "system_fingerprint": run.fingerprint}
     return Completion.model_validate({**head, "choices": choices, "usage": run.usage()})
 
@@ -67,7 +103,7 @@ async def whole(run: Run, body: CompletionRequest) -> Completion:
 async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """The answers as events: what each token adds, why each ended, and the usage if that is asked for."""
     n = run.asked.params.n
-    texts = [_Text(run) for _ in range(len(run.asked.prompts) * n)]
+    texts = [_Text(run, i // n) for i in range(len(run.asked.prompts) * n)]
     include_usage = body.wants_usage
     head = {
         "id": run.id,
@@ -78,14 +114,15 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
     }
     no_usage = {"usage": None} if include_usage else {}
     begun: set[int] = set()
-    async with aclosing(run.read()) as pieces:
+    async with aclosing(_pieces(run)) as pieces:
         async for prompt, piece in pieces:
             index = prompt * n + piece.choice
-            text, logprobs, finish = texts[index].push(piece)
-            if text or finish or (logprobs and logprobs["tokens"]) or run.prompt_ids:
+            text, logprobs = await texts[index].push(piece)
+            finish = piece.finish_reason
+            if text or finish or logprobs or run.asked.token_ids:
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-                if run.prompt_ids:
-                    choice["token_ids"] = [piece.token_id]
+                if run.asked.token_ids:
+                    choice["token_ids"] = _ids(piece)
                     choice["prompt_token_ids"] = None if index in begun else run.prompt_ids[prompt]
                     begun.add(index)
                 usage = {"usage": run.usage()} if body.wants_usage_of_chunks else no_usage
@@ -93,3 +130,7 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
         if include_usage:
             yield event({**head, "choices": [], "usage": run.usage()})
     yield DONE
+
+
+def _ids(piece: Piece) -> list[int]:
+    return [] if piece.token_id is None else [piece.token_id]

@@ -105,7 +105,6 @@ CHAT: Rules = REQUEST | {
     "echo": _only(False, reason="put the text of the last message before the answer"),
 }
 COMPLETION: Rules = REQUEST | {
-    "echo": _only(False, reason="put the prompt before the answer"),
     "suffix": _only("", reason="the model cannot fill in the middle"),
     "best_of": _only(1, reason="use n"),
     "prompt_embeds": _refused("send text or token ids"),

@@ -402,11 +402,14 @@ class Sampling(WithoutEffect):
     request_id: RequestId | None = None
     return_token_ids: bool | None = None
     """Whether choices bring the ids of their tokens, and those of the prompt."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true only")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs goes with stream: false only; /v1/completions streams them with echo")
         return self
 
     @property
@@ -510,8 +513,11 @@ class CompletionRequest(Sampling):
 
     model: str | None = None
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 generates nothing, for the log-probabilities of prompts."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    """Whether text and log-probabilities begin with those of the prompt."""
     known: ClassVar[fields.Rules] = fields.COMPLETION
 
 

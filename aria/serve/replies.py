@@ -74,6 +74,17 @@ class ChatChoice(Reply):
     """All tokens that were generated, the end included."""
 
 
+class PromptLogprob(Reply):
+    logprob: float
+    rank: int
+    """1 where no token was likelier."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Of each token of a prompt but the first: by id, the token and the likeliest in its place."""
+
+
 class ChatCompletion(Reply):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -83,12 +94,13 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: Asked[list[int]] = None
+    prompt_logprobs: Asked[PromptLogprobs] = None
 
 
 class CompletionLogprobs(Reply):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -99,6 +111,7 @@ class CompletionChoice(Reply):
     finish_reason: Literal["stop", "length"]
     token_ids: Asked[list[int]] = None
     prompt_token_ids: Asked[list[int]] = None
+    prompt_logprobs: Asked[PromptLogprobs] = None
 
 
 class Completion(Reply):

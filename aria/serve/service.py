@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aria.engine import AsyncEngine, ContextLengthError, Piece, SamplingParams
+from aria.engine import Answer, AsyncEngine, ContextLengthError, Piece, SamplingParams, TokenLogprob
 from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.processor.cancellation import run_cancellable
@@ -198,7 +198,7 @@ class Run:
     Attributes:
         id, created, model, fingerprint: what answers and chunks tell of themselves.
         asked: what was asked for.
-        prompt_ids: the tokens of each prompt, if they are asked for.
+        prompt_ids: the tokens of each prompt.
     """
 
     def __init__(
@@ -219,12 +219,14 @@ class Run:
         self.tokenizer = service.processor.tokenizer
         self._metrics = service.metrics
         self._began = began
-        self.prompt_ids = [list(one.ids) for one in prepared] if asked.token_ids else None
+        self.prompt_ids = [list(one.ids) for one in prepared]
         self._exchange = exchange
         self._prompt_tokens = sum(len(one.ids) for one in prepared)
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}
         self._first: tuple[int, Piece] | None = None
+        self._answers: dict[int, Answer] = {}
+        self._off_loop = service.off_loop
         adapter = service.adapter(model)
         self._pieces = _together([service.engine.pieces(one, asked.params, adapter=adapter) for one in prepared])
 
@@ -263,10 +265,28 @@ class Run:
             raise ApiError(
                 500, "the answer broke off: to follow its schema took more work than is allowed", code="grammar"
             )
-        self._completion_tokens += 1
+        self._completion_tokens += one[1].token_id is not None
         self._exchange.completion_tokens = self._completion_tokens
         self._cached.setdefault(one[0], one[1].answer.cached_tokens)
+        self._answers[one[0]] = one[1].answer
         return one
+
+    async def scores(self, prompt: int) -> Sequence[TokenLogprob | None]:
+        """Log-probabilities of a prompt's tokens, which were asked for; the first has none. Known once its first choice
+        has a piece."""
+        told = await self._off_loop(self._answers[prompt].prompt_logprobs)
+        assert told is not None, "nobody asked for log-probabilities of prompts"
+        return told
+
+    async def prompt_logprobs(self, prompt: int) -> list[dict[str, Any] | None] | None:
+        """The same as vLLM's ``prompt_logprobs``; None where the body has no such field."""
+        k = self.asked.prompt_logprobs
+        if k is None:
+            return None
+        return [
+            None if one is None else {str(other.token_id): prompt_logprob(other) for other in (one, *one.top[:k])}
+            for one in await self.scores(prompt)
+        ]
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""
@@ -284,6 +304,11 @@ def _fingerprint(model: Aria) -> str:
     parts = version("aria-moe"), torch.__version__, model.config, weight.dtype, weight.device.type
     sample = weight[0].float().cpu().numpy().tobytes()
     return "fp_" + hashlib.sha256(repr(parts).encode() + sample).hexdigest()[:12]
+
+
+def prompt_logprob(one: TokenLogprob) -> dict[str, Any]:
+    """A token of a prompt, or another that was likely in its place, in vLLM's form."""
+    return {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.token}
 
 
 async def _together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:

@@ -71,6 +71,7 @@ class _Ledger:
 
     def push(self, piece: Piece) -> Iterable[TokenLogprob]:
         assert piece.logprob is not None, "log-probabilities were asked for"
+        assert piece.token_id is not None, "answers of messages have a token at least"
         self._held.append((self._read, piece.logprob))
         self._read += len(self._tokenizer.token_bytes(piece.token_id, skip_special_tokens=self._skip))
         self._certain += len(piece.text.encode())

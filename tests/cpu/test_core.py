@@ -245,8 +245,11 @@ def test_bad_input_is_refused_before_anything_is_queued():
     ids, pictures = with_picture(10, 395, 3, 0)
     for wrong, message in (
         (lambda: engine.add([]), "no tokens"),
-        (lambda: engine.add(prompt(400, 0)), r"400 tokens leaves no room.*400.*shorten"),
-        (lambda: engine.add(ids, pictures=pictures), r"408 tokens, 395 of them of pictures.*fewer or smaller pictures"),
+        (lambda: engine.add(prompt(400, 0)), r"length is 400 tokens.*resulted in 400 tokens.*leaves no room.*shorten"),
+        (
+            lambda: engine.add(ids, pictures=pictures),
+            r"408 tokens, 395 of them for pictures.*fewer or smaller pictures",
+        ),
         (lambda: core(max_model_len=5000), r"max_model_len is 5000; expected 1 to 4096"),
         (lambda: core(cache_blocks=3), r"room for 48 tokens, but max_model_len is 400"),
     ):

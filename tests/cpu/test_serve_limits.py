@@ -144,7 +144,8 @@ def test_what_is_wrong_is_said_by_name(live, fields, param, says):
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/completions", {"prompt": "x", "echo": True}, "echo"),
+        ("/v1/completions", {"prompt": "x", "echo": "yes"}, "echo"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": -1}, "max_tokens"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("/v1/completions", {"prompt": "x", "best_of": 2}, "best_of"),
         ("/v1/completions", {"prompt": []}, "prompt"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from serving import engine, running, straight
+
+from aria import AriaForConditionalGeneration
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -95,6 +98,94 @@ def test_token_ids_come_with_answers_where_asked_for(live):
         assert len(told["token_ids"]) == 5
 
 
+def plain(ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of what follows each token, by one plain pass: ``(P, V)``."""
+    with torch.no_grad():
+        return AriaForConditionalGeneration(engine().engine.model)(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+PROMPTS = ["the red circle", "the red circle is to the left of the blue square", "hello"]
+
+
+@pytest.mark.parametrize("as_ids", [True, False], ids=["ids", "texts"])
+def test_what_lm_eval_asks_is_answered(live, as_ids):
+    tokenizer = engine().engine.processor.tokenizer
+    rows = [tokenizer.encode(text) for text in PROMPTS]
+    fields = {"prompt": rows if as_ids else PROMPTS, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    choices = ask(live, "/v1/completions", **fields)[1]["choices"]
+    for text, ids, choice in zip(PROMPTS, rows, choices, strict=True):
+        told, expected = choice["logprobs"], plain(ids)
+        assert choice["text"].startswith(text)
+        # The prompt and exactly one token more, whatever that is.
+        assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(ids) + 1
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert told["tokens"][:-1] == [tokenizer.decode([token]) for token in ids]
+        assert told["text_offset"] == [sum(map(len, told["tokens"][:i])) for i in range(len(ids) + 1)]
+        for place, token in enumerate(ids[1:]):
+            value = told["token_logprobs"][place + 1]
+            assert value == pytest.approx(float(expected[place, token]), abs=1e-4)
+            assert (value == max(told["top_logprobs"][place + 1].values())) == (int(expected[place].argmax()) == token)
+    # One that ends at once has the end as its token.
+    ended = ask(live, "/v1/completions", **fields, logit_bias={"2": 100})[1]["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in ended] == [len(ids) + 1 for ids in rows]
+    assert [choice["text"] for choice in ended] == PROMPTS
+
+
+def test_nothing_but_the_prompt_may_be_asked_for(live):
+    tokenizer = engine().engine.processor.tokenizer
+    ids = tokenizer.encode(PROMPTS[1])
+    fields = {"prompt": PROMPTS[1], "max_tokens": 0, "logprobs": 2, "echo": True, "return_token_ids": True}
+    choice, answer = ask(live, "/v1/completions", **fields)
+    assert choice["text"] == PROMPTS[1] and choice["finish_reason"] == "length"
+    assert choice["prompt_token_ids"] == ids and choice["token_ids"] == []
+    assert answer["usage"]["completion_tokens"] == 0
+    assert len(choice["logprobs"]["tokens"]) == len(ids)
+    assert {len(top) for top in choice["logprobs"]["top_logprobs"][1:]} <= {2, 3}
+    choice, _ = ask(live, "/v1/completions", prompt=PROMPTS[1], max_tokens=0)
+    assert choice["text"] == "" and choice["logprobs"] is None
+    choice, _ = ask(live, "/v1/completions", prompt=ids, max_tokens=3, echo=True)
+    assert choice["text"].startswith(PROMPTS[1]) and choice["logprobs"] is None
+
+
+def test_an_echo_streams(live):
+    fields = {"prompt": PROMPTS[:2], "max_tokens": 4, "logprobs": 1, "echo": True, "n": 2}
+    choices = ask(live, "/v1/completions", **fields)[1]["choices"]
+    streamed = [{"text": "", "logprobs": {name: [] for name in choices[0]["logprobs"]}} for _ in choices]
+    for chunk in events(live, "/v1/completions", **fields):
+        one = chunk["choices"][0]
+        streamed[one["index"]]["text"] += one["text"]
+        for name, values in one["logprobs"].items():
+            streamed[one["index"]]["logprobs"][name] += values
+    for choice, told in zip(choices, streamed, strict=True):
+        assert told["text"] == choice["text"]
+        for name in ("tokens", "text_offset"):
+            assert told["logprobs"][name] == choice["logprobs"][name]
+        pairs = zip(told["logprobs"]["token_logprobs"], choice["logprobs"]["token_logprobs"], strict=True)
+        assert all(a is b is None or a == pytest.approx(b, abs=1e-4) for a, b in pairs)
+
+
+def test_log_probabilities_of_prompts_come_in_vllms_form(live):
+    tokenizer = engine().engine.processor.tokenizer
+    chat = engine().engine.processor.prepare(HELLO).ids
+    choice, answer = ask(live, max_tokens=2, prompt_logprobs=1)
+    text, _ = ask(live, "/v1/completions", prompt=PROMPTS[0], max_tokens=2, prompt_logprobs=0)
+    assert text["logprobs"] is None and "prompt_logprobs" not in choice
+    for ids, told, k in (
+        (chat, answer["prompt_logprobs"], 1),
+        (tokenizer.encode(PROMPTS[0]), text["prompt_logprobs"], 0),
+    ):
+        expected = plain(ids)
+        assert told[0] is None and len(told) == len(ids)
+        for place, (token, entry) in enumerate(zip(ids[1:], told[1:], strict=True)):
+            own = entry[str(token)]
+            assert own["logprob"] == pytest.approx(float(expected[place, token]), abs=1e-4)
+            assert own["rank"] == int((expected[place] > expected[place, token]).sum()) + 1
+            assert own["decoded_token"] == tokenizer.decode([token])
+            likeliest = {str(int(i)) for i in expected[place].topk(k).indices}
+            assert entry.keys() == {str(token)} | likeliest
+    assert "prompt_logprobs" not in ask(live, max_tokens=2, prompt_logprobs=None)[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -105,6 +196,8 @@ def test_token_ids_come_with_answers_where_asked_for(live):
         ({"min_tokens": -1}, "min_tokens"),
         ({"skip_special_tokens": "yes"}, "skip_special_tokens"),
         ({"top_k": -2}, "top_k"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs goes with stream: false"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(live, fields, says):
