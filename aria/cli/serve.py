@@ -60,6 +60,7 @@ def serve(
     max_prompt_pixels: Annotated[int, typer.Option(help="Of all that one request shows.")] = 400_000_000,
     fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
     media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
+    named_media_bytes: Annotated[int, typer.Option(help="Memory for media that requests name by a uuid.")] = 1 << 30,
     clip_decoder: Annotated[str, typer.Option(help="cpu, cuda:N, or auto: the model's GPU where it can.")] = "auto",
     warm_up: Annotated[
         bool,
@@ -103,6 +104,7 @@ def serve(
         temperature=default_temperature,
         drain_seconds=drain_seconds,
         media_threads=media_threads,
+        named_media_bytes=named_media_bytes,
         media=MediaSettings(
             local_folders=tuple(allow_local or ()),
             private_addresses=allow_private_addresses,

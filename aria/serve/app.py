@@ -145,7 +145,7 @@ def _tokens(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeRequest, request: Request) -> Any:
         """Tokens of a text or a conversation, with the cost of every medium in it."""
         service.model(body.model)
-        return await _unless_gone(request, tokens.count(service, body))
+        return await _unless_gone(request, tokens.count(service, body, request.state.exchange))
 
     @routes.post("/detokenize", response_model=Detokenized, responses=_WORK)
     async def detokenize(body: DetokenizeRequest) -> Any:

@@ -67,6 +67,8 @@ class Asked:
     """An answer may hold several calls; otherwise it ends with its first."""
     token_ids: bool = False
     """Whether the ids of prompts and answers are returned."""
+    truncate: bool = False
+    """Whether the oldest messages may be dropped where a conversation does not fit."""
     ending: Mapping[str, bool] = field(default_factory=dict)
     """How the prompts of conversations end, see :meth:`aria.engine.Engine.prepare`."""
     prompt_logprobs: int | None = None
@@ -139,6 +141,7 @@ def conversation(
         untagged=schema is not None,
         parallel=offered.parallel,
         token_ids=bool(getattr(body, "return_token_ids", None)),
+        truncate=getattr(body, "truncation", None) == "auto",
         ending=getattr(body, "ending", {}),
         prompt_logprobs=getattr(body, "prompt_logprobs", None),
     )
@@ -270,9 +273,9 @@ def _part(part: Any, sizes: Sequence[int]) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     if isinstance(part, ImagePart):
-        return _image(part.image_url, sizes)
+        return _image(part.image_url, sizes) | _given(uuid=part.uuid)
     if isinstance(part, VideoPart):
-        return _video(part.video_url, sizes)
+        return _video(part.video_url, sizes) | _given(uuid=part.uuid)
     assert isinstance(part, FilePart), "the protocol lets no other part through"
     return _document(part.file, sizes)
 
@@ -286,7 +289,7 @@ def _video(video: VideoUrl, sizes: Sequence[int]) -> dict[str, Any]:
     return _given(
         type="video",
         url=video.url,
-        max_image_size=max(sizes) if video.detail == "high" else min(sizes),
+        max_image_size=max(sizes) if video.detail in ("high", "original") else min(sizes),
         num_frames=video.num_frames,
         fps=video.fps,
         max_frames=video.max_frames,

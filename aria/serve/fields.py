@@ -111,7 +111,6 @@ COMPLETION: Rules = REQUEST | {
 }
 RESPONSES: Rules = REQUEST | {
     **_ignored("max_tool_calls"),
-    "truncation": _only("disabled", reason="shorten the conversation"),
     "background": _only(False, reason=_STATELESS),
     "background_options": _only({}, reason=_STATELESS),
     "conversation": _refused(_STATELESS),

@@ -134,8 +134,12 @@ class TextPart(Body):
     known: ClassVar[fields.Rules] = fields.PART
 
 
+Uuid = Annotated[str, Field(min_length=1, max_length=256)]
+"""Extension of vLLM: a name that the client gives to a medium. Later requests may send it in place of the medium."""
+
+
 class ImageUrl(Body):
-    url: str
+    url: str | None = None
     """http(s) address, data: URI, or a path in a folder that the server allows."""
     detail: Detail = "auto"
     """auto: the largest size."""
@@ -143,14 +147,26 @@ class ImageUrl(Body):
     """Extension: cut the picture into tiles, for fine print. Without it the model's own setting holds."""
 
 
+def _check_source(field: str, url: str | None, uuid: str | None) -> None:
+    if url is None and uuid is None:
+        raise ValueError(f"{field}.url is missing; give it, or the uuid of a medium that was sent before")
+
+
 class ImagePart(Body):
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: ImageUrl = ImageUrl()
+    """Null, or without a url, where a uuid names an image that was sent before."""
+    uuid: Uuid | None = None
     known: ClassVar[fields.Rules] = fields.PART
+
+    @model_validator(mode="after")
+    def _has_source(self) -> ImagePart:
+        _check_source("image_url", self.image_url.url, self.uuid)
+        return self
 
 
 class VideoUrl(Body):
-    url: str
+    url: str | None = None
     detail: Detail = "auto"
     """auto: the smallest size."""
     num_frames: Annotated[int, Field(ge=1)] | None = None
@@ -163,8 +179,14 @@ class VideoPart(Body):
     """Extension, spelled as in vLLM."""
 
     type: Literal["video_url"]
-    video_url: VideoUrl
+    video_url: VideoUrl = VideoUrl()
+    uuid: Uuid | None = None
     known: ClassVar[fields.Rules] = fields.PART
+
+    @model_validator(mode="after")
+    def _has_source(self) -> VideoPart:
+        _check_source("video_url", self.video_url.url, self.uuid)
+        return self
 
 
 class FileData(Body):

@@ -245,6 +245,7 @@ class ResponseObject(Reply):
     text: dict[str, Any]
     tools: list[dict[str, Any]]
     tool_choice: str | dict[str, Any]
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"]
+    reasoning: dict[str, str | None]
     metadata: dict[str, str]
     usage: ResponseUsage | None

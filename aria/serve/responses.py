@@ -149,6 +149,11 @@ def _response(run: Run, body: ResponsesRequest, output: _Output) -> ResponseObje
             "text": told.get("text", {"format": {"type": "text"}}),
             "tools": told.get("tools", []),
             "tool_choice": told.get("tool_choice", "auto"),
+            "truncation": body.truncation,
+            "reasoning": {
+                "effort": body.reasoning.effort if body.reasoning else None,
+                "summary": body.reasoning.summary if body.reasoning else None,
+            },
             "metadata": body.metadata or {},
             "usage": None
             if status == "in_progress"

@@ -271,6 +271,8 @@ class ResponsesRequest(WithoutEffect):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     reasoning: Reasoning | None = None
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """auto: the oldest messages of a conversation that does not fit are dropped."""
     stream_options: StreamOptions | None = None
     known: ClassVar[fields.Rules] = fields.RESPONSES
     # Extensions, spelled as in vLLM.

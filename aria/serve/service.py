@@ -25,7 +25,9 @@ from aria.serve.bodies import Asked, Defaults
 from aria.serve.errors import ApiError, context_length
 from aria.serve.exchange import Exchange
 from aria.serve.metrics import Metrics
+from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings
+from aria.serve.truncation import prepare_latest
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Service:
         # Text never waits behind somebody's slow download.
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
         self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
+        self._named_media = NamedMedia(settings.named_media_bytes)
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -104,16 +107,43 @@ class Service:
         tokenizer = self.processor.tokenizer
         return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
-    def check_length(self, prompts: Sequence[Any], param: str) -> None:
-        """Refuse prompts that are too long at first sight.
+    def check_length(self, prompt: Any) -> None:
+        """Refuse a prompt that is too long at first sight.
 
         Raises:
-            ApiError: 400.
+            ContextLengthError: it has more characters than all of its tokens could.
         """
-        for prompt in prompts:
-            if (characters := bodies.characters(prompt)) > self._token_characters * self.defaults.max_model_len:
-                tokens = f"at least {-(-characters // self._token_characters)} tokens"
-                raise context_length(ContextLengthError(self.defaults.max_model_len, tokens, "shorten it"), param)
+        if (characters := bodies.characters(prompt)) > self._token_characters * self.defaults.max_model_len:
+            tokens = f"at least {-(-characters // self._token_characters)} tokens"
+            raise ContextLengthError(self.defaults.max_model_len, tokens, "shorten it")
+
+    def named(self, prompt: Sequence[Any], exchange: Exchange) -> Sequence[Any]:
+        """A conversation with the media that it names by uuid. This may take as long as fetching them.
+
+        Raises:
+            ApiError: 400, nothing is kept under a uuid.
+        """
+        return self._named_media.resolve(exchange.client, prompt, self.processor.media)
+
+    def _prepare(self, prompt: Any, asked: Asked, exchange: Exchange) -> Prepared:
+        """A conversation as tokens and pictures."""
+        engine, messages = self.engine.engine, self.named(prompt, exchange)
+
+        def prepare(part: Sequence[Any]) -> Prepared:
+            self.check_length(part)
+            return engine.prepare(part, **asked.ending)
+
+        def measure(part: Sequence[Any]) -> int:
+            self.check_length(part)
+            return len(self.processor.prepare(part, add_generation_prompt=False).ids)
+
+        try:
+            return prepare(messages)
+        except ContextLengthError:
+            if not asked.truncate:
+                raise
+        most = self.defaults.max_model_len
+        return prepare_latest(messages, prepare, measure, room=most - min(asked.params.max_tokens, most // 4))
 
     async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
         """Do what takes time in a thread, which stops when the client leaves.
@@ -147,12 +177,14 @@ class Service:
             raise ApiError(
                 400, f"{wanted} answers are asked for, and {self.settings.max_choices} are the most", param="n"
             )
-        self.check_length(asked.prompts, param)
         began = time.perf_counter()
-        prepare = self.engine.engine.prepare_text if param == "prompt" else self.engine.engine.prepare
 
         def work() -> list[Prepared]:
-            return [prepare(prompt, **asked.ending) for prompt in asked.prompts]  # type: ignore[arg-type]
+            if param != "prompt":
+                return [self._prepare(prompt, asked, exchange) for prompt in asked.prompts]
+            for prompt in asked.prompts:
+                self.check_length(prompt)
+            return [self.engine.engine.prepare_text(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
 
         schema = asked.params.json_schema
         if schema is not None:

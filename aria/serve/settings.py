@@ -34,13 +34,21 @@ class ServerSettings:
     of its network, only where this says so."""
     media_threads: int = 8
     """Requests with media that are read at a time; each may use several cores."""
+    named_media_bytes: int = 1 << 30
+    """Memory for images and clips that clients name by a uuid, to send it alone in later requests."""
     temperature: float = 1.0
     """Where a request says nothing, as OpenAI's own interface has it."""
     drain_seconds: float = 30.0
     """How long running requests may go on after the server was told to end."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_body", 1), ("max_queue", 0), ("max_choices", 1), ("media_threads", 1)):
+        for name, least in (
+            ("max_body", 1),
+            ("max_queue", 0),
+            ("max_choices", 1),
+            ("media_threads", 1),
+            ("named_media_bytes", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if self.max_concurrency_per_key is not None and self.max_concurrency_per_key < 1:

@@ -7,12 +7,13 @@ from typing import Any
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
 from aria.serve.errors import ApiError
+from aria.serve.exchange import Exchange
 from aria.serve.protocol import DetokenizeRequest, TokenizeRequest
 from aria.serve.replies import Detokenized, MediaCost, Tokens
 from aria.serve.service import Service
 
 
-async def count(service: Service, body: TokenizeRequest) -> Tokens:
+async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> Tokens:
     """Tokens of a prompt, also of one that leaves no room for an answer.
 
     Raises:
@@ -22,17 +23,20 @@ async def count(service: Service, body: TokenizeRequest) -> Tokens:
     media: list[MediaCost] = []
     if body.messages is None:
         text = body.prompt or ""
-        service.check_length([text], "prompt")
-        ids = await service.off_loop(lambda: processor.tokenizer.encode(text), param="prompt")
+
+        def encode() -> list[int]:
+            service.check_length(text)
+            return processor.tokenizer.encode(text)
+
+        ids = await service.off_loop(encode, param="prompt")
     else:
         offered = bodies.read_tools(body.tools, None, None).told
         said = bodies.messages(body.messages, offered, defaults.sizes)
-        service.check_length([said], "messages")
-
         ending: dict[str, Any] = body.ending
 
         def prepare() -> Prepared:
-            return processor.prepare(said, **ending)
+            service.check_length(said)
+            return processor.prepare(service.named(said, exchange), **ending)
 
         prepared = await service.off_loop(prepare, media=bodies.has_media(said), param="messages")
         ids, media = prepared.ids, _costs(prepared)

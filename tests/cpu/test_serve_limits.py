@@ -385,7 +385,7 @@ def test_request_ids_are_the_clients_where_they_are_harmless(live):
 
 
 def test_a_failure_of_ours_is_a_500_that_tells_nothing(live, monkeypatch, caplog):
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError("secret")
 
     monkeypatch.setattr(live.app.state.service.processor, "prepare", broken)
