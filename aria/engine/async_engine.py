@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
 from aria.processor.cancellation import run_cancellable
 from aria.processor.pictures import Prepared
+
+logger = logging.getLogger(__name__)
 
 News = Piece | BaseException
 
@@ -32,7 +36,7 @@ class AsyncEngine:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[Answer, _Caller] = {}
         self._closed = False
-        self._failing = False
+        self._began: float | None = None
         # Held while a call is put, so that none comes after the one that ends the thread.
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="aria-engine", daemon=True)
@@ -73,8 +77,14 @@ class AsyncEngine:
 
     @property
     def failing(self) -> bool:
-        """Whether the last step failed, or no thread is there to run one. The next tokens end it."""
-        return self._failing or not self._thread.is_alive()
+        """Whether a step failed and none has brought tokens since, or no thread is there to run one."""
+        return self.engine.core.failing or not self._thread.is_alive()
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step has taken that is under way, 0 while there is none. Any thread may ask."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def stats(self) -> Stats:
         """How busy the engine is, and what it has done. Any thread may ask."""
@@ -101,7 +111,7 @@ class AsyncEngine:
         Raises:
             ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, parameters that
                 do not fit the model, or no such adapter; all of them before the first piece.
-            RuntimeError: the engine was closed, or a step of the model failed.
+            RuntimeError: the engine was closed, or the model failed at this conversation.
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
@@ -161,27 +171,22 @@ class AsyncEngine:
             try:
                 going = self._take_calls()
                 news: list[tuple[_Caller, News]] = []
-                for piece in self._step() if going else ():
+                for piece in self.engine.step() if going else ():
                     piece.answer.pieces.clear()
                     caller = self._callers.get(piece.answer)
                     if caller is not None:
                         news.append((caller, piece))
+                for answer in self.engine.failed if going else ():
+                    caller = self._callers.pop(answer, None)
+                    if caller is not None and answer.error is not None:
+                        news.append((caller, answer.error))
                 self._tell(news)
             except Exception as error:
-                self._fail(error)
-        self._fail(RuntimeError("the engine was closed"))
+                logger.error("the engine failed", exc_info=error)
+                self._fail(f"the engine failed: {error}", error)
+        self._began = None
+        self._fail("the engine was closed")
         self.engine.core.close()
-
-    def _step(self) -> Sequence[Piece]:
-        """A step of the model. What fails in it is no caller's fault, whatever its kind, and is told as such."""
-        try:
-            pieces = self.engine.step()
-        except Exception as error:
-            self._failing = True
-            raise RuntimeError(f"a step of the model failed: {error}") from error
-        if pieces:  # a device fails later than it is told to work: only tokens show that it did
-            self._failing = False
-        return pieces
 
     def _tell(self, news: Sequence[tuple[_Caller, News]]) -> None:
         """Wake each event loop once for all that its callers get. Those whose loop is closed listen no more."""
@@ -204,21 +209,30 @@ class AsyncEngine:
         """Do what callers ask for, asleep while there is nothing else to do. False once the engine is closed."""
         wait = not self.engine.core.busy
         while True:
+            if wait:
+                self._began = None
             try:
                 call = self._calls.get(wait)
             except queue.Empty:
                 return True
+            finally:
+                self._began = time.monotonic()
             if call is None:
                 return False
             call()
             wait = False
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, reason: str, cause: Exception | None = None) -> None:
         """Tell everybody, and end all requests, so that a later one starts from a clean state."""
         callers, self._callers = self._callers, {}
-        self._tell([(caller, error) for caller in callers.values()])
-        for answer in callers:
+        news: list[tuple[_Caller, News]] = []
+        for answer, caller in callers.items():
             self.engine.cancel(answer)
+            # One for each: two tasks must not raise the same exception.
+            error = RuntimeError(reason)
+            error.__cause__ = cause
+            news.append((caller, error))
+        self._tell(news)
 
 
 class _Caller:

@@ -119,6 +119,13 @@ class BlockPool:
             self._name[block] = name
             self._named[name] = block
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Forget what used blocks hold: it was published and turned out to be wrong."""
+        for block in blocks:
+            assert self._references[block] > 0, f"block {block} was withdrawn without being in use"
+            if self._name[block] is not None:
+                self._forget(block)
+
     def peek(self, names: Sequence[bytes]) -> tuple[int, int]:
         """How many leading names are known, and how many of those blocks are in use (so that sharing them is free)."""
         blocks = self._find(names)

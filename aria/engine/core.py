@@ -13,15 +13,16 @@ from aria import ops
 from aria.engine.adapters import Adapters, Changes
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
+from aria.engine.failures import StepError, failure, free_frames, out_of_memory
 from aria.engine.grammar import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.outputs import Stats
 from aria.engine.prompt_scores import PromptScores
-from aria.engine.request import Picture, Request
+from aria.engine.request import Picture, Request, Status
 from aria.engine.runner import Launched, Runner, TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
-from aria.engine.scheduler import Scheduler
+from aria.engine.scheduler import Plan, Scheduler
 from aria.model import Aria, PagedCache
 
 logger = logging.getLogger(__name__)
@@ -125,9 +126,8 @@ class EngineCore:
             if on_cuda:
                 # Steps may run on another stream than the one that this was made on.
                 torch.cuda.current_stream().synchronize()
-        self.pool = BlockPool(blocks, self.block_size)
         self.scheduler = Scheduler(
-            self.pool,
+            BlockPool(blocks, self.block_size),
             max_rows=max_batch,
             step_tokens=step_tokens,
             mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
@@ -138,7 +138,12 @@ class EngineCore:
         self._ids = count()
         self.ahead = on_cuda
         """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
+        self.failing = False
+        """Whether a step failed, and none has brought tokens since."""
         self._launched: Launched | None = None
+        self._at_stake: Plan | None = None
+        """What fails where an error is raised now; None: everything."""
+        self._failed: dict[Request, Exception] = {}
         self._unfinished: set[Request] = set()
         self._prompt_tokens = self._completion_tokens = 0
 
@@ -278,43 +283,89 @@ class EngineCore:
         """Whether a step has anything to do: requests to serve, or a launched step to wait for."""
         return self.unfinished or self._launched is not None
 
+    @property
+    def pool(self) -> BlockPool:
+        return self.scheduler.pool
+
     @ops.on_own_device
     def step(self) -> list[Token]:
         """Start the next step and give the tokens of the one before; on the CPU, of the step itself.
 
         So the device goes from step to step without a pause: the host reads, decides and answers while it computes.
+
+        Raises:
+            StepError: some requests failed: all that the step computed, or those with an image that could not be
+                encoded. The next call serves the others. Anything that is no `Exception`, as an interrupt from the
+                keyboard, ends all requests.
         """
+        tokens: list[Token] = []
         try:
-            plan = self.scheduler.plan()
-            tokens = []
-            if plan.drain:
-                # A request that has to give up its blocks waits for the value of its last token.
-                tokens = self._collect()
-                plan = self.scheduler.plan()
-            launched = self.runner.launch(plan) if plan else None
-            if launched is not None and not launched.drawn:
-                # What a grammar allows depends on the token before; the device computes scores meanwhile.
-                tokens += self._collect()
-                self.runner.draw(launched)
-            if self.ahead:
-                tokens += self._collect()
-                self._launched = launched
-            else:
-                self._launched = launched
-                tokens += self._collect()
+            self._step(tokens)
+        except Exception as error:
+            self._recover(error, tokens)
         except BaseException:
             self.reset()
             raise
-        if not self.unfinished and self._launched is None:
-            self.scheduler.check()
+        if self._failed:
+            failed, self._failed = self._failed, {}
+            raise StepError(failed, tokens) from next(iter(failed.values())).__cause__
         return tokens
 
-    def _collect(self) -> list[Token]:
+    def _step(self, tokens: list[Token]) -> None:
+        """Plan, launch and collect. ``tokens`` receives what comes, also where something fails later."""
+        plan = self.scheduler.plan()
+        if plan.drain:
+            # A request that has to give up its blocks waits for the value of its last token.
+            self._collect(tokens)
+            plan = self.scheduler.plan()
+        launched = self._launch(plan, tokens) if plan else None
+        if self.ahead:
+            self._collect(tokens)
+            self._launched = launched
+        else:
+            self._launched = launched
+            self._collect(tokens)
+        if not self.busy:
+            assert self.pool.used == 0, f"{self.pool.used} blocks are held by nobody"
+
+    def _launch(self, plan: Plan, tokens: list[Token]) -> Launched | None:
+        """Launch a step. One that lacks memory is computed at once in two halves instead."""
+        try:
+            return self._compute(plan, tokens)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("a step of %d tokens ran out of memory and is tried again in halves: %s", plan.tokens, error)
+            free_frames(error)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._collect(tokens)
+        self.runner.restore(plan)
+        for half in plan.halves(self.block_size):
+            self._launched = self._compute(half, tokens)
+            self._collect(tokens)
+        return None
+
+    def _compute(self, plan: Plan, tokens: list[Token]) -> Launched:
+        self._at_stake = plan
+        launched = self.runner.launch(plan)
+        for request, place, error in launched.failed:
+            if not request.over:
+                self._fail(self.scheduler.fail(request, place), "an image could not be encoded", error)
+        if not launched.drawn:
+            # What a grammar allows depends on the token before; the device computes scores meanwhile.
+            self._collect(tokens)
+            self._at_stake = plan
+            self.runner.draw(launched)
+        self._at_stake = None
+        return launched
+
+    def _collect(self, tokens: list[Token]) -> None:
         """Tokens of the launched step, once they are there. What came for requests that have ended is dropped."""
         launched, self._launched = self._launched, None
         if launched is None:
-            return []
-        tokens = []
+            return
+        self._at_stake = launched.plan
         drawn = launched.wait()
         for request, first, scored in launched.scored:
             assert request.prompt_scores is not None, "scores came that nobody asked for"
@@ -331,22 +382,53 @@ class EngineCore:
                     logger.warning("an answer was ended by the limits of its grammar: %s", request.matcher.error)
             if request.end or token in request.end_token_ids or len(request.outputs) >= request.max_tokens:
                 self.finish(request)
-        return tokens
+        self._at_stake = None
+        self.failing = self.failing and not tokens
+
+    def _recover(self, error: Exception, tokens: list[Token]) -> None:
+        """After a step that failed: end the requests that it computed, and let all others wait for the next one.
+
+        Nobody knows what of the cache has been written, so it starts empty. What others have computed is lost, and
+        their answers are not: they are computed again to the same tokens.
+        """
+        logger.error("a step of the model failed", exc_info=error)
+        free_frames(error)
+        # Where nothing was being computed it is the books that are wrong, and nobody can go on with them.
+        failed = list(self._unfinished) if self._at_stake is None else self._at_stake.requests
+        if self._launched is not None:
+            before = self._launched.plan.requests
+            try:
+                self._collect(tokens)
+            except Exception as another:
+                free_frames(another)
+                failed += before
+        ended = [request for request in dict.fromkeys(failed) if request in self._unfinished]
+        self._fail(ended, "a step of the model failed", error)
+        self._launched = self._at_stake = None
+        self.scheduler.reset(self._unfinished)
+        self.failing = True
+
+    def _fail(self, requests: Sequence[Request], what: str, error: Exception) -> None:
+        for request in requests:
+            self._unfinished.remove(request)
+            self._failed[request] = failure(what, error)
+            request.leave(Status.FAILED)
 
     def reset(self) -> None:
-        """End all requests and forget what is cached, as after a step that failed: what it planned was not computed, or
-        what it sampled was not read."""
-        self._launched = None
-        for request in list(self._unfinished):
-            self.cancel(request)
-        self.pool.clear()
+        """End all requests and forget what is cached, in whatever state a step was left."""
+        for request in self._unfinished:
+            request.leave(Status.CANCELLED)
+        self._unfinished.clear()
+        self._failed.clear()
+        self._launched = self._at_stake = None
+        self.scheduler.reset()
 
     @ops.on_own_device
     def close(self) -> None:
         """End all requests and wait for the device."""
         for request in list(self._unfinished):
             self.cancel(request)
-        self._collect()
+        self._collect([])
 
 
 def _block_size(device: torch.device) -> int:

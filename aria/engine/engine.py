@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from aria.checkpoint import load_model
 from aria.checkpoint.adapter import read_adapter
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
+from aria.engine.failures import StepError, failure
 from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.prompt_scores import PromptScores
@@ -27,6 +29,8 @@ from aria.engine.sampling_params import SamplingParams
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
 from aria.processor.chat import END_OF_TURN, Prompt
 from aria.processor.pictures import Prepared
+
+logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 
@@ -79,6 +83,8 @@ class Answer:
         self.requests = requests
         self.pieces: deque[Piece] = deque()
         """What came and was not taken yet."""
+        self.error: Exception | None = None
+        """Why there will be no more of it, where the model failed."""
 
     @property
     def cached_tokens(self) -> int:
@@ -90,11 +96,17 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        """Whether all choices have ended."""
-        return all(completion.finish_reason is not None for completion in self.completions)
+        """Whether all choices have ended, or it failed."""
+        return self.error is not None or all(completion.finish_reason is not None for completion in self.completions)
 
     def result(self) -> Result:
-        """The whole, once it is :attr:`done`."""
+        """The whole, once it is :attr:`done`.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self.error is not None:
+            raise self.error
         choices = []
         for completion in self.completions:
             assert completion.finish_reason is not None, "a result was asked for before the end"
@@ -192,6 +204,8 @@ class Engine:
         """Compiles schemas; :meth:`queue` does it too, but any thread may do so in advance."""
         self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._answers: dict[Request, tuple[Answer, int]] = {}
+        self.failed: list[Answer] = []
+        """Answers that failed in the last step."""
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +249,7 @@ class Engine:
         Raises:
             ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, or no such
                 adapter. Nothing is computed then, for any of the conversations.
+            RuntimeError: the model failed at one of them.
         """
         if conversations and isinstance(conversations[0], Mapping):
             raise ValueError("chat takes a list of conversations, each a list of messages; wrap this one in a list")
@@ -242,7 +257,7 @@ class Engine:
         prepared = [self.prepare(messages) for messages in conversations]
         answers = [self.queue(one, params, adapter=adapter) for one in prepared]
         try:
-            while not all(answer.done for answer in answers):
+            while not all(answer.done for answer in answers) and not any(answer.error for answer in answers):
                 self.step()
         finally:
             for answer in answers:
@@ -270,6 +285,8 @@ class Engine:
                     piece = answer.pieces.popleft()
                     if piece.choice == 0 and piece.text:
                         yield piece.text
+                if answer.error is not None:
+                    raise answer.error
                 if answer.done:
                     return
                 if not any(request in self._answers for request in answer.requests):
@@ -382,14 +399,38 @@ class Engine:
     def step(self) -> list[Piece]:
         """One step of the model for all answers that grow. Returns what was added to any of them.
 
-        An error, or an interrupt from the keyboard, ends all of them: tokens of any may be lost.
+        Answers that the model fails to compute have an ``error`` and stand in :attr:`failed`; the others go on. An
+        interrupt from the keyboard ends all of them, because tokens of any may be lost.
         """
+        self.failed = []
         try:
-            return [self._piece(token) for token in self.core.step()]
+            try:
+                tokens = self.core.step()
+                failed: dict[Request, Exception] = {}
+            except StepError as error:
+                tokens, failed = error.tokens, error.failed
+            pieces = []
+            for token in tokens:
+                try:
+                    pieces.append(self._piece(token))
+                except Exception as error:
+                    logger.error("an answer could not be continued", exc_info=error)
+                    failed[token.request] = failure("the answer could not be continued", error)
+            for request, reason in failed.items():
+                self._fail(request, reason)
+            return pieces
         except BaseException:
             self.core.reset()
             self._answers.clear()
             raise
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """A request failed, and its answer with it."""
+        if request in self._answers:
+            answer, _ = self._answers[request]
+            answer.error = error
+            self.cancel(answer)
+            self.failed.append(answer)
 
     def _piece(self, token: Token) -> Piece:
         answer, choice = self._answers[token.request]
@@ -436,6 +477,8 @@ class Engine:
                 self.queue(prepared, params, adapter=adapter)
             while self.core.busy:
                 self.step()
+                for answer in self.failed:
+                    answer.result()
         self.core.pool.clear()
 
     def stats(self) -> Stats:

@@ -62,6 +62,8 @@ class Graphs:
             return work(*(x.to(self._device, non_blocking=True) for x in inputs))
         captured = self._captured[key]
         if captured is None:
+            # If it fails for want of memory, the next time is a first one again.
+            del self._captured[key]
             captured = self._captured[key] = self._capture(work, inputs)
         self._captured.move_to_end(key)
         for mine, x in zip(captured.inputs, inputs, strict=True):

@@ -25,6 +25,8 @@ class Status(Enum):
     RUNNING = "running"
     FINISHED = "finished"
     CANCELLED = "cancelled"
+    FAILED = "failed"
+    """The model could not compute it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +137,7 @@ class Request:
     @property
     def over(self) -> bool:
         """Whether it takes no more tokens."""
-        return self.status in (Status.FINISHED, Status.CANCELLED)
+        return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED)
 
     @property
     def prefilling(self) -> bool:
@@ -146,6 +148,12 @@ class Request:
     def full(self) -> bool:
         """Whether all tokens of the answer are there or on their way."""
         return len(self.outputs) + self.pending >= self.max_tokens
+
+    def leave(self, status: Status) -> None:
+        """Hold no blocks and no row any more, and no tokens that only the device knows."""
+        self.status = status
+        self.blocks, self.row = [], None
+        self.pending = self.computed = self.prefill = self.published = 0
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Known token ids from ``start`` up to ``stop``."""

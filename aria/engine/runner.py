@@ -6,6 +6,7 @@ V vocabulary, Q picture tokens, D hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,15 +20,18 @@ from aria import ops
 from aria.engine import prompt_scores
 from aria.engine.adapters import Adapters
 from aria.engine.encoder import Encoder
+from aria.engine.failures import free_frames
 from aria.engine.grammar import fill_masks
 from aria.engine.graphs import Graphs, Work, batch_size
 from aria.engine.prompt_scores import ScoredTokens
-from aria.engine.request import Request
+from aria.engine.request import Picture, Request
 from aria.engine.sampler import SamplerState, keep_allowed
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
 from aria.model.moe import MoE
 from aria.model.stacks import StepAdapters
+
+logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 256
 GRAPH_TOKENS = 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048
@@ -45,8 +49,11 @@ class TokenLogprobs(NamedTuple):
 class Launched:
     """A step that was given to the device; its tokens may not be there yet."""
 
+    plan: Plan
     requests: Sequence[Request]
     """Those that get a token."""
+    failed: list[tuple[Request, int, Exception]] = field(default_factory=list)
+    """Requests with an image that could not be encoded, from which place on they are wrong, and why."""
     _computed: _Computed | None = None
     """Until tokens are drawn from it."""
     logits: Tensor | None = None
@@ -139,18 +146,18 @@ class Runner:
         Where an answer has a grammar no tokens are drawn yet, because what it allows depends on the tokens of the step
         before: once they are known, :meth:`draw` does it.
         """
-        self._update_rows([*plan.decodes, *(chunk.request for chunk in plan.chunks)])
+        self._update_rows(plan.requests)
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
         places = [request.computed for request in sampling]
         extras = self._sampler.extras([_row(request) for request in sampling], places)
         grammars = any(request.matcher is not None for request in sampling)
         # Penalties, grammars and log-probabilities need the scores, so what draws from them stays out of the graph.
         draw = not extras and not grammars and all(request.params.logprobs is None for request in sampling)
-        scored: list[tuple[Request, int, ScoredTokens]] = []
-        computed = self._read(plan, sampling, scored) if plan.chunks else self._grow(plan.decodes, draw)
-        launched = Launched(sampling, computed._replace(extras=extras), scored=scored)
-        if scored and self.device.type == "cuda":
-            launched.scored = [(request, first, ScoredTokens(*map(_fetch, one))) for request, first, one in scored]
+        launched = Launched(plan, sampling)
+        computed = self._read(launched) if plan.chunks else self._grow(plan.decodes, draw)
+        launched._computed = computed._replace(extras=extras)
+        if launched.scored and self.device.type == "cuda":
+            launched.scored = [(one, first, ScoredTokens(*map(_fetch, of))) for one, first, of in launched.scored]
             launched._done = torch.cuda.Event()
             launched._done.record()
         if sampling and not grammars:
@@ -163,6 +170,16 @@ class Runner:
         places = [i for i, request in enumerate(launched.requests) if request.matcher is not None and not request.over]
         matchers = [matcher for i in places if (matcher := launched.requests[i].matcher) is not None]
         self._sample(launched, (places, fill_masks(matchers, self._vocab_size)) if places else None)
+
+    def restore(self, plan: Plan) -> None:
+        """Make ready to launch a plan again that failed on its way, all tokens before which are known by now."""
+        for request in plan.requests:
+            if request.row is not None:
+                self._owners[request.row] = None
+        decodes = [request for request in plan.decodes if not request.over]
+        if decodes:
+            rows, tokens = self._upload([_row(one) for one in decodes], [one.outputs[-1] for one in decodes])
+            self._tokens.index_copy_(0, rows.long(), tokens.long())
 
     def _grow(self, decodes: Sequence[Request], draw: bool) -> _Computed:
         """A step in which every request decodes, filled up to a size that there is a graph for."""
@@ -191,10 +208,10 @@ class Runner:
         assert used is not None, "the table comes back"
         return _Computed(*used[:2, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
 
-    def _read(
-        self, plan: Plan, sampling: Sequence[Request], scored: list[tuple[Request, int, ScoredTokens]]
-    ) -> _Computed:
-        """A step with chunks of prompts: decodes and chunks in one pass. Fills ``scored``."""
+    def _read(self, launched: Launched) -> _Computed:
+        """A step with chunks of prompts: decodes and chunks in one pass. Notes which prompts it scored, and which have
+        images that could not be encoded."""
+        plan, sampling = launched.plan, launched.requests
         chunks, N = plan.chunks, len(plan.decodes)
         # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
         filled = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
@@ -232,7 +249,7 @@ class Runner:
             np.concatenate([np.repeat(owners, [len(one) for one in places]), fill]) if adapted else [],
         )
         x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
-        self._place_pictures(x_TD, chunks, ends)
+        self._place_pictures(x_TD, launched, ends)
         width = self._width(max(decoding, default=0))
         most = self._width(max(chunk.start + chunk.count for chunk in chunks) - 1)
         widest = max(width, most)
@@ -263,7 +280,9 @@ class Runner:
                 if count := _unscored(chunk):
                     place = slice(start, start + count)
                     owners_N = owners_T[place] if adapted else None
-                    scored.append((chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], owners_N)))
+                    launched.scored.append(
+                        (chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], owners_N))
+                    )
         return _Computed(rows, positions, logits, None)
 
     def _score(self, chunk: Chunk, hidden_ND: Tensor, owners_N: Tensor | None) -> ScoredTokens:
@@ -319,19 +338,39 @@ class Runner:
         self._tokens.index_copy_(0, rows_N.long(), tokens_N)
         return tokens_N
 
-    def _place_pictures(self, x_TD: Tensor, chunks: Sequence[Chunk], starts: Sequence[int]) -> None:
+    def _place_pictures(self, x_TD: Tensor, launched: Launched, starts: Sequence[int]) -> None:
         """Put picture tokens over the embeddings of their places, as far as the chunks reach."""
-        wanted = []
-        for chunk, at in zip(chunks, starts[:-1], strict=True):
+        wanted: list[tuple[Chunk, Picture, int, int, int]] = []
+        for chunk, at in zip(launched.plan.chunks, starts[:-1], strict=True):
             for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count):
                 low = max(picture.start, chunk.start)
                 high = min(picture.end, chunk.start + chunk.count)
-                wanted.append((chunk.request.adapter, picture, at + low - chunk.start, low - picture.start, high - low))
-        for adapter in dict.fromkeys(adapter for adapter, *_ in wanted):
-            alike = [one for one in wanted if one[0] == adapter]
-            features = self.encoder.features([picture for _, picture, *_ in alike], adapter)
-            for (_, _, place, first, count), features_QD in zip(alike, features, strict=True):
-                x_TD[place : place + count] = features_QD[first : first + count]
+                wanted.append((chunk, picture, at + low - chunk.start, low - picture.start, high - low))
+        for adapter in dict.fromkeys(chunk.request.adapter for chunk, *_ in wanted):
+            alike = [one for one in wanted if one[0].request.adapter == adapter]
+            features = self._encode([picture for _, picture, *_ in alike], adapter)
+            for (chunk, picture, place, first, count), features_QD in zip(alike, features, strict=True):
+                if isinstance(features_QD, Exception):
+                    launched.failed.append((chunk.request, max(picture.start, chunk.start), features_QD))
+                else:
+                    x_TD[place : place + count] = features_QD[first : first + count]
+
+    def _encode(self, pictures: Sequence[Picture], adapter: str | None) -> Sequence[Tensor | Exception]:
+        """Picture tokens of each, or why there are none: one that fails should not be the others' fault."""
+        try:
+            return self.encoder.features(pictures, adapter)
+        except Exception as error:
+            logger.warning("images could not be encoded together: %s", error)
+            free_frames(error)
+        return [self._encode_alone(picture, adapter) for picture in pictures]
+
+    def _encode_alone(self, picture: Picture, adapter: str | None) -> Tensor | Exception:
+        try:
+            return self.encoder.features([picture], adapter)[0]
+        except Exception as error:
+            logger.error("an image could not be encoded", exc_info=error)
+            free_frames(error)
+            return error
 
     def _sample(self, launched: Launched, masks: tuple[Sequence[int], np.ndarray] | None = None) -> None:
         """Draw tokens from what was computed. ``masks``: places in the step, and what each of them allows."""

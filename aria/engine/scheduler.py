@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
 from aria.engine.blocks import BlockPool
@@ -48,6 +48,30 @@ class Plan:
     @property
     def tokens(self) -> int:
         return len(self.decodes) + sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def requests(self) -> list[Request]:
+        return [*self.decodes, *(chunk.request for chunk in self.chunks)]
+
+    def halves(self, block_size: int) -> list[Plan]:
+        """The same as two steps of about as many tokens, to be launched in this order, or as one where a block is all
+        there is. Requests that have ended since are left out."""
+        decodes = [request for request in self.decodes if not request.over]
+        chunks = [chunk for chunk in self.chunks if not chunk.request.over]
+        left = -(-(len(decodes) + sum(chunk.count for chunk in chunks)) // 2)
+        first, second = Plan(decodes[:left]), Plan(decodes[left:])
+        left -= len(first.decodes)
+        for chunk in chunks:
+            # Behind the first chunk that is cut all come later: they may begin with blocks that it fills.
+            count = chunk.count if chunk.count <= left else left - left % block_size
+            if count:
+                first.chunks.append(replace(chunk, count=count, samples=chunk.samples and count == chunk.count))
+            if count < chunk.count:
+                second.chunks.append(replace(chunk, start=chunk.start + count, count=chunk.count - count))
+                left = 0
+            else:
+                left -= count
+        return [plan for plan in (first, second) if plan]
 
 
 class _Images:
@@ -122,7 +146,6 @@ class Scheduler:
     ):
         assert max_rows >= 1, "no rows"
         assert step_tokens >= pool.block_size, f"a step of {step_tokens} tokens reads no block of {pool.block_size}"
-        self.pool = pool
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.mixed_step_tokens = min(mixed_step_tokens, step_tokens)
@@ -131,20 +154,37 @@ class Scheduler:
         self._encoded = encoded
         self._watermark = int(watermark * pool.total)
         self._arrivals = count()
-        self._queue: list[Request] = []
-        """A heap; requests that ended while they waited stay until they come up, or are the most of it."""
-        self._waiting = 0
-        self._running: list[Request] = []
-        """Sorted, the first to be served first."""
-        self._rows = list(range(max_rows - 1, -1, -1))
-        self._promised = 0
-        """Blocks that running requests have yet to allocate for what they read."""
+        self._start(pool)
         self.preemptions = 0
         """Since the beginning."""
         self.prefix_queries = 0
         """Tokens looked up in the prefix cache since the beginning."""
         self.prefix_tokens = 0
         """Those that it had."""
+
+    def _start(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self._queue: list[Request] = []
+        """A heap; requests that ended while they waited stay until they come up, or are the most of it."""
+        self._waiting = 0
+        self._running: list[Request] = []
+        """Sorted, the first to be served first."""
+        self._rows = list(range(self.max_rows - 1, -1, -1))
+        self._promised = 0
+        """Blocks that running requests have yet to allocate for what they read."""
+
+    def reset(self, requests: Iterable[Request] = ()) -> None:
+        """Begin anew with an empty cache, whatever state a failure has left: of what was there only counters stay.
+
+        Args:
+            requests: those that are to go on. All of them wait, in the order in which they came; what they have
+                computed has to be computed again.
+        """
+        self._start(BlockPool(self.pool.total + 1, self.pool.block_size))
+        for request in sorted(requests, key=lambda one: one.arrival):
+            self.preemptions += request.status is Status.RUNNING
+            request.leave(Status.WAITING)
+            self._enqueue(request)
 
     @property
     def running(self) -> int:
@@ -185,6 +225,19 @@ class Scheduler:
         """Drop a request in any state, also while steps that compute it are under way; one that is over stays so."""
         if not request.over:
             self._leave(request, Status.CANCELLED)
+
+    def fail(self, request: Request, place: int) -> list[Request]:
+        """End a running request, because what the last step computed of it from ``place`` on is wrong.
+
+        Returns:
+            All requests that have ended for it: those that share blocks with what is wrong, which have the same there.
+        """
+        wrong = set(request.blocks[place // self.pool.block_size :])
+        self.pool.withdraw(wrong)
+        failed = [one for one in self._running if not wrong.isdisjoint(one.blocks)]
+        for one in failed:
+            self._leave(one, Status.FAILED)
+        return failed
 
     def append(self, request: Request, token: int) -> None:
         """The host has read back the oldest pending token of a request. Ignored if the request is over."""
@@ -364,17 +417,16 @@ class Scheduler:
             request.cached_tokens += tokens
 
     def _enqueue(self, request: Request) -> None:
-        request.status = Status.WAITING
         heapq.heappush(self._queue, request)
         self._waiting += 1
 
     def _leave(self, request: Request, status: Status) -> None:
         assert request.arrival >= 0 and not request.over, f"request {request.id} was never added, or is over already"
         if request.status is Status.RUNNING:
-            self._vacate(request)
+            self._vacate(request, status)
         else:
             self._waiting -= 1
-        request.status = status
+            request.status = status
         if len(self._queue) > 2 * self._waiting + 64:
             self._queue = [waiting for waiting in self._queue if waiting.status is Status.WAITING]
             heapq.heapify(self._queue)
@@ -382,19 +434,18 @@ class Scheduler:
     def _preempt(self, victim: Request) -> None:
         assert not victim.pending, f"request {victim.id} is preempted with a token under way"
         assert not victim.full, f"request {victim.id} has all its tokens and was not finished"
-        self._vacate(victim)
+        self._vacate(victim, Status.WAITING)
         self._enqueue(victim)
         self.preemptions += 1
 
-    def _vacate(self, request: Request) -> None:
+    def _vacate(self, request: Request, status: Status) -> None:
         """Take a running request's blocks and row."""
         del self._running[bisect_left(self._running, request)]
         self._promised -= self._unallocated(request)
         self.pool.release(request.blocks)
         assert request.row is not None, f"request {request.id} runs without a row"
         self._rows.append(request.row)
-        request.blocks, request.row = [], None
-        request.pending = request.computed = request.prefill = request.published = 0
+        request.leave(status)
 
     def _unallocated(self, request: Request) -> int:
         return self.pool.blocks_for(request.prefill) - len(request.blocks) if request.prefilling else 0

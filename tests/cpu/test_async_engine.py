@@ -86,25 +86,60 @@ def test_a_wrong_message_is_an_error_of_its_caller_alone(engine, expected):
     assert isinstance(bad, ValueError)
 
 
-def test_a_failing_step_is_told_to_all_who_wait_and_the_next_request_runs(engine, expected, monkeypatch):
+def test_a_failing_step_is_told_to_those_whom_it_computed_and_the_queue_runs(engine, expected, monkeypatch):
     launch = engine.engine.core.runner.launch
-    calls = iter(range(1000))
+    computed: list[int] = []
 
     def failing(plan):
-        if next(calls) == 3:
-            raise RuntimeError("out of memory")
+        if not computed and len(plan.decodes) == 4:
+            computed.extend(request.id for request in plan.requests)
+            raise RuntimeError("a fault")
         return launch(plan)
 
     monkeypatch.setattr(engine.engine.core.runner, "launch", failing)
 
     async def run():
-        both = await asyncio.gather(*(collect(engine, CONVERSATIONS[i]) for i in range(2)), return_exceptions=True)
-        return both, await collect(engine, CONVERSATIONS[1])
+        return await asyncio.gather(*(collect(engine, CONVERSATIONS[i % 3]) for i in range(9)), return_exceptions=True)
 
-    both, after = asyncio.run(run())
-    assert all(isinstance(error, RuntimeError) for error in both)
-    assert after == expected[1]
+    answers = asyncio.run(run())
+    failed = [answer for answer in answers if isinstance(answer, RuntimeError)]
+    assert len(failed) == len(computed) == 4 and len(set(map(id, failed))) == 4
+    assert all(str(error) == "a step of the model failed: a fault" for error in failed)
+    good = [i for i, answer in enumerate(answers) if isinstance(answer, str)]
+    assert len(good) == 5 and all(answers[i] == expected[i % 3] for i in good)
+    assert not engine.failing, "the answers after it came"
     engine.engine.core.scheduler.check()
+
+
+def test_what_fails_outside_of_the_model_ends_all_answers_and_the_thread_goes_on(engine, expected, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine, "step", lambda: 1 / 0)
+        with pytest.raises(RuntimeError, match="the engine failed: division by zero"):
+            asyncio.run(collect(engine, CONVERSATIONS[0]))
+    assert asyncio.run(collect(engine, CONVERSATIONS[0])) == expected[0]
+
+
+def test_how_long_a_step_takes_is_seen_from_outside(engine, monkeypatch):
+    step, entered, released = engine.engine.step, threading.Event(), threading.Event()
+
+    def slow():
+        entered.set()
+        assert released.wait(60)
+        return step()
+
+    async def run():
+        answer = asyncio.create_task(engine.chat(CONVERSATIONS[0], PARAMS))
+        await asyncio.to_thread(entered.wait, 60)
+        first = engine.step_seconds
+        while engine.step_seconds <= first:
+            await asyncio.sleep(0)
+        released.set()
+        await answer
+        while engine.step_seconds:
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(engine.engine, "step", slow)
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_caller_whose_loop_has_closed_harms_nobody(engine, expected, monkeypatch):

@@ -290,7 +290,7 @@ def test_a_row_does_not_keep_a_request_that_is_over():
 
 
 @pytest.mark.parametrize("part", ["plan", "launch", "wait"])
-def test_a_step_that_fails_anywhere_ends_all_requests_and_the_next_ones_run(part, monkeypatch):
+def test_an_interrupt_anywhere_ends_all_requests_and_the_next_ones_run(part, monkeypatch):
     engine = core()
     [expected] = engine.add(prompt(30, 0), SamplingParams(max_tokens=5))
     run(engine, [expected])

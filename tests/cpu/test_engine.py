@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -266,20 +267,56 @@ def test_a_stream_that_was_never_read_is_cancelled_by_closing_it(engine):
     assert not engine.core.unfinished
 
 
-def test_a_failing_step_is_an_error_of_every_stream(engine, monkeypatch):
-    params = SamplingParams(max_tokens=500, ignore_eos=True)
+def test_a_failing_step_is_an_error_of_the_streams_that_it_computed(engine, monkeypatch):
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    expected = "".join(engine.stream(asked("later"), params))
     first, second = (engine.stream(asked(text), params) for text in ("hello", "red"))
     next(first)
+    third: list[Iterator[str]] = []
 
     def failing(plan):
-        raise RuntimeError("out of memory")
+        # Queued while the step runs.
+        third.append(engine.stream(asked("later"), params))
+        raise RuntimeError("a fault")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a step of the model failed: a fault"):
         patch.setattr(engine.core.runner, "launch", failing)
         list(first)
-    with pytest.raises(RuntimeError, match="given up"):
+    with pytest.raises(RuntimeError, match="a step of the model failed: a fault"):
         list(second)
+    assert "".join(third[0]) == expected
+
+
+def test_chat_tells_what_failed_and_leaves_nothing_behind(engine, monkeypatch):
+    def failing(plan):
+        raise RuntimeError("a fault")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a step of the model failed: a fault"):
+        patch.setattr(engine.core.runner, "launch", failing)
+        engine.chat(CONVERSATIONS, SamplingParams(max_tokens=3))
+    assert not engine.core.busy
     assert engine.chat([asked("hello")], SamplingParams(max_tokens=3))[0].usage.completion_tokens == 3
+
+
+def test_an_answer_whose_text_cannot_be_made_fails_alone(engine, monkeypatch):
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    prepared = [engine.prepare(messages) for messages in CONVERSATIONS]
+    expected = [result.text for result in engine.chat(CONVERSATIONS, params)]
+    answers = [engine.queue(one, params) for one in prepared]
+    push = Completion.push
+
+    def failing(completion, *args):
+        if completion is answers[1].completions[0] and len(completion.token_ids) == 3:
+            raise ValueError("no such text")
+        return push(completion, *args)
+
+    monkeypatch.setattr(Completion, "push", failing)
+    while not all(answer.done for answer in answers):
+        engine.step()
+    with pytest.raises(RuntimeError, match="could not be continued: no such text"):
+        answers[1].result()
+    assert [answers[i].result().text for i in (0, 2)] == [expected[0], expected[2]]
+    assert not engine.core.busy and engine.core.pool.used == 0
 
 
 def test_warming_up_leaves_nothing_behind(model_folder):
