@@ -16,6 +16,7 @@ from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.train.data import DataSettings, DataStream, make_stream, questions
 from aria.train.data.encode import Encoder
+from aria.train.data.look import Look, look
 from aria.train.data.report import Report, RowError
 from aria.train.data.sources import Sources
 from aria.train.loss import IGNORE_INDEX
@@ -176,8 +177,9 @@ def held_out(recipe: Recipe) -> DataSettings:
     return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=True)
 
 
-def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig) -> None:
-    """Look whether any row of the held-out data can be used, before a training that would end with them.
+def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> Look:
+    """Look at this rank's share of some held-out rows, and whether any row can be used, before a training that would
+    end with them.
 
     Raises:
         FileNotFoundError: there are no such data.
@@ -190,7 +192,7 @@ def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig)
     for row in range(len(sources)):
         try:
             if any((sample.targets != IGNORE_INDEX).any() for sample in encoder(sources.read(row)).samples):
-                return
+                return look(sources, encoder, settings, rank=ranks.data_rank, world=ranks.data_world)
         except RowError as error:
             said = said or f" ({sources.where(row)}: {error})"
     raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch{said}")

@@ -27,6 +27,8 @@ from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.cost import Trained, batch_flops
 from aria.train.data import DataStream, make_stream
+from aria.train.data.encode import Encoder
+from aria.train.data.look import judge, look
 from aria.train.data.report import Report
 from aria.train.evaluate import Evaluation, Sampler, check_held_out
 from aria.train.objective import Losses, Objective, Step
@@ -164,16 +166,16 @@ def dry(recipe: Recipe) -> list[Table | str]:
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
         model, trainable = _outline(recipe, config)
         check(recipe, config, parallel.device, world=parallel.world)
-        sampled, notes = None, []
+        sampled, notes = None, list[str]()
         try:
-            stream = _stream(recipe, processor, config, parallel)
+            stream = _stream(recipe, processor, config, parallel, notes.append)
         except FileNotFoundError as error:
             notes.append(f"A training needs what is not there yet: {error}")
         else:
             if isinstance(stream, DataStream):
                 sampled = _sampled(stream, config, trained_parts(model, full=recipe.targets.method == "full"))
         plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate, sampled=sampled)
-        return [] if parallel.rank else [trainable.table(), plan.table(), *notes]
+        return [] if parallel.rank else [trainable.table(), plan.table(), *filter(None, notes)]
     finally:
         parallel.close()
 
@@ -240,12 +242,17 @@ def _same(file: Path, there: Recipe, recipe: Recipe) -> None:
 def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Parts:
     """The model with its weights, what trains of it chosen and spread over the ranks."""
     settings = recipe.model
+
+    def say(text: str) -> None:
+        if console is not None and text:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     # Ranks with data of their own draw dropout of their own.
     torch.manual_seed(recipe.seed + parallel.data_rank)
     if settings.factory is not None:
         module = load_object(settings.factory, "[model] factory")(recipe).to(parallel.device)
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
-        stream = _stream(recipe, processor, aria_in(module).config, parallel)
+        stream = _stream(recipe, processor, aria_in(module).config, parallel, say)
     else:
         config = settings.configure(AriaConfig.from_pretrained(settings.path, revision=settings.revision))
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
@@ -253,7 +260,7 @@ def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Par
         if console is not None:
             console.print(plan.table())
         _outline(recipe, config)
-        stream = _stream(recipe, processor, config, parallel)
+        stream = _stream(recipe, processor, config, parallel, say)
         module = _load(recipe, config, parallel.device)
     aria = aria_in(module)
     trainable = targets.apply(aria, recipe.targets)
@@ -396,15 +403,19 @@ class Saved:
         restore_random_states(state["random"])
 
 
-def _stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel) -> Any:
-    """Batches of this rank. Held-out data are looked at too: what they lack is told before a training."""
+def _stream(
+    recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel, say: Callable[[str], None]
+) -> Any:
+    """Batches of this rank. Some rows, held-out ones too, are looked at: what they lack is told before a training."""
+    data = recipe.data
     if recipe.evaluate.data:
-        check_held_out(recipe, processor, config)
+        found = check_held_out(recipe, processor, config, parallel)
+        say(judge(parallel.collect(found), "held-out rows", data.on_error))
     if recipe.data.factory is not None:
         make = load_object(recipe.data.factory, "[data] factory")
         return make(recipe, processor, parallel.data_rank, parallel.data_world)
-    return make_stream(
-        recipe.data,
+    stream = make_stream(
+        data,
         processor,
         config,
         tokens=recipe.batch.tokens,
@@ -412,6 +423,10 @@ def _stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parall
         world=parallel.data_world,
         seed=recipe.seed,
     )
+    encoder = Encoder(processor, config, data, recipe.batch.tokens)
+    found = look(stream.sources, encoder, data, rank=parallel.data_rank, world=parallel.data_world)
+    say(judge(parallel.collect(found), "training rows", data.on_error))
+    return stream
 
 
 def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[Any], float] | None]:

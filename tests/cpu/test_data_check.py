@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import made_data
 import made_media
@@ -13,6 +14,9 @@ from made_data import chat, config, jsonl, processor, said
 from aria.cli import options
 from aria.train.data import DataSettings, make_stream
 from aria.train.data.check import check_data
+from aria.train.data.encode import Encoder
+from aria.train.data.look import judge, look
+from aria.train.data.sources import Sources
 
 
 def shown(*parts: dict, **more) -> dict:
@@ -112,6 +116,46 @@ def test_a_file_that_is_cut_while_it_is_checked_is_an_error_by_its_line(tmp_path
 
     with pytest.raises(ValueError, match=r"a\.jsonl:3: the file was changed .* gone or cut off"):
         check_data(settings, processor(), config(), tokens=512, progress=cut)
+
+
+def looked(*names, world=1, on_error="skip") -> str:
+    settings = DataSettings(paths=tuple(map(str, names)), workers=2)
+    sources = Sources(settings.weights)
+    encoder = Encoder(processor(), config(), settings, 512)
+    looks = [look(sources, encoder, settings, rank=rank, world=world) for rank in range(world)]
+    return judge(looks, "training rows", on_error)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_look_names_all_rows_that_cannot_be_used(bad, world):
+    file, kinds = bad
+    said = looked(file, world=world)
+    assert said.startswith("17 of 19 training rows that were looked at cannot be used and will be skipped:\n")
+    told = {int(line): kind for line, kind in re.findall(rf"^  {re.escape(str(file))}:(\d+): ([^:]+): ", said, re.M)}
+    assert told == kinds
+    with pytest.raises(ValueError, match=r"(?s)and \[data\] on_error is stop:.*:2: not JSON.*:17: bad message"):
+        looked(file, world=world, on_error="stop")
+
+
+def test_a_look_takes_the_first_rows_and_some_of_all_others(tmp_path):
+    rows = ["no row" if i in (3, 49, 999) else chat("what?", "dog") for i in range(1000)]
+    file = jsonl(tmp_path / "a.jsonl", rows)
+    assert looked(file).startswith("3 of 100 training rows")
+    assert f"{file}:4, 50, 1000: not JSON: " in looked(file)
+    many = [jsonl(tmp_path / f"{i}.jsonl", ["no row", *[chat("what?", "dog")] * 20]) for i in range(12)]
+    assert looked(*many).startswith("12 of 120 training rows")
+    assert looked(*[jsonl(tmp_path / "b.jsonl", [chat("what?", "dog")])]) == ""
+
+
+def test_a_data_set_of_which_nothing_can_be_used_is_refused(tmp_path):
+    good = jsonl(tmp_path / "good.jsonl", [chat("what?", "dog")] * 5)
+    other = jsonl(tmp_path / "other.jsonl", [{"instruction": "what?", "output": "dog"}] * 7)
+    name = re.escape(str(other))
+    message = (
+        rf"7 of 12 .* cannot be used, and none of {name}:\n  {name}:1, 2, 3, 4, 5, 6, 7: other format: .* Alpaca's"
+    )
+    with pytest.raises(ValueError, match=message):
+        looked(good, other)
 
 
 def test_what_is_longer_than_the_models_context_is_too_long(tmp_path):

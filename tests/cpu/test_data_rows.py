@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import made_data
@@ -137,8 +139,90 @@ def chat_of(part: dict) -> dict:
     return {"messages": [said("user", [part]), said("assistant", "dog")]}
 
 
+SEEN = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+HEARD = [{"type": "video"}, {"type": "text", "text": "Go on."}]
+OTHER = {
+    "ShareGPT": (
+        {"id": 1, "system": "Be brief.", "conversations": [{"from": "human", "value": "a?"},
+                                                           {"from": "gpt", "value": "b"}]},
+        {"messages": [said("system", "Be brief."), said("user", "a?"), said("assistant", "b")]},
+    ),
+    "ShareGPT in messages": (
+        {"messages": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]},
+        chat("a?", "b"),
+    ),
+    "LLaVA": (
+        {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
+                                             {"from": "gpt", "value": "b"}]},
+        {**chat(SEEN, "b"), "images": ["a.png"]},
+    ),
+    "Alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, chat("Add.\n\n1 2", "3")),
+    "Alpaca without input": ({"instruction": "Say hi.", "input": "", "output": "hi"}, chat("Say hi.", "hi")),
+    "a pair": ({"prompt": "a?", "completion": "b"}, chat("a?", "b")),
+    "ms-swift's query": (
+        {"query": "<image>What is it?", "response": "b", "images": ["a.png"], "history": [["c?", "d"]]},
+        {"messages": [*chat("c?", "d")["messages"], *chat(SEEN, "b")["messages"]], "images": ["a.png"]},
+    ),
+    "ms-swift": (
+        {**chat("<image>What is it?", "b"), "images": ["a.png"]}, {**chat(SEEN, "b"), "images": ["a.png"]},
+    ),
+    "ms-swift's clips": (
+        {**chat("<video>Go on.", "b"), "videos": ["a.mp4"]}, {**chat(HEARD, "b"), "videos": ["a.mp4"]},
+    ),
+    "one picture of a name that is not read": (
+        {**chat("<image>What is it?", "b"), "image": "a.png"}, {**chat(SEEN, "b"), "images": ["a.png"]},
+    ),
+}  # fmt: skip
+"""Rows in other formats, and what they should be."""
+
+
+def converted(old: Path) -> list[dict]:
+    new = old.with_name("new.jsonl")
+    script = Path(__file__).parents[2] / "examples" / "convert.py"
+    subprocess.run([sys.executable, str(script), str(old), str(new)], check=True, capture_output=True)
+    source = open_source(str(new))
+    return [dict(source.read(i).fields) for i in range(len(source))]
+
+
+def test_rows_in_other_formats_are_converted(tmp_path):
+    rows, expected = zip(*OTHER.values(), strict=True)
+    for name in ("list.json", "lines.json"):
+        text = json.dumps(rows, indent=2) if name == "list.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert converted(tmp_path / name) == list(expected)
+    for row in expected:
+        assert isinstance(read(row), Conversation)
+    (tmp_path / "a.tsv").write_text("question\tanswer\na\u2028?\tb\n", encoding="utf-8")
+    assert converted(tmp_path / "a.tsv") == [chat("a\u2028?", "b")]
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert converted(tmp_path / "a.txt") == [{"text": "one\n\ntwo\n"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.json", '[{"text": "a"}]', "one JSON value"),
+        ("a.json", '{"text": "a"}\n{"text": "b"}\n', "one JSON object a line: name it .jsonl"),
+        ("a.txt", "once upon a time", "plain text"),
+        ("a.csv", "question,answer", "a table"),
+        ("a.jsonl", '[\n{"text": "a"},\n{"text": "b"}\n]\n', "a list"),
+        ("a.jsonl", '\ufeff[{"text": "a"}, {"text": "b"}]', "a list"),
+        ("a.jsonl", '{\n  "text": "a"\n}\n', "several lines"),
+    ],
+)
+def test_files_in_other_formats_are_named_with_what_helps(tmp_path, name, content, what):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    helps = "name it" if "name it" in what else "convert it: python examples/convert.py"
+    with pytest.raises(ValueError, match=rf"{name} .*{what}.*{helps if helps not in what else ''}"):
+        open_source(str(tmp_path / name))
+    if not name.endswith(".jsonl"):
+        with pytest.raises(FileNotFoundError, match=rf"no train\.jsonl; there is no .*, only {name}; .*{what}"):
+            open_source(str(tmp_path))
+
+
 BAD = {
     "no messages": [{"prompt": "a"}, {}],
+    "other format": [row for row, *_ in OTHER.values()],
     "empty text": [{"text": " \n"}, {"text": 3}],
     "bad message": [
         {"messages": []},
@@ -209,7 +293,7 @@ def test_names_of_data_sets(tmp_path):
         open_source(str(tmp_path / "set"), "dev")
     with pytest.raises(FileNotFoundError, match="hf:rhymes-ai/data"):
         open_source("rhymes-ai/data")
-    for name, content in (("empty.jsonl", b""), ("blank.jsonl", b"\n \n"), ("a.csv", b"a,b")):
+    for name, content in (("empty.jsonl", b""), ("blank.jsonl", b"\n \n"), ("a.bin", b"a,b")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             open_source(str(tmp_path / name))

@@ -385,7 +385,7 @@ def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = [*launcher, "train", str(file), "--out", str(out)]
     told = subprocess.run(run, check=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE).stderr.decode()
-    assert "rows.jsonl:2: " in told and told.count("not JSON") == 1
+    assert "rows.jsonl:2: " in told and told.count("not JSON") == 2, "before and after"
     config = AriaConfig.from_pretrained(model_folder)
     first = read_adapter(out / "export", config).weights
     # A line for each step, of both ranks together.
@@ -412,7 +412,34 @@ def test_held_out_data_that_are_missing_are_told_before_training(command, recipe
     assert "nowhere" in capsys.readouterr().err and not (out / "log.jsonl").exists()
 
 
-def test_a_run_that_stopped_at_a_bad_row_may_go_on_past_it(command, recipe, tmp_path, data, capsys):
+def test_rows_that_cannot_be_used_are_told_before_the_weights_are_read(
+    command, recipe, tmp_path, data, capsys, monkeypatch
+):
+    def unread(*_, **__):
+        raise AssertionError("weights are read")
+
+    good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"
+    (tmp_path / "rows.jsonl").write_text(good * 20 + "no row\n" + good + "{}\n", encoding="utf-8")
+    rows = ["--set", f'data.paths=["{tmp_path.as_posix()}/rows.jsonl"]']
+    held = ["--set", f'evaluate.data=["{tmp_path.as_posix()}/rows.jsonl"]']
+    file = recipe(**{"budget.steps": 1})
+    assert command("train", file, "--out", tmp_path / "skips", *rows) == 0
+    before = capsys.readouterr().err.partition("What trains")[0]
+    for place in ("rows.jsonl:21: not JSON", "rows.jsonl:23: no messages"):
+        assert place in before
+    monkeypatch.setattr("aria.train.run.load_model", unread)
+    stop = ["--set", "data.on_error=stop"]
+    for more in ([*rows, *stop], [*held, *stop]):
+        assert command("train", file, "--out", tmp_path / "run", *more) == 2
+        said = capsys.readouterr().err
+        assert "2 of 23" in said and "rows.jsonl:21: " in said and "rows.jsonl:23: " in said
+    assert command("train", file, "--out", tmp_path / "run", *rows, "--dry-run") == 0
+    assert "rows.jsonl:21: " in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_at_a_bad_row_may_go_on_past_it(command, recipe, tmp_path, data, capsys, monkeypatch):
+    # A row that the look before the training passes over.
+    monkeypatch.setattr("aria.train.data.look.MOST_ROWS", 20)
     out, folder = tmp_path / "run", tmp_path / "rows"
     folder.mkdir()
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MOST_EXAMPLES = 5
+CONVERT = "convert it: python examples/convert.py OLD NEW.jsonl (docs/data.md)"
+"""What helps with data in a format that is not read."""
 
 
 class RowError(ValueError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aria.processor.calls import plain, with_instructions, written
-from aria.train.data.report import RowError
+from aria.train.data.report import CONVERT, RowError
 from aria.train.data.sources import Row
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -18,6 +18,18 @@ _ROW_FIELDS = {"text": ("text",), "messages": ("messages", "images", "video", "v
 _MESSAGE_FIELDS = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", "refusal")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _OPENAI = {"image_url": "image", "video_url": "video", "file": "document"}
+_OTHERS = {
+    ("conversations",): "ShareGPT's format",
+    ("instruction", "output"): "Alpaca's format",
+    ("instruction", "response"): "Alpaca's format",
+    ("query", "response"): "ms-swift's query and response",
+    ("prompt", "completion"): "a prompt and a completion",
+    ("prompt", "response"): "a prompt and a response",
+    ("question", "answer"): "a question and an answer",
+}
+"""Fields by which formats that are not read are known."""
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+"""Of media, in texts for ms-swift, LLaMA-Factory and LLaVA."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,8 @@ def read_row(row: Row, customs: Customs) -> tuple[Text | Conversation, list[str]
     fields = {key: value for key, value in row.fields.items() if value is not None}
     kind = "messages" if "messages" in fields else "text"
     if kind not in fields:
+        if other := next((said for names, said in _OTHERS.items() if fields.keys() >= set(names)), None):
+            raise RowError("other format", f"the row is in {other}, not in messages; {CONVERT}")
         known = ", ".join(sorted(fields)) or "none"
         raise RowError("no messages", f"expected a row with messages (a conversation) or text; its fields are {known}")
     others = sorted(key for key in fields if key not in _ROW_FIELDS[kind])
@@ -76,6 +90,8 @@ def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> 
         read, weight = _message(message, f"message {i}", given)
         messages.append(read)
         learnt.append(read["role"] == "assistant" and weight)
+    if not given.complete or any(fields.get(name) for name in ("image", "audio", "audios")):
+        _check_placeholders(messages)
     given.finish()
     if fields.get("tools"):
         messages = with_instructions(messages, _functions(fields["tools"]))
@@ -88,14 +104,24 @@ def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> 
     if not any(learnt):
         raise RowError("nothing to learn", "every answer has weight 0")
     for i, (message, counts) in enumerate(zip(messages, learnt, strict=True)):
-        if counts and not _has_words(message["content"]):
+        if counts and not _text(message["content"]).strip():
             raise RowError("empty answer", f"message {i} is the assistant's and says nothing; weight 0 leaves it out")
     return Conversation(tuple(messages), tuple(learnt))
 
 
-def _has_words(content: str | list[dict[str, Any]]) -> bool:
-    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-    return any(text.strip() for text in texts)
+def _text(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _check_placeholders(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse texts with places for media as other formats have them, which would be learnt as text."""
+    texts = "".join(_text(message["content"]) for message in messages)
+    if found := [placeholder for placeholder in _PLACEHOLDERS if placeholder in texts]:
+        raise RowError(
+            "other format",
+            f"{found[0]} in a text is the place of a medium for ms-swift, LLaMA-Factory and LLaVA; here it is a part "
+            f"of the message's content; {CONVERT}",
+        )
 
 
 def _listed(value: Any, name: str) -> Sequence[Any]:
@@ -126,6 +152,11 @@ class _Given:
         # Those that are too many are counted too, so that the message tells both numbers.
         return self._media[kind][used] if used < len(self._media[kind]) else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether there are as many places as media."""
+        return all(self._used[kind] == len(media) for kind, media in self._media.items())
+
     def finish(self) -> None:
         """Refuse a row whose places and media are not as many."""
         for kind, media in self._media.items():
@@ -141,6 +172,8 @@ def _message(message: Any, where: str, given: _Given) -> tuple[dict[str, Any], b
         raise RowError("bad message", f"{where} should be an object with role and content, but is {message!r:.60}")
     fields = {key: value for key, value in message.items() if value is not None}
     role = fields.get("role")
+    if role is None and fields.keys() >= {"from", "value"}:
+        raise RowError("other format", f"{where} has from and value, as in ShareGPT's format; {CONVERT}")
     if role not in _ROLES:
         raise RowError("unknown role", f"{where} has the role {role!r:.40}; known are {', '.join(_ROLES)}")
     if unknown := sorted(str(key) for key in fields if key not in _MESSAGE_FIELDS):

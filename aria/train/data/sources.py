@@ -19,7 +19,7 @@ import numpy as np
 
 from aria.hub import read_json
 from aria.train.data.content import content_hash
-from aria.train.data.report import RowError
+from aria.train.data.report import CONVERT, RowError
 
 HUGGING_FACE = "hf:"
 _BLANK = b"\xef\xbb\xbf \t\r\n"
@@ -90,6 +90,9 @@ class JsonLines:
             raise ValueError(f"{file} is empty; expected one JSON object a line")
         if not len(self._lines):
             raise ValueError(f"{file} has only blank lines; expected one JSON object a line")
+        first = self._bytes(0).strip(_BLANK)
+        if first == b"{" or (first[:1] == b"[" and first[1:].lstrip()[:1] in (b"", b"{")):
+            raise ValueError(f"{file} is JSON over several lines or a list; expected one JSON object a line; {CONVERT}")
 
     def __del__(self) -> None:
         if hasattr(self, "_opened"):
@@ -216,8 +219,26 @@ def open_source(name: str, split: str = "train") -> Source:
     if path.suffix == ".parquet":
         return _loaded(str(path), path.parent, lambda lib: lib.Dataset.from_parquet(str(path)))
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise ValueError(f"{path} should be a .jsonl or .parquet file, or a folder with {split}.jsonl")
+        raise ValueError(
+            f"{path} should be a .jsonl or .parquet file, or a folder with {split}.jsonl{_other_format(path)}"
+        )
     return JsonLines(path)
+
+
+def _other_format(file: Path) -> str:
+    """What helps with a file that is not read as it is."""
+    kind = file.suffix.lower()
+    if kind == ".json":
+        try:
+            JsonLines(file).read(0)
+        except ValueError:
+            return f"; this is one JSON value, such as a list of rows: {CONVERT}"
+        return "; it holds one JSON object a line: name it .jsonl"
+    if kind in (".txt", ".md"):
+        return f"; this is plain text: {CONVERT}"
+    if kind in (".csv", ".tsv"):
+        return f"; this is a table: {CONVERT}"
+    return ""
 
 
 def _folder(folder: Path, split: str) -> Source:
@@ -230,8 +251,13 @@ def _folder(folder: Path, split: str) -> Source:
         return _saved(folder, folder / split)
     if (folder / "state.json").is_file():
         return _saved(folder, folder)
-    others = sorted(file.name for file in folder.glob("*.jsonl"))
-    there = f"there are {', '.join(others[:5])}: name the file itself" if others else "there is no .jsonl file at all"
+    others = sorted(file for pattern in ("*.jsonl", "*.parquet") for file in folder.glob(pattern))
+    there = f"there are {', '.join(file.name for file in others[:5])}: name the file itself"
+    if not others:
+        there = "there is no .jsonl file at all"
+        found = (file for kind in ("json", "txt", "md", "csv", "tsv") for file in sorted(folder.glob(f"*.{kind}")))
+        if (file := next(found, None)) is not None:
+            there += f", only {file.name}{_other_format(file)}"
     raise FileNotFoundError(f"{folder} has no {split}.jsonl; {there}")
 
 

@@ -1,0 +1,97 @@
+"""Some rows of each data set, read as training would read them, before anything large is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from aria.train.data.encode import Encoder
+from aria.train.data.report import RowError
+from aria.train.data.settings import DataSettings
+from aria.train.data.sources import Sources
+from aria.train.data.stream import Reader
+
+MOST_ROWS = 100
+"""Of all data sets together."""
+LEAST_ROWS = 10
+"""Of each data set, however many there are."""
+
+
+@dataclass
+class Look:
+    """What was found."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    """Data set -> rows that were read."""
+    usable: Counter[str] = field(default_factory=Counter)
+    """Data set -> those of them that can be trained on."""
+    problems: list[tuple[str, int, str]] = field(default_factory=list)
+    """File, line and what is wrong there, of each of the others."""
+
+
+def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: int = 0, world: int = 1) -> Look:
+    """Read this rank's share of the rows that are looked at.
+
+    Raises:
+        ValueError: a file was changed.
+    """
+    share, start, chosen = max(LEAST_ROWS, MOST_ROWS // len(sources.names)), 0, {}
+    for name, count in zip(sources.names, sources.counts, strict=True):
+        chosen.update(dict.fromkeys((start + row for row in _some(count, share)), name))
+        start += count
+    reader = Reader(lambda row: encoder(sources.read(row)), settings.workers, settings.workers * settings.prefetch)
+    found = Look()
+    try:
+        for row, encoded in reader.read(list(chosen)[rank::world]):
+            found.rows[chosen[row]] += 1
+            if isinstance(encoded, RowError):
+                file, _, line = sources.where(row).rpartition(":")
+                found.problems.append((file, int(line), f"{encoded.kind}: {encoded}"))
+            else:
+                found.usable[chosen[row]] += 1
+    finally:
+        reader.close()
+    return found
+
+
+def judge(looks: Iterable[Look], what: str, on_error: Literal["skip", "stop"]) -> str:
+    """What to tell of the looks of all ranks; nothing if all rows can be used.
+
+    Args:
+        looks: of each rank.
+        what: the rows are, such as ``training rows``.
+        on_error: ``[data] on_error``.
+
+    Raises:
+        ValueError: training would stop at such a row, or no row of a data set can be used. All of them are named.
+    """
+    rows: Counter[str] = Counter()
+    usable: Counter[str] = Counter()
+    lines: dict[tuple[str, str], list[int]] = {}
+    for one in looks:
+        rows += one.rows
+        usable += one.usable
+        for file, line, said in one.problems:
+            lines.setdefault((file, said), []).append(line)
+    if not lines:
+        return ""
+    told = sorted((file, sorted(numbers), said) for (file, said), numbers in lines.items())
+    listed = "\n".join(f"  {file}:{', '.join(map(str, numbers))}: {said}" for file, numbers, said in told)
+    begin = f"{rows.total() - usable.total()} of {rows.total()} {what} that were looked at cannot be used"
+    if useless := [name for name in rows if not usable[name]]:
+        raise ValueError(f"{begin}, and none of {', '.join(useless)}:\n{listed}")
+    if on_error == "stop":
+        raise ValueError(f"{begin}, and [data] on_error is stop:\n{listed}")
+    return f"{begin} and will be skipped:\n{listed}"
+
+
+def _some(count: int, most: int) -> list[int]:
+    """So many numbers below ``count``: half of them the first ones, the others spread evenly over the rest."""
+    if count <= most:
+        return list(range(count))
+    first = most // 2
+    return [*range(first), *np.linspace(first, count - 1, most - first).round().astype(int).tolist()]
