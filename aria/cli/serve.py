@@ -45,6 +45,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that wait; more are told to come again.")] = 256,
     max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
     default_temperature: Annotated[float, typer.Option(help="Where a request says nothing.")] = 1.0,
+    step_seconds: Annotated[
+        float, typer.Option(help="For one step of the model; /health is a 503 while one takes longer.")
+    ] = 120.0,
     drain_seconds: Annotated[float, typer.Option(help="For running requests, once told to end.")] = 30.0,
     allow_local: AllowLocal = None,
     allow_private_addresses: AllowPrivate = False,
@@ -102,6 +105,7 @@ def serve(
         max_queue=max_queue,
         max_concurrency_per_key=max_concurrency_per_key,
         temperature=default_temperature,
+        step_seconds=step_seconds,
         drain_seconds=drain_seconds,
         media_threads=media_threads,
         named_media_bytes=named_media_bytes,

@@ -42,7 +42,7 @@ _MEANINGS = {
     415: "The body is not application/json.",
     429: "Too many requests of this key at a time.",
     500: "The server failed.",
-    503: "The queue is full, the server is about to end, or its model fails at every step.",
+    503: "The queue is full, the server is about to end, or its model fails at every step or hangs in one.",
 }
 
 
@@ -180,7 +180,7 @@ def _state(service: Service, traffic: Traffic) -> APIRouter:
     async def health() -> Any:
         """Whether the server lives and its model answers."""
         if not await service.healthy():
-            raise errors.ApiError(503, "the model fails at every step; the server's log tells why", code="unhealthy")
+            raise errors.ApiError(503, service.ailment, code="unhealthy")
         return Status(status="ok")
 
     @routes.get("/ready", response_model=Status, responses=_said(500, 503))
@@ -188,6 +188,8 @@ def _state(service: Service, traffic: Traffic) -> APIRouter:
         """Whether it takes new work."""
         if traffic.draining:
             raise errors.overloaded("the server is about to end", wait=5)
+        if service.hanging:
+            raise errors.overloaded(service.ailment, wait=5)
         return Status(status="ready")
 
     @routes.get("/metrics", response_class=PlainTextResponse, responses=_said(401, 500))

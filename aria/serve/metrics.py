@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,7 +18,7 @@ _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 class Metrics:
     """Counters of one server, in a registry of their own: several servers may live in one process."""
 
-    def __init__(self, engine: AsyncEngine):
+    def __init__(self, engine: AsyncEngine, healthy: Callable[[], bool]):
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "aria_requests", "Requests by route and status.", ("route", "status"), registry=self.registry
@@ -41,7 +41,7 @@ class Metrics:
             "aria_model_requests", "Requests that began to be answered, by model or adapter.", ("model",),
             registry=self.registry,
         )  # fmt: skip
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_EngineCollector(engine, healthy))
 
     def finished(self, *, model: str, prompt: int, completion: int, seconds: float, per_token: float | None) -> None:
         """Count an answer that ended, whole or not."""
@@ -60,11 +60,13 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's own counters, read when they are asked for."""
 
-    def __init__(self, engine: AsyncEngine):
-        self._engine = engine
+    def __init__(self, engine: AsyncEngine, healthy: Callable[[], bool]):
+        self._engine, self._healthy = engine, healthy
 
     def collect(self) -> Iterable[Metric]:
         stats = self._engine.stats()
+        yield GaugeMetricFamily("aria_healthy", "0 while steps fail, or one hangs.", self._healthy())
+        yield GaugeMetricFamily("aria_step_seconds", "Of the step under way, 0 if none is.", self._engine.step_seconds)
         yield GaugeMetricFamily("aria_requests_running", "Answers that grow.", stats.running)
         yield GaugeMetricFamily("aria_requests_waiting", "Answers that wait for a place.", stats.waiting)
         yield GaugeMetricFamily("aria_cache_usage_ratio", "Part of the cache that is held, 0 to 1.", stats.cache_usage)

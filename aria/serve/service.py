@@ -52,7 +52,7 @@ class Service:
             raise ValueError(f"{both[0]!r} is the name of the model and of an adapter; give one of them another")
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, lambda: not (engine.failing or self.hanging))
         self.created = int(time.time())
         self.fingerprint = _fingerprint(engine.engine.model)
         # Text never waits behind somebody's slow download.
@@ -201,15 +201,30 @@ class Service:
             raise ApiError(400, str(error)) from error
         return run
 
+    @property
+    def hanging(self) -> bool:
+        """Whether a step of the model takes longer than it may."""
+        return self.engine.step_seconds > self.settings.step_seconds
+
+    @property
+    def ailment(self) -> str:
+        """What is wrong where :meth:`healthy` is false."""
+        if self.hanging:
+            return (
+                f"a step of the model has taken {self.engine.step_seconds:.0f} s, and {self.settings.step_seconds:g} s "
+                "(--step-seconds) is the most"
+            )
+        return "the model fails at every step; the server's log tells why"
+
     async def healthy(self) -> bool:
         """Whether the model answers. It is asked for a token only where its last step failed: that may have been the
         fault of one request, and nobody else may come whose answer would show it."""
-        if self.engine.failing:
+        if self.engine.failing and not self.hanging:
             # All who ask meanwhile wait for the same token, and one of them that leaves ends nothing.
             if self._probe is None or self._probe.done():
                 self._probe = asyncio.create_task(self._ask_for_a_token())
             await asyncio.shield(self._probe)
-        return not self.engine.failing
+        return not (self.engine.failing or self.hanging)
 
     async def _ask_for_a_token(self) -> None:
         try:

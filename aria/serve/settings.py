@@ -38,6 +38,10 @@ class ServerSettings:
     """Memory for images and clips that clients name by a uuid, to send it alone in later requests."""
     temperature: float = 1.0
     """Where a request says nothing, as OpenAI's own interface has it."""
+    step_seconds: float = 120.0
+    """The longest that a step of the model may take. Beyond it the server counts as unhealthy until the step is over.
+    First steps compile kernels for up to a minute where nothing was warmed up; those of large models on CPUs may take
+    longer. ``float("inf")``: no limit."""
     drain_seconds: float = 30.0
     """How long running requests may go on after the server was told to end."""
 
@@ -55,6 +59,8 @@ class ServerSettings:
             raise ValueError(f"max_concurrency_per_key is {self.max_concurrency_per_key}; expected at least 1, or None")
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature is {self.temperature}; expected 0 to 2")
+        if not self.step_seconds > 0:
+            raise ValueError(f"step_seconds is {self.step_seconds}; expected more than 0")
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; expected 0 or more")
         if not self.model_names:

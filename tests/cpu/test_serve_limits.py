@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -438,6 +439,41 @@ def test_a_step_that_fails_is_never_the_clients_fault_and_health_tells(live, mon
     until(idle)
 
 
+def test_health_tells_of_a_step_that_hangs_until_it_returns(live, monkeypatch):
+    service, launch = live.app.state.service, engine().engine.core.runner.launch
+    entered, released = threading.Event(), threading.Event()
+
+    def hangs(plan):
+        entered.set()
+        assert released.wait(120)
+        return launch(plan)
+
+    def gauge(name: str) -> float:
+        text = live.http.get("/metrics").text
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+
+    assert gauge("aria_healthy") == 1 and gauge("aria_step_seconds") == 0
+    monkeypatch.setattr(engine().engine.core.runner, "launch", hangs)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(live.post, "/v1/chat/completions", messages=HELLO, max_tokens=2)
+        try:
+            assert entered.wait(120)
+            # Two minutes have not passed yet.
+            assert live.http.get("/health").status_code == live.http.get("/ready").status_code == 200
+            monkeypatch.setattr(service, "settings", replace(service.settings, step_seconds=1e-3))
+            until(lambda: engine().step_seconds > 1e-3)
+            error = error_of(live.http.get("/health"), 503)
+            assert error["code"] == "unhealthy" and "0.001 s (--step-seconds) is the most" in error["message"]
+            assert error_of(live.http.get("/ready"), 503)["code"] == "overloaded"
+            assert gauge("aria_healthy") == 0 and gauge("aria_step_seconds") > 0
+        finally:
+            released.set()
+        assert answer.result().status_code == 200
+    until(lambda: engine().step_seconds == 0)
+    assert live.http.get("/health").status_code == live.http.get("/ready").status_code == 200
+    assert gauge("aria_healthy") == 1
+
+
 def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
     async def pieces(*_, **__):
         answer = SimpleNamespace(cached_tokens=0)
@@ -456,7 +492,7 @@ def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
 @pytest.mark.parametrize(
     "fields",
     [{"max_body": 0}, {"max_queue": -1}, {"max_concurrency_per_key": 0}, {"temperature": 3}, {"api_keys": ("",)},
-     {"drain_seconds": -1}, {"model_names": ()}],
+     {"drain_seconds": -1}, {"step_seconds": 0}, {"step_seconds": math.nan}, {"model_names": ()}],
 )  # fmt: skip
 def test_settings_out_of_their_limits_are_refused(fields):
     with pytest.raises(ValueError):
