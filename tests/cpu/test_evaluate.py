@@ -98,24 +98,24 @@ def test_rows_that_the_loss_passes_over_are_no_samples(run, tmp_path):
 
 
 def many(tmp_path: Path) -> Path:
-    """40 rows, of which no two fit into a batch of 192 tokens; the first 30 have other answers."""
-    rows = [chat(f"#{i:02d} " + "3" * 90, "dog" if i < 30 else "fox") for i in range(40)]
+    """24 rows, of which no two fit into a batch of 192 tokens; the first 18 have other answers."""
+    rows = [chat(f"#{i:02d} " + "3" * 90, "dog" if i < 18 else "fox") for i in range(24)]
     return jsonl(tmp_path / "held.jsonl", rows)
 
 
 def test_all_rows_are_asked_or_as_many_as_are_said(run, tmp_path, capsys):
-    evaluate = {"data": [str(many(tmp_path))], "every": 2}
+    evaluate = {"data": [str(many(tmp_path))]}
     log, *_ = run(evaluate=evaluate)
-    assert [line["held-out rows"] for line in log if "held-out loss" in line] == ["40 of 40 rows"] * 2
-    log, *_ = run(evaluate={**evaluate, "batches": 5}, budget={"steps": 6})
+    assert [line["held-out rows"] for line in log if "held-out loss" in line] == ["24 of 24 rows"]
+    log, *_ = run(evaluate={**evaluate, "batches": 5}, budget={"steps": 5})
     told = log[-1]
-    assert told["held-out rows"] == "7 of 40 rows", "of some 130 tokens each"
-    assert f"step 6: held-out {told['held-out loss']:.4f} (7 of 40 rows)" in capsys.readouterr().err
+    assert told["held-out rows"] == "7 of 24 rows", "of some 130 tokens each"
+    assert f"step 5: held-out {told['held-out loss']:.4f} (7 of 24 rows)" in capsys.readouterr().err
 
 
 def test_a_sample_of_rows_is_drawn_by_the_seed_and_the_same_on_any_number_of_ranks(tmp_path):
     def asked(seed: int, world: int) -> set[int]:
-        evaluate = {"data": [str(many(tmp_path))], "batches": 8}
+        evaluate = {"data": [str(many(tmp_path))], "batches": 6}
         recipe = Recipe.from_table({"data": {"paths": ["x"]}, "batch": {"tokens": 192}, "evaluate": evaluate,
                                     "seed": seed})  # fmt: skip
         found: list[int] = []
@@ -130,7 +130,7 @@ def test_a_sample_of_rows_is_drawn_by_the_seed_and_the_same_on_any_number_of_ran
         return set(found)
 
     one = asked(1, 1)
-    assert 8 <= len(one) < 16 and max(one) >= 30
+    assert 6 <= len(one) < 12 and max(one) >= 18
     assert asked(1, 2) == asked(1, 3) == one != asked(2, 1)
 
 
