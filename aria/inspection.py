@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
-from aria.checkpoint import Checkpoint, find_weights, parameter_shapes, read_remote
+from aria.checkpoint import Checkpoint, Layout, detect, find_weights, parameter_shapes, read_index, read_remote
+from aria.checkpoint.layouts import Shape
 from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import resolve
 
@@ -18,44 +22,127 @@ BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 """Of the weights themselves; the scales of quantised formats add 1 to 6 % to the last two."""
 RESERVE = 2**30
 """Bytes kept free for activations and the runtime."""
+_WEIGHTS = (".safetensors", ".pdparams", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
-def report(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | None, console: Console) -> None:
-    """Print the report.
+def inspect_model(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | None = None) -> dict[str, Any]:
+    """What a model is, as values that JSON can hold.
+
+    Weights that are here, or whose headers the Hub shows, are checked as loading checks them. Without them the
+    configuration and the index of shards still tell size, context and what fits.
 
     Args:
-        path_or_repo_id: a folder, a file of weights or an index of shards with ``config.json`` beside it, a Hub
-            repository, of whose weights only the headers are fetched, or None for the packaged nano model.
+        path_or_repo_id: a folder, a file of weights, ``config.json`` or an index of shards with ``config.json`` beside
+            it, a Hub repository, of whose weights only the headers are fetched, or None for the packaged nano model.
         revision: branch, tag or commit of a Hub repository.
-        console: where to print.
+
+    Returns:
+        ``layout`` (name and description, None where the weights do not tell), ``dtype``, ``weights`` (``complete``,
+        and a ``note`` on what is missing), ``experts``, ``image_sizes`` (side in pixels -> tokens), ``context`` in
+        tokens, ``parameters`` by part with ``total`` and ``active``, ``cache_bytes_per_token`` in bfloat16, and
+        ``devices``: ``name``, ``free_bytes`` and ``tokens`` of context that fit beside the weights in each format.
 
     Raises:
-        FileNotFoundError: there is no such model, or shards that its index lists are missing.
+        FileNotFoundError: there is no such model.
         ValueError: it is not a checkpoint of Aria.
     """
     # Weights on the Hub are looked at there, unless they were fetched before; the index tells whether they all were.
     local = path_or_repo_id is None or Path(path_or_repo_id).expanduser().exists()
     path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME, "*.safetensors.index.json"])
+    if path.is_file() and path.name == CONFIG_NAME:
+        path = path.parent
+    if path.is_file() and not path.name.endswith(_WEIGHTS):
+        raise ValueError(
+            f"{path} is not a model; expected a folder with {CONFIG_NAME} and weights, a .safetensors or .pdparams "
+            "file, an index of shards (.index.json), or a Hub repository"
+        )
     config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
     shapes = parameter_shapes(config)
+    note: str | None = None
     if local or _is_cached(path):
-        checkpoint = Checkpoint(path, shapes)
-        layout, dtype = checkpoint.layout, checkpoint.dtype
+        layout, dtype, note = _local(path, config, shapes)
     else:
         layout, dtype = read_remote(str(path_or_repo_id), shapes, revision=revision)
     text = config.text
-    console.print(f"layout        {layout.name} ({layout.description})", soft_wrap=True)
-    console.print(f"stored as     {str(dtype).removeprefix('torch.')}")
-    console.print(
-        f"experts       {text.moe_num_experts} routed, {text.moe_topk} a token, {text.moe_num_shared_experts} shared"
-    )
-    sizes = ", ".join(f"{side} px -> {queries} tokens" for side, queries in config.image_sizes().items())
-    console.print(f"pictures      {sizes}")
-    console.print(f"context       {text.max_position_embeddings:,} tokens")
-    console.print(f"active        {_count(config.active_parameters())} parameters a text token")
-    console.print(f"cache         {config.cache_bytes_per_token():,} bytes a token in bf16\n")
-    console.print(_parameters(config))
-    console.print(_fits(config))
+    parts = config.parameters_by_part()
+    return {
+        "layout": layout and {"name": layout.name, "description": layout.description},
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": {"complete": note is None, "note": note},
+        "experts": {
+            "routed": text.moe_num_experts, "per_token": text.moe_topk, "shared": text.moe_num_shared_experts
+        },
+        "image_sizes": {str(side): queries for side, queries in config.image_sizes().items()},
+        "context": text.max_position_embeddings,
+        "parameters": {**parts, "total": sum(parts.values()), "active": config.active_parameters()},
+        "cache_bytes_per_token": config.cache_bytes_per_token(),
+        "devices": _fits(config),
+    }  # fmt: skip
+
+
+def _local(
+    path: Path, config: AriaConfig, shapes: Mapping[str, Shape]
+) -> tuple[Layout | None, torch.dtype, str | None]:
+    """Layout and dtype of weights on this machine, and what is missing of them."""
+    try:
+        find_weights(path)
+    except (FileNotFoundError, ValueError) as error:  # none, some, or pickles, which are not read
+        names = read_index(path)
+        return detect(dict.fromkeys(names, ()), shapes) if names else None, config.dtype, str(error)
+    checkpoint = Checkpoint(path, shapes)
+    return checkpoint.layout, checkpoint.dtype, None
+
+
+def report(found: Mapping[str, Any], console: Console) -> None:
+    """Print what :func:`inspect_model` found; on a narrow console no number is cut."""
+    layout, experts, parameters = found["layout"], found["experts"], dict(found["parameters"])
+    total, active = parameters.pop("total"), parameters.pop("active")
+    origin = "" if found["weights"]["complete"] else " (by its config)"
+    sizes = ", ".join(f"{side} px -> {tokens} tokens" for side, tokens in found["image_sizes"].items())
+    lines = {
+        "layout": f"{layout['name']} ({layout['description']})" if layout else "unknown until weights are there",
+        "stored as": found["dtype"] + origin,
+        "experts": f"{experts['routed']} routed, {experts['per_token']} a token, {experts['shared']} shared",
+        "images": sizes,
+        "context": f"{found['context']:,} tokens",
+        "active": f"{_count(active)} parameters a text token",
+        "cache": f"{found['cache_bytes_per_token']:,} bytes a token in bf16",
+    }
+    for name, value in lines.items():
+        console.print(f"{name:<14}{value}", soft_wrap=True, highlight=False)
+    if note := found["weights"]["note"]:
+        console.print(f"[yellow]weights[/yellow]       unavailable: {note}", soft_wrap=True, highlight=False)
+    console.print()
+    formats = BYTES_PER_PARAMETER
+    rows = [
+        (part, f"{count:,}", *(_size(count * width) for width in formats.values()))
+        for part, count in [*parameters.items(), ("all", total)]
+    ]
+    _print_table(console, "Parameters", ("part", "parameters", *formats), rows)
+    rows = [
+        (one["name"], _size(one["free_bytes"]), *(f"{n:,}" if n else "no" for n in one["tokens"].values()))
+        for one in found["devices"]
+    ]
+    _print_table(console, "Fits here, with so many tokens of context", ("device", "free", *formats), rows)
+
+
+def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, or one value a line where it is wider than the console."""
+    table = Table(*header, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*row)
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(title, soft_wrap=True)
+    for first, *values in rows:
+        console.print(f"  {first}", soft_wrap=True, highlight=False)
+        for name, value in zip(header[1:], values, strict=True):
+            console.print(f"    {name}: {value}", soft_wrap=True, highlight=False)
 
 
 def _is_cached(snapshot: Path) -> bool:
@@ -66,29 +153,16 @@ def _is_cached(snapshot: Path) -> bool:
         return False
 
 
-def _parameters(config: AriaConfig) -> Table:
-    table = Table("part", "parameters", *BYTES_PER_PARAMETER, title="Parameters", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    parts = config.parameters_by_part()
-    for part, count in [*parts.items(), ("all", sum(parts.values()))]:
-        table.add_row(part, f"{count:,}", *(_size(count * width) for width in BYTES_PER_PARAMETER.values()))
-    return table
-
-
-def _fits(config: AriaConfig) -> Table:
+def _fits(config: AriaConfig) -> list[dict[str, Any]]:
     """For each device of this machine: how many tokens of bf16 cache are left beside the weights."""
-    table = Table(
-        "device", "free", *BYTES_PER_PARAMETER, title="Fits here, with so many tokens of context", title_justify="left"
-    )
+    fits = []
     for name, free in _devices():
-        cells = []
-        for width in BYTES_PER_PARAMETER.values():
+        tokens = {}
+        for kind, width in BYTES_PER_PARAMETER.items():
             left = free - RESERVE - config.num_parameters() * width
-            tokens = min(int(left // config.cache_bytes_per_token()), config.text.max_position_embeddings)
-            cells.append(f"{tokens:,}" if tokens > 0 else "no")
-        table.add_row(name, _size(free), *cells)
-    return table
+            tokens[kind] = max(0, min(int(left // config.cache_bytes_per_token()), config.text.max_position_embeddings))
+        fits.append({"name": name, "free_bytes": free, "tokens": tokens})
+    return fits
 
 
 def _devices() -> list[tuple[str, int]]:

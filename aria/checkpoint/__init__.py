@@ -2,7 +2,7 @@
 
 from aria.checkpoint.adapter import StoredAdapter, load_adapter, read_adapter, save_adapter
 from aria.checkpoint.convert import Converted, convert
-from aria.checkpoint.layouts import LAYOUTS, Layout
+from aria.checkpoint.layouts import LAYOUTS, Layout, detect
 from aria.checkpoint.load import (
     WEIGHT_PATTERNS,
     Checkpoint,
@@ -10,6 +10,7 @@ from aria.checkpoint.load import (
     load_into,
     load_model,
     parameter_shapes,
+    read_index,
 )
 from aria.checkpoint.remote import read_remote
 from aria.checkpoint.save import save_checkpoint
@@ -22,12 +23,14 @@ __all__ = [
     "Layout",
     "StoredAdapter",
     "convert",
+    "detect",
     "find_weights",
     "load_adapter",
     "load_into",
     "load_model",
     "parameter_shapes",
     "read_adapter",
+    "read_index",
     "read_remote",
     "save_adapter",
     "save_checkpoint",

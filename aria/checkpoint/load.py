@@ -223,6 +223,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def read_index(path: Path) -> list[str]:
+    """Names of the tensors in the index of shards that is, or lies in, ``path``; none where there is no index."""
+    indices = [path] if path.is_file() else sorted(path.glob("*.index.json"))
+    return list(_weight_map(indices[0])) if indices and indices[0].name.endswith(".index.json") else []
+
+
 def _indexed(index: Path) -> list[Path]:
     listed = sorted(dict.fromkeys(_weight_map(index).values()))
     if index.name.removesuffix(".index.json").endswith(_UNSAFE):

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[str | None, typer.Argument(help="Folder, weights file or Hub repository; default: nano.")] = None,
     revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a model is: layout, parameters by part, memory, and what fits on this machine."""
-    from aria.inspection import report
+    """Show what a model is: layout, parameters by part, memory, and what fits on this machine."""
+    from aria.inspection import inspect_model, report
 
-    report(model, revision=revision, console=out)
+    found = inspect_model(model, revision=revision)
+    if as_json:
+        out.print_json(data=found)
+    else:
+        report(found, out)
 
 
 @app.command()

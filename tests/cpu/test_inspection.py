@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 
-from aria import hub
-from aria.checkpoint import remote
-from aria.inspection import report
+from aria import AriaConfig, hub
+from aria.checkpoint import parameter_shapes, remote
+from aria.cli import main
+from aria.inspection import inspect_model, report
 
 CONFIG = tiny_config()
 REPO = "someone/small-aria"
@@ -32,7 +35,7 @@ def state():
 
 def inspect(path, revision: str | None = None) -> str:
     out = io.StringIO()
-    report(path, revision=revision, console=Console(file=out, width=200))
+    report(inspect_model(path, revision=revision), Console(file=out, width=200))
     return out.getvalue()
 
 
@@ -99,21 +102,64 @@ def test_the_packaged_model():
     assert found("hub", "bfloat16", inspect(None))
 
 
-def test_a_local_folder_that_lacks_shards_is_an_error_that_names_them(state, tmp_path):
+def test_a_local_folder_that_lacks_shards_is_described_by_its_config_and_index(state, tmp_path):
     folder = write_layout("hub", state, CONFIG, tmp_path, shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     for path in (folder, index):
-        with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 3 shards .*model-00002-of-00003\.safetensors"):
-            inspect(path)
+        text = inspect(path)
+        assert re.search(r"weights .*lacks 1 of the 3 shards .*model-00002-of-00003\.safetensors", text)
+        assert "layout        hub (" in text and "stored as     float32 (by its config)" in text
+        assert f"{CONFIG.num_parameters():,}" in text and "Fits here" in text
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
     for path in (folder, index):
-        with pytest.raises(FileNotFoundError, match="lacks 3 of the 3 shards"):
-            inspect(path)
+        assert "lacks 3 of the 3 shards" in inspect(path)
     index.unlink()
-    with pytest.raises(FileNotFoundError, match="has no weights"):
-        inspect(folder)
+    text = inspect(folder)
+    assert "unknown until weights are there" in text and "has no weights" in text
+    assert f"context       {CONFIG.text.max_position_embeddings:,} tokens" in text
+    assert inspect(folder / "config.json") == text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_published_configs_and_indices_alone(name, tmp_path):
+    config = AriaConfig.aria()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    names = dict.fromkeys(parameter_shapes(config), "part-1.bin")
+    (tmp_path / name).write_text(json.dumps({"weight_map": names}))
+    found = inspect_model(tmp_path)
+    assert found["layout"]["name"] == "hub" and not found["weights"]["complete"]
+    assert found["parameters"]["total"] == config.num_parameters() and found["context"] == 65536
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("name", ["picture.png", "notes.txt", "README.md"])
+def test_a_file_that_is_no_model_says_so(name, tmp_path):
+    write_config = tmp_path / "config.json"
+    write_config.write_text(json.dumps(CONFIG.to_dict()))
+    (tmp_path / name).write_bytes(b"hello")
+    with pytest.raises(ValueError, match=rf"{name} is not a model; expected a folder with config.json"):
+        inspect(tmp_path / name)
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_no_number_is_cut_on_a_narrow_terminal(width):
+    out = io.StringIO()
+    found = inspect_model(None)
+    found["parameters"] = {name: value * 1_003 for name, value in found["parameters"].items()}
+    report(found, Console(file=out, width=width))
+    for count in found["parameters"].values():
+        assert f"{count:,}" in out.getvalue() or count == found["parameters"]["active"]
+    assert "\u2026" not in out.getvalue()
+
+
+def test_inspect_as_json(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["aria", "inspect", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["name"] == "hub"
 
 
 def test_a_file_of_weights_and_an_index_work_as_paths(state, tmp_path):
