@@ -23,6 +23,7 @@ from aria.train.loss import IGNORE_INDEX
 from aria.train.objective import Losses, Step
 from aria.train.progress import drop_after
 from aria.train.recipe import Recipe
+from aria.train.rng import preserved_random_states
 from aria.train.trainer import Descent, Position
 
 SAMPLES_NAME = "samples.jsonl"
@@ -80,11 +81,15 @@ class Evaluation:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Held-out loss (a mean over targets), accuracy, rows that cannot be used. Every call sees the same rows."""
+        """Held-out loss (a mean over targets), accuracy, rows that cannot be used. Every call sees the same rows.
+
+        Random states are left as they were. An error of one rank's data is an error on all ranks.
+        """
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
-            with self._descent.averaged():
+            # Steps after an evaluation draw what they would have drawn without it.
+            with preserved_random_states(), self._descent.averaged():
                 found = self._loss()
                 found |= self._write_samples()
         finally:
@@ -101,9 +106,18 @@ class Evaluation:
         reading: Any = stream.once(self._rows)
         with contextlib.closing(reading) as batches:
             while True:
-                batch = next(batches, None)
-                # Ranks compute together: one that has no more goes on with filler.
-                if not ranks.max(int(batch is not None)):
+                failed: Exception | None = None
+                try:
+                    batch = next(batches, None)
+                except Exception as error:
+                    batch, failed = None, error
+                # Ranks compute together: one that has no more goes on with filler, and all end where one fails.
+                most = ranks.max(2 * int(failed is not None) + int(batch is not None))
+                if most >= 2:
+                    raise failed or RuntimeError(
+                        "held-out data of another process failed; its own message says at what"
+                    )
+                if not most:
                     break
                 batch = (stream.filler() if batch is None else batch).to(ranks.device)
                 # Divided by one, shares of a step are sums.

@@ -27,6 +27,7 @@ from aria.ops import Segments
 from aria.train import targets
 from aria.train.cost import Trained, token_flops
 from aria.train.optimizer import OptimizerSettings, make_optimizer
+from aria.train.progress import duration
 from aria.train.recipe import Recipe
 
 RESERVE = 2 << 30
@@ -473,9 +474,3 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
 def size(number: float) -> str:
     """Bytes for people."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

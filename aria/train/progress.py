@@ -1,4 +1,4 @@
-"""What a run tells while it goes: means of metrics, ``log.jsonl``, a progress bar, TensorBoard and wandb.
+"""Metrics, logs and progress of a run: means over steps, ``log.jsonl``, a progress bar, TensorBoard and wandb.
 
 L layers, E experts.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 LOG_NAME = "log.jsonl"
+WANDB_ID_NAME = "wandb-id"
+"""In the folder of a run: what wandb knows it by."""
 
 
 class Metrics:
@@ -114,7 +117,9 @@ class Sink(Protocol):
 
     def write(self, line: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> str | None:
+        """Finish; gives a line for the person who watches, or nothing."""
+        ...
 
 
 class JsonLines:
@@ -192,15 +197,23 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, which a resumed run goes on with."""
+    """A run of Weights & Biases. Its id is drawn once and kept in the run's folder, where a resumed run finds it."""
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]):
         try:
             module = importlib.import_module("wandb")
         except ImportError as error:
             raise ValueError(f"[log] wandb is {project!r}, but {error}; pip install wandb") from error
+        file = folder / WANDB_ID_NAME
+        if not file.is_file():
+            file.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run = module.init(
-            project=project, name=folder.name, id=folder.name, dir=str(folder), config=dict(settings), resume="allow"
+            project=project,
+            name=folder.resolve().name,
+            id=file.read_text(encoding="utf-8").strip(),
+            dir=str(folder),
+            config=dict(settings),
+            resume="allow",
         )
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -237,19 +250,45 @@ class Reporter:
         for sink in self._sinks:
             sink.write(line)
         if self._bar is not None:
-            self._bar.update(self._task, description=summary(line))
+            self._bar.update(self._task, description=f"{_of_total(line)}, {summary(line)}")
         elif "loss" in line or "held-out loss" in line:
-            self.console.print(f"step {line['step']}: {summary(line)}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {line['step']}: {summary(line)}{_ahead(line)}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
+        """Finish all sinks, once. Files that cannot be written any more hide no other error: that is only said."""
         if self._bar is not None:
             self._bar.stop()
-        for sink in self._sinks:
-            sink.close()
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            try:
+                line = sink.close()
+            except OSError as error:
+                line = f"warning: {type(sink).__name__} could not be finished: {error}"
+            if line:
+                self.say(line)
+
+
+def _of_total(line: Mapping[str, Any]) -> str:
+    return f"step {line['step']}/{line['total steps']}" if "total steps" in line else f"step {line['step']}"
+
+
+def _ahead(line: Mapping[str, Any]) -> str:
+    """How far a training is and how long it will take, where a line says so."""
+    parts = [f"{line['step']}/{line['total steps']} steps"] if "total steps" in line else []
+    parts += [f"{duration(line['seconds left'])} left"] if "seconds left" in line else []
+    return "".join(f", {part}" for part in parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def summary(line: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -295,6 +295,7 @@ _FREE = {
     "checkpoint": None,
     "log": None,
     "evaluate": None,
+    "batch": {"accumulate"},
     "data": {"workers", "prefetch", "on_error"},
     "objective": {"picture_bytes"},
     "optimizer": {"learning_rate", "clip_norm"},
@@ -303,12 +304,17 @@ _FREE = {
 """Sections, or keys of sections, that may differ when a run is gone on with."""
 
 
-def changes(before: Recipe, now: Recipe) -> list[str]:
-    """What of two recipes differs that a run cannot change half-way, as ``section.key: before -> now``."""
+def changes(before: Recipe, now: Recipe, *, only: Sequence[str] = ()) -> list[str]:
+    """What of two recipes differs that a run cannot change half-way, as ``section.key: before -> now``.
+
+    Args:
+        before, now: recipes.
+        only: names of sections, to give all that differs in these.
+    """
     old, new = as_table(before), as_table(now)
     found = []
-    for section in dict.fromkeys([*old, *new]):
-        free = _FREE.get(section, set())
+    for section in only or dict.fromkeys([*old, *new]):
+        free = set() if only else _FREE.get(section, set())
         if free is None:
             continue
         a, b = old.get(section), new.get(section)

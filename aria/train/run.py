@@ -26,6 +26,7 @@ from aria.model.adapter import adapters
 from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.cost import Trained, batch_flops
+from aria.train.curve import LossCurve
 from aria.train.data import DataStream, make_stream
 from aria.train.data.encode import Encoder
 from aria.train.data.look import judge, look
@@ -37,19 +38,21 @@ from aria.train.parallel import Parallel
 from aria.train.preflight import Sampled, check, weights_dtype
 from aria.train.progress import (
     LOG_NAME,
+    WANDB_ID_NAME,
     JsonLines,
     Reporter,
     Sink,
     TensorBoard,
     Wandb,
+    duration,
     last_evaluated,
     measured_rate,
 )
 from aria.train.recipe import FILE_NAME, ModelSettings, Recipe, changes, load_object
-from aria.train.rng import random_states, restore_random_states
-from aria.train.schedule import Budget, ShareBudget, StepBudget
+from aria.train.resume import Saved, about, course, make_budget, schedule_of
+from aria.train.schedule import Budget, StepBudget
 from aria.train.settings import as_table
-from aria.train.state import RunState, gathered, trained_weights
+from aria.train.state import CheckpointError, RunState, gathered, trained_weights
 from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
 LOCK_NAME = ".lock"
@@ -122,7 +125,13 @@ def train(
         if recipe.evaluate.samples and parallel.world > 1:
             raise ValueError("[evaluate] samples are written by one process only; leave them out with several")
         console = console or Console(stderr=True)
-        state = RunState(out, recipe.checkpoint, parallel)
+        state = RunState(
+            out,
+            recipe.checkpoint,
+            parallel,
+            about=about(recipe),
+            report=lambda line: console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False),
+        )
         _claim(out, recipe, parallel, lock, begun=state.latest() is not None)
         parts = _prepare(recipe, parallel, console if parallel.rank == 0 else None)
         return _run(parts, state, out, console, sampler, stop_after)
@@ -324,10 +333,7 @@ def _run(
     stream = parts.stream
     position = Position()
     saved = Saved(parts.module, optimizer, descent.average, stream, position)
-    if state.latest() is not None:
-        state.load(saved)
-        if parallel.rank == 0:
-            console.print(f"going on after step {position.step}, {position.progress:.1%} of the training")
+    meta = state.load(saved) if state.latest() is not None else None
     objective, flops = _objective(parts)
     evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, position, sampler)
     reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
@@ -349,18 +355,34 @@ def _run(
         flops=flops,
         evaluated=evaluated,
     )
-    trainer.budget = _budget(recipe, stream, trainer)
+
+    def budget(of: Recipe) -> Budget:
+        return make_budget(of, stream, lambda: trainer.clock.seconds)
+
+    trainer.budget = budget(recipe)
     try:
-        reason = trainer.run()
+        if reporter is not None:
+            lines = [] if meta is None else course(meta, recipe, parallel, budget, position.step)
+            for line in [*lines, *_rounded(recipe, stream)]:
+                reporter.say(line)
+        failed: Exception | None = None
+        try:
+            reason = trainer.run()
+        except Exception as error:
+            # What was trained must not be lost with its checkpoint, nor for held-out data. Ranks agree on the former.
+            if not (state.failed or (trainer.finished and parallel.world == 1)):
+                raise
+            failed, reason = error, "failed"
         report = getattr(stream, "report", None)
         if isinstance(report, Report):
             # Each rank has met only its own rows.
             report = Report.joined(parallel.collect(report))
-        if reason in ("done", "data ended"):
+        if failed is not None or reason in ("done", "data ended"):
             with descent.averaged():
-                export(parts, out / EXPORT)
+                _export(parts, out / EXPORT, position.step, failed)
         if reporter is not None:
-            _say_end(reporter, reason, position, report, out, beside=recipe.model if adapters(parts.aria) else None)
+            reporter.close()
+            _say_end(reporter, reason, trainer, report, out, beside=recipe.model if adapters(parts.aria) else None)
     finally:
         if reporter is not None:
             reporter.close()
@@ -368,39 +390,20 @@ def _run(
     return reason
 
 
-@dataclass
-class Saved:
-    """All that a resumed run needs."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: dict[str, Tensor]
-    stream: Any
-    position: Position
-
-    def state_dict(self) -> dict[str, Any]:
-        weights = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
-        return {
-            "weights": weights,
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "stream": self.stream.state_dict(),
-            "position": vars(self.position),
-            "random": random_states(),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, value in self.average.items():
-            value.copy_(state["average"][name])
-        self.stream.load_state_dict(state["stream"])
-        for name, value in state["position"].items():
-            setattr(self.position, name, value)
-        restore_random_states(state["random"])
+def _export(parts: Parts, folder: Path, step: int, failed: Exception | None) -> None:
+    """Export the weights of a step; where the run failed before, raise an error that also says what became of these."""
+    try:
+        export(parts, folder)
+    except Exception as error:
+        if failed is None:
+            raise RuntimeError(
+                f"the export could not be written to {folder}: {error}. Step {step} is in a checkpoint, from which "
+                "`aria train RECIPE --out FOLDER --export` writes it"
+            ) from error
+        raise RuntimeError(f"{failed}. Nor could the weights be exported to {folder}: {error}") from failed
+    if failed is not None:
+        kind = CheckpointError if isinstance(failed, CheckpointError) else RuntimeError
+        raise kind(f"{failed}. The weights of step {step} are exported to {folder}") from failed
 
 
 def _stream(
@@ -422,6 +425,7 @@ def _stream(
         rank=parallel.data_rank,
         world=parallel.data_world,
         seed=recipe.seed,
+        passes=recipe.budget.epochs,
     )
     encoder = Encoder(processor, config, data, recipe.batch.tokens)
     found = look(stream.sources, encoder, data, rank=parallel.data_rank, world=parallel.data_world)
@@ -453,46 +457,34 @@ def trained_parts(aria: Aria, *, full: bool) -> Trained:
 
 
 def _loop_settings(recipe: Recipe, parallel: Parallel, stop_after: float | None) -> LoopSettings:
-    schedule = recipe.schedule
-    warmup_steps = schedule.warmup_steps
-    if warmup_steps is None and recipe.budget.steps is not None:
-        warmup_steps = math.ceil(schedule.warmup * recipe.budget.steps)
     kind = torch.bfloat16 if parallel.device.type == "cuda" else torch.float32
     return LoopSettings(
         accumulate=recipe.batch.accumulate,
         log_every=recipe.log.every,
         evaluate_every=recipe.evaluate.every,
-        max_skipped=schedule.max_skipped,
-        schedule={
-            "kind": schedule.kind,
-            "warmup": schedule.warmup,
-            "warmup_steps": warmup_steps,
-            "final": schedule.final,
-        },
+        max_skipped=recipe.schedule.max_skipped,
+        schedule=schedule_of(recipe),
         stop_after=stop_after,
         rate=measured_rate(parallel.device, kind) if parallel.rank == 0 else None,
     )
 
 
-def _budget(recipe: Recipe, stream: Any, trainer: Trainer) -> Budget:
-    budget = recipe.budget
-    if budget.steps is not None:
-        return StepBudget(budget.steps)
-    if budget.minutes is not None:
-        return ShareBudget(budget.minutes * 60.0, lambda: trainer.clock.seconds)
-    assert budget.epochs is not None, "one measure is set"
-    if not hasattr(stream, "epochs"):
-        raise ValueError(
-            "[budget] epochs needs a stream that counts them; set steps or minutes for this [data] factory"
-        )
-    return ShareBudget(budget.epochs, lambda: stream.epochs)
+def _rounded(recipe: Recipe, stream: Any) -> list[str]:
+    """What to say where a budget of epochs is no whole number of rows."""
+    epochs = recipe.budget.epochs
+    if epochs is None or not isinstance(stream, DataStream) or math.isclose(epochs * stream.rows, stream.rows_in_all):
+        return []
+    return [f"budget.epochs = {epochs:g} of {stream.rows:,} rows is rounded to {stream.rows_in_all:,} rows"]
 
 
 def _reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Reporter:
-    sinks: list[Sink] = [JsonLines(out / LOG_NAME, step)]
+    sinks: list[Sink] = [JsonLines(out / LOG_NAME, step), LossCurve(out / LOG_NAME)]
     if recipe.log.tensorboard:
         sinks.append(TensorBoard(out))
     if recipe.log.wandb is not None:
+        if not step:
+            # Begun anew, it is another run than one that was in this folder before.
+            (out / WANDB_ID_NAME).unlink(missing_ok=True)
         sinks.append(Wandb(out, recipe.log.wandb, as_table(recipe)))
     return Reporter(sinks, console)
 
@@ -559,10 +551,14 @@ def _write(
 
 
 def _say_end(
-    reporter: Reporter, reason: str, position: Position, report: Any, out: Path, *, beside: ModelSettings | None
+    reporter: Reporter, reason: str, trainer: Trainer, report: Any, out: Path, *, beside: ModelSettings | None
 ) -> None:
-    """Tell what came of it; ``beside``: the model that an adapter was trained beside."""
-    reporter.say(f"{reason}: {position.step} steps, {position.tokens:,} tokens, {position.seconds:,.0f} s of training")
+    """Say what came of it; ``beside``: the model that an adapter was trained beside."""
+    position, stream = trainer.position, trainer.stream
+    passes = f", {stream.epochs:.4g} epochs of {stream.rows:,} rows" if isinstance(stream, DataStream) else ""
+    steps = f"{position.step} step{'s' if position.step != 1 else ''}"
+    spent = f", {duration(trainer.clock.spent)} of training" if trainer.clock.running else ""
+    reporter.say(f"{reason}: {steps}, {position.tokens:,} tokens{passes}{spent}")
     if report:
         reporter.say(str(report))
     if reason in ("done", "data ended"):
@@ -573,4 +569,4 @@ def _say_end(
             use = " ".join(f"{option} {value}" for option, value in base if value is not None)
         reporter.say(f"written to {out / EXPORT}; to talk to it: aria chat {use}")
     else:
-        reporter.say("the same command goes on")
+        reporter.say(f"saved at step {position.step} in {out}; rerun to resume")

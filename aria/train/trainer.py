@@ -30,6 +30,8 @@ class Stream(Protocol):
     """Batches of one rank. Its state is that of the last batch it gave.
 
     It is asked for before every step, and must stay as it was then; where the data of any rank fail, it is given back.
+    One that ends may have a method ``filler``, which gives a batch without targets: where one rank's data end before
+    another's, it takes part in the last steps with such batches. Without it, all ranks end with the first.
     """
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -76,7 +78,7 @@ class Position:
     step: int = 0
     progress: float = 0.0
     seconds: float = 0.0
-    """Spent on steps, by all runs of this training together."""
+    """Spent on steps, by all runs of this training together, but for the first step of each, which may compile."""
     tokens: int = 0
     """Seen by all ranks, filler included."""
 
@@ -171,6 +173,9 @@ class Trainer:
         reporter: of the rank that tells; None elsewhere.
         flops: FLOPs of a batch as MFU counts them.
         evaluated: the step of the last evaluation, which is not made again.
+
+    Attributes:
+        finished: whether the training came to its end, whatever happens to what is done after the last step.
     """
 
     def __init__(
@@ -197,6 +202,8 @@ class Trainer:
         self._reporter, self._flops = reporter, flops
         self._metrics = Metrics()
         self.clock = Clock(self.position.seconds)
+        self.finished = False
+        self._first = (self.position.step, self.position.progress)
         self._interval = _Interval()
         self._interval.evaluated = evaluated
 
@@ -209,7 +216,8 @@ class Trainer:
         Raises:
             FloatingPointError: more steps than are forgiven had a gradient that is not finite. They changed nothing:
                 the weights from before them are saved.
-            Exception: whatever the data raise; the steps before are saved.
+            Exception: whatever the data raise, or held-out data; the steps before are saved.
+            ValueError: the data end before the first step.
         """
         if self._reporter is not None:
             self._reporter.start(self.position.progress)
@@ -223,12 +231,7 @@ class Trainer:
                 micro = [] if reason else self._next(batches)
                 reason = reason or ("" if micro else "data ended")
                 if reason:
-                    self._log()
-                    # Before held-out data are asked, which may fail after hours.
-                    self._save(True, True)
-                    if reason in ("done", "data ended"):
-                        self._evaluated(ended=True)
-                    return reason
+                    return self._ended(reason)
                 self._step(micro)
                 step = self.position.step
                 if step % self.settings.log_every == 0:
@@ -237,6 +240,21 @@ class Trainer:
                 if self.ranks.max(int(self._due(step))):
                     self._refuse_skipped()
                     self._save(False, True)
+
+    def _ended(self, reason: str) -> str:
+        """Log, save and, if the training is over, ask held-out data."""
+        ended = reason in ("done", "data ended")
+        if ended and not self.position.step:
+            raise ValueError("the data ended before the first step: there is nothing in them to train on")
+        self._log()
+        self.finished = ended
+        if self.finished and self._reporter is not None:
+            self._reporter.advance(1.0)
+        # Before held-out data are asked, which may fail after hours.
+        self._save(True, True)
+        if self.finished:
+            self._evaluated(ended=True)
+        return reason
 
     def _agreed_end(self, termination: Termination) -> str:
         """Why to stop before the next step, or nothing; every rank comes to the same."""
@@ -251,7 +269,8 @@ class Trainer:
         return "terminated" if asked >= 2 else "time is up" if asked else ""
 
     def _agreed_progress(self, step: int) -> float:
-        return self.ranks.max(round(self.budget.progress(step) * 10**9)) / 10**9
+        """Of the rank that is the least far: it still has rows that count."""
+        return -self.ranks.max(-round(self.budget.progress(step) * 10**9)) / 10**9
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of a step: as many on every rank, on the device.
@@ -269,15 +288,26 @@ class Trainer:
         if missing > wanted:
             if failed is None:
                 failed = RuntimeError("the data of another process failed; its own message says at what")
-            try:
-                self.stream.load_state_dict(before)
-                self._log()
-                if self.position.step:
-                    self._save(True, True)
-            except Exception as error:
-                raise RuntimeError(f"{failed}. Nor could the steps before it be saved: {error}") from failed
-            raise failed
-        return [self._sent(batch) for batch in micro[: wanted - missing]]
+            self._log()
+            raise self._saved_before(failed, stream=before)
+        if missing and (filler := getattr(self.stream, "filler", None)) is not None:
+            micro += [filler() for _ in range(self.ranks.max(len(micro)) - len(micro))]
+        else:
+            micro = micro[: wanted - missing]
+        return [self._sent(batch) for batch in micro]
+
+    def _saved_before(self, error: Exception, *, stream: dict[str, Any] | None = None) -> Exception:
+        """Save the steps that were made before an error; gives it, or one that also says that saving failed."""
+        try:
+            if stream is not None:
+                self.stream.load_state_dict(stream)
+            if self.position.step:
+                self._save(True, False)
+        except Exception as unsaved:
+            both = RuntimeError(f"{error}. Nor could the steps before it be saved: {unsaved}")
+            both.__cause__ = error
+            return both
+        return error
 
     def _sent(self, batch: Any) -> Any:
         """A batch on the device; from pinned memory the copy does not wait for the work before it."""
@@ -307,12 +337,15 @@ class Trainer:
         made = self.descent.step(position.step, share)
         # The same on every rank, where the others are parts of a sum.
         self._metrics.add({name: value / self._data_ranks for name, value in made.items()})
-        position.step += 1
+        position.step, position.progress = position.step + 1, reached
         position.tokens += self._interval.last_tokens * len(micro) * self._data_ranks
         if not self.clock.running:
             # The first step may have compiled what all others use; neither budget nor speed should count that.
             self.clock.start()
+            self._first = (position.step, position.progress)
             self._interval.restart(self.ranks.device)
+        if self._reporter is not None:
+            self._reporter.advance(position.progress)
 
     def _log(self) -> None:
         """Write a line, and stop if too many steps were skipped."""
@@ -323,7 +356,6 @@ class Trainer:
         skipped = round(metrics.pop("skipped") * steps)
         position = self.position
         if self._reporter is not None:
-            self._reporter.advance(position.progress)
             speed = self._interval.report(self.ranks.device, self._data_ranks, self.settings.rate)
             rates = [group["lr"] for group in self.descent.optimizer.param_groups]
             self._reporter.write(
@@ -332,6 +364,7 @@ class Trainer:
                     "progress": position.progress,
                     "seconds": self.clock.seconds,
                     "tokens": position.tokens,
+                    **self._left(),
                     "learning rate": max(rates),
                     **metrics,
                     "skipped": skipped,
@@ -341,13 +374,25 @@ class Trainer:
         self._interval.restart(self.ranks.device)
         if skipped > self.settings.max_skipped:
             # The weights may have gone astray before: run again and again, it would leave none from before that.
-            self._save(True, False)
-            raise FloatingPointError(
-                f"{skipped} of the last {steps} steps before step {position.step} had a gradient that is not finite; "
-                "none of them changed a weight, and the weights are saved. The same command goes on behind them: with "
-                "--set optimizer.learning_rate at something lower, or schedule.max_skipped for data that do this now "
-                "and then; to go on from older weights, delete the newest folder of checkpoints first"
+            raise self._saved_before(
+                FloatingPointError(
+                    f"{skipped} of the last {steps} steps before step {position.step} had a gradient that is not "
+                    "finite; none of them changed a weight, and the weights are saved. Rerun to resume behind them: "
+                    "with --set optimizer.learning_rate at something lower, or schedule.max_skipped for data that do "
+                    "this now and then; to resume from older weights, delete the newest folder of checkpoints first"
+                )
             )
+
+    def _left(self) -> dict[str, float]:
+        """Steps in all, and, from this run's second step on, seconds to come."""
+        position, (step, progress) = self.position, self._first
+        if not position.progress > progress:
+            return {"total steps": round(position.step / position.progress)} if position.progress else {}
+        share = (1.0 - position.progress) / (position.progress - progress)
+        return {
+            "total steps": position.step + round((position.step - step) * share),
+            "seconds left": self.clock.counted * share,
+        }
 
     def _refuse_skipped(self) -> None:
         """What is saved in mid-interval must not let a resumed run forget steps that were skipped."""
@@ -359,13 +404,16 @@ class Trainer:
         due = ended or (every is not None and position.step % every == 0)
         if self._evaluate is None or not due or position.step == self._interval.evaluated:
             return
-        if not ended:
-            # Held-out data may fail, and must not take the steps since the last checkpoint with them.
-            self._refuse_skipped()
-            self._save(False, True)
-        self._interval.evaluated = position.step
+        self._refuse_skipped()
         with self.clock.paused():
-            found = self._evaluate()
+            try:
+                found = self._evaluate()
+            except Exception as error:
+                if ended:
+                    raise
+                # It must not take the steps since the last checkpoint with it.
+                raise self._saved_before(error)  # noqa: B904 (it is the error itself, or names it as its cause)
+        self._interval.evaluated = position.step
         if self._reporter is not None and found:
             self._reporter.write({"step": position.step, **found})
         self._interval.restart(self.ranks.device)
@@ -385,22 +433,34 @@ class Clock:
     """Seconds of training: from a run's second step on, evaluations left out, added to those of runs before."""
 
     def __init__(self, before: float):
-        self._before, self._began, self._left_out = before, None, 0.0
+        self._before, self._left_out, self._left_out_before = before, 0.0, 0.0
+        self._began: float | None = None
         self._started = time.monotonic()
-
-    _began: float | None
 
     @property
     def running(self) -> bool:
         return self._began is not None
 
     def start(self) -> None:
-        self._began, self._left_out = time.monotonic(), 0.0
+        """The first step is made."""
+        self._began, self._left_out_before = time.monotonic(), self._left_out
+
+    @property
+    def counted(self) -> float:
+        """Of this run, from its second step on."""
+        if self._began is None:
+            return 0.0
+        return time.monotonic() - self._began - (self._left_out - self._left_out_before)
 
     @property
     def seconds(self) -> float:
         """Of all runs of this training."""
-        return self._before + (time.monotonic() - self._began - self._left_out if self._began is not None else 0.0)
+        return self._before + self.counted
+
+    @property
+    def spent(self) -> float:
+        """As ``seconds``, with this run's first step."""
+        return self._before + self.this_run - self._left_out
 
     @property
     def this_run(self) -> float:

@@ -69,9 +69,9 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"messages": [said("user", question), said("assistant", answer)], **more}
 
 
-def stream(path: Path, *, rank=0, world=1, seed=3, tokens=TOKENS, **settings) -> DataStream:
+def stream(path: Path, *, rank=0, world=1, seed=3, tokens=TOKENS, passes=None, **settings) -> DataStream:
     made = DataSettings(**{"paths": (str(path),), "lookahead": 3, "prefetch": 2, "workers": 2, **settings})
-    return make_stream(made, processor(), config(), tokens=tokens, rank=rank, world=world, seed=seed)
+    return make_stream(made, processor(), config(), tokens=tokens, rank=rank, world=world, seed=seed, passes=passes)
 
 
 def take(stream: DataStream, count: int) -> list[Batch]:

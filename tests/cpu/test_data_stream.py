@@ -121,6 +121,27 @@ def test_every_row_comes_once_an_epoch(rows, world):
     assert not BROKEN & set(seen)
 
 
+@pytest.mark.parametrize("world", [1, 7])
+@pytest.mark.parametrize(("passes", "tokens"), [(3, TOKENS), (0.5, TOKENS), (2, 4096)])
+def test_a_stream_of_passes_ends_after_them(rows, world, passes, tokens):
+    """Also where a batch has room for more rows than there are, and on ranks that have one row less."""
+    seen = Counter()
+    streams = [
+        stream(rows, rank=rank, world=world, passes=passes, tokens=tokens, shuffle=passes != 0.5)
+        for rank in range(world)
+    ]
+    for one in streams:
+        # Stopped at the first batch, it goes on to the same end.
+        seen.update(numbers(take(one, 1)))
+        again = stream(rows, rank=one._rank, world=world, passes=passes, tokens=tokens, shuffle=passes != 0.5)
+        again.load_state_dict(one.state_dict())
+        seen.update(numbers(list(again)))
+        assert again.epochs == passes and list(again) == []
+    # Row 13 is too long for small batches only.
+    usable = set(range(int(60 * min(1, passes)))) - (BROKEN if tokens == TOKENS else BROKEN - {13})
+    assert seen == Counter({row: max(1, passes) for row in usable})
+
+
 def test_epochs_count_what_was_given(rows):
     shown = stream(rows)
     assert (shown.epochs, shown.rows) == (0.0, 60)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import made_data
+import numpy as np
 import pytest
+import torch
 from made_data import chat, jsonl, said
 
 from aria.train.evaluate import held_out_stream
 from aria.train.recipe import Recipe
+from aria.train.rng import random_states, restore_random_states
 from aria.train.run import train
 
 LONG = chat("3" * 900, "dog")
@@ -84,6 +89,46 @@ def test_training_data_that_are_rewritten_end_the_run_with_its_last_step_saved(r
     file.write_bytes(before)
     log, _ = run(repeat, evaluate=evaluate, **{**settings, "budget": {"steps": lines[-1]["step"] + 2}})
     assert [line["step"] for line in log if "loss" in line] == list(range(1, lines[-1]["step"] + 3))
+
+
+def test_held_out_data_that_fail_at_the_end_leave_the_export(run, tmp_path):
+    def fails(*_):
+        raise OSError("no room")
+
+    with pytest.raises(RuntimeError, match=r"no room\. The weights of step 4 are exported to"):
+        run(fails, evaluate=held(tmp_path, [chat("a", "b")], samples=1) | {"every": None})
+    assert (tmp_path / "run" / "export" / "adapter_model.safetensors").is_file()
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_evaluations_leave_every_random_state_and_checkpoint_as_they_were(run, tmp_path):
+    def draws(model, processor, conversations, max_tokens):
+        # As sampling does, and code of one's own may.
+        for draw in (random.random, np.random.rand, torch.rand):
+            draw(3) if draw is not random.random else draw()
+        return ["yes"] * len(conversations)
+
+    dropped = {"targets": {"dropout": 0.5}, "optimizer": {"learning_rate": 0.01}}
+    ends = []
+    for evaluate in ({}, {"evaluate": held(tmp_path, [chat("a", "b")], samples=1)}):
+        random.seed(1), np.random.seed(1)
+        run(draws, **dropped, **evaluate)
+        ends.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
+        assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+        ends[-1] += ((tmp_path / "run" / "export" / "adapter_model.safetensors").read_bytes(),)
+        shutil.rmtree(tmp_path / "run")
+    assert ends[0] == ends[1]
+
+
+def test_random_states_of_a_run_come_back():
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    states = random_states()
+    before = drawn()
+    assert drawn() != before
+    restore_random_states(states)
+    assert drawn() == before
 
 
 def test_rows_that_the_loss_passes_over_are_no_samples(run, tmp_path):

@@ -82,6 +82,9 @@ def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, mode
     assert command("train", file, "--out", out, *sets) == 0
     told = capsys.readouterr().err
     assert "What trains" in told and "done: 8 steps" in told
+    table = [row.split("\t") for row in (out / "loss.tsv").read_text(encoding="utf-8").splitlines()]
+    assert table[0][:3] == ["step", "loss", "held-out loss"] and [row[0] for row in table[1:]] == [*"12345678"]
+    assert [bool(row[2]) for row in table[1:]] == [False, False, False, True] * 2 and (out / "loss.png").is_file()
     found = lines(out)
     steps = [line for line in found if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
@@ -122,12 +125,16 @@ def test_held_out_rows_are_each_asked_once_and_bad_ones_told(command, recipe, tm
     assert two["held-out problems"][0].startswith((held / "two and a bad one.jsonl:3").as_posix())
 
 
-def test_a_finished_run_is_not_evaluated_again(command, recipe, tmp_path, data):
+def test_a_finished_run_is_not_evaluated_again(command, recipe, tmp_path, data, capsys):
     out = tmp_path / "run"
     file = recipe(**{"budget.steps": 2, "evaluate.data": [data.as_posix()], "evaluate.samples": 1})
     assert command("train", file, "--out", out) == 0
     before = [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
+    capsys.readouterr()
     assert command("train", file, "--out", out) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "this training is finished, with step 2; raise [budget]" in told and "going on" not in told
+    assert " of training" not in told.split("done:")[1], "no step was made"
     assert before == [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
 
 
@@ -237,6 +244,8 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
     assert b"going on after step" in told and b"terminated" in told
+    saved = max(int(folder.name[5:]) for folder in (broken / "checkpoints").iterdir())
+    assert f"saved at step {saved} in {broken}; rerun to resume".encode() in told
     assert export_checkpoint(broken) == broken / "export"
     half = load_file(broken / "export" / "adapter_model.safetensors")
     process = start("train", file, "--out", broken)
@@ -265,6 +274,10 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     # More of the same is not another recipe, nor is what a gradient that is not finite asks for, nor memory.
     sets = ("budget.steps=4", "optimizer.learning_rate=1e-6", "schedule.max_skipped=1", "objective.picture_bytes=9999")
     assert command("train", file, "--out", out, "--resume", *(x for one in sets for x in ("--set", one))) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: the learning rate goes on at 5e-07, where the run before would have had 0 (" in told
+    assert "budget.steps: 2 -> 4" in told and "optimizer.learning_rate: 5e-05 -> 1e-06" in told
+    assert "warning: a step" not in told
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
     assert lines(out)[-1]["learning rate"] <= 1e-6 < lines(out)[0]["learning rate"]
 
@@ -274,6 +287,44 @@ def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
     assert command("train", recipe(**{"budget.epochs": 2.0}), "--out", out) == 0
     last = lines(out)[-1]
     assert last["progress"] <= 1.0 and 4 <= last["step"] <= 14
+
+
+@pytest.mark.parametrize(("epochs", "rows"), [(3, 21), (0.5, 4)])
+def test_epochs_over_few_rows_are_so_many_passes(command, recipe, tmp_path, capsys, epochs, rows):
+    """A batch has room for all of them many times over."""
+    file = recipe(**{"budget.epochs": float(epochs), "batch.tokens": 4096})
+    assert command("train", file, "--out", tmp_path / "run") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"done: 1 step, 4,096 tokens, {epochs} epochs of 7 rows" in told
+    assert f"1 batches of {rows} sequences" in told
+    assert ("budget.epochs = 0.5 of 7 rows is rounded to 4 rows" in told) == (epochs == 0.5)
+
+
+def fails(*_, **__):
+    raise OSError("no space left on device")
+
+
+def test_what_was_trained_is_exported_whatever_happens_to_its_checkpoint(
+    command, recipe, tmp_path, model_folder, monkeypatch, capsys
+):
+    out, file = tmp_path / "run", recipe(**{"budget.steps": 3, "optimizer.learning_rate": 0.01})
+    monkeypatch.setattr("aria.train.state.dcp.async_save", fails)
+    assert command("train", file, "--out", out) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("error:") == 1 and "could not be written: no space left on device" in told
+    assert f"The weights of step 3 are exported to {out / 'export'}" in told
+    stored = read_adapter(out / "export", AriaConfig.from_pretrained(model_folder))
+    assert any(adapter.b.any() for adapter in stored.weights.values()) and not list((out / "checkpoints").iterdir())
+    monkeypatch.setattr("aria.train.run.export", fails)
+    assert command("train", file, "--out", out) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Nor could the weights be exported" in told and told.count("no space left on device") == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("aria.train.run.export", fails)
+    assert command("train", file, "--out", out) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the export could not be written" in told and "Step 3 is in a checkpoint" in told
+    assert command("train", file, "--out", out, "--export") == 0
 
 
 def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, capsys):
@@ -371,7 +422,7 @@ def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback of Windows is not what is tested here")
-def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path, data, model_folder):
+def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path, data, model_folder, capsys):
     out = tmp_path / "run"
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"
     # The second row is the second rank's.
@@ -391,7 +442,11 @@ def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path
     # A line for each step, of both ranks together.
     assert [line["tokens"] for line in lines(out) if "loss" in line] == [2 * 192, 4 * 192]
     assert lines(out)[-1]["held-out targets"] > 0
+    capsys.readouterr()
     assert command("train", file, "--out", out, "--set", "budget.steps=3") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: a step now has 192 tokens, and had 384 before (data-parallel ranks: 2 -> 1;" in told
+    assert "batch.accumulate=2 keeps them" in told
     assert [line["tokens"] for line in lines(out) if "loss" in line][-1] == 5 * 192
     second = read_adapter(out / "export", config).weights
     assert first.keys() == second.keys() and any(not torch.equal(first[n].b, second[n].b) for n in first)

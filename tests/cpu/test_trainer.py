@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from aria.train.curve import LossCurve
 from aria.train.objective import Losses
 from aria.train.progress import (
     JsonLines,
@@ -190,9 +195,34 @@ def test_it_saves_when_it_is_time_and_once_more_at_the_end():
 
 
 def test_held_out_data_are_asked_at_intervals_and_at_the_end():
-    run = toy(budget=StepBudget(10), evaluate_every=4, evaluate=lambda: {"held-out loss": 1.5})
+    saves = []
+    run = toy(
+        budget=StepBudget(10),
+        evaluate_every=4,
+        evaluate=lambda: {"held-out loss": 1.5},
+        save=lambda wait, prune: saves.append(run.trainer.position.step),
+    )
     run.trainer.run()
     assert [line["step"] for line in run.lines if "held-out loss" in line] == [4, 8, 10]
+    assert saves == [10], "evaluating writes no checkpoint"
+
+
+@pytest.mark.parametrize("disk", ["there", "full"])
+def test_steps_before_held_out_data_that_fail_are_saved(disk):
+    def fails():
+        raise KeyError("no such row")
+
+    def save(wait, prune):
+        saves.append((run.trainer.position.step, wait, prune))
+        if disk == "full":
+            raise OSError("no space left")
+
+    saves = []
+    run = toy(evaluate_every=4, evaluate=fails, save=save)
+    said = "no such row" if disk == "there" else "no such row.*Nor could the steps before it be saved: no space left"
+    with pytest.raises(KeyError if disk == "there" else RuntimeError, match=said):
+        run.trainer.run()
+    assert saves == [(4, True, False)] and not run.trainer.finished
 
 
 def test_a_training_is_saved_before_held_out_data_can_fail():
@@ -204,6 +234,89 @@ def test_a_training_is_saved_before_held_out_data_can_fail():
     with pytest.raises(OSError, match="no such file"):
         run.trainer.run()
     assert saves == [True]
+
+
+def test_a_last_checkpoint_that_fails_leaves_a_finished_training():
+    def full(wait, prune):
+        raise OSError("no space left")
+
+    run = toy(budget=StepBudget(3), save=full)
+    with pytest.raises(OSError, match="no space left"):
+        run.trainer.run()
+    assert run.trainer.finished
+
+
+def test_data_without_a_batch_are_an_error():
+    run = toy(stream=Numbers(0))
+    with pytest.raises(ValueError, match="ended before the first step"):
+        run.trainer.run()
+    assert not run.trainer.finished
+
+
+class Ending(Numbers):
+    """Numbers that end, with a filler."""
+
+    def filler(self):
+        return SimpleNamespace(input_ids=torch.zeros(4, 3), y=torch.zeros(4), labels=0)
+
+
+class Two:
+    """Ranks that are threads."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self._all, self._given = threading.Barrier(2, timeout=60), []
+
+    def max(self, value):
+        return max(self._exchange(value))
+
+    def sum(self, value):
+        return sum(self._exchange(value))
+
+    def _exchange(self, value):
+        self._given.append(value)
+        self._all.wait()
+        found = list(self._given)
+        if not self._all.wait():
+            self._given.clear()
+        self._all.wait()
+        return found
+
+
+@pytest.mark.parametrize(("kind", "used"), [(Ending, [4, 4]), (Numbers, [3, 3])])
+def test_a_rank_whose_data_end_first_takes_part_in_the_steps_of_the_other(kind, used):
+    ranks, runs = Two(), [toy(stream=kind(count), accumulate=2) for count in (3, 4)]
+    seen = [[], []]
+    for run, batches in zip(runs, seen, strict=True):
+        run.trainer.ranks, run.trainer._data_ranks, inner = ranks, 2, run.trainer.objective
+        run.trainer.objective = lambda batch, step, i=inner, b=batches: b.append(batch.labels) or i(batch, step)
+    with ThreadPoolExecutor(2) as pool:
+        ends = [future.result() for future in [pool.submit(run.trainer.run) for run in runs]]
+    assert ends == ["data ended"] * 2 and [len(batches) for batches in seen] == used
+    assert seen[0] == [4, 4, 4, 0][: used[0]] and seen[1] == [4] * used[1]
+    assert [run.trainer.position.step for run in runs] == [2, 2]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_first_step_counts_in_what_is_told_and_not_in_the_budget(monkeypatch, steps):
+    now = [100.0]
+    monkeypatch.setattr("aria.train.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def evaluate():
+        now[0] += 1000
+        return {}
+
+    run = toy(budget=StepBudget(steps), evaluate_every=1, evaluate=evaluate)
+    inner = run.trainer.objective
+
+    def slow(batch, step):
+        now[0] += 5
+        return inner(batch, step)
+
+    run.trainer.objective = slow
+    run.trainer.run()
+    assert (run.trainer.clock.spent, run.trainer.clock.seconds) == (5 * steps, 5 * (steps - 1))
 
 
 def test_the_average_follows_the_weights_and_is_lent():
@@ -302,6 +415,18 @@ def test_loggers_that_are_not_installed_are_named(tmp_path, monkeypatch):
         TensorBoard(tmp_path)
 
 
+def test_each_run_has_a_wandb_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
+    begun = []
+    wandb = SimpleNamespace(init=lambda **settings: begun.append(settings["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("a", "b", "a"):
+        folder = tmp_path / name / "lora"
+        folder.mkdir(parents=True, exist_ok=True)
+        Wandb(folder, "aria", {})
+    first, other, again = begun
+    assert first == again != other and "lora" not in (first, other)
+
+
 def test_wandb_and_tensorboard_get_numbers(tmp_path, monkeypatch):
     begun, logged, scalars = {}, [], []
     run = SimpleNamespace(log=lambda line, step: logged.append((step, line)), finish=lambda: logged.append("finished"))
@@ -327,6 +452,40 @@ def test_the_bar_shows_what_matters():
     shown = out.getvalue()
     for text in ("25%", "loss 1.2346", "12,345 tokens/s", "MFU 41.0%", "2.00 GiB"):
         assert text in shown
+
+
+def test_the_bar_ends_full():
+    out = io.StringIO()
+    run = toy(budget=StepBudget(7), log_every=5)
+    run.trainer._reporter = Reporter([], Console(file=out, force_terminal=True, width=160))
+    run.trainer.run()
+    run.trainer._reporter.close()
+    assert "100%" in out.getvalue() and "step 7/7" in out.getvalue()
+
+
+def test_a_log_that_is_piped_says_how_far_it_is_and_what_is_left():
+    run = toy(budget=StepBudget(12))
+    run.trainer.run()
+    shown = run.trainer._reporter.console.file.getvalue()
+    assert re.search(r"^step 8: loss .*, 8/12 steps, \d+(\.\d)? (s|min) left$", shown, re.MULTILINE), shown
+    assert [line["total steps"] for line in run.lines] == [12, 12, 12]
+    assert run.lines[-1]["progress"] == 1.0 and run.lines[-1]["seconds left"] == 0.0
+
+
+def test_the_loss_curve_is_that_of_the_log(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": 2, "loss": 3.5, "learning rate": 0.1}, {"step": 4, "loss": 3.0}, {"step": 4, "held-out loss": 3.2}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 5, "other": 1}]), encoding="utf-8")
+    assert LossCurve(log).close() == f"loss curve: {tmp_path / 'loss.png'} and {tmp_path / 'loss.tsv'}"
+    table = (tmp_path / "loss.tsv").read_text(encoding="utf-8")
+    assert table == "step\tloss\theld-out loss\tlearning rate\n2\t3.5\t\t0.1\n4\t3.0\t3.2\t\n"
+    (picture,) = tmp_path.glob("*.png")
+    assert Image.open(picture).format == "PNG"
+    picture.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = LossCurve(log).close()
+    assert "no loss.png, because" in said and "pip install matplotlib" in said
+    assert not picture.exists() and (tmp_path / "loss.tsv").read_text(encoding="utf-8") == table
 
 
 def test_the_measured_rate_is_a_rate():

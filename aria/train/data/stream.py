@@ -11,7 +11,6 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from aria.config import AriaConfig
@@ -63,10 +62,14 @@ class Held(NamedTuple):
 
 
 class DataStream:
-    """Batches of one rank, without end.
+    """Batches of one rank, without end or for so many passes over the data.
+
+    With ``passes``, the rows of all ranks together are those of so many epochs, rounded to whole rows and at least one;
+    the last batches are as full as the rows that are left make them.
 
     Attributes:
         report: what was used, trimmed and skipped so far.
+        rows_in_all: that come before the stream ends, each as often as it comes, over all ranks.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class DataStream:
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
+        passes: float | None = None,
     ):
         if not 0 <= rank < world:
             raise ValueError(f"rank should be from 0 to {world - 1}, but is {rank}")
@@ -93,6 +97,8 @@ class DataStream:
             resample=settings.resample,
         )
         self._encoder = Encoder(processor, config, settings, tokens)
+        self._passes = passes
+        self.rows_in_all = sys.maxsize if passes is None else max(1, round(passes * self._order.size))
         self._next = 0
         self._held: list[Held] = []
         self.report = Report()
@@ -110,8 +116,12 @@ class DataStream:
     @property
     def epochs(self) -> float:
         """Passes over the data up to the last batch that was given: rows that wait to be packed do not count."""
-        waiting = sum(len(one.left) / one.parts for one in self._held)
-        return max(0.0, self._next - waiting) * self._world / self._order.size
+        used = max(0.0, self._next - sum(len(one.left) / one.parts for one in self._held))
+        if self._passes is None:
+            return used * self._world / self._order.size
+        # Ranks have as many rows, or one less; each is done when its own are.
+        own = len(range(self._rank, self.rows_in_all, self._world))
+        return self._passes * (used / own if own else 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is after the last batch that it gave: plain numbers, for JSON."""
@@ -167,17 +177,24 @@ class DataStream:
                 raise ValueError(f"{self._where(lost[0])} was usable when the state was saved, and is not any more")
             for number, left, parts in self._held:
                 packer.add_pieces(Waiting(number, part, parts, again[number].samples[part]) for part in left)
-            arriving = reader.read(count(self._next * self._world + self._rank, self._world))
+            first = self._next * self._world + self._rank
+            arriving = reader.read(range(first, self.rows_in_all, self._world))
             useless, most = 0, max(LEAST_TRIED, -(-self._order.size // self._world))
             while True:
                 while not packer.ready:
-                    number, encoded = next(arriving)
+                    number, encoded = next(arriving, (-1, None))
+                    if encoded is None:
+                        break
                     self._next = number // self._world + 1
                     samples = self._account(number, encoded)
                     self._add(packer, number, samples)
                     useless = 0 if samples else useless + 1
                     if useless == most:
                         raise ValueError(f"none of {useless:,} rows can be used: {self.report}")
+                if not packer.held:
+                    if useless and self._world == 1 and not self.report.sequences:
+                        raise ValueError(f"none of {useless:,} rows can be used: {self.report}")
+                    return
                 taken = packer.take()
                 self._held = [
                     Held(pieces[0].number, tuple(piece.part for piece in pieces), pieces[0].parts)
@@ -324,6 +341,7 @@ def make_stream(
     rank: int = 0,
     world: int = 1,
     seed: int = 0,
+    passes: float | None = None,
 ) -> DataStream:
     """The stream that ``[data]`` of a recipe asks for.
 
@@ -334,12 +352,13 @@ def make_stream(
         rank: of those that have data of their own.
         world: how many these are.
         seed: of order and mixture; the same on all ranks.
+        passes: over the data, after which it ends; None: never.
 
     Raises:
         FileNotFoundError: there is no such data set.
         ValueError: a data set of no known kind, or settings that do not fit the model.
     """
-    return DataStream(settings, processor, config, tokens=tokens, rank=rank, world=world, seed=seed)
+    return DataStream(settings, processor, config, tokens=tokens, rank=rank, world=world, seed=seed, passes=passes)
 
 
 class Question(NamedTuple):

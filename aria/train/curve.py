@@ -1,0 +1,70 @@
+"""The loss curve of a run: ``loss.tsv``, and ``loss.png`` where matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TABLE_NAME, PICTURE_NAME = "loss.tsv", "loss.png"
+COLUMNS = ("step", "loss", "held-out loss", "learning rate")
+EVERY = 300.0
+"""Seconds between drawings while a run goes on."""
+
+
+class LossCurve:
+    """A sink of log lines that draws the curve anew from ``log.jsonl``: at the end, and now and then before.
+
+    Args:
+        log: file of JSON lines, which another sink writes.
+    """
+
+    def __init__(self, log: Path):
+        self._log = log
+        self._drawn = time.monotonic()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if time.monotonic() - self._drawn > EVERY:
+            self._draw()
+
+    def close(self) -> str | None:
+        """Write both files, if anything was logged; gives a line about them."""
+        return self._draw()
+
+    def _draw(self) -> str | None:
+        self._drawn = time.monotonic()
+        if not self._log.is_file() or not (rows := read_losses(self._log)):
+            return None
+        written, picture = self._log.with_name(TABLE_NAME), self._log.with_name(PICTURE_NAME)
+        table = ["\t".join(COLUMNS), *("\t".join(str(row.get(name, "")) for name in COLUMNS) for row in rows)]
+        written.write_text("\n".join(table) + "\n", encoding="utf-8")
+        try:
+            figures = importlib.import_module("matplotlib.figure")
+        except ImportError as error:
+            return f"loss curve: {written}; no {PICTURE_NAME}, because {error}: pip install matplotlib"
+        figure = figures.Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss")
+        for name, mark in (("loss", ""), ("held-out loss", "o")):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker=mark if len(points) > 1 else "o")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(picture, dpi=120)
+        return f"loss curve: {picture} and {written}"
+
+
+def read_losses(log: Path) -> list[dict[str, Any]]:
+    """What a log has of :data:`COLUMNS`, a row for each step, in the order of steps."""
+    rows: dict[int, dict[str, Any]] = {}
+    for text in log.read_text(encoding="utf-8").split("\n"):
+        if not text:
+            continue
+        line = json.loads(text)
+        found = {name: line[name] for name in COLUMNS if line.get(name) is not None}
+        if "loss" in found or "held-out loss" in found:
+            rows.setdefault(int(line["step"]), {}).update(found)
+    return [rows[step] for step in sorted(rows)]
