@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 from bisect import bisect_left, bisect_right
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
+
+from aria.processor import calls
 
 IMAGE_TOKEN = "<|img|>"
 START_OF_TURN = "<|im_start|>"
@@ -39,6 +42,8 @@ CHAT_TEMPLATE = (
 """The published template, in Jinja, as it stands in ``tokenizer_config.json``; :func:`render` writes the same text."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
+MEDIA_KINDS = ("image", "video", "document")
 _ADDRESSES = ("path", "url")
 _SIZES = ("max_image_size", "split_image")
 _PART_KEYS = {
@@ -275,7 +280,11 @@ for _name in (
 
 
 def render(
-    messages: Conversation, *, add_generation_prompt: bool = False, continue_final_message: bool = False
+    messages: Conversation,
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> Prompt:
     """One conversation as the text that Aria was trained on.
 
@@ -287,9 +296,11 @@ def render(
             address, a data: URI or a local path), or under none of them: then it is the next of ``images=`` or
             ``videos=``. All of them may carry ``max_image_size`` and ``split_image``; videos ``num_frames``, or
             ``fps`` with ``max_frames``, and ``timestamps``; documents ``pages``. Keys whose value is None count as
-            absent.
+            absent. Messages of the assistant may have ``tool_calls`` as OpenAI's API has them, those of tools the
+            tool's ``name``; both are written into the text. ``tool_call_id`` is not, because results follow in order.
         add_generation_prompt: end with the opening of the assistant's turn.
-        continue_final_message: leave the last message open, so that the model continues it.
+        continue_final_message: leave the last message open, to be continued.
+        tools: functions that may be called, as OpenAI's API has them, named in the system message.
 
     Raises:
         ValueError: an unknown role, key or part type, by name and place; no message to continue; both options at once.
@@ -300,14 +311,22 @@ def render(
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
     if continue_final_message and not messages:
         raise ValueError("there is no message to continue; continue_final_message needs one")
+    read = [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
+    if tools:
+        text = calls.instructions([_read_tool(tool, f"tool {i}") for i, tool in enumerate(tools)])
+        if read and read[0][0] == "system":
+            read[0][1].append(f"\n\n{text}" if any(read[0][1]) else text)
+        else:
+            read.insert(0, ("system", [text]))
+    if continue_final_message and (not read[-1][1] or isinstance(read[-1][1][-1], MediaPart)):
+        raise ValueError("continue_final_message needs a final message that ends with text")
     pieces: list[str] = []
-    for i, message in enumerate(messages):
-        role, content = _read_message(message, f"message {i}")
+    for role, parts in read:
         pieces.append(Prompt.raw(f"{START_OF_TURN}{role}\n"))
-        for part in [content] if isinstance(content, str) else _read_parts(content, f"message {i}"):
-            pieces.append(_PLACE.with_parts([part]) if isinstance(part, MediaPart) else str(part))
-        if not (continue_final_message and i == len(messages) - 1):
-            pieces.append(Prompt.raw(f"{END_OF_TURN}\n"))
+        pieces += [_PLACE.with_parts([part]) if isinstance(part, MediaPart) else str(part) for part in parts]
+        pieces.append(Prompt.raw(f"{END_OF_TURN}\n"))
+    if continue_final_message:
+        pieces.pop()
     if add_generation_prompt:
         pieces.append(Prompt.raw(f"{START_OF_TURN}assistant\n"))
     return Prompt.concat(pieces)
@@ -321,17 +340,59 @@ def is_batch(conversation: Any) -> bool:
     return isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
 
 
-def _read_message(message: Any, where: str) -> tuple[str, Any]:
+def read_media(message: Any, where: str) -> list[MediaPart]:
+    """The media of a message, whatever else stands in it."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    parts = content if isinstance(content, list | tuple) else ()
+    media = [
+        _read_part(part, f"part {i} of {where}")
+        for i, part in enumerate(parts)
+        if isinstance(part, Mapping) and part.get("type") in MEDIA_KINDS
+    ]
+    return [part for part in media if isinstance(part, MediaPart)]
+
+
+def _read_message(message: Any, where: str) -> tuple[str, list[str | MediaPart]]:
+    """The role as it is written, and the texts and media of a message."""
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} should be a mapping with role and content, but is {message!r:.100}")
-    if unknown := sorted(key for key in message if key not in ("role", "content") and message[key] is not None):
-        raise ValueError(f"{where} has unknown keys: {', '.join(map(str, unknown))}; known are role and content")
-    role = message.get("role")
+    role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         raise ValueError(f"{where} has the role {role!r}; known are {', '.join(_ROLES)}")
-    if "content" not in message:
+    known = ("role", "content", *_MORE_KEYS.get(role, ()))
+    if unknown := sorted(str(key) for key in message if key not in known and message[key] is not None):
+        raise ValueError(
+            f"{where} has unknown keys: {', '.join(unknown)}; known are {', '.join(known[:-1])} and {known[-1]}"
+        )
+    if "content" not in message and not message.get("tool_calls"):
         raise ValueError(f"{where} has no content; give a string or a list of parts")
-    return _ROLES[role], "" if message["content"] is None else message["content"]
+    parts: list[str | MediaPart] = [content or ""] if isinstance(content, str | None) else _read_parts(content, where)
+    if role == "tool" and message.get("name") is not None:
+        parts.insert(0, f"{message['name']}: ")
+    for i, call in enumerate(message.get("tool_calls") or ()):
+        parts += ["\n"] if any(parts) else []
+        parts.append(_read_call(call, f"call {i} of {where}"))
+    return _ROLES[role], parts
+
+
+def _read_call(call: Any, where: str) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f'{where} should be a mapping such as {{"function": {{"name": ...}}}}, but is {call!r:.100}')
+    arguments = function.get("arguments") or "{}"
+    try:
+        return calls.replayed(function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments))
+    except TypeError as error:
+        raise ValueError(f"arguments of {where} cannot be written as JSON: {error}") from None
+
+
+def _read_tool(tool: Any, where: str) -> dict[str, Any]:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f'{where} should be a mapping such as {{"name": ..., "parameters": JSON Schema}}, but is {tool!r:.100}'
+        )
+    return {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
 
 
 def _read_parts(content: Any, where: str) -> list[str | MediaPart]:

@@ -75,6 +75,7 @@ class AriaImageProcessor:
         split_mode: str = "authors",
         sizes: Sequence[int] = tuple(SIZE_CONVERSION),
         split_resolutions: Sequence[Sequence[int]] | None = None,
+        do_convert_rgb: bool = True,
     ) -> None:
         """
         Args:
@@ -86,6 +87,7 @@ class AriaImageProcessor:
             split_mode: "authors" or "pad".
             sizes: the sides S that the model's projector has queries for.
             split_resolutions: (height, width) pairs for "pad"; by default every grid times the smallest size.
+            do_convert_rgb: False refuses pictures in memory that are not RGB; files are always read as RGB.
         """
         self.sizes = tuple(sorted(int(size) for size in sizes))
         if not self.sizes or self.sizes[0] < 1:
@@ -103,6 +105,7 @@ class AriaImageProcessor:
         self.image_std = tuple(image_std)
         self.split_image = split_image
         self.split_mode = _check_mode(split_mode)
+        self.do_convert_rgb = do_convert_rgb
         base = self.sizes[0]
         pairs = split_resolutions or [(h * base, w * base) for h, w in _GRIDS]
         self.split_resolutions = [(int(h), int(w)) for h, w in pairs]
@@ -124,19 +127,38 @@ class AriaImageProcessor:
         folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
         file, data = read_image_settings(folder)
         try:
-            _check_settings(data)
+            return cls.from_dict(data, sizes=tuple(read_size_conversion(folder)))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        known = ("max_image_size", "min_image_size", "image_mean", "image_std", "split_image", "split_mode")
-        settings = {key: data[key] for key in (*known, "split_resolutions") if data.get(key) is not None}
-        return cls(**settings, sizes=tuple(read_size_conversion(folder)))
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``preprocessor_config.json``, which transformers and vLLM read too; the folder is made if needed."""
-        data = {
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **changes: Any) -> AriaImageProcessor:
+        """From the object of a ``preprocessor_config.json``, with changes by name; the reverse of :meth:`to_dict`.
+
+        Args:
+            data: settings as transformers or the authors write them; what they call by other names has no effect.
+            changes: settings that are put over them; ``sizes`` too.
+
+        Raises:
+            ValueError: a setting of the wrong type or that Aria does not have.
+            TypeError: a change that is no setting.
+        """
+        if unknown := sorted(changes.keys() - {*_STEPS, *_ARITHMETIC, *_KINDS, "rescale_factor", "sizes"}):
+            raise TypeError(f"the image processor has no {', '.join(unknown)}; it has {', '.join(_KINDS)}")
+        data = {**data, **{key: value for key, value in changes.items() if value is not None}}
+        _check_settings(data)
+        return cls(**{key: data[key] for key in (*_KINDS, "sizes") if data.get(key) is not None})
+
+    def changed(self, **changes: Any) -> AriaImageProcessor:
+        """One with other settings, see :meth:`from_dict`; itself if there are none."""
+        return type(self).from_dict(self.to_dict(), sizes=self.sizes, **changes) if changes else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of ``preprocessor_config.json``; transformers' ``from_dict`` takes it too."""
+        return {
             "image_processor_type": "AriaImageProcessor",
             "processor_class": "AriaProcessor",
-            "do_convert_rgb": True,
+            "do_convert_rgb": self.do_convert_rgb,
             "do_rescale": True,
             "do_normalize": True,
             "resample": 3,
@@ -148,7 +170,10 @@ class AriaImageProcessor:
             "split_mode": self.split_mode,
             "split_resolutions": [list(pair) for pair in self.split_resolutions],
         }
-        write_json(Path(folder) / PREPROCESSOR_CONFIG, data)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``preprocessor_config.json``, which transformers and vLLM read too; the folder is made if needed."""
+        write_json(Path(folder) / PREPROCESSOR_CONFIG, self.to_dict())
 
     def __call__(
         self,
@@ -158,27 +183,39 @@ class AriaImageProcessor:
         split_image: bool | Sequence[bool] | None = None,
         split_mode: str | None = None,
         return_tensors: str | None = "pt",
+        **settings: Any,
     ) -> BatchFeature:
         """Prepare one picture or a list of pictures, of any kind that :func:`~aria.processor.media.load_image` takes.
 
         Args:
-            images: one picture or a flat list of them.
+            images: one picture, or a list of them; lists in it and arrays of several pictures, ``(N, H, W, C)`` or
+                ``(N, C, H, W)``, count as the pictures in them, in order.
             max_image_size: side S of the crops; None: this processor's own.
             split_image: for all pictures, or one value a picture; None: this processor's own.
             split_mode: "authors" or "pad"; None: this processor's own.
-            return_tensors: "pt" (default) or "np".
+            return_tensors: "pt" (default) or "np"; None: "pt", with ``num_crops`` as a list.
+            settings: other settings of :meth:`from_dict` for this call, such as ``min_image_size``.
 
         Returns:
-            ``pixel_values`` (C, 3, S, S) float32 and ``pixel_mask`` (C, S, S) bool, True where the picture is and False
-            where padding is; ``num_crops`` is an attribute, a list with one count a picture.
+            ``pixel_values`` (C, 3, S, S) float32, ``pixel_mask`` (C, S, S) bool, True where the picture is and False
+            where padding is, and ``num_crops`` (pictures,) int64, which is also an attribute, there a list.
 
         Raises:
-            ValueError: a size that the model has no queries for, no pictures, or a picture that cannot be read.
+            ValueError: a size that the model has no queries for, no pictures, a picture that cannot be read, or a
+                setting that Aria does not have.
         """
+        if settings:
+            return self.changed(**settings)(
+                images,
+                max_image_size=max_image_size,
+                split_image=split_image,
+                split_mode=split_mode,
+                return_tensors=return_tensors,
+            )
         size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
         mode = self.split_mode if split_mode is None else _check_mode(split_mode)
         check_tensor_kind(return_tensors)
-        pictures = list(images) if isinstance(images, list | tuple) else [images]
+        pictures = flat(images)
         if not pictures:
             raise ValueError("no pictures given; pass one picture or a list of them")
         if split_image is None or isinstance(split_image, bool):
@@ -190,14 +227,18 @@ class AriaImageProcessor:
         crops: list[Image.Image] = []
         num_crops = []
         for picture, split in zip(pictures, splits, strict=True):
+            if not self.do_convert_rgb:
+                check_rgb(picture)
             image = load_image(picture)
             pieces = self._cut(image, self.sheets(image.size, size, split, mode), size)
             crops += pieces
             num_crops.append(len(pieces))
         values, mask = self._to_arrays(crops, size)
-        data: dict[str, Any] = {"pixel_values": values, "pixel_mask": mask}
+        data: dict[str, Any] = {"pixel_values": values, "pixel_mask": mask, "num_crops": np.array(num_crops)}
         if return_tensors != "np":
             data = {name: torch.from_numpy(array) for name, array in data.items()}
+        if return_tensors is None:
+            data["num_crops"] = num_crops
         return BatchFeature(data, num_crops=num_crops)
 
     def _check_size(self, size: int) -> int:
@@ -266,13 +307,34 @@ class AriaImageProcessor:
         return values, mask
 
 
+def flat(images: Any) -> list[Any]:
+    """Pictures in one list: of lists and of arrays of several pictures the pictures in them."""
+    if isinstance(images, list | tuple):
+        return [picture for one in images for picture in flat(one)]
+    several = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
+    return list(images) if several else [images]
+
+
+def check_rgb(picture: Any) -> None:
+    """Refuse a picture in memory that would have to be converted to RGB."""
+    if isinstance(picture, Image.Image):
+        holds, came = picture.mode == "RGB", f"of mode {picture.mode}"
+    elif isinstance(picture, np.ndarray | torch.Tensor):
+        holds, came = picture.ndim == 3 and 3 in picture.shape, f"an array of {tuple(picture.shape)}"
+    else:
+        return
+    if not holds:
+        raise ValueError(f"do_convert_rgb is false, but a picture is {came}; leave do_convert_rgb out, or convert it")
+
+
 # Steps as transformers' settings name them: Aria takes those that are true, and no other.
-_STEPS = {"do_convert_rgb": True, "do_resize": True, "do_pad": True, "do_rescale": True, "do_normalize": True}
+_STEPS = {"do_resize": True, "do_pad": True, "do_rescale": True, "do_normalize": True}
 _ARITHMETIC = {"resample": 3, "data_format": "channels_first"}
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_image_size": (lambda value: type(value) is int, "a whole number"),
     "min_image_size": (lambda value: type(value) is int, "a whole number"),
     "split_image": (lambda value: type(value) is bool, "true or false"),
+    "do_convert_rgb": (lambda value: type(value) is bool, "true or false"),
     "split_mode": (lambda value: type(value) is str, "a text"),
     "image_mean": (lambda value: _is_list(value, 3), "three numbers"),
     "image_std": (lambda value: _is_list(value, 3) and all(value), "three numbers, none of them 0"),
@@ -295,6 +357,8 @@ def _check_settings(data: Mapping[str, Any]) -> None:
     """Refuse settings of the wrong type, and arithmetic that Aria does not have."""
     present = {key: value for key, value in data.items() if value is not None}
     for key, value in present.items():
+        if key in _KINDS:
+            continue
         expected_value = _STEPS.get(key, False) if key.startswith("do_") else _ARITHMETIC.get(key, value)
         if value != expected_value:
             raise ValueError(f"{key} is {value!r}, but Aria has {expected_value!r}")

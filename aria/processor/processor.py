@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,11 +25,14 @@ from aria.processor.files import (
     read_size_conversion,
     write_json,
 )
-from aria.processor.image import AriaImageProcessor
+from aria.processor.image import AriaImageProcessor, check_rgb, flat
 from aria.processor.limits import PixelBudget
 from aria.processor.media import MediaSettings, load_image
+from aria.processor.options import TextOptions, merged
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length
+
+_PIXELS = ("pixel_values", "pixel_mask")
 
 
 class AriaProcessor:
@@ -49,11 +53,14 @@ class AriaProcessor:
         self,
         image_processor: AriaImageProcessor,
         tokenizer: AriaTokenizer,
+        chat_template: str | None = None,
         *,
         size_conversion: Mapping[int, int] | None = None,
     ) -> None:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
+        if chat_template is not None:
+            self.chat_template = chat_template
         self.media = MediaSettings()
         self._media_cache = MediaCache()
         table = SIZE_CONVERSION if size_conversion is None else size_conversion
@@ -64,11 +71,46 @@ class AriaProcessor:
                 f"makes {list(image_processor.sizes)}"
             )
 
+    @property
+    def image_token(self) -> str:
+        return self.tokenizer.image_token
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.image_token_id
+
+    @property
+    def chat_template(self) -> str:
+        """The tokenizer's; may be replaced."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str) -> None:
+        self.tokenizer.chat_template = template
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of all that a call may give."""
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_mask"]
+
     @classmethod
     def from_pretrained(
-        cls, path_or_repo_id: str | os.PathLike[str] | None = None, *, revision: str | None = None
+        cls,
+        path_or_repo_id: str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        chat_template: str | None = None,
+        trust_remote_code: bool | None = None,
+        use_fast: bool | None = None,
     ) -> AriaProcessor:
         """Read the processor's files of a folder, a Hub repository, or (None) the packaged nano model.
+
+        Args:
+            path_or_repo_id: folder, Hub repository, or None for the packaged nano model.
+            revision: branch, tag or commit of a Hub repository.
+            chat_template: a Jinja template in place of the files' own.
+            trust_remote_code, use_fast: taken for code written for transformers and without effect: no remote code is
+                ever run, and there is one tokenizer.
 
         Raises:
             FileNotFoundError: no such folder or repository, or a file is missing.
@@ -86,6 +128,7 @@ class AriaProcessor:
         return cls(
             AriaImageProcessor.from_pretrained(folder),
             AriaTokenizer.from_pretrained(folder),
+            chat_template=chat_template,
             size_conversion=read_size_conversion(folder),
         )
 
@@ -98,53 +141,96 @@ class AriaProcessor:
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         images: Any = None,
         *,
         videos: Any = None,
         max_image_size: int | None = None,
         split_image: bool | None = None,
         split_mode: str | None = None,
+        do_convert_rgb: bool | None = None,
         padding: bool | str = True,
+        padding_side: str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
+        add_special_tokens: bool | None = None,
         return_tensors: str | None = None,
+        text_kwargs: Mapping[str, Any] | None = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+        common_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchFeature:
         """Prepare one prompt or several with their pictures.
 
         Args:
             text: a prompt or a list of them. In a plain string every ``<|img|>`` is a picture's place (a clip's, if
                 only videos are given); in a :class:`~aria.processor.chat.Prompt`, as ``apply_chat_template`` gives,
-                only those of image, video and document parts are places, each for its kind.
+                only those of image, video and document parts are places, each for its kind. The same holds for
+                ``<|im_end|>`` and the other markers: control tokens in a plain string, whoever wrote them, and in a
+                prompt only where the template did. None: pictures alone.
             images: one picture, a list in the order of the places, or a list of lists, one a prompt. They fill every
-                place; where the messages name some pictures themselves, it is enough to give the others.
+                place; where the messages name some pictures themselves, it is enough to give the others. An array of
+                four axes counts as a list.
             videos: the same for clips: paths, bytes, data: URIs or addresses.
             max_image_size: side of all crops; None: what the parts or the preprocessor's settings say, and the
                 smallest size for clips alone. All pictures of one call share one size, because their crops are one
                 tensor.
             split_image: the same, for splitting into crops; this may differ between pictures.
             split_mode: "authors" (overview first) or "pad" (transformers' rule).
-            padding: True or "longest", "max_length", or False; on the left unless the tokenizer's
-                ``padding_side`` says otherwise.
+            do_convert_rgb: False refuses pictures in memory that are not RGB.
+            padding: True or "longest", "max_length", or False.
+            padding_side: "left" or "right"; None: the tokenizer's ``padding_side``, which is left.
             truncation: cut prompts on the right at ``max_length``; never into or before a picture.
             max_length: for truncation and padding="max_length".
+            add_special_tokens: without effect: Aria's tokenizer puts none before or after a prompt.
             return_tensors: "pt" (also "pd"), "np", or None: ids as lists, pixels as torch tensors.
+            text_kwargs, images_kwargs, common_kwargs: the same arguments in groups, as transformers has them;
+                ``images_kwargs`` may hold any setting of :meth:`AriaImageProcessor.from_dict`.
 
         Returns:
             ``input_ids`` and ``attention_mask`` (B, S) int64; with pictures also ``pixel_values`` (C, 3, S, S) float32
             and ``pixel_mask`` (C, S, S) bool. ``.num_crops`` has one count a picture.
 
         Raises:
-            ValueError: counts of places and pictures differ, sizes differ, or truncation would cut a picture.
+            ValueError: counts of places and pictures differ, sizes differ, truncation would cut a picture, or an
+                argument is given twice.
+            TypeError: a group has an argument that does not exist.
         """
-        check_length(padding, truncation, max_length)
-        check_tensor_kind(return_tensors)
+        flat_text = {
+            "padding": padding,
+            "padding_side": padding_side,
+            "truncation": truncation,
+            "max_length": max_length,
+            "add_special_tokens": add_special_tokens,
+            "return_tensors": return_tensors,
+        }
+        flat_images = {
+            "max_image_size": max_image_size,
+            "split_image": split_image,
+            "split_mode": split_mode,
+            "do_convert_rgb": do_convert_rgb,
+        }
+        flat_text = merged("common_kwargs", flat_text, common_kwargs)
+        of_text = TextOptions.of(merged("text_kwargs", flat_text, text_kwargs))
+        of_images = merged("images_kwargs", flat_images, images_kwargs)
+        return self._prepared(text, images, videos, of_text, of_images)
+
+    def _prepared(
+        self, text: Any, images: Any, videos: Any, of_text: TextOptions, of_images: dict[str, Any]
+    ) -> BatchFeature:
+        check_length(of_text.padding, of_text.truncation, of_text.max_length)
+        check_tensor_kind(of_text.return_tensors)
+        max_image_size, split_image = of_images.pop("max_image_size", None), of_images.pop("split_image", None)
+        kind = of_text.return_tensors or "pt"
+        process = self.image_processor.changed(**of_images)
+        if text is None and images is not None and videos is None:
+            pixels = process(images, max_image_size=max_image_size, split_image=split_image, return_tensors=kind)
+            return BatchFeature({key: pixels[key] for key in _PIXELS}, num_crops=pixels.num_crops)
         prompts = _match(_prompts(text, images, videos), images, videos)
         size = self._common_size([part for prompt in prompts for part in prompt.parts], max_image_size)
         prompts = [
             expand(
-                settle(prompt, self.image_processor, max_image_size=size, split_image=split_image),
-                self.image_processor,
+                settle(prompt, process, max_image_size=size, split_image=split_image),
+                process,
                 self.media,
                 self._media_cache,
             ).prompt
@@ -154,65 +240,77 @@ class AriaProcessor:
         pixels = BatchFeature()
         tokens: list[int] = []
         if parts:
-            pixels = self.image_processor(
+            if not process.do_convert_rgb:
+                for part in parts:
+                    check_rgb(part.source)
+            pixels = process(
                 [load_image(part.source, self.media) for part in parts],
                 max_image_size=size,
                 split_image=[bool(part.split_image) for part in parts],
-                split_mode=split_mode,
-                return_tensors=return_tensors or "pt",
+                return_tensors=kind,
             )
             tokens = [crops * self.size_conversion[size] for crops in pixels.num_crops]
         rows = self._expand(prompts, tokens)
-        if truncation:
-            assert max_length is not None, "check_length lets no other through"
-            rows = [self._truncate(row, max_length) for row in rows]
-        ids = self.tokenizer.pad(rows, padding=padding, max_length=max_length, return_tensors=return_tensors)
-        return BatchFeature({**ids, **pixels}, num_crops=pixels.num_crops)
+        if of_text.truncation:
+            assert of_text.max_length is not None, "check_length lets no other through"
+            rows = [self._truncate(row, of_text.max_length) for row in rows]
+        ids = self.tokenizer.pad(
+            rows,
+            padding=of_text.padding,
+            padding_side=of_text.padding_side,
+            max_length=of_text.max_length,
+            return_tensors=of_text.return_tensors,
+        )
+        return BatchFeature(
+            {**ids, **{key: pixels[key] for key in _PIXELS if key in pixels}}, num_crops=pixels.num_crops
+        )
 
     def apply_chat_template(
         self,
         conversation: Conversation | Sequence[Conversation],
+        chat_template: str | None = None,
         *,
         images: Any = None,
         videos: Any = None,
+        tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
-        max_image_size: int | None = None,
-        split_image: bool | None = None,
-        split_mode: str | None = None,
-        padding: bool | str = True,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Any:
         """Messages to a prompt, or to everything the model takes.
 
         Args:
             conversation: a list of messages (see :func:`aria.processor.chat.render`), or a list of such lists.
+            chat_template: a Jinja template in place of Aria's; what stands in messages is text in it too.
             images: pictures for image parts that name none.
             videos: clips for video parts that name none.
+            tools: functions that the model may call, as OpenAI's API has them; Aria's template names them in the system
+                message, in the form that training and the server use.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open, to be continued.
             tokenize: False gives the :class:`~aria.processor.chat.Prompt` (a list of them for several conversations).
             return_dict: with ``tokenize``, the whole of what calling the processor gives; False: ``input_ids`` alone.
+            processor_kwargs: arguments of calling the processor; each may also be given by its own name.
+            more: arguments of calling the processor, and variables that ``chat_template`` reads.
 
-        The other arguments are those of calling the processor.
+        Raises:
+            ValueError: as for a call, or a template that cannot be rendered.
         """
-        prompt = self.tokenizer.render(conversation, add_generation_prompt=add_generation_prompt)
+        options = {name: more.pop(name) for name in list(more) if name in _CALL_OPTIONS}
+        prompt = self.tokenizer.render(
+            conversation,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=more,
+        )
         if not tokenize:
             return prompt
-        inputs = self(
-            prompt,
-            images,
-            videos=videos,
-            max_image_size=max_image_size,
-            split_image=split_image,
-            split_mode=split_mode,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-        )
+        inputs = self(prompt, images, videos=videos, **merged("processor_kwargs", options, processor_kwargs))
         return inputs if return_dict else inputs["input_ids"]
 
     def prepare(
@@ -234,6 +332,7 @@ class AriaProcessor:
             images: pictures for image parts that name none.
             videos: clips for video parts that name none.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open, to be continued; without ``add_generation_prompt``.
             max_image_size: side of the crops of media whose parts do not say; here sizes may differ. None: the
                 preprocessor's for pictures and documents, the smallest for clips.
             split_image: the same, for splitting into crops.
@@ -273,13 +372,19 @@ class AriaProcessor:
             media.append(Medium(kind, count, crops, sum(one.tokens for one in own)))
         return Prepared(ids, placed, media, stop=(END_OF_TURN,))
 
-    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:
         """The tokenizer's ``decode``."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **more)
 
-    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False, **more: Any) -> list[str]:
         """The tokenizer's ``batch_decode``."""
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **more)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Iterable[Any], skip_special_tokens: bool = True, **more: Any
+    ) -> list[str]:
+        """Texts of what ``generate`` gives, as transformers names it."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **more)
 
     def _common_size(self, parts: Sequence[MediaPart], max_image_size: int | None) -> int:
         sizes = {size for part in parts if (size := part.max_image_size or max_image_size) is not None}
@@ -316,6 +421,10 @@ class AriaProcessor:
         return row[:max_length]
 
 
+# Arguments of calling the processor; what else apply_chat_template is given are variables of the template.
+_CALL_OPTIONS = frozenset(inspect.signature(AriaProcessor.__call__).parameters) - {"self", "text", "images", "videos"}
+
+
 def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(one, str) for one in texts):
@@ -348,7 +457,7 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
     elif isinstance(media, list | tuple):
         given = list(media)
     else:
-        given = [media]
+        given = flat(media)
     own = [[part for part in prompt.parts if isinstance(part, kind)] for prompt in prompts]
     if not any(isinstance(one, list | tuple) for one in given):
         sources = iter(_fill([part for some in own for part in some], given, "the prompts have", noun))
@@ -357,8 +466,8 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
     elif len(given) != len(prompts):
         raise ValueError(f"{argument} has {len(given)} lists for {len(prompts)} prompts; give one list a prompt")
     else:
-        pairs = enumerate(zip(own, given, strict=True))
-        sources = iter([one for i, (parts, some) in pairs for one in _fill(parts, list(some), f"prompt {i} has", noun)])
+        pairs = enumerate(zip(own, map(flat, given), strict=True))
+        sources = iter([one for i, (parts, some) in pairs for one in _fill(parts, some, f"prompt {i} has", noun)])
     return [
         prompt.with_parts(
             [replace(part, source=next(sources)) if isinstance(part, kind) else part for part in prompt.parts]

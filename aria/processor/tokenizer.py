@@ -5,9 +5,8 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from aria.processor.chat import (
     Conversation,
     Prompt,
     is_batch,
-    render,
 )
 from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL, write_json
+from aria.processor.spelling import Speller
+from aria.processor.template import render_template
 
 # Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
 _PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
@@ -64,7 +64,6 @@ class AriaTokenizer:
         self.vocab_size = len(self._pieces)
         self._read_added_tokens()
         self._pattern = _compile(self._added)
-        self._spellings: dict[str, list[int]] = {}
         for key in ("pad_token", "eos_token"):
             _content(self._config, key)
         if self._config.get("image_token", IMAGE_TOKEN) not in (None, IMAGE_TOKEN):
@@ -191,6 +190,10 @@ class AriaTokenizer:
         return fallback if token is None else self._known_or(token, fallback)
 
     @property
+    def unk_token(self) -> str:
+        return self._pieces.id_to_piece(self.unk_token_id)
+
+    @property
     def pad_token(self) -> str:
         return self._pieces.id_to_piece(self.pad_token_id)
 
@@ -202,12 +205,17 @@ class AriaTokenizer:
         index = self._pieces.piece_to_id(token)
         return index if self._pieces.id_to_piece(index) == token else default
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text.
+    def encode(self, text: str, *, add_special_tokens: bool | None = None, return_tensors: str | None = None) -> Any:
+        """Ids of a text, as a list or (1, S).
 
         A plain string gives the ids that transformers gives: each marker in it is a control token. In a
         :class:`~aria.processor.chat.Prompt` only what the template wrote is; a marker in other text is spelled in
         other pieces, which decode to the same text.
+
+        Args:
+            text: the text.
+            add_special_tokens: without effect: Aria's tokenizer puts none before or after a text.
+            return_tensors: None, "pt" or "np".
 
         Raises:
             ValueError: text that cannot be tokenised, or (only in a vocabulary of single characters without bytes) a
@@ -216,79 +224,19 @@ class AriaTokenizer:
         first, *rest = self.encode_segments(text)
         for segment in rest:
             first += [self.image_token_id, *segment]
-        return first
+        return first if return_tensors is None else to_tensors([first], return_tensors)
 
     def encode_segments(self, text: str) -> list[list[int]]:
         """Ids of the text around each picture's place: one list more than there are places, none with the image id."""
         if not isinstance(text, str):
             raise ValueError(f"text should be a string, but is a {type(text).__name__}")
-        return [self._encode_segment(segment) for segment in Prompt.of(text).segments()]
-
-    def _encode_segment(self, segment: Prompt) -> list[int]:
-        segment = self._normalized(segment)
-        text = str(segment)
-        ids: list[int] = []
-        done = 0
-        for start, marker in sorted(segment.typed(self._markers)):
-            if start >= done:  # else it lies in one that is spelled already
-                ids += self._encode_part(text[done:start]) + self._spelled(marker)
-                done = start + len(marker)
-        return ids + self._encode_part(text[done:])
+        return [self._speller.encode(segment) for segment in Prompt.of(text).segments()]
 
     @cached_property
-    def _markers(self) -> tuple[str, ...]:
-        """What is a control token where the template writes it, the longest first."""
-        special = [content for content, index in self._added.items() if index in self._special]
-        return tuple(sorted({*MARKERS, *special}, key=lambda marker: (-len(marker), marker)))
-
-    def _spelled(self, marker: str) -> list[int]:
-        """A marker as text: ids that decode to it and are not those that the template's has in any surroundings.
-
-        Where it has several pieces, cutting it between two of them would change nothing. It is cut inside one.
-        """
-        if marker not in self._spellings:
-            usual = self._encode_part(marker)
-            self._spellings[marker] = next((ids for ids in self._other_spellings(marker, usual) if ids != usual), [])
-        if not self._spellings[marker]:
-            raise ValueError(
-                f"text holds {marker}, which this vocabulary can only spell as the template does; remove it, or use a "
-                "vocabulary with byte pieces"
-            )
-        return self._spellings[marker]
-
-    def _other_spellings(self, marker: str, usual: Sequence[int]) -> Iterator[list[int]]:
-        at, cuts = 0, []
-        for i, size in enumerate(len(self.token_bytes(index)) for index in usual):
-            # The first and last pieces may be others where text around the marker merges with them.
-            cuts += [(i in (0, len(usual) - 1), -size, at + inner) for inner in range(1, size)]
-            at += size
-        for *_, cut in sorted(cuts):
-            ids = self._encode_part(marker[:cut]) + self._encode_part(marker[cut:])
-            if self._special.isdisjoint(ids) and self.decode(ids) == marker:
-                yield ids
-        for place, index in enumerate(usual):
-            data = self.token_bytes(index)
-            if marker[place : place + 1].isalpha() and (spelled := self._bytes(data)):
-                yield [*usual[:place], *spelled, *usual[place + 1 :]]
-
-    def _normalized(self, segment: Prompt) -> Prompt:
-        """The segment, with text that SentencePiece would normalise to a marker normalised already, to be found."""
-        if not self._normalizes or segment.markup == Prompt.raw(segment).markup:
-            return segment
-        edges = [0, *(edge for span in segment.markup for edge in span), len(segment)]
-        runs = [segment[start:end] for start, end in pairwise(edges)]
-        for i, run in enumerate(runs[::2]):
-            read = self._pieces.normalize(str(run)).replace(_SPACE, " ")
-            if any(read.count(marker) > run.count(marker) for marker in self._markers):
-                runs[2 * i] = read
-        return Prompt.concat(runs)
-
-    @cached_property
-    def _normalizes(self) -> bool:
-        """Whether SentencePiece reads any character as another one."""
-        codes = (*range(1, 32), *range(33, 0x3000), *range(0xF900, 0x10000))
-        text = "a".join(chr(code) for code in codes if chr(code) != _SPACE)
-        return self._pieces.normalize(text) != text
+    def _speller(self) -> Speller:
+        special = (content for content, index in self._added.items() if index in self._special)
+        markers = sorted({*MARKERS, *special}, key=lambda marker: (-len(marker), marker))
+        return Speller(self._encode_part, self.token_bytes, self._bytes, self._pieces.normalize, markers, self._special)
 
     def _encode_part(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -345,14 +293,26 @@ class AriaTokenizer:
             raise ValueError(f"id {index} is not in the vocabulary of {self.vocab_size}")
         return b"" if skip_special_tokens and index in self._special else self._vocabulary[index]
 
-    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """Text of ids (a list, array or tensor of one axis, or one id). Bytes that are no UTF-8 become U+FFFD."""
+    def decode(
+        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> str:
+        """Text of ids (a list, array or tensor of one axis, or one id). Bytes that are no UTF-8 become U+FFFD.
+
+        ``clean_up_tokenization_spaces`` would change the text and is refused; Aria's configuration has it off.
+        """
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces=True is not offered: it would change the text; leave it out")
         data = b"".join(self.token_bytes(i, skip_special_tokens=skip_special_tokens) for i in _flat(ids))
         return data.decode("utf-8", errors="replace")
 
-    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(
+        self,
+        sequences: Iterable[Any],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:
         """Texts of several sequences, e.g. the rows of a (B, S) tensor."""
-        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
+        return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
         """One id -> its piece; several -> a list of pieces."""
@@ -376,8 +336,10 @@ class AriaTokenizer:
         text: str | Sequence[str],
         *,
         padding: bool | str = False,
+        padding_side: str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
+        add_special_tokens: bool | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
         """``input_ids`` and ``attention_mask`` of one text or several.
@@ -386,7 +348,9 @@ class AriaTokenizer:
             text: one text or a list; a single text with ``return_tensors=None`` gives flat lists, all else ``(B, S)``.
             padding: True or "longest", "max_length", or False; pads on ``padding_side``.
             truncation: cut on the right at ``max_length``.
+            padding_side: "left" or "right"; None: the tokenizer's.
             max_length: for truncation and for padding="max_length".
+            add_special_tokens: without effect, see :meth:`encode`.
             return_tensors: "pt", "np" or None.
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -394,7 +358,9 @@ class AriaTokenizer:
         check_length(padding, truncation, max_length)
         if truncation:
             rows = [row[:max_length] for row in rows]
-        batch = self.pad(rows, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        batch = self.pad(
+            rows, padding=padding, padding_side=padding_side, max_length=max_length, return_tensors=return_tensors
+        )
         if isinstance(text, str) and return_tensors is None:
             return BatchFeature({name: value[0] for name, value in batch.items()})
         return batch
@@ -404,10 +370,15 @@ class AriaTokenizer:
         rows: Sequence[Sequence[int]],
         *,
         padding: bool | str = True,
+        padding_side: str | None = None,
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Rows of ids -> ``input_ids`` and ``attention_mask`` (0 on padding), (B, S), padded on ``padding_side``."""
+        """Rows of ids -> ``input_ids`` and ``attention_mask`` (0 on padding), (B, S).
+
+        They are padded on the left or right; None: on the tokenizer's ``padding_side``.
+        """
+        side = self.padding_side if padding_side is None else padding_side
         check_tensor_kind(return_tensors)
         check_length(padding, False, max_length)
         longest = max(map(len, rows), default=0)
@@ -419,12 +390,12 @@ class AriaTokenizer:
                     f"a prompt of {longest} tokens does not fit into max_length={max_length}; truncate or raise it"
                 )
             width = max_length
-        if self.padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {self.padding_side!r}; use 'left' or 'right'")
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side is {side!r}; use 'left' or 'right'")
         ids, mask = [], []
         for row in rows:
             gap = max(width - len(row), 0)
-            before, after = (gap, 0) if self.padding_side == "left" else (0, gap)
+            before, after = (gap, 0) if side == "left" else (0, gap)
             ids.append([self.pad_token_id] * before + list(row) + [self.pad_token_id] * after)
             mask.append([0] * before + [1] * len(row) + [0] * after)
         return BatchFeature(
@@ -432,49 +403,78 @@ class AriaTokenizer:
         )
 
     def render(
-        self, conversation: Any, *, add_generation_prompt: bool = False, continue_final_message: bool = False
-    ) -> Prompt | list[Prompt]:
-        """Conversation (or list of conversations) to text; see :func:`aria.processor.chat.render`.
+        self,
+        conversation: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Conversation (or list of conversations) to a :class:`~aria.processor.chat.Prompt` (or a list of them).
+
+        Args:
+            conversation: see :func:`aria.processor.chat.render`.
+            chat_template: a Jinja template; None: the tokenizer's.
+
+        The other arguments are those of :func:`aria.processor.template.render_template`.
 
         Raises:
-            ValueError: a bad message, or the files bring a chat template other than Aria's, which is not run here.
+            ValueError: a bad message, or a template that cannot be rendered.
         """
-        if str(self.chat_template).strip() != CHAT_TEMPLATE.strip():
-            raise ValueError(
-                "this tokenizer brings a chat template of its own, and only Aria's is rendered here; render it with "
-                "jinja2 and pass the text"
-            )
-        ending = {
+        template = self.chat_template if chat_template is None else chat_template
+        names = ("unk_token", "eos_token", "pad_token", "image_token")
+        constants = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        settings: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "tools": tools,
+            "variables": variables,
+            "constants": constants,
         }
         if is_batch(conversation):
-            return [render(messages, **ending) for messages in conversation]
-        return render(conversation, **ending)
+            return [render_template(template, messages, **settings) for messages in conversation]
+        return render_template(template, conversation, **settings)
 
     def apply_chat_template(
         self,
         conversation: Conversation | Sequence[Conversation],
+        chat_template: str | None = None,
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
         tokenize: bool = True,
         padding: bool | str = False,
+        padding_side: str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = True,
+        **variables: Any,
     ) -> Any:
-        """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; a picture stays one id."""
+        """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; a picture stays one id.
+
+        The arguments are those of :meth:`render` and of calling the tokenizer.
+        """
         prompt = self.render(
             conversation,
+            chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
+            variables=variables,
         )
         if not tokenize:
             return prompt
         inputs = self(
-            prompt, padding=padding, truncation=truncation, max_length=max_length, return_tensors=return_tensors
+            prompt,
+            padding=padding,
+            padding_side=padding_side,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
         )
         return inputs if return_dict else inputs["input_ids"]
 

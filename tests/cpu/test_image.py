@@ -117,8 +117,10 @@ def test_own_size_is_honoured_and_other_sizes_are_refused() -> None:
         process([])
     with pytest.raises(ValueError, match="split_mode 'best'"):
         process(picture(5, 5), split_mode="best")
-    with pytest.raises(TypeError, match="do_pad"):
-        process(picture(5, 5), do_pad=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="do_pad is False, but Aria has True"):
+        process(picture(5, 5), do_pad=False)
+    with pytest.raises(TypeError, match="the image processor has no do_crop; it has max_image_size"):
+        process(picture(5, 5), do_crop=True)
 
 
 def test_numpy_output_is_the_same() -> None:

@@ -239,9 +239,9 @@ def test_chat_template_of_the_tokenizer(tokenizer: AriaTokenizer, tmp_path) -> N
     assert inputs.input_ids.shape[0] == 2 and int((inputs.input_ids == 9).sum()) == 2
     assert tokenizer.apply_chat_template(messages, return_dict=False) == tokenizer.encode(text)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(ValueError, match="chat template of its own"):
-        AriaTokenizer.from_pretrained(tmp_path).apply_chat_template(messages)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].role }}: <|img|>{{ messages[0].content[1].text }}")
+    own = AriaTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
+    assert own == "user: <|img|>hello <|img|>" and own.slots == (6,)
 
 
 def test_the_packaged_vocabulary_follows_the_same_rules() -> None:
