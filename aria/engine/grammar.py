@@ -9,6 +9,7 @@ Schema it reads.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from aria.engine.exact_grammar import lark
+from aria.engine.schemas import plain
 from aria.processor import AriaTokenizer, Prompt
 from aria.processor.chat import END_OF_TURN
 
 if TYPE_CHECKING:
     import llguidance
+
+_SETTINGS = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+_ESCAPES = 'nrbtf\\"'
+"""Without those by number: halves of surrogate pairs are no text, and a name has one way to be spelled."""
+_CONTROL = re.compile(r"\\u00[01][0-9a-f]|\\u007f")
+"""Characters that have no other escape; in a schema that holds one, all escapes are allowed."""
 
 End = Literal["complete", "over", "error"]
 """How a grammar ends an answer: with this token, which belongs to it; before this token; or because it gave up."""
@@ -204,18 +220,12 @@ def _compile(schema: str, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     try:
-        # A schema may carry settings of its own under "x-guidance"; all that matter here are set over them.
-        source = LLMatcher.grammar_from_json_schema(
-            schema,
-            overrides={
-                "item_separator": ",",
-                "key_separator": ":",
-                "whitespace_flexible": False,
-                "whitespace_pattern": None,
-                "coerce_one_of": False,
-                "lenient": False,
-            },
-        )
+        found = plain(json.loads(schema))
+        found = {} if found is True else found
+        settings: Any = {**_SETTINGS, **({"json_allowed_escapes": _ESCAPES} if not _CONTROL.search(schema) else {})}
+        source = lark(found, settings)
+        # All settings are given: a schema may carry some of its own under "x-guidance".
+        source = source or LLMatcher.grammar_from_json_schema(json.dumps(found), overrides=settings)
     except ValueError as error:
         raise ValueError(f"json_schema cannot be followed: {error}") from None
     # Grammars that need more work than this for a token give up: no schema should hold up the answers of others.

@@ -10,6 +10,12 @@ from typing import Any
 from aria.processor import calls
 from aria.processor.calls import CLOSE, OPEN
 
+_NAMING = {
+    *("properties", "patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames", "required"),
+    *("minProperties", "$ref", "allOf", "anyOf", "oneOf", "const", "enum"),
+}
+"""Keywords that say something of an object's properties."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -27,10 +33,7 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         [
             {
                 "type": "object",
-                "properties": {
-                    "name": {"const": tool["name"]},
-                    "arguments": _moved(tool.get("parameters") or {"type": "object"}, "#/properties/arguments"),
-                },
+                "properties": {"name": {"const": tool["name"]}, "arguments": parameters(tool)},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
@@ -39,25 +42,31 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
 
 
+def parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON Schema of a function's arguments, which are an object; a function that names none takes none.
+
+    Raises:
+        ValueError: its parameters allow no object.
+    """
+    given = tool.get("parameters") or {}
+    types = given.get("type", "object")
+    if "object" not in (types if isinstance(types, list) else [types]):
+        raise ValueError(
+            f"the parameters of {tool['name']!r} are of the type {types!r:.60}; expected object, as arguments have "
+            "names"
+        )
+    # An address of its own, so that references within it start from it wherever it stands.
+    own = given.get("$id")
+    address = own if isinstance(own, str) and not own.startswith("#") else f"urn:parameters:{tool['name']}"
+    schema = {**given, "$id": address, "type": "object"}
+    return schema if schema.keys() & _NAMING else {**schema, "properties": {}}
+
+
 def any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The schema of what follows one of these."""
     if len(schemas) == 1:
         return dict(schemas[0])
-    return {"anyOf": [_moved(schema, f"#/anyOf/{i}") for i, schema in enumerate(schemas)]}
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A schema as it reads inside another one: what it refers to within itself lies deeper there."""
-    if isinstance(schema, list):
-        return [_moved(one, place) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    return {
-        key: place + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, place)
-        for key, value in schema.items()
-    }
+    return {"anyOf": [{"$id": f"urn:choice:{i}", **schema} for i, schema in enumerate(schemas)]}
 
 
 def parse(text: str, names: Collection[str]) -> Call | None:

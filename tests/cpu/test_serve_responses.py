@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serving import PICTURES, data_uri, engine, running, straight
 
 from aria.engine import SamplingParams, TokenLogprob
-from aria.serve import bodies, responses_body, tools
+from aria.serve import bodies, responses_body
 from aria.serve.answers import answer
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.protocol import ChatRequest
@@ -196,14 +196,6 @@ def test_functions_join_the_system_message_that_is_there():
     assert bodies.chat(body, DEFAULTS).params.stop == ()
     one = body.model_copy(update={"parallel_tool_calls": False})
     assert not bodies.chat(one, DEFAULTS).parallel and bodies.chat(body, DEFAULTS).parallel
-
-
-def test_a_schema_keeps_its_references_inside_another():
-    tree = {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}}
-    schema = tools.call_schema([{"name": "plant", "parameters": tree}, {"name": "fell"}])
-    inner = schema["anyOf"][0]["properties"]["arguments"]
-    assert inner["$ref"] == inner["$defs"]["tree"]["items"]["$ref"] == "#/anyOf/0/properties/arguments/$defs/tree"
-    engine().engine.grammars.compile(schema)
 
 
 # Calls, as they come

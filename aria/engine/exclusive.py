@@ -1,0 +1,92 @@
+"""Alternatives of ``oneOf``. Grammars cannot say "and none of the others", so they have to exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from aria.engine import keywords, numbers
+
+if TYPE_CHECKING:
+    from aria.engine.schemas import Part, Reader
+
+MOST_COMPARED = 128
+_DEPTH = 3
+
+
+def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[list[Any]]:
+    """The alternatives, with what makes them exclude each other.
+
+    Raises:
+        SchemaError: a value may fit two of them.
+    """
+    possible = [(branch, parts) for branch in given if (parts := reader.parts(branch)) is not None]
+    if len(possible) < 2:
+        return [branch for branch, _ in possible]
+    if (tag := _tag(reader, [parts for _, parts in possible])) is not None:
+        # A tag with a default may be missing: values with it are still of one alternative alone.
+        needed = {"required": [tag]}
+        reader.resources.add(needed, place)
+        return [[*branch, needed] for branch, _ in possible]
+    if len(possible) > MOST_COMPARED or not all(
+        _exclude(reader, a, b, _DEPTH) for i, (_, a) in enumerate(possible) for _, b in possible[:i]
+    ):
+        raise keywords.SchemaError(place, "oneOf is supported where its alternatives exclude each other, such as by a "
+                                          "property with another const in each; anyOf has no such limit")  # fmt: skip
+    return [branch for branch, _ in possible]
+
+
+def _tag(reader: Reader, alternatives: Sequence[Sequence[Part]]) -> str | None:
+    """A property that has other values in each alternative, all of which are objects."""
+    if any(reader.types(parts) != {"object"} for parts in alternatives):
+        return None
+    for name in {name: None for part in alternatives[0] for name in part.get("properties", ())}:
+        seen: set[Any] = set()
+        for parts in alternatives:
+            said = reader.parts([part.node["properties"][name] for part in parts if name in part.get("properties", ())])
+            values = None if said is None else _values(said)
+            if not values or values & seen:
+                break
+            seen |= values
+        else:
+            return name
+    return None
+
+
+def _values(parts: Sequence[Part]) -> set[Any] | None:
+    """Those of const and enum; None: there are others."""
+    sets = [{keywords.same(part.get("const"))} for part in parts if part.has("const")]
+    sets += [set(map(keywords.same, part.get("enum"))) for part in parts if part.has("enum")]
+    return set.intersection(*sets) if sets else None
+
+
+def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: int) -> bool:
+    """Whether no value fits both, as far as it is easily known."""
+    types = reader.types([*one, *other])
+    if not types:
+        return True
+    a, b = _values(one), _values(other)
+    if a is not None and b is not None:
+        return not a & b
+    if depth == 0:
+        return False
+    for this, that in ((one, other), (other, one)):
+        for part in this:
+            options = part.get("anyOf") or part.get("oneOf")
+            if options and all(_apart(reader, [option], that, depth - 1) for option in options):
+                return True
+    if types <= {"integer", "number"}:
+        said = [{key: part.node[key] for key in part.node if part.has(key)} for part in (*one, *other)]
+        return (
+            numbers.numeric([{k: v for k, v in x.items() if k != "multipleOf"} for x in said], types == {"integer"})
+            is False
+        )
+    return types == {"object"} and any(
+        _apart(reader, reader.said_of(one, name), reader.parts(reader.said_of(other, name)), depth - 1)
+        for name in {name for part in (*one, *other) for name in part.get("required", ())}
+    )
+
+
+def _apart(reader: Reader, schemas: Sequence[Any], parts: Sequence[Part] | None, depth: int) -> bool:
+    said = reader.parts(schemas)
+    return said is None or parts is None or _exclude(reader, said, parts, depth)

@@ -1,0 +1,175 @@
+"""Numbers of JSON schemas with all their digits: grammars count in doubles, which have 53 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+EXACT = 2**53
+"""Up to here each integer is a double."""
+MOST_DIGITS = 40
+"""Of bounds that patterns spell out."""
+MOST_MULTIPLES = 1024
+_LARGEST_DIVISOR = 2**32 - 1
+
+
+def numeric(keywords: Sequence[dict[str, Any]], integer: bool) -> Any:
+    """The numbers that bounds and divisors leave.
+
+    Args:
+        keywords: ``minimum``, ``maximum``, ``exclusiveMinimum``, ``exclusiveMaximum``, ``multipleOf``; all hold.
+        integer: of integers only.
+
+    Returns:
+        A schema: of a number, ``x-number`` with a pattern, ``anyOf`` these, or False.
+
+    Raises:
+        ValueError: a bound has too many digits, or the multiples are too many to list.
+    """
+    low = max((_low(one, integer) for one in keywords), default=None, key=_order(-1))
+    high = min((_high(one, integer) for one in keywords), default=None, key=_order(1))
+    low, high = low or (None, False), high or (None, False)
+    if low[0] is not None and high[0] is not None and (low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))):
+        return False
+    divisors = [Fraction(str(one["multipleOf"])) for one in keywords if one.get("multipleOf")]
+    low, high = _within(low, -1), _within(high, 1)
+    large = any(bound is not None and abs(bound) > EXACT for bound in (low[0], high[0]))
+    if not large and all(divisor <= _LARGEST_DIVISOR for divisor in divisors):
+        return _plain(integer, low, high, [one["multipleOf"] for one in keywords if one.get("multipleOf")])
+    first, last = _whole(low, math.ceil, 1), _whole(high, math.floor, -1)
+    if divisors:
+        return _multiples(divisors, first, last, integer)
+    if integer:
+        return {"x-number": integers(first, last)}
+    return _split(low, high, first, last)
+
+
+Bound = tuple[Fraction | None, bool]
+"""A number that is no bound if it is None, and whether it is itself left out."""
+
+
+def _within(bound: Bound, outward: int) -> Bound:
+    """A bound of no more digits than patterns have, or a closer one."""
+    number, most = bound[0], Fraction(10**MOST_DIGITS)
+    if number is None or abs(number) <= most:
+        return bound
+    if number * outward < 0:
+        raise ValueError(f"a bound has more than {MOST_DIGITS} digits")
+    return most * outward, False
+
+
+def _order(sign: int) -> Callable[[Bound], tuple[Any, bool]]:
+    return lambda bound: (sign * math.inf if bound[0] is None else bound[0], bound[1] if sign < 0 else not bound[1])
+
+
+def _low(one: dict[str, Any], integer: bool) -> Bound:
+    bounds = [(Fraction(one[key]), key[0] == "e") for key in ("minimum", "exclusiveMinimum") if key in one]
+    bound: Bound = max(bounds, default=(None, False))
+    return (None if (first := _whole(bound, math.ceil, 1)) is None else Fraction(first), False) if integer else bound
+
+
+def _high(one: dict[str, Any], integer: bool) -> Bound:
+    bounds = [(Fraction(one[key]), key[0] == "e") for key in ("maximum", "exclusiveMaximum") if key in one]
+    bound: Bound = min(bounds, default=(None, False), key=lambda bound: (bound[0], not bound[1]))
+    return (None if (last := _whole(bound, math.floor, -1)) is None else Fraction(last), False) if integer else bound
+
+
+def _whole(bound: Bound, rounded: Callable[[Fraction], int], step: int) -> int | None:
+    """The integer next to a bound on its inner side."""
+    number, exclusive = bound
+    if number is None:
+        return None
+    whole = rounded(number)
+    return whole + step if exclusive and whole == number else whole
+
+
+def _plain(integer: bool, low: Bound, high: Bound, divisors: Sequence[Any] = ()) -> dict[str, Any]:
+    found: dict[str, Any] = {"type": "integer" if integer else "number"}
+    for (number, exclusive), names in (
+        (low, ("minimum", "exclusiveMinimum")),
+        (high, ("maximum", "exclusiveMaximum")),
+    ):
+        if number is not None:
+            found[names[exclusive]] = int(number) if number.denominator == 1 else float(number)
+    if len(divisors) > 1:
+        return {"allOf": [found, *({"type": found["type"], "multipleOf": divisor} for divisor in divisors)]}
+    return {**found, "multipleOf": divisors[0]} if divisors else found
+
+
+def _multiples(divisors: Sequence[Fraction], first: int | None, last: int | None, integer: bool) -> Any:
+    """Multiples within large bounds are listed: grammars count their divisors in 32 bits."""
+    if not integer and any(divisor.denominator > 1 for divisor in divisors):
+        raise ValueError("multipleOf with a fraction cannot be followed beside bounds beyond 2^53")
+    divisor = math.lcm(*(one.numerator for one in divisors))
+    if first is None or last is None or (last - first) // divisor >= MOST_MULTIPLES:
+        raise ValueError(
+            f"multipleOf beyond 32 bits, or beside bounds beyond 2^53, leaves over {MOST_MULTIPLES} numbers"
+        )
+    found = range(-(-first // divisor) * divisor, last + 1, divisor)
+    return {"x-number": "|".join(map(str, found))} if found else False
+
+
+def _split(low: Bound, high: Bound, first: int | None, last: int | None) -> dict[str, Any]:
+    """Numbers of any kind: doubles where these have all integers; beyond, they have no fractions."""
+    below: Bound = low if low[0] is not None and low[0] > -EXACT else (Fraction(-EXACT), False)
+    above: Bound = high if high[0] is not None and high[0] < EXACT else (Fraction(EXACT), False)
+    options: list[dict[str, Any]] = []
+    if (below[0] or 0) <= (above[0] or 0):
+        options.append(_plain(False, below, above))
+    if first is None or first <= -EXACT:
+        options.append({"x-number": integers(first, -EXACT if last is None else min(last, -EXACT))})
+    if last is None or last >= EXACT:
+        options.append({"x-number": integers(EXACT if first is None else max(first, EXACT), last)})
+    return {"anyOf": options}
+
+
+def integers(first: int | None, last: int | None) -> str:
+    """A pattern of the integers of two bounds and between; None is no bound.
+
+    >>> integers(-1, 12)
+    '-(1)|0|[1-9]|1[0-2]'
+    """
+    options = []
+    if first is None or first < 0:
+        smallest = 1 if last is None or last >= 0 else -last
+        options.append(f"-({_digits(smallest, None if first is None else -first)})")
+    if last is None or last >= 0:
+        options.append(_digits(max(first or 0, 0), last))
+    return "|".join(options)
+
+
+def _digits(first: int, last: int | None) -> str:
+    """The same for numbers that are not negative, without a sign."""
+    length = len(str(first))
+    if last is not None and len(str(last)) == length:
+        return "|".join(_same_length(str(first), str(last)))
+    options = _same_length(str(first), "9" * length)
+    if last is None:
+        options.append(f"[1-9][0-9]{{{length},}}")
+    else:
+        if length + 1 < len(str(last)):
+            options.append(f"[1-9][0-9]{{{length},{len(str(last)) - 2}}}")
+        options += _same_length(f"1{'0' * (len(str(last)) - 1)}", str(last))
+    return "|".join(options)
+
+
+def _same_length(first: str, last: str) -> list[str]:
+    if first == last:
+        return [first]
+    shared = next(i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b)
+    head, a, b, rest = first[:shared], first[shared], last[shared], len(first) - shared - 1
+    low, high = int(a), int(b)
+    options = []
+    if rest and first[shared + 1 :] != "0" * rest:
+        options += [f"{head}{a}{tail}" for tail in _same_length(first[shared + 1 :], "9" * rest)]
+        low += 1
+    last_tail: list[str] = []
+    if rest and last[shared + 1 :] != "9" * rest:
+        last_tail = [f"{head}{b}{tail}" for tail in _same_length("0" * rest, last[shared + 1 :])]
+        high -= 1
+    if low <= high:
+        digit = str(low) if low == high else f"[{low}-{high}]"
+        options.append(f"{head}{digit}" + (f"[0-9]{{{rest}}}" if rest > 1 else "[0-9]" * rest))
+    return options + last_tail

@@ -1,0 +1,406 @@
+"""JSON schemas -> plain ones: all that a schema says of a value stands at one place.
+
+A schema may spread what it says of one value over ``allOf``, ``$ref``, ``anyOf`` and their siblings. Here it is brought
+together, value by value, so that it is known which properties an object has: objects are closed, that is, have no
+properties but those that the schema names, unless it says otherwise (`docs/structured-output.md`). The result says the
+same as the schema or more, so whatever fits it fits the schema.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from aria.engine import exclusive
+from aria.engine.keywords import MEANT, OF_TYPE, TYPES, Resources, SchemaError, finite_names, same
+from aria.engine.numbers import EXACT, numeric
+
+MOST_STEPS = 500_000
+"""Of the work for a schema, about a microsecond each: alternatives of alternatives multiply."""
+MOST_SELECTIONS = 512
+"""Selections of optional properties among which minProperties and maxProperties choose."""
+
+
+class Part(NamedTuple):
+    """What one subschema says of a value, but for keywords that were dealt with."""
+
+    node: dict[str, Any]
+    without: frozenset[str] = frozenset()
+
+    def has(self, *names: str) -> bool:
+        return any(name in self.node and name not in self.without for name in names)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return default if name in self.without else self.node.get(name, default)
+
+
+def plain(schema: Any) -> Any:
+    """A plain schema of the values that a schema allows, with closed objects.
+
+    Args:
+        schema: JSON that was read just now; it is changed.
+
+    Returns:
+        True, or a schema of ``anyOf``, ``$ref`` to its ``$defs``, ``enum``, ``x-number`` (a pattern of numbers;
+        see :mod:`aria.engine.numbers`), or one ``type`` with its own keywords. Some of one type have ``allOf``.
+
+    Raises:
+        ValueError: it is no JSON schema, has a keyword that cannot be followed (it says which and where), or no value
+            fits it.
+    """
+    try:
+        reader = Reader(Resources(schema))
+        found = reader.value([schema])
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if found is False:
+        where = f"; what is said at {reader.unfit} contradicts itself" if reader.unfit else ""
+        raise ValueError(f"no JSON value fits it{where}")
+    return found if found is True else {**found, "$defs": reader.definitions}
+
+
+class Reader:
+    """Reads the values of one schema."""
+
+    def __init__(self, resources: Resources):
+        self.resources = resources
+        self._names: dict[Any, str] = {}
+        self._active: set[Any] = set()
+        self._steps = 0
+        self.unfit: str | None = None
+        """The first place where nothing fits."""
+        self.definitions: dict[str, Any] = {}
+
+    def value(self, schemas: Sequence[Any]) -> Any:
+        """The plain schema of a value of which all of these hold."""
+        parts = self.parts(schemas)
+        if parts is None:
+            return False
+        if not parts:
+            return True
+        key = tuple((id(part.node), part.without) for part in parts)
+        if key in self._active or self._names.get(key) in self.definitions:
+            return self._reference(key)
+        self._work(8 * len(parts))
+        self._active.add(key)
+        found = self._described(parts)
+        self._active.remove(key)
+        if found is False and self.unfit is None:
+            self.unfit = self.resources.place(parts[0].node)
+        # What stands behind a reference may lead back to itself, or be needed at many places.
+        shared = any(isinstance(schema, dict) and "$ref" in schema for schema in schemas)
+        if key in self._names or (shared and isinstance(found, dict) and found.keys() & {"anyOf", "type", "allOf"}):
+            reference = self._reference(key)
+            self.definitions[self._names[key]] = found
+            return reference
+        return found
+
+    def _work(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > MOST_STEPS:
+            raise ValueError("it is too large: what it says of single values takes too long to bring together")
+
+    def _reference(self, key: Any) -> dict[str, str]:
+        return {"$ref": f"#/$defs/{self._names.setdefault(key, f'd{len(self._names)}')}"}
+
+    def parts(self, schemas: Iterable[Any]) -> list[Part] | None:
+        """All that is said of one value but in alternatives; None: that nothing fits."""
+        found: dict[Any, Part] = {}
+        nothing: frozenset[int] = frozenset()
+        waiting = [(schema, nothing) for schema in schemas][::-1]
+        while waiting:
+            one, above = waiting.pop()
+            if isinstance(one, bool):
+                if not one:
+                    return None
+                continue
+            part = one if isinstance(one, Part) else Part(one)
+            key = id(part.node), part.without
+            self.resources.clean(part.node)
+            if id(part.node) in above:
+                raise SchemaError(self.resources.place(part.node), "$ref leads back to itself: no JSON value fits it")
+            if key in found:
+                continue
+            found[key] = part
+            above |= {id(part.node)}
+            if part.has("$ref"):
+                waiting.append((self.resources.target(part.node), above))
+            if part.has("allOf"):
+                waiting += [(schema, above) for schema in reversed(part.node["allOf"])]
+        return [part for part in found.values() if any(part.has(name) for name in part.node if name in MEANT)]
+
+    def types(self, parts: Sequence[Part]) -> set[str]:
+        """Types that are left; integers go without saying among numbers."""
+        left = set(TYPES)
+        for part in parts:
+            if (said := part.get("type")) is not None:
+                said = {said} if isinstance(said, str) else set(said)
+                left &= said | ({"integer"} if "number" in said else set())
+        if not any(part.has("type", "const", "enum") for part in parts):
+            if any(part.has("properties", "patternProperties") for part in parts):
+                left = {"object"}
+            elif any(part.has("items", "prefixItems") for part in parts):
+                left = {"array"}
+        return left - {"integer"} if "number" in left else left
+
+    def _described(self, parts: list[Part]) -> Any:
+        for part in parts:
+            for name in ("anyOf", "oneOf"):
+                if part.has(name):
+                    return self._alternatives(parts, part, name)
+        types = self.types(parts)
+        if any(part.has("const", "enum") for part in parts):
+            return self._listed(parts, types)
+        if "type" not in {name for part in parts for name in part.node} and not self._speaking(parts, OF_TYPE):
+            return True
+        return any_of([self._typed(parts, name) for name in TYPES if name in types])
+
+    def _speaking(self, parts: Sequence[Part], names: Iterable[str]) -> list[Part]:
+        return [part for part in parts if part.has(*names)]
+
+    def _alternatives(self, parts: list[Part], at: Part, name: str) -> Any:
+        # allOf and $ref were followed.
+        rest = [Part(part.node, part.without | {"allOf", "$ref"} | ({name} if part is at else set())) for part in parts]
+        branches = [[branch] for branch in at.node[name]]
+        if name == "oneOf":
+            branches = exclusive.branches(self, branches, self.resources.place(at.node))
+        keys = list(at.node)
+        first = "properties" not in keys or keys.index(name) < keys.index("properties")
+        # Properties come in the order of the schema.
+        return any_of([self.value([*branch, *rest] if first else [*rest, *branch]) for branch in branches])
+
+    def _listed(self, parts: list[Part], types: set[str]) -> Any:
+        """Values of const and enum that fit all else."""
+        lists = [[part.get("const")] if part.has("const") else part.get("enum") for part in parts
+                 if part.has("const", "enum")]  # fmt: skip
+        lists += [part.get("enum") for part in parts if part.has("const") and part.has("enum")]
+        left = {same(value): value for value in lists[0]}
+        for more in lists[1:]:
+            left = {key: left[key] for value in more if (key := same(value)) in left}
+        options = []
+        for name in TYPES:
+            values = [value for value in left.values() if type_of(value) == name and (name in types or
+                      (name == "integer" and "number" in types))]  # fmt: skip
+            if name in ("integer", "number"):
+                kept = [value for value in values if self._in_bounds(parts, value)]
+                options += [_constant(value) for value in kept]
+            elif name in ("string", "array", "object") and values:
+                own = self._speaking(parts, [keyword for keyword, of in OF_TYPE.items() if of == name])
+                if own and any(_is_large(value) for value in values):
+                    place = self.resources.place(parts[0].node)
+                    raise SchemaError(
+                        place, "numbers beyond 2^53 in const and enum are not supported beside properties or items"
+                    )
+                said = self._typed(own, name, closed=False) if own else True
+                if said is not True:
+                    options.append({"allOf": [said, {"enum": values}]})
+                else:
+                    options += [_constant(value) for value in values]
+            else:
+                options += [_constant(value) for value in values]
+        return any_of(options)
+
+    def _in_bounds(self, parts: list[Part], value: float) -> bool:
+        exact = Fraction(value)
+        return all(
+            (not part.has("minimum") or exact >= Fraction(part.get("minimum")))
+            and (not part.has("maximum") or exact <= Fraction(part.get("maximum")))
+            and (not part.has("exclusiveMinimum") or exact > Fraction(part.get("exclusiveMinimum")))
+            and (not part.has("exclusiveMaximum") or exact < Fraction(part.get("exclusiveMaximum")))
+            and (not part.has("multipleOf") or Fraction(str(value)) % Fraction(str(part.get("multipleOf"))) == 0)
+            for part in parts
+        )
+
+    # Values of one type
+
+    def _typed(self, parts: Sequence[Part], name: str, *, closed: bool = True) -> Any:
+        if name in ("integer", "number"):
+            try:
+                return numeric([{key: part.node[key] for key in part.node if part.has(key)} for part in parts],
+                               name == "integer")  # fmt: skip
+            except ValueError as error:
+                raise SchemaError(self.resources.place(parts[0].node), str(error)) from None
+        if name == "string":
+            return self._string(parts)
+        if name == "array":
+            return self._array(parts)
+        return self._object(parts, closed) if name == "object" else {"type": name}
+
+    def _string(self, parts: Sequence[Part]) -> Any:
+        found: dict[str, Any] = {"type": "string", **_sizes(parts, "minLength", "maxLength")}
+        if found.get("minLength", 0) > found.get("maxLength", math.inf):
+            return False
+        said = dict.fromkeys((key, part.get(key)) for key in ("pattern", "format") for part in parts if part.has(key))
+        if len({key for key, _ in said}) == len(said):
+            return found | dict(iter(said))
+        return {"allOf": [found, *({"type": "string", key: value} for key, value in said)]}
+
+    def _array(self, parts: Sequence[Part]) -> Any:
+        found: dict[str, Any] = {"type": "array", **_sizes(parts, "minItems", "maxItems")}
+        lists = [(part.get("prefixItems", []), part.get("items", True)) for part in parts]
+        prefix = []
+        items = self.value([items for _, items in lists])
+        for i in range(max((len(own) for own, _ in lists), default=0)):
+            prefix.append(self.value([own[i] if i < len(own) else items for own, items in lists]))
+            if prefix[-1] is False:
+                prefix, items = prefix[:-1], False
+                break
+        if items is False:
+            found["maxItems"] = min(found.get("maxItems", len(prefix)), len(prefix))
+        if found.get("minItems", 0) > found.get("maxItems", math.inf):
+            return False
+        return {**found, **({"prefixItems": prefix} if prefix else {}), "items": items}
+
+    def _object(self, parts: Sequence[Part], closed: bool) -> Any:
+        names = dict.fromkeys(name for part in parts for name in part.get("properties", ()))
+        required = dict.fromkeys(name for part in parts for name in part.get("required", ()))
+        patterns = dict.fromkeys(pattern for part in parts for pattern in part.get("patternProperties", ()))
+        for pattern in list(patterns):
+            if (few := finite_names(pattern)) is not None:
+                names |= dict.fromkeys(few)
+                del patterns[pattern]
+        self._work(len(parts) * (len(names) + len(required)))
+        properties = {name: self.value(self.said_of(parts, name)) for name in [*names, *required]}
+        others: Any = [part.get("additionalProperties") for part in parts if part.has("additionalProperties")]
+        others += [part.get("unevaluatedProperties") for part in parts
+                   if part.has("unevaluatedProperties") and not part.has("additionalProperties")]  # fmt: skip
+        named = required or any(part.has("properties", "patternProperties") for part in parts)
+        others = self.value(others) if others else not (named and closed)
+        found = {"type": "object", "additionalProperties": others}
+        if patterns:
+            found["patternProperties"] = {
+                pattern: self.value(self.said_of(parts, pattern, is_pattern=True)) for pattern in patterns
+            }
+        for name in [name for name, value in properties.items() if value is False and name not in patterns]:
+            if name in required:
+                return False
+            if others is False and not patterns:
+                del properties[name]
+        found |= {"properties": properties, "required": list(required)}
+        sizes = _sizes(parts, "minProperties", "maxProperties")
+        return self._counted(found, sizes, parts) if sizes else found
+
+    def said_of(self, parts: Sequence[Part], name: str, *, is_pattern: bool = False) -> list[Any]:
+        """All that is said of a property, or of those that a pattern names."""
+        said = []
+        for part in parts:
+            own = [] if is_pattern or name not in part.get("properties", ()) else [part.node["properties"][name]]
+            place = self.resources.place(part.node)
+            for pattern, schema in part.get("patternProperties", {}).items():
+                if pattern == name if is_pattern else self.resources.matches(pattern, name, place):
+                    own.append(schema)
+            if not own and part.has("additionalProperties"):
+                own.append(part.get("additionalProperties"))
+            elif (
+                part.has("unevaluatedProperties")
+                and not part.has("additionalProperties")
+                and not own
+                and name not in self._names_of(part.node, set())
+            ):
+                own.append(part.get("unevaluatedProperties"))
+            said += own
+        return said
+
+    def _names_of(self, schema: Any, seen: set[int]) -> set[str]:
+        """Properties and patterns that a schema names, also in what it is made of."""
+        if isinstance(schema, bool) or id(schema) in seen:
+            return set()
+        seen.add(id(schema))
+        found = {*schema.get("properties", ()), *schema.get("patternProperties", ())}
+        inner = [one for key in ("allOf", "anyOf", "oneOf") for one in schema.get(key, ())]
+        if "$ref" in schema:
+            inner.append(self.resources.target(schema))
+        for pattern in schema.get("patternProperties", ()):
+            found |= set(finite_names(pattern) or ())
+        return found.union(*(self._names_of(one, seen) for one in inner))
+
+    def _counted(self, found: dict[str, Any], sizes: dict[str, int], parts: Sequence[Part]) -> Any:
+        """With as many properties as minProperties and maxProperties say."""
+        place = self.resources.place(parts[0].node)
+        properties, required = found["properties"], found["required"]
+        optional = [name for name in properties if name not in required]
+        least = max(sizes.get("minProperties", 0) - len(required), 0)
+        most = sizes.get("maxProperties", math.inf) - len(required)
+        if most < least:
+            return False
+        if found["additionalProperties"] is not False or "patternProperties" in found:
+            if optional:
+                raise SchemaError(
+                    place,
+                    "minProperties and maxProperties are not supported where some properties may be missing and others "
+                    "have no names",
+                )
+            if least > 1:
+                raise SchemaError(
+                    place, "minProperties is supported up to one property without a name, as names may repeat"
+                )
+            return found | sizes
+        if least > len(optional):
+            return False
+        if least == 0 and most >= len(optional):
+            return found
+        # Each selection stands for those that begin with it, unless there is a most.
+        counts = [least] if most >= len(optional) else list(range(least, int(most) + 1))
+        if sum(math.comb(len(optional), count) for count in counts) > MOST_SELECTIONS:
+            raise SchemaError(
+                place, f"minProperties and maxProperties leave over {MOST_SELECTIONS} selections of properties"
+            )
+        options = []
+        for count in counts:
+            for chosen in combinations(optional, count):
+                last = optional.index(chosen[-1]) if chosen else -1
+                later = optional[last + 1 :] if most >= len(optional) else []
+                kept = {name: value for name, value in properties.items() if name in (*required, *chosen, *later)}
+                options.append({**found, "properties": kept, "required": [*required, *chosen]})
+        return any_of(options)
+
+
+def any_of(options: Iterable[Any]) -> Any:
+    """What fits one of these."""
+    left: list[Any] = []
+    for option in options:
+        if option is True:
+            return True
+        if option is not False:
+            left += option.get("anyOf", [option])
+    return {"anyOf": left} if len(left) > 1 else left[0] if left else False
+
+
+def type_of(value: Any) -> str:
+    """The type of a value; integer for 1.0 too."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "integer" if value == int(value) else "number"
+    kinds = {bool: "boolean", str: "string", list: "array", dict: "object"}
+    return "null" if value is None else kinds[type(value)]
+
+
+def _is_large(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_is_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and abs(value) > EXACT
+
+
+def _constant(value: Any) -> dict[str, Any]:
+    """A schema of one value."""
+    if not _is_large(value):
+        return {"enum": [value]}
+    if isinstance(value, list):
+        return {"type": "array", "prefixItems": [_constant(one) for one in value], "items": False,
+                "minItems": len(value), "maxItems": len(value)}  # fmt: skip
+    if isinstance(value, dict):
+        return {"type": "object", "properties": {name: _constant(one) for name, one in value.items()},
+                "required": list(value), "additionalProperties": False}  # fmt: skip
+    return {"x-number": str(int(value))}
+
+
+def _sizes(parts: Sequence[Part], least: str, most: str) -> dict[str, int]:
+    """The closest of the sizes that are said."""
+    found = {}
+    if low := [int(part.get(least)) for part in parts if part.has(least)]:
+        found[least] = max(low)
+    if high := [int(part.get(most)) for part in parts if part.has(most)]:
+        found[most] = min(high)
+    return found
