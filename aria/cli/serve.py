@@ -38,6 +38,12 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
     served_model_name: ServedNames = None,
     adapter: Adapters = None,
+    allow_adapter_updates: Annotated[
+        bool,
+        typer.Option(
+            "--allow-adapter-updates", help="Clients may load and unload adapters, from any folder or the Hub."
+        ),
+    ] = False,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
     ] = None,
@@ -108,6 +114,7 @@ def serve(
         step_seconds=step_seconds,
         drain_seconds=drain_seconds,
         media_threads=media_threads,
+        allow_adapter_updates=allow_adapter_updates,
         named_media_bytes=named_media_bytes,
         media=MediaSettings(
             local_folders=tuple(allow_local or ()),

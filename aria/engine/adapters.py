@@ -8,8 +8,8 @@ such adapter apart, by modules that share all weights with the model's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Collection, Mapping
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -26,7 +26,11 @@ DECODER = "language_model."
 
 
 class Adapters:
-    """Adapters by name.
+    """Adapters by name. One thread adds, removes and uses them; any may ask for :attr:`names`.
+
+    What requests hold is an adapter's key, not its name: one that is removed serves the requests that have it to their
+    end, while another may already be loaded under its name. Keys are never used twice, so that nothing computed by one
+    adapter is taken for another's.
 
     Args:
         model: laid out for inference; its weights are not touched.
@@ -37,31 +41,17 @@ class Adapters:
     """
 
     def __init__(self, model: Aria, changes: Mapping[str, Changes] | None = None):
-        changes = changes or {}
         self.encoding: dict[str | None, Aria] = {None: model}
-        """What encodes pictures: the model, and for adapters that change its vision tower or projector a twin."""
-        self._numbers: dict[str | None, int] = {None: 0}
-        for name, one in changes.items():
-            if not name:
-                raise ValueError("an adapter has no name; give it one that requests can ask for")
-            if not one:
-                raise ValueError(f"the adapter {name!r} changes nothing")
-            pictures = {module: low_rank for module, low_rank in one.items() if not module.startswith(DECODER)}
-            try:
-                if pictures:
-                    self.encoding[name] = _twin(model, pictures)
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"the adapter {name!r} does not fit the model: {error}") from error
-            self._numbers[name] = len(self._numbers)
-        decoder = [
-            {module: low_rank for module, low_rank in one.items() if module.startswith(DECODER)}
-            for one in changes.values()
-        ]
-        self.stacks = AdapterStacks(model, decoder)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name in self._numbers if name is not None)
+        """What encodes pictures: the model, and by the keys of adapters that change its vision tower or projector a
+        twin."""
+        self.names: tuple[str, ...] = ()
+        """Names that requests may ask for."""
+        self._model = model
+        self._keys: dict[str, str] = {}
+        self._used: set[str] = set()
+        self._decoder: dict[str, Changes] = {}
+        self._numbers: dict[str | None, int] = {}
+        self._put(changes or {})
 
     @property
     def nbytes(self) -> int:
@@ -70,19 +60,86 @@ class Adapters:
         beside = (adapter for twin in twins for adapter in adapters(twin).values())
         return self.stacks.nbytes + sum(adapter.a.nbytes + adapter.b.nbytes for adapter in beside)
 
-    def check(self, name: str | None) -> None:
-        """Refuse a name that is not here.
+    def add(self, name: str, changes: Changes) -> None:
+        """Load one more adapter, or another one in place of the one of this name. If this fails, nothing has changed.
 
         Raises:
-            ValueError: it says which are.
+            ValueError: the name is empty, or the adapter does not fit the model.
         """
-        if name not in self._numbers:
-            offered = f"there are {', '.join(self.names)}" if self.names else "the engine was started without any"
-            raise ValueError(f"there is no adapter {name!r:.200}; {offered}")
+        self._put({name: changes})
 
-    def number(self, name: str | None) -> int:
-        """The adapter's number in a step's tensors, 0 for none."""
-        return self._numbers[name]
+    def remove(self, name: str) -> None:
+        """Let no more requests ask for a name. Its memory is kept until :meth:`drop_unused`.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        self.key(name)
+        del self._keys[name]
+        self.names = tuple(self._keys)
+
+    @property
+    def retired(self) -> bool:
+        """Whether any that was removed is still there."""
+        return len(self._numbers) > len(self._keys) + 1
+
+    def drop_unused(self, keys: Collection[str | None]) -> bool:
+        """Free what was removed and belongs to none of the keys that requests have. Whether there was any."""
+        unused = self._numbers.keys() - {None, *self._keys.values(), *keys}
+        if not unused:
+            return False
+        self._stack({key: one for key, one in self._decoder.items() if key not in unused})
+        for key in unused:
+            self.encoding.pop(key, None)
+        return True
+
+    def _put(self, changes: Mapping[str, Changes]) -> None:
+        """Load adapters, all of them or none."""
+        keys, twins, decoder = dict(self._keys), {}, dict(self._decoder)
+        for name, one in changes.items():
+            if not name:
+                raise ValueError("an adapter has no name; give it one that requests can ask for")
+            if not one:
+                raise ValueError(f"the adapter {name!r} changes nothing")
+            keys[name] = key = self._new_key(name)
+            pictures = {module: low_rank for module, low_rank in one.items() if not module.startswith(DECODER)}
+            try:
+                if pictures:
+                    twins[key] = _twin(self._model, pictures)
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"the adapter {name!r} does not fit the model: {error}") from error
+            decoder[key] = {module: low_rank for module, low_rank in one.items() if module.startswith(DECODER)}
+        self._stack(decoder)
+        self.encoding.update(twins)
+        self._used.update(keys.values())
+        self._keys, self.names = keys, tuple(keys)
+
+    def _stack(self, decoder: dict[str, Changes]) -> None:
+        self.stacks = AdapterStacks(self._model, list(decoder.values()))
+        self._decoder = decoder
+        self._numbers = {None: 0} | {key: number for number, key in enumerate(decoder, 1)}
+
+    def _new_key(self, name: str) -> str:
+        """The name itself the first time."""
+        tries = (name if not i else f"{name}\0{i}" for i in count())
+        return next(key for key in tries if key not in self._used)
+
+    def key(self, name: str | None) -> str | None:
+        """What requests of a name hold.
+
+        Raises:
+            ValueError: there is no such adapter; the message names those that there are.
+        """
+        if name is None:
+            return None
+        if name not in self._keys:
+            offered = f"there are {', '.join(self.names)}" if self.names else "the engine has none"
+            raise ValueError(f"there is no adapter {name!r:.200}; {offered}")
+        return self._keys[name]
+
+    def number(self, key: str | None) -> int:
+        """The adapter's number in a step's tensors, 0 for none. It may change from step to step."""
+        return self._numbers[key]
 
     def step(self, owners_T: Tensor) -> StepAdapters | None:
         """The adapters of a step, from the number of each token's; None where they change nothing in the decoder."""

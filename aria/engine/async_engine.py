@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+from aria.checkpoint.adapter import read_adapter
 from aria.engine.engine import Answer, Engine, Message, Piece
 from aria.engine.grammar import Matcher
 from aria.engine.outputs import Result, Stats
@@ -151,6 +154,51 @@ class AsyncEngine:
                 yield news
         finally:
             self._calls.put(stop)
+
+    async def add_adapter(self, name: str, source: str | os.PathLike[str]) -> None:
+        """:meth:`Engine.add_adapter` between two steps; its files are read in a worker thread before.
+
+        Raises:
+            RuntimeError: the engine was closed.
+        """
+        stored = await asyncio.to_thread(read_adapter, source, self.engine.model.config)
+        await self._between_steps(lambda: self.engine.core.add_adapter(name, stored.weights))
+
+    async def remove_adapter(self, name: str) -> None:
+        """:meth:`Engine.remove_adapter` between two steps.
+
+        Raises:
+            RuntimeError: the engine was closed.
+        """
+        await self._between_steps(lambda: self.engine.remove_adapter(name))
+
+    async def _between_steps(self, work: Callable[[], None]) -> None:
+        """Let the engine's thread do something."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: Exception | None) -> None:
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        def call() -> None:
+            error: Exception | None = None
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+            with suppress(RuntimeError):  # the caller's loop is closed
+                loop.call_soon_threadsafe(tell, error)
+
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._calls.put(call)
+        await done
 
     def close(self) -> None:
         """End all requests and the thread."""

@@ -210,7 +210,7 @@ class EngineCore:
         Raises:
             ValueError: the prompt leaves no room for an answer, or there is no such adapter.
         """
-        self.adapters.check(adapter)
+        key = self.adapters.key(adapter)
         params = params or SamplingParams()
         assert len(matchers) == (0 if params.json_schema is None else params.n), "each answer has its own matcher"
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
@@ -231,7 +231,7 @@ class EngineCore:
                 max_tokens=room,
                 pictures=tuple(pictures),
                 priority=priority,
-                adapter=adapter,
+                adapter=key,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
                 end_token_ids=ends,
@@ -247,17 +247,57 @@ class EngineCore:
             self._prompt_tokens += len(prompt)
         return requests
 
+    @ops.on_own_device
+    def add_adapter(self, name: str, changes: Changes) -> None:
+        """Load an adapter between steps, in place of the one of this name if there is one. Requests that have that one
+        keep it.
+
+        Raises:
+            ValueError: it does not fit the model, or the memory of the device. Nothing has changed then.
+        """
+        try:
+            self.adapters.add(name, changes)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"the adapter {name!r} does not fit into the memory that is left: {error}") from error
+        self.runner.forget_graphs()
+        self._drop_adapters()
+
+    @ops.on_own_device
+    def remove_adapter(self, name: str) -> None:
+        """Let no more requests ask for an adapter; those that have it keep it, and its memory is freed after them.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        self.adapters.remove(name)
+        self._drop_adapters()
+
+    @ops.on_own_device
+    def _drop_adapters(self) -> None:
+        """Free adapters that were removed and that no request has any more."""
+        if not self.adapters.retired:
+            return
+        try:
+            dropped = self.adapters.drop_unused({request.adapter for request in self._unfinished})
+        except torch.OutOfMemoryError as error:  # what stays is stacked anew before the old is freed
+            logger.warning("an adapter that was removed is kept for now: %s", error)
+            return
+        if dropped:
+            self.runner.forget_graphs()
+
     def finish(self, request: Request) -> None:
         """A request's answer is complete: take no more tokens for it. One that has ended already is left alone."""
         if request in self._unfinished:
             self._unfinished.remove(request)
             self.scheduler.finish(request)
+            self._drop_adapters()
 
     def cancel(self, request: Request) -> None:
         """Give a request up, at any moment; one that has ended already is left alone."""
         if request in self._unfinished:
             self._unfinished.remove(request)
             self.scheduler.cancel(request)
+            self._drop_adapters()
 
     def stats(self) -> Stats:
         """How it is doing. Any thread may ask; a step that goes on meanwhile may be counted in part."""
@@ -413,6 +453,7 @@ class EngineCore:
             self._unfinished.remove(request)
             self._failed[request] = failure(what, error)
             request.leave(Status.FAILED)
+        self._drop_adapters()
 
     def reset(self) -> None:
         """End all requests and forget what is cached, in whatever state a step was left."""
@@ -422,6 +463,7 @@ class EngineCore:
         self._failed.clear()
         self._launched = self._at_stake = None
         self.scheduler.reset()
+        self._drop_adapters()
 
     @ops.on_own_device
     def close(self) -> None:

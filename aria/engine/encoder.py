@@ -30,8 +30,8 @@ class Encoder:
     """Encodes pictures, each once as long as there is memory to keep it, and once for each adapter that changes it.
 
     Args:
-        models: whose vision tower and projector are used: without an adapter the one under None, and by the names of
-            adapters those that these change.
+        models: whose vision tower and projector are used: without an adapter the one under None, and by the keys of
+            adapters those that these change; it may change between steps.
         cache_bytes: memory for what was encoded.
         mean, std: of the three channels, as the image processor's settings have them.
     """
@@ -61,6 +61,11 @@ class Encoder:
         if isinstance(picture.data, Tensor):
             return True
         return _key(picture.data, adapter if adapter in self._models else None) in self.cache
+
+    def forget_graphs(self) -> None:
+        """Drop all graphs, which keep the models that they run."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     @ops.on_own_device
     def features(self, pictures: Sequence[Picture], adapter: str | None = None) -> list[Tensor]:

@@ -221,6 +221,30 @@ class Engine:
         """Names of the adapters that requests may ask for."""
         return self.core.adapters.names
 
+    def add_adapter(self, name: str, source: str | os.PathLike[str]) -> None:
+        """Load a LoRA adapter under a name, in place of the one of this name if there is one.
+
+        Requests that are being answered keep theirs. As every method that changes the engine, this belongs to the
+        thread that calls :meth:`step`; :meth:`AsyncEngine.add_adapter` may be called at any moment.
+
+        Args:
+            name: by which requests ask for it.
+            source: a folder or Hub repository in PEFT's format.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: it does not fit the model, or the memory that is left.
+        """
+        self.core.add_adapter(name, read_adapter(source, self.model.config).weights)
+
+    def remove_adapter(self, name: str) -> None:
+        """Let no more requests ask for an adapter; its memory is freed once those that have it are answered.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        self.core.remove_adapter(name)
+
     @cached_property
     def _end_text(self) -> EndText:
         """Tokens that lead to the end of a turn; of Aria's vocabulary that takes a tenth of a second."""
@@ -253,7 +277,7 @@ class Engine:
         """
         if conversations and isinstance(conversations[0], Mapping):
             raise ValueError("chat takes a list of conversations, each a list of messages; wrap this one in a list")
-        self.core.adapters.check(adapter)
+        self.core.adapters.key(adapter)
         prepared = [self.prepare(messages) for messages in conversations]
         answers = [self.queue(one, params, adapter=adapter) for one in prepared]
         try:

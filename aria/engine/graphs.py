@@ -87,6 +87,12 @@ class Graphs:
                 graph.capture_end()
         return _Captured(graph, work, mine, outputs)
 
+    def clear(self) -> None:
+        """Drop all graphs, once the device runs none of them any more."""
+        torch.cuda.synchronize(self._device)
+        self._captured.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # nothing may be captured into a pool that has been given up
+
     def _forget(self) -> None:
         while len(self._captured) > self._most:
             self._captured.popitem(last=False)

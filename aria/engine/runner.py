@@ -304,6 +304,13 @@ class Runner:
             return self._graphs.run(key, work, *(x if x.is_cuda else x.pin_memory() for x in inputs))
         return work(*(x.to(self.device) for x in inputs))
 
+    def forget_graphs(self) -> None:
+        """Drop the graphs of steps and pictures: they hold adapters that may be gone."""
+        self._can.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.encoder.forget_graphs()
+
     def _owners_of(self, requests: Sequence[Request]) -> list[int]:
         """The number of each request's adapter, 0 for none."""
         return [self._adapters.number(request.adapter) for request in requests]

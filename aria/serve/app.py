@@ -12,7 +12,8 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from aria.engine import AsyncEngine
-from aria.serve import errors, tokens
+from aria.serve import adapters, errors, tokens
+from aria.serve.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from aria.serve.answers import respond
 from aria.serve.limits import Gate, Traffic
 from aria.serve.page import Page
@@ -70,6 +71,8 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
     app.state.service, app.state.traffic = service, traffic
     for routes in (_answers(service), _tokens(service), _state(service, traffic)):
         app.include_router(routes)
+    if settings.allow_adapter_updates:
+        app.include_router(_adapters(service))
     app.router.default = Page()
     errors.install(app)
     described = app.openapi
@@ -152,6 +155,24 @@ def _tokens(service: Service) -> APIRouter:
         """The text of tokens."""
         service.model(body.model)
         return await tokens.text(service, body)
+
+    return routes
+
+
+def _adapters(service: Service) -> APIRouter:
+    """Adapters while the server runs."""
+    routes = APIRouter()
+    options: dict[str, Any] = {"response_class": PlainTextResponse, "responses": _WORK}
+
+    @routes.post("/v1/load_lora_adapter", **options)
+    async def load_adapter(body: LoadAdapterRequest) -> Any:
+        """Load an adapter under a name."""
+        return await adapters.load(service, body)
+
+    @routes.post("/v1/unload_lora_adapter", **options)
+    async def unload_adapter(body: UnloadAdapterRequest) -> Any:
+        """Unload an adapter. Requests that have it are answered to their end."""
+        return await adapters.unload(service, body)
 
     return routes
 

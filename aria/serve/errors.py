@@ -27,6 +27,7 @@ _TAG = re.compile(r"<.*>|\[key\]")
 
 _STATELESS = "nothing is kept between requests"
 _FILES = "no files are kept here; send media and documents in messages, and run batch files with `aria batch`"
+_UPDATES = "adapters are loaded at the start; allow clients to load them with --allow-adapter-updates"
 _TRAINING = "train with `aria train`"
 _ELSEWHERE = {
     **dict.fromkeys(("/v1/embeddings", "/pooling", "/classify"), "the model answers, it makes no embeddings"),
@@ -37,6 +38,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("/v1/fine_tuning", "/v1/evals"), _TRAINING),
     **dict.fromkeys(("/v1/assistants", "/v1/threads", "/v1/vector_stores", "/v1/conversations"), _STATELESS),
     **dict.fromkeys(("/v1/responses/", "/v1/chat/completions/"), _STATELESS),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _UPDATES),
     "/v1/moderations": "nothing is moderated here",
     "/v1/messages": "use /v1/chat/completions",
 }

@@ -156,6 +156,11 @@ ITEM: Rules = {
 REASONING: Rules = _ignored("context", "mode", "generate_summary")
 TEXT: Rules = {"verbosity": CHAT["verbosity"]}
 STREAM: Rules = {"include_obfuscation": _only(False, reason="events are not padded")}
+LOAD_ADAPTER: Rules = {
+    **_ignored("base_model_name"),
+    "is_3d_lora_weight": _only(False, reason="adapters are in PEFT's format"),
+}
+UNLOAD_ADAPTER: Rules = _ignored("lora_int_id")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

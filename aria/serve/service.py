@@ -59,6 +59,8 @@ class Service:
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
         self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
         self._named_media = NamedMedia(settings.named_media_bytes)
+        self.adapters_lock = asyncio.Lock()
+        """Held while adapters are loaded or unloaded."""
         self._probe: asyncio.Task[None] | None = None
 
     @property

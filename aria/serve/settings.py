@@ -34,6 +34,8 @@ class ServerSettings:
     of its network, only where this says so."""
     media_threads: int = 8
     """Requests with media that are read at a time; each may use several cores."""
+    allow_adapter_updates: bool = False
+    """Whether clients may load and unload adapters: whoever may do that reads folders of the server and the Hub."""
     named_media_bytes: int = 1 << 30
     """Memory for images and clips that clients name by a uuid, to send it alone in later requests."""
     temperature: float = 1.0

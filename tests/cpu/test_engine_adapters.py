@@ -15,6 +15,7 @@ from aria import Engine, SamplingParams, ops
 from aria.checkpoint import load_model
 from aria.checkpoint.adapter import merged, save_adapter
 from aria.engine.core import EngineCore
+from aria.engine.failures import StepError
 from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.model.adapter import adapters as attached
@@ -169,7 +170,7 @@ def test_a_step_without_adapters_is_the_step_of_an_engine_without(monkeypatch):
     [request] = engine.add(prompt(40, 3), SamplingParams(max_tokens=5))
     run(engine)
     [other] = engine.add(prompt(40, 3), SamplingParams(max_tokens=5), adapter="attention")
-    with pytest.raises(AssertionError, match="requests that have none"):
+    with pytest.raises(StepError, match="requests that have none"):
         run(engine)
     assert request.outputs and not other.outputs
 
@@ -223,10 +224,100 @@ def test_nothing_of_a_request_that_went_astray_is_left_for_later_ones():
         assert told[0] == told[1]
 
 
+def alone_with(name: str | None, seed: int) -> list[int]:
+    """What an engine says that has this adapter from the start and serves nobody else."""
+    engine = core(adapters=None if name is None else {name: changes()[name]})
+    [request] = engine.add(prompt(40, seed), SamplingParams(max_tokens=24), adapter=name)
+    run(engine)
+    return request.outputs
+
+
+def test_adapters_come_and_go_while_requests_run():
+    engine, params = core(adapters={"experts": changes()["experts"]}), SamplingParams(max_tokens=24)
+    base = engine.add(prompt(40, 1), params)[0]
+    first = engine.add(prompt(40, 2), params, adapter="experts")[0]
+    for _ in range(6):
+        engine.step()
+    engine.add_adapter("attention", changes()["attention"])
+    second = engine.add(prompt(40, 3), params, adapter="attention")[0]
+    for _ in range(6):
+        engine.step()
+    before = engine.adapters.nbytes
+    engine.remove_adapter("experts")
+    assert engine.adapters.names == ("attention",)
+    with pytest.raises(ValueError, match="no adapter 'experts'; there are attention"):
+        engine.add([30], adapter="experts")
+    assert engine.adapters.nbytes == before, "one that is asked for is kept"
+    assert 0 < len(first.outputs) < params.max_tokens
+    while first in engine._unfinished:
+        engine.step()
+    assert engine.adapters.nbytes < before, "its memory is freed after its last request"
+    run(engine)
+    assert base.outputs == alone_with(None, 1)
+    assert first.outputs == alone_with("experts", 2)
+    assert second.outputs == alone_with("attention", 3)
+    engine.remove_adapter("attention")
+    assert engine.adapters.nbytes == 0 and engine.adapters.names == ()
+
+
+def test_a_name_that_is_used_again_takes_nothing_of_the_one_before():
+    engine, params, ids = core(adapters=None), SamplingParams(max_tokens=6), prompt(80, 1)
+    outputs = {}
+    for name in ("experts", "attention"):
+        engine.add_adapter("mine", changes()[name])
+        [request] = engine.add(ids, params, adapter="mine")
+        run(engine)
+        assert request.cached_tokens == 0, "keys and values of the adapter before were taken"
+        outputs[name] = request.outputs
+        [again] = engine.add(ids, params, adapter="mine")
+        run(engine)
+        assert again.cached_tokens == 64 and again.outputs == request.outputs
+    for name, expected in outputs.items():
+        engine_alone = core(adapters={name: changes()[name]})
+        [request] = engine_alone.add(ids, params, adapter=name)
+        run(engine_alone)
+        assert request.outputs == expected
+
+
+def test_replacing_an_adapter_leaves_running_requests_theirs():
+    engine, params = core(adapters={"mine": changes()["experts"]}), SamplingParams(max_tokens=24)
+    [old] = engine.add(prompt(40, 2), params, adapter="mine")
+    for _ in range(6):
+        engine.step()
+    engine.add_adapter("mine", changes()["attention"])
+    [new] = engine.add(prompt(40, 3), params, adapter="mine")
+    run(engine)
+    assert old.outputs == alone_with("experts", 2)
+    assert new.outputs == alone_with("attention", 3)
+
+
+def test_an_adapter_that_cannot_be_loaded_changes_nothing(monkeypatch):
+    engine = core(adapters={"experts": changes()["experts"]})
+    size = engine.adapters.nbytes
+    bad = {f"{LAYERS}.7.self_attn.o_proj": low_rank(torch.empty(64, 64), 2, 1.0, 0)}
+    for name, one, message in (("bad", bad, "no linear"), ("", changes()["ends"], "no name"), ("none", {}, "nothing")):
+        with pytest.raises(ValueError, match=message):
+            engine.add_adapter(name, one)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "stack_adapters", full)
+        with pytest.raises(ValueError, match="'ends' does not fit into the memory that is left"):
+            engine.add_adapter("ends", changes()["ends"])
+    with pytest.raises(ValueError, match="no adapter 'ends'; there are experts"):
+        engine.remove_adapter("ends")
+    assert engine.adapters.names == ("experts",) and engine.adapters.nbytes == size
+    [request] = engine.add(prompt(40, 2), SamplingParams(max_tokens=24), adapter="experts")
+    run(engine)
+    assert request.outputs == alone_with("experts", 2)
+
+
 def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError, match="no adapter 'other'; there are experts, attention, ends"):
         core().add([30], adapter="other")
-    with pytest.raises(ValueError, match="no adapter 'other'; the engine was started without any"):
+    with pytest.raises(ValueError, match="no adapter 'other'; the engine has none"):
         core(adapters=None).add([30], adapter="other")
     good = low_rank(torch.empty(64, 64), 2, 1.0, 0)
     for wrong, message in (

@@ -48,12 +48,18 @@ def engine(model_folder, folders):
         yield engine
 
 
-@pytest.fixture(scope="module")
-def live(engine):
+@pytest.fixture(scope="module", autouse=True)
+def served(engine):
+    """Servers of these tests have the adapters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving, "engine", lambda: engine)
-        with serving.running() as live:
-            yield live
+        yield
+
+
+@pytest.fixture(scope="module")
+def live(served):
+    with serving.running() as live:
+        yield live
 
 
 def expected(engine: AsyncEngine, name: str) -> str:
@@ -103,6 +109,61 @@ def test_requests_are_counted_by_model(live):
     before = count()
     live.chat(model="words", max_tokens=2)
     serving.until(lambda: count() == before + 1)
+
+
+def load(live, name: str, path, **fields):
+    return live.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(path), **fields)
+
+
+def unload(live, name: str, **fields):
+    return live.post("/v1/unload_lora_adapter", lora_name=name, **fields)
+
+
+def test_adapters_are_loaded_and_unloaded_at_run_time(engine, folders):
+    answers = {name: expected(engine, name) for name in NAMES}
+    with serving.running(ServerSettings(allow_adapter_updates=True)) as live:
+        assert load(live, "more", folders["words"]).text == "Success: LoRA adapter 'more' added successfully."
+        assert [card.id for card in live.openai.models.list().data] == [*NAMES, "more"]
+        assert live.chat(model="more", max_tokens=12).choices[0].message.content == answers["words"]
+        error = load(live, "more", folders["experts"]).json()["error"]
+        assert (error["param"], error["code"]) == ("lora_name", "adapter_exists")
+        assert load(live, "more", folders["experts"], load_inplace=True).status_code == 200
+        assert live.chat(model="more", max_tokens=12).choices[0].message.content == answers["experts"]
+        with live.chat(model="more", max_tokens=400, stream=True, extra_body={"ignore_eos": True}) as stream:
+            chunks = iter(stream)
+            next(chunks)
+            assert unload(live, "more", lora_int_id=3).text == "Success: LoRA adapter 'more' removed successfully."
+            with pytest.raises(openai.NotFoundError):
+                live.chat(model="more")
+            assert list(chunks)[-1].choices[0].finish_reason == "length", "who has it is answered to the end"
+        serving.until(lambda: not engine.engine.core.adapters.retired)
+        assert [card.id for card in live.openai.models.list().data] == list(NAMES)
+        for name in NAMES:
+            assert live.chat(model=name, max_tokens=12).choices[0].message.content == answers[name]
+
+
+def test_adapters_that_cannot_be_loaded_are_refused(engine, folders, tmp_path):
+    with serving.running(ServerSettings(allow_adapter_updates=True)) as live:
+        for response, status, param in (
+            (load(live, "gone", tmp_path / "no-such-folder"), 404, "lora_path"),
+            (load(live, "empty", tmp_path), 404, "lora_path"),
+            (load(live, "aria-nano", folders["words"]), 400, "lora_name"),
+            (load(live, "", folders["words"]), 400, "lora_name"),
+            (load(live, "x", folders["words"], is_3d_lora_weight=True), 400, "is_3d_lora_weight"),
+            (live.post("/v1/load_lora_adapter", lora_name="x"), 400, "lora_path"),
+            (unload(live, "nobody"), 404, "lora_name"),
+            (unload(live, "aria-nano"), 404, "lora_name"),
+        ):
+            assert response.status_code == status, response.text
+            assert response.json()["error"]["param"] == param
+    assert engine.engine.adapters == NAMES[1:]
+
+
+def test_without_being_allowed_nobody_loads_adapters(live, folders):
+    for response in (load(live, "more", folders["words"]), unload(live, "words")):
+        assert response.status_code == 404
+        assert "--allow-adapter-updates" in response.json()["error"]["message"]
+    assert "/v1/load_lora_adapter" not in live.http.get("/openapi.json").json()["paths"]
 
 
 def test_one_name_for_model_and_adapter_is_refused(engine):
