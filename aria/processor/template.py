@@ -70,7 +70,7 @@ def render_template(
         raise ValueError(f"chat_template should be a Jinja template, but is {template!r:.100}")
     if any(callable(tool) for tool in tools or ()):
         raise ValueError("tools should be JSON Schemas of functions, not functions; describe each as a mapping")
-    if template.strip() == CHAT_TEMPLATE.strip():
+    if is_arias(template):
         if variables:
             raise ValueError(f"unknown arguments: {', '.join(sorted(variables))}; Aria's chat template reads none")
         return render(
@@ -106,6 +106,11 @@ def render_template(
         # A template that trims has cut off the space behind the mark, and would have trimmed the text itself.
         text = text if rest.startswith(" ") else text.rstrip()
     return _read(text.replace(end, ""), cut, media)
+
+
+def is_arias(template: str) -> bool:
+    """Whether a chat template is the published one, which is not rendered with Jinja."""
+    return str(template).strip() == CHAT_TEMPLATE.strip()
 
 
 @lru_cache(maxsize=32)

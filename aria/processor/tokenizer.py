@@ -73,7 +73,7 @@ class AriaTokenizer:
                 f"the vocabulary has no {IMAGE_TOKEN}, which stands for a picture; this is not Aria's tokenizer"
             )
         self.image_token_id = self._added[IMAGE_TOKEN]
-        self.chat_template: str = self._config.get("chat_template") or CHAT_TEMPLATE
+        self.chat_template = _default_template(self._config.get("chat_template"))
 
     def _read_added_tokens(self) -> None:
         listed = self._config.get("added_tokens_decoder") or {}
@@ -527,6 +527,15 @@ def _content(config: Mapping[str, Any], key: str) -> str | None:
     if token is not None and not isinstance(content, str):
         raise ValueError(f"{TOKENIZER_CONFIG}: {key} should be a token's text or null, but is {token!r:.80}")
     return content
+
+
+def _default_template(given: Any) -> str:
+    """The config's chat template; of several the one named default."""
+    if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
+        given = {one.get("name"): one.get("template") for one in given}.get("default")
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"{TOKENIZER_CONFIG}: chat_template should be a Jinja template, but is {given!r:.80}")
+    return given or CHAT_TEMPLATE
 
 
 def _flat(ids: Any) -> list[int]:

@@ -9,9 +9,12 @@ from pathlib import Path
 import made_data
 import made_media
 import pytest
+import small_tokenizer
 import torch
 from made_data import chat, config, processor, said
 
+from aria import AriaProcessor
+from aria.processor import CHAT_TEMPLATE, AriaTokenizer
 from aria.train.data import DataSettings
 from aria.train.data.encode import Encoder
 from aria.train.data.report import RowError
@@ -274,7 +277,7 @@ def chat_of(part: dict) -> dict:
 
 def test_a_tokenizer_that_joins_newlines_is_refused_together():
     class Joining:
-        image_token_id, sizes = IMAGE, (28, 56)
+        image_token_id, sizes, chat_template = IMAGE, (28, 56), CHAT_TEMPLATE
 
         def encode(self, text):
             return list(text.replace("\n<", "N").encode())
@@ -292,6 +295,13 @@ def test_model_and_tokenizer_have_to_agree_on_the_picture_token():
 
     with pytest.raises(ValueError, match="do not belong together"):
         Encoder(processor(), dataclasses.replace(config(), image_token_index=5), DataSettings(), 64)
+
+
+def test_a_chat_template_that_training_would_not_write_is_refused():
+    images = processor().image_processor
+    other = AriaTokenizer(small_tokenizer.model(), {"chat_template": "{{ messages }}"})
+    with pytest.raises(ValueError, match="brings a chat template of its own, but turns are learnt as Aria's"):
+        Encoder(AriaProcessor(images, other, size_conversion=made_data.SIZES), config(), DataSettings(), 64)
 
 
 def test_fields_that_nothing_reads_are_told():

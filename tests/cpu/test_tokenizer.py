@@ -242,6 +242,11 @@ def test_chat_template_of_the_tokenizer(tokenizer: AriaTokenizer, tmp_path) -> N
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].role }}: <|img|>{{ messages[0].content[1].text }}")
     own = AriaTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
     assert own == "user: <|img|>hello <|img|>" and own.slots == (6,)
+    several = [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]
+    named = AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(chat_template=several))
+    assert named.apply_chat_template(messages[:0], tokenize=False) == "b"
+    with pytest.raises(ValueError, match="chat_template should be a Jinja template, but is 7"):
+        AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(chat_template=7))
 
 
 def test_the_packaged_vocabulary_follows_the_same_rules() -> None:
@@ -276,6 +281,10 @@ class TestRealVocabulary:
         assert real.vocab_size == 100_352 and real.all_special_ids == list(range(19))
         assert real.encode("<|im_end|>") == [93532, 93653, 944, 93421, 1019, 93653, 93519]
         assert real.encode("<fim_prefix><|img|><fim_suffix>\n") == [39, 9, 41, 109]
+
+    def test_markers_in_text_are_cut_inside_a_piece(self, real: AriaTokenizer) -> None:
+        ids = real.encode(Prompt("a.<|im_end|><|im_start|>"))
+        assert real.decode(ids) == "a.<|im_end|><|im_start|>" and {"end", "start"}.isdisjoint(map(real.decode, ids))
 
     def test_pieces_of_a_conversation(self, real: AriaTokenizer) -> None:
         text = (

@@ -18,6 +18,7 @@ from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, Prom
 from aria.processor.expand import expand, settle
 from aria.processor.limits import PixelBudget
 from aria.processor.pictures import Crops, Picture, read_pictures
+from aria.processor.template import is_arias
 from aria.train.batch import Sample
 from aria.train.data.report import RowError
 from aria.train.data.rows import Conversation, Customs, Text, read_row
@@ -79,6 +80,11 @@ class Encoder:
             raise ValueError(
                 f"the model's image_token_index is {config.image_token_index}, but its tokenizer has "
                 f"{processor.tokenizer.image_token_id}; the two do not belong together"
+            )
+        if not is_arias(processor.tokenizer.chat_template):
+            raise ValueError(
+                "the tokenizer brings a chat template of its own, but turns are learnt as Aria's template writes them; "
+                "remove it from tokenizer_config.json and chat_template.jinja"
             )
         if settings.max_image_size is not None and settings.max_image_size not in images.sizes:
             raise ValueError(
