@@ -6,10 +6,8 @@ the way in and unpacked on the way out; the model inside never sees padding.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,58 +20,24 @@ from aria.checkpoint import load_model, save_checkpoint
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore
 from aria.engine.engine import refuse_unbuilt
+from aria.engine.generation import (
+    GENERATION_CONFIG,
+    UNSET,
+    Generation,
+    Processor,
+    of_config,
+    read_generation_config,
+    read_settings,
+    settle,
+)
+from aria.engine.lockstep import Lockstep
 from aria.engine.outputs import Completion
-from aria.engine.request import Picture
-from aria.engine.sampling_params import SamplingParams
-from aria.hub import read_json, resolve
+from aria.engine.request import Picture, Request
+from aria.hub import resolve
 from aria.model import Aria, Packed, pack_patches
-from aria.model.output import AriaOutput
+from aria.model.output import AriaOutput, GenerateOutput
 from aria.ops import Segments, on_own_device
 from aria.processor import AriaTokenizer
-
-GENERATION_CONFIG = "generation_config.json"
-DEFAULT_NEW_TOKENS = 256
-_UNSET: Any = object()
-
-
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-
-
-_GENERATION_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "do_sample": (_is(bool), "true or false"),
-    "temperature": (_is(int, float), "a number"),
-    "top_p": (_is(int, float), "a number"),
-    "top_k": (_is(int), "a whole number"),
-    "max_new_tokens": (_is(int), "a whole number"),
-    "pad_token_id": (_is(int), "a token id"),
-    "eos_token_id": (
-        lambda value: all(map(_is(int), value if isinstance(value, list) else [value])),
-        "a token id or a list of them",
-    ),
-}
-_WITHOUT_EFFECT = ("bos_token_id", "_from_model_config", "transformers_version", "use_cache")
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """``generation_config.json`` of a model's folder, or nothing where there is none.
-
-    A setting that is not known here has no effect; it is named in a warning.
-
-    Raises:
-        ValueError: not JSON, or a known setting of the wrong type.
-    """
-    file = folder / GENERATION_CONFIG
-    if not file.is_file():
-        return {}
-    settings = {name: value for name, value in read_json(file).items() if value is not None}
-    for name, value in settings.items():
-        holds, expected = _GENERATION_SETTINGS.get(name, (lambda _: True, ""))
-        if not holds(value):
-            raise ValueError(f"{file}: {name} is {value!r}; expected {expected}")
-    if unknown := sorted(settings.keys() - _GENERATION_SETTINGS.keys() - set(_WITHOUT_EFFECT)):
-        warnings.warn(f"{file}: without effect here: {', '.join(unknown)}", stacklevel=2)
-    return settings
 
 
 class Streamer(Protocol):
@@ -231,92 +195,111 @@ class AriaForConditionalGeneration(nn.Module):
         pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         *,
-        max_new_tokens: int | None = None,
-        stop_strings: str | Sequence[str] | None = None,
+        generation_config: Any = None,
+        logits_processor: Iterable[Processor] | None = None,
+        stopping_criteria: Iterable[Callable[..., Any]] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], Sequence[int]] | None = None,
         tokenizer: AriaTokenizer | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        num_return_sequences: int = 1,
-        seed: int | None = None,
         streamer: Streamer | None = None,
-        eos_token_id: int | Sequence[int] | None = _UNSET,
-        pad_token_id: int | None = _UNSET,
-        use_cache: bool = True,
-    ) -> Tensor:
+        eos_token_id: Any = UNSET,
+        **settings: Any,
+    ) -> Tensor | GenerateOutput:
         """Continue prompts.
 
         Args:
             input_ids, attention_mask, pixel_values, pixel_mask: as in :meth:`forward`.
-            max_new_tokens: unset means ``generation_config.json``, else 256; never more than the model has room for.
-            stop_strings: texts at which a sequence ends, matched on the decoded text of what was generated. The tokens
-                that complete one are kept, as transformers does.
+            generation_config: a `GenerationConfig` of transformers, or a mapping of its fields. Arguments come before
+                it, and it before ``generation_config.json``.
+            logits_processor: callables, ids ``(R, S + new)`` and scores ``(R, V)`` -> scores; after the settings below,
+                before temperature and truncation.
+            stopping_criteria: callables, the same ids and the scores so far (or None) -> bool, or bool ``(R,)``.
+            prefix_allowed_tokens_fn: the number of a sequence and its ids ``(S + new,)`` -> the tokens that may follow.
             tokenizer: needed with ``stop_strings``.
-            do_sample, temperature, top_p, top_k: unset means ``generation_config.json``, else greedy.
-            num_return_sequences: answers to each prompt; they lie next to each other in the result.
-            seed: makes sampling repeatable; a sequence's noise does not depend on the rest of the batch.
             streamer: gets the prompt and then every token; for one sequence.
-            eos_token_id: unset means ``generation_config.json``, else 2; None never ends.
-            pad_token_id: fills up sequences that ended early; unset means ``generation_config.json``, else ``config``.
-            use_cache: taken because callers of transformers pass it; there is always a cache.
+            eos_token_id: a token id or several, as numbers, arrays or tensors; unset means the file's, else 2; None
+                never ends.
+            settings: by transformers' names; those that change no answer, such as ``use_cache``, have no effect.
+                ``max_new_tokens`` (256) or ``max_length``, which counts the padded prompt; never more than the model
+                has room for. ``min_new_tokens`` or ``min_length``: until then no end token is drawn.
+                ``do_sample`` (False), ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty``,
+                ``suppress_tokens``, ``begin_suppress_tokens``, ``no_repeat_ngram_size``, ``bad_words_ids``.
+                ``num_return_sequences``: answers to each prompt; they lie next to each other in the result.
+                ``stop_strings``: texts at which a sequence ends, matched on the decoded text of what was generated;
+                the tokens that complete one are kept. ``max_time``: seconds. ``pad_token_id``: fills up sequences.
+                ``return_dict_in_generate``, with ``output_scores``, ``output_logits`` and ``renormalize_logits``.
+                ``seed`` (not transformers') makes sampling repeatable; a sequence's noise does not depend on the rest
+                of the batch.
+
+        Callbacks, ``max_time`` and scores make all sequences grow together, a token at a time.
 
         Returns:
-            int64 ``(B * num_return_sequences, S + new)``: each prompt as it came, then what was generated.
+            int64 ``(R, S + new)``, R being ``B * num_return_sequences``: each prompt as it came, then what was
+            generated; or a `GenerateOutput`.
+
+        Raises:
+            ValueError: inputs that do not fit, a setting out of its limits, or one that is not offered, such as beams.
+            TypeError: a name that transformers does not know either.
         """
-        if not use_cache:
-            raise ValueError("use_cache=False is not offered: the answer would be the same, only slower; leave it out")
-        stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+        packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
+        given = settings if eos_token_id is UNSET else {**settings, "eos_token_id": eos_token_id}
+        generation = settle(
+            [read_settings(given), of_config(generation_config), self.generation_config],
+            prompt_tokens=input_ids.shape[1],
+            vocab_size=self.config.text.vocab_size,
+            pad=self.config.pad_token_id or 0,
+            processors=logits_processor,
+            criteria=stopping_criteria,
+            allowed=prefix_allowed_tokens_fn,
+        )
+        params, stops = generation.params, generation.stops
         if stops and not isinstance(tokenizer, AriaTokenizer):
             came = type(tokenizer).__name__
             raise ValueError(f"stop_strings are matched on text: pass tokenizer=processor.tokenizer (got {came})")
-        if streamer is not None and len(input_ids) * num_return_sequences > 1:
-            raise ValueError(
-                f"a streamer follows one sequence, but {len(input_ids) * num_return_sequences} were asked for"
-            )
-        packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
-        params = self._params(max_new_tokens, do_sample, temperature, top_p, top_k, num_return_sequences, seed)
+        if streamer is not None and len(input_ids) * params.n > 1:
+            raise ValueError(f"a streamer follows one sequence, but {len(input_ids) * params.n} were asked for")
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
         prompts = [ids.tolist() for ids in packed.take(input_ids).split(packed.lengths)]
-        core = self._engine(packed.lengths, params)
+        core = self._engine(packed.lengths, generation)
         requests = [
             request
             for prompt, pictures in zip(prompts, _pictures(prompts, features, self.config), strict=True)
-            for request in core.add(prompt, params, pictures=pictures)
+            for request in core.add(
+                prompt, params, pictures=pictures, end_token_ids=() if generation.in_lockstep else generation.ends
+            )
         ]
-        ends = self._end_tokens(eos_token_id)
-        completions = {
-            request: Completion(
-                request.max_tokens, ends, tokenizer if stops else None, stops, skip_special_tokens=False
+        completions = [
+            Completion(
+                request.max_tokens, generation.ends, tokenizer if stops else None, stops, skip_special_tokens=False
             )
             for request in requests
-        }
+        ]
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        while core.unfinished:
-            for request, token, _ in core.step():
-                completions[request].push(token)
-                if completions[request].finish_reason is not None:
-                    core.finish(request)
-                if streamer is not None:
-                    streamer.put(torch.tensor([token]))
+        input_ids = input_ids.repeat_interleave(params.n, 0)
+        if generation.in_lockstep:
+            output = _grow_together(core, Lockstep(requests, input_ids, completions, generation), streamer)
+        else:
+            grown = _grow(core, dict(zip(requests, completions, strict=True)), streamer)
+            longest = max(map(len, grown))
+            rows = [ids + [generation.pad] * (longest - len(ids)) for ids in grown]
+            new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
+            output = GenerateOutput(sequences=torch.cat([input_ids, new], dim=1))
         core.close()
         if streamer is not None:
             streamer.end()
-        grown = [completions[request].token_ids for request in requests]
-        pad = self._setting("pad_token_id", self.config.pad_token_id or 0) if pad_token_id is _UNSET else pad_token_id
-        longest = max(map(len, grown))
-        rows = [ids + [pad or 0] * (longest - len(ids)) for ids in grown]
-        new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
-        return torch.cat([input_ids.repeat_interleave(params.n, 0), new], dim=1)
+        return output if generation.as_mapping else output.sequences
 
-    def _engine(self, lengths: Sequence[int], params: SamplingParams) -> EngineCore:
+    def _engine(self, lengths: Sequence[int], generation: Generation) -> EngineCore:
         """An engine with a cache that just holds the prompts and their answers."""
+        params = generation.params
         longest = min(max(lengths) + params.max_tokens, self.config.text.max_position_embeddings)
         blocks = sum(EngineCore.blocks_for(self.device, min(n + params.max_tokens, longest)) for n in lengths)
+        # In lockstep, all prompts are read by one step, so that all sequences begin together.
+        step = sum(lengths) * params.n if generation.in_lockstep else None
         return EngineCore(
-            self.model, max_batch=len(lengths) * params.n, max_model_len=longest, cache_blocks=blocks * params.n
-        )
+            self.model, max_batch=len(lengths) * params.n, max_model_len=longest, cache_blocks=blocks * params.n,
+            step_tokens=step and max(step, 2048),
+        )  # fmt: skip
 
     def _encode(self, ids_T: Tensor, pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor | None:
         """Picture tokens ``(Q, D)``, after checking that the prompts have a place for each of them."""
@@ -347,42 +330,36 @@ class AriaForConditionalGeneration(nn.Module):
             logits[:, :-1].flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-100
         )
 
-    def _setting(self, name: str, default: Any) -> Any:
-        value = self.generation_config.get(name)
-        return default if value is None else value
 
-    def _params(
-        self,
-        max_new_tokens: int | None,
-        do_sample: bool | None,
-        temperature: float | None,
-        top_p: float | None,
-        top_k: int | None,
-        num_return_sequences: int,
-        seed: int | None,
-    ) -> SamplingParams:
-        def choose(value: Any, name: str, default: Any) -> Any:
-            return self._setting(name, default) if value is None else value
+def _grow(core: EngineCore, completions: Mapping[Request, Completion], streamer: Streamer | None) -> list[list[int]]:
+    """The tokens of each sequence, which ends by itself."""
+    while core.unfinished:
+        for request, token, _ in core.step():
+            completions[request].push(token)
+            if completions[request].finish_reason is not None:
+                core.finish(request)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+    return [completion.token_ids for completion in completions.values()]
 
-        new = choose(max_new_tokens, "max_new_tokens", DEFAULT_NEW_TOKENS)
-        if not _is(int)(new) or new < 1:
-            raise ValueError(f"max_new_tokens is {new!r}; expected a whole number, at least 1")
-        params = SamplingParams(
-            max_tokens=new,
-            temperature=choose(temperature, "temperature", 1.0),
-            top_p=choose(top_p, "top_p", 1.0),
-            top_k=choose(top_k, "top_k", 0),
-            seed=seed,
-            n=num_return_sequences,
-        )
-        return params if choose(do_sample, "do_sample", False) else dataclasses.replace(params, temperature=0.0)
 
-    def _end_tokens(self, eos_token_id: int | Sequence[int] | None) -> set[int]:
-        if eos_token_id is _UNSET:
-            eos_token_id = self._setting("eos_token_id", 2)
-        if eos_token_id is None:
-            return set()
-        return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+def _grow_together(core: EngineCore, lockstep: Lockstep, streamer: Streamer | None) -> GenerateOutput:
+    """All sequences a token at a time, until all have ended."""
+    core.runner.hook = lockstep
+    told = 0
+    while core.unfinished:
+        core.step()
+        lockstep.settle()
+        if lockstep.done:
+            for request in lockstep.requests:
+                core.cancel(request)
+        if streamer is not None:
+            for token in lockstep.ids[0, lockstep.ids.shape[1] - lockstep.new + told :].tolist():
+                streamer.put(torch.tensor([token]))
+        told = lockstep.new
+    if lockstep.error is not None:
+        raise lockstep.error
+    return lockstep.output()
 
 
 class _Packing:

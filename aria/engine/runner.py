@@ -7,7 +7,7 @@ V vocabulary, Q picture tokens, D hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -136,6 +136,9 @@ class Runner:
         self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         self._can: dict[tuple[int, bool, bool], bool] = {}
+        self.hook: Callable[[Sequence[Request], Tensor, Tensor], Tensor] | None = None
+        """Requests, logits ``(N, V)``, and scores after penalties -> scores to draw from. Called once the tokens of the
+        step before are known."""
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
 
@@ -143,16 +146,16 @@ class Runner:
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Returns at once on CUDA, where work is queued on the current stream.
 
-        Where an answer has a grammar no tokens are drawn yet, because what it allows depends on the tokens of the step
-        before: once they are known, :meth:`draw` does it.
+        Where an answer has a grammar, or there is a :attr:`hook`, no tokens are drawn yet, because what these allow
+        depends on the tokens of the step before: once they are known, :meth:`draw` does it.
         """
         self._update_rows(plan.requests)
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
         places = [request.computed for request in sampling]
         extras = self._sampler.extras([_row(request) for request in sampling], places)
-        grammars = any(request.matcher is not None for request in sampling)
+        late = self.hook is not None or any(request.matcher is not None for request in sampling)
         # Penalties, grammars and log-probabilities need the scores, so what draws from them stays out of the graph.
-        draw = not extras and not grammars and all(request.params.logprobs is None for request in sampling)
+        draw = not extras and not late and all(request.params.logprobs is None for request in sampling)
         launched = Launched(plan, sampling)
         computed = self._read(launched) if plan.chunks else self._grow(plan.decodes, draw)
         launched._computed = computed._replace(extras=extras)
@@ -160,7 +163,7 @@ class Runner:
             launched.scored = [(one, first, ScoredTokens(*map(_fetch, of))) for one, first, of in launched.scored]
             launched._done = torch.cuda.Event()
             launched._done.record()
-        if sampling and not grammars:
+        if sampling and not late:
             self._sample(launched)
         return launched
 
@@ -392,6 +395,8 @@ class Runner:
                 scores = self._sampler.apply_extras(logits, rows, positions + 1, last)
             if masks is not None:
                 scores = keep_allowed(scores, *(self._send(torch.as_tensor(x)) for x in masks))
+            if self.hook is not None:
+                scores = self.hook(sampling, logits, scores)
             tokens = self._draw(scores, rows, positions)
             if extras:
                 self._sampler.count(rows, tokens)

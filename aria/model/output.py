@@ -1,32 +1,30 @@
-"""What a forward pass of `AriaForConditionalGeneration` gives, readable in every way that transformers' outputs are."""
+"""What `AriaForConditionalGeneration` gives, readable in every way that transformers' outputs are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-_FIELDS = ("loss", "logits", "hidden_states", "router_logits")
 
-
-class AriaOutput(dict[str, Any]):
+class Fields(dict[str, Any]):
     """Fields by attribute, by key, or by index and slice as in a tuple; those that are None exist as attributes only.
 
-    ``AriaOutput(mapping)`` makes one again from another's fields, as accelerate and `torch.nn.DataParallel` do.
-
-    Attributes:
-        loss: next-token cross-entropy, float32.
-        logits: ``(B, S, V)``, or of the positions that ``logits_to_keep`` names; rows of padding are zeros.
-        hidden_states: ``(B, S, D)`` before the first decoder layer and after each, the last normed; zeros on padding.
-        router_logits: ``(T, E)`` of each layer, for the tokens that are not padding.
+    Made again from another's fields by a mapping, as accelerate and `torch.nn.DataParallel` do.
     """
 
-    loss: Tensor | None
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    router_logits: tuple[Tensor, ...] | None
+    names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        # FSDP and static graphs of DDP look for the tensors of an output through its tree.
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output)),
+            lambda values, names: cls(zip(names, values, strict=True)),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        )
 
     def __init__(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any) -> None:
         """
@@ -34,21 +32,23 @@ class AriaOutput(dict[str, Any]):
             TypeError: a field that does not exist.
         """
         given = {**dict(fields), **more}
-        if unknown := sorted(given.keys() - set(_FIELDS)):
-            raise TypeError(f"AriaOutput has no field {', '.join(unknown)}; there are {', '.join(_FIELDS)}")
-        super().__init__({name: given[name] for name in _FIELDS if given.get(name) is not None})
+        if unknown := sorted(given.keys() - set(self.names)):
+            raise TypeError(
+                f"{type(self).__name__} has no field {', '.join(unknown)}; there are {', '.join(self.names)}"
+            )
+        super().__init__({name: given[name] for name in self.names if given.get(name) is not None})
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FIELDS:
+        if name in self.names:
             return self.get(name)
-        raise AttributeError(f"AriaOutput has no field {name}; there are {', '.join(_FIELDS)}")
+        raise AttributeError(f"{type(self).__name__} has no field {name}; there are {', '.join(self.names)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         # Made anew, because a dict keeps the order in which keys came, and places in the tuple are by field.
-        changed = AriaOutput(self, **{name: value})
+        changed = type(self)(self, **{name: value})
         self.clear()
         self.update(changed)
 
@@ -60,10 +60,33 @@ class AriaOutput(dict[str, Any]):
         return tuple(self.values())
 
 
-# FSDP and static graphs of DDP look for the tensors of an output through its tree.
-pytree.register_pytree_node(
-    AriaOutput,
-    lambda output: (list(output.values()), list(output)),
-    lambda values, names: AriaOutput(zip(names, values, strict=True)),
-    serialized_type_name="aria.model.output.AriaOutput",
-)
+class AriaOutput(Fields):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: next-token cross-entropy, float32.
+        logits: ``(B, S, V)``, or of the positions that ``logits_to_keep`` names; rows of padding are zeros.
+        hidden_states: ``(B, S, D)`` before the first decoder layer and after each, the last normed; zeros on padding.
+        router_logits: ``(T, E)`` of each layer, for the tokens that are not padding.
+    """
+
+    names = ("loss", "logits", "hidden_states", "router_logits")
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    router_logits: tuple[Tensor, ...] | None
+
+
+class GenerateOutput(Fields):
+    """What ``generate(return_dict_in_generate=True)`` gives, of R sequences.
+
+    Attributes:
+        sequences: int64 ``(R, S + new)``: prompts, then what was generated.
+        scores: float32 ``(R, V)`` of each new token, after processors, temperature and truncation, which are -inf.
+        logits: float32 ``(R, V)`` of each new token, as the model gives them.
+    """
+
+    names = ("sequences", "scores", "logits")
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
