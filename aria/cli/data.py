@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from aria.cli.options import MaxImageSize, Model, Revision, app, err, out
+from aria.cli.options import Commands, MaxImageSize, Model, Revision, app, err, out
 
-data = typer.Typer(help="Data for training.", no_args_is_help=True)
+data = Commands(help="Data for training.")
 app.add_typer(data, name="data")
 
 _BAR = 40

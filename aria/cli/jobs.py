@@ -18,18 +18,27 @@ from aria.cli.options import (
     AtOnce,
     Device,
     Dtype,
+    FrequencyPenalty,
     MaxImageSize,
     MaxTokens,
+    MinP,
     Model,
+    NumFrames,
+    Pages,
+    PresencePenalty,
+    RepetitionPenalty,
     Revision,
+    Schema,
     Seed,
     ServedNames,
+    Stop,
     Temperature,
     TopK,
     TopP,
     app,
     err,
     read_adapters,
+    read_schema,
     share_work,
 )
 
@@ -43,20 +52,23 @@ def describe(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: a description of what it is.")] = None,
     model: Model = None,
     adapter: Adapter = None,
-    schema: Annotated[
-        Path | None, typer.Option("--schema", help="File with a JSON schema that every answer follows.")
-    ] = None,
+    schema: Schema = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    stop: Stop = None,
     seed: Seed = None,
     max_image_size: MaxImageSize = None,
     split: Annotated[
         bool | None, typer.Option("--split/--no-split", help="Cut pictures into tiles; default: documents only.")
     ] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: 128.")] = None,
-    pages: Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")] = None,
+    num_frames: NumFrames = None,
+    pages: Pages = None,
     at_once: AtOnce = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -64,16 +76,17 @@ def describe(
 ) -> None:
     """Tell of pictures, clips and PDFs, one line of JSON each. Run again, it goes on where it was stopped."""
     from aria.engine import Engine, SamplingParams
-    from aria.hub import model_name, read_json
+    from aria.hub import model_name
     from aria.jobs import Describer, Job, find_media
 
     media, others = find_media(paths)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    if schema is not None:
-        sampling["json_schema"] = read_json(schema)
     parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
     settings = {name: value for name, value in parts.items() if value is not None}
-    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+        stop=stop, seed=seed, json_schema=read_schema(schema),
+    )  # fmt: skip
     adapters = read_adapters([adapter] if adapter else ())
     name = next(iter(adapters), None)
     base = "aria-nano" if model is None else _place(model)

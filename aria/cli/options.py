@@ -10,12 +10,42 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
-app = typer.Typer(
+
+class _Parameters:
+    """Flags take no value, so help shows none behind them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the class that this is mixed into
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Command(_Parameters, TyperCommand):
+    pass
+
+
+class _Group(_Parameters, TyperGroup):
+    pass
+
+
+class Commands(typer.Typer):
+    """A group of commands, with the same help everywhere."""
+
+    def __init__(self, **settings: Any):
+        shared = {"help_option_names": ["-h", "--help"]}
+        super().__init__(cls=_Group, context_settings=shared, no_args_is_help=True, add_completion=False, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=_Command, **settings)
+
+
+app = Commands(
     name="aria",
     help="Aria, the open multimodal mixture-of-experts model. Without --model, the packaged nano model answers.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = Console()
@@ -29,10 +59,20 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
 MaxImageSize = Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy, up to 2.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability together.")]
-TopK = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling threshold.")]
+TopK = Annotated[int, typer.Option(help="Number of likeliest tokens to sample from; 0 is all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
+MinTokens = Annotated[int, typer.Option(help="Minimum number of tokens before an answer may end.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens of the prompt and the answer.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="-2 to 2; per occurrence of a token in the answer.")]
+PresencePenalty = Annotated[float, typer.Option(help="-2 to 2; for tokens that the answer holds.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text at which an answer ends; repeatable.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end of the turn, to --max-tokens.")]
+Schema = Annotated[Path | None, typer.Option(help="File with a JSON schema that answers follow.")]
+NumFrames = Annotated[int | None, typer.Option(help="Number of frames of a clip; default: 128.")]
+Pages = Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 AtOnce = Annotated[
     int | None, typer.Option(min=1, help="Most files or requests in flight; default: what the engine runs together.")
@@ -67,6 +107,21 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
 ) -> None:
     """Options of all commands; :func:`main` takes ``--debug`` out of the arguments wherever it stands."""
+
+
+def read_schema(file: Path | None) -> dict[str, Any] | None:
+    """The JSON schema in a file; None where there is no file.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read, or holds no object.
+    """
+    from aria.hub import read_json
+
+    if file is None:
+        return None
+    if not file.is_file():
+        raise FileNotFoundError(f"no JSON schema at {str(file)!r}; check the path")
+    return read_json(file)
 
 
 def read_adapters(named: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:

@@ -159,9 +159,9 @@ def test_inspect_needs_no_weights_of_a_hub_repository(run, model_folder, tmp_pat
     code, out, _ = run("inspect", "someone/small-aria")
     assert code == 0
     assert "hub (rhymes-ai/Aria today" in out and "float32" in out
-    code, _, err = run("inspect", tmp_path)
-    assert code == 2
-    assert "has no weights" in err
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0
+    assert "has no weights" in out
 
 
 def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path):
@@ -177,6 +177,9 @@ def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path)
     [
         (("chat", "-m", "/no/such/model", "hi"), "/no/such/model"),
         (("chat", "--image", "nowhere.png", "hi"), "nowhere.png"),
+        (("chat", "--video", __file__, "hi"), "cannot be read as a clip"),
+        (("chat", "--document", __file__, "hi"), "cannot be read: it is no PDF"),
+        (("chat", "--schema", "nowhere.json", "hi"), "no JSON schema at 'nowhere.json'"),
         (("chat", "--temperature", "3", "hi"), "temperature is 3.0; expected a number from 0 to 2"),
         (("chat", "--device", "cuda:99", "hi"), "device 'cuda:99' is not on this machine; PyTorch finds cpu"),
         (("inspect", "/no/such/model"), "/no/such/model"),

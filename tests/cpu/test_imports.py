@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 FACE = "__init__"
 """``aria/__init__.py``, which shows what the rooms under it offer."""
 FLOORS = (
+    ("__main__",),
     ("cli",),
     (FACE,),
     ("serve",),

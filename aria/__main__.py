@@ -1,0 +1,5 @@
+"""``python -m aria``: the program ``aria``."""
+
+from aria.cli import main
+
+main()

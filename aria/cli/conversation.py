@@ -1,0 +1,348 @@
+"""A conversation at the terminal: what is said, the files that come with it, and its slash commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+
+from aria.cli.options import err, out
+
+if TYPE_CHECKING:
+    from aria.engine import Engine, SamplingParams
+    from aria.processor import AriaProcessor
+
+HELP = """\
+/image FILE      show an image with the next question (also an http(s) address)
+/video FILE      show a clip
+/document FILE   show a PDF
+/system [TEXT]   show or change the system prompt; - removes it
+/set [NAME VALUE]  show or change sampling options, such as: /set temperature 0.7
+/regenerate      answer the last question again
+/save FILE       write the conversation: .json with all messages, otherwise Markdown
+/reset           start a new conversation
+/help            this list
+/quit            leave (also Ctrl-D)
+
+Several lines: begin and end with \"\"\", or press Alt-Enter. Ctrl-C stops an answer."""
+
+KINDS = ("image", "video", "document")
+_FENCE = '"""'
+_WARM = 0.7
+"""Temperature of another answer where the first was greedy: it would be the same again."""
+
+
+class Conversation:
+    """Messages so far, and the media that the next question brings.
+
+    Args:
+        system: the system prompt; None: none.
+        settings: of every medium by kind, such as ``{"video": {"num_frames": 8}}``.
+        params: how answers are sampled.
+        adapter: the name of the adapter that answers.
+    """
+
+    def __init__(
+        self,
+        system: str | None,
+        settings: dict[str, dict[str, Any]],
+        params: SamplingParams,
+        adapter: str | None = None,
+    ):
+        self.system, self.params = system, params
+        self._settings, self._adapter = settings, adapter
+        self._saved: set[Path] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the messages; the system prompt and the sampling options stay."""
+        self.messages: list[dict[str, Any]] = []
+        self._media: list[dict[str, Any]] = []
+        self._names: dict[int, str] = {}
+
+    def show(self, kind: str, source: str, processor: AriaProcessor) -> str:
+        """Take a medium along with the next question. It is read now, so that a wrong one is refused at once.
+
+        Images stay as they are now; clips and documents that are files are read again with each question.
+
+        Returns:
+            What it is to the model, such as ``8 frames, 512 tokens``.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be read as this kind.
+        """
+        from aria.processor import load_image
+        from aria.processor.media import open_medium
+
+        media = processor.media
+        medium = load_image(source, media) if kind == "image" else open_medium(source, kind, media).data
+        part = {"type": kind, kind: medium, **self._settings.get(kind, {})}
+        [cost] = processor.prepare([{"role": "user", "content": [part]}]).media
+        self._media.append(part)
+        self._names[id(part)] = source
+        count = {"video": _plural(cost.pictures, "frame"), "document": _plural(cost.pictures, "page")}.get(kind)
+        return ", ".join(text for text in (count, _plural(cost.tokens, "token")) if text)
+
+    def ask(self, engine: Engine, question: str) -> Iterable[str]:
+        """The answer, piece by piece. What fails or is interrupted leaves the messages as they were.
+
+        The files of a question that fails do not stay for the next one, which would fail as well.
+        """
+        asked = {"role": "user", "content": [*self._media, {"type": "text", "text": question}]}
+        self._media = []
+        yield from self._answer(engine, asked, self.params)
+
+    def again(self, engine: Engine) -> Iterable[str]:
+        """Another answer to the last question, in place of the one it has.
+
+        Raises:
+            ValueError: nothing was asked.
+        """
+        if not self.messages:
+            raise ValueError("nothing was asked yet")
+        asked = self.messages[-2]
+        # Greedy answers repeat themselves, and so do those of a seed.
+        warm = replace(self.params, temperature=self.params.temperature or _WARM, seed=None)
+        before, self.messages = self.messages, self.messages[:-2]
+        try:
+            yield from self._answer(engine, asked, warm)
+        finally:
+            if not self.messages or self.messages[-2] is not asked:
+                self.messages = before
+
+    def _answer(self, engine: Engine, asked: dict[str, Any], params: SamplingParams) -> Iterable[str]:
+        start = [] if self.system is None else [{"role": "system", "content": self.system}]
+        answer = ""
+        for piece in engine.stream([*start, *self.messages, asked], params, adapter=self._adapter):
+            answer += piece
+            yield piece
+        self.messages += [asked, {"role": "assistant", "content": answer}]
+
+    def set(self, name: str, value: str) -> None:
+        """Change a sampling option.
+
+        Raises:
+            ValueError: there is no such option, or the value does not fit.
+        """
+        known = [field.name for field in fields(self.params) if field.name not in ("n", "json_schema", "logit_bias")]
+        name = name.replace("-", "_")
+        if name not in known:
+            raise ValueError(f"no sampling option is called {name}; there are {', '.join(known)}")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = {"none": None, "true": True, "false": False}.get(value.lower(), value)
+        self.params = replace(self.params, **{name: parsed})
+
+    def options(self) -> str:
+        """The sampling options that are not at their defaults, or ``defaults``."""
+        changed = [
+            f"{field.name} {getattr(self.params, field.name)}"
+            for field in fields(self.params)
+            if field.name not in ("n", "json_schema") and getattr(self.params, field.name) != field.default
+        ]
+        return ", ".join(changed) or "defaults"
+
+    def save(self, file: Path) -> None:
+        """Write the conversation, media by their names.
+
+        Raises:
+            ValueError: the file is there and was not written by this conversation.
+            OSError: it cannot be written.
+        """
+        file = file.expanduser()
+        if file.exists() and file.resolve() not in self._saved:
+            raise ValueError(f"{file} exists; name a new file")
+        start = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [self._named(message) for message in [*start, *self.messages]]
+        if file.suffix.lower() == ".json":
+            text = json.dumps({"messages": messages}, ensure_ascii=False, indent=2) + "\n"
+        else:
+            text = "\n".join(_markdown(message) for message in messages)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+        self._saved.add(file.resolve())
+
+    def _named(self, message: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(message["content"], str):
+            return message
+        parts = [
+            part if part["type"] == "text" else {**part, part["type"]: self._names[id(part)]}
+            for part in message["content"]
+        ]
+        return {**message, "content": parts}
+
+
+def talk(engine: Engine, conversation: Conversation) -> None:
+    """Questions and commands from the terminal, until /quit or the end of input."""
+    read = _reader()
+    while True:
+        try:
+            line = _lines(read).strip()
+        except KeyboardInterrupt:
+            err.print("[dim](/quit or Ctrl-D leaves)[/dim]")
+            continue
+        except EOFError:
+            err.print()
+            return
+        if not line:
+            continue
+        try:
+            if line.startswith("/") and "\n" not in line and not Path(line.split()[0]).exists():
+                if not _command(engine, conversation, line):
+                    return
+            else:
+                say(conversation.ask(engine, line))
+        except KeyboardInterrupt:
+            err.print("\n[dim]stopped[/dim]")
+        except (ValueError, OSError) as error:
+            err.print(f"[red]error:[/red] {escape(str(error))}")
+
+
+def say(pieces: Iterable[str]) -> None:
+    """Print an answer as it comes."""
+    for piece in pieces:
+        out.file.write(piece)
+        out.file.flush()
+    out.file.write("\n")
+
+
+def _command(engine: Engine, conversation: Conversation, line: str) -> bool:
+    """Do what a line that begins with a slash says; whether the conversation continues."""
+    name, _, rest = line[1:].partition(" ")
+    name, rest = name.lower(), rest.strip()
+    if name in ("quit", "exit", "bye", "q"):
+        return False
+    if name in ("help", "?", "h"):
+        err.print(f"[dim]{escape(HELP)}[/dim]")
+    elif name in ("reset", "new", "clear"):
+        conversation.reset()
+        err.print("[dim]a new conversation[/dim]")
+    elif name in KINDS:
+        if not rest:
+            raise ValueError(f"which {name}? /{name} FILE")
+        for source in split_paths(rest):
+            cost = conversation.show(name, source, engine.processor)
+            err.print(f"[dim]{escape(source)} comes with the next question ({cost})[/dim]")
+    elif name == "system":
+        if rest:
+            conversation.system = None if rest == "-" else rest
+        err.print(f"[dim]system prompt: {escape(conversation.system or 'none')}[/dim]")
+    elif name == "set":
+        if rest:
+            conversation.set(*_two(rest))
+        err.print(f"[dim]sampling: {escape(conversation.options())}[/dim]")
+    elif name in ("regenerate", "retry"):
+        say(conversation.again(engine))
+    elif name == "save":
+        if not rest:
+            raise ValueError("where to? /save FILE")
+        [file] = split_paths(rest)[:1]
+        conversation.save(Path(file))
+        err.print(f"[dim]saved in {escape(file)}[/dim]")
+    else:
+        err.print(escape(f"unknown command /{name}; /help lists them"))
+    return True
+
+
+def _two(rest: str) -> tuple[str, str]:
+    name, _, value = rest.partition(" ")
+    if not value.strip():
+        raise ValueError(f"{name} needs a value, such as: /set temperature 0.7")
+    return name, value.strip()
+
+
+def split_paths(text: str) -> list[str]:
+    """Paths and addresses as people type, paste and drop them.
+
+    A text that is a file's name as it stands is that one, whatever spaces it has. Otherwise it is read as a shell
+    would: with quotes, and backslashes before spaces. ``file://`` addresses become paths.
+    """
+    if _is_file(text):
+        return [text]
+    try:
+        # On Windows backslashes separate folders.
+        parts = shlex.split(text, posix=True) if sys.platform != "win32" else [text.strip("\"'")]
+    except ValueError:  # a quote without its end, as in a name with an apostrophe
+        return [text]
+    if len(parts) > 1 and not any(_is_file(part) or "://" in part for part in parts):
+        parts = [text]  # one name with spaces, of a file that is not there: errors should show it as it was typed
+    return [_from_address(part) for part in parts]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _from_address(text: str) -> str:
+    if not text.lower().startswith("file://"):
+        return text
+    return urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+
+
+def _lines(read: Callable[[str], str]) -> str:
+    """One entry: a line, or all lines between two times three quotation marks."""
+    line = read("> ")
+    if not line.lstrip().startswith(_FENCE):
+        return line
+    text = line.lstrip()[len(_FENCE) :]
+    while _FENCE not in text:
+        text += "\n" + read(". ")
+    return text.partition(_FENCE)[0].strip("\n")
+
+
+def _reader() -> Callable[[str], str]:
+    """What asks for a line: with editing, history and completion at a terminal, plain elsewhere."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return input
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(history=_history(), key_bindings=keys)
+    return session.prompt
+
+
+def _history() -> Any:
+    """Lines of earlier conversations, for the user alone; in memory where they cannot be kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    file = Path(typer.get_app_dir("aria")) / "chat-history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))
+
+
+def _markdown(message: dict[str, Any]) -> str:
+    content: str | Sequence[dict[str, Any]] = message["content"]
+    if not isinstance(content, str):
+        content = "\n\n".join(
+            part["text"] if part["type"] == "text" else f"![{part['type']}]({part[part['type']]})" for part in content
+        )
+    return f"## {message['role'].capitalize()}\n\n{content}\n"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
