@@ -125,6 +125,8 @@ class AsyncEngine:
             # Kept by this request: others may push the grammar out before the engine's thread would look for it.
             grammars = self.engine.grammars
             matchers = await asyncio.to_thread(grammars.matchers, params.json_schema, params.n, prepared.stop)
+        if self.engine.core.block_size not in prepared.digests:
+            await asyncio.to_thread(self.engine.digest, prepared)
         caller = _Caller()
 
         def start() -> None:

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from hashlib import blake2b
 from struct import pack
 
 _DIGEST_BYTES = 32
 
-
-def root_hash(adapter: str | None) -> bytes:
-    """Parent of a sequence's first block: what all of its keys and values depend on besides its tokens."""
-    name = b"" if adapter is None else b"adapter " + adapter.encode()
-    return blake2b(name, digest_size=_DIGEST_BYTES).digest()
+ROOT = bytes(_DIGEST_BYTES)
+"""Parent of a sequence's first block."""
 
 
 def block_hash(parent: bytes, tokens: Sequence[int], pictures: Iterable[tuple[int, int, bytes]] = ()) -> bytes:
     """Name of a full block's content, that of all blocks before it included.
 
     Args:
-        parent: name of the block before, or :func:`root_hash`.
+        parent: name of the block before, or :data:`ROOT`.
         tokens: the S token ids of the block.
         pictures: of each picture with tokens in the block: its first token's place counted from the block's first,
             negative if it starts in an earlier block; how many tokens it has; and the digest of its content.
@@ -61,8 +58,8 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         """Longest unused first."""
         self._references = [0] * num_blocks
-        self._name: list[bytes | None] = [None] * num_blocks
-        self._named: dict[bytes, int] = {}
+        self._name: list[Hashable | None] = [None] * num_blocks
+        self._named: dict[Hashable, int] = {}
 
     @property
     def free(self) -> int:
@@ -111,7 +108,7 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def publish(self, block: int, name: bytes) -> None:
+    def publish(self, block: int, name: Hashable) -> None:
         """Say what a used block holds once it is full. If another block holds the same already, that one stays."""
         assert self._references[block] > 0, f"block {block} was published without being in use"
         assert self._name[block] is None, f"block {block} was published twice"
@@ -126,12 +123,12 @@ class BlockPool:
             if self._name[block] is not None:
                 self._forget(block)
 
-    def peek(self, names: Sequence[bytes]) -> tuple[int, int]:
+    def peek(self, names: Iterable[Hashable]) -> tuple[int, int]:
         """How many leading names are known, and how many of those blocks are in use (so that sharing them is free)."""
         blocks = self._find(names)
         return len(blocks), sum(self._references[block] > 0 for block in blocks)
 
-    def match(self, names: Iterable[bytes]) -> list[int]:
+    def match(self, names: Iterable[Hashable]) -> list[int]:
         """The blocks of the leading names that are known, with a reference taken to each."""
         blocks = self._find(names)
         for block in blocks:
@@ -162,7 +159,7 @@ class BlockPool:
         assert named == {block: name for name, block in self._named.items()}, "names and blocks disagree"
         assert cached == named.keys() - references.keys(), "a block is cached without content, or has content unkept"
 
-    def _find(self, names: Iterable[bytes]) -> list[int]:
+    def _find(self, names: Iterable[Hashable]) -> list[int]:
         blocks = []
         for name in names:
             block = self._named.get(name)

@@ -186,6 +186,7 @@ class EngineCore:
         params: SamplingParams | None = None,
         *,
         pictures: Sequence[Picture] = (),
+        digests: Sequence[bytes] = (),
         end_token_ids: Collection[int] = (),
         end_text: EndText | None = None,
         matchers: Sequence[Matcher] = (),
@@ -198,6 +199,8 @@ class EngineCore:
             prompt: token ids, those of pictures in their places.
             params: how to sample; a seed that is None is drawn from torch's global generator.
             pictures: where pictures lie in the prompt.
+            digests: of the prompt's blocks, from :func:`~aria.engine.request.block_digests`; what is missing is made
+                here.
             end_token_ids: tokens at which an answer ends, beside those of ``params``; not if ``params.ignore_eos``.
             end_text: what ends a turn as text, which is not drawn before ``params.min_tokens``. The caller finds it.
             matchers: one for each answer if ``params.json_schema`` is set. They end it then.
@@ -222,14 +225,16 @@ class EngineCore:
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         # One token is drawn in any case; where none was asked for it is dropped.
         room = max(1, min(params.max_tokens, self.max_model_len - len(prompt)))
+        prompt, pictures = tuple(prompt), tuple(pictures)
         requests: list[Request] = []
         for copy in range(params.n):
             request = Request(
                 id=next(self._ids),
-                prompt=tuple(prompt),
+                prompt=prompt,
                 params=params,
                 max_tokens=room,
-                pictures=tuple(pictures),
+                pictures=pictures,
+                digests=digests,
                 priority=priority,
                 adapter=key,
                 # A large odd step keeps the copies of one seed and of its neighbours apart.

@@ -22,7 +22,7 @@ from aria.engine.failures import StepError, failure
 from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.prompt_scores import PromptScores
-from aria.engine.request import Picture, Request
+from aria.engine.request import Picture, Request, block_digests
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
@@ -342,7 +342,7 @@ class Engine:
             continue_final_message=continue_final_message,
         )
         self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
-        return prepared
+        return self.digest(prepared)
 
     def prepare_text(self, text: str | Sequence[int]) -> Prepared:
         """Text to be continued, or its token ids. No template is put around it, and no picture is in it.
@@ -365,7 +365,19 @@ class Engine:
             if token == tokenizer.image_token_id:
                 raise ValueError(f"token id {token} of the prompt stands for a picture; send pictures in messages")
         self.core.check(len(ids))
-        return Prepared(ids, [])
+        return self.digest(Prepared(ids, []))
+
+    def digest(self, prepared: Prepared) -> Prepared:
+        """Make what the prefix cache knows the prompt's blocks by, unless it is there. Any thread may do it, and not
+        the one that runs the model: for a long prompt it takes as long as a step."""
+        size = self.core.block_size
+        if size not in prepared.digests:
+            prepared.digests[size] = block_digests(prepared.ids, self._pictures(prepared), size)
+        return prepared
+
+    def _pictures(self, prepared: Prepared) -> list[Picture]:
+        patches = self.core.runner.encoder.patches
+        return [Picture(one.start, one.tokens, one.key, one, patches(one)) for one in prepared.pictures]
 
     def queue(
         self,
@@ -389,11 +401,12 @@ class Engine:
         schema = params.json_schema
         if matchers is None:
             matchers = () if schema is None else self.grammars.matchers(schema, params.n, prepared.stop)
-        patches = self.core.runner.encoder.patches
+        self.digest(prepared)
         requests = self.core.add(
             prepared.ids,
             params,
-            pictures=[Picture(one.start, one.tokens, one.key, one, patches(one)) for one in prepared.pictures],
+            pictures=self._pictures(prepared),
+            digests=prepared.digests[self.core.block_size],
             end_token_ids=self._end_token_ids,
             end_text=self._end_text if params.min_tokens and prepared.stop else None,
             matchers=matchers,

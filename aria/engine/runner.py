@@ -234,22 +234,24 @@ class Runner:
         last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
         last.update((id(request), i) for i, request in enumerate(plan.decodes))
         decoding = [request.computed - 1 for request in plan.decodes]
-        places = [np.array([place]) for place in decoding]
-        places += [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
+        places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
+        # One by one, because all blocks of a long answer would have to become an array for the sake of the last.
+        slots = [self._slot(request, place) for request, place in zip(plan.decodes, decoding, strict=True)]
+        chunk_slots = [self._slots(chunk.request, p) for chunk, p in zip(chunks, places, strict=True)]
         # What fills up stands at place 0, in slot 0 of the block that is nobody's.
         fill = np.zeros(T - plan.tokens, dtype=np.int64)
         lengths = [T] if alone else [chunk.count for chunk in chunks]
-        ids, slots, positions_T, index, rows_N, rows_C, spans, rows, positions, owners_T = self._upload(
+        ids, slots_T, positions_T, index, rows_N, rows_C, spans, rows, positions, owners_T = self._upload(
             np.concatenate([*(c.request.tokens(c.start, c.start + c.count) for c in chunks), fill]),
-            np.concatenate([self._slots(request, p) for request, p in zip(reading, places, strict=True)] + [fill]),
-            np.concatenate([*places, fill]),
+            np.concatenate([np.array(slots, dtype=np.int64), *chunk_slots, fill]),
+            np.concatenate([np.array(decoding, dtype=np.int64), *places, fill]),
             [last[id(request)] for request in sampling],
             [_row(request) for request in plan.decodes],
             [_row(chunk.request) for chunk in chunks],
             [x for c, first, T in zip(chunks, ends, lengths, strict=False) for x in (first - N, T, c.start)],
             [_row(request) for request in sampling],
             [request.computed - 1 for request in sampling],
-            np.concatenate([np.repeat(owners, [len(one) for one in places]), fill]) if adapted else [],
+            np.concatenate([np.repeat(owners, [1] * N + [len(p) for p in places]), fill]) if adapted else [],
         )
         x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
         self._place_pictures(x_TD, launched, ends)
@@ -276,7 +278,7 @@ class Runner:
             return self._logits(hidden_RD, sampled), hidden if scoring else None
 
         key = ("read", T, most, len(sampling), adapted) if alone else None
-        inputs = x_TD, positions_T, slots, index, rows_N, rows_C, rows, positions, spans, owners_T
+        inputs = x_TD, positions_T, slots_T, index, rows_N, rows_C, rows, positions, spans, owners_T
         logits, hidden_TD = self._run(key, work, *inputs)
         if hidden_TD is not None:
             for chunk, start in zip(chunks, ends[:-1], strict=True):
@@ -437,6 +439,10 @@ class Runner:
         if places:
             index, blocks = self._upload(places, values)
             self._blocks.view(-1).index_copy_(0, index.long(), blocks)
+
+    def _slot(self, request: Request, place: int) -> int:
+        size = self._cache.block_size
+        return request.blocks[place // size] * size + place % size
 
     def _slots(self, request: Request, places: np.ndarray) -> np.ndarray:
         size = self._cache.block_size

@@ -128,6 +128,8 @@ class Prepared:
     """What each part of the messages with a picture, clip or document came to, in their order."""
     stop: tuple[str, ...] = ()
     """Texts at which an answer ends: the end of a turn after messages, nothing after plain text."""
+    digests: dict[int, list[bytes]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """By block size: digests of the prompt's blocks in an engine's cache, once the engine has made them."""
 
 
 def read_pictures(

@@ -10,7 +10,7 @@ import torch
 from test_engine import CONVERSATIONS, asked
 
 from aria import AriaForConditionalGeneration, Engine, SamplingParams
-from aria.engine import AsyncEngine, grammar
+from aria.engine import AsyncEngine, grammar, request
 from aria.engine.request import Status
 from aria.processor import Prompt
 
@@ -268,6 +268,30 @@ def test_schemas_are_never_compiled_where_the_model_runs(engine, monkeypatch):
     params = SamplingParams(json_schema={"enum": ["pushed out"]})
     assert asyncio.run(engine.chat(CONVERSATIONS[0], params)).text == '"pushed out"'
     assert compiled_by and "aria-engine" not in compiled_by
+
+
+@pytest.mark.parametrize("by", ["messages", "engine", "processor"])
+def test_prompts_are_never_hashed_where_the_model_runs(by, engine, monkeypatch):
+    messages = asked(f"by {by} " + "a long prompt " * 60)
+    hashed_by = []
+    hash_block = request.block_hash
+
+    def noted(*args):
+        hashed_by.append(threading.current_thread().name)
+        return hash_block(*args)
+
+    monkeypatch.setattr(request, "block_hash", noted)
+
+    async def run():
+        given = messages
+        if by == "engine":
+            given = await engine.prepare(messages)
+        elif by == "processor":
+            given = engine.engine.processor.prepare(messages)
+        return await engine.chat(given, SamplingParams(max_tokens=1, n=2))
+
+    asyncio.run(run())
+    assert len(hashed_by) == len(engine.engine.prepare(messages).ids) // 16 > 20 and "aria-engine" not in hashed_by
 
 
 def test_a_step_wakes_the_loop_once_for_all_its_callers(engine):

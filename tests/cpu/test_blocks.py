@@ -7,9 +7,7 @@ import random
 
 import pytest
 
-from aria.engine.blocks import BlockPool, block_hash, root_hash
-
-ROOT = root_hash(None)
+from aria.engine.blocks import ROOT, BlockPool, block_hash
 
 
 def name(number: int) -> bytes:
@@ -111,11 +109,8 @@ def test_mistakes_are_noticed():
 def test_a_name_depends_on_all_that_the_content_does():
     tokens, picture = [1, 2, 3, 4], (2, 2, b"p")
     names = [
-        root_hash(None),
-        root_hash(""),
-        root_hash("a"),
+        ROOT,
         block_hash(ROOT, tokens),
-        block_hash(root_hash("a"), tokens),
         block_hash(block_hash(ROOT, tokens), tokens),
         block_hash(ROOT, [1, 2, 4, 3]),
         block_hash(ROOT, tokens, [picture]),
