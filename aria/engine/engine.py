@@ -247,7 +247,7 @@ class Engine:
 
     @cached_property
     def _end_text(self) -> EndText:
-        """Tokens that lead to the end of a turn; of Aria's vocabulary that takes a tenth of a second."""
+        """Tokens that lead to the end of a turn; finding them in Aria's vocabulary takes some tenths of a second."""
         tokenizer, size = self.processor.tokenizer, self.model.config.text.vocab_size
         # Ids past the tokenizer's have no text.
         tokens = [tokenizer.token_bytes(index) if index < len(tokenizer) else b"" for index in range(size)]
@@ -491,6 +491,7 @@ class Engine:
     def warm_up(self) -> None:
         """Do now what first requests would wait for: lay out the vocabulary for schemas, where they are installed, and
         on CUDA compile kernels and capture graphs, which takes up to some minutes. Nothing may be queued meanwhile."""
+        _ = self._end_text
         # Who asks for a schema without the package is told so then.
         with suppress(ModuleNotFoundError):
             self.grammars.load()

@@ -214,7 +214,7 @@ def test_a_prompt_as_long_as_the_model_is_refused(model_folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; expected a whole number, at least 1"),
+        ({"max_tokens": -1}, "max_tokens is -1; expected a whole number, 0 or more"),
         ({"temperature": -0.5}, "temperature is -0.5; expected a number from 0 to 2"),
         ({"temprature": 0.5, "beam": 3}, "unknown sampling fields: beam, temprature; expected some of max_tokens"),
         ({"min_p": 1.5}, "min_p is 1.5"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cuda import CONFIG, relative_error
 
-from aria import ops
+from aria import AriaForConditionalGeneration, ops
 from aria.config import AriaConfig, TextConfig
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
@@ -143,3 +143,40 @@ def test_the_cache_takes_what_memory_is_left():
     while core.unfinished:
         core.step()
     assert len(request.outputs) == 4
+
+
+def test_scores_of_prompts_equal_a_plain_pass():
+    model = Aria.random(CONFIG, dtype=torch.float32, device="cuda", std=0.05)
+    core = EngineCore(model, max_batch=8, max_model_len=1024, cache_blocks=24, step_tokens=256, mixed_step_tokens=128)
+    requests = []
+    for ids, pictures in requests_of(CONFIG.text.vocab_size, CONFIG.text.hidden_size, 12, 300):
+        pictures = [Picture(p.start, p.tokens, p.key, p.data.to("cuda")) for p in pictures]
+        requests += core.add(ids, SamplingParams(max_tokens=8, prompt_logprobs=3, min_tokens=8), pictures=pictures,
+                             end_token_ids=[30, 31])  # fmt: skip
+    while core.unfinished:
+        core.step()
+    for request in requests:
+        scores = request.prompt_scores
+        ids = torch.tensor(request.prompt, device="cuda")
+        with torch.no_grad(), ops.use("reference"):
+            features = [picture.data for picture in request.pictures]
+            context = Packed(model.config.text, Segments.of([len(ids)], "cuda"))
+            hidden = model(ids, context, torch.cat(features) if features else None).hidden
+            expected = model.logits(hidden).log_softmax(-1)[:-1]
+        assert scores.complete and len(request.outputs) == 8 and not {30, 31} & set(request.outputs)
+        got = torch.from_numpy(scores.logprobs[1:]).cuda()
+        torch.testing.assert_close(got, expected.gather(1, ids[1:, None])[:, 0], atol=1e-3, rtol=1e-3)
+
+
+def test_generate_in_lockstep_gives_the_same_tokens():
+    model = AriaForConditionalGeneration(Aria.random(CONFIG, dtype=torch.float32, device="cuda", std=0.05))
+    ids = torch.randint(20, CONFIG.text.vocab_size, (3, 40), device="cuda")
+    settings = {"max_new_tokens": 12, "repetition_penalty": 1.2, "eos_token_id": None}
+    alone = model.generate(ids, **settings)
+    scored = model.generate(ids, **settings, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(scored.sequences, alone)
+    assert len(scored.scores) == 12 and scored.scores[0].shape == (3, CONFIG.text.vocab_size)
+    for step, scores in enumerate(scored.scores):
+        assert torch.equal(
+            scores.index_fill(1, torch.tensor([9], device="cuda"), float("-inf")).argmax(-1), alone[:, 40 + step]
+        )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aria.engine import SamplingParams
-from aria.engine.sampler import SamplerState
+from aria.engine.sampler import EndText, SamplerState
 from aria.ops import sampling
 from aria.processor import AriaImageProcessor
 from aria.processor.pictures import load_crops, read_pictures
@@ -72,12 +72,15 @@ def test_a_graph_draws_anew_at_every_replay():
 
 
 def test_penalties_biases_and_logprobs_are_those_of_the_cpu():
-    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, logit_bias={5: 3.0})
+    penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
+    params = SamplingParams(**penalties, logit_bias={5: 3.0}, min_tokens=50)
     logits, rows = torch.randn(2, V), torch.tensor([1, 0], dtype=torch.int32)
     results = []
     for device in ("cpu", "cuda"):
         state = SamplerState(3, V, torch.device(device), (9,))
-        state.set_row(1, params, 7, [1, 2, 3], [3, 4])
+        spelled = [b"<" if token % 9 == 4 else b"|" if token % 7 == 1 else b"a" for token in range(V)]
+        ends = EndText.of("<|end|>", spelled, torch.device(device))
+        state.set_row(1, params, 7, [1, 2, 3], [3, 4], end_ids=[8, 11], end_text=ends)
         for _ in range(3):
             scores = state.apply_extras(logits.to(device), rows.to(device), rows.to(device), rows.to(device).long())
             tokens = state.sample(scores, rows.to(device), rows.to(device))
