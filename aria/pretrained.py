@@ -164,12 +164,14 @@ class AriaForConditionalGeneration(nn.Module):
             states=states if output_hidden_states else None,
         )
         keep = _positions(logits_to_keep, input_ids.shape[1])
-        logits = packed.spread(self.model.logits(hidden)) if keep is None or labels is not None else None
-        loss = None if labels is None or logits is None else self._loss(logits, labels, input_ids, packed.mask)
-        if keep is not None:
-            # Sliced before the head: a row of logits has as many numbers as the vocabulary has tokens.
-            kept = packed.spread(hidden)[:, keep] if logits is None else logits[:, keep]
-            logits = self.model.logits(kept.flatten(0, 1)).unflatten(0, kept.shape[:2]) if logits is None else kept
+        if keep is None or labels is not None:
+            logits = packed.spread(self.model.logits(hidden))
+            loss = None if labels is None else self._loss(logits, labels, input_ids, packed.mask)
+            logits = logits if keep is None else logits[:, keep]
+        else:
+            # Chosen before the head: a row of logits has as many numbers as the vocabulary has tokens.
+            kept = packed.spread(hidden)[:, keep]
+            logits, loss = self.model.logits(kept.flatten(0, 1)).unflatten(0, kept.shape[:2]), None
         output = AriaOutput(
             loss=loss,
             logits=logits,

@@ -30,7 +30,7 @@ from aria.processor.limits import PixelBudget
 from aria.processor.media import MediaSettings, load_image
 from aria.processor.options import TextOptions, merged
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
-from aria.processor.tokenizer import AriaTokenizer, check_length
+from aria.processor.tokenizer import AriaTokenizer, check_length, check_sanitized
 
 _PIXELS = ("pixel_values", "pixel_mask")
 
@@ -275,6 +275,7 @@ class AriaProcessor:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        sanitize_control_tokens: bool | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
@@ -291,6 +292,8 @@ class AriaProcessor:
                 message, in the form that training and the server use.
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: leave the last message open, to be continued.
+            sanitize_control_tokens: may be True, because markers in messages are always text here; ``str(prompt)`` is
+                tokenised as transformers does it without.
             tokenize: False gives the :class:`~aria.processor.chat.Prompt` (a list of them for several conversations).
             return_dict: with ``tokenize``, the whole of what calling the processor gives; False: ``input_ids`` alone.
             processor_kwargs: arguments of calling the processor; each may also be given by its own name.
@@ -299,6 +302,7 @@ class AriaProcessor:
         Raises:
             ValueError: as for a call, or a template that cannot be rendered.
         """
+        check_sanitized(sanitize_control_tokens)
         options = {name: more.pop(name) for name in list(more) if name in _CALL_OPTIONS}
         prompt = self.tokenizer.render(
             conversation,

@@ -71,8 +71,8 @@ def render_template(
     if any(callable(tool) for tool in tools or ()):
         raise ValueError("tools should be JSON Schemas of functions, not functions; describe each as a mapping")
     if is_arias(template):
-        if variables:
-            raise ValueError(f"unknown arguments: {', '.join(sorted(variables))}; Aria's chat template reads none")
+        if unknown := sorted(name for name, value in (variables or {}).items() if value is not None):
+            raise ValueError(f"unknown arguments: {', '.join(unknown)}; Aria's chat template reads none")
         return render(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -82,16 +82,14 @@ def render_template(
     if add_generation_prompt and continue_final_message:
         raise ValueError("add_generation_prompt opens a new turn and continue_final_message the last one; use one")
     program, known = _compile(template)
-    variables = dict(variables or {})
+    variables = {name: value for name, value in (variables or {}).items() if value is not None}
     if unknown := sorted(variables.keys() - known):
         raise ValueError(f"the chat template reads no {', '.join(unknown)}; it reads {', '.join(sorted(known))}")
     if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
     media = [part for i, message in enumerate(messages) for part in read_media(message, f"message {i}")]
     given = {"messages": [_shown(message) for message in messages], "tools": _plain(tools), **_plain(variables)}
-    cut, end = [free for free in _FREE if free not in json.dumps([template, given], ensure_ascii=False, default=str)][
-        :2
-    ]
+    cut, end = _unused(json.dumps([template, given], ensure_ascii=False, default=str))
     given = _guarded(given, cut)
     if continue_final_message:
         _mark_end(given["messages"], f"{end} ")
@@ -106,6 +104,14 @@ def render_template(
         # A template that trims has cut off the space behind the mark, and would have trimmed the text itself.
         text = text if rest.startswith(" ") else text.rstrip()
     return _read(text.replace(end, ""), cut, media)
+
+
+def _unused(text: str) -> tuple[str, str]:
+    """Two characters that stand nowhere in a text."""
+    unused = [free for free in _FREE if free not in text]
+    if len(unused) < 2:
+        raise ValueError("the messages hold nearly all of Unicode's noncharacters (U+FDD0 to U+FDEF); remove them")
+    return unused[0], unused[1]
 
 
 def is_arias(template: str) -> bool:

@@ -445,6 +445,7 @@ class AriaTokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        sanitize_control_tokens: bool | None = None,
         tokenize: bool = True,
         padding: bool | str = False,
         padding_side: str | None = None,
@@ -456,8 +457,10 @@ class AriaTokenizer:
     ) -> Any:
         """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; a picture stays one id.
 
-        The arguments are those of :meth:`render` and of calling the tokenizer.
+        The arguments are those of :meth:`render` and of calling the tokenizer. Markers in messages are always text, so
+        ``sanitize_control_tokens`` may be True; ``str(prompt)`` is tokenised as transformers does it without.
         """
+        check_sanitized(sanitize_control_tokens)
         prompt = self.render(
             conversation,
             chat_template=chat_template,
@@ -506,6 +509,15 @@ def check_length(padding: bool | str, truncation: bool, max_length: int | None) 
         raise ValueError(f"max_length should be at least 1, but is {max_length}")
     if max_length is None and (truncation or padding == "max_length"):
         raise ValueError("truncation and padding='max_length' need max_length; the tokenizer itself has no limit")
+
+
+def check_sanitized(sanitize_control_tokens: bool | None) -> None:
+    """Refuse to read markers in messages as control tokens."""
+    if sanitize_control_tokens is False:
+        raise ValueError(
+            "sanitize_control_tokens=False is not offered: markers in messages are always text; str(prompt) gives the "
+            "plain string, in which they are control tokens"
+        )
 
 
 def _compile(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -63,6 +63,11 @@ def test_markers_stay_text_through_what_templates_do_with_it() -> None:
         assert not prompt.slots and "\ufdd1" not in prompt
 
 
+def test_text_of_every_free_code_point_is_refused() -> None:
+    with pytest.raises(ValueError, match="hold nearly all of Unicode's noncharacters"):
+        render_template("{{ messages }}", [{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDEF)))}])
+
+
 def test_places_are_those_that_the_template_writes() -> None:
     picture = object()
     messages = [
@@ -110,6 +115,7 @@ def test_templates_know_what_transformers_gives_them(processor: AriaProcessor) -
         (None, {"enable_thinking": True}, "unknown arguments: enable_thinking; Aria's chat template reads none"),
         (None, {"tools": [{"parameters": {}}]}, 'tool 0 should be a mapping such as {"name"'),
         (None, {"continue_final_message": True, "add_generation_prompt": True}, "use one"),
+        (None, {"sanitize_control_tokens": False}, "markers in messages are always text; str(prompt)"),
         (7, {}, "chat_template should be a Jinja template, but is 7"),
     ],
 )

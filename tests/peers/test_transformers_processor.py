@@ -192,7 +192,7 @@ def test_a_string_keeps_transformers_ids_and_a_prompt_protects_text(processors, 
     assert prompt == theirs.apply_chat_template(messages, template)
     plain = ours.tokenizer.encode(str(prompt))
     assert plain == theirs.tokenizer(str(prompt))["input_ids"] == ours(str(prompt))["input_ids"][0]
-    safe = ours.apply_chat_template(messages, template, tokenize=True)[0]
+    safe = ours.apply_chat_template(messages, template, tokenize=True, sanitize_control_tokens=True)[0]
     assert safe == ours(prompt)["input_ids"][0] == ours.tokenizer.encode(prompt) != plain
     assert 2 in plain and 2 not in safe and ours.decode(safe) == ours.decode(plain) == str(prompt)
     end = ours.tokenizer.encode("<|im_end|>")[1:-1]
