@@ -39,11 +39,11 @@ def train(
     from aria.train.run import train as run
 
     read = Recipe.read(recipe, settings or ())
+    folder = out_folder or Path("runs") / recipe.stem
     if dry_run:
-        for table in dry(read):
+        for table in dry(read, folder):
             out.print(table)
         return
-    folder = out_folder or Path("runs") / recipe.stem
     if resume and not begun(folder):
         raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")
     if export:

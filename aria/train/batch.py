@@ -37,6 +37,11 @@ class Sample(NamedTuple):
     def num_crops(self) -> int:
         return sum(len(crops.extents) for crops in self.crops)
 
+    def patches(self, side: int) -> int:
+        """Of its pictures, those alone left out that are only padding; ``side`` is a patch's, in pixels."""
+        extents = [extent for crops in self.crops for extent in crops.extents]
+        return sum(-(-height // side) * -(-width // side) for height, width in extents)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

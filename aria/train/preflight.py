@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -27,8 +28,9 @@ from aria.ops import Segments
 from aria.train import targets
 from aria.train.cost import Trained, token_flops
 from aria.train.optimizer import OptimizerSettings, make_optimizer
-from aria.train.progress import duration
+from aria.train.progress import duration, size
 from aria.train.recipe import Recipe
+from aria.train.storage import Storage
 
 RESERVE = 2 << 30
 """Bytes on CUDA for the runtime, kernels' workspaces and what the allocator cannot use; on the CPU a tenth of it."""
@@ -56,6 +58,8 @@ class Memory:
     pictures: int
     """Those that are kept encoded; none where the host has memory of its own for them."""
     reserve: int
+    saving: int = 0
+    """The copy that a save makes of what it writes, where the device's memory is the host's."""
     whole: int = 0
     """Not a part, but before all others: the model and the reserve on a rank that has read it and not yet spread it."""
 
@@ -211,8 +215,14 @@ class Estimator:
         self.config, self._device = config, device
         self._counted: dict[str, _Counts] = {}
 
-    def memory(self, recipe: Recipe, world: int = 1) -> Memory:
-        """What one of ``world`` ranks takes."""
+    def memory(self, recipe: Recipe, world: int = 1, density: float | None = None) -> Memory:
+        """What one of ``world`` ranks takes.
+
+        Args:
+            recipe: of the training.
+            world: ranks.
+            density: most patches of pictures for each token that a row of the data has; None: as many as there can be.
+        """
         config, text = self.config, self.config.text
         dtype = weights_dtype(recipe, config, self._device)
         counts = self._count(recipe.targets, dtype)
@@ -220,14 +230,13 @@ class Estimator:
         # A vision encoder that is frozen stays whole (aria.train.parallel).
         apart = 0 if world == 1 or counts.per_patch else config.vision.num_parameters() * dtype.itemsize
         weights = (counts.base - apart) / world + apart + (2 * counts.layer if world > 1 else 0)
-        trained = sum(counts.trained.values())
-        state = sum(count * state_bytes(recipe.optimizer, dtype) for dtype, count in counts.trained.items())
+        state = _state(recipe, counts)
         T, inputs = recipe.batch.tokens, text.hidden_size * dtype.itemsize
         # Embeddings and pictures are made of all tokens on every rank; layers and head have this rank's part of them.
         own = T / recipe.parallel.sequence
         recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.parallel.checkpointing]
         kept = own * text.num_hidden_layers * (inputs + (1 - recomputed) * counts.per_token)
-        patches = _patches(recipe, config)
+        patches = _patches(recipe, config, density)
         vision, width = config.vision, config.vision.hidden_size * dtype.itemsize
         seen = patches * vision.num_hidden_layers * ((1 - recomputed) * counts.per_patch)
         if counts.per_patch:
@@ -237,21 +246,41 @@ class Estimator:
         # Backward of a layer holds what forward kept, and gradients of about as much.
         again = max(2.0 * own * counts.per_token, 2.0 * chunk * counts.per_patch)
         scores = min(CHUNK_SCORES, own * text.vocab_size) * (2 * dtype.itemsize + 8) + 4 * counts.head
-        average = 4 * trained if recipe.schedule.average is not None else 0
         reserve = RESERVE if self._device.type == "cuda" else RESERVE // 10
         return Memory(
             weights=round(weights),
             adapters=round(counts.adapters / world),
-            gradients=round(sum(dtype.itemsize * count for dtype, count in counts.trained.items()) / world),
-            optimizer=round(state / world),
-            average=round(average / world),
+            gradients=round(state.weights / world),
+            optimizer=round(state.optimizer / world),
+            average=round(state.average / world),
             activations=round(kept + seen + 2 * inputs * T),
             working=round(max(again, wide)),
             logits=round(scores),
             pictures=recipe.objective.picture_bytes if self._device.type == "cpu" else 0,
             reserve=reserve,
+            saving=round(state.all / world) if self._device.type == "cpu" else 0,
             # Every rank reads the model onto its device, and adapters are attached, before anything is spread.
             whole=counts.base + counts.adapters + reserve if world > 1 else 0,
+        )
+
+    def crops(self, recipe: Recipe, density: float | None = None) -> int:
+        """Crops of a batch at most, if the vision encoder keeps what it computes of them; else 0."""
+        if not self._count(recipe.targets, weights_dtype(recipe, self.config, self._device)).per_patch:
+            return 0
+        return _patches(recipe, self.config, density) // max(self.config.projector.patch_to_query)
+
+    def storage(self, recipe: Recipe, world: int = 1, out: Path | None = None) -> Storage:
+        """What checkpoints and the export take beside the devices; ``out`` is the run's folder."""
+        counts = self._count(recipe.targets, weights_dtype(recipe, self.config, self._device))
+        state = _state(recipe, counts)
+        return Storage.of(
+            checkpoint=state.all,
+            export=counts.base if recipe.targets.method == "full" else state.weights,
+            gathered=counts.base if recipe.targets.method == "full" and self._device.type == "cuda" else state.weights,
+            pictures=recipe.objective.picture_bytes if self._device.type == "cuda" else 0,
+            keep=recipe.checkpoint.keep,
+            world=world,
+            out=out,
         )
 
     def _count(self, chosen: targets.Targets, dtype: torch.dtype) -> _Counts:
@@ -282,6 +311,26 @@ class Estimator:
         return self._counted[key]
 
 
+class _State(NamedTuple):
+    """Bytes of what a checkpoint holds, of all ranks together."""
+
+    weights: float
+    optimizer: float
+    average: float
+
+    @property
+    def all(self) -> float:
+        return sum(self)
+
+
+def _state(recipe: Recipe, counts: _Counts) -> _State:
+    return _State(
+        sum(dtype.itemsize * count for dtype, count in counts.trained.items()),
+        sum(count * state_bytes(recipe.optimizer, dtype) for dtype, count in counts.trained.items()),
+        4 * sum(counts.trained.values()) if recipe.schedule.average is not None else 0,
+    )
+
+
 def weights_dtype(recipe: Recipe, config: AriaConfig, device: torch.device) -> torch.dtype:
     """What the model's weights will have."""
     if recipe.model.dtype != "auto":
@@ -289,11 +338,12 @@ def weights_dtype(recipe: Recipe, config: AriaConfig, device: torch.device) -> t
     return config.dtype if device.type == "cuda" else torch.float32
 
 
-def _patches(recipe: Recipe, config: AriaConfig) -> int:
-    """Patches of a micro-batch that is full of pictures: no batch can have more."""
+def _patches(recipe: Recipe, config: AriaConfig, density: float | None) -> int:
+    """Patches of a micro-batch that is full of pictures, or of the row that has most for a token, if that is known."""
     crops = {patches: recipe.batch.tokens // queries for patches, queries in config.projector.patch_to_query.items()}
-    most = getattr(recipe.data, "max_crops", None)
-    return max(patches * (count if most is None else min(count, most)) for patches, count in crops.items())
+    most = recipe.data.max_crops
+    full = max(patches * (count if most is None else min(count, most)) for patches, count in crops.items())
+    return full if density is None else min(full, math.ceil(density * recipe.batch.tokens))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -324,6 +374,7 @@ class Plan:
     """None where only the data or a clock can tell."""
     seconds: float | None
     device: str
+    storage: Storage
 
     def table(self) -> Table:
         """For a person."""
@@ -336,6 +387,9 @@ class Plan:
         if self.memory.whole > self.memory.total:
             table.add_row("before, the whole model", size(self.memory.whole))
         table.add_row("free", size(self.available))
+        table.add_section()
+        for row in self.storage.rows():
+            table.add_row(*row)
         table.add_section()
         table.add_row("tokens a step", f"{self.step_tokens:,}")
         if self.steps is not None:
@@ -355,6 +409,8 @@ def check(
     available: int | None = None,
     flops_rate: float | None = None,
     sampled: Sampled | None = None,
+    density: float | None = None,
+    out: Path | None = None,
 ) -> Plan:
     """Say what a training takes, and refuse one that cannot fit.
 
@@ -366,15 +422,17 @@ def check(
         available: bytes that are free; None asks the device.
         flops_rate: FLOP/s of matrix products on the device, for the estimate of time.
         sampled: what the data are like, for steps of epochs and FLOPs of pictures; None: full batches of text.
+        density: most patches of pictures for each token that a row of the data has; None: as many as there can be.
+        out: folder of the run, for the room on its disk.
 
     Raises:
         ValueError: it does not fit; the nearest settings that do are named.
     """
     free = available_bytes(device) if available is None else available
     estimator = Estimator(config, device)
-    memory = estimator.memory(recipe, world)
+    memory = estimator.memory(recipe, world, density)
     if memory.most > free:
-        ways = list(_ways(recipe, estimator, device, world, free))
+        ways = list(_ways(recipe, estimator, device, world, free, density))
         said = "; ".join(ways) if ways else "nothing that was tried; take a device with more memory, or more devices"
         parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items())
         if memory.whole > free:
@@ -388,13 +446,14 @@ def check(
     steps = budget.steps
     if budget.epochs is not None and sampled is not None:
         steps = math.ceil(budget.epochs * sampled.batches / batch.accumulate)
+    storage = estimator.storage(recipe, world, out)
     seconds = budget.minutes * 60.0 if budget.minutes is not None else None
     if steps is not None and flops_rate is not None:
         each = batch.tokens * _token_flops(recipe, config) if sampled is None else sampled.flops
         # Ranks that share sequences share their work.
         each /= recipe.parallel.sequence
         seconds = steps * batch.accumulate * each / (flops_rate * SHARE_OF_RATE[device.type])
-    return Plan(memory, free, batch.tokens * batch.accumulate * ranks, steps, seconds, str(device))
+    return Plan(memory, free, batch.tokens * batch.accumulate * ranks, steps, seconds, str(device), storage)
 
 
 def _token_flops(recipe: Recipe, config: AriaConfig) -> float:
@@ -404,7 +463,9 @@ def _token_flops(recipe: Recipe, config: AriaConfig) -> float:
     return token_flops(config, Trained.of(model, full=recipe.targets.method == "full"))
 
 
-def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int, free: int) -> Iterator[str]:
+def _ways(
+    recipe: Recipe, estimator: Estimator, device: torch.device, world: int, free: int, density: float | None
+) -> Iterator[str]:
     """The nearest settings that fit, one of each kind, in the words of ``--set``; pairs only if no single one does."""
     batch, changed = recipe.batch, dataclasses.replace
     shorter = [
@@ -433,7 +494,13 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
         and not n % parallel.sequence
         and not any(x % n for x in (world, batch.tokens, text.num_attention_heads, text.num_key_value_heads))
     ]
-    single: list[list[tuple[str, dict[str, Any]]]] = [shorter]
+    crops = estimator.crops(recipe, density)
+    fewer = [
+        (f"data.max_crops={crops // n}", {"data": changed(recipe.data, max_crops=crops // n)})
+        for n in (2, 4, 8, 16, 32)
+        if crops // n
+    ]
+    single: list[list[tuple[str, dict[str, Any]]]] = [shorter, fewer] if fewer else [shorter]
     if recipe.parallel.checkpointing != "full":
         single.append([again])
     if recipe.targets.method != "lora":
@@ -447,7 +514,7 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
 
     def most(settings: dict[str, Any], ranks: int) -> float:
         try:
-            return estimator.memory(changed(recipe, **settings), ranks).most
+            return estimator.memory(changed(recipe, **settings), ranks, density).most
         except ValueError:
             # These do not go together with others of the recipe.
             return math.inf
@@ -469,8 +536,3 @@ def _ways(recipe: Recipe, estimator: Estimator, device: torch.device, world: int
             if need <= free:
                 yield f"{n} devices{words} ({size(need)} on each)"
                 return
-
-
-def size(number: float) -> str:
-    """Bytes for people."""
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

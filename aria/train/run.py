@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +24,8 @@ from aria.model import Aria
 from aria.model.adapter import adapters
 from aria.processor import AriaProcessor
 from aria.train import targets
+from aria.train.console import EXPORT, make_reporter, rounded_epochs, say_end
 from aria.train.cost import Trained, batch_flops
-from aria.train.curve import LossCurve
 from aria.train.data import DataStream, make_stream
 from aria.train.data.encode import Encoder
 from aria.train.data.look import judge, look
@@ -38,26 +37,16 @@ from aria.train.parallel import Parallel
 from aria.train.preflight import Sampled, check, weights_dtype
 from aria.train.progress import (
     LOG_NAME,
-    WANDB_ID_NAME,
-    JsonLines,
-    Reporter,
-    Sink,
-    TensorBoard,
-    Wandb,
-    duration,
     last_evaluated,
     measured_rate,
 )
-from aria.train.recipe import FILE_NAME, ModelSettings, Recipe, changes, load_object
+from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
 from aria.train.resume import Saved, about, course, make_budget, schedule_of
 from aria.train.schedule import Budget, StepBudget
-from aria.train.settings import as_table
 from aria.train.state import CheckpointError, RunState, gathered, trained_weights
 from aria.train.trainer import Descent, LoopSettings, Position, Trainer
 
 LOCK_NAME = ".lock"
-EXPORT = "export"
-"""Folder in the run's: the adapter, or the whole model with its processor."""
 SAMPLED = 4
 """Batches that a dry run looks at to tell steps and time."""
 
@@ -133,7 +122,7 @@ def train(
             report=lambda line: console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False),
         )
         _claim(out, recipe, parallel, lock, begun=state.latest() is not None)
-        parts = _prepare(recipe, parallel, console if parallel.rank == 0 else None)
+        parts = _prepare(recipe, parallel, out, console if parallel.rank == 0 else None)
         return _run(parts, state, out, console, sampler, stop_after)
     finally:
         # Taken twice where the folder was there before; an error that is kept would keep the lock.
@@ -156,8 +145,12 @@ def begun(out: str | Path) -> bool:
     return RunState.latest_in(Path(out)) is not None
 
 
-def dry(recipe: Recipe) -> list[Table | str]:
+def dry(recipe: Recipe, out: Path | None = None) -> list[Table | str]:
     """What a training would take, and what of the model would train; nothing is loaded.
+
+    Args:
+        recipe: what would be trained.
+        out: folder of the run, for the room on its disk.
 
     Data that are not there yet are no mistake here: a last line says so, and steps and time stay untold. Of several
     processes the first one tells.
@@ -174,16 +167,25 @@ def dry(recipe: Recipe) -> list[Table | str]:
         rate = measured_rate(parallel.device, weights_dtype(recipe, config, parallel.device))
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
         model, trainable = _outline(recipe, config)
-        check(recipe, config, parallel.device, world=parallel.world)
-        sampled, notes = None, list[str]()
+        sampled, density, notes = None, None, list[str]()
         try:
-            stream = _stream(recipe, processor, config, parallel, notes.append)
+            stream, density = _stream(recipe, processor, config, parallel, notes.append)
         except FileNotFoundError as error:
             notes.append(f"A training needs what is not there yet: {error}")
         else:
             if isinstance(stream, DataStream):
                 sampled = _sampled(stream, config, trained_parts(model, full=recipe.targets.method == "full"))
-        plan = check(recipe, config, parallel.device, world=parallel.world, flops_rate=rate, sampled=sampled)
+        plan = check(
+            recipe,
+            config,
+            parallel.device,
+            world=parallel.world,
+            flops_rate=rate,
+            sampled=sampled,
+            density=density,
+            out=out,
+        )
+        notes += [f"warning: {warning}" for warning in plan.storage.warnings()]
         return [] if parallel.rank else [trainable.table(), plan.table(), *filter(None, notes)]
     finally:
         parallel.close()
@@ -248,7 +250,7 @@ def _same(file: Path, there: Recipe, recipe: Recipe) -> None:
         )
 
 
-def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Parts:
+def _prepare(recipe: Recipe, parallel: Parallel, out: Path, console: Console | None) -> Parts:
     """The model with its weights, what trains of it chosen and spread over the ranks."""
     settings = recipe.model
 
@@ -261,15 +263,17 @@ def _prepare(recipe: Recipe, parallel: Parallel, console: Console | None) -> Par
     if settings.factory is not None:
         module = load_object(settings.factory, "[model] factory")(recipe).to(parallel.device)
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
-        stream = _stream(recipe, processor, aria_in(module).config, parallel, say)
+        stream, _ = _stream(recipe, processor, aria_in(module).config, parallel, say)
     else:
         config = settings.configure(AriaConfig.from_pretrained(settings.path, revision=settings.revision))
         processor = AriaProcessor.from_pretrained(settings.path, revision=settings.revision)
-        plan = check(recipe, config, parallel.device, world=parallel.world)
+        _outline(recipe, config)
+        stream, density = _stream(recipe, processor, config, parallel, say)
+        plan = check(recipe, config, parallel.device, world=parallel.world, density=density, out=out)
         if console is not None:
             console.print(plan.table())
-        _outline(recipe, config)
-        stream = _stream(recipe, processor, config, parallel, say)
+        for warning in plan.storage.warnings():
+            say(f"warning: {warning}")
         module = _load(recipe, config, parallel.device)
     aria = aria_in(module)
     trainable = targets.apply(aria, recipe.targets)
@@ -336,7 +340,7 @@ def _run(
     meta = state.load(saved) if state.latest() is not None else None
     objective, flops = _objective(parts)
     evaluation = Evaluation(parts.aria, objective, recipe, parts.processor, parallel, descent, out, position, sampler)
-    reporter = _reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
+    reporter = make_reporter(recipe, out, console, position.step) if parallel.rank == 0 else None
     parallel.barrier()  # the log has been cut to where the run goes on
     evaluated = last_evaluated(out / LOG_NAME)
     trainer = Trainer(
@@ -363,7 +367,7 @@ def _run(
     try:
         if reporter is not None:
             lines = [] if meta is None else course(meta, recipe, parallel, budget, position.step)
-            for line in [*lines, *_rounded(recipe, stream)]:
+            for line in [*lines, *rounded_epochs(recipe, stream)]:
                 reporter.say(line)
         failed: Exception | None = None
         try:
@@ -382,7 +386,7 @@ def _run(
                 _export(parts, out / EXPORT, position.step, failed)
         if reporter is not None:
             reporter.close()
-            _say_end(reporter, reason, trainer, report, out, beside=recipe.model if adapters(parts.aria) else None)
+            say_end(reporter, reason, trainer, report, out, beside=recipe.model if adapters(parts.aria) else None)
     finally:
         if reporter is not None:
             reporter.close()
@@ -408,15 +412,17 @@ def _export(parts: Parts, folder: Path, step: int, failed: Exception | None) -> 
 
 def _stream(
     recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel, say: Callable[[str], None]
-) -> Any:
-    """Batches of this rank. Some rows, held-out ones too, are looked at: what they lack is told before a training."""
+) -> tuple[Any, float | None]:
+    """Batches of this rank, and how dense pictures are in the rows that were looked at (:class:`Look`), None if none
+    were. Some rows, held-out ones too, are looked at: what they lack is told before a training.
+    """
     data = recipe.data
     if recipe.evaluate.data:
         found = check_held_out(recipe, processor, config, parallel)
         say(judge(parallel.collect(found), "held-out rows", data.on_error))
     if recipe.data.factory is not None:
         make = load_object(recipe.data.factory, "[data] factory")
-        return make(recipe, processor, parallel.data_rank, parallel.data_world)
+        return make(recipe, processor, parallel.data_rank, parallel.data_world), None
     stream = make_stream(
         data,
         processor,
@@ -428,9 +434,9 @@ def _stream(
         passes=recipe.budget.epochs,
     )
     encoder = Encoder(processor, config, data, recipe.batch.tokens)
-    found = look(stream.sources, encoder, data, rank=parallel.data_rank, world=parallel.data_world)
-    say(judge(parallel.collect(found), "training rows", data.on_error))
-    return stream
+    looks = parallel.collect(look(stream.sources, encoder, data, rank=parallel.data_rank, world=parallel.data_world))
+    say(judge(looks, "training rows", data.on_error))
+    return stream, max(one.density for one in looks)
 
 
 def _objective(parts: Parts) -> tuple[Callable[[Any, Step], Losses], Callable[[Any], float] | None]:
@@ -467,26 +473,6 @@ def _loop_settings(recipe: Recipe, parallel: Parallel, stop_after: float | None)
         stop_after=stop_after,
         rate=measured_rate(parallel.device, kind) if parallel.rank == 0 else None,
     )
-
-
-def _rounded(recipe: Recipe, stream: Any) -> list[str]:
-    """What to say where a budget of epochs is no whole number of rows."""
-    epochs = recipe.budget.epochs
-    if epochs is None or not isinstance(stream, DataStream) or math.isclose(epochs * stream.rows, stream.rows_in_all):
-        return []
-    return [f"budget.epochs = {epochs:g} of {stream.rows:,} rows is rounded to {stream.rows_in_all:,} rows"]
-
-
-def _reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Reporter:
-    sinks: list[Sink] = [JsonLines(out / LOG_NAME, step), LossCurve(out / LOG_NAME)]
-    if recipe.log.tensorboard:
-        sinks.append(TensorBoard(out))
-    if recipe.log.wandb is not None:
-        if not step:
-            # Begun anew, it is another run than one that was in this folder before.
-            (out / WANDB_ID_NAME).unlink(missing_ok=True)
-        sinks.append(Wandb(out, recipe.log.wandb, as_table(recipe)))
-    return Reporter(sinks, console)
 
 
 def export(parts: Parts, folder: Path) -> None:
@@ -548,25 +534,3 @@ def _write(
         model = Aria(config)
     targets.apply(model, recipe.targets)
     save_adapter(model, folder, base_model=recipe.model.path, revision=recipe.model.revision, state=weights)
-
-
-def _say_end(
-    reporter: Reporter, reason: str, trainer: Trainer, report: Any, out: Path, *, beside: ModelSettings | None
-) -> None:
-    """Say what came of it; ``beside``: the model that an adapter was trained beside."""
-    position, stream = trainer.position, trainer.stream
-    passes = f", {stream.epochs:.4g} epochs of {stream.rows:,} rows" if isinstance(stream, DataStream) else ""
-    steps = f"{position.step} step{'s' if position.step != 1 else ''}"
-    spent = f", {duration(trainer.clock.spent)} of training" if trainer.clock.running else ""
-    reporter.say(f"{reason}: {steps}, {position.tokens:,} tokens{passes}{spent}")
-    if report:
-        reporter.say(str(report))
-    if reason in ("done", "data ended"):
-        use = f"-m {out / EXPORT}"
-        if beside is not None:
-            # Chat's own default is nano, which other models' adapters do not fit.
-            base = ("-m", beside.path), ("--revision", beside.revision), ("--adapter", out / EXPORT)
-            use = " ".join(f"{option} {value}" for option, value in base if value is not None)
-        reporter.say(f"written to {out / EXPORT}; to talk to it: aria chat {use}")
-    else:
-        reporter.say(f"saved at step {position.step} in {out}; rerun to resume")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +78,68 @@ def test_activations_of_a_trained_vision_encoder_count_every_patch():
     seen = Estimator(tiny_config(), CPU).memory(recipe(targets=FULL))
     few = Estimator(tiny_config(), CPU).memory(recipe(targets=FULL, data={"paths": ["a"], "max_crops": 1}))
     assert frozen.activations < few.activations < seen.activations
+
+
+def test_a_vision_encoder_that_trains_on_text_keeps_nothing():
+    told = recipe(targets=FULL, batch={"tokens": 640})
+    estimator, model = Estimator(tiny_config(), CPU), trained_model(told)
+    with saved_bytes(model) as count:
+        hidden = model(torch.arange(640) % 250 + 10, Packed(model.config.text, Segments.of([640]))).hidden
+        found = count()
+    del hidden
+    text, pictures = estimator.memory(told, density=0.0), estimator.memory(told)
+    assert text.activations == pytest.approx(found, rel=0.1) and 5 * text.activations < pictures.activations
+    # As dense as a crop and its tokens are all that a batch can be.
+    [(patches, queries)] = [max(tiny_config().projector.patch_to_query.items())]
+    assert estimator.memory(told, density=patches / queries).activations == pictures.activations
+    few = estimator.memory(told, density=patches / queries / 8)
+    assert text.activations < few.activations < pictures.activations
+
+
+def test_pictures_that_do_not_fit_are_refused_with_how_many_do():
+    told, config = recipe(targets=FULL, batch={"tokens": 2048}), tiny_config()
+    side = max(config.projector.patch_to_query)
+    most = 2048 // config.projector.patch_to_query[side]
+    bound = dataclasses.replace(told, data=dataclasses.replace(told.data, max_crops=most // 2))
+    need = Estimator(config, CPU).memory(bound).most
+    with pytest.raises(ValueError, match=rf"data\.max_crops={most // 2} \({re.escape(size(need))}\)"):
+        check(told, config, CPU, available=need)
+    check(bound, config, CPU, available=need)
+    with pytest.raises(ValueError, match="What would fit") as refused:
+        check(told, config, CPU, available=need // 8, density=0.0)
+    assert "max_crops" not in str(refused.value), "without pictures it changes nothing"
+
+
+def test_a_plan_tells_the_hosts_memory_and_the_disk(tmp_path, monkeypatch):
+    told, config = recipe(targets=FULL, checkpoint={"keep": 3}, schedule={"average": 0.9}), tiny_config()
+    model = trained_model(told)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(named.items(), told.optimizer)
+    saved = {"weights": named, "optimizer": optimizer.state_dict(), "average": {n: p.clone() for n, p in named.items()}}
+    torch.save(saved, tmp_path / "all.pt")
+    one = (tmp_path / "all.pt").stat().st_size
+    plan = check(told, config, CPU, available=1 << 40, out=tmp_path / "runs" / "not yet")
+    assert plan.storage.checkpoint == pytest.approx(one, rel=0.02)
+    assert plan.memory.saving == plan.storage.checkpoint, "on the CPU a save's copy is in the same memory"
+    whole = sum(p.nbytes for p in model.parameters())
+    assert plan.storage.disk == 4 * plan.storage.checkpoint + whole and plan.storage.export == whole
+    cells = list(plan.table().columns[0].cells)
+    assert {"host, a save's copy", "disk, 4 checkpoints and export", "disk, free"} <= set(cells)
+    assert not list(plan.storage.warnings())
+    # Eight ranks, four of which are on this host, which has less than their copies take.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    full = shutil.disk_usage(tmp_path)._replace(free=plan.storage.disk - 1)
+    monkeypatch.setattr("aria.train.storage.shutil.disk_usage", lambda folder: full)
+    monkeypatch.setattr("aria.train.storage.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    many = Estimator(config, GPU).storage(told, 8, tmp_path / "runs")
+    assert many.host == pytest.approx(many.checkpoint / 2, rel=0.01)
+    memory, disk = many.warnings()
+    assert f"copies {size(many.host)} of state into this host's memory" in memory
+    assert size(many.disk) in disk and size(many.checkpoint) in disk and "checkpoint.keep" in disk
+    # Checkpoints that are there already need no more room.
+    (tmp_path / "runs" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "runs" / "checkpoints" / "step-1" / "x").write_bytes(bytes(100))
+    assert len(list(Estimator(config, GPU).storage(told, 8, tmp_path / "runs").warnings())) == 1
 
 
 def test_checkpointing_averages_and_ranks_change_what_they_should():

@@ -332,7 +332,8 @@ def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, 
     assert command("train", file, "--out", out, "--dry-run") == 0
     told = capsys.readouterr().out
     assert not out.exists()
-    for word in ("weights", "adapters", "gradients", "optimizer", "activations", "tokens a step", "time, roughly"):
+    words = ("weights", "adapters", "gradients", "optimizer", "activations", "tokens a step", "time, roughly")
+    for word in (*words, "host, a save's copy", "disk, 3 checkpoints and export", "disk, free"):
         assert word in told
     [steps] = [int(line.split("│")[2]) for line in told.splitlines() if line.startswith("│ steps")]
     assert command("train", file, "--out", out) == 0

@@ -73,6 +73,7 @@ class Encoder:
 
     def __init__(self, processor: AriaProcessor, config: AriaConfig, settings: DataSettings, tokens: int):
         self._processor, self._settings = processor, settings
+        self.patch_size = config.vision.patch_size
         images = processor.image_processor
         self._customs = Customs(settings.num_frames, settings.timestamps, images.sizes)
         self.max_length = min(settings.max_length or tokens, tokens, config.text.max_position_embeddings)

@@ -31,6 +31,8 @@ class Look:
     """Data set -> those of them that can be trained on."""
     problems: list[tuple[str, int, str]] = field(default_factory=list)
     """File, line and what is wrong there, of each of the others."""
+    density: float = 0.0
+    """Patches of pictures for each token, of the row that has most of them."""
 
 
 def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: int = 0, world: int = 1) -> Look:
@@ -44,7 +46,7 @@ def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: in
         chosen.update(dict.fromkeys((start + row for row in _some(count, share)), name))
         start += count
     reader = Reader(lambda row: encoder(sources.read(row)), settings.workers, settings.workers * settings.prefetch)
-    found = Look()
+    found, side = Look(), encoder.patch_size
     try:
         for row, encoded in reader.read(list(chosen)[rank::world]):
             found.rows[chosen[row]] += 1
@@ -53,6 +55,9 @@ def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: in
                 found.problems.append((file, int(line), f"{encoded.kind}: {encoded}"))
             else:
                 found.usable[chosen[row]] += 1
+                found.density = max(
+                    [found.density, *(sample.patches(side) / sample.tokens for sample in encoded.samples)]
+                )
     finally:
         reader.close()
     return found
