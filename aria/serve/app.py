@@ -15,6 +15,7 @@ from aria.engine import AsyncEngine
 from aria.serve import adapters, errors, tokens
 from aria.serve.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from aria.serve.answers import respond
+from aria.serve.exchange import ExchangeMiddleware
 from aria.serve.limits import Gate, Traffic
 from aria.serve.page import Page
 from aria.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -89,6 +90,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
             allow_private_network=True,
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    app.add_middleware(ExchangeMiddleware)  # outside of all others: preflights are requests, too
     return app
 
 

@@ -1,15 +1,21 @@
-"""`Exchange`: one request and its response, as the access log reports it."""
+"""`Exchange`: one request and its response, and `ExchangeMiddleware`, which names it and writes the access log."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
+import uuid
 from dataclasses import dataclass, field
 from urllib.parse import quote
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ACCESS_LOG = "aria.access"
 """Name of the logger that has a line for each request, at the level INFO."""
 _logger = logging.getLogger(ACCESS_LOG)
+_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 @dataclass
@@ -44,3 +50,32 @@ class Exchange:
             self.method, quote(self.path[:200]), status, time.perf_counter() - self.began, "".join(tokens),
             self.request_id,
         )  # fmt: skip
+
+
+class ExchangeMiddleware:
+    """ASGI middleware around everything else: ``scope["state"]["exchange"]``, the header ``X-Request-Id``, which is the
+    client's own if it is harmless, and the access log."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("x-request-id", "")
+        name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
+        exchange = Exchange(scope["method"], scope["path"], name)
+        status = 499
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self._app({**scope, "state": {**scope.get("state", {}), "exchange": exchange}}, receive, named)
+        finally:
+            exchange.log(status)

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: a name for the log, a key, a size, and a place."""
+"""What every request passes before a route sees it: a key, a size, and a place."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import re
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ BODY_SECONDS = 30.0
 MOST_VALUES = 1 << 19
 """In a body, more or less: JSON of millions would keep the event loop for minutes, and everybody with it. Media are one
 long text each."""
-_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class Keys:
@@ -78,7 +75,7 @@ class Traffic:
 
 
 class Gate:
-    """ASGI middleware around the whole app.
+    """ASGI middleware around the routes, inside of :class:`~aria.serve.exchange.ExchangeMiddleware`.
 
     Args:
         app: what is behind it.
@@ -99,43 +96,38 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
-        exchange = Exchange(scope["method"], scope["path"], name)
+        exchange: Exchange = scope["state"]["exchange"]
         scope = _normalized(scope)
-        scope["state"]["exchange"] = exchange
         status = 0
 
-        async def named(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
             elif exchange.method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self._enter(scope, headers, receive, named)
+            await self._enter(scope, exchange, receive, watched)
         except ApiError as error:
-            await error.response()(scope, receive, named)
+            await error.response()(scope, receive, watched)
         except Exception:
-            logger.exception("request %s failed: %s %s", name, scope["method"], scope["path"])
+            logger.exception("request %s failed: %s %s", exchange.request_id, scope["method"], scope["path"])
             if status:
                 raise  # the client sees the connection break: half an answer is none
-            await unexpected(name).response()(scope, receive, named)
+            await unexpected(exchange.request_id).response()(scope, receive, watched)
         finally:
             self._metrics.requests.labels(_route(scope), str(status or 499)).inc()
-            exchange.log(status or 499)
 
-    async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _enter(self, scope: Scope, exchange: Exchange, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         keyed = scope["path"].startswith(KEYED)
         client = (scope.get("client") or ("",))[0].encode()
         # A browser asks for permission (OPTIONS) without a key.
         if keyed and self._keys and scope["method"] != "OPTIONS":
             client = self._keys.check(headers.get("authorization"))
-        scope["state"]["exchange"].client = client
+        exchange.client = client
         if scope["method"] != "POST" or not keyed:
             await self._app(scope, receive, send)
             return
@@ -214,8 +206,7 @@ def _measured(receive: Receive, most: int, values: int | None) -> Receive:
 def _normalized(scope: Scope) -> Scope:
     """The scope of the same request without a slash at the end of its path, and of GET in place of HEAD."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
-    path = scope["path"].rstrip("/") or "/"
-    return {**scope, "method": method, "path": path, "state": dict(scope.get("state", {}))}
+    return {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
 
 
 def _too_large(most: int) -> ApiError:

@@ -261,7 +261,8 @@ def access_lines() -> Iterator[list[str]]:
 
 
 def test_each_request_has_a_line_without_its_contents():
-    with access_lines() as lines, running(ServerSettings(api_keys=("secret-key",)), key="secret-key") as live:
+    settings = ServerSettings(api_keys=("secret-key",), cors_origins=("*",))
+    with access_lines() as lines, running(settings, key="secret-key") as live:
         answer = live.post(CHAT, messages=[{"role": "user", "content": "private"}], max_tokens=2, ignore_eos=True)
         usage, name = answer.json()["usage"], answer.headers["x-request-id"]
         with live.http.stream(
@@ -271,6 +272,8 @@ def test_each_request_has_a_line_without_its_contents():
         live.post(CHAT, messages=[])
         httpx2.head(f"{live.address}/v1/models/?key=hidden", headers={"X-Request-Id": "mine"})
         live.http.get("/no%0Athing")
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "X-Request-Id": "before"}
+        httpx2.options(live.address + CHAT, headers=asked)
     tokens = f"prompt={usage['prompt_tokens']} completion={usage['completion_tokens']}"
     expected = (
         rf"POST {CHAT} 200 \d+\.\d\d\ds {tokens} id={name}",
@@ -278,6 +281,7 @@ def test_each_request_has_a_line_without_its_contents():
         rf"POST {CHAT} 400 \S+ id=req-\w+",
         r"HEAD /v1/models/ 401 \S+ id=mine",
         r"GET /no%0Athing 404 \S+ id=req-\w+",
+        rf"OPTIONS {CHAT} 200 \S+ id=before",
     )
     # In any order: a stream's line comes after its client has read the last event.
     assert [sum(bool(re.fullmatch(one, line)) for line in lines) for one in expected] == [1] * len(lines)
