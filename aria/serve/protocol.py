@@ -392,7 +392,7 @@ RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 
 
 class Sampling(WithoutEffect):
-    """How tokens are chosen, of the two older interfaces."""
+    """How tokens are chosen and when answers end, in all interfaces."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -408,9 +408,7 @@ class Sampling(WithoutEffect):
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     # Extensions, spelled as in vLLM.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """0 and -1 keep all."""
@@ -422,12 +420,19 @@ class Sampling(WithoutEffect):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     request_id: RequestId | None = None
+
+
+class ChoicesRequest(Sampling):
+    """The two interfaces that answer with choices."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    """Whether choices bring the ids of their tokens, and those of the prompt."""
+    """Extension of vLLM: whether choices bring the ids of their tokens, and those of the prompt."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def _streams(self) -> Sampling:
+    def _streams(self) -> ChoicesRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true only")
         if self.prompt_logprobs is not None and self.stream:
@@ -487,7 +492,7 @@ class Templated(Body):
         return self
 
 
-class ChatRequest(Sampling, Templated):
+class ChatRequest(ChoicesRequest, Templated):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str | None = None
@@ -530,7 +535,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(ChoicesRequest):
     """Body of ``POST /v1/completions``."""
 
     model: str | None = None

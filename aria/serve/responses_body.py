@@ -25,7 +25,7 @@ from aria.serve.protocol import (
     Message,
     NamedFunction,
     NamedTool,
-    RequestId,
+    Sampling,
     SystemMessage,
     TextFormat,
     TextPart,
@@ -35,7 +35,6 @@ from aria.serve.protocol import (
     UserMessage,
     VideoPart,
     VideoUrl,
-    WithoutEffect,
     kind_of,
     string_or_list,
 )
@@ -250,37 +249,28 @@ Include = Literal[
 ]
 
 
-class StreamOptions(Body):
+class ResponseStreamOptions(Body):
     known: ClassVar[fields.Rules] = fields.STREAM
 
 
-class ResponsesRequest(WithoutEffect):
+class ResponsesRequest(Sampling):
     """Body of ``POST /v1/responses``."""
 
     model: str | None = None
     input: Items
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     text: TextSettings | None = None
     tools: Many[FlatTool] | None = None
     tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include: Many[Include] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stream: bool | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
     """auto: the oldest messages of a conversation that does not fit are dropped."""
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     known: ClassVar[fields.Rules] = fields.RESPONSES
-    # Extensions, spelled as in vLLM.
-    request_id: RequestId | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
     @property
     def wants_logprobs(self) -> bool:

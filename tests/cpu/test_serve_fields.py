@@ -61,6 +61,24 @@ VLLM_CHAT = [
     "return_prompt_text",
     "return_mm_kwargs",
 ]
+VLLM_RESPONSES = [
+    "cache_salt",
+    "enable_response_messages",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "mm_processor_kwargs",
+    "previous_input_messages",
+    "previous_response",
+    "priority",
+    "repetition_penalty",
+    "request_id",
+    "seed",
+    "skip_special_tokens",
+    "stop",
+    "top_k",
+    "vllm_xargs",
+]
 
 
 def known(model: type) -> set[str]:
@@ -74,7 +92,7 @@ def known(model: type) -> set[str]:
         (completion_create_params.CompletionCreateParamsBase, CompletionRequest),
         (response_create_params.ResponseCreateParamsBase, ResponsesRequest),
         (chat.ChatCompletionStreamOptionsParam, protocol.StreamOptions),
-        (response_create_params.StreamOptions, responses_body.StreamOptions),
+        (response_create_params.StreamOptions, responses_body.ResponseStreamOptions),
         (chat.ChatCompletionSystemMessageParam, protocol.SystemMessage),
         (chat.ChatCompletionDeveloperMessageParam, protocol.SystemMessage),
         (chat.ChatCompletionUserMessageParam, protocol.UserMessage),
@@ -109,6 +127,7 @@ def test_every_field_of_the_official_client_is_known(theirs, ours):
 def test_every_field_of_vllm_is_known():
     assert set(VLLM) <= known(ChatRequest) & known(CompletionRequest)
     assert set(VLLM_CHAT) <= known(ChatRequest)
+    assert set(VLLM_RESPONSES) <= known(ResponsesRequest)
     assert not {one for model in BODIES for one in set(model.known) & set(names_of(model))}, "in two places"
 
 

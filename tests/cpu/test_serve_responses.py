@@ -57,6 +57,14 @@ def test_a_response_says_what_the_engine_does(live):
     assert short.incomplete_details.reason == "max_output_tokens"
 
 
+def test_a_response_takes_the_extensions_of_chats(live):
+    whole = ask(live).output_text
+    assert ask(live, extra_body={"stop": whole[4:6]}).output_text == whole[: whole.index(whole[4:6])]
+    [Z] = engine().engine.processor.tokenizer.encode("Z")
+    fixed = ask(live, max_output_tokens=4, extra_body={"logit_bias": {str(Z): 100}, "request_id": "mine"})
+    assert (fixed.output_text, fixed.id) == ("ZZZZ", "resp_mine")
+
+
 def test_its_events_make_the_same_response(live):
     with live.openai.responses.stream(model="aria-nano", input="hello", temperature=0, max_output_tokens=64) as stream:
         events = list(stream)
