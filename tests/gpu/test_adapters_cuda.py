@@ -170,6 +170,35 @@ def test_requests_without_adapters_are_answered_as_without_any():
     assert told[0][1] == told[1][1]
 
 
+def test_adapters_that_come_and_go_leave_no_graph_of_others():
+    model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda", std=0.02)
+    changes = {name: changes_of(model, name, rank, 0.05) for name, rank in (("attention", 4), ("all", 8))}
+    models = {None: model} | {name: merge(model, one) for name, one in changes.items()}
+    core = EngineCore(
+        model, max_batch=8, max_model_len=1024, cache_blocks=80, adapters={"attention": changes["attention"]}
+    )
+    work = requests_of(WIDE.text.vocab_size, WIDE.text.hidden_size, 12, 300)
+
+    def check(names: list[str | None]) -> None:
+        requests, seen = answer(core, work, torch.bfloat16, names)
+        chosen = [i for i, (request, *_) in enumerate(seen) if request.adapter is not None]
+        got = torch.stack([logits for *_, logits in seen])[chosen]
+        right, base = (
+            relative_error(got, plain_logits(one, requests, seen, torch.bfloat16)[chosen])
+            for one in (models, dict.fromkeys(models, model))
+        )
+        print(f"error beside merged weights {right:.4f}, beside the model's own {base:.4f}")
+        assert right < 0.2 * base
+
+    check([None, "attention"])
+    core.add_adapter("all", changes["all"])
+    check([None, "attention", "all"])
+    core.remove_adapter("attention")
+    assert not core.adapters.retired
+    check(["all", None])
+    assert any(graph is not None for graph in core.runner._graphs._captured.values()), "graphs are captured anew"
+
+
 def test_adapters_take_their_part_of_memory():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
     rooms, sizes = [], []
