@@ -8,7 +8,6 @@ with gradients. What PyTorch's compiler traces is plain PyTorch, which it fuses 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +25,7 @@ from aria.ops import reference
 from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
 from aria.ops import stacked as _stacked
-from aria.ops.device import current, on_own_device
+from aria.ops.device import current, has_kernels, on_own_device
 from aria.ops.layout import adjacent, as_one
 from aria.ops.low_rank import LowRank
 from aria.ops.reference import rope_angles, rotary_table, swiglu
@@ -51,6 +50,7 @@ __all__ = [
     "graphs_hold_chunks",
     "graphs_hold_moe",
     "graphs_hold_stacked",
+    "has_kernels",
     "inference_kernels",
     "layer_norm",
     "linear",
@@ -105,35 +105,30 @@ def _use_reference() -> bool:
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"aria.ops.kernels.{name}")
 
 
 def inference_kernels(x: Tensor) -> bool:
-    """Whether ``x`` is worked on by the kernels of inference: on CUDA, no gradients, Triton at hand."""
+    """Whether ``x`` is worked on by the kernels of inference: on a GPU that runs them, and no gradients."""
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and not torch.is_grad_enabled()
         and not _use_reference()
-        and _has_triton()
+        and has_kernels(x.device)
     )
 
 
 def training_kernels(x: Tensor) -> bool:
-    """Whether ``x`` is worked on by the kernels with gradients: on CUDA, not compiled, Triton at hand."""
+    """Whether ``x`` is worked on by the kernels with gradients: on a GPU that runs them, and not compiled."""
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not _use_reference()
-        and _has_triton()
+        and has_kernels(x.device)
     )
 
 
@@ -158,7 +153,8 @@ def expert_mlp(
 ) -> Tensor:
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
     plain = reference if _use_reference() else _moe
-    chosen = _kernels("experts") if training_kernels(x_TD) else plain
+    fast = training_kernels(x_TD) and _kernels("experts").fits(x_TD, fc1_adapter, fc2_adapter)
+    chosen = _kernels("experts") if fast else plain
     return chosen.expert_mlp(
         x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, fc1_adapter=fc1_adapter, fc2_adapter=fc2_adapter, present=present
     )
@@ -166,7 +162,8 @@ def expert_mlp(
 
 def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
     """A linear layer and its low-rank adapter; see :func:`aria.ops.reference.adapted_linear`."""
-    chosen = _kernels("low_rank") if training_kernels(x_TI) and x_TI.ndim == 2 else reference
+    fast = training_kernels(x_TI) and x_TI.ndim == 2 and _kernels("low_rank").fits_linears(x_TI, [adapter])
+    chosen = _kernels("low_rank") if fast else reference
     return chosen.adapted_linear(x_TI, weight_OI, bias_O, adapter)
 
 
@@ -174,7 +171,8 @@ def adapted_linears(
     x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
 ) -> tuple[Tensor, ...]:
     """Linear layers of one input and their adapters; see :func:`aria.ops.reference.adapted_linears`."""
-    chosen = _kernels("low_rank") if training_kernels(x_TI) and x_TI.ndim == 2 else reference
+    fast = training_kernels(x_TI) and x_TI.ndim == 2 and _kernels("low_rank").fits_linears(x_TI, adapters)
+    chosen = _kernels("low_rank") if fast else reference
     return chosen.adapted_linears(x_TI, layers, adapters)
 
 
@@ -426,13 +424,13 @@ def sample(
     ``arrivals`` are the counters of the kernel, see :func:`aria.ops.kernels.sample.sample`.
     """
     # Scores of any precision: on CUDA all of them go through the kernel, which nothing waits for.
-    if logits_NV.is_cuda and _has_triton() and not _use_reference():
+    if has_kernels(logits_NV.device) and not _use_reference():
         return _kernels("sample").sample(logits_NV, rows_N, positions_N, table_RC, banned, arrivals)
     return _sampling.sample(logits_NV, rows_N, positions_N, table_RC, banned)
 
 
 def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
     """One axis of 8-bit pictures in another length, as Pillow does it; see :func:`aria.ops.resize.resample`."""
-    fast = pictures_YXH.is_cuda and _has_triton() and not _use_reference()
+    fast = has_kernels(pictures_YXH.device) and not _use_reference()
     chosen = _kernels("resize") if fast else _resize
     return chosen.resample(pictures_YXH, dim, target)

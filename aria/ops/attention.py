@@ -30,7 +30,8 @@ def attention(
         batch = len(queries.lengths)
         dense = (x.view(batch, -1, *x.shape[1:]) for x in (q_THK, k_SHK, v_SHK))
         return _dense(*dense, causal=causal and queries.longest > 1).flatten(0, 1)
-    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and q_THK.shape[-1] % 8 == 0:
+    half = q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and q_THK.shape[-1] % 8 == 0
+    if half and torch.cuda.get_device_capability(q_THK.device) >= (8, 0):  # flash attention's oldest
         # PyTorch 2.11 has no grouped queries here, so keys and values are repeated where there are fewer.
         groups = q_THK.shape[1] // k_SHK.shape[1]
         k_SHK, v_SHK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_SHK, v_SHK))

@@ -1,4 +1,4 @@
-"""The GPU that work is launched on.
+"""The GPU that work is launched on, and whether it runs our kernels.
 
 Triton launches kernels on the current device, and graphs, events and pinned memory belong to it, wherever their tensors
 are. Every thread begins with the first GPU as its current one. So what a program calls makes the model's GPU current:
@@ -8,6 +8,8 @@ these are the ways to say so.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -27,6 +29,11 @@ class OnDevice(Protocol):
 
 S = TypeVar("S", bound=OnDevice)
 
+logger = logging.getLogger(__name__)
+
+OLDEST = 8, 0
+"""The least compute capability that kernels are made for. Every such GPU gives a program 99 KB of shared memory."""
+
 
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the current one for a block; of no effect for other devices."""
@@ -42,3 +49,26 @@ def on_own_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenat
             return method(self, *args, **kwargs)
 
     return guarded
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels of :mod:`aria.ops.kernels` run on a device: Triton is there, and NVIDIA's Ampere or later.
+
+    Other GPUs run PyTorch's operations. The first call for one of them logs why.
+    """
+    return device.type == "cuda" and _has_kernels(device)
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    reason = None
+    if torch.version.hip is not None:
+        reason = "it is not one of NVIDIA's"
+    elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
+        reason = "its compute capability is {}.{}, and they need {}.{}".format(*capability, *OLDEST)
+    elif importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (pip install triton)"
+    if reason is not None:
+        name = torch.cuda.get_device_name(device)
+        logger.warning("Aria's kernels do not run on %s, %s: %s; PyTorch's operations do, slower", device, name, reason)
+    return reason is None

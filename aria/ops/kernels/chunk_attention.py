@@ -11,13 +11,14 @@ of the sequence, P tokens of a piece of its past.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aria.ops.kernels.room import shared_memory
 
 _LOG2_E = 1.4426950408889634
 
@@ -254,16 +255,9 @@ def _sdpa(q_HTK: Tensor, k_HPK: Tensor, v_HPK: Tensor, causal: bool) -> tuple[Te
     return out[0].transpose(0, 1).contiguous(), lse.reshape(lse.shape[1:3])
 
 
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
 def _tiles(q_THK: Tensor, tokens: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, stages and warps."""
-    roomy = q_THK.element_size() == 2 and (not q_THK.is_cuda or _shared_memory(q_THK.device) >= 160 << 10)
+    roomy = q_THK.element_size() == 2 and shared_memory(q_THK.device) >= 160 << 10
     if not roomy:
         return 64, 32, 2, 4
     return (128, 64, 3, 8) if tokens > 512 else (64, 64, 3, 4)

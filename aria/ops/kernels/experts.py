@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels import swiglu
+from aria.ops.kernels import low_rank, swiglu
 from aria.ops.kernels.low_rank import NONE, Noise, expand, gather
 from aria.ops.low_rank import LowRank
 
@@ -99,6 +99,17 @@ def _grouped(x: Tensor, *sizes: int) -> bool:
 
 def _split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
     return x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+
+
+def fits(x: Tensor, *adapters: LowRank | None) -> bool:
+    """Whether :func:`expert_mlp` takes these adapters: there is room for their ranks."""
+    ranks = [(adapter.a.shape[-1], adapter.a.element_size()) for adapter in adapters if adapter is not None]
+    if not ranks:
+        return True
+    rank, size = (max(values) for values in zip(*ranks, strict=True))
+    sizes = rank, x.element_size(), size, x.device
+    loops = swiglu.loop_of(*sizes, False), swiglu.loop_of(*sizes, True)
+    return all(loop is not None for loop in loops) and low_rank.fits(*sizes)
 
 
 class _Adapters(NamedTuple):

@@ -11,17 +11,15 @@ What tokens' adapters add starts the sums of these products: a launch before eac
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from aria.ops.kernels import gemv, thin
 from aria.ops.kernels.gemv import DTYPES, columns
 from aria.ops.kernels.pdl import overlap, release, wait
+from aria.ops.kernels.room import stages_within
 from aria.ops.kernels.thin import widen
 from aria.ops.stacked import NO_STACKS, MoEStacks, Stack
 
@@ -305,13 +303,11 @@ def _narrow(tile: dict[str, int], dtype: torch.dtype, inner: str) -> dict[str, i
     return tile | {inner: max(16, tile[inner] // 4)} if dtype == torch.float32 else tile
 
 
-@functools.cache
-def _has_room(device: torch.device) -> bool:
-    """Whether a program may have the shared memory of the deepest tile: 160 KB, which A100 and H100 have."""
-    if device.type == "cpu":
-        return True
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"] >= 160 * 1024
+def _fitted(tile: dict[str, int], tokens: int, inner: str, x: Tensor) -> dict[str, int]:
+    """The tile for products with so many tokens at a time: as :func:`_narrow`, and no deeper than there is room."""
+    tile = _narrow(tile, x.dtype, inner)
+    step = (tile["BLOCK_O"] + tokens) * tile[inner] * x.element_size()
+    return tile | {"STAGES": stages_within(tile["STAGES"], step, x.device)}
 
 
 def fits_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
@@ -319,7 +315,6 @@ def fits_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tenso
     shared width that is a multiple of the experts'."""
     return (
         x_TD.dtype in DTYPES
-        and _has_room(x_TD.device)
         and all(w.is_contiguous() for w in (x_TD, *shared, fc1_EDF.transpose(1, 2), fc2_EFD.transpose(1, 2)))
         and all(w.dtype == x_TD.dtype for w in (fc1_EDF, fc2_EFD, *shared))
         and x_TD.shape[1] % 16 == fc2_EFD.shape[1] % 16 == 0
@@ -368,7 +363,7 @@ def moe_layer(
         return gemv.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
     gate_WD, up_WD, down_DW = shared
     T, (E, D), F, A = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], top_k
-    S, dtype, options = gate_WD.shape[0] // F, x_TD.dtype, overlap(x_TD.device)
+    S, options = gate_WD.shape[0] // F, overlap(x_TD.device)
     together = T <= _TOGETHER
     beside = S if together else 0
     # Twice the mean number of an expert's rows, so that nearly all read their weights once.
@@ -389,7 +384,7 @@ def moe_layer(
     thin_up = thinned(normed, stacks.fc1, normed, stacks.gate_up)
 
     def up(tile: dict[str, int], block: int, beside: int, experts: int) -> None:
-        tile = _narrow(tile, dtype, "BLOCK_D")
+        tile = _fitted(tile, block, "BLOCK_D", normed)
         _experts_up_kernel[((beside + experts) * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
             normed, fc1_EDF, gate_WD, up_WD, *lists, hidden, T,
             A_POW2=triton.next_power_of_2(A), SHARED=beside, BLOCK_T=block, **thin_up.arguments(), **sizes, **tile,
@@ -399,7 +394,7 @@ def moe_layer(
     if not together:
         up(_UP, _block(T), S, 0)
     up(_UP if block < _WIDEST else _UP_WIDE, block, beside, experts)
-    tile = _narrow(_DOWN if block < _WIDEST else _DOWN_WIDE, dtype, "BLOCK_F")
+    tile = _fitted(_DOWN if block < _WIDEST else _DOWN_WIDE, block, "BLOCK_F", hidden)
     of_shared = hidden[T * A :].view(T, S * F)
     thin_down = thinned(hidden[: T * A], stacks.fc2, of_shared, stacks.down if together else None)
     _down_kernel[((beside + experts) * triton.cdiv(D, tile["BLOCK_O"]),)](

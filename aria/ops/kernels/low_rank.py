@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops.kernels.room import Loop, first_within
 from aria.ops.low_rank import LowRank
 
 ROWS = 32
@@ -143,6 +144,11 @@ def tiles(rows: int, ends: Tensor | None) -> int:
     return triton.cdiv(rows, ROWS) if ends is None else rows // ROWS + min(rows, len(ends))
 
 
+def rank_block(rank: int) -> int:
+    """A tile that holds so many ranks: at least the tensor cores' 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
 def blocks(ends: Tensor | None, rank: int) -> dict[str, int]:
     """Sizes that the kernels of this file and of the experts compile in."""
     return _blocks(1 if ends is None else len(ends), rank)
@@ -152,8 +158,46 @@ def blocks(ends: Tensor | None, rank: int) -> dict[str, int]:
 def _blocks(experts: int, rank: int) -> dict[str, int]:
     return {
         "E": experts, "R": rank, "E_BLOCK": triton.next_power_of_2(experts),
-        "R_BLOCK": max(16, triton.next_power_of_2(rank)), "ROWS": ROWS,
+        "R_BLOCK": rank_block(rank), "ROWS": ROWS,
     }  # fmt: skip
+
+
+_LOOPS = Loop(128, 3), Loop(128, 2), Loop(64, 2), Loop(32, 2), Loop(16, 2)
+
+
+@lru_cache(maxsize=64)
+def _shrinking(rank: int, size: int, adapter_size: int, device: torch.device) -> Loop | None:
+    """The loop of :func:`_shrink` over numbers of so many bytes; None where no program has room for the rank."""
+    wide = rank_block(rank)
+
+    def needs(loop: Loop) -> int:
+        return loop.block * ((ROWS * size + wide * adapter_size) * (loop.stages - 1) + ROWS * size)
+
+    return first_within(_LOOPS, needs, device)
+
+
+@lru_cache(maxsize=64)
+def _expanding(rank: int, size: int, adapter_size: int, device: torch.device) -> int | None:
+    """Columns of a program of :func:`_expand`, alike."""
+    wide = rank_block(rank)
+
+    def needs(loop: Loop) -> int:
+        return wide * (loop.block * adapter_size + ROWS * size)
+
+    loop = first_within([Loop(block, 1) for block in (128, 64, 32, 16)], needs, device)
+    return None if loop is None else loop.block
+
+
+def fits(rank: int, size: int, adapter_size: int, device: torch.device) -> bool:
+    """Whether thin products of numbers of so many bytes have room for a rank."""
+    sizes = rank, size, adapter_size, device
+    return _shrinking(*sizes) is not None and _expanding(*sizes) is not None
+
+
+def fits_linears(x: Tensor, adapters: Sequence[LowRank]) -> bool:
+    """Whether :func:`adapted_linears` takes these: read together, their ranks add up."""
+    rank, size = sum(len(adapter.a) for adapter in adapters), max(adapter.a.element_size() for adapter in adapters)
+    return fits(rank, x.element_size(), size, x.device)
 
 
 def gather(
@@ -213,11 +257,14 @@ def _launch(
     P, width = len(x if source is None else source), x.shape[1]
     assert not P or x.stride(1) == 1, "rows are contiguous"
     strides = (0,) * 4 if a is None or h is None else (h.stride(0), *a.stride())
+    rank, size = (1, 0) if a is None else (a.shape[2], a.element_size())
+    loop = _shrinking(rank, x.element_size(), size, x.device)
+    assert loop is not None, f"no kernel has room for rank {rank}"
     if P:
         _shrink[(tiles(P, ends),)](
             x, source, ends, a, rows, h, P, *noise.arguments, scaling, x.stride(0), *strides,
-            I=width, DROP=noise.drop, STORE_DROPPED=dropped, I_BLOCK=128, num_warps=4,
-            **blocks(ends, 1 if a is None else a.shape[2]),
+            I=width, DROP=noise.drop, STORE_DROPPED=dropped, I_BLOCK=loop.block, num_warps=4, num_stages=loop.stages,
+            **blocks(ends, rank),
         )  # fmt: skip
 
 
@@ -232,10 +279,12 @@ def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Te
     """
     P, width = y.shape
     assert y.is_contiguous() and h.stride(1) == 1, "rows lie one after another"
+    block = _expanding(h.shape[1], h.element_size(), b_ERO.element_size(), y.device)
+    assert block is not None, f"no kernel has room for rank {h.shape[1]}"
     if P:
-        _expand[tiles(P, ends), triton.cdiv(width, 128)](
+        _expand[tiles(P, ends), triton.cdiv(width, block)](
             y, h, ends, b_ERO, P, *noise.arguments, h.stride(0), *b_ERO.stride(),
-            O=width, DROP=noise.drop, O_BLOCK=128, num_warps=4, **blocks(ends, h.shape[1]),
+            O=width, DROP=noise.drop, O_BLOCK=block, num_warps=4, **blocks(ends, h.shape[1]),
         )  # fmt: skip
     return y
 

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from aria.ops.kernels.grouped_gemm import Tiles, grouped
 from aria.ops.kernels.permute import combine, norm_route, permute, place
+from aria.ops.kernels.room import HOPPER, shared_memory
 from aria.ops.layout import adjacent, as_one
 
 # Up to 64 rows an expert reading weights is the time: tiles as low as the tensor cores allow, and expert after expert,
 # so that what is read together lies together. Above, multiplying is.
 _LOW = Tiles(rows=64, columns=64, inputs=128, warps=4, stages=3, group=1)
 _HIGH = Tiles(rows=128, columns=128, inputs=64, warps=8, stages=3, group=6)
+# For GPUs whose programs have less shared memory than Hopper's.
+_LOW_SMALL = _LOW._replace(inputs=64)
+_HIGH_SMALL = _HIGH._replace(columns=64)
 
 
 def fits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
@@ -50,7 +54,8 @@ def moe_layer(
     """See :func:`aria.ops.reference.moe_layer`. Takes what :func:`fits`; nothing waits for the host."""
     assert x_TD.is_contiguous(), "the tokens must lie one after another"
     assert _laid_out(fc1_EDF, fc2_EFD), "the experts' weights must lie in memory as (E, out, in)"
-    tiles = _LOW if x_TD.shape[0] * top_k <= 64 * fc1_EDF.shape[0] else _HIGH
+    low, high = (_LOW, _HIGH) if shared_memory(x_TD.device) >= HOPPER else (_LOW_SMALL, _HIGH_SMALL)
+    tiles = low if x_TD.shape[0] * top_k <= 64 * fc1_EDF.shape[0] else high
     normed, weights_TA, index_TA, counts_NE = norm_route(x_TD, norm_D, eps, router_ED, top_k)
     position_TA, table = place(index_TA, counts_NE, tiles.rows)
     rows_PD = permute(normed, position_TA, (table.numel() - 1) * tiles.rows)

@@ -8,6 +8,7 @@ P rows, E experts, F expert width, R rank; tiles as in :mod:`aria.ops.kernels.lo
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels.low_rank import NONE, Noise, blocks, kept, tile_of, tiles
+from aria.ops.kernels.low_rank import NONE, ROWS, Noise, blocks, kept, rank_block, tile_of, tiles
+from aria.ops.kernels.room import Loop, first_within
 
 
 @triton.jit
@@ -168,6 +170,31 @@ class Sides(NamedTuple):
 
 
 PLAIN = Sides(None, None, None, (1.0, 1.0), NONE)
+_LOOPS = Loop(64, 3), Loop(64, 2), Loop(32, 2), Loop(16, 2), Loop(16, 1)
+
+
+@lru_cache(maxsize=64)
+def loop_of(rank: int, size: int, adapter_size: int, device: torch.device, backward: bool) -> Loop | None:
+    """The loop over numbers of so many bytes; None where no program has room for the rank."""
+    wide = rank_block(rank)
+    # Of the rank there are one or two tiles of rows, and columns of the adapters: three forward, five backward.
+    thin, columns, rows = (2, 5, 2) if backward else (1, 3, 1)
+
+    def needs(loop: Loop) -> int:
+        ahead = loop.stages - 1
+        read = columns * ahead if ahead else thin
+        beside = rows * ROWS * size * (1 + ahead * backward)
+        return thin * ROWS * wide * size + loop.block * (read * wide * adapter_size + beside)
+
+    return first_within(_LOOPS, needs, device)
+
+
+def _options(gate: Tensor, sides: Sides, *, backward: bool) -> dict[str, int]:
+    """Of a launch."""
+    size = max((x.element_size() for x in (sides.wide, sides.narrow) if x is not None), default=0)
+    loop = loop_of(sides.rank, gate.element_size(), size, gate.device, backward)
+    assert loop is not None, f"no kernel has room for rank {sides.rank}"
+    return {"F_BLOCK": loop.block, "num_stages": loop.stages, "num_warps": 4}
 
 
 def forward(gate_PF: Tensor, up_PF: Tensor, sides: Sides = PLAIN, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -187,8 +214,8 @@ def forward(gate_PF: Tensor, up_PF: Tensor, sides: Sides = PLAIN, ends: Tensor |
     if P:
         _forward[(tiles(P, ends),)](
             gate_PF, up_PF, gate_PF.stride(0), sides.thin, sides.wide, ends, sides.narrow, out, thin,
-            P, *sides.noise.arguments, sides.scaling[1],
-            F=width, DROP=sides.noise.drop, F_BLOCK=64, num_warps=4, **blocks(ends, sides.rank),
+            P, *sides.noise.arguments, sides.scaling[1], F=width, DROP=sides.noise.drop,
+            **_options(gate_PF, sides, backward=False), **blocks(ends, sides.rank),
         )  # fmt: skip
     return out, thin
 
@@ -245,8 +272,8 @@ def backward(
         _backward[(tiles(P, ends),)](
             gate_PF, up_PF, gate_PF.stride(0), sides.thin, sides.wide, ends, sides.narrow,
             grad_PF, grad_thin_PR, weights_P, gate_up, gate_up[:, width:], 2 * width, *found[1:],
-            P, *sides.noise.arguments, sides.scaling[0],
-            F=width, DROP=sides.noise.drop, F_BLOCK=64, num_warps=4, **blocks(ends, sides.rank),
+            P, *sides.noise.arguments, sides.scaling[0], F=width, DROP=sides.noise.drop,
+            **_options(gate_PF, sides, backward=True), **blocks(ends, sides.rank),
         )  # fmt: skip
     return found
 

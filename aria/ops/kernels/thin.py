@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aria.ops.kernels.pdl import overlap, release, wait
+from aria.ops.kernels.room import stages_within
 from aria.ops.stacked import Stack
 
 SPLIT = 4
@@ -235,7 +236,7 @@ def thin(
         shared_h, owners_T, *lists, T,
         E=E, A=top_k, I=x.shape[1], R=R, SHARED_I=shared_x.shape[1], SHARED_R=SHARED_R, BY_ROW=len(x) > T,
         EVERY=experts == E, BLOCK_T=block, R_BLOCK=_block(R), SHARED_BLOCK=_block(SHARED_R), PARTS=SPLIT,
-        **_tile(x, max(R, SHARED_R)), **options,
+        **_tile(x, block, max(R, SHARED_R)), **options,
     )  # fmt: skip
     return Thin(h, stack and stack.b, shared_h, shared and shared.b)
 
@@ -249,7 +250,7 @@ def linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor, *, ou
     block, ranks = {"BLOCK_T": 16, "PARTS": SPLIT} | options, {"R": R, "R_BLOCK": _block(R)}
     tiles = triton.cdiv(T, 16)
     _linear_kernel[(tiles, SPLIT)](
-        x_TI, stack.a, stack.owners, h, owners_T, T, I=x_TI.shape[1], **ranks, **_tile(x_TI, R), **block
+        x_TI, stack.a, stack.owners, h, owners_T, T, I=x_TI.shape[1], **ranks, **_tile(x_TI, 16, R), **block
     )
     _add_kernel[(triton.cdiv(outputs, 64), tiles)](
         y_TO, h, stack.b, out, T, O=outputs, BLOCK_O=64, num_warps=4, **ranks, **block
@@ -257,10 +258,10 @@ def linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor, *, ou
     return out
 
 
-def _tile(x: Tensor, ranks: int) -> dict[str, int]:
-    """Of 16 tokens it fits into 64 KB of shared memory: GPUs at home have 99."""
-    inputs = 128 if _block(ranks) <= 64 else 64
-    return {"BLOCK_I": inputs // (4 if x.dtype == torch.float32 else 1), "STAGES": 4, "num_warps": 4}
+def _tile(x: Tensor, tokens: int, ranks: int) -> dict[str, int]:
+    inputs = (128 if _block(ranks) <= 64 else 64) // (4 if x.dtype == torch.float32 else 1)
+    stages = stages_within(4, (tokens + _block(ranks)) * inputs * x.element_size(), x.device)
+    return {"BLOCK_I": inputs, "STAGES": stages, "num_warps": 4}
 
 
 def _block(ranks: int) -> int:

@@ -1,0 +1,89 @@
+"""What kernels ask of GPUs of every generation, found out without any: see :mod:`fake_gpu` and :mod:`gpu_programs`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+KB = 1024
+ROOM = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99, "12.1": 99}
+"""KB of shared memory that a program may have, by compute capability (NVIDIA's programming guide)."""
+DECODE = {"few._experts_up_kernel", "few._down_kernel", "gemv._up_kernel", "paged_attention._decode_kernel"}
+
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="the stand-in for a GPU's driver is written for Triton 3.6"
+)
+
+
+@pytest.fixture
+def ask(tmp_path) -> Callable[..., Any]:
+    """Ask a question of :mod:`gpu_programs` in a process that compiles kernels instead of interpreting them."""
+
+    def answer(*question: str) -> Any:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE))),
+        }
+        script = [sys.executable, str(HERE / "gpu_programs.py"), *question]
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return answer
+
+
+def check(capability: str, needs: dict[str, int]) -> None:
+    needs = {name.removeprefix("aria.ops.kernels."): taken for name, taken in needs.items()}
+    assert {name: taken for name, taken in needs.items() if taken > ROOM[capability] * KB} == {}
+    assert needs.keys() >= DECODE
+    major = int(capability.split(".")[0])
+    assert ("grouped_gemm._grouped" in needs) == (major >= 9)  # which needs the copy engine
+    assert ("vision_attention._attention_kernel" in needs) == (major == 9)  # which is written for Hopper alone
+
+
+def test_kernels_fit_into_the_shared_memory_of_a_workstations_card(ask):
+    heavy = "few,gemv,grouped_gemm,chunk,paged,low_rank,swiglu,thin._thin,permute._norm,vision_attention"
+    check("12.0", ask("shared", "12.0", "bfloat16", "8", heavy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rank"),
+    [*product(ROOM, ["bfloat16"], ["0", "8", "64"]), *product(ROOM, ["float16"], ["8"])],
+)
+def test_kernels_fit_into_shared_memory(ask, capability, dtype, rank):
+    check(capability, ask("shared", capability, dtype, rank))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "rank"), list(product(ROOM, ["8", "64"])))
+def test_kernels_fit_into_shared_memory_in_float32(ask, capability, rank):
+    needs = ask("shared", capability, "float32", rank)
+    assert {name: taken for name, taken in needs.items() if taken > ROOM[capability] * KB} == {}
+    assert {name.removeprefix("aria.ops.kernels.") for name in needs} >= DECODE
+
+
+def test_kernels_run_on_the_gpu_of_their_tensors(ask):
+    found = ask("placed")
+    assert found["misplaced"] == []
+    assert found["launches"].keys() == {"engine", "steps", "forward", "generate"} and all(found["launches"].values())
+
+
+def test_a_gpu_that_runs_no_kernels_is_told_of_at_the_start_and_answers(ask):
+    found = ask("unfit")
+    assert found["launches"] == 0 and found["tokens"] == 3
+    assert found["at start"] == found["heard"]
+    [message] = found["heard"]
+    assert "compute capability is 7.5" in message and "need 8.0" in message
