@@ -1,9 +1,10 @@
-"""``aria train``: recipes run."""
+"""``aria train``: train as a recipe says, or write a first recipe."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,19 @@ import typer
 from aria.cli.options import app, err, out
 
 
+class Method(StrEnum):
+    """What ``--init`` writes a recipe for."""
+
+    lora = "lora"
+    full = "full"
+
+
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML; the project's own are in recipes/.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="TOML; the project's own are in recipes/. With --init: what is written."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says; repeatable."),
@@ -30,8 +41,34 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes and whether it fits.")] = False,
     export: Annotated[bool, typer.Option("--export", help="Only write the export of the last checkpoint.")] = False,
+    init: Annotated[
+        Method | None,
+        typer.Option(
+            "--init",
+            help="Only write a commented recipe for --data, to RECIPE or lora.toml or full.toml.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="PATH", help="With --init: JSONL file, folder or data set; repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="With --init: folder or Hub repository to train; default: packaged nano."),
+    ] = None,
 ) -> None:
-    """Train a model or an adapter. Run again, it goes on after its last checkpoint; --dry-run trains nothing."""
+    """Train a model or an adapter. Rerun to resume after the last checkpoint; --dry-run and --init train nothing."""
+    if init is not None:
+        if settings or out_folder or resume or stop_after is not None or dry_run or export:
+            raise ValueError("--init only writes a recipe; give it RECIPE, --data and --model alone, then train that")
+        _init(init, recipe or Path(f"{init}.toml"), data or [], model)
+        return
+    if data or model:
+        raise ValueError(
+            "--data and --model belong to --init; of a recipe change --set data.paths=... or model.path=..."
+        )
+    if recipe is None:
+        raise ValueError("which RECIPE? `aria train --init lora --data FOLDER` writes one")
     # Checkpoints are written by what many processes use; that there is one is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     from aria.train.recipe import Recipe
@@ -51,6 +88,20 @@ def train(
         return
     seconds = None if stop_after is None else stop_after * 60.0
     run(read, folder, sampler=answer, stop_after=seconds, console=err)
+
+
+def _init(method: Method, file: Path, data: list[str], model: str | None) -> None:
+    """Write a first recipe."""
+    from aria.train.starter import starter_recipe
+
+    if not data:
+        raise ValueError("--init needs data: --data FOLDER or --data FILE.jsonl")
+    if file.exists():
+        raise ValueError(f"{file} is there already; name another file: aria train OTHER.toml --init {method} ...")
+    text = starter_recipe(method.value, data, model)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    out.print(f"written to {file}; to train: aria train {file}", soft_wrap=True, markup=False, highlight=False)
 
 
 def answer(model: Any, processor: Any, conversations: Sequence[Any], max_tokens: int) -> list[str]:
