@@ -325,6 +325,7 @@ class Engine:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> Prepared:
         """Messages -> token ids and pictures. Touches nothing of the engine's state, so any thread may call it.
 
@@ -332,6 +333,7 @@ class Engine:
             messages: a conversation.
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: leave the last message open in place of that; the answer continues it.
+            variables: what else a chat template other than Aria's reads.
 
         Raises:
             ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer.
@@ -340,6 +342,7 @@ class Engine:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            variables=variables,
         )
         self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
         return self.digest(prepared)

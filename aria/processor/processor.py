@@ -325,6 +325,7 @@ class AriaProcessor:
         videos: Any = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
         max_image_size: int | None = None,
         split_image: bool | None = None,
         split_mode: str | None = None,
@@ -337,6 +338,7 @@ class AriaProcessor:
             videos: clips for video parts that name none.
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: leave the last message open, to be continued; without ``add_generation_prompt``.
+            variables: what else a chat template other than Aria's reads.
             max_image_size: side of the crops of media whose parts do not say; here sizes may differ. None: the
                 preprocessor's for pictures and documents, the smallest for clips.
             split_image: the same, for splitting into crops.
@@ -349,6 +351,7 @@ class AriaProcessor:
             conversation,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            variables=variables,
         )
         if not isinstance(prompt, Prompt):
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")

@@ -119,6 +119,13 @@ def is_arias(template: str) -> bool:
     return str(template).strip() == CHAT_TEMPLATE.strip()
 
 
+def variables_of(template: str) -> frozenset[str]:
+    """Names that a template reads beside those of :func:`render_template`'s own arguments; Aria's reads none."""
+    if is_arias(template):
+        return frozenset()
+    return _compile(template)[1] - {"messages", "tools", "add_generation_prompt"}
+
+
 @lru_cache(maxsize=32)
 def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
     """A template and the variables that it reads."""

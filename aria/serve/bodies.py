@@ -8,7 +8,7 @@ from typing import Any
 
 from aria.engine import SamplingParams
 from aria.processor import calls
-from aria.serve import tools
+from aria.serve import fields, tools
 from aria.serve.errors import ApiError
 from aria.serve.protocol import (
     AssistantMessage,
@@ -22,6 +22,7 @@ from aria.serve.protocol import (
     JsonSchemaFormat,
     Message,
     NamedTool,
+    Templated,
     TextPart,
     Tool,
     ToolMessage,
@@ -40,6 +41,9 @@ _ALIKE = (
 )
 """Fields that bodies and `SamplingParams` call by the same names."""
 
+_ENDINGS = ("add_generation_prompt", "continue_final_message")
+"""Fields of a body that may also stand among the variables of the chat template."""
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -50,6 +54,8 @@ class Defaults:
     max_model_len: int
     """Stands for an unlimited answer; the engine gives the room that is left."""
     temperature: float = 1.0
+    variables: frozenset[str] = frozenset()
+    """Of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class Asked:
     """Whether the ids of prompts and answers are returned."""
     truncate: bool = False
     """Whether the oldest messages may be dropped where a conversation does not fit."""
-    ending: Mapping[str, bool] = field(default_factory=dict)
-    """How the prompts of conversations end, see :meth:`aria.engine.Engine.prepare`."""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """How conversations are written, see :meth:`aria.engine.Engine.prepare`."""
     prompt_logprobs: int | None = None
     """How many of the likeliest tokens are returned beside each token of a prompt; None: nothing of prompts is."""
     echo: bool = False
@@ -142,7 +148,7 @@ def conversation(
         parallel=offered.parallel,
         token_ids=bool(getattr(body, "return_token_ids", None)),
         truncate=getattr(body, "truncation", None) == "auto",
-        ending=getattr(body, "ending", {}),
+        template=template(body, defaults) if isinstance(body, Templated) else {},
         prompt_logprobs=getattr(body, "prompt_logprobs", None),
     )
 
@@ -188,6 +194,37 @@ def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> Sampling
         logit_bias=bias or None,
         **{"temperature": defaults.temperature, **given, **fields},
     )
+
+
+def template(body: Templated, defaults: Defaults) -> dict[str, Any]:
+    """How a conversation is written, as :meth:`aria.processor.AriaProcessor.prepare` takes it.
+
+    Raises:
+        ApiError: 400, a variable that the template does not read, or two endings.
+    """
+    given = {name: value for name, value in (body.chat_template_kwargs or {}).items() if value is not None}
+    endings = {name: getattr(body, name) for name in _ENDINGS}
+    for name in endings.keys() & given.keys():
+        endings[name] = given.pop(name)
+        if not isinstance(endings[name], bool):
+            raise ApiError(400, f"chat_template_kwargs.{name} should be true or false", param="chat_template_kwargs")
+    continues = bool(endings["continue_final_message"])
+    opens = not continues if endings["add_generation_prompt"] is None else endings["add_generation_prompt"]
+    if opens and continues:
+        message = (
+            "add_generation_prompt opens a new turn and continue_final_message the last one; set one of them to false"
+        )
+        raise ApiError(400, message, param="continue_final_message", code="invalid_value")
+    for name in given.keys() - defaults.variables:
+        rule = fields.TEMPLATE.get(name)
+        if rule is not None and rule.accepts(given[name]):
+            del given[name]  # a variable of other models' templates, which changes nothing here
+            continue
+        like = fields.nearest(name, [*_ENDINGS, *defaults.variables, *fields.TEMPLATE])
+        advice = rule.reason if rule is not None else f"did you mean {like}?" if like else "leave it out"
+        message = f"chat_template_kwargs.{name:.80} is not a variable of the chat template; {advice}"
+        raise ApiError(400, message, param=f"chat_template_kwargs.{name:.80}", code="unsupported_field")
+    return {"add_generation_prompt": opens, "continue_final_message": continues, "variables": given}
 
 
 def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool | None) -> Tools:

@@ -450,46 +450,16 @@ class ChoicesRequest(Sampling):
         return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class TemplateSettings(Body):
-    """Variables of the chat template."""
-
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    known: ClassVar[fields.Rules] = fields.TEMPLATE
-
-
 class Templated(Body):
-    """How a conversation ends in its prompt. Extensions, spelled as in vLLM."""
+    """How a conversation is written. Extensions, spelled as in vLLM."""
 
     add_generation_prompt: bool | None = None
     """Whether the prompt ends with the opening of the assistant's turn; the default, unless the last message is
     continued."""
     continue_final_message: bool | None = None
     """Whether the last message stays open, so that the answer continues it."""
-    chat_template_kwargs: TemplateSettings | None = None
-    """The same; what stands here comes first."""
-
-    @property
-    def ending(self) -> dict[str, bool]:
-        """How prompts end, as `AriaProcessor.prepare` takes it."""
-        inner = self.chat_template_kwargs or TemplateSettings()
-        opens, continues = (
-            mine if inside is None else inside
-            for mine, inside in (
-                (self.add_generation_prompt, inner.add_generation_prompt),
-                (self.continue_final_message, inner.continue_final_message),
-            )
-        )
-        opens = not continues if opens is None else opens
-        return {"add_generation_prompt": opens, "continue_final_message": bool(continues)}
-
-    @model_validator(mode="after")
-    def _one_ending(self) -> Templated:
-        if all(self.ending.values()):
-            raise ValueError(
-                "add_generation_prompt opens a new turn and continue_final_message the last one; set one to false"
-            )
-        return self
+    chat_template_kwargs: Json | None = None
+    """Variables of the chat template, and the two fields above, which come from here first."""
 
 
 class ChatRequest(ChoicesRequest, Templated):

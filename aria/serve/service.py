@@ -20,6 +20,7 @@ from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.processor.cancellation import run_cancellable
 from aria.processor.pictures import Prepared
+from aria.processor.template import variables_of
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.errors import ApiError, context_length
@@ -74,6 +75,7 @@ class Service:
             sizes=tuple(self.processor.image_processor.sizes),
             max_model_len=self.engine.engine.max_model_len,
             temperature=self.settings.temperature,
+            variables=variables_of(self.processor.chat_template),
         )
 
     @property
@@ -133,7 +135,7 @@ class Service:
 
         def prepare(part: Sequence[Any]) -> Prepared:
             self.check_length(part)
-            return engine.prepare(part, **asked.ending)
+            return engine.prepare(part, **asked.template)
 
         def measure(part: Sequence[Any]) -> int:
             self.check_length(part)

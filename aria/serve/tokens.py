@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
 from aria.serve.errors import ApiError
@@ -32,11 +30,11 @@ async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> 
     else:
         offered = bodies.read_tools(body.tools, None, None).told
         said = bodies.messages(body.messages, offered, defaults.sizes)
-        ending: dict[str, Any] = body.ending
+        template = bodies.template(body, defaults)
 
         def prepare() -> Prepared:
             service.check_length(said)
-            return processor.prepare(service.named(said, exchange), **ending)
+            return processor.prepare(service.named(said, exchange), **template)
 
         prepared = await service.off_loop(prepare, media=bodies.has_media(said), param="messages")
         ids, media = prepared.ids, _costs(prepared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from openai.types import chat, completion_create_params, responses, shared_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -9,11 +11,13 @@ from openai.types.chat.chat_completion_content_part_image_param import ImageURL
 from openai.types.responses import response_create_params
 from pydantic import BaseModel, ValidationError
 
-from aria.serve import protocol, responses_body
+from aria.serve import bodies, protocol, responses_body
+from aria.serve.bodies import Defaults
 from aria.serve.errors import ApiError, from_validation
 from aria.serve.protocol import ChatRequest, CompletionRequest, names_of
 from aria.serve.responses_body import ResponsesRequest
 
+DEFAULTS = Defaults(sizes=(224, 448), max_model_len=100, variables=frozenset({"style"}))
 HELLO = [{"role": "user", "content": "hello"}]
 PICTURE = "data:image/png;base64,AAAA"
 BODIES: dict[type[BaseModel], dict] = {
@@ -218,10 +222,6 @@ def test_included_log_probabilities_are_told_apart_from_what_is_never_there():
         (ResponsesRequest, {"previous_response_id": "x"}, "previous_response_id", "unsupported_field", "whole conv"),
         (ResponsesRequest, {"conversation": "x"}, "conversation", "unsupported_field", "nothing is kept"),
         (ResponsesRequest, {"reasoning": {"efort": "x"}}, "reasoning.efort", "unsupported_field", "mean effort"),
-        (ChatRequest, {"chat_template_kwargs": {"enable_thinkin": 1}}, "chat_template_kwargs.enable_thinkin",
-         "unsupported_field", "did you mean enable_thinking?"),
-        (ChatRequest, {"chat_template_kwargs": {"tools": [1]}}, "chat_template_kwargs.tools", "unsupported_field",
-         "use tools of the request"),
         (ResponsesRequest, {"include": ["x"]}, "include[0]", "invalid_value", "message.output_text.logprobs"),
     ],
 )  # fmt: skip
@@ -243,13 +243,33 @@ def test_what_would_change_the_answer_is_refused_by_name(model, fields, param, c
     ],
 )
 def test_how_a_prompt_ends(fields, opens, continues):
-    ending = ChatRequest.model_validate({"messages": HELLO, **fields}).ending
-    assert ending == {"add_generation_prompt": opens, "continue_final_message": continues}
+    template = bodies.template(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
+    assert template == {"add_generation_prompt": opens, "continue_final_message": continues, "variables": {}}
+
+
+def test_variables_of_the_template_are_passed_on_and_others_are_refused():
+    def template(**variables) -> dict:
+        body = ChatRequest.model_validate({"messages": HELLO, "chat_template_kwargs": variables})
+        return bodies.template(body, DEFAULTS)
+
+    assert template(style="short", enable_thinking=False, documents=[], nothing=None)["variables"] == {"style": "short"}
+    for variables, param, says in (
+        ({"styl": 1}, "styl", "did you mean style?"),
+        ({"enable_thinkin": 1}, "enable_thinkin", "did you mean enable_thinking?"),
+        ({"tools": [1]}, "tools", "use tools of the request"),
+        ({"zzz": 1}, "zzz", "leave it out"),
+    ):
+        with pytest.raises(ApiError, match=re.escape(says)) as caught:
+            template(**variables)
+        assert (caught.value.param, caught.value.code) == (f"chat_template_kwargs.{param}", "unsupported_field")
+    with pytest.raises(ApiError, match="should be true or false"):
+        template(continue_final_message="yes")
 
 
 def test_two_endings_contradict_each_other():
     body = {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True}
-    assert "set one to false" in refusal(ChatRequest, body).message
+    with pytest.raises(ApiError, match="set one of them to false"):
+        bodies.template(ChatRequest.model_validate(body), DEFAULTS)
 
 
 def test_fields_without_effect_are_in_the_description():
