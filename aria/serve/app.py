@@ -38,10 +38,10 @@ from aria.serve.streaming import ClientGoneError, until_gone
 _MEANINGS = {
     400: "The body, or a medium it names, is not what was expected.",
     401: "The key is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model or adapter.",
     408: "The body stopped in the middle.",
     413: "The body is too large.",
-    415: "The body is not application/json.",
+    415: "The body is not application/json, or compressed in another way than gzip.",
     429: "Too many requests of this key at a time.",
     500: "The server failed.",
     503: "The queue is full, the server is about to end, or its model fails at every step or hangs in one.",

@@ -195,5 +195,6 @@ def _unreadable(cause: BaseException) -> str:
         return f"the body is not valid {cause.encoding}: {cause.reason} at byte {cause.start}"
     if isinstance(cause, RecursionError):
         return "the body is nested too deeply"
-    # Of values, only whole numbers have a limit.
-    return f"the body has a number that is too long: {str(cause).partition(';')[0]}"
+    if isinstance(cause, ValueError):  # of JSON's values, only whole numbers have a limit
+        return f"the body has a number that is too long: {str(cause).partition(';')[0]}"
+    return "the body could not be read to its end"
