@@ -121,10 +121,10 @@ class AsyncEngine:
         params = params or SamplingParams()
         prepared = messages if isinstance(messages, Prepared) else await self.prepare(messages)
         matchers: Sequence[Matcher] | None = None
-        if params.json_schema is not None:
+        if params.constraint is not None:
             # Kept by this request: others may push the grammar out before the engine's thread would look for it.
             grammars = self.engine.grammars
-            matchers = await asyncio.to_thread(grammars.matchers, params.json_schema, params.n, prepared.stop)
+            matchers = await asyncio.to_thread(grammars.matchers, params.constraint, params.n, prepared.stop)
         if self.engine.core.block_size not in prepared.digests:
             await asyncio.to_thread(self.engine.digest, prepared)
         caller = _Caller()

@@ -204,7 +204,7 @@ class EngineCore:
                 here.
             end_token_ids: tokens at which an answer ends, beside those of ``params``; not if ``params.ignore_eos``.
             end_text: what ends a turn as text, which is not drawn before ``params.min_tokens``. The caller finds it.
-            matchers: one for each answer if ``params.json_schema`` is set. They end it then.
+            matchers: one for each answer if ``params.constraint`` is set. They end it then.
             priority: lower runs first.
             adapter: the name of one, or None for the model as it is.
 
@@ -216,7 +216,7 @@ class EngineCore:
         """
         key = self.adapters.key(adapter)
         params = params or SamplingParams()
-        assert len(matchers) == (0 if params.json_schema is None else params.n), "each answer has its own matcher"
+        assert len(matchers) == (0 if params.constraint is None else params.n), "each answer has its own matcher"
         self.check(len(prompt), sum(picture.tokens for picture in pictures))
         vocabulary = self.model.config.text.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):

@@ -394,16 +394,16 @@ class Engine:
         """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first; ``adapter`` names the one
         that answers.
 
-        ``matchers`` are those of the schema, one for each answer; None: they are made here.
+        ``matchers`` are those of the schema or grammar, one for each answer; None: they are made here.
 
         Raises:
             ValueError: the parameters do not fit the model, the schema cannot be followed, or there is no such adapter.
                 Nothing is queued then.
         """
         params = params or SamplingParams()
-        schema = params.json_schema
+        constraint = params.constraint
         if matchers is None:
-            matchers = () if schema is None else self.grammars.matchers(schema, params.n, prepared.stop)
+            matchers = () if constraint is None else self.grammars.matchers(constraint, params.n, prepared.stop)
         self.digest(prepared)
         requests = self.core.add(
             prepared.ids,
@@ -417,7 +417,7 @@ class Engine:
             adapter=adapter,
         )
         # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.
-        turn_ends = () if params.ignore_eos or schema is not None else prepared.stop
+        turn_ends = () if params.ignore_eos or params.json_schema is not None else prepared.stop
         completions = [
             Completion(
                 min(params.max_tokens, request.max_tokens),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from aria.engine import structural_tags
 from aria.engine.exact_grammar import lark
 from aria.engine.schemas import plain
 from aria.processor import AriaTokenizer, Prompt
@@ -39,8 +40,14 @@ _ESCAPES = 'nrbtf\\"'
 _CONTROL = re.compile(r"\\u00[01][0-9a-f]|\\u007f")
 """Characters that have no other escape; in a schema that holds one, all escapes are allowed."""
 
+Constraint = Mapping[str, Any] | bool | str
+"""A JSON schema, True for any object, or a grammar as text: llguidance's Lark, or GBNF."""
 End = Literal["complete", "over", "error"]
 """How a grammar ends an answer: with this token, which belongs to it; before this token; or because it gave up."""
+MOST_RULES = 1000
+"""Of a grammar as text. llguidance follows rules that lead to rules by recursion: some thousands overflow its stack."""
+_RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w.-]*[ \t]*(\[[^\]\n]*\][ \t]*)?(::=|:)", re.MULTILINE)
+_TAG = '{"structural_tag":'
 KEPT_GRAMMARS = 32
 """One takes some hundreds of kilobytes, and at the limits of its lexer 30 MB."""
 
@@ -48,9 +55,17 @@ KEPT_GRAMMARS = 32
 class Matcher:
     """Where one answer stands in its grammar: a function of the tokens it has accepted, so preemption loses nothing."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, ends_W: np.ndarray, forget: Callable[[], object]):
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        ends_W: np.ndarray,
+        forget: Callable[[], object],
+        end_of_text: int | None = None,
+    ):
+        """``end_of_text`` is the one token that is never text, None where none of the ends can continue an answer."""
         self._matcher = matcher
         self._ends_W = ends_W
+        self._end_of_text = end_of_text
         self._forget = forget
         self.error: str | None = None
         """Why it gave up, once it has."""
@@ -81,8 +96,11 @@ class Matcher:
 
     def _is_end(self, token_id: int) -> bool:
         ends = int(self._ends_W[token_id // 32]) >> token_id % 32 & 1
-        # No JSON value goes on with the first characters of an end, but a text in it may hold them.
-        return bool(ends) and self._matcher.is_accepting()
+        if not ends or not self._matcher.is_accepting():
+            return False
+        # The first characters of an end continue no JSON value, but may continue a text of another grammar. There the
+        # end of the turn is found in the text.
+        return self._end_of_text in (None, token_id) or self._matcher.validate_tokens([token_id]) == 0
 
 
 def fill_masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
@@ -122,11 +140,11 @@ class Grammars:
             if self._trie is None:
                 self._trie = _lay_out(self._tokenizer, self._vocab_size)
 
-    def compile(self, schema: Mapping[str, Any] | bool, stops: Sequence[str] = ()) -> None:
+    def compile(self, schema: Constraint, stops: Sequence[str] = ()) -> None:
         """Check a schema and keep its grammar: milliseconds, up to a second for one of thousands of properties.
 
         Args:
-            schema: a JSON schema, or True for any object.
+            schema: a JSON schema, True for any object, or a grammar as text.
             stops: as :meth:`matchers` will be told.
 
         Raises:
@@ -136,11 +154,11 @@ class Grammars:
         self._grammar(schema)
         self._ends_mask(tuple(stops))
 
-    def matchers(self, schema: Mapping[str, Any] | bool, count: int, stops: Sequence[str] = ()) -> list[Matcher]:
+    def matchers(self, schema: Constraint, count: int, stops: Sequence[str] = ()) -> list[Matcher]:
         """Matchers at the beginning of a schema's grammar, compiled if need be.
 
         Args:
-            schema: a JSON schema, or True for any object.
+            schema: a JSON schema, True for any object, or a grammar as text.
             count: how many.
             stops: texts with which the model ends its turn. Their first tokens may end a value that could go on, as
                 a number could.
@@ -148,13 +166,17 @@ class Grammars:
         text, grammar = self._grammar(schema)
         ends = self._ends_mask(tuple(stops))
         forget = partial(self._compiled.pop, text, None)
-        return [Matcher(grammar.deep_copy(), ends, forget) for _ in range(count)]
+        end = _end_of_text(self._tokenizer) if isinstance(schema, str) else None
+        return [Matcher(grammar.deep_copy(), ends, forget, end) for _ in range(count)]
 
-    def _grammar(self, schema: Mapping[str, Any] | bool) -> tuple[str, llguidance.LLMatcher]:
-        try:
-            text = json.dumps(dict(schema) if isinstance(schema, Mapping) else {"type": "object"}, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"json_schema is not JSON: {error}") from None
+    def _grammar(self, schema: Constraint) -> tuple[str, llguidance.LLMatcher]:
+        if isinstance(schema, str):
+            text = f"grammar {schema}"
+        else:
+            try:
+                text = json.dumps(dict(schema) if isinstance(schema, Mapping) else {"type": "object"}, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"json_schema is not JSON: {error}") from None
         with self._lock:
             found = self._compiled.get(text)
             if found is not None:
@@ -162,7 +184,10 @@ class Grammars:
                 return text, found
         self.load()
         assert self._trie is not None, "the vocabulary was laid out"
-        grammar = _compile(text, self._trie)
+        if isinstance(schema, str):
+            grammar = _compile("grammar", partial(_source_of_grammar, schema), self._trie)
+        else:
+            grammar = _compile("json_schema", partial(_source_of_schema, text), self._trie)
         with self._lock:
             self._compiled[text] = grammar
             if len(self._compiled) > KEPT_GRAMMARS:
@@ -215,35 +240,94 @@ class _Vocabulary:
         return self._encode(Prompt(text))  # a marker that a schema wants is text
 
 
-def _compile(schema: str, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
-    """A matcher at the beginning of a schema's grammar."""
+def from_regex(pattern: str) -> str:
+    """The grammar of texts that a pattern matches from end to end."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def from_choices(texts: Sequence[str]) -> str:
+    """The grammar of some texts."""
+    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+
+
+def from_structural_tag(tag: Mapping[str, Any]) -> str:
+    """The grammar of a structural tag, see :mod:`aria.engine.structural_tags`; it is made when it is compiled."""
+    return _TAG + json.dumps(tag) + "}"
+
+
+def _inline(schema: Any) -> str:
+    """A JSON schema within Lark."""
+    settings = _settings(json.dumps(schema))
+    found = plain(json.loads(json.dumps(schema)))
+    found = {} if found is True else found
+    if lark(found, settings) is not None:
+        raise ValueError("numbers beyond 2^53 are not supported in schemas of structural tags")
+    return f"%json {json.dumps({**found, 'x-guidance': settings})}"
+
+
+def _settings(schema: str) -> Any:
+    """Of llguidance for a schema."""
+    return {**_SETTINGS, **({} if _CONTROL.search(schema) else {"json_allowed_escapes": _ESCAPES})}
+
+
+def _source_of_schema(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    found = plain(json.loads(schema))
+    found = {} if found is True else found
+    settings = _settings(schema)
+    # All settings are given: a schema may carry some of its own under "x-guidance".
+    exact = lark(found, settings)
+    if exact is not None:
+        _check_rules(exact)
+        return exact
+    return LLMatcher.grammar_from_json_schema(json.dumps(found), overrides=settings)
+
+
+def _source_of_grammar(text: str) -> str:
+    from llguidance import grammar_from
+
+    if text.startswith('{"grammars"'):
+        return text
+    if text.startswith(_TAG):
+        text = structural_tags.lark(json.loads(text)["structural_tag"], _inline)
+    _check_rules(text)
+    return grammar_from("grammar", text)
+
+
+def _check_rules(text: str) -> None:
+    if (count := len(_RULE.findall(text))) > MOST_RULES:
+        raise ValueError(f"it has {count:,} rules; expected at most {MOST_RULES:,}")
+
+
+def _compile(name: str, source_of: Callable[[], str], trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
+    """A matcher at the beginning of a grammar; the name is that of the setting, for errors."""
     from llguidance import LLMatcher, LLParserLimits
 
     try:
-        found = plain(json.loads(schema))
-        found = {} if found is True else found
-        settings: Any = {**_SETTINGS, **({"json_allowed_escapes": _ESCAPES} if not _CONTROL.search(schema) else {})}
-        source = lark(found, settings)
-        # All settings are given: a schema may carry some of its own under "x-guidance".
-        source = source or LLMatcher.grammar_from_json_schema(json.dumps(found), overrides=settings)
+        source = source_of()
     except ValueError as error:
-        raise ValueError(f"json_schema cannot be followed: {error}") from None
+        raise ValueError(f"{name} cannot be followed: {error}") from None
     # Grammars that need more work than this for a token give up: no schema should hold up the answers of others.
     limits = LLParserLimits(
         step_max_items=20_000, step_lexer_fuel=200_000, max_lexer_states=50_000, verbose_errors=False
     )
     grammar = LLMatcher(trie, source, log_level=0, limits=limits)
     if grammar.is_error():
-        raise ValueError(f"json_schema cannot be followed: {_reason(grammar)}")
+        raise ValueError(f"{name} cannot be followed: {_reason(grammar)}")
     # First steps find what the grammar alone does not show: schemas that no value fits, or only endless ones.
     probe = grammar.deep_copy()
     probe.compute_bitmask()
     if probe.is_stopped():
-        raise ValueError("json_schema cannot be followed: no JSON value fits it")
+        raise ValueError(
+            f"{name} cannot be followed: no JSON value fits it" if name == "json_schema" else f"{name} matches nothing"
+        )
     if probe.consume_tokens(probe.compute_ff_tokens()) and not probe.is_stopped():
         probe.compute_bitmask()
     if probe.is_error():
-        raise ValueError(f"json_schema cannot be followed: {_reason(probe)}")
+        raise ValueError(f"{name} cannot be followed: {_reason(probe)}")
     return grammar
 
 

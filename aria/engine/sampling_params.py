@@ -61,6 +61,9 @@ class SamplingParams:
     json_schema: Mapping[str, Any] | bool | None = field(default=None, hash=False)
     """The answer is JSON that follows this schema, without optional white space; True: any object. It ends with its
     last brace, or in the middle where ``max_tokens`` is reached."""
+    grammar: str | None = None
+    """The answer is a text of this grammar: llguidance's Lark or llama.cpp's GBNF; see also ``from_regex``,
+    ``from_choices`` and ``from_structural_tag`` of :mod:`aria.engine.grammar`."""
 
     def __new__(cls, **fields: object) -> SamplingParams:
         if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
@@ -74,6 +77,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(self.logit_bias) or None)
+        bound = "json_schema" if self.grammar is None else "grammar"
         for name, holds, expected in (
             ("max_tokens", _whole(self.max_tokens, 0), "a whole number, 0 or more"),
             ("min_tokens", _whole(self.min_tokens, 0), "a whole number, 0 or more"),
@@ -102,8 +106,10 @@ class SamplingParams:
                 self.json_schema is None or self.json_schema is True or isinstance(self.json_schema, Mapping),
                 "None, True (any object) or a mapping, the JSON schema",
             ),
-            ("ignore_eos", not (self.ignore_eos and self.json_schema is not None), "False beside json_schema"),
-            ("min_tokens", not (self.min_tokens and self.json_schema is not None), "0 beside json_schema"),
+            ("grammar", self.grammar is None or (isinstance(self.grammar, str) and self.grammar), "None, or a text"),
+            ("grammar", self.grammar is None or self.json_schema is None, "None beside json_schema"),
+            ("ignore_eos", not (self.ignore_eos and self.constraint is not None), f"False beside {bound}"),
+            ("min_tokens", not (self.min_tokens and self.constraint is not None), f"0 beside {bound}"),
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
         ):
             if not holds:
@@ -112,6 +118,11 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}; expected at most max_tokens, which is {self.max_tokens}"
             )
+
+    @property
+    def constraint(self) -> Mapping[str, Any] | bool | str | None:
+        """What the answer follows: ``json_schema`` or ``grammar``."""
+        return self.grammar if self.json_schema is None else self.json_schema
 
 
 def _number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:

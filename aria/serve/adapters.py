@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from aria.serve import fields
+from aria.serve.base import Body
 from aria.serve.errors import ApiError
-from aria.serve.protocol import Body
 from aria.serve.service import Service
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]

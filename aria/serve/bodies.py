@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from aria.engine import SamplingParams
+from aria.engine import SamplingParams, grammar
 from aria.processor import calls
 from aria.serve import fields, tools
 from aria.serve.errors import ApiError
+from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, StructuralTagFormat, StructuredOutputs, TextFormat
 from aria.serve.protocol import (
     AssistantMessage,
     ChatRequest,
@@ -18,8 +19,6 @@ from aria.serve.protocol import (
     FilePart,
     ImagePart,
     ImageUrl,
-    JsonObjectFormat,
-    JsonSchemaFormat,
     Message,
     NamedTool,
     Templated,
@@ -58,6 +57,16 @@ class Defaults:
     """Of the chat template."""
 
 
+class Bound(NamedTuple):
+    """A schema or grammar of a body."""
+
+    param: str
+    """The field that holds it."""
+    name: str
+    """For people."""
+    constraint: Any
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a body asks the engine for."""
@@ -81,6 +90,8 @@ class Asked:
     """How many of the likeliest tokens are returned beside each token of a prompt; None: nothing of prompts is."""
     echo: bool = False
     """Whether an answer begins with its prompt."""
+    bound: tuple[Bound, ...] = ()
+    """What the answer follows, part by part, for errors."""
 
     @property
     def has_media(self) -> bool:
@@ -97,6 +108,8 @@ class Tools:
     demanded: tuple[dict[str, Any], ...] = ()
     """One of these has to be called."""
     parallel: bool = True
+    where: str = "tools[{}].function.parameters"
+    """The field of a function's parameters."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,28 +126,81 @@ def chat(body: ChatRequest, defaults: Defaults) -> Asked:
         body,
         body.messages,
         read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
-        schema_of(body.response_format),
+        form_of(body.response_format, body.structured_outputs),
         defaults,
         max_tokens=body.max_completion_tokens or body.max_tokens or defaults.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
 
 
-def schema_of(form: Any) -> Any:
-    """The schema that the format of an answer asks for: None for text, True for any object."""
-    if isinstance(form, JsonObjectFormat):
-        given = form.json_schema
-    elif isinstance(form, JsonSchemaFormat):
-        given = form.json_schema.json_schema if form.json_schema else form.bare_schema
-    else:
-        return None
-    return True if given is None else given
+@dataclass(frozen=True)
+class Form:
+    """What an answer follows: a schema (True: any object), a grammar, or nothing."""
+
+    schema: Any = None
+    grammar: str | None = None
+    param: str = ""
+    """The field that says so."""
+
+    @property
+    def bound(self) -> tuple[Bound, ...]:
+        constraint = self.grammar if self.schema is None else self.schema
+        return () if constraint is None else (Bound(self.param, self.param, constraint),)
+
+
+def form_of(response_format: Any, structured: StructuredOutputs | None = None) -> Form:
+    """What bodies ask an answer to follow.
+
+    Raises:
+        ApiError: 400, both say something.
+    """
+    wanted = None if isinstance(response_format, TextFormat) else response_format
+    if structured is not None:
+        if wanted is not None:
+            raise ApiError(400, "give response_format or structured_outputs, and not both", param="structured_outputs")
+        return _structured(structured)
+    if isinstance(wanted, StructuralTagFormat):
+        return Form(grammar=grammar.from_structural_tag(wanted.tag), param="response_format")
+    if isinstance(wanted, JsonObjectFormat):
+        return Form(True if wanted.json_schema is None else wanted.json_schema, param="response_format.schema")
+    if isinstance(wanted, JsonSchemaFormat):
+        given = wanted.json_schema.json_schema if wanted.json_schema else wanted.bare_schema
+        param = "response_format.json_schema.schema" if wanted.json_schema else "response_format.schema"
+        return Form(True if given is None else given, param=param)
+    return Form()
+
+
+def _structured(wanted: StructuredOutputs) -> Form:
+    if wanted.json_schema is not None:
+        return Form(wanted.json_schema, param="structured_outputs.json")
+    if wanted.json_object:
+        return Form(True, param="structured_outputs.json_object")
+    if wanted.structural_tag is not None:
+        tag = grammar.from_structural_tag(wanted.structural_tag)
+        return Form(grammar=tag, param="structured_outputs.structural_tag")
+    if wanted.regex is not None:
+        return Form(grammar=grammar.from_regex(wanted.regex), param="structured_outputs.regex")
+    if wanted.choice is not None:
+        return Form(grammar=grammar.from_choices(wanted.choice), param="structured_outputs.choice")
+    return Form(grammar=wanted.grammar, param="structured_outputs.grammar")
 
 
 def conversation(
-    body: WithoutEffect, said: Sequence[Message], offered: Tools, schema: Any, defaults: Defaults, **fields: Any
+    body: WithoutEffect, said: Sequence[Message], offered: Tools, form: Form, defaults: Defaults, **fields: Any
 ) -> Asked:
-    """What is asked for by messages, functions and a schema (or True) of the answer; see :func:`sampling`."""
+    """What is asked for by messages, functions and the form of the answer; see :func:`sampling`.
+
+    Raises:
+        ApiError: 400, functions beside a grammar.
+    """
+    schema = form.schema
+    if offered.told and form.grammar is not None:
+        raise ApiError(400, f"{form.param} cannot be followed beside tools; leave them out", param=form.param)
+    bound = [
+        Bound(offered.where.format(i), f"the parameters of {tool['name']!r}", tools.parameters(tool))
+        for i, tool in enumerate(offered.told)
+    ]
+    bound += form.bound
     if offered.demanded:
         schema = tools.call_schema(offered.demanded)
     elif offered.told and schema is not None:
@@ -142,7 +208,7 @@ def conversation(
         schema = tools.any_of([tools.call_schema(offered.told), {"type": "object"} if schema is True else schema])
     return Asked(
         prompts=[messages(said, offered.told, defaults.sizes)],
-        params=sampling(body, defaults, json_schema=schema, **fields),
+        params=sampling(body, defaults, json_schema=schema, grammar=form.grammar, **fields),
         functions=offered.names,
         untagged=schema is not None,
         parallel=offered.parallel,
@@ -150,6 +216,7 @@ def conversation(
         truncate=getattr(body, "truncation", None) == "auto",
         template=template(body, defaults) if isinstance(body, Templated) else {},
         prompt_logprobs=getattr(body, "prompt_logprobs", None),
+        bound=tuple(bound),
     )
 
 
@@ -160,9 +227,12 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
     prompts: Any = prompt if several else [prompt]
     echoed = body.logprobs if body.echo else None
     wanted = [count for count in (echoed, body.prompt_logprobs) if count is not None]
+    form = form_of(None, body.structured_outputs)
     params = sampling(
         body,
         defaults,
+        json_schema=form.schema,
+        grammar=form.grammar,
         max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=max(wanted, default=None),
@@ -173,6 +243,7 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
         token_ids=bool(body.return_token_ids),
         prompt_logprobs=body.prompt_logprobs,
         echo=bool(body.echo),
+        bound=form.bound,
     )
 
 
@@ -227,11 +298,16 @@ def template(body: Templated, defaults: Defaults) -> dict[str, Any]:
     return {"add_generation_prompt": opens, "continue_final_message": continues, "variables": given}
 
 
-def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, parallel: bool | None) -> Tools:
+def read_tools(
+    offered: Sequence[Tool] | None,
+    choice: str | NamedTool | None,
+    parallel: bool | None,
+    where: str = Tools.where,
+) -> Tools:
     """Functions, and whether one has to be called.
 
     Raises:
-        ApiError: 400, a choice without functions or of one that is not among them.
+        ApiError: 400, a choice without functions or of one that is not among them, or arguments that are no object.
     """
     if choice == "none" or (not offered and choice in (None, "auto")):
         return Tools()
@@ -242,6 +318,11 @@ def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, p
     names = [tool["name"] for tool in told]
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name", param="tools")
+    for i, tool in enumerate(told):
+        try:
+            tools.parameters(tool)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=where.format(i)) from None
     demanded: tuple[dict[str, Any], ...] = ()
     if isinstance(choice, NamedTool):
         demanded = tuple(tool for tool in told if tool["name"] == choice.function.name)
@@ -251,7 +332,7 @@ def read_tools(offered: Sequence[Tool] | None, choice: str | NamedTool | None, p
             )
     elif choice == "required":
         demanded = told
-    return Tools(told, demanded, parallel is not False)
+    return Tools(told, demanded, parallel is not False, where)
 
 
 def messages(

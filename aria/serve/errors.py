@@ -44,7 +44,7 @@ _ELSEWHERE = {
 }
 """Beginnings of paths that OpenAI's or vLLM's servers have, and why they are not here."""
 _UNSUPPORTED = ("unsupported_field", "unsupported_value")
-"""Errors of a field by its name, which bodies raise as a whole; see `protocol.Body`."""
+"""Errors of a field by its name, which bodies raise as a whole; see `base.Body`."""
 
 
 class ApiError(HTTPException):

@@ -55,7 +55,6 @@ def _refused(reason: str) -> Rule:
     return Rule(reason, ())
 
 
-_SCHEMAS = _refused("use structured_outputs or response_format")
 _NO_BEAMS = "there is no beam search; use n"
 _MEDIA = "set detail, split, num_frames or pages on the content part"
 _TOOL_CALLS = "functions are deprecated; use tools, tool_choice and tool_calls"
@@ -88,8 +87,16 @@ REQUEST: Rules = {
     "return_token_offsets": _only(False, reason="/tokenize gives the prompt's tokens"),
     "repetition_detection": _refused("use repetition_penalty or stop"),
     "moderation": _refused("answers are not moderated"),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _SCHEMAS),
-    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), _SCHEMAS),
+    **{
+        f"guided_{name}": _refused(f'use structured_outputs: {{"{name}": ...}}')
+        for name in ("json", "regex", "choice", "grammar")
+    },
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), _refused("use structured_outputs")),
+    "structural_tag": _refused('use structured_outputs: {"structural_tag": ...}'),
+}
+STRUCTURED: Rules = {
+    **_ignored("disable_fallback", "disable_any_whitespace", "disable_additional_properties"),
+    "whitespace_pattern": _refused("there is no white space outside of strings"),
 }
 CHAT: Rules = REQUEST | {
     **_ignored("prediction"),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from aria.serve import bodies, fields
+from aria.serve.base import Body, Json, Many, kind_of, string_or_list
 from aria.serve.bodies import Asked, Defaults
+from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from aria.serve.protocol import (
     MOST_MESSAGES,
     AssistantMessage,
-    Body,
     Detail,
     FileData,
     FilePart,
@@ -19,15 +21,11 @@ from aria.serve.protocol import (
     FunctionCall,
     ImagePart,
     ImageUrl,
-    Json,
-    JsonObjectFormat,
-    Many,
     Message,
     NamedFunction,
     NamedTool,
     Sampling,
     SystemMessage,
-    TextFormat,
     TextPart,
     Tool,
     ToolCall,
@@ -35,8 +33,6 @@ from aria.serve.protocol import (
     UserMessage,
     VideoPart,
     VideoUrl,
-    kind_of,
-    string_or_list,
 )
 
 
@@ -290,11 +286,16 @@ def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
         choice = body.tool_choice
     given = [Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()]
     wanted = body.text.format if body.text else None
+    asked_for: Any = wanted
+    if isinstance(wanted, FlatSchema):
+        asked_for = JsonSchemaFormat.model_validate({"type": "json_schema", "schema": wanted.json_schema})
+    form = bodies.form_of(asked_for, body.structured_outputs)
+    form = replace(form, param=form.param.replace("response_format", "text.format"))
     return bodies.conversation(
         body,
         messages(body),
-        bodies.read_tools(given, choice, body.parallel_tool_calls),
-        wanted.json_schema if isinstance(wanted, FlatSchema) else bodies.schema_of(wanted),
+        bodies.read_tools(given, choice, body.parallel_tool_calls, "tools[{}].parameters"),
+        form,
         defaults,
         max_tokens=body.max_output_tokens or defaults.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,

@@ -190,10 +190,9 @@ class Service:
                 self.check_length(prompt)
             return [self.engine.engine.prepare_text(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
 
-        schema = asked.params.json_schema
-        if schema is not None:
+        if asked.params.constraint is not None:
             # Otherwise the engine's thread would do it, while everybody's answers wait.
-            await self.off_loop(lambda: self.engine.engine.grammars.compile(schema))
+            await self.off_loop(lambda: self._compile(asked))
         prepared = await self.off_loop(work, media=asked.has_media, param=param)
         exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
         run = Run(self, asked, prepared, id, name, began, exchange)
@@ -219,6 +218,28 @@ class Service:
                 "(--step-seconds) is the most"
             )
         return "the model fails at every step; the server's log tells why"
+
+    def _compile(self, asked: Asked) -> None:
+        """Compile what the answer follows.
+
+        Raises:
+            ApiError: 400, it cannot be followed; the error names the field at fault.
+        """
+        compile = self.engine.engine.grammars.compile
+        constraint = asked.params.constraint
+        assert constraint is not None, "there is nothing to compile"
+        try:
+            compile(constraint)
+        except ValueError as error:
+            # The whole may be made of several tools and a schema: each alone tells whose fault it is.
+            for part in asked.bound:
+                try:
+                    compile(part.constraint)
+                except ValueError as own:
+                    _, cannot, why = str(own).partition(" cannot be followed")
+                    message = f"{part.name}{cannot}{why}" if cannot else f"{part.name}: {own}"
+                    raise ApiError(400, message, param=part.param, code="invalid_schema") from own
+            raise ApiError(400, str(error), code="invalid_schema") from error
 
     async def healthy(self) -> bool:
         """Whether the model answers. It is asked for a token only where its last step failed: that may have been the

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_tokenizer
 
-from aria.engine import numbers
+from aria.engine import grammar, numbers
 from aria.engine.grammar import Grammars, fill_masks
 from aria.processor import AriaTokenizer
 from aria.serve import tools
@@ -52,7 +52,9 @@ def allows(schema: object, text: str) -> bool:
     """Whether a text is one of the grammar's."""
     [matcher] = GRAMMARS.matchers(schema, 1)
     ends = [matcher.accept(token) for token in TOKENIZER.encode(text)]
-    return set(ends[:-1]) <= {None} and (ends[-1] == "complete" or matcher.accept(TOKENIZER.eos_token_id) == "over")
+    if ends[-1:] != ["complete"]:
+        ends.append("complete" if matcher.accept(TOKENIZER.eos_token_id) == "over" else "error")
+    return ends == [None] * (len(ends) - 1) + ["complete"]
 
 
 # Objects are closed
@@ -318,6 +320,60 @@ def test_older_drafts_are_read(schema):
 def test_alternatives_that_overlap_or_multiply_are_refused(schema):
     with pytest.raises(ValueError, match=r"exclude each other|too large"):
         GRAMMARS.compile(schema)
+
+
+# Grammars that are no schemas
+
+
+def test_parts_of_a_text_between_tags_follow_their_schema():
+    schema = {"properties": {"x": {"const": 1}}, "required": ["x"]}
+    parts = [{"begin": f"<f={name}>", "schema": schema, "end": "</f>"} for name in "ab"]
+    old = {"structures": parts, "triggers": ["<f="]}
+    content = {"type": "json_schema", "json_schema": schema}
+    tags = [{"type": "tag", "begin": f"<f={name}>", "content": content, "end": "</f>"} for name in "ab"]
+    for tag in (old, {"format": {"type": "triggered_tags", "triggers": ["<f="], "tags": tags}}):
+        text = grammar.from_structural_tag(tag)
+        for said in ("", "no part < f", 'one <f=a>{"x":1}</f>, two <f=b>{"x":1}</f> <f', '<f=a>{"x":1}</f>\n'):
+            assert allows(text, said), said
+        for said in ("<f=c>", '<f=a>{"x":2}', '<f=a>{"x":1,"y":2}', '<f=a>{"x":1}</f><f=b>1'):
+            assert not allows(text, said), said
+    only = {"type": "triggered_tags", "triggers": ["<t"], "at_least_one": True, "stop_after_first": True,
+            "tags": [{"begin": "<t>", "content": {"type": "any_text"}, "end": ["</t>", "<end>"]}]}  # fmt: skip
+    text = grammar.from_structural_tag({"format": only})
+    assert allows(text, "a <t>b</t>") and allows(text, "<t><end>")
+    assert not allows(text, "a <t>b</t>c") and not allows(text, "a")
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ({"structures": [], "triggers": ["<"]}, "structures should be a list that is not empty"),
+        ({}, "has structures and triggers, or format"),
+        ({"structures": [{"begin": "<a>", "end": "", "schema": {}}], "triggers": ["["]}, "none of the triggers begins"),
+        (
+            {"format": {"type": "sequence", "elements": [{"type": "grammar", "grammar": "x"}]}},
+            r"format\.elements\[0\] is of",
+        ),
+        (
+            {"format": {"type": "tag", "begin": "a", "content": {"type": "any_text"}, "end": 5}},
+            r"format\.end should be",
+        ),
+        ({"format": {"type": "json_schema", "json_schema": {"const": LARGE}}}, "beyond 2\\^53"),
+    ],
+)
+def test_structural_tags_that_cannot_be_followed(form, says):
+    with pytest.raises(ValueError, match=f"grammar cannot be followed: .*{says}"):
+        GRAMMARS.compile(grammar.from_structural_tag(form))
+
+
+def test_a_text_ends_where_the_model_ends_its_turn():
+    [matcher] = GRAMMARS.matchers(grammar.from_choices(["yes", "yes <b>"]), 1, ("<|im_end|>",))
+    [mark] = TOKENIZER.encode("<")
+    assert [matcher.accept(token) for token in TOKENIZER.encode("yes")] == [None] * len(TOKENIZER.encode("yes"))
+    assert matcher.accept(mark) == "over", "nothing in the grammar begins so"
+    [matcher] = GRAMMARS.matchers(grammar.from_regex("[a-z<|_>]*"), 1, ("<|im_end|>",))
+    assert [matcher.accept(token) for token in TOKENIZER.encode("yes<b>")] == [None] * len(TOKENIZER.encode("yes<b>"))
+    assert matcher.accept(TOKENIZER.eos_token_id) == "over"
 
 
 # All together

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import openai
@@ -188,6 +189,38 @@ def test_json_objects_are_objects(live):
     if answer.finish_reason == "stop":
         assert isinstance(json.loads(answer.message.content), dict)
     assert answer.message.content.startswith("{")
+
+
+PARTS = {
+    "type": "sequence",
+    "elements": [
+        {"type": "or", "elements": [{"type": "const_string", "value": "yes:"}, {"type": "regex", "pattern": "no/:"}]},
+        {"type": "tags_with_separator", "separator": ",", "at_least_one": True, "stop_after_first": True,
+         "tags": [{"type": "tag", "begin": "<x>", "content": {"type": "json_schema", "json_schema": SCHEMA},
+                   "end": "</x>"}]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("structured", "pattern"),
+    [
+        ({"regex": "[0-9]{2}/x"}, r"\d\d/x"),
+        ({"choice": ["yes, sir", 'no "/"']}, 'yes, sir|no "/"'),
+        ({"grammar": 'start: "a" b\nb: "b"{2,3}'}, "abbb?"),
+        ({"grammar": 'root ::= "x" y\ny ::= [0-9] "z"'}, r"x\dz"),
+        ({"json": {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}}, '{"a":1}'),
+        ({"json": '{"const": "text"}', "disable_any_whitespace": True}, '"text"'),
+        ({"structural_tag": {"type": "structural_tag", "format": PARTS}}, r"(yes|no/):<x>\{.*\}</x>"),
+    ],
+)
+def test_answers_follow_vllm_s_structured_outputs(live, structured, pattern):
+    fields = {"extra_body": {"structured_outputs": structured}, "max_tokens": 90, "temperature": 1, "seed": 3}
+    answer = live.chat(**fields).choices[0]
+    assert re.fullmatch(pattern, answer.message.content), answer.message.content
+    assert answer.finish_reason == "stop"
+    text = live.openai.completions.create(model="aria-nano", prompt="hello", **fields).choices[0].text
+    assert re.fullmatch(pattern, text), text
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "draw"}}])

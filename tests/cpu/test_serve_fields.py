@@ -12,9 +12,10 @@ from openai.types.responses import response_create_params
 from pydantic import BaseModel, ValidationError
 
 from aria.serve import bodies, protocol, responses_body
+from aria.serve.base import names_of
 from aria.serve.bodies import Defaults
 from aria.serve.errors import ApiError, from_validation
-from aria.serve.protocol import ChatRequest, CompletionRequest, names_of
+from aria.serve.protocol import ChatRequest, CompletionRequest
 from aria.serve.responses_body import ResponsesRequest
 
 DEFAULTS = Defaults(sizes=(224, 448), max_model_len=100, variables=frozenset({"style"}))

@@ -1,0 +1,103 @@
+"""What request bodies are made of: objects that refuse unknown fields, lists, unions that are told apart by a field."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from aria.serve import fields
+
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list whose first wrong item is told: a million of them would take minutes and gigabytes."""
+
+MOST_FIELDS = 100
+MOST_NAME = 256
+"""Characters of an unknown field's name that an error repeats."""
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    # Python reads more than JSON: NaN, and halves of surrogate pairs.
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""An object that can be told again, such as a schema."""
+
+
+def kind_of(key: str, default: str | None = None) -> Discriminator:
+    """Tells the members of a union by the value of a field; tags stand in brackets, see `errors`."""
+
+    def tell(value: Any) -> str | None:
+        kind = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        kind = default if kind is None else kind
+        return f"<{kind:.40}>" if isinstance(kind, str) else None
+
+    return Discriminator(tell)
+
+
+def string_or_list(value: Any) -> str:
+    """Tells text from a list, or from an object."""
+    return "<string>" if isinstance(value, str) else "<list>"
+
+
+def _with_ignored(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add the fields that are accepted without effect to a model's JSON schema."""
+    assert issubclass(model, Body)
+    for name, rule in model.known.items():
+        if rule.schema is not None and name not in names_of(model):
+            schema.setdefault("properties", {})[name] = rule.schema
+
+
+class Body(BaseModel):
+    """What a client sends. A field with a default may be null, which counts as absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_with_ignored)
+    known: ClassVar[fields.Rules] = {}
+    """Fields of OpenAI's or vLLM's interface that are not implemented."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MOST_FIELDS:  # each would be a fault of its own
+            raise ValueError(f"an object of {len(value):,} fields, most of which cannot be known here")
+        names, kept = names_of(cls), {}
+        for name, one in value.items():
+            if name not in names:
+                _check_known(cls, name, one)
+            elif one is not None or names[name]:
+                kept[name] = one
+        return kept
+
+
+@functools.cache
+def names_of(model: type[BaseModel]) -> dict[str, bool]:
+    """Names of a model's fields as clients spell them, and whether each is required."""
+    return {field.alias or name: field.is_required() for name, field in model.model_fields.items()}
+
+
+def _check_known(model: type[Body], name: str, value: Any) -> None:
+    """Refuse a field that is not implemented, unless its value has no effect."""
+    rule = model.known.get(name)
+    if value is None or (rule is not None and rule.accepts(value)):
+        return
+    kind = "unsupported_value" if rule is not None and rule.values else "unsupported_field"
+    if rule is not None:
+        message = f"is not supported{' with this value' if rule.values else ''}: {rule.reason}"
+    else:
+        like = fields.nearest(name, [*names_of(model), *model.known])
+        message = f"is not supported; {f'did you mean {like}?' if like else 'leave it out'}"
+    # The error is about the whole object here; `errors` completes its place by the name.
+    # JSON's names may hold half of a surrogate pair, which pydantic does not take.
+    field = name[:MOST_NAME].encode("utf-8", "replace").decode()
+    raise PydanticCustomError(kind, "{message}", {"field": field, "message": message})

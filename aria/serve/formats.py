@@ -1,0 +1,103 @@
+"""What answers can be asked to follow: OpenAI's response_format, and vLLM's structured_outputs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, Tag, model_validator
+
+from aria.serve import fields
+from aria.serve.base import Body, Json, Many, kind_of
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+    json_schema: Annotated[Json | None, Field(alias="schema")] = None
+    """Extension, as in llama.cpp."""
+
+
+class JsonSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    json_schema: Annotated[Json | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """Answers always follow the schema, strict or not."""
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema | None = None
+    bare_schema: Annotated[Json | None, Field(alias="schema")] = None
+    """Extension, as in llama.cpp: the schema itself in place of ``json_schema``."""
+
+    @model_validator(mode="after")
+    def _one(self) -> JsonSchemaFormat:
+        if (self.json_schema is None) == (self.bare_schema is None):
+            raise ValueError("give json_schema (OpenAI's form) or schema (llama.cpp's), and not both")
+        return self
+
+
+class StructuralTagFormat(Body):
+    """Extension of vLLM, whose server calls an answer's parts that follow a schema so."""
+
+    type: Literal["structural_tag"]
+    structures: list[Json] | None = None
+    triggers: list[str] | None = None
+    format: Json | None = None
+
+    @property
+    def tag(self) -> dict[str, Any]:
+        """As `aria.engine.structural_tags` reads it."""
+        return self.model_dump(exclude_none=True)
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
+    | Annotated[StructuralTagFormat, Tag("<structural_tag>")],
+    kind_of("type"),
+]
+
+
+def _parsed(value: Any) -> Any:
+    """JSON that came as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+
+
+JsonText = Annotated[Json, BeforeValidator(_parsed)]
+
+
+class StructuredOutputs(Body):
+    """Extension, spelled as in vLLM: what the answer follows."""
+
+    json_schema: Annotated[JsonText | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[Many[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    """Lark as llguidance has it, or GBNF."""
+    json_object: bool | None = None
+    structural_tag: JsonText | None = None
+    known: ClassVar[fields.Rules] = fields.STRUCTURED
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if len(self.given) != 1:
+            names = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
+            raise ValueError(f"give one of {names}")
+        return self
+
+    @property
+    def given(self) -> list[str]:
+        """Names of what is asked for."""
+        return [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
