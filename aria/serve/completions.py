@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -22,6 +23,8 @@ class _Text:
         self._echo = run.asked.echo
         self._wanted = run.asked.params.logprobs
         self._offset = 0
+        # Counts characters whose bytes come in several tokens.
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     async def push(self, piece: Piece) -> tuple[str, dict[str, Any] | None]:
         """A token -> text and log-probabilities."""
@@ -46,13 +49,27 @@ class _Text:
     def _logprobs(self, known: Sequence[TokenLogprob | None]) -> dict[str, Any]:
         tokens, values, likeliest, offsets = [], [], [], []
         for one in known:
+            token_id = self._run.prompt_ids[self._prompt][0] if one is None else one.token_id
             # The first token of a prompt has nothing before it to be likely after.
             tokens.append(self._first() if one is None else one.token)
             values.append(None if one is None else one.logprob)
             likeliest.append(None if one is None else self._likeliest(one))
+            length = self._length(tokens[-1], token_id)
             offsets.append(self._offset)
-            self._offset += len(tokens[-1])
+            self._offset += length
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": likeliest, "text_offset": offsets}
+
+    def _length(self, text: str, token_id: int) -> int:
+        """Characters that a token adds to the text: of one in several tokens, all with its last."""
+        data = self._run.tokenizer.token_bytes(token_id)
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return len(self._characters.decode(data))
+        # Bytes before this token that never became a character stand in the text as one that says so.
+        self._offset += len(self._characters.decode(b"", final=True))
+        self._characters.reset()
+        return len(text)
 
     def _first(self) -> str:
         return self._run.tokenizer.decode([self._run.prompt_ids[self._prompt][0]])

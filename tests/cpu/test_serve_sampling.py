@@ -203,3 +203,24 @@ def test_log_probabilities_of_prompts_come_in_vllms_form(live):
 def test_what_cannot_be_followed_is_refused(live, fields, says):
     response = live.post("/v1/chat/completions", messages=HELLO, **fields)
     assert response.status_code == 400 and says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_point_at_characters_that_take_several_tokens(live, stream):
+    """Each token's offset is where its character begins in the text, also of the echoed prompt."""
+    prompt = "x\u0436\u4e00y"
+    tokenizer = engine().engine.processor.tokenizer
+    told: list[int] = []
+    text = ""
+    fields = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0}
+    if stream:
+        for chunk in live.openai.completions.create(model="aria-nano", stream=True, **fields):
+            text += chunk.choices[0].text
+            told += chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else []
+    else:
+        choice = ask(live, "/v1/completions", **fields)[1]["choices"][0]
+        text, told = choice["text"], choice["logprobs"]["text_offset"]
+    data = [tokenizer.token_bytes(token) for token in tokenizer.encode(prompt)]
+    expected = [len(b"".join(data[:i]).decode(errors="ignore")) for i in range(len(data))]
+    assert max(map(len, data)) == 1 and len(data) == 7
+    assert (text, told) == (prompt, expected)
