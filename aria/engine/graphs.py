@@ -62,14 +62,23 @@ class Graphs:
             return work(*(x.to(self._device, non_blocking=True) for x in inputs))
         captured = self._captured[key]
         if captured is None:
-            # If it fails for want of memory, the next time is a first one again.
-            del self._captured[key]
-            captured = self._captured[key] = self._capture(work, inputs)
+            captured = self._captured[key] = self._first_capture(key, work, inputs)
         self._captured.move_to_end(key)
         for mine, x in zip(captured.inputs, inputs, strict=True):
             mine.copy_(x, non_blocking=True)
         captured.graph.replay()
         return captured.outputs
+
+    def _first_capture(self, key: Hashable, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
+        """Capture; if that fails, for want of memory, the next time of the key is a first one again."""
+        del self._captured[key]
+        try:
+            return self._capture(work, inputs)
+        except Exception:
+            if not any(self._captured.values()):
+                # A pool goes with the last graph that uses it.
+                self._pool = torch.cuda.graph_pool_handle()
+            raise
 
     def _capture(self, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
         # What a capture runs is not computed, so what the inputs hold does not matter yet.

@@ -171,7 +171,7 @@ class Request:
         first = bisect_right(self.pictures, start, key=lambda picture: picture.end)
         return self.pictures[first : bisect_left(self.pictures, stop, key=lambda picture: picture.start)]
 
-    def block_names(self, block_size: int) -> Sequence[Hashable]:
+    def block_hashes(self, block_size: int) -> Sequence[Hashable]:
         """Names of the content of all leading full blocks of known tokens, up to a picture without a key."""
         digests = self._digests
         if not digests and self.leader is not None:
@@ -195,5 +195,5 @@ class Request:
 def block_digests(prompt: Sequence[int], pictures: Sequence[Picture], block_size: int) -> list[bytes]:
     """What `Request` takes as ``digests``. It takes milliseconds for tens of thousands of tokens, in any thread."""
     request = Request(tuple(prompt), SamplingParams(), 1, tuple(pictures))
-    request.block_names(block_size)
+    request.block_hashes(block_size)
     return request._digests

@@ -214,7 +214,7 @@ class Scheduler:
                 "max_tokens, use fewer or smaller pictures or less text, or give the cache more memory"
             )
         request.arrival = next(self._arrivals)
-        request.block_names(self.pool.block_size)  # Here, because steps should not wait for it.
+        request.block_hashes(self.pool.block_size)  # Here, because steps should not wait for it.
         self._enqueue(request)
 
     def finish(self, request: Request) -> None:
@@ -359,7 +359,7 @@ class Scheduler:
     def _find_more(self, request: Request) -> None:
         """Take from the prefix cache what others have read of a prompt since this request read its last chunk."""
         S = self.pool.block_size
-        names = request.block_names(S)
+        names = request.block_hashes(S)
         last = min(len(names), request.reusable // S)
         found = self.pool.match(names[place] for place in range(len(request.blocks), last))
         if found:
@@ -389,7 +389,7 @@ class Scheduler:
     def _admit(self, head: Request) -> bool:
         """Let the first waiting request run if there is a row and room for all that it has to read."""
         pool = self.pool
-        names = head.block_names(pool.block_size)[: head.reusable // pool.block_size]
+        names = head.block_hashes(pool.block_size)[: head.reusable // pool.block_size]
         # Blocks that are cached but not in use count as available, so only those in use make it cheaper.
         _, shared = pool.peek(names)
         need = pool.blocks_for(head.known) - shared
@@ -454,7 +454,7 @@ class Scheduler:
         """Offer blocks that are full, computed and of known tokens to the prefix cache."""
         full = min(request.computed, request.known) // self.pool.block_size
         if full > request.published:
-            names = request.block_names(self.pool.block_size)[:full]
+            names = request.block_hashes(self.pool.block_size)[:full]
             for place in range(request.published, len(names)):
                 self.pool.publish(request.blocks[place], names[place])
             request.published = full

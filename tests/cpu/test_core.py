@@ -157,7 +157,7 @@ def test_several_answers_share_their_prompt():
     engine = core()
     ids, pictures = with_picture(10, 40, 60, 3)
     requests = engine.add(ids, SamplingParams(max_tokens=5, temperature=1.0, seed=1, n=4), pictures=pictures)
-    assert all(request.block_names(16)[0] is requests[0].block_names(16)[0] for request in requests), "named once"
+    assert all(request.block_hashes(16)[0] is requests[0].block_hashes(16)[0] for request in requests), "named once"
     run(engine, requests)
     assert len({tuple(request.outputs) for request in requests}) > 1
     assert engine.scheduler.prefix_tokens >= 3 * (110 // 16 - 1) * 16

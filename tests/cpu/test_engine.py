@@ -359,14 +359,14 @@ def test_digests_of_a_prompt_are_of_one_block_size_and_of_no_other_prompt(engine
     prepared = engine.prepare(asked("hello " * 30, picture(0)))
     assert len(prepared.digests[16]) == len(prepared.ids) // 16
     [request] = engine.queue(prepared, SamplingParams(max_tokens=1)).requests
-    assert list(request.block_names(16)) == prepared.digests[16]
+    assert list(request.block_hashes(16)) == prepared.digests[16]
     changed = replace(prepared, ids=[50, *prepared.ids[1:]])
     assert not changed.digests, "another prompt's would give its answers"
     assert not set(engine.digest(changed).digests[16]) & set(prepared.digests[16])
     prepared.digests.clear()
     prepared.digests[64] = [b"of larger blocks"]
     [again] = engine.queue(prepared, SamplingParams(max_tokens=1)).requests
-    assert list(again.block_names(16)) == list(request.block_names(16))
+    assert list(again.block_hashes(16)) == list(request.block_hashes(16))
     engine.core.reset()
 
 

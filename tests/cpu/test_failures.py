@@ -282,7 +282,7 @@ def test_requests_that_share_what_is_wrong_fail_together():
     assert engine.scheduler.fail(requests[0], 4) == requests
     engine.scheduler.check()
     assert other[0].status is Status.RUNNING
-    names = requests[0].block_names(16)
+    names = requests[0].block_hashes(16)
     assert engine.pool.peek(names) == (0, 0)
 
 

@@ -13,6 +13,7 @@ from aria import AriaForConditionalGeneration, ops
 from aria.config import AriaConfig, TextConfig
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
+from aria.engine.graphs import Graphs
 from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.ops import Segments
@@ -180,3 +181,63 @@ def test_generate_in_lockstep_gives_the_same_tokens():
         assert torch.equal(
             scores.index_fill(1, torch.tensor([9], device="cuda"), float("-inf")).argmax(-1), alone[:, 40 + step]
         )
+
+
+LONG = [[random.Random(seed).randrange(20, 4096) for _ in range(8000)] for seed in range(4)]
+
+
+def wide_core() -> EngineCore:
+    model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
+    return EngineCore(model, max_batch=4, max_model_len=8192, cache_blocks=700)
+
+
+def answers_to_long(core: EngineCore) -> list[int]:
+    """Tokens of four answers, from an empty cache."""
+    core.reset()
+    params = [SamplingParams(max_tokens=8, temperature=1.0, seed=seed) for seed in range(4)]
+    requests = [core.add(ids, one)[0] for ids, one in zip(LONG, params, strict=True)]
+    while core.busy:
+        core.step()
+    assert [len(request.outputs) for request in requests] == [8] * 4
+    return [token for request in requests for token in request.outputs]
+
+
+def mostly_equal(tokens: list[int], others: list[int]) -> bool:
+    # Steps of other sizes round differently, and from a token that differs on all may.
+    return sum(a == b for a, b in zip(tokens, others, strict=True)) > 24
+
+
+def test_a_prefill_that_runs_out_of_memory_is_tried_again_in_halves(caplog):
+    core = wide_core()
+    answers_to_long(core)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    expected = answers_to_long(core)
+    step = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + int(step * 0.8)
+    try:
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+        got = answers_to_long(core)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "ran out of memory and is tried again" in caplog.text
+    assert not core.failing and mostly_equal(got, expected)
+
+
+def test_graphs_are_captured_after_captures_that_run_out_of_memory(caplog, monkeypatch):
+    core, expected = wide_core(), answers_to_long(wide_core())
+    captures: list[bool] = []
+    capture = Graphs._capture
+
+    def lacking(self, work, inputs):
+        # The first one, and one while there is another.
+        captures.append(len(captures) in (0, 2))
+        if captures[-1]:
+            return capture(self, lambda *tensors: (torch.empty(1 << 40, device="cuda"), *work(*tensors)), inputs)
+        return capture(self, work, inputs)
+
+    monkeypatch.setattr(Graphs, "_capture", lacking)
+    got = [answers_to_long(core) for _ in range(3)]
+    assert caplog.text.count("ran out of memory and is tried again") == 2 and len(captures) > 3
+    assert not core.failing and all(mostly_equal(one, expected) for one in got)
