@@ -20,6 +20,7 @@ from aria.checkpoint import load_model, save_checkpoint
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore
 from aria.engine.engine import refuse_unbuilt
+from aria.engine.failures import StepError
 from aria.engine.generation import (
     GENERATION_CONFIG,
     UNSET,
@@ -278,10 +279,15 @@ class AriaForConditionalGeneration(nn.Module):
         if streamer is not None:
             streamer.put(input_ids.cpu())
         input_ids = input_ids.repeat_interleave(params.n, 0)
-        if generation.in_lockstep:
-            output = _grow_together(core, Lockstep(requests, input_ids, completions, generation), streamer)
-        else:
-            grown = _grow(core, dict(zip(requests, completions, strict=True)), streamer)
+        try:
+            if generation.in_lockstep:
+                output = _grow_together(core, Lockstep(requests, input_ids, completions, generation), streamer)
+            else:
+                grown = _grow(core, dict(zip(requests, completions, strict=True)), streamer)
+        except StepError as error:
+            # As in transformers, where callers look for torch.OutOfMemoryError to try less at a time.
+            raise error.__cause__ or error from None
+        if not generation.in_lockstep:
             longest = max(map(len, grown))
             rows = [ids + [generation.pad] * (longest - len(ids)) for ids in grown]
             new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)

@@ -129,7 +129,7 @@ class Scheduler:
             any case.
         encoded: whether the image tokens of a picture are at hand already, for the adapter of that name.
         watermark: fraction of the cache that stays available when a request is admitted beside others, for the others
-            to grow into.
+            to grow into; less where their ``max_tokens`` let them need less.
     """
 
     def __init__(
@@ -393,8 +393,8 @@ class Scheduler:
         # Blocks that are cached but not in use count as available, so only those in use make it cheaper.
         _, shared = pool.peek(names)
         need = pool.blocks_for(head.known) - shared
-        spare = pool.available - self._promised - (self._watermark if self._running else 0)
-        if not self._rows or need > spare:
+        spare = pool.available - self._promised - need
+        if not self._rows or spare < 0 or (spare < self._watermark and spare < self._growth()):
             return False
         heapq.heappop(self._queue)
         self._waiting -= 1
@@ -410,6 +410,11 @@ class Scheduler:
         self.prefix_queries += head.known
         self._count_found(head, head.computed)
         return True
+
+    def _growth(self) -> int:
+        """Blocks that running requests may come to need beside those for what they read."""
+        most = (self.pool.blocks_for(len(one.prompt) + one.max_tokens - 1) for one in self._running)
+        return sum(most) - sum(len(one.blocks) for one in self._running) - self._promised
 
     def _count_found(self, request: Request, tokens: int) -> None:
         self.prefix_tokens += tokens

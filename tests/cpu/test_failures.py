@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 import torch
-from test_core import IMAGE, core, prompt, with_picture
+from test_core import IMAGE, core, model, prompt, with_picture
 
+from aria import AriaForConditionalGeneration
 from aria.engine import SamplingParams
 from aria.engine.failures import StepError, free_frames, out_of_memory
 from aria.engine.request import Picture, Status
@@ -190,6 +191,17 @@ def test_a_step_that_lacks_memory_twice_fails_with_what_its_half_computed(expect
     assert list(caught.value.failed) == requests[:1]
     later = answers(engine, requests[1:])
     assert list(later.values()) == expected[1:]
+
+
+def test_generate_raises_what_the_model_raised(monkeypatch):
+    ours = AriaForConditionalGeneration(model())
+    ids = torch.tensor([PROMPTS[0]])
+    expected = ours.generate(ids, max_new_tokens=4, eos_token_id=None)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        Fails(patch, Decoder, "forward", torch.OutOfMemoryError("CUDA out of memory"), times=2)
+        ours.generate(ids, max_new_tokens=4, eos_token_id=None)
+    Fails(monkeypatch, Decoder, "forward", torch.OutOfMemoryError("CUDA out of memory"))
+    assert torch.equal(ours.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
 
 
 def test_nothing_of_a_failed_step_is_kept_alive(monkeypatch):

@@ -150,7 +150,7 @@ def test_nothing_overtakes_a_large_request_at_the_head():
 @pytest.mark.parametrize(("tokens", "fits"), [(28, True), (29, False)])
 def test_admission_keeps_room_for_prompts_that_are_being_read_and_for_growth(tokens, fits):
     s = scheduler(blocks=20, step_tokens=16, watermark=0.1)
-    s.add(request(41))
+    s.add(request(41, max_tokens=20))
     step(s)
     # Of 20 blocks 11 are the first's, though it has taken only 4, and 2 stay for growth.
     s.add(other := request(tokens, priority=-1))

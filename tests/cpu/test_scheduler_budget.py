@@ -192,6 +192,19 @@ def test_admission_leaves_answers_room_to_grow():
     assert preemptions() == preemptions(watermark=0.05) < preemptions(watermark=0.01) / 2
 
 
+def test_no_more_room_is_left_than_answers_may_come_to_need():
+    s = scheduler(blocks=20 * 11, max_rows=20, step_tokens=1000, watermark=0.05)
+    # A batch that fills the cache to its last block: 40 tokens each, and four more of which the last is never read.
+    together = [request(40, max_tokens=5) for _ in range(20)]
+    for one in together:
+        s.add(one)
+    step(s)
+    assert s.running == 20
+    while not s.idle:
+        step(s)
+    assert s.preemptions == 0
+
+
 def test_a_request_of_nearly_the_whole_cache_waits_for_the_others_and_runs():
     s = scheduler(blocks=40, watermark=0.05)
     before, huge, after = request(8, max_tokens=6), request(150, max_tokens=8), request(8)
