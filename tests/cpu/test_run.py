@@ -405,53 +405,6 @@ def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
     assert len(lines(out)) == 2 and (out / "export" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_recipe_that_was_written_trains_as_it_stands(
-    command, tmp_path, data, model_folder, monkeypatch, capsys, method
-):
-    monkeypatch.chdir(tmp_path)
-    assert command("train", "--init", method, "--data", data, "-m", model_folder) == 0
-    file = tmp_path / f"{method}.toml"
-    assert f"aria train {method}.toml" in " ".join(capsys.readouterr().out.split())
-    written = Recipe.read(file)
-    assert (written.targets.method, written.data.paths) == (method, (str(data),))
-    assert written.evaluate.data == (str(data),) and written.evaluate.split == "test"
-    text = file.read_text(encoding="utf-8")
-    assert all(f"[{section}]" in text for section in ("model", "data", "batch", "optimizer", "budget", "evaluate"))
-    assert text.count("\n#") > 10, "it says what can be changed"
-    assert command("train", file.name) == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "3 epochs of 7 rows" in told and "skipped" not in told and (tmp_path / "runs" / method / "export").is_dir()
-    before = file.read_bytes()
-    assert command("train", "--init", method, "--data", data) == 2
-    assert "is there already; name another file" in " ".join(capsys.readouterr().err.split())
-    assert file.read_bytes() == before
-
-
-def test_a_recipe_is_written_for_nano_or_a_named_base(command, tmp_path, data, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rows = data / "train.jsonl"
-    assert command("train", "sub/nano.toml", "--init", "lora", "--data", rows) == 0
-    nano = Recipe.read(tmp_path / "sub" / "nano.toml")
-    assert nano.model.path is None and nano.batch.tokens == 256 and not nano.evaluate.data
-    # What is on the Hub is not asked; the authors' own numbers stand there.
-    assert command("train", "big.toml", "--init", "full", "--data", data, "--data", rows, "-m", "org/base") == 0
-    big, authors = Recipe.read(tmp_path / "big.toml"), Recipe.read(ROOT / "recipes" / "full.toml")
-    assert big.model.path == "org/base" and big.data.paths == (str(data), str(rows))
-    assert (big.batch, big.optimizer, big.parallel) == (authors.batch, authors.optimizer, authors.parallel)
-    capsys.readouterr()
-    for arguments, said in (
-        (("--init", "lora"), "--init needs data"),
-        (("--init", "lora", "--data", "nowhere"), "nowhere"),
-        (("--init", "lora", "--data", data, "--dry-run"), "--init only writes a recipe"),
-        (("big.toml", "--data", data), "--data and --model belong to --init"),
-        ((), "which RECIPE?"),
-    ):
-        assert command("train", *arguments) == 2
-        assert said in " ".join(capsys.readouterr().err.split())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.toml", "sub"]
-
-
 def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_path):
     out = tmp_path / "run"
     kinds = {f"{kind}.factory": f"toy_training:{kind}" for kind in ("model", "data", "objective")}
