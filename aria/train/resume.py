@@ -61,7 +61,9 @@ class Saved:
         self.stream.load_state_dict(state["stream"])
         for name, value in state["position"].items():
             setattr(self.position, name, value)
-        restore_random_states(state["random"])
+        random = state["random"]
+        # Earlier versions saved PyTorch's states alone, and CUDA's beside.
+        restore_random_states({"cpu": random, "cuda": state.get("cuda")} if isinstance(random, Tensor) else random)
 
 
 def about(recipe: Recipe) -> dict[str, Any]:

@@ -120,6 +120,15 @@ def test_evaluations_leave_every_random_state_and_checkpoint_as_they_were(run, t
     assert ends[0] == ends[1]
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes(run, tmp_path):
+    run(budget={"steps": 2})
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "rank-0.pt"
+    own = torch.load(file, weights_only=False)
+    torch.save(own | {"random": own["random"]["cpu"], "cuda": own["random"]["cuda"]}, file)
+    log, *_ = run(budget={"steps": 3})
+    assert [line["step"] for line in log] == [1, 2, 3]
+
+
 def test_random_states_of_a_run_come_back():
     def drawn():
         return random.random(), np.random.rand(), torch.rand(3).tolist()
