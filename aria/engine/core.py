@@ -472,6 +472,11 @@ class EngineCore:
         self._drop_adapters()
 
     @ops.on_own_device
+    def plan_attention(self) -> None:
+        """Let libraries plan the attention of all chunks that steps can read, which their first calls would do."""
+        self.runner.plan_attention(self.scheduler.step_tokens, self.max_model_len)
+
+    @ops.on_own_device
     def close(self) -> None:
         """End all requests and wait for the device."""
         for request in list(self._unfinished):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -22,6 +22,7 @@ from aria.engine.failures import StepError, failure
 from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.prompt_scores import PromptScores
+from aria.engine.rehearsal import Rehearsal
 from aria.engine.request import Picture, Request, block_digests
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampler import EndText
@@ -499,28 +500,20 @@ class Engine:
         with suppress(ModuleNotFoundError):
             self.grammars.load()
         if self.device.type == "cuda":
-            counts = [count for count in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256) if count <= self.core.max_batch]
-            self._rehearse(counts)
-            if self.adapters:  # which one makes no difference, but that pictures may be another's
-                self._rehearse(counts, self.adapters[0])
+            pictures = self._sample_pictures()
+            # Which adapter makes no difference, but that image tokens may be another's.
+            for adapter in (None, *self.adapters[:1]):
+                Rehearsal(self.core, adapter).run(pictures)
 
-    def _rehearse(self, counts: Iterable[int], adapter: str | None = None) -> None:
-        """Answer a picture and some texts, ``counts`` of them together, and keep nothing of it in the cache."""
-        assert not self.core.busy, "rehearsed beside requests"
-        params = SamplingParams(max_tokens=4, ignore_eos=True)
-        work = [(self.prepare_text("Aria"), count) for count in counts]
-        size = self.processor.image_processor.max_image_size
-        if self.max_model_len > 2 * self.processor.size_conversion[size]:
-            picture = {"type": "image", "image": Image.new("RGB", (size, size))}
-            work.append((self.prepare([{"role": "user", "content": [picture]}]), 1))
-        for prepared, count in work:
-            for _ in range(count):
-                self.queue(prepared, params, adapter=adapter)
-            while self.core.busy:
-                self.step()
-                for answer in self.failed:
-                    answer.result()
-        self.core.pool.clear()
+    def _sample_pictures(self) -> list[list[Picture]]:
+        """Of prompts with an image each: of every crop size two squares and one that has to be resized both ways."""
+        found = []
+        for size, tokens in self.processor.size_conversion.items():
+            for color, shape in ("black", (size, size)), ("white", (size, size)), ("black", (size * 2, size + 50)):
+                if 2 * tokens < self.max_model_len:
+                    image = {"type": "image", "image": Image.new("RGB", shape, color), "max_image_size": size}
+                    found.append(self._pictures(self.prepare([{"role": "user", "content": [image]}])))
+        return found
 
     def stats(self) -> Stats:
         """How busy it is, and what it has done. Any thread may ask."""

@@ -139,8 +139,11 @@ class Runner:
         self.hook: Callable[[Sequence[Request], Tensor, Tensor], Tensor] | None = None
         """Requests, logits ``(N, V)``, and scores after penalties -> scores to draw from. Called once the tokens of the
         step before are known."""
+        keys = cache.keys[0]
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
+            # Kernels read of a table what a sequence has; plain operations all of it.
+            self._narrow = not (ops.graphs_hold_chunks(keys[0], keys) and ops.paged_kernel(keys[0], keys))
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
@@ -191,12 +194,12 @@ class Runner:
         width = self._width(max(places))
         size = batch_size(N, self._scratch_row) if self._graphs else N
         owners = self._owners_of(decodes)
-        table = np.zeros((3, size), dtype=np.int32)
+        table = np.zeros((3, _aligned(size)), dtype=np.int32)
         table[0] = self._scratch_row
         table[:, :N] = [_row(request) for request in decodes], places, owners
 
         def work(table: Tensor) -> tuple[Tensor | None, ...]:
-            rows_N, positions_N, owners_N = table
+            rows_N, positions_N, owners_N = table[:, :size]
             adapters = self._adapters.step(owners_N) if any(owners) else None
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             context = Paged(self._cache, positions_N, blocks_NM, adapters=adapters)
@@ -308,6 +311,13 @@ class Runner:
         if self._graphs is not None and key is not None:
             return self._graphs.run(key, work, *(x if x.is_cuda else x.pin_memory() for x in inputs))
         return work(*(x.to(self.device) for x in inputs))
+
+    @torch.inference_mode()
+    def plan_attention(self, step_tokens: int, max_model_len: int) -> None:
+        """Let cuDNN plan the attention of all chunks up to ``step_tokens``, where it is used."""
+        config, keys = self._model.config.text, self._cache.keys[0]
+        if ops.graphs_hold_chunks(keys[0], keys):
+            ops.plan_chunks(keys, config.num_attention_heads, min(step_tokens, max_model_len), max_model_len)
 
     def forget_graphs(self) -> None:
         """Drop the graphs of steps and pictures: they hold adapters that may be gone."""
@@ -450,19 +460,31 @@ class Runner:
 
     def _width(self, position: int) -> int:
         """Blocks of the tables for sequences up to ``position``: few values, because graphs are made by it."""
+        if not self._narrow:
+            return self._blocks.shape[1]
         needed, width = position // self._cache.block_size + 1, 16
         while width < needed:
             width *= 4
         return min(width, self._blocks.shape[1])
 
     def _upload(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """Whole numbers as int32 tensors on the device, sent in one piece."""
-        flat = torch.from_numpy(np.concatenate([np.asarray(column, dtype=np.int32) for column in columns]))
-        return list(self._send(flat).split([len(column) for column in columns]))
+        """Whole numbers as int32 tensors on the device, sent in one piece. Each begins on a multiple of 16 bytes: where
+        it does not, Triton compiles another kernel."""
+        sizes = [_aligned(len(column)) for column in columns]
+        flat = np.zeros(sum(sizes), dtype=np.int32)
+        for column, start in zip(columns, accumulate(sizes, initial=0), strict=False):
+            flat[start : start + len(column)] = column
+        parts = self._send(torch.from_numpy(flat)).split(sizes)
+        return [part[: len(column)] for part, column in zip(parts, columns, strict=True)]
 
     def _send(self, x: Tensor) -> Tensor:
         """To the device, without waiting for it."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+
+
+def _aligned(count: int) -> int:
+    """Numbers of four bytes that fill up 16 bytes."""
+    return -(-count // 4) * 4
 
 
 def _row(request: Request) -> int:

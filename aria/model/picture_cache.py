@@ -38,6 +38,11 @@ class PictureCache:
         self._features.move_to_end(key)
         return features
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._features.clear()
+        self.nbytes = 0
+
     def put(self, key: Hashable, features_QD: Tensor) -> None:
         """Keep picture tokens, and let go of the oldest ones that have no more room beside them."""
         if features_QD.nbytes > self.capacity:

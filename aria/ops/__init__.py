@@ -60,6 +60,8 @@ __all__ = [
     "norm_linear",
     "on_own_device",
     "paged_attention",
+    "paged_kernel",
+    "plan_chunks",
     "resample",
     "rms_norm",
     "rope_angles",
@@ -334,6 +336,11 @@ def graphs_hold_chunks(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
     return inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK)
 
 
+def plan_chunks(keys_BHSK: Tensor, heads: int, chunk: int, longest: int) -> None:
+    """See :func:`aria.ops.kernels.chunk_attention.plan`; where its kernel fits."""
+    _kernels("chunk_attention").plan(keys_BHSK, heads, chunk, longest)
+
+
 def rotate_and_cache(q_THK: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions and the write to the paged cache; see :func:`aria.ops.reference.rotate_and_cache`."""
     fast = inference_kernels(q_THK) and _kernels("rotary").fits(q_THK)
@@ -353,7 +360,7 @@ def paged_attention(
     ``arrivals`` are the counters of the kernel, see :func:`aria.ops.kernels.paged_attention.decode_attention`.
     """
     arguments = q_NHK, keys_BHSK, values_BHSK, blocks_NM, lengths_N
-    if _paged_kernel(q_NHK, keys_BHSK):
+    if paged_kernel(q_NHK, keys_BHSK):
         return _kernels("paged_attention").paged_attention(*arguments, arrivals)
     return _plain_paged(q_NHK).paged_attention(*arguments)
 
@@ -374,12 +381,13 @@ def decode_attention(
     ``arrivals`` are the counters of the kernel, see :func:`aria.ops.kernels.paged_attention.decode_attention`.
     """
     arguments = q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK
-    if _paged_kernel(q_NHK, keys_BHSK):
+    if paged_kernel(q_NHK, keys_BHSK):
         return _kernels("paged_attention").decode_attention(*arguments, arrivals)
     return _plain_paged(q_NHK).decode_attention(*arguments)
 
 
-def _paged_kernel(q_NHK: Tensor, keys_BHSK: Tensor) -> bool:
+def paged_kernel(q_NHK: Tensor, keys_BHSK: Tensor) -> bool:
+    """Whether :func:`paged_attention` and :func:`decode_attention` have a kernel for these widths."""
     return inference_kernels(q_NHK) and _kernels("paged_attention").fits(q_NHK, keys_BHSK)
 
 

@@ -254,9 +254,11 @@ class Machine:
         }
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
+        torch.backends.cudnn.is_available = lambda: True
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
         # Numbers that nobody knows are ones, and what is asked about them is so.
         FakeTensor.tolist = lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
+        FakeTensor.numpy = lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype).numpy()
         FakeTensor.item = FakeTensor.__int__ = lambda tensor: 1
         FakeTensor.__bool__ = lambda tensor: True
         fake_impls.op_implementations_dict[torch.ops.aten.nonzero.default] = lambda mode, op, tensor: tensor.new_empty(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from fake_gpu import GPU, GPUS, KB, Launch, Machine
+from PIL import Image
 
-from aria import AriaConfig, AriaForConditionalGeneration, Engine
+from aria import AriaConfig, AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine import engine as engine_module
 from aria.model import Aria
 from aria.ops import LowRank
-from aria.ops.kernels import experts, low_rank, pointwise, swiglu
+from aria.ops.kernels import chunk_attention, experts, low_rank, pointwise, swiglu
 
 ARIA = AriaConfig.aria()
 # Layers are alike.
@@ -52,7 +54,7 @@ def adapter(rank: int) -> Any:
     return SimpleNamespace(weights=weights)
 
 
-def engine(dtype: torch.dtype, rank: int = 0, device: str = "cuda:0", max_batch: int = 256) -> Engine:
+def engine(dtype: torch.dtype, rank: int = 0, device: str = "cuda:0", max_batch: int = 20) -> Engine:
     """Of Aria's widths, on a machine that runs; with an adapter named "a" if it has a rank."""
     engine_module.load_model = lambda *_, **__: model(dtype, torch.device(device))
     engine_module.read_adapter = lambda *_: adapter(rank)
@@ -104,23 +106,55 @@ def shared(capability: str, dtype: str, rank: str, only: str = "") -> dict[str, 
     return needs((one for one in machine.launches.values() if any(x in one.name for x in wanted)), machine.gpu)
 
 
-def tiles(capability: str) -> dict[str, list[dict[str, Any]]]:
-    """Constants by kernel that were tuned."""
+def warmed(capability: str, rank: str) -> dict[str, Any]:
+    """What an engine that was warmed up still has to compile or plan, and the tuned constants of what it compiled."""
     machine = Machine(GPUS[capability])
+    chunk_attention._sdpa = lambda q, k, v, causal: _plan(machine, q, k, v, causal)
+    choice = random.Random(0)
     with machine.running():
-        engine(torch.bfloat16, 8).warm_up()
-        for rank in (8, 64, 128):
-            train(torch.bfloat16, rank)
+        made = engine(torch.bfloat16, int(rank))
+        made.warm_up()
+        known = dict(machine.launches)
+        kinds = {}, {"logprobs": 2, "temperature": 1.0}, {"presence_penalty": 0.5}, {"prompt_logprobs": 1}
+        for longest, requests in (50, 20), (700, 20), (5_000, 4), (50_000, 2):
+            for seed in range(requests):
+                ids = [choice.randrange(20, 4000) for _ in range(choice.randrange(1, longest))]
+                params = SamplingParams(
+                    max_tokens=choice.randrange(1, 9), ignore_eos=True, seed=seed, **choice.choice(kinds)
+                )  # fmt: skip
+                made.queue(made.prepare_text(ids), params, adapter=choice.choice([None, *made.adapters]))
+                for _ in range(choice.randrange(4)):
+                    made.step()
+            while made.core.busy:
+                made.step()
+        for size, limit in ((980, 700), 980), ((300, 200), 490), ((2000, 1500), 980):
+            image = {"type": "image", "image": Image.new("RGB", size), "max_image_size": limit}
+            made.queue(made.prepare([{"role": "user", "content": [image]}]), SamplingParams(max_tokens=2, seed=0))
+            while made.core.busy:
+                made.step()
+        new = [f"{name}: {key}" for name, key in machine.launches.keys() - known.keys()]
+        plans = sum(name == "plan" for name, _ in known)
+        train(torch.bfloat16, 8)
+    return {"new": new, "plans": plans, "compiled": len(known), "tiles": tiles(machine.launches.values())}
+
+
+def _plan(machine: Machine, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Any:
+    """In place of cuDNN's attention, which plans what is new in any of these."""
+    made_by = [(list(x.shape), x.stride()) for x in (q, k, v)]
+    machine.launches["plan", f"{made_by} {causal}"] = None
+    return q.new_empty(q.shape[1], len(q), q.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def tiles(launches: Iterable[Launch | None]) -> dict[str, list[dict[str, Any]]]:
+    """Constants by kernel that were tuned."""
+    tuned = "STAGES", "HELD", "QUERIES", "KEYS", "GROUP", "TILE", "num_warps", "num_stages"
     found: dict[str, list[dict[str, Any]]] = {}
-    for launch in machine.launches.values():
-        constants = {
-            name: value
-            for name, value in launch.constants.items()
-            if "BLOCK" in name
-            or name in ("STAGES", "HELD", "QUERIES", "KEYS", "GROUP", "TILE", "num_warps", "num_stages")
-        }
-        if constants not in found.setdefault(launch.name, []):
-            found[launch.name].append(constants)
+    for launch in launches:
+        if launch is not None:
+            constants = launch.constants
+            some = {name: constants[name] for name in sorted(constants) if "BLOCK" in name or name in tuned}
+            if some not in found.setdefault(launch.name, []):
+                found[launch.name].append(some)
     return found
 
 
@@ -132,9 +166,7 @@ def unfit() -> dict[str, Any]:
     with machine.running():
         made = engine(torch.float32, max_batch=4)
         at_start = list(heard)
-        answer = made.queue(
-            made.prepare_text("Aria"), engine_module.SamplingParams(max_tokens=3, seed=0, ignore_eos=True)
-        )
+        answer = made.queue(made.prepare_text("Aria"), SamplingParams(max_tokens=3, seed=0, ignore_eos=True))
         while made.core.busy:
             made.step()
     return {

@@ -13,6 +13,7 @@ from tiny import tiny_config
 
 from aria import AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine.outputs import Completion
+from aria.engine.rehearsal import Rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -321,12 +322,18 @@ def test_an_answer_whose_text_cannot_be_made_fails_alone(engine, monkeypatch):
 
 
 def test_warming_up_leaves_nothing_behind(model_folder):
-    engine = Engine(model_folder, device="cpu", max_batch=4)
+    engine = Engine(model_folder, device="cpu", max_batch=3, max_model_len=600)
     engine.warm_up()
     assert engine.stats().completion_tokens == 0, "the CPU has nothing to compile"
-    engine._rehearse([1, 4, 3])
-    assert engine.stats().completion_tokens == 4 * (1 + 1 + 4 + 3)
+    rehearsal = Rehearsal(engine.core)
+    rehearsal.decode()
+    assert engine.stats().completion_tokens == 3 * 4 * (1 + 2 + 3)
+    for pictures in engine._sample_pictures():
+        rehearsal.look(pictures)
+    assert engine.core.runner.encoder.cache.nbytes > 0
+    rehearsal.run([])
     assert not engine.core.busy and engine.core.pool.free == engine.core.pool.total
+    assert engine.core.runner.encoder.cache.nbytes == 0
 
 
 def test_a_picture_is_encoded_once(model_folder, monkeypatch):

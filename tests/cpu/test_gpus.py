@@ -55,7 +55,50 @@ def check(capability: str, needs: dict[str, int]) -> None:
 
 def test_kernels_fit_into_the_shared_memory_of_a_workstations_card(ask):
     heavy = "few,gemv,grouped_gemm,chunk,paged,low_rank,swiglu,thin._thin,permute._norm,vision_attention"
-    check("12.0", ask("shared", "12.0", "bfloat16", "8", heavy))
+    check("12.0", ask("shared", "12.0", "bfloat16", "0", heavy))
+
+
+TUNED = {
+    "grouped_gemm._grouped": [
+        {"ROWS_BLOCK": 64, "O_BLOCK": 64, "I_BLOCK": 128, "GROUP": 1, "num_warps": 4},
+        {"ROWS_BLOCK": 128, "O_BLOCK": 128, "I_BLOCK": 64, "GROUP": 6, "num_warps": 8},
+    ],
+    "few._experts_up_kernel": [
+        {"BLOCK_O": 64, "BLOCK_T": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4},
+        {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4},
+        {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4},
+        {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_D": 128, "STAGES": 5, "num_warps": 4},
+    ],
+    "few._down_kernel": [
+        {"BLOCK_O": 64, "BLOCK_T": 16, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4},
+        {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4},
+        {"BLOCK_O": 128, "BLOCK_T": 64, "BLOCK_F": 128, "STAGES": 3, "num_warps": 8},
+    ],
+    "gemv._up_kernel": [{"BLOCK_F": 8, "BLOCK_D": 256, "HELD": 4, "STAGES": 4, "num_warps": 4}],
+    "gemv._down_kernel": [{"BLOCK_D": 4, "BLOCK_F": 512, "HELD": 4, "STAGES": 5, "num_warps": 4}],
+    "chunk_attention._chunk_kernel": [
+        {"QUERIES": 64, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+        {"QUERIES": 128, "KEYS": 64, "STAGES": 3, "num_warps": 8},
+    ],
+    "low_rank._shrink": [{"I_BLOCK": 128, "E_BLOCK": 64, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4}],
+    "swiglu._backward": [
+        {"F_BLOCK": 64, "E_BLOCK": 64, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4},
+        {"F_BLOCK": 64, "E_BLOCK": 1, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4},
+    ],
+}
+"""What was fastest on an H100 (docs/kernels.md)."""
+
+
+@pytest.mark.parametrize("rank", ["0", pytest.param("8", marks=pytest.mark.slow)])
+def test_hopper_compiles_what_was_tuned_and_nothing_after_warming_up(ask, rank):
+    found = ask("warmed", "9.0", rank)
+    assert found["new"] == []
+    # Chunks of up to 36,864 tokens, by themselves and over up to 16,384 of their past, in steps of 4,096.
+    assert found["plans"] == 9 * (1 + 4)
+    for name, tuned in TUNED.items():
+        tiles = [{key: tile[key] for key in tuned[0]} for tile in found["tiles"][f"aria.ops.kernels.{name}"]]
+        assert [tile for tile in tiles if tile not in tuned] == [], name
+        assert [tile for tile in tuned if tile not in tiles] == [], name
 
 
 @pytest.mark.slow

@@ -202,6 +202,27 @@ def chunks_attention(
     return out
 
 
+def plan(keys_BHSK: Tensor, heads: int, chunk: int, longest: int) -> None:
+    """Let cuDNN make its plans for all chunks of up to ``chunk`` tokens in sequences of up to ``longest``.
+
+    Takes the memory of such a chunk's attention.
+    """
+    KV, K = keys_BHSK.shape[1], keys_BHSK.shape[3]
+    # As the decoder lays them out: v among the linears' outputs, q and k turned and on their own.
+    fused = keys_BHSK.new_empty(chunk // _ROUND * _ROUND, heads + 2 * KV, K)
+    q, k, v = fused.new_empty(len(fused), heads, K), fused.new_empty(len(fused), KV, K), fused[:, heads + KV :]
+    if not _cudnn(q, k):
+        return
+    for tokens in range(_ROUND, len(fused) + 1, _ROUND):
+        own_q, own_k, own_v = (x[:tokens].transpose(0, 1) for x in (q, k, v))
+        pasts = range(_ROUND, min(_PIECE, longest - tokens) + 1, _ROUND)
+        if pasts or _even(tokens, 0, _ROUND):
+            _sdpa(own_q, own_k, own_v, causal=True)
+        for past in pasts:
+            past_k, past_v = fused.new_empty(2, KV, past, K)
+            _sdpa(own_q, past_k, past_v, causal=False)
+
+
 def _even(length: int, past: int, round_to: int) -> int:
     """Tokens of a chunk that cuDNN takes: all but a remainder, if the past is a round number too and it pays."""
     if not round_to or past % round_to:

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# How many tokens there are and where a part of them begins is another thing in each step.
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotate_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, slots_ptr, angles_ptr, keys_ptr, values_ptr, turned_q_ptr, turned_k_ptr,
     T, q_stride, k_stride, v_stride,

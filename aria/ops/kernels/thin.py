@@ -138,7 +138,8 @@ def widen(
     return tl.dot(b, tl.trans(h.to(b.dtype)), product, input_precision="ieee")
 
 
-@triton.jit
+# Whose tokens are scored may begin anywhere among a step's.
+@triton.jit(do_not_specialize_on_alignment=["owners_ptr"])
 def _linear_kernel(
     x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, T, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
