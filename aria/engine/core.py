@@ -263,7 +263,10 @@ class EngineCore:
         """
         try:
             self.adapters.add(name, changes)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            free_frames(error)
             raise ValueError(f"the adapter {name!r} does not fit into the memory that is left: {error}") from error
         self.runner.forget_graphs()
         self._drop_adapters()
@@ -285,7 +288,11 @@ class EngineCore:
             return
         try:
             dropped = self.adapters.drop_unused({request.adapter for request in self._unfinished})
-        except torch.OutOfMemoryError as error:  # what stays is stacked anew before the old is freed
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            # What stays is stacked anew before the old is freed.
+            free_frames(error)
             logger.warning("an adapter that was removed is kept for now: %s", error)
             return
         if dropped:

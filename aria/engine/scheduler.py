@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
@@ -332,16 +333,19 @@ class Scheduler:
 
     def _prompts(self) -> Iterator[Request]:
         """Requests with prompts to read, in order; a waiting one is admitted when it is its turn."""
-        prefilling = [request for request in self._running if request.prefilling]
-        for request in prefilling:
-            yield from self._admitted(before=request)
-            yield request
-        yield from self._admitted()
-
-    def _admitted(self, before: Request | None = None) -> Iterator[Request]:
-        """Waiting requests as they are admitted. Nothing overtakes the first one that has no room."""
-        while (head := self._head()) is not None and (before is None or head < before) and self._admit(head):
-            yield head
+        prefilling = deque(request for request in self._running if request.prefilling)
+        admitting = True
+        while True:
+            head = self._head() if admitting else None
+            if head is not None and not (prefilling and prefilling[0] < head):
+                # Nothing overtakes it in the queue; what runs already goes on.
+                admitting = self._admit(head)
+                if admitting:
+                    yield head
+            elif prefilling:
+                yield prefilling.popleft()
+            else:
+                return
 
     def _read(self, plan: Plan, request: Request, budget: int, images: _Images) -> int:
         """Plan a chunk of a prompt. Returns its tokens: 0 where blocks, images or ``budget`` leave room for none."""
