@@ -17,7 +17,7 @@ ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
     && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
     && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
 
-.PHONY: demo test nano clean
+.PHONY: demo test test-clients test-clients-fast nano clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +28,27 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Real clients of the server in an environment of their own, whose versions tests/clients pins. CI runs the fast ones.
+# Those for Node.js are skipped where there is no npm.
+CLIENTS := .venv-clients
+test-clients: $(VENV)/.developed $(CLIENTS)/.all $(CLIENTS)/.npm
+	$(BIN)/python -m pytest tests/clients -rs -m clients $(ARGS)
+
+test-clients-fast: $(VENV)/.developed $(CLIENTS)/.fast $(CLIENTS)/.npm
+	$(BIN)/python -m pytest tests/clients -rs -m 'clients and not slow' $(ARGS)
+
+$(CLIENTS)/.all $(CLIENTS)/.fast: $(CLIENTS)/.%: $(CLIENTS)/bin/python tests/clients/%.txt tests/clients/fast.txt tests/clients/constraints.txt
+	@echo "Installing clients into $(CLIENTS) ..."
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet -r tests/clients/$*.txt
+	@touch $@
+
+$(CLIENTS)/.npm: $(CLIENTS)/bin/python tests/clients/package.json tests/clients/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --prefix tests/clients; fi
+	@touch $@
+
+$(CLIENTS)/bin/python: | $(VENV)/.developed
+	$(BIN)/python -m venv $(CLIENTS)
 
 # Trains the packaged model again, from collecting its material to the card's table: a GPU for half an hour, on Debian 12
 # with npm (recipes/nano/README.md tells the steps).
@@ -43,7 +64,7 @@ nano: $(VENV)/.installed
 	$(BIN)/python -m recipes.nano.publish runs/nano
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules
 
 # What people who use the package get.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt

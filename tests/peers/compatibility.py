@@ -1,0 +1,138 @@
+"""The tables of docs/compatibility.md as data.
+
+``python tests/peers/compatibility.py`` writes them into the page; tests compare the page with them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "compatibility.md"
+PINS = ROOT / "tests" / "clients"
+
+CHECKS = ("chat", "stream", "image", "tools", "structured", "errors", "usage")
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client that tests/clients runs against a server."""
+
+    name: str
+    script: str
+    """In tests/clients/scripts."""
+    packages: tuple[str, ...]
+    """Their pinned versions are what was tried."""
+    note: str = ""
+    """What a user of the client has to know."""
+    lacks: tuple[str, ...] = ()
+    """Checks for which the client has no form."""
+
+    @property
+    def fast(self) -> bool:
+        """Whether CI runs it."""
+        return self.script.endswith(".mjs") or all(package in _pins("fast.txt") for package in self.packages)
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """What its script reports."""
+        return tuple(check for check in CHECKS if check not in self.lacks)
+
+
+CLIENTS = (
+    Client(
+        "openai (Python)",
+        "openai_python.py",
+        ("openai",),
+        "chat completions, completions and responses, with `parse` and the events of `stream`",
+    ),
+    Client("openai (Node.js)", "openai_node.mjs", ("openai",), "`parse`, `stream`, and Zod's schemas"),
+    Client(
+        "LangChain",
+        "langchain_client.py",
+        ("langchain-openai",),
+        "`ChatOpenAI`, also with `use_responses_api`; too long a prompt is its `ContextOverflowError`",
+    ),
+    Client(
+        "instructor",
+        "instructor_client.py",
+        ("instructor",),
+        "the modes `TOOLS`, `TOOLS_STRICT` and `JSON_SCHEMA`. `JSON` asks for any JSON and describes the schema "
+        "in the prompt: whether it is followed is the model's matter, and nano is too small for it",
+    ),
+    Client(
+        "llm",
+        "llm_client.py",
+        ("llm",),
+        "in `extra-openai-models.yaml`, with `api_key_name`, `vision`, `supports_schema` and `supports_tools`",
+    ),
+    Client(
+        "Vercel's ai",
+        "ai_sdk.mjs",
+        ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai"),
+        "`createOpenAICompatible` needs `supportsStructuredOutputs: true` and `includeUsage: true`; "
+        "`createOpenAI` needs `providerOptions: {openai: {store: false}}` for conversations: the server keeps none",
+    ),
+)
+
+
+def _pins(name: str) -> dict[str, str]:
+    """Versions by package in a file of requirements, and in those that it includes."""
+    pins = {}
+    for line in (PINS / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            pins |= _pins(line.removeprefix("-r "))
+        elif found := re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?==(\S+)", line):
+            pins[found[1]] = found[2]
+    return pins
+
+
+def version(client: Client) -> str:
+    """What was tried, such as ``2.54.0``."""
+    npm = json.loads((PINS / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    pins = npm if client.script.endswith(".mjs") else _pins("all.txt")
+    first, *others = client.packages
+    return ", ".join([pins[first], *(f"{package} {pins[package]}" for package in others)])
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
+
+
+def clients_table() -> str:
+    """A row for each client."""
+    rows = [
+        [
+            client.name,
+            version(client),
+            *("–" if check in client.lacks else "yes" for check in CHECKS),
+            "yes" if client.fast else "",
+            client.note,
+        ]
+        for client in CLIENTS
+    ]
+    return _table(["client", "version", *CHECKS, "in CI", "note"], rows)
+
+
+TABLES = {"clients": clients_table}
+
+
+def rendered(page: str) -> str:
+    """The page with its tables as the data has them."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{PAGE} has no place for {name}; expected {begin.strip()} ... {end}")
+        page = f"{before}{begin}{table()}{end}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
