@@ -20,6 +20,7 @@ from aria.processor import rgb
 from aria.processor.cancellation import check_cancelled
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
+from aria.processor.progress import ProgressCounter
 
 Fit = Callable[[int, int], tuple[int, int]]
 """(width, height) of an upright frame -> what it should become."""
@@ -231,6 +232,7 @@ class Decoder:
         fit: what becomes of a frame of (width, height).
         threads: of the codec.
         gpu: number of a GPU whose video decoder does it, as far as it can.
+        progress: counts the frames.
     """
 
     def __init__(
@@ -242,11 +244,12 @@ class Decoder:
         settings: MediaSettings,
         watch: Watch,
         gpu: int | None = None,
+        progress: ProgressCounter | None = None,
     ):
         from av.video.reformatter import VideoReformatter
 
         self._clip, self._timeline, self._fit, self._threads = clip, timeline, fit, threads
-        self._settings, self._watch, self._gpu = settings, watch, gpu
+        self._settings, self._watch, self._gpu, self._progress = settings, watch, gpu, progress
         self._scaler = VideoReformatter()
         self._files = contextlib.ExitStack()
         self._container: Any = None
@@ -288,6 +291,8 @@ class Decoder:
                     moment = next(number) if counted else frame.pts
                     if moment in wanted:
                         frames[moment] = self._rgb(frame)
+                        if self._progress is not None:
+                            self._progress.add()
 
         unfed = set(times)
         for packet in self._packets_from(key):

@@ -16,6 +16,7 @@ import numpy as np
 from aria.processor.container import Watch
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
+from aria.processor.progress import ProgressCounter
 
 SCALE = 2
 """Pixels for each point (1/72 inch) of a page."""
@@ -41,6 +42,8 @@ class Page(NamedTuple):
     """From 1."""
     rgb: np.ndarray
     """uint8 ``(Y, X, 3)``."""
+    total: int
+    """Pages of the whole document."""
 
 
 def read_document(
@@ -71,9 +74,11 @@ def read_document(
                 'choose some, such as pages="1-8"'
             )
         read = []
+        progress = ProgressCounter("document", asked)
         for number in (number for first, last in ranges for number in range(first, last + 1)):
             watch.check()
-            read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels, watch)))
+            read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels, watch), count))
+            progress.add()
         return read
 
 

@@ -18,12 +18,23 @@ NUM_FRAMES = 128
 """Frames of a clip whose part does not say how many, as in the authors' cookbook."""
 
 
+class Origin(NamedTuple):
+    """A medium that pictures of a prompt come from."""
+
+    kind: str
+    """image, video or document."""
+    pictures: int
+    """How many are its own."""
+    total: int | None
+    """Pages of the whole document."""
+
+
 class Expanded(NamedTuple):
     """A prompt with places for pictures alone."""
 
     prompt: Prompt
-    media: list[tuple[str, int]]
-    """Of each medium its kind (image, video, document) and how many of the pictures are its own, in order."""
+    media: list[Origin]
+    """In the order of their pictures."""
 
 
 class _Place(NamedTuple):
@@ -32,6 +43,8 @@ class _Place(NamedTuple):
     before: str
     part: ImagePart
     after: str
+    total: int | None = None
+    """Pages of the document that it is of."""
 
 
 def settle(
@@ -80,7 +93,7 @@ def expand(
     """
     at = 0
     pieces: list[str] = []
-    media: list[tuple[str, int]] = []
+    media: list[Origin] = []
     whole = str(prompt)
     cache = cache or MediaCache()
     budget = budget or PixelBudget(settings.prompt_pixels)
@@ -94,9 +107,9 @@ def expand(
         places = list(_open(part, processor, settings, cache))
         if not isinstance(part, ImagePart):
             budget.spend(sum(place.part.source.shape[0] * place.part.source.shape[1] for place in places))
-        for before, picture, after in places:
+        for before, picture, after, _ in places:
             pieces += (before, place.with_parts([picture]), after)
-        media.append((_kind(part), len(places)))
+        media.append(Origin(_kind(part), len(places), places[0].total if places else None))
         at = end
     return Expanded(Prompt.concat([*pieces, prompt[at:]]), media)
 
@@ -120,8 +133,8 @@ def _open(
             lambda: read_document(document, pages, settings),
             settings.cache_bytes,
         )
-        for number, rgb in read:
-            yield _Place(f"Page {number}: ", _picture(rgb, part), "\n")
+        for number, rgb, total in read:
+            yield _Place(f"Page {number}: ", _picture(rgb, part), "\n", total)
 
 
 def _frames(

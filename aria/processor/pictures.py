@@ -23,6 +23,7 @@ from aria.processor.cancellation import check_cancelled, map_in_context
 from aria.processor.image import AriaImageProcessor, Sheet
 from aria.processor.limits import PixelBudget
 from aria.processor.media import MediaSettings, load_image
+from aria.processor.progress import ProgressCounter
 
 MOST_THREADS = 16
 PIECE_BYTES = 1 << 20
@@ -114,6 +115,8 @@ class Medium:
     crops: int
     tokens: int
     """For its pictures; the text around them is not counted."""
+    total: int | None = None
+    """Pages of the whole document."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +148,9 @@ def read_pictures(
     what they may take together, less what was spent already.
     """
     budget = budget or PixelBudget((media or MediaSettings()).prompt_pixels)
-    arrays = _together(lambda source: _read(source, media, budget), sources)
+    # Arrays are frames and pages, whose own reading was counted.
+    progress = ProgressCounter("image", sum(not isinstance(source, np.ndarray) for source in sources))
+    arrays = _together(lambda source: _read(source, media, budget, progress), sources)
     # One digest of a picture's pieces, so that several threads can share a large picture too.
     pieces = [
         array.reshape(-1).data[at : at + PIECE_BYTES] for array in arrays for at in range(0, array.size, PIECE_BYTES)
@@ -182,12 +187,15 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
     return [one for one in crops if one is not None]
 
 
-def _read(source: Any, media: MediaSettings | None, budget: PixelBudget) -> np.ndarray:
+def _read(source: Any, media: MediaSettings | None, budget: PixelBudget, progress: ProgressCounter) -> np.ndarray:
     check_cancelled()
     # Always a copy: what the key was made from must still be there when the picture is loaded.
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
         return np.array(source, order="C")
-    return np.asarray(load_image(source, media, budget))
+    array = np.asarray(load_image(source, media, budget))
+    if not isinstance(source, np.ndarray):
+        progress.add()
+    return array
 
 
 def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:

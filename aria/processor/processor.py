@@ -373,10 +373,10 @@ class AriaProcessor:
             ids += [self.tokenizer.image_token_id] * tokens + segment
         inputs = iter(placed)
         media = []
-        for kind, count in origins:
+        for kind, count, total in origins:
             own = [next(inputs) for _ in range(count)]
             crops = sum(len(one.picture.extents) for one in own)
-            media.append(Medium(kind, count, crops, sum(one.tokens for one in own)))
+            media.append(Medium(kind, count, crops, sum(one.tokens for one in own), total))
         return Prepared(ids, placed, media, stop=(END_OF_TURN,))
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:

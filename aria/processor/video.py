@@ -22,6 +22,7 @@ from aria.processor.cancellation import map_in_context
 from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
 from aria.processor.limits import MediaSettings
 from aria.processor.media import Opened
+from aria.processor.progress import ProgressCounter
 
 MOST_WORKERS = 16
 DECODER_BYTES = 2 << 30
@@ -182,10 +183,11 @@ def _decode(
     workers = max(1, min(threads, MOST_WORKERS, len(runs), DECODER_BYTES // held))
     waiting, turn = iter(runs), threading.Lock()
     frames: dict[int, np.ndarray] = {}
+    progress = ProgressCounter("video", sum(len(run.times) for run in runs))
 
     def work(_: int) -> None:
         # Cores that have no run of their own help within the runs.
-        with Decoder(clip, timeline, fit, max(1, threads // workers), settings, watch, gpu) as decoder:
+        with Decoder(clip, timeline, fit, max(1, threads // workers), settings, watch, gpu, progress) as decoder:
             while True:
                 with turn:
                     run = next(waiting, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -12,8 +13,9 @@ from aria.serve import bodies, chat, completions, responses, responses_body
 from aria.serve.errors import ApiError, from_validation, not_found
 from aria.serve.exchange import Exchange
 from aria.serve.protocol import ChatRequest, CompletionRequest
+from aria.serve.reading import Reading
 from aria.serve.responses_body import ResponsesRequest
-from aria.serve.service import Service
+from aria.serve.service import Run, Service
 from aria.serve.streaming import EventStream
 
 
@@ -56,16 +58,34 @@ async def respond(service: Service, path: str, body: Any, exchange: Exchange | N
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     exchange = exchange or Exchange()
-    run = await service.start(
-        asked,
-        id=route.prefix + (body.request_id or uuid.uuid4().hex).removeprefix(route.prefix),
-        model=body.model,
-        param=route.param,
-        exchange=exchange,
-    )
+    model = service.model(body.model)
+    id = route.prefix + (body.request_id or uuid.uuid4().hex).removeprefix(route.prefix)
+    start = service.start(asked, id=id, model=model, param=route.param, exchange=exchange)
+    if isinstance(body, ChatRequest) and body.wants_progress:
+        return await _with_progress(Reading(start), body, id, model)
+    run = await start
     if body.stream:
         return EventStream(route.chunks(run, body), run.aclose)
     return await route.whole(run, body)
+
+
+async def _with_progress(reading: Reading[Run], body: ChatRequest, id: str, model: str) -> EventStream:
+    """A stream that begins while the prompt's media are read."""
+    await reading.begin()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        async for progress in reading.progress():
+            yield chat.progress_chunk(id, model, progress)
+        async with aclosing(chat.chunks(await reading.result(), body)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def close() -> None:
+        await reading.aclose()
+        if (run := reading.finished) is not None:
+            await run.aclose()
+
+    return EventStream(events(), close)
 
 
 async def answer(service: Service, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -146,11 +146,12 @@ def _tokens(service: Service) -> APIRouter:
     """What prompts cost."""
     routes = APIRouter()
 
-    @routes.post("/tokenize", response_model=Tokens, response_model_exclude_none=True, responses=_WORK)
+    @routes.post("/tokenize", response_model=Tokens, response_model_exclude_none=True, responses=_ANSWERS)
     async def tokenize(body: TokenizeRequest, request: Request) -> Any:
         """Tokens of a text or a conversation, with the cost of every medium in it."""
         service.model(body.model)
-        return await _unless_gone(request, tokens.count(service, body, request.state.exchange))
+        answer = tokens.stream if body.stream else tokens.count
+        return await _unless_gone(request, answer(service, body, request.state.exchange))
 
     @routes.post("/detokenize", response_model=Detokenized, responses=_WORK)
     async def detokenize(body: DetokenizeRequest) -> Any:

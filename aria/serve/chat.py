@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from aria.processor.progress import Progress
 from aria.serve.protocol import ChatRequest
 from aria.serve.replies import ChatCompletion
 from aria.serve.service import Run
-from aria.serve.streaming import DONE
+from aria.serve.streaming import DONE, event
 from aria.serve.tools import Call
 from aria.serve.turns import Delta, Turn, logprob_object
 
@@ -119,6 +121,12 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
         if include_usage:
             yield f'{head}],"usage":{json.dumps(run.usage())}}}\n\n'.encode("ascii")
     yield DONE
+
+
+def progress_chunk(id: str, model: str, progress: Progress) -> bytes:
+    """An event before the first chunk: how far a prompt's media have been read."""
+    head = {"id": id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model, "choices": []}
+    return event({**head, "progress": progress._asdict()})
 
 
 def _deltas(delta: Delta, calls: list[int], index: int) -> list[dict[str, Any]]:

@@ -244,6 +244,8 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     """Extension of vLLM: with include_usage, every chunk has the tokens so far."""
+    include_progress: bool | None = None
+    """Extension of ours: chunks without choices tell how far the media have been read."""
     known: ClassVar[fields.Rules] = fields.STREAM
 
 
@@ -311,6 +313,11 @@ class ChoicesRequest(Sampling):
     def wants_usage(self) -> bool:
         """Whether a stream ends with the tokens counted."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether a stream tells how far the media have been read."""
+        return bool(self.stream_options and self.stream_options.include_progress)
 
     @property
     def wants_usage_of_chunks(self) -> bool:
@@ -394,6 +401,11 @@ class TokenizeRequest(Templated):
     messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     tools: Many[Tool] | None = None
     return_token_strs: bool | None = None
+    # Extensions of ours.
+    return_previews: bool | None = None
+    """Whether each medium comes with a small picture of it."""
+    stream: bool | None = None
+    """Whether the answer is a stream of events: how far the media have been read, then the answer itself."""
     known: ClassVar[fields.Rules] = fields.TOKENIZE
 
     @model_validator(mode="after")

@@ -151,6 +151,10 @@ class MediaCost(Reply):
     """Frames taken of a clip, pages of a document, 1 for a picture."""
     crops: int
     tokens: int
+    total: Asked[int] = None
+    """Pages of the whole document."""
+    preview: Asked[str] = None
+    """Its first picture, 320 pixels wide or high at most, as a data: URI."""
 
 
 class Tokens(Reply):

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import AsyncGenerator
+
+import numpy as np
+from PIL import Image
+
 from aria.processor.pictures import Prepared
 from aria.serve import bodies
 from aria.serve.errors import ApiError
 from aria.serve.exchange import Exchange
 from aria.serve.protocol import DetokenizeRequest, TokenizeRequest
+from aria.serve.reading import Reading
 from aria.serve.replies import Detokenized, MediaCost, Tokens
 from aria.serve.service import Service
+from aria.serve.streaming import DONE, EventStream, event
+
+PREVIEW_SIDE = 320
+"""Pixels of a preview's longer side, at most."""
 
 
 async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> Tokens:
@@ -32,18 +44,57 @@ async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> 
         said = bodies.messages(body.messages, offered, defaults.sizes)
         template = bodies.template(body, defaults)
 
-        def prepare() -> Prepared:
+        def prepare() -> tuple[list[int], list[MediaCost]]:
             service.check_length(said)
-            return processor.prepare(service.named(said, exchange), **template)
+            prepared = processor.prepare(service.named(said, exchange), **template)
+            return prepared.ids, _costs(prepared, previews=bool(body.return_previews))
 
-        prepared = await service.off_loop(prepare, media=bodies.has_media(said), param="messages")
-        ids, media = prepared.ids, _costs(prepared)
+        ids, media = await service.off_loop(prepare, media=bodies.has_media(said), param="messages")
     named = processor.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=defaults.max_model_len, tokens=ids, token_strs=named, media=media)
 
 
-def _costs(prepared: Prepared) -> list[MediaCost]:
-    return [MediaCost(kind=one.kind, count=one.pictures, crops=one.crops, tokens=one.tokens) for one in prepared.media]
+async def stream(service: Service, body: TokenizeRequest, exchange: Exchange) -> EventStream:
+    """The same as events: progress while media are read, then what :func:`count` gives.
+
+    Raises:
+        ApiError: as :func:`count`, if it is known before any progress.
+    """
+    reading = Reading(count(service, body, exchange))
+    await reading.begin()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        async for progress in reading.progress():
+            yield event({"progress": progress._asdict()})
+        yield event((await reading.result()).model_dump(mode="json", exclude_none=True))
+        yield DONE
+
+    return EventStream(events(), reading.aclose)
+
+
+def _costs(prepared: Prepared, *, previews: bool) -> list[MediaCost]:
+    costs, pictures = [], iter(prepared.pictures)
+    for one in prepared.media:
+        own = [next(pictures) for _ in range(one.pictures)]
+        costs.append(
+            MediaCost(
+                kind=one.kind,
+                count=one.pictures,
+                crops=one.crops,
+                tokens=one.tokens,
+                total=one.total,
+                preview=_preview(own[0].picture.rgb) if previews else None,
+            )
+        )
+    return costs
+
+
+def _preview(rgb: np.ndarray) -> str:
+    image = Image.fromarray(rgb)
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 async def text(service: Service, body: DetokenizeRequest) -> Detokenized:
