@@ -135,6 +135,12 @@ def slow(monkeypatch):
 
 
 def test_vendored_files_are_those_that_the_readme_names():
+    sums = [line.split() for line in (FOLDER / "vendor" / "katex" / "SHA256SUMS").read_text().splitlines()]
+    katex = FOLDER / "vendor" / "katex"
+    files = {str(file.relative_to(katex)) for file in katex.rglob("*") if file.is_file()}
+    assert files == {name for _, name in sums} | {"SHA256SUMS"}
+    for digest, name in sums:
+        assert hashlib.sha256((katex / name).read_bytes()).hexdigest() == digest
     rows = re.findall(
         r"^\| `(\S+?)` \|.*?`([0-9a-f]{64})`", (FOLDER / "vendor" / "README.md").read_text(), re.MULTILINE
     )
@@ -207,16 +213,18 @@ def test_files_are_dropped_and_pasted(page, event):
 
 
 @in_browser
-def test_what_was_refused_does_not_spoil_later_questions(page, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
-    assert "This file is not a picture" in page.attach(broken)[0]
+def test_what_was_refused_does_not_spoil_later_questions(page):
+    page.attach(PICTURES / "word.png")
+    page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 9}))")
     page.say("What is it?")
     until(lambda: page.all(".trouble"))
+    page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 0, max_tokens: 64}))")
     page.say("hello")
     assert page.answered()
     assert len(page.all(".trouble")) == 1
-    # The browser itself notes the refused requests.
+    read = int(re.search(r"(\d+) tokens read", page.texts(".stats")[-1])[1])
+    assert read < 128, "the picture was not sent again"
+    # The browser itself notes the refused request.
     assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
 
 

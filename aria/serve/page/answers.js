@@ -3,6 +3,7 @@
 import { countTokens, stream } from "./api.js";
 import { messagesOf } from "./parts.js";
 import { saveConversation } from "./store.js";
+import { blank } from "./versions.js";
 
 const SAVE_EVERY = 1000; // ms
 
@@ -16,17 +17,19 @@ export function stop(conversation) {
 }
 
 /**
- * Asks for an answer to the turns so far, as a new last turn.
- * @param {object} conversation its last turn is a question.
+ * Asks for an answer to the turns so far.
+ * @param {object} conversation its last turn is a question, or the turn that the answer is for.
+ * @param {object | null} turn an empty version of an answer; null: the answer is a new turn.
  * @param {{model: string, system: string, sampling: object}} wishes
- * @param {(turn: object) => void} grew called at the start, at every piece and at the end.
+ * @param {(turn: object, progress?: object) => void} grew called at the start, at every piece and at the end; with
+ *     progress while the server reads media.
  */
-export async function answer(conversation, wishes, grew) {
-  const turn = { role: "assistant", text: "", state: "growing", error: null, model: wishes.model, reason: null, stats: {} };
-  const before = [...conversation.turns];
+export async function answer(conversation, turn, wishes, grew) {
+  const before = conversation.turns.filter((other) => other !== turn);
+  if (turn) turn.model = wishes.model;
+  else conversation.turns.push((turn = { role: "assistant", ...blank(wishes.model) }));
   const halt = new AbortController();
   growing.set(conversation.id, halt);
-  conversation.turns.push(turn);
   conversation.updated = Date.now();
   grew(turn);
   const clock = { start: performance.now(), first: null, last: null };
@@ -51,6 +54,7 @@ export async function answer(conversation, wishes, grew) {
 async function grow(conversation, turn, body, signal, clock, grew) {
   let saved = clock.start;
   for await (const chunk of stream(body, signal)) {
+    if (chunk.progress) grew(turn, chunk.progress);
     const choice = chunk.choices?.[0];
     if (choice?.delta?.content) {
       clock.last = performance.now();

@@ -81,9 +81,19 @@ export async function models() {
   return (await (await request("v1/models")).json()).data;
 }
 
-/** What messages cost. @returns {Promise<{count: number, media: {kind: string, count: number, tokens: number}[]}>} */
-export async function tokenize(model, messages, signal) {
-  return (await post("tokenize", { model, messages }, signal)).json();
+/**
+ * What messages cost, and small pictures of their media.
+ * @param {(told: {kind: string, done: number, total: number}) => void} progress called while media are read.
+ * @returns {Promise<{count: number, media: {kind: string, count: number, tokens: number, preview?: string, total?: number}[]}>}
+ */
+export async function tokenize(model, messages, { signal, progress }) {
+  const response = await post("tokenize", { model, messages, stream: true, return_previews: true }, signal);
+  let counted = null;
+  for await (const one of pieces(response)) {
+    if (one.progress) progress(one.progress);
+    else counted = one;
+  }
+  return counted;
 }
 
 /** How many tokens a text is. @returns {Promise<number>} */
@@ -93,17 +103,21 @@ export async function countTokens(model, text) {
 
 /** The chunks of a streamed answer, one by one. */
 export async function* stream(body, signal) {
-  const whole = { ...body, stream: true, stream_options: { include_usage: true } };
-  const response = await post("v1/chat/completions", whole, signal);
+  const whole = { ...body, stream: true, stream_options: { include_usage: true, include_progress: true } };
+  yield* pieces(await post("v1/chat/completions", whole, signal));
+}
+
+/** What the events of a stream hold, up to its end. */
+async function* pieces(response) {
   let ended = false;
   for await (const data of events(response.body)) {
     if (data === "[DONE]") {
       ended = true;
       break;
     }
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(chunk.error.message, 500);
-    yield chunk;
+    const piece = JSON.parse(data);
+    if (piece.error) throw new ServerError(piece.error.message, piece.error.type === "invalid_request_error" ? 400 : 500);
+    yield piece;
   }
   if (!ended) throw new ServerError("The connection broke before the answer was whole.", 0);
 }

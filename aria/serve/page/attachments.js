@@ -1,11 +1,12 @@
 // The files that go with the next message: thumbnails, settings, and what each of them costs.
 
-import { tokenize } from "./api.js";
-import { icon, iconButton, make } from "./dom.js";
+import { ServerError, tokenize } from "./api.js";
+import { iconButton, make } from "./dom.js";
 import { partOf } from "./parts.js";
 import { randomId, saveMedium } from "./store.js";
-import { thumbOf } from "./thumbs.js";
+import { pictureOf, thumbOf } from "./thumbs.js";
 import { dataUri } from "./transfer.js";
+import { costText, progressText, sizeText } from "./words.js";
 
 const ENDINGS = {
   image: /\.(png|jpe?g|webp|gif|bmp|tiff?)$/i,
@@ -14,23 +15,12 @@ const ENDINGS = {
 };
 const TYPES = { image: /^image\//, video: /^video\//, document: /^application\/pdf$/ };
 const SETTLE = 350; // ms without a change of settings before the server is asked again
+/** Statuses that tell of the file itself; others tell of the server, and may be gone when the message is sent. */
+const REFUSALS = [400, 413, 415];
 
 export function kindOf(file) {
   const kinds = Object.keys(TYPES);
   return kinds.find((kind) => TYPES[kind].test(file.type)) ?? kinds.find((kind) => ENDINGS[kind].test(file.name)) ?? null;
-}
-
-export function sizeText(bytes) {
-  if (bytes < 1024) return `${bytes} B`;
-  if (bytes < 1024 ** 2) return `${Math.round(bytes / 1024)} KB`;
-  return `${(bytes / 1024 ** 2).toFixed(1)} MB`;
-}
-
-export function costText(kind, cost) {
-  const tokens = `${cost.tokens.toLocaleString()} tokens`;
-  if (kind === "video") return `${cost.count} ${cost.count === 1 ? "frame" : "frames"}, ${tokens}`;
-  if (kind === "document") return `${cost.count} ${cost.count === 1 ? "page" : "pages"}, ${tokens}`;
-  return tokens;
 }
 
 /** Hands what was taken out over to a message, its bytes to the database. @returns {Promise<object[]>} */
@@ -65,7 +55,7 @@ export class Attachments {
         refused.push(file.name);
         continue;
       }
-      const item = { id: randomId(), kind, name: file.name || "pasted", type: file.type, size: file.size, thumb: null,
+      const item = { id: randomId(), kind, name: file.name || "pasted", type: file.type, size: file.size, thumb: null, pages: null,
                      settings: { ...this.usual(kind), ...settings } };
       this.put(item, file);
     }
@@ -74,14 +64,13 @@ export class Attachments {
 
   /** Shows an item. @param {boolean} kept whether its bytes lie in the browser's database already. */
   put(item, blob, kept = false) {
-    const entry = { item, blob, kept, cost: null, refusal: null, request: null, element: null };
+    const entry = { item, blob, kept, cost: null, refusal: null, unreadable: false, request: null, element: null };
     this.items.push(entry);
     this.show(entry);
     this.ask(entry);
-    this.changed();
     entry.ready = kept ? Promise.resolve() : thumbOf(item.kind, blob).then((thumb) => {
-      item.thumb = thumb;
-      if (this.items.includes(entry)) this.show(entry);
+      item.thumb ??= thumb;
+      this.picture(entry);
     });
   }
 
@@ -124,47 +113,88 @@ export class Attachments {
     return this.items.reduce((sum, { cost }) => (sum === null || cost === null ? null : sum + cost.tokens), 0);
   }
 
+  /** Items that the server cannot read. */
+  get unreadable() {
+    return this.items.filter((entry) => entry.unreadable);
+  }
+
+  /** Waits until the server has looked at every item. */
+  async checked() {
+    for (const entry of this.items) if (entry.timer) this.ask(entry);
+    let entry;
+    while ((entry = this.items.find(({ asking }) => asking))) await entry.asking;
+  }
+
   /** Asks again what every item costs, for another model or after the server came back. */
   askAll() {
     for (const entry of this.items) this.ask(entry);
   }
 
-  async ask(entry) {
+  /** Asks what an item costs, and with that whether it can be read. */
+  ask(entry) {
+    clearTimeout(entry.timer);
     entry.request?.abort();
     const request = (entry.request = new AbortController());
-    entry.cost = entry.refusal = null;
+    Object.assign(entry, { timer: null, cost: null, refusal: null, unreadable: false });
     this.tell(entry);
+    const asking = this.look(entry, request.signal).finally(() => {
+      if (entry.asking !== asking) return;
+      entry.asking = null;
+      this.changed();
+    });
+    entry.asking = asking;
+    this.changed();
+  }
+
+  async look(entry, signal) {
+    const { item } = entry;
     try {
       entry.uri ??= await dataUri(entry.blob);
-      const messages = [{ role: "user", content: [partOf(entry.item, entry.uri)] }];
-      const counted = await tokenize(this.model()?.id, messages, request.signal);
-      entry.cost = counted.media[0];
+      const messages = [{ role: "user", content: [partOf(item, entry.uri)] }];
+      const progress = (told) => signal.aborted || (entry.progress.textContent = progressText(told));
+      const counted = await tokenize(this.model()?.id, messages, { signal, progress });
+      if (signal.aborted) return;
+      [entry.cost] = counted.media;
+      // Browsers draw no documents and not every clip.
+      if (entry.cost.preview && (item.kind === "document" || !item.thumb)) item.thumb = entry.cost.preview;
+      item.pages = entry.cost.total ?? null;
+      this.picture(entry);
     } catch (error) {
-      if (request.signal.aborted) return;
+      if (signal.aborted) return;
       entry.refusal = error.message;
+      entry.unreadable = !(error instanceof ServerError) || REFUSALS.includes(error.status);
     }
     this.tell(entry);
-    this.changed();
   }
 
   show(entry) {
     const { item } = entry;
-    const picture = item.thumb ? make("img", { src: item.thumb, alt: "" }) : icon(item.kind === "video" ? "clip" : "document");
     entry.told = make("p.price", { role: "status" });
-    const element = make("li.item", {},
-      make("div.thumb", {}, picture),
-      make("div.facts", {}, make("p.name", { title: item.name }, item.name), entry.told, this.settings(entry)),
-      iconButton("close", `Remove ${item.name}`, () => this.remove(entry), "small"));
-    if (entry.element?.isConnected) entry.element.replaceWith(element);
-    else if (this.items.includes(entry)) this.list.append(element);
-    entry.element = element;
+    entry.progress = make("p.progress");
+    entry.thumb = make("div.thumb", {});
+    const settings = iconButton("sliders", `Settings of ${item.name}`, () => {
+      const open = entry.element.classList.toggle("open");
+      settings.setAttribute("aria-expanded", String(open));
+    }, "small", "narrow");
+    settings.setAttribute("aria-expanded", "false");
+    entry.element = make("li.item", {}, entry.thumb,
+      make("div.facts", {}, make("p.name", { title: item.name }, item.name), entry.told, entry.progress, this.settings(entry)),
+      iconButton("close", `Remove ${item.name}`, () => this.remove(entry), "small"), settings);
+    this.list.append(entry.element);
+    this.picture(entry);
     this.tell(entry);
+  }
+
+  picture(entry) {
+    entry.thumb.replaceChildren(pictureOf(entry.item));
   }
 
   tell(entry) {
     entry.told.textContent = entry.refusal ?? (entry.cost ? costText(entry.item.kind, entry.cost) : "\u2026");
     entry.told.classList.toggle("wrong", entry.refusal !== null);
     entry.told.title = `${sizeText(entry.item.size)}`;
+    entry.element.classList.toggle("refused", entry.refusal !== null);
+    if (entry.cost || entry.refusal) entry.progress.replaceChildren();
   }
 
   settings(entry) {

@@ -3,12 +3,15 @@
 import { answer, isGrowing, stop } from "./answers.js";
 import { models, onLocked } from "./api.js";
 import { Attachments, keep } from "./attachments.js";
+import { dismiss, isShown, tell } from "./banner.js";
 import { $, make, opened, say } from "./dom.js";
-import { askForKey, chooseModel, chosenModel, openSettings, wishes } from "./settings.js";
+import { askForKey, chooseModel, chosenModel, openSettings, showChanges, wishes } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { deleteConversation, deleteMedia, loadAll, loadMedium, mediaOf, newConversation, saveConversation } from "./store.js";
 import { exportJson, importJson } from "./transfer.js";
 import { Turns } from "./turns.js";
+import { beginVersion, choose, versionOf } from "./versions.js";
+import { plural } from "./words.js";
 
 const EXAMPLES = [
   { picture: "samples/word.png", question: "What does it say?", about: "Read a word" },
@@ -26,7 +29,9 @@ let edited = null;
 let sending = false;
 
 const question = $("#question");
-const turns = new Turns($("#turns"), $("#scroll"), { retry: guarded(retry), edit: guarded(edit) });
+const turns = new Turns($("#turns"), $("#scroll"), $("#latest"), {
+  retry: guarded(retry), edit: guarded(edit), choose: guarded(chooseVersion),
+});
 const attachments = new Attachments($("#items"), model, showCost);
 const sidebar = new Sidebar({ choose: open, rename, remove, fail: (error) => tell(error.message) });
 
@@ -44,26 +49,25 @@ function refresh() {
   const growing = isGrowing(current);
   $("#send").hidden = growing;
   $("#stop").hidden = !growing;
+  showChanges(current);
 }
 
 function showCost() {
-  const { items, tokens } = attachments;
+  const { items, tokens, unreadable } = attachments;
   const room = model()?.max_model_len;
   const over = room && tokens !== null && tokens >= room;
   const said = [];
   if (edited) said.push("Editing: what follows this message will be replaced.");
-  if (items.length > 1 && tokens !== null) said.push(`${tokens.toLocaleString()} tokens in all.`);
-  if (over) said.push(`That is more than the ${room.toLocaleString()} tokens that this model takes.`);
+  if (items.length > 1 && tokens !== null) said.push(`${plural(tokens, "token")} in all.`);
+  if (over) said.push(`That is more than the ${plural(room, "token")} that this model takes.`);
+  if (unreadable.length) {
+    const names = unreadable.map(({ item }) => item.name).join(", ");
+    said.push(`${names} cannot be read: change ${unreadable.length === 1 ? "its" : "their"} settings or remove ${unreadable.length === 1 ? "it" : "them"} to send the message.`);
+  }
   $("#cost").replaceChildren(said.join(" "));
-  $("#cost").classList.toggle("wrong", Boolean(over));
+  $("#cost").classList.toggle("wrong", Boolean(over || unreadable.length));
+  $("#send").disabled = unreadable.length > 0;
   if (edited) $("#cost").append(" ", make("button.quiet", { type: "button", click: endEdit }, "Cancel"));
-}
-
-/** Something that went wrong beside any answer. */
-function tell(text, ...more) {
-  const close = make("button.quiet", { type: "button", click: () => ($("#banner").hidden = true) }, "Close");
-  $("#banner").replaceChildren(make("p", {}, text), ...(more.length ? more : [close]));
-  $("#banner").hidden = false;
 }
 
 function fit() {
@@ -74,22 +78,31 @@ function fit() {
 // The server
 
 let waiting = null;
+/** Takes away the message that the server is away; null: it is not. */
+let back = null;
 
 async function connect() {
   clearTimeout(waiting);
   try {
     served = await models();
   } catch (error) {
-    const again = make("button.quiet", { type: "button", click: connect }, "Try again");
-    tell(error.message, again);
-    if (error.status === 0) waiting = setTimeout(connect, COME_BACK);
+    // Told once: who has closed the message need not close it again.
+    back ??= tell(error.message, { action: ["Try again", connectAnew] });
+    // Without its key the server would ask for it again and again.
+    if (error.status !== 401) waiting = setTimeout(connect, COME_BACK);
     return;
   }
-  $("#banner").hidden = true;
+  back?.();
+  back = null;
   const chosen = $("#model").value || chosenModel();
   $("#model").replaceChildren(...served.map(({ id }) => make("option", { value: id }, id)));
   $("#model").value = served.some(({ id }) => id === chosen) ? chosen : served[0].id;
   attachments.askAll();
+}
+
+function connectAnew() {
+  back = null;
+  return connect();
 }
 
 // Conversations
@@ -127,13 +140,34 @@ function titleOf({ text, media }) {
 // Questions and answers
 
 async function send() {
-  const text = question.value.trim();
-  if (sending || isGrowing(current) || (!text && !attachments.items.length)) return;
   const conversation = current;
-  const replaced = edited;
+  if (sending || isGrowing(conversation)) return;
   const before = mediaOf(conversation);
-  const taken = attachments.clear();
   sending = true;
+  try {
+    if (!(await isReady(conversation))) return;
+    await putQuestion(conversation);
+  } finally {
+    sending = false;
+  }
+  const kept = mediaOf(conversation);
+  await reply(conversation);
+  await deleteMedia(before.filter((id) => !kept.includes(id)));
+}
+
+/** Whether there is something to send that the server can read. Who goes elsewhere while it looks sends nothing. */
+async function isReady(conversation) {
+  if (!question.value.trim() && !attachments.items.length) return false;
+  await attachments.checked();
+  if (attachments.unreadable.length) say($("#cost").textContent);
+  return current === conversation && !attachments.unreadable.length;
+}
+
+/** Takes the question out of the field and into the conversation. */
+async function putQuestion(conversation) {
+  const text = question.value.trim();
+  const replaced = edited;
+  const taken = attachments.clear();
   edited = null;
   question.value = "";
   fit();
@@ -145,12 +179,7 @@ async function send() {
     edited = replaced;
     attachments.restore(taken);
     throw error;
-  } finally {
-    sending = false;
   }
-  const kept = mediaOf(conversation);
-  await reply(conversation);
-  await deleteMedia(before.filter((id) => !kept.includes(id)));
 }
 
 /** Adds a question, in place of an edited one and all that followed it. */
@@ -164,9 +193,14 @@ function ask(conversation, replaced, turn) {
   else turns.update(turn);
 }
 
-async function reply(conversation) {
+/** @param {object | null} version an empty version of an answer, which is to be filled; null: a new turn. */
+async function reply(conversation, version = null) {
   const chosen = model()?.id ?? chosenModel() ?? undefined;
-  await answer(conversation, { model: chosen, ...wishes() }, (turn) => {
+  await answer(conversation, version, { model: chosen, ...wishes(conversation) }, (turn, progress) => {
+    if (progress) {
+      if (conversation === current) turns.progress(turn, progress);
+      return;
+    }
     if (turn.state !== "growing" || !turn.text) refresh();
     if (conversation === current) turns.update(turn);
     if (turn.state === "done" && conversation === current) say(`Answer: ${turn.text}`);
@@ -174,15 +208,32 @@ async function reply(conversation) {
   });
 }
 
-async function retry() {
-  if (isGrowing(current)) return;
-  if (current.turns.at(-1)?.role === "assistant") current.turns.pop();
-  turns.show(current.turns);
-  await reply(current);
+async function retry(turn) {
+  if (sending || isGrowing(current)) return;
+  beginVersion(current, turn);
+  turns.change(turn);
+  turns.follow.toEnd();
+  await reply(current, turn);
 }
 
+async function chooseVersion(turn, place) {
+  if (sending || isGrowing(current)) return;
+  choose(current, turn, place);
+  turns.change(turn);
+  say(`Version ${place + 1} of ${versionOf(turn).count}`);
+  await saveConversation(current);
+}
+
+/** Settings of the open conversation were changed; one that has not begun is saved with its first question. */
+async function settingsChanged() {
+  showChanges(current);
+  if (conversations.includes(current)) await saveConversation(current);
+}
+
+const showSettings = () => openSettings(current, guarded(settingsChanged));
+
 async function edit(turn) {
-  if (isGrowing(current)) return;
+  if (sending || isGrowing(current)) return;
   endEdit();
   edited = turn;
   question.value = turn.text;
@@ -204,7 +255,7 @@ function endEdit() {
 
 function attach(files) {
   const refused = attachments.add(files);
-  if (refused.length) tell(`${refused.join(", ")}: Aria reads pictures, clips and PDFs.`);
+  if (refused.length) tell(`${refused.join(", ")}: Aria reads pictures, clips and PDFs.`, { passing: true });
 }
 
 async function tryExample({ picture, question: text }) {
@@ -277,12 +328,15 @@ function listenToKeys() {
     if (document.querySelector("dialog[open]")) return;
     const held = event.ctrlKey || event.metaKey;
     const pressed = event.key.toLowerCase();
-    if (event.key === "Escape" && sidebar.isOpen) sidebar.open(false);
+    if (event.isComposing) return;
+    if (event.key === "Escape" && sidebar.closeMenu()) event.preventDefault();
+    else if (event.key === "Escape" && sidebar.isOpen) sidebar.open(false);
     else if (event.key === "Escape" && isGrowing(current)) stop(current);
-    else if (event.key === "Escape") guarded(endEditAndTell)();
+    else if (event.key === "Escape" && edited) endEditAndTell();
+    else if (event.key === "Escape" && isShown()) dismiss();
     else if (held && event.shiftKey && pressed === "o") open(newConversation());
     else if (held && pressed === "k") search();
-    else if (held && pressed === ",") openSettings();
+    else if (held && pressed === ",") showSettings();
     else if (held && pressed === "/") opened($("#shortcuts"));
     else return;
     event.preventDefault();
@@ -311,7 +365,8 @@ function listenToButtons() {
     chooseModel($("#model").value);
     attachments.askAll();
   });
-  $("#settings-open").addEventListener("click", openSettings);
+  $("#settings-open").addEventListener("click", showSettings);
+  $("#changed").addEventListener("click", showSettings);
   $("#shortcuts-open").addEventListener("click", () => opened($("#shortcuts")));
   $("#export-all").addEventListener("click", guarded(() => exportJson(conversations)));
   $("#import").addEventListener("click", () => $("#import-file").click());
@@ -321,7 +376,7 @@ function listenToButtons() {
     const read = await importJson(await file.text());
     conversations = [...read, ...conversations].sort((one, other) => other.updated - one.updated);
     if (read.length) open(read[0]);
-    say(`${read.length} conversations imported.`);
+    say(`${plural(read.length, "conversation")} imported.`);
   }));
   $("#examples").append(...EXAMPLES.map((example) => make("li", {},
     make("button.example", { type: "button", click: guarded(() => tryExample(example)) },

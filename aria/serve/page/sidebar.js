@@ -2,6 +2,7 @@
 
 import { $, ask, icon, make } from "./dom.js";
 import { exportJson, exportMarkdown } from "./transfer.js";
+import { allTurns } from "./versions.js";
 
 export class Sidebar {
   /** @param {{choose, rename, remove, fail}} actions what to do with a conversation, or with an error. */
@@ -12,6 +13,10 @@ export class Sidebar {
     $("#open-sidebar").addEventListener("click", () => this.open(true));
     $("#close-sidebar").addEventListener("click", () => this.open(false));
     $("#veil").addEventListener("click", () => this.open(false));
+    document.addEventListener("click", (event) => {
+      const menu = document.querySelector(".more[open]");
+      if (menu && !menu.contains(event.target)) menu.open = false;
+    });
     this.narrow.addEventListener("change", () => this.open(false));
     this.open(false);
   }
@@ -31,6 +36,15 @@ export class Sidebar {
 
   get isOpen() {
     return this.narrow.matches && $("#sidebar").classList.contains("open");
+  }
+
+  /** Closes the menu of a conversation. @returns {boolean} whether one was open. */
+  closeMenu() {
+    const menu = document.querySelector(".more[open]");
+    if (!menu) return false;
+    menu.open = false;
+    menu.querySelector("summary").focus();
+    return true;
   }
 
   show(conversations, current) {
@@ -54,7 +68,10 @@ export class Sidebar {
       }
     };
     const choice = (name, text, work) => make("button.quiet", { type: "button", click: act(work) }, icon(name), text);
-    const more = make("details.more", {},
+    const more = make("details.more", { name: "more", focusout: (event) => {
+      // Another element has the focus: a menu that nobody uses closes.
+      if (event.relatedTarget && !more.contains(event.relatedTarget)) more.open = false;
+    } },
       make("summary", { "aria-label": `More about ${conversation.title}`, title: "More" }, "\u22ef"),
       make("div.choices", {},
         choice("edit", "Rename", () => this.rename(conversation)),
@@ -81,6 +98,6 @@ export class Sidebar {
 }
 
 function matches(conversation, wanted) {
-  const texts = [conversation.title, ...conversation.turns.map((turn) => turn.text)];
+  const texts = [conversation.title, ...[...allTurns(conversation.turns)].map((turn) => turn.text)];
   return texts.some((text) => text.toLowerCase().includes(wanted));
 }

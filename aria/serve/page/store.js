@@ -1,9 +1,12 @@
 // Conversations in this browser (IndexedDB), media included.
 //
-// A conversation is {id, title, named, created, updated, turns}. A turn is
+// A conversation is {id, title, named, created, updated, turns, settings?}. A turn is
 //   {role: "user", text, media: [{id, kind, name, type, size, thumb, settings}]}, or
-//   {role: "assistant", text, state, error, model, reason, stats}.
+//   {role: "assistant", text, state, error, model, reason, stats, others?, place?}: see versions.js.
+// Its settings are those that differ from the ones of new conversations: see settings.js.
 // The bytes of media lie apart, by id, so that a conversation is saved quickly while an answer grows.
+
+import { allTurns } from "./versions.js";
 
 const VERSION = 1;
 
@@ -47,7 +50,7 @@ export function randomId() {
 export async function loadAll() {
   const all = await transact(["conversations"], "readonly", (open) => open.objectStore("conversations").getAll());
   for (const conversation of all) {
-    for (const turn of conversation.turns) {
+    for (const turn of allTurns(conversation.turns)) {
       if (turn.state === "growing") turn.state = "interrupted";
     }
   }
@@ -85,5 +88,5 @@ export async function loadMedium(id) {
 }
 
 export function mediaOf(conversation) {
-  return conversation.turns.flatMap((turn) => (turn.media ?? []).map((item) => item.id));
+  return [...allTurns(conversation.turns)].flatMap((turn) => (turn.media ?? []).map((item) => item.id));
 }

@@ -1,5 +1,8 @@
 // Small pictures of media, as data: URIs that are kept with a conversation.
 
+import { icon, make } from "./dom.js";
+import { plural } from "./words.js";
+
 const SIDE = 320;
 const PATIENCE = 8000; // ms until a clip that the browser cannot show gets a drawing instead
 
@@ -48,4 +51,12 @@ function drawn(source, width, height) {
   canvas.height = Math.max(1, Math.round(height * scale));
   canvas.getContext("2d").drawImage(source, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL("image/webp", 0.85);
+}
+
+/** A picture of a medium, with a play sign on clips and the number of pages on documents. */
+export function pictureOf(item) {
+  const picture = item.thumb ? make("img", { src: item.thumb, alt: item.name }) : icon(item.kind === "video" ? "clip" : "document");
+  return make("span.picture", {}, picture,
+    item.kind === "video" && item.thumb ? make("span.play", {}, icon("play")) : null,
+    item.kind === "document" && item.pages ? make("span.badge", {}, plural(item.pages, "page")) : null);
 }

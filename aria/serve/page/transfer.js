@@ -1,6 +1,7 @@
 // Conversations out of the browser and back: JSON with media in it, Markdown for reading.
 
 import { save } from "./dom.js";
+import { validSettings } from "./settings.js";
 import { loadMedium, mediaOf, randomId, saveConversation, saveMedium } from "./store.js";
 
 const FORMAT = "aria-conversations";
@@ -62,13 +63,17 @@ export async function importJson(text) {
 function readConversation(one, media) {
   if (!Array.isArray(one?.turns)) throw new Error("A conversation in this file has no turns.");
   const blobs = new Map();
-  const turns = one.turns.map((turn) => (turn.role === "user" ? readQuestion(turn, media, blobs) : readAnswer(turn)));
+  const turns = readTurns(one.turns, media, blobs);
   const now = Date.now();
   const conversation = {
     id: randomId(), title: String(one.title ?? ""), named: Boolean(one.named), created: Number(one.created) || now,
-    updated: Number(one.updated) || now, turns,
+    updated: Number(one.updated) || now, turns, settings: validSettings(one.settings),
   };
   return { conversation, blobs };
+}
+
+function readTurns(turns, media, blobs) {
+  return turns.map((turn) => (turn.role === "user" ? readQuestion(turn, media, blobs) : readAnswer(turn, media, blobs)));
 }
 
 function readQuestion(turn, media, blobs) {
@@ -80,16 +85,26 @@ function readQuestion(turn, media, blobs) {
     blobs.set(id, uri);
     const thumb = typeof item.thumb === "string" && item.thumb.startsWith("data:image/") ? item.thumb : null;
     const settings = typeof item.settings === "object" && item.settings ? item.settings : {};
-    return { id, kind: item.kind, name: String(item.name), type: String(item.type), size: Number(item.size) || 0, thumb, settings };
+    const pages = Number.isInteger(item.pages) ? item.pages : null;
+    return { id, kind: item.kind, name: String(item.name), type: String(item.type), size: Number(item.size) || 0, thumb, pages, settings };
   });
   return { role: "user", text: String(turn.text ?? ""), media: items };
 }
 
-function readAnswer(turn) {
+function readAnswer(turn, media, blobs) {
+  const others = (Array.isArray(turn.others) ? turn.others : []).map((other) => {
+    const rest = readTurns(Array.isArray(other.rest) ? other.rest : [], media, blobs);
+    return { ...readVersion(other), rest };
+  });
+  const place = Number.isInteger(turn.place) ? Math.min(Math.max(turn.place, 0), others.length) : 0;
+  return { role: "assistant", ...readVersion(turn), others, place };
+}
+
+function readVersion(turn) {
   const stats = {};
   for (const [name, value] of Object.entries(turn.stats ?? {})) if (Number.isFinite(value)) stats[name] = value;
   return {
-    role: "assistant", text: String(turn.text ?? ""), state: STATES.includes(turn.state) ? turn.state : "interrupted",
+    text: String(turn.text ?? ""), state: STATES.includes(turn.state) ? turn.state : "interrupted",
     error: turn.error ? String(turn.error) : null, model: turn.model ? String(turn.model) : null,
     reason: turn.reason ? String(turn.reason) : null, stats,
   };

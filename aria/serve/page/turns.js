@@ -1,9 +1,12 @@
 // A conversation as it is read: questions with their media, answers with what they took.
 
-import { sizeText } from "./attachments.js";
 import { copy, icon, iconButton, make } from "./dom.js";
+import { Follow } from "./follow.js";
 import { render } from "./markdown.js";
-import { loadMedium } from "./store.js";
+import { pictureOf } from "./thumbs.js";
+import { versionOf } from "./versions.js";
+import { enlarge } from "./viewer.js";
+import { progressText, sizeText, statsText } from "./words.js";
 
 const REDRAW = 60; // ms between drawings of an answer that grows
 const ENDINGS = {
@@ -15,18 +18,15 @@ export class Turns {
   /**
    * @param {HTMLElement} list where the turns are shown.
    * @param {HTMLElement} scroll what scrolls around it.
-   * @param {{retry: () => void, edit: (turn: object) => void}} actions
+   * @param {HTMLElement} latest the button that leads to the end.
+   * @param {{retry: (turn: object) => void, edit: (turn: object) => void, choose: (turn: object, place: number) => void}} actions
    */
-  constructor(list, scroll, actions) {
+  constructor(list, scroll, latest, actions) {
     this.list = list;
-    this.scroll = scroll;
+    this.follow = new Follow(scroll, list, latest);
     this.actions = actions;
     this.elements = new Map();
     this.later = new Map();
-    this.following = true;
-    scroll.addEventListener("scroll", () => {
-      this.following = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
-    });
   }
 
   /** Shows a whole conversation. */
@@ -37,17 +37,32 @@ export class Turns {
     this.list.replaceChildren();
     this.turns = turns;
     for (const turn of turns) this.add(turn);
-    this.following = true;
-    this.follow();
+    this.follow.toEnd();
+  }
+
+  /** Shows another version of a turn, and what followed that; the view stays where it is. */
+  change(turn) {
+    for (const [other, element] of this.elements) {
+      if (this.turns.includes(other)) continue;
+      element.remove();
+      this.elements.delete(other);
+    }
+    this.fill(turn, this.elements.get(turn));
+    for (const other of this.turns) if (!this.elements.has(other)) this.add(other);
+  }
+
+  /** Shows what the server is reading before the first word. */
+  progress(turn, progress) {
+    const told = this.elements.get(turn)?.querySelector(".waiting .progress");
+    if (told) told.textContent = progressText(progress);
   }
 
   /** Shows a turn that is new or has changed; while it grows not at every piece. */
   update(turn) {
     if (!this.turns?.includes(turn)) return;
     if (!this.elements.has(turn)) {
-      this.following = true;
       this.add(turn);
-      this.follow();
+      this.follow.toEnd();
     } else if (turn.state === "growing") {
       if (!this.later.has(turn)) this.later.set(turn, setTimeout(() => this.redraw(turn), REDRAW));
     } else this.redraw(turn);
@@ -56,12 +71,9 @@ export class Turns {
   redraw(turn) {
     clearTimeout(this.later.get(turn));
     this.later.delete(turn);
-    this.fill(turn, this.elements.get(turn));
-    this.follow();
-  }
-
-  follow() {
-    if (this.following) this.scroll.scrollTop = this.scroll.scrollHeight;
+    const element = this.elements.get(turn);
+    if (element) this.fill(turn, element); // Else another version is shown by now.
+    this.follow.stick();
   }
 
   add(turn) {
@@ -86,18 +98,21 @@ export class Turns {
     const open = turn.state === "growing";
     const body = make("div.text.markdown", {});
     body.append(render(turn.text, !open));
+    // A button that was just pressed keeps the focus.
+    const pressed = element.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
     element.classList.toggle("growing", open);
     element.replaceChildren(make("article", { "aria-label": turn.model ? `Answer of ${turn.model}` : "Answer", "aria-busy": String(open) },
       body,
-      open && !turn.text ? make("p.waiting", { "aria-label": "Waiting for the first word" }, make("i"), make("i"), make("i")) : null,
+      open && !turn.text ? make("p.waiting", { "aria-label": "Waiting for the first word" }, make("i"), make("i"), make("i"), make("span.progress")) : null,
       this.ending(turn),
-      open || (turn.state === "failed" && !turn.text) ? null : this.doings(turn)));
+      open ? null : this.doings(turn)));
+    if (pressed) element.querySelector(`[aria-label="${CSS.escape(pressed)}"]:enabled`)?.focus();
   }
 
   ending(turn) {
     if (turn.state === "failed") {
       return make("div.trouble", { role: "alert" }, make("p", {}, turn.error),
-        make("button.quiet", { type: "button", click: () => this.actions.retry() }, icon("retry"), "Try again"));
+        make("button.quiet", { type: "button", click: () => this.actions.retry(turn) }, icon("retry"), "Try again"));
     }
     if (turn.reason === "length") return make("p.note", {}, "The answer ends here because it reached the most tokens allowed.");
     return ENDINGS[turn.state] ? make("p.note", {}, ENDINGS[turn.state]) : null;
@@ -105,49 +120,28 @@ export class Turns {
 
   doings(turn) {
     const copyButton = iconButton("copy", "Copy the answer", () => copy(copyButton, turn.text), "small");
-    const retry = iconButton("retry", "Answer again", () => this.actions.retry(), "small", "retry");
-    return make("div.doings", {}, turn.text ? copyButton : null, retry, make("p.stats", {}, statsText(turn.stats)));
+    const retry = iconButton("retry", "Answer again", () => this.actions.retry(turn), "small", "retry");
+    const words = turn.text || turn.state !== "failed";
+    if (!words && versionOf(turn).count === 1) return null;
+    return make("div.doings", {}, this.versions(turn), turn.text ? copyButton : null, words ? retry : null,
+      make("p.stats", {}, statsText(turn.stats)));
   }
-}
 
-/** Such as "12 tokens/s, first after 0.31 s, 9 of 84 tokens". */
-export function statsText(stats) {
-  const said = [];
-  if (stats.rate) said.push(`${stats.rate < 10 ? stats.rate.toFixed(1) : Math.round(stats.rate)} tokens/s`);
-  if (stats.first !== undefined) said.push(`first token after ${stats.first.toFixed(2)} s`);
-  if (stats.prompt !== undefined) {
-    const cached = stats.cached ? ` (${stats.cached.toLocaleString()} remembered)` : "";
-    said.push(`${stats.prompt.toLocaleString()} tokens read${cached}, ${stats.completion.toLocaleString()} written`);
+  versions(turn) {
+    const { place, count } = versionOf(turn);
+    if (count === 1) return null;
+    const step = (name, label, to) => {
+      const button = iconButton(name, label, () => this.actions.choose(turn, to), "small");
+      button.disabled = to < 0 || to >= count;
+      return button;
+    };
+    return make("div.versions", { role: "group", "aria-label": "Versions of the answer" },
+      step("back", "Earlier version", place - 1), make("span", {}, `${place + 1}/${count}`), step("forward", "Later version", place + 1));
   }
-  if (stats.prompt === undefined && stats.completion) said.push(`${stats.completion.toLocaleString()} tokens written`);
-  return said.join(" \u00b7 ");
 }
 
 function shown(item) {
-  const picture = item.thumb ? make("img", { src: item.thumb, alt: item.name }) : icon(item.kind === "video" ? "clip" : "document");
-  const named = item.thumb && item.kind === "image" ? null : make("span", {}, item.name, make("small", {}, sizeText(item.size)));
-  if (item.kind === "document") return make("figure.medium", {}, picture, named);
-  return make("button.medium", { type: "button", "aria-label": `Show ${item.name}`, click: () => enlarge(item) }, picture, named);
-}
-
-/** The medium itself, in a dialog. */
-async function enlarge(item) {
-  const dialog = make("dialog.large", { "aria-label": item.name });
-  const close = iconButton("close", "Close", () => dialog.close());
-  let address = null;
-  try {
-    address = URL.createObjectURL(await loadMedium(item.id));
-    dialog.append(item.kind === "image" ? make("img", { src: address, alt: item.name })
-      : make("video", { src: address, controls: true, autoplay: true }));
-  } catch (error) {
-    dialog.append(make("p", {}, error.message));
-  }
-  dialog.append(close);
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-  dialog.addEventListener("close", () => {
-    dialog.remove();
-    if (address) URL.revokeObjectURL(address);
-  });
-  document.body.append(dialog);
-  dialog.showModal();
+  const named = item.thumb && item.kind === "image" ? null : make("span.facts", {}, item.name, make("small", {}, sizeText(item.size)));
+  if (item.kind === "document") return make("figure.medium", {}, pictureOf(item), named);
+  return make("button.medium", { type: "button", "aria-label": `Show ${item.name}`, click: () => enlarge(item) }, pictureOf(item), named);
 }
