@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aria.train.progress import read_lines
+
 TABLE_NAME, PICTURE_NAME = "loss.tsv", "loss.png"
 COLUMNS = ("step", "loss", "held-out loss", "learning rate")
 EVERY = 300.0
@@ -60,10 +62,11 @@ class LossCurve:
 def read_losses(log: Path) -> list[dict[str, Any]]:
     """What a log has of :data:`COLUMNS`, a row for each step, in the order of steps."""
     rows: dict[int, dict[str, Any]] = {}
-    for text in log.read_text(encoding="utf-8").split("\n"):
-        if not text:
-            continue
-        line = json.loads(text)
+    for text in read_lines(log):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut short by a crash
         found = {name: line[name] for name in COLUMNS if line.get(name) is not None}
         if "loss" in found or "held-out loss" in found:
             rows.setdefault(int(line["step"]), {}).update(found)

@@ -21,12 +21,13 @@ from aria.train.data.report import Report, RowError
 from aria.train.data.sources import Sources
 from aria.train.loss import IGNORE_INDEX
 from aria.train.objective import Losses, Step
-from aria.train.progress import drop_after
+from aria.train.progress import append_lines, drop_after
 from aria.train.recipe import Recipe
 from aria.train.rng import preserved_random_states
 from aria.train.trainer import Descent, Position
 
 SAMPLES_NAME = "samples.jsonl"
+_OF_ANOTHER = "held-out data of another process failed; its own message says at what"
 
 Sampler = Callable[[Aria, AriaProcessor, Sequence[Any], int], list[str]]
 """``(model, processor, conversations that end before an answer, max_tokens) -> answers``; the command line's."""
@@ -100,13 +101,19 @@ class Evaluation:
     def _loss(self) -> dict[str, Any]:
         recipe, ranks, stream = self._recipe, self._ranks, self._stream
         assert stream is not None, "there are held-out data"
+        failed: Exception | None = None
         if self._rows is None and recipe.evaluate.batches is not None:
-            self._rows = stream.rows_that_fill(recipe.evaluate.batches)
+            try:
+                self._rows = stream.rows_that_fill(recipe.evaluate.batches)
+            except Exception as error:
+                failed = error
+            if ranks.max(int(failed is not None)):
+                raise failed or RuntimeError(_OF_ANOTHER)
         sums = torch.zeros(3, dtype=torch.float64)
         reading: Any = stream.once(self._rows)
         with contextlib.closing(reading) as batches:
             while True:
-                failed: Exception | None = None
+                failed = None
                 try:
                     batch = next(batches, None)
                 except Exception as error:
@@ -114,9 +121,7 @@ class Evaluation:
                 # Ranks compute together: one that has no more goes on with filler, and all end where one fails.
                 most = ranks.max(2 * int(failed is not None) + int(batch is not None))
                 if most >= 2:
-                    raise failed or RuntimeError(
-                        "held-out data of another process failed; its own message says at what"
-                    )
+                    raise failed or RuntimeError(_OF_ANOTHER)
                 if not most:
                     break
                 batch = (stream.filler() if batch is None else batch).to(ranks.device)
@@ -168,10 +173,12 @@ class Evaluation:
                 report.skip("not answered", f"sample {number}, whose answer is {truth!r:.60}: {error}")
                 continue
             line = {"step": self._position.step, "messages": messages, "truth": truth, "answer": answer}
-            lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            lines.append(json.dumps(line, ensure_ascii=False, default=str))
         if not self._ranks.rank:
-            with (self._out / SAMPLES_NAME).open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+            try:
+                append_lines(self._out / SAMPLES_NAME, lines)
+            except OSError as error:
+                report.skip("not written", f"{SAMPLES_NAME} could not be written: {error}")
         return _told(report, "sample")
 
 

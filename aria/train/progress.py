@@ -5,12 +5,14 @@ L layers, E experts.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,11 +132,26 @@ class JsonLines:
         drop_after(file, step)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({name: _rounded(value) for name, value in line.items()}, allow_nan=False) + "\n")
+        rounded = {name: _rounded(value) for name, value in line.items()}
+        append_lines(self._file, [json.dumps(rounded, allow_nan=False)])
 
     def close(self) -> None:
         pass
+
+
+def append_lines(file: Path, lines: Sequence[str]) -> None:
+    """Append lines to a file, all of them or none.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    data = "".join(f"{line}\n" for line in lines).encode()
+    with file.open("ab", buffering=0) as out:
+        before = out.tell()
+        # On a disk that fills up, a part is written without an error.
+        if (written := out.write(data)) < len(data):
+            out.truncate(before)
+            raise OSError(errno.ENOSPC, f"only {written:,} of {len(data):,} bytes could be written", str(file))
 
 
 def drop_after(file: Path, step: int) -> None:
@@ -224,10 +241,14 @@ class Wandb:
 
 
 class Reporter:
-    """Everything that is told: lines to all sinks, and a bar where there is a terminal. On one rank only."""
+    """Everything that is told: lines to all sinks, and a bar where there is a terminal. On one rank only.
+
+    None of it may cost a training: a sink that fails is a warning, and a console that is gone says nothing more.
+    """
 
     def __init__(self, sinks: Sequence[Sink], console: Console | None = None):
         self._sinks = list(sinks)
+        self._warned: set[str] = set()
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
@@ -248,28 +269,54 @@ class Reporter:
     def write(self, line: Mapping[str, Any]) -> None:
         """Log a line, which names its ``step``."""
         for sink in self._sinks:
-            sink.write(line)
+            try:
+                sink.write(line)
+            except Exception as error:  # wandb and TensorBoard have errors of their own
+                self._warn(f"{type(sink).__name__} could not be written: {error}")
         if self._bar is not None:
             self._bar.update(self._task, description=f"{_of_total(line)}, {summary(line)}")
         elif "loss" in line or "held-out loss" in line:
-            self.console.print(f"step {line['step']}: {summary(line)}{_ahead(line)}", highlight=False, soft_wrap=True)
+            self.say(f"step {line['step']}: {summary(line)}{_ahead(line)}")
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_line(self.console, text)
+
+    def _warn(self, text: str) -> None:
+        """Say what went wrong, once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.say(f"warning: {text}")
 
     def close(self) -> None:
-        """Finish all sinks, once. Files that cannot be written any more hide no other error: that is only said."""
+        """Finish all sinks, once."""
         if self._bar is not None:
-            self._bar.stop()
+            with _may_be_gone(self.console):
+                self._bar.stop()
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
             try:
                 line = sink.close()
-            except OSError as error:
-                line = f"warning: {type(sink).__name__} could not be finished: {error}"
+            except Exception as error:
+                self._warn(f"{type(sink).__name__} could not be finished: {error}")
+                continue
             if line:
                 self.say(line)
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a line as it is. A console that is gone, as a terminal that was closed, says nothing more."""
+    with _may_be_gone(console):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _may_be_gone(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SystemExit):
+        # Rich ends the process where the reader of a pipe has left.
+        console.quiet = True
 
 
 def _of_total(line: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ from aria.train.progress import (
     LOG_NAME,
     last_evaluated,
     measured_rate,
+    print_line,
 )
 from aria.train.recipe import FILE_NAME, Recipe, changes, load_object
 from aria.train.resume import Saved, about, course, make_budget, schedule_of
@@ -119,11 +120,16 @@ def train(
             recipe.checkpoint,
             parallel,
             about=about(recipe),
-            report=lambda line: console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False),
+            report=lambda line: print_line(console, f"warning: {line}"),
         )
         _claim(out, recipe, parallel, lock, begun=state.latest() is not None)
         parts = _prepare(recipe, parallel, out, console if parallel.rank == 0 else None)
         return _run(parts, state, out, console, sampler, stop_after)
+    except KeyboardInterrupt:
+        # Outside of the loop, which saves, or asked for twice.
+        if parallel.rank == 0:
+            print_line(console or Console(stderr=True), _interrupted(out))
+        raise
     finally:
         # Taken twice where the folder was there before; an error that is kept would keep the lock.
         lock.release(force=True)
@@ -138,6 +144,14 @@ def _lock(lock: BaseFileLock, out: Path) -> None:
         raise ValueError(
             f"{out} is being trained in by another process; wait for its end, or name another --out"
         ) from None
+
+
+def _interrupted(out: Path) -> str:
+    """What to say where a run ends without another checkpoint."""
+    found = RunState.latest_in(out)
+    if found is None:
+        return "interrupted before the first checkpoint; nothing is saved"
+    return f"interrupted; step {int(found.name.rpartition('-')[2])} is saved in {out}; rerun to resume"
 
 
 def begun(out: str | Path) -> bool:

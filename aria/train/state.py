@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -35,6 +36,8 @@ PARTIAL = ".partial"
 META = "run.json"
 OF_RANK = ("stream", "random")
 """Entries of a state that belong to one rank."""
+_CUT_SHORT = re.compile(r"\[enforce fail at inline_container.*unexpected pos.*")
+"""What PyTorch says where a disk filled up in the middle of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,8 @@ class RunState:
             state.update(saved.state_dict())
             if self._ranks.rank == 0:
                 self._drop_partial()
-                partial.mkdir()
+                # With the folders above it, should someone have deleted them.
+                partial.mkdir(parents=True)
                 meta = self._about | {
                     "step": step,
                     "world": self._ranks.world,
@@ -350,7 +354,8 @@ def _reasons(error: BaseException) -> str:
     """What went wrong, by ranks where several say it; the first line of each."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
     told = [f"rank {rank}: {failed}" for rank, (failed, _) in failures.items()] or [str(error)]
-    return "; ".join(one.strip().partition("\n")[0] for one in told) or type(error).__name__
+    lines = [_CUT_SHORT.sub("a file was cut short; is the disk full?", one.strip().partition("\n")[0]) for one in told]
+    return "; ".join(lines) or type(error).__name__
 
 
 def trained_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -208,7 +208,7 @@ class Trainer:
         self._interval.evaluated = evaluated
 
     def run(self) -> str:
-        """Train until the budget is spent, the data end, SIGTERM, Ctrl-C or ``stop_after`` asks to stop; then save.
+        """Train until the budget is spent, the data end, a signal or ``stop_after`` asks to stop; then save.
 
         Returns:
             ``"done"``, ``"data ended"``, ``"terminated"`` or ``"time is up"``.
@@ -509,7 +509,8 @@ class _Interval:
 
 
 class Termination:
-    """Notes SIGTERM and Ctrl-C instead of dying of them, so that the loop can save; a second Ctrl-C does not wait.
+    """Notes SIGTERM, Ctrl-C and a terminal that is closed (SIGHUP) instead of dying of them, so that the loop can save;
+    a second Ctrl-C does not wait.
 
     Only the main thread may listen, and what the process was started to ignore stays ignored.
     """
@@ -520,7 +521,8 @@ class Termination:
 
     def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP"))
+            for number in filter(None, known):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self

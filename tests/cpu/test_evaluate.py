@@ -101,6 +101,17 @@ def test_held_out_data_that_fail_at_the_end_leave_the_export(run, tmp_path):
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_a_folder_that_is_deleted_costs_no_training(run, tmp_path):
+    def deletes(*_):
+        if (tmp_path / "run" / "log.jsonl").is_file():
+            shutil.rmtree(tmp_path / "run")
+        return ["yes"]
+
+    run(deletes, evaluate=held(tmp_path, [chat("a", "b")], samples=1))
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    assert (tmp_path / "run" / "export" / "adapter_model.safetensors").is_file()
+
+
 def test_evaluations_leave_every_random_state_and_checkpoint_as_they_were(run, tmp_path):
     def draws(model, processor, conversations, max_tokens):
         # As sampling does, and code of one's own may.

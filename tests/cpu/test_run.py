@@ -327,6 +327,20 @@ def test_what_was_trained_is_exported_whatever_happens_to_its_checkpoint(
     assert command("train", file, "--out", out, "--export") == 0
 
 
+@pytest.mark.parametrize(
+    ("during", "told"),
+    [("export", "interrupted; step 1 is saved in {out}; rerun to resume"), ("_load", "before the first checkpoint")],
+)
+def test_an_interrupted_command_says_what_is_saved(command, recipe, tmp_path, monkeypatch, capsys, during, told):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out, file = tmp_path / "run", recipe(**{"budget.steps": 1})
+    monkeypatch.setattr(f"aria.train.run.{during}", interrupted)
+    assert command("train", file, "--out", out) == 130
+    assert told.format(out=out) in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, capsys):
     out, file = tmp_path / "run", recipe(**{"budget.epochs": 6.0})
     assert command("train", file, "--out", out, "--dry-run") == 0

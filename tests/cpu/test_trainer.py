@@ -146,7 +146,7 @@ def test_a_skipped_step_leaves_weights_and_moments_to_the_bit():
     assert not torch.equal(third[0], fourth[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_quietly(number):
     saves, before = [], signal.getsignal(number)
     run = toy(budget=StepBudget(1000), save=lambda wait, prune: saves.append(wait))
