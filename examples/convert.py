@@ -5,6 +5,7 @@
 Takes ShareGPT and LLaVA (``conversations``), Alpaca (``instruction``, ``input``, ``output``), pairs of columns such as
 ``prompt`` and ``completion``, messages with ``<image>`` and ``<video>`` in their texts (ms-swift, LLaMA-Factory), and
 texts; in .json, .jsonl, .csv, .tsv, .txt or .md. Rows that name media by relative paths count them from the new file.
+A row of another format ends the conversion, and nothing is written.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "observation": "tool"}
+ROLES = {
+    **dict.fromkeys(("human", "Human", "User"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "Assistant"), "assistant"),
+    **dict.fromkeys(("observation", "function", "tool_response"), "tool"),
+}
+CALLS = ("function_call", "tool_call")
+"""Roles of messages that are a call of a function, in JSON."""
 PAIRS = (
     *(("instruction", "output"), ("instruction", "response"), ("query", "response"), ("prompt", "completion")),
-    *(("prompt", "response"), ("question", "answer")),
+    *(("prompt", "response"), ("question", "answer"), ("input", "output")),
 )
 
 
@@ -31,36 +38,65 @@ def read(file: Path) -> list[dict[str, Any]]:
     if file.suffix in (".txt", ".md"):
         return [{"text": text}]
     if file.suffix in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)
         return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ","))
     try:
         whole = json.loads(text)
     except ValueError:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(whole, dict) and known(whole) is None:
+        # Such as {"version": 1, "data": [...]}.
+        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        whole = lists[0] if len(lists) == 1 else whole
     return whole if isinstance(whole, list) else [whole]
 
 
+def known(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The fields that tell a row's format; None of one that is not known."""
+    formats = (("conversations",), ("messages",), *PAIRS, ("text",))
+    return next((names for names in formats if all(row.get(name) is not None for name in names)), None)
+
+
 def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with messages; one of text alone stays as it is."""
-    pair = next((pair for pair in PAIRS if row.keys() >= set(pair)), None)
-    if row.get("conversations"):
-        said = [(ROLES.get(one["from"], one["from"]), one["value"]) for one in row["conversations"]]
-    elif row.get("messages"):
-        said = [
-            (one["role"], one["content"]) if "role" in one else (ROLES.get(one["from"], one["from"]), one["value"])
-            for one in row["messages"]
-        ]
-    elif pair is not None:
-        asked = "\n\n".join(text for text in (row[pair[0]], row.get("input")) if text)
-        turns = [*(row.get("history") or ()), (asked, row[pair[1]])]
-        said = [one for question, answer in turns for one in (("user", question), ("assistant", answer))]
-    else:
+    """A row with messages; one of text alone stays as it is.
+
+    Raises:
+        ValueError: it is of another format.
+    """
+    names = known(row)
+    if names is None:
+        raise ValueError(f"its fields are {', '.join(row) or 'none'}; this format is not known")
+    if names == ("text",):
         return dict(row)
+    if len(names) == 1:
+        messages = [message(one) for one in row[names[0]]]
+    else:
+        asked = "\n\n".join(text for text in dict.fromkeys((row[names[0]], row.get("input"))) if text)
+        turns = [*(row.get("history") or ()), (asked, row[names[1]])]
+        said = [one for question, answer in turns for one in (("user", question), ("assistant", answer))]
+        messages = [{"role": role, "content": parts(text)} for role, text in said]
     if row.get("system"):
-        said.insert(0, ("system", row["system"]))
+        messages.insert(0, {"role": "system", "content": parts(row["system"])})
     media = {"images": row.get("images") or row.get("image"), "videos": row.get("videos") or row.get("video")}
     listed = {name: given if isinstance(given, list) else [given] for name, given in media.items() if given}
-    kept = {name: row[name] for name in ("tools",) if row.get(name)}
-    return {"messages": [{"role": role, "content": parts(text)} for role, text in said], **listed, **kept}
+    return {"messages": messages, **listed, **({"tools": tools(row["tools"])} if row.get("tools") else {})}
+
+
+def message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose role is one of OpenAI's; what else it has stays as it is."""
+    role, content = (given["role"], given.get("content")) if "role" in given else (given["from"], given["value"])
+    others = {name: value for name, value in given.items() if name not in ("role", "content", "from", "value")}
+    if role in CALLS:
+        calls = json.loads(content) if isinstance(content, str) else content
+        calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+        return {"role": "assistant", "content": "", "tool_calls": calls, **others}
+    return {"role": ROLES.get(role, role), "content": parts(content), **others}
+
+
+def tools(given: Any) -> list[Any]:
+    """Tools as OpenAI's API has them, of a list or its JSON, of functions with or without what wraps them there."""
+    listed = json.loads(given) if isinstance(given, str) else given
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in listed]
 
 
 def parts(content: Any) -> Any:
@@ -72,11 +108,20 @@ def parts(content: Any) -> Any:
     return [part for part in found if part.get("text") != ""]
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, help="a .jsonl file")
     chosen = parser.parse_args()
-    rows = [convert(row) for row in read(chosen.source)]
+    rows = []
+    for number, row in enumerate(read(chosen.source), 1):
+        try:
+            rows.append(convert(row))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.exit(1, f"error: row {number} of {chosen.source} cannot be converted: {error!s:.300}\n")
     chosen.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows):,} rows written to {chosen.out}; look them through: aria data check {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -140,6 +140,7 @@ def chat_of(part: dict) -> dict:
 
 
 SEEN = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+CALLED = {"name": "f", "arguments": {"x": 1}}
 HEARD = [{"type": "video"}, {"type": "text", "text": "Go on."}]
 OTHER = {
     "ShareGPT": (
@@ -172,6 +173,21 @@ OTHER = {
     "one picture of a name that is not read": (
         {**chat("<image>What is it?", "b"), "image": "a.png"}, {**chat(SEEN, "b"), "images": ["a.png"]},
     ),
+    "ShareGPT's calls, as LLaMA-Factory has them": (
+        {"conversations": [
+            {"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "2"}, {"from": "gpt", "value": "b"},
+        ], "tools": '[{"name": "f", "parameters": {}}]'},
+        {"messages": [
+            said("user", "a"), said("assistant", "", tool_calls=[{"type": "function", "function": CALLED}]),
+            said("tool", "2"), said("assistant", "b"),
+        ], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    ),
+    "roles of other formats, beside what messages have": (
+        {"messages": [said("human", "a"), said("model", "b", weight=0), said("gpt", "c", tool_calls=None)]},
+        {"messages": [said("user", "a"), said("assistant", "b", weight=0), said("assistant", "c", tool_calls=None)]},
+    ),
+    "input and output": ({"input": "a", "output": "b"}, chat("a", "b")),
 }  # fmt: skip
 """Rows in other formats, and what they should be."""
 
@@ -192,6 +208,8 @@ def test_rows_in_other_formats_are_converted(tmp_path):
         assert converted(tmp_path / name) == list(expected)
     for row in expected:
         assert isinstance(read(row), Conversation)
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": rows}), encoding="utf-8")
+    assert converted(tmp_path / "a.json") == list(expected)
     (tmp_path / "a.tsv").write_text("question\tanswer\na\u2028?\tb\n", encoding="utf-8")
     assert converted(tmp_path / "a.tsv") == [chat("a\u2028?", "b")]
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
@@ -202,6 +220,8 @@ def test_rows_in_other_formats_are_converted(tmp_path):
     ("name", "content", "what"),
     [
         ("a.json", '[{"text": "a"}]', "one JSON value"),
+        ("a.json", '{"data": [{"text": "a"}]}\n', "one JSON value"),
+        ("a.json", '{"data": [\n{"text": "a"}]}\n', "one JSON value"),
         ("a.json", '{"text": "a"}\n{"text": "b"}\n', "one JSON object a line: name it .jsonl"),
         ("a.txt", "once upon a time", "plain text"),
         ("a.csv", "question,answer", "a table"),
@@ -243,7 +263,7 @@ BAD = {
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         {**chat("a", "b"), "tools": [{"name": "f"}]},
     ],
-    "unknown role": [{"messages": [said("human", "a"), said("assistant", "b")]}, {"messages": [{"content": "a"}]}],
+    "unknown role": [{"messages": [said("narrator", "a"), said("assistant", "b")]}, {"messages": [{"content": "a"}]}],
     "no answer": [{"messages": [said("user", "a")]}],
     "nothing to learn": [{"messages": [said("user", "a"), said("assistant", "b", weight=0)]}],
     "empty answer": [chat("a", " "), chat("a", None), chat("a", [])],
@@ -270,8 +290,8 @@ def test_faults_are_told_by_kind(kind, fields):
 
 
 def test_lines_are_found_by_their_number(tmp_path):
-    file = jsonl(tmp_path / "a.jsonl", ["\ufeff" + json.dumps(chat("first", "x")), "", '{"text": "é"}\r', "  ", "[1]",
-                                        b'{"text": "\xff"}', '{"text": '])  # fmt: skip
+    rows = ["\ufeff" + json.dumps(chat("first", "x")), "", '\ufeff{"text": "é"}\r', "  ", "[1]"]
+    file = jsonl(tmp_path / "a.jsonl", [*rows, b'{"text": "\xff"}', '{"text": '])
     file.write_bytes(file.read_bytes() + b'{"text": "no newline at the end"}')
     source = open_source(str(file))
     assert len(source) == 6

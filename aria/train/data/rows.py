@@ -26,8 +26,10 @@ _OTHERS = {
     ("prompt", "completion"): "a prompt and a completion",
     ("prompt", "response"): "a prompt and a response",
     ("question", "answer"): "a question and an answer",
+    ("input", "output"): "an input and an output",
 }
 """Fields by which formats that are not read are known."""
+_OTHER_ROLES = ("human", "gpt", "chatgpt", "model", "bot", "observation", "function", "function_call", "tool_call")
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 """Of media, in texts for ms-swift, LLaMA-Factory and LLaVA."""
 
@@ -174,6 +176,8 @@ def _message(message: Any, where: str, given: _Given) -> tuple[dict[str, Any], b
     role = fields.get("role")
     if role is None and fields.keys() >= {"from", "value"}:
         raise RowError("other format", f"{where} has from and value, as in ShareGPT's format; {CONVERT}")
+    if role in _OTHER_ROLES:
+        raise RowError("other format", f"{where} has the role {role!r}, which is another format's; {CONVERT}")
     if role not in _ROLES:
         raise RowError("unknown role", f"{where} has the role {role!r:.40}; known are {', '.join(_ROLES)}")
     if unknown := sorted(str(key) for key in fields if key not in _MESSAGE_FIELDS):

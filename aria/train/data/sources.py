@@ -116,10 +116,10 @@ class JsonLines:
     former_fingerprint = fingerprint
 
     def read(self, index: int) -> Row:
-        line, where = self._lines[index], self.where(index)
-        data = self._bytes(index)
+        where, data = self.where(index), self._bytes(index)
         try:
-            text = data.decode("utf-8-sig" if line == 0 else "utf-8")
+            # Files that were put together have byte order marks within.
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RowError("not UTF-8", f"byte {error.start} of the line is {data[error.start]:#04x}") from None
         try:
@@ -216,9 +216,10 @@ def open_source(name: str, split: str = "train") -> Source:
         raise FileNotFoundError(f"no data set at {name!r}{hint}")
     if path.is_dir():
         return _folder(path, split)
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         return _loaded(str(path), path.parent, lambda lib: lib.Dataset.from_parquet(str(path)))
-    if path.suffix not in (".jsonl", ".ndjson"):
+    if kind not in (".jsonl", ".ndjson"):
         raise ValueError(
             f"{path} should be a .jsonl or .parquet file, or a folder with {split}.jsonl{_other_format(path)}"
         )
@@ -230,14 +231,21 @@ def _other_format(file: Path) -> str:
     kind = file.suffix.lower()
     if kind == ".json":
         try:
-            JsonLines(file).read(0)
+            lines = JsonLines(file)
+            first = lines.read(0).fields
+            if len(lines) > 1 or {"messages", "text"} & first.keys():
+                return "; it holds one JSON object a line: name it .jsonl"
         except ValueError:
-            return f"; this is one JSON value, such as a list of rows: {CONVERT}"
-        return "; it holds one JSON object a line: name it .jsonl"
+            pass
+        return f"; this is one JSON value, such as a list of rows: {CONVERT}"
     if kind in (".txt", ".md"):
         return f"; this is plain text: {CONVERT}"
     if kind in (".csv", ".tsv"):
         return f"; this is a table: {CONVERT}"
+    if kind in (".gz", ".zst", ".xz", ".bz2", ".zip"):
+        return "; this is compressed: unpack it first"
+    if kind == ".arrow":
+        return "; name the folder that datasets saved, which this file is a part of"
     return ""
 
 
