@@ -7,7 +7,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -95,8 +95,10 @@ def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]
             if match is None:
                 raise ValueError(f'pages {pages!r:.60} are not understood; expected numbers and ranges such as "1-3,7"')
             ranges.append((int(match[1]), int(match[2] or match[1])))
-    else:
+    elif isinstance(pages, Iterable) and all(isinstance(number, int) for number in pages):
         ranges = [(number, number) for number in pages]
+    else:
+        raise ValueError(f'pages is {pages!r:.60}; expected whole numbers in a list, or text such as "1-3,7"')
     for first, last in ranges:
         if not 1 <= first <= last <= count:
             asked = f"page {first}" if first == last else f"pages {first}-{last}"
@@ -130,6 +132,8 @@ def _is_dynamic_form(pdf: Any) -> bool:
     """Whether the only page asks to open the file elsewhere. Static XFA forms have their fields on their pages, too."""
     from pypdfium2 import raw
 
+    if raw.FPDF_GetXFAPacketCount(pdf) < 1:  # emptied, as programs do that keep what they do not know
+        return False
     kind = pdf.get_formtype()
     if kind != raw.FORMTYPE_XFA_FOREGROUND or len(pdf) != 1:
         return bool(kind == raw.FORMTYPE_XFA_FULL)
@@ -143,7 +147,7 @@ def _is_dynamic_form(pdf: Any) -> bool:
 def _render(pdf: Any, number: int, name: str, max_pixels: int, watch: Watch) -> np.ndarray:
     import pypdfium2
 
-    with contextlib.ExitStack() as opened, _said_plainly(f"page {number} of {name}"):
+    with contextlib.ExitStack() as opened, _said_plainly(f"page {number} of {name}", "; leave it out with pages="):
         with _PDFIUM:
             page = opened.enter_context(_closing(pdf[number - 1]))
             width, height = (math.ceil(side * SCALE) for side in page.get_size())
@@ -209,12 +213,12 @@ def _closing(thing: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _said_plainly(what: str) -> Iterator[None]:
+def _said_plainly(what: str, advice: str = "") -> Iterator[None]:
     """PDFium's errors, as ValueErrors that say what cannot be read."""
     from pypdfium2 import PdfiumError
 
     try:
         yield
     except PdfiumError as error:
-        fault = _FAULTS.get(getattr(error, "err_code", None), str(error))
-        raise ValueError(f"{what} cannot be read: {fault}") from error
+        fault = _FAULTS.get(getattr(error, "err_code", None), str(error).rstrip("."))
+        raise ValueError(f"{what} cannot be read: {fault}{advice}") from error

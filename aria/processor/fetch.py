@@ -24,6 +24,7 @@ T = TypeVar("T")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _INFLATED_BYTES = 1 << 20
+_GZIP = b"\x1f\x8b"
 _HEADERS = [("User-Agent", "aria-moe"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
 _COMPRESSED = ("br", "compress", "x-compress", "dcb", "dcz", "zstd")
 """Content codings that change the bytes and are not undone here; gzip and deflate are, since some servers always send
@@ -109,10 +110,10 @@ def fetch(url: str, limit: int, settings: MediaSettings) -> bytes:
                 _said_plainly(here),
                 pool.stream("GET", address, headers=headers, extensions={"timeout": timeouts}) as response,
             ):
-                target = _header(response, b"location")
-                if response.status not in _REDIRECTS or target is None:
+                targets = _headers(response, b"location")
+                if response.status not in _REDIRECTS or not targets:
                     return _body(response, here, limit, clock)
-            here = urllib.parse.urljoin(here, target)
+            here = urllib.parse.urljoin(here, targets[0])
     raise ValueError(f"could not fetch {short(url)}: more than {settings.max_redirects} redirects")
 
 
@@ -142,19 +143,18 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
 
 
 def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock) -> bytes:
-    if response.status != 200:
+    if response.status not in (200, 203):  # 203: changed on its way, such as by a proxy that makes images smaller
         raise ValueError(f"could not fetch {short(url)}: it answers with status {response.status}")
-    codings = [one.strip().lower() for one in (_header(response, b"content-encoding") or "").split(",")]
+    codings = [one.strip().lower() for one in ",".join(_headers(response, b"content-encoding")).split(",")]
     if unknown := [one for one in codings if one in _COMPRESSED]:
         raise ValueError(f"could not fetch {short(url)}: it sends {unknown[0]} coding, which was not asked for")
     too_much = f"{short(url)} sends more than the {limit:,} bytes allowed"
-    length = _header(response, b"content-length") or ""
-    if length.isdecimal() and int(length) > limit:
+    if any(length.isdecimal() and int(length) > limit for length in _headers(response, b"content-length")):
         raise ValueError(too_much)
     chunks: Iterator[bytes] = response.iter_stream()
     for coding in reversed(codings):
         if coding in ("gzip", "x-gzip", "deflate"):
-            chunks = _inflated(chunks, url)
+            chunks = _inflated(chunks, coding, url)
     body = bytearray()
     for chunk in chunks:
         body += chunk
@@ -164,31 +164,46 @@ def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock) -> 
     return bytes(body)
 
 
-def _inflated(chunks: Iterator[bytes], url: str) -> Iterator[bytes]:
+def _inflated(chunks: Iterator[bytes], coding: str, url: str) -> Iterator[bytes]:
     """What gzip or zlib made smaller, in pieces of a bounded size however well it was compressed."""
-    inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # either header
+    inflate: Any = None
+    rest = b""
     try:
         for chunk in chunks:
-            rest = chunk
-            while rest and not inflate.eof:
+            rest += chunk
+            while len(rest) >= 2 or (rest and inflate and not inflate.eof):
+                if inflate is None or (inflate.eof and rest.startswith(_GZIP)):  # several gzip files in a row are one
+                    inflate = zlib.decompressobj(_window_bits(rest, coding))
+                elif inflate.eof:
+                    return  # padding
                 yield inflate.decompress(rest, _INFLATED_BYTES)
-                rest = inflate.unconsumed_tail
-        while not inflate.eof and (rest := inflate.decompress(inflate.unconsumed_tail, _INFLATED_BYTES)):
-            yield rest
+                rest = inflate.unused_data or inflate.unconsumed_tail
+        while inflate and not inflate.eof and (piece := inflate.decompress(rest, _INFLATED_BYTES)):
+            yield piece
+            rest = inflate.unconsumed_tail
     except zlib.error as error:
         raise ValueError(f"could not fetch {short(url)}: its compressed body is damaged ({error})") from error
-    if not inflate.eof:
+    if inflate is None or not inflate.eof:
         raise ValueError(f"could not fetch {short(url)}: its compressed body ends too early")
 
 
-def _header(response: httpcore2.Response, name: bytes) -> str | None:
-    value = next((value for key, value in response.headers if key.lower() == name), None)
-    if value is None:
-        return None
-    try:
-        return value.decode()  # servers send raw UTF-8 in redirects, although headers should be ASCII
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
+def _window_bits(start: bytes, coding: str) -> int:
+    """For zlib; some servers send what they call deflate without zlib's header."""
+    headless = coding == "deflate" and not start.startswith(_GZIP)
+    headless = headless and (start[0] & 15 != 8 or int.from_bytes(start[:2], "big") % 31 != 0)
+    return -zlib.MAX_WBITS if headless else zlib.MAX_WBITS | 32
+
+
+def _headers(response: httpcore2.Response, name: bytes) -> list[str]:
+    """The values of a header. Servers send raw UTF-8 and Latin-1, although it should be ASCII: bytes that are no UTF-8
+    become ``%E9``, which is what browsers make of them in a redirect."""
+    values = []
+    for value in (value for key, value in response.headers if key.lower() == name):
+        try:
+            values.append(value.decode())
+        except UnicodeDecodeError:
+            values.append("".join(chr(byte) if byte < 128 else f"%{byte:02X}" for byte in value))
+    return values
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ _PIECE = 1 << 16
 """Characters of a data: URI that are unquoted at a time."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*(data:|https?://)", re.IGNORECASE)
-_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
+_BASE64 = re.compile(r";\s*base64\s*(;|$)", re.IGNORECASE)
+_PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _NAMES = {"image": "picture", "video": "clip", "document": "document"}
 _EXAMPLES = {"image": "image/png", "video": "video/mp4", "document": "application/pdf"}
 
@@ -104,8 +105,10 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     limit: int = getattr(settings, f"{kind}_bytes")
     if isinstance(source, bytes | bytearray | memoryview):
         return Opened(_within(bytes(source), limit, kind), f"{len(source)} bytes")
-    if isinstance(source, str) and _ADDRESS.match(source):
+    if isinstance(source, str) and (_ADDRESS.match(source) or not source.strip()):
         source = source.strip()
+    if source == "":
+        raise ValueError(f"the address of a {_NAMES[kind]} is empty; expected http(s)://, a data: URI or a path")
     if isinstance(source, str) and source[:5].lower() == "data:":
         return Opened(_read_data_uri(source, limit, kind), short(source))
     if isinstance(source, str) and (scheme := _SCHEME.match(source)):
@@ -179,11 +182,14 @@ def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
         raise ValueError(f"{short(uri)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
     data = _unquote(body)
     if coded:
-        data = data.translate(None, b" \t\r\n\f\v").rstrip(b"=")  # browsers do without padding, too
+        # As browsers do, without padding too; and in the alphabet for addresses.
+        data = data.translate(_PLAIN_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
         try:
             data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
         except binascii.Error as error:
             raise ValueError(f"{short(uri)} is not valid base64: {error}") from error
+    if not data:
+        raise ValueError(f"{short(uri)} holds no bytes; expected a file's content behind the comma")
     return _within(data, limit, kind)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aria.processor.cancellation import check_cancelled
+from aria.processor.metadata import cleaned
 
 # Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -28,9 +26,7 @@ _TRANSPOSED = {
 }
 _PHOTOMETRIC = 0x0106
 _WHITE_IS_ZERO = 0
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXT_BYTES = 1 << 19
-"""Most bytes of metadata in a PNG that are read: an orientation takes less, and Pillow refuses files with 1 MB."""
+_BITS_PER_SAMPLE = 0x0102
 
 
 def decode(
@@ -51,12 +47,13 @@ def decode(
     """
     Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
     try:
+        file, inverted = cleaned(file)
         image = Image.open(
-            _CheckedFile(_without_long_text(file)),  # type: ignore[arg-type]  # Pillow asks for these methods alone
+            _CheckedFile(file),  # type: ignore[arg-type]  # Pillow asks for these methods alone
             formats=[f for f in _FORMATS if f in Image.OPEN],
         )
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in a known format ({', '.join(_FORMATS)})") from None
+        raise ValueError(f"{name} is not a picture in a known format ({', '.join(_FORMATS)}), or damaged") from None
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} announces more than the {max_pixels:,} pixels allowed; scale it down first"
@@ -72,7 +69,8 @@ def decode(
         spend(image.width * image.height)
         if image.format == "TIFF":
             image.info.pop("xmp", None)  # which Pillow would rewrite while loading, and may stumble over
-        return upright_rgb(image, name, background)
+        rgb = upright_rgb(image, name, background)
+        return ImageOps.invert(rgb) if inverted else rgb
 
 
 class _CheckedFile:
@@ -85,46 +83,6 @@ class _CheckedFile:
     def read(self, size: int = -1) -> bytes:
         check_cancelled()
         return self._file.read(size)
-
-
-def _without_long_text(file: BinaryIO) -> BinaryIO:
-    """A PNG without its texts and colour profiles where they are long; other files as they are."""
-    if file.read(len(_PNG)) != _PNG:
-        file.seek(0)
-        return file
-    kept, dropped, start, room = [], False, 0, _PNG_TEXT_BYTES
-    while len(header := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        end = file.tell() + length + 4
-        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            size = _text_size(file.read(min(length, room + 1)), room)
-            if size > room:
-                kept.append((start, end - length - 12))
-                dropped, start = True, end
-            else:
-                room -= size
-        file.seek(end)
-    if not dropped:
-        file.seek(0)
-        return file
-    kept.append((start, file.seek(0, io.SEEK_END)))
-    parts = []
-    for first, last in kept:
-        file.seek(first)
-        parts.append(file.read(max(last - first, 0)))
-    return io.BytesIO(b"".join(parts))
-
-
-def _text_size(chunk: bytes, limit: int) -> int:
-    """Bytes of a text chunk as Pillow would hold it, counted up to a little more than ``limit``."""
-    keyword, _, rest = chunk.partition(b"\0")
-    # Behind the keyword stand up to two flags and two short texts, then what may be compressed.
-    for start in (at for at in range(min(len(rest), 256)) if rest[at : at + 1] == b"\x78"):
-        try:
-            return len(keyword) + len(zlib.decompressobj().decompress(rest[start:], limit + 1))
-        except zlib.error:
-            continue
-    return len(chunk)
 
 
 def upright_rgb(image: Image.Image, name: str, background: str | None = "white") -> Image.Image:
@@ -140,7 +98,7 @@ def upright_rgb(image: Image.Image, name: str, background: str | None = "white")
 
 
 def _damaged(name: str, error: Exception) -> str:
-    return f"{name} cannot be read ({error}); the file may be truncated or damaged"
+    return f"{name} cannot be read ({str(error) or type(error).__name__}); the file may be truncated or damaged"
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -154,14 +112,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background: str | None) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint16)
-        tags = getattr(image, "tag_v2", {})
-        if image.format == "TIFF" and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-            grey = 65535 - grey  # which Pillow does for up to 8 bits only
-        return from_array(grey, channels_first=False, background=background)
-    if image.mode == "I":
-        return from_array(_narrow(np.asarray(image)), channels_first=False, background=background)
+    if image.mode.startswith("I"):
+        return _grey_to_rgb(image, background)
     if image.mode == "F":
         return from_array(np.asarray(image), channels_first=False, background=background)
     if background is not None and image.has_transparency_data:
@@ -171,6 +123,21 @@ def _to_rgb(image: Image.Image, background: str | None) -> Image.Image:
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, background: str | None) -> Image.Image:
+    """Grey of more than 8 bits."""
+    values = np.asarray(image)
+    grey = values.astype(np.uint16) if image.mode.startswith("I;16") else _narrow(values)
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_BITS_PER_SAMPLE) == (12,):
+        grey = grey << 4 | grey >> 8
+    if image.format == "TIFF" and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 65535 - grey  # which Pillow does for up to 8 bits only
+    rgb = from_array(grey, channels_first=False, background=background)
+    if background is not None and "transparency" in image.info:
+        rgb.paste(background, None, Image.fromarray(values == image.info["transparency"]))
+    return rgb
 
 
 def on_background(image: Image.Image, background: str) -> Image.Image:

@@ -222,6 +222,22 @@ def test_what_has_no_pages_of_its_own_says_so(tmp_path: Path) -> None:
             read(bare(catalog))
 
 
+def test_a_form_whose_xfa_was_emptied_is_an_ordinary_document() -> None:
+    for xfa in (b"null", b"[]", b"()", b"[(template) 9 0 R]"):
+        for flag in (b"", b"/NeedsRendering true"):
+            assert len(read(bare(flag + b"/AcroForm<</Fields[]/XFA " + xfa + b">>"))) == 1
+
+
+def test_a_broken_page_is_named_and_the_others_can_be_chosen() -> None:
+    data = bare(b"", b"/MediaBox[0 0 60 60]").replace(b"/Count 1", b"/Count 2").replace(b"3 0 R]", b"3 0 R null]")
+    with pytest.raises(ValueError, match=r"page 2 of .* cannot be read: .*; leave it out with pages="):
+        read(data)
+    assert [page.number for page in read(data, "1")] == [1]
+    for pages in (1, [1.0], ["1"]):
+        with pytest.raises(ValueError, match="expected whole numbers in a list"):
+            read(data, pages)
+
+
 def test_pages_without_area_are_named() -> None:
     assert read(bare(b""))[0].rgb.shape == (120, 120, 3)
     with pytest.raises(ValueError, match=r"page 1 of .* has no area"):

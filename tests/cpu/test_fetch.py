@@ -271,6 +271,9 @@ def test_compressed_bodies_are_inflated_within_the_limit() -> None:
     sent: dict[str, tuple[str, bytes]] = {
         "/gzip": ("gzip", gzip.compress(b"body")),
         "/deflate": ("deflate", zlib.compress(b"body")),
+        "/headless": ("Deflate", zlib.compress(b"body")[2:-4]),
+        "/members": ("GZIP", gzip.compress(b"bo") + gzip.compress(b"dy")),
+        "/padded": ("gzip", gzip.compress(b"body") + bytes(20)),
         "/twice": ("gzip, x-gzip", gzip.compress(gzip.compress(b"body"))),
         "/bomb": ("gzip", gzip.compress(bytes(50 * LIMIT))),
         "/cut": ("gzip", gzip.compress(os.urandom(100))[:-20]),
@@ -278,12 +281,39 @@ def test_compressed_bodies_are_inflated_within_the_limit() -> None:
         "/full": ("gzip", gzip.compress(bytes(LIMIT))),
     }
     with site(lambda handler: (200, {"Content-Encoding": sent[handler.path][0]}, sent[handler.path][1])) as address:
-        for path in ("/gzip", "/deflate", "/twice"):
+        for path in ("/gzip", "/deflate", "/headless", "/members", "/padded", "/twice"):
             assert fetch(address + path, LIMIT, OPEN) == b"body"
         assert fetch(address + "/full", LIMIT, OPEN) == bytes(LIMIT)
         for path, message in (("/bomb", "sends more than"), ("/cut", "ends too early"), ("/damaged", "is damaged")):
             with pytest.raises(ValueError, match=message):
                 fetch(address + path, LIMIT, OPEN)
+
+
+def test_codings_of_several_headers_are_undone_together() -> None:
+    def answer(handler: Any) -> Any:
+        handler.send_response(203)
+        handler.send_header("Content-Encoding", "identity")
+        handler.send_header("Content-Encoding", "gzip")
+        handler.end_headers()
+        handler.wfile.write(gzip.compress(b"body"))
+
+    with site(answer) as address:
+        assert fetch(address, LIMIT, OPEN) == b"body"
+
+
+@pytest.mark.parametrize(("location", "asked"), [
+    (b"/caf\xe9.png", "/caf%E9.png"), (b"/\xe6\x97\xa5?q=\xc3\xa9", "/%E6%97%A5?q=%C3%A9"),
+    (b"a b.png#part", "/x/a%20b.png"),
+])  # fmt: skip
+def test_redirects_are_read_as_browsers_read_them(location: bytes, asked: str) -> None:
+    def answer(handler: Any) -> Any:
+        if handler.path != "/x/start":
+            return 200, {}, handler.path.encode()
+        handler.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n")
+        return None
+
+    with site(answer) as address:
+        assert fetch(address + "/x/start", LIMIT, OPEN) == asked.encode()
 
 
 def test_a_redirect_in_raw_utf8_is_followed() -> None:

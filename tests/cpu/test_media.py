@@ -212,7 +212,13 @@ def test_only_web_addresses(address: str) -> None:
 
 @pytest.mark.parametrize(
     ("uri", "message"),
-    [("data:image/png;base64", "not a data: URI"), ("data:image/png;base64,@@@", "not valid base64")],
+    [
+        ("data:image/png;base64", "not a data: URI"),
+        ("data:image/png;base64,@@@", "not valid base64"),
+        ("data:,", "holds no bytes"),
+        ("data:image/png;base64,==", "holds no bytes"),
+        (" ", "picture is empty"),
+    ],
 )
 def test_bad_data_uris(uri: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -257,6 +263,8 @@ def test_bytes_and_data_uris_are_measured_before_they_are_read() -> None:
         f" data:image/png;base64,{padded}\n",
         f"DATA:image/png;base64,{padded.rstrip('=')}",
         f"data:image/png;base64, {padded[:20]} {padded[20:]}",
+        f"data:image/png;base64;charset=utf-8,{padded}",
+        f"data:image/png;base64,{base64.urlsafe_b64encode(base64.b64decode(padded)).decode()}",
         f"data:image/png;base64,{padded.replace('=', '%3D')}",
     ):
         assert load_image(uri).size == NOISE.size, uri[:40]

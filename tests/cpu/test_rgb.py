@@ -105,3 +105,101 @@ def test_sixteen_bit_tiff_with_white_as_zero() -> None:
     assert pixels(bytes(data))[0, :, 0].tolist() == [0, 128, 255]
     data[at + 8] = 0
     assert pixels(bytes(data))[0, :, 0].tolist() == [255, 127, 0]
+
+
+def png(row: bytes, width: int, depth: int, color: int, *chunks: bytes) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("depth", "color", "row", "key"), [
+    (1, 0, b"\x40", b"\0\0"), (2, 0, b"\x40", b"\0\1"), (4, 0, b"\x70", b"\0\7"), (8, 0, b"\x7f\0", b"\0\x7f"),
+    (16, 0, b"\x7f\xff\0\0", b"\x7f\xff"), (8, 2, b"\1\2\3\0\0\0", b"\0\1\0\2\0\3"),
+    (16, 2, b"\1\2\3\4\5\6\0\0\0\0\0\0", b"\1\2\3\4\5\6"),
+])  # fmt: skip
+def test_a_transparent_colour_of_a_png_is_that_colour_at_every_depth(
+    depth: int, color: int, row: bytes, key: bytes
+) -> None:
+    shown = pixels(png(row, 2, depth, color, png_chunk(b"tRNS", key)))[0]
+    assert shown[0].tolist() == [255] * 3
+    assert shown[1].tolist() == ([255] * 3 if depth == 1 else [0] * 3)
+
+
+def test_damaged_chunks_that_no_pixel_needs_are_passed_over() -> None:
+    plain = encoded(Image.new("RGB", (8, 4), "red"))
+    bodies = {b"pHYs": b"", b"gAMA": b"1", b"cHRM": b"1", b"sRGB": b"", b"iCCP": b"", b"acTL": b"", b"fcTL": b"1",
+              b"fdAT": b"1", b"tRNS": b"1", b"zTXt": b"a\0\1b", b"eXIf": b"odd"}  # fmt: skip
+    for name, body in bodies.items():
+        chunk = png_chunk(name, body)
+        for damaged in (chunk, chunk[:-4] + b"\0\0\0\0"):
+            for place in (33, len(plain) - 12):
+                assert (pixels(plain[:place] + damaged + plain[place:]) == [255, 0, 0]).all(), name
+    # Compressed with a small window, with a keyword and a language of some length.
+    pack = zlib.compressobj(wbits=9)
+    long = pack.compress(bytes(2 << 20)) + pack.flush()
+    text = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0" + b"x" * 300 + b"\0" + b"x" * 300 + b"\0" + long)
+    assert (pixels(plain[:33] + text + plain[33:]) == [255, 0, 0]).all()
+
+
+def test_damaged_segments_of_a_jpeg_are_passed_over() -> None:
+    plain = encoded(Image.new("RGB", (8, 4), "red"), "JPEG")
+    expected = pixels(plain)
+    bodies = ((0xE0, b"JFIF\0"), (0xE2, b"ICC_PROFILE\0"), (0xED, b"Photoshop 3.0\x008BIM\1"), (0xEE, b"Adobe\0"),
+              (0xE1, b"Exif\0\0"), (0xE2, b"MPF\0II*\0\x08\0\0\0\0\0"), (0xFE, b""))  # fmt: skip
+    for marker, body in bodies:
+        segment = struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+        for padding in (b"", b"\xff\xff"):
+            assert (pixels(plain[:2] + padding + segment + plain[2:]) == expected).all(), body
+
+
+def test_an_avif_is_turned_as_its_boxes_say_beside_odd_exif() -> None:
+    tags = struct.pack("<H", 2) + struct.pack("<HHII", 0x010E, 2, 4, 0x646464) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = b"II*\0" + struct.pack("<I", 8) + tags + bytes(4)
+    data = encoded(Image.new("RGB", (64, 32)), "AVIF", exif=exif)
+    entry = data.index(struct.pack("<HHI", 0x010E, 2, 4))
+    data = data[:entry] + struct.pack("<HHI", 0x011A, 7, 4) + data[entry + 8 :]  # a resolution that is no number
+    assert load_image(data).size == (32, 64)
+
+
+def tiff(order: str, bits: int, photometric: int, row: bytes, format: int = 1, compression: int = 1) -> bytes:
+    if compression == 8:
+        row = zlib.compress(row)
+    tags = {256: 2, 257: 1, 258: bits, 259: compression, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(row),
+            339: format}  # fmt: skip
+    row += bytes(len(row) % 2)
+    entries = b"".join(struct.pack(order + "HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    start = ("II*\0" if order == "<" else "MM\0*").encode() + struct.pack(order + "I", 8 + len(row))
+    return start + row + struct.pack(order + "H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize(("order", "bits", "row", "format"), [
+    ("<", 1, b"\x40", 1), (">", 8, b"\0\xff", 1), ("<", 12, b"\0\x0f\xff", 1), ("<", 16, b"\0\0\xff\xff", 1),
+    (">", 16, b"\0\0\xff\xff", 1), ("<", 32, struct.pack("<ff", 0, 1), 3), ("<", 32, struct.pack("<ii", 0, 65535), 2),
+])  # fmt: skip
+def test_tiffs_of_every_depth_are_grey_from_black_to_white(
+    order: str, bits: int, row: bytes, format: int, compression: int
+) -> None:
+    assert pixels(tiff(order, bits, 1, row, format, compression))[0, :, 0].tolist() == [0, 255]
+    assert pixels(tiff(order, bits, 0, row, format, compression))[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "ICO", "BMP", "TGA", "PPM"])
+def test_damage_anywhere_is_a_value_error(kind: str) -> None:
+    data = encoded(NOISE, kind)
+    rng = np.random.default_rng(0)
+    damaged = [data[: len(data) * tenth // 10] for tenth in range(10)]
+    for _ in range(20):
+        copy = np.frombuffer(data, np.uint8).copy()
+        copy[rng.integers(0, min(len(data), 200), 4)] = rng.integers(0, 256, 4)
+        damaged.append(copy.tobytes())
+    refused = 0
+    for one in damaged:
+        try:
+            load_image(one)
+        except ValueError as error:
+            refused += 1
+            assert "cannot be read ()" not in str(error), "no reason is given"
+    assert refused >= 5

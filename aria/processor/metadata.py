@@ -1,0 +1,189 @@
+"""Image files as Pillow is given them: metadata that it could stumble over are left out, no pixel changes.
+
+Browsers pass over a damaged comment, a profile of megabytes or a checksum that is wrong in a chunk that nobody needs.
+Pillow refuses such files, so that only what decides on pixels and on their orientation reaches it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from aria.processor.cancellation import check_cancelled
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT_BYTES = 1 << 19
+"""Most bytes of texts in a PNG that are kept: an orientation takes less, and Pillow refuses texts of 1 MB."""
+_ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+_KEPT_SEGMENTS = ((0xE0, b"JFIF\0"), (0xE1, b"Exif\0\0"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0"), (0xEE, b"Adobe"))
+"""Of a JPEG: how colours are coded, and how the image is turned."""
+_SHORTEST_SEGMENT = 12
+"""Bytes that Pillow reads of JFIF's and Adobe's segments without looking for their end."""
+_START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_WHITE_IS_ZERO = 0
+_AVIF_EXIF = re.compile(rb"infe(?:\x02.{3}.{4}|\x03.{3}.{6})(Exif)", re.DOTALL)
+_AVIF_HEAD = 1 << 20
+"""Bytes of an AVIF in which its list of items is looked for."""
+
+
+class _Edit(NamedTuple):
+    """Bytes of a file from ``start`` up to ``end``, and what stands in their place."""
+
+    start: int
+    end: int
+    new: bytes = b""
+
+
+def cleaned(file: BinaryIO) -> tuple[BinaryIO, bool]:
+    """A file for Pillow.
+
+    Args:
+        file: open for reading, at its beginning.
+
+    Returns:
+        The file, or an edited copy of it in memory, at its beginning; and whether its values have to be inverted: a
+        TIFF of more than 8 bits in which white is zero is read as if it were black, since Pillow knows few of them.
+    """
+    head = file.read(12)
+    inverted = False
+    if head.startswith(_PNG):
+        edits = list(_png(file))
+    elif head.startswith(b"\xff\xd8\xff"):
+        edits = list(_jpeg(file))
+    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        edits = _tiff(file)
+        inverted = bool(edits)
+    elif head[4:8] == b"ftyp":
+        edits = _avif(file)
+    else:
+        edits = []
+    file.seek(0)
+    return (_edited(file, edits) if edits else file), inverted
+
+
+def _edited(file: BinaryIO, edits: list[_Edit]) -> BinaryIO:
+    parts, at = [], 0
+    for edit in edits:
+        file.seek(at)
+        parts += [file.read(max(edit.start - at, 0)), edit.new]
+        at = edit.end
+    file.seek(at)
+    return io.BytesIO(b"".join([*parts, file.read()]))
+
+
+def _png(file: BinaryIO) -> Iterator[_Edit]:
+    """Without chunks that are not needed (their names begin in lower case), among them those of an animation."""
+    start, room = len(_PNG), _TEXT_BYTES
+    depth = color = 0
+    while True:
+        check_cancelled()
+        file.seek(start)
+        header = file.read(8)
+        if len(header) < 8 or header[4:] == b"IEND":
+            return
+        length, kind = struct.unpack(">I4s", header)
+        end = start + length + 12
+        if kind == b"IHDR":
+            depth, color = file.read(10)[8:].ljust(2, b"\0")
+        elif kind[0] & 0x20:
+            body = file.read(length) if length <= room else b""
+            whole = len(body) == length and file.read(4) == struct.pack(">I", zlib.crc32(kind + body))
+            if kind == b"tRNS" and whole:
+                yield _Edit(start, end, _transparency(body, depth, color))
+            else:
+                size = length if kind == b"eXIf" else _text_size(kind, body, room)
+                if not whole or size > room:
+                    yield _Edit(start, end)
+                else:
+                    room -= size
+        start = end
+
+
+def _transparency(body: bytes, depth: int, color: int) -> bytes:
+    """A tRNS chunk in the values that Pillow decodes to, or nothing where it does not fit the image."""
+    if color == 3:
+        if not 1 <= len(body) <= 256:
+            return b""
+    elif len(body) != {0: 2, 2: 6}.get(color):
+        return b""
+    elif color == 0 and depth < 8:
+        body = struct.pack(">H", struct.unpack(">H", body)[0] * (255 // ((1 << depth) - 1)) & 0xFFFF)
+    elif color == 2 and depth == 16:
+        body = bytes(value for high in body[::2] for value in (0, high))
+    return struct.pack(">I", len(body)) + b"tRNS" + body + struct.pack(">I", zlib.crc32(b"tRNS" + body))
+
+
+def _text_size(kind: bytes, chunk: bytes, limit: int) -> int:
+    """Bytes of a text that may hold an orientation, counted up to a little more than ``limit``; more for all others."""
+    keyword, _, rest = chunk.partition(b"\0")
+    if kind not in (b"tEXt", b"zTXt", b"iTXt") or keyword not in _ORIENTATION_TEXTS:
+        return limit + 1
+    if kind == b"zTXt" and rest[:1] == b"\0":
+        packed = rest[1:]
+    elif kind == b"iTXt" and rest[:2] == b"\1\0":
+        packed = rest[2:].split(b"\0", 2)[-1]
+    else:
+        return limit + 1 if kind == b"zTXt" else len(chunk)
+    try:
+        return len(zlib.decompressobj().decompress(packed, limit + 1))
+    except zlib.error:
+        return limit + 1
+
+
+def _jpeg(file: BinaryIO) -> Iterator[_Edit]:
+    """Without segments of applications and comments, but for :data:`_KEPT_SEGMENTS`."""
+    start = 2
+    while True:
+        check_cancelled()
+        file.seek(start)
+        header = file.read(4)
+        if len(header) < 4 or header[0] != 0xFF or header[1] in (_START_OF_SCAN, _END_OF_IMAGE):
+            return
+        marker, length = header[1], struct.unpack(">H", header[2:])[0]
+        if marker == 0xFF:  # padding
+            start += 1
+            continue
+        if marker == 1 or 0xD0 <= marker <= 0xD8:  # without a length
+            start += 2
+            continue
+        if 0xE0 <= marker <= 0xEF or marker == _COMMENT:
+            body = file.read(min(length, 32))
+            fits = length - 2 >= _SHORTEST_SEGMENT
+            if not (fits and any(marker == kept and body.startswith(name) for kept, name in _KEPT_SEGMENTS)):
+                yield _Edit(start, start + 2 + length)
+        start += 2 + max(length, 2)
+
+
+def _tiff(file: BinaryIO) -> list[_Edit]:
+    """With black as zero, where white is and values have more than 8 bits."""
+    file.seek(0)
+    head = file.read(16)
+    order, big = "<" if head[:2] == b"II" else ">", b"+" in head[2:4]
+    word, long, size = ("Q", "Q", 20) if big else ("I", "H", 12)
+    values: dict[int, tuple[int, int]] = {}
+    try:
+        (start,) = struct.unpack_from(order + word, head, 8 if big else 4)
+        file.seek(start)
+        (count,) = struct.unpack(order + long, file.read(struct.calcsize(order + long)))
+        for _ in range(min(count, 1000)):
+            entry = file.read(size)
+            tag, kind, number, value = struct.unpack_from(f"{order}HH{word}H", entry)
+            if (kind, number) == (3, 1):  # one value of 16 bits, which lies in the entry itself
+                values[tag] = value, file.tell() - struct.calcsize(order + word)
+    except (struct.error, OverflowError):  # cut off; Pillow says so
+        return []
+    photometric, place = values.get(_PHOTOMETRIC, (1, 0))
+    if photometric != _WHITE_IS_ZERO or values.get(_BITS_PER_SAMPLE, (1, 0))[0] <= 8:
+        return []
+    return [_Edit(place, place + 2, struct.pack(order + "H", 1))]
+
+
+def _avif(file: BinaryIO) -> list[_Edit]:
+    """Without EXIF, which Pillow writes anew: its orientation does not count beside the file's own boxes."""
+    file.seek(0)
+    return [_Edit(*found.span(1), b"skip") for found in _AVIF_EXIF.finditer(file.read(_AVIF_HEAD))]
