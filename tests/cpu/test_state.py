@@ -292,7 +292,11 @@ def test_moments_in_8_bits_go_on_on_another_number_of_ranks(tmp_path):
     saved = dcp.FileSystemReader(tmp_path / "two" / step).read_metadata().state_dict_metadata
     assert any(name.endswith("exp_avg.codes") for name in saved)
     for name, weight in ended["weights"].items():
-        torch.testing.assert_close(alone["weights"][name], weight, rtol=0, atol=1e-5)
+        # Gradients of two ranks add up in another order. Where that rounds a moment to the next of its codes, one
+        # element in ten thousand differs by more than the sum's rounding; moments in wrong places differ everywhere.
+        different = (alone["weights"][name] - weight).abs()
+        assert (different > 1e-5).sum() <= weight.numel() // 10_000, name
+        assert different.max() < 1e-4, name
     assert torch.load(tmp_path / "again" / "end.pt")["began"] == 8
 
 
