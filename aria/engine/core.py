@@ -102,7 +102,7 @@ class EngineCore:
         self.max_batch = max_batch
         with ops.current(self.device):
             if on_cuda:
-                ops.has_kernels(self.device)  # a GPU that runs none is told of now, not in the first step
+                ops.has_kernels(self.device)  # warns of a GPU that runs none before the first step
                 model.lay_out()
             self.adapters = Adapters(model, adapters)
             text = model.config.text

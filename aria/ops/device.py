@@ -1,8 +1,7 @@
 """The GPU that work is launched on, and whether it runs our kernels.
 
 Triton launches kernels on the current device, and graphs, events and pinned memory belong to it, wherever their tensors
-are. Every thread begins with the first GPU as its current one. So what a program calls makes the model's GPU current:
-these are the ways to say so.
+are. Every thread begins with the first GPU as its current one, so every public entry makes the model's GPU current.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_kernels_run_on_the_gpu_of_their_tensors(ask):
     assert found["launches"].keys() == {"engine", "steps", "forward", "generate"} and all(found["launches"].values())
 
 
-def test_a_gpu_that_runs_no_kernels_is_told_of_at_the_start_and_answers(ask):
+def test_a_gpu_that_runs_no_kernels_is_reported_at_the_start_and_answers(ask):
     found = ask("unfit")
     assert found["launches"] == 0 and found["tokens"] == 3
     assert found["at start"] == found["heard"]

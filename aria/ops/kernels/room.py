@@ -1,7 +1,7 @@
 """Shared memory: how much of it a program may have, and which loops fit into it.
 
-What Triton takes for a loop is no matter of public record: the numbers of bytes that kernels reckon with are held
-against compiled kernels by tests/cpu/test_gpus.py.
+Triton documents no formula for the shared memory of a loop. The estimates that kernels make are checked against
+compiled kernels by tests/cpu/test_gpus.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from triton.runtime import driver
 
 HOPPER = 227 << 10
-"""What a program may have on Hopper and on Blackwell for data centres; A100 has 163 KB, cards for workstations 99."""
+"""Of a program on Hopper and on data-center Blackwell; A100 has 163 KB, RTX cards have 99 KB."""
 SPARE = 3 << 10
 """Left for what a program needs beside the tiles of its loop."""
 
