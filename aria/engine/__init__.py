@@ -4,7 +4,7 @@ from aria.engine.async_engine import AsyncEngine
 from aria.engine.core import ContextLengthError
 from aria.engine.engine import Answer, Engine, Piece
 from aria.engine.outputs import Choice, Result, Stats, TokenLogprob, Usage
-from aria.engine.sampling_params import SamplingParams
+from aria.engine.sampling_params import ParameterError, SamplingParams
 
 __all__ = [
     "Answer",
@@ -12,6 +12,7 @@ __all__ = [
     "Choice",
     "ContextLengthError",
     "Engine",
+    "ParameterError",
     "Piece",
     "Result",
     "SamplingParams",

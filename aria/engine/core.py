@@ -21,7 +21,7 @@ from aria.engine.prompt_scores import PromptScores
 from aria.engine.request import Picture, Request, Status
 from aria.engine.runner import Launched, Runner, TokenLogprobs
 from aria.engine.sampler import EndText
-from aria.engine.sampling_params import SamplingParams
+from aria.engine.sampling_params import ParameterError, SamplingParams
 from aria.engine.scheduler import Plan, Scheduler
 from aria.model import Aria, PagedCache
 
@@ -221,7 +221,7 @@ class EngineCore:
         vocabulary = self.model.config.text.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if outside := [token for token in ids or () if token >= vocabulary]:
-                raise ValueError(f"{name} names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
+                raise ParameterError(name, f"names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
         ends = frozenset((*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_token_ids)))
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         # One token is drawn in any case; where none was asked for it is dropped.

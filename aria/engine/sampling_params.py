@@ -8,6 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class ParameterError(ValueError):
+    """A sampling parameter has a value that cannot be used.
+
+    Args:
+        name: the parameter.
+        problem: what it is and what was expected, to stand behind the name.
+    """
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"{name} {problem}")
+        self.name = name
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens, and when to end.
@@ -15,7 +28,7 @@ class SamplingParams:
     Penalties and bias change the scores first; then come temperature, ``top_k``, ``top_p`` and ``min_p``.
 
     Raises:
-        ValueError: a value outside its limits.
+        ParameterError: a value outside its limits.
     """
 
     max_tokens: int = 256
@@ -113,11 +126,10 @@ class SamplingParams:
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
         ):
             if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+                raise ParameterError(name, f"is {getattr(self, name)!r}; expected {expected}")
         if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens is {self.min_tokens}; expected at most max_tokens, which is {self.max_tokens}"
-            )
+            problem = f"is {self.min_tokens}; expected at most max_tokens, which is {self.max_tokens}"
+            raise ParameterError("min_tokens", problem)
 
     @property
     def constraint(self) -> Mapping[str, Any] | bool | str | None:

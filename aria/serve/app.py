@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from importlib.metadata import version as version_of
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -29,6 +30,7 @@ from aria.serve.replies import (
     ResponseObject,
     Status,
     Tokens,
+    Version,
 )
 from aria.serve.responses_body import ResponsesRequest
 from aria.serve.service import Service
@@ -206,6 +208,11 @@ def _state(service: Service, traffic: Traffic) -> APIRouter:
         if not await service.healthy():
             raise errors.ApiError(503, service.ailment, code="unhealthy")
         return Status(status="ok")
+
+    @routes.get("/version", response_model=Version, responses=_said(401, 500))
+    async def version() -> Any:
+        """The version of this package."""
+        return Version(version=version_of("aria-moe"))
 
     @routes.get("/ready", response_model=Status, responses=_said(500, 503))
     async def ready() -> Any:

@@ -6,7 +6,7 @@ import functools
 import json
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from aria.serve import fields
@@ -42,6 +42,18 @@ def kind_of(key: str, default: str | None = None) -> Discriminator:
         return f"<{kind:.40}>" if isinstance(kind, str) else None
 
     return Discriminator(tell)
+
+
+def _is_function(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        # Otherwise the first complaint would be that it lacks what a function has.
+        raise PydanticCustomError("union_tag_invalid", "", {"tag": f"<{kind:.40}>", "expected_tags": "'function'"})
+    return value
+
+
+IsFunction = BeforeValidator(_is_function)
+"""Refuses tools of other types by that, whatever else they have or lack."""
 
 
 def string_or_list(value: Any) -> str:

@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from aria.engine import ContextLengthError
+from aria.engine import ContextLengthError, ParameterError
+from aria.serve import fields
 
 _KINDS = {
     401: "authentication_error",
@@ -41,8 +42,20 @@ _ELSEWHERE = {
     **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _UPDATES),
     "/v1/moderations": "nothing is moderated here",
     "/v1/messages": "use /v1/chat/completions",
+    "/embeddings": "the model answers, it makes no embeddings",
+    **dict.fromkeys(("/reranking", "/v1/reranking"), "the model makes no scores"),
+    **dict.fromkeys(
+        ("/invocations", "/completion", "/chat/completions"), "use /v1/chat/completions or /v1/completions"
+    ),
+    **dict.fromkeys(("/ping", "/server_info"), "use /health and /version"),
+    **dict.fromkeys(("/sleep", "/wake_up", "/is_sleeping"), "weights stay in memory"),
+    "/slots": "requests share the prefix cache, there are no slots",
+    **dict.fromkeys(("/props", "/models"), "use /v1/models"),
+    "/infill": "the model cannot fill in the middle",
+    "/apply-template": "use /tokenize and /detokenize",
+    "/lora-adapters": "name an adapter in the field model",
 }
-"""Beginnings of paths that OpenAI's or vLLM's servers have, and why they are not here."""
+"""Beginnings of paths that OpenAI's, vLLM's or llama.cpp's servers have, and why they are not here."""
 _UNSUPPORTED = ("unsupported_field", "unsupported_value")
 """Errors of a field by its name, which bodies raise as a whole; see `base.Body`."""
 
@@ -105,6 +118,11 @@ def context_length(error: ContextLengthError, param: str | None) -> ApiError:
     return ApiError(400, str(error), param=param, code="context_length_exceeded")
 
 
+def wrong(error: ValueError) -> ApiError:
+    """What the engine found wrong with a request, by the name of the field if it knows that."""
+    return ApiError(400, str(error), param=error.name if isinstance(error, ParameterError) else None)
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """What pydantic found wrong with a body, told by the name of the first field."""
     if not errors:
@@ -135,7 +153,10 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
         got = str(context.get("tag", "")).strip("<>")
         if not expected:
             return f"{field} is not of a kind that is known; expected an object that says it"
-        return f"{field} is of a kind that is not supported{f', {got!r}' if got else ''}; expected one of {expected}"
+        why = f" ({fields.KINDS[got]})" if got in fields.KINDS else ""
+        return (
+            f"{field} is of a kind that is not supported{f', {got!r}' if got else ''}{why}; expected one of {expected}"
+        )
     if kind == "value_error":
         return f"{field}: {context.get('error', error['msg'])}"
     if kind in ("model_type", "model_attributes_type"):

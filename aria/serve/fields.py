@@ -1,4 +1,4 @@
-"""Fields of OpenAI's and vLLM's interfaces that no code here reads.
+"""Fields of OpenAI's, vLLM's and llama.cpp's interfaces that no code here reads.
 
 They are accepted where they change nothing, and refused by name with the reason where they would change the answer. The
 models of `protocol` and `responses_body` have the fields that are implemented.
@@ -63,7 +63,36 @@ _STATELESS = "nothing is kept between requests; send the whole conversation"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """Levels of reasoning effort. The model answers without reasoning first, so that all of them are the same."""
 
+_FOUR = "use temperature, top_p, top_k or min_p"
+_SLOTS = "there are no slots; requests share the prefix cache"
+LLAMA_CPP: Rules = {
+    **_ignored("min_keep", "n_cache_reuse", "parse_tool_calls", "reasoning_format", "thinking_forced_open"),
+    "n_predict": _refused("use max_tokens"),
+    "t_max_predict_ms": _only(0, -1, reason="use max_tokens"),
+    "n_indent": _only(0, reason="use a grammar"),
+    **dict.fromkeys(("n_keep", "n_discard"), _only(0, reason="a prompt is never shortened")),
+    "cache_prompt": _only(True, reason="prompts are always cached"),
+    "id_slot": _only(-1, reason=_SLOTS),
+    "samplers": _refused("temperature, top_k, top_p and min_p apply in this order"),
+    **dict.fromkeys(("typical_p", "typ_p", "dynatemp_exponent", "tfs_z"), _only(1, reason=_FOUR)),
+    **dict.fromkeys(("dynatemp_range", "xtc_probability", "mirostat"), _only(0, reason=_FOUR)),
+    **_ignored("mirostat_tau", "mirostat_eta", "xtc_threshold"),
+    "top_n_sigma": _only(-1, reason=_FOUR),
+    "repeat_penalty": _only(1, reason="use repetition_penalty"),
+    "dry_multiplier": _only(0, reason="use repetition_penalty"),
+    **_ignored("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+    "repeat_last_n": _only(-1, reason="penalties have no window"),
+    "n_probs": _only(0, reason="use logprobs"),
+    "post_sampling_probs": _only(False, reason="use logprobs"),
+    "return_tokens": _only(False, reason="use return_token_ids"),
+    "response_fields": _only([], reason="answers are whole"),
+    **dict.fromkeys(("timings_per_token", "return_progress"), _only(False, reason="/metrics has times")),
+    "lora": _only([], reason="name an adapter in the field model"),
+    "grammar": _refused('use structured_outputs: {"grammar": ...}'),
+    "json_schema": _refused("use response_format"),
+}
 REQUEST: Rules = {
+    **LLAMA_CPP,
     **_ignored("prompt_cache_retention", "prompt_cache_options", "session_id", "thinking_token_budget"),
     **_ignored("include_reasoning", "spaces_between_special_tokens", "truncation_side", "stream_interval"),
     **_ignored("return_mm_kwargs", "routed_experts_prompt_start", "add_special_tokens"),
@@ -131,6 +160,8 @@ RESPONSES: Rules = REQUEST | {
     "image": _refused("the model draws no images"),
 }
 TOKENIZE: Rules = {
+    "content": _refused("use prompt"),
+    "with_pieces": _only(False, reason="use return_token_strs"),
     **_ignored("add_special_tokens"),
     "chat_template": CHAT["chat_template"],
     "mm_processor_kwargs": REQUEST["mm_processor_kwargs"],
@@ -168,6 +199,19 @@ LOAD_ADAPTER: Rules = {
     "is_3d_lora_weight": _only(False, reason="adapters are in PEFT's format"),
 }
 UNLOAD_ADAPTER: Rules = _ignored("lora_int_id")
+
+_REMOTE = "the server runs no tools; offer functions, and run them yourself"
+KINDS: dict[str, str] = {
+    "item_reference": _STATELESS + " (clients do so with store: false)",
+    **dict.fromkeys(("input_audio", "audio_url"), _NO_AUDIO),
+    **dict.fromkeys(("image_embeds", "audio_embeds", "prompt_embeds"), "send media as addresses or data: URIs"),
+    "custom": "use tools of the type function",
+    **dict.fromkeys(("web_search", "web_search_preview", "file_search", "code_interpreter"), _REMOTE),
+    **dict.fromkeys(
+        ("image_generation", "computer_use_preview", "mcp", "local_shell", "shell", "apply_patch"), _REMOTE
+    ),
+}
+"""Types of content, items and tools of OpenAI's and vLLM's interfaces that are refused, and why."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

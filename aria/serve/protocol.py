@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from aria.serve import fields
-from aria.serve.base import Body, Json, Many, kind_of, string_or_list
+from aria.serve.base import Body, IsFunction, Json, Many, kind_of, string_or_list
 from aria.serve.formats import ResponseFormat, StructuredOutputs
 
 MOST_STOPS = 32
@@ -347,7 +347,7 @@ class ChatRequest(ChoicesRequest, Templated):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Many[Tool] | None = None
+    tools: Many[Annotated[Tool, IsFunction]] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     known: ClassVar[fields.Rules] = fields.CHAT
@@ -399,7 +399,7 @@ class TokenizeRequest(Templated):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    tools: Many[Tool] | None = None
+    tools: Many[Annotated[Tool, IsFunction]] | None = None
     return_token_strs: bool | None = None
     # Extensions of ours.
     return_previews: bool | None = None

@@ -175,6 +175,10 @@ class Status(Reply):
     status: str
 
 
+class Version(Reply):
+    version: str
+
+
 class ErrorBody(Reply):
     message: str
     type: str

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from aria.serve import bodies, fields
-from aria.serve.base import Body, Json, Many, kind_of, string_or_list
+from aria.serve.base import Body, IsFunction, Json, Many, kind_of, string_or_list
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from aria.serve.protocol import (
@@ -257,7 +257,7 @@ class ResponsesRequest(Sampling):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextSettings | None = None
-    tools: Many[FlatTool] | None = None
+    tools: Many[Annotated[FlatTool, IsFunction]] | None = None
     tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include: Many[Include] | None = None

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import llamacpp_checks
+import vllm_checks
+from checks import Check
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 PINS = ROOT / "tests" / "clients"
@@ -119,7 +123,26 @@ def clients_table() -> str:
     return _table(["client", "version", *CHECKS, "in CI", "note"], rows)
 
 
-TABLES = {"clients": clients_table}
+def checks_table(checks: Sequence[Check]) -> str:
+    """A row for each area."""
+    rows = []
+    for area in dict.fromkeys(check.area for check in checks):
+        mine = [check for check in checks if check.area == area]
+        rows.append(
+            [
+                area,
+                "; ".join(check.what for check in mine if not check.refused),
+                "; ".join(f"{check.what} ({check.refused})" for check in mine if check.refused),
+            ]
+        )
+    return _table(["area", "passes", "refused by design, and what the error says"], rows)
+
+
+TABLES = {
+    "clients": clients_table,
+    "vllm": lambda: checks_table(vllm_checks.CHECKS),
+    "llama.cpp": lambda: checks_table(llamacpp_checks.CHECKS),
+}
 
 
 def rendered(page: str) -> str:

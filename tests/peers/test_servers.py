@@ -1,0 +1,40 @@
+"""Checks that come with vLLM's and llama.cpp's servers, against ours on nano; docs/compatibility.md lists them."""
+
+from __future__ import annotations
+
+import llamacpp_checks
+import pytest
+import vllm_checks
+from checks import Reply
+from serving import running
+
+from aria.serve.settings import ServerSettings
+
+
+@pytest.fixture(scope="module")
+def live():
+    with running(ServerSettings(allow_adapter_updates=True)) as live:
+        yield live
+
+
+def ask(live, path: str, body: dict | None) -> Reply:
+    response = live.http.get(path) if body is None else live.http.post(path, json=body)
+    return Reply(response.status_code, response.text)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=f"{peer}-{check.area}-{check.what}")
+        for peer, checks in (("vllm", vllm_checks.CHECKS), ("llama.cpp", llamacpp_checks.CHECKS))
+        for check in checks
+    ],
+)
+def test_check(live, check):
+    *earlier, last = [ask(live, path, body) for path, body in check.requests]
+    assert all(reply.status == 200 for reply in earlier), earlier
+    assert last.status == check.status, last
+    if check.right is None:
+        assert check.refused in last.error["message"], last
+    else:
+        assert check.right(*earlier, last), last
