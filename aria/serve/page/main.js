@@ -157,10 +157,11 @@ async function send() {
 
 /** Whether there is something to send that the server can read. Who goes elsewhere while it looks sends nothing. */
 async function isReady(conversation) {
-  if (!question.value.trim() && !attachments.items.length) return false;
+  const isEmpty = () => !question.value.trim() && !attachments.items.length;
+  if (isEmpty()) return false;
   await attachments.checked();
   if (attachments.unreadable.length) say($("#cost").textContent);
-  return current === conversation && !attachments.unreadable.length;
+  return current === conversation && !attachments.unreadable.length && !isEmpty();
 }
 
 /** Takes the question out of the field and into the conversation. */

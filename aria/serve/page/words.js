@@ -24,7 +24,7 @@ export function progressText({ kind, done, total }) {
   return `Reading ${PIECES[kind] ?? "picture"} ${Math.min(done + 1, total)} of ${total}`;
 }
 
-/** Such as "12 tokens/s, first after 0.31 s, 9 of 84 tokens". */
+/** Such as "12 tokens/s, first token after 0.31 s, 84 tokens read, 9 written", with dots between. */
 export function statsText(stats) {
   const said = [];
   if (stats.rate) said.push(`${stats.rate < 10 ? stats.rate.toFixed(1) : Math.round(stats.rate)} tokens/s`);
