@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def inspect_model(path_or_repo_id: str | os.PathLike[str] | None, *, revision: s
     path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME, "*.safetensors.index.json"])
     if path.is_file() and path.name == CONFIG_NAME:
         path = path.parent
-    if path.is_file() and not path.name.endswith(_WEIGHTS):
+    if not path.is_dir() and not path.name.endswith(_WEIGHTS):
         raise ValueError(
             f"{path} is not a model; expected a folder with {CONFIG_NAME} and weights, a .safetensors or .pdparams "
             "file, an index of shards (.index.json), or a Hub repository"
@@ -111,7 +112,7 @@ def report(found: Mapping[str, Any], console: Console) -> None:
     for name, value in lines.items():
         console.print(f"{name:<14}{value}", soft_wrap=True, highlight=False)
     if note := found["weights"]["note"]:
-        console.print(f"[yellow]weights[/yellow]       unavailable: {note}", soft_wrap=True, highlight=False)
+        console.print(f"[yellow]weights[/yellow]       unavailable: {escape(note)}", soft_wrap=True, highlight=False)
     console.print()
     formats = BYTES_PER_PARAMETER
     rows = [

@@ -32,6 +32,7 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 32 << 20
 _UNSAFE = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def parameter_shapes(config: AriaConfig) -> dict[str, Shape]:
@@ -185,14 +186,14 @@ def find_weights(path: Path) -> list[Path]:
             return _indexed(path)
         if path.suffix in _UNSAFE:
             raise ValueError(_unsafe(path, [path.name]))
-        return [path]
+        return _fetched([path])
     if not path.is_dir():
         raise FileNotFoundError(f"no file or folder {str(path)!r}; check the path")
     for name in ("model.safetensors", "model.safetensors.index.json"):
         if (path / name).is_file():
             return find_weights(path / name)
     if shards := sorted(path.glob("model*.safetensors")):
-        return shards
+        return _fetched(shards)
     for name in ("model_state.pdparams", "model_state.pdparams.index.json"):
         if (path / name).is_file():
             return find_weights(path / name)
@@ -238,7 +239,18 @@ def _indexed(index: Path) -> list[Path]:
             f"{index.parent} lacks {len(missing)} of the {len(listed)} shards that its index lists: {names(missing)}; "
             "fetch them again"
         )
-    return [index.parent / name for name in listed]
+    if not listed:
+        raise ValueError(f"{index} lists no weights")
+    return _fetched([index.parent / name for name in listed])
+
+
+def _fetched(files: list[Path]) -> list[Path]:
+    """The same files, unless Git only wrote down what they are."""
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise FileNotFoundError(f"{file} is a pointer of Git LFS, not the weights; run git lfs pull there")
+    return files
 
 
 def _read_all(files: Iterable[Path]) -> dict[str, StoredTensor]:

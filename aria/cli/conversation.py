@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import urllib.parse
@@ -37,6 +38,8 @@ HELP = """\
 Several lines: begin and end with \"\"\", or press Alt-Enter. Ctrl-C stops an answer."""
 
 KINDS = ("image", "video", "document")
+_COMMANDS = frozenset(re.findall(r"^/(\w+)", HELP, re.MULTILINE))
+_ADDRESS = re.compile(r"[a-z]+://|data:", re.IGNORECASE)
 _FENCE = '"""'
 _WARM = 0.7
 """Temperature of another answer where the first was greedy: it would be the same again."""
@@ -199,7 +202,7 @@ def talk(engine: Engine, conversation: Conversation) -> None:
         if not line:
             continue
         try:
-            if line.startswith("/") and "\n" not in line and not Path(line.split()[0]).exists():
+            if _is_command(line):
                 if not _command(engine, conversation, line):
                     return
             else:
@@ -207,7 +210,7 @@ def talk(engine: Engine, conversation: Conversation) -> None:
         except KeyboardInterrupt:
             err.print("\n[dim]stopped[/dim]")
         except (ValueError, OSError) as error:
-            err.print(f"[red]error:[/red] {escape(str(error))}")
+            err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
 
 
 def say(pieces: Iterable[str]) -> None:
@@ -218,10 +221,19 @@ def say(pieces: Iterable[str]) -> None:
     out.file.write("\n")
 
 
+def _is_command(line: str) -> bool:
+    """Whether a line is a command, known or mistyped, and no question that begins with a path."""
+    if not line.startswith("/") or "\n" in line:
+        return False
+    word = line.split()[0]
+    # Known ones first: on macOS /system is also the folder /System.
+    return word[1:].lower() in _COMMANDS or word == "/" or not _is_file(word)
+
+
 def _command(engine: Engine, conversation: Conversation, line: str) -> bool:
     """Do what a line that begins with a slash says; whether the conversation continues."""
-    name, _, rest = line[1:].partition(" ")
-    name, rest = name.lower(), rest.strip()
+    name, rest = [*line[1:].split(None, 1), "", ""][:2]
+    name = name.lower()
     if name in ("quit", "exit", "bye", "q"):
         return False
     if name in ("help", "?", "h"):
@@ -234,7 +246,7 @@ def _command(engine: Engine, conversation: Conversation, line: str) -> bool:
             raise ValueError(f"which {name}? /{name} FILE")
         for source in split_paths(rest):
             cost = conversation.show(name, source, engine.processor)
-            err.print(f"[dim]{escape(source)} comes with the next question ({cost})[/dim]")
+            err.print(f"[dim]{escape(source)} comes with the next question ({cost})[/dim]", soft_wrap=True)
     elif name == "system":
         if rest:
             conversation.system = None if rest == "-" else rest
@@ -250,7 +262,7 @@ def _command(engine: Engine, conversation: Conversation, line: str) -> bool:
             raise ValueError("where to? /save FILE")
         [file] = split_paths(rest)[:1]
         conversation.save(Path(file))
-        err.print(f"[dim]saved in {escape(file)}[/dim]")
+        err.print(f"[dim]saved in {escape(file)}[/dim]", soft_wrap=True)
     else:
         err.print(escape(f"unknown command /{name}; /help lists them"))
     return True
@@ -276,9 +288,10 @@ def split_paths(text: str) -> list[str]:
         parts = shlex.split(text, posix=True) if sys.platform != "win32" else [text.strip("\"'")]
     except ValueError:  # a quote without its end, as in a name with an apostrophe
         return [text]
-    if len(parts) > 1 and not any(_is_file(part) or "://" in part for part in parts):
-        parts = [text]  # one name with spaces, of a file that is not there: errors should show it as it was typed
-    return [_from_address(part) for part in parts]
+    parts = [_from_address(part) for part in parts]
+    if not any(_is_file(part) or _ADDRESS.match(part) for part in parts) and (len(parts) > 1 or "\\" in text):
+        return [text.strip("\"'")]  # of no file that is there, and maybe from Windows: errors show it as it was typed
+    return parts
 
 
 def _is_file(text: str) -> bool:
@@ -289,7 +302,7 @@ def _is_file(text: str) -> bool:
 
 
 def _from_address(text: str) -> str:
-    if not text.lower().startswith("file://"):
+    if not text.lower().startswith("file:/"):
         return text
     return urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
 

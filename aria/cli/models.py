@@ -37,9 +37,14 @@ def convert(
 ) -> None:
     """Rewrite a model of any layout in today's Hub layout, weights a tensor at a time, and what the processor reads."""
     done = _rewrite("converting", source, target, revision=revision)
-    out.print(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
-    out.print(f"beside them: {', '.join(done.companions) or 'nothing'}")
+    _tell(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
+    _tell(f"beside them: {', '.join(done.companions) or 'nothing'}")
     _complete(target)
+
+
+def _tell(line: str) -> None:
+    """Print a line that holds people's paths as it is."""
+    out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _complete(target: Path) -> None:
@@ -93,5 +98,5 @@ def merge(
     # A revision is of one base: what the folder tells says nothing about another.
     base, trained_at = (model, None) if model is not None else base_of(adapter)
     done = _rewrite("merging", base, target, revision=revision or trained_at, adapter=adapter)
-    out.print(f"{target}: {done.tensors} tensors of {base or 'nano'}, those that {adapter} changes with it added")
+    _tell(f"{target}: {done.tensors} tensors of {base or 'nano'}, those that {adapter} changes with it added")
     _complete(target)

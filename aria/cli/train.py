@@ -84,7 +84,7 @@ def train(
     if resume and not begun(folder):
         raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")
     if export:
-        out.print(f"written to {export_checkpoint(folder, read)}", soft_wrap=True)
+        out.print(f"written to {export_checkpoint(folder, read)}", soft_wrap=True, markup=False, highlight=False)
         return
     seconds = None if stop_after is None else stop_after * 60.0
     run(read, folder, sampler=answer, stop_after=seconds, console=err)

@@ -85,6 +85,7 @@ def test_paths_as_they_are_typed_pasted_and_dropped(files: Path, monkeypatch: py
         f"'{picture}'",
         picture.replace(" ", r"\ "),
         "file://" + picture.replace(" ", "%20"),
+        "FILE:" + picture.replace(" ", "%20"),
         "~/a picture.png",
     ):
         [path] = split_paths(typed)
@@ -92,6 +93,7 @@ def test_paths_as_they_are_typed_pasted_and_dropped(files: Path, monkeypatch: py
     assert split_paths("it's.gif") == ["it's.gif"]
     assert split_paths("it's missing.gif") == ["it's missing.gif"]
     assert split_paths("'a picture.png' page.pdf") == ["a picture.png", "page.pdf"]
+    assert split_paths(r"'C:\Users\me\a.png'") == split_paths(r"C:\Users\me\a.png") == [r"C:\Users\me\a.png"]
     assert split_paths("no such file.png") == ["no such file.png"]
     assert split_paths("https://example.org/a%20b.png") == ["https://example.org/a%20b.png"]
 
@@ -109,7 +111,7 @@ def test_a_wrong_medium_is_refused_at_once_and_spoils_nothing(talk: Any, files: 
 
 def test_what_a_medium_costs_is_shown(talk: Any, files: Path) -> None:
     conversation, _, err = talk(
-        f"/IMAGE '{files / 'a picture.png'}'", f"/video {files}/it's.gif", f"/document {files / 'page.pdf'}", "what"
+        f"/IMAGE\t'{files / 'a picture.png'}'", f"/video {files}/it's.gif", f"/document {files / 'page.pdf'}", "what"
     )
     assert "(128 tokens)" in err and "(2 frames, " in err and "(2 pages, " in err
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "video", "document", "text"]
@@ -135,7 +137,23 @@ def test_commands_in_any_case_and_help(talk: Any) -> None:
         assert command in err
     assert err.count("system prompt: You are brief.") == 2 and "unknown command /what; /help lists them" in err
     assert out == "" and conversation.system == "You are brief."
+    assert "unknown command /; /help" in talk("/")[2]
     assert talk("/system a", "/system -")[0].system is None
+
+
+def test_commands_come_before_folders_of_their_name(talk: Any, files: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_is_file", lambda text: True)  # as macOS, where /system is /System
+    conversation, out, _ = talk("/system Be brief.")
+    assert conversation.system == "Be brief." and out == ""
+    assert contents(talk("/etc is what?")[0]) == ["/etc is what?"]
+
+
+def test_messages_show_names_with_brackets(talk: Any, files: Path) -> None:
+    image = files / "a [red]x.png"
+    (files / "a picture.png").rename(image)
+    _, _, err = talk(f"/image {image}", f"/image {files / 'no [red]x.png'}", "/system [bold]x", "/[red]")
+    for shown in (f"{image} comes with", "no [red]x.png", "system prompt: [bold]x", "unknown command /[red]"):
+        assert shown in err
 
 
 def test_the_system_prompt_and_options_reach_the_model(talk: Any, engine: Engine) -> None:

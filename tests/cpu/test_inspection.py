@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 
 from aria import AriaConfig, hub
-from aria.checkpoint import parameter_shapes, remote
+from aria.checkpoint import load_model, parameter_shapes, remote
 from aria.cli import main
 from aria.inspection import inspect_model, report
 
@@ -132,6 +132,19 @@ def test_published_configs_and_indices_alone(name, tmp_path):
     assert found["layout"]["name"] == "hub" and not found["weights"]["complete"]
     assert found["parameters"]["total"] == config.num_parameters() and found["context"] == 65536
     assert json.loads(json.dumps(found)) == found
+
+
+def test_pointers_of_git_lfs_are_no_weights_and_names_are_no_markup(state, tmp_path):
+    folder = write_layout("hub", state, CONFIG, tmp_path / "a [red]model", shards=3)
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    text = inspect(folder)
+    assert f"unavailable: {shard} is a pointer of Git LFS, not the weights; run git lfs pull there" in text
+    assert "layout        hub (" in text and f"{CONFIG.num_parameters():,}" in text
+    with pytest.raises(FileNotFoundError, match="git lfs pull"):
+        load_model(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert "lists no weights" in inspect(folder)
 
 
 @pytest.mark.parametrize("name", ["picture.png", "notes.txt", "README.md"])
