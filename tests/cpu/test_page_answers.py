@@ -397,7 +397,7 @@ def test_the_viewer_fits_its_medium(page, script):  # noqa: F811
     red, green, blue, alpha = page.do(backdrop).removeprefix("rgba(").removesuffix(")").split(",")
     assert max(int(red), int(green), int(blue)) < 32 and float(alpha) > 0.7
     page.one("dialog.large button").click()
-    assert page.all("dialog.large") == []
+    until(lambda: page.all("dialog.large") == [])
 
 
 def test_messages_that_ask_nothing_leave_by_themselves(page, fast_timers, tmp_path):  # noqa: F811
