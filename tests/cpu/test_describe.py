@@ -109,7 +109,7 @@ def test_answers_follow_a_schema(run, tmp_path):
     assert code == 0
     assert json.loads(record["text"])["colour"] in ("red", "blue")
     # What is wrong with the schema is not the file's fault: it is told once, and nothing is written.
-    file.write_text(json.dumps({**schema, "unevaluatedItems": False}))
+    file.write_text(json.dumps({**schema, "not": {"required": ["size"]}}))
     out = tmp_path / "out.jsonl"
     code, told, err = run("describe", PICTURES / "shapes.png", "--schema", file, "-o", out)
     assert (code, told, out.read_bytes()) == (2, [], b"")

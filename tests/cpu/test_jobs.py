@@ -93,10 +93,13 @@ class Memory:
 
 
 class Play:
-    """Work without a model: items are numbers, those below zero are heavy."""
+    """Work without a model: items are numbers, those below zero are heavy.
 
-    def __init__(self, fails: Callable[[int, int], bool] = lambda item, attempt: False):
-        self.fails = fails
+    With ``together``, light items wait until so many of them are in flight.
+    """
+
+    def __init__(self, fails: Callable[[int, int], bool] = lambda item, attempt: False, together: int = 0):
+        self.fails, self.together, self.met = fails, together, asyncio.Event()
         self.attempts: dict[int, int] = {}
         self.flying: list[int] = []
         self.most = self.most_heavy = 0
@@ -112,6 +115,10 @@ class Play:
         self.flying.append(item)
         self.most = max(self.most, len(self.flying))
         self.most_heavy = max(self.most_heavy, sum(one < 0 for one in self.flying))
+        if self.together and item > 0:
+            if len(self.flying) == self.together:
+                self.met.set()
+            await asyncio.wait_for(self.met.wait(), 60)
         alone = len(self.flying) == 1
         for _ in range(1 + abs(item) % 5):
             await asyncio.sleep(0)
@@ -135,7 +142,7 @@ def do(play: Play, items, output: Memory, at_once: int = 4) -> Job:
 
 
 def test_every_item_is_done_once_and_so_many_at_a_time():
-    play, output = Play(), Memory()
+    play, output = Play(together=7), Memory()
     items = [*range(-20, 0), *range(1, 40)]
     job = do(play, items, output, at_once=7)
     assert sorted(int(record["name"]) for record in output.records) == items
