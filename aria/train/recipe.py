@@ -296,7 +296,8 @@ _FREE = {
     "log": None,
     "evaluate": None,
     "batch": {"accumulate"},
-    "data": {"workers", "prefetch", "on_error"},
+    # Data are known by what they hold, wherever they lie; the stream refuses others.
+    "data": {"workers", "prefetch", "on_error", "paths"},
     "objective": {"picture_bytes"},
     "optimizer": {"learning_rate", "clip_norm"},
     "schedule": {"max_skipped"},
@@ -312,6 +313,9 @@ def changes(before: Recipe, now: Recipe, *, only: Sequence[str] = ()) -> list[st
         only: names of sections, to give all that differs in these.
     """
     old, new = as_table(before), as_table(now)
+    for table in () if only else (old, new):
+        # In the order of the data sets, as the fingerprints of those are.
+        table["data"]["mixer"] = list(table["data"].get("mixer", {}).values())
     found = []
     for section in only or dict.fromkeys([*old, *new]):
         free = set() if only else _FREE.get(section, set())

@@ -97,9 +97,10 @@ def _measured(
 
 
 def _evaluate(data: Sequence[str]) -> str:
-    """``[evaluate]`` on the held-out files that lie beside the training's, or commented out."""
+    """``[evaluate]`` on the held-out split of a folder, or commented out."""
     for split in HELD_OUT:
-        folders = [folder for folder in data if (Path(folder) / f"{split}.jsonl").is_file()]
+        files = f"{split}.jsonl", f"{split}/state.json"
+        folders = [folder for folder in data if any((Path(folder) / file).is_file() for file in files)]
         if folders:
             return f"[evaluate]\ndata = [{', '.join(map(_quoted, folders))}]\nsplit = {_quoted(split)}\n# every = 100"
     return '# [evaluate]\n# data = ["held-out.jsonl"]\n# every = 100'

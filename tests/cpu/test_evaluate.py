@@ -101,6 +101,26 @@ def test_held_out_data_that_fail_at_the_end_leave_the_export(run, tmp_path):
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+@pytest.mark.parametrize("how", ["paths", "mixer"])
+def test_a_run_resumes_where_its_data_were_moved(run, tmp_path, how):
+    def data(file):
+        return {"workers": 0, "paths": [str(file)]} if how == "paths" else {"workers": 0, "mixer": {str(file): 2.0}}
+
+    old, new = tmp_path / "train.jsonl", tmp_path / "elsewhere" / "train.jsonl"
+    run(data=data(old))
+    new.parent.mkdir()
+    old.rename(new)
+    (log,) = run(data=data(new), budget={"steps": 5})
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    assert str(new) in (tmp_path / "run" / "recipe.toml").read_text()
+    jsonl(new, [chat("another?", "dog")] * 8)
+    with pytest.raises(ValueError, match="the data have changed since the state was saved"):
+        run(data=data(new), budget={"steps": 6})
+    if how == "mixer":
+        with pytest.raises(ValueError, match="another recipe"):
+            run(data={"workers": 0, "mixer": {str(new): 1.0}}, budget={"steps": 6})
+
+
 def test_a_folder_that_is_deleted_costs_no_training(run, tmp_path):
     def deletes(*_):
         if (tmp_path / "run" / "log.jsonl").is_file():

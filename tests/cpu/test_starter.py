@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import made_data
@@ -9,6 +10,7 @@ import pytest
 from made_data import chat, jsonl
 
 from aria.train.recipe import Recipe
+from aria.train.starter import starter_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,3 +75,13 @@ def test_a_recipe_is_written_for_nano_or_a_named_base(command, tmp_path, data, m
         assert command("train", *arguments) == 2
         assert said in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.toml", "data", "sub"]
+
+
+def test_a_held_out_split_that_datasets_saved_is_evaluated_on(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = datasets.Dataset.from_list([chat("a?", "dog")] * 3)
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "saved")
+    written = Recipe.from_table(tomllib.loads(starter_recipe("lora", [str(tmp_path / "saved")], "org/base")))
+    assert written.evaluate.data == (str(tmp_path / "saved"),) and written.evaluate.split == "validation"
