@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MOST_COMPARED = 128
 _DEPTH = 3
+_TYPES = {"NoneType": "null", "bool": "boolean", "str": "string", "list": "array", "object": "object"}
+"""Of the keys of `keywords.same`; numbers are told apart by their value."""
 
 
 def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[list[Any]]:
@@ -68,6 +70,9 @@ def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: 
     a, b = _values(one), _values(other)
     if a is not None and b is not None:
         return not a & b
+    known = b if a is None else a
+    if known is not None and not any(_is_of(value, types) for value in known):
+        return True
     if depth == 0:
         return False
     for this, that in ((one, other), (other, one)):
@@ -85,6 +90,14 @@ def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: 
         _apart(reader, reader.said_of(one, name), reader.parts(reader.said_of(other, name)), depth - 1)
         for name in {name for part in (*one, *other) for name in part.get("required", ())}
     )
+
+
+def _is_of(value: Any, types: set[str]) -> bool:
+    """Whether a value, as `keywords.same` tells it, is of one of these types."""
+    name, content = value
+    if name == "number":
+        return "number" in types or ("integer" in types and content.denominator == 1)
+    return _TYPES[name] in types
 
 
 def _apart(reader: Reader, schemas: Sequence[Any], parts: Sequence[Part] | None, depth: int) -> bool:

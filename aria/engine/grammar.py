@@ -90,7 +90,7 @@ class Matcher:
             mask_W |= self._ends_W
 
     def _give_up(self) -> None:
-        self.error = _reason(self._matcher)
+        self.error = _reason(self._matcher.get_error())
         # All answers to a schema share a lexer: if that is what is full, the next one needs another.
         self._forget()
 
@@ -309,14 +309,14 @@ def _compile(name: str, source_of: Callable[[], str], trie: llguidance.LLTokeniz
     try:
         source = source_of()
     except ValueError as error:
-        raise ValueError(f"{name} cannot be followed: {error}") from None
+        raise ValueError(f"{name} cannot be followed: {_reason(str(error))}") from None
     # Grammars that need more work than this for a token give up: no schema should hold up the answers of others.
     limits = LLParserLimits(
         step_max_items=20_000, step_lexer_fuel=200_000, max_lexer_states=50_000, verbose_errors=False
     )
     grammar = LLMatcher(trie, source, log_level=0, limits=limits)
     if grammar.is_error():
-        raise ValueError(f"{name} cannot be followed: {_reason(grammar)}")
+        raise ValueError(f"{name} cannot be followed: {_reason(grammar.get_error())}")
     # First steps find what the grammar alone does not show: schemas that no value fits, or only endless ones.
     probe = grammar.deep_copy()
     probe.compute_bitmask()
@@ -327,13 +327,14 @@ def _compile(name: str, source_of: Callable[[], str], trie: llguidance.LLTokeniz
     if probe.consume_tokens(probe.compute_ff_tokens()) and not probe.is_stopped():
         probe.compute_bitmask()
     if probe.is_error():
-        raise ValueError(f"{name} cannot be followed: {_reason(probe)}")
+        raise ValueError(f"{name} cannot be followed: {_reason(probe.get_error())}")
     return grammar
 
 
-def _reason(matcher: llguidance.LLMatcher) -> str:
+def _reason(error: str) -> str:
     """What went wrong, without llguidance's state."""
-    return matcher.get_error().partition("\n<")[0].strip()
+    reason = error.partition("\n<")[0].strip()
+    return "it is nested too deeply" if reason.startswith("recursion limit") else reason
 
 
 def _end_of_text(tokenizer: AriaTokenizer) -> int:

@@ -96,6 +96,10 @@ MEANT = {*OF_TYPE, "type", "const", "enum", "anyOf", "oneOf"}
 """Those and others that are left of a subschema once ``allOf`` and ``$ref`` were followed."""
 
 
+_NULLABLE = {*SHAPES, "type"}
+"""Keywords that may be null, which programs write for those that are not there. A null const is a value."""
+
+
 def says_nothing(schema: Any) -> bool:
     """Whether every value fits, as far as keywords tell without looking into them."""
     if isinstance(schema, bool):
@@ -105,6 +109,7 @@ def says_nothing(schema: Any) -> bool:
 
 _NO_EFFECT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "uniqueItems": lambda node: not node["uniqueItems"] or node.get("maxItems", 2) <= 1,
+    "maxLength": lambda node: node["maxLength"] >= 2**31,  # which patterns cannot count, nor answers reach
     "minItems": lambda node: node["minItems"] == 0,
     "minLength": lambda node: node["minLength"] == 0,
     "minProperties": lambda node: node["minProperties"] == 0,
@@ -190,6 +195,8 @@ class Resources:
         if isinstance(node, bool) or id(node) in self._places:
             return
         self._places[id(node)] = place
+        for keyword in [name for name, value in node.items() if value is None and name in _NULLABLE]:
+            del node[keyword]
         name = node.get("$id")
         if home is None or (isinstance(name, str) and not name.startswith("#")):
             base = "" if home is None else self._bases[id(home)]

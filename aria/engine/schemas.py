@@ -68,6 +68,7 @@ class Reader:
     def __init__(self, resources: Resources):
         self.resources = resources
         self._names: dict[Any, str] = {}
+        self._found: dict[Any, Any] = {}
         self._active: set[Any] = set()
         self._steps = 0
         self.unfit: str | None = None
@@ -84,19 +85,27 @@ class Reader:
         key = tuple((id(part.node), part.without) for part in parts)
         if key in self._active or self._names.get(key) in self.definitions:
             return self._reference(key)
+        if key in self._found:
+            return self._shared(key)  # alternatives of alternatives come to the same value again and again
         self._work(8 * len(parts))
         self._active.add(key)
         found = self._described(parts)
         self._active.remove(key)
         if found is False and self.unfit is None:
             self.unfit = self.resources.place(parts[0].node)
+        self._found[key] = found
         # What stands behind a reference may lead back to itself, or be needed at many places.
-        shared = any(isinstance(schema, dict) and "$ref" in schema for schema in schemas)
-        if key in self._names or (shared and isinstance(found, dict) and found.keys() & {"anyOf", "type", "allOf"}):
-            reference = self._reference(key)
-            self.definitions[self._names[key]] = found
-            return reference
-        return found
+        behind_reference = any(isinstance(schema, dict) and "$ref" in schema for schema in schemas)
+        return self._shared(key) if key in self._names or behind_reference else found
+
+    def _shared(self, key: Any) -> Any:
+        """What was found for a value, as a reference if it is larger than one."""
+        found = self._found[key]
+        if key not in self._names and not (isinstance(found, dict) and found.keys() & {"anyOf", "type", "allOf"}):
+            return found
+        reference = self._reference(key)
+        self.definitions[self._names[key]] = found
+        return reference
 
     def _work(self, steps: int) -> None:
         self._steps += steps
@@ -262,8 +271,9 @@ class Reader:
             if (few := finite_names(pattern)) is not None:
                 names |= dict.fromkeys(few)
                 del patterns[pattern]
-        self._work(len(parts) * (len(names) + len(required)))
-        properties = {name: self.value(self.said_of(parts, name)) for name in [*names, *required]}
+        names |= required  # once each: what is read twice at every depth takes exponential time
+        self._work(len(parts) * len(names))
+        properties = {name: self.value(self.said_of(parts, name)) for name in names}
         others: Any = [part.get("additionalProperties") for part in parts if part.has("additionalProperties")]
         others += [part.get("unevaluatedProperties") for part in parts
                    if part.has("unevaluatedProperties") and not part.has("additionalProperties")]  # fmt: skip

@@ -49,7 +49,7 @@ def parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: its parameters allow no object.
     """
     given = tool.get("parameters") or {}
-    types = given.get("type", "object")
+    types = given.get("type") or "object"
     if "object" not in (types if isinstance(types, list) else [types]):
         raise ValueError(
             f"the parameters of {tool['name']!r} are of the type {types!r:.60}; expected object, as arguments have "
@@ -59,7 +59,7 @@ def parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     own = given.get("$id")
     address = own if isinstance(own, str) and not own.startswith("#") else f"urn:parameters:{tool['name']}"
     schema = {**given, "$id": address, "type": "object"}
-    return schema if schema.keys() & _NAMING else {**schema, "properties": {}}
+    return schema if any(schema.get(name) is not None for name in _NAMING) else {**schema, "properties": {}}
 
 
 def any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

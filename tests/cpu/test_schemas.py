@@ -92,6 +92,10 @@ def allows(schema: object, text: str) -> bool:
         ({"allOf": [{"properties": {"x": {"const": 1}}}, {"properties": {"y": {}}, "unevaluatedProperties": False}],
           "type": "object", "required": ["y"], "properties": {"y": {"const": 0}}}, {'{"y":0}'}),
         ({"$ref": "#/$defs/A", "unevaluatedProperties": False, "$defs": {"A": FIXED}}, {'{"x":1}'}),
+        # Alternatives of which one lists its values, and another is of another type.
+        ({"oneOf": [{"enum": ["a"]}, {"type": "null"}]}, {'"a"', "null"}),
+        ({"oneOf": [{"const": "a"}, {"const": 1}, {"type": "object", **FIXED}]}, {'"a"', "1", '{"x":1}'}),
+        ({"oneOf": [{"const": 1.5}, {"type": "integer", "minimum": 2, "maximum": 2}]}, {"1.5", "2"}),
     ],
 )  # fmt: skip
 def test_objects_have_the_properties_that_are_named(schema, expected):
@@ -273,6 +277,47 @@ SAYS_NOTHING = [
 def test_keywords_that_say_nothing_are_taken(more):
     schema = {"type": "object", "properties": {"a": {"const": 1, **more}}, "required": ["a"], **more}
     assert values(schema, 2) == {'{"a":1}'}
+
+
+def test_limits_that_no_answer_reaches_are_taken():
+    assert allows({"type": "string", "minLength": 1, "maxLength": 2**63 - 1}, '"a"')
+    assert allows({"type": "array", "maxItems": 2**63 - 1}, "[1]")
+
+
+def test_keywords_that_are_null_are_not_there():
+    nulls = dict.fromkeys(("properties", "required", "additionalProperties", "items", "enum", "anyOf", "format"))
+    schema = {"type": "object", "properties": {"a": {"const": None, **nulls}}, "required": ["a"]}
+    assert wander({**nulls, **schema}, 0) == '{"a":null}'
+    for parameters in (nulls, {"type": None, **nulls}):
+        call = tools.call_schema([{"name": "f", "parameters": parameters}])
+        assert wander(call, 0) == '{"name":"f","arguments":{}}'
+
+
+DEEP = {
+    "required": lambda schema: {"type": "object", "properties": {"a": schema}, "required": ["a"]},
+    "alternatives": lambda schema: {
+        "type": "object",
+        "properties": {"a": schema, "b": {"type": "integer"}},
+        "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+    },
+    "nullable": lambda schema: {
+        "type": "object",
+        "properties": {"a": {"oneOf": [schema, {"type": "null"}]}},
+        "required": ["a"],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_depth_costs_no_more_than_its_length(kind):
+    schema = {"const": 1}
+    for _ in range(20):
+        schema = DEEP[kind](schema)
+    assert allows(schema, '{"a":' * 20 + "1" + "}" * 20)
+    for _ in range(100):
+        schema = DEEP[kind](schema)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        GRAMMARS.compile(schema)
 
 
 @pytest.mark.parametrize(
