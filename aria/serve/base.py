@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from aria.serve import fields
@@ -41,24 +42,33 @@ def kind_of(key: str, default: str | None = None) -> Discriminator:
         kind = default if kind is None else kind
         return f"<{kind:.40}>" if isinstance(kind, str) else None
 
+    tell.__name__ = key  # which errors repeat
     return Discriminator(tell)
 
 
-def _is_function(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(kind, str) and kind != "function":
-        # Otherwise the first complaint would be that it lacks what a function has.
-        raise PydanticCustomError("union_tag_invalid", "", {"tag": f"<{kind:.40}>", "expected_tags": "'function'"})
-    return value
+def told_by(tell: Callable[[Any], str | None], expected: str) -> Discriminator:
+    """Tells the members of a union by a function, which gives None where a value is not what was ``expected``."""
+    return Discriminator(tell, custom_error_type="wrong_type", custom_error_message=f"should be {expected}")
 
 
-IsFunction = BeforeValidator(_is_function)
-"""Refuses tools of other types by that, whatever else they have or lack."""
+def json_type(value: Any) -> str | None:
+    """Tells text, lists and objects."""
+    if isinstance(value, str):
+        return "<string>"
+    return "<list>" if isinstance(value, list) else "<object>" if isinstance(value, dict | BaseModel) else None
 
 
-def string_or_list(value: Any) -> str:
-    """Tells text from a list, or from an object."""
-    return "<string>" if isinstance(value, str) else "<list>"
+def misfit(field: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
+    """An error of one field that a validator of the whole object found; `errors` adds the field to its place.
+
+    Args:
+        field: as clients spell it.
+        message: what follows the field's name.
+        kind: the code that clients read.
+    """
+    # JSON's names may hold half of a surrogate pair, which pydantic does not take.
+    field, message = (text.encode("utf-8", "replace").decode() for text in (field[:MOST_NAME], message))
+    return PydanticCustomError(kind, "{message}", {"field": field, "message": message})  # type: ignore[arg-type]
 
 
 def _with_ignored(schema: dict[str, Any], model: type[BaseModel]) -> None:
@@ -84,11 +94,16 @@ class Body(BaseModel):
         if len(value) > MOST_FIELDS:  # each would be a fault of its own
             raise ValueError(f"an object of {len(value):,} fields, most of which cannot be known here")
         names, kept = names_of(cls), {}
+        if (kind := value.get("type")) is not None and (kinds := kinds_of(cls)) and kind not in kinds:
+            # Its other fields are of that kind, and say nothing of what is wrong.
+            told = {"discriminator": "type()", "tag": f"{kind!s:.40}", "expected_tags": ", ".join(map(repr, kinds))}
+            raise PydanticCustomError("union_tag_invalid", "", told)
         for name, one in value.items():
             if name not in names:
                 _check_known(cls, name, one)
             elif one is not None or names[name]:
-                kept[name] = one
+                # JSON has one kind of numbers: some programs write 1.0 for 1.
+                kept[name] = int(one) if isinstance(one, float) and one.is_integer() else one
         return kept
 
 
@@ -96,6 +111,13 @@ class Body(BaseModel):
 def names_of(model: type[BaseModel]) -> dict[str, bool]:
     """Names of a model's fields as clients spell them, and whether each is required."""
     return {field.alias or name: field.is_required() for name, field in model.model_fields.items()}
+
+
+@functools.cache
+def kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    """What the field ``type`` of a model may be; empty: anything, or there is none."""
+    field = model.model_fields.get("type")
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 def _check_known(model: type[Body], name: str, value: Any) -> None:
@@ -109,7 +131,4 @@ def _check_known(model: type[Body], name: str, value: Any) -> None:
     else:
         like = fields.nearest(name, [*names_of(model), *model.known])
         message = f"is not supported; {f'did you mean {like}?' if like else 'leave it out'}"
-    # The error is about the whole object here; `errors` completes its place by the name.
-    # JSON's names may hold half of a surrogate pair, which pydantic does not take.
-    field = name[:MOST_NAME].encode("utf-8", "replace").decode()
-    raise PydanticCustomError(kind, "{message}", {"field": field, "message": message})
+    raise misfit(name, message, kind)

@@ -12,6 +12,7 @@ from aria.serve import fields, tools
 from aria.serve.errors import ApiError
 from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, StructuralTagFormat, StructuredOutputs, TextFormat
 from aria.serve.protocol import (
+    AllowedToolsChoice,
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
@@ -108,8 +109,8 @@ class Tools:
     demanded: tuple[dict[str, Any], ...] = ()
     """One of these has to be called."""
     parallel: bool = True
-    where: str = "tools[{}].function.parameters"
-    """The field of a function's parameters."""
+    places: tuple[str, ...] = ()
+    """The fields of the functions' parameters."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,8 +198,8 @@ def conversation(
     if offered.told and form.grammar is not None:
         raise ApiError(400, f"{form.param} cannot be followed beside tools; leave them out", param=form.param)
     bound = [
-        Bound(offered.where.format(i), f"the parameters of {tool['name']!r}", tools.parameters(tool))
-        for i, tool in enumerate(offered.told)
+        Bound(place, f"the parameters of {tool['name']!r}", tools.parameters(tool))
+        for place, tool in zip(offered.places, offered.told, strict=True)
     ]
     bound += form.bound
     if offered.demanded:
@@ -227,7 +228,7 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
     prompts: Any = prompt if several else [prompt]
     echoed = body.logprobs if body.echo else None
     wanted = [count for count in (echoed, body.prompt_logprobs) if count is not None]
-    form = form_of(None, body.structured_outputs)
+    form = form_of(body.response_format, body.structured_outputs)
     params = sampling(
         body,
         defaults,
@@ -300,9 +301,9 @@ def template(body: Templated, defaults: Defaults) -> dict[str, Any]:
 
 def read_tools(
     offered: Sequence[Tool] | None,
-    choice: str | NamedTool | None,
+    choice: str | NamedTool | AllowedToolsChoice | None,
     parallel: bool | None,
-    where: str = Tools.where,
+    where: str = "tools[{}].function.parameters",
 ) -> Tools:
     """Functions, and whether one has to be called.
 
@@ -313,26 +314,31 @@ def read_tools(
         return Tools()
     if not offered:
         raise ApiError(400, "tool_choice asks for a call, but tools is empty", param="tool_choice")
-    told = tuple(tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
-                 for tool in offered)  # fmt: skip
-    names = [tool["name"] for tool in told]
+    told = {
+        where.format(i): tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        for i, tool in enumerate(offered)
+    }
+    names = [tool["name"] for tool in told.values()]
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name", param="tools")
-    for i, tool in enumerate(told):
+    for place, tool in told.items():
         try:
             tools.parameters(tool)
         except ValueError as error:
-            raise ApiError(400, str(error), param=where.format(i)) from None
-    demanded: tuple[dict[str, Any], ...] = ()
-    if isinstance(choice, NamedTool):
-        demanded = tuple(tool for tool in told if tool["name"] == choice.function.name)
-        if not demanded:
-            raise ApiError(
-                400, f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice"
-            )
-    elif choice == "required":
-        demanded = told
-    return Tools(told, demanded, parallel is not False, where)
+            raise ApiError(400, str(error), param=place) from None
+    chosen = [choice] if isinstance(choice, NamedTool) else []
+    if isinstance(choice, AllowedToolsChoice):
+        chosen = choice.allowed_tools.tools
+    wanted = [tool.function.name for tool in chosen]
+    if unknown := [name for name in wanted if name not in names]:
+        raise ApiError(400, f"tool_choice names {unknown[0]!r}, which is not in tools", param="tool_choice")
+    if isinstance(choice, AllowedToolsChoice):
+        told = {place: tool for place, tool in told.items() if tool["name"] in wanted}
+        choice = choice.allowed_tools.mode
+    demanded: list[dict[str, Any]] = []
+    if choice not in (None, "auto"):
+        demanded = [tool for tool in told.values() if choice == "required" or tool["name"] in wanted]
+    return Tools(tuple(told.values()), tuple(demanded), parallel is not False, tuple(told))
 
 
 def messages(

@@ -56,8 +56,8 @@ _ELSEWHERE = {
     "/lora-adapters": "name an adapter in the field model",
 }
 """Beginnings of paths that OpenAI's, vLLM's or llama.cpp's servers have, and why they are not here."""
-_UNSUPPORTED = ("unsupported_field", "unsupported_value")
-"""Errors of a field by its name, which bodies raise as a whole; see `base.Body`."""
+_BY_NAME = ("unsupported_field", "unsupported_value", "invalid_value")
+"""Errors of a field by its name, which bodies raise as a whole; see `base.misfit`."""
 
 
 class ApiError(HTTPException):
@@ -67,7 +67,7 @@ class ApiError(HTTPException):
         status: HTTP status, 400 or more.
         message: a sentence for people.
         param: the field of the body that it is about, such as ``messages[0].content``.
-        code: a word for programs, such as ``model_not_found``.
+        code: a word for programs, such as ``model_not_found``; without it a 400 has ``invalid_value``.
         headers: more headers of the response.
     """
 
@@ -85,7 +85,7 @@ class ApiError(HTTPException):
         self.status = status
         self.message = message
         self.param = param
-        self.code = code
+        self.code = code or ("invalid_value" if status == 400 else None)
 
     def __str__(self) -> str:
         return self.message
@@ -128,10 +128,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     if not errors:
         return ApiError(400, "the body is not what this route takes")
     # A field that nobody knows is the clearest of several complaints about one place.
-    error = next((one for one in errors if one["type"] in _UNSUPPORTED), errors[0])
-    place = (*error["loc"], error["ctx"]["field"]) if error["type"] in _UNSUPPORTED else tuple(error["loc"])
+    error = next((one for one in errors if one["type"] in _BY_NAME), errors[0])
+    place = (*error["loc"], error["ctx"]["field"]) if error["type"] in _BY_NAME else tuple(error["loc"])
     if place[:1] == ("body",):
         place = place[1:]
+    if error["type"].startswith("union_tag") and isinstance(error.get("input"), dict):
+        place = (*place, error["ctx"]["discriminator"].removesuffix("()"))  # the field that tells
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {error['ctx']['error']} at character {place[0]}", code="bad_json")
     param = _name(tuple(part for part in place if not (isinstance(part, str) and _TAG.fullmatch(part))))
@@ -139,24 +141,26 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 
 def _code(kind: str) -> str:
-    return kind if kind in _UNSUPPORTED else "missing_field" if kind == "missing" else "invalid_value"
+    return kind if kind in _BY_NAME else "missing_field" if kind == "missing" else "invalid_value"
 
 
 def _sentence(error: Mapping[str, Any], field: str) -> str:
     kind, context = error["type"], error.get("ctx") or {}
-    if kind in _UNSUPPORTED:
+    if kind in _BY_NAME:
         return f"{field} {context['message']}"
     if kind == "missing":
         return f"{field} is missing" if error["loc"] != ("body",) else "the body is empty; expected a JSON object"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        expected = context.get("expected_tags", "").replace("<", "").replace(">", "")
-        got = str(context.get("tag", "")).strip("<>")
-        if not expected:
-            return f"{field} is not of a kind that is known; expected an object that says it"
+    if kind == "union_tag_invalid":
+        expected = context["expected_tags"].replace("<", "").replace(">", "")
+        got = context["tag"].strip("<>")
         why = f" ({fields.KINDS[got]})" if got in fields.KINDS else ""
-        return (
-            f"{field} is of a kind that is not supported{f', {got!r}' if got else ''}{why}; expected one of {expected}"
-        )
+        return f"{field} is {got!r}, which is not supported{why}; expected one of {expected}"
+    if kind == "union_tag_not_found":
+        if isinstance(error.get("input"), dict):
+            return f"{field} is missing, or is no string"
+        return f"{field} should be an object, but is {error.get('input')!r:.80}"
+    if kind == "wrong_type":
+        return f"{field} {error['msg']}, but is {error.get('input')!r:.80}"
     if kind == "value_error":
         return f"{field}: {context.get('error', error['msg'])}"
     if kind in ("model_type", "model_attributes_type"):

@@ -137,16 +137,24 @@ CHAT: Rules = REQUEST | {
     "function_call": _only("none", "auto", reason=_TOOL_CALLS),
     "web_search_options": _refused("the server searches nothing"),
     "documents": _only([], reason="put documents into messages"),
+    "prompt": _refused("use messages, or send texts to /v1/completions"),
+    "input": _refused("use messages, or send items to /v1/responses"),
+    "max_output_tokens": _refused("use max_completion_tokens"),
     "chat_template": _refused("the model's own template is used"),
     "echo": _only(False, reason="put the text of the last message before the answer"),
 }
 COMPLETION: Rules = REQUEST | {
+    "messages": _refused("send conversations to /v1/chat/completions"),
+    "max_completion_tokens": _refused("use max_tokens"),
     "suffix": _only("", reason="the model cannot fill in the middle"),
     "best_of": _only(1, reason="use n"),
     "prompt_embeds": _refused("send text or token ids"),
 }
 RESPONSES: Rules = REQUEST | {
     **_ignored("max_tool_calls"),
+    "messages": _refused("use input"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), _refused("use max_output_tokens")),
+    "response_format": _refused("use text.format"),
     "background": _only(False, reason=_STATELESS),
     "background_options": _only({}, reason=_STATELESS),
     "conversation": _refused(_STATELESS),
@@ -182,15 +190,19 @@ ASSISTANT: Rules = MESSAGE | {
     "audio": _refused(_NO_AUDIO),
     "function_call": _refused(_TOOL_CALLS),
 }
+TOOL_CALL: Rules = _ignored("index", "cache_control", "provider_specific_fields", "extra_content")
+"""A call's place in its stream, and what other providers' models ask clients to send back."""
+CALLED_FUNCTION: Rules = _ignored("parsed_arguments", "provider_specific_fields")
 TOOL: Rules = {**_ignored("cache_control"), "defer_loading": _only(False, reason="all tools are in the prompt")}
 FLAT_TOOL: Rules = TOOL | {
     **_ignored("allowed_callers", "output_schema"),
     "async": _only(False, reason="an answer ends with its calls"),
 }
 ITEM: Rules = {
-    **_ignored("phase", "caller", "name", "async"),
+    **_ignored("phase", "caller", "name", "async", "created_by", "parsed_arguments"),
     "namespace": _refused("tools have no namespaces"),
 }
+OUTPUT_TEXT: Rules = PART | _ignored("parsed")
 REASONING: Rules = _ignored("context", "mode", "generate_summary")
 TEXT: Rules = {"verbosity": CHAT["verbosity"]}
 STREAM: Rules = {"include_obfuscation": _only(False, reason="events are not padded")}

@@ -84,7 +84,7 @@ class StructuredOutputs(Body):
     json_schema: Annotated[JsonText | None, Field(alias="json")] = None
     regex: str | None = None
     choice: Annotated[Many[str], Field(min_length=1)] | None = None
-    grammar: str | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
     """Lark as llguidance has it, or GBNF."""
     json_object: bool | None = None
     structural_tag: JsonText | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from aria.serve import fields
-from aria.serve.base import Body, IsFunction, Json, Many, kind_of, string_or_list
+from aria.serve.base import Body, Json, Many, json_type, kind_of, misfit, told_by
 from aria.serve.formats import ResponseFormat, StructuredOutputs
 
 MOST_STOPS = 32
@@ -139,15 +139,10 @@ UserPart = Annotated[
 AssistantPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], kind_of("type")
 ]
-Texts = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[Many[TextPart], Tag("<list>")], Discriminator(string_or_list)
-]
-UserContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[Many[UserPart], Tag("<list>")], Discriminator(string_or_list)
-]
-AssistantContent = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[Many[AssistantPart], Tag("<list>")], Discriminator(string_or_list)
-]
+_parts = told_by(json_type, "a string or a list of parts")
+Texts = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[TextPart], Tag("<list>")], _parts]
+UserContent = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[UserPart], Tag("<list>")], _parts]
+AssistantContent = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[AssistantPart], Tag("<list>")], _parts]
 
 
 # Messages and tools
@@ -155,18 +150,16 @@ AssistantContent = Annotated[
 
 class FunctionCall(Body):
     name: str
-    arguments: str
+    arguments: str = "{}"
     """JSON, as a string; what is cut off or otherwise no JSON stands in the conversation as it is."""
-    parsed_arguments: Any = None
-    """Without effect: OpenAI's client adds it to the calls that it parsed."""
+    known: ClassVar[fields.Rules] = fields.CALLED_FUNCTION
 
 
 class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = None
-    """Without effect: its place among the calls of a stream."""
+    known: ClassVar[fields.Rules] = fields.TOOL_CALL
 
 
 class SystemMessage(Body):
@@ -217,7 +210,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
     known: ClassVar[fields.Rules] = fields.TOOL
 
@@ -227,13 +220,30 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: NamedFunction
 
 
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[Many[NamedTool], Field(min_length=1)]
+
+
+class AllowedToolsChoice(Body):
+    """Some of the tools, of which the model may call one, or has to."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ChosenTools = Annotated[
+    Annotated[NamedTool, Tag("<function>")] | Annotated[AllowedToolsChoice, Tag("<allowed_tools>")],
+    kind_of("type", default="function"),
+]
+ToolMode = Literal["none", "auto", "required"]
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedTool, Tag("<list>")],
-    Discriminator(string_or_list),
+    Annotated[ToolMode, Tag("<string>")] | Annotated[ChosenTools, Tag("<object>")],
+    told_by(json_type, "a string or an object"),
 ]
 
 
@@ -252,7 +262,7 @@ class StreamOptions(Body):
 _StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Stop = Annotated[
     Annotated[_StopText, Tag("<string>")] | Annotated[Many[_StopText], Field(max_length=MOST_STOPS), Tag("<list>")],
-    Discriminator(string_or_list),
+    told_by(json_type, "a string or a list of strings"),
 ]
 
 
@@ -304,9 +314,9 @@ class ChoicesRequest(Sampling):
     @model_validator(mode="after")
     def _streams(self) -> ChoicesRequest:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true only")
+            raise misfit("stream_options", "goes with stream: true only")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs goes with stream: false only; /v1/completions streams them with echo")
+            raise misfit("prompt_logprobs", "goes with stream: false only; /v1/completions streams them with echo")
         return self
 
     @property
@@ -347,24 +357,24 @@ class ChatRequest(ChoicesRequest, Templated):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Many[Annotated[Tool, IsFunction]] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     known: ClassVar[fields.Rules] = fields.CHAT
 
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true only")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise misfit("top_logprobs", "goes with logprobs: true only")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise misfit("max_tokens", "and max_completion_tokens mean the same, but differ; give one of them")
         return self
 
 
-def _prompt_kind(value: Any) -> str:
-    if isinstance(value, str):
-        return "<string>"
-    first = value[0] if isinstance(value, list) and value else None
+def _prompt_kind(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "<string>" if isinstance(value, str) else None
+    first = value[0] if value else None
     if isinstance(first, str):
         return "<strings>"
     return "<lists of ids>" if isinstance(first, list) else "<ids>"
@@ -376,7 +386,7 @@ Prompts = Annotated[
     | Annotated[Many[str], Tag("<strings>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[Many[TokenIds], Tag("<lists of ids>")],
-    Discriminator(_prompt_kind),
+    told_by(_prompt_kind, "a string, a list of token ids, or a list of either"),
 ]
 
 
@@ -390,6 +400,8 @@ class CompletionRequest(ChoicesRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     """Whether text and log-probabilities begin with those of the prompt."""
+    response_format: ResponseFormat | None = None
+    """Extension of vLLM."""
     known: ClassVar[fields.Rules] = fields.COMPLETION
 
 
@@ -399,7 +411,7 @@ class TokenizeRequest(Templated):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    tools: Many[Annotated[Tool, IsFunction]] | None = None
+    tools: Many[Tool] | None = None
     return_token_strs: bool | None = None
     # Extensions of ours.
     return_previews: bool | None = None

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from aria.serve import bodies, fields
-from aria.serve.base import Body, IsFunction, Json, Many, kind_of, string_or_list
+from aria.serve.base import Body, Json, Many, json_type, kind_of, told_by
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from aria.serve.protocol import (
     MOST_MESSAGES,
+    AllowedTools,
+    AllowedToolsChoice,
     AssistantMessage,
     Detail,
     FileData,
@@ -30,6 +32,7 @@ from aria.serve.protocol import (
     Tool,
     ToolCall,
     ToolMessage,
+    ToolMode,
     UserMessage,
     VideoPart,
     VideoUrl,
@@ -49,6 +52,7 @@ class OutputText(Body):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    known: ClassVar[fields.Rules] = fields.OUTPUT_TEXT
 
 
 class OutputRefusal(Body):
@@ -107,7 +111,8 @@ InputPart = Annotated[
     kind_of("type"),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[Many[InputPart], Tag("<list>")], Discriminator(string_or_list)
+    Annotated[str, Tag("<string>")] | Annotated[Many[InputPart], Tag("<list>")],
+    told_by(json_type, "a string or a list of parts"),
 ]
 
 
@@ -181,7 +186,7 @@ Item = Annotated[
 Items = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[Many[Item], Field(min_length=1, max_length=MOST_MESSAGES), Tag("<list>")],
-    Discriminator(string_or_list),
+    told_by(json_type, "a string or a list of items"),
 ]
 
 
@@ -208,7 +213,7 @@ class TextSettings(Body):
 
 
 class FlatTool(Function):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     known: ClassVar[fields.Rules] = fields.FLAT_TOOL
 
 
@@ -221,13 +226,25 @@ class Reasoning(Body):
 
 
 class FlatChoice(Body):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     name: str
 
 
+class FlatAllowedTools(Body):
+    """Some of the tools, of which the model may call one, or has to."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[Many[FlatChoice], Field(min_length=1)]
+
+
+FlatChosen = Annotated[
+    Annotated[FlatChoice, Tag("<function>")] | Annotated[FlatAllowedTools, Tag("<allowed_tools>")],
+    kind_of("type", default="function"),
+]
 FlatToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[FlatChoice, Tag("<list>")],
-    Discriminator(string_or_list),
+    Annotated[ToolMode, Tag("<string>")] | Annotated[FlatChosen, Tag("<object>")],
+    told_by(json_type, "a string or an object"),
 ]
 
 
@@ -257,7 +274,7 @@ class ResponsesRequest(Sampling):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextSettings | None = None
-    tools: Many[Annotated[FlatTool, IsFunction]] | None = None
+    tools: Many[FlatTool] | None = None
     tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include: Many[Include] | None = None
@@ -279,12 +296,7 @@ def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
     Raises:
         ApiError: 400, it contradicts itself.
     """
-    choice: str | NamedTool | None
-    if isinstance(body.tool_choice, FlatChoice):
-        choice = NamedTool(type="function", function=NamedFunction(name=body.tool_choice.name))
-    else:
-        choice = body.tool_choice
-    given = [Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()]
+    given = [Tool(function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()]
     wanted = body.text.format if body.text else None
     asked_for: Any = wanted
     if isinstance(wanted, FlatSchema):
@@ -294,12 +306,20 @@ def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
     return bodies.conversation(
         body,
         messages(body),
-        bodies.read_tools(given, choice, body.parallel_tool_calls, "tools[{}].parameters"),
+        bodies.read_tools(given, _choice(body.tool_choice), body.parallel_tool_calls, "tools[{}].parameters"),
         form,
         defaults,
         max_tokens=body.max_output_tokens or defaults.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
     )
+
+
+def _choice(given: str | FlatChoice | FlatAllowedTools | None) -> Any:
+    """The choice in the form of chats."""
+    if isinstance(given, FlatAllowedTools):
+        named = [_choice(tool) for tool in given.tools]
+        return AllowedToolsChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=given.mode, tools=named))
+    return NamedTool(function=NamedFunction(name=given.name)) if isinstance(given, FlatChoice) else given
 
 
 def messages(body: ResponsesRequest) -> list[Message]:

@@ -105,6 +105,9 @@ def known(model: type) -> set[str]:
         (chat.ChatCompletionMessage, protocol.AssistantMessage),
         (chat.ParsedChatCompletionMessage, protocol.AssistantMessage),
         (chat.ChatCompletionToolMessageParam, protocol.ToolMessage),
+        (chat.ChatCompletionAllowedToolsParam, protocol.AllowedTools),
+        (responses.ToolChoiceAllowedParam, responses_body.FlatAllowedTools),
+        (responses.ParsedResponseOutputText, responses_body.OutputText),
         (chat.ChatCompletionContentPartTextParam, protocol.TextPart),
         (chat.ChatCompletionContentPartImageParam, protocol.ImagePart),
         (chat.ChatCompletionContentPartRefusalParam, protocol.RefusalPart),
@@ -130,7 +133,7 @@ def test_every_field_of_the_official_client_is_known(theirs, ours):
 
 
 def test_every_field_of_vllm_is_known():
-    assert set(VLLM) <= known(ChatRequest) & known(CompletionRequest)
+    assert {*VLLM, "response_format"} <= known(ChatRequest) & known(CompletionRequest)
     assert set(VLLM_CHAT) <= known(ChatRequest)
     assert set(VLLM_RESPONSES) <= known(ResponsesRequest)
     assert not {one for model in BODIES for one in set(model.known) & set(names_of(model))}, "in two places"
@@ -171,10 +174,47 @@ def answer(**fields) -> dict:
         answer(tool_calls=[{"id": "1", "type": None, "function": {"name": "f", "arguments": "{}"}}]),
         {"tools": [{"type": "function", "cache_control": {}, "function": {"name": "f", "strict": None}}]},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": None, "strict": None}}},
+        {"logprobs": False, "top_logprobs": 0, "max_tokens": 5, "max_completion_tokens": 5},
+        # What a client of another provider sends back, and calls without arguments.
+        answer(tool_calls=[{"id": "1", "index": 0, "extra_content": {"a": {}}, "provider_specific_fields": {"a": 1},
+                            "function": {"name": "f", "arguments": None, "provider_specific_fields": {"a": 1}}}]),
+        {"tools": [{"type": None, "function": {"name": "f"}}], "tool_choice": {"function": {"name": "f"}}},
     ],
-)
+)  # fmt: skip
 def test_what_changes_nothing_is_accepted_in_chats(fields):
-    ChatRequest.model_validate({"messages": HELLO, **fields})
+    bodies.chat(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
+
+
+def test_whole_numbers_may_have_a_point():
+    body = ChatRequest.model_validate({"messages": HELLO, "max_tokens": 5.0, "seed": -3.0, "n": 2.0, "temperature": 1})
+    assert (body.max_tokens, body.seed, body.n, body.temperature) == (5, -3, 2, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_some_of_the_tools_are_allowed(mode, flat):
+    def tool(name: str, **more) -> dict:
+        return {"type": "function", **({"name": name, **more} if flat else {"function": {"name": name, **more}})}
+
+    allowed = {"mode": mode, "tools": [tool("b"), tool("c")]}
+    body = {
+        "tools": [tool(name, parameters={"type": "object"}) for name in "abc"],
+        "tool_choice": {"type": "allowed_tools", **(allowed if flat else {"allowed_tools": allowed})},
+    }
+    if flat:
+        asked = responses_body.read(ResponsesRequest.model_validate({"input": "hello", **body}), DEFAULTS)
+    else:
+        asked = bodies.chat(ChatRequest.model_validate({"messages": HELLO, **body}), DEFAULTS)
+    assert asked.functions == ("b", "c")
+    assert '"name": "a"' not in asked.prompts[0][0]["content"]
+    assert [bound.param[:8] for bound in asked.bound] == ["tools[1]", "tools[2]"]
+    assert (asked.params.json_schema is not None) is (mode == "required")
+
+
+def test_completions_follow_a_response_format():
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 1}}}
+    body = CompletionRequest.model_validate({"prompt": "hello", "response_format": wanted})
+    assert bodies.completion(body, DEFAULTS).params.json_schema == {"const": 1}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +227,8 @@ def test_what_changes_nothing_is_accepted_in_chats(fields):
         {"input": [{"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None}, *HELLO]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a", "detail": "original"}]}]},
         {"tools": [{"type": "function", "name": "f", "strict": None, "defer_loading": False, "output_schema": {}}]},
+        {"input": [{"role": "assistant", "content": [{"type": "output_text", "text": "x", "parsed": {"k": 1}}]}]},
+        {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "parsed_arguments": {}}]},
     ],
 )
 def test_what_changes_nothing_is_accepted_in_responses(fields):
