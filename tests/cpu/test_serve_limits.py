@@ -145,7 +145,7 @@ for _ in range(400):
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content",
          "should be a string or a list of parts, but is None"),
         ({"stop": 5}, "stop", "should be a string or a list of strings, but is 5"),
-        ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type", "'custom'.*use tools of the type f"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type", "'custom'.*use tools of the type"),
         ({"tool_choice": {"type": "custom", "custom": {"name": "a"}}}, "tool_choice.type", "'custom'.*'allowed_tools'"),
         ({**_function({}), "tool_choice": {"type": "allowed_tools", "allowed_tools": {
             "mode": "auto", "tools": [{"function": {"name": "g"}}]}}}, "tool_choice", "names 'g', which is not in"),

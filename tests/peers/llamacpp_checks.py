@@ -183,7 +183,7 @@ CHECKS: tuple[Check, ...] = (
         "structured",
         "an unknown type",
         form(type="sound"),
-        right=lambda r: r.error["param"] == "response_format",
+        right=lambda r: r.error["param"] == "response_format.type",
         status=400,
     ),
     passes(
