@@ -29,6 +29,7 @@ from aria.serve.replies import (
     ModelList,
     ResponseObject,
     Status,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -154,6 +155,11 @@ def _tokens(service: Service) -> APIRouter:
         service.model(body.model)
         answer = tokens.stream if body.stream else tokens.count
         return await _unless_gone(request, answer(service, body, request.state.exchange))
+
+    @routes.get("/tokenizer_info", response_model=TokenizerInfo, responses=_said(401, 500))
+    async def tokenizer_info() -> Any:
+        """Special tokens and the chat template, as in vLLM."""
+        return tokens.info(service)
 
     @routes.post("/detokenize", response_model=Detokenized, responses=_WORK)
     async def detokenize(body: DetokenizeRequest) -> Any:

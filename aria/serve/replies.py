@@ -175,6 +175,18 @@ class Status(Reply):
     status: str
 
 
+class TokenizerInfo(Reply):
+    """What programs need that count and template on their own, named as in transformers' tokenizer_config.json."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str
+    unk_token: str
+    chat_template: str
+    model_max_length: int
+
+
 class Version(Reply):
     version: str
 

@@ -15,7 +15,7 @@ from aria.serve.errors import ApiError
 from aria.serve.exchange import Exchange
 from aria.serve.protocol import DetokenizeRequest, TokenizeRequest
 from aria.serve.reading import Reading
-from aria.serve.replies import Detokenized, MediaCost, Tokens
+from aria.serve.replies import Detokenized, MediaCost, TokenizerInfo, Tokens
 from aria.serve.service import Service
 from aria.serve.streaming import DONE, EventStream, event
 
@@ -108,3 +108,17 @@ async def text(service: Service, body: DetokenizeRequest) -> Detokenized:
         raise ApiError(400, f"token {outside[0]} is not in the vocabulary of {tokenizer.vocab_size}", param="tokens")
     said = await service.off_loop(lambda: tokenizer.decode(body.tokens), param="tokens")
     return Detokenized(prompt=said)
+
+
+def info(service: Service) -> TokenizerInfo:
+    """The tokenizer's special tokens, and the chat template."""
+    tokenizer = service.processor.tokenizer
+    return TokenizerInfo(
+        tokenizer_class=type(tokenizer).__name__,
+        bos_token=None,  # prompts begin with none
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=tokenizer.unk_token,
+        chat_template=str(service.processor.chat_template),
+        model_max_length=service.defaults.max_model_len,
+    )

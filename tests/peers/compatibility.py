@@ -35,6 +35,8 @@ class Client:
     """What a user of the client has to know."""
     lacks: tuple[str, ...] = ()
     """Checks for which the client has no form."""
+    more: tuple[str, ...] = ()
+    """Checks that no other client has."""
 
     @property
     def fast(self) -> bool:
@@ -44,7 +46,7 @@ class Client:
     @property
     def checks(self) -> tuple[str, ...]:
         """What its script reports."""
-        return tuple(check for check in CHECKS if check not in self.lacks)
+        return tuple(check for check in CHECKS if check not in self.lacks) + self.more
 
 
 CLIENTS = (
@@ -73,6 +75,47 @@ CLIENTS = (
         "llm_client.py",
         ("llm",),
         "in `extra-openai-models.yaml`, with `api_key_name`, `vision`, `supports_schema` and `supports_tools`",
+    ),
+    Client(
+        "LiteLLM",
+        "litellm_client.py",
+        ("litellm",),
+        "the providers `openai`, `hosted_vllm` and `litellm_proxy`, also `responses` and `text_completion`; too long a "
+        "prompt is its `ContextWindowExceededError`",
+    ),
+    Client(
+        "LiteLLM's proxy",
+        "litellm_proxy.py",
+        ("litellm", "anthropic"),
+        "OpenAI's client, and Anthropic's through `/v1/messages`: by responses (`openai/`) and by chats "
+        "(`hosted_vllm/`)",
+    ),
+    Client(
+        "pydantic-ai",
+        "pydantic_ai_client.py",
+        ("pydantic-ai-slim",),
+        "`OpenAIChatModel` and `OpenAIResponsesModel`, with `ToolOutput` and `NativeOutput`",
+    ),
+    Client(
+        "LlamaIndex",
+        "llamaindex_client.py",
+        ("llama-index-llms-openai-like",),
+        "`OpenAILike` with `is_chat_model=True` and, for tools, `is_function_calling_model=True`",
+    ),
+    Client(
+        "openai-agents",
+        "openai_agents.py",
+        ("openai-agents",),
+        "`OpenAIChatCompletionsModel` and `OpenAIResponsesModel`; conversations as lists, since the server keeps none",
+    ),
+    Client(
+        "lm-eval",
+        "lm_eval_client.py",
+        ("lm_eval",),
+        "`local-completions`, with loglikelihood, its rolling form and `generate_until`, and `local-chat-completions`; "
+        "the tokenizer is the server's own, which lm-eval finds by `/tokenizer_info` (give it a key as `auth_token`)",
+        lacks=("stream", "image", "tools", "structured", "usage"),
+        more=("loglikelihood", "rolling", "generate_until"),
     ),
     Client(
         "Vercel's ai",

@@ -249,6 +249,17 @@ CHECKS: tuple[Check, ...] = (
         ("/tokenize", {"messages": HELLO, "tools": [PAINT], "return_token_strs": True}),
         right=lambda r: len(r.json["token_strs"]) == r.json["count"] > 100,
     ),
+    passes(
+        "tokens",
+        "tokenizer_info: special tokens, which are one token each, and the chat template",
+        ("/tokenizer_info", None),
+        ("/tokenize", {"prompt": "<|endoftext|>"}),
+        right=lambda info, tokens: (
+            info.json["eos_token"] == "<|endoftext|>"
+            and tokens.json["count"] == 1
+            and "<|im_start|>" in info.json["chat_template"]
+        ),
+    ),
     # Adapters
     passes(
         "adapters",
