@@ -16,7 +16,9 @@ import pytest
 import torch
 from made_data import chat, jsonl, said
 
+from aria.train.data import DataStream
 from aria.train.evaluate import held_out_stream
+from aria.train.parallel import Parallel
 from aria.train.recipe import Recipe
 from aria.train.rng import random_states, restore_random_states
 from aria.train.run import train
@@ -217,6 +219,20 @@ def test_a_sample_of_rows_is_drawn_by_the_seed_and_the_same_on_any_number_of_ran
     one = asked(1, 1)
     assert 6 <= len(one) < 12 and max(one) >= 18
     assert asked(1, 2) == asked(1, 3) == one != asked(2, 1)
+
+
+def test_a_sample_that_another_rank_cannot_draw_is_an_error_here_too(run, tmp_path, monkeypatch):
+    drawn, agreed = [], Parallel.max
+
+    def draws(self, batches):
+        drawn.append(batches)
+        return 1
+
+    # The ranks' next exchange says that one of them failed.
+    monkeypatch.setattr(DataStream, "rows_that_fill", draws)
+    monkeypatch.setattr(Parallel, "max", lambda self, value: 1 if drawn and drawn.pop() else agreed(self, value))
+    with pytest.raises(RuntimeError, match="held-out data of another process failed"):
+        run(evaluate=held(tmp_path, [chat("a", "b")] * 3, batches=1))
 
 
 def test_held_out_data_that_are_rewritten_end_the_run(run, tmp_path):
