@@ -22,7 +22,6 @@ from aria.engine.core import EngineCore
 from aria.engine.engine import refuse_unbuilt
 from aria.engine.failures import StepError
 from aria.engine.generation import (
-    GENERATION_CONFIG,
     UNSET,
     Generation,
     Processor,
@@ -34,7 +33,6 @@ from aria.engine.generation import (
 from aria.engine.lockstep import Lockstep
 from aria.engine.outputs import Completion
 from aria.engine.request import Picture, Request
-from aria.hub import resolve
 from aria.model import Aria, Packed, pack_patches
 from aria.model.output import AriaOutput, GenerateOutput
 from aria.ops import Segments, on_own_device
@@ -108,11 +106,7 @@ class AriaForConditionalGeneration(nn.Module):
         dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         device = _one_of("device", device, "device_map", _single_device(device_map))
         model = load_model(path_or_repo_id, revision=revision, dtype=None if dtype == "auto" else dtype, device=device)
-        generation_config: dict[str, Any] = {}
-        if not isinstance(path_or_repo_id, AriaConfig):
-            folder = resolve(path_or_repo_id, revision=revision, allow_patterns=[GENERATION_CONFIG])
-            generation_config = read_generation_config(folder if folder.is_dir() else folder.parent)
-        return cls(model, generation_config).eval()
+        return cls(model, read_generation_config(path_or_repo_id, revision)).eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write today's Hub layout into ``folder``; transformers and vLLM load it as it is."""

@@ -50,7 +50,9 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of a request, media in it included.")] = 256 << 20,
     max_queue: Annotated[int, typer.Option(help="Requests that wait; more are told to come again.")] = 256,
     max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
-    default_temperature: Annotated[float, typer.Option(help="Where a request says nothing.")] = 1.0,
+    default_temperature: Annotated[
+        float | None, typer.Option(help="Of requests without one; default: generation_config.json, else 1.")
+    ] = None,
     step_seconds: Annotated[
         float, typer.Option(help="For one step of the model; /health is a 503 while one takes longer.")
     ] = 120.0,

@@ -19,6 +19,7 @@ from aria.checkpoint.adapter import read_adapter
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
 from aria.engine.failures import StepError, failure
+from aria.engine.generation import read_generation_config
 from aria.engine.grammar import Grammars, Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
 from aria.engine.prompt_scores import PromptScores
@@ -188,6 +189,8 @@ class Engine:
         config = path_or_repo_id
         if not isinstance(config, AriaConfig):
             config = AriaConfig.from_pretrained(config, revision=revision)
+        self.generation_config = read_generation_config(path_or_repo_id, revision)
+        """The model's ``generation_config.json``; empty where it has none."""
         stored = {name: read_adapter(folder, config) for name, folder in (adapters or {}).items()}
         self.model = load_model(path_or_repo_id, revision=revision, dtype=dtype, device=device)
         self.core = EngineCore(

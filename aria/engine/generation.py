@@ -6,18 +6,19 @@ B prompts, S their padded length, R sequences (B times the answers to each), V v
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aria.config import AriaConfig
 from aria.engine.sampling_params import SamplingParams
-from aria.hub import read_json
+from aria.hub import read_json, resolve
 
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_NEW_TOKENS = 256
@@ -104,15 +105,25 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """``generation_config.json`` of a model's folder, or nothing where there is none.
+def read_generation_config(
+    path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revision: str | None = None
+) -> dict[str, Any]:
+    """``generation_config.json`` of a model, or nothing where there is none.
 
     A setting that is not known here has no effect; it is named in a warning.
 
+    Args:
+        path_or_repo_id: as for loading the model; a configuration alone has no file.
+        revision: branch, tag or commit of a Hub repository.
+
     Raises:
+        FileNotFoundError: there is no such model.
         ValueError: not JSON, or a known setting of the wrong type.
     """
-    file = folder / GENERATION_CONFIG
+    if isinstance(path_or_repo_id, AriaConfig):
+        return {}
+    path = resolve(path_or_repo_id, revision=revision, allow_patterns=[GENERATION_CONFIG])
+    file = (path if path.is_dir() else path.parent) / GENERATION_CONFIG
     if not file.is_file():
         return {}
     settings = {name: value for name, value in read_json(file).items() if value is not None}
@@ -123,6 +134,13 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     for name, value in settings.items():
         _check(name, value, f"{file}: ")
     return settings
+
+
+def default_temperature(generation_config: Mapping[str, Any]) -> float | None:
+    """The temperature that ``generation_config.json`` asks for: 0 without sampling; None where it does not say."""
+    if generation_config.get("do_sample") is False:
+        return 0.0
+    return generation_config.get("temperature")
 
 
 def _neutral(name: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from aria.engine import Answer, AsyncEngine, ContextLengthError, Piece, SamplingParams, TokenLogprob
+from aria.engine.generation import default_temperature
 from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.processor.cancellation import run_cancellable
@@ -71,10 +72,13 @@ class Service:
     @cached_property
     def defaults(self) -> Defaults:
         """What bodies leave open."""
+        temperature = self.settings.temperature
+        if temperature is None:
+            temperature = default_temperature(self.engine.engine.generation_config)
         return Defaults(
             sizes=tuple(self.processor.image_processor.sizes),
             max_model_len=self.engine.engine.max_model_len,
-            temperature=self.settings.temperature,
+            temperature=1.0 if temperature is None else temperature,
             variables=variables_of(self.processor.chat_template),
         )
 

@@ -38,8 +38,9 @@ class ServerSettings:
     """Whether clients may load and unload adapters: whoever may do that reads folders of the server and the Hub."""
     named_media_bytes: int = 1 << 30
     """Memory for images and clips that clients name by a uuid, to send it alone in later requests."""
-    temperature: float = 1.0
-    """Where a request says nothing, as OpenAI's own interface has it."""
+    temperature: float | None = None
+    """Of requests that have none. None: what the model's ``generation_config.json`` asks for, as in vLLM, else 1, as in
+    OpenAI's interface."""
     step_seconds: float = 120.0
     """The longest that a step of the model may take. Beyond it the server counts as unhealthy until the step is over.
     First steps compile kernels for up to a minute where nothing was warmed up; those of large models on CPUs may take
@@ -59,7 +60,7 @@ class ServerSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if self.max_concurrency_per_key is not None and self.max_concurrency_per_key < 1:
             raise ValueError(f"max_concurrency_per_key is {self.max_concurrency_per_key}; expected at least 1, or None")
-        if not 0 <= self.temperature <= 2:
+        if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature is {self.temperature}; expected 0 to 2")
         if not self.step_seconds > 0:
             raise ValueError(f"step_seconds is {self.step_seconds}; expected more than 0")

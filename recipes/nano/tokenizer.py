@@ -131,7 +131,7 @@ def processor_of_nano() -> AriaProcessor:
 def write_files(folder: Path = NANO_FOLDER) -> None:
     """Write the files that a processor and ``generate`` read."""
     processor_of_nano().save_pretrained(folder)
-    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_TOKEN_ID}
+    settings = {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_TOKEN_ID}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -196,7 +196,8 @@ def test_settings_without_effect_are_named_in_a_warning(tmp_path):
         settings = read_generation_config(tmp_path)
     assert settings["eos_token_id"] == [2, 7]
     assert "top_k" not in settings
-    assert read_generation_config(tmp_path / "nowhere") == {}
+    (tmp_path / "nothing").mkdir()
+    assert read_generation_config(tmp_path / "nothing") == {}
 
 
 def test_unknown_settings_are_refused_by_name(pair):

@@ -8,7 +8,10 @@ import pytest
 import torch
 from serving import engine, running, straight
 
-from aria import AriaForConditionalGeneration
+from aria import AriaForConditionalGeneration, SamplingParams
+from aria.engine.generation import default_temperature
+from aria.serve.service import Service
+from aria.serve.settings import ServerSettings
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -203,6 +206,28 @@ def test_log_probabilities_of_prompts_come_in_vllms_form(live):
 def test_what_cannot_be_followed_is_refused(live, fields, says):
     response = live.post("/v1/chat/completions", messages=HELLO, **fields)
     assert response.status_code == 400 and says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "file", "temperature"),
+    [
+        (None, {"do_sample": False}, 0.0),
+        (None, {"do_sample": False, "temperature": 0.7}, 0.0),
+        (None, {"temperature": 0.7}, 0.7),
+        (None, {}, 1.0),
+        (0.3, {"do_sample": False}, 0.3),
+        (0.0, {"temperature": 0.7}, 0.0),
+    ],
+)
+def test_a_request_without_a_temperature_has_the_models(given, file, temperature, monkeypatch):
+    monkeypatch.setattr(engine().engine, "generation_config", file)
+    service = Service(engine(), ServerSettings(temperature=given))
+    assert service.defaults.temperature == temperature
+    service.close()
+
+
+def test_nano_answers_greedily_unless_it_is_asked_otherwise():
+    assert default_temperature(engine().engine.generation_config) == SamplingParams().temperature == 0.0
 
 
 @pytest.mark.parametrize("stream", [False, True])
