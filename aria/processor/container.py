@@ -31,7 +31,7 @@ _FORMATS = (
     *("gif", "apng", "h264", "hevc", "m4v", "ivf", "obu", "mjpeg", "rm", "wtv"),
 )
 _READ_BYTES = 1 << 20
-_MOST_FRAMES = 4_000_000
+MOST_FRAMES = 4_000_000
 """Of a clip, so that lists of them fit into memory: four hours at 240 a second are fewer."""
 _UNKNOWN_RATE = Fraction(25)
 
@@ -152,12 +152,21 @@ def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
     context = stream.codec_context
     if context is None:
         raise ValueError(f"{name} is coded in a way that cannot be decoded here")
-    if context.width * context.height > settings.frame_pixels:
-        raise ValueError(
-            f"{name} announces frames of {context.width} x {context.height} pixels, more than the "
-            f"{settings.frame_pixels:,} allowed; scale it down first"
-        )
+    check_frame(context.width, context.height, name, settings)
     return stream
+
+
+def check_frame(width: int, height: int, name: str, settings: MediaSettings) -> None:
+    """Refuse frames that are too large, before any is decoded.
+
+    Raises:
+        ValueError: more pixels than the settings allow.
+    """
+    if width * height > settings.frame_pixels:
+        raise ValueError(
+            f"{name} announces frames of {width} x {height} pixels, more than the {settings.frame_pixels:,} allowed; "
+            "scale it down first"
+        )
 
 
 def _kinds(container: Any) -> str:
@@ -182,8 +191,8 @@ def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
                     keys.append(Key(number, packet.pts, packet.dts))
                 if not packet.is_discard:  # outside of what the file's edit list shows
                     shown.append((packet.pts, number, max(packet.duration or 0, 0)))
-                if number == _MOST_FRAMES:
-                    raise ValueError(f"{clip.name} holds more than {_MOST_FRAMES:,} frames; send a part of it")
+                if number == MOST_FRAMES:
+                    raise ValueError(f"{clip.name} holds more than {MOST_FRAMES:,} frames; send a part of it")
         except av.FFmpegError:
             if not shown:  # else the end is broken, and what is before it is read
                 raise

@@ -30,6 +30,8 @@ _AVIF_EXIF = re.compile(rb"infe(?:\x02.{3}.{4}|\x03.{3}.{6})(Exif)", re.DOTALL)
 _AVIF_HEAD = 1 << 20
 """Bytes of an AVIF in which its list of items is looked for."""
 
+_WEBP_ANIMATION, _WEBP_ALPHA = 0x02, 0x10
+
 
 class _Edit(NamedTuple):
     """Bytes of a file from ``start`` up to ``end``, and what stands in their place."""
@@ -60,6 +62,8 @@ def cleaned(file: BinaryIO) -> tuple[BinaryIO, bool]:
         inverted = bool(edits)
     elif head[4:8] == b"ftyp":
         edits = _avif(file)
+    elif head[:4] == b"RIFF" and head[8:] == b"WEBP":
+        edits = _webp(file)
     else:
         edits = []
     file.seek(0)
@@ -187,3 +191,11 @@ def _avif(file: BinaryIO) -> list[_Edit]:
     """Without EXIF, which Pillow writes anew: its orientation does not count beside the file's own boxes."""
     file.seek(0)
     return [_Edit(*found.span(1), b"skip") for found in _AVIF_EXIF.finditer(file.read(_AVIF_HEAD))]
+
+
+def _webp(file: BinaryIO) -> list[_Edit]:
+    """With transparency where it is animated: what no frame covers is transparent, also where all frames are opaque."""
+    kind, flags = struct.unpack("<4s4xB", file.read(9).ljust(9))
+    if kind != b"VP8X" or not flags & _WEBP_ANIMATION:
+        return []
+    return [_Edit(20, 21, bytes([flags | _WEBP_ALPHA]))]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from aria.processor.animation import animation_format, decode_animation, webp_timeline
 from aria.processor.cancellation import map_in_context
 from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
 from aria.processor.limits import MediaSettings
@@ -83,7 +84,8 @@ def read_clip(
         if value is not None and not 1 <= value <= settings.max_frames:
             raise ValueError(f"{name} is {value}; 1 to {settings.max_frames} are allowed")
     watch = Watch(clip.name, settings.decode_timeout)
-    timeline = scan(clip, settings, watch)
+    animation = animation_format(clip, settings)
+    timeline = (webp_timeline if animation == "WEBP" else scan)(clip, settings, watch)
     if timeline.seconds > settings.clip_seconds:
         raise ValueError(
             f"{clip.name} is {float(timeline.seconds):.0f} s long, but {settings.clip_seconds:g} s are allowed; "
@@ -93,8 +95,12 @@ def read_clip(
     if count is None:
         assert fps is not None, "checked above"
         count = min(max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(fps))))
-    runs = _runs(timeline, choose(timeline, count))
-    frames = _decode(clip, timeline, runs, fit or _as_it_is, workers, settings, watch)
+    chosen = choose(timeline, count)
+    fit = fit or _as_it_is
+    if animation is not None:
+        frames = decode_animation(clip, animation, timeline, chosen, fit, settings, watch)
+    else:
+        frames = _decode(clip, timeline, _runs(timeline, chosen), fit, workers, settings, watch)
     if not frames:
         raise ValueError(f"no frame of {clip.name} can be decoded; the file may be truncated or damaged")
     first = timeline.times[0]

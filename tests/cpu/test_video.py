@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from made_media import HEIGHT, WIDTH, authors, clip, number_in
 from PIL import Image
 
-from aria.processor import MediaSettings, container
+from aria.processor import MediaSettings, container, load_image
 from aria.processor.container import Timeline
 from aria.processor.media import Opened, open_medium
 from aria.processor.video import Frame, choose, read_clip
@@ -322,7 +322,7 @@ def test_a_gpu_that_is_not_there() -> None:
 
 
 def test_clips_of_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "_MOST_FRAMES", 99)
+    monkeypatch.setattr(container, "MOST_FRAMES", 99)
     assert len(read(clip(99), num_frames=2)) == 2
     with pytest.raises(ValueError, match="more than 99 frames"):
         read(clip(100), num_frames=2)
@@ -389,11 +389,44 @@ def test_names_in_messages_are_those_of_the_source() -> None:
         read_clip(Opened(b"nothing", "my clip"), num_frames=1)
 
 
-def test_an_animated_avif_is_a_clip() -> None:
-    frames = [Image.fromarray(np.full((32, 48, 3), 20 * i, np.uint8)) for i in range(10)]
+def animation(kind: str, frames: list[Image.Image], **settings: Any) -> bytes:
     data = io.BytesIO()
-    frames[0].save(data, "AVIF", save_all=True, append_images=frames[1:], duration=100)
-    assert len(read(data.getvalue(), num_frames=4)) == 4
+    frames[0].save(data, kind, save_all=True, append_images=frames[1:], **{"duration": 100, **settings})
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "WEBP"])
+def test_animated_images_are_clips(kind: str) -> None:
+    frames = [Image.fromarray(np.full((32, 48, 3), 20 * i, np.uint8)) for i in range(10)]
+    shown = read(animation(kind, frames), num_frames=4)
+    assert [round(frame.rgb.mean() / 20) for frame in shown] == [1, 3, 6, 8]
+
+
+def test_an_animated_webp_is_read_by_its_own_times() -> None:
+    frames = [Image.fromarray(np.full((32, 48, 3), 40 * i, np.uint8)) for i in range(4)]
+    data = animation("WEBP", frames, duration=[1000, 0, 2000, 500])
+    shown = read(data, num_frames=4, fit=lambda width, height: (width // 2, height // 2))
+    assert [frame.seconds for frame in shown] == [0, 1, Fraction(11, 10), Fraction(31, 10)]
+    assert shown[3].rgb.shape == (16, 24, 3) and abs(shown[3].rgb.mean() - 120) < 4
+    assert len(read(data, num_frames=2)) == 2
+    for damaged, message in ((data[: len(data) // 2], "no frame of .* can be decoded"), (data[:30], "holds no frames")):
+        with pytest.raises(ValueError, match=message):
+            read(damaged, num_frames=4)
+    with pytest.raises(ValueError, match="announces frames of 48 x 32 pixels"):
+        read(data, num_frames=4, settings=MediaSettings(frame_pixels=48 * 31))
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {}])
+@pytest.mark.parametrize("kind", ["AVIF", "WEBP"])
+def test_what_no_frame_of_an_animated_image_covers_is_white(kind: str, options: dict[str, Any]) -> None:
+    frames = [Image.new("RGBA", (64, 48), (0, 0, 0, 0)) for _ in range(3)]
+    for number, frame in enumerate(frames):
+        frame.paste((255, 0, 0, 255), (16 * number, 8, 16 * number + 16, 24))
+    data = animation(kind, frames, **options)
+    for number, frame in enumerate(read(data, num_frames=3)):
+        assert frame.rgb[40, 60].tolist() == [255, 255, 255]
+        assert np.abs(frame.rgb[16, 16 * number + 8].astype(int) - [255, 0, 0]).max() < 12
+    assert load_image(data).getpixel((60, 40)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])

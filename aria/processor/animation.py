@@ -1,0 +1,104 @@
+"""Animated images that FFmpeg cannot read (WebP), or reads without their transparency (AVIF), through Pillow."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image
+
+from aria.processor import rgb
+from aria.processor.container import MOST_FRAMES, Fit, Timeline, Watch, check_frame
+from aria.processor.limits import MediaSettings
+from aria.processor.media import Opened
+from aria.processor.metadata import cleaned
+
+_ANIMATED = 2
+"""A flag of a WebP's header."""
+_SHORTEST_MS, _DEFAULT_MS = 10, 100
+"""Frames of no more milliseconds than the first are shown for the second, as browsers do."""
+
+
+def animation_format(clip: Opened, settings: MediaSettings) -> str | None:
+    """WEBP or AVIF where a clip is an animated image for this module, None where it is for FFmpeg."""
+    with clip.file() as file:
+        head = file.read(32)
+        if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & _ANIMATED:
+            return "WEBP"
+        if settings.background is None or head[4:8] != b"ftyp" or b"avis" not in head[8:]:
+            return None
+        file.seek(0)
+        try:
+            with Image.open(cleaned(file)[0], formats=["AVIF"]) as image:
+                return "AVIF" if image.has_transparency_data else None
+        except Exception:  # damaged, or without Pillow's codec: FFmpeg says so, or shows it without transparency
+            return None
+
+
+def webp_timeline(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
+    """When the frames of an animated WebP are shown; nothing is decoded.
+
+    Raises:
+        ValueError: it holds no frames, too many, or too large ones.
+    """
+    times: list[int] = []
+    end = pixels = 0
+    with clip.file() as file:
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            watch.check()
+            kind, size = struct.unpack("<4sI", header)
+            place, body = file.tell(), file.read(min(size, 16)).ljust(16, b"\0")
+            if kind == b"VP8X":
+                width, height = (1 + int.from_bytes(body[at : at + 3], "little") for at in (4, 7))
+                check_frame(width, height, clip.name, settings)
+                pixels = width * height
+            elif kind == b"ANMF":
+                shown = int.from_bytes(body[12:15], "little")
+                times.append(end)
+                end += shown if shown > _SHORTEST_MS else _DEFAULT_MS
+            if len(times) > MOST_FRAMES:
+                raise ValueError(f"{clip.name} holds more than {MOST_FRAMES:,} frames; send a part of it")
+            file.seek(place + size + size % 2)
+    if not times:
+        raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
+    return Timeline(times, list(range(len(times))), end, Fraction(1, 1000), [], True, pixels)
+
+
+def decode_animation(
+    clip: Opened,
+    format: str,
+    timeline: Timeline,
+    chosen: Sequence[int],
+    fit: Fit,
+    settings: MediaSettings,
+    watch: Watch,
+) -> dict[int, np.ndarray]:
+    """RGB by time, of the frames with the indices ``chosen``. What cannot be decoded is missing.
+
+    Raises:
+        ValueError: the time is up.
+    """
+    wanted, frames = set(chosen), {}
+    with clip.file() as file:
+        try:
+            image = Image.open(cleaned(file)[0], formats=[format])
+        except Exception:  # decoders of damaged files raise errors of every kind
+            return {}
+        with image:
+            # Frames of a WebP are changes of those before: one at a time, so that the watch can end it.
+            for index in range(max(chosen) + 1) if format == "WEBP" else sorted(wanted):
+                watch.check()
+                try:
+                    image.seek(index)
+                    image.load()
+                except Exception:
+                    break
+                if index in wanted:
+                    frame = rgb.upright_rgb(image, clip.name, settings.background)
+                    size = fit(*frame.size)
+                    frame = frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)
+                    frames[timeline.times[index]] = np.asarray(frame)
+    return frames
