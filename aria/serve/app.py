@@ -16,7 +16,7 @@ from aria.engine import AsyncEngine
 from aria.serve import adapters, errors, tokens
 from aria.serve.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from aria.serve.answers import respond
-from aria.serve.exchange import ExchangeMiddleware
+from aria.serve.exchange import CLIENT_GONE, ExchangeMiddleware
 from aria.serve.limits import Gate, Traffic
 from aria.serve.page import Page
 from aria.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -142,7 +142,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return await until_gone(request, work)
     except ClientGoneError:
-        return Response(status_code=499)  # read by nobody but the log
+        return Response(status_code=CLIENT_GONE)
 
 
 def _tokens(service: Service) -> APIRouter:

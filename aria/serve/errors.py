@@ -11,9 +11,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from aria.engine import ContextLengthError, ParameterError
 from aria.serve import fields
+from aria.serve.exchange import CLIENT_GONE
 
 _KINDS = {
     401: "authentication_error",
@@ -202,6 +204,8 @@ def install(app: FastAPI) -> None:
             allowed = Headers(error.headers or {}).get("allow", "another method")
             message = f"{request.method} is not what {path!r:.200} takes; it takes {allowed}"
             return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
+        if isinstance(error.__cause__, ClientDisconnect):
+            return Response(status_code=CLIENT_GONE)
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
             return ApiError(400, _unreadable(error.__cause__), code="bad_json").response()
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()

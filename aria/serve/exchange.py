@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ACCESS_LOG = "aria.access"
 """Name of the logger that has a line for each request, at the level INFO."""
+CLIENT_GONE = 499
+"""Status of a request whose client left before the response; nobody but logs and metrics see it."""
 _logger = logging.getLogger(ACCESS_LOG)
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -35,7 +37,7 @@ class Exchange:
         """The line of the access log. It has nothing of bodies, queries, keys and headers.
 
         Args:
-            status: of the response; 499 where the client left before it.
+            status: of the response, or :data:`CLIENT_GONE`.
         """
         if not _logger.isEnabledFor(logging.INFO):
             return
@@ -66,7 +68,7 @@ class ExchangeMiddleware:
         asked = Headers(scope=scope).get("x-request-id", "")
         name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
         exchange = Exchange(scope["method"], scope["path"], name)
-        status = 499
+        status = CLIENT_GONE
 
         async def named(message: Message) -> None:
             nonlocal status

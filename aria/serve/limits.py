@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aria.serve.errors import ApiError, overloaded, unexpected
-from aria.serve.exchange import Exchange
+from aria.serve.exchange import CLIENT_GONE, Exchange
 from aria.serve.inflate import inflated, is_compressed
 from aria.serve.metrics import Metrics
 from aria.serve.settings import ServerSettings
@@ -118,7 +118,7 @@ class Gate:
                 raise  # the client sees the connection break: half an answer is none
             await unexpected(exchange.request_id).response()(scope, receive, watched)
         finally:
-            self._metrics.requests.labels(_route(scope), str(status or 499)).inc()
+            self._metrics.requests.labels(_route(scope), str(status or CLIENT_GONE)).inc()
 
     async def _enter(self, scope: Scope, exchange: Exchange, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

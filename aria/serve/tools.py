@@ -90,10 +90,15 @@ class CallReader:
         self._held = ""
         self._seen = 0
         """No tag that closes the held call begins before this place."""
+        self._behind_call = False
+        """Nothing but white space came since a call; it belongs to neither side, as does that before one."""
 
     def push(self, piece: str) -> list[str | Call]:
         """The next piece of text; what became certain with it, in order."""
         self._held += piece
+        if self._behind_call:
+            self._held = self._held.lstrip()
+            self._behind_call = not self._held
         return self._read(last=False)
 
     def flush(self) -> list[str | Call]:
@@ -122,6 +127,7 @@ class CallReader:
                 found += [self._held[:start].rstrip(), call]
                 end += len(self._held[end:]) - len(self._held[end:].lstrip())
             self._held, self._seen = self._held[end:], 0
+            self._behind_call = call is not None and not self._held
         # White space before a call belongs to neither, and is held back with the tag.
         keep = len(self._held[:start].rstrip()) if start >= 0 else len(self._held) - self._open_end()
         found.append(self._held[:keep])

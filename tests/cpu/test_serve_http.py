@@ -7,13 +7,14 @@ import gzip
 import json
 import logging
 import re
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx2
 import pytest
-from serving import engine, running
+from serving import engine, running, until
 from test_serve_limits import error_of
 
 from aria.serve import inflate
@@ -274,6 +275,10 @@ def test_each_request_has_a_line_without_its_contents():
         live.http.get("/no%0Athing")
         asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "X-Request-Id": "before"}
         httpx2.options(live.address + CHAT, headers=asked)
+        with socket.create_connection(("127.0.0.1", live.http.base_url.port)) as half:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret-key\r\nX-Request-Id: half"
+            half.sendall(f"{head}\r\nContent-Length: 99\r\n\r\n{{".encode())
+        until(lambda: any("id=half" in line for line in lines))
     tokens = f"prompt={usage['prompt_tokens']} completion={usage['completion_tokens']}"
     expected = (
         rf"POST {CHAT} 200 \d+\.\d\d\ds {tokens} id={name}",
@@ -282,6 +287,7 @@ def test_each_request_has_a_line_without_its_contents():
         r"HEAD /v1/models/ 401 \S+ id=mine",
         r"GET /no%0Athing 404 \S+ id=req-\w+",
         rf"OPTIONS {CHAT} 200 \S+ id=before",
+        rf"POST {CHAT} 499 \S+ id=half",
     )
     # In any order: a stream's line comes after its client has read the last event.
     assert [sum(bool(re.fullmatch(one, line)) for line in lines) for one in expected] == [1] * len(lines)

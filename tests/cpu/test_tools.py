@@ -32,6 +32,16 @@ def test_tags_inside_of_arguments_are_text_however_the_answer_is_cut(cuts):
     assert [call.arguments for call in found if isinstance(call, Call)] == [NESTED, "{}"]
 
 
+def test_white_space_around_calls_is_nobody_s_however_the_answer_is_cut():
+    call = calls.written("save", "{}")
+    text = f"so: \n{call} \n{call}\n\n done {call} \n "
+    for size in range(1, len(text) + 1):
+        reader = CallReader(("save",))
+        parts = [part for i in range(0, len(text), size) for part in reader.push(text[i : i + size])] + reader.flush()
+        assert sum(isinstance(part, Call) for part in parts) == 3
+        assert "".join(part for part in parts if isinstance(part, str)) == "so:done"
+
+
 def test_a_call_with_quotes_that_do_not_match_hides_no_later_call():
     broken = '<tool_call>{"name": "f", "arguments": {"a": "it"s"}}</tool_call>'
     reader = CallReader(["f"])
