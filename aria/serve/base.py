@@ -34,13 +34,18 @@ Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
 """An object that can be told again, such as a schema."""
 
 
+def _whole(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON's strings may hold and pydantic does not take."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def kind_of(key: str, default: str | None = None) -> Discriminator:
     """Tells the members of a union by the value of a field; tags stand in brackets, see `errors`."""
 
     def tell(value: Any) -> str | None:
         kind = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
         kind = default if kind is None else kind
-        return f"<{kind:.40}>" if isinstance(kind, str) else None
+        return _whole(f"<{kind:.40}>") if isinstance(kind, str) else None
 
     tell.__name__ = key  # which errors repeat
     return Discriminator(tell)
@@ -66,9 +71,8 @@ def misfit(field: str, message: str, kind: str = "invalid_value") -> PydanticCus
         message: what follows the field's name.
         kind: the code that clients read.
     """
-    # JSON's names may hold half of a surrogate pair, which pydantic does not take.
-    field, message = (text.encode("utf-8", "replace").decode() for text in (field[:MOST_NAME], message))
-    return PydanticCustomError(kind, "{message}", {"field": field, "message": message})  # type: ignore[arg-type]
+    told = {"field": _whole(field[:MOST_NAME]), "message": _whole(message)}
+    return PydanticCustomError(kind, "{message}", told)  # type: ignore[arg-type]
 
 
 def _with_ignored(schema: dict[str, Any], model: type[BaseModel]) -> None:
@@ -96,7 +100,8 @@ class Body(BaseModel):
         names, kept = names_of(cls), {}
         if (kind := value.get("type")) is not None and (kinds := kinds_of(cls)) and kind not in kinds:
             # Its other fields are of that kind, and say nothing of what is wrong.
-            told = {"discriminator": "type()", "tag": f"{kind!s:.40}", "expected_tags": ", ".join(map(repr, kinds))}
+            tag = _whole(f"{kind!s:.40}")
+            told = {"discriminator": "type()", "tag": tag, "expected_tags": ", ".join(map(repr, kinds))}
             raise PydanticCustomError("union_tag_invalid", "", told)
         for name, one in value.items():
             if name not in names:

@@ -149,6 +149,9 @@ for _ in range(400):
         ({"tool_choice": {"type": "custom", "custom": {"name": "a"}}}, "tool_choice.type", "'custom'.*'allowed_tools'"),
         ({**_function({}), "tool_choice": {"type": "allowed_tools", "allowed_tools": {
             "mode": "auto", "tools": [{"function": {"name": "g"}}]}}}, "tool_choice", "names 'g', which is not in"),
+        ({"tools": [{"type": "\ud800", "function": {"name": "a"}}]}, "tools[0].type", "is '?'"),
+        ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages[0].role", "is '?'"),
+        ({"response_format": {"type": "\ud800"}}, "response_format.type", "is '?'"),
         ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "at most max_tokens"),
         ({"stop_token_ids": [999_999]}, "stop_token_ids", "the vocabulary ends"),
         ({"max_output_tokens": 3}, "max_output_tokens", "use max_completion_tokens"),
