@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from aria.serve import bodies, chat, completions, responses, responses_body
-from aria.serve.errors import ApiError, from_validation, not_found, wrong
+from aria.serve.errors import ApiError, from_validation, invalid_request, not_found
 from aria.serve.exchange import Exchange
 from aria.serve.protocol import ChatRequest, CompletionRequest
 from aria.serve.reading import Reading
@@ -54,7 +54,7 @@ async def respond(service: Service, path: str, body: Any, exchange: Exchange | N
     try:
         asked = route.read(body, service.defaults)
     except ValueError as error:
-        raise wrong(error) from error
+        raise invalid_request(error) from error
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     exchange = exchange or Exchange()

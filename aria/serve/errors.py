@@ -120,7 +120,7 @@ def context_length(error: ContextLengthError, param: str | None) -> ApiError:
     return ApiError(400, str(error), param=param, code="context_length_exceeded")
 
 
-def wrong(error: ValueError) -> ApiError:
+def invalid_request(error: ValueError) -> ApiError:
     """What the engine found wrong with a request, by the name of the field if it knows that."""
     return ApiError(400, str(error), param=error.name if isinstance(error, ParameterError) else None)
 

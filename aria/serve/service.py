@@ -24,7 +24,7 @@ from aria.processor.pictures import Prepared
 from aria.processor.template import variables_of
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
-from aria.serve.errors import ApiError, context_length, wrong
+from aria.serve.errors import ApiError, context_length, invalid_request
 from aria.serve.exchange import Exchange
 from aria.serve.metrics import Metrics
 from aria.serve.named_media import NamedMedia
@@ -205,7 +205,7 @@ class Service:
         except ContextLengthError as error:
             raise context_length(error, param) from error
         except ValueError as error:
-            raise wrong(error) from error
+            raise invalid_request(error) from error
         return run
 
     @property

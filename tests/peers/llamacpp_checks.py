@@ -128,7 +128,12 @@ CHECKS: tuple[Check, ...] = (
         right=lambda one, two: one.answer == two.answer,
     ),
     refused("completions", "n_predict", completion(n_predict=8), reason="use max_tokens"),
-    refused("completions", "parts of prompts mixed from text and ids", completion([43, "Hello"]), reason="prompt"),
+    refused(
+        "completions",
+        "parts of prompts mixed from text and ids",
+        completion([43, "Hello"]),
+        reason="input should be a valid integer",
+    ),
     # Fields of its own
     passes(
         "extensions", "cache_prompt, which is always on", chat(cache_prompt=True), right=lambda r: r.answer == GREETING
@@ -224,7 +229,12 @@ CHECKS: tuple[Check, ...] = (
         ),
     ),
     passes("logprobs", "logit_bias by id", completion(logit_bias={"43": 100}), right=lambda r: len(set(r.answer)) == 1),
-    refused("logprobs", "logit_bias as a list of pairs", chat(logit_bias=[[43, 1]]), reason="logit_bias"),
+    refused(
+        "logprobs",
+        "logit_bias as a list of pairs",
+        chat(logit_bias=[[43, 1]]),
+        reason="input should be a valid dictionary",
+    ),
     # Tokens
     refused("tokens", "content", ("/tokenize", {"content": "Hello"}), reason="use prompt"),
     passes("tokens", "detokenize", ("/detokenize", {"tokens": [43, 72]}), right=lambda r: len(r.json["prompt"]) == 2),

@@ -336,5 +336,19 @@ CHECKS: tuple[Check, ...] = (
         chat(stop_token_ids=[43], logit_bias={"43": 100}),
         right=lambda _, r: (r.finish, r.usage["completion_tokens"]) == ("stop", 1),
     ),
+    passes(
+        "stop",
+        "stop_token_ids beyond the vocabulary",
+        chat(stop_token_ids=[999_999]),
+        right=lambda r: r.error["param"] == "stop_token_ids",
+        status=400,
+    ),
+    passes(
+        "stop",
+        "min_tokens above max_tokens",
+        chat(min_tokens=33),
+        right=lambda r: r.error["param"] == "min_tokens",
+        status=400,
+    ),
     *vllm_content_checks.CHECKS,
 )
