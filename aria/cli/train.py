@@ -78,8 +78,12 @@ def train(
     read = Recipe.read(recipe, settings or ())
     folder = out_folder or Path("runs") / recipe.stem
     if dry_run:
-        for table in dry(read, folder):
-            out.print(table)
+        for part in dry(read, folder):
+            if isinstance(part, str):
+                # Paths in it stay in one piece, and brackets in them are no markup.
+                out.print(part, soft_wrap=True, markup=False, highlight=False)
+            else:
+                out.print(part)
         return
     if resume and not begun(folder):
         raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")

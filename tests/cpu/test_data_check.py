@@ -46,7 +46,7 @@ def bad(tmp_path_factory):
         (chat("a", ""), "empty answer"),
         (chat("3" * 100_000, "dog"), "too long"),
         (b'{"text": "\xc3\x28"}', "not UTF-8"),
-        ({"messages": [said("bot", "a"), said("assistant", "b")]}, "unknown role"),
+        ({"messages": [said("narrator", "a"), said("assistant", "b")]}, "unknown role"),
         ({"messages": [said("user", "a")]}, "no answer"),
         (shown(image, images=["half.png"]), "bad medium"),
         (shown(image, images=["text.png"]), "bad medium"),
