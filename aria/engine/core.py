@@ -446,7 +446,7 @@ class EngineCore:
         """
         logger.error("a step of the model failed", exc_info=error)
         free_frames(error)
-        # Where nothing was being computed it is the books that are wrong, and nobody can go on with them.
+        # Where nothing was being computed it is the books that are wrong, and no request can continue.
         failed = list(self._unfinished) if self._at_stake is None else self._at_stake.requests
         if self._launched is not None:
             before = self._launched.plan.requests

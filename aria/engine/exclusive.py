@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MOST_COMPARED = 128
 _DEPTH = 3
 _TYPES = {"NoneType": "null", "bool": "boolean", "str": "string", "list": "array", "object": "object"}
-"""Of the keys of `keywords.same`; numbers are told apart by their value."""
+"""Of the keys of `keywords.same`; numbers are distinguished by their value."""
 
 
 def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[list[Any]]:

@@ -17,7 +17,7 @@ _SIGNS = "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 class StepError(RuntimeError):
-    """A step did not serve all of its requests. Others go on with the next one.
+    """A step failed for some of its requests. Others continue with the next one.
 
     Attributes:
         failed: requests that have ended without an answer, each with its reason.
@@ -31,7 +31,7 @@ class StepError(RuntimeError):
 
 
 def failure(what: str, error: Exception) -> RuntimeError:
-    """What a caller is told. A new one each time: two tasks must not raise the same exception."""
+    """The exception a caller gets. A new one each time: two tasks must not raise the same exception."""
     told = RuntimeError(f"{what}: {error}")
     told.__cause__ = error
     return told

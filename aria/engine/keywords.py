@@ -182,7 +182,7 @@ class Resources:
         self._cleaned: set[int] = set()
         self._patterns: dict[str, LLMatcher] = {}
         self._added: list[dict[str, Any]] = []
-        """Kept alive: schemas are told apart by their identity."""
+        """Kept alive: schemas are distinguished by their identity."""
         self._read(root, None, "#")
 
     def place(self, node: dict[str, Any]) -> str:

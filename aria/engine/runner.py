@@ -378,7 +378,7 @@ class Runner:
                     x_TD[place : place + count] = features_QD[first : first + count]
 
     def _encode(self, pictures: Sequence[Picture], adapter: str | None) -> Sequence[Tensor | Exception]:
-        """Picture tokens of each, or why there are none: one that fails should not be the others' fault."""
+        """Image tokens of each, or why there are none: one that fails must not fail the others."""
         try:
             return self.encoder.features(pictures, adapter)
         except Exception as error:

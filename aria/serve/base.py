@@ -1,4 +1,4 @@
-"""What request bodies are made of: objects that refuse unknown fields, lists, unions that are told apart by a field."""
+"""What request bodies are made of: objects that refuse unknown fields, lists, unions discriminated by a field."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aria.serve import fields
 
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]
-"""A list whose first wrong item is told: a million of them would take minutes and gigabytes."""
+"""A list that reports its first wrong item only: a million of them would take minutes and gigabytes."""
 
 MOST_FIELDS = 100
 MOST_NAME = 256

@@ -118,7 +118,7 @@ class Evaluation:
                     batch = next(batches, None)
                 except Exception as error:
                     batch, failed = None, error
-                # Ranks compute together: one that has no more goes on with filler, and all end where one fails.
+                # Ranks compute together: one that has no more computes filler, and all end where one fails.
                 most = ranks.max(2 * int(failed is not None) + int(batch is not None))
                 if most >= 2:
                     raise failed or RuntimeError(_OF_ANOTHER)

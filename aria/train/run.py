@@ -428,7 +428,7 @@ def _stream(
     recipe: Recipe, processor: AriaProcessor, config: AriaConfig, parallel: Parallel, say: Callable[[str], None]
 ) -> tuple[Any, float | None]:
     """Batches of this rank, and how dense pictures are in the rows that were looked at (:class:`Look`), None if none
-    were. Some rows, held-out ones too, are looked at: what they lack is told before a training.
+    were. Some rows, held-out ones too, are checked: what they lack is reported before training.
     """
     data = recipe.data
     if recipe.evaluate.data:

@@ -1,4 +1,4 @@
-"""Steps that fail: who is told, what goes on, and what of the failed step is let go."""
+"""Steps that fail: which requests fail, which continue, and what is released."""
 
 from __future__ import annotations
 

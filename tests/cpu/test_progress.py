@@ -1,4 +1,4 @@
-"""What is told of a training: nothing that can go wrong with it ends one."""
+"""Metrics and logs of a training: nothing that goes wrong with them ends it."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def test_an_end_is_not_drawn_before_it_may_come():
         assert_close(changed[~gone], scores[~gone])
         return [set(row.nonzero()[:, 0].tolist()) for row in gone]
 
-    # The first character alone stays free, and behind it nothing that goes on with the text.
+    # The first character alone stays free, and behind it nothing that continues the text.
     text = {1, 6, 10}
     for place in (10, 14):
         assert state.extras([1], [place])

@@ -129,7 +129,7 @@ def test_a_mixed_step_encodes_no_more_patches_than_it_may():
             encoded.update(p.key for p in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count))
         return chunks(plan)
 
-    # The third picture starts at place 19; what is behind the album goes on without waiting for it.
+    # The third picture starts at place 19; what is behind the album does not wait for it.
     assert encodes() == [(album, 0, 16, False), (text, 0, 9, True)]
     # Of the second one a part is still to be read. The fifth starts at place 35.
     assert encodes() == [(album, 16, 16, False)]

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: places, markup and what stands in messages are told apart; tools and open last messages."""
+"""Chat templates in Jinja: image places, markup and message text are kept apart; tools and open last messages."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class DataStream:
             unread = min(one["next"] * one["world"] + one["rank"] for one in states)
             waiting = sorted(held for one in alike for held in _held(one) if held.number < unread)
             self._next, self._held = max(0, -((self._rank - unread) // self._world)), waiting[self._rank :: self._world]
-        # Over all ranks each row counts once: what none goes on with is the first one's.
+        # Over all ranks each row counts once: what none continues is counted on the first.
         self.report = Report.joined(Report.of(one["report"]) for one in (own[:1] or (() if self._rank else alike)))
 
     def __iter__(self) -> Iterator[Batch]:
