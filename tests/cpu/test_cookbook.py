@@ -36,8 +36,8 @@ def play(monkeypatch, capsys, tmp_path):
 
 def test_a_picture(play):
     assert play("single_picture.py").splitlines() == [
-        "Welcome (103 tokens asked, 8 answered)",
-        "A red circle. (125 tokens asked, 14 answered)",
+        "Welcome (167 tokens asked, 8 answered)",
+        "A red circle. (189 tokens asked, 14 answered)",
         "octopus (106 tokens asked, 8 answered)",
         "A red circle to the left of a blue square.",
     ]

@@ -83,7 +83,7 @@ def test_every_file_is_told_of(run, folder):
         ]
         assert (record["kind"], record["model"], record["error"]) == ("image", "aria-nano", None)
         assert record["finish_reason"] == "stop"
-        assert record["usage"]["media"] == {"count": 1, "crops": 1, "tokens": 64}
+        assert record["usage"]["media"] == {"count": 1, "crops": 1, "tokens": 128}
         assert record["usage"]["prompt_tokens"] > 64 < record["usage"]["total_tokens"]
         assert record["seconds"] > 0
     assert err == "3 done, 1 passed over\n"
@@ -98,7 +98,7 @@ def test_clips_and_documents_are_told_of(run):
     }  # fmt: skip
     assert by_name["clip.mp4"]["usage"]["media"] == {"count": 4, "crops": 4, "tokens": 256}
     assert by_name["clip.mp4"]["prompt"] == "Describe what happens in this clip."
-    assert by_name["pages.pdf"]["usage"]["media"] == {"count": 2, "crops": 2, "tokens": 128}
+    assert by_name["pages.pdf"]["usage"]["media"] == {"count": 2, "crops": 2, "tokens": 256}
 
 
 def test_answers_follow_a_schema(run, tmp_path):
@@ -169,12 +169,12 @@ def test_sampling_and_picture_settings_are_used(run, tmp_path):
     picture = tmp_path / "wide.png"
     Image.new("RGB", (900, 300), "white").save(picture)
     usage = {}
-    for name, options in {"plain": (), "large": ("--max-image-size", 448), "split": ("--split",)}.items():
+    for name, options in {"plain": (), "small": ("--max-image-size", 224), "split": ("--split",)}.items():
         code, [record], _ = run("describe", picture, "--max-tokens", 2, *options)
         assert (code, record["finish_reason"], record["usage"]["completion_tokens"]) == (0, "length", 2)
         usage[name] = record["usage"]["prompt_tokens"]
-    assert usage["large"] - usage["plain"] == 64
-    assert usage["split"] > usage["large"]
+    assert usage["plain"] - usage["small"] == 64
+    assert usage["split"] > usage["plain"]
     code, _, err = run("describe", picture, "--temperature", 3)
     assert code == 2 and "temperature is 3.0" in err
 

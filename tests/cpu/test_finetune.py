@@ -97,8 +97,8 @@ def test_merged_served_and_in_transformers_it_says_the_same(command, folder, pro
 
 
 def as_openai(part: dict) -> dict:
-    """A content part as OpenAI's clients send it; by itself the server takes the largest size that a model knows."""
+    """A content part as OpenAI's clients send it."""
     if part["type"] != "image":
         return part
     data = base64.b64encode(Path(part["image"]).read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}", "detail": "low"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

@@ -210,7 +210,16 @@ def test_text_is_the_same_by_generate_alone_and_in_a_crowd_that_is_preempted(eng
     # Nano is sure of its answers: only heat makes it say others.
     drawn = SamplingParams(max_tokens=40, temperature=2.0, seed=3)
     conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        # Small, so that the cache begins more of them than it can finish.
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": image, "max_image_size": 224},
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
         for image, question in PICTURES
     ]
     alone = {
