@@ -54,8 +54,12 @@ def serve(
         float | None, typer.Option(help="Of requests without one; default: generation_config.json, else 1.")
     ] = None,
     step_seconds: Annotated[
-        float, typer.Option(help="For one step of the model; /health is a 503 while one takes longer.")
-    ] = 120.0,
+        float | None,
+        typer.Option(
+            help="For one step of the model; /health is a 503 while one takes longer. "
+            "Default: 120, or 4 for small models on a CPU."
+        ),
+    ] = None,
     drain_seconds: Annotated[float, typer.Option(help="For running requests, once told to end.")] = 30.0,
     allow_local: AllowLocal = None,
     allow_private_addresses: AllowPrivate = False,

@@ -34,6 +34,13 @@ from aria.serve.truncation import prepare_latest
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+STEP_SECONDS = 120.0
+"""The longest that a step may take by default: first ones compile kernels for up to a minute on a GPU, and large models
+are slow on a CPU."""
+QUICK_MODEL = 100_000_000
+"""Active parameters under which a step takes less than a second on a CPU, where nothing is compiled either."""
+QUICK_STEP_SECONDS = 4.0
+"""The longest that a step of such a model may take by default."""
 PROBE_SECONDS = 4.0
 """For one token, when the model's last step failed; who asks after the server's health waits no longer."""
 
@@ -209,16 +216,25 @@ class Service:
         return run
 
     @property
+    def longest_step(self) -> float:
+        """Seconds that a step of the model may take."""
+        if self.settings.step_seconds is not None:
+            return self.settings.step_seconds
+        engine = self.engine.engine
+        quick = engine.device.type == "cpu" and engine.model.config.active_parameters() < QUICK_MODEL
+        return QUICK_STEP_SECONDS if quick else STEP_SECONDS
+
+    @property
     def hanging(self) -> bool:
         """Whether a step of the model takes longer than it may."""
-        return self.engine.step_seconds > self.settings.step_seconds
+        return self.engine.step_seconds > self.longest_step
 
     @property
     def ailment(self) -> str:
         """What is wrong where :meth:`healthy` is false."""
         if self.hanging:
             return (
-                f"a step of the model has taken {self.engine.step_seconds:.0f} s, and {self.settings.step_seconds:g} s "
+                f"a step of the model has taken {self.engine.step_seconds:.0f} s, and {self.longest_step:g} s "
                 "(--step-seconds) is the most"
             )
         return "the model fails at every step; the server's log tells why"

@@ -41,10 +41,10 @@ class ServerSettings:
     temperature: float | None = None
     """Of requests that have none. None: what the model's ``generation_config.json`` asks for, as in vLLM, else 1, as in
     OpenAI's interface."""
-    step_seconds: float = 120.0
+    step_seconds: float | None = None
     """The longest that a step of the model may take. Beyond it the server counts as unhealthy until the step is over.
     First steps compile kernels for up to a minute where nothing was warmed up; those of large models on CPUs may take
-    longer. ``float("inf")``: no limit."""
+    longer. None: 120, or 4 for small models on a CPU; ``float("inf")``: no limit."""
     drain_seconds: float = 30.0
     """How long running requests may go on after the server was told to end."""
 
@@ -62,7 +62,7 @@ class ServerSettings:
             raise ValueError(f"max_concurrency_per_key is {self.max_concurrency_per_key}; expected at least 1, or None")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature is {self.temperature}; expected 0 to 2")
-        if not self.step_seconds > 0:
+        if self.step_seconds is not None and not self.step_seconds > 0:
             raise ValueError(f"step_seconds is {self.step_seconds}; expected more than 0")
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; expected 0 or more")

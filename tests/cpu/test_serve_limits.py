@@ -489,6 +489,9 @@ def test_health_tells_of_a_step_that_hangs_until_it_returns(live, monkeypatch):
         return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
 
     assert gauge("aria_healthy") == 1 and gauge("aria_step_seconds") == 0
+    # By default it depends on the model and the device: nano on a CPU is quick.
+    assert service.longest_step == 4.0
+    monkeypatch.setattr(service, "settings", replace(service.settings, step_seconds=120.0))
     monkeypatch.setattr(engine().engine.core.runner, "launch", hangs)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(live.post, "/v1/chat/completions", messages=HELLO, max_tokens=2)
