@@ -11,6 +11,7 @@ import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import httpx2
 import pytest
@@ -23,6 +24,8 @@ from aria.serve.run import _log_config
 from aria.serve.settings import ServerSettings
 
 HELLO = [{"role": "user", "content": "hello"}]
+# Without the time, which would give tests other names in each process that collects them.
+gzipped = partial(gzip.compress, mtime=0)
 BODY = json.dumps({"messages": HELLO, "max_tokens": 2, "temperature": 0}).encode()
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -105,7 +108,7 @@ def test_a_slash_at_the_end_of_a_path_makes_no_difference(live):
     ],
 )  # fmt: skip
 def test_a_body_that_cannot_be_read_is_refused_with_the_reason(live, content, kind, status, code, says):
-    for sent, more in ((content, {}), (gzip.compress(content), {"content-encoding": "gzip"})):
+    for sent, more in ((content, {}), (gzipped(content), {"content-encoding": "gzip"})):
         error = error_of(live.http.post(CHAT, content=sent, headers={"content-type": kind, **more}), status)
         assert error["code"] == code
         assert re.search(says, error["message"]), error["message"]
@@ -119,12 +122,12 @@ def test_gzip_bodies_are_inflated(live):
     def answer(content, headers) -> str:
         return live.http.post(CHAT, content=content, headers=headers).json()["choices"][0]["message"]["content"]
 
-    plain, whole = answer(BODY, JSON), gzip.compress(BODY)
+    plain, whole = answer(BODY, JSON), gzipped(BODY)
     for content, encoding in (
         (whole, "gzip"),
         (whole, "X-GZIP"),
         (whole, "identity, gzip"),
-        (gzip.compress(BODY[:9]) + gzip.compress(BODY[9:]), "gzip"),
+        (gzipped(BODY[:9]) + gzipped(BODY[9:]), "gzip"),
         ((whole[i : i + 7] for i in range(0, len(whole), 7)), "gzip"),
         (BODY, "identity"),
     ):
@@ -136,10 +139,10 @@ def test_gzip_bodies_are_inflated(live):
     [
         (BODY, "br", 415, "unsupported_content_encoding"),
         (zlib.compress(BODY), "deflate", 415, "unsupported_content_encoding"),
-        (gzip.compress(gzip.compress(BODY)), "gzip, gzip", 415, "unsupported_content_encoding"),
+        (gzipped(gzipped(BODY)), "gzip, gzip", 415, "unsupported_content_encoding"),
         (BODY, "gzip", 400, "bad_gzip"),
-        (gzip.compress(BODY)[:-9], "gzip", 400, "bad_gzip"),
-        (gzip.compress(BODY) + b"more", "gzip", 400, "bad_gzip"),
+        (gzipped(BODY)[:-9], "gzip", 400, "bad_gzip"),
+        (gzipped(BODY) + b"more", "gzip", 400, "bad_gzip"),
         (b"", "gzip", 400, "bad_gzip"),
     ],
 )
@@ -151,7 +154,7 @@ def test_other_encodings_and_broken_ones_are_refused(live, content, encoding, st
 
 def test_a_body_that_inflates_beyond_the_limit_is_refused():
     with running(ServerSettings(max_body=200_000)) as live:
-        bomb, many = gzip.compress(bytes(50 << 20)), gzip.compress(b"") * 20_000
+        bomb, many = gzipped(bytes(50 << 20)), gzipped(b"") * 20_000
         assert len(bomb) < 200_000 < len(many)
         for content in (bomb, many):
             error = error_of(live.http.post("/tokenize", content=content, headers=compressed()), 413)
@@ -161,7 +164,7 @@ def test_a_body_that_inflates_beyond_the_limit_is_refused():
 @pytest.mark.parametrize("cut", [7, 1000, 10**9])
 def test_what_is_inflated_comes_in_small_pieces(cut):
     content = bytes(3 * inflate.PIECE) + BODY
-    data = gzip.compress(content[: inflate.PIECE]) + gzip.compress(content[inflate.PIECE :])
+    data = gzipped(content[: inflate.PIECE]) + gzipped(content[inflate.PIECE :])
     pieces = [data[at : at + cut] for at in range(0, len(data), cut)]
     messages = iter([{"type": "http.request", "body": one, "more_body": one is not pieces[-1]} for one in pieces])
 
