@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aria.media.container import Watch, cores, scan
+from aria.media.open import open_medium
+from aria.media.video import read_clip
 from aria.processor import AriaImageProcessor, MediaSettings
-from aria.processor.container import Watch, cores, scan
-from aria.processor.media import open_medium
-from aria.processor.video import read_clip
 
 RATE = 25
 """Frames a second of a clip that is made."""

@@ -84,8 +84,8 @@ class Conversation:
         Raises:
             FileNotFoundError, ValueError: it cannot be read as this kind.
         """
+        from aria.media.open import open_medium
         from aria.processor import load_image
-        from aria.processor.media import open_medium
 
         media = processor.media
         medium = load_image(source, media) if kind == "image" else open_medium(source, kind, media).data

@@ -50,8 +50,8 @@ def check(
 
     from aria.config import AriaConfig
     from aria.hub import NANO, model_name
+    from aria.media.container import cores
     from aria.processor import AriaProcessor
-    from aria.processor.container import cores
     from aria.train.data import DataSettings
     from aria.train.data.check import check_data
     from aria.train.settings import build

@@ -17,8 +17,8 @@ from aria.engine.engine import Answer, Engine, Message, Piece
 from aria.engine.grammar import Matcher
 from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
-from aria.processor.cancellation import run_cancellable
 from aria.processor.pictures import Prepared
+from aria.workers.cancellation import run_cancellable
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Messages, text and pictures to tensors, and ids back to text."""
 
+from aria.media.open import MediaSettings, load_image
 from aria.processor.batch import BatchFeature
 from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, DocumentPart, ImagePart, Prompt, VideoPart, render
 from aria.processor.image import AriaImageProcessor
-from aria.processor.media import MediaSettings, load_image
 from aria.processor.processor import AriaProcessor
 from aria.processor.tokenizer import AriaTokenizer, TextStream
 

@@ -62,7 +62,7 @@ class MediaPart:
     """What a message says about one medium; fields that are None are decided by the call that prepares it.
 
     Attributes:
-        source: the medium, path or address, as :mod:`aria.processor.media` takes it; None: the call gives it.
+        source: the medium, path or address, as :mod:`aria.media.open` takes it; None: the call gives it.
         max_image_size: side of its crops in pixels.
         split_image: whether its pictures are split.
     """
@@ -79,7 +79,7 @@ class ImagePart(MediaPart):
 
 @dataclass(frozen=True)
 class VideoPart(MediaPart):
-    """A clip: as many pictures as frames are taken of it, see :func:`aria.processor.video.read_clip`.
+    """A clip: as many pictures as frames are taken of it, see :func:`aria.media.video.read_clip`.
 
     Attributes:
         num_frames: how many.
@@ -99,7 +99,7 @@ class DocumentPart(MediaPart):
     """A document: as many pictures as pages are taken of it.
 
     Attributes:
-        pages: see :func:`aria.processor.document.read_document`.
+        pages: see :func:`aria.media.document.read_document`.
     """
 
     pages: str | tuple[int, ...] | None = None

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from aria.processor.cache import MediaCache
+from aria.media.cache import MediaCache
+from aria.media.document import read_document
+from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.open import open_medium
+from aria.media.video import read_clip
 from aria.processor.chat import IMAGE_TOKEN, IMAGE_WRAPPING, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
-from aria.processor.document import read_document
 from aria.processor.image import AriaImageProcessor
-from aria.processor.limits import MediaSettings, PixelBudget
-from aria.processor.media import open_medium
-from aria.processor.video import read_clip
 
 NUM_FRAMES = 128
 """Frames of a clip whose part does not say how many, as in the authors' cookbook."""
@@ -89,7 +89,7 @@ def expand(
     read again. Frames and pages are taken from the ``budget``.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.processor.media`.
+        FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.media.open`.
     """
     at = 0
     pieces: list[str] = []

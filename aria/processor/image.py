@@ -17,6 +17,7 @@ from PIL import Image
 
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
+from aria.media.open import load_image
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.files import (
     PREPROCESSOR_CONFIG,
@@ -26,7 +27,6 @@ from aria.processor.files import (
     read_size_conversion,
     write_json,
 )
-from aria.processor.media import load_image
 
 SPLIT_MODES = ("authors", "pad")
 
@@ -185,7 +185,7 @@ class AriaImageProcessor:
         return_tensors: str | None = "pt",
         **settings: Any,
     ) -> BatchFeature:
-        """Prepare one picture or a list of pictures, of any kind that :func:`~aria.processor.media.load_image` takes.
+        """Prepare one picture or a list of pictures, of any kind that :func:`~aria.media.open.load_image` takes.
 
         Args:
             images: one picture, or a list of them; lists in it and arrays of several pictures, ``(N, H, W, C)`` or

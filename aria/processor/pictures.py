@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from aria import ops
-from aria.processor.cancellation import check_cancelled, map_in_context
+from aria.media.limits import PixelBudget
+from aria.media.open import MediaSettings, load_image
+from aria.media.progress import ProgressCounter
 from aria.processor.image import AriaImageProcessor, Sheet
-from aria.processor.limits import PixelBudget
-from aria.processor.media import MediaSettings, load_image
-from aria.processor.progress import ProgressCounter
+from aria.workers.cancellation import check_cancelled, map_in_context
 
 MOST_THREADS = 16
 PIECE_BYTES = 1 << 20
@@ -73,7 +73,7 @@ class Picture:
         split_image: bool | None = None,
         split_mode: str | None = None,
     ) -> Picture:
-        """Read a picture of any kind that :func:`~aria.processor.media.load_image` takes; nothing is resized yet.
+        """Read a picture of any kind that :func:`~aria.media.open.load_image` takes; nothing is resized yet.
 
         The other arguments are those of calling the image processor, for one picture.
         """
@@ -144,7 +144,7 @@ def read_pictures(
 ) -> list[Picture]:
     """:meth:`Picture.of` of several sources, each with its own settings.
 
-    ``media`` limits what is read; None: the defaults of :class:`~aria.processor.media.MediaSettings`. ``budget`` is
+    ``media`` limits what is read; None: the defaults of :class:`~aria.media.open.MediaSettings`. ``budget`` is
     what they may take together, less what was spent already.
     """
     budget = budget or PixelBudget((media or MediaSettings()).prompt_pixels)

@@ -11,8 +11,10 @@ from typing import Any
 
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
+from aria.media.cache import MediaCache
+from aria.media.limits import PixelBudget
+from aria.media.open import MediaSettings, load_image
 from aria.processor.batch import BatchFeature, check_tensor_kind
-from aria.processor.cache import MediaCache
 from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.expand import expand, settle
 from aria.processor.files import (
@@ -26,8 +28,6 @@ from aria.processor.files import (
     write_json,
 )
 from aria.processor.image import AriaImageProcessor, check_rgb, flat
-from aria.processor.limits import PixelBudget
-from aria.processor.media import MediaSettings, load_image
 from aria.processor.options import TextOptions, merged
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length, check_sanitized
@@ -46,7 +46,7 @@ class AriaProcessor:
         tokenizer: :class:`AriaTokenizer`.
         image_processor: :class:`AriaImageProcessor`.
         size_conversion: side of a crop in pixels -> tokens that stand for it.
-        media: :class:`~aria.processor.media.MediaSettings`, limits on what is read and where from; may be replaced.
+        media: :class:`~aria.media.open.MediaSettings`, limits on what is read and where from; may be replaced.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from aria.processor.progress import Progress
+from aria.media.progress import Progress
 from aria.serve.protocol import ChatRequest
 from aria.serve.replies import ChatCompletion
 from aria.serve.service import Run

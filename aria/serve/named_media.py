@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aria.media.open import open_medium
 from aria.processor import MediaSettings
-from aria.processor.media import open_medium
 from aria.serve.errors import ApiError
 
 _FORGOTTEN = "media_not_cached"
@@ -38,7 +38,7 @@ class NamedMedia:
 
         Raises:
             ApiError: 400, nothing is kept under a uuid.
-            ValueError, OSError: a medium cannot be had, see :func:`aria.processor.media.open_medium`.
+            ValueError, OSError: a medium cannot be had, see :func:`aria.media.open.open_medium`.
         """
         return [self._message(client, message, settings) for message in messages]
 

@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Generic, TypeVar
 
-from aria.processor.progress import Progress, listen
+from aria.media.progress import Progress, listen
 
 T = TypeVar("T")
 

@@ -19,7 +19,6 @@ from aria.engine import Answer, AsyncEngine, ContextLengthError, Piece, Sampling
 from aria.engine.generation import default_temperature
 from aria.model import Aria
 from aria.processor import AriaProcessor
-from aria.processor.cancellation import run_cancellable
 from aria.processor.pictures import Prepared
 from aria.processor.template import variables_of
 from aria.serve import bodies
@@ -30,6 +29,7 @@ from aria.serve.metrics import Metrics
 from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings
 from aria.serve.truncation import prepare_latest
+from aria.workers.cancellation import run_cancellable
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -16,14 +16,15 @@ from PIL import Image
 from serving import PICTURES, idle, running, until
 from test_document import endless_page
 
-from aria.processor import AriaImageProcessor, MediaSettings, container, document
-from aria.processor.cancellation import Cancelled, check_cancelled, map_in_context, run_cancellable
-from aria.processor.document import read_document
-from aria.processor.fetch import fetch
-from aria.processor.media import open_medium
+from aria.media import container, document
+from aria.media.document import read_document
+from aria.media.fetch import fetch
+from aria.media.open import open_medium
+from aria.media.video import read_clip
+from aria.processor import AriaImageProcessor, MediaSettings
 from aria.processor.pictures import read_pictures
-from aria.processor.video import read_clip
 from aria.serve.settings import ServerSettings
+from aria.workers.cancellation import Cancelled, check_cancelled, map_in_context, run_cancellable
 
 OPEN = MediaSettings(private_addresses=True, connect_timeout=3600, read_timeout=3600, total_timeout=3600)
 PATIENCE = 120
@@ -127,7 +128,7 @@ def test_decoding_a_clip_stops_in_all_its_threads(monkeypatch: pytest.MonkeyPatc
             super().__init__(workers, thread_name_prefix="decoder")
 
     monkeypatch.setattr(container, "_packets", endless)
-    monkeypatch.setattr("aria.processor.video.ThreadPoolExecutor", Named)
+    monkeypatch.setattr("aria.media.video.ThreadPoolExecutor", Named)
     opened = open_medium(clip(60, g="10"), "video", OPEN)
     assert isinstance(cancelled(lambda: read_clip(opened, num_frames=6), began), Cancelled)
     assert not any(thread.name.startswith("decoder") for thread in threading.enumerate())

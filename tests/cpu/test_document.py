@@ -15,10 +15,11 @@ import pypdfium2.raw
 import pytest
 from made_media import pdf
 
-from aria.processor import MediaSettings, document
-from aria.processor.container import Watch
-from aria.processor.document import Page, page_ranges, read_document
-from aria.processor.media import open_medium
+from aria.media import document
+from aria.media.container import Watch
+from aria.media.document import Page, page_ranges, read_document
+from aria.media.open import open_medium
+from aria.processor import MediaSettings
 
 
 def read(data: bytes | Path, pages: Any = None, **limits: Any) -> list[Page]:

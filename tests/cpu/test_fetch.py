@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from media_site import Resolver, site
 
-from aria.processor import fetch as module
-from aria.processor.fetch import fetch, is_public
-from aria.processor.limits import MediaSettings
+from aria.media import fetch as module
+from aria.media.fetch import fetch, is_public
+from aria.media.limits import MediaSettings
 
 OPEN = MediaSettings(private_addresses=True, connect_timeout=60, read_timeout=60, total_timeout=120)
 CLOSED = MediaSettings(connect_timeout=60, read_timeout=60, total_timeout=120)

@@ -22,7 +22,8 @@ FLOORS = (
     ("model",),
     ("ops",),
     ("config",),
-    ("hub",),
+    ("media",),
+    ("workers", "hub"),
 )
 """Rooms of the package from the top down. A room imports from the floors under its own, and from itself."""
 LONGEST_FILE = 600

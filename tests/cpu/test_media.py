@@ -13,8 +13,8 @@ import torch
 from media_site import site
 from PIL import Image
 
+from aria.media.open import open_medium
 from aria.processor import MediaSettings, load_image
-from aria.processor.media import open_medium
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -50,7 +50,7 @@ def test_data_uris_are_unquoted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     escaped = "".join(f"%{byte:02x}" for byte in data)
     mixed = "".join(chr(byte) if 48 <= byte < 58 else f"%{byte:02X}" for byte in data)
     for piece in (3, 4, 5, 64, 1 << 16):
-        monkeypatch.setattr("aria.processor.media._PIECE", piece)
+        monkeypatch.setattr("aria.media.open._PIECE", piece)
         for body in (escaped, mixed):
             assert open_medium(f"data:image/png,{body}", "image", MediaSettings()).data == data
         spaced = "%20".join(base64.b64encode(data).decode()[i : i + 7] for i in range(0, len(data), 7))

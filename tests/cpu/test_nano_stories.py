@@ -11,8 +11,8 @@ import torch
 from nano_material import draw_scenes, font, material, packed_scenes
 from PIL import Image
 
+from aria.media.video import Frame
 from aria.processor.expand import expand, settle
-from aria.processor.video import Frame
 from recipes.nano import charts, data, documents, paint, scenes, stories, tokenizer
 from recipes.nano.assets import Assets
 from recipes.nano.planner import Planner

@@ -15,7 +15,7 @@ from serving import PICTURES, engine, until
 from test_page import ANSWERS, CLIP, Page, driver, in_browser, live, page  # noqa: F401  (fixtures)
 
 from aria.engine import Piece
-from aria.processor import document
+from aria.media import document
 
 pytestmark = in_browser
 PAUSE = None

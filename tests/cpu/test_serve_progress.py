@@ -13,8 +13,8 @@ from made_media import clip, pdf
 from PIL import Image
 from serving import PICTURES, data_uri, engine, idle, running, until
 
-from aria.processor import document
-from aria.processor.cancellation import Cancelled
+from aria.media import document
+from aria.workers.cancellation import Cancelled
 
 WORD = {"type": "image_url", "image_url": {"url": data_uri((PICTURES / "word.png").read_bytes())}}
 PAGES = data_uri(pdf(*[(200, 100)] * 3), "application/pdf")

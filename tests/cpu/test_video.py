@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from made_media import HEIGHT, WIDTH, authors, clip, number_in
 from PIL import Image
 
-from aria.processor import MediaSettings, container, load_image
-from aria.processor.container import Timeline
-from aria.processor.media import Opened, open_medium
-from aria.processor.video import Frame, choose, read_clip
+from aria.media import container
+from aria.media.container import Timeline
+from aria.media.open import Opened, open_medium
+from aria.media.video import Frame, choose, read_clip
+from aria.processor import MediaSettings, load_image
 
 CLIPS = Path(__file__).parent / "clips"
 

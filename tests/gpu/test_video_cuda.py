@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from aria.media import video as clips
+from aria.media.open import open_medium
 from aria.processor import MediaSettings
-from aria.processor import video as clips
-from aria.processor.media import open_medium
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from aria.config import AriaConfig
+from aria.media.cache import MediaCache
+from aria.media.limits import PixelBudget
 from aria.processor import AriaProcessor
-from aria.processor.cache import MediaCache
 from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, Prompt, render
 from aria.processor.expand import expand, settle
-from aria.processor.limits import PixelBudget
 from aria.processor.pictures import Crops, Picture, read_pictures
 from aria.processor.template import is_arias
 from aria.train.batch import Sample

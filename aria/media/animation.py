@@ -9,11 +9,11 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
-from aria.processor import rgb
-from aria.processor.container import MOST_FRAMES, Fit, Timeline, Watch, check_frame
-from aria.processor.limits import MediaSettings
-from aria.processor.media import Opened
-from aria.processor.metadata import cleaned
+from aria.media import rgb
+from aria.media.container import MOST_FRAMES, Fit, Timeline, Watch, check_frame
+from aria.media.limits import MediaSettings
+from aria.media.metadata import cleaned
+from aria.media.open import Opened
 
 _ANIMATED = 2
 """A flag of a WebP's header."""

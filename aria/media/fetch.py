@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import httpcore2
 
-from aria.processor.cancellation import POLL_SECONDS, check_cancelled
-from aria.processor.limits import MediaSettings, short
+from aria.media.limits import MediaSettings, short
+from aria.workers.cancellation import POLL_SECONDS, check_cancelled
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def fetch(url: str, limit: int, settings: MediaSettings) -> bytes:
 
     Raises:
         ValueError: the address is not allowed, does not answer, answers with an error, or sends too much or too slowly.
-        Cancelled: nobody waits for the body any more; see :mod:`aria.processor.cancellation`.
+        Cancelled: nobody waits for the body any more; see :mod:`aria.workers.cancellation`.
     """
     clock = _Clock(url, settings)
     backend = _Backend(clock, settings)

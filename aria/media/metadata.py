@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from aria.processor.cancellation import check_cancelled
+from aria.workers.cancellation import check_cancelled
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXT_BYTES = 1 << 19

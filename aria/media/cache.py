@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-from aria.processor.document import Page
-from aria.processor.video import Frame
+from aria.media.document import Page
+from aria.media.video import Frame
 
 Read = TypeVar("Read", Frame, Page)
 

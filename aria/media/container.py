@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from aria.processor import rgb
-from aria.processor.cancellation import check_cancelled
-from aria.processor.limits import MediaSettings
-from aria.processor.media import Opened
-from aria.processor.progress import ProgressCounter
+from aria.media import rgb
+from aria.media.limits import MediaSettings
+from aria.media.open import Opened
+from aria.media.progress import ProgressCounter
+from aria.workers.cancellation import check_cancelled
 
 Fit = Callable[[int, int], tuple[int, int]]
 """(width, height) of an upright frame -> what it should become."""
@@ -129,6 +128,7 @@ def on_gpu(gpu: int, *, or_cpu: bool = True) -> Any:
         gpu: its number; for this thread it becomes the one at work.
         or_cpu: what it cannot decode falls to the CPU.
     """
+    import torch
     from av.codec.hwaccel import HWAccel
 
     # PyTorch's own context, which asking a stream brings into this thread: one more for each decoder would take memory

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aria.processor.container import Watch
-from aria.processor.limits import MediaSettings
-from aria.processor.media import Opened
-from aria.processor.progress import ProgressCounter
+from aria.media.container import Watch
+from aria.media.limits import MediaSettings
+from aria.media.open import Opened
+from aria.media.progress import ProgressCounter
 
 SCALE = 2
 """Pixels for each point (1/72 inch) of a page."""
@@ -52,7 +52,7 @@ def read_document(
     """Pages of a PDF, with their annotations and filled forms.
 
     Args:
-        document: the file, as :func:`~aria.processor.media.open_medium` lets it in.
+        document: the file, as :func:`~aria.media.open.open_medium` lets it in.
         pages: numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
         settings: limits on pages and pixels; None: those of :class:`MediaSettings`.
 

@@ -8,17 +8,17 @@ import hashlib
 import io
 import os
 import re
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from aria.processor import rgb
-from aria.processor.fetch import fetch
-from aria.processor.limits import MediaSettings, PixelBudget, short
+from aria.media import rgb
+from aria.media.fetch import fetch
+from aria.media.limits import MediaSettings, PixelBudget, short
 
 __all__ = ["MediaSettings", "Opened", "fetch", "load_image", "open_medium"]
 
@@ -80,7 +80,8 @@ def load_image(source: Any, settings: MediaSettings | None = None, budget: Pixel
         return rgb.upright_rgb(source, "the picture", settings.background)
     if isinstance(source, np.ndarray):
         return rgb.from_array(source, channels_first=False, background=settings.background)
-    if isinstance(source, torch.Tensor):
+    torch = sys.modules.get("torch")  # who passes a tensor has imported it
+    if torch is not None and isinstance(source, torch.Tensor):
         return rgb.from_array(rgb.tensor_to_array(source), channels_first=True, background=settings.background)
     opened = open_medium(source, "image", settings)
     with opened.file() as file:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from aria.processor.cancellation import check_cancelled
-from aria.processor.metadata import cleaned
+from aria.workers.cancellation import check_cancelled
+
+if TYPE_CHECKING:
+    import torch
+from aria.media.metadata import cleaned
 
 # Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -162,11 +164,11 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()  # which NumPy lacks
 
 
 def from_array(array: np.ndarray, *, channels_first: bool, background: str | None = "white") -> Image.Image:
-    """An array as :func:`aria.processor.media.load_image` takes it -> RGB."""
+    """An array as :func:`aria.media.open.load_image` takes it -> RGB."""
     shape = array.shape
     if array.ndim == 3:
         last, first = shape[2] in (1, 3, 4), shape[0] in (1, 3, 4)

@@ -7,6 +7,7 @@ of each other and go to several workers.
 
 from __future__ import annotations
 
+import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -16,14 +17,13 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from aria.processor.animation import animation_format, decode_animation, webp_timeline
-from aria.processor.cancellation import map_in_context
-from aria.processor.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
-from aria.processor.limits import MediaSettings
-from aria.processor.media import Opened
-from aria.processor.progress import ProgressCounter
+from aria.media.animation import animation_format, decode_animation, webp_timeline
+from aria.media.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
+from aria.media.limits import MediaSettings
+from aria.media.open import Opened
+from aria.media.progress import ProgressCounter
+from aria.workers.cancellation import map_in_context
 
 MOST_WORKERS = 16
 DECODER_BYTES = 2 << 30
@@ -63,7 +63,7 @@ def read_clip(
     ``trunc(T / N * (i + 0.5))`` of T frames.
 
     Args:
-        clip: the file, as :func:`~aria.processor.media.open_medium` lets it in.
+        clip: the file, as :func:`~aria.media.open.open_medium` lets it in.
         num_frames: N.
         fps: instead of ``num_frames``: N as so many frames a second, at most ``max_frames``.
         max_frames: with ``fps``; None: what the settings allow.
@@ -143,8 +143,10 @@ def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[_Run]:
 
 def _gpu(decoder: str, name: str) -> int | None:
     """The number of the GPU to decode on, by ``MediaSettings.clip_decoder``."""
-    if decoder == "cpu" or (decoder == "auto" and not torch.cuda.is_initialized()):
+    if decoder == "cpu" or (decoder == "auto" and not _cuda_is_used()):
         return None
+    import torch
+
     if decoder == "auto":
         gpu = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)
         return gpu if _decodes(gpu) else None
@@ -152,6 +154,11 @@ def _gpu(decoder: str, name: str) -> int | None:
     if gpu >= torch.cuda.device_count() or not _decodes(gpu):
         raise ValueError(f"{name} cannot be decoded on {decoder}: no video decoder is found there; use cpu or auto")
     return gpu
+
+
+def _cuda_is_used() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 @cache

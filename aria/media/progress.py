@@ -26,7 +26,7 @@ _listener: contextvars.ContextVar[Callable[[Progress], object] | None] = context
 
 def listen(listener: Callable[[Progress], object]) -> None:
     """Have progress reported from now on in this context and its copies, so also from threads that
-    :mod:`aria.processor.cancellation` starts.
+    :mod:`aria.workers.cancellation` starts.
 
     Args:
         listener: called in whichever thread reads; must be quick and thread-safe.
