@@ -1,0 +1,206 @@
+"""What runs in the processes of :mod:`aria.workers`: a nursery that starts workers by forking, and the workers.
+
+The nursery imports the decoders once and reads nothing of a stranger's, so that a new worker takes milliseconds. Where
+processes cannot be forked safely (macOS, Windows), each worker is a process that is started on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import io
+import json
+import mmap
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
+from aria.workers.confine import confine, limit_cpu
+from aria.workers.shared import FileView
+
+PRELOADED = ("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document")
+CONFINING = ("py_landlock", "pyseccomp")
+"""Loaded before anything is given up: the second runs a program that finds its library."""
+MOST_REQUEST = 1 << 30
+"""Bytes of a message from the parent, which is trusted."""
+_PR_SET_PDEATHSIG = 1
+_SPARE_BYTES = 1 << 20
+"""Given up when memory runs out, so that this can still be reported."""
+
+
+class Job:
+    """What a function that runs in a worker can do beside computing.
+
+    Args:
+        channel: to the parent.
+        inputs: the files that it may read.
+    """
+
+    def __init__(self, channel: Channel, inputs: Sequence[tuple[int, int]]):
+        self._channel, self._inputs = channel, inputs
+        self._lock = threading.Lock()
+
+    def file(self, index: int = 0) -> BinaryIO:
+        """An input, open for reading at its beginning; every call gives one with a position of its own."""
+        return io.BufferedReader(FileView(*self._inputs[index]), 1 << 16)  # type: ignore[return-value]
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the parent's. Arguments and result are what JSON holds.
+
+        Raises:
+            ValueError: what the parent's function raised.
+        """
+        with self._lock:
+            return self._call(name, arguments)
+
+    def array(self, shape: Sequence[int]) -> np.ndarray:
+        """A new array of zeros, uint8, that the parent gets with the result, in the order of these calls."""
+        with self._lock:
+            path = self._call("array", list(shape))
+            descriptor = self._channel.take_file() if path is None else os.open(path, os.O_RDWR | _BINARY)
+            try:
+                memory = mmap.mmap(descriptor, max(int(np.prod(shape, dtype=object)), 1))
+            finally:
+                os.close(descriptor)
+        return np.frombuffer(memory, np.uint8, int(np.prod(shape))).reshape(shape)
+
+    def _call(self, name: str, arguments: Sequence[Any]) -> Any:
+        self._channel.send(json.dumps({"call": name, "arguments": arguments}).encode())
+        kind, value = pickle.loads(self._channel.receive() or b"")
+        if kind == "error":
+            raise ValueError(value)
+        return value
+
+
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def main() -> None:
+    """Run a nursery or a worker until its parent ends or closes the connection.
+
+    Arguments of the program: nursery or worker; bytes of address space that each worker may take beyond its start; the
+    descriptor of the connection, or nothing where it comes over standard input (Windows).
+    """
+    role, memory_bytes = sys.argv[1], int(sys.argv[2])
+    if len(sys.argv) > 3:
+        connection = socket.socket(fileno=int(sys.argv[3]))
+    else:
+        connection = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]  # there on Windows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for name in CONFINING:
+        with contextlib.suppress(Exception):  # not installed, or without its library: a worker reports that
+            importlib.import_module(name)
+    channel = _channel(connection)
+    scratch = Path(tempfile.mkdtemp(prefix="aria-worker-"))
+    try:
+        with contextlib.suppress(ChannelClosedError):
+            if role == "nursery":
+                _fork_workers(channel, memory_bytes, scratch)
+            else:
+                _watch_parent()
+                _work(channel, memory_bytes, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _channel(connection: socket.socket) -> Channel:
+    return Channel(connection, MOST_REQUEST, takes_files=PASSES_FILES)
+
+
+def _fork_workers(channel: Channel, memory_bytes: int, scratch: Path) -> None:
+    """Fork a worker for each connection that comes."""
+    while True:
+        channel.receive()
+        connection = socket.socket(fileno=channel.take_file())
+        _reap()
+        pid = os.fork()
+        if pid == 0:
+            channel.close()
+            # The nursery may have ended in between.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            try:
+                with contextlib.suppress(ChannelClosedError):
+                    _work(_channel(connection), memory_bytes, scratch)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        connection.close()
+        channel.send(json.dumps(pid).encode())
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _watch_parent() -> None:
+    """End with the process that started this one, in the middle of work too."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+
+    def wait() -> None:
+        parent.wait()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _work(channel: Channel, memory_bytes: int, scratch: Path) -> None:
+    """Do what is asked for, one after the other."""
+    tempfile.tempdir = str(scratch)
+    missing = confine(memory_bytes, scratch)
+    channel.send(json.dumps({"ready": missing}).encode())
+    while True:
+        request = pickle.loads(channel.receive() or b"")
+        with contextlib.ExitStack() as opened:
+            inputs = [(_input(channel, path, opened), size) for path, size in request["inputs"]]
+            channel.send(json.dumps(_answer(request, Job(channel, inputs))).encode())
+
+
+def _input(channel: Channel, path: str | None, opened: contextlib.ExitStack) -> int:
+    descriptor = channel.take_file() if path is None else os.open(path, os.O_RDONLY | _BINARY)
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _answer(request: dict[str, Any], job: Job) -> dict[str, Any]:
+    spare: bytes | None = bytes(_SPARE_BYTES)
+    try:
+        limit_cpu(request["cpu_seconds"])
+        module, _, name = request["function"].partition(":")
+        return {"result": getattr(importlib.import_module(module), name)(job, *request["arguments"])}
+    except ChannelClosedError:
+        raise
+    except Exception as error:
+        spare = None  # noqa: F841
+        if _out_of_memory(error):
+            return {"memory": True}
+        if isinstance(error, ValueError):
+            return {"error": str(error)[:2000]}
+        return {"failure": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

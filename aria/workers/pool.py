@@ -1,0 +1,306 @@
+"""`Workers`: functions run in child processes that are limited, scheduled and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from aria.workers.cancellation import check_cancelled
+from aria.workers.channel import ChannelClosedError
+from aria.workers.process import Nursery, Worker, WorkerError
+from aria.workers.schedule import Schedule, Turn
+from aria.workers.shared import FileView, SharedFile
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+"""Most seconds between two looks at whether a job's caller has left, and whose turn it is."""
+MOST_JOBS = 64
+"""Jobs that have begun, running or paused; more wait for one of them to end."""
+JOBS_OF_A_WORKER = 500
+"""After which its process is replaced: what it has leaked goes with it."""
+
+Calls = Mapping[str, Callable[..., Any]]
+
+
+class Workers:
+    """Processes for functions that read what strangers send. They are started when they are first needed.
+
+    Args:
+        count: jobs that run at a time; what runs long is paused for what comes new.
+        memory_bytes: of address space that a process may take beyond its start.
+    """
+
+    def __init__(self, count: int, memory_bytes: int):
+        self.count, self.memory_bytes = count, memory_bytes
+        self._nursery = Nursery(memory_bytes)
+        self._schedule = Schedule(count)
+        self._places = threading.BoundedSemaphore(MOST_JOBS)
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._reported = False
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        name: str,
+        seconds: float,
+        files: Sequence[bytes | SharedFile] = (),
+        calls: Calls | None = None,
+    ) -> tuple[Any, list[np.ndarray]]:
+        """Call ``function(job, *arguments)`` in a worker, with a :class:`~aria.workers.child.Job`.
+
+        Args:
+            function: of a module's top level.
+            arguments: anything that can be pickled.
+            name: what errors call the thing that is worked on.
+            seconds: after which the process is killed, counted from now.
+            files: what ``job.file(index)`` opens.
+            calls: what ``job.call`` reaches. They run in this thread; a ValueError that one raises is raised in the
+                worker, and any other exception ends the job and is raised here. The process may be in the hands of
+                whoever made the files, so that arguments can be any JSON.
+
+        Returns:
+            What the function returned, as JSON has it, and the arrays that it made with ``job.array``.
+
+        Raises:
+            ValueError: the function raised one, took too long or too much memory, or its process ended.
+            WorkerError: no process can be started.
+            Cancelled: the caller has left, see :mod:`aria.workers.cancellation`.
+        """
+        end = time.monotonic() + seconds
+        with contextlib.ExitStack() as held:
+            inputs = []
+            for one in files:
+                if isinstance(one, bytes):
+                    one = SharedFile.of_bytes(one)
+                    held.callback(one.close)
+                inputs.append(one)
+            held.enter_context(self._place(end, name, seconds))
+            turn = self._schedule.enter()
+            worker = None
+            healthy = False
+            try:
+                self._wait(turn.runs.is_set, end, name, seconds)
+                worker = self._take()
+                self._schedule.set_worker(turn, worker)
+                qualified = f"{function.__module__}:{function.__qualname__}"
+                worker.start(qualified, arguments, inputs, cpu_seconds=seconds * 2 + 5)
+                result = _Dialogue(self, worker, turn, name, calls or {}, end, seconds).run()
+                healthy = True
+                return result
+            except ChannelClosedError as error:
+                if self._closed:
+                    raise WorkerError("the workers of this process were ended") from error
+                raise ValueError(
+                    f"{name} cannot be read: the process that read it crashed, as damaged files and hostile ones make "
+                    "decoders do; send another file"
+                ) from error
+            except _FaultError as fault:
+                healthy = True
+                raise ValueError(str(fault)) from None
+            finally:
+                self._schedule.leave(turn)
+                if worker is not None:
+                    self._give_back(worker, healthy)
+
+    def warm_up(self) -> None:
+        """Start a process now, so that the first job need not wait for it.
+
+        Raises:
+            WorkerError: it cannot be started.
+        """
+        self._give_back(self._take(), healthy=True)
+
+    def close(self) -> None:
+        """End all processes; jobs that run fail."""
+        with self._lock:
+            self._closed = True
+            workers = [*self._idle, *self._busy]
+            self._idle.clear()
+        for worker in workers:
+            worker.kill()
+        self._nursery.close()
+
+    def _take(self) -> Worker:
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+            if worker is not None:
+                self._busy.add(worker)
+                return worker
+        worker = self._nursery.worker()
+        with self._lock:
+            self._busy.add(worker)
+            first, self._reported = not self._reported, True
+        if first and worker.missing:
+            logger.warning("media are read in processes of their own, which here lack %s", "; ".join(worker.missing))
+        return worker
+
+    def _give_back(self, worker: Worker, healthy: bool) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            keep = healthy and not worker.slow and worker.jobs < JOBS_OF_A_WORKER and not self._closed
+            keep = keep and len(self._idle) < self.count
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            worker.kill()
+
+    @contextlib.contextmanager
+    def _place(self, end: float, name: str, seconds: float) -> Iterator[None]:
+        self._wait(lambda: self._places.acquire(blocking=False), end, name, seconds, each=lambda: None)
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def _wait(
+        self,
+        ready: Callable[[], bool],
+        end: float,
+        name: str,
+        seconds: float,
+        each: Callable[[], object] | None = None,
+    ) -> None:
+        """Until something is so.
+
+        Raises:
+            ValueError: the time is up.
+            Cancelled: the caller has left.
+        """
+        while not ready():
+            check_cancelled()
+            if time.monotonic() > end:
+                raise _late(name, seconds)
+            (each or self._schedule.update)()
+            time.sleep(0.005)
+
+
+class NotYet(Exception):  # noqa: N818
+    """Raised by a function that a worker calls: it is called again until it returns or the job ends."""
+
+
+def _retried(function: Callable[..., Any], arguments: Any, check: Callable[[], None]) -> Any:
+    while True:
+        with contextlib.suppress(NotYet):
+            return function(*arguments)
+        check()
+        time.sleep(0.02)
+
+
+class _FaultError(Exception):
+    """What is wrong with a job's input, found by its function: its process is as good as before."""
+
+
+class _Dialogue:
+    """A job as its caller follows it: calls answered, arrays made, the result received."""
+
+    def __init__(
+        self, workers: Workers, worker: Worker, turn: Turn, name: str, calls: Calls, end: float, seconds: float
+    ):
+        self._schedule, self._worker, self._turn = workers._schedule, worker, turn
+        self._room = workers.memory_bytes
+        self._name, self._calls, self._end, self._seconds = name, calls, end, seconds
+        self._arrays: list[np.ndarray] = []
+
+    def run(self) -> tuple[Any, list[np.ndarray]]:
+        while True:
+            message = self._worker.receive(POLL_SECONDS)
+            if message is None:
+                self._check()
+                self._schedule.update()
+            elif "call" in message:
+                self._answer(str(message["call"]), message.get("arguments") or [])
+            elif "result" in message:
+                return message["result"], self._arrays
+            elif "memory" in message:
+                raise ValueError(
+                    f"{self._name} cannot be read: that takes more than the {self._room:,} bytes of memory that are "
+                    "allowed; make it smaller"
+                )
+            elif "error" in message:
+                raise _FaultError(str(message["error"]))
+            else:
+                logger.error("reading %s failed: %s", self._name, message.get("failure"))
+                raise ValueError(f"{self._name} cannot be read: {message.get('failure')}")
+
+    def _check(self) -> None:
+        check_cancelled()
+        if time.monotonic() > self._end:
+            raise _late(self._name, self._seconds)
+
+    def _answer(self, name: str, arguments: Any) -> None:
+        if name == "array":
+            self._array(arguments)
+            return
+        if name not in self._calls:
+            raise ChannelClosedError(f"a call of {name!r:.50}")
+        try:
+            self._worker.reply(self._result_of(self._calls[name], arguments))
+        except ValueError as error:
+            self._worker.reply(str(error), error=True)
+
+    def _result_of(self, function: Callable[..., Any], arguments: Any) -> Any:
+        """What a function of the parent returns, once it can."""
+        try:
+            return function(*arguments)
+        except NotYet:
+            self._schedule.set_waiting(self._turn, True)
+        try:
+            return _retried(function, arguments, self._check)
+        finally:
+            self._schedule.set_waiting(self._turn, False)
+
+    def _array(self, shape: Any) -> None:
+        if not isinstance(shape, list) or not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in shape):
+            raise ChannelClosedError(f"an array of {shape!r:.50}")
+        size = int(np.prod([1, *shape], dtype=object))
+        self._room -= size
+        if self._room < 0:
+            raise ChannelClosedError(f"an array of {size:,} bytes")
+        file = SharedFile.of_size(max(size, 1))
+        try:
+            memory = file.map()
+            self._worker.reply_file(file)
+        finally:
+            file.close()
+        self._arrays.append(np.frombuffer(memory, np.uint8, size).reshape(shape))
+
+
+class LocalJob:
+    """The same for functions that run in this process: nothing limits them but what they check themselves."""
+
+    def __init__(self, files: Sequence[bytes | SharedFile], calls: Calls, check: Callable[[], None] = check_cancelled):
+        self._files, self._calls, self._check = files, calls, check
+        self._lock = threading.Lock()
+        self.arrays: list[np.ndarray] = []
+
+    def file(self, index: int = 0) -> BinaryIO:
+        file = self._files[index]
+        if isinstance(file, bytes):
+            return io.BytesIO(file)
+        return io.BufferedReader(FileView(file.descriptor, file.size), 1 << 16)  # type: ignore[return-value]
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        with self._lock:
+            return _retried(self._calls[name], arguments, self._check)
+
+    def array(self, shape: Sequence[int]) -> np.ndarray:
+        array = np.zeros(shape, np.uint8)
+        with self._lock:
+            self.arrays.append(array)
+        return array
+
+
+def _late(name: str, seconds: float) -> ValueError:
+    return ValueError(f"reading {name} took longer than {seconds:g} s; send a smaller or shorter one")

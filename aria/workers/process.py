@@ -1,0 +1,247 @@
+"""Worker processes as their parent sees them: started, paused, ended, and spoken to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
+from aria.workers.shared import SharedFile
+
+logger = logging.getLogger(__name__)
+
+MOST_ANSWER = 8 << 20
+"""Bytes of a message from a worker, which may be in the hands of whoever made the file that it reads."""
+START_SECONDS = 60.0
+FORKS = sys.platform == "linux" and hasattr(os, "pidfd_open")
+"""Whether workers are forked by a nursery. On macOS libraries that forked processes use may fail."""
+_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP",
+                   "TMP", "SYSTEMROOT", "PATHEXT", "FONTCONFIG_PATH")  # fmt: skip
+"""Of the environment; the rest may hold keys."""
+_NICE = 10
+
+
+class WorkerError(RuntimeError):
+    """A worker process cannot be started, or ended by no fault of its input."""
+
+
+class Worker:
+    """A process that does one job at a time.
+
+    Args:
+        channel: to it.
+        pid: its number.
+        child: what was started, where it was not forked by a nursery.
+
+    Attributes:
+        jobs: how many it has been given.
+        slow: its priority was lowered, which cannot be undone.
+        missing: what it could not give up, and why.
+
+    Raises:
+        ChannelClosedError: it ended before it was ready.
+    """
+
+    def __init__(self, channel: Channel, pid: int, child: subprocess.Popen[bytes] | None = None):
+        self._channel, self._pid, self._child = channel, pid, child
+        self.jobs = 0
+        self.slow = False
+        # A number may be another process's one day; this descriptor always means the same.
+        self._handle = os.pidfd_open(pid) if child is None else None
+        try:
+            ready = channel.receive(START_SECONDS)
+            if ready is None:
+                raise ChannelClosedError(f"it was not ready within {START_SECONDS:g} s")
+            self.missing: list[str] = [str(one) for one in json.loads(ready)["ready"]]
+        except BaseException:
+            self.kill()
+            raise
+
+    def start(self, function: str, arguments: Sequence[Any], inputs: Sequence[SharedFile], cpu_seconds: float) -> None:
+        """Give it a job: a function by ``module:name``, and what it is called with.
+
+        Raises:
+            ChannelClosedError: it has ended.
+        """
+        self.jobs += 1
+        request = {
+            "function": function,
+            "arguments": arguments,
+            "inputs": [(one.path if not PASSES_FILES else None, one.size) for one in inputs],
+            "cpu_seconds": cpu_seconds,
+        }
+        self._channel.send(pickle.dumps(request), [one.descriptor for one in inputs] if PASSES_FILES else ())
+
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """Its next message, None if there is none within ``seconds``.
+
+        Raises:
+            ChannelClosedError: it has ended, or sends what no worker sends.
+        """
+        message = self._channel.receive(seconds)
+        if message is None:
+            return None
+        try:
+            value = json.loads(message)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ChannelClosedError("a message that is no JSON object")
+        return value
+
+    def reply(self, value: Any, *, error: bool = False) -> None:
+        """Answer a call."""
+        self._channel.send(pickle.dumps(("error" if error else "value", value)))
+
+    def reply_file(self, file: SharedFile) -> None:
+        """Answer a call with a file."""
+        path, files = (None, [file.descriptor]) if PASSES_FILES else (file.path, [])
+        self._channel.send(pickle.dumps(("value", path)), files)
+
+    def pause(self) -> None:
+        """Stop its work until :meth:`resume`."""
+        self._signal("SIGSTOP", lambda process: process.suspend())
+
+    def resume(self) -> None:
+        self._signal("SIGCONT", lambda process: process.resume())
+
+    def lower_priority(self) -> None:
+        """For good: let every other process go first."""
+        self.slow = True
+        with contextlib.suppress(psutil.Error, OSError):
+            lowest = psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else _NICE
+            psutil.Process(self._pid).nice(lowest)
+
+    def kill(self) -> None:
+        """End it at once, in whatever it does."""
+        self._signal("SIGKILL", lambda process: process.kill())
+        self._channel.close()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+        if self._child is not None:
+            self._child.wait()
+
+    def _signal(self, name: str, other: Any) -> None:
+        with contextlib.suppress(ProcessLookupError, psutil.Error, OSError):
+            if self._handle is not None:
+                signal.pidfd_send_signal(self._handle, getattr(signal, name))
+            elif self._child is not None and self._child.poll() is None:
+                other(psutil.Process(self._pid))
+
+
+class Nursery:
+    """Starts workers. Nothing runs before the first is asked for.
+
+    Args:
+        memory_bytes: of address space that each worker may take beyond its start.
+    """
+
+    def __init__(self, memory_bytes: int):
+        self._memory_bytes = memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def worker(self) -> Worker:
+        """A new worker that is ready.
+
+        Raises:
+            WorkerError: it cannot be started.
+        """
+        try:
+            with self._lock:
+                if self._closed:
+                    raise WorkerError("the workers of this process were ended")
+                ours, child = (self._forked if FORKS else self._started)()
+            return Worker(Channel(ours, MOST_ANSWER), *child)
+        except (OSError, ChannelClosedError, psutil.Error) as error:
+            reason = str(error) or "it ended at once"
+            raise WorkerError(f"a process that reads media cannot be started: {reason}") from error
+
+    def close(self) -> None:
+        """End the nursery; workers that it forked end with it."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _end(self) -> None:
+        if self._channel is not None:
+            self._channel.close()  # which it notices, and removes its scratch folder
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(2)
+            self._process.kill()
+            self._process.wait()
+        self._channel = self._process = None
+
+    def _forked(self) -> tuple[socket.socket, tuple[int]]:
+        for attempt in range(2):
+            if self._process is None or self._process.poll() is not None:
+                self._end()
+                ours, self._process = _launch("nursery", self._memory_bytes)
+                self._channel = Channel(ours, MOST_ANSWER)
+            assert self._channel is not None, "it is made with the process"
+            here, there = socket.socketpair()
+            try:
+                self._channel.send(b"", [there.fileno()])
+                pid = self._channel.receive(START_SECONDS)
+                if pid is None:
+                    raise ChannelClosedError(f"no process within {START_SECONDS:g} s")
+                return here, (int(pid),)
+            except ChannelClosedError:
+                here.close()
+                self._end()
+                if attempt:
+                    raise
+            finally:
+                there.close()
+        raise AssertionError("the second attempt returns or raises")
+
+    def _started(self) -> tuple[socket.socket, tuple[int, subprocess.Popen[bytes]]]:
+        ours, process = _launch("worker", self._memory_bytes)
+        return ours, (process.pid, process)
+
+
+def _launch(role: str, memory_bytes: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """A Python process that runs :mod:`aria.workers.child`, and the connection to it."""
+    ours, theirs = socket.socketpair()
+    # As this process finds modules, and without running anything of the user's program.
+    setup = (
+        f"import runpy, sys; sys.path[:] = {sys.path!r}; runpy.run_module('aria.workers.child', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", setup, role, str(memory_bytes)]
+    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    # Threads would make forking unsafe; and memory that is kept for each of them counts.
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment |= {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        with theirs:
+            if os.name == "posix":
+                command.append(str(theirs.fileno()))
+                process = subprocess.Popen(
+                    command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+            else:
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+                assert process.stdin is not None, "a pipe was asked for"
+                with process.stdin as pipe:
+                    pipe.write(theirs.share(process.pid))  # type: ignore[attr-defined]
+    except BaseException:
+        ours.close()
+        raise
+    return ours, process
