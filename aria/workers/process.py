@@ -220,9 +220,7 @@ def _launch(role: str, memory_bytes: int) -> tuple[socket.socket, subprocess.Pop
     """A Python process that runs :mod:`aria.workers.child`, and the connection to it."""
     ours, theirs = socket.socketpair()
     # As this process finds modules, and without running anything of the user's program.
-    setup = (
-        f"import runpy, sys; sys.path[:] = {sys.path!r}; runpy.run_module('aria.workers.child', run_name='__main__')"
-    )
+    setup = f"import sys; sys.path[:] = {sys.path!r}; from aria.workers.child import main; main()"
     command = [sys.executable, "-c", setup, role, str(memory_bytes)]
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     # Threads would make forking unsafe; and memory that is kept for each of them counts.
