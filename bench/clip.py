@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aria.media.container import Watch, cores, scan
+from aria.media.container import Watch, scan
+from aria.media.limits import cores
 from aria.media.open import open_medium
-from aria.media.video import read_clip
+from aria.media.read import read_clip
 from aria.processor import AriaImageProcessor, MediaSettings
 
 RATE = 25
@@ -84,7 +85,7 @@ def measure(path: Path, frames: int, workers: Sequence[int], repeats: int, decod
 
     def read(count: int) -> float:
         begin = time.perf_counter()
-        read_clip(clip, num_frames=frames, fit=fit, settings=settings, workers=count)
+        read_clip(clip, num_frames=frames, fit=fit, settings=settings, threads=count)
         return time.perf_counter() - begin
 
     timeline = scan(clip, settings, Watch(clip.name, settings.decode_timeout))

@@ -50,7 +50,7 @@ def check(
 
     from aria.config import AriaConfig
     from aria.hub import NANO, model_name
-    from aria.media.container import cores
+    from aria.media.limits import cores
     from aria.processor import AriaProcessor
     from aria.train.data import DataSettings
     from aria.train.data.check import check_data

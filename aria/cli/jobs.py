@@ -129,7 +129,7 @@ def batch(
     from aria.engine import Engine
     from aria.hub import model_name
     from aria.jobs import Job, Journal
-    from aria.media.open import MediaSettings
+    from aria.media.limits import MediaSettings
     from aria.serve.settings import ServerSettings
 
     if responses.exists() and responses.samefile(requests):

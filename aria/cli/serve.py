@@ -102,7 +102,7 @@ def serve(
         raise ValueError(f"{error}; the server needs more packages: pip install 'aria-moe[serve]'") from error
     from aria.engine import AsyncEngine, Engine
     from aria.hub import model_name
-    from aria.media.open import MediaSettings
+    from aria.media.limits import MediaSettings
     from aria.serve.limits import open_to_strangers
     from aria.serve.settings import ServerSettings
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
 from PIL import Image
 
 from aria.media import rgb
-from aria.media.container import MOST_FRAMES, Fit, Timeline, Watch, check_frame
+from aria.media.container import MOST_FRAMES, Fit, Medium, Timeline, Watch, check_frame
 from aria.media.limits import MediaSettings
 from aria.media.metadata import cleaned
-from aria.media.open import Opened
 
 _ANIMATED = 2
 """A flag of a WebP's header."""
@@ -21,7 +20,7 @@ _SHORTEST_MS, _DEFAULT_MS = 10, 100
 """Frames of no more milliseconds than the first are shown for the second, as browsers do."""
 
 
-def animation_format(clip: Opened, settings: MediaSettings) -> str | None:
+def animation_format(clip: Medium, settings: MediaSettings) -> str | None:
     """WEBP or AVIF where a clip is an animated image for this module, None where it is for FFmpeg."""
     with clip.file() as file:
         head = file.read(32)
@@ -37,14 +36,14 @@ def animation_format(clip: Opened, settings: MediaSettings) -> str | None:
             return None
 
 
-def webp_timeline(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
+def webp_timeline(clip: Medium, settings: MediaSettings, watch: Watch) -> Timeline:
     """When the frames of an animated WebP are shown; nothing is decoded.
 
     Raises:
         ValueError: it holds no frames, too many, or too large ones.
     """
     times: list[int] = []
-    end = pixels = 0
+    end, canvas = 0, (0, 0)
     with clip.file() as file:
         file.seek(12)
         while len(header := file.read(8)) == 8:
@@ -54,7 +53,7 @@ def webp_timeline(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeli
             if kind == b"VP8X":
                 width, height = (1 + int.from_bytes(body[at : at + 3], "little") for at in (4, 7))
                 check_frame(width, height, clip.name, settings)
-                pixels = width * height
+                canvas = width, height
             elif kind == b"ANMF":
                 shown = int.from_bytes(body[12:15], "little")
                 times.append(end)
@@ -64,24 +63,26 @@ def webp_timeline(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeli
             file.seek(place + size + size % 2)
     if not times:
         raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
-    return Timeline(times, list(range(len(times))), end, Fraction(1, 1000), [], True, pixels)
+    return Timeline(times, list(range(len(times))), end, Fraction(1, 1000), [], True, canvas)
 
 
 def decode_animation(
-    clip: Opened,
+    clip: Medium,
     format: str,
-    timeline: Timeline,
-    chosen: Sequence[int],
+    chosen: Mapping[int, int],
     fit: Fit,
     settings: MediaSettings,
     watch: Watch,
 ) -> dict[int, np.ndarray]:
-    """RGB by time, of the frames with the indices ``chosen``. What cannot be decoded is missing.
+    """RGB by time. What cannot be decoded is missing.
+
+    Args:
+        chosen: by a frame's index, its time.
 
     Raises:
         ValueError: the time is up.
     """
-    wanted, frames = set(chosen), {}
+    frames: dict[int, np.ndarray] = {}
     with clip.file() as file:
         try:
             image = Image.open(cleaned(file)[0], formats=[format])
@@ -89,16 +90,16 @@ def decode_animation(
             return {}
         with image:
             # Frames of a WebP are changes of those before: one at a time, so that the watch can end it.
-            for index in range(max(chosen) + 1) if format == "WEBP" else sorted(wanted):
+            for index in range(max(chosen) + 1) if format == "WEBP" else sorted(chosen):
                 watch.check()
                 try:
                     image.seek(index)
                     image.load()
                 except Exception:
                     break
-                if index in wanted:
+                if index in chosen:
                     frame = rgb.upright_rgb(image, clip.name, settings.background)
                     size = fit(*frame.size)
                     frame = frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)
-                    frames[timeline.times[index]] = np.asarray(frame)
+                    frames[chosen[index]] = np.asarray(frame)
     return frames

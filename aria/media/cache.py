@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-from aria.media.document import Page
-from aria.media.video import Frame
+from aria.media.limits import DECODED
+from aria.media.read import Frame, Page
 
 Read = TypeVar("Read", Frame, Page)
 
@@ -23,6 +23,7 @@ class MediaCache:
         self.nbytes = 0
         self._kept: OrderedDict[Hashable, tuple[Sequence[Frame | Page], int]] = OrderedDict()
         self._turn = threading.Lock()
+        DECODED.on_shortage(self.free)
 
     def __reduce__(self) -> tuple[type[MediaCache], tuple[()]]:
         """Copies, also those for other processes, begin empty."""
@@ -35,14 +36,22 @@ class MediaCache:
                 self._kept.move_to_end(key)
                 return self._kept[key][0]  # type: ignore[return-value]  # a key holds what its own read gave
         pictures = read()
-        nbytes = 0
+        nbytes = sum(picture.image.nbytes for picture in pictures)
         for picture in pictures:
-            picture.rgb.flags.writeable = False  # others will read it too
-            nbytes += picture.rgb.nbytes
+            for array in picture.image.arrays:
+                array.flags.writeable = False  # others will read it too
         with self._turn:
             if nbytes <= capacity and key not in self._kept:
                 self._kept[key] = pictures, nbytes
                 self.nbytes += nbytes
-            while self.nbytes > capacity:
-                self.nbytes -= self._kept.popitem(last=False)[1][1]
+            self._shrink(capacity)
         return pictures
+
+    def free(self, nbytes: int) -> None:
+        """Keep so much less."""
+        with self._turn:
+            self._shrink(self.nbytes - nbytes)
+
+    def _shrink(self, capacity: int) -> None:
+        while self._kept and self.nbytes > capacity:
+            self.nbytes -= self._kept.popitem(last=False)[1][1]

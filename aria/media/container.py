@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from aria.media import rgb
 from aria.media.limits import MediaSettings
-from aria.media.open import Opened
 from aria.media.progress import ProgressCounter
 from aria.workers.cancellation import check_cancelled
 
@@ -33,6 +30,19 @@ _READ_BYTES = 1 << 20
 MOST_FRAMES = 4_000_000
 """Of a clip, so that lists of them fit into memory: four hours at 240 a second are fewer."""
 _UNKNOWN_RATE = Fraction(25)
+_BACK = (1, 4)
+"""Keyframes before the one that is sought, aimed at where seeking goes past it."""
+
+
+class Medium(Protocol):
+    """A file to be read."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    def file(self) -> BinaryIO:
+        """It, open for reading at its beginning, with a position of its own."""
 
 
 class Key(NamedTuple):
@@ -56,13 +66,31 @@ class Timeline(NamedTuple):
     keys: list[Key]
     counted: bool
     """The file tells no times: frames are told by their number, and decoded from the beginning."""
-    pixels: int = 0
-    """Of a frame, as the file's header has it."""
+    size: tuple[int, int] = (0, 0)
+    """(width, height) of a frame, as the file's header has it."""
 
     @property
     def seconds(self) -> Fraction:
         """Length of the clip."""
         return (self.end - self.times[0]) * self.unit
+
+
+class Run(NamedTuple):
+    """Frames that are decoded from one keyframe on."""
+
+    key: int
+    """Its index among all keyframes."""
+    keys: dict[int, Key]
+    """By index: itself, and those before it that decoding may have to begin at instead."""
+    times: list[int]
+    """Of the frames."""
+
+    @classmethod
+    def of(cls, key: int, keys: Sequence[Key]) -> Run:
+        """One without frames, of the keyframe with an index."""
+        return cls(
+            key, {key - back: keys[key - back] for back in (0, *_BACK, *(1 + n for n in _BACK)) if back <= key}, []
+        )
 
 
 class Watch:
@@ -90,13 +118,13 @@ class Watch:
 
 
 @contextlib.contextmanager
-def opened(clip: Opened, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
+def opened(clip: Medium, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
     """The container and its stream of moving pictures; what goes wrong inside becomes a ValueError.
 
     Args:
         clip: the file.
         settings: limits.
-        gpu: number of a GPU whose video decoder is to do it; what that cannot read falls to the CPU.
+        gpu: number of a GPU whose video decoder is to do it.
 
     Raises:
         ValueError: no clip, one without moving pictures, a damaged one, or one with too large frames.
@@ -104,10 +132,8 @@ def opened(clip: Opened, settings: MediaSettings, gpu: int | None = None) -> Ite
     import av
 
     with contextlib.ExitStack() as stack:
-        by_name = isinstance(clip.data, Path)
-        # With the prefix no part of a file's name can be taken for another protocol.
-        file: Any = f"file:{clip.data!s}" if by_name else stack.enter_context(clip.file())
-        options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file" if by_name else "none"}
+        file = stack.enter_context(clip.file())
+        options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"}
         hardware = None if gpu is None else on_gpu(gpu)
         try:
             container = stack.enter_context(
@@ -121,13 +147,9 @@ def opened(clip: Opened, settings: MediaSettings, gpu: int | None = None) -> Ite
             ) from error
 
 
-def on_gpu(gpu: int, *, or_cpu: bool = True) -> Any:
-    """PyAV's order to decode with a GPU's video decoder; frames stay there, since few of them are wanted here.
-
-    Args:
-        gpu: its number; for this thread it becomes the one at work.
-        or_cpu: what it cannot decode falls to the CPU.
-    """
+def on_gpu(gpu: int) -> Any:
+    """PyAV's order to decode with a GPU's video decoder and nothing else; frames stay there, since few of them are
+    wanted here. For this thread the GPU with that number becomes the current one."""
     import torch
     from av.codec.hwaccel import HWAccel
 
@@ -136,7 +158,7 @@ def on_gpu(gpu: int, *, or_cpu: bool = True) -> Any:
     torch.cuda.set_device(gpu)
     torch.cuda.current_stream(gpu).query()
     options: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
-    return HWAccel("cuda", device=str(gpu), allow_software_fallback=or_cpu, options=options, is_hw_owned=True)
+    return HWAccel("cuda", device=str(gpu), allow_software_fallback=False, options=options, is_hw_owned=True)
 
 
 def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
@@ -174,7 +196,7 @@ def _kinds(container: Any) -> str:
     return " and ".join(sorted(kinds)) or "nothing"
 
 
-def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
+def scan(clip: Medium, settings: MediaSettings, watch: Watch) -> Timeline:
     """Read through a clip without decoding it.
 
     Raises:
@@ -198,16 +220,16 @@ def scan(clip: Opened, settings: MediaSettings, watch: Watch) -> Timeline:
                 raise
         if not shown:
             raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
-        pixels = stream.codec_context.width * stream.codec_context.height
+        size = stream.codec_context.width, stream.codec_context.height
         rate = Fraction(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
         if _tells_times(container, stream, [moment for moment, *_ in shown]):
             shown.sort()
             times = [moment for moment, *_ in shown]
             unit = Fraction(stream.time_base)
             last = shown[-1][2] or (times[-1] - times[-2] if len(times) > 1 else 0) or int(1 / (rate * unit)) or 1
-            return Timeline(times, [number for _, number, _ in shown], times[-1] + last, unit, keys, False, pixels)
+            return Timeline(times, [number for _, number, _ in shown], times[-1] + last, unit, keys, False, size)
     order = list(range(len(shown)))
-    return Timeline(order, order, len(order), 1 / rate, [Key(0, None, None)], True, pixels)
+    return Timeline(order, order, len(order), 1 / rate, [Key(0, None, None)], True, size)
 
 
 def _packets(container: Any, stream: Any, watch: Watch) -> Iterator[Any]:
@@ -237,17 +259,17 @@ class Decoder:
 
     Args:
         clip: its file.
-        timeline: what :func:`scan` says of it.
+        counted: as in :class:`Timeline`.
         fit: what becomes of a frame of (width, height).
         threads: of the codec.
-        gpu: number of a GPU whose video decoder does it, as far as it can.
+        gpu: number of a GPU whose video decoder does it; what that cannot decode is missing.
         progress: counts the frames.
     """
 
     def __init__(
         self,
-        clip: Opened,
-        timeline: Timeline,
+        clip: Medium,
+        counted: bool,
         fit: Fit,
         threads: int,
         settings: MediaSettings,
@@ -257,7 +279,7 @@ class Decoder:
     ):
         from av.video.reformatter import VideoReformatter
 
-        self._clip, self._timeline, self._fit, self._threads = clip, timeline, fit, threads
+        self._clip, self._counted, self._fit, self._threads = clip, counted, fit, threads
         self._settings, self._watch, self._gpu, self._progress = settings, watch, gpu, progress
         self._scaler = VideoReformatter()
         self._files = contextlib.ExitStack()
@@ -269,30 +291,21 @@ class Decoder:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def decode(self, key: int, times: Sequence[int]) -> dict[int, np.ndarray]:
-        """RGB by time, of frames that need nothing before a keyframe. What cannot be decoded is missing.
-
-        Args:
-            key: index of the keyframe.
-            times: of the frames.
-        """
-        frames = self._attempt(key, times, skip=not self._timeline.counted)
-        missing = [moment for moment in times if moment not in frames]
-        if missing and not self._timeline.counted:
-            # Pictures that are refreshed bit by bit, frames that are leant on although they say they are not, or a
-            # decoder of a GPU that gave up.
-            if self._gpu is not None:
-                self._files.close()
-                self._gpu = self._container = None
-            frames |= self._attempt(max(key - 1, 0), missing, skip=False)
+    def decode(self, run: Run) -> dict[int, np.ndarray]:
+        """RGB by time, of the frames of a run. What cannot be decoded is missing."""
+        frames = self._attempt(run, run.key, run.times, skip=not self._counted)
+        missing = [moment for moment in run.times if moment not in frames]
+        if missing and not self._counted and self._gpu is None:
+            # Pictures that are refreshed bit by bit, or frames that are leant on although they say they are not.
+            frames |= self._attempt(run, max(run.key - 1, 0), missing, skip=False)
         return frames
 
-    def _attempt(self, key: int, times: Sequence[int], *, skip: bool) -> dict[int, np.ndarray]:
+    def _attempt(self, run: Run, key: int, times: Sequence[int], *, skip: bool) -> dict[int, np.ndarray]:
         from av import FFmpegError
 
         wanted, frames = set(times), {}
         number = itertools.count()
-        counted = self._timeline.counted
+        counted = self._counted
 
         def take(packet: Any) -> None:
             with contextlib.suppress(FFmpegError):  # a damaged packet; the decoder goes on with the next
@@ -304,7 +317,7 @@ class Decoder:
                             self._progress.add()
 
         unfed = set(times)
-        for packet in self._packets_from(key):
+        for packet in self._packets_from(run.keys, key):
             # No other frame leans on these, so that only those that are wanted have to be decoded.
             self._context.skip_frame = "NONREF" if skip and packet.pts not in wanted else "DEFAULT"
             take(packet)
@@ -314,13 +327,12 @@ class Decoder:
         take(None)
         return frames
 
-    def _packets_from(self, key: int) -> Iterator[Any]:
+    def _packets_from(self, keys: Mapping[int, Key], key: int) -> Iterator[Any]:
         """Packets from a keyframe on; where seeking does not get there, from the beginning of the file."""
         from av import FFmpegError
 
-        keys = self._timeline.keys
         # Some containers seek by estimate, and past the mark; then an earlier one is aimed at.
-        for aim in (key, key - 1, key - 4):
+        for aim in (key, *(key - back for back in _BACK)):
             if aim <= 0 or keys[aim].decoding_time is None or keys[key].decoding_time is None:
                 break
             found = False
@@ -397,8 +409,3 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
     if a == d == 0:
         return True, b < 0, c < 0
     return False, d < 0, a < 0
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,20 +9,23 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from aria.media.container import Watch
-from aria.media.limits import MediaSettings
-from aria.media.open import Opened
-from aria.media.progress import ProgressCounter
+from aria.media.container import Medium, Watch
+from aria.media.limits import JobFile, MediaSettings
+from aria.media.progress import ProgressCounter, report_to
+from aria.media.rgb import write_sizes
 
 SCALE = 2
 """Pixels for each point (1/72 inch) of a page."""
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 # PDFium holds state of the whole process.
 _PDFIUM = threading.Lock()
+_DRAWING_BYTES = 16
+"""Of memory for each pixel of a page while it is drawn and brought to its sizes."""
 _SLICE = 0.2
 """Seconds of drawing until others get their turn."""
 _UNSET = 2
@@ -35,51 +38,59 @@ _FAULTS: dict[int | None, str] = {
 }
 
 
-class Page(NamedTuple):
-    """A page of a document."""
+def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: MediaSettings) -> dict[str, Any]:
+    """Read pages of the PDF in a job's file, with their annotations and filled forms.
 
-    number: int
-    """From 1."""
-    rgb: np.ndarray
-    """uint8 ``(Y, X, 3)``."""
-    total: int
-    """Pages of the whole document."""
-
-
-def read_document(
-    document: Opened, pages: str | Sequence[int] | None = None, settings: MediaSettings | None = None
-) -> list[Page]:
-    """Pages of a PDF, with their annotations and filled forms.
+    Before anything is drawn it calls ``sizes(width, height)`` for each page, and ``take(pixels, bytes)``.
+    The result has the document's number of pages, and ``(number, width, height, number of arrays)`` of each page that
+    was asked for, whose arrays are ``(height, width, 3)``.
 
     Args:
-        document: the file, as :func:`~aria.media.open.open_medium` lets it in.
+        job: see :class:`aria.workers.child.Job`.
+        name: what errors call the file.
         pages: numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
-        settings: limits on pages and pixels; None: those of :class:`MediaSettings`.
+        settings: limits on pages, pixels and time.
 
     Raises:
         ValueError: no PDF, a damaged or locked one, pages that it does not have, or over a limit.
     """
-    settings = settings or MediaSettings()
-    watch = Watch(document.name, settings.decode_timeout)
-    with _opened(document) as pdf:
+    report_to(job)
+    watch = Watch(name, settings.decode_timeout)
+    with _opened(JobFile(job, name)) as pdf:
         with _PDFIUM:
             count = len(pdf)
         if not count:
-            raise ValueError(f"{document.name} has no pages")
+            raise ValueError(f"{name} has no pages")
         ranges = [(1, count)] if pages is None else page_ranges(pages, count)
         asked = sum(last - first + 1 for first, last in ranges)
         if asked > settings.max_pages:
             raise ValueError(
-                f"{asked} pages of {document.name} are asked for, but {settings.max_pages} are allowed; "
+                f"{asked} pages of {name} are asked for, but {settings.max_pages} are allowed; "
                 'choose some, such as pages="1-8"'
             )
-        read = []
-        progress = ProgressCounter("document", asked)
-        for number in (number for first, last in ranges for number in range(first, last + 1)):
+        numbers = [number for first, last in ranges for number in range(first, last + 1)]
+        plans = []
+        for number in numbers:
             watch.check()
-            read.append(Page(number, _render(pdf, number, document.name, settings.page_pixels, watch), count))
+            size = _size(pdf, number, name, settings.page_pixels)
+            plans.append((number, size, job.call("sizes", *size)))
+        _ask(job, plans)
+        progress = ProgressCounter("document", asked)
+        read = []
+        for number, (width, height), sizes in plans:
+            watch.check()
+            pixels = _render(pdf, number, (width, height), name, watch)
+            read.append((number, width, height, write_sizes(job, Image.fromarray(pixels), sizes)))
             progress.add()
-        return read
+        return {"pages": count, "read": read}
+
+
+def _ask(job: Any, plans: Sequence[tuple[int, tuple[int, int], list[tuple[int, int]]]]) -> None:
+    """Ask for the pixels of all pages, and for the memory of what stays and of the largest page as it is drawn."""
+    pixels = sum(width * height for _, (width, height), _ in plans)
+    kept = sum(width * height for _, size, sizes in plans for width, height in sizes or [size])
+    drawn = max(width * height for _, (width, height), _ in plans)
+    job.call("take", pixels, 3 * kept + _DRAWING_BYTES * drawn)
 
 
 def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -109,15 +120,16 @@ def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]
 
 
 @contextlib.contextmanager
-def _opened(document: Opened) -> Iterator[Any]:
+def _opened(document: Medium) -> Iterator[Any]:
     import pypdfium2
 
-    with _said_plainly(f"{document.name}, as a document,"), _PDFIUM:
-        # A document without pages fails to load and leaves the code of whatever failed before, here or elsewhere.
-        pypdfium2.raw.FPDF_LoadDocument(b"", None)
-        assert pypdfium2.raw.FPDF_GetLastError() == _UNSET, "PDFium no longer reports a missing file by this code"
-        pdf = pypdfium2.PdfDocument(document.data)
-    with _closing(pdf):
+    with contextlib.ExitStack() as opened:
+        with _said_plainly(f"{document.name}, as a document,"), _PDFIUM:
+            # A document without pages fails to load and leaves the code of whatever failed before, here or elsewhere.
+            pypdfium2.raw.FPDF_LoadDocument(b"", None)
+            assert pypdfium2.raw.FPDF_GetLastError() == _UNSET, "PDFium no longer reports a missing file by this code"
+            pdf = pypdfium2.PdfDocument(opened.enter_context(document.file()))
+        opened.enter_context(_closing(pdf))
         with _PDFIUM:
             if _is_dynamic_form(pdf):
                 raise ValueError(
@@ -144,22 +156,33 @@ def _is_dynamic_form(pdf: Any) -> bool:
         page.close()
 
 
-def _render(pdf: Any, number: int, name: str, max_pixels: int, watch: Watch) -> np.ndarray:
+def _size(pdf: Any, number: int, name: str, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in pixels of a page as it will be drawn; nothing of its content is read."""
+    from pypdfium2 import raw
+
+    size = raw.FS_SIZEF()
+    with _PDFIUM:
+        known = raw.FPDF_GetPageSizeByIndexF(pdf, number - 1, size)
+    if not known:
+        raise ValueError(f"page {number} of {name} cannot be read: it is missing or damaged; leave it out with pages=")
+    width, height = (math.ceil(side * SCALE) for side in (size.width, size.height))
+    if not width or not height:
+        raise ValueError(f"page {number} of {name} has no area ({width} x {height} pixels); leave it out with pages=")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
+            "allowed; make it smaller, or leave it out with pages="
+        )
+    return width, height
+
+
+def _render(pdf: Any, number: int, size: tuple[int, int], name: str, watch: Watch) -> np.ndarray:
     import pypdfium2
 
+    width, height = size
     with contextlib.ExitStack() as opened, _said_plainly(f"page {number} of {name}", "; leave it out with pages="):
         with _PDFIUM:
             page = opened.enter_context(_closing(pdf[number - 1]))
-            width, height = (math.ceil(side * SCALE) for side in page.get_size())
-            if not width or not height:
-                raise ValueError(
-                    f"page {number} of {name} has no area ({width} x {height} pixels); leave it out with pages="
-                )
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
-                    "allowed; make it smaller, or leave it out with pages="
-                )
             bitmap = pypdfium2.PdfBitmap.new_native(
                 width, height, format=pypdfium2.raw.FPDFBitmap_BGR, rev_byteorder=True
             )

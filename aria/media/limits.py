@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import ImageColor
+
+from aria.workers import NotYet
+
+MOST_DEFAULT_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +39,17 @@ class MediaSettings:
     page_pixels: int = 36_000_000
     """The same for a page as it is rendered; A0 has 32 million."""
     prompt_pixels: int = 1_000_000_000
-    """Pixels of all pictures, frames and pages of one prompt together: they stay in memory until they are encoded, 3
-    bytes each."""
+    """Pixels of all images, frames and pages of one prompt together, as files announce them: they are spent before any
+    is decoded."""
+    decoded_bytes: int | None = None
+    """Memory that may be taken at a time, in the whole process, by everything that is being decoded and by what was
+    decoded and is still needed; what does not fit waits. Decoding takes up to 16 bytes a pixel; what stays is brought
+    to the size that the model takes, 3 bytes a pixel. None: any amount."""
+    workers: int | None = 0
+    """Processes that decode at a time, confined, and ended when they take too long or when nobody waits any more. 0:
+    this process decodes, so that a file which crashes a decoder ends it. None: as many as there are cores, up to 8."""
+    worker_bytes: int = 3 << 30
+    """Address space that such a process may take."""
     background: str | None = "white"
     """Colour behind the transparent pixels of images and clips, a name or ``#rrggbb``. None: their stored colours,
     often black, which is what transformers shows the model."""
@@ -45,6 +63,8 @@ class MediaSettings:
     clip_decoder: str = "auto"
     """What decodes clips: ``cpu``, ``cuda:0`` (a GPU's video decoder; what that cannot read falls to the CPU), or
     ``auto``: the GPU that this process works on, where it does and the driver lets it."""
+    image_timeout: float = 30.0
+    """Seconds that reading one image may take; without ``workers`` nothing ends it."""
     decode_timeout: float = 300.0
     """Seconds that reading one clip or document may take."""
     connect_timeout: float = 10.0
@@ -59,10 +79,24 @@ class MediaSettings:
     private_addresses: bool = False
     """Whether addresses may lead to this machine, the local network, or any other place that is not public."""
 
+    @classmethod
+    def untrusted(cls, **changes: Any) -> MediaSettings:
+        """For media that strangers send: decoded in processes of their own, within bounds of time and memory, and none
+        of this machine's files."""
+        strict = {"workers": None, "decoded_bytes": 2 << 30, "decode_timeout": 120.0, "local_folders": ()}
+        return cls(**{**strict, **changes})
+
+    @property
+    def worker_count(self) -> int:
+        """``workers``, or as many as there are cores, at most 8."""
+        return min(cores(), MOST_DEFAULT_WORKERS) if self.workers is None else self.workers
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("max_redirects", "cache_bytes"):
+            if field.name in ("workers", "decoded_bytes") and value is None:
+                continue
+            if field.name in ("max_redirects", "cache_bytes", "workers"):
                 if value < 0:
                     raise ValueError(f"{field.name} is {value}; expected 0 or more")
             elif field.name == "clip_decoder":
@@ -86,6 +120,22 @@ def _is_color(value: object) -> bool:
         return False
 
 
+class JobFile:
+    """The file that a job reads, see :class:`aria.workers.child.Job`.
+
+    Args:
+        job: has it.
+        name: what errors call it.
+    """
+
+    def __init__(self, job: Any, name: str):
+        self._job, self.name = job, name
+
+    def file(self) -> BinaryIO:
+        """It, open for reading at its beginning, with a position of its own."""
+        return self._job.file()  # type: ignore[no-any-return]
+
+
 class PixelBudget:
     """What the pictures, frames and pages of one prompt may take together; several threads may spend it."""
 
@@ -106,6 +156,73 @@ class PixelBudget:
                     f"the pictures, frames and pages of one prompt have more than the {self._whole:,} pixels that are "
                     "allowed together; send fewer or smaller ones"
                 )
+
+
+class MemoryBudget:
+    """Bytes that decoding and its results take, in the whole process; several threads may take and give back."""
+
+    SMALL = 16
+    """Whatever takes less than this part of the budget may use all of it, and larger things three quarters: a few
+    large images do not keep small ones waiting."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self._lock = threading.Lock()
+        self._reclaimers: list[weakref.WeakMethod[Callable[[int], object]]] = []
+
+    def on_shortage(self, reclaim: Callable[[int], object]) -> None:
+        """Have a bound method called with a number of bytes to free, where it can, when memory is short. Its object is
+        held weakly."""
+        with self._lock:
+            self._reclaimers.append(weakref.WeakMethod(reclaim))
+
+    def take(self, nbytes: int, limit: int | None) -> None:
+        """Take bytes, so that no more than ``limit`` are taken in all.
+
+        Raises:
+            ValueError: there will never be so many.
+            NotYet: others have to give some back first.
+        """
+        usable = limit if limit is None or nbytes * self.SMALL < limit else limit * 3 // 4
+        if limit is not None and nbytes > limit:
+            raise ValueError(
+                f"reading it would take {nbytes:,} bytes of memory, and {limit:,} are allowed for all media "
+                "together; send smaller or fewer ones"
+            )
+        if usable is not None and nbytes > usable:
+            usable = limit
+        for attempt in range(2):
+            with self._lock:
+                short = 0 if usable is None else self.taken + nbytes - usable
+                if short <= 0:
+                    self.taken += nbytes
+                    return
+                reclaimers = [reclaim for one in self._reclaimers if (reclaim := one()) is not None]
+            if not attempt:
+                for reclaim in reclaimers:
+                    reclaim(short)
+        raise NotYet
+
+    def give_back(self, nbytes: int) -> None:
+        with self._lock:
+            self.taken -= nbytes
+
+    def keep(self, array: np.ndarray) -> None:
+        """Count the bytes of an array, which were taken, until nobody holds it or a view of it."""
+        owner: Any = array
+        while isinstance(owner, np.ndarray) and owner.base is not None:
+            owner = owner.base
+        owner = owner.obj if isinstance(owner, memoryview) else owner
+        weakref.finalize(owner, self.give_back, array.nbytes)
+
+
+DECODED = MemoryBudget()
+"""The process's."""
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def short(source: str) -> str:

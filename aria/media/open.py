@@ -8,19 +8,16 @@ import hashlib
 import io
 import os
 import re
-import sys
+import stat
 import urllib.parse
+import weakref
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import numpy as np
-from PIL import Image
-
-from aria.media import rgb
 from aria.media.fetch import fetch
-from aria.media.limits import MediaSettings, PixelBudget, short
-
-__all__ = ["MediaSettings", "Opened", "fetch", "load_image", "open_medium"]
+from aria.media.limits import MediaSettings, short
+from aria.workers.channel import PASSES_FILES
+from aria.workers.shared import FileView, SharedFile
 
 _PIECE = 1 << 16
 """Characters of a data: URI that are unquoted at a time."""
@@ -32,61 +29,37 @@ _NAMES = {"image": "picture", "video": "clip", "document": "document"}
 _EXAMPLES = {"image": "image/png", "video": "video/mp4", "document": "application/pdf"}
 
 
-class Opened(NamedTuple):
-    """A medium that was let in."""
+class Opened:
+    """A medium that was let in.
 
-    data: bytes | Path
-    """Its bytes, or an absolute path to a file that may be read."""
-    name: str
-    """What errors call it."""
+    Args:
+        source: its bytes, or an open file that this object closes.
+        name: what errors call it.
+        path: of the file.
+    """
+
+    def __init__(self, source: bytes | SharedFile, name: str, path: Path | None = None):
+        self.source, self.name, self.path = source, name, path
+        if isinstance(source, SharedFile):
+            weakref.finalize(self, os.close, source.descriptor)
+
+    @property
+    def data(self) -> bytes | Path:
+        """What it can be opened by again: its bytes, or an absolute path."""
+        return self.source if isinstance(self.source, bytes) else self.path or Path()
 
     def identity(self) -> tuple[object, ...]:
         """Tells it from others: a digest of its bytes, or the file with its size and the time of its last change."""
-        if isinstance(self.data, bytes):
-            return (hashlib.sha256(self.data).digest(),)
-        state = self.data.stat()
-        return self.data, state.st_size, state.st_mtime_ns, state.st_ino
+        if isinstance(self.source, bytes):
+            return (hashlib.sha256(self.source).digest(),)
+        state = os.fstat(self.source.descriptor)
+        return self.path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
     def file(self) -> BinaryIO:
-        """It as a file, open for reading."""
-        return io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data.open("rb")
-
-
-def load_image(source: Any, settings: MediaSettings | None = None, budget: PixelBudget | None = None) -> Image.Image:
-    """A picture of any kind as an RGB ``PIL.Image``, upright.
-
-    Rules:
-        * EXIF orientation is applied; of an animation the first frame (of a PIL object: its current frame) is taken.
-        * Transparent pixels are composited on ``settings.background``, white by default. With ``background=None``
-          they keep their stored colours, often black, as transformers shows them to the model.
-        * 16-bit grey is scaled to 8 bits, never clipped.
-        * Arrays are ``(H, W)`` grey or ``(H, W, C)`` or ``(C, H, W)`` with C = 1, 3 or 4. Where both readings are
-          possible arrays are read as channels last and torch tensors as channels first. uint8 is taken as it is, bool
-          as black and white, uint16 is scaled, floating values must lie in 0..1.
-
-    Args:
-        source: ``PIL.Image.Image``, numpy array, torch tensor, path (str or Path), bytes, ``data:`` URI, or an
-            ``http://`` or ``https://`` address.
-        settings: limits and permissions; None: those of :class:`MediaSettings`.
-        budget: what it may take of, with others; pictures in memory take nothing.
-
-    Raises:
-        FileNotFoundError: no file at the path.
-        ValueError: not a picture, damaged, too large, or an address that is not allowed or does not answer.
-        TypeError: ``source`` is none of these kinds.
-    """
-    settings = settings or MediaSettings()
-    if isinstance(source, Image.Image):
-        return rgb.upright_rgb(source, "the picture", settings.background)
-    if isinstance(source, np.ndarray):
-        return rgb.from_array(source, channels_first=False, background=settings.background)
-    torch = sys.modules.get("torch")  # who passes a tensor has imported it
-    if torch is not None and isinstance(source, torch.Tensor):
-        return rgb.from_array(rgb.tensor_to_array(source), channels_first=True, background=settings.background)
-    opened = open_medium(source, "image", settings)
-    with opened.file() as file:
-        budget = budget or PixelBudget(settings.prompt_pixels)
-        return rgb.decode(file, opened.name, settings.image_pixels, budget.spend, settings.background)
+        """It as a file, open for reading at its beginning; each has a position of its own."""
+        if isinstance(self.source, bytes):
+            return io.BytesIO(self.source)
+        return io.BufferedReader(FileView(self.source.descriptor, self.source.size))  # type: ignore[return-value]
 
 
 def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
@@ -120,7 +93,8 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
         return Opened(fetch(source, limit, settings), short(source))
     if isinstance(source, str | os.PathLike):
         path = _check_path(Path(source), kind, settings.local_folders)
-        return Opened(path, repr(str(source)))
+        file = _open_file(path, follow=settings.local_folders is None)
+        return Opened(file, repr(str(source)), path)
     kinds = "a PIL picture, an array, a tensor, a path" if kind == "image" else "a path"
     raise TypeError(
         f"a {_NAMES[kind]} cannot be a {type(source).__name__}; pass {kinds}, bytes, a data: URI or an http(s) address"
@@ -147,6 +121,41 @@ def _check_path(path: Path, kind: str, folders: tuple[Path, ...] | None) -> Path
     if not readable:
         raise ValueError(f"{str(path)!r} is a folder, a device, or closed to this user, not a {_NAMES[kind]}")
     return place
+
+
+def _open_file(path: Path, *, follow: bool) -> SharedFile:
+    """Open a file by a path that was checked. Without ``follow`` there must still be no link on its way: one may have
+    been put there in between."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        if not follow and os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW"):
+            descriptor = _open_without_links(path, flags)
+        else:
+            descriptor = os.open(path, flags)
+            if not follow and (path.resolve() != path or not os.path.samestat(os.fstat(descriptor), path.stat())):
+                os.close(descriptor)
+                raise OSError("it was replaced meanwhile")
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be opened ({error.strerror or error}); check the path") from error
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{str(path)!r} is a folder or a device, not a file")
+    return SharedFile(descriptor, state.st_size, None if PASSES_FILES else str(path))
+
+
+def _open_without_links(path: Path, flags: int) -> int:
+    """The descriptor of a file, opened folder by folder."""
+    search = getattr(os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY)) | os.O_DIRECTORY
+    folder = os.open(path.anchor, search)
+    try:
+        for part in path.parts[1:-1]:
+            inner = os.open(part, search | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(path.name, flags | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def _inside(path: Path, folders: tuple[Path, ...]) -> Path | None:

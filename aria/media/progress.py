@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
@@ -34,6 +34,19 @@ def listen(listener: Callable[[Progress], object]) -> None:
     _listener.set(listener)
 
 
+def report(progress: Progress) -> None:
+    """Tell whoever listens in this context."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(progress)
+
+
+def report_to(job: Any) -> None:
+    """In a worker: have the progress of this context reported to the process that asked for the job."""
+    if job.remote:
+        listen(lambda progress: job.call("progress", *progress))
+
+
 class ProgressCounter:
     """Counts what has been read, in any thread.
 
@@ -54,6 +67,5 @@ class ProgressCounter:
             self._report(self._done)
 
     def _report(self, done: int) -> None:
-        listener = _listener.get()
-        if listener is not None and self._total:
-            listener(Progress(self._kind, done, self._total))
+        if self._total:
+            report(Progress(self._kind, done, self._total))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,6 +12,7 @@ from aria.workers.cancellation import check_cancelled
 
 if TYPE_CHECKING:
     import torch
+from aria.media.limits import MediaSettings
 from aria.media.metadata import cleaned
 
 # Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
@@ -26,9 +27,47 @@ _TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BICUBIC = Image.Resampling.BICUBIC
 _PHOTOMETRIC = 0x0106
 _WHITE_IS_ZERO = 0
 _BITS_PER_SAMPLE = 0x0102
+
+
+PEAK_BYTES = 16
+"""Of memory for each pixel while an image is decoded: 3 to 8 for most files, 12 where values have 16 or 32 bits or are
+transparent."""
+
+
+def read(job: Any, name: str, settings: MediaSettings) -> dict[str, Any]:
+    """Read the image in a job's file, at the sizes that are needed.
+
+    Calls ``take(pixels, bytes)`` before it is decoded, and ``sizes(width, height)`` for the sizes to bring it to; none:
+    its own. The result's arrays are ``(height, width, 3)``.
+    """
+
+    def spend(pixels: int) -> None:
+        job.call("take", pixels, pixels * PEAK_BYTES)
+
+    with job.file() as file:
+        image = decode(file, name, settings.image_pixels, spend, settings.background)
+    write_sizes(job, image, job.call("sizes", *image.size))
+    return {"size": image.size}
+
+
+def write_sizes(job: Any, image: Image.Image, sizes: Sequence[Sequence[int]]) -> int:
+    """Hand over an image at some sizes, or as it is; how many arrays that are."""
+    arrays = at_sizes(image, sizes or [image.size])
+    for array in arrays:
+        job.array(array.shape)[:] = array
+    return len(arrays)
+
+
+def at_sizes(image: Image.Image, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """An RGB image at each (width, height), resized as the model is used to: uint8 ``(height, width, 3)``."""
+    return [
+        np.asarray(image if (width, height) == image.size else image.resize((width, height), _BICUBIC))
+        for width, height in sizes
+    ]
 
 
 def decode(

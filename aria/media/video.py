@@ -2,88 +2,77 @@
 
 A first pass reads the clip without decoding it: when each frame is shown, and where decoding can begin (its keyframes).
 From that come the frames to take and, for each, the keyframe to start at. Runs of frames that share one are independent
-of each other and go to several workers.
+of each other and go to several threads.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from aria.media.animation import animation_format, decode_animation, webp_timeline
-from aria.media.container import Decoder, Fit, Timeline, Watch, cores, on_gpu, scan
-from aria.media.limits import MediaSettings
-from aria.media.open import Opened
-from aria.media.progress import ProgressCounter
+from aria.media.container import Decoder, Fit, Medium, Run, Timeline, Watch, scan
+from aria.media.limits import JobFile, MediaSettings, cores
+from aria.media.progress import ProgressCounter, report_to
+from aria.media.rgb import write_sizes
 from aria.workers.cancellation import map_in_context
 
-MOST_WORKERS = 16
-DECODER_BYTES = 2 << 30
-"""What the workers' decoders may hold together, if each keeps :data:`FRAMES_HELD` frames."""
+MOST_THREADS = 16
+DECODER_BYTES = 1 << 30
+"""What the decoders of one clip may hold together, if each keeps :data:`FRAMES_HELD` frames; one may hold more."""
 FRAMES_HELD = 20
 
 
-class Frame(NamedTuple):
-    """A frame of a clip."""
+class Asked(NamedTuple):
+    """What is wanted of a clip: ``num_frames``, or ``fps`` with at most ``max_frames``."""
 
-    seconds: Fraction
-    """Since the clip's first frame."""
-    rgb: np.ndarray
-    """uint8 ``(Y, X, 3)``, upright."""
+    num_frames: int | None
+    fps: float | None
+    max_frames: int | None
 
-    @property
-    def stamp(self) -> str:
-        """``MM:SS``; minutes may go beyond 59."""
-        minutes, seconds = divmod(int(self.seconds), 60)
-        return f"{minutes:02d}:{seconds:02d}"
+    def check(self, settings: MediaSettings) -> None:
+        """Raises:
+        ValueError: both or neither of the first two, or more frames than are allowed.
+        """
+        if (self.num_frames is None) == (self.fps is None):
+            raise ValueError("give num_frames or fps, and not both")
+        for name, value in (("num_frames", self.num_frames), ("max_frames", self.max_frames)):
+            if value is not None and not 1 <= value <= settings.max_frames:
+                raise ValueError(f"{name} is {value}; 1 to {settings.max_frames} are allowed")
 
 
-def read_clip(
-    clip: Opened,
-    *,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    max_frames: int | None = None,
-    fit: Fit | None = None,
-    settings: MediaSettings | None = None,
-    workers: int | None = None,
-) -> list[Frame]:
-    """Frames from all over a clip.
+class Plan(NamedTuple):
+    """Which frames of a clip are taken, and how they are decoded. Times are in units of ``unit`` seconds."""
 
-    They are those on screen at the middles of N equal parts of its length. A clip of N frames or fewer gives each of
-    them once; no frame is ever given twice. With a constant rate this is the authors' choice,
-    ``trunc(T / N * (i + 0.5))`` of T frames.
+    size: tuple[int, int]
+    """(width, height) of a frame, as the file's header has it."""
+    first: int
+    """Time of the clip's first frame."""
+    unit: Fraction
+    counted: bool
+    """As in :class:`~aria.media.container.Timeline`."""
+    animation: str | None
+    """Format of an animated image that Pillow decodes."""
+    chosen: dict[int, int]
+    """Times by the index of each frame that is taken."""
+    runs: list[Run]
+    """The same frames by keyframe; empty for animated images."""
 
-    Args:
-        clip: the file, as :func:`~aria.media.open.open_medium` lets it in.
-        num_frames: N.
-        fps: instead of ``num_frames``: N as so many frames a second, at most ``max_frames``.
-        max_frames: with ``fps``; None: what the settings allow.
-        fit: what becomes of a frame of (width, height), asked for each; None: frames stay as they are.
-        settings: limits on frames, pixels and seconds; None: those of :class:`MediaSettings`.
-        workers: decoders at work; None: as many as there are cores, or as keep a GPU's video decoder busy.
 
-    Returns:
-        Frames in the order of their times; what cannot be decoded is left out.
+def plan(clip: Medium, asked: Asked, settings: MediaSettings, watch: Watch) -> Plan:
+    """Read through a clip and choose frames; nothing is decoded.
 
     Raises:
         ValueError: no clip, a damaged one, or one that goes over a limit.
     """
-    settings = settings or MediaSettings()
-    if (num_frames is None) == (fps is None):
-        raise ValueError("give num_frames or fps, and not both")
-    for name, value in (("num_frames", num_frames), ("max_frames", max_frames)):
-        if value is not None and not 1 <= value <= settings.max_frames:
-            raise ValueError(f"{name} is {value}; 1 to {settings.max_frames} are allowed")
-    watch = Watch(clip.name, settings.decode_timeout)
     animation = animation_format(clip, settings)
     timeline = (webp_timeline if animation == "WEBP" else scan)(clip, settings, watch)
     if timeline.seconds > settings.clip_seconds:
@@ -91,20 +80,13 @@ def read_clip(
             f"{clip.name} is {float(timeline.seconds):.0f} s long, but {settings.clip_seconds:g} s are allowed; "
             "send a part of it"
         )
-    count = num_frames
+    count = asked.num_frames
     if count is None:
-        assert fps is not None, "checked above"
-        count = min(max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(fps))))
-    chosen = choose(timeline, count)
-    fit = fit or _as_it_is
-    if animation is not None:
-        frames = decode_animation(clip, animation, timeline, chosen, fit, settings, watch)
-    else:
-        frames = _decode(clip, timeline, _runs(timeline, chosen), fit, workers, settings, watch)
-    if not frames:
-        raise ValueError(f"no frame of {clip.name} can be decoded; the file may be truncated or damaged")
-    first = timeline.times[0]
-    return [Frame((moment - first) * timeline.unit, frames[moment]) for moment in sorted(frames)]
+        assert asked.fps is not None, "checked before"
+        count = min(asked.max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(asked.fps))))
+    chosen = {index: timeline.times[index] for index in choose(timeline, count)}
+    runs = [] if animation else _runs(timeline, list(chosen))
+    return Plan(timeline.size, timeline.times[0], timeline.unit, timeline.counted, animation, chosen, runs)
 
 
 def choose(timeline: Timeline, count: int) -> list[int]:
@@ -117,19 +99,8 @@ def choose(timeline: Timeline, count: int) -> list[int]:
     return list(dict.fromkeys(bisect_right(times, moment) - 1 for moment in moments))
 
 
-def _as_it_is(width: int, height: int) -> tuple[int, int]:
-    return width, height
-
-
-class _Run(NamedTuple):
-    """Frames that are decoded from one keyframe on."""
-
-    key: int
-    times: list[int]
-
-
-def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[_Run]:
-    runs: dict[int, _Run] = {}
+def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[Run]:
+    runs: dict[int, Run] = {}
     numbers = [key.number for key in timeline.keys]
     for index in chosen:
         moment = timeline.times[index]
@@ -137,81 +108,126 @@ def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[_Run]:
         # A frame that is stored after a keyframe but shown before it may lean on what is stored before it.
         while key and (timeline.keys[key].time or 0) > moment:
             key -= 1
-        runs.setdefault(key, _Run(key, [])).times.append(moment)
+        if key not in runs:
+            runs[key] = Run.of(key, timeline.keys)
+        runs[key].times.append(moment)
     return list(runs.values())
 
 
-def _gpu(decoder: str, name: str) -> int | None:
-    """The number of the GPU to decode on, by ``MediaSettings.clip_decoder``."""
-    if decoder == "cpu" or (decoder == "auto" and not _cuda_is_used()):
-        return None
-    import torch
-
-    if decoder == "auto":
-        gpu = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)
-        return gpu if _decodes(gpu) else None
-    gpu = torch.device(decoder).index or 0
-    if gpu >= torch.cuda.device_count() or not _decodes(gpu):
-        raise ValueError(f"{name} cannot be decoded on {decoder}: no video decoder is found there; use cpu or auto")
-    return gpu
-
-
-def _cuda_is_used() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_initialized()
-
-
-@cache
-def _decodes(gpu: int) -> bool:
-    """Whether a GPU's video decoder can be used: a driver may come without it, so a picture is tried."""
-    import av
-    from av.codec import CodecContext
-
-    try:
-        coder = CodecContext.create("libx264", "w")
-        assert isinstance(coder, av.VideoCodecContext)
-        coder.width = coder.height = 128
-        coder.pix_fmt, coder.time_base = "yuv420p", Fraction(1, 25)
-        packets = [*coder.encode(av.VideoFrame(128, 128, "yuv420p")), *coder.encode(None)]
-        decoder = CodecContext.create("h264", "r", hwaccel=on_gpu(gpu, or_cpu=False))
-        frames = [frame for packet in (*packets, None) for frame in decoder.decode(packet)]
-        return bool(frames) and all(frame.format.name == "cuda" for frame in frames)
-    except (av.FFmpegError, NotImplementedError, RuntimeError):
-        return False
-
-
-def _decode(
-    clip: Opened,
-    timeline: Timeline,
-    runs: Sequence[_Run],
+def decode(
+    clip: Medium,
+    plan: Plan,
     fit: Fit,
-    threads: int | None,
     settings: MediaSettings,
     watch: Watch,
+    *,
+    threads: int | None = None,
+    gpu: int | None = None,
 ) -> dict[int, np.ndarray]:
-    gpu = _gpu(settings.clip_decoder, clip.name)
+    """RGB of the planned frames by time, uint8 ``(Y, X, 3)``, upright; what cannot be decoded is missing.
+
+    Args:
+        clip: the file.
+        plan: of it.
+        fit: what becomes of a frame of (width, height).
+        settings: limits.
+        watch: ends it.
+        threads: at work; None: as many as there are cores, or as keep a GPU's video decoder busy.
+        gpu: number of a GPU whose video decoder does it, and nothing else.
+
+    Raises:
+        ValueError: the time is up, or the file cannot be read any more.
+    """
+    if plan.animation is not None:
+        return decode_animation(clip, plan.animation, plan.chosen, fit, settings, watch)
     # A GPU has several decoders in one, and threads only wait for them.
-    threads = threads or (cores() if gpu is None else MOST_WORKERS)
-    held = max(1, 2 * timeline.pixels * FRAMES_HELD)  # in 4:2:0 a pixel takes one and a half bytes
-    workers = max(1, min(threads, MOST_WORKERS, len(runs), DECODER_BYTES // held))
-    waiting, turn = iter(runs), threading.Lock()
+    threads = threads or (cores() if gpu is None else MOST_THREADS)
+    decoders = max(1, min(threads, MOST_THREADS, len(plan.runs), DECODER_BYTES // _held(plan)))
+    waiting, turn = iter(plan.runs), threading.Lock()
     frames: dict[int, np.ndarray] = {}
-    progress = ProgressCounter("video", sum(len(run.times) for run in runs))
+    progress = ProgressCounter("video", sum(len(run.times) for run in plan.runs))
 
     def work(_: int) -> None:
         # Cores that have no run of their own help within the runs.
-        with Decoder(clip, timeline, fit, max(1, threads // workers), settings, watch, gpu, progress) as decoder:
+        share = max(1, threads // decoders)
+        with Decoder(clip, plan.counted, fit, share, settings, watch, gpu, progress) as decoder:
             while True:
                 with turn:
                     run = next(waiting, None)
                 if run is None:
                     return
-                frames.update(decoder.decode(run.key, run.times))
+                frames.update(decoder.decode(run))
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(decoders) as pool:
         try:
-            map_in_context(pool, work, range(workers))
+            map_in_context(pool, work, range(decoders))
         except BaseException:
             watch.stop()
             raise
     return frames
+
+
+def _held(plan: Plan) -> int:
+    """Bytes that a decoder may hold: in 4:2:0 a pixel takes one and a half."""
+    return max(1, 2 * plan.size[0] * plan.size[1] * FRAMES_HELD)
+
+
+def read(job: Any, name: str, asked: Asked, settings: MediaSettings, threads: int | None) -> dict[str, Any]:
+    """Read frames of the clip in a job's file.
+
+    Calls ``fit(width, height)`` and ``sizes(width, height)``, and before anything is decoded ``take(pixels, bytes)``.
+    The result has ``(seconds as numerator and denominator, width, height, number of arrays)`` of
+    each frame, whose arrays are ``(height, width, 3)``.
+    """
+    report_to(job)
+    clip, watch = JobFile(job, name), Watch(name, settings.decode_timeout)
+    planned = plan(clip, asked, settings, watch)
+    return _read(job, clip, planned, settings, watch, threads)
+
+
+def read_planned(job: Any, name: str, planned: Any, settings: MediaSettings) -> dict[str, Any]:
+    """:func:`read` by a plan that :func:`make_plan` gave."""
+    report_to(job)
+    return _read(job, JobFile(job, name), planned, settings, Watch(name, settings.decode_timeout), None)
+
+
+def make_plan(job: Any, name: str, asked: Asked, settings: MediaSettings) -> list[Any]:
+    """The plan of the clip in a job's file, as JSON; pixels and memory are asked for as by :func:`read`."""
+    planned = plan(JobFile(job, name), asked, settings, Watch(name, settings.decode_timeout))
+    _ask(job, planned)
+    runs = [(run.key, list(run.keys.items()), run.times) for run in planned.runs]
+    unit = planned.unit.numerator, planned.unit.denominator
+    return [planned.size, planned.first, unit, planned.counted, planned.animation, list(planned.chosen.items()), runs]
+
+
+def _read(
+    job: Any, clip: Medium, planned: Plan, settings: MediaSettings, watch: Watch, threads: int | None
+) -> dict[str, Any]:
+    @cache
+    def fit(width: int, height: int) -> tuple[int, int]:
+        width, height = job.call("fit", width, height)
+        return width, height
+
+    _ask(job, planned)
+    frames = decode(clip, planned, fit, settings, watch, threads=threads)
+    read = []
+    for moment in sorted(frames):
+        pixels = frames.pop(moment)
+        height, width = pixels.shape[:2]
+        sizes = job.call("sizes", width, height)
+        count = write_sizes(job, Image.fromarray(pixels), sizes) if sizes else 1
+        if not sizes:
+            job.array(pixels.shape)[:] = pixels
+        seconds = (moment - planned.first) * planned.unit
+        read.append((moment, seconds.numerator, seconds.denominator, width, height, count))
+    return {"frames": read}
+
+
+def _ask(job: Any, planned: Plan) -> None:
+    """Ask for the pixels and the memory of all frames, by what the header says of their size."""
+    width, height = job.call("fit", *planned.size)
+    sizes = job.call("sizes", width, height) or [(width, height)]
+    pixels = len(planned.chosen) * sum(width * height for width, height in sizes)
+    decoders = max(_held(planned), min(DECODER_BYTES, len(planned.runs) * _held(planned)))
+    # Frames that are about to be handed over lie in memory twice.
+    job.call("take", pixels, decoders + 6 * pixels)

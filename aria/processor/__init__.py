@@ -1,6 +1,7 @@
 """Messages, text and pictures to tensors, and ids back to text."""
 
-from aria.media.open import MediaSettings, load_image
+from aria.media.limits import MediaSettings
+from aria.media.read import load_image
 from aria.processor.batch import BatchFeature
 from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, DocumentPart, ImagePart, Prompt, VideoPart, render
 from aria.processor.image import AriaImageProcessor

@@ -79,7 +79,7 @@ class ImagePart(MediaPart):
 
 @dataclass(frozen=True)
 class VideoPart(MediaPart):
-    """A clip: as many pictures as frames are taken of it, see :func:`aria.media.video.read_clip`.
+    """A clip: as many pictures as frames are taken of it, see :func:`aria.media.read.read_clip`.
 
     Attributes:
         num_frames: how many.
@@ -99,7 +99,7 @@ class DocumentPart(MediaPart):
     """A document: as many pictures as pages are taken of it.
 
     Attributes:
-        pages: see :func:`aria.media.document.read_document`.
+        pages: see :func:`aria.media.read.read_document`.
     """
 
     pages: str | tuple[int, ...] | None = None

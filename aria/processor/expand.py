@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from aria.media.cache import MediaCache
-from aria.media.document import read_document
 from aria.media.limits import MediaSettings, PixelBudget
 from aria.media.open import open_medium
-from aria.media.video import read_clip
+from aria.media.read import Frame, Page, Scaled, read_clip, read_document
 from aria.processor.chat import IMAGE_TOKEN, IMAGE_WRAPPING, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
-from aria.processor.image import AriaImageProcessor
+from aria.processor.image import AriaImageProcessor, NeededSizes
 
 NUM_FRAMES = 128
 """Frames of a clip whose part does not say how many, as in the authors' cookbook."""
+
+
+Needed = Callable[[MediaPart], NeededSizes]
+Read = TypeVar("Read", Frame, Page)
 
 
 class Origin(NamedTuple):
@@ -81,12 +85,16 @@ def expand(
     settings: MediaSettings,
     cache: MediaCache | None = None,
     budget: PixelBudget | None = None,
+    needed: Needed | None = None,
 ) -> Expanded:
     """Open the clips and documents of a prompt that is :func:`settled <settle>`, and whose parts all have sources.
 
     Of a clip each frame stands as ``[MM:SS]``, picture, newline; without timestamps the frames stand side by side with
     one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline. What ``cache`` has is not
-    read again. Frames and pages are taken from the ``budget``.
+    read again. Frames and pages are taken from the ``budget`` before they are decoded.
+
+    ``needed`` gives, for a clip or document, the sizes that its pictures' crops are made from. The sources of parts for
+    frames and pages then are :class:`~aria.media.read.Scaled`, and without it arrays.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.media.open`.
@@ -104,9 +112,7 @@ def expand(
         place = prompt[start:end]
         assert isinstance(place, Prompt), "a slice of a prompt is one"
         pieces.append(prompt[at:start])
-        places = list(_open(part, processor, settings, cache))
-        if not isinstance(part, ImagePart):
-            budget.spend(sum(place.part.source.shape[0] * place.part.source.shape[1] for place in places))
+        places = list(_open(part, _Reader(processor, settings, cache, budget, needed)))
         for before, picture, after, _ in places:
             pieces += (before, place.with_parts([picture]), after)
         media.append(Origin(_kind(part), len(places), places[0].total if places else None))
@@ -118,29 +124,52 @@ def _kind(part: MediaPart) -> str:
     return {VideoPart: "video", DocumentPart: "document"}.get(type(part), "image")
 
 
-def _open(
-    part: MediaPart, processor: AriaImageProcessor, settings: MediaSettings, cache: MediaCache
-) -> Iterator[_Place]:
+class _Reader(NamedTuple):
+    """What clips and documents are read with."""
+
+    processor: AriaImageProcessor
+    settings: MediaSettings
+    cache: MediaCache
+    budget: PixelBudget
+    needed: Needed | None
+
+    def read(self, key: tuple[object, ...], part: MediaPart, read: Callable[..., Sequence[Read]]) -> Sequence[Read]:
+        """What the cache has of a medium, or else what ``read(spend=..., sizes=...)`` gives."""
+        spent = False
+
+        def spend(pixels: int) -> None:
+            nonlocal spent
+            self.budget.spend(pixels)
+            spent = True
+
+        sizes = self.needed(part) if self.needed else None
+        key = (*key, sizes and sizes.key, self.settings)
+        pictures = self.cache.get(key, lambda: read(spend=spend, sizes=sizes), self.settings.cache_bytes)
+        if not spent:
+            self.budget.spend(sum(picture.image.size[0] * picture.image.size[1] for picture in pictures))
+        return pictures
+
+    def picture(self, image: Scaled, part: MediaPart) -> ImagePart:
+        """A picture that a medium holds, as a part of its own."""
+        return ImagePart(image if self.needed else image.arrays[0], part.max_image_size, part.split_image)
+
+
+def _open(part: MediaPart, reader: _Reader) -> Iterator[_Place]:
     if isinstance(part, ImagePart):
         yield _Place("", part, "")
     elif isinstance(part, VideoPart):
-        yield from _frames(part, processor, settings, cache)
+        yield from _frames(part, reader)
     else:
         assert isinstance(part, DocumentPart), f"a part of an unknown kind: {part!r:.100}"
-        document, pages = open_medium(part.source, "document", settings), part.pages
-        read = cache.get(
-            (document.identity(), "pages", pages, settings),
-            lambda: read_document(document, pages, settings),
-            settings.cache_bytes,
-        )
-        for number, rgb, total in read:
-            yield _Place(f"Page {number}: ", _picture(rgb, part), "\n", total)
+        pdf, pages = open_medium(part.source, "document", reader.settings), part.pages
+        key = (pdf.identity(), "pages", pages if pages is None or isinstance(pages, str) else tuple(pages))
+        for page in reader.read(key, part, partial(read_document, pdf, pages, reader.settings)):
+            yield _Place(f"Page {page.number}: ", reader.picture(page.image, part), "\n", page.total)
 
 
-def _frames(
-    part: VideoPart, processor: AriaImageProcessor, settings: MediaSettings, cache: MediaCache
-) -> Iterator[_Place]:
+def _frames(part: VideoPart, reader: _Reader) -> Iterator[_Place]:
     size, split = part.max_image_size, part.split_image
+    processor, settings = reader.processor, reader.settings
     assert size is not None, "expand takes prompts that are settled"
 
     def fit(width: int, height: int) -> tuple[int, int]:
@@ -148,18 +177,11 @@ def _frames(
         return (width, height) if split or max(width, height) <= size else processor.fit((width, height), size)
 
     num_frames = part.num_frames or (min(NUM_FRAMES, settings.max_frames) if part.fps is None else None)
-    asked = {"num_frames": num_frames, "fps": part.fps, "max_frames": part.max_frames}
+    asked: dict[str, Any] = {"num_frames": num_frames, "fps": part.fps, "max_frames": part.max_frames}
     clip = open_medium(part.source, "video", settings)
-    frames = cache.get(
-        (clip.identity(), *asked.values(), None if split else (size, processor.min_image_size), settings),
-        lambda: read_clip(clip, **asked, fit=fit, settings=settings),  # type: ignore[arg-type]  # each as its part has it
-        settings.cache_bytes,
-    )
+    key = (clip.identity(), *asked.values(), None if split else (size, processor.min_image_size))
+    frames = reader.read(key, part, partial(read_clip, clip, **asked, fit=fit, settings=settings))
     for i, frame in enumerate(frames):
         last = i == len(frames) - 1
         before = f"[{frame.stamp}]" if part.timestamps else ""
-        yield _Place(before, _picture(frame.rgb, part), "\n" if part.timestamps or last else "")
-
-
-def _picture(rgb: Any, part: MediaPart) -> ImagePart:
-    return ImagePart(rgb, part.max_image_size, part.split_image)
+        yield _Place(before, reader.picture(frame.image, part), "\n" if part.timestamps or last else "")

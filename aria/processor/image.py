@@ -17,7 +17,7 @@ from PIL import Image
 
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
-from aria.media.open import load_image
+from aria.media.read import load_image
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.files import (
     PREPROCESSOR_CONFIG,
@@ -48,6 +48,34 @@ class Sheet(NamedTuple):
     """Where the picture's corner lies on the sheet."""
     pieces: tuple[tuple[int, int, int, int], ...]
     """Left, top, right and bottom of each; each is then resized to its crop."""
+
+    @property
+    def is_whole(self) -> bool:
+        """The picture itself, as one piece."""
+        return self.drawn == self.size and self.pieces == ((0, 0, *self.size),)
+
+
+class NeededSizes:
+    """The sizes that a picture's crops are made from, by its own.
+
+    Args:
+        processor: makes crops.
+        settings: ``max_image_size``, ``split_image`` and ``split_mode`` of a call, for one picture.
+    """
+
+    def __init__(self, processor: AriaImageProcessor, **settings: Any):
+        self._processor, self._settings = processor, settings
+        self.key = (
+            *settings.items(), processor.max_image_size, processor.min_image_size, processor.split_image,
+            processor.split_mode, *processor.split_resolutions,
+        )  # fmt: skip
+
+    def __call__(self, width: int, height: int) -> list[tuple[int, int]]:
+        """(width, height) for each of its sheets; none where its own pixels are fewer."""
+        size = self._settings.get("max_image_size") or self._processor.max_image_size
+        sheets = self._processor.sheets((width, height), **self._settings)
+        needed = [self._processor.fit(sheet.drawn, size) if sheet.is_whole else sheet.drawn for sheet in sheets]
+        return needed if sum(across * down for across, down in needed) < width * height else []
 
 
 class AriaImageProcessor:
@@ -185,7 +213,7 @@ class AriaImageProcessor:
         return_tensors: str | None = "pt",
         **settings: Any,
     ) -> BatchFeature:
-        """Prepare one picture or a list of pictures, of any kind that :func:`~aria.media.open.load_image` takes.
+        """Prepare one picture or a list of pictures, of any kind that :func:`~aria.media.read.load_image` takes.
 
         Args:
             images: one picture, or a list of them; lists in it and arrays of several pictures, ``(N, H, W, C)`` or

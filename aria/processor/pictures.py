@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from aria import ops
-from aria.media.limits import PixelBudget
-from aria.media.open import MediaSettings, load_image
+from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.open import open_medium
 from aria.media.progress import ProgressCounter
-from aria.processor.image import AriaImageProcessor, Sheet
+from aria.media.read import Scaled, in_memory, read_image
+from aria.processor.image import AriaImageProcessor, NeededSizes, Sheet
 from aria.workers.cancellation import check_cancelled, map_in_context
 
 MOST_THREADS = 16
@@ -53,8 +54,8 @@ class Crops(NamedTuple):
 class Picture:
     """A picture in RGB, and how it becomes crops."""
 
-    rgb: np.ndarray
-    """uint8 ``(Y, X, 3)``."""
+    pages: tuple[np.ndarray, ...]
+    """uint8 ``(Y, X, 3)``: what each sheet is drawn from; often the same picture."""
     size: int
     """S."""
     sheets: tuple[Sheet, ...]
@@ -73,7 +74,7 @@ class Picture:
         split_image: bool | None = None,
         split_mode: str | None = None,
     ) -> Picture:
-        """Read a picture of any kind that :func:`~aria.media.open.load_image` takes; nothing is resized yet.
+        """Read a picture of any kind that :func:`~aria.media.read.load_image` takes; nothing is resized yet.
 
         The other arguments are those of calling the image processor, for one picture.
         """
@@ -147,27 +148,42 @@ def read_pictures(
     ``media`` limits what is read; None: the defaults of :class:`~aria.media.open.MediaSettings`. ``budget`` is
     what they may take together, less what was spent already.
     """
-    budget = budget or PixelBudget((media or MediaSettings()).prompt_pixels)
-    # Arrays are frames and pages, whose own reading was counted.
-    progress = ProgressCounter("image", sum(not isinstance(source, np.ndarray) for source in sources))
-    arrays = _together(lambda source: _read(source, media, budget, progress), sources)
+    media = media or MediaSettings()
+    budget = budget or PixelBudget(media.prompt_pixels)
+    progress = ProgressCounter("image", sum(not isinstance(source, Scaled | np.ndarray) for source in sources))
+    needed = [NeededSizes(processor, **own) for own in settings]
+    images = _together(lambda source, sizes: _read(source, media, budget, progress, sizes), sources, needed)
     # One digest of a picture's pieces, so that several threads can share a large picture too.
     pieces = [
-        array.reshape(-1).data[at : at + PIECE_BYTES] for array in arrays for at in range(0, array.size, PIECE_BYTES)
+        array.reshape(-1).data[at : at + PIECE_BYTES]
+        for image in images
+        for array in image.arrays
+        for at in range(0, array.size, PIECE_BYTES)
     ]
     digests = iter(_together(lambda piece: hashlib.sha256(piece).digest(), pieces))
     pictures = []
-    for rgb, own in zip(arrays, settings, strict=True):
-        height, width = rgb.shape[:2]
+    for image, own in zip(images, settings, strict=True):
         size = own.get("max_image_size") or processor.max_image_size
-        sheets = tuple(processor.sheets((width, height), **own))
+        sheets = tuple(processor.sheets(image.size, **own))
         fits = [processor.fit((right - left, low - top), size) for s in sheets for left, top, right, low in s.pieces]
         extents = tuple((height, width) for width, height in fits)
-        key = hashlib.sha256(repr((width, height, size, sheets, extents)).encode())
-        for _ in range(0, rgb.size, PIECE_BYTES):
-            key.update(next(digests))
-        pictures.append(Picture(rgb, size, sheets, extents, key.digest()))
+        key = hashlib.sha256(repr((*image.size, size, sheets, extents)).encode())
+        for array in image.arrays:
+            for _ in range(0, array.size, PIECE_BYTES):
+                key.update(next(digests))
+        pages = image.arrays
+        if image.is_scaled:
+            sheets = tuple(_drawn(sheet, page) for sheet, page in zip(sheets, pages, strict=True))
+        else:
+            pages *= len(sheets)
+        pictures.append(Picture(pages, size, sheets, extents, key.digest()))
     return pictures
+
+
+def _drawn(sheet: Sheet, page: np.ndarray) -> Sheet:
+    """The sheet of a page that was brought to its size already."""
+    size = page.shape[1], page.shape[0]
+    return Sheet(size, size, (0, 0), ((0, 0, *size),)) if sheet.is_whole else sheet
 
 
 def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[Crops]:
@@ -175,36 +191,58 @@ def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[
     device = torch.device(device)
     crops: list[Crops | None] = [None] * len(pictures)
     for group in _alike(pictures):
-        first, arrays = pictures[group[0]], [pictures[i].rgb for i in group]
+        first, alike = pictures[group[0]], [pictures[i].pages for i in group]
         if device.type == "cpu":
             # Threads that call this beside PyTorch's own should not make it begin more of them: where there are more
             # than cores, all wait for each other asleep, and small operations take twice as long.
-            loaded = torch.from_numpy(np.ascontiguousarray(_cut(np.stack(arrays), first).transpose(0, 1, 4, 2, 3)))
+            stacked = _each(alike, lambda pages: np.stack(pages))
+            loaded = torch.from_numpy(np.ascontiguousarray(_cut(stacked, first).transpose(0, 1, 4, 2, 3)))
         else:
-            loaded = _cut(_upload(arrays, device), first).permute(0, 1, 4, 2, 3)
+            sent = _each(alike, lambda pages: _upload(pages, device))
+            loaded = _cut(sent, first).permute(0, 1, 4, 2, 3)
         for i, one in zip(group, loaded.unbind(), strict=True):
             crops[i] = Crops(one, pictures[i].extents, pictures[i].key)
     return [one for one in crops if one is not None]
 
 
-def _read(source: Any, media: MediaSettings | None, budget: PixelBudget, progress: ProgressCounter) -> np.ndarray:
+def _each(pictures: Sequence[Sequence[np.ndarray]], load: Callable[[Sequence[np.ndarray]], Pixels]) -> list[Pixels]:
+    """What is loaded of the first pages of some pictures, of their second ones, and so on; once where these are the
+    same."""
+    loaded: dict[int, Pixels] = {}
+    for k, page in enumerate(pictures[0]):
+        if id(page) not in loaded:
+            loaded[id(page)] = load([pages[k] for pages in pictures])
+    return [loaded[id(page)] for page in pictures[0]]
+
+
+def _read(
+    source: Any, media: MediaSettings, budget: PixelBudget, progress: ProgressCounter, sizes: NeededSizes
+) -> Scaled:
     check_cancelled()
+    if isinstance(source, Scaled):
+        return source
     # Always a copy: what the key was made from must still be there when the picture is loaded.
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
-        return np.array(source, order="C")
-    array = np.asarray(load_image(source, media, budget))
+        return Scaled.of(np.array(source, order="C"))
+    loaded = in_memory(source, media)
+    if loaded is not None:
+        image = Scaled.of(np.asarray(loaded))
+    else:
+        image = read_image(open_medium(source, "image", media), media, budget.spend, sizes)
     if not isinstance(source, np.ndarray):
         progress.add()
-    return array
+    return image
 
 
 def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:
     """Indices of pictures that become crops in the same way, in portions of :data:`UPLOAD_BYTES`."""
     groups: dict[Any, list[int]] = {}
     for i, picture in enumerate(pictures):
-        groups.setdefault((picture.rgb.shape, picture.size, picture.sheets, picture.extents), []).append(i)
+        shapes = [page.shape for page in picture.pages]
+        shared = len({id(page) for page in picture.pages})
+        groups.setdefault((*shapes, shared, picture.size, picture.sheets, picture.extents), []).append(i)
     for group in groups.values():
-        portion = max(1, UPLOAD_BYTES // pictures[group[0]].rgb.size)
+        portion = max(1, UPLOAD_BYTES // sum(page.size for page in pictures[group[0]].pages))
         yield from (group[at : at + portion] for at in range(0, len(group), portion))
 
 
@@ -223,18 +261,18 @@ def _together(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[A
         return map_in_context(pool, lambda call: function(*call), calls)
 
 
-def _cut(rgb_FYXH: Pixels, picture: Picture) -> Pixels:
-    """Crops uint8 ``(F, C, S, S, 3)`` of pictures that are all like ``picture``."""
-    F, S = len(rgb_FYXH), picture.size
+def _cut(pages: Sequence[Pixels], picture: Picture) -> Pixels:
+    """Crops uint8 ``(F, C, S, S, 3)`` of pictures that are all like ``picture``; their pages are ``(F, Y, X, 3)``."""
+    F, S = len(pages[0]), picture.size
     [whole] = picture.extents if len(picture.extents) == 1 else [None]
-    if whole == (S, S) == rgb_FYXH.shape[1:3]:
-        return rgb_FYXH[:, None]
-    crops = _black(rgb_FYXH, F, len(picture.extents), S, S, 3)
+    if whole == (S, S) == pages[0].shape[1:3]:
+        return pages[0][:, None]
+    crops = _black(pages[0], F, len(picture.extents), S, S, 3)
     extents = iter(enumerate(picture.extents))
-    for sheet in picture.sheets:
-        page = _resize(rgb_FYXH, *sheet.drawn)
+    for page_FYXH, sheet in zip(pages, picture.sheets, strict=True):
+        page = _resize(page_FYXH, *sheet.drawn)
         if sheet.size != sheet.drawn:
-            canvas = _black(rgb_FYXH, F, sheet.size[1], sheet.size[0], 3)
+            canvas = _black(page, F, sheet.size[1], sheet.size[0], 3)
             x, y = sheet.offset
             canvas[:, y : y + sheet.drawn[1], x : x + sheet.drawn[0]] = page
             page = canvas

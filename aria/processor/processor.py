@@ -12,8 +12,8 @@ from typing import Any
 from aria.config import CONFIG_NAME
 from aria.hub import resolve
 from aria.media.cache import MediaCache
-from aria.media.limits import PixelBudget
-from aria.media.open import MediaSettings, load_image
+from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.read import load_image
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.expand import expand, settle
@@ -27,7 +27,7 @@ from aria.processor.files import (
     read_size_conversion,
     write_json,
 )
-from aria.processor.image import AriaImageProcessor, check_rgb, flat
+from aria.processor.image import AriaImageProcessor, NeededSizes, check_rgb, flat
 from aria.processor.options import TextOptions, merged
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length, check_sanitized
@@ -358,11 +358,16 @@ class AriaProcessor:
         [prompt] = _match([prompt], images, videos)
         prompt = settle(prompt, self.image_processor, max_image_size=max_image_size, split_image=split_image)
         budget = PixelBudget(self.media.prompt_pixels)
-        prompt, origins = expand(prompt, self.image_processor, self.media, self._media_cache, budget)
-        settings = [
-            {"max_image_size": part.max_image_size, "split_image": part.split_image, "split_mode": split_mode}
-            for part in prompt.parts
-        ]
+
+        def cutting(part: MediaPart) -> dict[str, Any]:
+            size, split = part.max_image_size, part.split_image
+            return {"max_image_size": size, "split_image": split, "split_mode": split_mode}
+
+        prompt, origins = expand(
+            prompt, self.image_processor, self.media, self._media_cache, budget,
+            lambda part: NeededSizes(self.image_processor, **cutting(part)),
+        )  # fmt: skip
+        settings = [cutting(part) for part in prompt.parts]
         sources = [part.source for part in prompt.parts]
         pictures = read_pictures(sources, self.image_processor, settings, self.media, budget)
         ids, *rest = self.tokenizer.encode_segments(prompt)

@@ -83,7 +83,7 @@ def _costs(prepared: Prepared, *, previews: bool) -> list[MediaCost]:
                 crops=one.crops,
                 tokens=one.tokens,
                 total=one.total,
-                preview=_preview(own[0].picture.rgb) if previews else None,
+                preview=_preview(own[0].picture.pages[0]) if previews else None,
             )
         )
     return costs

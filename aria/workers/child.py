@@ -49,6 +49,9 @@ class Job:
         inputs: the files that it may read.
     """
 
+    remote = True
+    """It runs in another process than its caller."""
+
     def __init__(self, channel: Channel, inputs: Sequence[tuple[int, int]]):
         self._channel, self._inputs = channel, inputs
         self._lock = threading.Lock()

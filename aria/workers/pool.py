@@ -280,6 +280,8 @@ class _Dialogue:
 class LocalJob:
     """The same for functions that run in this process: nothing limits them but what they check themselves."""
 
+    remote = False
+
     def __init__(self, files: Sequence[bytes | SharedFile], calls: Calls, check: Callable[[], None] = check_cancelled):
         self._files, self._calls, self._check = files, calls, check
         self._lock = threading.Lock()

@@ -17,10 +17,9 @@ from serving import PICTURES, idle, running, until
 from test_document import endless_page
 
 from aria.media import container, document
-from aria.media.document import read_document
 from aria.media.fetch import fetch
 from aria.media.open import open_medium
-from aria.media.video import read_clip
+from aria.media.read import read_clip, read_document
 from aria.processor import AriaImageProcessor, MediaSettings
 from aria.processor.pictures import read_pictures
 from aria.serve.settings import ServerSettings

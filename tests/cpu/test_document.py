@@ -17,8 +17,9 @@ from made_media import pdf
 
 from aria.media import document
 from aria.media.container import Watch
-from aria.media.document import Page, page_ranges, read_document
+from aria.media.document import page_ranges
 from aria.media.open import open_medium
+from aria.media.read import Page, read_document
 from aria.processor import MediaSettings
 
 

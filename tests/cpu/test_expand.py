@@ -263,20 +263,20 @@ def test_the_next_question_finds_what_was_read(tmp_path: Path, monkeypatch: pyte
     prepare(**document, split_image=False)
     prepare(**video, path=tmp_path / "a.mp4")
     prepare(**video, path=tmp_path / "a.mp4")
-    assert reads == ["read_clip", "read_document", "read_clip"]
+    assert reads == ["read_clip", "read_document", "read_document", "read_clip"], "pages that are split are larger"
     (tmp_path / "a.mp4").write_bytes(clip(3))
     assert prepare(**video, path=tmp_path / "a.mp4").pictures[0].key != first.pictures[0].key
     for other in ({"num_frames": 2}, {"max_image_size": processor.image_processor.sizes[1]}, {"split_image": True}):
         prepare(**{**video, **other}, video=CLIP)
     prepare(**document, pages="1")
-    assert len(reads) == 8, "what is asked for otherwise is read anew"
+    assert len(reads) == 9, "what is asked for otherwise is read anew"
     processor.media = MediaSettings(max_frames=2)
     with pytest.raises(ValueError, match="1 to 2 are allowed"):
         prepare(**video, video=CLIP)
     processor.media = MediaSettings(cache_bytes=0)
     for _ in range(2):
         prepare(**video, video=CLIP)
-    assert len(reads) == 11 and processor._media_cache.nbytes == 0
+    assert len(reads) == 12 and processor._media_cache.nbytes == 0
     assert pickle.loads(pickle.dumps(processor)).prepare([{"role": "user", "content": "hello"}]).ids
 
 

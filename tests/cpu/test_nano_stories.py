@@ -11,7 +11,7 @@ import torch
 from nano_material import draw_scenes, font, material, packed_scenes
 from PIL import Image
 
-from aria.media.video import Frame
+from aria.media.read import Frame, Scaled
 from aria.processor.expand import expand, settle
 from recipes.nano import charts, data, documents, paint, scenes, stories, tokenizer
 from recipes.nano.assets import Assets
@@ -217,7 +217,7 @@ def test_a_clip_s_text_is_the_processor_s(assets: Assets, monkeypatch: pytest.Mo
     question = story.turns[0][0].rpartition("\n")[2]
     times = [60 * int(stamp[:2]) + int(stamp[3:]) for stamp in re.findall(r"\[(\d\d:\d\d)\]", story.turns[0][0])]
     processor = tokenizer.processor_of_nano()
-    frames = [Frame(seconds, np.zeros((224, 224, 3), np.uint8)) for seconds in times]
+    frames = [Frame(seconds, Scaled.of(np.zeros((224, 224, 3), np.uint8))) for seconds in times]
     monkeypatch.setattr("aria.processor.expand.read_clip", lambda *_, **__: frames)
     monkeypatch.setattr("aria.processor.expand.open_medium", lambda *_: _Clip())
     message = {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": question}]}

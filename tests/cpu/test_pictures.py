@@ -70,7 +70,8 @@ def test_devices_without_pillow_cut_the_same_crops():
         for seed, mode in enumerate(("authors", "pad"))
     ]
     for picture, expected in zip(pictures, load_crops(pictures, "cpu"), strict=True):
-        [there] = module._cut(module._upload([picture.rgb], torch.device("cpu")), picture)
+        sent = module._upload([picture.pages[0]], torch.device("cpu"))
+        [there] = module._cut([sent] * len(picture.sheets), picture)
         assert torch.equal(there.permute(0, 3, 1, 2), expected.pixels)
 
 

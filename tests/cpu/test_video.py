@@ -24,7 +24,8 @@ from PIL import Image
 from aria.media import container
 from aria.media.container import Timeline
 from aria.media.open import Opened, open_medium
-from aria.media.video import Frame, choose, read_clip
+from aria.media.read import Frame, Scaled, read_clip
+from aria.media.video import choose
 from aria.processor import MediaSettings, load_image
 
 CLIPS = Path(__file__).parent / "clips"
@@ -95,7 +96,7 @@ def test_frames_by_rate() -> None:
 
 
 def test_stamps_count_minutes_beyond_the_hour() -> None:
-    frame = Frame(Fraction(3 * 3600 + 61) + Fraction(99, 100), np.zeros((1, 1, 3), np.uint8))
+    frame = Frame(Fraction(3 * 3600 + 61) + Fraction(99, 100), Scaled.of(np.zeros((1, 1, 3), np.uint8)))
     assert frame.stamp == "181:01"
 
 
@@ -132,10 +133,10 @@ def test_the_frames_are_those_of_decoding_everything(kind: str) -> None:
     data = clip(60, **KINDS[kind])  # type: ignore[arg-type]
     whole = every_frame(data)
     times = sorted(whole)
-    for count, workers in ((7, 1), (7, 3), (1, 2), (31, 2)):
-        frames = read(data, num_frames=count, workers=workers)
+    for count, threads in ((7, 1), (7, 3), (1, 2), (31, 2)):
+        frames = read(data, num_frames=count, threads=threads)
         expected = authors(60, count)
-        assert numbers(frames) == expected, (count, workers)
+        assert numbers(frames) == expected, (count, threads)
         for frame, index in zip(frames, expected, strict=True):
             assert np.array_equal(frame.rgb, whole[times[index]])
 
@@ -144,7 +145,7 @@ def test_the_frames_are_those_of_decoding_everything(kind: str) -> None:
 def test_files_without_times_are_counted(kind: str) -> None:
     data = clip(60, kind=kind, g="12", bf="3")
     for count in (7, 60):
-        frames = read(data, num_frames=count, workers=2)
+        frames = read(data, num_frames=count, threads=2)
         assert numbers(frames) == (authors(60, count) if count < 60 else list(range(60)))
         assert frames[-1].seconds == Fraction(authors(60, 7)[-1] if count == 7 else 59, 25)
 
@@ -199,7 +200,7 @@ def test_frames_become_what_is_asked_while_they_are_decoded() -> None:
         return 64, 48
 
     frames = read(clip(20), num_frames=4, fit=fit)
-    assert asked == [(WIDTH, HEIGHT)] * 4
+    assert set(asked) == {(WIDTH, HEIGHT)}
     assert {frame.rgb.shape for frame in frames} == {(48, 64, 3)} and numbers(frames) == authors(20, 4)
     assert all(frame.rgb.dtype == np.uint8 and frame.rgb.flags.c_contiguous for frame in frames)
 
@@ -223,7 +224,7 @@ def test_rotation_and_mirroring_are_undone(degrees: int, mirrored: tuple[bool, b
     assert np.abs(frame.rgb.astype(int) - expected).mean() < 20
     asked: list[tuple[int, int]] = []
     read(clip(1, draw=lambda _: picture, prepare=turn), num_frames=1, fit=lambda w, h: asked.append((w, h)) or (w, h))
-    assert asked == [(expected.shape[1], expected.shape[0])]
+    assert asked[-1] == (expected.shape[1], expected.shape[0]), "the first is the size in the file's header"
 
 
 def test_pixels_that_are_not_square() -> None:

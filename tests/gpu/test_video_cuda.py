@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from aria.media import video as clips
+from aria.media import read as clips
 from aria.media.open import open_medium
 from aria.processor import MediaSettings
 

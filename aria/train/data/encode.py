@@ -15,8 +15,9 @@ from aria.config import AriaConfig
 from aria.media.cache import MediaCache
 from aria.media.limits import PixelBudget
 from aria.processor import AriaProcessor
-from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, Prompt, render
+from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, MediaPart, Prompt, render
 from aria.processor.expand import expand, settle
+from aria.processor.image import NeededSizes
 from aria.processor.pictures import Crops, Picture, read_pictures
 from aria.processor.template import is_arias
 from aria.train.batch import Sample
@@ -167,8 +168,13 @@ class Encoder:
         """The content with places for pictures alone, and these."""
         settings, images, media = self._settings, self._processor.image_processor, self._processor.media
         content = settle(content, images, max_image_size=settings.max_image_size, split_image=settings.split_image)
-        content = expand(content, images, media, cache, budget).prompt
-        own = [{"max_image_size": part.max_image_size, "split_image": part.split_image} for part in content.parts]
+
+        def cutting(part: MediaPart) -> dict[str, Any]:
+            return {"max_image_size": part.max_image_size, "split_image": part.split_image}
+
+        expanded = expand(content, images, media, cache, budget, lambda part: NeededSizes(images, **cutting(part)))
+        content = expanded.prompt
+        own = [cutting(part) for part in content.parts]
         return content, read_pictures([part.source for part in content.parts], images, own, media, budget)
 
     def _turn(self, role: str, content: Prompt, pictures: list[Picture], learnt: bool) -> Turn:
