@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import io
 import json
-import mmap
 import os
 import pickle
 import shutil
@@ -29,7 +28,7 @@ import numpy as np
 
 from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
 from aria.workers.confine import confine, limit_cpu
-from aria.workers.shared import FileView
+from aria.workers.shared import FileView, mapped
 
 PRELOADED = ("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document")
 CONFINING = ("py_landlock", "pyseccomp")
@@ -75,7 +74,7 @@ class Job:
             path = self._call("array", list(shape))
             descriptor = self._channel.take_file() if path is None else os.open(path, os.O_RDWR | _BINARY)
             try:
-                memory = mmap.mmap(descriptor, max(int(np.prod(shape, dtype=object)), 1))
+                memory = mapped(descriptor, max(int(np.prod(shape, dtype=object)), 1))
             finally:
                 os.close(descriptor)
         return np.frombuffer(memory, np.uint8, int(np.prod(shape))).reshape(shape)

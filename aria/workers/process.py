@@ -31,6 +31,7 @@ _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYL
                    "TMP", "SYSTEMROOT", "PATHEXT", "FONTCONFIG_PATH")  # fmt: skip
 """Of the environment; the rest may hold keys."""
 _NICE = 10
+_KEPT_BYTES = 32 << 20
 
 
 class WorkerError(RuntimeError):
@@ -226,6 +227,8 @@ def _launch(role: str, memory_bytes: int) -> tuple[socket.socket, subprocess.Pop
     # Threads would make forking unsafe; and memory that is kept for each of them counts.
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment |= {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Memory of one image serves the next, up to what most take.
+    environment |= {"MALLOC_MMAP_THRESHOLD_": str(_KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(2 * _KEPT_BYTES)}
     try:
         with theirs:
             if os.name == "posix":
