@@ -15,6 +15,7 @@ from aria.cli.options import (
     IgnoreEos,
     MaxImageSize,
     MaxTokens,
+    MediaWorkers,
     MinP,
     MinTokens,
     Model,
@@ -65,11 +66,12 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = None,
     device: Device = None,
+    media_workers: MediaWorkers = None,
     revision: Revision = None,
 ) -> None:
     """Ask one question about images, clips and documents, or hold a conversation."""
     from aria.engine import Engine, SamplingParams
-    from aria.processor import AriaProcessor
+    from aria.processor import AriaProcessor, MediaSettings
 
     params = SamplingParams(
         max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
@@ -86,13 +88,16 @@ def chat(
     }
     adapters = read_adapters([adapter] if adapter else ())
     conversation = Conversation(system, settings, params, next(iter(adapters), None))
+    media = MediaSettings(workers=media_workers)
     if image or video or document:
         # Before the weights are read, which may take minutes.
         processor = AriaProcessor.from_pretrained(model, revision=revision)
+        processor.media = media
         for kind, sources in (("image", image), ("video", video), ("document", document)):
             for source in sources or []:
                 conversation.show(kind, source, processor)
     engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
+    engine.processor.media = media
     share_work(engine)
     if question is not None:
         say(conversation.ask(engine, question))

@@ -21,6 +21,7 @@ from aria.cli.options import (
     FrequencyPenalty,
     MaxImageSize,
     MaxTokens,
+    MediaWorkers,
     MinP,
     Model,
     NumFrames,
@@ -69,6 +70,7 @@ def describe(
     ] = None,
     num_frames: NumFrames = None,
     pages: Pages = None,
+    media_workers: MediaWorkers = None,
     at_once: AtOnce = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -78,6 +80,7 @@ def describe(
     from aria.engine import Engine, SamplingParams
     from aria.hub import model_name
     from aria.jobs import Describer, Job, find_media
+    from aria.media.limits import MediaSettings
 
     media, others = find_media(paths)
     parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
@@ -100,6 +103,7 @@ def describe(
 
         def load() -> Engine:
             engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
+            engine.processor.media = MediaSettings(workers=media_workers)
             if params.json_schema is not None:
                 engine.grammars.compile(params.json_schema)  # a schema that cannot be followed is no file's fault
             return engine
@@ -116,6 +120,7 @@ def batch(
     adapter: Adapters = None,
     allow_local: AllowLocal = None,
     allow_private_addresses: AllowPrivate = False,
+    media_workers: MediaWorkers = None,
     at_once: AtOnce = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -134,7 +139,9 @@ def batch(
 
     if responses.exists() and responses.samefile(requests):
         raise ValueError(f"{responses} is the input; name another file for the responses")
-    media = MediaSettings(local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses)
+    media = MediaSettings.untrusted(
+        local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses, workers=media_workers
+    )
     lines = find_lines(requests)
     names = tuple(served_model_name or (model_name(model),))
     adapters = read_adapters(adapter or (), taken=names)

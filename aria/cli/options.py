@@ -74,6 +74,12 @@ Schema = Annotated[Path | None, typer.Option(help="File with a JSON schema that 
 NumFrames = Annotated[int | None, typer.Option(help="Number of frames of a clip; default: 128.")]
 Pages = Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+MediaWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Confined processes that decode media; default: one per core, up to 8. 0: decode in this process."
+    ),
+]
 AtOnce = Annotated[
     int | None, typer.Option(min=1, help="Most files or requests in flight; default: what the engine runs together.")
 ]

@@ -14,6 +14,7 @@ from aria.cli.options import (
     AllowPrivate,
     Device,
     Dtype,
+    MediaWorkers,
     Revision,
     ServedNames,
     app,
@@ -74,7 +75,12 @@ def serve(
     ] = "white",
     max_prompt_pixels: Annotated[int, typer.Option(help="Of all that one request shows.")] = 400_000_000,
     fetch_seconds: Annotated[float, typer.Option(help="For fetching a medium from its address.")] = 120.0,
-    media_threads: Annotated[int, typer.Option(help="Requests whose media are read at a time.")] = 8,
+    media_threads: Annotated[int, typer.Option(help="Requests whose media are fetched and read at a time.")] = 64,
+    media_workers: MediaWorkers = None,
+    worker_bytes: Annotated[int, typer.Option(help="Memory that one such process may take.")] = 3 << 30,
+    decoded_bytes: Annotated[int, typer.Option(help="Memory for decoding and its results, in all.")] = 2 << 30,
+    image_seconds: Annotated[float, typer.Option(help="For decoding an image.")] = 30.0,
+    decode_seconds: Annotated[float, typer.Option(help="For decoding a clip or a document.")] = 120.0,
     named_media_bytes: Annotated[int, typer.Option(help="Memory for media that requests name by a uuid.")] = 1 << 30,
     clip_decoder: Annotated[str, typer.Option(help="cpu, cuda:N, or auto: the model's GPU where it can.")] = "auto",
     warm_up: Annotated[
@@ -103,6 +109,7 @@ def serve(
     from aria.engine import AsyncEngine, Engine
     from aria.hub import model_name
     from aria.media.limits import MediaSettings
+    from aria.media.read import workers_of
     from aria.serve.limits import open_to_strangers
     from aria.serve.settings import ServerSettings
 
@@ -122,7 +129,7 @@ def serve(
         media_threads=media_threads,
         allow_adapter_updates=allow_adapter_updates,
         named_media_bytes=named_media_bytes,
-        media=MediaSettings(
+        media=MediaSettings.untrusted(
             local_folders=tuple(allow_local or ()),
             private_addresses=allow_private_addresses,
             image_bytes=max_image_bytes,
@@ -135,6 +142,11 @@ def serve(
             background=None if image_background == "none" else image_background,
             total_timeout=fetch_seconds,
             clip_decoder=clip_decoder,
+            workers=media_workers,
+            worker_bytes=worker_bytes,
+            decoded_bytes=decoded_bytes,
+            image_timeout=image_seconds,
+            decode_timeout=decode_seconds,
         ),
     )
     adapters = read_adapters(adapter or (), taken=settings.model_names)
@@ -145,6 +157,8 @@ def serve(
         max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens, adapters=adapters,
     )  # fmt: skip
     share_work(engine)
+    if settings.media.worker_count:
+        workers_of(settings.media).warm_up()
     if warm_up:
         engine.warm_up()
 

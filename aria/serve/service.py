@@ -23,12 +23,13 @@ from aria.processor.pictures import Prepared
 from aria.processor.template import variables_of
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
-from aria.serve.errors import ApiError, context_length, invalid_request
+from aria.serve.errors import ApiError, context_length, invalid_request, overloaded
 from aria.serve.exchange import Exchange
 from aria.serve.metrics import Metrics
 from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings
 from aria.serve.truncation import prepare_latest
+from aria.workers import BusyError
 from aria.workers.cancellation import run_cancellable
 
 T = TypeVar("T")
@@ -172,6 +173,8 @@ class Service:
             raise context_length(error, param) from error
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error), param=param) from error
+        except BusyError as error:
+            raise overloaded(str(error)) from error
 
     async def start(self, asked: Asked, *, id: str, model: str | None, param: str, exchange: Exchange) -> Run:
         """Begin to answer, and wait for the first token: until then whatever is wrong can be told by a status.

@@ -29,11 +29,11 @@ class ServerSettings:
     """Requests of one key (of one client's address, where no keys are asked for) at a time; None: any number."""
     max_choices: int = 128
     """Answers that one request may ask for: its prompts times ``n``."""
-    media: MediaSettings = field(default_factory=lambda: MediaSettings(local_folders=()))
+    media: MediaSettings = field(default_factory=MediaSettings.untrusted)
     """What pictures, clips and documents may cost, and where they may come from; the server's own files, and addresses
     of its network, only where this says so."""
-    media_threads: int = 8
-    """Requests with media that are read at a time; each may use several cores."""
+    media_threads: int = 64
+    """Requests whose media are fetched and read at a time; ``media.workers`` of them decode."""
     allow_adapter_updates: bool = False
     """Whether clients may load and unload adapters: whoever may do that reads folders of the server and the Hub."""
     named_media_bytes: int = 1 << 30

@@ -297,7 +297,7 @@ _FREE = {
     "evaluate": None,
     "batch": {"accumulate"},
     # Data are known by what they hold, wherever they lie; the stream refuses others.
-    "data": {"workers", "prefetch", "on_error", "paths"},
+    "data": {"workers", "media_workers", "prefetch", "on_error", "paths"},
     "objective": {"picture_bytes"},
     "optimizer": {"learning_rate", "clip_norm"},
     "schedule": {"max_skipped"},

@@ -14,7 +14,7 @@ import numpy as np
 
 from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import ChannelClosedError
-from aria.workers.process import Nursery, Worker, WorkerError
+from aria.workers.process import BusyError, Nursery, Worker, WorkerError
 from aria.workers.schedule import Schedule, Turn
 from aria.workers.shared import FileView, SharedFile
 
@@ -75,6 +75,7 @@ class Workers:
 
         Raises:
             ValueError: the function raised one, took too long or too much memory, or its process ended.
+            BusyError: others' jobs left it no time or no memory.
             WorkerError: no process can be started.
             Cancelled: the caller has left, see :mod:`aria.workers.cancellation`.
         """
@@ -86,12 +87,12 @@ class Workers:
                     one = SharedFile.of_bytes(one)
                     held.callback(one.close)
                 inputs.append(one)
-            held.enter_context(self._place(end, name, seconds))
+            held.enter_context(self._place(end))
             turn = self._schedule.enter()
             worker = None
             healthy = False
             try:
-                self._wait(turn.runs.is_set, end, name, seconds)
+                self._wait(turn.runs.is_set, end)
                 worker = self._take()
                 self._schedule.set_worker(turn, worker)
                 qualified = f"{function.__module__}:{function.__qualname__}"
@@ -113,6 +114,11 @@ class Workers:
                 self._schedule.leave(turn)
                 if worker is not None:
                     self._give_back(worker, healthy)
+
+    @property
+    def busy(self) -> int:
+        """Processes that have a job."""
+        return len(self._busy)
 
     def warm_up(self) -> None:
         """Start a process now, so that the first job need not wait for it.
@@ -157,32 +163,25 @@ class Workers:
             worker.kill()
 
     @contextlib.contextmanager
-    def _place(self, end: float, name: str, seconds: float) -> Iterator[None]:
-        self._wait(lambda: self._places.acquire(blocking=False), end, name, seconds, each=lambda: None)
+    def _place(self, end: float) -> Iterator[None]:
+        self._wait(lambda: self._places.acquire(blocking=False), end)
         try:
             yield
         finally:
             self._places.release()
 
-    def _wait(
-        self,
-        ready: Callable[[], bool],
-        end: float,
-        name: str,
-        seconds: float,
-        each: Callable[[], object] | None = None,
-    ) -> None:
+    def _wait(self, ready: Callable[[], bool], end: float) -> None:
         """Until something is so.
 
         Raises:
-            ValueError: the time is up.
+            BusyError: the time is up.
             Cancelled: the caller has left.
         """
         while not ready():
             check_cancelled()
             if time.monotonic() > end:
-                raise _late(name, seconds)
-            (each or self._schedule.update)()
+                raise BusyError("too many media are being read; try again later")
+            self._schedule.update()
             time.sleep(0.005)
 
 
@@ -212,8 +211,13 @@ class _Dialogue:
         self._room = workers.memory_bytes
         self._name, self._calls, self._end, self._seconds = name, calls, end, seconds
         self._arrays: list[np.ndarray] = []
+        self._files = contextlib.ExitStack()
 
     def run(self) -> tuple[Any, list[np.ndarray]]:
+        with self._files:
+            return self._follow()
+
+    def _follow(self) -> tuple[Any, list[np.ndarray]]:
         while True:
             message = self._worker.receive(POLL_SECONDS)
             if message is None:
@@ -233,6 +237,11 @@ class _Dialogue:
             else:
                 logger.error("reading %s failed: %s", self._name, message.get("failure"))
                 raise ValueError(f"{self._name} cannot be read: {message.get('failure')}")
+
+    def _check_memory(self) -> None:
+        check_cancelled()
+        if time.monotonic() > self._end:
+            raise BusyError("too many media are being read for the memory that they may take; try again later")
 
     def _check(self) -> None:
         check_cancelled()
@@ -257,7 +266,7 @@ class _Dialogue:
         except NotYet:
             self._schedule.set_waiting(self._turn, True)
         try:
-            return _retried(function, arguments, self._check)
+            return _retried(function, arguments, self._check_memory)
         finally:
             self._schedule.set_waiting(self._turn, False)
 
@@ -269,11 +278,12 @@ class _Dialogue:
         if self._room < 0:
             raise ChannelClosedError(f"an array of {size:,} bytes")
         file = SharedFile.of_size(max(size, 1))
-        try:
-            memory = file.map()
-            self._worker.reply_file(file)
-        finally:
-            file.close()
+        # A file with a name (Windows) has to be there until the worker has opened it.
+        self._files.callback(file.close)
+        memory = file.map()
+        self._worker.reply_file(file)
+        if file.path is None:
+            self._files.close()
         self._arrays.append(np.frombuffer(memory, np.uint8, size).reshape(shape))
 
 

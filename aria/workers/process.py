@@ -38,6 +38,10 @@ class WorkerError(RuntimeError):
     """A worker process cannot be started, or ended by no fault of its input."""
 
 
+class BusyError(WorkerError):
+    """A job's time passed before it could begin, or while it waited for memory: others' jobs had it."""
+
+
 class Worker:
     """A process that does one job at a time.
 

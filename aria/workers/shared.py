@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import os
@@ -57,7 +58,8 @@ class SharedFile(NamedTuple):
     def close(self) -> None:
         os.close(self.descriptor)
         if self.path is not None:
-            Path(self.path).unlink()
+            with contextlib.suppress(OSError):  # Windows keeps what is mapped
+                Path(self.path).unlink()
 
 
 def mapped(descriptor: int, size: int) -> mmap.mmap:

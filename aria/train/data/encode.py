@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from aria.config import AriaConfig
 from aria.media.cache import MediaCache
-from aria.media.limits import PixelBudget
+from aria.media.limits import MediaSettings, PixelBudget
 from aria.processor import AriaProcessor
 from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, MediaPart, Prompt, render
 from aria.processor.expand import expand, settle
@@ -99,6 +100,12 @@ class Encoder:
                 'joins it with others; use "apart"'
             )
 
+    @property
+    def _media(self) -> MediaSettings:
+        settings = self._settings
+        workers = settings.workers if settings.media_workers is None else settings.media_workers
+        return replace(self._processor.media, workers=workers)
+
     def _newline_splits(self) -> bool:
         """Whether what stands before and after a newline is tokenised independently."""
         encode = self._processor.tokenizer.encode
@@ -153,7 +160,7 @@ class Encoder:
         return [_sample(ids, learnt, crops)], notes
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
-        budget, cache = PixelBudget(self._processor.media.prompt_pixels), MediaCache()
+        budget, cache = PixelBudget(self._media.prompt_pixels), MediaCache()
         turns = []
         for i, (message, learnt) in enumerate(zip(conversation.messages, conversation.learnt, strict=True)):
             with _faults(f"message {i}", "bad message"):
@@ -166,7 +173,7 @@ class Encoder:
 
     def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[Picture]]:
         """The content with places for pictures alone, and these."""
-        settings, images, media = self._settings, self._processor.image_processor, self._processor.media
+        settings, images, media = self._settings, self._processor.image_processor, self._media
         content = settle(content, images, max_image_size=settings.max_image_size, split_image=settings.split_image)
 
         def cutting(part: MediaPart) -> dict[str, Any]:

@@ -51,11 +51,14 @@ class DataSettings:
     """Whether a row that cannot be used is counted, told and passed over, or ends the training."""
     workers: int = 4
     """Threads that tokenise and decode; 0: the one that trains does it."""
+    media_workers: int | None = None
+    """Processes, confined, that decode images, clips and documents; 0: the threads do it. None: as many as threads."""
     prefetch: int = 4
     """Rows that each of them is ahead."""
 
     def __post_init__(self) -> None:
-        least = {"max_length": 3, "max_crops": 1, "lookahead": 1, "num_frames": 1, "workers": 0, "prefetch": 1}
+        least = {"max_length": 3, "max_crops": 1, "lookahead": 1, "num_frames": 1, "workers": 0, "prefetch": 1,
+                 "media_workers": 0}  # fmt: skip
         for name, value in least.items():
             given = getattr(self, name)
             if given is not None and given < value:
