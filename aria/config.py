@@ -7,7 +7,6 @@ defaults of other implementations are far from the real model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,9 +16,36 @@ from typing import Any, ClassVar
 
 import torch
 
-from aria.hub import read_json, resolve
+from aria.hub import read_json, resolve, write_json
 
 CONFIG_NAME = "config.json"
+
+MOST_PARAMETERS = 10**13
+MOST_CROP_TOKENS = 1 << 16
+"""Queries that stand for one crop."""
+_MOST: Mapping[str, float] = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 4096,
+    "layer_norm_eps": 1.0,
+    "rms_norm_eps": 1.0,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "num_channels": 16,
+    "vocab_size": 1 << 22,
+    "moe_num_experts": 4096,
+    "moe_topk": 4096,
+    "moe_num_shared_experts": 4096,
+    "max_position_embeddings": 1 << 26,
+    "rope_theta": 1e15,
+}
+"""Many times what any model has. A model is laid out by its configuration before it is compared with its weights, so
+one that asks for more must fail before."""
+_MOST_EXPERTS = 1 << 17
+"""Of all layers: some layouts have tensors for each."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -216,7 +242,7 @@ class AriaConfig:
         """
         if not isinstance(data, Mapping) or data.get("model_type") != "aria":
             came = data.get("model_type") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"not a configuration of Aria: model_type is {came!r}, expected 'aria'")
+            raise ValueError(f"not a configuration of Aria: model_type is {came!r:.100}, expected 'aria'")
         text, vision = _object(data, "text_config"), _object(data, "vision_config")
         _refuse(data, {"tie_word_embeddings": False, "vision_feature_layer": -1}, "the model")
         vision_config = _read_vision(vision)
@@ -224,9 +250,11 @@ class AriaConfig:
         pad = data.get("pad_token_id", text.get("pad_token_id", 2))
         table = data.get("projector_patch_to_query_dict") or ProjectorConfig().patch_to_query
         try:
-            patch_to_query = {int(patches): int(queries) for patches, queries in table.items()}
+            patch_to_query = {int(patches): _whole(queries) for patches, queries in table.items()}
         except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"projector_patch_to_query_dict should map patches to queries, but is {table!r}") from None
+            raise ValueError(
+                f"projector_patch_to_query_dict should map patches to queries, but is {table!r:.100}"
+            ) from None
         return cls(
             vision=vision_config,
             text=text_config,
@@ -262,9 +290,7 @@ class AriaConfig:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` into ``folder``, which is made if it is not there."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(folder) / CONFIG_NAME, self.to_dict())
 
     def image_sizes(self) -> dict[int, int]:
         """Side of a square crop in pixels -> queries that stand for it, e.g. ``{490: 128, 980: 256}``."""
@@ -302,7 +328,7 @@ class AriaConfig:
 def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = data.get(key)
     if not isinstance(value, Mapping):
-        raise ValueError(f"{key} should be an object, but is {value!r}")
+        raise ValueError(f"{key} should be an object, but is {value!r:.100}")
     return value
 
 
@@ -310,15 +336,21 @@ def _integer(data: Mapping[str, Any], key: str, default: int) -> int:
     value = data.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{key} should be a whole number, but is {value!r}")
+        raise ValueError(f"{key} should be a whole number, but is {value!r:.100}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r:.40} is not a whole number")
     return value
 
 
 def _number(data: Mapping[str, Any], key: str, default: float) -> float:
     value = data.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{key} should be a number above 0, but is {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
+        raise ValueError(f"{key} should be a number above 0, but is {value!r:.100}")
     return float(value)
 
 
@@ -326,13 +358,15 @@ def _refuse(data: Mapping[str, Any], expected: Mapping[str, Any], owner: str) ->
     """Settings that would change the arithmetic: silence or Aria's value passes, anything else is an error."""
     for key, value in expected.items():
         if data.get(key) is not None and data[key] != value:
-            raise ValueError(f"{key} of {owner} is {data[key]!r}, but Aria has {value!r}; this is another architecture")
+            came = f"{data[key]!r:.100}"
+            raise ValueError(f"{key} of {owner} is {came}, but Aria has {value!r}; this is another architecture")
 
 
 def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
     known = ("idefics3_vision", "aria_vision_model", "idefics2_vision")
     if data.get("model_type", known[0]) not in known:
-        raise ValueError(f"vision_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
+        came = f"{data['model_type']!r:.100}"
+        raise ValueError(f"vision_config.model_type is {came}, expected one of {', '.join(known)}")
     _refuse(data, {"hidden_act": "gelu_pytorch_tanh"}, "the vision encoder")
     defaults = VisionConfig()
     # Today's Hub config spells the heads `attention_heads`; loaders pass over that key, so its default counts.
@@ -344,14 +378,15 @@ def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
 def _read_text(data: Mapping[str, Any]) -> TextConfig:
     known = ("aria_text", "aria_moe_lm")
     if data.get("model_type", known[0]) not in known:
-        raise ValueError(f"text_config.model_type is {data['model_type']!r}, expected one of {', '.join(known)}")
+        came = f"{data['model_type']!r:.100}"
+        raise ValueError(f"text_config.model_type is {came}, expected one of {', '.join(known)}")
     arithmetic = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
     _refuse(data, arithmetic, "the decoder")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters should be an object, but is {rope!r}")
+        raise ValueError(f"rope_parameters should be an object, but is {rope!r:.100}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rotary scaling {rope!r} is not Aria's; only the default kind is known")
+        raise ValueError(f"rotary scaling {rope!r:.100} is not Aria's; only the default kind is known")
     defaults = TextConfig()
     hidden = _integer(data, "hidden_size", defaults.hidden_size)
     heads = _integer(data, "num_attention_heads", defaults.num_attention_heads)
@@ -388,8 +423,16 @@ def _check(config: AriaConfig) -> None:
     vision, text = config.vision, config.text
     for owner, part in (("vision", vision), ("text", text)):
         for f in dataclasses.fields(part):
-            if getattr(part, f.name) <= 0:
-                raise ValueError(f"{owner}.{f.name} should be above 0, but is {getattr(part, f.name)}")
+            value, most = getattr(part, f.name), _MOST[f.name]
+            if not 0 < value <= most:
+                limits = f"at most {most:,}" if value > most else "above 0"
+                raise ValueError(f"{owner}.{f.name} should be {limits}, but is {value!r:.40}")
+    experts = text.num_hidden_layers * text.moe_num_experts
+    if experts > _MOST_EXPERTS:
+        raise ValueError(
+            f"text.num_hidden_layers {text.num_hidden_layers} and text.moe_num_experts {text.moe_num_experts} make "
+            f"{experts:,} experts; at most {_MOST_EXPERTS:,} are read"
+        )
     if vision.hidden_size % vision.num_attention_heads:
         raise ValueError(
             f"vision.hidden_size {vision.hidden_size} does not divide over {vision.num_attention_heads} heads"
@@ -404,10 +447,21 @@ def _check(config: AriaConfig) -> None:
         raise ValueError(f"moe_topk {text.moe_topk} is more than the {text.moe_num_experts} experts there are")
     if text.head_dim % 2:
         raise ValueError(f"head_dim {text.head_dim} is odd; rotary positions turn pairs")
+    if config.pad_token_id is not None and config.pad_token_id >= text.vocab_size:
+        raise ValueError(f"pad_token_id {config.pad_token_id} is not in the vocabulary of {text.vocab_size}")
     table = config.projector.patch_to_query
-    if not table or any(p <= 0 or q <= 0 or math.isqrt(p) ** 2 != p for p, q in table.items()):
-        raise ValueError(f"the projector's table should map square numbers of patches to queries, but is {dict(table)}")
+    if not table or any(p <= 0 or not 0 < q <= MOST_CROP_TOKENS or math.isqrt(p) ** 2 != p for p, q in table.items()):
+        raise ValueError(
+            f"the projector's table should map square numbers of patches to 1 to {MOST_CROP_TOKENS:,} queries, but is "
+            f"{dict(table)!s:.100}"
+        )
     if math.isqrt(max(table)) > vision.patches_per_side:
         raise ValueError(
             f"crops of {max(table)} patches are larger than the grid of {vision.patches_per_side}^2 positions"
+        )
+    if (parameters := config.num_parameters()) > MOST_PARAMETERS:
+        sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+        raise ValueError(
+            f"a model of {parameters:.3g} parameters is larger than any; at most {MOST_PARAMETERS:.0e} are read (text: "
+            f"{', '.join(f'{name} {size:,}' for name, size in sizes.items())})"
         )

@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import regex
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aria.checkpoint.layouts import LAYOUTS
 from aria.checkpoint.load import parameter_shapes
-from aria.checkpoint.save import Spec, replacing, write_json, write_safetensors
+from aria.checkpoint.save import Spec, replacing, write_safetensors
+from aria.checkpoint.stored import read_header
 from aria.config import AriaConfig
-from aria.hub import ADAPTER_NAME, read_json, resolve
+from aria.hub import ADAPTER_NAME, read_json, resolve, write_json
 from aria.model.adapter import LoRA, adaptable, adapters, attach
 from aria.model.aria import Aria
 from aria.ops import LowRank
+
+Number = TypeVar("Number", int, float)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PARAMETERS = {"fc1": "gate_up_proj", "fc2": "down_proj"}
@@ -43,6 +47,11 @@ _EMPTY = (
     "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 """What PEFT's LoRA may have besides, and is not offered here."""
+_MOST_RANK, _MOST_ALPHA = 1 << 16, 1e6
+_MOST_PATTERNS, _MOST_PATTERN = 10_000, 1000
+"""Patterns, and characters of one."""
+_MATCH_SECONDS = 10.0
+"""For all patterns of an adapter: some backtrack without end."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,10 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
             raise FileNotFoundError(f"{path} is no adapter folder: it has no {name}")
     found = read_json(path / ADAPTER_NAME)
     common = _settings(found, path)
-    try:
-        tensors = load_file(path / WEIGHTS_NAME)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS_NAME} cannot be read: {error}; it may be truncated") from error
+    read_header(path / WEIGHTS_NAME)  # checks it
+    tensors = load_file(path / WEIGHTS_NAME)
     ours, shapes = _our_names(config), _shapes(config)
-    ranks, alphas = (_Patterns(found, kind, path) for kind in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = _Patterns(found, "rank_pattern", _rank, path), _Patterns(found, "alpha_pattern", _alpha, path)
     weights: dict[str, LowRank] = {}
     settings: dict[str, LoRA] = {}
     for key, (a, b) in _pairs(tensors, config, path).items():
@@ -94,7 +101,7 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
         called = (_theirs(name), name, key)
         settings[name] = replace(
             common,
-            rank=int(ranks.of(called, common.rank)),
+            rank=ranks.of(called, common.rank),
             alpha=alphas.of(called, common.alpha),
         )
         _check(name, a, b, shapes[name], settings[name].rank, path)
@@ -193,20 +200,36 @@ def merged(weight: Tensor, low_rank: LowRank) -> Tensor:
 
 def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
     if found.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{path} is a {found['peft_type']} adapter; only LORA is offered")
+        raise ValueError(f"{path} is a {found['peft_type']!s:.40} adapter; only LORA is offered")
     strange = [name for name, plain in _PLAIN.items() if found.get(name, plain[0]) not in plain]
     if strange := strange + [name for name in _EMPTY if found.get(name)]:
-        told = f"{strange[0]} is {found[strange[0]]!r:.100}"
-        raise ValueError(f"{path}: {told}, which is not offered here; merge the adapter with PEFT")
+        came = f"{strange[0]} is {found[strange[0]]!r:.100}"
+        raise ValueError(f"{path}: {came}, which is not offered here; merge the adapter with PEFT")
     try:
         return LoRA(
-            rank=int(found["r"]),
-            alpha=float(found["lora_alpha"]),
-            dropout=float(found.get("lora_dropout") or 0.0),
-            rslora=bool(found.get("use_rslora", False)),
+            rank=_rank("r", found.get("r")),
+            alpha=_alpha("lora_alpha", found.get("lora_alpha")),
+            dropout=_number("lora_dropout", found.get("lora_dropout") or 0.0, 0.0, 1.0),
+            rslora=found.get("use_rslora") is True,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / ADAPTER_NAME} does not say r and lora_alpha as numbers ({error!r})") from error
+    except ValueError as error:
+        raise ValueError(f"{path / ADAPTER_NAME}: {error}") from None
+
+
+def _rank(name: str, value: Any) -> int:
+    return int(_number(name, value, 1, _MOST_RANK, whole=True))
+
+
+def _alpha(name: str, value: Any) -> float:
+    return _number(name, value, -_MOST_ALPHA, _MOST_ALPHA)
+
+
+def _number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> float:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    if not fits or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name} is {value!r:.40}; expected a {kind} from {least:,} to {most:,}")
+    return float(value)
 
 
 def _pairs(tensors: Mapping[str, Tensor], config: AriaConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -303,23 +326,62 @@ def _shapes(config: AriaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in adaptable(model)}
 
 
-class _Patterns:
+class _Patterns(Generic[Number]):
     """PEFT's way to give some modules another rank or alpha: the end of a name, as a regular expression -> value."""
 
-    def __init__(self, found: Mapping[str, Any], kind: str, path: Path):
+    def __init__(self, found: Mapping[str, Any], kind: str, read: Callable[[str, Any], Number], path: Path):
         patterns = found.get(kind) or {}
+        self._kind, self._path, self._left = kind, path, _MATCH_SECONDS
         try:
-            self._patterns = {re.compile(rf"(.*\.)?({pattern})"): float(patterns[pattern]) for pattern in patterns}
-        except (re.error, TypeError, ValueError) as error:
+            if not isinstance(patterns, Mapping) or len(patterns) > _MOST_PATTERNS:
+                raise ValueError(f"at most {_MOST_PATTERNS:,} are read")
+            self._patterns: dict[regex.Pattern[str], Number] = {
+                _compile(pattern): read(f"{kind} of {pattern!r:.100}", value) for pattern, value in patterns.items()
+            }
+        except ValueError as error:
             raise ValueError(
                 f"{path / ADAPTER_NAME}: {kind} should map ends of modules' names to numbers, but is {patterns!r:.200} "
                 f"({error})"
-            ) from error
+            ) from None
 
-    def of(self, names: Sequence[str], default: float) -> float:
-        """The first pattern's value that one of a module's names has."""
-        found = (v for pattern, v in self._patterns.items() if any(pattern.fullmatch(name) for name in names))
-        return next(found, default)
+    def of(self, names: Sequence[str], default: Number) -> Number:
+        """The first pattern's value that one of a module's names has.
+
+        Raises:
+            ValueError: a pattern takes too long.
+        """
+        for pattern, value in self._patterns.items():
+            if any(self._fits(pattern, name) for name in names):
+                return value
+        return default
+
+    def _fits(self, pattern: regex.Pattern[str], name: str) -> bool:
+        start = time.monotonic()
+        try:
+            return pattern.fullmatch(name, timeout=max(self._left, 1e-3), concurrent=True) is not None
+        except TimeoutError:
+            raise ValueError(
+                f"{self._path / ADAPTER_NAME}: the patterns of {self._kind} take more than {_MATCH_SECONDS:g} s, as "
+                f"those do that backtrack without end; write plain names (it was {pattern.pattern!r:.100})"
+            ) from None
+        finally:
+            self._left -= time.monotonic() - start
+
+
+def _compile(pattern: str) -> regex.Pattern[str]:
+    """As PEFT has it, for which it must be one of Python's own; those of ``regex`` can be stopped.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(pattern) > _MOST_PATTERN:
+        raise ValueError(f"a pattern has {len(pattern):,} characters; at most {_MOST_PATTERN:,} are read")
+    whole = rf"(.*\.)?({pattern})"
+    try:
+        re.compile(whole)
+        return regex.compile(whole)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r:.100} is no regular expression: {error}") from None
 
 
 def _differing(shapes: set[LoRA]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from aria.checkpoint.save import (
     Spec,
     default_generation_config,
     replacing,
-    write_json,
     write_weights,
 )
 from aria.config import CONFIG_NAME, AriaConfig
-from aria.hub import ADAPTER_NAME, resolve
+from aria.hub import ADAPTER_NAME, read_json, resolve, write_json
 from aria.ops import LowRank
 
 COMPANIONS = (
@@ -40,6 +39,8 @@ COMPANIONS = (
     "LICENSE",
 )
 """Files beside the weights that a converted checkpoint keeps."""
+_SETTINGS = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+"""Those that may point to the authors' code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +127,32 @@ def _getter(
 def _copy_companions(folder: Path, out: Path, config: AriaConfig) -> tuple[str, ...]:
     present = tuple(name for name in COMPANIONS if (folder / name).is_file())
     for name in present:
-        shutil.copyfile(folder / name, out / name)
-    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
-        if name in present:
-            _modernize(out / name)
+        if name in _SETTINGS:
+            write_json(out / name, _modern(read_json(folder / name)))
+        else:
+            shutil.copyfile(_own(folder, name), out / name)
     if GENERATION_NAME not in present:
         write_json(out / GENERATION_NAME, default_generation_config(config))
     return present
 
 
-def _modernize(file: Path) -> None:
-    """Drop the pointers to the authors' code, which is not part of the output, and use today's class name."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} of the source is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file.name} of the source should be a JSON object, but is a {type(data).__name__}")
-    data.pop("auto_map", None)
-    if data.get("image_processor_type") == "AriaVisionProcessor":
-        data["image_processor_type"] = "AriaImageProcessor"
-    write_json(file, data)
+def _own(folder: Path, name: str) -> Path:
+    """A file of a model's folder, which may be a link within it or into the Hub's cache.
+
+    Raises:
+        ValueError: it leads elsewhere. Copied, it would put what lies there beside weights that are made to be shared.
+    """
+    root, target = folder.resolve(), (folder / name).resolve()
+    if root.parent.name == "snapshots":  # of the Hub's cache, where files are links to blobs beside it
+        root = root.parent.parent
+    if not target.is_relative_to(root):
+        raise ValueError(f"{folder / name} is a link to {target}, outside of its folder; put a copy in its place")
+    return target
+
+
+def _modern(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without pointers to the authors' code, which is not part of the output, and with today's class name."""
+    settings.pop("auto_map", None)
+    if settings.get("image_processor_type") == "AriaVisionProcessor":
+        settings["image_processor_type"] = "AriaImageProcessor"
+    return settings

@@ -5,7 +5,6 @@ Everything is checked before the first weight is read: files, headers, names, sh
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import threading
@@ -20,7 +19,7 @@ from aria.checkpoint.layouts import Layout, Piece, Shape, detect, main_dtype, pl
 from aria.checkpoint.paddle import read_pdparams
 from aria.checkpoint.stored import StoredTensor, names, read_safetensors
 from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
-from aria.hub import resolve
+from aria.hub import read_json, resolve
 from aria.model import Aria
 from aria.ops import current
 
@@ -216,11 +215,13 @@ def _unsafe(path: Path, found: list[str]) -> str:
 def _weight_map(index: Path) -> dict[str, str]:
     """Name of each tensor -> file that holds it."""
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
-    if strange := {str(file) for file in weight_map.values() if Path(str(file)).name != file or "\\" in file}:
-        raise ValueError(f"{index} names files outside its folder: {names(sorted(strange))}")
+        weight_map = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index} is not an index of shards: {error}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} is not an index of shards: weight_map should give each tensor the name of a file")
+    if strange := {file for file in weight_map.values() if Path(file).name != file or "\\" in file or file == ".."}:
+        raise ValueError(f"{index} names files outside its folder: {names(sorted(f'{file:.100}' for file in strange))}")
     return weight_map
 
 

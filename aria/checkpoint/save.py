@@ -21,6 +21,7 @@ from aria.checkpoint.layouts import Shape, main_dtype
 from aria.checkpoint.load import parameter_shapes
 from aria.checkpoint.stored import SAFETENSORS_DTYPES, describe
 from aria.config import CONFIG_NAME, AriaConfig
+from aria.hub import write_json
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -140,10 +141,6 @@ def write_safetensors(file: Path, specs: Mapping[str, Spec], get: Callable[[str]
             tensor = get(name).detach().cpu().contiguous()
             assert Spec(tuple(tensor.shape), tensor.dtype) == specs[name], f"{name} changed while it was saved"
             out.write(tensor.view(-1).view(torch.uint8).numpy().data)
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import codecs
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from aria.hub import MOST_JSON_BYTES, parse_json
+
 _TEXT_BLOCK = 1 << 20
+_MOST_AXES = 8
 
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -104,33 +107,48 @@ def _read_exactly(file: BinaryIO, out: memoryview) -> None:
         out = out[count:]
 
 
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each of its tensors, and where their bytes begin.
+
+    The safetensors library checks it (offsets without gaps or overlaps, sizes against the file's length), once its size
+    is known to be that of a header: the library would read 100 MB of one, which are a million tensors.
+
+    Raises:
+        ValueError: the file is corrupt or cut off.
+    """
+    size = 0
+    try:
+        with file.open("rb") as opened:
+            nbytes, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
+            if nbytes > min(size, MOST_JSON_BYTES):
+                raise ValueError(f"its header would have {nbytes:,} bytes; at most {MOST_JSON_BYTES:,} are read")
+            header = parse_json(opened.read(nbytes), "its header")
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({size} bytes: {error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if len(entry["shape"]) > _MOST_AXES:
+            raise ValueError(f"{file}: {key:.200} has {len(entry['shape']):,} axes; at most {_MOST_AXES} are read")
+    return header, 8 + nbytes
+
+
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a safetensors file are.
 
-    The safetensors library checks the header (offsets without gaps or overlaps, sizes against the file's length); the
-    bytes are then read by :meth:`StoredTensor.read`, because the library can only hand out tensors of its own: a copy
+    Their bytes are read by :meth:`StoredTensor.read`, because the library can only hand out tensors of its own: a copy
     beside the parameter, and by default mapped pages of the whole file, which count as resident memory.
 
     Raises:
         ValueError: the file is corrupt or cut off, or holds a dtype that is not floating point.
     """
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-        with file.open("rb") as opened:
-            start = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(start))
-    except (SafetensorError, OSError, ValueError) as error:
-        size = file.stat().st_size if file.is_file() else 0
-        raise ValueError(f"{file} is not a whole safetensors file ({size} bytes: {error}); fetch it again") from error
+    header, start = read_header(file)
     tensors = {}
     for key, entry in header.items():
-        if key == "__metadata__":
-            continue
         dtype = dtype_of_code(entry["dtype"], key, file)
         begin, end = entry["data_offsets"]
-        segment = Segment(file, 8 + start + begin, end - begin)
-        tensors[key] = StoredTensor(dtype, tuple(entry["shape"]), (segment,))
+        tensors[key] = StoredTensor(dtype, tuple(entry["shape"]), (Segment(file, start + begin, end - begin),))
     return tensors
 
 
@@ -143,7 +161,7 @@ def dtype_of_code(code: str, key: str, file: Path | str) -> torch.dtype:
     dtype = _DTYPE_OF_CODE.get(code)
     if dtype is None:
         raise ValueError(
-            f"{key} in {file} is stored as {code}, expected one of {', '.join(_DTYPE_OF_CODE)}; "
+            f"{key:.200} in {file} is stored as {code}, expected one of {', '.join(_DTYPE_OF_CODE)}; "
             "a quantized checkpoint cannot be loaded, use the bfloat16 weights (rhymes-ai/Aria)"
         )
     return dtype

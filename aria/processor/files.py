@@ -1,9 +1,7 @@
-"""The processor's JSON files: their names, reading, writing, and the table of crop sizes they hold."""
+"""The processor's JSON files: their names, reading, and the table of crop sizes they hold."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +48,3 @@ def read_image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
         if settings is not None:
             raise ValueError(f"{file}: image_processor should be an object, but is {settings!r:.100}")
     return folder / PREPROCESSOR_CONFIG, read_json(folder / PREPROCESSOR_CONFIG)
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write an object as UTF-8 JSON, the same bytes on every system, making the folder if needed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

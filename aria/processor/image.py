@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from aria.config import CONFIG_NAME
-from aria.hub import resolve
+from aria.hub import resolve, write_json
 from aria.media.read import load_image
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.files import (
@@ -25,7 +25,6 @@ from aria.processor.files import (
     SIZE_CONVERSION,
     read_image_settings,
     read_size_conversion,
-    write_json,
 )
 
 SPLIT_MODES = ("authors", "pad")

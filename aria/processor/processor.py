@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aria.config import CONFIG_NAME
-from aria.hub import resolve
+from aria.hub import resolve, write_json
 from aria.media.cache import MediaCache
 from aria.media.limits import MediaSettings, PixelBudget
 from aria.media.read import load_image
@@ -25,7 +25,6 @@ from aria.processor.files import (
     TOKENIZER_CONFIG,
     TOKENIZER_MODEL,
     read_size_conversion,
-    write_json,
 )
 from aria.processor.image import AriaImageProcessor, NeededSizes, check_rgb, flat
 from aria.processor.options import TextOptions, merged

@@ -12,7 +12,7 @@ from typing import Any
 
 import sentencepiece
 
-from aria.hub import read_json, resolve
+from aria.hub import read_bytes, read_json, read_text, resolve, write_file, write_json
 from aria.processor.batch import BatchFeature, check_tensor_kind, to_tensors
 from aria.processor.chat import (
     CHAT_TEMPLATE,
@@ -23,12 +23,13 @@ from aria.processor.chat import (
     Prompt,
     is_batch,
 )
-from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL, write_json
+from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL
 from aria.processor.spelling import Speller
 from aria.processor.template import render_template
 
 # Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
 _PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
+_MOST_MODEL_BYTES, _MOST_TEMPLATE_BYTES = 64 << 20, 1 << 20
 _SPACE = "\u2581"  # how SentencePiece writes a space
 # Appended to a SentencePiece model, this protobuf fragment is merged into its normalizer_spec (field 3):
 # add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) become false, so that text comes back as it went in.
@@ -126,8 +127,8 @@ class AriaTokenizer:
             )
         config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
         if (folder / CHAT_TEMPLATE_FILE).is_file():
-            config["chat_template"] = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-        return cls((folder / TOKENIZER_MODEL).read_bytes(), config)
+            config["chat_template"] = read_text(folder / CHAT_TEMPLATE_FILE, _MOST_TEMPLATE_BYTES)
+        return cls(read_bytes(folder / TOKENIZER_MODEL, _MOST_MODEL_BYTES), config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.model``, ``tokenizer_config.json`` and the chat template.
@@ -160,9 +161,9 @@ class AriaTokenizer:
             "processor_class": "AriaProcessor",
         }
         write_json(Path(folder) / TOKENIZER_CONFIG, config)
-        (Path(folder) / TOKENIZER_MODEL).write_bytes(self._model)
+        write_file(Path(folder) / TOKENIZER_MODEL, self._model)
         # transformers 5 looks for a processor's template in this file only.
-        (Path(folder) / CHAT_TEMPLATE_FILE).write_text(str(self.chat_template), encoding="utf-8", newline="\n")
+        write_file(Path(folder) / CHAT_TEMPLATE_FILE, str(self.chat_template))
 
     def __len__(self) -> int:
         return self.vocab_size

@@ -251,7 +251,7 @@ def spoil(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "message"), [
-    ("truncated", "cannot be read.*truncated"),
+    ("truncated", "is not a whole safetensors file .*fetch it again"),
     ("empty", "holds no adapter; it was saved empty"),
     ("half", "has lora_. and not the other"),
     ("other rank", "does not fit this model.*another model or rank"),
@@ -270,13 +270,53 @@ def spoil(folder: Path, how: str) -> None:
     ("no tensor of LoRA", "classifier.weight is no tensor of a LoRA adapter"),
     ("dora", "use_dora is True, which is not offered here"),
     ("prefix tuning", "is a PREFIX_TUNING adapter; only LORA"),
-    ("no rank", "does not say r and lora_alpha"),
+    ("no rank", "r is None; expected a whole number from 1 to 65,536"),
 ])  # fmt: skip
 def test_folders_that_do_not_fit(base: Path, tmp_path: Path, how: str, message: str) -> None:
     model = trained(base)
     save_adapter(model, tmp_path)
     spoil(tmp_path, how)
     with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path, model.config)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"r": 10**9}, "r is 1000000000; expected a whole number from 1 to 65,536"),
+    ({"r": 4.5}, "r is 4.5; expected a whole number"),
+    ({"r": True}, "r is True; expected a whole number"),
+    ({"r": 10**400}, "r is 1000"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite number"),
+    ({"lora_alpha": 1e308}, r"lora_alpha is 1e\+308; expected"),
+    ({"lora_alpha": "32"}, "lora_alpha is '32'; expected a number from -1,000,000.0 to 1,000,000.0"),
+    ({"lora_dropout": 7}, "lora_dropout is 7; expected a number from 0.0 to 1.0"),
+    ({"alpha_pattern": {"q_proj": 1e200}}, r"alpha_pattern of 'q_proj' is 1e\+200; expected"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of 'q_proj' is 0; expected a whole number from 1"),
+    ({"rank_pattern": {"a" * 1001: 4}}, "a pattern has 1,001 characters; at most 1,000"),
+    ({"rank_pattern": {"(" * 500 + ")" * 500: 4}}, "is no regular expression"),
+    ({"rank_pattern": {f"{i}_proj": 4 for i in range(10_001)}}, "at most 10,000 are read"),
+    ({"rank_pattern": {"(?R)": 4}}, "is no regular expression"),
+])  # fmt: skip
+def test_settings_beyond_all_limits_are_refused_by_name(base: Path, tmp_path: Path, changed, message: str) -> None:
+    model = trained(base)
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(ValueError, match=message) as refused:
+        read_adapter(tmp_path, model.config)
+    assert str(file) in str(refused.value) and len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("pattern", [
+    "(.*){1,1000}[^j]", "(?:(?:.{0,9}){0,1000}){0,1000}[^j]", "([a-z._0-9]{0,1000}){0,1000}[^j]"
+])  # fmt: skip
+def test_patterns_that_backtrack_without_end_are_stopped(base: Path, tmp_path: Path, monkeypatch, pattern: str) -> None:
+    """Python's own ``re`` would be at them for years, and hold every other thread up meanwhile."""
+    model = trained(base)
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": {pattern: 4}}))
+    monkeypatch.setattr("aria.checkpoint.adapter._MATCH_SECONDS", 0.3)
+    with pytest.raises(ValueError, match=r"patterns of rank_pattern take more than 0\.3 s.*write plain names"):
         read_adapter(tmp_path, model.config)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aria.hub import NANO, resolve
+from aria.hub import MOST_JSON_DEPTH, NANO, read_json, resolve, write_json
 
 
 @pytest.fixture
@@ -78,3 +80,60 @@ def test_local_paths(tmp_path):
     for name in ("nowhere", "a/b/c", "../nowhere/at/all", tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="no file or folder"):
             resolve(name)
+
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "no JSON": (b"{", "Expecting property name"),
+    "no UTF-8": (b'{"a": "\xff"}', "invalid start byte"),
+    "a list": (b"[1]", "expected an object, but it holds a list"),
+    "deep lists": (b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", "deeper than 100 levels"),
+    "lists without end": (b'{"a":' + b"[" * 200_000, "deeper than 100 levels"),
+    "objects without end": (b'{"a":' * 200_000, "deeper than 100 levels"),
+    "a key twice": (b'{"a": {"r": 8, "r": 9}}', "an object has the key 'r' twice"),
+    "NaN": (b'{"a": {"b": [1, NaN]}}', r"a\.b\.1 is nan; expected a finite number"),
+    "infinity": (b'{"a": -Infinity}', "a is -inf; expected a finite number"),
+    "beyond floats": (b'{"a": 1e999}', "a is inf; expected a finite number"),
+    "beyond arithmetic": (b'{"a": 1' + b"0" * 400 + b"}", "a is 1000"),
+    "digits without end": (b'{"a": 1' + b"0" * 100_000 + b"}", "Exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_json_that_is_no_settings_is_refused_with_the_file_and_the_field(name, tmp_path):
+    content, message = REFUSED[name]
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        read_json(file)
+    assert str(file) in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_json_of_reasonable_depth_and_size_is_read(tmp_path):
+    deep: Any = 1
+    for _ in range(MOST_JSON_DEPTH - 1):
+        deep = [deep]
+    data = {"a": deep, "b": [10**30, 1e200, None, True, "NaN"]}
+    write_json(tmp_path / "new" / "file.json", data)
+    assert read_json(tmp_path / "new" / "file.json") == data
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["file.json"]
+
+
+def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
+    file = tmp_path / "config.json"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 30)
+    with pytest.raises(ValueError, match=r"config\.json has 1,073,741,824 bytes; at most 16,777,216 are read"):
+        read_json(file)
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    write_json(file, {"a": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_json(file, {"a": 2})
+    assert read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]

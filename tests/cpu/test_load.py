@@ -6,6 +6,8 @@ import json
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -189,7 +191,7 @@ def test_a_tensor_in_two_shards_is_an_error(state, tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", "a\\b.safetensors", 7])
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", "a\\b.safetensors", "..", "."])
 def test_an_index_may_not_point_outside_its_folder(name, folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
@@ -197,12 +199,51 @@ def test_an_index_may_not_point_outside_its_folder(name, folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": 7}}', "{"])
 def test_a_broken_index_is_one_clear_error(text, folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="is not an index of shards"):
         load_model(folder)
+
+
+def header(**tensors: Any) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def told(shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((1 << 62).to_bytes(8, "little") + b"{}", "its header would have 4,611,686,018,427,387,904 bytes"),
+        ((50 << 20).to_bytes(8, "little") + b" " * (50 << 20), "its header would have 52,428,800 bytes; at most"),
+        (header(a=told([2], 0, 4), b=told([2], 2, 6)) + bytes(6), "is not a whole safetensors file"),
+        (header(a=told([2], -4, 0)) + bytes(4), "is not a whole safetensors file"),
+        (header(a=told([2], 4, 0)) + bytes(4), "is not a whole safetensors file"),
+        (header(a=told([2], 0, 1 << 62)) + bytes(4), "is not a whole safetensors file"),
+        (header(a=told([1 << 32, 1 << 32], 0, 0)), "is not a whole safetensors file"),
+        (header(a=told([-1, -2], 0, 4)) + bytes(4), "is not a whole safetensors file"),
+        (header(a=told([1] * 1000 + [2], 0, 4)) + bytes(4), "a has 1,001 axes; at most 8 are read"),
+        (header(a=told([], 0, 2)) + bytes(2), "not Aria's in any layout"),
+        (b"\x20" + bytes(7) + b'{"a": 1, "a": 2}' + b" " * 16, "has the key 'a' twice"),
+        (b"\x10\x27" + bytes(6) + b"[" * 10_000, "deeper than 100 levels"),
+        (b"", "is not a whole safetensors file"),
+    ],
+    ids=[
+        "length", "large", "overlap", "negative", "backwards", "end", "overflow", "sizes", "axes", "scalar", "twice",
+        "deep", "empty",
+    ],
+)  # fmt: skip
+def test_hostile_headers_are_one_clear_error(content, message, folder):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_model(folder)
+    assert "model.safetensors" in str(refused.value) or str(folder) in str(refused.value)
+    assert len(str(refused.value)) < 3000
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pth"])

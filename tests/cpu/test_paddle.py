@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from aria.checkpoint import paddle
+from aria.checkpoint import paddle, pickles
 from aria.checkpoint.paddle import read_pdparams
 from aria.checkpoint.stored import StoredTensor
 
@@ -107,14 +107,14 @@ def test_arrays_of_numpy_1_and_ordered_dictionaries(tmp_path):
 
 def test_arrays_stay_in_the_file(tmp_path, monkeypatch):
     taken = 0
-    take = paddle._Machine.take
+    take = pickles.Machine.take
 
     def count(machine, size):
         nonlocal taken
         taken += size
         return take(machine, size)
 
-    monkeypatch.setattr(paddle._Machine, "take", count)
+    monkeypatch.setattr(pickles.Machine, "take", count)
     for protocol in (2, 3, 4):
         read_pdparams(write({f"layer.{i}": np.zeros((512, 1024), np.uint16) for i in range(8)}, tmp_path, protocol))
     assert taken < 10_000
@@ -146,14 +146,13 @@ def test_nothing_is_called(function, named, protocol, tmp_path):
         [Call(function, argument)],
         {"a": np.zeros(3), "b": (Call(function, argument),)},
     ):
-        with pytest.raises(ValueError, match=named + r", which a file of arrays has no need of; nothing was run"):
+        with pytest.raises(ValueError, match=named + r", which a file of its kind has no need of; nothing was run"):
             read_pdparams(write(content, tmp_path, protocol))
     assert not victim.exists()
 
 
 def test_operations_that_make_objects_are_refused(tmp_path):
     for content, named in (
-        (b"\x80\x02cnumpy\nndarray\n)\x81.", "NEWOBJ"),
         (b"\x80\x02(S'true'\nios\nsystem\n.", "STRING"),
         (b"\x80\x02(\x8c\x04trueios\nsystem\n.", "INST"),
         (b"\x80\x02cnumpy\nndarray\n(o.", "OBJ"),
@@ -225,3 +224,54 @@ def test_random_damage_is_a_clear_error_or_harmless(protocol, tmp_path):
             assert "model_state.pdparams is" in str(error)
             refused += 1
     assert refused > 300
+
+
+MANY = b"(" + b"K\x01" * 100_000
+"""Numbers since a mark."""
+BOMBS = {
+    # Each of a few bytes would make another copy of all numbers.
+    "copies of a tuple": (
+        b"]" + MANY + b"eq\x00cbuiltins\ntuple\nq\x01" + b"h\x01h\x00\x85R" * 10_000 + b".",
+        "a tuple made",
+    ),
+    "copies of a dictionary": (
+        b"}q\x00ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 10_000 + b".",
+        "it is corrupt",
+    ),
+    # Hashing it takes a frame of C for each level.
+    "tuples in tuples as a key": (
+        b"ccollections\nOrderedDict\n)" + b"\x85" * 300_000 + b"K\x01\x86\x85\x85R.",
+        "corrupt",
+    ),
+    "tuples in tuples as a name": (b"})" + b"\x85" * 300_000 + b"K\x01s.", "an entry that has no name"),
+    "tuples in tuples as a slice": (
+        b"}\x8c\x15UnpackBigParamInfor@@}\x8c\x01a}(\x8c\x06slices])"
+        + b"\x85" * 300_000
+        + b"a\x8c\x0bOriginShape)uss.",
+        "slices of a that do not add up",
+    ),
+    "a number without end": (b"\x8a\xff" + b"\x7f" * 255 + b".", "a whole number of 255 bytes"),
+    "a text without end": (b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7f", "an end before its contents are complete"),
+    "a memo far off": (b"}r\xff\xff\xff\x7f\x8c\x01aK\x01s.", "a that is not an array"),
+    "an array without a state": (
+        b"}\x8c\x01acnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x8c\x01b\x87Rs.",
+        "a without its shape, dtype and bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_would_take_all_memory_or_crash_is_refused(name, tmp_path):
+    content, message = BOMBS[name]
+    with pytest.raises(ValueError, match=message) as refused:
+        read_pdparams(write(b"\x80\x04" + content, tmp_path))
+    assert len(str(refused.value)) < 500
+
+
+def test_operations_and_names_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(paddle, "_MOST_STEPS", 1000)
+    with pytest.raises(ValueError, match="more than 1,000 operations"):
+        read_pdparams(write(b"\x80\x04" + b"]" * 1000 + b".", tmp_path))
+    monkeypatch.setattr(pickles, "_MOST_TEXT", 1000)
+    with pytest.raises(ValueError, match="names of more than 1,000 bytes"):
+        read_pdparams(write({"a": "b" * 1000}, tmp_path))

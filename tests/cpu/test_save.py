@@ -315,9 +315,25 @@ def test_converting_onto_an_adapter_is_refused(state, tmp_path):
 def test_a_broken_source_leaves_nothing_behind(state, tmp_path):
     source = write_layout("hub", state, CONFIG, tmp_path / "in")
     (source / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json of the source is not valid JSON"):
+    with pytest.raises(ValueError, match=r"in.tokenizer_config\.json is not valid JSON"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_companion_that_leads_elsewhere_is_not_copied(state, tmp_path):
+    """Somebody's private file would lie beside weights that are made to be shared."""
+    source = write_layout("hub", state, CONFIG, tmp_path / "in")
+    (tmp_path / "secret").write_text("mine")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"in.LICENSE is a link to .*secret, outside of its folder; put a copy"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (source / "LICENSE").unlink()
+    (source / "TERMS").write_text("free")
+    (source / "LICENSE").symlink_to("TERMS")
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free" and not (tmp_path / "out" / "LICENSE").is_symlink()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory from Linux")

@@ -1,0 +1,250 @@
+"""Pickles that are read without unpickling them.
+
+A pickle is a program for a small stack machine. The one here knows only what plain containers, arrays and records need;
+it has no way to import or call anything, so that nothing in a file can run. Names of classes and functions are looked
+up in a table of the caller's, and what a name that is not there is asked for is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pickletools
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+_LONG_TEXT = 1 << 16
+_MOST_TEXT = 64 << 20
+"""Bytes of all texts that are kept."""
+_MOST_INTEGER = 9
+"""Bytes of a number: 8, and one for its sign."""
+_OPCODES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
+
+
+class RefusedError(ValueError):
+    """The pickle asks for something that is not offered; the message goes on from "it has"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A class or function that the pickle names. It is only ever compared, never looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes left in the file."""
+
+    offset: int
+    nbytes: int
+    text: bool = False
+
+
+class Text(str):
+    """A string that knows where it was, because protocol 2 writes the bytes of arrays as text."""
+
+    place: Place
+
+
+class Record:
+    """What becomes of an object with attributes; whoever reads it checks them."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.state: Any = {}
+
+    def set_state(self, state: Any) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Any:
+        return self.state[name]
+
+
+_MARK = Named("(mark)")
+
+Calls = Mapping[str, Callable[..., Any] | None]
+"""Names that a pickle may use -> what is called in their place; None: they may only be mentioned."""
+
+
+class Machine:
+    """Steps through one pickle.
+
+    Args:
+        file: to read, from where it is.
+        calls: the names that are known. Nothing that is called may copy what it is given: a few bytes of a pickle can
+            ask for that again and again.
+        most_steps: operations, each of which may take a hundred bytes of memory.
+    """
+
+    def __init__(self, file: BinaryIO, calls: Calls, most_steps: int):
+        self.file, self.calls, self.most_steps = file, calls, most_steps
+        self.size = os.fstat(file.fileno()).st_size
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self._text = 0
+
+    def run(self) -> Any:
+        """What the pickle holds.
+
+        Raises:
+            RefusedError: it asks for something that is not offered.
+            ValueError: it is cut off or corrupt.
+        """
+        try:
+            return self._run()
+        except RefusedError:
+            raise
+        except (
+            IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, struct.error
+        ) as error:  # fmt: skip
+            # What wrong operands come to; the machine has no side effects that this could hide.
+            raise ValueError(f"it is corrupt ({error})") from error
+
+    def _run(self) -> Any:
+        if self.take(1) != pickle.PROTO or self.take(1)[0] not in (2, 3, 4, 5):
+            raise RefusedError("a beginning that is not that of a pickle of protocol 2 to 5")
+        for _ in range(self.most_steps):
+            code = self.take(1)
+            if code == pickle.STOP:
+                return self.stack.pop()
+            step = _STEPS.get(code)
+            if step is None:
+                raise RefusedError(f"the pickle operation {_OPCODES.get(code.decode('latin1'), code)}")
+            step(self)
+        raise RefusedError(f"more than {self.most_steps:,} operations, which no file of its kind needs")
+
+    def take(self, count: int) -> bytes:
+        data = self.file.read(count)
+        if len(data) != count:
+            raise RefusedError("an end before its contents are complete; fetch it again")
+        return data
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def leave(self, nbytes: int, *, text: bool = False) -> Place:
+        """Step over bytes and say where they are."""
+        place = Place(self.file.tell(), nbytes, text)
+        if place.offset + nbytes > self.size:
+            raise RefusedError("an end before its contents are complete; fetch it again")
+        self.file.seek(nbytes, os.SEEK_CUR)
+        return place
+
+    def push_bytes(self, form: str) -> None:
+        self.stack.append(self.leave(self.number(form)))
+
+    def push_text(self, form: str) -> None:
+        place = self.leave(self.number(form), text=True)
+        if place.nbytes > _LONG_TEXT:
+            self.stack.append(place)
+            return
+        self._text += place.nbytes
+        if self._text > _MOST_TEXT:
+            raise RefusedError(f"names of more than {_MOST_TEXT:,} bytes")
+        self.file.seek(place.offset)
+        text = Text(self.take(place.nbytes).decode("utf-8"))
+        text.place = place
+        self.stack.append(text)
+
+    def since_mark(self) -> list[Any]:
+        at = len(self.stack) - 1
+        while self.stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise RefusedError("operations out of order")
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def push_tuple(self, count: int) -> None:
+        items = tuple(self.stack.pop() for _ in range(count))
+        self.stack.append(items[::-1])
+
+    def push_name(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise RefusedError("operations out of order")
+        full = f"{module}.{name}"
+        if full not in self.calls:
+            raise RefusedError(f"a call of {full!r:.100}, which a file of its kind has no need of; nothing was run")
+        self.stack.append(Named(full))
+
+    def line(self) -> str:
+        return self.file.readline(256).decode("utf-8").rstrip("\n")
+
+    def call(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        known = self.calls.get(function.name) if isinstance(function, Named) else None
+        if known is None or not isinstance(arguments, tuple):
+            raise RefusedError("a call of something that is not a function")
+        self.stack.append(known(*arguments))
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        if not hasattr(self.stack[-1], "set_state"):
+            raise RefusedError("a state for something that has none")
+        self.stack[-1].set_state(state)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Tuples in tuples would take any depth to hash.
+            if not isinstance(target, dict) or not isinstance(key, str | Record):
+                raise RefusedError("an entry that has no name")
+            target[str(key) if isinstance(key, str) else key] = value
+
+    def append_items(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise RefusedError("operations out of order")
+        self.stack[-1].extend(items)
+
+    def push_integer(self) -> None:
+        nbytes = self.number("<B")
+        if nbytes > _MOST_INTEGER:
+            raise RefusedError(f"a whole number of {nbytes} bytes")
+        self.stack.append(pickle.decode_long(self.take(nbytes)))
+
+    def memoize(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+
+_STEPS: dict[bytes, Callable[[Machine], Any]] = {
+    pickle.FRAME: lambda m: m.take(8),
+    pickle.MARK: lambda m: m.stack.append(_MARK),
+    pickle.NONE: lambda m: m.stack.append(None),
+    pickle.NEWTRUE: lambda m: m.stack.append(True),
+    pickle.NEWFALSE: lambda m: m.stack.append(False),
+    pickle.BININT: lambda m: m.stack.append(m.number("<i")),
+    pickle.BININT1: lambda m: m.stack.append(m.number("<B")),
+    pickle.BININT2: lambda m: m.stack.append(m.number("<H")),
+    pickle.LONG1: lambda m: m.push_integer(),
+    pickle.BINUNICODE: lambda m: m.push_text("<I"),
+    pickle.SHORT_BINUNICODE: lambda m: m.push_text("<B"),
+    pickle.BINUNICODE8: lambda m: m.push_text("<Q"),
+    pickle.BINBYTES: lambda m: m.push_bytes("<I"),
+    pickle.SHORT_BINBYTES: lambda m: m.push_bytes("<B"),
+    pickle.BINBYTES8: lambda m: m.push_bytes("<Q"),
+    pickle.EMPTY_DICT: lambda m: m.stack.append({}),
+    pickle.EMPTY_LIST: lambda m: m.stack.append([]),
+    pickle.EMPTY_TUPLE: lambda m: m.stack.append(()),
+    pickle.TUPLE: lambda m: m.stack.append(tuple(m.since_mark())),
+    pickle.TUPLE1: lambda m: m.push_tuple(1),
+    pickle.TUPLE2: lambda m: m.push_tuple(2),
+    pickle.TUPLE3: lambda m: m.push_tuple(3),
+    pickle.SETITEM: lambda m: m.set_items([m.stack.pop(), m.stack.pop()][::-1]),
+    pickle.SETITEMS: lambda m: m.set_items(m.since_mark()),
+    pickle.APPEND: lambda m: m.append_items([m.stack.pop()]),
+    pickle.APPENDS: lambda m: m.append_items(m.since_mark()),
+    pickle.BINPUT: lambda m: m.memoize(m.number("<B")),
+    pickle.LONG_BINPUT: lambda m: m.memoize(m.number("<I")),
+    pickle.MEMOIZE: lambda m: m.memoize(len(m.memo)),
+    pickle.BINGET: lambda m: m.stack.append(m.memo[m.number("<B")]),
+    pickle.LONG_BINGET: lambda m: m.stack.append(m.memo[m.number("<I")]),
+    pickle.GLOBAL: lambda m: m.push_name(m.line(), m.line()),
+    pickle.STACK_GLOBAL: lambda m: m.push_name(*[m.stack.pop(), m.stack.pop()][::-1]),
+    pickle.REDUCE: lambda m: m.call(),
+    pickle.NEWOBJ: lambda m: m.call(),
+    pickle.BUILD: lambda m: m.build(),
+}
