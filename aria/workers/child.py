@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,6 +102,7 @@ def main() -> None:
         connection = socket.socket(fileno=int(sys.argv[3]))
     else:
         connection = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]  # there on Windows
+    warnings.simplefilter("ignore")  # what is wrong with a file is said by an error
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     for name in PRELOADED:
         importlib.import_module(name)

@@ -248,10 +248,11 @@ def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_long_jobs_do_not_keep_short_ones_waiting(workers: Workers) -> None:
-    threads = [
-        threading.Thread(target=lambda: pytest.raises(ValueError, run, workers, tasks.spin, calls=BEGAN, seconds=4))
-        for _ in range(6)
-    ]
+    def spin() -> None:
+        with pytest.raises(ValueError, match="took longer"):
+            run(workers, tasks.spin, calls={"began": lambda pid: None}, seconds=4)
+
+    threads = [threading.Thread(target=spin) for _ in range(6)]
     for thread in threads:
         thread.start()
     time.sleep(0.5)
@@ -262,9 +263,6 @@ def test_long_jobs_do_not_keep_short_ones_waiting(workers: Workers) -> None:
     for thread in threads:
         thread.join()
     assert waited < 3, "six jobs of four seconds have two places"
-
-
-BEGAN = {"began": lambda pid: None}
 
 
 # What it may not do
