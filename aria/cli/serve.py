@@ -48,7 +48,30 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may call the server; repeatable, * is any.")
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names that clients may call the server by, such as aria.example or *.example; repeatable, * is any. "
+            "Default: with keys any; without, localhost, --host and IP addresses."
+        ),
+    ] = None,
+    trusted_proxies: Annotated[
+        list[str] | None,
+        typer.Option(help="Address or network of a reverse proxy whose X-Forwarded-For is believed; repeatable."),
+    ] = None,
+    max_connections: Annotated[int, typer.Option(help="Open at a time.")] = 2048,
+    max_connections_per_address: Annotated[int, typer.Option(help="Open at a time from one address.")] = 512,
+    max_header_bytes: Annotated[int, typer.Option(help="Of a request's headers.")] = 32 << 10,
+    header_seconds: Annotated[float, typer.Option(help="For receiving a request's headers.")] = 10.0,
+    body_seconds: Annotated[float, typer.Option(help="For receiving a request's body.")] = 300.0,
+    idle_seconds: Annotated[float, typer.Option(help="Without a request, before a connection is closed.")] = 75.0,
+    write_seconds: Annotated[
+        float, typer.Option(help="For a client to read what waits for it, before its connection is closed.")
+    ] = 60.0,
+    request_seconds: Annotated[float, typer.Option(help="For a request as a whole; inf: no limit.")] = 3600.0,
+    held_body_bytes: Annotated[int, typer.Option(help="Memory for the bodies of all requests.")] = 1 << 30,
     max_body: Annotated[int, typer.Option(help="Bytes of a request, media in it included.")] = 256 << 20,
+    max_media: Annotated[int, typer.Option(help="Images, clips and documents of a request.")] = 512,
     max_queue: Annotated[int, typer.Option(help="Requests that wait; more are told to come again.")] = 256,
     max_concurrency_per_key: Annotated[int | None, typer.Option(help="Requests of one key at a time.")] = None,
     default_temperature: Annotated[
@@ -116,11 +139,26 @@ def serve(
     keys = list(api_key or ())
     if api_key_file is not None:
         keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    hosts = list(allowed_hosts or ())
+    if (hosts or not keys) and host and ":" not in host:  # addresses are allowed anyway
+        hosts.append(host)
     settings = ServerSettings(
         model_names=tuple(served_model_name or [model_name(model)]),
         api_keys=tuple(keys),
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(hosts),
+        trusted_proxies=tuple(trusted_proxies or ()),
+        max_connections=max_connections,
+        max_connections_per_address=max_connections_per_address,
+        max_header_bytes=max_header_bytes,
+        header_seconds=header_seconds,
+        body_seconds=body_seconds,
+        idle_seconds=idle_seconds,
+        write_seconds=write_seconds,
+        request_seconds=request_seconds,
+        held_body_bytes=held_body_bytes,
         max_body=max_body,
+        max_media=max_media,
         max_queue=max_queue,
         max_concurrency_per_key=max_concurrency_per_key,
         temperature=default_temperature,
