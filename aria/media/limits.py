@@ -209,11 +209,8 @@ class MemoryBudget:
 
     def keep(self, array: np.ndarray) -> None:
         """Count the bytes of an array, which were taken, until nobody holds it or a view of it."""
-        owner: Any = array
-        while isinstance(owner, np.ndarray) and owner.base is not None:
-            owner = owner.base
-        owner = owner.obj if isinstance(owner, memoryview) else owner
-        weakref.finalize(owner, self.give_back, array.nbytes)
+        assert array.base is None, "views of an array may outlive it, and not the one that has the memory"
+        weakref.finalize(array, self.give_back, array.nbytes)
 
 
 DECODED = MemoryBudget()

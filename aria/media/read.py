@@ -347,13 +347,14 @@ def _run(
     """What a reader makes of a file, in a worker or here; what it takes of the memory of all is given back."""
     taken = 0
 
-    def take(pixels: int, nbytes: int) -> None:
+    def take(pixels: int, nbytes: int, *size: int) -> Any:
         nonlocal taken, spend
         if spend is not None:
             spend(pixels)
             spend = None  # once, however often it is asked until there is memory
         DECODED.take(nbytes, settings.decoded_bytes)
         taken += nbytes
+        return calls["sizes"](*size) if size else None
 
     calls = {**calls, "take": take}
     arrays: list[np.ndarray] = []

@@ -41,16 +41,21 @@ transparent."""
 def read(job: Any, name: str, settings: MediaSettings) -> dict[str, Any]:
     """Read the image in a job's file, at the sizes that are needed.
 
-    Calls ``take(pixels, bytes)`` before it is decoded, and ``sizes(width, height)`` for the sizes to bring it to; none:
-    its own. The result's arrays are ``(height, width, 3)``.
+    Calls ``take(pixels, bytes, width, height)`` before it is decoded, which gives the sizes to bring it to; none: its
+    own. The result's arrays are ``(height, width, 3)``.
     """
 
-    def spend(pixels: int) -> None:
-        job.call("take", pixels, pixels * PEAK_BYTES)
+    sizes = {}
+
+    def take(width: int, height: int) -> None:
+        pixels = width * height
+        sizes[width, height] = job.call("take", pixels, pixels * PEAK_BYTES, width, height)
 
     with job.file() as file:
-        image = decode(file, name, settings.image_pixels, spend, settings.background)
-    write_sizes(job, image, job.call("sizes", *image.size))
+        image = decode(file, name, settings.image_pixels, take, settings.background)
+    if image.size not in sizes:  # it was turned by its metadata
+        sizes[image.size] = job.call("sizes", *image.size)
+    write_sizes(job, image, sizes[image.size])
     return {"size": image.size}
 
 
@@ -71,7 +76,7 @@ def at_sizes(image: Image.Image, sizes: Sequence[Sequence[int]]) -> list[np.ndar
 
 
 def decode(
-    file: BinaryIO, name: str, max_pixels: int, spend: Callable[[int], None], background: str | None = "white"
+    file: BinaryIO, name: str, max_pixels: int, take: Callable[[int, int], None], background: str | None = "white"
 ) -> Image.Image:
     """The image in a file as upright RGB.
 
@@ -79,7 +84,7 @@ def decode(
         file: open for reading, at its beginning.
         name: what errors call it.
         max_pixels: limit on width times height, checked before decoding.
-        spend: called with the number of pixels before they are decoded; may raise.
+        take: called with the width and height in pixels before they are decoded; may raise.
         background: colour behind transparent pixels; None: their stored colours.
 
     Raises:
@@ -107,7 +112,7 @@ def decode(
                 f"{name} announces {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed; "
                 "scale it down first"
             )
-        spend(image.width * image.height)
+        take(image.width, image.height)
         if image.format == "TIFF":
             image.info.pop("xmp", None)  # which Pillow would rewrite while loading, and may stumble over
         rgb = upright_rgb(image, name, background)

@@ -226,7 +226,8 @@ class _Dialogue:
             elif "call" in message:
                 self._answer(str(message["call"]), message.get("arguments") or [])
             elif "result" in message:
-                return message["result"], self._arrays
+                # Copies: a mapping keeps a descriptor open, and the process could still write to it.
+                return message["result"], [np.array(self._arrays.pop(0)) for _ in range(len(self._arrays))]
             elif "memory" in message:
                 raise ValueError(
                     f"{self._name} cannot be read: that takes more than the {self._room:,} bytes of memory that are "

@@ -63,6 +63,13 @@ def test_arguments_files_calls_and_arrays(workers: Workers) -> None:
     assert count == 3 and [array.tolist() for array in arrays] == [[[n] * 3] * (n + 1) for n in range(3)]
 
 
+@pytest.mark.skipif(not hasattr(psutil.Process, "num_fds"), reason="descriptors of files")
+def test_results_keep_no_files_open(workers: Workers) -> None:
+    before = psutil.Process().num_fds()
+    kept = [workers.run(tasks.fill, 3, name="x", seconds=60, files=[b"x"])[1] for _ in range(20)]
+    assert psutil.Process().num_fds() <= before and kept[0][2].flags.writeable
+
+
 def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> None:
     asked: list[str] = []
 
