@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aria.config import AriaConfig
+from aria.hub import read_text
 from aria.train.data import DataSettings
 from aria.train.objective import ObjectiveSettings
 from aria.train.optimizer import OptimizerSettings
@@ -21,6 +23,9 @@ from aria.train.targets import Targets
 
 FILE_NAME = "recipe.toml"
 """The resolved recipe in the folder of a run."""
+_MOST_BYTES = 1 << 20
+_DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
+"""A dotted key of 32 parts: the time that reading one takes grows with their square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +219,7 @@ class Recipe:
         path = Path(file)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such recipe; the project's own are in its folder recipes/")
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not TOML: {error}") from error
+        table = parse_toml(read_text(path, _MOST_BYTES), str(path))
         for override in overrides:
             _override(table, override)
         try:
@@ -230,6 +232,22 @@ class Recipe:
         return to_toml(as_table(self))
 
 
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The table that a text in TOML holds; ``name`` is what errors call it.
+
+    Raises:
+        ValueError: it is not TOML, or deeper than any recipe.
+    """
+    try:
+        if deep := _DEEP.search(text):
+            raise ValueError(f"the key {deep[0]:.60} has too many parts")
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name}: not TOML: its values are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: not TOML: {error}") from None
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     """Put ``section.key=value`` into a table."""
     name, sign, text = override.partition("=")
@@ -237,8 +255,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     if not sign or not keys:
         raise ValueError(f"--set {override!r}: expected section.key=value, such as optimizer.learning_rate=1e-4")
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text.strip()}", "--set")["value"]
+    except ValueError:
         if text.strip()[:1] in ("[", "{", '"', "'"):
             raise ValueError(f"--set {override!r}: {text.strip()} is not a value of TOML") from None
         value = text.strip()
@@ -256,8 +274,8 @@ def _override(table: dict[str, Any], override: str) -> None:
 def _keys(name: str) -> list[str]:
     """The parts of a dotted key of TOML, in which quotes hold dots together; nothing if it is none."""
     try:
-        table: Any = tomllib.loads(f"{name} = 0")
-    except tomllib.TOMLDecodeError:
+        table: Any = parse_toml(f"{name} = 0", "--set")
+    except ValueError:
         return []
     keys = []
     while isinstance(table, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aria.train.parallel import Parallel
-from aria.train.recipe import Recipe, changes
+from aria.train.recipe import Recipe, changes, parse_toml
 from aria.train.rng import random_states, restore_random_states
 from aria.train.schedule import Budget, ShareBudget, StepBudget, rate_share
 from aria.train.trainer import Position
@@ -118,7 +117,7 @@ def course(
     are added to a cosine's end would train at a rate of zero.
 
     Args:
-        meta: what the checkpoint says of itself.
+        meta: what the checkpoint says of itself, and its folder.
         recipe: of this run.
         parallel: its ranks.
         budget: makes a recipe's.
@@ -127,8 +126,8 @@ def course(
     now = budget(recipe).progress(step)
     if now >= 1.0:
         return [f"this training is finished, with step {step}; raise [budget] to train on from there"]
-    lines = [f"going on after step {step}, {now:.1%} of the training"]
-    before = Recipe.from_table(tomllib.loads(meta["recipe"])) if "recipe" in meta else recipe
+    lines = [f"going on after step {step}, {now:.1%} of the training, from {meta['folder']}"]
+    before = Recipe.from_table(parse_toml(meta["recipe"], "the checkpoint's recipe")) if "recipe" in meta else recipe
     seen, sees = (
         one.batch.tokens * one.batch.accumulate * ranks
         for one, ranks in ((before, meta["data_world"]), (recipe, parallel.data_world))

@@ -55,24 +55,24 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where} is {value!r}; expected {_listed(map(repr, arguments))}")
+            raise ValueError(f"{where} is {value!r:.200}; expected {_listed(map(repr, arguments))}")
         return value
     if origin in (Union, types.UnionType):
         return _any_of(arguments, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} is {value!r}; expected a list")
+            raise ValueError(f"{where} is {value!r:.200}; expected a list")
         inner = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
         if len(inner) != len(value):
             raise ValueError(f"{where} has {len(value)} entries; expected {len(inner)}")
         return tuple(convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}; expected a table")
+            raise ValueError(f"{where} is {value!r:.200}; expected a table")
         return {name: convert(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}; expected a table of settings")
+            raise ValueError(f"{where} is {value!r:.200}; expected a table of settings")
         return build(hint, value, where)  # type: ignore[arg-type]
     return _plain(hint, value, where)
 
@@ -83,9 +83,9 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} is {value!r}; expected {_WORDS.get(hint, getattr(hint, '__name__', hint))}")
+        raise ValueError(f"{where} is {value!r:.200}; expected {_WORDS.get(hint, getattr(hint, '__name__', hint))}")
     if hint is float and not math.isfinite(value):
-        raise ValueError(f"{where} is {value!r}; expected a finite number")
+        raise ValueError(f"{where} is {value!r:.200}; expected a finite number")
     return value
 
 
@@ -102,7 +102,7 @@ def _any_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise ValueError(f"{where} is {value!r}; expected {_listed(_WORDS.get(kind, str(kind)) for kind in kinds)}")
+    raise ValueError(f"{where} is {value!r:.200}; expected {_listed(_WORDS.get(kind, str(kind)) for kind in kinds)}")
 
 
 def _unknown(name: str, known: Iterable[str], where: str) -> str:

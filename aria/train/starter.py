@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +13,7 @@ from aria.train.data import DataSettings
 from aria.train.data.encode import Encoder
 from aria.train.data.report import RowError
 from aria.train.data.sources import Sources
-from aria.train.recipe import Recipe
+from aria.train.recipe import Recipe, parse_toml
 
 SMALL = 100_000_000
 """Active parameters under which a model trains on a CPU, in batches that its data are measured for."""
@@ -72,7 +71,7 @@ def starter_recipe(method: Literal["lora", "full"], data: Sequence[str], model: 
         evaluate=_evaluate(data),
         **numbers._asdict(),
     )
-    Recipe.from_table(tomllib.loads(text))
+    Recipe.from_table(parse_toml(text, "the recipe"))
     return text
 
 

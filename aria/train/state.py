@@ -9,7 +9,9 @@ it. What belongs to one rank (its place in the data, its random numbers) lies be
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -28,11 +30,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from aria.hub import read_json
 from aria.train.shards import whole
+from aria.train.stored import Planner, Reader, read_value, refusal, write_value
 
 FOLDER = "checkpoints"
 """In the folder of a run."""
 PARTIAL = ".partial"
+_NAME = re.compile(rf"step-(\d{{8,}})({re.escape(PARTIAL)})?", re.ASCII)
+"""Other folders beside checkpoints, such as somebody's copies of them, are left alone."""
 META = "run.json"
 OF_RANK = ("stream", "random")
 """Entries of a state that belong to one rank."""
@@ -96,7 +102,8 @@ class RunState:
         settings: ``[checkpoint]``.
         ranks: the processes that train together.
         about: JSON values that are stored in each checkpoint, and returned when it is loaded.
-        report: gets a line about a background write that failed, on each rank whose part failed.
+        report: gets a line about a background write that failed, on each rank whose part failed, and about folders that
+            are passed over.
 
     Attributes:
         failed: whether the last checkpoint that was asked for could not be written, even when tried again.
@@ -124,7 +131,7 @@ class RunState:
     @staticmethod
     def latest_in(out: str | Path) -> Path | None:
         """The newest whole checkpoint of a run's folder."""
-        return max((p for p in (Path(out) / FOLDER).glob("step-*") if p.suffix != PARTIAL), default=None)
+        return next(reversed(_checkpoints(Path(out) / FOLDER)), None)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; what is being written does not count."""
@@ -181,7 +188,7 @@ class RunState:
 
         def write_own() -> None:
             own = {name: state.pop(name) for name in OF_RANK if name in state}
-            torch.save(own, partial / f"rank-{self._ranks.rank}.pt")
+            write_value(own, partial / f"rank-{self._ranks.rank}.pt")
 
         def write() -> None:
             writing: Any = dcp.async_save(
@@ -228,15 +235,17 @@ class RunState:
 
     def _drop_partial(self) -> None:
         """Delete what was left of checkpoints that are not whole."""
-        for left in self.folder.glob(f"*{PARTIAL}"):
+        for left in _checkpoints(self.folder, partial=True):
             shutil.rmtree(left)
 
     def load(self, saved: Saved, folder: Path | None = None) -> dict[str, Any]:
         """Put a run back to where it was at its newest checkpoint, or at that of a folder.
 
+        It may be a stranger's: nothing in it is executed, see :mod:`aria.train.stored`.
+
         Returns:
             What the checkpoint says of itself: ``step``, ``world``, ``data_world``, ``torch``, and ``about`` as it was
-            saved.
+            saved; and ``folder``, which was read.
 
         Raises:
             FileNotFoundError: there is none.
@@ -246,28 +255,49 @@ class RunState:
         folder = folder or self.latest()
         if folder is None:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint")
+        others = sorted(
+            path.name for path in folder.parent.glob("step-*") if not _NAME.fullmatch(path.name) and path.is_dir()
+        )
+        if others and self._ranks.rank == 0:
+            self._report(f"{folder.name} is taken; {', '.join(others)} beside it are not called as checkpoints are")
         state = saved.state_dict()
         with _readable(folder):
             meta = self._read(folder, state)
-        self._step = int(meta["step"])
-        saved.load_state_dict(state)
-        return meta
+        self._step = meta["step"]
+        try:
+            saved.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{folder} does not hold what this run needs: {type(error).__name__}: {error}") from error
+        return {**meta, "folder": folder}
 
     def _read(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         """Fill a state with what a checkpoint has; gives what it says of itself."""
         own = {name: state.pop(name) for name in OF_RANK if name in state}
-        known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        reader = Reader(folder)
+        known = reader.read_metadata().state_dict_metadata
+        plain = {}
         for name, value in _entries(state):
             entry, shape = known.get(name), getattr(value, "shape", None)
             if entry is None:
                 raise MisfitError(f"{folder} has no {name}; it is another training's")
-            if isinstance(entry, TensorStorageMetadata) and entry.size != shape:
-                raise MisfitError(f"{folder} has {name} of {tuple(entry.size)}, not {shape}; it is another training's")
-        dcp.load(state, checkpoint_id=folder, process_group=self._ranks.saving, no_dist=self._ranks.world == 1)
-        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+            found = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+            if found != (None if shape is None else tuple(shape)):
+                raise MisfitError(f"{folder} has {name} of {found}, not {shape}; it is another training's")
+            if shape is None:
+                plain[name] = type(value)
+        dcp.load(
+            state, storage_reader=reader, planner=Planner(), process_group=self._ranks.saving,
+            no_dist=self._ranks.world == 1,
+        )  # fmt: skip
+        for name, value in _entries(state):
+            if name in plain and type(value) is not plain[name]:
+                raise ValueError(f"{name} is {value!r:.40}; expected {plain[name].__name__}")
+        meta = _meta(folder)
         same = (self._ranks.world, self._ranks.data_world) == (meta["world"], meta["data_world"])
         there = [self._ranks.rank] if same else range(meta["world"])
-        files = [torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=False) for rank in there]
+        files = [read_value(folder / f"rank-{rank}.pt", f"rank-{rank}.pt") for rank in there]
+        if not all(isinstance(file, dict) and "stream" in file for file in files):
+            raise ValueError("the place in the data is missing")
         if same:
             state |= files[0]
         else:
@@ -304,13 +334,31 @@ class RunState:
                 _sync(file)
             partial.rename(final)
             _sync(self.folder)
-            whole_ones = sorted(p for p in self.folder.glob("step-*") if p.suffix != PARTIAL)
-            for old in whole_ones[: -self._settings.keep] if prune else ():
+            for old in _checkpoints(self.folder)[: -self._settings.keep] if prune else ():
                 # Half deleted, it must not look whole.
                 shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
             done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
+
+
+def _checkpoints(folder: Path, *, partial: bool = False) -> list[Path]:
+    """Those that are whole, or those that are not, in the order of steps."""
+    names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    found = [(int(name[1]), path) for name, path in names if name and bool(name[2]) == partial and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    meta = read_json(folder / META)
+    for name, least in (("step", 0), ("world", 1), ("data_world", 1)):
+        value = meta.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{META} has the {name} {value!r:.40}; expected a whole number of at least {least}")
+    if not isinstance(meta.get("recipe", ""), str):
+        raise ValueError(f"{META} has a recipe that is no text")
+    return meta
 
 
 def _sync(path: Path) -> None:
@@ -353,9 +401,13 @@ def _readable(folder: Path) -> Iterator[None]:
 def _reasons(error: BaseException) -> str:
     """What went wrong, by ranks where several say it; the first line of each."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
-    told = [f"rank {rank}: {failed}" for rank, (failed, _) in failures.items()] or [str(error)]
+    told = [f"rank {rank}: {_reason(failed)}" for rank, (failed, _) in failures.items()] or [_reason(error)]
     lines = [_CUT_SHORT.sub("a file was cut short; is the disk full?", one.strip().partition("\n")[0]) for one in told]
     return "; ".join(lines) or type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    return f"a tensor {refusal(error)}" if isinstance(error, pickle.UnpicklingError) else str(error)
 
 
 def trained_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -376,15 +428,20 @@ def trained_weights(folder: str | Path) -> dict[str, Tensor]:
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint of a training")
     with _readable(found):
-        metadata = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+        reader = Reader(found)
+        metadata = reader.read_metadata().state_dict_metadata
         for kind in ("average", "weights"):
-            wanted = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            entries = {
+                name: entry
                 for name, entry in metadata.items()
                 if name.startswith(f"{kind}.") and isinstance(entry, TensorStorageMetadata)
             }
-            if wanted:
-                dcp.load(wanted, checkpoint_id=found, no_dist=True)
+            told = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())
+            if told > reader.room():
+                raise ValueError(f"its weights would have {told:,} bytes, and its files have {reader.room():,}")
+            if entries:
+                wanted = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in entries.items()}
+                dcp.load(wanted, storage_reader=reader, planner=Planner(), no_dist=True)
                 return {name.removeprefix(f"{kind}."): tensor for name, tensor in wanted.items()}
         raise MisfitError(f"{found} holds no weights")
 
