@@ -11,15 +11,17 @@ import re
 import stat
 import urllib.parse
 import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from aria.media.fetch import fetch
 from aria.media.limits import MediaSettings, short
+from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import PASSES_FILES
 from aria.workers.shared import FileView, SharedFile
 
-_PIECE = 1 << 16
+_PIECE = 1 << 18
 """Characters of a data: URI that are unquoted at a time."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*(data:|https?://)", re.IGNORECASE)
@@ -169,38 +171,49 @@ def _inside(path: Path, folders: tuple[Path, ...]) -> Path | None:
     return place if any(place.is_relative_to(home) for home in homes) else None
 
 
-def _unquote(text: str) -> bytes:
-    """``%41`` and the like put back, a piece at a time: all at once they take some 75 times their memory."""
-    out = bytearray()
-    start = 0
+def _unquoted(text: str, start: int) -> Iterator[bytes]:
+    """A text from a character on, with ``%41`` and the like put back: in pieces, for all at once takes many times its
+    memory."""
     while start < len(text):
         end = min(start + _PIECE, len(text))
         if end < len(text) and (escape := text.rfind("%", end - 2, end)) > start:
             end = escape
-        out += urllib.parse.unquote_to_bytes(text[start:end])
+        yield urllib.parse.unquote_to_bytes(text[start:end])
         start = end
-    return bytes(out)
 
 
 def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
-    header, comma, body = uri.partition(",")
-    if not comma:
+    comma = uri.find(",")
+    if comma < 0:
         raise ValueError(f"{short(uri)} is not a data: URI; expected data:{_EXAMPLES[kind]};base64,...")
-    coded = _BASE64.search(header) is not None
+    coded = _BASE64.search(uri[:comma]) is not None
     # Before anything of it is unpacked. Plain bytes may be three characters each, %41.
-    if len(body) > (limit * 4 // 3 + 4 if coded else 3 * limit):
+    if len(uri) - comma - 1 > (limit * 4 // 3 + 4 if coded else 3 * limit):
         raise ValueError(f"{short(uri)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
-    data = _unquote(body)
-    if coded:
-        # As browsers do, without padding too; and in the alphabet for addresses.
-        data = data.translate(_PLAIN_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
-        try:
-            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"{short(uri)} is not valid base64: {error}") from error
+    pieces = _unquoted(uri, comma + 1)
+    try:
+        data = b"".join(_decoded_base64(pieces) if coded else pieces)
+    except binascii.Error as error:
+        raise ValueError(f"{short(uri)} is not valid base64: {error}") from error
     if not data:
         raise ValueError(f"{short(uri)} holds no bytes; expected a file's content behind the comma")
     return _within(data, limit, kind)
+
+
+def _decoded_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """As browsers do it, without padding too; and in the alphabet for addresses."""
+    rest, padding = b"", b""
+    for piece in pieces:
+        check_cancelled()
+        text, equals, more = piece.translate(_PLAIN_ALPHABET, b" \t\r\n\f\v").partition(b"=")
+        if (padding and text) or more.strip(b"="):
+            raise binascii.Error("there is something behind the padding")
+        padding += equals
+        rest += text
+        whole = len(rest) // 4 * 4
+        yield base64.b64decode(rest[:whole], validate=True)
+        rest = rest[whole:]
+    yield base64.b64decode(rest + b"=" * (-len(rest) % 4), validate=True)
 
 
 def _within(data: bytes, limit: int, kind: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 import time
@@ -42,6 +43,8 @@ QUICK_MODEL = 100_000_000
 """Active parameters under which a step takes less than a second on a CPU, where nothing is compiled either."""
 QUICK_STEP_SECONDS = 4.0
 """The longest that a step of such a model may take by default."""
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
+"""Errors of the system that are no request's fault."""
 PROBE_SECONDS = 4.0
 """For one token, when the model's last step failed; who asks after the server's health waits no longer."""
 
@@ -172,6 +175,8 @@ class Service:
         except ContextLengthError as error:
             raise context_length(error, param) from error
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _OURS:
+                raise overloaded(f"the server has too little of something ({error.strerror}); try again") from error
             raise ApiError(400, str(error), param=param) from error
         except BusyError as error:
             raise overloaded(str(error)) from error
