@@ -31,7 +31,7 @@ def numeric(keywords: Sequence[dict[str, Any]], integer: bool) -> Any:
     low = max((_low(one, integer) for one in keywords), default=None, key=_order(-1))
     high = min((_high(one, integer) for one in keywords), default=None, key=_order(1))
     low, high = low or (None, False), high or (None, False)
-    if low[0] is not None and high[0] is not None and (low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))):
+    if _is_empty(low, high):
         return False
     divisors = [Fraction(str(one["multipleOf"])) for one in keywords if one.get("multipleOf")]
     low, high = _within(low, -1), _within(high, 1)
@@ -48,6 +48,13 @@ def numeric(keywords: Sequence[dict[str, Any]], integer: bool) -> Any:
 
 Bound = tuple[Fraction | None, bool]
 """A number that is no bound if it is None, and whether it is itself left out."""
+
+
+def _is_empty(low: Bound, high: Bound) -> bool:
+    """Whether no number is between two bounds."""
+    if low[0] is None or high[0] is None:
+        return False
+    return low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))
 
 
 def _within(bound: Bound, outward: int) -> Bound:
@@ -111,18 +118,20 @@ def _multiples(divisors: Sequence[Fraction], first: int | None, last: int | None
     return {"x-number": "|".join(map(str, found))} if found else False
 
 
-def _split(low: Bound, high: Bound, first: int | None, last: int | None) -> dict[str, Any]:
+def _split(low: Bound, high: Bound, first: int | None, last: int | None) -> Any:
     """Numbers of any kind: doubles where these have all integers; beyond, they have no fractions."""
-    below: Bound = low if low[0] is not None and low[0] > -EXACT else (Fraction(-EXACT), False)
-    above: Bound = high if high[0] is not None and high[0] < EXACT else (Fraction(EXACT), False)
+    below: Bound = low if low[0] is not None and low[0] >= -EXACT else (Fraction(-EXACT), False)
+    above: Bound = high if high[0] is not None and high[0] <= EXACT else (Fraction(EXACT), False)
     options: list[dict[str, Any]] = []
-    if (below[0] or 0) <= (above[0] or 0):
+    if not _is_empty(below, above):
         options.append(_plain(False, below, above))
-    if first is None or first <= -EXACT:
-        options.append({"x-number": integers(first, -EXACT if last is None else min(last, -EXACT))})
-    if last is None or last >= EXACT:
-        options.append({"x-number": integers(EXACT if first is None else max(first, EXACT), last)})
-    return {"anyOf": options}
+    for start, end in (
+        (first, -EXACT if last is None else min(last, -EXACT)),
+        (EXACT if first is None else max(first, EXACT), last),
+    ):
+        if start is None or end is None or start <= end:
+            options.append({"x-number": integers(start, end)})
+    return {"anyOf": options} if options else False
 
 
 def integers(first: int | None, last: int | None) -> str:

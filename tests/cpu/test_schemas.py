@@ -181,6 +181,8 @@ def test_values_that_look_like_schemas_are_values(value):
         ({"type": "integer", "minimum": LARGE, "maximum": LARGE}, {str(LARGE)}),
         ({"type": "integer", "exclusiveMinimum": LARGE - 1, "exclusiveMaximum": LARGE + 1}, {str(LARGE)}),
         ({"type": "number", "minimum": LARGE, "maximum": LARGE}, {str(LARGE)}),
+        ({"type": "number", "exclusiveMinimum": LARGE - 1, "maximum": LARGE}, {str(LARGE)}),
+        ({"type": "number", "minimum": -LARGE, "exclusiveMaximum": 1 - LARGE}, {str(-LARGE)}),
         ({"type": "integer", "minimum": -(10**30) - 1, "maximum": -(10**30)}, {f"-1{'0' * 30}", f"-1{'0' * 29}1"}),
         ({"minimum": 2**60, "maximum": 2**60 + 9, "multipleOf": 7, "type": "integer"}, {str(2**60 + 6)}),
         ({"multipleOf": 10**12, "minimum": 1, "maximum": 10**12 + 1, "type": "integer"}, {str(10**12)}),
