@@ -24,6 +24,7 @@ _KEPT_SEGMENTS = ((0xE0, b"JFIF\0"), (0xE1, b"Exif\0\0"), (0xE1, b"http://ns.ado
 _SHORTEST_SEGMENT = 12
 """Bytes that Pillow reads of JFIF's and Adobe's segments without looking for their end."""
 _START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
+_EMPTY_COMMENT = b"\xff\xfe\0\2"
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
 _AVIF_EXIF = re.compile(rb"infe(?:\x02.{3}.{4}|\x03.{3}.{6})(Exif)", re.DOTALL)
@@ -115,7 +116,7 @@ def _transparency(body: bytes, depth: int, color: int) -> bytes:
             return b""
     elif len(body) != {0: 2, 2: 6}.get(color):
         return b""
-    elif color == 0 and depth < 8:
+    elif color == 0 and depth in (1, 2, 4):
         body = struct.pack(">H", struct.unpack(">H", body)[0] * (255 // ((1 << depth) - 1)) & 0xFFFF)
     elif color == 2 and depth == 16:
         body = bytes(value for high in body[::2] for value in (0, high))
@@ -159,7 +160,8 @@ def _jpeg(file: BinaryIO) -> Iterator[_Edit]:
             body = file.read(min(length, 32))
             fits = length - 2 >= _SHORTEST_SEGMENT
             if not (fits and any(marker == kept and body.startswith(name) for kept, name in _KEPT_SEGMENTS)):
-                yield _Edit(start, start + 2 + length)
+                # The first is replaced: junk may follow it, which decoders skip behind a segment alone.
+                yield _Edit(start, start + 2 + length, _EMPTY_COMMENT if start == 2 else b"")
         start += 2 + max(length, 2)
 
 
