@@ -17,7 +17,7 @@ ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
     && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
     && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
 
-.PHONY: demo test test-clients test-clients-fast nano clean
+.PHONY: demo test fuzz test-clients test-clients-fast nano clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Searches for inputs that break what reads strangers' bytes, a minute for each target; make fuzz ARGS="image --seconds 600"
+fuzz: $(VENV)/.developed
+	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
 # Real clients of the server in an environment of their own, whose versions tests/clients pins. CI runs the fast ones.
 # Those for Node.js are skipped where there is no npm.

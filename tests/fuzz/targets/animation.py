@@ -1,0 +1,38 @@
+"""Animated images that Pillow decodes, and times of their frames, which are read without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from PIL import Image
+
+from aria.media.animation import animation_format, decode_animation, webp_timeline
+from aria.media.container import Watch
+from aria.media.limits import MediaSettings
+from aria.media.open import Opened
+from tests.fuzz.made_images import animated
+
+SETTINGS = MediaSettings(frame_pixels=1 << 16)
+WORDS = ("VP8X", "ANIM", "ANMF", "ALPH", "VP8 ", "VP8L", "ftypavis", "EXIF")
+
+
+def fuzz(data: bytes) -> None:
+    clip, watch = Opened(data, "the clip"), Watch("the clip", 10.0)
+    if animation_format(clip, SETTINGS) != "WEBP":
+        return
+    try:
+        timeline = webp_timeline(clip, SETTINGS, watch)
+    except ValueError:
+        return
+    assert timeline.times[0] == 0 and timeline.end > timeline.times[-1]
+    assert all(before < after for before, after in pairwise(timeline.times)), "times that do not rise"
+    chosen = dict(enumerate(timeline.times[:8]))
+    frames = decode_animation(clip, "WEBP", chosen, lambda width, height: (8, 8), SETTINGS, watch)
+    assert frames.keys() <= set(chosen.values())
+    assert all(frame.shape == (8, 8, 3) for frame in frames.values())
+
+
+def seeds() -> Iterator[bytes]:
+    Image.init()
+    yield from (data for data in animated() if data[:4] == b"RIFF")
