@@ -166,12 +166,11 @@ def _check_values(found: dict[str, Any]) -> None:
 
 
 def write_file(file: Path, data: str | bytes) -> None:
-    """Write a file, texts in UTF-8; it has its name only once it is whole. The folder is made if it is not there.
+    """Write a file, texts in UTF-8; it has its name only once it is whole.
 
     Raises:
         OSError: it could not be written; what was there before still is.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as out:
@@ -184,5 +183,20 @@ def write_file(file: Path, data: str | bytes) -> None:
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write an object as JSON, the same bytes on every system; see :func:`write_file`."""
+    """Write an object as JSON, the same bytes on every system, making the folder if needed; see :func:`write_file`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself."""
+    if os.name == "nt":  # which syncs no folders, and only files that are open for writing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some network file systems cannot; they write in order.
+        pass
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,7 @@ from aria.checkpoint.layouts import Shape, main_dtype
 from aria.checkpoint.load import parameter_shapes
 from aria.checkpoint.stored import SAFETENSORS_DTYPES, describe
 from aria.config import CONFIG_NAME, AriaConfig
-from aria.hub import write_json
+from aria.hub import sync, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -170,6 +170,8 @@ def replacing(
 
 def _install(staging: Path, folder: Path, stale: Sequence[Path]) -> None:
     new = sorted(staging.iterdir())
+    for file in new:
+        sync(file)  # a power cut must not leave names of files that are empty
     leaving = dict.fromkeys([*stale, *(folder / file.name for file in new)])
     old = staging / ".old"
     old.mkdir()

@@ -163,6 +163,8 @@ class Conversation:
             ValueError: the file is there and was not written by this conversation.
             OSError: it cannot be written.
         """
+        from aria.hub import write_file
+
         file = file.expanduser()
         if file.exists() and file.resolve() not in self._saved:
             raise ValueError(f"{file} exists; name a new file")
@@ -172,9 +174,7 @@ class Conversation:
             text = json.dumps({"messages": messages}, ensure_ascii=False, indent=2) + "\n"
         else:
             text = "\n".join(_markdown(message) for message in messages)
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        write_file(file, text)
         self._saved.add(file.resolve())
 
     def _named(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def train(
 
 def _init(method: Method, file: Path, data: list[str], model: str | None) -> None:
     """Write a first recipe."""
+    from aria.hub import write_file
     from aria.train.starter import starter_recipe
 
     if not data:
@@ -104,7 +105,7 @@ def _init(method: Method, file: Path, data: list[str], model: str | None) -> Non
         raise ValueError(f"{file} is there already; name another file: aria train OTHER.toml --init {method} ...")
     text = starter_recipe(method.value, data, model)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_file(file, text)
     out.print(f"written to {file}; to train: aria train {file}", soft_wrap=True, markup=False, highlight=False)
 
 

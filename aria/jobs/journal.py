@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -33,7 +34,8 @@ class Journal:
     """JSON objects, one a line, for one process at a time.
 
     First :meth:`read` what an earlier run wrote, to the end; then :meth:`write`. A process that was killed leaves whole
-    lines and at most the beginning of one more, which is cut away when all lines have been read.
+    lines and at most the beginning of one more, which is cut away when all lines have been read. A line that could only
+    be written in part, as on a disk that is full, is cut away before any other is written.
 
     Raises:
         ValueError: another process is writing into the file.
@@ -44,6 +46,10 @@ class Journal:
         self.path = Path(path)
         self._file = self.path.open("a+b", buffering=0)
         self._read = False
+        self._whole = 0
+        """Bytes of lines that are on the disk."""
+        self._torn = False
+        """Whether there may be bytes behind them."""
         # One writer at a time, and none after the end: threads write.
         self._writing = threading.Lock()
         try:
@@ -65,7 +71,7 @@ class Journal:
                     record = json.loads(line)
                     if not isinstance(record, dict):
                         raise ValueError("not an object")
-                except ValueError:
+                except (ValueError, RecursionError):
                     if not line.endswith(b"\n") and line.startswith(b"{"):
                         break
                     raise ValueError(
@@ -77,22 +83,45 @@ class Journal:
                     self._append(b"\n")
                     whole += 1
                     break
-        self._file.truncate(whole)
+        self._whole, self._torn = whole, True
+        self._cut()
         self._read = True
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line; it is on the disk when this returns. Any thread may call it.
 
         Raises:
-            OSError: there is no room, or the journal was closed.
+            OSError: there is no room, the journal was closed, or a line before could neither be written nor cut away.
         """
         assert self._read, "what the file holds has to be read before anything is added to it"
         line = json_line(record)
         with self._writing:
             if self._file.closed:
                 raise OSError(f"{self.path} was closed")
-            self._append(line)
-            os.fsync(self._file.fileno())
+            self._cut()
+            try:
+                self._append(line)
+                os.fsync(self._file.fileno())
+            except BaseException:
+                self._torn = True
+                with contextlib.suppress(OSError):  # tried again before the next line
+                    self._cut()
+                raise
+            self._whole += len(line)
+
+    def _cut(self) -> None:
+        """Leave whole lines only."""
+        if self._torn:
+            try:
+                self._file.truncate(self._whole)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"the beginning of a line that could not be written cannot be cut away ({error.strerror}); nothing "
+                    "more is written",
+                    str(self.path),
+                ) from error
+            self._torn = False
 
     def _append(self, data: bytes) -> None:
         """All of it: an unbuffered file takes as much as it likes."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aria.hub import write_file
 from aria.train.progress import read_lines
 
 TABLE_NAME, PICTURE_NAME = "loss.tsv", "loss.png"
@@ -42,7 +44,7 @@ class LossCurve:
             return None
         written, picture = self._log.with_name(TABLE_NAME), self._log.with_name(PICTURE_NAME)
         table = ["\t".join(COLUMNS), *("\t".join(str(row.get(name, "")) for name in COLUMNS) for row in rows)]
-        written.write_text("\n".join(table) + "\n", encoding="utf-8")
+        write_file(written, "\n".join(table) + "\n")
         try:
             figures = importlib.import_module("matplotlib.figure")
         except ImportError as error:
@@ -55,7 +57,9 @@ class LossCurve:
                 axes.plot(*zip(*points, strict=True), label=name, marker=mark if len(points) > 1 else "o")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(picture, dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120, format="png")
+        write_file(picture, drawn.getvalue())
         return f"loss curve: {picture} and {written}"
 
 
@@ -65,7 +69,7 @@ def read_losses(log: Path) -> list[dict[str, Any]]:
     for text in read_lines(log):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut short by a crash
         found = {name: line[name] for name in COLUMNS if line.get(name) is not None}
         if "loss" in found or "held-out loss" in found:

@@ -9,17 +9,20 @@ import errno
 import importlib
 import json
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+from aria.hub import write_file
 
 LOG_NAME = "log.jsonl"
 WANDB_ID_NAME = "wandb-id"
@@ -140,18 +143,32 @@ class JsonLines:
 
 
 def append_lines(file: Path, lines: Sequence[str]) -> None:
-    """Append lines to a file, all of them or none.
+    """Append lines to a file, all of them or none. The beginning of a line at its end, left by a write that could not
+    be taken back, is cut away first.
 
     Raises:
         OSError: they could not be written.
     """
     data = "".join(f"{line}\n" for line in lines).encode()
-    with file.open("ab", buffering=0) as out:
-        before = out.tell()
+    with file.open("a+b", buffering=0) as out:
+        before = _whole(out)
+        out.truncate(before)
         # On a disk that fills up, a part is written without an error.
         if (written := out.write(data)) < len(data):
             out.truncate(before)
             raise OSError(errno.ENOSPC, f"only {written:,} of {len(data):,} bytes could be written", str(file))
+
+
+def _whole(file: BinaryIO) -> int:
+    """Bytes of whole lines."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        if (at := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + at + 1
+        end = start
+    return 0
 
 
 def drop_after(file: Path, step: int) -> None:
@@ -159,9 +176,7 @@ def drop_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = [line for line in read_lines(file) if _step_of(line) <= step]
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(file)
+    write_file(file, b"".join(kept))
 
 
 def read_lines(file: Path) -> list[bytes]:
@@ -177,14 +192,15 @@ def read_lines(file: Path) -> list[bytes]:
 def last_evaluated(file: Path) -> int:
     """The last step of a log that has a held-out loss; -1 where none has."""
     lines = read_lines(file) if file.is_file() else []
-    return max((int(_step_of(line)) for line in lines if b'"held-out loss"' in line), default=-1)
+    steps = (_step_of(line) for line in lines if b'"held-out loss"' in line)
+    return max((int(step) for step in steps if math.isfinite(step)), default=-1)
 
 
 def _step_of(line: bytes) -> float:
     """The step of a line; a line that a crash cut short belongs to no step."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 
@@ -223,7 +239,7 @@ class Wandb:
             raise ValueError(f"[log] wandb is {project!r}, but {error}; pip install wandb") from error
         file = folder / WANDB_ID_NAME
         if not file.is_file():
-            file.write_text(secrets.token_hex(8), encoding="utf-8")
+            write_file(file, secrets.token_hex(8))
         self._run = module.init(
             project=project,
             name=folder.resolve().name,

@@ -19,7 +19,7 @@ from aria.checkpoint import load_model, save_checkpoint
 from aria.checkpoint.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from aria.checkpoint.adapter import read_adapter, save_adapter
 from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
-from aria.hub import ADAPTER_NAME
+from aria.hub import ADAPTER_NAME, write_file
 from aria.model import Aria
 from aria.model.adapter import adapters
 from aria.processor import AriaProcessor
@@ -249,9 +249,7 @@ def _claim(out: Path, recipe: Recipe, parallel: Parallel, lock: BaseFileLock, *,
         _lock(lock, out)
     # One that says the same may be a person's own, with comments.
     if parallel.rank == 0 and there != recipe:
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(recipe.to_toml(), encoding="utf-8")
-        partial.replace(file)
+        write_file(file, recipe.to_toml())
     parallel.barrier()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from aria.hub import read_json
+from aria.hub import read_json, sync
 from aria.train.shards import whole
 from aria.train.stored import Planner, Reader, read_value, refusal, write_value
 
@@ -331,9 +330,9 @@ class RunState:
         try:
             writing.result()
             for file in partial.iterdir():
-                _sync(file)
+                sync(file)
             partial.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             for old in _checkpoints(self.folder)[: -self._settings.keep] if prune else ():
                 # Half deleted, it must not look whole.
                 shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
@@ -359,20 +358,6 @@ def _meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta.get("recipe", ""), str):
         raise ValueError(f"{META} has a recipe that is no text")
     return meta
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk itself."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some network file systems cannot; they write in order.
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _entries(state: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,9 @@ import pytest
 
 from aria.jobs import Job, Journal
 from aria.jobs.runner import HEAVY_AT_ONCE
+
+if sys.platform != "win32":
+    import resource
 
 RECORDS = [
     {"path": "a.png", "text": "ein Wort {\n}"},
@@ -62,6 +68,67 @@ def test_a_journal_is_written_by_one_process_at_a_time(tmp_path):
         Journal(path)
     write_all(path, RECORDS)
     assert read_all(path) == RECORDS
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
+def test_a_line_that_a_full_disk_cut_short_is_cut_away_at_once(tmp_path):
+    """Room comes back, and another thread writes on: what it writes is a line of its own."""
+    path = tmp_path / "out.jsonl"
+    write_all(path, RECORDS[:1])
+    whole = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path) as journal:
+        assert list(journal.read()) == RECORDS[:1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 10, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                journal.write(RECORDS[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.stat().st_size == whole
+        journal.write(RECORDS[2])
+    assert read_all(path) == [RECORDS[0], RECORDS[2]]
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_nothing_is_written_behind_a_line_that_cannot_be_cut_away(tmp_path, monkeypatch, fails):
+    path = tmp_path / "out.jsonl"
+    write_all(path, RECORDS[:1])
+    with Journal(path) as journal:
+        list(journal.read())
+        file, broken = journal._file, [True]
+
+        class Disk:
+            """Takes ten bytes of a line, and gives none back."""
+
+            def write(self, data) -> int:
+                if broken and fails == "write" and len(data) <= 10:
+                    raise OSError(errno.EIO, "input/output error")
+                return file.write(data[:10] if broken and fails == "write" else data)
+
+            def truncate(self, size: int) -> int:
+                if broken:
+                    raise OSError(errno.EIO, "input/output error")
+                return file.truncate(size)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+        def sync(descriptor: int) -> None:
+            if broken and fails == "fsync":
+                raise OSError(errno.EIO, "input/output error")
+
+        monkeypatch.setattr(journal, "_file", Disk())
+        monkeypatch.setattr(os, "fsync", sync)
+        record = {"path": "x" * 15}
+        with pytest.raises(OSError, match=r"^.Errno 5. input/output error"):
+            journal.write(record)
+        with pytest.raises(OSError, match=r"a line that could not be written cannot be cut away .*out\.jsonl"):
+            journal.write(RECORDS[1])
+        assert path.read_bytes().count(b"\n") == (1 if fails == "write" else 2)
+        broken.clear()
+        journal.write(RECORDS[2])
+    assert read_all(path) == [RECORDS[0], RECORDS[2]]
 
 
 def test_names_that_are_not_unicode_are_kept(tmp_path):

@@ -75,6 +75,16 @@ def test_lines_are_written_whole_or_not_at_all(tmp_path):
     assert file.read_text(encoding="utf-8") == "one\nzwölf\nend\n"
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"step": 1', b"x" * 9000])
+def test_lines_never_follow_half_a_line(tmp_path, torn):
+    """A write that could not be taken back left it."""
+    file = tmp_path / "lines"
+    for before in (b"", b"one\n"):
+        file.write_bytes(before + torn)
+        append_lines(file, ["two"])
+        assert file.read_bytes() == before + b"two\n"
+
+
 def test_a_line_that_was_cut_short_is_not_in_the_curve(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n{"step": 4')
