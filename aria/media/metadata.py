@@ -71,6 +71,28 @@ def cleaned(file: BinaryIO) -> tuple[BinaryIO, bool]:
     return (_edited(file, edits) if edits else file), inverted
 
 
+def icon_sizes(file: BinaryIO) -> list[tuple[int, int]]:
+    """(width, height) of each image in an icon, as that image's own header has it; nothing for other files.
+
+    Args:
+        file: open for reading, at its beginning, where it is left.
+    """
+    head = file.read(6)
+    sizes = []
+    if head[:4] == b"\0\0\1\0" and len(head) == 6:
+        entries = file.read(16 * struct.unpack("<H", head[4:])[0])
+        for at in range(0, len(entries) - 15, 16):
+            file.seek(struct.unpack_from("<I", entries, at + 12)[0])
+            image = file.read(24).ljust(24, b"\0")
+            if image.startswith(_PNG):
+                sizes.append(struct.unpack_from(">II", image, 16))
+            else:
+                width, height = struct.unpack_from("<ii", image, 4)
+                sizes.append((abs(width), abs(height) // 2))  # a mask lies below the image
+    file.seek(0)
+    return sizes
+
+
 def _edited(file: BinaryIO, edits: list[_Edit]) -> BinaryIO:
     parts, at = [], 0
     for edit in edits:

@@ -13,7 +13,7 @@ from aria.workers.cancellation import check_cancelled
 if TYPE_CHECKING:
     import torch
 from aria.media.limits import MediaSettings
-from aria.media.metadata import cleaned
+from aria.media.metadata import cleaned, icon_sizes
 
 # Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -91,6 +91,17 @@ def decode(
         ValueError: not an image, damaged, or of more pixels than allowed.
         Cancelled: nobody waits for it any more.
     """
+
+    def announced(width: int, height: int) -> None:
+        if width * height > max_pixels:
+            raise ValueError(
+                f"{name} announces {width} x {height} pixels, more than the {max_pixels:,} allowed; scale it down first"
+            )
+        take(width, height)
+
+    icon = icon_sizes(file)
+    if icon:  # Pillow decodes one of its images to know its size
+        announced(*max(icon, key=lambda size: size[0] * size[1]))
     Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
     try:
         file, inverted = cleaned(file)
@@ -107,12 +118,8 @@ def decode(
     except Exception as error:
         raise ValueError(_damaged(name, error)) from error
     with image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(
-                f"{name} announces {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed; "
-                "scale it down first"
-            )
-        take(image.width, image.height)
+        if image.format != "ICO":
+            announced(*image.size)
         if image.format == "TIFF":
             image.info.pop("xmp", None)  # which Pillow would rewrite while loading, and may stumble over
         rgb = upright_rgb(image, name, background)
