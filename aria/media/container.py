@@ -105,6 +105,11 @@ class Watch:
         """Give it up."""
         self._stopped.set()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self._end
+
     def check(self) -> None:
         """Called between pieces of work.
 
@@ -113,7 +118,7 @@ class Watch:
             Cancelled: nobody waits for the result any more.
         """
         check_cancelled()
-        if self._stopped.is_set() or time.monotonic() > self._end:
+        if self._stopped.is_set() or self.is_over:
             raise ValueError(f"reading {self._name} took longer than {self._seconds:g} s; send a shorter part")
 
 

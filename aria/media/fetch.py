@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import os
 import selectors
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import httpcore2
@@ -23,6 +26,7 @@ T = TypeVar("T")
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_HELD_BYTES = 1 << 20
 _INFLATED_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
 _HEADERS = [("User-Agent", "aria-moe"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
@@ -87,12 +91,13 @@ def is_public(address: str) -> bool:
     return ip.is_global and not any(ip in network for network in _CLOSED_V4)
 
 
-def fetch(url: str, limit: int, settings: MediaSettings) -> bytes:
+def fetch(url: str, limit: int, settings: MediaSettings, hold: Callable[[int], None] | None = None) -> bytes:
     """Body of an address: at most ``limit`` bytes, within ``settings.total_timeout`` seconds over all redirects.
 
     The name is resolved once a request, every address it resolves to has to be public (unless
     ``settings.private_addresses``), and the connection goes to one of just these. Redirects are followed here, each
-    checked in the same way. Proxies in the environment are not used, and no credentials are sent.
+    checked in the same way. Proxies in the environment are not used, and no credentials are sent. ``hold`` is called
+    with numbers of bytes before these are kept; it may wait, and raise.
 
     Raises:
         ValueError: the address is not allowed, does not answer, answers with an error, or sends too much or too slowly.
@@ -112,7 +117,7 @@ def fetch(url: str, limit: int, settings: MediaSettings) -> bytes:
             ):
                 targets = _headers(response, b"location")
                 if response.status not in _REDIRECTS or not targets:
-                    return _body(response, here, limit, clock)
+                    return _body(response, here, limit, clock, hold or (lambda _: None))
             here = urllib.parse.urljoin(here, targets[0])
     raise ValueError(f"could not fetch {short(url)}: more than {settings.max_redirects} redirects")
 
@@ -142,7 +147,7 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
     return httpcore2.URL(scheme=scheme, host=name, port=port or _DEFAULT_PORTS[scheme], target=target), host
 
 
-def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock) -> bytes:
+def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock, hold: Callable[[int], None]) -> bytes:
     if response.status not in (200, 203):  # 203: changed on its way, such as by a proxy that makes images smaller
         raise ValueError(f"could not fetch {short(url)}: it answers with status {response.status}")
     codings = [one.strip().lower() for one in ",".join(_headers(response, b"content-encoding")).split(",")]
@@ -155,13 +160,16 @@ def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock) -> 
     for coding in reversed(codings):
         if coding in ("gzip", "x-gzip", "deflate"):
             chunks = _inflated(chunks, coding, url)
-    body = bytearray()
+    body, held = io.BytesIO(), 0
     for chunk in chunks:
-        body += chunk
-        if len(body) > limit:
+        if body.tell() + len(chunk) > limit:
             raise ValueError(too_much)
+        if body.tell() + len(chunk) > held:
+            hold(_HELD_BYTES)
+            held += _HELD_BYTES
+        body.write(chunk)
         clock.left(None)
-    return bytes(body)
+    return body.getvalue()  # its own bytes, not a copy
 
 
 def _inflated(chunks: Iterator[bytes], coding: str, url: str) -> Iterator[bytes]:
@@ -264,7 +272,9 @@ class _Backend(httpcore2.NetworkBackend):
 
     def _addresses(self, host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = _in_turns(_resolved(host, port), self._clock, self._settings.connect_timeout)
+        except TimeoutError as error:
+            raise httpcore2.ConnectTimeout(str(error)) from error
         except (OSError, UnicodeError) as error:
             raise httpcore2.ConnectError(f"{host} is not known ({error})") from error
         addresses: list[tuple[socket.AddressFamily, Any]] = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
@@ -275,6 +285,20 @@ class _Backend(httpcore2.NetworkBackend):
                 "MediaSettings(private_addresses=True) allows it"
             )
         return addresses
+
+
+def _resolved(host: str, port: int) -> Callable[[], list[Any]]:
+    """A function that gives the addresses of a name once they are known; a resolver cannot be interrupted."""
+    answer: Future[list[Any]] = Future()
+
+    def resolve() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=resolve, daemon=True, name="aria-resolve").start()
+    return lambda: answer.result(POLL_SECONDS)
 
 
 def _connect(family: socket.AddressFamily, address: Any, clock: _Clock, timeout: float | None) -> socket.socket:

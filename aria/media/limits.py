@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,7 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ImageColor
 
-from aria.workers import NotYet
+from aria.workers import BusyError, NotYet
+from aria.workers.cancellation import check_cancelled
 
 MOST_DEFAULT_WORKERS = 8
 
@@ -43,8 +46,9 @@ class MediaSettings:
     is decoded."""
     decoded_bytes: int | None = None
     """Memory that may be taken at a time, in the whole process, by everything that is being decoded and by what was
-    decoded and is still needed; what does not fit waits. Decoding takes up to 16 bytes a pixel; what stays is brought
-    to the size that the model takes, 3 bytes a pixel. None: any amount."""
+    decoded and is still needed, and as much again by files that are still to be decoded; what does not fit waits.
+    Decoding takes up to 16 bytes a pixel; what stays is brought to the size that the model takes, 3 bytes a pixel.
+    None: any amount."""
     workers: int | None = 0
     """Processes that decode at a time, confined, and ended when they take too long or when nobody waits any more. 0:
     this process decodes, so that a file which crashes a decoder ends it. None: as many as there are cores, up to 8."""
@@ -214,7 +218,46 @@ class MemoryBudget:
 
 
 DECODED = MemoryBudget()
-"""The process's."""
+"""The process's, for decoding and its results."""
+RECEIVED = MemoryBudget()
+"""The process's, for files in memory that are still to be decoded. It is another one, so that what waits to be decoded
+leaves room for decoding."""
+
+
+class Held:
+    """Bytes of :data:`RECEIVED`, taken piece by piece.
+
+    Args:
+        limit: as in :meth:`MemoryBudget.take`.
+        seconds: for which a piece is waited for.
+    """
+
+    def __init__(self, limit: int | None, seconds: float):
+        self._limit, self._seconds, self._nbytes = limit, seconds, 0
+
+    def grow(self, nbytes: int) -> None:
+        """Take more.
+
+        Raises:
+            ValueError: there will never be so many.
+            BusyError: others have them.
+            Cancelled: nobody waits any more.
+        """
+        end = time.monotonic() + self._seconds
+        while True:
+            with contextlib.suppress(NotYet):
+                RECEIVED.take(nbytes, self._limit)
+                self._nbytes += nbytes
+                return
+            check_cancelled()
+            if time.monotonic() > end:
+                raise BusyError("too many media are waiting to be read; try again later")
+            time.sleep(0.02)
+
+    def release(self) -> None:
+        """Give all of them back."""
+        RECEIVED.give_back(self._nbytes)
+        self._nbytes = 0
 
 
 def cores() -> int:

@@ -11,12 +11,12 @@ import re
 import stat
 import urllib.parse
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from aria.media.fetch import fetch
-from aria.media.limits import MediaSettings, short
+from aria.media.limits import Held, MediaSettings, short
 from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import PASSES_FILES
 from aria.workers.shared import FileView, SharedFile
@@ -86,13 +86,13 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     if source == "":
         raise ValueError(f"the address of a {_NAMES[kind]} is empty; expected http(s)://, a data: URI or a path")
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return Opened(_read_data_uri(source, limit, kind), short(source))
+        return _received(lambda hold: _read_data_uri(source, limit, kind, hold), short(source), settings)
     if isinstance(source, str) and (scheme := _SCHEME.match(source)):
         if scheme[1].lower() not in ("http", "https"):
             raise ValueError(
                 f"addresses of kind {scheme[1]}:// are not read ({short(source)}); use http://, https:// or a path"
             )
-        return Opened(fetch(source, limit, settings), short(source))
+        return _received(lambda hold: fetch(source, limit, settings, hold), short(source), settings)
     if isinstance(source, str | os.PathLike):
         path = _check_path(Path(source), kind, settings.local_folders)
         file = _open_file(path, follow=settings.local_folders is None)
@@ -101,6 +101,18 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     raise TypeError(
         f"a {_NAMES[kind]} cannot be a {type(source).__name__}; pass {kinds}, bytes, a data: URI or an http(s) address"
     )
+
+
+def _received(receive: Callable[[Callable[[int], None]], bytes], name: str, settings: MediaSettings) -> Opened:
+    """A medium in memory, which is counted there until nobody holds it any more."""
+    held = Held(settings.decoded_bytes, settings.image_timeout)
+    try:
+        opened = Opened(receive(held.grow), name)
+    except BaseException:
+        held.release()
+        raise
+    weakref.finalize(opened, held.release)
+    return opened
 
 
 def _check_path(path: Path, kind: str, folders: tuple[Path, ...] | None) -> Path:
@@ -182,7 +194,7 @@ def _unquoted(text: str, start: int) -> Iterator[bytes]:
         start = end
 
 
-def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
+def _read_data_uri(uri: str, limit: int, kind: str, hold: Callable[[int], None]) -> bytes:
     comma = uri.find(",")
     if comma < 0:
         raise ValueError(f"{short(uri)} is not a data: URI; expected data:{_EXAMPLES[kind]};base64,...")
@@ -190,6 +202,7 @@ def _read_data_uri(uri: str, limit: int, kind: str) -> bytes:
     # Before anything of it is unpacked. Plain bytes may be three characters each, %41.
     if len(uri) - comma - 1 > (limit * 4 // 3 + 4 if coded else 3 * limit):
         raise ValueError(f"{short(uri)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
+    hold(len(uri) * 3 // 4 if coded else len(uri))
     pieces = _unquoted(uri, comma + 1)
     try:
         data = b"".join(_decoded_base64(pieces) if coded else pieces)

@@ -310,7 +310,8 @@ def _decode_on_gpu(
     try:
         decoded = video.decode(clip, plan, fit, settings, watch, threads=threads, gpu=gpu)
     except (ValueError, LookupError, NotImplementedError, RuntimeError):
-        watch.check()
+        if watch.is_over:
+            raise
         return {}  # a codec that it does not have
     frames = {}
     for moment, pixels in decoded.items():

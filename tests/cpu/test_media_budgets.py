@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import os
+import socket
 import struct
 import threading
 import time
@@ -14,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from made_media import clip, endless_pdf, pdf
+from media_site import site
 from PIL import Image
 
 from aria.media import document, open, read, rgb, video
 from aria.media.cache import MediaCache
-from aria.media.limits import DECODED, MediaSettings, MemoryBudget, PixelBudget
+from aria.media.fetch import fetch
+from aria.media.limits import DECODED, RECEIVED, MediaSettings, MemoryBudget, PixelBudget
 from aria.media.open import open_medium
 from aria.media.read import Page, Scaled, read_clip, read_document, read_image
 from aria.processor import AriaImageProcessor, load_image
@@ -57,7 +61,7 @@ def test_every_medium_is_read_alike_here_and_in_a_worker(workers: int, tmp_path:
         assert np.array_equal(np.asarray(load_image(source, settings)), np.asarray(picture))
     here = MediaSettings()
     pages, expected = (
-        read_document(open_medium(pdf((200, 100), (100, 200), text="Hello"), "document", one))
+        read_document(open_medium(pdf((200, 100), (100, 200), text="Hello"), "document", one), settings=one)
         for one in (settings, here)
     )
     assert [page.number for page in pages] == [1, 2] and pages[0].total == 2
@@ -310,3 +314,51 @@ def test_what_was_opened_is_read_although_it_is_replaced(tmp_path: Path) -> None
     (tmp_path / "b").write_bytes(b"other")
     (tmp_path / "b").replace(path)
     assert read_image(opened, MediaSettings(workers=1), lambda _: None).size == (60, 40)
+
+
+# Files in memory
+
+
+def test_what_is_received_counts_until_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(noise(60, 40))
+    uri = "data:;base64," + base64.b64encode(data).decode()
+    settings = MediaSettings(decoded_bytes=RECEIVED.taken + 4 * len(data), image_timeout=0.2)
+    before = RECEIVED.taken
+    opened = open_medium(uri, "image", settings)
+    assert 0 <= RECEIVED.taken - before - len(data) < 100
+    RECEIVED.take(3 * len(data), None)
+    with pytest.raises(BusyError, match="waiting to be read"):
+        open_medium(uri, "image", settings)
+    RECEIVED.give_back(3 * len(data))
+    with pytest.raises(ValueError, match="not valid base64"):
+        open_medium(uri + "!", "image", settings)
+    del opened
+    gc.collect()
+    assert RECEIVED.taken == before
+
+
+def test_what_is_fetched_counts_as_it_comes() -> None:
+    before, held = RECEIVED.taken, []
+
+    def hold(nbytes: int) -> None:
+        held.append(nbytes)
+        if len(held) == 3:
+            raise ValueError("enough")
+
+    with site(lambda _: (200, {}, bytes(5 << 20))) as address:
+        settings = MediaSettings(private_addresses=True)
+        with pytest.raises(ValueError, match="enough"):
+            fetch(f"{address}/large", 1 << 30, settings, hold)
+        opened = open_medium(f"{address}/large", "image", settings)
+        assert RECEIVED.taken - before == 5 << 20
+    del opened
+    gc.collect()
+    assert RECEIVED.taken == before
+
+
+def test_a_name_that_takes_long_to_resolve_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="does not answer in time"):
+        fetch("http://slow.example/", 1000, MediaSettings(connect_timeout=0.3))
+    assert time.monotonic() - begin < 15
