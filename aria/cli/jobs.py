@@ -92,9 +92,8 @@ def describe(
     )  # fmt: skip
     adapters = read_adapters([adapter] if adapter else ())
     name = next(iter(adapters), None)
-    base = "aria-nano" if model is None else _place(model)
     weights = {
-        "base": base if revision is None else f"{base}@{revision}",
+        "base": _base(model, revision),
         "adapter": None if name is None else _place(adapters[name]),
     }
     describer = Describer(name or model_name(model), params, prompt, settings, name, weights)
@@ -151,8 +150,16 @@ def batch(
         engine.processor.media = media
         return engine
 
-    with Journal(responses) as output, contextlib.closing(Batch(requests, ServerSettings(model_names=names))) as work:
+    places = {name: _place(folder) for name, folder in adapters.items()}
+    work = Batch(requests, ServerSettings(model_names=names), base=_base(model, revision), adapters=places)
+    with Journal(responses) as output, contextlib.closing(work):
         _run_job(Job(work, lines, output), "answering", load, at_once)
+
+
+def _base(model: str | None, revision: str | None) -> str:
+    """Where a model lies, and its revision."""
+    place = "aria-nano" if model is None else _place(model)
+    return place if revision is None else f"{place}@{revision}"
 
 
 def _place(path_or_repo_id: str) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -108,14 +112,16 @@ class Describer:
             Exception: the engine failed, which says nothing about the file.
         """
         start = time.perf_counter()
+        content: dict[str, Any] | None = None
         try:
+            content = await asyncio.to_thread(_content, medium.path)
             prepared = await engine.prepare(self.messages(medium))
         except (ValueError, OSError) as error:
-            return self._record(medium, time.perf_counter() - start, error=error)
+            return self._record(medium, time.perf_counter() - start, content=content, error=error)
         result = await engine.chat(prepared, self.params, adapter=self.adapter)
         seconds = time.perf_counter() - start
         fault = ValueError("the schema's grammar grew beyond its limits") if result.finish_reason == "error" else None
-        return self._record(medium, seconds, result=result, shown=prepared.media[0], error=fault)
+        return self._record(medium, seconds, content=content, result=result, shown=prepared.media[0], error=fault)
 
     def give_up(self, medium: MediaFile, error: Exception) -> dict[str, Any]:
         """The record of a medium that the engine failed at."""
@@ -137,22 +143,57 @@ class Describer:
         path, kind = record.get("path"), record.get("kind")
         if not isinstance(path, str) or kind not in PROMPTS or "error" not in record:
             raise ValueError(f"the output holds {str(record)[:80]}, no record of this kind; name another file")
-        now = {"prompt": self._asked(MediaFile(path, kind)), "model": self.model, **self.weights}
+        now = {
+            "prompt": self._asked(MediaFile(path, kind)),
+            "model": self.model,
+            **self.weights,
+            "settings": self._settings(kind),
+        }
         for name, value in now.items():
-            # Records of old tell neither base nor adapter: the model's name stands for the one, none for the other.
-            before = record.get(name, value if name == "base" else None)
+            # Records of old tell neither base, adapter nor settings: the model's name stands for the first.
+            before = record.get(name, value if name in ("base", "settings") else None)
             if before != value:
                 raise ValueError(
-                    f"the output tells of {path!r} with the {name} {before!r}, and now it is {value!r}; "
+                    f"the output tells of {path!r} with the {name} {before!r:.200}, and now it is {value!r:.200}; "
                     f"name another file, or use the same {name}"
                 )
         return path, record["error"] is not None
+
+    def changed(self, medium: MediaFile, record: Mapping[str, Any]) -> str | None:
+        """Whether a file's content is another one than the record tells of.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        told = record.get("content")
+        if not isinstance(told, Mapping):  # a record of old, or of what could not be read
+            return None
+        found = Path(medium.path).stat()
+        if (found.st_size, found.st_mtime_ns) == (told.get("bytes"), told.get("modified")):
+            return None
+        same = found.st_size == told.get("bytes") and _digest(medium.path) == told.get("blake2b")
+        return None if same else "the content"
+
+    def _settings(self, kind: str) -> dict[str, Any]:
+        """What is asked for besides the prompt, where it is no default."""
+        shown = {name: self.settings[name] for name in _SETTINGS[kind] if name in self.settings}
+        params = {
+            field.name: getattr(self.params, field.name)
+            for field in dataclasses.fields(self.params)
+            if getattr(self.params, field.name) not in (field.default, ())
+        }
+        if isinstance(schema := params.get("json_schema"), Mapping):
+            text = json.dumps(schema, sort_keys=True).encode()
+            params["json_schema"] = f"blake2b {hashlib.blake2b(text, digest_size=16).hexdigest()}"
+        settings: dict[str, Any] = json.loads(json.dumps({**shown, **params}, default=str))
+        return settings
 
     def _record(
         self,
         medium: MediaFile,
         seconds: float,
         *,
+        content: Mapping[str, Any] | None = None,
         result: Result | None = None,
         shown: Medium | None = None,
         error: Exception | None = None,
@@ -168,10 +209,28 @@ class Describer:
             "seconds": round(seconds, 3),
             "error": None if error is None else str(error) or type(error).__name__,
             **self.weights,
+            "settings": self._settings(medium.kind),
+            "content": content,
         }
 
     def _asked(self, medium: MediaFile) -> str:
         return PROMPTS[medium.kind] if self.prompt is None else self.prompt
+
+
+def _content(path: str) -> dict[str, Any] | None:
+    """What a file is known again by; None for what is no plain file, whose reading may never end.
+
+    The time of its last change saves reading it where it is the same, and a copy has another one.
+    """
+    if not Path(path).is_file():
+        return None
+    found = Path(path).stat()
+    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "blake2b": _digest(path)}
+
+
+def _digest(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _usage(usage: Usage, shown: Medium) -> dict[str, Any]:

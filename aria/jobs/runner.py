@@ -15,6 +15,9 @@ Record = dict[str, Any]
 HEAVY_AT_ONCE = 4
 """Clips and documents in flight: a clip of 256 frames holds 180 MB until it has been encoded."""
 
+MOST_NAMED = 10
+"""Items that an error names."""
+
 
 class Work(Protocol[Item]):
     """What is done with an item, and how its record is known again."""
@@ -33,6 +36,9 @@ class Work(Protocol[Item]):
 
     def recognize(self, record: Mapping[str, Any]) -> tuple[str, bool]:
         """Name of the item that a record is of, and whether that failed; ValueError for what is no such record."""
+
+    def changed(self, item: Item, record: Mapping[str, Any]) -> str | None:
+        """What of an item is no longer as it was when its record was made, such as ``its content``; None: nothing."""
 
 
 class Output(Protocol):
@@ -66,13 +72,22 @@ class Job:
         output: read at once, to the end.
 
     Raises:
-        ValueError: the output holds something else.
+        ValueError: the output holds something else, or records of items that have changed since.
     """
 
     def __init__(self, work: Work[Item], items: Collection[Item], output: Output):
         self._work: Work[Any] = work
         self._output = output
-        known = dict(work.recognize(record) for record in output.read())
+        by_name = {work.name(item): item for item in items}
+        known: dict[str, bool] = {}
+        changed: dict[str, list[str]] = {}
+        for record in output.read():
+            name, known_failed = work.recognize(record)
+            known[name] = known_failed
+            if name in by_name and (what := work.changed(by_name[name], record)) is not None:
+                changed.setdefault(what, []).append(name)
+        if changed:
+            raise ValueError(_told(changed))
         self.todo: Sequence[Any] = [item for item in items if work.name(item) not in known]
         failed = sum(known.get(work.name(item), False) for item in items)
         self.tally = Tally(before=len(items) - len(self.todo) - failed, failed=failed)
@@ -135,3 +150,15 @@ class Job:
             except Exception as error:
                 record = self._work.give_up(item, error)
             await keep(record)
+
+
+def _told(changed: Mapping[str, Sequence[str]]) -> str:
+    """What to say of items that have changed, by what of them has."""
+    parts = []
+    for what, names in changed.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        parts.append(f"{what} of {', '.join(f'{name!r:.80}' for name in names[:MOST_NAMED])}{more}")
+    return (
+        f"since the output was begun, there have changed: {'; '.join(parts)}. Name another output, or delete their "
+        "lines in it to have them done anew"
+    )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aria.engine import AsyncEngine
 from aria.serve.answers import ROUTES, answer
@@ -23,9 +25,14 @@ _log = logging.getLogger(__name__)
 
 MOST_TOLD = 10
 """Faults of an input file that are told at once."""
+MOST_BYTES = 256 << 20
+"""Of a line, as the server has it for bodies."""
 _KEYS = ("custom_id", "method", "url", "body")
 _HEAVY = ("video_url", "file", "input_file")
 """Content parts that are many pictures each."""
+_ID = re.compile(r"batch_req_([0-9a-f]{24})([0-9a-f]{16})", re.ASCII)
+"""The ``id`` of a response: digests of the request and of the weights that answered. Those of earlier versions, which
+say nothing, are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,10 @@ class Line:
     """Its first byte in the file."""
     heavy: bool
     """Whether it brings clips or documents."""
+    digest: str
+    """Of the request, however its JSON is written."""
+    model: str | None
+    """Whom it asks."""
 
 
 def find_lines(path: str | os.PathLike[str]) -> list[Line]:
@@ -51,22 +62,40 @@ def find_lines(path: str | os.PathLike[str]) -> list[Line]:
     faults: list[str] = []
     start = 0
     with Path(path).open("rb") as file:
-        for number, content in enumerate(file, 1):
+        for number, (content, size) in enumerate(_lines(file), 1):
             try:
+                if size > MOST_BYTES:
+                    raise ValueError(f"it has {size:,} bytes; at most {MOST_BYTES:,} are read")
                 if content.strip():
                     request = _read(content)
                     custom_id = request["custom_id"]
                     if custom_id in lines:
                         raise ValueError(f"the custom_id {custom_id!r:.80} is line {numbers[custom_id]}'s already")
-                    lines[custom_id] = Line(custom_id, start, _is_heavy(request["body"]))
+                    model = request["body"].get("model")
+                    lines[custom_id] = Line(
+                        custom_id,
+                        start,
+                        _is_heavy(request["body"]),
+                        _digest(custom_id, request["url"], request["body"])[:24],
+                        model if isinstance(model, str) else None,
+                    )
                     numbers[custom_id] = number
             except ValueError as error:
                 faults.append(f"line {number}: {error}")
-            start += len(content)
+            start += size
     if faults:
         more = f"; and {len(faults) - MOST_TOLD} more" if len(faults) > MOST_TOLD else ""
         raise ValueError(f"{path} is not a batch that can be run; {'; '.join(faults[:MOST_TOLD])}{more}")
     return list(lines.values())
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Lines, each with its size; of one that is too long only the beginning."""
+    while content := file.readline(MOST_BYTES + 1):
+        size, end = len(content), content[-1:]
+        while size > MOST_BYTES and end != b"\n" and (rest := file.readline(1 << 20)):
+            size, end = size + len(rest), rest[-1:]
+        yield content, size
 
 
 def _read(content: bytes) -> dict[str, Any]:
@@ -110,11 +139,21 @@ class Batch:
     Args:
         path: the input.
         settings: of the server; of its limits those on single requests hold.
+        base: where the model lies, by which an output that another one began is known.
+        adapters: the same of adapters, by the names that requests ask for.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: ServerSettings):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: ServerSettings,
+        *,
+        base: str = "",
+        adapters: Mapping[str, str] | None = None,
+    ):
         self.path = Path(path)
         self._settings = settings
+        self._base, self._adapters = base, dict(adapters or {})
         self._service: Service | None = None
 
     def name(self, line: Line) -> str:
@@ -135,7 +174,7 @@ class Batch:
         if self._service is None:
             self._service = Service(engine, self._settings)
         request = await asyncio.to_thread(self._request, line)  # media in it may be large
-        return _record(line, *await answer(self._service, request["url"], request["body"]))
+        return self._record(line, *await answer(self._service, request["url"], request["body"]))
 
     def close(self) -> None:
         """End the threads that read media."""
@@ -144,7 +183,7 @@ class Batch:
 
     def give_up(self, line: Line, error: Exception) -> dict[str, Any]:
         """The response to a line that the engine failed at."""
-        record = _record(line, 500, {})
+        record = self._record(line, 500, {})
         request_id = record["response"]["request_id"]
         record["response"]["body"] = unexpected(request_id).body()
         _log.error("%s (%s) failed", line.custom_id, request_id, exc_info=error)
@@ -161,17 +200,35 @@ class Batch:
             raise ValueError(f"the output holds {str(record)[:80]}, no response of a batch; name another file")
         return custom_id, record["error"] is not None or response.get("status_code") != 200
 
+    def changed(self, line: Line, record: Mapping[str, Any]) -> str | None:
+        """Whether a response answers another request than the line is now, or other weights gave it."""
+        told = _ID.fullmatch(str(record.get("id")))
+        if told is None:
+            return None
+        if told[1] != line.digest:
+            return "the request"
+        return "the model" if told[2] != self._weights(line) else None
+
+    def _weights(self, line: Line) -> str:
+        return _digest(self._base, self._adapters.get(line.model or ""))[:16]
+
+    def _record(self, line: Line, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
+        name = f"batch_req_{line.digest}{self._weights(line)}"
+        return {"id": name, "custom_id": line.custom_id, "response": response, "error": None}
+
     def _request(self, line: Line) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(line.start)
-            content = file.readline()
+            content = file.readline(MOST_BYTES)
         with contextlib.suppress(ValueError):
             request = _read(content)
-            if request["custom_id"] == line.custom_id:
+            if _digest(request["custom_id"], request["url"], request["body"])[:24] == line.digest:
                 return request
         raise OSError(f"{self.path} was changed while it was being answered; run the same command again")
 
 
-def _record(line: Line, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
-    response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": None}
+def _digest(*values: Any) -> str:
+    """Of JSON values, whatever white space and order of keys they were written in."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

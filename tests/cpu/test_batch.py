@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from signals import start_interrupted
 
 from aria import AsyncEngine
-from aria.serve.batch import Batch, find_lines
+from aria.hub import NANO
+from aria.serve.batch import Batch, _lines, find_lines
 from aria.serve.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +171,54 @@ def test_files_are_not_mixed_up(run, tmp_path):
     code, err = run(tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl")
     assert code == 2 and "nowhere.jsonl" in err
     assert source.read_bytes() == before and len(read(other)) == 1
+
+
+def test_a_request_that_changed_since_is_refused_by_name(run, tmp_path):
+    requests = [request(name, ask(f"hello {name}", max_tokens=2)) for name in "abc"]
+    source, out = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
+    assert run(source, out)[0] == 0
+    whole = out.read_bytes()
+    assert all(len(line["id"]) == len("batch_req_") + 40 for line in read(out))
+    # The same in other words of JSON is the same.
+    source.write_text("\n".join(json.dumps(one, indent=None, sort_keys=True) + "  " for one in reversed(requests)))
+    assert run(source, out) == (0, "0 done, 3 done before\n")
+    requests[0]["body"]["max_tokens"] = 3
+    requests[2]["url"] = COMPLETIONS
+    code, err = run(write(source, requests), out)
+    assert code == 2 and "the request of 'a', 'c'. Name another output, or delete their lines" in " ".join(err.split())
+    assert out.read_bytes() == whole
+    # As the message says.
+    out.write_bytes(whole.splitlines(keepends=True)[1])
+    requests[2]["url"] = CHAT
+    assert run(write(source, requests), out) == (0, "2 done, 1 done before\n")
+
+
+def test_another_model_does_not_go_on_with_an_output(run, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [request("a", ask("hello", max_tokens=2))]), tmp_path / "out.jsonl"
+    assert run(source, out)[0] == 0
+    shutil.copytree(NANO, tmp_path / "copy")
+    code, err = run(source, out, "--model", tmp_path / "copy", "--served-model-name", "aria-nano")
+    assert code == 2 and "the model of 'a'." in " ".join(err.split())
+
+
+def test_responses_of_earlier_versions_count_as_they_are(tmp_path):
+    work = Batch(tmp_path / "in.jsonl", ServerSettings())
+    [line] = find_lines(write(tmp_path / "in.jsonl", [request("a", ask("hello"))]))
+    assert work.changed(line, {"id": "batch_req_0123456789abcdef0123456789abcdef", "custom_id": "a"}) is None
+    assert work.changed(line, {"custom_id": "a"}) is None
+    assert work.changed(line, work.give_up(line, RuntimeError())) is None
+
+
+def test_a_line_without_end_is_refused_and_not_held(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("aria.serve.batch.MOST_BYTES", 1000)
+    source = tmp_path / "in.jsonl"
+    lines = [json.dumps(request("a", ask("hello"))), json.dumps(request("b", ask("x" * 3_000_000))), "{}"]
+    source.write_text("\n".join(lines))
+    code, err = run(source, tmp_path / "out.jsonl")
+    told = " ".join(err.split())
+    assert code == 2 and "line 2: it has 3,000," in told and "at most 1,000 are read; line 3: custom_id" in told
+    with source.open("rb") as file:
+        assert [len(content) for content, _ in _lines(file)] == [len(lines[0]) + 1, 1001, 2]
 
 
 def test_clips_and_documents_are_told_apart(tmp_path):

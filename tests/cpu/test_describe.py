@@ -79,7 +79,7 @@ def test_every_file_is_told_of(run, folder):
     for record in told:
         assert list(record) == [
             *("path", "kind", "prompt", "text", "finish_reason", "usage", "model", "seconds", "error"),
-            *("base", "adapter"),
+            *("base", "adapter", "settings", "content"),
         ]
         assert (record["kind"], record["model"], record["error"]) == ("image", "aria-nano", None)
         assert record["finish_reason"] == "stop"
@@ -163,6 +163,30 @@ def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
     code, _, err = run("describe", folder, "-o", folder / "notes.txt")
     assert code == 2 and "notes.txt is not a JSON object" in err
     assert (folder / "notes.txt").read_text() == "no medium"
+
+
+def test_a_medium_or_settings_that_changed_since_are_refused_by_name(run, folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run("describe", folder, "-o", out, "--max-tokens", 3)[0] == 0
+    before = out.read_bytes()
+    assert [record["settings"]["max_tokens"] for record in records(out)] == [3, 3, 3]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    for changed in (("--max-tokens", 4), ("--max-image-size", 224), ("--schema", schema), ("--seed", 0)):
+        code, _, err = run("describe", folder, "-o", out, "--max-tokens", 3, *changed)
+        assert code == 2 and "with the settings {" in err and changed[0][2:].replace("-", "_")[:9] in err
+    # Copied, as to another machine, a file has another time and is the same.
+    (folder / "word.png").touch()
+    assert run("describe", folder, "-o", out, "--max-tokens", 3)[0] == 0
+    shutil.copyfile(folder / "trip" / "emoji.png", folder / "word.png")
+    code, _, err = run("describe", folder, "-o", out, "--max-tokens", 3)
+    told = " ".join(err.split())
+    assert code == 2 and "the content of" in told and "word.png'. Name another output" in told
+    assert out.read_bytes() == before
+    # What earlier versions wrote says nothing of either.
+    old = [{key: value for key, value in one.items() if key not in ("content", "settings")} for one in records(out)]
+    out.write_text("".join(json.dumps(one) + "\n" for one in old))
+    assert run("describe", folder, "-o", out)[0] == 0
 
 
 def test_sampling_and_picture_settings_are_used(run, tmp_path):

@@ -201,6 +201,9 @@ class Play:
     def recognize(self, record) -> tuple[str, bool]:
         return record["name"], record["failed"]
 
+    def changed(self, item: int, record) -> str | None:
+        return record.get("changed")
+
 
 def do(play: Play, items, output: Memory, at_once: int = 4) -> Job:
     job = Job(play, items, output)
@@ -226,6 +229,14 @@ def test_what_is_in_the_output_is_not_done_again():
     assert sorted(play.attempts) == [1, 2, 4, 6, 7, 8]
     # What others wrote of items that are not asked for is nobody's business.
     assert (job.tally.done, job.tally.before, job.tally.failed) == (6, 1, 1)
+
+
+def test_items_that_have_changed_are_named_and_nothing_is_done():
+    records = [{"name": str(i), "failed": False, "changed": "the content"} for i in range(1, 14)]
+    records += [{"name": "14", "failed": True, "changed": "the request"}, {"name": "15", "failed": False}]
+    records += [{"name": "99", "failed": False, "changed": "the content"}]  # of an item that is no longer asked for
+    with pytest.raises(ValueError, match=r"changed: the content of '1', .*'10' and 3 more; the request of '14'\. Name"):
+        Job(Play(), range(1, 21), Memory(*records))
 
 
 def test_items_taken_along_by_a_failure_are_done_again_alone():
