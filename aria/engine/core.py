@@ -132,7 +132,7 @@ class EngineCore:
             max_rows=max_batch,
             step_tokens=step_tokens,
             mixed_step_tokens=mixed_step_tokens or (2048 if on_cuda else 256),
-            step_patches=STEP_PATCHES if on_cuda else 10_000,
+            step_patches=STEP_PATCHES if on_cuda else 4_900,
             mixed_step_patches=MIXED_STEP_PATCHES if on_cuda else 1_225,
             encoded=encoder.holds,
         )

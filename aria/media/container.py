@@ -189,6 +189,8 @@ def check_frame(width: int, height: int, name: str, settings: MediaSettings) -> 
     Raises:
         ValueError: more pixels than the settings allow.
     """
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{name} announces frames of {width} x {height} pixels; the file may be damaged")
     if width * height > settings.frame_pixels:
         raise ValueError(
             f"{name} announces frames of {width} x {height} pixels, more than the {settings.frame_pixels:,} allowed; "

@@ -26,6 +26,7 @@ from aria.media.progress import Progress, report
 from aria.media.video import Asked, Plan
 from aria.workers import LocalJob, Workers
 
+_MOST = 1 << 24
 Spend = Callable[[int], None]
 """Called with a number of pixels before they are decoded; a ValueError refuses them."""
 Sizes = Callable[[int, int], Sequence[tuple[int, int]]]
@@ -329,11 +330,24 @@ def _without(plan: Plan, frames: Container[int]) -> Plan:
 
 
 def _calls(fit: Fit | None = None, sizes: Sizes | None = None) -> dict[str, Callable[..., Any]]:
-    return {
-        "fit": lambda width, height: list(fit(width, height) if fit else (width, height)),
-        "sizes": lambda width, height: [list(size) for size in (sizes(width, height) if sizes else ())],
-        "progress": lambda *values: report(Progress(*values)),
-    }
+    """The functions that readers call. A reader may be in the hands of whoever made its file, and ask for anything."""
+
+    def fitted(*size: Any) -> list[int]:
+        return list(fit(*_checked(size)) if fit else size)
+
+    def needed(*size: Any) -> list[list[int]]:
+        return [list(one) for one in (sizes(*_checked(size)) if sizes else ())]
+
+    def reported(kind: Any, done: Any, total: Any) -> None:
+        report(Progress(str(kind), *_checked((done, total), least=0)))
+
+    return {"fit": fitted, "sizes": needed, "progress": reported}
+
+
+def _checked(values: Sequence[Any], *, least: int = 1) -> Sequence[int]:
+    if len(values) != 2 or not all(type(value) is int and least <= value <= _MOST for value in values):
+        raise ValueError(f"expected two numbers from {least} to {_MOST}, but got {values!r:.50}")
+    return values
 
 
 def _run(
@@ -350,6 +364,8 @@ def _run(
 
     def take(pixels: int, nbytes: int, *size: int) -> Any:
         nonlocal taken, spend
+        if not all(type(value) is int and 0 <= value < 1 << 60 for value in (pixels, nbytes)):
+            raise ValueError(f"expected numbers of pixels and bytes, but got {pixels!r:.50} and {nbytes!r:.50}")
         if spend is not None:
             spend(pixels)
             spend = None  # once, however often it is asked until there is memory

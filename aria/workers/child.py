@@ -34,6 +34,8 @@ from aria.workers.shared import FileView, mapped
 PRELOADED = ("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document")
 CONFINING = ("py_landlock", "pyseccomp")
 """Loaded before anything is given up: the second runs a program that finds its library."""
+NICE = 5
+"""How much the priority of all workers is lowered: answers come before what is decoded for later ones."""
 MOST_REQUEST = 1 << 30
 """Bytes of a message from the parent, which is trusted."""
 _PR_SET_PDEATHSIG = 1
@@ -109,6 +111,8 @@ def main() -> None:
     for name in CONFINING:
         with contextlib.suppress(Exception):  # not installed, or without its library: a worker reports that
             importlib.import_module(name)
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     channel = _channel(connection)
     scratch = Path(tempfile.mkdtemp(prefix="aria-worker-"))
     try:

@@ -126,8 +126,9 @@ class Worker:
         """For good: let every other process go first."""
         self.slow = True
         with contextlib.suppress(psutil.Error, OSError):
-            lowest = psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else _NICE
-            psutil.Process(self._pid).nice(lowest)
+            process = psutil.Process(self._pid)
+            lower = psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else min(process.nice() + _NICE, 19)
+            process.nice(lower)
 
     def kill(self) -> None:
         """End it at once, in whatever it does."""

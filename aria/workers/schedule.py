@@ -11,7 +11,7 @@ from aria.workers.process import Worker
 
 QUANTUM = 0.25
 """Seconds for which a new job runs before all others; each level after the first lasts twice as long."""
-SLOW_LEVEL = 2
+SLOW_LEVEL = 1
 """From which level on a job's process is given less of the processors than everything else on the machine."""
 
 
