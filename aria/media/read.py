@@ -7,10 +7,11 @@ when a file's header has been read and nothing has been decoded.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from fractions import Fraction
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -141,8 +142,9 @@ def read_image(image: Opened, settings: MediaSettings, spend: Spend, sizes: Size
     """
     seconds = settings.image_timeout
     result, arrays = _run(rgb.read, image, settings, seconds, (settings,), spend, _calls(sizes=sizes))
-    width, height = result["size"]
-    return Scaled((width, height), tuple(arrays))
+    with _well_formed(image.name):
+        width, height = result["size"]
+        return _scaled(width, height, arrays)
 
 
 def read_clip(
@@ -187,14 +189,14 @@ def read_clip(
     read = partial(_run, medium=clip, settings=settings, seconds=settings.decode_timeout, spend=spend, calls=calls)
     gpu = _gpu(settings.clip_decoder, clip.name)
     if gpu is None:
-        frames = _frames(*read(video.read, arguments=(asked, settings, threads)))
+        frames = _frames(clip.name, *read(video.read, arguments=(asked, settings, threads)))
     else:
         plan = _plan_of(read(video.make_plan, arguments=(asked, settings))[0], clip.name)
         frames = _decode_on_gpu(clip, plan, calls, settings, gpu, threads)
         missing = _without(plan, frames)
         if missing.runs or missing.animation:
             read = partial(read, spend=None)  # it was spent for the plan
-            frames |= _frames(*read(video.read_planned, arguments=(missing, settings)))
+            frames |= _frames(clip.name, *read(video.read_planned, arguments=(missing, settings)))
     if not frames:
         raise ValueError(f"no frame of {clip.name} can be decoded; the file may be truncated or damaged")
     return [frames[moment] for moment in sorted(frames)]
@@ -223,20 +225,38 @@ def read_document(
     settings = settings or MediaSettings()
     arguments = (pages, settings)
     result, arrays = _run(document.read, pdf, settings, settings.decode_timeout, arguments, spend, _calls(sizes=sizes))
-    rest = iter(arrays)
-    return [
-        Page(number, Scaled((width, height), tuple(next(rest) for _ in range(count))), result["pages"])
-        for number, width, height, count in result["read"]
-    ]
+    with _well_formed(pdf.name):
+        return [
+            Page(number, _scaled(width, height, arrays, count), result["pages"])
+            for number, width, height, count in result["read"]
+        ]
 
 
-def _frames(result: dict[str, Any], arrays: Sequence[np.ndarray]) -> dict[int, Frame]:
+def _frames(name: str, result: dict[str, Any], arrays: list[np.ndarray]) -> dict[int, Frame]:
     """Frames by time."""
-    rest = iter(arrays)
-    return {
-        moment: Frame(Fraction(above, below), Scaled((width, height), tuple(next(rest) for _ in range(count))))
-        for moment, above, below, width, height, count in result["frames"]
-    }
+    with _well_formed(name):
+        return {
+            moment: Frame(Fraction(above, below), _scaled(width, height, arrays, count))
+            for moment, above, below, width, height, count in result["frames"]
+        }
+
+
+def _scaled(width: Any, height: Any, arrays: list[np.ndarray], count: int | None = None) -> Scaled:
+    """An image of the first ``count`` arrays of a list, or of all, which it takes out."""
+    own, arrays[:count] = tuple(arrays[:count]), []
+    if not own or not all(array.ndim == 3 and array.shape[2] == 3 and array.size for array in own):
+        raise ValueError("arrays that are no images")
+    width, height = _checked((width, height))
+    return Scaled((width, height), own)
+
+
+@contextlib.contextmanager
+def _well_formed(name: str) -> Iterator[None]:
+    """What a worker returned may be anything."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{name} cannot be read; the file may be damaged") from error
 
 
 def _gpu(decoder: str, name: str) -> int | None:
@@ -280,14 +300,12 @@ def _decodes(gpu: int) -> bool:
 
 def _plan_of(value: Any, name: str) -> Plan:
     """A plan that a worker made; what lies in it may be anything."""
-    try:
+    with _well_formed(name):
         (width, height), first, unit, counted, animation, chosen, runs = value
         return Plan(
             (int(width), int(height)), int(first), Fraction(*unit), bool(counted), animation, dict(chosen),
             [Run(key, {index: Key(*one) for index, one in keys}, times) for key, keys, times in runs],
         )  # fmt: skip
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{name} cannot be read as a clip; the file may be damaged") from error
 
 
 def _decode_on_gpu(
@@ -333,10 +351,12 @@ def _calls(fit: Fit | None = None, sizes: Sizes | None = None) -> dict[str, Call
     """The functions that readers call. A reader may be in the hands of whoever made its file, and ask for anything."""
 
     def fitted(*size: Any) -> list[int]:
-        return list(fit(*_checked(size)) if fit else size)
+        width, height = _checked(size)
+        return list(fit(width, height) if fit else (width, height))
 
     def needed(*size: Any) -> list[list[int]]:
-        return [list(one) for one in (sizes(*_checked(size)) if sizes else ())]
+        width, height = _checked(size)
+        return [list(one) for one in (sizes(width, height) if sizes else ())]
 
     def reported(kind: Any, done: Any, total: Any) -> None:
         report(Progress(str(kind), *_checked((done, total), least=0)))

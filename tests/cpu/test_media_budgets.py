@@ -362,3 +362,30 @@ def test_a_name_that_takes_long_to_resolve_is_given_up(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="does not answer in time"):
         fetch("http://slow.example/", 1000, MediaSettings(connect_timeout=0.3))
     assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, {}, {"size": 1}, {"size": [0, 4]}, {"size": [1.5, 4]}, {"size": ["a", "b"]}, {"size": [1 << 40, 1]}],
+)
+def test_what_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """It may be in the hands of whoever made the file."""
+
+    def lie(job: Any, *_: Any) -> Any:
+        job.array((4, 4, 3))
+        return answer
+
+    monkeypatch.setattr(rgb, "read", lie)
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        load_image(b"x")
+    monkeypatch.setattr(rgb, "read", lambda job, *_: job.array((4, 4)) is None or {"size": [4, 4]})
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        load_image(b"x")
+    for arguments in ((0, 4), (True, 4), ("4", 4), (4,), (4, 4, 4), (1 << 30, 4)):
+        monkeypatch.setattr(rgb, "read", lambda job, *_, arguments=arguments: job.call("sizes", *arguments))
+        with pytest.raises(ValueError, match="expected two numbers from 1"):
+            load_image(b"x")
+    for arguments in ((-1, 4), (4, 0.5), (None, 4)):
+        monkeypatch.setattr(rgb, "read", lambda job, *_, arguments=arguments: job.call("take", *arguments))
+        with pytest.raises(ValueError, match="expected numbers of pixels and bytes"):
+            load_image(b"x")
