@@ -6,6 +6,7 @@ import contextlib
 import io
 import ipaddress
 import os
+import re
 import selectors
 import socket
 import ssl
@@ -27,6 +28,7 @@ T = TypeVar("T")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HELD_BYTES = 1 << 20
+_HOST = re.compile(r"[a-z0-9_.:%~-]+", re.IGNORECASE | re.ASCII)
 _INFLATED_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
 _HEADERS = [("User-Agent", "aria-moe"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
@@ -135,8 +137,8 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
         raise ValueError(f"addresses of kind {scheme}:// are not read ({short(url)}); use http:// or https://")
     if "@" in parts.netloc:
         raise ValueError(f"the address at {name!r:.80} holds a user's name; addresses with credentials are not read")
-    if not name:
-        raise ValueError(f"{short(url)} names no host")
+    if not _HOST.fullmatch(name):
+        raise ValueError(f"{short(url)} names no host" + (f": {name!r:.80} is none" if name else ""))
     # Spaces and letters that no address has; what is coded already stays.
     target = urllib.parse.quote(parts.path or "/", safe="%/:=&~+!$,;'@()*[]")
     if parts.query:

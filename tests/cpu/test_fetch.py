@@ -220,6 +220,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     ("http://8.8.8.8:99999/", "is not an address"),
     ("http://[::1/", "is not an address"),
     ("http:///path", "names no host"),
+    ("http://a b/", "names no host: .a b. is none"),
     ("file:///etc/passwd", "file:// are not read"),
     ("http://nowhere.invalid/", "is not known"),
     ("http://" + "a" * 70 + ".example/", "not an address|not known"),

@@ -62,6 +62,8 @@ def _read(uri: str) -> bytes | None:
     """The content of a data: URI that is written as the standard says; None for others."""
     header, _, body = uri.partition(",")
     assert header[:5].lower() == "data:", "neither a data: URI nor an address, but it was read"
+    if header.endswith(";base64") != ("base64" in header.lower()):
+        return None
     try:
         content = urllib.parse.unquote_to_bytes(body)
         return base64.b64decode(content, validate=True) if header.endswith(";base64") else content
