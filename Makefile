@@ -17,7 +17,7 @@ ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
     && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
     && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
 
-.PHONY: demo test fuzz test-clients test-clients-fast nano clean
+.PHONY: demo test test-hostile fuzz test-clients test-clients-fast nano clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Minutes of attacks on a server: hostile media, deadlines, slow clients, its end. The quick ones belong to `make test`.
+test-hostile: $(VENV)/.developed
+	$(BIN)/python -m pytest tests/hostile -n 0 -m slow -s $(ARGS)
 
 # Searches for inputs that break what reads strangers' bytes, a minute for each target; make fuzz ARGS="image --seconds 600"
 fuzz: $(VENV)/.developed
