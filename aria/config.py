@@ -21,7 +21,6 @@ from aria.hub import read_json, resolve, write_json
 CONFIG_NAME = "config.json"
 
 MOST_PARAMETERS = 10**13
-MOST_CROP_SIDE = 4096
 MOST_CROP_TOKENS = 1 << 16
 """Queries that stand for one crop."""
 _MOST: Mapping[str, float] = {
@@ -33,7 +32,7 @@ _MOST: Mapping[str, float] = {
     "head_dim": 4096,
     "layer_norm_eps": 1.0,
     "rms_norm_eps": 1.0,
-    "image_size": MOST_CROP_SIDE,
+    "image_size": 4096,
     "patch_size": 4096,
     "num_channels": 16,
     "vocab_size": 1 << 22,

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 
 from aria.engine import AsyncEngine, SamplingParams
 from aria.serve.app import create_app
+from aria.serve.run import Server, configure
 from aria.serve.settings import ServerSettings
 from bench import measure
 from bench.shapes import SHAPES
@@ -56,7 +56,7 @@ def work(streams: int, tokens: int, prompt: int, number: object) -> Work:
 def serving(engine: AsyncEngine) -> Iterator[int]:
     """A server on a free port of this machine."""
     app = create_app(engine, ServerSettings(max_queue=4096))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = Server(configure(app, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -22,8 +22,6 @@ from aria.hub import read_json, resolve
 
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_NEW_TOKENS = 256
-MOST_SEQUENCES = 1024
-"""Answers to each prompt that a file may ask for."""
 UNSET: Any = object()
 """An argument that was not given, where None has a meaning of its own."""
 
@@ -56,8 +54,6 @@ _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "eos_token_id": (lambda _: True, ""),
     "pad_token_id": (lambda _: True, ""),
 }
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-"""Those that :class:`SamplingParams` has, too."""
 _WITHOUT_EFFECT = {
     *("bos_token_id", "decoder_start_token_id", "_from_model_config", "transformers_version", "trust_remote_code"),
     *("cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "disable_compile"),
@@ -122,7 +118,7 @@ def read_generation_config(
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: not JSON, or a known setting of the wrong type or beyond its limits.
+        ValueError: not JSON, or a known setting of the wrong type.
     """
     if isinstance(path_or_repo_id, AriaConfig):
         return {}
@@ -137,13 +133,6 @@ def read_generation_config(
         warnings.warn(f"{file}: without effect here: {', '.join(unknown)}", stacklevel=2)
     for name, value in settings.items():
         _check(name, value, f"{file}: ")
-    try:
-        SamplingParams(**{name: settings[name] for name in _SAMPLING if name in settings})
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    if not 1 <= settings.get("num_return_sequences", 1) <= MOST_SEQUENCES:
-        came = f"{settings['num_return_sequences']:.3g}"
-        raise ValueError(f"{file}: num_return_sequences is {came}; expected 1 to {MOST_SEQUENCES:,}")
     return settings
 
 

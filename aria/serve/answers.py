@@ -107,7 +107,7 @@ async def answer(service: Service, path: str, body: Mapping[str, Any]) -> tuple[
         try:
             read = ROUTES[path].body.model_validate(body)
         except ValidationError as error:
-            raise from_validation(error.errors(include_url=False), body) from error
+            raise from_validation(error.errors(include_url=False)) from error
         reply = await respond(service, path, read)
     except ApiError as error:
         return error.status, error.body()

@@ -95,9 +95,9 @@ class Asked:
     """What the answer follows, part by part, for errors."""
 
     @property
-    def has_media(self) -> bool:
-        """Whether reading the prompts means more than tokenising."""
-        return any(has_media(prompt) for prompt in self.prompts)
+    def media(self) -> int:
+        """Images, clips and documents of the prompts, which take more to read than text."""
+        return sum(count_media(prompt) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -357,10 +357,10 @@ def messages(
     return calls.with_instructions(told, offered)
 
 
-def has_media(prompt: Sequence[Any]) -> bool:
-    """Whether a prompt is a conversation with pictures, clips or documents."""
+def count_media(prompt: Sequence[Any]) -> int:
+    """Images, clips and documents of a conversation; other prompts have none."""
     contents = (message["content"] for message in prompt if isinstance(message, Mapping))
-    return any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
+    return sum(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
 
 
 def characters(prompt: str | Sequence[Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from aria.engine import ContextLengthError, ParameterError
 from aria.serve import fields
-from aria.serve.exchange import CLIENT_GONE
 
 _KINDS = {
     401: "authentication_error",
@@ -58,6 +57,10 @@ _ELSEWHERE = {
     "/lora-adapters": "name an adapter in the field model",
 }
 """Beginnings of paths that OpenAI's, vLLM's or llama.cpp's servers have, and why they are not here."""
+_REPR = reprlib.Repr()
+"""Of values in bodies, which may be of any size: they are cut before they are written, not after."""
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
+_REPR.maxlevel = 2
 _BY_NAME = ("unsupported_field", "unsupported_value", "invalid_value")
 """Errors of a field by its name, which bodies raise as a whole; see `base.misfit`."""
 
@@ -125,8 +128,8 @@ def invalid_request(error: ValueError) -> ApiError:
     return ApiError(400, str(error), param=error.name if isinstance(error, ParameterError) else None)
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """What pydantic found wrong with a body, told by the name of the first field."""
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What pydantic found wrong with a body, by the name of the first field."""
     if not errors:
         return ApiError(400, "the body is not what this route takes")
     # A field that nobody knows is the clearest of several complaints about one place.
@@ -136,8 +139,6 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         place = place[1:]
     if error["type"].startswith("union_tag") and isinstance(error.get("input"), dict):
         place = (*place, error["ctx"]["discriminator"].removesuffix("()"))  # the field that tells
-    if error["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {error['ctx']['error']} at character {place[0]}", code="bad_json")
     param = _name(tuple(part for part in place if not (isinstance(part, str) and _TAG.fullmatch(part))))
     return ApiError(400, _sentence(error, param or "the body"), param=param or None, code=_code(error["type"]))
 
@@ -160,14 +161,14 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
     if kind == "union_tag_not_found":
         if isinstance(error.get("input"), dict):
             return f"{field} is missing, or is no string"
-        return f"{field} should be an object, but is {error.get('input')!r:.80}"
+        return f"{field} should be an object, but is {_REPR.repr(error.get('input'))}"
     if kind == "wrong_type":
-        return f"{field} {error['msg']}, but is {error.get('input')!r:.80}"
+        return f"{field} {error['msg']}, but is {_REPR.repr(error.get('input'))}"
     if kind == "value_error":
         return f"{field}: {context.get('error', error['msg'])}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{field} should be an object, but is {error.get('input')!r:.80}"
-    got = "" if isinstance(error.get("input"), dict | list) else f", but is {error.get('input')!r:.80}"
+        return f"{field} should be an object, but is {_REPR.repr(error.get('input'))}"
+    got = "" if isinstance(error.get("input"), dict | list) else f", but is {_REPR.repr(error.get('input'))}"
     return f"{field}: {error['msg'][:1].lower()}{error['msg'][1:]}{got}"
 
 
@@ -187,27 +188,20 @@ def install(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        if isinstance(error.body, bytes) and error.body:
-            kind = request.headers.get("content-type", "none")
-            return ApiError(
-                415, f"the content type is {kind}; expected application/json", code="unsupported_media_type"
-            ).response()
-        return from_validation(error.errors(), error.body).response()
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         path = request.url.path
+        if error.status_code == 400 and error.__cause__ is not None:
+            raise error.__cause__  # FastAPI takes all that goes wrong while a body is read for a fault of the body
         if error.status_code == 404:
             return not_found(path).response()
         if error.status_code == 405:
             allowed = Headers(error.headers or {}).get("allow", "another method")
             message = f"{request.method} is not what {path!r:.200} takes; it takes {allowed}"
             return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
-        if isinstance(error.__cause__, ClientDisconnect):
-            return Response(status_code=CLIENT_GONE)
-        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
-            return ApiError(400, _unreadable(error.__cause__), code="bad_json").response()
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
 
@@ -216,14 +210,3 @@ def not_found(path: str) -> ApiError:
     reason = next((reason for prefix, reason in _ELSEWHERE.items() if path.startswith(prefix)), None)
     more = f": {reason}" if reason else ""
     return ApiError(404, f"there is nothing at {path!r:.200}{more}", code="unknown_url")
-
-
-def _unreadable(cause: BaseException) -> str:
-    """Why bytes are no JSON."""
-    if isinstance(cause, UnicodeDecodeError):
-        return f"the body is not valid {cause.encoding}: {cause.reason} at byte {cause.start}"
-    if isinstance(cause, RecursionError):
-        return "the body is nested too deeply"
-    if isinstance(cause, ValueError):  # of JSON's values, only whole numbers have a limit
-        return f"the body has a number that is too long: {str(cause).partition(';')[0]}"
-    return "the body could not be read to its end"

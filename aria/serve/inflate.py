@@ -10,7 +10,7 @@ from starlette.types import Message, Receive
 
 from aria.serve.errors import ApiError
 
-PIECE = 1 << 20
+PIECE = 1 << 16
 """Most bytes of one message: a body of zeros inflates a thousandfold, and other requests want their turn."""
 _GZIP = 16 + zlib.MAX_WBITS
 _ENCODINGS = {"gzip": True, "x-gzip": True, "identity": False, "": False}
@@ -32,7 +32,7 @@ def is_compressed(headers: Headers) -> bool:
 
 
 def _refused(message: str) -> ApiError:
-    headers = {"Accept-Encoding": "gzip, identity", "Connection": "close"}
+    headers = {"Accept-Encoding": "gzip, identity"}
     return ApiError(415, message, code="unsupported_content_encoding", headers=headers)
 
 

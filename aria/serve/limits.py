@@ -1,33 +1,28 @@
-"""What every request passes before a route sees it: a key, a size, and a place."""
+"""What every request passes before a route sees it: the name that it calls the server by, and a key."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import logging
-from collections import Counter
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aria.serve.errors import ApiError, overloaded, unexpected
+from aria.serve.errors import ApiError, unexpected
 from aria.serve.exchange import CLIENT_GONE, Exchange
-from aria.serve.inflate import inflated, is_compressed
 from aria.serve.metrics import Metrics
 from aria.serve.settings import ServerSettings
+from aria.serve.traffic import client_of
 
 logger = logging.getLogger(__name__)
 
 KEYED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
 """Beginnings of the routes that need a key, where there are keys."""
-BODY_SECONDS = 30.0
-"""Without a byte of the body, before a request is given up; its place is somebody else's."""
-MOST_VALUES = 1 << 19
-"""In a body, more or less: JSON of millions would keep the event loop for minutes, and everybody with it. Media are one
-long text each."""
+_HOST_HEADER = re.compile(r"(\[[0-9a-z:.%]+\]|[^\[\]:/@?#\s]+)(?::\d{0,5})?", re.IGNORECASE)
 
 
 class Keys:
@@ -63,15 +58,44 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-@dataclass
-class Traffic:
-    """How many requests do work now, and whether more are let in."""
+class Hosts:
+    """Names that a server may be called by. A page of another site may make its own name lead here (DNS rebinding), and
+    its browser takes the server for that site then; an address is nobody's to make so.
 
-    places: int
-    """Requests that may do work at a time."""
-    running: int = 0
-    draining: bool = False
-    """Set by whoever ends the server: new work is refused."""
+    Args:
+        names: beside ``localhost``, names under it, and addresses: ``aria.example``, ``*.example``, ``*``.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._names = {name.lower().rstrip(".") for name in ("localhost", "*.localhost", *names)}
+
+    def check(self, headers: Headers) -> None:
+        """Look at a request's ``Host``.
+
+        Raises:
+            ApiError: 421, it is none of the names; 400, there is none or several.
+        """
+        given = headers.getlist("host")
+        if len(given) != 1 or not (match := _HOST_HEADER.fullmatch(given[0])):
+            said = f"is {given[0]!r:.100}" if len(given) == 1 else "is missing" if not given else "is there twice"
+            raise ApiError(400, f"the header Host {said}; expected the name that the server is called by")
+        name = match[1].lower().rstrip(".")
+        parents = (f"*.{name[dot + 1 :]}" for dot, letter in enumerate(name) if letter == ".")
+        if self._names.isdisjoint(("*", name, *parents)) and not _is_address(name):
+            raise ApiError(
+                421,
+                f"{name!r:.100} is not a name of this server (header Host); whoever runs it can allow it with "
+                "--allowed-hosts",
+                code="host_not_allowed",
+            )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name.removeprefix("[").removesuffix("]").partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 class Gate:
@@ -79,18 +103,15 @@ class Gate:
 
     Args:
         app: what is behind it.
-        settings: keys and limits.
+        settings: keys and host names.
         metrics: counts what comes out.
-        traffic: counted here.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics, traffic: Traffic):
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics):
         self._app = app
-        self._traffic = traffic
-        self._settings = settings
         self._metrics = metrics
         self._keys = Keys(settings.api_keys)
-        self._by_client: Counter[bytes] = Counter()
+        self._hosts = None if settings.api_keys and not settings.allowed_hosts else Hosts(settings.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,96 +143,21 @@ class Gate:
 
     async def _enter(self, scope: Scope, exchange: Exchange, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
+        if self._hosts is not None:
+            self._hosts.check(headers)
         keyed = scope["path"].startswith(KEYED)
-        client = (scope.get("client") or ("",))[0].encode()
+        client = client_of((scope.get("client") or ("",))[0]).encode()
         # A browser asks for permission (OPTIONS) without a key.
         if keyed and self._keys and scope["method"] != "OPTIONS":
             client = self._keys.check(headers.get("authorization"))
         exchange.client = client
-        if scope["method"] != "POST" or not keyed:
-            await self._app(scope, receive, send)
-            return
-        self._refuse(client)
-        self._traffic.running += 1
-        self._by_client[client] += 1
-        try:
-            await self._app(scope, self._body(headers, receive), send)
-        finally:
-            self._traffic.running -= 1
-            self._by_client[client] -= 1
-            if not self._by_client[client]:
-                del self._by_client[client]
-
-    def _refuse(self, client: bytes) -> None:
-        if self._traffic.draining:
-            raise overloaded("the server is about to end; ask another one", wait=5)
-        most = self._settings.max_concurrency_per_key
-        if most is not None and self._by_client[client] >= most:
-            raise overloaded(f"{most} requests at a time are allowed; wait for one of yours", status=429)
-        if self._traffic.running >= self._traffic.places:
-            raise overloaded("all places are taken, in the queue too; come again")
-
-    def _body(self, headers: Headers, receive: Receive) -> Receive:
-        """``receive`` that inflates a body, and ends at the limits of its size, before that and after it."""
-        most = self._settings.max_body
-        announced = headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > most:
-            raise _too_large(most)
-        receive = _timed(receive)
-        if is_compressed(headers):
-            receive = inflated(_measured(receive, most, values=None))
-        return _measured(receive, most, values=MOST_VALUES)
-
-
-def _timed(receive: Receive) -> Receive:
-    """``receive`` that gives up a body which stops."""
-    complete = False
-
-    async def timed() -> Message:
-        nonlocal complete
-        # Behind the body there is only the end of the connection to wait for, and that may come late.
-        try:
-            async with asyncio.timeout(None if complete else BODY_SECONDS):
-                message = await receive()
-        except TimeoutError:
-            headers = {"Connection": "close"}
-            raise ApiError(408, "the body stopped in the middle", code="body_timeout", headers=headers) from None
-        complete = not message.get("more_body", False)
-        return message
-
-    return timed
-
-
-def _measured(receive: Receive, most: int, values: int | None) -> Receive:
-    """``receive`` that ends at a body's largest size in bytes, and in commas and brackets of its JSON."""
-    taken, counted = 0, 0
-
-    async def measured() -> Message:
-        nonlocal taken, counted
-        message = await receive()
-        body = message.get("body", b"")
-        taken += len(body)
-        if taken > most:
-            raise _too_large(most)
-        if values is not None:
-            counted += body.count(b",") + body.count(b"[") + body.count(b"{")
-            if counted > values:
-                told = f"the body has more than {values:,} commas and brackets, which this server does not take"
-                raise ApiError(413, told, code="body_too_large", headers={"Connection": "close"})
-        return message
-
-    return measured
+        await self._app(scope, receive, send)
 
 
 def _normalized(scope: Scope) -> Scope:
     """The scope of the same request without a slash at the end of its path, and of GET in place of HEAD."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     return {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
-
-
-def _too_large(most: int) -> ApiError:
-    message = f"the body is larger than the {most:,} bytes that this server takes"
-    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
 def _route(scope: Scope) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cached_property
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from aria.serve.exchange import Exchange
 from aria.serve.metrics import Metrics
 from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings
+from aria.serve.traffic import WorkThreads
 from aria.serve.truncation import prepare_latest
 from aria.workers import BusyError
 from aria.workers.cancellation import run_cancellable
@@ -69,8 +69,8 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = _fingerprint(engine.engine.model)
         # Text never waits behind somebody's slow download.
-        self._texts = ThreadPoolExecutor(2, thread_name_prefix="aria-text")
-        self._media = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="aria-media")
+        self._texts = WorkThreads(2, "aria-text")
+        self._media = WorkThreads(settings.media_threads, "aria-media")
         self._named_media = NamedMedia(settings.named_media_bytes)
         self.adapters_lock = asyncio.Lock()
         """Held while adapters are loaded or unloaded."""
@@ -136,6 +136,16 @@ class Service:
             tokens = f"at least {-(-characters // self._token_characters)} tokens"
             raise ContextLengthError(self.defaults.max_model_len, tokens, "shorten it")
 
+    def check_media(self, count: int, param: str) -> None:
+        """Refuse more media than one request may have.
+
+        Raises:
+            ApiError: 400.
+        """
+        if count > self.settings.max_media:
+            most = f"{self.settings.max_media} are the most (--max-media)"
+            raise ApiError(400, f"there are {count} images, clips and documents, and {most}", param=param)
+
     def named(self, prompt: Sequence[Any], exchange: Exchange) -> Sequence[Any]:
         """A conversation with the media that it names by uuid. This may take as long as fetching them.
 
@@ -165,7 +175,7 @@ class Service:
         return prepare_latest(messages, prepare, measure, room=most - min(asked.params.max_tokens, most // 4))
 
     async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
-        """Do what takes time in a thread, which stops when the client leaves.
+        """Do what takes time in a thread, which stops when the client leaves; the request counts until it has.
 
         What is wrong with the request's messages or media becomes a 400.
         """
@@ -200,6 +210,7 @@ class Service:
             raise ApiError(
                 400, f"{wanted} answers are asked for, and {self.settings.max_choices} are the most", param="n"
             )
+        self.check_media(asked.media, param)
         began = time.perf_counter()
 
         def work() -> list[Prepared]:
@@ -212,7 +223,7 @@ class Service:
         if asked.params.constraint is not None:
             # Otherwise the engine's thread would do it, while everybody's answers wait.
             await self.off_loop(lambda: self._compile(asked))
-        prepared = await self.off_loop(work, media=asked.has_media, param=param)
+        prepared = await self.off_loop(work, media=asked.media > 0, param=param)
         exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
         run = Run(self, asked, prepared, id, name, began, exchange)
         try:

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from aria.serve.errors import ApiError, unexpected
+from aria.serve.traffic import current_work
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,32 +71,43 @@ class EventStream(Response):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def pump() -> None:
+        started = False
+
+        async def end(error: Exception | None = None) -> None:
+            # The status is out already: what went wrong comes as the last event.
+            last = b"" if error is None else _last(error, scope["state"]["exchange"].request_id)
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+        async def answer() -> None:
+            nonlocal started
+            started = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 async with aclosing(self._events) as events:
                     async for event in events:
                         await send({"type": "http.response.body", "body": event, "more_body": True})
             except Exception as error:
-                # The status is out already: what went wrong comes as the last event.
-                told = _told(error, scope["state"]["exchange"].request_id)
-                await send({"type": "http.response.body", "body": told, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        async def answer() -> None:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await pump()
+                await end(error)
+            else:
+                await end()
 
         task, gone = asyncio.ensure_future(answer()), asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 task.result()
+        except asyncio.CancelledError:
+            work = current_work()
+            if work is None or not work.over or task.done() or not started:
+                raise
+            await _cancel(task)
+            await end(work.reason)
         finally:
             await _cancel(task, gone)
             await self._close()
 
 
-def _told(error: Exception, request_id: str) -> bytes:
+def _last(error: Exception, request_id: str) -> bytes:
     if not isinstance(error, ApiError):
         logger.error("request %s failed in the middle of its stream", request_id, exc_info=error)
         error = unexpected(request_id)

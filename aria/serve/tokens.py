@@ -49,7 +49,8 @@ async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> 
             prepared = processor.prepare(service.named(said, exchange), **template)
             return prepared.ids, _costs(prepared, previews=bool(body.return_previews))
 
-        ids, media = await service.off_loop(prepare, media=bodies.has_media(said), param="messages")
+        service.check_media(shown := bodies.count_media(said), "messages")
+        ids, media = await service.off_loop(prepare, media=shown > 0, param="messages")
     named = processor.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=defaults.max_model_len, tokens=ids, token_strs=named, media=media)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from typing import Any
 
 import httpx2
 import openai
-import uvicorn
 from fastapi import FastAPI
 
 from aria.engine import AsyncEngine, Result, SamplingParams
 from aria.serve.app import create_app
+from aria.serve.run import Server, configure
 from aria.serve.settings import ServerSettings
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -33,11 +34,19 @@ def engine() -> AsyncEngine:
 class Live:
     """A server that runs, and clients of it."""
 
-    def __init__(self, app: FastAPI, port: int, key: str):
+    def __init__(self, app: FastAPI, server: Server, key: str):
         self.app = app
-        self.address = f"http://127.0.0.1:{port}"
+        self.server = server
+        self.port = server.servers[0].sockets[0].getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
         self.http = httpx2.Client(base_url=self.address, timeout=60, headers={"Authorization": f"Bearer {key}"})
         self.openai = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        """A bare connection, on which something was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(sent)
+        return connection
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
         """A body as it is, past the client's own checks."""
@@ -56,12 +65,12 @@ def running(settings: ServerSettings | None = None, key: str = "none") -> Iterat
     """A server until the block ends. The engine belongs to all of them: what it may read is as before afterwards."""
     media = engine().engine.processor.media
     app = create_app(engine(), settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = Server(configure(app, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         until(lambda: server.started)
-        yield Live(app, server.servers[0].sockets[0].getsockname()[1], key)
+        yield Live(app, server, key)
     finally:
         engine().engine.processor.media = media
         server.should_exit = True

@@ -188,7 +188,7 @@ def test_clients_that_leave_free_the_servers_threads() -> None:
             b'{"max_tokens": 1, "messages": [{"role": "user", "content": '
             b'[{"type": "image_url", "image_url": {"url": "%s"}}]}]}' % address.encode()
         )
-        request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         clients = []
         for _ in range(2):
             client = socket.create_connection((host, int(port)))

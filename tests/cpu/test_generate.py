@@ -180,10 +180,6 @@ def test_ids_that_cannot_be_looked_up_are_refused(pair, given, message):
         ('{"eos_token_id": "x"}', "eos_token_id is 'x'; expected a token id or a list of them"),
         ('{"eos_token_id": [2, true]}', "eos_token_id"),
         ('{"do_sample": 1}', "do_sample is 1; expected true or false"),
-        ('{"temperature": -1}', "temperature is -1; expected a number from 0 to 2"),
-        ('{"temperature": NaN}', "temperature is nan; expected a finite number"),
-        ('{"top_p": 1e9}', "top_p is 1000000000.0; expected a number from 0"),
-        ('{"num_return_sequences": 1000000000}', r"num_return_sequences is 1e\+09; expected 1 to 1,024"),
     ],
 )
 def test_a_bad_generation_config_is_named(tmp_path, content, message):

@@ -197,6 +197,6 @@ def test_the_description_has_every_route(live):
     described = live.http.get("/openapi.json").json()["paths"]
     assert {*GOOD, "/v1/models", "/health", "/ready", "/metrics"} <= described.keys()
     for path in GOOD:
-        statuses = {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503"}
+        statuses = {"200", "400", "401", "404", "408", "413", "415", "421", "429", "500", "503", "504"}
         assert described[path]["post"]["responses"].keys() == statuses
         assert "requestBody" in described[path]["post"]

@@ -15,7 +15,7 @@ from functools import partial
 
 import httpx2
 import pytest
-from serving import engine, running, until
+from serving import Live, engine, running, until
 from test_serve_limits import error_of
 
 from aria.serve import inflate
@@ -248,6 +248,71 @@ def test_a_browser_may_send_the_headers_of_the_official_client():
         assert "access-control-allow-origin" not in other.headers
 
 
+# Names, and proxies
+
+
+def named(live: Live, *hosts: str, path: str = "/version") -> httpx2.Response:
+    """A request that calls the server by some names."""
+    return live.http.get(path, headers=[("Host", host) for host in hosts])
+
+
+def test_without_keys_a_server_answers_to_names_that_nobody_else_can_give_it(live):
+    """A page of another site may make its name lead here: its browser takes the server for that site then."""
+    port = live.http.base_url.port
+    for host in (f"127.0.0.1:{port}", "localhost", f"LOCALHOST:{port}", "localhost.", "aria.localhost", "[::1]:8000",
+                 "192.168.1.5:8000", "[fe80::1%25eth0]"):  # fmt: skip
+        assert named(live, host).status_code == 200, host
+    for path in ("/version", "/", "/health", "/v1/models", "/metrics", "/openapi.json"):
+        error = error_of(named(live, "evil.example", path=path), 421)
+        assert error["code"] == "host_not_allowed" and "--allowed-hosts" in error["message"]
+    refused = live.http.post(CHAT, content=BODY, headers={**JSON, "Host": "127.0.0.1.evil.example"})
+    error_of(refused, 421)
+    for host in ("notlocalhost", "localhost.evil.example", "1.2.3.4.5", "2130706433x"):
+        error_of(named(live, host), 421)
+    for hosts in ((), ("localhost", "evil.example"), ("evil.example@localhost",), ("localhost/evil.example",)):
+        with live.connect(b"GET /version HTTP/1.1\r\n" + b"".join(b"Host: %s\r\n" % one.encode() for one in hosts)
+                          + b"\r\n") as bare:  # fmt: skip
+            assert bare.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+def test_names_can_be_allowed():
+    with running(ServerSettings(allowed_hosts=("aria.example", "*.lan"))) as live:
+        for host in ("aria.example:8000", "Aria.Example", "box.lan", "a.b.lan", "localhost", "10.0.0.1"):
+            assert named(live, host).status_code == 200, host
+        for host in ("lan", "sub.aria.example", "evil.example", "evillan"):
+            error_of(named(live, host), 421)
+    with running(ServerSettings(allowed_hosts=("*",))) as live:
+        assert named(live, "evil.example").status_code == 200
+    with running(ServerSettings(api_keys=("key",)), key="key") as live:
+        assert named(live, "any.example").status_code == 200
+    with running(ServerSettings(api_keys=("key",), allowed_hosts=("aria.example",)), key="key") as live:
+        assert named(live, "aria.example").status_code == 200
+        error_of(named(live, "any.example"), 421)
+
+
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "client"),
+    [
+        ((), "1.2.3.4", b"127.0.0.1"),
+        (("10.0.0.0/8",), "1.2.3.4", b"127.0.0.1"),
+        (("127.0.0.1",), "1.2.3.4", b"1.2.3.4"),
+        (("127.0.0.0/8",), "1.2.3.4, 5.6.7.8", b"5.6.7.8"),
+        (("127.0.0.1", "5.6.7.8"), "1.2.3.4, 5.6.7.8", b"1.2.3.4"),
+        (("127.0.0.1",), "2001:db8:1:2:3::4", b"2001:db8:1:2::/64"),
+        (("127.0.0.1",), None, b"127.0.0.1"),
+    ],
+)
+def test_only_proxies_are_believed_whom_they_speak_for(monkeypatch, proxies, forwarded, client):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # uvicorn's own setting
+    with running(ServerSettings(trusted_proxies=proxies)) as live:
+        seen = []
+        tokenize = live.app.state.traffic.work
+        monkeypatch.setattr(live.app.state.traffic, "work", lambda client: seen.append(client) or tokenize(client))
+        headers = {} if forwarded is None else {"X-Forwarded-For": forwarded, "X-Forwarded-Proto": "https"}
+        assert live.http.post("/tokenize", json={"prompt": "a"}, headers=headers).status_code == 200
+        assert seen == [client]
+
+
 # The access log
 
 
@@ -266,7 +331,7 @@ def access_lines() -> Iterator[list[str]]:
 
 def test_each_request_has_a_line_without_its_contents():
     settings = ServerSettings(api_keys=("secret-key",), cors_origins=("*",))
-    with access_lines() as lines, running(settings, key="secret-key") as live:
+    with running(settings, key="secret-key") as live, access_lines() as lines:
         answer = live.post(CHAT, messages=[{"role": "user", "content": "private"}], max_tokens=2, ignore_eos=True)
         usage, name = answer.json()["usage"], answer.headers["x-request-id"]
         with live.http.stream(
@@ -280,7 +345,7 @@ def test_each_request_has_a_line_without_its_contents():
         httpx2.options(live.address + CHAT, headers=asked)
         with socket.create_connection(("127.0.0.1", live.http.base_url.port)) as half:
             head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret-key\r\nX-Request-Id: half"
-            half.sendall(f"{head}\r\nContent-Length: 99\r\n\r\n{{".encode())
+            half.sendall(f"{head}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
         until(lambda: any("id=half" in line for line in lines))
     tokens = f"prompt={usage['prompt_tokens']} completion={usage['completion_tokens']}"
     expected = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +19,7 @@ from serving import engine, idle, running, until
 from typer.main import get_command
 
 from aria.cli import app
-from aria.serve import limits
+from aria.serve import json_reader
 from aria.serve.answers import ROUTES
 from aria.serve.limits import open_to_strangers
 from aria.serve.page import FOLDER
@@ -276,7 +275,7 @@ def test_a_body_has_a_largest_size():
 
 
 def test_a_body_has_only_so_many_values(live):
-    values = {"tokens": [1] * (limits.MOST_VALUES + 1)}
+    values = {"tokens": [1] * (json_reader.MOST_VALUES + 1)}
     error = error_of(live.post("/detokenize", **values), 413)
     assert "commas and brackets" in error["message"]
     assert live.post("/detokenize", tokens=[1] * 5000).status_code == 200
@@ -300,17 +299,6 @@ def test_of_many_faults_one_is_looked_for(path, body):
     with pytest.raises(ValidationError) as caught:
         kinds[path].model_validate(body)
     assert caught.value.error_count() == 1
-
-
-def test_a_body_that_stops_is_given_up(live, monkeypatch):
-    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
-    host, port = live.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as half:
-        half.sendall(
-            b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-        )
-        assert half.recv(1000).startswith(b"HTTP/1.1 408 ")
-    assert live.app.state.traffic.running == 0
 
 
 def test_the_documentation_names_what_there_is(live):

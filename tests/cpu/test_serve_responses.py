@@ -182,7 +182,7 @@ def test_bodies_become_messages_and_parameters():
         {"type": "text", "text": "what?"},
     ]
     assert asked.params == SamplingParams(max_tokens=7, temperature=1.0, stop="x", logit_bias={5: -1})
-    assert asked.has_media
+    assert asked.media
     new = ResponsesRequest.model_validate(
         {"input": [{"role": "user", "content": [{"type": "input_video", "video_url": "b.mp4", "fps": 2.0},
                                                 {"type": "input_file", "file_url": "https://a/c.pdf"}]}]}
