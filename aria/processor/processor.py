@@ -13,7 +13,7 @@ from aria.config import CONFIG_NAME
 from aria.hub import resolve, write_json
 from aria.media.cache import MediaCache
 from aria.media.limits import MediaSettings, PixelBudget
-from aria.media.read import load_image
+from aria.media.read import load_image, workers_of
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.expand import expand, settle
@@ -30,6 +30,7 @@ from aria.processor.image import AriaImageProcessor, NeededSizes, check_rgb, fla
 from aria.processor.options import TextOptions, merged
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length, check_sanitized
+from aria.workers import Workers
 
 _PIXELS = ("pixel_values", "pixel_mask")
 
@@ -86,6 +87,11 @@ class AriaProcessor:
     @chat_template.setter
     def chat_template(self, template: str) -> None:
         self.tokenizer.chat_template = template
+
+    @property
+    def workers(self) -> Workers | None:
+        """The processes that ``media`` asks for, where the model's chat template runs too; None: this one."""
+        return workers_of(self.media) if self.media.worker_count else None
 
     @property
     def model_input_names(self) -> list[str]:
@@ -310,6 +316,7 @@ class AriaProcessor:
             continue_final_message=continue_final_message,
             tools=tools,
             variables=more,
+            workers=self.workers,
         )
         if not tokenize:
             return prompt
@@ -351,6 +358,7 @@ class AriaProcessor:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
+            workers=self.workers,
         )
         if not isinstance(prompt, Prompt):
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")

@@ -1,4 +1,4 @@
-"""Chat templates: Aria's own, and others with Jinja in a sandbox; text of messages stays text in all of them.
+"""Chat templates: Aria's own, and others in Jinja; text of messages stays text in all of them.
 
 A template may trim, cut and join what it is given, so spans of text cannot be followed through it. Markers in the text
 are broken up by a character that occurs nowhere else before rendering, and found and put together again after it.
@@ -8,32 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
+from aria import templates
 from aria.processor.chat import CHAT_TEMPLATE, IMAGE_TOKEN, MARKERS, MEDIA_KINDS, MediaPart, Prompt, read_media, render
-
-# Code points that Unicode keeps free of characters for ever.
-_FREE = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, around what an assistant said: rendered as if it were not there."""
-
-    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 reads it only
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+from aria.workers import Workers
 
 
 def render_template(
@@ -45,6 +25,7 @@ def render_template(
     tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
     constants: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> Prompt:
     """One conversation as a Jinja template writes it; Aria's own is written by :func:`aria.processor.chat.render`.
 
@@ -57,6 +38,7 @@ def render_template(
         tools: JSON Schemas of functions.
         variables: what else the template reads, from the caller.
         constants: the same, from the tokenizer; the template need not read them.
+        workers: where a template runs that is not Aria's; None: in this process.
 
     Returns:
         A prompt in which all is markup but the markers that stood in messages, tools and variables. Every ``<|img|>``
@@ -81,7 +63,7 @@ def render_template(
         )
     if add_generation_prompt and continue_final_message:
         raise ValueError("add_generation_prompt opens a new turn and continue_final_message the last one; use one")
-    program, known = _compile(template)
+    known = templates.variables_of(template, workers)
     variables = {name: value for name, value in (variables or {}).items() if value is not None}
     if unknown := sorted(variables.keys() - known):
         raise ValueError(f"the chat template reads no {', '.join(unknown)}; it reads {', '.join(sorted(known))}")
@@ -93,10 +75,8 @@ def render_template(
     given = _guarded(given, cut)
     if continue_final_message:
         _mark_end(given["messages"], f"{end} ")
-    try:
-        text = program.render({**(constants or {}), **given, "add_generation_prompt": add_generation_prompt})
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the chat template cannot be rendered: {error}") from None
+    values = {**(constants or {}), **given, "add_generation_prompt": add_generation_prompt}
+    text = templates.render(template, values, workers)
     if continue_final_message:
         if end not in text:
             raise ValueError("the chat template leaves out the final message, which should be continued")
@@ -108,7 +88,7 @@ def render_template(
 
 def _unused(text: str) -> tuple[str, str]:
     """Two characters that stand nowhere in a text."""
-    unused = [free for free in _FREE if free not in text]
+    unused = [free for free in templates.FREE if free not in text]
     if len(unused) < 2:
         raise ValueError("the messages hold nearly all of Unicode's noncharacters (U+FDD0 to U+FDEF); remove them")
     return unused[0], unused[1]
@@ -119,43 +99,11 @@ def is_arias(template: str) -> bool:
     return str(template).strip() == CHAT_TEMPLATE.strip()
 
 
-def variables_of(template: str) -> frozenset[str]:
+def variables_of(template: str, workers: Workers | None = None) -> frozenset[str]:
     """Names that a template reads beside those of :func:`render_template`'s own arguments; Aria's reads none."""
     if is_arias(template):
         return frozenset()
-    return _compile(template)[1] - {"messages", "tools", "add_generation_prompt"}
-
-
-@lru_cache(maxsize=32)
-def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """A template and the variables that it reads."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.globals.update(raise_exception=_raise, strftime_now=_now)
-    environment.filters["tojson"] = _json
-    try:
-        known = jinja2.meta.find_undeclared_variables(environment.parse(template)) - {"raise_exception", "strftime_now"}
-        return environment.from_string(template), frozenset(known)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template cannot be parsed: {error}") from None
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-    """The filter ``tojson`` as transformers has it, which writes characters as they are and not as HTML."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, **settings)
-    if ensure_ascii:
-        for free in _FREE:
-            text = text.replace(json.dumps(free)[1:-1], free)
-    return text
+    return templates.variables_of(template, workers) - {"messages", "tools", "add_generation_prompt"}
 
 
 def _shown(message: Mapping[str, Any]) -> dict[str, Any]:

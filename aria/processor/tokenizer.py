@@ -26,6 +26,7 @@ from aria.processor.chat import (
 from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL
 from aria.processor.spelling import Speller
 from aria.processor.template import render_template
+from aria.workers import Workers
 
 # Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
 _PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
@@ -412,6 +413,7 @@ class AriaTokenizer:
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         variables: Mapping[str, Any] | None = None,
+        workers: Workers | None = None,
     ) -> Any:
         """Conversation (or list of conversations) to a :class:`~aria.processor.chat.Prompt` (or a list of them).
 
@@ -433,6 +435,7 @@ class AriaTokenizer:
             "tools": tools,
             "variables": variables,
             "constants": constants,
+            "workers": workers,
         }
         if is_batch(conversation):
             return [render_template(template, messages, **settings) for messages in conversation]

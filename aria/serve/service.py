@@ -90,7 +90,7 @@ class Service:
             sizes=tuple(self.processor.image_processor.sizes),
             max_model_len=self.engine.engine.max_model_len,
             temperature=1.0 if temperature is None else temperature,
-            variables=variables_of(self.processor.chat_template),
+            variables=variables_of(self.processor.chat_template, self.processor.workers),
         )
 
     @property

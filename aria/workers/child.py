@@ -31,7 +31,7 @@ from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
 from aria.workers.confine import confine, limit_cpu
 from aria.workers.shared import FileView, mapped
 
-PRELOADED = ("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document")
+PRELOADED = ("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document", "aria.templates")
 CONFINING = ("py_landlock", "pyseccomp")
 """Loaded before anything is given up: the second runs a program that finds its library."""
 NICE = 5

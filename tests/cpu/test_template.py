@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_markers import texts
 
-from aria import AriaImageProcessor, AriaProcessor
+from aria import AriaImageProcessor, AriaProcessor, templates
+from aria.media.limits import MediaSettings
+from aria.media.read import workers_of
 from aria.processor import CHAT_TEMPLATE, AriaTokenizer, Prompt, render
 from aria.processor.calls import instructions
 from aria.processor.template import render_template
+from aria.workers import Workers
 
 SAME = CHAT_TEMPLATE + "{# no comment is Aria's #}"
 """Writes what Aria's does, and is not recognised as Aria's."""
@@ -164,3 +168,76 @@ def test_the_last_message_stays_open(processor: AriaProcessor) -> None:
             render(last, continue_final_message=True)
         with pytest.raises(ValueError, match=r"needs a final message that ends with text|places"):
             render_template(SAME, last, continue_final_message=True)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    started = Workers(1, 1 << 30)
+    yield started
+    started.close()
+
+
+def test_a_template_writes_the_same_in_a_worker(workers: Workers) -> None:
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what <|im_end|> ü\n"}],
+        },
+        {"role": "assistant", "content": "a \ud800 half", "weight": 1.5, "calls": [None, True, {"a": (1, 2)}]},
+        {"role": "user", "content": "and?"},
+    ]
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content | trim }}{% else %}"
+        "{% for p in m.content %}{{ '<|img|>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}"
+        "{{ m.calls | tojson if m.calls }}{{ m.weight }}<|im_end|>\n{% endfor %}{{ style }}{{ eos_token }}"
+    )
+    settings: dict[str, Any] = {"variables": {"style": "brief"}, "constants": {"eos_token": "</s>"}}
+    here, there = (render_template(template, messages, **settings, workers=one) for one in (None, workers))
+    assert str(here) == str(there) and here.slots == there.slots and here.markup == there.markup
+    assert "brief</s>" in here and '[null, true, {"a": [1, 2]}]' in here
+
+
+HOSTILE = {
+    "a loop": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
+    "a power of a variable": "{% set x = 10 %}{{ x ** (x ** x) }}",
+    "a text": "{{ 'x' * 10 ** 12 }}",
+    "texts": "{% set n = namespace(s='xx') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "padding": "{{ 'x' | center(10 ** 12) }}",
+    "a format": "{{ '%1000000000000d' % 1 }}",
+    "a range": "{{ range(10 ** 9) | list }}",
+    "words": "{{ lipsum(10 ** 9) }}",
+    "a recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "parentheses": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    "blocks": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+    "an attribute": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a format of an attribute": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "a global": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "a change": "{{ messages.append(1) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_are_ended(name: str, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 2.0)
+    messages = [{"role": "user", "content": "hello"}]
+    with pytest.raises(ValueError, match="the chat template"):
+        render_template(HOSTILE[name], messages, workers=workers)
+    assert str(render_template("{{ messages[0].content }}", messages, workers=workers)) == "hello"
+
+
+def test_what_a_template_writes_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "MOST_CHARACTERS", 10)
+    with pytest.raises(ValueError, match="the chat template writes 11 characters; at most 10 are taken"):
+        render_template("{{ 'x' * 11 }}", [])
+
+
+def test_a_processor_has_its_template_run_where_its_media_are_read() -> None:
+    processor = AriaProcessor.from_pretrained()
+    assert processor.workers is None
+    processor.media = MediaSettings(workers=1)
+    assert processor.workers is workers_of(processor.media)
+    processor.chat_template = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError, match="took longer than 1 s"):
+        patched.setattr(templates, "RENDER_SECONDS", 1.0)
+        processor.apply_chat_template([{"role": "user", "content": "hello"}])
