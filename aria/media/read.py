@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import operator
 import os
 import sys
 import threading
@@ -227,7 +228,7 @@ def read_document(
     result, arrays = _run(document.read, pdf, settings, settings.decode_timeout, arguments, spend, _calls(sizes=sizes))
     with _well_formed(pdf.name):
         return [
-            Page(number, _scaled(width, height, arrays, count), result["pages"])
+            Page(_whole(number), _scaled(width, height, arrays, count), _whole(result["pages"]))
             for number, width, height, count in result["read"]
         ]
 
@@ -236,7 +237,7 @@ def _frames(name: str, result: dict[str, Any], arrays: list[np.ndarray]) -> dict
     """Frames by time."""
     with _well_formed(name):
         return {
-            moment: Frame(Fraction(above, below), _scaled(width, height, arrays, count))
+            _whole(moment): Frame(Fraction(_whole(above), _whole(below)), _scaled(width, height, arrays, count))
             for moment, above, below, width, height, count in result["frames"]
         }
 
@@ -248,6 +249,10 @@ def _scaled(width: Any, height: Any, arrays: list[np.ndarray], count: int | None
         raise ValueError("arrays that are no images")
     width, height = _checked((width, height))
     return Scaled((width, height), own)
+
+
+_whole = operator.index
+"""A whole number that a worker returned, as it is; anything else is a TypeError."""
 
 
 @contextlib.contextmanager
@@ -301,11 +306,23 @@ def _decodes(gpu: int) -> bool:
 def _plan_of(value: Any, name: str) -> Plan:
     """A plan that a worker made; what lies in it may be anything."""
     with _well_formed(name):
-        (width, height), first, unit, counted, animation, chosen, runs = value
+        (width, height), first, (above, below), counted, animation, chosen, runs = value
         return Plan(
-            (int(width), int(height)), int(first), Fraction(*unit), bool(counted), animation, dict(chosen),
-            [Run(key, {index: Key(*one) for index, one in keys}, times) for key, keys, times in runs],
-        )  # fmt: skip
+            (_whole(width), _whole(height)),
+            _whole(first),
+            Fraction(_whole(above), _whole(below)),
+            bool(counted),
+            None if animation is None else str(animation),
+            {_whole(number): _whole(moment) for number, moment in chosen},
+            [
+                Run(_whole(key), {_whole(number): _key(*one) for number, one in keys}, list(map(_whole, times)))
+                for key, keys, times in runs
+            ],
+        )
+
+
+def _key(number: Any, *times: Any) -> Key:
+    return Key(_whole(number), *(None if moment is None else _whole(moment) for moment in times))
 
 
 def _decode_on_gpu(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import threading
@@ -253,8 +254,12 @@ class _Dialogue:
         if name == "array":
             self._array(arguments)
             return
-        if name not in self._calls:
+        if name not in self._calls or not isinstance(arguments, list):
             raise ChannelClosedError(f"a call of {name!r:.50}")
+        try:
+            inspect.signature(self._calls[name]).bind(*arguments)
+        except TypeError as error:
+            raise ChannelClosedError(f"a call of {name} with {len(arguments)} arguments") from error
         try:
             self._worker.reply(self._result_of(self._calls[name], arguments))
         except ValueError as error:
@@ -272,7 +277,7 @@ class _Dialogue:
             self._schedule.set_waiting(self._turn, False)
 
     def _array(self, shape: Any) -> None:
-        if not isinstance(shape, list) or not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in shape):
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
             raise ChannelClosedError(f"an array of {shape!r:.50}")
         size = int(np.prod([1, *shape], dtype=object))
         self._room -= size

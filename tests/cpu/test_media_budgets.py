@@ -23,7 +23,7 @@ from aria.media import document, open, read, rgb, video
 from aria.media.cache import MediaCache
 from aria.media.fetch import fetch
 from aria.media.limits import DECODED, RECEIVED, MediaSettings, MemoryBudget, PixelBudget
-from aria.media.open import open_medium
+from aria.media.open import Opened, open_medium
 from aria.media.read import Page, Scaled, read_clip, read_document, read_image
 from aria.processor import AriaImageProcessor, load_image
 from aria.processor.image import NeededSizes
@@ -389,3 +389,28 @@ def test_what_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(rgb, "read", lambda job, *_, arguments=arguments: job.call("take", *arguments))
         with pytest.raises(ValueError, match="expected numbers of pixels and bytes"):
             load_image(b"x")
+
+
+@pytest.mark.parametrize("moments", [(0, None), (0, "1"), (0.5,), ([0],)], ids=["none", "text", "fraction", "list"])
+def test_times_that_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, moments: Any) -> None:
+    def lie(job: Any, *_: Any) -> Any:
+        for _ in moments:
+            job.array((4, 4, 3))
+        return {"frames": [(moment, 0, 1, 4, 4, 1) for moment in moments]}
+
+    monkeypatch.setattr(video, "read", lie)
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        read_clip(Opened(b"x", "the clip"), num_frames=2, settings=MediaSettings(clip_decoder="cpu"))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None, [(4, 3), 0, (1, 0), False, None, [], []], [(4, 3), 0, (1, "2"), False, None, [], []],
+        [(4, 3), 0, (1, 2), False, None, [(0, None)], []], [(4, 3), 0, (1, 2), False, None, [], [("a", [], [])]],
+    ],
+    ids=["nothing", "unit of zero", "unit of text", "no time", "key of text"],
+)  # fmt: skip
+def test_a_plan_that_a_worker_makes_may_be_anything(plan: Any) -> None:
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        read._plan_of(plan, "the clip")

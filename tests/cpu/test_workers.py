@@ -113,7 +113,9 @@ def test_views_of_one_file_have_positions_of_their_own() -> None:
         (tasks.allocate, (4 << 30,), "takes more than the 1,073,741,824 bytes of memory"),
         (tasks.lie, (), "the process that read it crashed"),
         (tasks.huge_array, (), "the process that read it crashed"),
+        (tasks.odd_array, (), "the process that read it crashed"),
         (tasks.unknown_call, (), "the process that read it crashed"),
+        (tasks.odd_call, (), "the process that read it crashed"),
     ],
 )
 def test_what_goes_wrong_is_a_value_error_and_the_next_job_runs(
@@ -122,7 +124,7 @@ def test_what_goes_wrong_is_a_value_error_and_the_next_job_runs(
     if function is tasks.allocate and sys.platform != "linux":
         pytest.skip("address space is limited on Linux")
     with pytest.raises(ValueError, match=message):
-        run(workers, function, *arguments)
+        run(workers, function, *arguments, calls={"second": len})
     assert run(workers, tasks.double, 1, files=[b""])["double"] == 2
 
 

@@ -66,6 +66,14 @@ def huge_array(job: Any) -> None:
     job.array((1 << 39,))
 
 
+def odd_array(job: Any) -> None:
+    job.array((True, 2))
+
+
+def odd_call(job: Any) -> None:
+    job.call("second", 1, 2, 3)
+
+
 def unknown_call(job: Any) -> None:
     job.call("system", "rm")
 
