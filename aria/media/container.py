@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,7 +95,17 @@ class Run(NamedTuple):
 
 
 class Watch:
-    """Ends the reading of one clip, in all its threads, when it takes too long or is given up."""
+    """Ends the reading of one clip, in all its threads, when it takes too long or is given up.
+
+    Args:
+        name: what errors call it.
+        seconds: that it may take.
+    """
+
+    @classmethod
+    def of(cls, job: Any, name: str, seconds: float) -> Watch:
+        """For a job; who waits for one in another process has a watch of its own."""
+        return cls(name, math.inf if job.remote else seconds)
 
     def __init__(self, name: str, seconds: float):
         self._name, self._seconds = name, seconds

@@ -55,7 +55,7 @@ def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: Media
         ValueError: no PDF, a damaged or locked one, pages that it does not have, or over a limit.
     """
     report_to(job)
-    watch = Watch(name, settings.decode_timeout)
+    watch = Watch.of(job, name, settings.decode_timeout)
     with _opened(JobFile(job, name)) as pdf:
         with _PDFIUM:
             count = len(pdf)

@@ -180,7 +180,7 @@ def read(job: Any, name: str, asked: Asked, settings: MediaSettings, threads: in
     each frame, whose arrays are ``(height, width, 3)``.
     """
     report_to(job)
-    clip, watch = JobFile(job, name), Watch(name, settings.decode_timeout)
+    clip, watch = JobFile(job, name), Watch.of(job, name, settings.decode_timeout)
     planned = plan(clip, asked, settings, watch)
     return _read(job, clip, planned, settings, watch, threads)
 
@@ -188,12 +188,12 @@ def read(job: Any, name: str, asked: Asked, settings: MediaSettings, threads: in
 def read_planned(job: Any, name: str, planned: Any, settings: MediaSettings) -> dict[str, Any]:
     """:func:`read` by a plan that :func:`make_plan` gave."""
     report_to(job)
-    return _read(job, JobFile(job, name), planned, settings, Watch(name, settings.decode_timeout), None)
+    return _read(job, JobFile(job, name), planned, settings, Watch.of(job, name, settings.decode_timeout), None)
 
 
 def make_plan(job: Any, name: str, asked: Asked, settings: MediaSettings) -> list[Any]:
     """The plan of the clip in a job's file, as JSON; pixels and memory are asked for as by :func:`read`."""
-    planned = plan(JobFile(job, name), asked, settings, Watch(name, settings.decode_timeout))
+    planned = plan(JobFile(job, name), asked, settings, Watch.of(job, name, settings.decode_timeout))
     _ask(job, planned)
     runs = [(run.key, list(run.keys.items()), run.times) for run in planned.runs]
     unit = planned.unit.numerator, planned.unit.denominator

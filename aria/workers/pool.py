@@ -65,7 +65,8 @@ class Workers:
             function: of a module's top level.
             arguments: anything that can be pickled.
             name: what errors call the thing that is worked on.
-            seconds: after which the process is killed, counted from now.
+            seconds: after which the process is killed, counted from now; three times as many where others' jobs, or
+                the machine's, left it less than half of them.
             files: what ``job.file(index)`` opens.
             calls: what ``job.call`` reaches. They run in this thread; a ValueError that one raises is raised in the
                 worker, and any other exception ends the job and is raised here. The process may be in the hands of
@@ -80,7 +81,7 @@ class Workers:
             WorkerError: no process can be started.
             Cancelled: the caller has left, see :mod:`aria.workers.cancellation`.
         """
-        end = time.monotonic() + seconds
+        deadline = _Deadline(seconds)
         with contextlib.ExitStack() as held:
             inputs = []
             for one in files:
@@ -88,17 +89,17 @@ class Workers:
                     one = SharedFile.of_bytes(one)
                     held.callback(one.close)
                 inputs.append(one)
-            held.enter_context(self._place(end))
+            held.enter_context(self._place(deadline))
             turn = self._schedule.enter()
             worker = None
             healthy = False
             try:
-                self._wait(turn.runs.is_set, end)
+                self._wait(turn.runs.is_set, deadline)
                 worker = self._take()
                 self._schedule.set_worker(turn, worker)
                 qualified = f"{function.__module__}:{function.__qualname__}"
                 worker.start(qualified, arguments, inputs, cpu_seconds=seconds * 2 + 5)
-                result = _Dialogue(self, worker, turn, name, calls or {}, end, seconds).run()
+                result = _Dialogue(self, worker, turn, name, calls or {}, deadline).run()
                 healthy = True
                 return result
             except ChannelClosedError as error:
@@ -164,14 +165,14 @@ class Workers:
             worker.kill()
 
     @contextlib.contextmanager
-    def _place(self, end: float) -> Iterator[None]:
-        self._wait(lambda: self._places.acquire(blocking=False), end)
+    def _place(self, deadline: _Deadline) -> Iterator[None]:
+        self._wait(lambda: self._places.acquire(blocking=False), deadline)
         try:
             yield
         finally:
             self._places.release()
 
-    def _wait(self, ready: Callable[[], bool], end: float) -> None:
+    def _wait(self, ready: Callable[[], bool], deadline: _Deadline) -> None:
         """Until something is so.
 
         Raises:
@@ -180,7 +181,7 @@ class Workers:
         """
         while not ready():
             check_cancelled()
-            if time.monotonic() > end:
+            if deadline.last < time.monotonic():
                 raise BusyError("too many media are being read; try again later")
             self._schedule.update()
             time.sleep(0.005)
@@ -198,6 +199,15 @@ def _retried(function: Callable[..., Any], arguments: Any, check: Callable[[], N
         time.sleep(0.02)
 
 
+class _Deadline:
+    """When a job is given up: after some seconds, or after three times as many if it could not work meanwhile."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.end = time.monotonic() + seconds
+        self.last = self.end + 2 * seconds
+
+
 class _FaultError(Exception):
     """What is wrong with a job's input, found by its function: its process is as good as before."""
 
@@ -205,12 +215,11 @@ class _FaultError(Exception):
 class _Dialogue:
     """A job as its caller follows it: calls answered, arrays made, the result received."""
 
-    def __init__(
-        self, workers: Workers, worker: Worker, turn: Turn, name: str, calls: Calls, end: float, seconds: float
-    ):
+    def __init__(self, workers: Workers, worker: Worker, turn: Turn, name: str, calls: Calls, deadline: _Deadline):
         self._schedule, self._worker, self._turn = workers._schedule, worker, turn
         self._room = workers.memory_bytes
-        self._name, self._calls, self._end, self._seconds = name, calls, end, seconds
+        self._name, self._calls, self._deadline = name, calls, deadline
+        self._used = worker.cpu_seconds()
         self._arrays: list[np.ndarray] = []
         self._files = contextlib.ExitStack()
 
@@ -242,13 +251,17 @@ class _Dialogue:
 
     def _check_memory(self) -> None:
         check_cancelled()
-        if time.monotonic() > self._end:
+        if self._deadline.last < time.monotonic():
             raise BusyError("too many media are being read for the memory that they may take; try again later")
 
     def _check(self) -> None:
         check_cancelled()
-        if time.monotonic() > self._end:
-            raise _late(self._name, self._seconds)
+        now, seconds = time.monotonic(), self._deadline.seconds
+        # Who was kept from working by others is not at fault.
+        if self._deadline.end < now and self._worker.cpu_seconds() - self._used >= seconds / 2:
+            raise ValueError(f"reading {self._name} took longer than {seconds:g} s; send a smaller or shorter one")
+        if self._deadline.last < now:
+            raise BusyError(f"reading {self._name} took longer than {seconds:g} s; the server is busy, try again later")
 
     def _answer(self, name: str, arguments: Any) -> None:
         if name == "array":
@@ -318,7 +331,3 @@ class LocalJob:
         with self._lock:
             self.arrays.append(array)
         return array
-
-
-def _late(name: str, seconds: float) -> ValueError:
-    return ValueError(f"reading {name} took longer than {seconds:g} s; send a smaller or shorter one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import pickle
 import signal
@@ -114,6 +115,13 @@ class Worker:
         """Answer a call with a file."""
         path, files = (None, [file.descriptor]) if PASSES_FILES else (file.path, [])
         self._channel.send(pickle.dumps(("value", path)), files)
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used; infinity where that cannot be known."""
+        try:
+            return sum(psutil.Process(self._pid).cpu_times()[:2])
+        except (psutil.Error, OSError):
+            return math.inf
 
     def pause(self) -> None:
         """Stop its work until :meth:`resume`."""

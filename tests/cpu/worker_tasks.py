@@ -28,8 +28,13 @@ def fill(job: Any, count: int) -> int:
 
 
 def spin(job: Any) -> None:
-    """Without a look at anything, as a decoder does that holds the interpreter."""
+    """Compute without a look at anything, as a decoder does that holds the interpreter."""
     job.call("began", os.getpid())
+    pow(3, 10**10)
+
+
+def sleep(job: Any) -> None:
+    """The same, without computing."""
     ctypes.PyDLL(None).sleep(1000)
 
 

@@ -27,6 +27,7 @@ from aria.train.data.rows import Conversation, Customs, Text, read_row
 from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Row
 from aria.train.loss import IGNORE_INDEX
+from aria.workers import BusyError
 
 _NEWLINE = "\n"
 
@@ -264,7 +265,7 @@ def _faults(where: str, kind: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise RowError("missing medium", f"{where}: {error}") from error
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, BusyError) as error:
         raise RowError(kind, f"{where}: {error}") from error
 
 
