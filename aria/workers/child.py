@@ -72,7 +72,8 @@ class Job:
             return self._call(name, arguments)
 
     def array(self, shape: Sequence[int]) -> np.ndarray:
-        """A new array of zeros, uint8, that the parent gets with the result, in the order of these calls."""
+        """A new array of zeros, uint8, that the parent gets with the result, in the order of these calls. It has to be
+        filled before the next one is asked for."""
         with self._lock:
             path = self._call("array", list(shape))
             descriptor = self._channel.take_file() if path is None else os.open(path, os.O_RDWR | _BINARY)

@@ -25,6 +25,8 @@ POLL_SECONDS = 0.05
 """Most seconds between two looks at whether a job's caller has left, and whose turn it is."""
 MOST_JOBS = 64
 """Jobs that have begun, running or paused; more wait for one of them to end."""
+MOST_ARRAYS = 10_000
+"""Of one job."""
 JOBS_OF_A_WORKER = 500
 """After which its process is replaced: what it has leaked goes with it."""
 
@@ -221,6 +223,7 @@ class _Dialogue:
         self._name, self._calls, self._deadline = name, calls, deadline
         self._used = worker.cpu_seconds()
         self._arrays: list[np.ndarray] = []
+        self._shared: np.ndarray | None = None
         self._files = contextlib.ExitStack()
 
     def run(self) -> tuple[Any, list[np.ndarray]]:
@@ -236,8 +239,8 @@ class _Dialogue:
             elif "call" in message:
                 self._answer(str(message["call"]), message.get("arguments") or [])
             elif "result" in message:
-                # Copies: a mapping keeps a descriptor open, and the process could still write to it.
-                return message["result"], [np.array(self._arrays.pop(0)) for _ in range(len(self._arrays))]
+                self._take_array()
+                return message["result"], self._arrays
             elif "memory" in message:
                 raise ValueError(
                     f"{self._name} cannot be read: that takes more than the {self._room:,} bytes of memory that are "
@@ -294,8 +297,9 @@ class _Dialogue:
             raise ChannelClosedError(f"an array of {shape!r:.50}")
         size = int(np.prod([1, *shape], dtype=object))
         self._room -= size
-        if self._room < 0:
-            raise ChannelClosedError(f"an array of {size:,} bytes")
+        if self._room < 0 or len(self._arrays) == MOST_ARRAYS:
+            raise ChannelClosedError(f"an array of {size:,} bytes after {len(self._arrays)} others")
+        self._take_array()
         file = SharedFile.of_size(max(size, 1))
         # A file with a name (Windows) has to be there until the worker has opened it.
         self._files.callback(file.close)
@@ -303,7 +307,13 @@ class _Dialogue:
         self._worker.reply_file(file)
         if file.path is None:
             self._files.close()
-        self._arrays.append(np.frombuffer(memory, np.uint8, size).reshape(shape))
+        self._shared = np.frombuffer(memory, np.uint8, size).reshape(shape)
+
+    def _take_array(self) -> None:
+        """Copy the array that was made last: its mapping keeps a descriptor open, and the process could write to it."""
+        if self._shared is not None:
+            self._arrays.append(np.array(self._shared))
+            self._shared = None
 
 
 class LocalJob:

@@ -68,6 +68,8 @@ def test_results_keep_no_files_open(workers: Workers) -> None:
     before = psutil.Process().num_fds()
     kept = [workers.run(tasks.fill, 3, name="x", seconds=60, files=[b"x"])[1] for _ in range(20)]
     assert psutil.Process().num_fds() <= before and kept[0][2].flags.writeable
+    counts = run(workers, tasks.count_files, 20, calls={"files": psutil.Process().num_fds})
+    assert max(counts) - min(counts) <= 2
 
 
 def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> None:
