@@ -48,14 +48,14 @@ def check(server: Server, watched: Watched) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if killer.slow else name for name, killer in KILLERS.items()]
 )
-def test_what_used_to_end_the_server_is_refused(server: Server, name: str) -> None:
+def test_what_used_to_end_the_server_costs_nobody_else(server: Server, name: str) -> None:
     killer = KILLERS[name]
     requests = killer.make()
     with watching(server, clients=2) as watched, ThreadPoolExecutor(len(requests)) as pool:
         outcomes = list(pool.map(lambda body: post(server.port, body), requests))
     check(server, watched)
     for outcome in outcomes:
-        assert outcome.status == 400, outcome
+        assert outcome.status in killer.statuses, outcome
         assert outcome.seconds < killer.seconds, outcome
 
 
