@@ -34,7 +34,7 @@ from bad_media import catalog, plan  # noqa: E402
 from killers import KILLERS  # noqa: E402
 from server import Outcome, Server, Watched, attack, milliseconds, percentile, post, running, watching  # noqa: E402
 
-DEADLINES = ("--image-seconds", "10", "--decode-seconds", "20")
+LIMITS = ("--image-seconds", "10", "--decode-seconds", "20")
 PEAK = 300 << 20
 HEALTH_SECONDS = 0.1
 COLUMNS = ("attack", "answers", "longest s", "/health p50, p99 ms", "good answers", "p50, p99 ms", "main MB", "all MB")
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=8, help="good ones beside each attack")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as kept, running(*DEADLINES) as server:
+    with tempfile.TemporaryDirectory() as kept, running(*LIMITS) as server:
         bench, port = Bench(server, arguments.clients), server.port
         bench.run("none", partial(idle, 30), expected=(), peak=PEAK)
         for name, killer in KILLERS.items():

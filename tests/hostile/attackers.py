@@ -24,10 +24,8 @@ from bad_drawings import nested_forms
 from bad_media import catalog, zeros
 from bad_pictures import tiny_webp
 from probe import medium_part
-from server import CHAT
+from server import CHAT, SOURCES
 
-SOURCES = [f"127.0.0.{n}" for n in range(2, 250)] if sys.platform == "linux" else ["127.0.0.1"]
-"""Addresses that attackers come from: limits for one address should not be all that holds."""
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 

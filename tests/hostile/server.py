@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -33,6 +34,8 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "examples" / "pictures"
 MEMORY = 6 << 30
 CHAT = "/v1/chat/completions"
+SOURCES = [f"127.0.0.{n}" for n in range(2, 250)] if sys.platform == "linux" else ["127.0.0.1"]
+"""Addresses that attackers come from, so that they share no limits with good clients."""
 
 
 # A limit on memory
@@ -360,7 +363,8 @@ class Outcome(NamedTuple):
 def post(port: int, body: bytes, name: str = "", path: str = CHAT, seconds: float = 400.0, **headers: str) -> Outcome:
     """Send a body, and wait for its end."""
     began = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    source = (random.choice(SOURCES), 0)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds, source_address=source)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
         response = connection.getresponse()
