@@ -48,6 +48,7 @@ class Workers:
         self._places = threading.BoundedSemaphore(MOST_JOBS)
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
+        self._paused: dict[Worker, int] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._reported = False
@@ -142,6 +143,19 @@ class Workers:
             worker.kill()
         self._nursery.close()
 
+    def bound_memory(self, worker: Worker, *, paused: bool) -> None:
+        """Give up a paused job if all that are paused hold more memory than one process may, and it the most.
+
+        Raises:
+            BusyError: it is given up.
+        """
+        held = worker.resident_bytes() if paused else 0
+        with self._lock:
+            self._paused[worker] = held
+            together, most = sum(self._paused.values()), max(self._paused.values())
+        if together > self.memory_bytes and held == most:
+            raise BusyError("too many media take much memory; try again later")
+
     def _take(self) -> Worker:
         with self._lock:
             worker = self._idle.pop() if self._idle else None
@@ -159,6 +173,7 @@ class Workers:
     def _give_back(self, worker: Worker, healthy: bool) -> None:
         with self._lock:
             self._busy.discard(worker)
+            self._paused.pop(worker, None)
             keep = healthy and not worker.slow and worker.jobs < JOBS_OF_A_WORKER and not self._closed
             keep = keep and len(self._idle) < self.count
             if keep:
@@ -218,7 +233,7 @@ class _Dialogue:
     """A job as its caller follows it: calls answered, arrays made, the result received."""
 
     def __init__(self, workers: Workers, worker: Worker, turn: Turn, name: str, calls: Calls, deadline: _Deadline):
-        self._schedule, self._worker, self._turn = workers._schedule, worker, turn
+        self._workers, self._schedule, self._worker, self._turn = workers, workers._schedule, worker, turn
         self._room = workers.memory_bytes
         self._name, self._calls, self._deadline = name, calls, deadline
         self._used = worker.cpu_seconds()
@@ -236,6 +251,7 @@ class _Dialogue:
             if message is None:
                 self._check()
                 self._schedule.update()
+                self._workers.bound_memory(self._worker, paused=not self._turn.runs.is_set())
             elif "call" in message:
                 self._answer(str(message["call"]), message.get("arguments") or [])
             elif "result" in message:

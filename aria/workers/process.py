@@ -123,6 +123,13 @@ class Worker:
         except (psutil.Error, OSError):
             return math.inf
 
+    def resident_bytes(self) -> int:
+        """Memory that it holds; 0 where that cannot be known."""
+        try:
+            return int(psutil.Process(self._pid).memory_info().rss)
+        except (psutil.Error, OSError):
+            return 0
+
     def pause(self) -> None:
         """Stop its work until :meth:`resume`."""
         self._signal("SIGSTOP", lambda process: process.suspend())

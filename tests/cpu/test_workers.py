@@ -265,6 +265,27 @@ def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert long.runs.is_set() and not other.runs.is_set(), "now that one has run longer"
 
 
+def test_paused_jobs_hold_no_more_memory_than_one_process_may() -> None:
+    workers = Workers(1, 400 << 20)
+    pids: list[int] = []
+    errors: list[Exception] = []
+
+    def hold() -> None:
+        try:
+            run(workers, tasks.hold, 200 << 20, calls={"began": pids.append}, seconds=60)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: errors, 60)
+    assert isinstance(errors[0], BusyError) and "much memory" in str(errors[0])
+    workers.close()
+    for thread in threads:
+        thread.join()
+
+
 def test_long_jobs_do_not_keep_short_ones_waiting(workers: Workers) -> None:
     def spin() -> None:
         with pytest.raises((ValueError, BusyError), match="took longer"):

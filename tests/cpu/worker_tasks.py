@@ -38,6 +38,15 @@ def spin(job: Any) -> None:
     pow(3, 10**10)
 
 
+def hold(job: Any, count: int) -> None:
+    """Compute with much memory."""
+    held = bytearray(count)
+    for at in range(0, count, 4096):
+        held[at] = 1
+    job.call("began", os.getpid())
+    pow(3, 10**10)
+
+
 def sleep(job: Any) -> None:
     """The same, without computing."""
     ctypes.PyDLL(None).sleep(1000)
