@@ -31,6 +31,7 @@ MOST_JSON_DEPTH = 100
 _MOST_NUMBER = 1e300
 """Numbers beyond it do not survive arithmetic."""
 
+_REVISION = re.compile(r"\w[\w./+-]*")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,7 +50,7 @@ def resolve(
 
     Raises:
         FileNotFoundError: nothing on disk has this path and it cannot be fetched from the Hub either.
-        ValueError: ``revision`` is given for a local path.
+        ValueError: ``revision`` is given for a local path, or can be none.
     """
     if path_or_repo_id is None:
         return NANO
@@ -65,6 +66,8 @@ def resolve(
         raise FileNotFoundError(
             f"no file or folder {name!r}, and it is not a Hub repository id (owner/name); check the path"
         )
+    if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
+        raise ValueError(f"revision={revision!r:.100} is not the name of a branch or tag, nor a commit")
     patterns = list(allow_patterns) if allow_patterns is not None else None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

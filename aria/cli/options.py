@@ -130,6 +130,29 @@ def read_schema(file: Path | None) -> dict[str, Any] | None:
     return read_json(file)
 
 
+def read_keys(file: Path) -> list[str]:
+    """The API keys in a file, one a line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds none, with which anybody could use the server, or what no client can send.
+    """
+    from aria.hub import read_text
+
+    if not file.exists():
+        raise FileNotFoundError(f"no file of API keys at {str(file)!r}; check the path")
+    keys = [line.strip() for line in read_text(file, 1 << 20).removeprefix("\ufeff").split("\n") if line.strip()]
+    if not keys:
+        raise ValueError(f"{file} holds no API key, so that anybody could use the server; write one a line")
+    for number, key in enumerate(keys, 1):
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(
+                f"{file}: key {number} holds a character that no header carries; use letters, digits and signs of "
+                "ASCII, one key a line"
+            )
+    return keys
+
+
 def read_adapters(named: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
     """``NAME=FOLDER`` -> folders by name; a folder alone is called as it is, also one with ``=`` in its path.
 

@@ -21,6 +21,7 @@ from aria.cli.options import (
     err,
     out,
     read_adapters,
+    read_keys,
     share_work,
 )
 
@@ -138,7 +139,7 @@ def serve(
 
     keys = list(api_key or ())
     if api_key_file is not None:
-        keys += [line.strip() for line in api_key_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        keys += read_keys(api_key_file)
     hosts = list(allowed_hosts or ())
     if (hosts or not keys) and host and ":" not in host:  # addresses are allowed anyway
         hosts.append(host)

@@ -112,12 +112,11 @@ class Describer:
             Exception: the engine failed, which says nothing about the file.
         """
         start = time.perf_counter()
-        content: dict[str, Any] | None = None
         try:
-            content = await asyncio.to_thread(_content, medium.path)
             prepared = await engine.prepare(self.messages(medium))
+            content = await asyncio.to_thread(_content, medium.path)  # of what could be read, which has limits
         except (ValueError, OSError) as error:
-            return self._record(medium, time.perf_counter() - start, content=content, error=error)
+            return self._record(medium, time.perf_counter() - start, error=error)
         result = await engine.chat(prepared, self.params, adapter=self.adapter)
         seconds = time.perf_counter() - start
         fault = ValueError("the schema's grammar grew beyond its limits") if result.finish_reason == "error" else None
@@ -217,13 +216,11 @@ class Describer:
         return PROMPTS[medium.kind] if self.prompt is None else self.prompt
 
 
-def _content(path: str) -> dict[str, Any] | None:
-    """What a file is known again by; None for what is no plain file, whose reading may never end.
+def _content(path: str) -> dict[str, Any]:
+    """What a file is known again by.
 
     The time of its last change saves reading it where it is the same, and a copy has another one.
     """
-    if not Path(path).is_file():
-        return None
     found = Path(path).stat()
     return {"bytes": found.st_size, "modified": found.st_mtime_ns, "blake2b": _digest(path)}
 

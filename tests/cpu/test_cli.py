@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from aria import Engine, SamplingParams
+from aria.cli.options import read_keys
 
 CLIP, PDF = clip(2, kind="gif", codec="gif"), pdf((60, 30))
 
@@ -203,3 +204,31 @@ def test_unknown_options_are_refused_by_name(run):
     code, _, err = run("chat", "--beams", "4", "hi")
     assert code == 2
     assert "--beams" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no API key, so that anybody could use the server"),
+        (b"\n \n\r\n", "holds no API key"),
+        (b"key\xff", "is not UTF-8"),
+        ("schlüssel".encode(), "key 1 holds a character that no header carries"),
+        (b"one\ntwo words", "key 2 holds a character that no header carries"),
+        (b"\x89PNG\r\n\x1a\n\0", "is not UTF-8"),
+        (b"a\0b", "key 1 holds a character"),
+        (b"k" * (1 << 20) + b"k", "has 1,048,577 bytes; at most 1,048,576 are read"),
+    ],
+)
+def test_odd_files_of_keys_do_not_open_a_server(run, tmp_path, content, message):
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    code, _, err = run("serve", "--api-key-file", file)
+    assert code == 2 and message in " ".join(err.split())
+
+
+def test_a_file_of_keys_is_read_as_editors_write_it(tmp_path):
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two-2_!~\r\n")
+    assert read_keys(file) == ["one", "two-2_!~"]
+    with pytest.raises(FileNotFoundError, match="no file of API keys"):
+        read_keys(tmp_path / "nowhere")

@@ -72,6 +72,20 @@ def test_what_is_not_in_the_cache_is_one_clear_error(offline, name):
     assert all(revision in trace.strip().splitlines()[-1] for trace in traces[:-1])
 
 
+@pytest.mark.parametrize("revision", ["../../../etc/passwd", "/etc/passwd", "a/../b", "a\0", "", "a b"])
+def test_a_revision_leads_nowhere_else(revision):
+    """An adapter's folder names one; the Hub's cache makes a path of it."""
+    with pytest.raises(ValueError, match="is not the name of a branch or tag, nor a commit"):
+        resolve("somebody/aria", revision=revision)
+
+
+@pytest.mark.parametrize("name", ["../x", "./x", "x/..", "a/b\0c", "~nobody/x"])
+def test_names_that_lead_elsewhere_are_no_repositories(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        resolve(name)
+
+
 def test_local_paths(tmp_path):
     assert resolve() == NANO
     assert resolve(tmp_path) == tmp_path
