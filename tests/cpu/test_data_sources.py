@@ -10,7 +10,9 @@ import re
 import pytest
 from made_data import chat, jsonl, plain, stream, take
 
+from aria.train.data import sources
 from aria.train.data.content import WINDOW, content_hash
+from aria.train.data.report import RowError
 from aria.train.data.sources import open_source
 
 REWRITTEN = {
@@ -122,3 +124,52 @@ def test_large_tables_are_known_by_a_sample_of_their_rows(monkeypatch):
         schema = datasets.Dataset.from_list([*nested, {"a": [{"b": [1.5], "c": "x"}]}]).features
         hashes.add(content_hash(datasets.Dataset.from_list([*nested[1:], nested[0] | {"a": value}], features=schema)))
     assert len(hashes) == 1 + len(changed)
+
+
+def test_a_line_without_end_is_one_row_that_cannot_be_used(tmp_path, monkeypatch):
+    """It is neither held nor does it hide the others; what its file is known by stays."""
+    rows = [chat("a", "dogs"), chat("b", "x" * 3_000_000), chat("c", "cats")]
+    file = jsonl(tmp_path / "train.jsonl", rows)
+    with file.open("ab") as opened:
+        opened.write(b" " * 2_500_000 + b"\n" + json.dumps(chat("d", "y" * 1_500_000)).encode())
+    known = open_source(str(file)).fingerprint
+    monkeypatch.setattr(sources, "MOST_LINE", 100_000)
+    monkeypatch.setattr(sources, "_PIECE", 70_000)
+    found = open_source(str(file))
+    assert found.fingerprint == known and [found.where(i).rpartition(":")[2] for i in range(4)] == ["1", "2", "3", "5"]
+    assert [found.read(i).fields for i in (0, 2)] == [rows[0], rows[2]]
+    for index in (1, 3):
+        with pytest.raises(RowError, match=r"it has [13],.* bytes; at most 100,000 are read"):
+            found.read(index)
+
+
+def test_a_first_line_without_end_is_no_other_format(tmp_path, monkeypatch):
+    file = jsonl(tmp_path / "train.jsonl", [chat("a", "x" * 5000), chat("b", "cats")])
+    monkeypatch.setattr(sources, "MOST_LINE", 1000)
+    assert len(open_source(str(file))) == 2
+
+
+def test_rows_of_many_small_values_are_refused(tmp_path):
+    """In memory they are thirty times as large."""
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(chat("a", "dogs")) + '\n{"messages": [' + "[]," * 2_100_000 + "[]]}\n")
+    with pytest.raises(RowError, match="more than 4,000,000 commas, colons and brackets"):
+        open_source(str(file)).read(1)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"_data_files": [{"filename": "../other.arrow"}], "_fingerprint": "a"}, "files outside its folder: '../other"),
+        (
+            {"_data_files": [{"filename": "/etc/passwd"}], "_fingerprint": "a"},
+            "files outside its folder: '/etc/passwd'",
+        ),
+        ({"_data_files": 3}, "names no files of a data set"),
+        ({}, "names no files of a data set"),
+    ],
+)
+def test_a_saved_folder_names_files_of_its_own(tmp_path, state, message):
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path))

@@ -22,8 +22,13 @@ from aria.train.data.content import content_hash
 from aria.train.data.report import CONVERT, RowError
 
 HUGGING_FACE = "hf:"
+_PIECE = 1 << 20
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 """Bytes of lines that are no rows: white space, and the mark with which some editors begin a file."""
+MOST_LINE = 256 << 20
+"""Bytes of a row. A medium in it, in base64, is a third larger than its file."""
+MOST_VALUES = 4_000_000
+"""Commas, colons and brackets of a row, each of which may be a value of a hundred bytes in memory."""
 
 
 class Row(NamedTuple):
@@ -79,18 +84,24 @@ class JsonLines:
         # Open for as long as this is used, so that a file that is replaced, and not rewritten, is read to its end.
         self._opened, self._reading = file.open("rb", buffering=0), threading.Lock()
         lines = io.BufferedReader(self._opened)
-        for number, line in enumerate(lines):
-            self._starts.append(self._starts[-1] + len(line))
+        number = 0
+        while line := lines.readline(MOST_LINE):
+            size, checksum, blank = len(line), zlib.crc32(line), not line.strip(_BLANK)
             self._checksum = zlib.crc32(line, self._checksum)
-            if line.strip(_BLANK):
+            while not line.endswith(b"\n") and (line := lines.readline(_PIECE)):  # the rest of a long one
+                size, checksum, blank = size + len(line), zlib.crc32(line, checksum), blank and not line.strip(_BLANK)
+                self._checksum = zlib.crc32(line, self._checksum)
+            self._starts.append(self._starts[-1] + size)
+            if not blank:
                 self._lines.append(number)
-                self._checksums.append(zlib.crc32(line))
+                self._checksums.append(checksum)
+            number += 1
         lines.detach()
         if not self._size:
             raise ValueError(f"{file} is empty; expected one JSON object a line")
         if not len(self._lines):
             raise ValueError(f"{file} has only blank lines; expected one JSON object a line")
-        first = self._bytes(0).strip(_BLANK)
+        first = self._bytes(0).strip(_BLANK) if self._length(0) <= MOST_LINE else b""
         if first == b"{" or (first[:1] == b"[" and first[1:].lstrip()[:1] in (b"", b"{")):
             raise ValueError(f"{file} is JSON over several lines or a list; expected one JSON object a line; {CONVERT}")
 
@@ -116,7 +127,12 @@ class JsonLines:
     former_fingerprint = fingerprint
 
     def read(self, index: int) -> Row:
-        where, data = self.where(index), self._bytes(index)
+        where = self.where(index)
+        if (length := self._length(index)) > MOST_LINE:
+            raise RowError("too long a line", f"it has {length:,} bytes; at most {MOST_LINE:,} are read")
+        data = self._bytes(index)
+        if sum(map(data.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
+            raise RowError("too many values", f"it has more than {MOST_VALUES:,} commas, colons and brackets")
         try:
             # Files that were put together have byte order marks within.
             text = data.decode("utf-8-sig")
@@ -130,10 +146,13 @@ class JsonLines:
             raise RowError("not JSON", f"expected an object, but the line is {text.strip()!r:.60}")
         return Row(fields, where, self.file.parent)
 
+    def _length(self, index: int) -> int:
+        line = self._lines[index]
+        return self._starts[line + 1] - self._starts[line]
+
     def _bytes(self, index: int) -> bytes:
         """A line as it was when the file was opened."""
-        line = self._lines[index]
-        start, length = self._starts[line], self._starts[line + 1] - self._starts[line]
+        start, length = self._starts[self._lines[index]], self._length(index)
         try:
             with self._reading:
                 self._opened.seek(start)
@@ -253,9 +272,9 @@ def _folder(folder: Path, split: str) -> Source:
     if (folder / f"{split}.jsonl").is_file():
         return JsonLines(folder / f"{split}.jsonl")
     if (folder / "dataset_dict.json").is_file():
-        splits = read_json(folder / "dataset_dict.json").get("splits", [])
-        if split not in splits:
-            raise ValueError(f"{folder}: it has no split {split!r}, only {', '.join(splits)}")
+        splits = read_json(folder / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or split not in splits:
+            raise ValueError(f"{folder}: it has no split {split!r}, only {splits!r:.200}")
         return _saved(folder, folder / split)
     if (folder / "state.json").is_file():
         return _saved(folder, folder)
@@ -274,9 +293,16 @@ def _saved(folder: Path, part: Path) -> HuggingFace:
     if not (part / "state.json").is_file():
         raise FileNotFoundError(f"{part} has no state.json; expected a folder that datasets has saved")
     state = read_json(part / "state.json")
-    files = [str(part / file["filename"]) for file in state["_data_files"]]
+    try:
+        names = [str(file["filename"]) for file in state["_data_files"]]
+        former = str(state["_fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{part / 'state.json'} names no files of a data set ({error!r})") from None
+    if strange := [name for name in names if Path(name).name != name or "\\" in name or name == ".."]:
+        raise ValueError(f"{part / 'state.json'} names files outside its folder: {strange[0]!r:.100}")
+    files = [str(part / name) for name in names]
     source = _loaded(str(folder), folder, lambda lib: lib.load_dataset("arrow", data_files=files, split="train"))
-    source.former = state["_fingerprint"]
+    source.former = former
     return source
 
 
