@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Any, TypeVar
 
 from aria.serve.errors import ApiError, overloaded
@@ -273,4 +273,4 @@ def client_of(address: str) -> str:
         return address
     if ip.ipv4_mapped is not None:
         return str(ip.ipv4_mapped)
-    return str(ip_address(int(ip) >> 64 << 64)) + "/64" if not ip.is_loopback else address
+    return f"{IPv6Address(int(ip) >> 64 << 64)}/64" if not ip.is_loopback else address

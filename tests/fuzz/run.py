@@ -54,6 +54,7 @@ def search(name: str, seconds: float, folder: Path = FOLDER) -> tuple[list[Path]
     findings = folder / "findings" / name
     findings.mkdir(parents=True, exist_ok=True)
     before = set(findings.iterdir())
+    (folder / f"{name}.last").unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.fuzz.run", name, "--search", str(folder), "--seconds", str(seconds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

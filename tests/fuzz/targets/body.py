@@ -58,7 +58,7 @@ def _read(path: str, body: Any) -> Any:
     try:
         read = _MODELS[path].model_validate(body)
     except ValidationError as error:
-        raise from_validation(error.errors(), body) from error
+        raise from_validation(error.errors(include_url=False)) from error
     if path not in ROUTES:
         return read
     try:
