@@ -13,7 +13,7 @@ import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from aria.media.fetch import fetch
 from aria.media.limits import Held, MediaSettings, short
@@ -23,12 +23,20 @@ from aria.workers.shared import FileView, SharedFile
 
 _PIECE = 1 << 18
 """Characters of a data: URI that are unquoted at a time."""
+_MOST_HEADER = 1 << 12
+"""Characters of a data: URI before its comma."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*(data:|https?://)", re.IGNORECASE)
 _BASE64 = re.compile(r";\s*base64\s*(;|$)", re.IGNORECASE)
 _PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _NAMES = {"image": "picture", "video": "clip", "document": "document"}
 _EXAMPLES = {"image": "image/png", "video": "video/mp4", "document": "application/pdf"}
+
+
+class Base64(NamedTuple):
+    """A medium as text, in base64 and without the ``data:`` URI around it."""
+
+    text: str
 
 
 class Opened:
@@ -68,8 +76,8 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     """Let a medium in, wherever it is.
 
     Args:
-        source: path (str or Path), bytes, ``data:`` URI (its media type does not matter, the content decides), or an
-            ``http://`` or ``https://`` address. White space around a URI or address is ignored.
+        source: path (str or Path), bytes, :class:`Base64`, ``data:`` URI (its media type does not matter, the content
+            decides), or an ``http://`` or ``https://`` address. White space around a URI or address is ignored.
         kind: "image", "video" or "document".
         settings: limits and permissions.
 
@@ -81,6 +89,8 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     limit: int = getattr(settings, f"{kind}_bytes")
     if isinstance(source, bytes | bytearray | memoryview):
         return Opened(_within(bytes(source), limit, kind), f"{len(source)} bytes")
+    if isinstance(source, Base64):
+        return _received(lambda hold: _decode(source.text, 0, True, limit, kind, hold), short(source.text), settings)
     if isinstance(source, str) and (_ADDRESS.match(source) or not source.strip()):
         source = source.strip()
     if source == "":
@@ -195,22 +205,31 @@ def _unquoted(text: str, start: int) -> Iterator[bytes]:
 
 
 def _read_data_uri(uri: str, limit: int, kind: str, hold: Callable[[int], None]) -> bytes:
-    comma = uri.find(",")
+    comma = uri.find(",", 0, _MOST_HEADER)
     if comma < 0:
         raise ValueError(f"{short(uri)} is not a data: URI; expected data:{_EXAMPLES[kind]};base64,...")
     coded = _BASE64.search(uri[:comma]) is not None
-    # Before anything of it is unpacked. Plain bytes may be three characters each, %41.
-    if len(uri) - comma - 1 > (limit * 4 // 3 + 4 if coded else 3 * limit):
-        raise ValueError(f"{short(uri)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
-    hold(len(uri) * 3 // 4 if coded else len(uri))
-    pieces = _unquoted(uri, comma + 1)
+    return _decode(uri, comma + 1, coded, limit, kind, hold)
+
+
+def _decode(text: str, start: int, coded: bool, limit: int, kind: str, hold: Callable[[int], None]) -> bytes:
+    """What stands in a text from a character on, in base64 or in bytes such as ``%41``: decoded a piece at a time,
+    between which other threads run."""
+    size = len(text) - start
+    # Before anything of it is unpacked. Plain bytes may be three characters each.
+    if size > (limit * 4 // 3 + 4 if coded else 3 * limit):
+        raise ValueError(f"{short(text)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
+    hold(size * 3 // 4 if coded else size)
+    pieces = _unquoted(text, start)
+    data = io.BytesIO()
     try:
-        data = b"".join(_decoded_base64(pieces) if coded else pieces)
+        for piece in _decoded_base64(pieces) if coded else pieces:
+            data.write(piece)
     except binascii.Error as error:
-        raise ValueError(f"{short(uri)} is not valid base64: {error}") from error
-    if not data:
-        raise ValueError(f"{short(uri)} holds no bytes; expected a file's content behind the comma")
-    return _within(data, limit, kind)
+        raise ValueError(f"{short(text)} is not valid base64: {error}") from error
+    if not data.tell():
+        raise ValueError(f"{short(text)} holds no bytes; expected a file's content in base64, or behind the comma")
+    return _within(data.getvalue(), limit, kind)
 
 
 def _decoded_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -51,12 +51,16 @@ async def respond(service: Service, path: str, body: Any, exchange: Exchange | N
         ApiError: the request cannot be answered.
     """
     route = ROUTES[path]
-    try:
-        asked = route.read(body, service.defaults)
-    except ValueError as error:
-        raise invalid_request(error) from error
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+
+    def read() -> bodies.Asked:
+        try:
+            return route.read(body, service.defaults)
+        except ValueError as error:
+            raise invalid_request(error) from error
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
+
+    asked = await service.read(read)
     exchange = exchange or Exchange()
     model = service.model(body.model)
     id = route.prefix + (body.request_id or uuid.uuid4().hex).removeprefix(route.prefix)

@@ -16,6 +16,19 @@ Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]
 """A list that reports its first wrong item only: a million of them would take minutes and gigabytes."""
 
+Text = Annotated[str, Field(max_length=1 << 24)]
+"""What is said: more than any prompt has."""
+Source = Annotated[str, Field(max_length=1 << 40)]
+"""A medium, or where it is; the body's own limits count."""
+Arguments = Annotated[str, Field(max_length=1 << 20)]
+"""JSON, or a grammar, which is read on its own."""
+Description = Annotated[str, Field(max_length=1 << 16)]
+"""What a function is for."""
+
+MOST_CHARACTERS = 4096
+"""Of all other strings, which are names."""
+MOST_PARTS = 16_384
+"""Of one message."""
 MOST_FIELDS = 100
 MOST_NAME = 256
 """Characters of an unknown field's name that an error repeats."""
@@ -86,7 +99,13 @@ def _with_ignored(schema: dict[str, Any], model: type[BaseModel]) -> None:
 class Body(BaseModel):
     """What a client sends. A field with a default may be null, which counts as absent."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_with_ignored)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_max_length=MOST_CHARACTERS,
+        json_schema_extra=_with_ignored,
+    )
     known: ClassVar[fields.Rules] = {}
     """Fields of OpenAI's or vLLM's interface that are not implemented."""
 

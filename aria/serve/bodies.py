@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from aria.engine import SamplingParams, grammar
+from aria.media.open import Base64
 from aria.processor import calls
 from aria.serve import fields, tools
 from aria.serve.errors import ApiError
@@ -422,11 +423,11 @@ def _video(video: VideoUrl, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _document(file: FileData, sizes: Sequence[int]) -> dict[str, Any]:
-    url = file.file_url or file.file_data or ""
+    source: dict[str, Any] = {"url": file.file_url or file.file_data or ""}
     if file.file_data and file.file_data[:5].lower() != "data:":
-        url = f"data:application/pdf;base64,{file.file_data}"
+        source = {"document": Base64(file.file_data)}
     size = min(sizes) if file.detail == "low" else max(sizes)
-    return _given(type="document", url=url, pages=file.pages, max_image_size=size, split_image=file.split)
+    return _given(type="document", **source, pages=file.pages, max_image_size=size, split_image=file.split)
 
 
 def _given(**fields: Any) -> dict[str, Any]:

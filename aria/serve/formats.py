@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
-from aria.serve import fields
-from aria.serve.base import Body, Json, Many, kind_of
+from aria.serve import fields, json_reader
+from aria.serve.base import Arguments, Body, Description, Json, Many, kind_of
 
 
 class TextFormat(Body):
@@ -23,7 +22,7 @@ class JsonObjectFormat(Body):
 
 class JsonSchema(Body):
     name: str | None = None
-    description: str | None = None
+    description: Description | None = None
     json_schema: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
     """Answers always follow the schema, strict or not."""
@@ -70,7 +69,9 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json_reader.parse(value)
+    except json_reader.TooLargeError as error:
+        raise ValueError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {error}") from None
 
@@ -82,9 +83,9 @@ class StructuredOutputs(Body):
     """Extension, spelled as in vLLM: what the answer follows."""
 
     json_schema: Annotated[JsonText | None, Field(alias="json")] = None
-    regex: str | None = None
+    regex: Arguments | None = None
     choice: Annotated[Many[str], Field(min_length=1)] | None = None
-    grammar: Annotated[str, Field(min_length=1)] | None = None
+    grammar: Annotated[Arguments, Field(min_length=1)] | None = None
     """Lark as llguidance has it, or GBNF."""
     json_object: bool | None = None
     structural_tag: JsonText | None = None

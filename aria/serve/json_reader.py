@@ -103,8 +103,8 @@ class JsonReader:
         except json.JSONDecodeError as error:
             place = error.pos + sum(cut for _, cut in self._cuts[: bisect_left(self._cuts, (error.pos, 0))])
             raise _no_json(f"{error.msg} at character {place}") from None
-        except TooManyValuesError as error:
-            raise _too_large(f"the body has {error}") from None
+        except TooLargeError as error:
+            raise _too_large(f"the body {error}") from None
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply", code="bad_json") from None
         except ValueError as error:  # of JSON's values, only whole numbers have a limit
@@ -181,8 +181,8 @@ class JsonReader:
             self._nbytes += 2 * sys.getsizeof(text)  # once more when they are joined
 
 
-class TooManyValuesError(ValueError):
-    """A document with more than :data:`MOST_VALUES` values."""
+class TooLargeError(ValueError):
+    """A document with more values or characters than are read; the message begins with a verb."""
 
 
 def parse(text: str, texts: Mapping[int, str] | None = None) -> Any:
@@ -193,14 +193,15 @@ def parse(text: str, texts: Mapping[int, str] | None = None) -> Any:
         texts: strings that stand in it as empty ones, by the index behind their opening quotes. They may not be names.
 
     Raises:
-        ValueError: it is too long, or no JSON.
+        TooLargeError: it has too many characters or values.
+        ValueError: it is no JSON.
         RecursionError: it is nested too deeply.
     """
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+        raise TooLargeError(f"has more than {MOST_CHARACTERS:,} characters")
     # What stands in strings is left out only where it matters.
     if _count(text) > MOST_VALUES and _count(_STRING.sub("", text)) > MOST_VALUES:
-        raise TooManyValuesError(f"more than {MOST_VALUES:,} commas and brackets, which this server does not take")
+        raise TooLargeError(f"has more than {MOST_VALUES:,} commas and brackets, which this server does not take")
     if not texts and len(text) <= _QUICK:
         return json.loads(text)
     return _Decoder(texts or {}).decode(text)

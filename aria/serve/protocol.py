@@ -7,7 +7,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, Tag, model_validator
 
 from aria.serve import fields
-from aria.serve.base import Body, Json, Many, json_type, kind_of, misfit, told_by
+from aria.serve.base import (
+    MOST_PARTS,
+    Arguments,
+    Body,
+    Description,
+    Json,
+    Many,
+    Source,
+    Text,
+    json_type,
+    kind_of,
+    misfit,
+    told_by,
+)
 from aria.serve.formats import ResponseFormat, StructuredOutputs
 
 MOST_STOPS = 32
@@ -22,7 +35,7 @@ class WithoutEffect(Body):
     """Fields that clients send and that mean nothing here: nothing is stored, billed or cached by name."""
 
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -39,7 +52,7 @@ largest."""
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
     known: ClassVar[fields.Rules] = fields.PART
 
 
@@ -48,7 +61,7 @@ Uuid = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class ImageUrl(Body):
-    url: str | None = None
+    url: Source | None = None
     """http(s) address, data: URI, or a path in a folder that the server allows."""
     detail: Detail = "auto"
     """auto: the largest size."""
@@ -75,7 +88,7 @@ class ImagePart(Body):
 
 
 class VideoUrl(Body):
-    url: str | None = None
+    url: Source | None = None
     detail: Detail = "auto"
     """auto: the smallest size."""
     num_frames: Annotated[int, Field(ge=1)] | None = None
@@ -100,9 +113,9 @@ class VideoPart(Body):
 
 class FileData(Body):
     known: ClassVar[fields.Rules] = fields.FILE
-    file_data: str | None = None
+    file_data: Source | None = None
     """A PDF as a data: URI or in base64."""
-    file_url: str | None = None
+    file_url: Source | None = None
     """Extension: its address, in place of the data."""
     filename: str | None = None
     pages: str | None = None
@@ -125,7 +138,7 @@ class FilePart(Body):
 
 class RefusalPart(Body):
     type: Literal["refusal"]
-    refusal: str
+    refusal: Text
     known: ClassVar[fields.Rules] = fields.PART
 
 
@@ -140,9 +153,12 @@ AssistantPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], kind_of("type")
 ]
 _parts = told_by(json_type, "a string or a list of parts")
-Texts = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[TextPart], Tag("<list>")], _parts]
-UserContent = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[UserPart], Tag("<list>")], _parts]
-AssistantContent = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[AssistantPart], Tag("<list>")], _parts]
+_some = Field(max_length=MOST_PARTS)
+Texts = Annotated[Annotated[Text, Tag("<string>")] | Annotated[Many[TextPart], _some, Tag("<list>")], _parts]
+UserContent = Annotated[Annotated[Text, Tag("<string>")] | Annotated[Many[UserPart], _some, Tag("<list>")], _parts]
+AssistantContent = Annotated[
+    Annotated[Text, Tag("<string>")] | Annotated[Many[AssistantPart], _some, Tag("<list>")], _parts
+]
 
 
 # Messages and tools
@@ -150,7 +166,7 @@ AssistantContent = Annotated[Annotated[str, Tag("<string>")] | Annotated[Many[As
 
 class FunctionCall(Body):
     name: str
-    arguments: str = "{}"
+    arguments: Arguments = "{}"
     """JSON, as a string; what is cut off or otherwise no JSON stands in the conversation as it is."""
     known: ClassVar[fields.Rules] = fields.CALLED_FUNCTION
 
@@ -178,7 +194,7 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: AssistantContent | None = None
     tool_calls: Many[ToolCall] | None = None
-    refusal: str | None = None
+    refusal: Text | None = None
     known: ClassVar[fields.Rules] = fields.ASSISTANT
 
 
@@ -202,7 +218,7 @@ Message = Annotated[
 
 class Function(Body):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
-    description: str | None = None
+    description: Description | None = None
     parameters: Json | None = None
     strict: bool | None = None
     """Where a call is demanded, arguments always follow the schema, strict or not."""
@@ -382,8 +398,8 @@ def _prompt_kind(value: Any) -> str | None:
 
 TokenIds = Annotated[Many[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[Many[str], Tag("<strings>")]
+    Annotated[Text, Tag("<string>")]
+    | Annotated[Many[Text], Tag("<strings>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[Many[TokenIds], Tag("<lists of ids>")],
     told_by(_prompt_kind, "a string, a list of token ids, or a list of either"),
@@ -409,7 +425,7 @@ class TokenizeRequest(Templated):
     """Body of ``POST /tokenize``: ``prompt`` or ``messages``."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     tools: Many[Tool] | None = None
     return_token_strs: bool | None = None

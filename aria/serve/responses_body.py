@@ -8,7 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, Tag, model_validator
 
 from aria.serve import bodies, fields
-from aria.serve.base import Body, Json, Many, json_type, kind_of, told_by
+from aria.serve.base import (
+    MOST_PARTS,
+    Arguments,
+    Body,
+    Description,
+    Json,
+    Many,
+    Source,
+    Text,
+    json_type,
+    kind_of,
+    told_by,
+)
 from aria.serve.bodies import Asked, Defaults
 from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from aria.serve.protocol import (
@@ -41,7 +53,7 @@ from aria.serve.protocol import (
 
 class InputText(Body):
     type: Literal["input_text"]
-    text: str
+    text: Text
     known: ClassVar[fields.Rules] = fields.PART
 
 
@@ -49,7 +61,7 @@ class OutputText(Body):
     """What an earlier answer said, as it came."""
 
     type: Literal["output_text"]
-    text: str
+    text: Text
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
     known: ClassVar[fields.Rules] = fields.OUTPUT_TEXT
@@ -57,12 +69,12 @@ class OutputText(Body):
 
 class OutputRefusal(Body):
     type: Literal["refusal"]
-    refusal: str
+    refusal: Text
 
 
 class InputImage(Body):
     type: Literal["input_image"]
-    image_url: str
+    image_url: Source
     detail: Detail = "auto"
     split: bool | None = None
     """Extension: cut the picture into tiles."""
@@ -75,7 +87,7 @@ class InputVideo(Body):
     known: ClassVar[fields.Rules] = fields.PART
 
     type: Literal["input_video"]
-    video_url: str
+    video_url: Source
     detail: Detail = "auto"
     num_frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
@@ -85,8 +97,8 @@ class InputVideo(Body):
 
 class InputFile(Body):
     type: Literal["input_file"]
-    file_data: str | None = None
-    file_url: str | None = None
+    file_data: Source | None = None
+    file_url: Source | None = None
     filename: str | None = None
     pages: str | None = None
     """Extension: such as ``1-3,7``."""
@@ -111,7 +123,7 @@ InputPart = Annotated[
     kind_of("type"),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[Many[InputPart], Tag("<list>")],
+    Annotated[Text, Tag("<string>")] | Annotated[Many[InputPart], Field(max_length=MOST_PARTS), Tag("<list>")],
     told_by(json_type, "a string or a list of parts"),
 ]
 
@@ -148,7 +160,7 @@ class InputCall(Body):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: Arguments
     id: str | None = None
     status: str | None = None
     known: ClassVar[fields.Rules] = fields.ITEM
@@ -172,7 +184,7 @@ class InputReasoning(Body):
     id: str | None = None
     summary: list[Any] | None = None
     content: list[Any] | None = None
-    encrypted_content: str | None = None
+    encrypted_content: Source | None = None
     status: str | None = None
 
 
@@ -184,7 +196,7 @@ Item = Annotated[
     kind_of("type", default="message"),
 ]
 Items = Annotated[
-    Annotated[str, Tag("<string>")]
+    Annotated[Text, Tag("<string>")]
     | Annotated[Many[Item], Field(min_length=1, max_length=MOST_MESSAGES), Tag("<list>")],
     told_by(json_type, "a string or a list of items"),
 ]
@@ -194,7 +206,7 @@ class FlatSchema(Body):
     type: Literal["json_schema"]
     name: str
     json_schema: Annotated[Json, Field(alias="schema")]
-    description: str | None = None
+    description: Description | None = None
     strict: bool | None = None
     """Answers always follow the schema, strict or not."""
 
@@ -271,7 +283,7 @@ class ResponsesRequest(Sampling):
 
     model: str | None = None
     input: Items
-    instructions: str | None = None
+    instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextSettings | None = None
     tools: Many[FlatTool] | None = None

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from aria.serve.errors import ApiError, from_validation
-from aria.serve.json_reader import PIECE, JsonReader
+from aria.serve.json_reader import JsonReader
 from aria.serve.receive import receive_json
 from aria.serve.streaming import ClientGoneError
 
@@ -79,6 +79,4 @@ class _Received(Request):
 
         if reader.received == 0:
             raise ApiError(400, "the body is empty; expected a JSON object", code="missing_field")
-        if reader.received <= PIECE:
-            return read()
-        return await self.app.state.service.off_loop(read)
+        return await self.app.state.service.read(read)

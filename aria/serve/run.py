@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import logging
 import os
 import socket
@@ -170,4 +171,9 @@ def run(
         access_log: a line for each request on stderr, at the level info.
         ready: called with the server's address once it listens.
     """
-    Server(configure(app, host=host, port=port, log_level=log_level, access_log=access_log), ready).run()
+    config = configure(app, host=host, port=port, log_level=log_level, access_log=access_log)
+    # What is there now stays. To look through a million objects of PyTorch for garbage stops all threads, and bodies of
+    # many values make that happen often.
+    gc.collect()
+    gc.freeze()
+    Server(config, ready).run()

@@ -28,7 +28,7 @@ from aria.serve.exchange import Exchange
 from aria.serve.metrics import Metrics
 from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings
-from aria.serve.traffic import WorkThreads
+from aria.serve.traffic import WorkThreads, current_work
 from aria.serve.truncation import prepare_latest
 from aria.workers import BusyError
 from aria.workers.cancellation import run_cancellable
@@ -43,6 +43,8 @@ QUICK_MODEL = 100_000_000
 """Active parameters under which a step takes less than a second on a CPU, where nothing is compiled either."""
 QUICK_STEP_SECONDS = 4.0
 """The longest that a step of such a model may take by default."""
+LARGE_BODY = 1 << 17
+"""Bytes of memory from which on reading a body takes more than a millisecond or two."""
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 """Errors of the system that are no request's fault."""
 PROBE_SECONDS = 4.0
@@ -191,6 +193,12 @@ class Service:
         except BusyError as error:
             raise overloaded(str(error)) from error
 
+    async def read(self, work: Callable[[], T]) -> T:
+        """Make something of a request's body, in a thread where that is large. The work raises nothing but
+        :class:`ApiError` for what is wrong with it."""
+        request = current_work()
+        return await self.off_loop(work) if request is not None and request.nbytes > LARGE_BODY else work()
+
     async def start(self, asked: Asked, *, id: str, model: str | None, param: str, exchange: Exchange) -> Run:
         """Begin to answer, and wait for the first token: until then whatever is wrong can be told by a status.
 
@@ -210,7 +218,7 @@ class Service:
             raise ApiError(
                 400, f"{wanted} answers are asked for, and {self.settings.max_choices} are the most", param="n"
             )
-        self.check_media(asked.media, param)
+        self.check_media(media := asked.media, param)
         began = time.perf_counter()
 
         def work() -> list[Prepared]:
@@ -223,7 +231,7 @@ class Service:
         if asked.params.constraint is not None:
             # Otherwise the engine's thread would do it, while everybody's answers wait.
             await self.off_loop(lambda: self._compile(asked))
-        prepared = await self.off_loop(work, media=asked.media > 0, param=param)
+        prepared = await self.off_loop(work, media=media > 0, param=param)
         exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
         run = Run(self, asked, prepared, id, name, began, exchange)
         try:

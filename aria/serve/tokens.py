@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,9 +41,13 @@ async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> 
 
         ids = await service.off_loop(encode, param="prompt")
     else:
-        offered = bodies.read_tools(body.tools, None, None).told
-        said = bodies.messages(body.messages, offered, defaults.sizes)
-        template = bodies.template(body, defaults)
+        messages = body.messages
+
+        def read() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+            offered = bodies.read_tools(body.tools, None, None).told
+            return bodies.messages(messages, offered, defaults.sizes), bodies.template(body, defaults)
+
+        said, template = await service.read(read)
 
         def prepare() -> tuple[list[int], list[MediaCost]]:
             service.check_length(said)

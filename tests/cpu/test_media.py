@@ -13,7 +13,7 @@ import torch
 from media_site import site
 from PIL import Image
 
-from aria.media.open import open_medium
+from aria.media.open import Base64, open_medium
 from aria.processor import MediaSettings, load_image
 
 
@@ -56,6 +56,22 @@ def test_data_uris_are_unquoted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
         spaced = "%20".join(base64.b64encode(data).decode()[i : i + 7] for i in range(0, len(data), 7))
         whole = base64.b64decode(spaced.replace("%20", ""))
         assert open_medium(f"data:;base64,{spaced}", "image", MediaSettings()).data == whole
+
+
+def test_base64_needs_no_uri_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.effect_noise((40, 40), 90))
+    coded = base64.b64encode(data).decode()
+    for piece in (3, 64, 1 << 16):
+        monkeypatch.setattr("aria.media.open._PIECE", piece)
+        for text in (coded, coded.rstrip("="), f" {coded}\n"):
+            assert open_medium(Base64(text), "document", MediaSettings()).data == data
+    with pytest.raises(ValueError, match="more than the 100 bytes"):
+        open_medium(Base64(coded), "document", MediaSettings(document_bytes=100))
+    with pytest.raises(ValueError, match="not valid base64"):
+        open_medium(Base64("!"), "document", MediaSettings())
+    # The comma of a data: URI is not looked for in all of it.
+    with pytest.raises(ValueError, match="is not a data: URI"):
+        open_medium("data:" + "a" * 10_000 + ",AAAA", "image", MediaSettings())
 
 
 def test_what_decoders_raise_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:

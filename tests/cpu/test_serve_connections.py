@@ -24,13 +24,19 @@ GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 def response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of a response, which may have any length."""
-    with connection.makefile("rb") as file:
+    # Without a buffer: it would take the beginning of the next response along.
+    with connection.makefile("rb", buffering=0) as file:
         status = int(file.readline().split()[1])
         headers = {}
         for line in iter(file.readline, b"\r\n"):
             name, _, value = line.decode().partition(":")
             headers[name.lower()] = value.strip()
-        return status, headers, file.read(int(headers["content-length"]))
+        body = b""
+        while len(body) < int(headers["content-length"]) and (
+            piece := file.read(int(headers["content-length"]) - len(body))
+        ):
+            body += piece
+        return status, headers, body
 
 
 def refusal(connection: socket.socket) -> tuple[int, str]:

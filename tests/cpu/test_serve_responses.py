@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serving import PICTURES, data_uri, engine, running, straight
 
 from aria.engine import SamplingParams, TokenLogprob
+from aria.media.open import Base64
 from aria.serve import bodies, responses_body
 from aria.serve.answers import answer
 from aria.serve.bodies import Asked, Defaults
@@ -175,7 +176,7 @@ def test_bodies_become_messages_and_parameters():
         {"type": "video", "url": "b.mp4", "max_image_size": 224, "num_frames": 8, "timestamps": False},
         {
             "type": "document",
-            "url": "data:application/pdf;base64,AAAA",
+            "document": Base64("AAAA"),
             "pages": "1-2",
             "max_image_size": 448,
         },
