@@ -14,7 +14,7 @@ from typing import Any
 
 from aria.checkpoint.adapter import read_adapter
 from aria.engine.engine import Answer, Engine, Message, Piece
-from aria.engine.grammar import Matcher
+from aria.engine.matcher import Matcher
 from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
 from aria.processor.pictures import Prepared

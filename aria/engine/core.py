@@ -14,7 +14,7 @@ from aria.engine.adapters import Adapters, Changes
 from aria.engine.blocks import BlockPool
 from aria.engine.encoder import Encoder
 from aria.engine.failures import StepError, failure, free_frames, out_of_memory
-from aria.engine.grammar import Matcher
+from aria.engine.matcher import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.outputs import Stats
 from aria.engine.prompt_scores import PromptScores

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aria.engine.grammar import End
+from aria.engine.matcher import End
 from aria.processor.tokenizer import AriaTokenizer, TextStream
 
 FinishReason = Literal["stop", "length", "error"]

@@ -10,7 +10,7 @@ from itertools import count, pairwise
 from typing import Any
 
 from aria.engine.blocks import ROOT, block_hash
-from aria.engine.grammar import End, Matcher
+from aria.engine.matcher import End, Matcher
 from aria.engine.prompt_scores import PromptScores
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams

@@ -21,8 +21,8 @@ from aria.engine import prompt_scores
 from aria.engine.adapters import Adapters
 from aria.engine.encoder import Encoder
 from aria.engine.failures import free_frames
-from aria.engine.grammar import fill_masks
 from aria.engine.graphs import Graphs, Work, batch_size
+from aria.engine.matcher import fill_masks
 from aria.engine.prompt_scores import ScoredTokens
 from aria.engine.request import Picture, Request
 from aria.engine.sampler import SamplerState, keep_allowed

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import uuid
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from aria.engine import AsyncEngine
+from aria.grammars.limits import check_json
 from aria.serve.answers import ROUTES, answer
 from aria.serve.errors import unexpected
 from aria.serve.service import Service
@@ -101,8 +103,11 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 def _read(content: bytes) -> dict[str, Any]:
     try:
         request = json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
+    check_json(request, math.inf)
     if not isinstance(request, dict):
         raise ValueError(f"expected an object with {', '.join(_KEYS)}")
     if missing := [key for key in _KEYS if key not in request]:

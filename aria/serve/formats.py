@@ -45,13 +45,13 @@ class StructuralTagFormat(Body):
     """Extension of vLLM, whose server calls an answer's parts that follow a schema so."""
 
     type: Literal["structural_tag"]
-    structures: list[Json] | None = None
-    triggers: list[str] | None = None
+    structures: Many[Json] | None = None
+    triggers: Many[str] | None = None
     format: Json | None = None
 
     @property
     def tag(self) -> dict[str, Any]:
-        """As `aria.engine.structural_tags` reads it."""
+        """As `aria.grammars.structural_tags` reads it."""
         return self.model_dump(exclude_none=True)
 
 
@@ -72,7 +72,9 @@ def _parsed(value: Any) -> Any:
         return json_reader.parse(value)
     except json_reader.TooLargeError as error:
         raise ValueError(str(error)) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from None
 
 

@@ -16,6 +16,7 @@ from aria.serve.base import (
     Many,
     Source,
     Text,
+    at_most,
     json_type,
     kind_of,
     misfit,
@@ -27,7 +28,6 @@ MOST_STOPS = 32
 MOST_STOP_CHARACTERS = 1024
 MOST_MESSAGES = 16_384
 """Each takes at least four tokens."""
-MOST_BIASES = 1024
 """Every row of a batch has room for as many as the most that any asks for."""
 
 
@@ -297,7 +297,7 @@ class Sampling(WithoutEffect):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MOST_BIASES),
+            at_most(MOST_BIASES),
         ]
         | None
     ) = None

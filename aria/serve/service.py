@@ -36,6 +36,8 @@ from aria.workers.cancellation import run_cancellable
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+GRAMMAR_THREADS = 16
+"""Requests with a schema or another grammar that are checked at a time."""
 STEP_SECONDS = 120.0
 """The longest that a step may take by default: first ones compile kernels for up to a minute on a GPU, and large models
 are slow on a CPU."""
@@ -72,6 +74,8 @@ class Service:
         self.fingerprint = _fingerprint(engine.engine.model)
         # Text never waits behind somebody's slow download.
         self._texts = WorkThreads(2, "aria-text")
+        # Most of them wait for a process that tries a schema, which may take seconds.
+        self._grammars = WorkThreads(GRAMMAR_THREADS, "aria-grammar")
         self._media = WorkThreads(settings.media_threads, "aria-media")
         self._named_media = NamedMedia(settings.named_media_bytes)
         self.adapters_lock = asyncio.Lock()
@@ -176,12 +180,14 @@ class Service:
         most = self.defaults.max_model_len
         return prepare_latest(messages, prepare, measure, room=most - min(asked.params.max_tokens, most // 4))
 
-    async def off_loop(self, work: Callable[[], T], *, media: bool = False, param: str | None = None) -> T:
+    async def off_loop(
+        self, work: Callable[[], T], *, media: bool = False, param: str | None = None, grammar: bool = False
+    ) -> T:
         """Do what takes time in a thread, which stops when the client leaves; the request counts until it has.
 
         What is wrong with the request's messages or media becomes a 400.
         """
-        pool = self._media if media else self._texts
+        pool = self._media if media else self._grammars if grammar else self._texts
         try:
             return await run_cancellable(pool, work)
         except ContextLengthError as error:
@@ -230,7 +236,7 @@ class Service:
 
         if asked.params.constraint is not None:
             # Otherwise the engine's thread would do it, while everybody's answers wait.
-            await self.off_loop(lambda: self._compile(asked))
+            await self.off_loop(lambda: self._compile(asked), grammar=True)
         prepared = await self.off_loop(work, media=media > 0, param=param)
         exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
         run = Run(self, asked, prepared, id, name, began, exchange)
@@ -272,18 +278,18 @@ class Service:
         Raises:
             ApiError: 400, it cannot be followed; the error names the field at fault.
         """
-        compile = self.engine.engine.grammars.compile
+        grammars = self.engine.engine.grammars
         constraint = asked.params.constraint
         assert constraint is not None, "there is nothing to compile"
         try:
-            compile(constraint)
+            grammars.compile(constraint)
         except ValueError as error:
             # The whole may be made of several tools and a schema: each alone tells whose fault it is.
             for part in asked.bound:
                 try:
-                    compile(part.constraint)
+                    grammars.check(part.constraint)
                 except ValueError as own:
-                    _, cannot, why = str(own).partition(" cannot be followed")
+                    _, cannot, why = str(own).partition(" cannot be ")
                     message = f"{part.name}{cannot}{why}" if cannot else f"{part.name}: {own}"
                     raise ApiError(400, message, param=part.param, code="invalid_schema") from own
             raise ApiError(400, str(error), code="invalid_schema") from error
@@ -308,6 +314,7 @@ class Service:
     def close(self) -> None:
         """End the threads; the engine stays."""
         self._texts.shutdown(wait=False, cancel_futures=True)
+        self._grammars.shutdown(wait=False, cancel_futures=True)
         self._media.shutdown(wait=False, cancel_futures=True)
 
 

@@ -31,7 +31,12 @@ from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
 from aria.workers.confine import confine, limit_cpu
 from aria.workers.shared import FileView, mapped
 
-PRELOADED = ("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document", "aria.templates")
+PRELOADED = (
+    *("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document"),
+    *("aria.templates", "aria.grammars.trial"),
+)
+OPTIONAL = ("llguidance",)
+"""The same for what need not be installed."""
 CONFINING = ("py_landlock", "pyseccomp")
 """Loaded before anything is given up: the second runs a program that finds its library."""
 NICE = 5
@@ -109,7 +114,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     for name in PRELOADED:
         importlib.import_module(name)
-    for name in CONFINING:
+    for name in (*OPTIONAL, *CONFINING):
         with contextlib.suppress(Exception):  # not installed, or without its library: a worker reports that
             importlib.import_module(name)
     if hasattr(os, "nice"):

@@ -109,8 +109,8 @@ class Workers:
                 if self._closed:
                     raise WorkerError("the workers of this process were ended") from error
                 raise ValueError(
-                    f"{name} cannot be read: the process that read it crashed, as damaged files and hostile ones make "
-                    "decoders do; send another file"
+                    f"{name} cannot be read: the process that read it crashed, as damaged and hostile input makes it; "
+                    "send something else"
                 ) from error
             except _FaultError as fault:
                 healthy = True

@@ -15,7 +15,8 @@ import torch
 from test_engine import asked, picture
 
 from aria import Engine, SamplingParams
-from aria.engine.grammar import Grammars, fill_masks
+from aria.engine.grammar import Grammars
+from aria.engine.matcher import fill_masks
 from aria.engine.sampler import keep_allowed
 from aria.processor import AriaTokenizer
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("model",),
     ("ops",),
     ("config",),
-    ("media", "templates"),
+    ("media", "templates", "grammars"),
     ("workers", "hub"),
 )
 """Rooms of the package from the top down. A room imports from the floors under its own, and from itself."""

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import small_tokenizer
 
-from aria.engine import grammar, numbers
-from aria.engine.grammar import Grammars, fill_masks
+from aria.engine import grammar
+from aria.engine.grammar import Grammars
+from aria.engine.matcher import fill_masks
+from aria.grammars import numbers
 from aria.processor import AriaTokenizer
 from aria.serve import tools
 

@@ -149,3 +149,12 @@ def _attempt(function: Any) -> str:
     except Exception as error:
         return type(error).__name__
     return "done"
+
+
+def crash_trial(job: Any, name: str, text: str) -> None:
+    """In place of a trial of a grammar."""
+    crash(job)
+
+
+def hang_trial(job: Any, name: str, text: str) -> None:
+    sleep(job)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from aria.engine.numbers import EXACT, MOST_DIGITS, numeric
+from aria.grammars.numbers import EXACT, MOST_DIGITS, numeric
 from tests.fuzz.draw import Draw
 
 LONGEST = 64

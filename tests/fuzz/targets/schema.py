@@ -13,7 +13,8 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 
-from aria.engine.grammar import Grammars, fill_masks
+from aria.engine.grammar import Grammars
+from aria.engine.matcher import fill_masks
 from aria.processor import AriaTokenizer
 from tests.fuzz.draw import Draw, spoiled
 from tests.fuzz.made_schemas import KEYWORDS, schema

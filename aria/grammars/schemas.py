@@ -14,14 +14,21 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from aria.engine import exclusive
-from aria.engine.keywords import MEANT, OF_TYPE, TYPES, Resources, SchemaError, finite_names, same
-from aria.engine.numbers import EXACT, numeric
+from aria.grammars import exclusive
+from aria.grammars.depth import Steps, run
+from aria.grammars.keywords import MEANT, OF_TYPE, TYPES, Resources, SchemaError, finite_names, same
+from aria.grammars.numbers import EXACT, numeric
 
 MOST_STEPS = 500_000
 """Of the work for a schema, about a microsecond each: alternatives of alternatives multiply."""
 MOST_SELECTIONS = 512
 """Selections of optional properties among which minProperties and maxProperties choose."""
+MOST_CHAIN = 200
+"""References and ``allOf`` that lead from one to the next without saying anything of a value."""
+MOST_PATTERNS = 8
+"""Patterns and formats that one text follows at a time: whether any text does takes exponential time to tell."""
+_INLINE = 16
+"""Values inside each other that stand where they are; deeper ones become definitions, as JSON readers have a limit."""
 
 
 class Part(NamedTuple):
@@ -45,17 +52,14 @@ def plain(schema: Any) -> Any:
 
     Returns:
         True, or a schema of ``anyOf``, ``$ref`` to its ``$defs``, ``enum``, ``x-number`` (a pattern of numbers;
-        see :mod:`aria.engine.numbers`), or one ``type`` with its own keywords. Some of one type have ``allOf``.
+        see :mod:`aria.grammars.numbers`), or one ``type`` with its own keywords. Some of one type have ``allOf``.
 
     Raises:
         ValueError: it is no JSON schema, has a keyword that cannot be followed (it says which and where), or no value
             fits it.
     """
-    try:
-        reader = Reader(Resources(schema))
-        found = reader.value([schema])
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    reader = Reader(Resources(schema))
+    found = run(reader.value([schema]))
     if found is False:
         where = f"; what is said at {reader.unfit} contradicts itself" if reader.unfit else ""
         raise ValueError(f"no JSON value fits it{where}")
@@ -70,13 +74,14 @@ class Reader:
         self._names: dict[Any, str] = {}
         self._found: dict[Any, Any] = {}
         self._active: set[Any] = set()
+        self._names_within: dict[int, set[str]] = {}
         self._steps = 0
         self.unfit: str | None = None
         """The first place where nothing fits."""
         self.definitions: dict[str, Any] = {}
 
-    def value(self, schemas: Sequence[Any]) -> Any:
-        """The plain schema of a value of which all of these hold."""
+    def value(self, schemas: Sequence[Any]) -> Steps:
+        """The plain schema of a value of which all of these hold; for :func:`aria.grammars.depth.run`."""
         parts = self.parts(schemas)
         if parts is None:
             return False
@@ -87,16 +92,17 @@ class Reader:
             return self._reference(key)
         if key in self._found:
             return self._shared(key)  # alternatives of alternatives come to the same value again and again
-        self._work(8 * len(parts))
+        self.work(8 * len(parts))
+        deep = len(self._active) % _INLINE == _INLINE - 1
         self._active.add(key)
-        found = self._described(parts)
+        found = yield self._described(parts)
         self._active.remove(key)
         if found is False and self.unfit is None:
             self.unfit = self.resources.place(parts[0].node)
         self._found[key] = found
         # What stands behind a reference may lead back to itself, or be needed at many places.
         behind_reference = any(isinstance(schema, dict) and "$ref" in schema for schema in schemas)
-        return self._shared(key) if key in self._names or behind_reference else found
+        return self._shared(key) if key in self._names or behind_reference or deep else found
 
     def _shared(self, key: Any) -> Any:
         """What was found for a value, as a reference if it is larger than one."""
@@ -107,7 +113,12 @@ class Reader:
         self.definitions[self._names[key]] = found
         return reference
 
-    def _work(self, steps: int) -> None:
+    def work(self, steps: int) -> None:
+        """Count what is done.
+
+        Raises:
+            ValueError: it is more than a schema may take.
+        """
         self._steps += steps
         if self._steps > MOST_STEPS:
             raise ValueError("it is too large: what it says of single values takes too long to bring together")
@@ -135,6 +146,9 @@ class Reader:
                 continue
             found[key] = part
             above |= {id(part.node)}
+            if len(above) > MOST_CHAIN:
+                place = self.resources.place(part.node)
+                raise SchemaError(place, f"over {MOST_CHAIN} references lead from one to the next; refer to the last")
             if part.has("$ref"):
                 waiting.append((self.resources.target(part.node), above))
             if part.has("allOf"):
@@ -155,22 +169,26 @@ class Reader:
                 left = {"array"}
         return left - {"integer"} if "number" in left else left
 
-    def _described(self, parts: list[Part]) -> Any:
+    def _described(self, parts: list[Part]) -> Steps:
         for part in parts:
             for name in ("anyOf", "oneOf"):
                 if part.has(name):
-                    return self._alternatives(parts, part, name)
+                    return (yield self._alternatives(parts, part, name))
         types = self.types(parts)
         if any(part.has("const", "enum") for part in parts):
-            return self._listed(parts, types)
+            return (yield from self._listed(parts, types))
         if "type" not in {name for part in parts for name in part.node} and not self._speaking(parts, OF_TYPE):
             return True
-        return any_of([self._typed(parts, name) for name in TYPES if name in types])
+        options = []
+        for name in TYPES:
+            if name in types:
+                options.append((yield from self._typed(parts, name)))
+        return any_of(options)
 
     def _speaking(self, parts: Sequence[Part], names: Iterable[str]) -> list[Part]:
         return [part for part in parts if part.has(*names)]
 
-    def _alternatives(self, parts: list[Part], at: Part, name: str) -> Any:
+    def _alternatives(self, parts: list[Part], at: Part, name: str) -> Steps:
         # allOf and $ref were followed.
         rest = [Part(part.node, part.without | {"allOf", "$ref"} | ({name} if part is at else set())) for part in parts]
         branches = [[branch] for branch in at.node[name]]
@@ -179,9 +197,12 @@ class Reader:
         keys = list(at.node)
         first = "properties" not in keys or keys.index(name) < keys.index("properties")
         # Properties come in the order of the schema.
-        return any_of([self.value([*branch, *rest] if first else [*rest, *branch]) for branch in branches])
+        options = []
+        for branch in branches:
+            options.append((yield self.value([*branch, *rest] if first else [*rest, *branch])))
+        return any_of(options)
 
-    def _listed(self, parts: list[Part], types: set[str]) -> Any:
+    def _listed(self, parts: list[Part], types: set[str]) -> Steps:
         """Values of const and enum that fit all else."""
         lists = [[part.get("const")] if part.has("const") else part.get("enum") for part in parts
                  if part.has("const", "enum")]  # fmt: skip
@@ -203,7 +224,7 @@ class Reader:
                     raise SchemaError(
                         place, "numbers beyond 2^53 in const and enum are not supported beside properties or items"
                     )
-                said = self._typed(own, name, closed=False) if own else True
+                said = (yield from self._typed(own, name, closed=False)) if own else True
                 if said is not True:
                     options.append({"allOf": [said, {"enum": values}]})
                 else:
@@ -225,7 +246,7 @@ class Reader:
 
     # Values of one type
 
-    def _typed(self, parts: Sequence[Part], name: str, *, closed: bool = True) -> Any:
+    def _typed(self, parts: Sequence[Part], name: str, *, closed: bool = True) -> Steps:
         if name in ("integer", "number"):
             try:
                 return numeric([{key: part.node[key] for key in part.node if part.has(key)} for part in parts],
@@ -235,25 +256,28 @@ class Reader:
         if name == "string":
             return self._string(parts)
         if name == "array":
-            return self._array(parts)
-        return self._object(parts, closed) if name == "object" else {"type": name}
+            return (yield from self._array(parts))
+        return (yield from self._object(parts, closed)) if name == "object" else {"type": name}
 
     def _string(self, parts: Sequence[Part]) -> Any:
         found: dict[str, Any] = {"type": "string", **_sizes(parts, "minLength", "maxLength")}
         if found.get("minLength", 0) > found.get("maxLength", math.inf):
             return False
         said = dict.fromkeys((key, part.get(key)) for key in ("pattern", "format") for part in parts if part.has(key))
+        if len(said) > MOST_PATTERNS:
+            place = self.resources.place(parts[0].node)
+            raise SchemaError(place, f"{len(said)} patterns and formats of one text; expected at most {MOST_PATTERNS}")
         if len({key for key, _ in said}) == len(said):
             return found | dict(iter(said))
         return {"allOf": [found, *({"type": "string", key: value} for key, value in said)]}
 
-    def _array(self, parts: Sequence[Part]) -> Any:
+    def _array(self, parts: Sequence[Part]) -> Steps:
         found: dict[str, Any] = {"type": "array", **_sizes(parts, "minItems", "maxItems")}
         lists = [(part.get("prefixItems", []), part.get("items", True)) for part in parts]
         prefix = []
-        items = self.value([items for _, items in lists])
+        items = yield self.value([items for _, items in lists])
         for i in range(max((len(own) for own, _ in lists), default=0)):
-            prefix.append(self.value([own[i] if i < len(own) else items for own, items in lists]))
+            prefix.append((yield self.value([own[i] if i < len(own) else items for own, items in lists])))
             if prefix[-1] is False:
                 prefix, items = prefix[:-1], False
                 break
@@ -263,7 +287,7 @@ class Reader:
             return False
         return {**found, **({"prefixItems": prefix} if prefix else {}), "items": items}
 
-    def _object(self, parts: Sequence[Part], closed: bool) -> Any:
+    def _object(self, parts: Sequence[Part], closed: bool) -> Steps:
         names = dict.fromkeys(name for part in parts for name in part.get("properties", ()))
         required = dict.fromkeys(name for part in parts for name in part.get("required", ()))
         patterns = dict.fromkeys(pattern for part in parts for pattern in part.get("patternProperties", ()))
@@ -272,18 +296,20 @@ class Reader:
                 names |= dict.fromkeys(few)
                 del patterns[pattern]
         names |= required  # once each: what is read twice at every depth takes exponential time
-        self._work(len(parts) * len(names))
-        properties = {name: self.value(self.said_of(parts, name)) for name in names}
+        self.work(len(parts) * len(names))
+        properties = {}
+        for name in names:
+            properties[name] = yield self.value(self.said_of(parts, name))
         others: Any = [part.get("additionalProperties") for part in parts if part.has("additionalProperties")]
         others += [part.get("unevaluatedProperties") for part in parts
                    if part.has("unevaluatedProperties") and not part.has("additionalProperties")]  # fmt: skip
         named = required or any(part.has("properties", "patternProperties") for part in parts)
-        others = self.value(others) if others else not (named and closed)
+        others = (yield self.value(others)) if others else not (named and closed)
         found = {"type": "object", "additionalProperties": others}
         if patterns:
-            found["patternProperties"] = {
-                pattern: self.value(self.said_of(parts, pattern, is_pattern=True)) for pattern in patterns
-            }
+            found["patternProperties"] = said = {}
+            for pattern in patterns:
+                said[pattern] = yield self.value(self.said_of(parts, pattern, is_pattern=True))
         for name in [name for name, value in properties.items() if value is False and name not in patterns]:
             if name in required:
                 return False
@@ -296,10 +322,12 @@ class Reader:
     def said_of(self, parts: Sequence[Part], name: str, *, is_pattern: bool = False) -> list[Any]:
         """All that is said of a property, or of those that a pattern names."""
         said = []
+        self.work(len(parts))
         for part in parts:
             own = [] if is_pattern or name not in part.get("properties", ()) else [part.node["properties"][name]]
             place = self.resources.place(part.node)
             for pattern, schema in part.get("patternProperties", {}).items():
+                self.work(0 if is_pattern else 10)
                 if pattern == name if is_pattern else self.resources.matches(pattern, name, place):
                     own.append(schema)
             if not own and part.has("additionalProperties"):
@@ -308,24 +336,33 @@ class Reader:
                 part.has("unevaluatedProperties")
                 and not part.has("additionalProperties")
                 and not own
-                and name not in self._names_of(part.node, set())
+                and name not in self._names_of(part.node)
             ):
                 own.append(part.get("unevaluatedProperties"))
             said += own
         return said
 
-    def _names_of(self, schema: Any, seen: set[int]) -> set[str]:
+    def _names_of(self, schema: dict[str, Any]) -> set[str]:
         """Properties and patterns that a schema names, also in what it is made of."""
-        if isinstance(schema, bool) or id(schema) in seen:
-            return set()
-        seen.add(id(schema))
-        found = {*schema.get("properties", ()), *schema.get("patternProperties", ())}
-        inner = [one for key in ("allOf", "anyOf", "oneOf") for one in schema.get(key, ())]
-        if "$ref" in schema:
-            inner.append(self.resources.target(schema))
-        for pattern in schema.get("patternProperties", ()):
-            found |= set(finite_names(pattern) or ())
-        return found.union(*(self._names_of(one, seen) for one in inner))
+        if id(schema) in self._names_within:
+            return self._names_within[id(schema)]
+        found: set[str] = set()
+        seen: set[int] = set()
+        waiting: list[Any] = [schema]
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, bool) or id(one) in seen:
+                continue
+            seen.add(id(one))
+            patterns = one.get("patternProperties", ())
+            found |= {*one.get("properties", ()), *patterns}
+            found |= {name for pattern in patterns for name in finite_names(pattern) or ()}
+            waiting += [inner for key in ("allOf", "anyOf", "oneOf") for inner in one.get(key, ())]
+            if "$ref" in one:
+                waiting.append(self.resources.target(one))
+        self.work(len(found) + len(seen))
+        self._names_within[id(schema)] = found
+        return found
 
     def _counted(self, found: dict[str, Any], sizes: dict[str, int], parts: Sequence[Part]) -> Any:
         """With as many properties as minProperties and maxProperties say."""
@@ -361,6 +398,7 @@ class Reader:
         options = []
         for count in counts:
             for chosen in combinations(optional, count):
+                self.work(len(properties))
                 last = optional.index(chosen[-1]) if chosen else -1
                 later = optional[last + 1 :] if most >= len(optional) else []
                 kept = {name: value for name, value in properties.items() if name in (*required, *chosen, *later)}

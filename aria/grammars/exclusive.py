@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aria.engine import keywords, numbers
+from aria.grammars import keywords, numbers
 
 if TYPE_CHECKING:
-    from aria.engine.schemas import Part, Reader
+    from aria.grammars.schemas import Part, Reader
 
 MOST_COMPARED = 128
 _DEPTH = 3
@@ -64,6 +64,7 @@ def _values(parts: Sequence[Part]) -> set[Any] | None:
 
 def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: int) -> bool:
     """Whether no value fits both, as far as it is easily known."""
+    reader.work(len(one) + len(other))
     types = reader.types([*one, *other])
     if not types:
         return True

@@ -13,12 +13,13 @@ from typing import Any
 ANY = r"/(.|\n)*/"
 
 
-def lark(tag: Mapping[str, Any], of_schema: Callable[[Any], str]) -> str:
+def lark(tag: Mapping[str, Any], of_schema: Callable[[Any], str], of_pattern: Callable[[str], str]) -> str:
     """The grammar of a structural tag.
 
     Args:
         tag: ``structures`` and ``triggers``, or ``format``.
         of_schema: a JSON schema -> an expression of Lark.
+        of_pattern: a regular expression -> the same.
 
     Raises:
         ValueError: it is no structural tag, or has a part that is not supported; the message says where.
@@ -33,14 +34,14 @@ def lark(tag: Mapping[str, Any], of_schema: Callable[[Any], str]) -> str:
             for one in _listed(tag, "structures", "structural_tag")
         ]  # fmt: skip
         form = {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": parts}
-    writer = _Writer(of_schema)
+    writer = _Writer(of_schema, of_pattern)
     start = writer.part(form, "format")
     return "\n".join([f"start: {start}", f"ANY: {ANY}", *writer.rules])
 
 
 class _Writer:
-    def __init__(self, of_schema: Callable[[Any], str]):
-        self._of_schema = of_schema
+    def __init__(self, of_schema: Callable[[Any], str], of_pattern: Callable[[str], str]):
+        self._of_schema, self._of_pattern = of_schema, of_pattern
         self.rules: list[str] = []
 
     def _rule(self, body: str, options: str = "") -> str:
@@ -55,7 +56,7 @@ class _Writer:
         if kind == "json_schema":
             return self._of_schema(form.get("json_schema"))
         if kind == "regex":
-            return _pattern(_field(form, "pattern", place))
+            return self._of_pattern(_field(form, "pattern", place))
         if kind == "any_text" and not form.get("excludes"):
             return "ANY"
         if kind in ("sequence", "or"):
@@ -125,10 +126,3 @@ def _field(form: Any, name: str, place: str) -> str:
 
 def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
-
-
-def _pattern(pattern: str) -> str:
-    from llguidance import LLMatcher
-
-    source = json.loads(LLMatcher.grammar_from_regex(pattern))
-    return str(source["grammars"][0]["lark_grammar"]).removeprefix("start: ")

@@ -10,6 +10,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from aria.grammars.shape import children
+
+MOST_CHARACTERS = 4_000_000
+"""Of such a grammar: what several of its JSON schemas refer to stands in each."""
 _TEXT = r'/"([^"\\\x00-\x1F\x7F]|\\["\\bfnrt])*"/'
 
 
@@ -17,7 +21,7 @@ def lark(schema: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """A grammar of the values that fit a plain schema, None where no pattern of numbers makes one necessary.
 
     Args:
-        schema: of :func:`aria.engine.schemas.plain`.
+        schema: of :func:`aria.grammars.schemas.plain`.
         settings: llguidance's ``x-guidance`` for the JSON schemas in it.
 
     Raises:
@@ -28,26 +32,23 @@ def lark(schema: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     return writer.grammar(root) if writer.is_exact(root) else None
 
 
-def _children(schema: Any) -> Iterator[Any]:
-    if isinstance(schema, dict):
-        for key in ("anyOf", "allOf", "prefixItems"):
-            yield from schema.get(key, ())
-        for key in ("properties", "patternProperties"):
-            yield from schema.get(key, {}).values()
-        for key in ("items", "additionalProperties"):
-            yield schema.get(key)
-
-
 class _Writer:
     def __init__(self, definitions: Mapping[str, Any], settings: Mapping[str, Any]):
         self._definitions = definitions
         self._settings = dict(settings)
         self._rules: list[str] = []
-        self._used: dict[str, set[str]] = {}
-        """Definitions that each one leads to, itself included."""
-        for name in definitions:
-            self._used[name] = self._reachable({"$ref": f"#/$defs/{name}"})
-        self._exact = {name for name, used in self._used.items() if any(_has_numbers(definitions[one]) for one in used)}
+        self._size = 0
+        self._exact = {name for name, definition in definitions.items() if _has_numbers(definition)}
+        """Definitions that have or lead to patterns of numbers."""
+        leading: dict[str, list[str]] = {}
+        for name, definition in definitions.items() if self._exact else ():
+            for other in _references(definition):
+                leading.setdefault(other, []).append(name)
+        waiting = [*self._exact]
+        while waiting:
+            more = set(leading.get(waiting.pop(), ())) - self._exact
+            self._exact |= more
+            waiting += more
 
     def grammar(self, root: Any) -> str:
         start = self.value(root)
@@ -70,6 +71,9 @@ class _Writer:
         return found
 
     def _rule(self, body: str) -> str:
+        self._size += len(body)
+        if self._size > MOST_CHARACTERS:
+            raise ValueError("it is too large beside numbers beyond 2^53")
         self._rules.append(f"r{len(self._rules)}: {body}")
         return f"r{len(self._rules) - 1}"
 
@@ -169,7 +173,7 @@ def _repeated(item: str, least: int, most: int | None) -> str:
 
 
 def _has_numbers(schema: Any) -> bool:
-    return isinstance(schema, dict) and ("x-number" in schema or any(map(_has_numbers, _children(schema))))
+    return isinstance(schema, dict) and ("x-number" in schema or any(map(_has_numbers, children(schema))))
 
 
 def _references(schema: Any) -> Iterator[str]:
@@ -177,5 +181,5 @@ def _references(schema: Any) -> Iterator[str]:
     if isinstance(schema, dict):
         if "$ref" in schema:
             yield schema["$ref"].rpartition("/")[2]
-        for child in _children(schema):
+        for child in children(schema):
             yield from _references(child)

@@ -189,11 +189,20 @@ class Resources:
         """Where a schema stands, as a JSON pointer."""
         return self._places[id(node)]
 
-    def _read(self, node: Any, home: dict[str, Any] | None, place: str) -> None:
-        if not _is_schema(node):
-            raise SchemaError(place, f"a schema is an object, true or false, but this is {node!r:.60}")
-        if isinstance(node, bool) or id(node) in self._places:
-            return
+    def _read(self, root: Any, home: dict[str, Any] | None, place: str) -> None:
+        """Take in a schema and those that it holds."""
+        waiting = [(root, home, place)]
+        while waiting:
+            node, home, place = waiting.pop()
+            if not _is_schema(node):
+                raise SchemaError(place, f"a schema is an object, true or false, but this is {node!r:.60}")
+            if isinstance(node, bool) or id(node) in self._places:
+                continue
+            home = self._note(node, home, place)
+            waiting += [(child, home, where) for where, child in reversed([*children(node, place)])]
+
+    def _note(self, node: dict[str, Any], home: dict[str, Any] | None, place: str) -> dict[str, Any]:
+        """Note where a schema stands, and by what names it is referred to; the root of its resource."""
         self._places[id(node)] = place
         for keyword in [name for name, value in node.items() if value is None and name in _NULLABLE]:
             del node[keyword]
@@ -212,8 +221,7 @@ class Resources:
         for keyword, value in node.items():
             if keyword in SHAPES and not SHAPES[keyword][0](value):
                 raise SchemaError(place, f"{keyword} is {value!r:.60}; expected {SHAPES[keyword][1]}")
-        for where, child in children(node, place):
-            self._read(child, home, where)
+        return home
 
     def target(self, node: dict[str, Any]) -> Any:
         """The schema that a ``$ref`` leads to."""
