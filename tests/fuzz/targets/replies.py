@@ -71,6 +71,12 @@ class _Worker(Worker):
     def kill(self) -> None:
         self._channel.close()
 
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def resident_bytes(self) -> int:
+        return 0
+
     pause = resume = lower_priority = lambda self: None
 
 
