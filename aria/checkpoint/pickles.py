@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import pickle
 import pickletools
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+_CUT = "an end before its contents are complete; fetch it again"
 _LONG_TEXT = 1 << 16
 _MOST_TEXT = 64 << 20
 """Bytes of all texts that are kept."""
@@ -98,7 +98,7 @@ class Machine:
         except RefusedError:
             raise
         except (
-            IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, struct.error
+            IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
         ) as error:  # fmt: skip
             # What wrong operands come to; the machine has no side effects that this could hide.
             raise ValueError(f"it is corrupt ({error})") from error
@@ -106,12 +106,15 @@ class Machine:
     def _run(self) -> Any:
         if self.take(1) != pickle.PROTO or self.take(1)[0] not in (2, 3, 4, 5):
             raise RefusedError("a beginning that is not that of a pickle of protocol 2 to 5")
+        read, steps = self.file.read, _STEPS  # a large training has millions
         for _ in range(self.most_steps):
-            code = self.take(1)
-            if code == pickle.STOP:
-                return self.stack.pop()
-            step = _STEPS.get(code)
+            code = read(1)
+            step = steps.get(code)
             if step is None:
+                if code == pickle.STOP:
+                    return self.stack.pop()
+                if not code:
+                    raise RefusedError(_CUT)
                 raise RefusedError(f"the pickle operation {_OPCODES.get(code.decode('latin1'), code)}")
             step(self)
         raise RefusedError(f"more than {self.most_steps:,} operations, which no file of its kind needs")
@@ -119,34 +122,34 @@ class Machine:
     def take(self, count: int) -> bytes:
         data = self.file.read(count)
         if len(data) != count:
-            raise RefusedError("an end before its contents are complete; fetch it again")
+            raise RefusedError(_CUT)
         return data
 
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def number(self, nbytes: int) -> int:
+        return int.from_bytes(self.take(nbytes), "little")
 
     def leave(self, nbytes: int, *, text: bool = False) -> Place:
         """Step over bytes and say where they are."""
         place = Place(self.file.tell(), nbytes, text)
         if place.offset + nbytes > self.size:
-            raise RefusedError("an end before its contents are complete; fetch it again")
+            raise RefusedError(_CUT)
         self.file.seek(nbytes, os.SEEK_CUR)
         return place
 
-    def push_bytes(self, form: str) -> None:
-        self.stack.append(self.leave(self.number(form)))
+    def push_bytes(self, size: int) -> None:
+        self.stack.append(self.leave(self.number(size)))
 
-    def push_text(self, form: str) -> None:
-        place = self.leave(self.number(form), text=True)
-        if place.nbytes > _LONG_TEXT:
-            self.stack.append(place)
+    def push_text(self, size: int) -> None:
+        nbytes = self.number(size)
+        if nbytes > _LONG_TEXT:
+            self.stack.append(self.leave(nbytes, text=True))
             return
-        self._text += place.nbytes
+        self._text += nbytes
         if self._text > _MOST_TEXT:
             raise RefusedError(f"names of more than {_MOST_TEXT:,} bytes")
-        self.file.seek(place.offset)
-        text = Text(self.take(place.nbytes).decode("utf-8"))
-        text.place = place
+        offset = self.file.tell()
+        text = Text(self.take(nbytes).decode("utf-8"))
+        text.place = Place(offset, nbytes, True)
         self.stack.append(text)
 
     def since_mark(self) -> list[Any]:
@@ -160,8 +163,9 @@ class Machine:
         return items
 
     def push_tuple(self, count: int) -> None:
-        items = tuple(self.stack.pop() for _ in range(count))
-        self.stack.append(items[::-1])
+        if len(self.stack) < count:
+            raise RefusedError("operations out of order")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
@@ -201,7 +205,7 @@ class Machine:
         self.stack[-1].extend(items)
 
     def push_integer(self) -> None:
-        nbytes = self.number("<B")
+        nbytes = self.number(1)
         if nbytes > _MOST_INTEGER:
             raise RefusedError(f"a whole number of {nbytes} bytes")
         self.stack.append(pickle.decode_long(self.take(nbytes)))
@@ -216,16 +220,16 @@ _STEPS: dict[bytes, Callable[[Machine], Any]] = {
     pickle.NONE: lambda m: m.stack.append(None),
     pickle.NEWTRUE: lambda m: m.stack.append(True),
     pickle.NEWFALSE: lambda m: m.stack.append(False),
-    pickle.BININT: lambda m: m.stack.append(m.number("<i")),
-    pickle.BININT1: lambda m: m.stack.append(m.number("<B")),
-    pickle.BININT2: lambda m: m.stack.append(m.number("<H")),
+    pickle.BININT: lambda m: m.stack.append(int.from_bytes(m.take(4), "little", signed=True)),
+    pickle.BININT1: lambda m: m.stack.append(m.number(1)),
+    pickle.BININT2: lambda m: m.stack.append(m.number(2)),
     pickle.LONG1: lambda m: m.push_integer(),
-    pickle.BINUNICODE: lambda m: m.push_text("<I"),
-    pickle.SHORT_BINUNICODE: lambda m: m.push_text("<B"),
-    pickle.BINUNICODE8: lambda m: m.push_text("<Q"),
-    pickle.BINBYTES: lambda m: m.push_bytes("<I"),
-    pickle.SHORT_BINBYTES: lambda m: m.push_bytes("<B"),
-    pickle.BINBYTES8: lambda m: m.push_bytes("<Q"),
+    pickle.BINUNICODE: lambda m: m.push_text(4),
+    pickle.SHORT_BINUNICODE: lambda m: m.push_text(1),
+    pickle.BINUNICODE8: lambda m: m.push_text(8),
+    pickle.BINBYTES: lambda m: m.push_bytes(4),
+    pickle.SHORT_BINBYTES: lambda m: m.push_bytes(1),
+    pickle.BINBYTES8: lambda m: m.push_bytes(8),
     pickle.EMPTY_DICT: lambda m: m.stack.append({}),
     pickle.EMPTY_LIST: lambda m: m.stack.append([]),
     pickle.EMPTY_TUPLE: lambda m: m.stack.append(()),
@@ -237,11 +241,11 @@ _STEPS: dict[bytes, Callable[[Machine], Any]] = {
     pickle.SETITEMS: lambda m: m.set_items(m.since_mark()),
     pickle.APPEND: lambda m: m.append_items([m.stack.pop()]),
     pickle.APPENDS: lambda m: m.append_items(m.since_mark()),
-    pickle.BINPUT: lambda m: m.memoize(m.number("<B")),
-    pickle.LONG_BINPUT: lambda m: m.memoize(m.number("<I")),
+    pickle.BINPUT: lambda m: m.memoize(m.number(1)),
+    pickle.LONG_BINPUT: lambda m: m.memoize(m.number(4)),
     pickle.MEMOIZE: lambda m: m.memoize(len(m.memo)),
-    pickle.BINGET: lambda m: m.stack.append(m.memo[m.number("<B")]),
-    pickle.LONG_BINGET: lambda m: m.stack.append(m.memo[m.number("<I")]),
+    pickle.BINGET: lambda m: m.stack.append(m.memo[m.number(1)]),
+    pickle.LONG_BINGET: lambda m: m.stack.append(m.memo[m.number(4)]),
     pickle.GLOBAL: lambda m: m.push_name(m.line(), m.line()),
     pickle.STACK_GLOBAL: lambda m: m.push_name(*[m.stack.pop(), m.stack.pop()][::-1]),
     pickle.REDUCE: lambda m: m.call(),

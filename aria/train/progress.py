@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from aria.hub import write_file
+from aria.hub import read_text, write_file
 
 LOG_NAME = "log.jsonl"
 WANDB_ID_NAME = "wandb-id"
 """In the folder of a run: what wandb knows it by."""
+_WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+"""wandb makes paths and addresses of it."""
 
 
 class Metrics:
@@ -240,10 +243,15 @@ class Wandb:
         file = folder / WANDB_ID_NAME
         if not file.is_file():
             write_file(file, secrets.token_hex(8))
+        name = read_text(file, 1 << 10).strip()
+        if not _WANDB_ID.fullmatch(name):
+            raise ValueError(
+                f"{file} holds {name!r:.40}, which is no id of a run of wandb; delete it to begin a new one"
+            )
         self._run = module.init(
             project=project,
             name=folder.resolve().name,
-            id=file.read_text(encoding="utf-8").strip(),
+            id=name,
             dir=str(folder),
             config=dict(settings),
             resume="allow",

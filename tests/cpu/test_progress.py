@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import resource
+import sys
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from aria.train.curve import LossCurve
-from aria.train.progress import JsonLines, Reporter, append_lines
+from aria.train.progress import JsonLines, Reporter, Wandb, append_lines
 
 LINES = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}]
 
@@ -91,3 +92,17 @@ def test_a_line_that_was_cut_short_is_not_in_the_curve(tmp_path):
     LossCurve(log).close()
     rows = (tmp_path / "loss.tsv").read_text(encoding="utf-8").splitlines()
     assert [row.split("\t")[:2] for row in rows[1:]] == [["1", "2.0"], ["3", "1.0"]]
+
+
+def test_the_id_of_a_run_that_a_stranger_made_is_checked(tmp_path, monkeypatch):
+    """wandb makes a path and an address of it."""
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: begun.append(settings["id"])))
+    Wandb(tmp_path, "project", {})
+    Wandb(tmp_path, "project", {})
+    assert len(set(begun)) == 1 and len(begun[0]) == 16
+    for odd in ("../../../other", "", "a b", "x" * 65):
+        (tmp_path / "wandb-id").write_text(odd)
+        with pytest.raises(ValueError, match="is no id of a run of wandb; delete it"):
+            Wandb(tmp_path, "project", {})
+    assert len(begun) == 2
