@@ -34,7 +34,7 @@ from bad_media import catalog, plan  # noqa: E402
 from killers import KILLERS  # noqa: E402
 from server import Outcome, Server, Watched, attack, milliseconds, percentile, post, running, watching  # noqa: E402
 
-LIMITS = ("--image-seconds", "10", "--decode-seconds", "20")
+LIMITS = ("--image-seconds", "20", "--decode-seconds", "20")
 PEAK = 300 << 20
 HEALTH_SECONDS = 0.1
 COLUMNS = ("attack", "answers", "longest s", "/health p50, p99 ms", "good answers", "p50, p99 ms", "main MB", "all MB")

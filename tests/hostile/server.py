@@ -126,10 +126,12 @@ class Server:
         return self.process.poll() is None
 
     def state(self) -> State:
-        scratch = sum(len(files) for _, _, files in os.walk(self.scratch))
-        return State(
-            self.main.memory_info().rss, self.main.num_threads(), self.main.num_fds(), len(self.children()), scratch
-        )
+        main, children, files = self.main, len(self.children()), len(self.files())
+        return State(main.memory_info().rss, main.num_threads(), main.num_fds(), children, files)
+
+    def files(self) -> list[str]:
+        """Names of what lies in its folder for temporary files."""
+        return [name for _, _, names in os.walk(self.scratch) for name in names]
 
     def children(self) -> list[psutil.Process]:
         """All processes that it started, and those that these started."""
