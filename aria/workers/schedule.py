@@ -11,6 +11,8 @@ from aria.workers.process import Worker
 
 QUANTUM = 0.25
 """Seconds for which a new job runs before all others; each level after the first lasts twice as long."""
+SLICE = 0.1
+"""Seconds that what is chosen runs in any case."""
 SLOW_LEVEL = 1
 """From which level on a job's process is given less of the processors than everything else on the machine."""
 
@@ -31,10 +33,18 @@ class Turn:
         self.waits = False
         self._spent = 0.0
         self._since: float | None = None
+        self._paused = time.monotonic()
 
     def level(self, now: float) -> int:
+        """How long it has run; 0 for less than a quantum."""
         spent = self._spent + (now - self._since if self._since is not None else 0.0)
         return int(math.log2(1 + spent / QUANTUM))
+
+    def rank(self, now: float) -> int:
+        """Its level, less the seconds that it has waited for: a stream of new jobs stops nobody for good."""
+        if self._since is None:
+            return max(self.level(now) - int(now - self._paused), 0)
+        return -1 if now - self._since < SLICE else self.level(now)
 
     def start(self, now: float) -> None:
         self._since = now
@@ -45,7 +55,7 @@ class Turn:
     def stop(self, now: float) -> None:
         assert self._since is not None, "only what runs can be stopped"
         self._spent += now - self._since
-        self._since = None
+        self._since, self._paused = None, now
         self.runs.clear()
         if self.worker is not None:
             self.worker.pause()
@@ -54,7 +64,7 @@ class Turn:
 class Schedule:
     """Runs ``count`` jobs at a time, those that have run least; the processes of all others are paused.
 
-    Among jobs of one level those that run stay, then whoever came first.
+    Among jobs of one rank those that run stay, then whoever came first.
     """
 
     def __init__(self, count: int):
@@ -100,7 +110,7 @@ class Schedule:
     def _update(self) -> None:
         now = time.monotonic()
         ready = [turn for turn in self._turns if not turn.waits]
-        ready.sort(key=lambda turn: (turn.level(now), not turn.runs.is_set(), turn.number))
+        ready.sort(key=lambda turn: (turn.rank(now), not turn.runs.is_set(), turn.number))
         chosen = ready[: self._count]
         for turn in self._turns:
             if turn.runs.is_set() and turn not in chosen:

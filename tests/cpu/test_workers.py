@@ -20,7 +20,7 @@ import worker_tasks as tasks
 from aria.workers import BusyError, NotYet, WorkerError, Workers
 from aria.workers import process as processes
 from aria.workers.cancellation import Cancelled, run_cancellable
-from aria.workers.schedule import QUANTUM, Schedule
+from aria.workers.schedule import QUANTUM, SLICE, Schedule
 from aria.workers.shared import FileView, SharedFile
 
 ROOM = 1 << 30
@@ -253,16 +253,34 @@ def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     short = schedule.enter()
     assert short.runs.is_set() and not long.runs.is_set() and worker.events[-1] == "pause"
     third = schedule.enter()
+    now[0] += SLICE
     assert not third.runs.is_set(), "among jobs that have run as little, who came first"
     schedule.set_waiting(short, True)
     assert third.runs.is_set()
     schedule.leave(third)
     schedule.leave(short)
     assert long.runs.is_set() and worker.events[-1] == "resume"
+    now[0] += SLICE
     other = schedule.enter()
+    assert other.runs.is_set()
     now[0] += 20 * QUANTUM
     schedule.update()
     assert long.runs.is_set() and not other.runs.is_set(), "now that one has run longer"
+
+
+def test_a_stream_of_new_jobs_stops_nobody_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    schedule = Schedule(1)
+    old = schedule.enter()
+    ran = 0
+    for _ in range(300):
+        new = schedule.enter()
+        now[0] += 0.05
+        schedule.update()
+        ran += old.runs.is_set()
+        schedule.leave(new)
+    assert ran > 20
 
 
 def test_paused_jobs_hold_no_more_memory_than_one_process_may() -> None:
