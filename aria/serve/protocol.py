@@ -28,6 +28,7 @@ MOST_STOPS = 32
 MOST_STOP_CHARACTERS = 1024
 MOST_MESSAGES = 16_384
 """Each takes at least four tokens."""
+MOST_BIASES = 1024
 """Every row of a batch has room for as many as the most that any asks for."""
 
 
