@@ -68,11 +68,11 @@ class Matcher:
 
     def accept(self, token_id: int) -> End | None:
         """Take the token that was chosen; None while more may come. It takes little once :meth:`fill` has been here."""
-        if not self._filled:
-            self.fill(np.zeros_like(self._ends_W))
-        self._filled = False
         if self.error is None and self._grammar.error is not None:
             self.give_up(self._grammar.error)
+        if self.error is None and not self._filled:
+            self.fill(np.zeros_like(self._ends_W))
+        self._filled = False
         if self.error is not None:
             return "error"
         if self._ending_W is not None and int(self._ending_W[token_id // 32]) >> token_id % 32 & 1:

@@ -30,7 +30,9 @@ MOST_DIVISOR = 100_000
 MOST_GRAMMAR = 200_000
 """Characters of a grammar as text."""
 MOST_RULES = 1_000
-"""Rules of a grammar as text. Each that leads to the next takes up to 50 KB of stack."""
+"""Rules of a grammar as text. Each that leads to the next, from within groups, takes up to 50 KB of stack."""
+MOST_MADE_RULES = 5_000
+"""The same for grammars that are made here, whose rules are plain: up to 7 KB."""
 
 _RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w.-]*[ \t]*(\[[^\]\n]*\][ \t]*)?(::=|:)", re.MULTILINE)
 
@@ -102,13 +104,13 @@ def check_grammar(text: str) -> None:
     check_rules(text)
 
 
-def check_rules(text: str) -> None:
+def check_rules(text: str, most: int = MOST_RULES) -> None:
     """Refuse a grammar in Lark or GBNF with too many rules.
 
     Raises:
-        ValueError: it is.
+        ValueError: it has more than ``most``.
     """
-    _check(len(_RULE.findall(text)), MOST_RULES, "rules", lambda: "", "use fewer")
+    _check(len(_RULE.findall(text)), most, "rules", lambda: "", "use fewer")
 
 
 def _check(found: int, most: int, what: str, place: Place, advice: str) -> None:

@@ -75,7 +75,7 @@ class _Lengths:
 _STEP = re.compile(
     r"""\\[pPxuU]\{[^}]*\}? | \\. | \[\^?\]?(?:\\.|[^\]\\])*\]?
     | (?P<open>\((?:\?(?:P?<\w*>|[a-zA-Z-]*:))?) | (?P<close>\)) | (?P<either>\|)
-    | \{(?P<count>[0-9]+)(?:,[0-9]*)?\} | (?P<maybe>[*?]) | \+ | .""",
+    | \{(?P<count>[0-9]+)(?:,[0-9]*)?\}\?? | (?P<maybe>[*?]\??) | (?P<more>\+\??) | .""",
     re.DOTALL | re.VERBOSE,
 )
 
@@ -104,7 +104,7 @@ def written_out(pattern: str) -> int:
             times = int(step["count"][:12]) if kind == "count" else 0
             length = min(length + last * (times - 1), _ENDLESS)
             last *= times
-        elif step[0] != "+":
+        elif kind != "more":
             length, last = length + 1, 1
     return max(longest, length) + sum(length for _, length in above)
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from aria.grammars import structural_tags
 from aria.grammars.exact import lark as exact_lark
-from aria.grammars.limits import MOST_CHARACTERS, MOST_LISTED, check_grammar, check_pattern, check_rules, check_schema
+from aria.grammars.limits import (
+    MOST_CHARACTERS,
+    MOST_LISTED,
+    MOST_MADE_RULES,
+    check_grammar,
+    check_pattern,
+    check_rules,
+    check_schema,
+)
 from aria.grammars.schemas import plain
 from aria.grammars.shape import MOST_FORCED, check_levels, longest, written_out
 
@@ -63,7 +71,7 @@ def of_schema(text: str) -> str:
     # All settings are given: a schema may carry some of its own under "x-guidance".
     exact = exact_lark(found, settings)
     if exact is not None:
-        check_rules(exact)
+        check_rules(exact, MOST_MADE_RULES)
         return LLMatcher.grammar_from_lark(_forced(exact, longest(found)))
     if longest(found) > MOST_FORCED:
         inner = json.dumps({**found, "x-guidance": settings})
@@ -125,7 +133,7 @@ def _of_ours(kind: str, text: str) -> str:
         return _regex(pattern)
 
     grammar = structural_tags.lark(value, inline, matched)
-    check_rules(grammar)
+    check_rules(grammar, MOST_MADE_RULES)
     return _forced(grammar, sum(lengths))
 
 

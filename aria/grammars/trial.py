@@ -115,6 +115,8 @@ def reason(error: str) -> str:
     _, of_schema, why = found.partition("failed to compile JSON schema: ")
     if of_schema:
         found = why.partition("\n   1 | ")[0]  # without the grammar that stands around it
+    if found.startswith("panic"):
+        found = f"it is too large, or the compiler fails at it ({found})"
     if len(found) > 2 * _MOST_TOLD:
         found = f"{found[:_MOST_TOLD]} ... {found[-_MOST_TOLD:]}"
     return "it is nested too deeply" if found.startswith("recursion limit") else found

@@ -157,4 +157,4 @@ def crash_trial(job: Any, name: str, text: str) -> None:
 
 
 def hang_trial(job: Any, name: str, text: str) -> None:
-    sleep(job)
+    compute(job, 1000)
