@@ -257,13 +257,13 @@ def test_schemas_are_followed_and_refused(engine):
 
 def test_schemas_are_never_compiled_where_the_model_runs(engine, monkeypatch):
     compiled_by = []
-    compile_grammar = grammar._compile
+    build = grammar.Grammars._build
 
     def noted(*args):
         compiled_by.append(threading.current_thread().name)
-        return compile_grammar(*args)
+        return build(*args)
 
-    monkeypatch.setattr(grammar, "_compile", noted)
+    monkeypatch.setattr(grammar.Grammars, "_build", noted)
     monkeypatch.setattr(grammar, "KEPT_GRAMMARS", 0)  # others have pushed it out at once
     params = SamplingParams(json_schema={"enum": ["pushed out"]})
     assert asyncio.run(engine.chat(CONVERSATIONS[0], params)).text == '"pushed out"'

@@ -205,7 +205,7 @@ def test_pages_that_a_document_does_not_have_are_not_sent(page, script, tmp_path
 
 def test_progress_is_shown_while_media_are_read(page, script, monkeypatch, tmp_path):  # noqa: F811
     processor = engine().engine.processor
-    monkeypatch.setattr(processor, "media", replace(processor.media, cache_bytes=0))
+    monkeypatch.setattr(processor, "media", replace(processor.media, cache_bytes=0, workers=0))
     render_page, turns = document._render, threading.Semaphore(0)
 
     def slowly(pdf, number, *more):
