@@ -188,7 +188,8 @@ def test_a_request_that_changed_since_is_refused_by_name(run, tmp_path):
     assert code == 2 and "the request of 'a', 'c'. Name another output, or delete their lines" in " ".join(err.split())
     assert out.read_bytes() == whole
     # As the message says.
-    out.write_bytes(whole.splitlines(keepends=True)[1])
+    [other] = [line for line in whole.splitlines(keepends=True) if json.loads(line)["custom_id"] == "b"]
+    out.write_bytes(other)
     requests[2]["url"] = CHAT
     assert run(write(source, requests), out) == (0, "2 done, 1 done before\n")
 

@@ -86,8 +86,10 @@ def test_openais_format_is_read_as_the_server_reads_it():
                 a["url"] = a.pop(a["type"])
             # Sizes that nobody asked for are the recipe's business here, as are timestamps.
             a.pop("timestamps", None)
+            if "document" in b:  # in base64, which stays as it came until it is read
+                a.pop("url")
             assert a == {key: value for key, value in b.items() if key in a}
-            assert b.keys() - a.keys() <= {"max_image_size"}
+            assert b.keys() - a.keys() <= {"max_image_size", "document"}
     assert '<tool_call>{"name": "add", "arguments": {"a": [1, "é"]}}</tool_call>' in ours[2]["content"]
     # Many data sets have arguments as they are, and not in a string.
     plain = {**call, "function": {"name": "add", "arguments": {"a": [1, "é"]}}}
