@@ -273,7 +273,8 @@ def _folder(folder: Path, split: str) -> Source:
         return JsonLines(folder / f"{split}.jsonl")
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or split not in splits:
+        splits = splits if isinstance(splits, list) else []
+        if split not in splits:
             raise ValueError(f"{folder}: it has no split {split!r}, only {', '.join(map(str, splits)):.200}")
         return _saved(folder, folder / split)
     if (folder / "state.json").is_file():
