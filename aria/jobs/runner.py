@@ -157,7 +157,7 @@ def _told(changed: Mapping[str, Sequence[str]]) -> str:
     parts = []
     for what, names in changed.items():
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        parts.append(f"{what} of {', '.join(f'{name!r:.80}' for name in names[:MOST_NAMED])}{more}")
+        parts.append(f"{what} of {', '.join(repr(name[-200:]) for name in names[:MOST_NAMED])}{more}")
     return (
         f"since the output was begun, there have changed: {'; '.join(parts)}. Name another output, or delete their "
         "lines in it to have them done anew"
