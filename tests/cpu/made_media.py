@@ -85,31 +85,3 @@ def pdf(*sizes: tuple[float, float], text: str = "") -> bytes:
     document.save(buffer)
     document.close()
     return buffer.getvalue()
-
-
-def endless_pdf() -> bytes:
-    """A page that draws a form ten times, which draws another ten times, and so on ten levels deep."""
-    box = b"/BBox[0 0 100 100]"
-    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 100]/Contents 4 0 R/Resources<</XObject<</F 5 0 R>>>>>>"
-    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count 1/Kids[3 0 R]>>", page, _stream(b"/F Do " * 10)]
-    for level in range(9):
-        inner = b"/Resources<</XObject<</F %d 0 R>>>>" % (6 + level)
-        objects.append(_stream(b"/F Do " * 10, b"/Type/XObject/Subtype/Form" + box + inner))
-    objects.append(_stream(b"0 0 10 10 re f", b"/Type/XObject/Subtype/Form" + box))
-    return _assembled(objects)
-
-
-def _stream(content: bytes, entries: bytes = b"") -> bytes:
-    return b"<<%s/Length %d>>stream\n%s\nendstream" % (entries, len(content), content)
-
-
-def _assembled(objects: list[bytes]) -> bytes:
-    """A PDF of numbered objects, the first of which is its catalogue."""
-    data, starts = b"%PDF-1.7\n", []
-    for number, one in enumerate(objects, 1):
-        starts.append(len(data))
-        data += b"%d 0 obj\n%s\nendobj\n" % (number, one)
-    table = b"".join(b"%010d 00000 n \n" % start for start in starts)
-    count = len(objects) + 1
-    end = b"trailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (count, len(data))
-    return data + b"xref\n0 %d\n0000000000 65535 f \n" % count + table + end

@@ -11,11 +11,13 @@ import struct
 import threading
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from made_media import clip, endless_pdf, pdf
+from bad_drawings import nested_forms
+from made_media import clip, pdf
 from media_site import site
 from PIL import Image
 
@@ -253,7 +255,7 @@ def test_a_document_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     settings = MediaSettings(workers=1, decode_timeout=1.0)
     begin = time.monotonic()
     with pytest.raises(ValueError, match="took longer than 1 s"):
-        read_document(open_medium(endless_pdf(), "document", settings), settings=settings)
+        read_document(open_medium(nested_forms(Random(0), 9, 10), "document", settings), settings=settings)
     assert time.monotonic() - begin < 20 and read.workers_of(settings).busy == 0
 
 

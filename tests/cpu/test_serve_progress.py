@@ -6,9 +6,11 @@ import base64
 import io
 import json
 from dataclasses import replace
+from random import Random
 
 import pytest
-from made_media import clip, endless_pdf, pdf
+from bad_drawings import nested_forms
+from made_media import clip, pdf
 from PIL import Image
 from serving import PICTURES, data_uri, engine, idle, running, until
 
@@ -116,7 +118,8 @@ def test_costs_are_streamed_with_previews(live):
 @pytest.mark.parametrize(("path", "fields"), [("/v1/chat/completions", CHAT), ("/tokenize", {"stream": True})])
 def test_who_leaves_while_pages_are_read_stops_the_reading(live, path, fields):
     workers = workers_of(engine().engine.processor.media)
-    endless = {**THREE, "file": {**THREE["file"], "file_data": data_uri(endless_pdf(), "application/pdf")}}
+    file_data = data_uri(nested_forms(Random(0), 9, 10), "application/pdf")
+    endless = {**THREE, "file": {**THREE["file"], "file_data": file_data}}
     with live.http.stream("POST", path, json={"messages": said(endless), **fields}) as stream:
         assert '"done":0,"total":1' in next(stream.iter_lines())
         assert workers.busy == 1

@@ -229,10 +229,7 @@ class Attack:
         """JSON of hundreds of thousands of values, or as deep."""
         floods = (b'{"messages": [' + b"{}," * 100_000, b"[" * 400_000, b'{"a":' * 100_000, b'"' + b"\\u0041" * 300_000)
         many = self._chance.choice(floods)
-        async with connected(self.port, self._chance) as (reader, writer):
-            writer.write(head(len(many)) + many)
-            await writer.drain()
-            status = await status_of(reader)
+        status = await self._status(head(len(many)) + many)
         await asyncio.sleep(2)
         return status
 
@@ -240,22 +237,23 @@ class Attack:
         """A long stream that nobody reads."""
         fields = {"max_tokens": 500, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
         data = json.dumps({"messages": [{"role": "user", "content": "hello"}], **fields}).encode()
-        async with connected(self.port, self._chance) as (reader, writer):
-            writer.write(head(len(data)) + data)
-            await writer.drain()
-            status = await status_of(reader)
-            await asyncio.sleep(20)
-            return status
+        return await self._status(head(len(data)) + data, stay=20)
 
     async def compressed(self) -> int:
         """A body that inflates to more than is allowed."""
         packed = b"\x1f\x8b\x08" + bytes(6) + b"\x03" + zeros(300 << 20)[2:]
-        async with connected(self.port, self._chance) as (reader, writer):
-            writer.write(head(len(packed), "Content-Encoding: gzip") + packed)
-            await writer.drain()
-            status = await status_of(reader)
+        status = await self._status(head(len(packed), "Content-Encoding: gzip") + packed)
         await asyncio.sleep(5)
         return status
+
+    async def _status(self, request: bytes, stay: float = 0.0) -> int:
+        """The status of what comes to a whole request; the connection stays for some seconds then."""
+        async with connected(self.port, self._chance) as (reader, writer):
+            writer.write(request)
+            await writer.drain()
+            status = await status_of(reader)
+            await asyncio.sleep(stay)
+            return status
 
 
 def main() -> None:
