@@ -51,7 +51,7 @@ class Matcher:
     Args:
         grammar: that it follows.
         ends_W: bits of the tokens that may end the answer where the grammar may end.
-        end_of_text: the one of them that is never text; None where none of them can go on with the answer.
+        end_of_text: the one of them that is never text; None where none of them can continue the answer.
     """
 
     def __init__(self, grammar: Grammar, ends_W: np.ndarray, end_of_text: int | None = None):
@@ -110,7 +110,7 @@ class Matcher:
 
 
 def fill_masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
-    """What each answer may go on with: int32 ``(G, W)``, a bit a token. Matchers that give up allow everything.
+    """What may come next in each answer: int32 ``(G, W)``, a bit a token. Matchers that give up allow everything.
 
     It takes some 15 microseconds a row, less than the device takes for its scores meanwhile, so one thread does it.
     This one waits for that: where many parts of a grammar fit the same text, a row may take minutes, and nothing stops
