@@ -87,7 +87,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
     here, there = MediaSettings(workers=0, clip_decoder="cpu"), MediaSettings(workers=1, clip_decoder="cpu")
-    workers_of(there).warm_up()
+    workers = workers_of(there)
+    assert workers is not None, "one is asked for"
+    workers.warm_up()
     images = AriaImageProcessor()
     whole, split = NeededSizes(images, split_image=False), NeededSizes(images, split_image=True)
 

@@ -196,8 +196,9 @@ def serve(
         max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens, adapters=adapters,
     )  # fmt: skip
     share_work(engine)
-    if settings.media.worker_count:
-        workers_of(settings.media).warm_up()
+    workers = workers_of(settings.media)
+    if workers is not None:
+        workers.warm_up()
     if warm_up:
         engine.warm_up()
 

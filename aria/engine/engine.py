@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -29,20 +29,13 @@ from aria.engine.request import Picture, Request, block_digests
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
-from aria.media.read import workers_of
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
 from aria.processor.chat import END_OF_TURN, Prompt
 from aria.processor.pictures import Prepared
-from aria.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
-
-
-def _workers(processor: AriaProcessor) -> Workers | None:
-    """The processes that decode a processor's media, which try schemas too."""
-    return workers_of(processor.media) if processor.media.worker_count else None
 
 
 def refuse_unbuilt(**settings: object) -> None:
@@ -212,7 +205,7 @@ class Engine:
             image_std=self.processor.image_processor.image_std,
         )
         tokenizer = self.processor.tokenizer
-        self.grammars = Grammars(tokenizer, self.model.config.text.vocab_size, partial(_workers, self.processor))
+        self.grammars = Grammars(tokenizer, self.model.config.text.vocab_size, lambda: self.processor.workers)
         """Compiles schemas; :meth:`queue` does it too, but any thread may do so in advance."""
         self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._answers: dict[Request, tuple[Answer, int]] = {}

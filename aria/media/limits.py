@@ -1,8 +1,7 @@
-"""What media may cost and where they may come from: every limit of the door for media is a field here."""
+"""What media may cost and where they may come from: every limit on them is a field here."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ImageColor
 
-from aria.workers import BusyError, NotYet
+from aria.workers import BusyError, NotYet, retried
 from aria.workers.cancellation import check_cancelled
 
 MOST_DEFAULT_WORKERS = 8
@@ -244,15 +243,14 @@ class Held:
             Cancelled: nobody waits any more.
         """
         end = time.monotonic() + self._seconds
-        while True:
-            with contextlib.suppress(NotYet):
-                RECEIVED.take(nbytes, self._limit)
-                self._nbytes += nbytes
-                return
+
+        def check() -> None:
             check_cancelled()
             if time.monotonic() > end:
                 raise BusyError("too many media are waiting to be read; try again later")
-            time.sleep(0.02)
+
+        retried(RECEIVED.take, (nbytes, self._limit), check)
+        self._nbytes += nbytes
 
     def release(self) -> None:
         """Give all of them back."""

@@ -1,4 +1,4 @@
-"""One door for every medium: what it is read from, whether that is allowed, and how much of it may come in."""
+"""Where media come from: what they are read from, whether that is allowed, and how much of it may come in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aria.media.fetch import fetch
 from aria.media.limits import Held, MediaSettings, short
 from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import PASSES_FILES
-from aria.workers.shared import FileView, SharedFile
+from aria.workers.shared import SharedFile, readable
 
 _PIECE = 1 << 18
 """Characters of a data: URI that are unquoted at a time."""
@@ -67,9 +67,7 @@ class Opened:
 
     def file(self) -> BinaryIO:
         """It as a file, open for reading at its beginning; each has a position of its own."""
-        if isinstance(self.source, bytes):
-            return io.BytesIO(self.source)
-        return io.BufferedReader(FileView(self.source.descriptor, self.source.size))  # type: ignore[return-value]
+        return readable(self.source)
 
 
 def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:

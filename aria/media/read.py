@@ -413,8 +413,9 @@ def _run(
     calls = {**calls, "take": take}
     arrays: list[np.ndarray] = []
     try:
-        if settings.worker_count:
-            result, arrays = workers_of(settings).run(
+        workers = workers_of(settings)
+        if workers is not None:
+            result, arrays = workers.run(
                 function, medium.name, *arguments, name=medium.name, seconds=seconds, files=[medium.source], calls=calls
             )
         else:
@@ -435,9 +436,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_WORKERS.clear)  # they talk to the process that started them
 
 
-def workers_of(settings: MediaSettings) -> Workers:
-    """The worker processes of this process, which all who read with such settings share."""
+def workers_of(settings: MediaSettings) -> Workers | None:
+    """The worker processes that all who read with such settings share; None: this process decodes."""
     key = settings.worker_count, settings.worker_bytes
+    if not settings.worker_count:
+        return None
     with _WORKERS_LOCK:
         if key not in _WORKERS:
             _WORKERS[key] = Workers(*key)

@@ -214,10 +214,7 @@ def _read(
     for moment in sorted(frames):
         pixels = frames.pop(moment)
         height, width = pixels.shape[:2]
-        sizes = job.call("sizes", width, height)
-        count = write_sizes(job, Image.fromarray(pixels), sizes) if sizes else 1
-        if not sizes:
-            job.array(pixels.shape)[:] = pixels
+        count = write_sizes(job, Image.fromarray(pixels), job.call("sizes", width, height))
         seconds = (moment - planned.first) * planned.unit
         read.append((moment, seconds.numerator, seconds.denominator, width, height, count))
     return {"frames": read}

@@ -91,7 +91,7 @@ class AriaProcessor:
     @property
     def workers(self) -> Workers | None:
         """The processes that ``media`` asks for, where the model's chat template runs too; None: this one."""
-        return workers_of(self.media) if self.media.worker_count else None
+        return workers_of(self.media)
 
     @property
     def model_input_names(self) -> list[str]:

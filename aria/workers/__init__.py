@@ -1,6 +1,6 @@
 """Work that is limited and can be stopped: threads that notice that nobody waits for them, and child processes."""
 
-from aria.workers.pool import LocalJob, NotYet, Workers
+from aria.workers.pool import LocalJob, NotYet, Workers, retried
 from aria.workers.process import BusyError, WorkerError
 
-__all__ = ["BusyError", "LocalJob", "NotYet", "WorkerError", "Workers"]
+__all__ = ["BusyError", "LocalJob", "NotYet", "WorkerError", "Workers", "retried"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import io
 import json
 import os
 import pickle
@@ -29,7 +28,7 @@ import numpy as np
 
 from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
 from aria.workers.confine import confine, limit_cpu
-from aria.workers.shared import FileView, mapped
+from aria.workers.shared import SharedFile, mapped, readable
 
 PRELOADED = (
     *("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document"),
@@ -59,13 +58,13 @@ class Job:
     remote = True
     """It runs in another process than its caller."""
 
-    def __init__(self, channel: Channel, inputs: Sequence[tuple[int, int]]):
+    def __init__(self, channel: Channel, inputs: Sequence[SharedFile]):
         self._channel, self._inputs = channel, inputs
         self._lock = threading.Lock()
 
     def file(self, index: int = 0) -> BinaryIO:
         """An input, open for reading at its beginning; every call gives one with a position of its own."""
-        return io.BufferedReader(FileView(*self._inputs[index]), 1 << 16)  # type: ignore[return-value]
+        return readable(self._inputs[index])
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the parent's. Arguments and result are what JSON holds.
@@ -185,7 +184,7 @@ def _work(channel: Channel, memory_bytes: int, scratch: Path) -> None:
     while True:
         request = pickle.loads(channel.receive() or b"")
         with contextlib.ExitStack() as opened:
-            inputs = [(_input(channel, path, opened), size) for path, size in request["inputs"]]
+            inputs = [SharedFile(_input(channel, path, opened), size) for path, size in request["inputs"]]
             channel.send(json.dumps(_answer(request, Job(channel, inputs))).encode())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import logging
 import threading
 import time
@@ -17,7 +16,7 @@ from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import ChannelClosedError
 from aria.workers.process import BusyError, Nursery, Worker, WorkerError
 from aria.workers.schedule import Schedule, Turn
-from aria.workers.shared import FileView, SharedFile
+from aria.workers.shared import SharedFile, readable
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +207,8 @@ class NotYet(Exception):  # noqa: N818
     """Raised by a function that a worker calls: it is called again until it returns or the job ends."""
 
 
-def _retried(function: Callable[..., Any], arguments: Any, check: Callable[[], None]) -> Any:
+def retried(function: Callable[..., Any], arguments: Sequence[Any], check: Callable[[], None]) -> Any:
+    """What a function returns, called until it no longer raises :class:`NotYet`; ``check`` may end that."""
     while True:
         with contextlib.suppress(NotYet):
             return function(*arguments)
@@ -259,8 +259,8 @@ class _Dialogue:
                 return message["result"], self._arrays
             elif "memory" in message:
                 raise ValueError(
-                    f"{self._name} cannot be read: that takes more than the {self._room:,} bytes of memory that are "
-                    "allowed; make it smaller"
+                    f"{self._name} cannot be read: that takes more than the {self._workers.memory_bytes:,} bytes of "
+                    "memory that are allowed; make it smaller"
                 )
             elif "error" in message:
                 raise _FaultError(str(message["error"]))
@@ -304,7 +304,7 @@ class _Dialogue:
         except NotYet:
             self._schedule.set_waiting(self._turn, True)
         try:
-            return _retried(function, arguments, self._check_memory)
+            return retried(function, arguments, self._check_memory)
         finally:
             self._schedule.set_waiting(self._turn, False)
 
@@ -337,20 +337,17 @@ class LocalJob:
 
     remote = False
 
-    def __init__(self, files: Sequence[bytes | SharedFile], calls: Calls, check: Callable[[], None] = check_cancelled):
-        self._files, self._calls, self._check = files, calls, check
+    def __init__(self, files: Sequence[bytes | SharedFile], calls: Calls):
+        self._files, self._calls = files, calls
         self._lock = threading.Lock()
         self.arrays: list[np.ndarray] = []
 
     def file(self, index: int = 0) -> BinaryIO:
-        file = self._files[index]
-        if isinstance(file, bytes):
-            return io.BytesIO(file)
-        return io.BufferedReader(FileView(file.descriptor, file.size), 1 << 16)  # type: ignore[return-value]
+        return readable(self._files[index])
 
     def call(self, name: str, *arguments: Any) -> Any:
         with self._lock:
-            return _retried(self._calls[name], arguments, self._check)
+            return retried(self._calls[name], arguments, check_cancelled)
 
     def array(self, shape: Sequence[int]) -> np.ndarray:
         array = np.zeros(shape, np.uint8)

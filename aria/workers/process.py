@@ -61,12 +61,13 @@ class Worker:
     """
 
     def __init__(self, channel: Channel, pid: int, child: subprocess.Popen[bytes] | None = None):
-        self._channel, self._pid, self._child = channel, pid, child
+        self._channel, self._child = channel, child
         self.jobs = 0
         self.slow = False
         # A number may be another process's one day; this descriptor always means the same.
         self._handle = os.pidfd_open(pid) if child is None else None
         try:
+            self._process = psutil.Process(pid)
             ready = channel.receive(START_SECONDS)
             if ready is None:
                 raise ChannelClosedError(f"it was not ready within {START_SECONDS:g} s")
@@ -119,14 +120,14 @@ class Worker:
     def cpu_seconds(self) -> float:
         """Processor time that it has used; infinity where that cannot be known."""
         try:
-            return sum(psutil.Process(self._pid).cpu_times()[:2])
+            return sum(self._process.cpu_times()[:2])
         except (psutil.Error, OSError):
             return math.inf
 
     def resident_bytes(self) -> int:
         """Memory that it holds; 0 where that cannot be known."""
         try:
-            return int(psutil.Process(self._pid).memory_info().rss)
+            return int(self._process.memory_info().rss)
         except (psutil.Error, OSError):
             return 0
 
@@ -141,9 +142,8 @@ class Worker:
         """For good: let every other process go first."""
         self.slow = True
         with contextlib.suppress(psutil.Error, OSError):
-            process = psutil.Process(self._pid)
-            lower = psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else min(process.nice() + _NICE, 19)
-            process.nice(lower)
+            nice = psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else min(self._process.nice() + _NICE, 19)
+            self._process.nice(nice)
 
     def kill(self) -> None:
         """End it at once, in whatever it does."""
@@ -160,7 +160,7 @@ class Worker:
             if self._handle is not None:
                 signal.pidfd_send_signal(self._handle, getattr(signal, name))
             elif self._child is not None and self._child.poll() is None:
-                other(psutil.Process(self._pid))
+                other(self._process)
 
 
 class Nursery:

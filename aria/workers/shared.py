@@ -8,7 +8,7 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 if os.name == "posix":
     import fcntl
@@ -78,6 +78,13 @@ def _unnamed() -> tuple[int, str | None]:
         with tempfile.TemporaryFile() as file:
             return os.dup(file.fileno()), None
     return tempfile.mkstemp(prefix="aria-")
+
+
+def readable(source: bytes | SharedFile) -> BinaryIO:
+    """Bytes or a file, open for reading at the beginning; each has a position of its own."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return io.BufferedReader(FileView(source.descriptor, source.size), 1 << 16)  # type: ignore[return-value]
 
 
 class FileView(io.RawIOBase):
