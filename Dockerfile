@@ -11,7 +11,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 ARG TORCH_INDEX=
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY aria aria
+COPY src src
 RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir -c constraints.txt --index-url "$TORCH_INDEX" torch; fi \
     && pip install --no-cache-dir -c constraints.txt ".[serve]" && rm -rf /src/*
 

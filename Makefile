@@ -17,7 +17,7 @@ ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
     && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
     && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
 
-.PHONY: demo test test-hostile fuzz test-clients test-clients-fast nano clean
+.PHONY: demo test test-gpu test-hostile fuzz test-clients test-clients-fast nano clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# On a machine with GPUs: kernels are compiled instead of interpreted.
+test-gpu: $(VENV)/.developed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 0 -m 'gpu or multi_gpu' $(ARGS)
 
 # Minutes of attacks on a server: hostile media, deadlines, slow clients, its end. The quick ones belong to `make test`.
 test-hostile: $(VENV)/.developed
@@ -63,13 +67,13 @@ $(CLIENTS)/bin/python: | $(VENV)/.developed
 STAGES := 1-language 2-seeing 3-long 4-answers
 nano: $(VENV)/.installed
 	$(PIP_INSTALL) --quiet --editable '.[train]'
-	$(BIN)/python -m recipes.nano.assets
-	$(BIN)/python -m recipes.nano.glosses
-	$(BIN)/python -m recipes.nano.train --out runs/nano
+	$(BIN)/python -m recipes.nano.assets.packed
+	$(BIN)/python -m recipes.nano.text.glosses
+	$(BIN)/python -m recipes.nano.train.run --out runs/nano
 	for stage in $(STAGES); do \
-	    $(BIN)/python -m recipes.nano.evaluate runs/nano/$$stage/export --json runs/nano/$$stage/results.json || exit 1; \
+	    $(BIN)/python -m recipes.nano.eval.evaluate runs/nano/$$stage/export --json runs/nano/$$stage/results.json || exit 1; \
 	done
-	$(BIN)/python -m recipes.nano.publish runs/nano
+	$(BIN)/python -m recipes.nano.eval.publish runs/nano
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import decode, measure, prefill, script, throughput, video
+from bench import measure, script
+from bench.engine import decode, prefill, throughput, video
 
 Part = tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]] | None]
 PARTS: Mapping[str, Part] = {

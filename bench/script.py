@@ -12,7 +12,7 @@ import torch
 
 from aria import Engine
 from bench import measure
-from bench.peer import Peer
+from bench.engine.peer import Peer
 from bench.shapes import SHAPES
 
 Results = dict[str, Any]

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from compatibility import CLIENTS, ROOT, Client
+
+from tests.peers.compatibility import CLIENTS, ROOT, Client
 
 HERE = Path(__file__).parent
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import cache
 
 from aria.processor import AriaTokenizer
-from tests.cpu import small_tokenizer
+from tests.helpers import small_tokenizer
 
 
 @cache

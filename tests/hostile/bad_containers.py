@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterator
 from random import Random
 
-from bad_clips import encoded
-from bad_media import damaged, register, zeros
-from bad_pictures import png
+from tests.hostile.bad_clips import encoded
+from tests.hostile.bad_media import damaged, register, zeros
+from tests.hostile.bad_pictures import png
 
 # Matroska
 

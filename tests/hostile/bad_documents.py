@@ -6,7 +6,7 @@ import struct
 import zlib
 from random import Random
 
-from bad_media import damaged, register, repeated, zeros
+from tests.hostile.bad_media import damaged, register, repeated, zeros
 
 
 def stream(body: bytes, keys: bytes = b"", *, coded: bool = True) -> bytes:

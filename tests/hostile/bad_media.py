@@ -73,7 +73,7 @@ def register(
 def catalog() -> dict[str, Medium]:
     """All hostile media by name."""
     for module in ("pictures", "rasters", "clips", "containers", "documents", "drawings"):
-        importlib.import_module(f"bad_{module}")  # each fills the register
+        importlib.import_module(f"tests.hostile.bad_{module}")  # each fills the register
     return dict(_CATALOG)
 
 

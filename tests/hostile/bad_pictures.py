@@ -7,8 +7,9 @@ import struct
 import zlib
 from random import Random
 
-from bad_media import damaged, register, zeros
 from PIL import Image, features
+
+from tests.hostile.bad_media import damaged, register, zeros
 
 LARGEST = 10_900
 """Pixels a side: its square is a little less than the 120 million that a picture may have by default."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from random import Random
 
-from bad_media import damaged, register, zeros
-from bad_pictures import LARGEST, saved, segment
 from PIL import features
+
+from tests.hostile.bad_media import damaged, register, zeros
+from tests.hostile.bad_pictures import LARGEST, saved, segment
 
 # TIFF
 

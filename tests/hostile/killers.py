@@ -6,12 +6,12 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from bad_clips import mp4_announced
-from bad_documents import large_pages
-from bad_drawings import nested_forms
-from bad_pictures import LARGEST, progressive, tiny_webp
-from bad_schemas import SCHEMAS, chain, chat
-from server import asking
+from tests.hostile.bad_clips import mp4_announced
+from tests.hostile.bad_documents import large_pages
+from tests.hostile.bad_drawings import nested_forms
+from tests.hostile.bad_pictures import LARGEST, progressive, tiny_webp
+from tests.hostile.bad_schemas import SCHEMAS, chain, chat
+from tests.hostile.server import asking
 
 
 class Killer(NamedTuple):

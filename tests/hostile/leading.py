@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from bad_clips import box, full, movie, numbers, tables, track
-from bad_containers import HEAD, element
+from tests.hostile.bad_clips import box, full, movie, numbers, tables, track
+from tests.hostile.bad_containers import HEAD, element
 
 _EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"
 _SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file://%b'/><image href='%b'/></svg>"

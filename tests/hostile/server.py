@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-from bad_media import Medium, kept
-from made_media import clip, pdf
 from PIL import Image
-from probe import medium_part
+
+from tests.helpers import repository
+from tests.helpers.made_media import clip, pdf
+from tests.hostile.bad_media import Medium, kept
+from tests.hostile.probe import medium_part
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "examples" / "pictures"
@@ -178,7 +180,7 @@ def running(*arguments: str, memory: int = MEMORY, environment: Mapping[str, str
         scratch, log = Path(folder, "tmp"), Path(folder, "log")
         scratch.mkdir()
         command = [sys.executable, "-m", "aria", "serve", "--port", "0", "--device", "cpu", *arguments]
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), **(environment or {})}
+        variables = repository.environment(TMPDIR=str(scratch), **(environment or {}))
         with (
             log.open("w") as errors,
             subprocess.Popen(
@@ -210,8 +212,10 @@ def running(*arguments: str, memory: int = MEMORY, environment: Mapping[str, str
 @contextlib.contextmanager
 def probe(*arguments: str) -> Iterator[Callable[[], Any]]:
     """A probe (see ``probe.py``); what it yields ends the probe and gives what it found."""
-    command = [sys.executable, str(Path(__file__).with_name("probe.py")), *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "tests.hostile.probe", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=repository.environment()
+    ) as process:
         assert process.stdin is not None and process.stdout is not None, "they were asked for"
         said = process.stdout.readline()
         assert said == "ready\n", f"the probe said {said!r}"

@@ -11,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from bad_schemas import bodies
-from killers import KILLERS
-from leading import leading
-from server import Server, Watched, asking, eventually, percentile, post, running, watching
+
+from tests.hostile.bad_schemas import bodies
+from tests.hostile.killers import KILLERS
+from tests.hostile.leading import leading
+from tests.hostile.server import Server, Watched, asking, eventually, percentile, post, running, watching
 
 PEAK = 300 << 20
 """Bytes that an attack may cost the main process."""
 HEALTH_SECONDS = 1.0
-"""For 99 of 100 answers of /health: far more than `bench/hostile.py` measures, far less than what hangs."""
+"""For 99 of 100 answers of /health: far more than `bench/server/hostile.py` measures, far less than what hangs."""
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import json
 import time
 
 import pytest
-from server import CHAT, post, probe, running
+
+from tests.hostile.server import CHAT, post, probe, running
 
 pytestmark = pytest.mark.slow
 

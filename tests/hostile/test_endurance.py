@@ -14,15 +14,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
-import attackers
 import pytest
-from bad_drawings import nested_forms
-from bad_media import catalog, plan
-from bad_pictures import LARGEST, tiny_webp
-from server import Server, State, Watched, asking, attack, eventually, percentile, post, running, runs, watching
-from test_attacks import PEAK
 
 from aria.media.limits import MediaSettings
+from tests.helpers.repository import environment
+from tests.hostile import attackers
+from tests.hostile.bad_drawings import nested_forms
+from tests.hostile.bad_media import catalog, plan
+from tests.hostile.bad_pictures import LARGEST, tiny_webp
+from tests.hostile.server import (
+    Server,
+    State,
+    Watched,
+    asking,
+    attack,
+    eventually,
+    percentile,
+    post,
+    running,
+    runs,
+    watching,
+)
+from tests.hostile.test_attacks import PEAK
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +46,7 @@ LIMITS = ("--image-seconds", "20", "--decode-seconds", "20", "--held-body-bytes"
 KEPT = PEAK + BODIES + MediaSettings().cache_bytes
 """Bytes that the main process may take beyond idle, with the bodies, clips and pages that it keeps within budgets."""
 SLOWER = 10
-"""How many times longer good answers may take beside an attack, where `bench/hostile.py` finds less than twice."""
+"""How many times longer good answers may take beside an attack; `bench/server/hostile.py` measures less than twice."""
 
 
 def check(server: Server, before: Watched, watched: Watched) -> None:
@@ -86,10 +99,9 @@ def test_minutes_of_attacks_of_every_kind_leave_nothing_behind() -> None:
         with watching(server, clients=4) as before:
             time.sleep(15)
         idle = used(server)
-        command = [sys.executable, str(Path(attackers.__file__)), str(server.port), str(SECONDS), "1"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", attackers.__name__, str(server.port), str(SECONDS), "1"]
         with watching(server, clients=4) as watched:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
         print(done.stdout)
         check(server, before, watched)
         assert not json.loads(done.stdout)["faults"], done.stdout

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import llamacpp_checks
-import vllm_checks
-from checks import Check
+from tests.peers import llamacpp_checks, vllm_checks
+from tests.peers.checks import Check
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"

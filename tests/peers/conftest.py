@@ -1,12 +1,12 @@
-"""What the checks against transformers stand on; helpers are those of ``tests/cpu``."""
+"""What the checks against transformers stand on; helpers are in ``tests/helpers``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model, transformers_twin
 
 from aria import AriaForConditionalGeneration
+from tests.helpers.tiny import tiny_config, tiny_model, transformers_twin
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from checks import GREETING, HELLO, Check, chat, completion, function, passes, picture, refused
+from tests.peers.checks import GREETING, HELLO, Check, chat, completion, function, passes, picture, refused
 
 NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 2, "maxItems": 2}
 NAMED = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import compatibility
-from compatibility import CLIENTS, PAGE, PINS
+from tests.peers import compatibility
+from tests.peers.compatibility import CLIENTS, PAGE, PINS
 
 
 def test_the_page_has_the_tables_of_the_tests():

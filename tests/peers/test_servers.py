@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import llamacpp_checks
 import pytest
-import vllm_checks
-from checks import Reply
-from serving import running
 
 from aria.serve.settings import ServerSettings
+from tests.helpers.serving import running
+from tests.peers import llamacpp_checks, vllm_checks
+from tests.peers.checks import Reply
 
 
 @pytest.fixture(scope="module")

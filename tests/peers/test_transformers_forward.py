@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_to_fp32
-from test_model import CASES, TOLERANCE
+
+from tests.model.test_model import CASES, TOLERANCE
 
 PADDED = "text, left-padded batch"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_model import crops, ids, left_padded
 from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessor,
@@ -19,6 +18,7 @@ from transformers.generation import (
 
 from aria import AriaForConditionalGeneration
 from aria.engine.lockstep import Lockstep
+from tests.model.test_model import crops, ids, left_padded
 
 IMAGE = 9
 ONE = left_padded([ids(9)])

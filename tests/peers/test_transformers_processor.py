@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_tokenizer
 import torch
 import transformers
 from PIL import Image
@@ -18,6 +17,7 @@ from transformers.models.aria.image_processing_pil_aria import AriaImageProcesso
 
 from aria import AriaImageProcessor, AriaProcessor
 from aria.processor import AriaTokenizer, Prompt
+from tests.helpers import small_tokenizer
 
 SLOT = "<fim_prefix><|img|><fim_suffix>"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import vllm_content_checks
-from checks import GREETING, HELLO, Check, chat, completion, passes, refused
+from tests.peers import vllm_content_checks
+from tests.peers.checks import GREETING, HELLO, Check, chat, completion, passes, refused
 
 
 def entries(reply: Any) -> list[Any]:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from checks import GREETING, HELLO, Check, chat, completion, function, passes, picture, refused, responses
+from tests.peers.checks import GREETING, HELLO, Check, chat, completion, function, passes, picture, refused, responses
 
 COLOURS = ["red", "green", "blue"]
 PAINT = function("paint", {"colour": {"enum": COLOURS}})

@@ -1,0 +1,114 @@
+"""A clip file to the last token of its caption: ``python -m bench.engine.caption FILE --frames 256 --tokens 100``.
+
+Whole runs through the engine, from the path to the last token; then one run taken apart: reading and decoding the
+clip, bringing its frames to the device and to size, the vision encoder with the projector, the prompt, the answer.
+Nothing is kept from run to run. ``bench.engine.clip --make`` makes a file like a camera's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aria import Engine, SamplingParams
+from aria.engine.engine import Answer
+from aria.model.picture_cache import PictureCache
+from aria.processor.pictures import Prepared, load_crops
+from bench import measure, script
+from bench.measure import Ceilings, Spread
+
+
+def forget(engine: Engine) -> None:
+    """Drop all that earlier runs have left: prefixes, picture tokens, decoded frames."""
+    encoder = engine.core.runner.encoder
+    engine.core.reset()
+    encoder.cache = PictureCache(encoder.cache.capacity)
+    engine.processor.media = replace(engine.processor.media, cache_bytes=0)
+
+
+def finish(engine: Engine, answer: Answer) -> tuple[float, float]:
+    """When the first token was there, and when the last."""
+    first = 0.0
+    while not answer.done:
+        if engine.step() and not first:
+            first = time.perf_counter()
+    return first, time.perf_counter()
+
+
+def prepare(engine: Engine, path: Path, frames: int) -> Prepared:
+    """The prompt, with the clip decoded."""
+    clip = {"type": "video", "path": str(path), "num_frames": frames}
+    question = {"type": "text", "text": "Describe this video."}
+    return engine.prepare([{"role": "user", "content": [clip, question]}])
+
+
+def whole(engine: Engine, path: Path, frames: int, params: SamplingParams) -> tuple[float, float]:
+    """Seconds to the first token and to the last."""
+    forget(engine)
+    began = time.perf_counter()
+    first, last = finish(engine, engine.queue(prepare(engine, path, frames), params))
+    return first - began, last - began
+
+
+@torch.inference_mode()
+def apart(engine: Engine, path: Path, frames: int, params: SamplingParams) -> dict[str, float]:
+    """Seconds of each stage, the device waited for after each."""
+    forget(engine)
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        measure.synchronize(engine.device)
+        marks.append(time.perf_counter())
+
+    prepared = prepare(engine, path, frames)
+    mark()
+    load_crops([one.picture for one in prepared.pictures], engine.device)
+    mark()
+    answer = engine.queue(prepared, params)
+    encoder = engine.core.runner.encoder
+    encoder.features(answer.requests[0].pictures)
+    mark()
+    first, last = finish(engine, answer)
+    decoded, cropped, encoded = (b - a for a, b in itertools.pairwise(marks))
+    # The encoder brings the crops itself.
+    stages = {"decode": decoded, "preprocess": cropped, "encoder": encoded - cropped}
+    return stages | {"prompt": first - marks[-1], "answer": last - first}
+
+
+def run(engine: Engine, limits: Ceilings, *, file: Path, frames: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """The clip ``file``, told in ``tokens`` tokens."""
+    params = SamplingParams(max_tokens=tokens, temperature=2.0, seed=0, ignore_eos=True)
+    runs = [whole(engine, file, frames, params) for _ in range(repeats + 1)][1:]
+    first, last = (Spread.of(times) for times in zip(*runs, strict=True))
+    stages = apart(engine, file, frames, params)
+    print(
+        f"{file.name}, {frames} frames: first token after {first.median:.2f} s, "
+        f"{tokens} tokens after {last.median:.2f} s ({last.low:.2f} to {last.high:.2f})"
+    )
+    print("taken apart: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()))
+    return {"caption": {"frames": frames, "tokens": tokens, "first_s": first, "last_s": last, "stages_s": stages}}
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to do."""
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=100, help="of the answer")
+    parser.add_argument("--repeats", type=int, default=2)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = script.parse(__doc__, add_work, argv)
+    work = {name: getattr(arguments, name) for name in ("file", "frames", "tokens", "repeats")}
+    script.run_script(arguments, run, None, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Planned pictures -> pixels: batches in PyTorch for training, Pillow for evaluation."""

@@ -1,0 +1,1 @@
+"""Held-out evaluation, and publication of a trained model."""

@@ -1,0 +1,1 @@
+"""Plans of pictures and of the conversations about them."""

@@ -1,0 +1,95 @@
+"""Questions about shapes, and the one right answer to each in a given scene."""
+
+from collections.abc import Sequence
+from random import Random
+
+from recipes.nano.scenes.scene import COLOUR_NAMES, SHAPES, Mark
+from recipes.nano.text import dialogue as say
+
+Form = tuple[float, tuple[Sequence[str], str]]  # weight, (paraphrases of a question, its answer)
+
+
+def fill(forms: Sequence[str], *values: str) -> list[str]:
+    """The forms with values in their places."""
+    return [form.format(*values) for form in forms]
+
+
+def side_of(a: tuple[float, float], b: tuple[float, float]) -> str:
+    """Where a stands as seen from b: left, right, above, below, or "" where it is not clear."""
+    dx, dy = a[0] - b[0], a[1] - b[1]
+    if abs(dx) > 1.7 * abs(dy):
+        return "left" if dx < 0 else "right"
+    if abs(dy) > 1.7 * abs(dx):
+        return "above" if dy < 0 else "below"
+    return ""
+
+
+def shape_questions(marks: Sequence[Mark], rng: Random) -> list[Form]:
+    """Weighted ``(question forms, answer)`` about shapes, each with one right answer."""
+    names = [mark.name for mark in marks]
+    forms: list[Form] = [(0.8, (say.DESCRIBE, describe_shapes(marks)))]
+    kind = rng.choice(names) if rng.random() < 0.75 else rng.choice(SHAPES)
+    number = names.count(kind)
+    forms.append((0.9, (fill(say.COUNT, say.plural(kind)), say.count_answer(number, kind))))
+    forms.append((0.4, (fill(say.COUNT, "shapes"), say.count_answer(len(marks), "shape"))))
+    colour = rng.choice([mark.colour_name for mark in marks])
+    same = [mark for mark in marks if mark.colour_name == colour]
+    forms.append((0.2, (fill(say.COUNT, f"{colour} shapes"), say.count_answer(len(same), f"{colour} shape"))))
+    for mark in marks:
+        if names.count(mark.name) == 1:
+            forms.append((1.2 / len(marks), (fill(say.COLOUR_OF, mark.name), say.sentence(mark.colour_name))))
+    if len(same) == 1 and len(marks) > 1:
+        forms.append((0.6, (fill(say.SHAPE_IN_COLOUR, colour), say.sentence(say.with_article(same[0].name)))))
+    if len(marks) == 1:
+        forms.append((0.7, (say.WHICH_SHAPE, say.sentence(say.with_article(names[0])))))
+    present = rng.random() < 0.5
+    title = rng.choice(marks).title if present else f"{rng.choice(COLOUR_NAMES)} {rng.choice(SHAPES)}"
+    answer = "Yes." if any(mark.title == title for mark in marks) else "No."
+    forms.append((0.25, ([form.format(title).replace("a orange", "an orange") for form in say.IS_THERE], answer)))
+    if len(marks) == 2 and marks[0].title != marks[1].title:
+        forms += pair_questions(marks[0], marks[1], rng)
+    return forms
+
+
+def pair_questions(a: Mark, b: Mark, rng: Random) -> list[Form]:
+    """Questions about which of two different shapes stands where."""
+    if rng.random() < 0.5:
+        a, b = b, a
+    side = side_of((a.x, a.y), (b.x, b.y))
+    if not side:
+        return []
+    first, second = (a.title, b.title) if a.name == b.name or rng.random() < 0.5 else (a.name, b.name)
+    place = say.PLACES[side]
+    beside = [form.format(place=place, what=second) for form in say.BESIDE]
+    claimed = side if rng.random() < 0.5 else say.OPPOSITE[side]
+    claim = [form.format(a=first, place=say.PLACES[claimed], b=second) for form in say.IS_BESIDE]
+    return [
+        (0.8, (beside, say.sentence(say.with_article(a.title)))),
+        (0.6, (fill(say.WHERE, first), say.sentence(f"{place} the {second}"))),
+        (0.5, (claim, "Yes." if claimed == side else "No.")),
+    ]
+
+
+def describe_shapes(marks: Sequence[Mark]) -> str:
+    """ "A red circle to the left of a blue square." and the like; up to four are listed from left to right."""
+    titles = [mark.title for mark in sorted(marks, key=lambda mark: mark.x)]
+    if len(marks) == 1:
+        return say.sentence(say.with_article(titles[0]))
+    if len(set(titles)) == 1:
+        return say.count_answer(len(marks), titles[0])
+    if len(marks) == 2:
+        a, b = marks
+        side = side_of((a.x, a.y), (b.x, b.y))
+        if side in ("right", "below"):
+            a, b, side = b, a, say.OPPOSITE[side]
+        if side:
+            return say.sentence(f"{say.with_article(a.title)} {say.PLACES[side]} {say.with_article(b.title)}")
+    head = say.NUMBERS[len(marks)].capitalize()
+    if len(marks) <= 4:
+        return f"{head} shapes: {say.listing([say.with_article(title) for title in titles])}."
+    names = [mark.name for mark in marks]
+    kinds = [(names.count(name), name) for name in SHAPES if name in names]
+    if len(kinds) == 1:
+        return say.count_answer(len(marks), kinds[0][1])
+    parts = [f"{say.NUMBERS[n]} {name if n == 1 else say.plural(name)}" for n, name in kinds]
+    return f"{head} shapes: {say.listing(parts)}."

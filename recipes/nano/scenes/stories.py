@@ -1,0 +1,360 @@
+"""Plans conversations about several pictures: clips of moving shapes, pictures side by side, one thing among many.
+
+Pictures stand in the text as the processor puts them: frames of a clip each after their ``[MM:SS]`` and before a
+newline, other pictures wherever the user's text has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from typing import TYPE_CHECKING
+
+from recipes.nano.scenes.questions import describe_shapes
+from recipes.nano.scenes.scene import COLOUR_NAMES, PICTURE, SHAPES, Mark, Scene, Story
+from recipes.nano.text import dialogue as say
+
+if TYPE_CHECKING:
+    from recipes.nano.scenes.planner import Planner
+    from recipes.nano.scenes.questions import Form
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+DIRECTIONS = {  # unit steps, y down
+    "to the left": (-1.0, 0.0),
+    "to the right": (1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+    "up and to the left": (-0.7071, -0.7071),
+    "up and to the right": (0.7071, -0.7071),
+    "down and to the left": (-0.7071, 0.7071),
+    "down and to the right": (0.7071, 0.7071),
+}
+WAY = (
+    *("Which way does {} move?", "In which direction does {} move?", "Which direction does {} go?"),
+    *("Where does {} move?", "Which way is {} going?", "In what direction is {} moving?"),
+)
+WHAT_MOVES = ("What moves?", "What is moving?", "Which thing moves?", "What moves in this clip?")
+DOES_MOVE = ("Does {} move?", "Is {} moving?")
+WHAT_STAYS = ("What stays where it is?", "What does not move?", "What stands still?")
+HAPPENS = (
+    *("What happens?", "What happens in this clip?", "Describe the clip.", "What does the clip show?"),
+    *("Describe what happens.", "What happens in the video?", "Describe the video.", "What do you see in this clip?"),
+)
+STILL = "Nothing moves."
+SECONDS = (0.2, 0.5, 1.0, 1.0, 1.0, 2.0, 3.0, 5.0, 10.0)
+"""Between two frames of a clip."""
+
+
+def clip(planner: Planner, frames: int) -> Story:
+    """One thing moves straight and evenly (or nothing does), up to two stand still."""
+    rng = planner.rng
+    scene = _stage(planner, "clips")
+    moves = rng.random() < 0.9
+    others = rng.choices((0, 1, 2), (0.55, 0.3, 0.15))[0] if moves else rng.choice((1, 1, 2))
+    things = _things(planner, scene, others + 1, smallest=0.07, largest=0.19 if others < 2 else 0.14)
+    way = rng.choice(tuple(DIRECTIONS)[: 4 if rng.random() < 0.75 else 8])
+    path = _path(planner, scene, things, way, frames if moves else 1)
+    scenes = []
+    for n in range(frames):
+        frame = copy(scene)
+        x, y = path[min(n, len(path) - 1)]
+        first = copy(things[0])
+        first.x, first.y = x, y
+        frame.marks = [*things[1:], first]
+        scenes.append(frame)
+    forms = clip_questions(things, way if moves else "", planner)
+    return Story("clips", scenes, _turns(planner, _frames_text(planner, frames), forms, (1, 2, 3)))
+
+
+def clip_questions(things: Sequence[Mark], way: str, planner: Planner) -> list[Form]:
+    """What is asked about a clip in which the first of ``things`` moves ``way``, or nothing does where it is empty."""
+    rng = planner.rng
+    names = [thing.title for thing in things]
+    first = rng.choice([names[0], things[0].name] if _only(things, things[0].name) else [names[0]])
+    forms: list[Form] = [(0.7, (HAPPENS, describe_clip(things, way)))]
+    forms.append((0.4, (WHAT_MOVES, say.sentence(say.with_article(names[0])) if way else STILL)))
+    asked = [form.format(f"the {first}") for form in WAY]
+    if len(things) == 1:
+        asked += [form.format("it") for form in WAY]
+    forms.append((1.6, (asked, say.sentence(way))) if way else (0.3, (asked, STILL)))
+    which = rng.randrange(len(things))
+    answer = "Yes." if way and which == 0 else "No."
+    forms.append((0.3, ([form.format(f"the {names[which]}") for form in DOES_MOVE], answer)))
+    if way and len(things) == 2:
+        forms.append((0.3, (WHAT_STAYS, say.sentence(say.with_article(names[1])))))
+    if things[0].colour_name and _only(things, things[0].name):
+        asked = [form.format(things[0].name) for form in say.COLOUR_OF]
+        forms.append((0.3, (asked, say.sentence(things[0].colour_name))))
+    return forms
+
+
+def describe_clip(things: Sequence[Mark], way: str) -> str:
+    """ "A red circle moves to the left." and then what stays."""
+    stay = [say.with_article(thing.title) for thing in (things[1:] if way else things)]
+    first = f"{say.with_article(things[0].title)} moves {way}" if way else ""
+    second = f"{say.listing(stay)} {'stay' if len(stay) > 1 else 'stays'} in place" if stay else ""
+    return " ".join(say.sentence(part) for part in (first, second) if part)
+
+
+def _only(things: Sequence[Mark], name: str) -> bool:
+    return sum(thing.name == name for thing in things) == 1
+
+
+def _stage(planner: Planner, task: str) -> Scene:
+    """An empty scene, not far from square, seen by a quiet camera."""
+    scene = planner.empty(task)
+    if min(scene.width, scene.height) < 0.55 * scene.size:
+        scene.width = scene.height = scene.size
+    scene.sensor = planner.sensor()
+    return scene
+
+
+def _things(planner: Planner, scene: Scene, count: int, smallest: float, largest: float) -> list[Mark]:
+    """Shapes or, less often, emoji, all of different titles, not yet in their places; sets the background."""
+    rng = planner.rng
+    marks: list[Mark] = []
+    while len(marks) < count:
+        # Clouds are drawn anew for every picture: a clip's background must stand still.
+        mark = planner.thing(scene.size * rng.uniform(smallest, largest), sprite=rng.random() < 0.2)
+        if all(mark.title != other.title for other in marks):
+            marks.append(mark)
+    scene.background = planner.background([_fill(mark) for mark in marks if mark.kind == "shape"], 0.22, calm=True)
+    return marks
+
+
+def _fill(mark: Mark) -> tuple[float, float, float]:
+    return mark.look[0], mark.look[1], mark.look[2]
+
+
+def _path(planner: Planner, scene: Scene, things: Sequence[Mark], way: str, frames: int) -> list[tuple[float, float]]:
+    """Places of the first thing, one a frame, and (set in them) those of the others, off the path."""
+    rng, mover = planner.rng, things[0]
+    dx, dy = DIRECTIONS[way]
+    for _ in range(200):
+        turn = rng.gauss(0, 0.07)
+        step_x, step_y = dx * math.cos(turn) - dy * math.sin(turn), dx * math.sin(turn) + dy * math.cos(turn)
+        length = min(scene.width, scene.height) * rng.uniform(0.3, 0.75) if frames > 1 else 0.0
+        half_x, half_y = abs(step_x) * length / 2 + mover.size * 1.1, abs(step_y) * length / 2 + mover.size * 1.1
+        if 2 * half_x > scene.width or 2 * half_y > scene.height:
+            continue
+        x, y = rng.uniform(half_x, scene.width - half_x), rng.uniform(half_y, scene.height - half_y)
+        shares = [
+            (n + (rng.uniform(-0.12, 0.12) if 0 < n < frames - 1 else 0)) / max(frames - 1, 1) for n in range(frames)
+        ]
+        path = [(x + step_x * length * (s - 0.5), y + step_y * length * (s - 0.5)) for s in shares]
+        if _settle(planner, scene, things, path):
+            return path
+    # No room beside the path: the others leave, but for a still picture's one.
+    return _fallback(scene, things, (dx, dy), frames)
+
+
+def _settle(planner: Planner, scene: Scene, things: Sequence[Mark], path: Sequence[tuple[float, float]]) -> bool:
+    """Put all things but the first somewhere off the path and away from each other."""
+    rng = planner.rng
+    taken = [(x, y, things[0].size) for x, y in path]
+    for thing in things[1:]:
+        for _ in range(12):
+            x, y = rng.uniform(thing.size, scene.width - thing.size), rng.uniform(thing.size, scene.height - thing.size)
+            if all(max(abs(x - a), abs(y - b)) > (thing.size + s) * 1.1 + 2 for a, b, s in taken):
+                thing.x, thing.y = x, y
+                taken.append((x, y, thing.size))
+                break
+        else:
+            return False
+    return True
+
+
+def _fallback(
+    scene: Scene, things: Sequence[Mark], step: tuple[float, float], frames: int
+) -> list[tuple[float, float]]:
+    """Everything small: the mover crosses the middle, the others stand in corners that it does not pass."""
+    for thing in things:
+        thing.size = 0.06 * scene.size
+    margin = 0.08 * scene.size
+    corners = [(margin, margin), (scene.width - margin, scene.height - margin)]
+    if step[0] * step[1] > 0:
+        corners = [(scene.width - margin, margin), (margin, scene.height - margin)]
+    for thing, (x, y) in zip(things[1:], corners, strict=False):
+        thing.x, thing.y = x, y
+    reach = 0.6 * min(scene.width, scene.height) if frames > 1 else 0.0
+    shares = [n / max(frames - 1, 1) - 0.5 for n in range(frames)]
+    return [(scene.width / 2 + step[0] * reach * s, scene.height / 2 + step[1] * reach * s) for s in shares]
+
+
+def stamps(planner: Planner, frames: int) -> list[str]:
+    """``MM:SS`` of evenly spaced frames."""
+    gap = planner.rng.choice(SECONDS)
+    return [f"{int(n * gap) // 60:02d}:{int(n * gap) % 60:02d}" for n in range(frames)]
+
+
+def _frames_text(planner: Planner, frames: int) -> str:
+    if planner.rng.random() < 0.15:  # a clip without timestamps
+        return PICTURE * frames + "\n"
+    return "".join(f"[{stamp}]{PICTURE}\n" for stamp in stamps(planner, frames))
+
+
+# --- several pictures ------------------------------------------------------------------------------------------------
+
+WHAT_IS_IN = ("What is in {}?", "What does {} show?", "Describe {}.", "What do you see in {}?", "What is shown in {}?")
+READ_IN = ("What does {} say?", "Read the text in {}.", "What is written in {}?", "What word is in {}?")
+WHICH_SHOWS = ("Which {noun} shows {what}?", "In which {noun} is {what}?", "Which {noun} has {what}?")
+WHICH_SAYS = (
+    "Which {noun} says {what}?",
+    'In which {noun} is the word "{what}"?',
+    'Which {noun} has the text "{what}"?',
+)
+IS_IN = ("Is there {what} in {where}?", "Does {where} show {what}?")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+
+def several(planner: Planner, pictures: int) -> Story:
+    """Pictures of different things, numbered in the text or not, and questions about one of them."""
+    rng = planner.rng
+    scenes, titles = _different(planner, pictures, ("shapes", "emoji", "words", "pair"), (0.35, 0.25, 0.3, 0.1))
+    noun = rng.choice(("image", "picture", "picture", "photo"))
+    numbered = pictures > len(ORDINALS) or rng.random() < 0.6
+    where = [f"{noun} {n + 1}" if numbered else f"the {ORDINALS[n]} {noun}" for n in range(pictures)]
+    if numbered:
+        form = rng.choice(("{0} {1}: {2}\n", "{0} {1}:\n{2}\n", "{0} {1}: {2} ", "{0} {1}{2}\n"))
+        shown = "".join(form.format(noun.capitalize(), n + 1, PICTURE) for n in range(pictures))
+    else:
+        shown = PICTURE * pictures + rng.choice(("", "", "\n"))
+    forms = [form for n in range(pictures) for form in _about(planner, scenes, titles, n, where, noun, 1.0 / pictures)]
+    if pictures <= 6:
+        forms.append(
+            (0.15, ([form.format(say.plural(noun)) for form in say.COUNT[:2]], say.count_answer(pictures, noun)))
+        )
+    return Story("several", scenes, _turns(planner, shown, forms, (1, 2, 3)))
+
+
+def _different(
+    planner: Planner, count: int, kinds: Sequence[str], weights: Sequence[float]
+) -> tuple[list[Scene], list[str]]:
+    """Scenes of one thing each (or of two shapes), all with different titles, and the titles."""
+    rng = planner.rng
+    scenes: list[Scene] = []
+    titles: list[str] = []
+    while len(scenes) < count:
+        scene, title = _simple(planner, rng.choices(kinds, weights)[0])
+        if title not in titles or len(titles) > 40 + len(set(titles)):
+            scenes.append(scene)
+            titles.append(title)
+    return scenes, titles
+
+
+def _simple(planner: Planner, kind: str) -> tuple[Scene, str]:
+    """A scene of one thing, and what it is called: "red circle", the emoji's label, the word."""
+    rng = planner.rng
+    if kind == "words":
+        scene = planner.empty("words")
+        planner.place_lines(scene, [planner.text(9)], rng.choice(rng.choice(planner.faces)))
+        title = scene.lines[0].text
+    elif kind == "emoji":
+        scene = planner.empty("emoji")
+        styles, pool = planner.assets.num_styles, len(planner.assets.emoji)
+        planner.place_emoji(scene, [rng.randrange(styles) * pool + rng.choice(planner.things)])
+        title = scene.marks[0].name
+    else:
+        scene = planner.empty("shapes")
+        count = 2 if kind == "pair" else 1
+        planner.place_shapes(scene, [rng.choice(SHAPES) for _ in range(count)], rng.choices(COLOUR_NAMES, k=count))
+        title = scene.marks[0].title if count == 1 else describe_shapes(scene.marks)
+    scene.sensor = planner.sensor()
+    return scene, title
+
+
+def describe(scene: Scene) -> str:
+    """The description of a picture of one thing, as it is given to the picture alone."""
+    if scene.lines:
+        return say.describe_lines([line.text for line in scene.lines])
+    if scene.marks[0].kind == "sprite":
+        return say.describe_emoji([mark.name for mark in scene.marks])
+    return describe_shapes(scene.marks)
+
+
+def _about(
+    planner: Planner,
+    scenes: Sequence[Scene],
+    titles: Sequence[str],
+    n: int,
+    where: Sequence[str],
+    noun: str,
+    weight: float,
+) -> list[Form]:
+    """Questions about picture ``n`` among others."""
+    rng, scene, title = planner.rng, scenes[n], titles[n]
+    forms: list[Form] = [(weight, ([form.format(where[n]) for form in WHAT_IS_IN], describe(scene)))]
+    answer = say.sentence(where[n])
+    if scene.lines:
+        forms.append((weight, ([form.format(where[n]) for form in READ_IN], title)))
+        if titles.count(title) == 1:
+            forms.append((weight, ([form.format(noun=noun, what=title) for form in WHICH_SAYS], answer)))
+        return forms
+    if len(scene.marks) > 1:
+        return forms
+    what = say.with_article(title)
+    if not any(mark.title == title for other in scenes if other is not scene for mark in other.marks):
+        forms.append((1.6 * weight, ([form.format(noun=noun, what=what) for form in WHICH_SHOWS], answer)))
+    other = rng.randrange(len(scenes))
+    there = any(mark.title == title for mark in scenes[other].marks)
+    asked = [form.format(what=what, where=where[other]) for form in IS_IN]
+    forms.append((0.3 * weight, (asked, "Yes." if there else "No.")))
+    return forms
+
+
+# --- one thing among many --------------------------------------------------------------------------------------------
+
+WHEN = ("When does {} appear?", "At what time do you see {}?", "When is {} shown?", "At which time is there {}?")
+
+AT_TIME = ("What is in the clip at {}?", "What do you see at {}?", "What is shown at {}?")
+
+
+def search(planner: Planner, pictures: int) -> Story:
+    """Many pictures, numbered or as frames of a clip, and questions that one of them answers."""
+    rng = planner.rng
+    scenes, titles = _different(planner, pictures, ("shapes", "emoji", "words"), (0.5, 0.2, 0.3))
+    if rng.random() < 0.3:  # the same again and again, and one that differs
+        scenes, titles = _one_among(planner, scenes, titles)
+    if rng.random() < 0.4:
+        gap = rng.choice((1, 1, 2, 5))
+        times = [f"{n * gap // 60:02d}:{n * gap % 60:02d}" for n in range(pictures)]
+        shown = "".join(f"[{time}]{PICTURE}\n" for time in times)
+        forms = [form for n in range(pictures) for form in _at_time(scenes, titles, n, times[n])]
+    else:
+        noun = rng.choice(("image", "picture", "picture", "photo"))
+        where = [f"{noun} {n + 1}" for n in range(pictures)]
+        shown = "".join(f"{noun.capitalize()} {n + 1}: {PICTURE}\n" for n in range(pictures))
+        weights = [1.0 / titles.count(title) for title in titles]
+        forms = [form for n in range(pictures) for form in _about(planner, scenes, titles, n, where, noun, weights[n])]
+    return Story("search", scenes, _turns(planner, shown, forms, (3, 4, 5)))
+
+
+def _one_among(planner: Planner, scenes: list[Scene], titles: list[str]) -> tuple[list[Scene], list[str]]:
+    """A few of the scenes again and again, and one that stands only once."""
+    rng, count = planner.rng, len(scenes)
+    common, needle = rng.randint(1, 3), rng.randrange(count)
+    chosen = [rng.randrange(1, common + 1) % count for _ in range(count)]
+    chosen[needle] = 0
+    return [copy(scenes[i]) for i in chosen], [titles[i] for i in chosen]
+
+
+def _at_time(scenes: Sequence[Scene], titles: Sequence[str], n: int, time: str) -> list[Form]:
+    scene, title = scenes[n], titles[n]
+    asked = [form.format(time) for form in AT_TIME]
+    forms: list[Form] = [(1.0 / titles.count(title), (asked, describe(scene)))]
+    if titles.count(title) == 1:
+        what = f'the text "{title}"' if scene.lines else say.with_article(title)
+        forms.append((1.6, ([form.format(what) for form in WHEN], f"At {time}.")))
+    return forms
+
+
+def _turns(planner: Planner, shown: str, forms: Sequence[Form], counts: Sequence[int]) -> list[tuple[str, str]]:
+    """Some of the forms as turns, the pictures at the start of the first."""
+    rng = planner.rng
+    count = rng.choice(counts)
+    order = sorted(forms, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[:count]
+    turns = [(say.asked(questions, rng), answer) for _, (questions, answer) in order]
+    question, answer = turns[0]
+    return [(shown + question, answer), *turns[1:]]

@@ -1,0 +1,1 @@
+"""Questions, answers, definitions and long texts, and the tokenizer that spells them."""

@@ -1,0 +1,57 @@
+"""Long texts with something in them to find: the needles of the long-context stage and of the evaluation."""
+
+from random import Random
+
+from recipes.nano.text import glosses, language
+from recipes.nano.text.language import Turn
+
+OWNERS = (
+    *("fox", "owl", "bear", "king", "queen", "baker", "pilot", "sailor", "wizard", "farmer", "doctor", "painter"),
+    *("tiger", "mouse", "robot", "teacher", "gardener", "captain", "singer", "judge"),
+)
+COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "golden", "silver", "pink")
+NEEDLE = "The secret number of the {} is {}."
+ASK = ("What is the secret number of the {}?", "Which secret number does the {} have?", "Tell me the number of the {}.")
+MARKERS = 26
+"""More tokens than the chat format puts around a question and its answer."""
+
+
+def haystack(
+    rng: Random, length: int, depth: float | None = None, *, questions: int = 1, held_out: bool = False
+) -> list[Turn]:
+    """A text of about ``length`` tokens that holds numbers of several owners, and questions for one or more of them.
+
+    There is an owner for each 600 tokens, so that finding a number is not enough.
+
+    Args:
+        length: tokens (letters) of the whole conversation, which is at most that and seldom a line less.
+        depth: where the first needle that is asked for stands, 0 beginning to 1 end; anywhere where None.
+        questions: most turns.
+        held_out: owners (colour and animal or person) and numbers that training never has.
+    """
+    owners = [f"{c} {o}" for c in COLOURS for o in OWNERS if language.held(f"owner {c} {o}") == held_out]
+    numbers = {owner: _number(rng, held_out) for owner in rng.sample(owners, min(len(owners), 2 + length // 600))}
+    turns = [(rng.choice(ASK).format(owner), f"{number}.") for owner, number in list(numbers.items())[:questions]]
+    needle, *lines = [NEEDLE.format(owner, number) for owner, number in numbers.items()]
+    room = length - sum(MARKERS + len(question) + len(answer) for question, answer in turns)
+    room -= len(needle) + 1 + sum(len(line) + 1 for line in lines)
+    known = glosses.read().definitions
+    words = list(known)
+    while True:
+        word = rng.choice(words)
+        line = f"{word}: {known[word]}."
+        room -= len(line) + 1
+        if room < 0:
+            break
+        lines.append(line)
+    rng.shuffle(lines)
+    lines.insert(round((rng.random() if depth is None else depth) * len(lines)), needle)
+    question, answer = turns[0]
+    return [("\n".join([*lines, question]), answer), *turns[1:]]
+
+
+def _number(rng: Random, held_out: bool) -> str:
+    while True:
+        number = str(rng.randint(1000, 9999))
+        if language.held(f"number {number}") == held_out:
+            return number

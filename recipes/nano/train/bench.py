@@ -1,0 +1,40 @@
+"""Prints how many pictures a second one core plans and this machine draws: ``python -m recipes.nano.train.bench``."""
+
+import json
+import time
+from random import Random
+
+import torch
+
+from recipes.nano.assets.packed import Assets
+from recipes.nano.draw.render import Renderer
+from recipes.nano.train.data import make_batch, to_device
+
+BATCHES = 6
+
+
+def main() -> None:
+    """Measure every kind of batch; the last line is JSON."""
+    assets = Assets.load()
+    renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
+    rates = {}
+    share = 1 if renderer.device.type == "cuda" else 8
+    for kind, pictures in (("small", 512), ("large", 128), ("several", 512), ("long", 512)):
+        pictures //= share
+        make_batch(assets, Random(0), kind, pictures)
+        started = time.perf_counter()
+        batches = [make_batch(assets, Random(seed), kind, pictures) for seed in range(BATCHES)]
+        planned = BATCHES * pictures / (time.perf_counter() - started)
+        moved = [to_device(batch, renderer.device) for batch in batches]
+        renderer(moved[0])["pixel_values"].sum().item()
+        started = time.perf_counter()
+        # Reading one number waits for the device.
+        torch.stack([renderer(batch)["pixel_values"].sum() for batch in moved]).sum().item()
+        drawn = BATCHES * pictures / (time.perf_counter() - started)
+        print(f"{kind}: {planned:.0f} pictures/s planned by a core, {drawn:.0f}/s drawn on {renderer.device}")
+        rates[kind] = {"planned_per_core": round(planned), "drawn": round(drawn)}
+    print(json.dumps(rates))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Worker processes plan scenes; the training process gets packed batches of tokens and drawing commands.
+
+``loader(Plan(...))`` yields dicts as the recipe's README describes them; drawing them is ``render.Renderer``'s part.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from recipes.nano.assets.packed import FOLDER, Assets
+from recipes.nano.draw import commands
+from recipes.nano.scenes import stories
+from recipes.nano.scenes.planner import SHARES, Planner
+from recipes.nano.scenes.scene import PICTURE, STORIES, TASKS, Story
+from recipes.nano.text import dialogue, tokenizer
+
+PICTURES_PER_FILLER = 4  # the rest of the stream is cut into that many pieces (at least 4), so that none is long
+Turns = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of batch: what is the same in all batches of that kind, so that their shapes are.
+
+    ``size`` of its pictures in pixels, ``tokens`` of the packed stream for each of them, ``longest`` sequence
+    (conversations are drawn again until they fit), fewest and most ``pictures`` of a conversation, ``shares`` of tasks.
+    """
+
+    size: int
+    tokens: int
+    longest: int
+    pictures: tuple[int, int]
+    shares: Mapping[str, float]
+
+
+KINDS = {
+    "small": Kind(224, 208, 400, (1, 1), dict(zip(TASKS, SHARES[224], strict=True))),
+    "large": Kind(448, 288, 512, (1, 1), dict(zip(TASKS, SHARES[448], strict=True))),
+    "several": Kind(224, 116, 512, (2, 6), {"clips": 0.55, "several": 0.45}),
+    "long": Kind(224, 92, 4096, (10, 48), {"search": 1.0}),
+}
+
+
+def small_talk(rng: Random) -> Turns:
+    """A conversation without a picture, of one turn or two."""
+    return [dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run draws. The content of batch n depends on this (but for ``first`` and ``workers``) and on n alone.
+
+    ``pictures``: pictures a batch, by kind. ``cycle``: kinds of successive batches. ``shares``: of tasks, if they shall
+    not be those of ``KINDS``. ``growth``: batches over which words grow to their full length. ``first``: number of the
+    first batch, 0 but for a run that goes on. ``talk`` makes conversations without a picture, one for every
+    ``talk_every`` pictures; worker processes must be able to import it.
+    """
+
+    seed: int
+    pictures: Mapping[str, int] = field(
+        default_factory=lambda: {"small": 512, "large": 128, "several": 512, "long": 512}
+    )
+    cycle: tuple[str, ...] = ("small", "small", "small", "large")
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    assets: Path = FOLDER / "assets.npz"
+    workers: int = 4
+    growth: int = 3500
+    first: int = 0
+    talk: Callable[[Random], Turns] = small_talk
+    talk_every: int = 32
+
+    def __post_init__(self) -> None:
+        for kind in {*self.cycle, *self.pictures, *self.shares}:
+            if kind not in KINDS:
+                raise ValueError(f"a plan's kinds of batches should be among {', '.join(KINDS)}, but one is {kind!r}")
+        for kind, shares in self.shares.items():
+            if unknown := sorted(set(shares) - set(KINDS[kind].shares)):
+                raise ValueError(f"tasks of {kind!r} should be among {', '.join(KINDS[kind].shares)}, not {unknown}")
+
+
+def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
+    """Batches without end, in order, from ``plan.first`` on; worker w makes every ``plan.workers``-th of them."""
+    dataset = Batches(plan)
+    if plan.workers == 0:
+        return iter(dataset)
+    bundles = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=plan.workers,
+        prefetch_factor=4,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn",
+    )
+    return map(unbundle, bundles)
+
+
+def bundle(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with all tensors in one: workers hand over a file descriptor for each, slowly and from few."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    rest = {key: value for key, value in batch.items() if key not in tensors}
+    content, fields = bytearray(), []
+    for key, tensor in tensors.items():
+        fields.append((key, tensor.dtype, tuple(tensor.shape), len(content)))
+        content += tensor.numpy().tobytes()
+        content += bytes(-len(content) % 8)  # every part starts aligned for any dtype
+    return {"rest": rest, "fields": fields, "buffer": torch.frombuffer(content, dtype=torch.uint8)}
+
+
+def unbundle(bundled: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`bundle` was given; the tensors are views of one buffer."""
+    buffer: torch.Tensor = bundled["buffer"]
+    batch = dict(bundled["rest"])
+    for key, dtype, shape, start in bundled["fields"]:
+        count = int(np.prod(shape)) * dtype.itemsize
+        batch[key] = buffer[start : start + count].view(dtype).view(shape)
+    return batch
+
+
+class Batches(IterableDataset):
+    """The endless sequence of batches of a plan, or this worker's share of it."""
+
+    def __init__(self, plan: Plan, assets: Assets | None = None) -> None:
+        self.plan, self.assets = plan, assets
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, step = (info.id, info.num_workers) if info else (0, 1)
+        assets = self.assets or Assets.load(self.plan.assets, pictures=False)
+        for number in itertools.count(self.plan.first + worker, step):
+            kind = self.plan.cycle[number % len(self.plan.cycle)]
+            rng = Random(self.plan.seed * 1_000_003 + number)
+            grown = min(1.0, number / self.plan.growth)
+            batch = make_batch(assets, rng, kind, self.plan.pictures[kind], grown, self.plan)
+            yield bundle(batch) if info else batch
+
+
+def make_batch(
+    assets: Assets, rng: Random, kind: str, pictures: int, grown: float = 1.0, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Plan, tokenize and pack one batch; tensors on the CPU. ``grown``, 0..1, makes words longer.
+
+    Of the ``plan`` only shares and talk are read.
+    """
+    plan = plan or Plan(seed=0)
+    shape, shares = KINDS[kind], plan.shares.get(kind, KINDS[kind].shares)
+    planner = Planner(assets, shape.size, rng)
+    talks = pictures // plan.talk_every
+    most, fillers = -(-pictures // shape.pictures[0]), max(4, pictures // PICTURES_PER_FILLER)
+    room = pictures * shape.tokens
+    told = [_story(planner, count, shares, grown) for count in deal(pictures, shape.pictures, rng)]
+    sequences = [tokens(story.turns, shape.size) for story in told]
+    sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
+    # Replace conversations until all fit: shapes of the stream must not depend on luck. Of a sum that is too large, the
+    # one that is longest beside its share: one of many pictures is always long.
+    lengths = np.array([len(ids) for ids, _ in sequences])
+    shares_of = np.array([shape.tokens * len(story.scenes) for story in told] + [0] * talks)
+    while lengths.sum() > room or lengths.max() > shape.longest:
+        longest = int((lengths if lengths.max() > shape.longest else lengths - shares_of).argmax())
+        if longest < len(told):
+            told[longest] = _story(planner, len(told[longest].scenes), shares, grown)
+            sequences[longest] = tokens(told[longest].turns, shape.size)
+        else:
+            sequences[longest] = tokens(plan.talk(rng))
+        lengths[longest] = len(sequences[longest][0])
+    # There are as many pieces whatever the number of conversations is.
+    pieces = fillers + most + talks - len(sequences)
+    filler = np.diff(np.linspace(0, room - lengths.sum(), pieces + 1).astype(np.int64))
+    assert filler.max() <= shape.longest, f"{filler.max()} tokens of filler in a piece, room for {shape.longest}"
+    all_lengths = np.concatenate([lengths, filler])
+    starts = np.concatenate([[0], np.cumsum(all_lengths)])
+    used = int(lengths.sum())
+    input_ids = np.full(room, tokenizer.PAD_TOKEN_ID, np.int64)
+    labels = np.full(room, -100, np.int64)
+    input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
+    labels[:used] = np.concatenate([wanted for _, wanted in sequences])
+    task = [(*TASKS, *STORIES).index(story.task) for story in told for _ in story.scenes]
+    batch: dict[str, Any] = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "weights": answer_weights(labels),
+        "positions": np.arange(room) - np.repeat(starts[:-1], all_lengths),
+        "cu_seqlens": starts.astype(np.int32),
+        "task": np.array(task, np.int64),
+        **commands.pack([scene for story in told for scene in story.scenes], assets),
+    }
+    batch = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
+    return batch | {
+        "kind": kind,
+        "size": shape.size,
+        "max_seqlen": shape.longest,
+        "num_tokens": used,
+        "seed": rng.getrandbits(62),
+    }
+
+
+def deal(pictures: int, bounds: tuple[int, int], rng: Random) -> list[int]:
+    """Random numbers within ``bounds`` that add up to ``pictures``; only the last may be too small."""
+    low, high = bounds
+    counts: list[int] = []
+    left = pictures
+    while left > high:
+        counts.append(rng.randint(low, max(low, min(high, left - low))))
+        left -= counts[-1]
+    return [*counts, left] if left else counts
+
+
+def _story(planner: Planner, pictures: int, shares: Mapping[str, float], grown: float) -> Story:
+    """A conversation about so many pictures, of a task drawn by ``shares``."""
+    task = planner.rng.choices(tuple(shares), tuple(shares.values()))[0]
+    if task in STORIES:
+        makers = {"clips": stories.clip, "several": stories.several, "search": stories.search}
+        return makers[task](planner, pictures)
+    scene = planner.plan(grown, task)
+    (question, answer), *rest = scene.turns
+    return Story(task, [scene], [(PICTURE + question, answer), *rest])
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on ``device``, copied without waiting where the memory is pinned."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and unshifted labels of a conversation; pictures in its questions are of ``size`` pixels."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in dialogue.conversation(turns, picture=False):
+        piece = _short(text) if len(text) < 200 else tokenizer.encode(text)
+        if learnt:
+            labels += piece
+        else:
+            piece = _with_places(piece, size)
+            labels += [-100] * len(piece)
+        ids += piece
+    return np.array(ids, np.int64), np.array(labels, np.int64)
+
+
+def answer_weights(labels: np.ndarray) -> np.ndarray:
+    """float32 weights of labels: one over the root of their answer's length, so that short answers are not drowned.
+
+    A text to be read has ten times the letters of a colour, most of them easy.
+    """
+    learnt = labels != -100
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], learnt, [False]]).astype(np.int8)))
+    lengths = edges[1::2] - edges[::2]
+    weights = np.zeros(len(labels), np.float32)
+    weights[learnt] = np.repeat(lengths**-0.5, lengths)
+    return weights
+
+
+def _with_places(ids: list[int], size: int) -> list[int]:
+    """The image token repeated once for each query."""
+    image = tokenizer.IMAGE_TOKEN_ID
+    if image not in ids:
+        return ids
+    places = [image] * tokenizer.QUERIES[size]
+    return [copy for token in ids for copy in (places if token == image else (token,))]
+
+
+@lru_cache(maxsize=16384)
+def _short(text: str) -> list[int]:
+    return tokenizer.encode(text)

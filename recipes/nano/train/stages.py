@@ -1,0 +1,260 @@
+"""The four stages of nano's training, as ``aria train recipes/nano/*.toml`` finds them.
+
+A recipe names a stage by its ``[data] factory``, ``[model] factory`` makes the :class:`Learner` from nothing or from
+the stage before, and ``[objective] factory`` lets it learn. What a stage sees stands here, how long and how fast in
+the TOML files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aria.checkpoint import Checkpoint, parameter_shapes
+from aria.config import AriaConfig
+from aria.model import Aria
+from aria.train.objective import Losses, Step
+from aria.train.recipe import Recipe
+from aria.train.state import trained_weights
+from recipes.nano.assets.packed import FOLDER, Assets
+from recipes.nano.scenes import scene as scenes
+from recipes.nano.text import tokenizer
+from recipes.nano.train import texts as text
+from recipes.nano.train.data import Plan
+from recipes.nano.train.learn import Learner, Stages
+from recipes.nano.train.model import nano_config, tiny_config
+from recipes.nano.train.pictures import Pictures
+from recipes.nano.train.prefetch import prefetch
+from recipes.nano.train.replay import Replayed
+from recipes.nano.train.texts import Texts
+
+Batch = dict[str, Any]
+TEXT = "text"
+
+LANGUAGE = {"definitions": 0.45, "sums": 0.15, "reckoning": 0.06, "words": 0.1, "facts": 0.07, "talk": 0.07}
+REHEARSED = {**LANGUAGE, "unknown words": 0.06, "beyond": 0.05, "no picture": 0.05}
+ANSWERS_ONLY = Stages(queries=0.0, answers=0.0, settled=0.0, beside=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one stage sees.
+
+    ``cycle``: kinds of successive batches, ``text`` or kinds of :data:`recipes.nano.train.data.KINDS`. ``texts``:
+    shares of kinds of text, and ``longest`` token numbers of texts with a needle. ``shares``: of tasks within a kind
+    of batch, where they are not the kind's own. ``teaching``: the dense losses beside the answers.
+    """
+
+    cycle: tuple[str, ...]
+    texts: Mapping[str, float]
+    longest: int = 512
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    teaching: Stages = ANSWERS_ONLY
+    growth: int = 1
+    """Batches of pictures over which words grow to their full length."""
+
+
+STAGES = {
+    "language": Stage(cycle=(TEXT,), texts={**LANGUAGE, text.PLAIN: 0.1, text.TOLD: 0.35, text.NEEDLES: 0.1}),
+    # Two texts for nine batches of pictures: a fifth of the steps, a twentieth of the time.
+    "seeing": Stage(
+        cycle=("small", "large", "small", "several", TEXT, "small", "large", "small", "several", "small", TEXT),
+        texts={**LANGUAGE, text.TOLD: 0.25, text.NEEDLES: 0.1},
+        teaching=Stages(),
+        growth=2500,
+    ),
+    # Lengths up to eight times those of the second stage, whose longest sequence has 512 tokens.
+    "long": Stage(
+        cycle=(TEXT, "long", TEXT, "several", TEXT, "long", "small", "large"),
+        texts={text.NEEDLES: 3.0, text.TOLD: 0.2, **LANGUAGE},
+        longest=4096,
+        teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
+    ),
+    "answers": Stage(
+        cycle=("small", "large", TEXT, "small", "several", TEXT, "small", "large", "long"),
+        texts={**REHEARSED, text.TOLD: 0.1, text.NEEDLES: 0.3},
+        longest=4096,
+        teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
+    ),
+}
+
+
+class Mixture:
+    """A stage's batches: number n of a seed is the same in every run, wherever it goes on.
+
+    Args:
+        stage: what they hold.
+        tokens: of a batch of text; pictures of a batch go by that, too: 256 small ones to 16,384.
+        workers: processes that plan.
+        seed: of the run.
+        device: where pictures are drawn.
+    """
+
+    def __init__(self, stage: Stage, *, tokens: int, workers: int, seed: int, device: torch.device | str):
+        self.stage, self.device, self.number = stage, torch.device(device), 0
+        pictured = tuple(kind for kind in stage.cycle if kind != TEXT)
+        writers = workers if not pictured else max(min(workers, 1), workers // 6)
+        self._texts = Texts(seed, stage.texts, tokens, longest=min(stage.longest, tokens), workers=writers)
+        self.pictures: Pictures | None = None
+        if pictured:
+            most = max(2, tokens // 64)
+            # 1,024 patches a large picture, and as many tokens in long conversations as in others.
+            counts = {"small": most, "large": max(1, most // 4), "several": most, "long": most}
+            plan = Plan(
+                seed=seed,
+                pictures={kind: counts[kind] for kind in dict.fromkeys(pictured)},
+                cycle=pictured,
+                shares=stage.shares,
+                workers=max(min(workers, 1), workers - writers),
+                growth=stage.growth,
+            )
+            self.pictures = Pictures(device, plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches that were given."""
+        return {"number": self.number}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after so many batches."""
+        self.number = state["number"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Drawn batches on the device without end."""
+        cycle = self.stage.cycle
+        before = [cycle[n % len(cycle)] for n in range(self.number)]
+        texts = pictures = None
+        while True:
+            if cycle[self.number % len(cycle)] == TEXT:
+                texts = texts or self._written(before.count(TEXT))
+                batch = next(texts)
+            else:
+                assert self.pictures is not None
+                pictures = pictures or self.pictures.batches(len(before) - before.count(TEXT))
+                batch = next(pictures)
+            self.number += 1
+            yield batch
+
+    def _written(self, first: int) -> Iterator[Batch]:
+        on_gpu = self.device.type == "cuda"
+        return prefetch(text.loader(replace(self._texts, first=first), pin_memory=on_gpu), self.device)
+
+    def samples(self) -> Iterator[Batch]:
+        """One batch of each kind that no training step sees."""
+        if TEXT in self.stage.cycle:
+            yield from prefetch([text.make_batch(self._texts, Random("sample"))], self.device)
+        if self.pictures is not None:
+            yield from self.pictures.samples()
+
+
+def stage_of(recipe: Recipe) -> Stage:
+    """The stage that a recipe's ``[data] factory`` names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    name = (recipe.data.factory or "").rpartition(":")[2]
+    if name not in STAGES:
+        raise ValueError(
+            f"[data] factory should be recipes.nano.train.stages: and one of {', '.join(STAGES)}, but is {name!r}"
+        )
+    return STAGES[name]
+
+
+def _stream(recipe: Recipe, processor: Any, rank: int, world: int) -> Mixture:
+    """``[data] factory``: a stage's batches.
+
+    Raises:
+        ValueError: several ranks; nano is trained on one GPU.
+    """
+    if world > 1:
+        raise ValueError(f"nano is trained by one process, but there are {world}; start it without torchrun")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stage = stage_of(recipe)
+    return Mixture(stage, tokens=recipe.batch.tokens, workers=recipe.data.workers, seed=recipe.seed, device=device)
+
+
+language = seeing = long = answers = partial(_stream)
+
+
+def learner(recipe: Recipe, shape: Callable[[int], AriaConfig] = nano_config) -> Learner:
+    """``[model] factory``: nano with its training aids, random or as the stage before left them.
+
+    With ``[model] path`` (the export of another run) weights are that run's averages in float32, dense heads included,
+    where its checkpoints are there, else those of the export.
+    """
+    settings = recipe.model
+    classes = len(scenes.dense_classes(Assets.load(FOLDER / "assets.npz", pictures=False).labels))
+    if settings.path is None:
+        # Rows of the vocabulary in eights suit the matrix units; the last few stand idle.
+        config = shape(-(-tokenizer.vocab_size() // 8) * 8)
+    else:
+        config = AriaConfig.from_pretrained(settings.path)
+    model = Learner(Aria(settings.configure(config)), classes, stage_of(recipe).teaching, seed=recipe.seed)
+    if settings.path is not None:
+        load(model, Path(settings.path))
+    return model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+
+
+def tiny_learner(recipe: Recipe) -> Learner:
+    """The same in 0.2M parameters, to rehearse on a CPU."""
+    return learner(recipe, tiny_config)
+
+
+@torch.no_grad()
+def load(model: Learner, export: Path) -> None:
+    """Fill in the weights that a run left beside or in its export.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    try:
+        weights = trained_weights(export.parent)
+    except FileNotFoundError:
+        state = Checkpoint(export, parameter_shapes(model.aria.config)).load()
+        weights = {f"aria.{name}": tensor for name, tensor in state.items()}
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    missing = sorted(name for name in parameters if name.startswith("aria.") and name not in weights)
+    wrong = missing or sorted(name for name in weights if parameters[name].shape != weights[name].shape)
+    if wrong:
+        raise ValueError(f"{export} does not fit this model: {', '.join(wrong[:4])}")
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+
+
+def objective(model: nn.Module, recipe: Recipe, ranks: Any) -> Callable[[Batch, Step], Losses]:
+    """``[objective] factory``: the learner's own losses; on CUDA compiled, and replayed as graphs.
+
+    Raises:
+        ValueError: gradients shall be accumulated, which graphs do not do.
+    """
+    assert isinstance(model, Learner), "[model] factory is this module's"
+    torch.set_float32_matmul_precision("high")
+    if ranks.device.type != "cuda":
+
+        def losses(batch: Batch, step: Step) -> Losses:
+            total, metrics = model.loss(batch, step.progress)
+            return Losses(total / step.micro_batches, {name: m / step.micro_batches for name, m in metrics.items()})
+
+        return losses
+    if recipe.batch.accumulate != 1:
+        raise ValueError(f"[batch] accumulate should be 1 for nano on a GPU, but is {recipe.batch.accumulate}")
+    model.compile()
+    replayed = Replayed(model)
+    # Every kind is compiled and captured before the clock starts; each later phase is, when it comes.
+    for batch in _stream(recipe, None, 0, 1).samples():
+        replayed(batch, 1.0)
+    model.zero_grad(set_to_none=True)
+
+    def replay(batch: Batch, step: Step) -> Losses:
+        total, metrics = replayed(batch, step.progress)
+        # The gradients are there: what the loop calls backward on ends here.
+        return Losses(total.clone().requires_grad_(), metrics)
+
+    return replay

@@ -1,0 +1,136 @@
+"""Batches without pictures: conversations and long texts, packed to a fixed number of tokens.
+
+T tokens, S sequences. A batch has the keys of ``recipes.nano.train.data`` that concern tokens, and ``size`` 0.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from recipes.nano.scenes import verbal as told
+from recipes.nano.text import haystack, language, tokenizer
+from recipes.nano.train import data
+
+PLAIN, NEEDLES, TOLD = "plain text", "needles", "told pictures"
+Sequence = tuple[np.ndarray, np.ndarray]  # ids and unshifted labels
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What batches of text hold. The content of batch n depends on this (but for ``first`` and ``workers``) and on n.
+
+    ``shares``: kinds of :mod:`recipes.nano.text.language`, ``plain text``, ``needles`` or ``told pictures`` -> share of
+    the tokens of answers' sequences. ``tokens``: T. ``longest``: no needle's text is longer, and the shortest have
+    ``shortest``.
+    """
+
+    seed: int
+    shares: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 32768
+    shortest: int = 256
+    longest: int = 512
+    workers: int = 2
+    first: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """S, always: a compiled layer has one shape. Conversations are 40 tokens and more."""
+        return max(8, self.tokens // 32)
+
+
+def loader(texts: Texts, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
+    """Batches without end, in order, from ``texts.first`` on."""
+    dataset = TextBatches(texts)
+    if texts.workers == 0:
+        return iter(dataset)
+    bundles = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=texts.workers,
+        prefetch_factor=4,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn",
+    )
+    return map(data.unbundle, bundles)
+
+
+class TextBatches(IterableDataset):
+    """The endless sequence of batches, or this worker's share of it."""
+
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, step = (info.id, info.num_workers) if info else (0, 1)
+        for number in itertools.count(self.texts.first + worker, step):
+            batch = make_batch(self.texts, Random(f"{self.texts.seed} text {number}"))
+            yield data.bundle(batch) if info else batch
+
+
+def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
+    """One batch: sequences until the next one has no room; filler and empty sequences make its shapes the same."""
+    room, found = texts.tokens, list[tuple[Any, Any]]()
+    fillers = -(-texts.tokens // 256)  # at most so many pieces of filler, so that none is long
+    while len(found) < texts.sequences - fillers:
+        ids, labels = _sequence(texts, rng)
+        if len(ids) > room:
+            break
+        found.append((ids, labels))
+        room -= len(ids)
+    lengths = np.array([len(ids) for ids, _ in found] + _filler(room), np.int64)
+    lengths = np.pad(lengths, (0, texts.sequences - len(lengths)))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    used = texts.tokens - room
+    input_ids = np.full(texts.tokens, tokenizer.PAD_TOKEN_ID, np.int64)
+    labels = np.full(texts.tokens, -100, np.int64)
+    input_ids[:used] = np.concatenate([ids for ids, _ in found])
+    labels[:used] = np.concatenate([wanted for _, wanted in found])
+    return {
+        "kind": "text",
+        "size": 0,
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "weights": torch.from_numpy(data.answer_weights(labels)),
+        "positions": torch.from_numpy(np.arange(texts.tokens) - np.repeat(starts[:-1], lengths)),
+        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
+        "max_seqlen": max(512, texts.longest),
+        "num_tokens": used,
+    }
+
+
+def _filler(room: int) -> list[int]:
+    """Room that is left, in pieces of at most 256."""
+    return [256] * (room // 256) + ([room % 256] if room % 256 else [])
+
+
+def _sequence(texts: Texts, rng: Random) -> Sequence:
+    """A conversation, a text or a haystack; none longer than a batch's ``max_seqlen``."""
+    while True:
+        ids, labels = _drawn(texts, rng)
+        if len(ids) <= max(512, texts.longest):
+            return ids, labels
+
+
+def _drawn(texts: Texts, rng: Random) -> Sequence:
+    shares = dict(texts.shares)
+    others = {kind: shares.pop(kind, 0.0) for kind in (NEEDLES, PLAIN, TOLD)}
+    kind = rng.choices((*others, ""), (*others.values(), sum(shares.values())))[0]
+    if kind == TOLD:
+        return data.tokens(told.conversation(rng, language.words(False)))
+    if kind == PLAIN:
+        ids = np.array(tokenizer.encode(language.text(rng) + "\n"), np.int64)
+        labels = ids.copy()
+        labels[0] = -100  # nothing stands before the first
+        return ids, labels
+    if kind == NEEDLES:
+        # Even over the logarithm of the length, so that short ones, which are learned first, are as many as long ones.
+        length = round(texts.shortest * (texts.longest / texts.shortest) ** rng.random())
+        return data.tokens(haystack.haystack(rng, length, questions=1 + length // 512))
+    return data.tokens(language.conversation(rng, shares))

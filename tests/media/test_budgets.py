@@ -1,0 +1,425 @@
+"""Pixels and memory are asked for before anything is decoded, and files are opened once."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import os
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aria.media import cache as media_cache
+from aria.media import document, open, read, rgb, video
+from aria.media.cache import MediaCache
+from aria.media.fetch import fetch
+from aria.media.limits import RECEIVED, MediaSettings, MemoryBudget, PixelBudget
+from aria.media.open import Opened, open_medium
+from aria.media.read import Page, Scaled, read_clip, read_document, read_image
+from aria.processor import AriaImageProcessor, load_image
+from aria.processor.image import NeededSizes
+from aria.processor.pictures import read_pictures
+from aria.workers import BusyError, NotYet
+from tests.helpers.made_media import clip, pdf
+from tests.helpers.media_site import site
+from tests.hostile.bad_drawings import nested_forms
+
+WORKERS = [0, 1]
+"""Decoded here, and in a process of its own."""
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def icon(image: bytes) -> bytes:
+    """An icon of 16 x 16 pixels, as its list says, whose image is another one."""
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(image), 22) + image
+
+
+# The same in a worker
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_every_medium_is_read_alike_here_and_in_a_worker(workers: int, tmp_path: Path) -> None:
+    settings = MediaSettings(workers=workers)
+    picture = noise(60, 40)
+    (tmp_path / "a.png").write_bytes(encoded(picture))
+    for source in (encoded(picture), tmp_path / "a.png"):
+        assert np.array_equal(np.asarray(load_image(source, settings)), np.asarray(picture))
+    here = MediaSettings()
+    pages, expected = (
+        read_document(open_medium(pdf((200, 100), (100, 200), text="Hello"), "document", one), settings=one)
+        for one in (settings, here)
+    )
+    assert [page.number for page in pages] == [1, 2] and pages[0].total == 2
+    assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(pages, expected, strict=True))
+    frames, wanted = (
+        read_clip(open_medium(clip(20), "video", one), num_frames=4, settings=one) for one in (settings, here)
+    )
+    assert [frame.seconds for frame in frames] == [frame.seconds for frame in wanted]
+    assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(frames, wanted, strict=True))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_errors_are_the_same_here_and_in_a_worker(workers: int) -> None:
+    settings = MediaSettings(workers=workers)
+    for kind, function in (("image", load_image), ("document", read_document), ("video", read_clip)):
+        medium = b"nothing" if kind == "image" else open_medium(b"nothing", kind, settings)
+        asked: dict[str, Any] = {"num_frames": 1} if kind == "video" else {}
+        with pytest.raises(ValueError, match="7 bytes"):
+            function(medium, settings=settings, **asked)  # type: ignore[operator]
+
+
+# Pixels
+
+
+def test_pixels_of_pages_are_spent_before_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "_render", lambda *_: pytest.fail("a page was drawn"))
+    large = open_medium(pdf(*[(2999, 2999)] * 64), "document", MediaSettings())
+    with pytest.raises(ValueError, match="more than the 400,000,000 pixels that are allowed together"):
+        read_document(large, spend=PixelBudget(400_000_000).spend)
+    mixed = open_medium(pdf((100, 100), (100_000, 100_000)), "document", MediaSettings())
+    with pytest.raises(ValueError, match=r"page 2 of .* would be 200000 x 200000 pixels"):
+        read_document(mixed)
+
+
+def test_pixels_of_frames_are_spent_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "decode", lambda *_, **__: pytest.fail("a frame was decoded"))
+    with pytest.raises(ValueError, match="more than the 100,000 pixels"):
+        read_clip(open_medium(clip(20), "video", MediaSettings()), num_frames=20, spend=PixelBudget(100_000).spend)
+
+
+def test_pixels_of_pictures_are_spent_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rgb, "upright_rgb", lambda *_: pytest.fail("a picture was decoded"))
+    with pytest.raises(ValueError, match="more than the 2,000 pixels"):
+        load_image(encoded(noise(60, 40)), MediaSettings(), PixelBudget(2_000))
+
+
+def test_an_icon_s_own_images_count() -> None:
+    """Pillow decodes one of them to know the icon's size."""
+    bomb = icon(encoded(Image.new("1", (13_000, 13_000))))
+    with pytest.raises(ValueError, match="announces 13000 x 13000 pixels, more than the 120,000,000"):
+        load_image(bomb)
+    with pytest.raises(ValueError, match="more than the 2,000 pixels"):
+        load_image(icon(encoded(noise(60, 40))), MediaSettings(), PixelBudget(2_000))
+    assert load_image(icon(encoded(noise(60, 40)))).size == (60, 40)
+    assert load_image(encoded(noise(32, 32), "ICO", sizes=[(32, 32)], bitmap_format="bmp")).size == (32, 32)
+
+
+# Memory
+
+
+def test_a_budget_makes_large_things_wait_and_lets_small_ones_by() -> None:
+    budget = MemoryBudget()
+    budget.take(600, 1000)
+    with pytest.raises(NotYet):
+        budget.take(200, 1000)
+    budget.take(50, 1000)
+    with pytest.raises(ValueError, match="would take 1,001 bytes of memory, and 1,000 are allowed"):
+        budget.take(1001, 1000)
+    budget.give_back(600)
+    budget.take(700, 1000)
+    budget.take(10_000, None)
+    assert budget.taken == 50 + 700 + 10_000
+    array = np.zeros(700, np.uint8)
+    budget.keep(array)
+    view = array[3:]
+    del array
+    gc.collect()
+    assert budget.taken == 10_750 and view.size == 697
+    del view
+    gc.collect()
+    assert budget.taken == 10_050
+
+
+def test_the_largest_thing_that_is_allowed_is_read_alone() -> None:
+    budget = MemoryBudget()
+    budget.take(1000, 1000)
+    with pytest.raises(NotYet):
+        budget.take(1, 1000)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> MemoryBudget:
+    """A budget of its own: whatever else the process decoded may be given back at any moment."""
+    budget = MemoryBudget()
+    monkeypatch.setattr(read, "DECODED", budget)
+    monkeypatch.setattr(media_cache, "DECODED", budget)
+    return budget
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_memory_is_given_back_whatever_happens(workers: int, decoded: MemoryBudget) -> None:
+    settings = MediaSettings(workers=workers, decoded_bytes=1 << 30)
+    image = read_image(open_medium(encoded(noise(60, 40)), "image", settings), settings, lambda _: None)
+    assert decoded.taken == 60 * 40 * 3
+    del image
+    gc.collect()
+    cut = encoded(noise(60, 40))[:2000]
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read_image(open_medium(cut, "image", settings), settings, lambda _: None)
+    with pytest.raises(ValueError, match="no more"):
+        read_image(open_medium(encoded(noise(60, 40)), "image", settings), settings, refuse)
+    with pytest.raises(ValueError, match="bytes of memory, and 1,000 are allowed"):
+        load_image(encoded(noise(60, 40)), MediaSettings(workers=workers, decoded_bytes=1000))
+    assert not decoded.taken
+
+
+def refuse(pixels: int) -> None:
+    raise ValueError("no more")
+
+
+def test_what_does_not_fit_waits_for_what_does(decoded: MemoryBudget) -> None:
+    settings = MediaSettings(workers=2, decoded_bytes=1 << 20, image_timeout=60)
+    picture = encoded(noise(200, 150))
+    decoded.take(900_000, None)
+    done: list[int] = []
+
+    def load() -> None:
+        load_image(picture, settings)
+        done.append(decoded.taken)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    time.sleep(0.5)
+    assert not done
+    decoded.give_back(900_000)
+    thread.join(30)
+    assert done and decoded.taken <= 200 * 150 * 3
+    decoded.take(900_000, None)
+    with pytest.raises(BusyError, match="try again later"):
+        load_image(picture, MediaSettings(workers=2, decoded_bytes=settings.decoded_bytes, image_timeout=0.5))
+    decoded.give_back(900_000)
+
+
+def test_caches_make_room(decoded: MemoryBudget) -> None:
+    cache = MediaCache()
+    pages = [Page(1, Scaled.of(np.zeros((100, 100, 3), np.uint8)), 1)]
+    cache.get("a", lambda: pages, 1 << 20)
+    cache.free(1)
+    assert cache.nbytes == 0
+    cache.get("a", lambda: pages, 1 << 20)
+    decoded.take(1000, None)
+    with pytest.raises(NotYet):
+        decoded.take(100, decoded.taken + 10)
+    decoded.give_back(1000)
+    assert cache.nbytes == 0, "asked for memory, a cache gives back what it has"
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("mode", [None, "authors", "pad"])
+def test_large_pictures_are_brought_to_the_model_s_size_while_they_are_read(workers: int, mode: str | None) -> None:
+    process = AriaImageProcessor(max_image_size=490)
+    own = {"max_image_size": 490, "split_image": mode is not None, "split_mode": mode}
+    picture = noise(3000, 2000)
+    [image] = read_pictures([encoded(picture)], process, [own], MediaSettings(workers=workers))
+    [whole] = read_pictures([picture], process, [own])
+    assert sum(page.nbytes for page in image.pages) < 3000 * 2000 * 3 / 2
+    crops, expected = image.load(), whole.load()
+    assert crops.extents == expected.extents and crops.pixels.equal(expected.pixels)
+
+
+def test_small_pictures_stay_as_they_are() -> None:
+    process = AriaImageProcessor()
+    assert NeededSizes(process)(300, 200) == [] and NeededSizes(process, split_image=True)(1500, 1000) == []
+    assert NeededSizes(process)(1500, 1000) == [(980, 653)]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    [image] = read_pictures([encoded(noise(2000, 1000), "JPEG", exif=turned)], process, [{}])
+    assert image.pages[0].shape == (980, 490, 3), "the size counts as it is seen"
+
+
+def test_frames_and_pages_that_are_split_are_brought_to_size_too() -> None:
+    sizes = NeededSizes(AriaImageProcessor(max_image_size=490, sizes=(490,)), split_image=True)
+    [page] = read_document(open_medium(pdf((1000, 1000)), "document", MediaSettings()), sizes=sizes)
+    assert page.image.size == (2000, 2000)
+    assert [array.shape[:2] for array in page.image.arrays] == [(height, width) for width, height in sizes(2000, 2000)]
+
+
+# Deadlines
+
+
+def test_a_document_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = MediaSettings(workers=1, decode_timeout=1.0)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="took longer than 1 s"):
+        read_document(open_medium(nested_forms(Random(0), 9, 10), "document", settings), settings=settings)
+    assert time.monotonic() - begin < 20 and read.workers_of(settings).busy == 0
+
+
+# Opening
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_file_that_is_swapped_for_a_link_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, secret = tmp_path / "allowed", tmp_path / "secret"
+    (allowed / "inner").mkdir(parents=True)
+    secret.mkdir()
+    for folder in (allowed, allowed / "inner", secret):
+        (folder / "a.png").write_bytes(encoded(noise(4, 4)))
+    settings = MediaSettings(local_folders=(allowed,))
+    check = open._check_path
+
+    def swap_file(*given: Any) -> Path:
+        path = check(*given)
+        path.unlink()
+        path.symlink_to(secret / "a.png")
+        return path
+
+    def swap_folder(*given: Any) -> Path:
+        path = check(*given)
+        path.parent.rename(tmp_path / "moved")
+        path.parent.symlink_to(secret)
+        return path
+
+    for swap, path in ((swap_file, allowed / "a.png"), (swap_folder, allowed / "inner" / "a.png")):
+        monkeypatch.setattr(open, "_check_path", check)
+        assert open_medium(path, "image", settings).data == path
+        monkeypatch.setattr(open, "_check_path", swap)
+        with pytest.raises(ValueError, match="cannot be opened"):
+            open_medium(path, "image", settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+def test_a_file_that_is_swapped_for_a_pipe_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(noise(4, 4)))
+    check = open._check_path
+
+    def swap(*given: Any) -> Path:
+        found = check(*given)
+        found.unlink()
+        os.mkfifo(found)
+        return found
+
+    monkeypatch.setattr(open, "_check_path", swap)
+    with pytest.raises(ValueError, match="a folder or a device"):
+        open_medium(path, "image", MediaSettings())
+
+
+def test_what_was_opened_is_read_although_it_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(noise(60, 40)))
+    opened = open_medium(path, "image", MediaSettings())
+    (tmp_path / "b").write_bytes(b"other")
+    (tmp_path / "b").replace(path)
+    assert read_image(opened, MediaSettings(workers=1), lambda _: None).size == (60, 40)
+
+
+# Files in memory
+
+
+def test_what_is_received_counts_until_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(noise(60, 40))
+    uri = "data:;base64," + base64.b64encode(data).decode()
+    settings = MediaSettings(decoded_bytes=RECEIVED.taken + 4 * len(data), image_timeout=0.2)
+    before = RECEIVED.taken
+    opened = open_medium(uri, "image", settings)
+    assert 0 <= RECEIVED.taken - before - len(data) < 100
+    RECEIVED.take(3 * len(data), None)
+    with pytest.raises(BusyError, match="waiting to be read"):
+        open_medium(uri, "image", settings)
+    RECEIVED.give_back(3 * len(data))
+    with pytest.raises(ValueError, match="not valid base64"):
+        open_medium(uri + "!", "image", settings)
+    del opened
+    gc.collect()
+    assert RECEIVED.taken == before
+
+
+def test_what_is_fetched_counts_as_it_comes() -> None:
+    before, held = RECEIVED.taken, []
+
+    def hold(nbytes: int) -> None:
+        held.append(nbytes)
+        if len(held) == 3:
+            raise ValueError("enough")
+
+    with site(lambda _: (200, {}, bytes(5 << 20))) as address:
+        settings = MediaSettings(private_addresses=True)
+        with pytest.raises(ValueError, match="enough"):
+            fetch(f"{address}/large", 1 << 30, settings, hold)
+        opened = open_medium(f"{address}/large", "image", settings)
+        assert RECEIVED.taken - before == 5 << 20
+    del opened
+    gc.collect()
+    assert RECEIVED.taken == before
+
+
+def test_a_name_that_takes_long_to_resolve_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="does not answer in time"):
+        fetch("http://slow.example/", 1000, MediaSettings(connect_timeout=0.3))
+    assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, {}, {"size": 1}, {"size": [0, 4]}, {"size": [1.5, 4]}, {"size": ["a", "b"]}, {"size": [1 << 40, 1]}],
+)
+def test_what_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """It may be in the hands of whoever made the file."""
+
+    def lie(job: Any, *_: Any) -> Any:
+        job.array((4, 4, 3))
+        return answer
+
+    monkeypatch.setattr(rgb, "read", lie)
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        load_image(b"x")
+    monkeypatch.setattr(rgb, "read", lambda job, *_: job.array((4, 4)) is None or {"size": [4, 4]})
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        load_image(b"x")
+    for arguments in ((0, 4), (True, 4), ("4", 4), (4,), (4, 4, 4), (1 << 30, 4)):
+        monkeypatch.setattr(rgb, "read", lambda job, *_, arguments=arguments: job.call("sizes", *arguments))
+        with pytest.raises(ValueError, match="expected two numbers from 1"):
+            load_image(b"x")
+    for arguments in ((-1, 4), (4, 0.5), (None, 4)):
+        monkeypatch.setattr(rgb, "read", lambda job, *_, arguments=arguments: job.call("take", *arguments))
+        with pytest.raises(ValueError, match="expected numbers of pixels and bytes"):
+            load_image(b"x")
+
+
+@pytest.mark.parametrize("moments", [(0, None), (0, "1"), (0.5,), ([0],)], ids=["none", "text", "fraction", "list"])
+def test_times_that_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, moments: Any) -> None:
+    def lie(job: Any, *_: Any) -> Any:
+        for _ in moments:
+            job.array((4, 4, 3))
+        return {"frames": [(moment, 0, 1, 4, 4, 1) for moment in moments]}
+
+    monkeypatch.setattr(video, "read", lie)
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        read_clip(Opened(b"x", "the clip"), num_frames=2, settings=MediaSettings(clip_decoder="cpu"))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None, [(4, 3), 0, (1, 0), False, None, [], []], [(4, 3), 0, (1, "2"), False, None, [], []],
+        [(4, 3), 0, (1, 2), False, None, [(0, None)], []], [(4, 3), 0, (1, 2), False, None, [], [("a", [], [])]],
+    ],
+    ids=["nothing", "unit of zero", "unit of text", "no time", "key of text"],
+)  # fmt: skip
+def test_a_plan_that_a_worker_makes_may_be_anything(plan: Any) -> None:
+    with pytest.raises(ValueError, match="the file may be damaged"):
+        read._plan_of(plan, "the clip")

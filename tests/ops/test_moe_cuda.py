@@ -1,0 +1,112 @@
+"""The mixture of experts for many tokens on a GPU: every tile shape that ships, any imbalance, inside a graph.
+
+T tokens, D hidden, E experts, A experts per token, F expert width, W width of the shared experts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from aria.ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+D, E, A, F, W = 640, 16, 3, 208, 416
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+
+def layer(dtype: torch.dtype) -> list:
+    """Norm, eps, router, experts and shared experts, laid out as the engine does it."""
+    gate_up = normal(2 * W, D, dtype=dtype, scale=D**-0.5)
+    return [
+        normal(D, dtype=dtype),
+        1e-6,
+        normal(E, D, dtype=dtype, scale=D**-0.5),
+        normal(E, 2 * F, D, dtype=dtype, scale=D**-0.5).transpose(1, 2),
+        normal(E, D, F, dtype=dtype, scale=F**-0.5).transpose(1, 2),
+        (gate_up[:W], gate_up[W:], normal(D, W, dtype=dtype, scale=W**-0.5)),
+        A,
+    ]
+
+
+def error(got: Tensor, x: Tensor, norm: Tensor, eps: float, router: Tensor, fc1: Tensor, fc2: Tensor, shared, top_k):
+    """Against float64; the choice of experts, a matter of rounding, is taken from the kernel."""
+    from aria.ops.kernels.permute import norm_route
+
+    normed, weights, index, _ = norm_route(x, norm, eps, router, top_k)
+    normed, weights, fc1, fc2 = (tensor.double() for tensor in (normed, weights, fc1, fc2))
+    gate, up, down = (weight.double() for weight in shared)
+    routed = reference.expert_mlp(normed, fc1, fc2, weights, index.long())
+    hidden = torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)
+    expected = x.double() + routed + hidden @ down.T
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is full of NaN: what is read before it is written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 513, 2048, 8191])
+def test_layer(tokens, dtype):
+    from aria.ops.kernels import many
+
+    weights, x = layer(dtype), normal(tokens, D, dtype=dtype)
+    assert many.fits(x, *weights[3:5])
+    with torch.no_grad():
+        got = many.moe_layer(x, *weights)
+        again = many.moe_layer(x, *weights)
+    assert torch.equal(got, again)
+    assert error(got, x, *weights) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [129, 3000])
+def test_all_tokens_to_the_same_experts(tokens):
+    from aria.ops.kernels import many
+
+    weights, x = layer(torch.bfloat16), normal(tokens, D, dtype=torch.bfloat16)
+    weights[0].fill_(1.0)
+    x[:, 0] = 20.0  # what the router of three experts looks at
+    weights[2][:, 0] = 0.0
+    weights[2][5:8, 0] = 4.0
+    assert error(many.moe_layer(x, *weights), x, *weights) < TOLERANCE[torch.bfloat16]
+
+
+def test_inside_a_graph_and_with_other_tokens():
+    from aria.ops.kernels import many
+
+    weights, x = layer(torch.bfloat16), normal(777, D, dtype=torch.bfloat16)
+    many.moe_layer(x, *weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = many.moe_layer(x, *weights)
+    for _ in range(2):
+        x.copy_(normal(777, D, dtype=torch.bfloat16))
+        graph.replay()
+        assert torch.equal(got, many.moe_layer(x, *weights))
+
+
+def test_route():
+    from aria.ops.kernels.permute import route
+
+    logits = normal(5000, 64, dtype=torch.float32)
+    weights, index = route(logits, 6)
+    expected_weights, expected_index = reference.route(logits, 6)
+    assert torch.equal(index, expected_index)
+    torch.testing.assert_close(weights, expected_weights)

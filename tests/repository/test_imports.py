@@ -1,0 +1,133 @@
+"""The house rules that a machine can check: one import direction, imports at the top, files of a readable length."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FACE = "__init__"
+"""``src/aria/__init__.py``, which shows what the rooms under it offer."""
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    (FACE,),
+    ("serve",),
+    ("pretrained", "inspection", "jobs"),
+    ("engine", "train"),
+    ("checkpoint", "processor"),
+    ("model",),
+    ("ops",),
+    ("config",),
+    ("media", "templates", "grammars"),
+    ("workers", "hub"),
+)
+"""Rooms of the package from the top down. A room imports from the floors under its own, and from itself."""
+LONGEST_FILE = 600
+
+_FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(file: Path, package: Path) -> str:
+    return file.relative_to(package).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def rooms_imported(node: ast.Import | ast.ImportFrom, file: Path, package: Path) -> Iterator[str]:
+    """Rooms of the package that an import statement reaches; nothing for other packages."""
+    if isinstance(node, ast.Import):
+        targets = [alias.name for alias in node.names]
+    else:
+        module = node.module or ""
+        if node.level:
+            above = file.relative_to(package.parent).parts[: -node.level]
+            module = ".".join([*above, module]).strip(".")
+        # `from aria import ops` names a room, `from aria import Engine` what the face shows.
+        targets = [f"{module}.{alias.name}" if module == package.name else module for alias in node.names]
+    for target in targets:
+        name, *rest = target.split(".")
+        if name == package.name:
+            room = rest[0] if rest else FACE
+            yield room if (package / room).is_dir() or (package / f"{room}.py").is_file() else FACE
+
+
+def faults(package: Path) -> list[str]:
+    """One line for each broken rule about imports in a package's files."""
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        room, where = room_of(file, package), file.relative_to(package).as_posix()
+        if room not in _FLOOR:
+            found.append(f"{where}: give the room {room!r} a floor in FLOORS")
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in imports(tree):
+            for other in rooms_imported(node, file, package):
+                # A room without a floor is reported where it stands.
+                if other != room and _FLOOR.get(other, len(FLOORS)) <= _FLOOR[room]:
+                    kind = "beside" if _FLOOR[other] == _FLOOR[room] else "above"
+                    found.append(f"{where}:{node.lineno}: {room} imports {other}, which is {kind}")
+        if room != "cli":
+            lines = sorted(local_imports(tree, file, package))
+            found += [f"{where}:{line}: import inside a function" for line in lines]
+    return found
+
+
+def local_imports(tree: ast.AST, file: Path, package: Path) -> set[int]:
+    """Lines of the imports of the package's own modules that stand inside functions."""
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    inside = (node for function in functions for node in imports(function))
+    return {node.lineno for node in inside if any(rooms_imported(node, file, package))}
+
+
+def test_rooms_import_only_downward():
+    assert not (found := faults(ROOT / "src" / "aria")), "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("ops/moe.py", "from aria.model import Aria", "ops imports model, which is above"),
+        ("engine/loop.py", "import aria.train.loss", "engine imports train, which is beside"),
+        ("engine/loop.py", "from ..train import loss", "engine imports train, which is beside"),
+        ("checkpoint/load.py", "from aria import processor", "checkpoint imports processor, which is beside"),
+        ("model/aria.py", "from aria import Engine", "model imports __init__, which is above"),
+        ("train/trainer.py", "import aria", "train imports __init__, which is above"),
+        ("__init__.py", "from aria.cli import app", "__init__ imports cli, which is above"),
+        ("engine/loop.py", "def f():\n    from aria import ops", "engine/loop.py:2: import inside a function"),
+        ("attic/old.py", "import torch", "give the room 'attic' a floor"),
+    ],
+)
+def test_broken_rules_are_found(tmp_path, file, source, expected):
+    package = tmp_path / "aria"
+    for room in ("cli", "config"):
+        _write(package / f"{room}.py", "")
+    for room in ("ops", "model", "engine", "train", "checkpoint", "processor"):
+        _write(package / room / "__init__.py", "from aria.config import AriaConfig\nimport torch")
+    _write(package / "cli.py", "def chat():\n    from aria.engine import Engine")
+    assert faults(package) == []
+    _write(package / file, source)
+    found = faults(package)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def _write(file: Path, source: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source, encoding="utf-8")
+
+
+def test_files_are_short_and_say_what_they_are():
+    folders = (ROOT / name for name in ("src", "recipes", "bench", "examples", "tests"))
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    assert len(files) > 40, "the folders have moved"
+    for file in files:
+        source, where = file.read_text(encoding="utf-8"), file.relative_to(ROOT).as_posix()
+        lines = len(source.splitlines())
+        assert lines <= LONGEST_FILE, f"{where} has {lines} lines; {LONGEST_FILE} is the most"
+        assert ast.get_docstring(ast.parse(source)), f"{where} should start by saying what it is for"

@@ -1,0 +1,273 @@
+"""Connections that are slow, idle, many or endless: each costs its client, and nobody else."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import httpx2
+import pytest
+
+from aria.serve.connections import MOST_HEADERS, MOST_PIPELINED
+from aria.serve.settings import ServerSettings
+from tests.helpers.serving import running, until
+
+LONG = 60.0
+"""Seconds that nothing here waits for."""
+HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of a response, which may have any length."""
+    # Without a buffer: it would take the beginning of the next response along.
+    with connection.makefile("rb", buffering=0) as file:
+        status = int(file.readline().split()[1])
+        headers = {}
+        for line in iter(file.readline, b"\r\n"):
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        body = b""
+        while len(body) < int(headers["content-length"]) and (
+            piece := file.read(int(headers["content-length"]) - len(body))
+        ):
+            body += piece
+        return status, headers, body
+
+
+def refusal(connection: socket.socket) -> tuple[int, str]:
+    """Status and code of an error, behind which the connection is closed."""
+    status, headers, body = response(connection)
+    assert headers["connection"] == "close" and headers["content-type"] == "application/json"
+    [error] = json.loads(body).values()
+    assert error.keys() == {"message", "type", "param", "code"} and error["message"]
+    assert is_closed(connection)
+    return status, error["code"]
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side ends it, which is waited for."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+@contextmanager
+def dripping(connection: socket.socket, piece: bytes, pause: float = 0.05) -> Iterator[None]:
+    """Something is sent again and again meanwhile."""
+    over = threading.Event()
+
+    def drip() -> None:
+        while not over.wait(pause):
+            try:
+                connection.sendall(piece)
+            except OSError:
+                return
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# Headers
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [(b"G", b"E"), (b"GET / HTTP/1.1\r\nX-A: ", b"a"), (b"GET / HTTP/1.1\r\n", b"A: a\r\n"), (b"GET /", b"a")],
+)
+def test_headers_have_a_deadline_that_a_drip_does_not_move(begin: bytes, more: bytes) -> None:
+    with running(ServerSettings(header_seconds=0.5)) as live:
+        with live.connect(begin) as slow, dripping(slow, more):
+            assert refusal(slow) in ((408, "header_timeout"), (400, "bad_http"))
+        with live.connect(GET) as connection:
+            assert response(connection)[0] == 200
+            # Of the second request on a connection, too.
+            connection.sendall(begin)
+            with dripping(connection, more):
+                assert refusal(connection) in ((408, "header_timeout"), (400, "bad_http"))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 5000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 500_000,
+        b"GET / HTTP/1.1\r\n" + b"a" * 500_000,
+        b"GET /" + b"a" * 500_000,
+        b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"A:a\r\n" * (MOST_HEADERS + 1) + b"\r\n",
+    ],
+    ids=["header", "unfinished", "name", "address", "whole-address", "many"],
+)
+def test_headers_have_a_largest_size(sent: bytes) -> None:
+    with running(ServerSettings(max_header_bytes=4096)) as live:
+        with live.connect(sent) as connection:
+            assert refusal(connection) == (431, "headers_too_large")
+        until(lambda: not live.server.server_state.connections)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"1;" + b"a" * 500_000, b"0\r\nX: " + b"a" * 500_000, b"0\r\n" + b"A:a\r\n" * (MOST_HEADERS + 1)],
+    ids=["extension", "trailer", "trailers"],
+)
+def test_so_has_what_is_sent_beside_a_body(sent: bytes) -> None:
+    with running(ServerSettings(max_header_bytes=4096)) as live:
+        with live.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
+            until(lambda: live.app.state.traffic.active)
+            connection.sendall(sent)
+            assert is_closed(connection)
+        until(lambda: not live.app.state.traffic.active)
+
+
+def test_bodies_in_tiny_chunks_are_taken() -> None:
+    body = json.dumps({"prompt": "a" * 20_000}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % one for one in body)
+    with running(ServerSettings(max_header_bytes=4096)) as live:
+        sent = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nX-Trailer: a\r\n\r\n"
+        with live.connect(sent) as connection:
+            assert response(connection)[0] == 200
+
+
+def test_large_headers_within_the_limit_are_taken() -> None:
+    with running() as live:
+        headers = {f"X-{i}": "a" * 400 for i in range(70)}
+        assert live.http.get("/version", headers=headers).status_code == 200
+        error = httpx2.get(f"{live.address}/version", headers={"X-A": "a" * 40_000})
+        assert error.status_code == 431
+
+
+def test_pipelined_requests_are_answered_in_order_up_to_a_number() -> None:
+    with running() as live:
+        asked = [b"GET /v1/models/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % i for i in range(MOST_PIPELINED)]
+        with live.connect(b"".join(asked)) as connection:
+            for i in range(MOST_PIPELINED):
+                status, _, body = response(connection)
+                assert status == 404 and f"'{i}'" in json.loads(body)["error"]["message"]
+        with live.connect(GET * 1000) as connection:
+            connection.settimeout(LONG)
+            received = b""
+            while piece := connection.recv(1 << 16):
+                received += piece
+            assert received.count(b"HTTP/1.1 ") <= MOST_PIPELINED
+
+
+# Idle ones, and many
+
+
+def test_a_connection_without_a_request_is_closed() -> None:
+    with running(ServerSettings(idle_seconds=0.4, header_seconds=LONG)) as live:
+        with live.connect() as fresh, live.connect(GET) as used:
+            assert response(used)[0] == 200
+            # Empty lines are no request.
+            with dripping(fresh, b"\r\n"), dripping(used, b"\r\n"):
+                assert is_closed(fresh) and is_closed(used)
+        # What it is busy with is no idleness.
+        with live.connect(HEAD + b"Content-Length: 13\r\n\r\n") as slow:
+            time.sleep(0.8)
+            slow.sendall(b'{"prompt":""}')
+            assert response(slow)[0] == 200
+
+
+def test_the_rest_of_a_body_is_not_waited_for_when_the_answer_is_out() -> None:
+    with running(ServerSettings(header_seconds=0.4, idle_seconds=LONG, body_seconds=LONG)) as live:
+        sent = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+        with live.connect(sent) as connection:
+            assert response(connection)[0] == 404
+            with dripping(connection, b"a"):
+                assert is_closed(connection)
+        # One that comes keeps the connection.
+        with live.connect(sent + bytes(999_999)) as connection:
+            assert response(connection)[0] == 404
+            connection.sendall(b"a" + GET)
+            assert response(connection)[0] == 200
+
+
+def test_the_longest_idle_connection_makes_way_for_a_new_one() -> None:
+    with (
+        running(ServerSettings(max_connections=3, idle_seconds=LONG, header_seconds=LONG)) as live,
+        ExitStack() as stack,
+    ):
+        first, second = (stack.enter_context(live.connect(GET)) for _ in range(2))
+        assert response(first)[0] == response(second)[0] == 200
+        half = stack.enter_context(live.connect(b"GET / HTTP/1.1\r\n"))
+        first.sendall(GET)
+        assert response(first)[0] == 200
+        for closed in (second, half, first):
+            new = stack.enter_context(live.connect(GET))
+            assert response(new)[0] == 200
+            assert is_closed(closed)
+        assert len(live.server.server_state.connections) == 3
+
+
+def test_connections_in_use_have_a_largest_number() -> None:
+    with running(ServerSettings(max_connections=3, body_seconds=LONG)) as live, ExitStack() as stack:
+        busy = [stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n")) for _ in range(3)]
+        until(lambda: live.app.state.traffic.active == 3)
+        with live.connect(GET) as refused:
+            status, headers, _ = response(refused)
+            assert status == 503 and int(headers["retry-after"]) > 0 and is_closed(refused)
+        busy[0].sendall(b'{"prompt":""}')
+        assert response(busy[0])[0] == 200
+        with live.connect(GET) as new:
+            assert response(new)[0] == 200
+
+
+def test_one_address_has_a_number_of_its_own() -> None:
+    settings = ServerSettings(max_connections_per_address=2, body_seconds=LONG)
+    with running(settings) as live, ExitStack() as stack:
+        busy = [stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n")) for _ in range(2)]
+        until(lambda: live.app.state.traffic.active == 2)
+        with live.connect(GET) as refused:
+            assert response(refused)[0] == 503
+        if other := from_another_address(live.port):
+            with other:
+                other.sendall(GET)
+                assert response(other)[0] == 200
+        for one in busy:
+            one.sendall(b'{"prompt":""}')
+            assert response(one)[0] == 200
+        with live.connect(GET) as new:
+            assert response(new)[0] == 200
+    # Whoever comes by a proxy comes from its address.
+    settings = ServerSettings(max_connections_per_address=2, body_seconds=LONG, trusted_proxies=("127.0.0.0/8",))
+    with running(settings) as live, ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n"))
+        until(lambda: live.app.state.traffic.active == 4)
+
+
+def from_another_address(port: int) -> socket.socket | None:
+    """A connection from another of this machine's addresses, where it has one."""
+    try:
+        return socket.create_connection(("127.0.0.1", port), timeout=60, source_address=("127.0.0.2", 0))
+    except OSError:
+        return None
+
+
+def test_an_answer_that_is_not_read_is_given_up() -> None:
+    with running(ServerSettings(write_seconds=0.4, idle_seconds=0.4)) as live:
+        # What the kernel takes counts for nothing here.
+        live.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        large = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        small = GET
+        for asked in (large, small):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", live.port))
+            with connection:
+                until(lambda: live.server.server_state.connections)
+                for _ in range(MOST_PIPELINED if asked is large else 1):
+                    connection.sendall(asked)
+                until(lambda: not live.server.server_state.connections)
+        assert live.http.get("/version").status_code == 200

@@ -1,0 +1,406 @@
+"""The chat page in a real browser, before a real server with nano behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from aria.serve.page import FOLDER
+from aria.serve.settings import ServerSettings
+from tests.helpers.repository import CLIPS
+from tests.helpers.serving import PICTURES, engine, idle, running, until
+
+pytest.importorskip("selenium", reason="selenium drives the browser: pip install selenium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+CLIP = CLIPS / "cut.mp4"
+ANSWERS = ".hers .markdown"
+# Every text that the last answer has shown, so that a test sees how it grew.
+WATCH = """
+window.seen = [];
+new MutationObserver(() => {
+  const said = [...document.querySelectorAll('.hers .markdown')].at(-1)?.textContent.trim();
+  if (said && said !== window.seen.at(-1)) window.seen.push(said);
+}).observe(document.querySelector('#turns'), {childList: true, subtree: true, characterData: true});
+"""
+
+
+class Page:
+    """The page in a browser, found by what people find it by."""
+
+    def __init__(self, driver: webdriver.Chrome, address: str):
+        self.driver = driver
+        self.address = address
+
+    def open(self, width: int = 1280, height: int = 800) -> Page:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get(self.address)
+        until(lambda: self.all("#model option"))
+        self.driver.execute_script(WATCH)
+        return self
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str):
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent.trim())"
+        return self.driver.execute_script(script, selector)
+
+    def do(self, script: str, *given):
+        return self.driver.execute_script(script, *given)
+
+    def new(self) -> None:
+        self.one("#new").click()
+
+    def attach(self, *files: Path) -> list[str]:
+        """Uploads files; returns what each costs, once that is known."""
+        self.one("#files").send_keys("\n".join(str(file) for file in files))
+        until(lambda: len(self.texts(".price")) == len(files) and "\u2026" not in self.texts(".price"))
+        return self.texts(".price")
+
+    def say(self, text: str) -> None:
+        self.one("#question").send_keys(text, Keys.ENTER)
+
+    def answered(self) -> str:
+        """The last answer, once it is whole."""
+        until(lambda: self.all(".hers") and not self.all(".growing") and self.one("#send").is_displayed())
+        return self.texts(ANSWERS)[-1]
+
+    def requests(self) -> list[str]:
+        entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        return [one["params"]["request"]["url"] for one in entries if one["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.fixture(scope="module")
+def driver():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def live():
+    with running() as live:
+        yield live
+
+
+@pytest.fixture
+def page(driver, live):
+    """The open page; afterwards nothing was loaded from elsewhere, and the console is empty."""
+    page = Page(driver, live.address)
+    page.open().new()
+    page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 0, max_tokens: 64}))")
+    yield page
+    elsewhere = [url for url in page.requests() if not url.startswith((live.address, "data:", "blob:"))]
+    assert elsewhere == []
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Answers that pause after their second token until the test sets the event, or the client leaves."""
+    pieces, released = engine().pieces, threading.Event()
+
+    async def slowly(*given, **named):
+        count = 0
+        async for piece in pieces(*given, **named):
+            yield piece
+            count += 1
+            while count == 2 and not released.is_set():
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(engine(), "pieces", slowly)
+    return released
+
+
+def test_vendored_files_are_those_that_the_readme_names():
+    sums = [line.split() for line in (FOLDER / "vendor" / "katex" / "SHA256SUMS").read_text().splitlines()]
+    katex = FOLDER / "vendor" / "katex"
+    files = {str(file.relative_to(katex)) for file in katex.rglob("*") if file.is_file()}
+    assert files == {name for _, name in sums} | {"SHA256SUMS"}
+    for digest, name in sums:
+        assert hashlib.sha256((katex / name).read_bytes()).hexdigest() == digest
+    rows = re.findall(
+        r"^\| `(\S+?)` \|.*?`([0-9a-f]{64})`", (FOLDER / "vendor" / "README.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in rows} == {file.name for file in (FOLDER / "vendor").glob("*.js")}
+    for name, digest in rows:
+        assert hashlib.sha256((FOLDER / "vendor" / name).read_bytes()).hexdigest() == digest
+
+
+def test_sample_pictures_are_the_examples():
+    for sample in (FOLDER / "samples").iterdir():
+        assert sample.read_bytes() == (PICTURES / sample.name).read_bytes()
+
+
+@in_browser
+def test_a_picture_is_uploaded_and_its_answer_grows(page, slow):
+    [cost] = page.attach(PICTURES / "word.png")
+    assert re.fullmatch(r"\d+ tokens", cost)
+    page.one(".item select").send_keys("low")
+    until(lambda: page.texts(".price") == ["64 tokens"])
+    page.say("What does it say?")
+    until(lambda: page.do("return window.seen.length") >= 1)
+    slow.set()
+    assert page.answered() == "Welcome"
+    seen = page.do("return window.seen")
+    assert len(seen) > 1
+    assert all("Welcome".startswith(text) for text in seen)
+    assert re.search(
+        r"[\d.]+ tokens/s · first token after [\d.]+ s · \d+ tokens read( \(\d+ remembered\))?, 8 written",
+        page.texts(".stats")[0],
+    )
+    assert page.one(".shown img").get_attribute("alt") == "word.png"
+
+
+@in_browser
+def test_an_example_question_is_one_click(page):
+    page.all(".example")[1].click()
+    assert page.answered() == "A red circle."
+
+
+@in_browser
+def test_clips_and_what_is_no_medium(page, tmp_path):
+    assert page.attach(CLIP) == ["8 frames, 512 tokens"]
+    frames = page.one(".item input[type=number]")
+    frames.clear()
+    frames.send_keys("3")
+    until(lambda: page.texts(".price") == ["3 frames, 192 tokens"])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    other = tmp_path / "notes.txt"
+    other.write_text("words")
+    page.one("#files").send_keys(str(other))
+    until(lambda: "notes.txt" in page.one("#banner").text)
+    page.one(".item button").click()
+    assert page.all(".item") == []
+
+
+@in_browser
+@pytest.mark.parametrize(
+    "event", ["DragEvent('drop', {dataTransfer: held,", "ClipboardEvent('paste', {clipboardData: held,"]
+)
+def test_files_are_dropped_and_pasted(page, event):
+    page.driver.execute_async_script(
+        "fetch('samples/word.png').then((response) => response.blob()).then((blob) => {"
+        "  const held = new DataTransfer();"
+        "  held.items.add(new File([blob], 'word.png', {type: 'image/png'}));"
+        f"  document.dispatchEvent(new {event} bubbles: true, cancelable: true}}));"
+        "}).then(arguments[0])"
+    )
+    until(lambda: page.texts(".price") and re.fullmatch(r"\d+ tokens", page.texts(".price")[0]))
+    until(lambda: page.all(".thumb img"))
+
+
+@in_browser
+def test_what_was_refused_does_not_spoil_later_questions(page):
+    page.attach(PICTURES / "word.png")
+    page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 9}))")
+    page.say("What is it?")
+    until(lambda: page.all(".trouble"))
+    page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 0, max_tokens: 64}))")
+    page.say("hello")
+    assert page.answered()
+    assert len(page.all(".trouble")) == 1
+    read = int(re.search(r"(\d+) tokens read", page.texts(".stats")[-1])[1])
+    assert read < 128, "the picture was not sent again"
+    # The browser itself notes the refused request.
+    assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
+
+
+@in_browser
+def test_an_answer_is_stopped_and_asked_for_again(page, slow):
+    page.say("hello")
+    until(lambda: page.do("return window.seen.length") >= 1)
+    page.one("#question").send_keys(Keys.ESCAPE)
+    until(lambda: "Stopped." in page.texts(".hers .note"))
+    until(idle)
+    until(lambda: re.search(r"first token after .* tokens written", page.texts(".stats")[0]))
+    page.one(".hers .retry").click()
+    until(lambda: page.all(".growing"))
+    page.one("#stop").click()
+    until(lambda: "Stopped." in page.texts(".hers .note"))
+    assert len(page.all(".turn")) == 2
+
+
+@in_browser
+def test_conversations_outlive_the_page_and_interrupted_answers_are_marked(page, slow):
+    page.say("hello there")
+    until(lambda: page.do("return window.seen.length") >= 1)
+    page.driver.refresh()
+    until(lambda: page.texts(".hers .note") and "Interrupted" in page.texts(".hers .note")[0])
+    assert page.texts(".mine .text") == ["hello there"]
+    until(idle)
+
+
+@in_browser
+def test_a_message_is_edited_and_sent_again(page):
+    page.say("hi")
+    first = page.answered()
+    page.one("#question").send_keys(Keys.ARROW_UP)
+    until(lambda: page.one("#question").get_attribute("value") == "hi")
+    page.say(" there")
+    until(lambda: page.texts(".mine .text") == ["hi there"])
+    assert page.answered() and first
+    assert len(page.all(".turn")) == 2
+
+
+@in_browser
+def test_conversations_are_searched_renamed_exported_imported_and_deleted(page, tmp_path):
+    page.do("""
+        window.saved = null;
+        const original = URL.createObjectURL;
+        URL.createObjectURL = (blob) => {
+            if (blob.type === 'application/json') window.saved = blob;
+            return original(blob);
+        };
+        HTMLAnchorElement.prototype.click = () => {};
+    """)
+    page.attach(PICTURES / "emoji.png")
+    page.say("Which emoji is this?")
+    page.answered()
+    page.one(".entry:has([aria-current]) summary").click()
+    rename, as_json = page.all(".entry:has([aria-current]) .choices button")[:2]
+    as_json.click()
+    until(lambda: page.do("return window.saved !== null"))
+    text = page.driver.execute_async_script("window.saved.text().then(arguments[0])")
+    exported = json.loads(text)["conversations"][0]
+    assert [turn["role"] for turn in exported["turns"]] == ["user", "assistant"]
+    rename.click()
+    page.one("#ask input").clear()
+    page.one("#ask input").send_keys("An animal", Keys.ENTER)
+    until(lambda: "An animal" in page.texts(".entry .title"))
+    page.one("#search").send_keys("animal")
+    assert page.texts(".entry .title") == ["An animal"]
+    page.one("summary").click()
+    page.all(".choices button")[-1].click()
+    page.one("#ask-yes").click()
+    until(lambda: page.texts(".entry .title") == [])
+    page.one("#search").clear()
+    file = tmp_path / "one.json"
+    file.write_text(text)
+    page.one("#import-file").send_keys(str(file))
+    until(lambda: page.texts(".mine .text") == ["Which emoji is this?"])
+    page.one(".medium").click()
+    until(lambda: page.do("return document.querySelector('dialog.large img')?.naturalWidth") == 448)
+
+
+@in_browser
+def test_answers_are_markdown_in_which_nothing_runs(page, tmp_path):
+    answer = (
+        "**bold** [bad](javascript:alert(1)) <img src=x onerror=alert(1)><script>alert(1)</script> "
+        "![x](//elsewhere.example/x)"
+        "\n\n```python\nprint('x')\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |"
+    )
+    turns = [{"role": "user", "text": "<b>?</b>", "media": []}, {"role": "assistant", "state": "done", "text": answer}]
+    whole = {
+        "format": "aria-conversations",
+        "version": 1,
+        "media": {},
+        "conversations": [{"title": "t", "turns": turns}],
+    }
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(whole))
+    page.one("#import-file").send_keys(str(file))
+    until(lambda: page.texts(".hers strong") == ["bold"])
+    assert page.all(".markdown img, .markdown script, .markdown a[href], .mine b") == []
+    assert page.texts(".mine .text") == ["<b>?</b>"]
+    until(lambda: page.all(".hljs-built_in"))
+    assert page.one(".markdown td[align=right]").text == "2"
+
+
+@in_browser
+def test_theme_is_switched_and_kept(page):
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    light = page.do(ground)
+    page.one("#theme").click()
+    dark = page.do(ground)
+    assert dark != light
+    page.open()
+    assert page.do(ground) == dark
+    page.one("#theme").click()
+    assert page.do(ground) == light
+    assert page.do("return localStorage.getItem('aria-theme')") is None
+
+
+@in_browser
+def test_a_phone_has_no_sideways_scroll(page):
+    page.open(390, 844)
+    page.one("#open-sidebar").click()
+    until(lambda: page.one("#sidebar").is_displayed())
+    page.one("#new").click()
+    page.attach(PICTURES / "word.png", PICTURES / "shapes.png")
+    page.say("What does it say? " + "x" * 200)
+    page.answered()
+    sideways = "const of = document.querySelector(arguments[0]); return of.scrollWidth - of.clientWidth"
+    assert [page.do(sideways, selector) for selector in ("html", "#scroll", "#composer")] == [0, 0, 0]
+
+
+@in_browser
+def test_settings_are_sent_and_refusals_are_read_in_place(page):
+    page.one("#settings-open").click()
+    page.one("#settings input[name=max_tokens]").clear()
+    page.one("#settings input[name=max_tokens]").send_keys("2")
+    page.one("#settings button.strong").click()
+    page.say("hello")
+    page.answered()
+    assert "2 written" in page.texts(".stats")[0]
+    assert any("most tokens" in note for note in page.texts(".hers .note"))
+    page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 9}))")
+    page.new()
+    page.say("hello")
+    until(lambda: page.all(".trouble"))
+    assert "temperature" in page.one(".trouble p").text
+    page.do("localStorage.removeItem('aria-settings')")
+    page.one(".trouble button").click()
+    assert page.answered()
+    # The browser itself notes the refused request.
+    assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
+
+
+@in_browser
+def test_a_key_is_asked_for_and_used(driver):
+    with running(ServerSettings(api_keys=("right",)), key="right") as locked:
+        page = Page(driver, locked.address)
+        driver.get(locked.address)
+        for said, key in (("", "wrong"), ("The server says: the key is not one of this server's.", "right")):
+            until(
+                lambda said=said: page.do("return document.querySelector('#locked[open] .note')?.textContent") == said
+            )
+            page.one("#locked input").send_keys(key, Keys.ENTER)
+        until(lambda: page.texts("#model option") == ["aria-nano"])
+        assert page.do("return [sessionStorage.getItem('aria-key'), localStorage.getItem('aria-key')]") == [
+            "right",
+            None,
+        ]
+
+
+@in_browser
+def test_a_server_that_is_gone_is_told(driver):
+    with running() as live:
+        page = Page(driver, live.address).open()
+    page.say("hello")
+    until(lambda: page.all(".trouble"))
+    assert "does not answer" in page.one(".trouble p").text

@@ -1,0 +1,57 @@
+"""Two and four processes over gloo train as one does: shards, experts, sequences, adapters, frozen or lonely parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from aria.train.parallel import Parallel
+from tests.helpers.repository import environment
+from tests.helpers.spread import CASES, train
+
+
+def torchrun(*arguments: object, ranks: int = 2, restarts: int = 0, **variables: str):
+    """Processes that torchrun starts, and their end."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+            *("--max-restarts", str(restarts), *map(str, arguments)),
+        ],
+        env=environment(OMP_NUM_THREADS="1", **variables),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    """What so many ranks trained, by case; they train all of theirs when first asked."""
+
+    @cache
+    def trained(ranks: int) -> dict[str, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("spread")
+        ended = torchrun("-m", "tests.helpers.spread", folder, ranks=ranks)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return {name: torch.load(folder / f"{name}.pt") for name in CASES[ranks]}
+
+    return trained
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
+def test_ranks_train_as_one_process_does(spread, ranks, name):
+    case, several = CASES[ranks][name], spread(ranks)[name]
+    alone = train(case, Parallel.start())
+    tolerance = 2e-3 if case.optimizer.kind == "muon" else 1e-5
+    assert several["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+    assert several["norms"] == pytest.approx(alone["norms"], rel=10 * tolerance)
+    assert several["losses"][-1] < several["losses"][1]
+    assert several["weights"].keys() == alone["weights"].keys()
+    for weight, value in alone["weights"].items():
+        distance = (several["weights"][weight] - value).abs().max()
+        assert distance <= tolerance * value.abs().max().clamp(min=1.0), f"{weight}: {distance:.1e}"
