@@ -18,22 +18,22 @@ from aria import SamplingParams
 from aria.engine.core import EngineCore
 from aria.engine.request import Request
 from aria.model import Aria
-from aria.model.adapter import adaptable
-from aria.ops import LowRank
+from aria.model.lora import lora_targets
+from aria.ops import LoRA
 from bench import measure, script
 from bench.engine.decode import SETTLE, clock_steps, finish
 from bench.shapes import SHAPES
 
 
-def random_adapter(model: Aria, rank: int) -> dict[str, LowRank]:
+def random_adapter(model: Aria, rank: int) -> dict[str, LoRA]:
     """Low-rank changes of everything in the decoder, by names of modules."""
     made = {}
-    for name in adaptable(model):
+    for name in lora_targets(model):
         if name.startswith("language_model."):
             weight = model.get_parameter(f"{name}.weight")
             *E, size, out = (weight.shape[1], weight.shape[0]) if weight.ndim == 2 else weight.shape
             a, b = ((*E, size, rank), (*E, rank, out)) if E else ((rank, size), (out, rank))
-            made[name] = LowRank(torch.randn(a).mul_(0.02), torch.randn(b).mul_(0.02), 4.0)
+            made[name] = LoRA(torch.randn(a).mul_(0.02), torch.randn(b).mul_(0.02), 4.0)
     return made
 
 

@@ -16,7 +16,7 @@ from aria.checkpoint import adapter as adapter_files
 from aria.checkpoint import convert, load_model
 from aria.checkpoint.adapter import load_adapter, merged, read_adapter, save_adapter
 from aria.model import Aria
-from aria.model.adapter import LoRA, adapters
+from aria.model.lora import LoRASettings, lora_modules
 from aria.train.targets import Targets, apply
 from tests.helpers.tiny import tiny_config, tiny_model, transformers_twin
 
@@ -40,7 +40,7 @@ def trained(folder: Path, **settings: object) -> Aria:
     torch.manual_seed(5)
     model = load_model(folder)
     apply(model, Targets(rank=3, alpha=7.0, **settings))
-    for adapter in adapters(model).values():
+    for adapter in lora_modules(model).values():
         torch.nn.init.normal_(adapter.b, std=0.1)
     return model.eval()
 
@@ -61,7 +61,7 @@ def test_peft_computes_the_same_from_our_folder(base: Path, tmp_path: Path, sett
         theirs = twin(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     named = {name for name, _ in twin.named_parameters() if ".lora_A." in name}
-    assert len(named) == len(adapters(model)), "PEFT adapts what we adapted, and no more"
+    assert len(named) == len(lora_modules(model)), "PEFT adapts what we adapted, and no more"
     # And again here: to the bit.
     again = load_model(base)
     stored = read_adapter(tmp_path / "adapter", again.config)
@@ -89,8 +89,8 @@ def test_what_peft_writes_is_read(base: Path, tmp_path: Path) -> None:
     model = load_model(base)
     stored = read_adapter(tmp_path, model.config)
     layers = "language_model.model.layers"
-    assert stored.settings[f"{layers}.2.mlp.experts.fc1"] == LoRA(rank=4, alpha=11, dropout=0, rslora=True)
-    assert stored.settings[f"{layers}.1.mlp.experts.fc2"] == LoRA(rank=3, alpha=6, dropout=0, rslora=True)
+    assert stored.settings[f"{layers}.2.mlp.experts.fc1"] == LoRASettings(rank=4, alpha=11, dropout=0, rslora=True)
+    assert stored.settings[f"{layers}.1.mlp.experts.fc2"] == LoRASettings(rank=3, alpha=6, dropout=0, rslora=True)
     load_adapter(model, stored)
     with torch.no_grad():
         theirs = twin.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
@@ -104,7 +104,7 @@ def test_the_authors_folder_is_read(base: Path, tmp_path: Path) -> None:
     modules = ("experts.fc1", "experts.fc2", "k_proj", "linear_in")
     model = trained(base, modules=modules, freeze_vit=False, freeze_projector=False)
     tensors = {}
-    for name, adapter in adapters(model).items():
+    for name, adapter in lora_modules(model).items():
         name = name.replace("vision_tower.", "vision_tower.vision_model.").replace(".feed_forward.", ".ffn.")
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.a.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b.detach()
@@ -138,10 +138,10 @@ def test_merged_weights_compute_the_same_everywhere(base: Path, tmp_path: Path) 
 def test_a_merged_weight_is_rounded_once(base: Path, module: str) -> None:
     model = trained(base)
     name = f"language_model.model.layers.0.{module}"
-    adapter, weight = adapters(model)[name], model.get_parameter(f"{name}.weight").detach().bfloat16()
+    adapter, weight = lora_modules(model)[name], model.get_parameter(f"{name}.weight").detach().bfloat16()
     a, b = adapter.a.detach().double(), adapter.b.detach().double()
     exact = weight.double() + (b @ a if a.ndim == 2 else a @ b) * (7 / 3)
-    found = merged(weight, adapter.low_rank())
+    found = merged(weight, adapter.lora())
     once, twice = (found == exact.bfloat16()), (weight + adapter.change().bfloat16() == exact.bfloat16())
     assert found.dtype == torch.bfloat16 and found.shape == weight.shape
     # What lies between two numbers within float32's own error may go either way.
@@ -153,7 +153,7 @@ def test_an_adapter_in_bfloat16_keeps_its_bits(base: Path, tmp_path: Path) -> No
     save_adapter(model, tmp_path)
     again = load_model(base)
     load_adapter(again, read_adapter(tmp_path, again.config))
-    assert {adapter.a.dtype for adapter in adapters(again).values()} == {torch.bfloat16}
+    assert {adapter.a.dtype for adapter in lora_modules(again).values()} == {torch.bfloat16}
     assert torch.equal(logits(again), logits(model))
 
 
@@ -173,7 +173,7 @@ def test_values_kept_elsewhere_are_written(base: Path, tmp_path: Path) -> None:
     state = {name: 2 * p.detach() for name, p in model.named_parameters() if p.requires_grad}
     save_adapter(model, tmp_path, state=state)
     stored = read_adapter(tmp_path, model.config)
-    for name, adapter in adapters(model).items():
+    for name, adapter in lora_modules(model).items():
         assert torch.equal(stored.weights[name].a, 2 * adapter.a) and torch.equal(stored.weights[name].b, 2 * adapter.b)
 
 

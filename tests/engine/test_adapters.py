@@ -17,8 +17,8 @@ from aria.engine.core import EngineCore
 from aria.engine.failures import StepError
 from aria.engine.request import Picture
 from aria.model import Aria, Packed
-from aria.model.adapter import adapters as attached
-from aria.ops import LowRank, Segments
+from aria.model.lora import lora_modules as attached
+from aria.ops import LoRA, Segments
 from aria.train.targets import Targets, apply
 from tests.helpers.tiny import tiny_config, tiny_model
 
@@ -38,14 +38,14 @@ CHOSEN = {
 NAMES = [None, *CHOSEN]
 
 
-def low_rank(weight: torch.Tensor, rank: int, scaling: float, seed: int) -> LowRank:
+def lora(weight: torch.Tensor, rank: int, scaling: float, seed: int) -> LoRA:
     choice = torch.Generator().manual_seed(seed)
     if weight.ndim == 2:
         shapes = (rank, weight.shape[1]), (weight.shape[0], rank)
     else:
         shapes = (weight.shape[0], weight.shape[1], rank), (weight.shape[0], rank, weight.shape[2])
     a, b = (torch.randn(shape, generator=choice) * 0.2 for shape in shapes)
-    return LowRank(a, b, scaling)
+    return LoRA(a, b, scaling)
 
 
 @cache
@@ -54,17 +54,17 @@ def model() -> Aria:
 
 
 @cache
-def changes() -> dict[str, dict[str, LowRank]]:
+def changes() -> dict[str, dict[str, LoRA]]:
     return {
         name: {
-            module: low_rank(model().get_parameter(f"{module}.weight"), rank, scaling, len(name) + i)
+            module: lora(model().get_parameter(f"{module}.weight"), rank, scaling, len(name) + i)
             for i, module in enumerate(modules)
         }
         for name, (modules, rank, scaling) in CHOSEN.items()
     }
 
 
-def merge(into: Aria, one: dict[str, LowRank]) -> Aria:
+def merge(into: Aria, one: dict[str, LoRA]) -> Aria:
     made = copy.deepcopy(into)
     for module, change in one.items():
         weight = made.get_parameter(f"{module}.weight")
@@ -165,8 +165,8 @@ def test_a_step_without_adapters_is_the_step_of_an_engine_without(monkeypatch):
         raise AssertionError("an adapter was computed for requests that have none")
 
     engine = core()
-    monkeypatch.setattr(ops, "stacked_linear_add", never)
-    monkeypatch.setattr(ops, "stacked_expert_mlp", never)
+    monkeypatch.setattr(ops, "multi_lora_linear_add", never)
+    monkeypatch.setattr(ops, "multi_lora_expert_mlp", never)
     [request] = engine.add(prompt(40, 3), SamplingParams(max_tokens=5))
     run(engine)
     [other] = engine.add(prompt(40, 3), SamplingParams(max_tokens=5), adapter="attention")
@@ -177,40 +177,40 @@ def test_a_step_without_adapters_is_the_step_of_an_engine_without(monkeypatch):
 
 def test_every_token_gets_its_own_adapter_and_nothing_of_others():
     weight = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
-    parts = [low_rank(weight, rank, scaling, rank) for rank, scaling in ((2, 0.5), (7, 2.0), (1, 1.0))]
-    stack = ops.stack_adapters([(owner, 0, part) for owner, part in enumerate(parts, 1)], 30, weight)
+    parts = [lora(weight, rank, scaling, rank) for rank, scaling in ((2, 0.5), (7, 2.0), (1, 1.0))]
+    stack = ops.stack_loras([(adapter_id, 0, part) for adapter_id, part in enumerate(parts, 1)], 30, weight)
     assert stack.a.shape == (16, 20), "ranks are filled up to a multiple of 8"
-    x, owners = torch.randn(40, 20), torch.randint(0, 4, (40,), dtype=torch.int32)
+    x, adapter_ids = torch.randn(40, 20), torch.randint(0, 4, (40,), dtype=torch.int32)
     y = torch.randn(40, 30)
-    got = ops.stacked_linear_add(y, x, stack, owners)
-    for t, owner in enumerate(owners.tolist()):
+    got = ops.multi_lora_linear_add(y, x, stack, adapter_ids)
+    for t, adapter_id in enumerate(adapter_ids.tolist()):
         expected = y[t].double()
-        if owner:
-            a, b, scaling, _ = parts[owner - 1]
+        if adapter_id:
+            a, b, scaling, _ = parts[adapter_id - 1]
             expected = expected + b.double() @ (a.double() @ x[t].double()) * scaling
         torch.testing.assert_close(got[t].double(), expected, rtol=1e-5, atol=1e-5)
     # An adapter that makes a token infinite spoils nobody else's.
-    stack.a[stack.owners == 3] = 3e38
-    spoiled = ops.stacked_linear_add(y, x.abs() + 1, stack, owners)
-    stack.a[stack.owners == 3] = 0.0
-    got = ops.stacked_linear_add(y, x.abs() + 1, stack, owners)
-    assert torch.equal(spoiled[owners != 3], got[owners != 3])
-    assert not spoiled[owners == 3].isfinite().any()
+    stack.a[stack.adapter_ids == 3] = 3e38
+    spoiled = ops.multi_lora_linear_add(y, x.abs() + 1, stack, adapter_ids)
+    stack.a[stack.adapter_ids == 3] = 0.0
+    got = ops.multi_lora_linear_add(y, x.abs() + 1, stack, adapter_ids)
+    assert torch.equal(spoiled[adapter_ids != 3], got[adapter_ids != 3])
+    assert not spoiled[adapter_ids == 3].isfinite().any()
 
 
 @pytest.mark.parametrize("half", ["a", "b"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
 def test_an_adapter_that_is_not_finite_is_not_put_beside_others(half, value):
     weight = torch.randn(30, 20).half()
-    bad = low_rank(weight, 2, 1.0, 0)
+    bad = lora(weight, 2, 1.0, 0)
     getattr(bad, half)[0, 0] = value
     with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
-        ops.stack_adapters([(1, 0, low_rank(weight, 2, 1.0, 1)), (2, 0, bad)], 30, weight)
+        ops.stack_loras([(1, 0, lora(weight, 2, 1.0, 1)), (2, 0, bad)], 30, weight)
 
 
 def test_nothing_of_a_request_that_went_astray_is_left_for_later_ones():
     """Finite values may overflow on the way; their blocks of the cache are given to others."""
-    wild = {f"{LAYERS}.0.self_attn.v_proj": LowRank(torch.full((2, 64), 1e30), torch.full((64, 2), 1e30), 1.0)}
+    wild = {f"{LAYERS}.0.self_attn.v_proj": LoRA(torch.full((2, 64), 1e30), torch.full((64, 2), 1e30), 1.0)}
     small = {"cache_blocks": 6, "max_model_len": 90}
     plain_core, engine = core(adapters=None, **small), core(adapters={"wild": wild}, **small)
     engine.add(prompt(80, 4), SamplingParams(max_tokens=6), adapter="wild")
@@ -294,7 +294,7 @@ def test_replacing_an_adapter_leaves_running_requests_theirs():
 def test_an_adapter_that_cannot_be_loaded_changes_nothing(monkeypatch):
     engine = core(adapters={"experts": changes()["experts"]})
     size = engine.adapters.nbytes
-    bad = {f"{LAYERS}.7.self_attn.o_proj": low_rank(torch.empty(64, 64), 2, 1.0, 0)}
+    bad = {f"{LAYERS}.7.self_attn.o_proj": lora(torch.empty(64, 64), 2, 1.0, 0)}
     for name, one, message in (("bad", bad, "no linear"), ("", changes()["ends"], "no name"), ("none", {}, "nothing")):
         with pytest.raises(ValueError, match=message):
             engine.add_adapter(name, one)
@@ -303,7 +303,7 @@ def test_an_adapter_that_cannot_be_loaded_changes_nothing(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "stack_adapters", full)
+        patch.setattr(ops, "stack_loras", full)
         with pytest.raises(ValueError, match="'ends' does not fit into the memory that is left"):
             engine.add_adapter("ends", changes()["ends"])
     with pytest.raises(ValueError, match="no adapter 'ends'; there are experts"):
@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_refused_by_name():
         core().add([30], adapter="other")
     with pytest.raises(ValueError, match="no adapter 'other'; the engine has none"):
         core(adapters=None).add([30], adapter="other")
-    good = low_rank(torch.empty(64, 64), 2, 1.0, 0)
+    good = lora(torch.empty(64, 64), 2, 1.0, 0)
     for wrong, message in (
         ({"": {f"{LAYERS}.0.self_attn.o_proj": good}}, "no name"),
         ({"a": {}}, "'a' changes nothing"),
@@ -365,7 +365,7 @@ def folders(model_folder, tmp_path_factory):
             torch.nn.init.normal_(adapter.b, std=0.2)
         folder = tmp_path_factory.mktemp(name)
         save_adapter(trained, folder)
-        made[name] = folder, {module: adapter.low_rank() for module, adapter in attached(trained.eval()).items()}
+        made[name] = folder, {module: adapter.lora() for module, adapter in attached(trained.eval()).items()}
     return made
 
 
@@ -414,7 +414,7 @@ def test_adapters_share_weights_and_keep_pictures_apart(engine, folders):
     ours, own = (dict(twins[name].named_parameters()) for name in (None, "eyes"))
     assert all(own[name] is parameter for name, parameter in ours.items()), "weights are shared"
     assert len(own) > len(ours)
-    assert not engine.model.vision_tower.adapted and twins["eyes"].vision_tower.adapted
+    assert not engine.model.vision_tower.has_lora and twins["eyes"].vision_tower.has_lora
     sizes = [sum(x.nbytes for one in change.values() for x in (one.a, one.b)) for _, change in folders.values()]
     assert sum(sizes) <= engine.core.adapters.nbytes < 2.5 * sum(sizes)
     cache = engine.core.runner.encoder.cache

@@ -15,7 +15,7 @@ from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
 from aria.engine.request import Picture
 from aria.model import Aria, Packed
-from aria.ops import LowRank, Segments
+from aria.ops import LoRA, Segments
 from tests.engine.test_engine_cuda import WIDE, requests_of
 from tests.model.test_model_cuda import CONFIG, relative_error
 
@@ -43,7 +43,7 @@ PARTS = {
 }
 
 
-def changes_of(model: Aria, name: str, rank: int, size: float) -> dict[str, LowRank]:
+def changes_of(model: Aria, name: str, rank: int, size: float) -> dict[str, LoRA]:
     """A random adapter of some parts in every layer, in the dtype of their weights."""
     modules = [f"{LAYERS}.{i}.{part}" for i in range(model.config.text.num_hidden_layers) for part in PARTS[name]]
     if name == "all":
@@ -58,11 +58,11 @@ def changes_of(model: Aria, name: str, rank: int, size: float) -> dict[str, LowR
             shapes = (weight.shape[0], weight.shape[1], rank), (weight.shape[0], rank, weight.shape[2])
         # Rounded already, so that what is merged and what is served differ in their arithmetic alone.
         a, b = (torch.randn(shape, generator=generator, device="cuda").mul_(size).to(weight.dtype) for shape in shapes)
-        made[module] = LowRank(a, b, 1.0)
+        made[module] = LoRA(a, b, 1.0)
     return made
 
 
-def merge(model: Aria, changes: dict[str, LowRank]) -> Aria:
+def merge(model: Aria, changes: dict[str, LoRA]) -> Aria:
     """The model with an adapter in its weights; what the adapter leaves alone is shared."""
     made = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module, change in changes.items():
@@ -128,8 +128,8 @@ def test_float32_equals_merged_models(config):
     ("few", "many"), [(128, 64), (0, 64), (0, 0)], ids=["kernels", "kernels of many tokens", "grouped products"]
 )
 def test_bfloat16_is_as_near_to_float32_as_merged_weights(few, many, monkeypatch):
-    monkeypatch.setattr("aria.ops.kernels.thin.MOST_RANKS", few)
-    monkeypatch.setattr("aria.ops.kernels.stacked.MOST_RANKS", many)
+    monkeypatch.setattr("aria.ops.kernels.multi_lora_decode.MOST_RANKS", few)
+    monkeypatch.setattr("aria.ops.kernels.multi_lora_prefill.MOST_RANKS", many)
     std = 0.02
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda", std=std)
     ranks = {"attention": 4, "experts": 8, "all": 16}

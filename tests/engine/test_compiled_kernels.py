@@ -18,7 +18,12 @@ triton = pytest.importorskip("triton")
 KB = 1024
 ROOM = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99, "12.1": 99}
 """KB of shared memory that a program may have, by compute capability (NVIDIA's programming guide)."""
-DECODE = {"few._experts_up_kernel", "few._down_kernel", "gemv._up_kernel", "paged_attention._decode_kernel"}
+DECODE = {
+    "moe_decode._experts_up_kernel",
+    "moe_decode._down_kernel",
+    "gemv._up_kernel",
+    "paged_attention._decode_kernel",
+}
 
 pytestmark = pytest.mark.skipif(
     not triton.__version__.startswith("3.6."), reason="the stand-in for a GPU's driver is written for Triton 3.6"
@@ -49,7 +54,10 @@ def check(capability: str, needs: dict[str, int]) -> None:
 
 
 def test_kernels_fit_into_the_shared_memory_of_a_workstations_card(ask):
-    heavy = "few,gemv,grouped_gemm,chunk,paged,low_rank,swiglu,thin._thin,permute._norm,vision_attention"
+    heavy = (
+        "moe_decode,gemv,grouped_gemm,chunk,paged,lora_train,swiglu,multi_lora_decode._thin,permute._norm,"
+        "vision_attention"
+    )
     check("12.0", ask("shared", "12.0", "bfloat16", "0", heavy))
 
 
@@ -58,13 +66,13 @@ TUNED = {
         {"ROWS_BLOCK": 64, "O_BLOCK": 64, "I_BLOCK": 128, "GROUP": 1, "num_warps": 4},
         {"ROWS_BLOCK": 128, "O_BLOCK": 128, "I_BLOCK": 64, "GROUP": 6, "num_warps": 8},
     ],
-    "few._experts_up_kernel": [
+    "moe_decode._experts_up_kernel": [
         {"BLOCK_O": 64, "BLOCK_T": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4},
         {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4},
         {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4},
         {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_D": 128, "STAGES": 5, "num_warps": 4},
     ],
-    "few._down_kernel": [
+    "moe_decode._down_kernel": [
         {"BLOCK_O": 64, "BLOCK_T": 16, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4},
         {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4},
         {"BLOCK_O": 128, "BLOCK_T": 64, "BLOCK_F": 128, "STAGES": 3, "num_warps": 8},
@@ -75,7 +83,7 @@ TUNED = {
         {"QUERIES": 64, "KEYS": 64, "STAGES": 3, "num_warps": 4},
         {"QUERIES": 128, "KEYS": 64, "STAGES": 3, "num_warps": 8},
     ],
-    "low_rank._shrink": [{"I_BLOCK": 128, "E_BLOCK": 64, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4}],
+    "lora_train._shrink": [{"I_BLOCK": 128, "E_BLOCK": 64, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4}],
     "swiglu._backward": [
         {"F_BLOCK": 64, "E_BLOCK": 64, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4},
         {"F_BLOCK": 64, "E_BLOCK": 1, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4},

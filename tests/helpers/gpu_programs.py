@@ -20,8 +20,8 @@ from PIL import Image
 from aria import AriaConfig, AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine import engine as engine_module
 from aria.model import Aria
-from aria.ops import LowRank
-from aria.ops.kernels import chunk_attention, experts, low_rank, pointwise, swiglu
+from aria.ops import LoRA
+from aria.ops.kernels import chunk_attention, lora_train, moe_train, pointwise, swiglu
 from tests.helpers.fake_gpu import GPU, GPUS, KB, Launch, Machine
 
 ARIA = AriaConfig.aria()
@@ -45,12 +45,12 @@ def adapter(rank: int) -> Any:
     sizes = {f"self_attn.{name}_proj": (D, D) for name in "qkvo"}
     sizes |= {f"mlp.shared_experts.{name}_proj": (D, W) for name in ("gate", "up")}
     sizes["mlp.shared_experts.down_proj"] = W, D
-    weights = {"language_model.lm_head": LowRank(new(rank, D), new(V, rank), 1.0)}
+    weights = {"language_model.lm_head": LoRA(new(rank, D), new(V, rank), 1.0)}
     for layer in range(text.num_hidden_layers):
         at = f"language_model.model.layers.{layer}."
-        weights |= {at + name: LowRank(new(rank, i), new(o, rank), 1.0) for name, (i, o) in sizes.items()}
-        weights[at + "mlp.experts.fc1"] = LowRank(new(E, D, rank), new(E, rank, 2 * F), 1.0)
-        weights[at + "mlp.experts.fc2"] = LowRank(new(E, F, rank), new(E, rank, D), 1.0)
+        weights |= {at + name: LoRA(new(rank, i), new(o, rank), 1.0) for name, (i, o) in sizes.items()}
+        weights[at + "mlp.experts.fc1"] = LoRA(new(E, D, rank), new(E, rank, 2 * F), 1.0)
+        weights[at + "mlp.experts.fc2"] = LoRA(new(E, F, rank), new(E, rank, D), 1.0)
     return SimpleNamespace(weights=weights)
 
 
@@ -59,32 +59,32 @@ def engine(dtype: torch.dtype, rank: int = 0, device: str = "cuda:0", max_batch:
     engine_module.load_model = lambda *_, **__: model(dtype, torch.device(device))
     engine_module.read_adapter = lambda *_: adapter(rank)
     # How many rows each expert has nobody knows: the first has all.
-    experts._split = lambda x, ends: x.split([len(x), *[0] * (len(ends) - 1)])
+    moe_train._split = lambda x, ends: x.split([len(x), *[0] * (len(ends) - 1)])
     return Engine(CONFIG, device=device, max_batch=max_batch, adapters={"a": "."} if rank else None)
 
 
 def train(dtype: torch.dtype, rank: int) -> None:
     """Launch the kernels with gradients, both ways. Adapters are float32, as LoRA trains them."""
-    text, device, noise = CONFIG.text, torch.device("cuda:0"), low_rank.Noise(0.1)
+    text, device, noise = CONFIG.text, torch.device("cuda:0"), lora_train.Noise(0.1)
     D, F, E, A, T = text.hidden_size, text.intermediate_size, text.moe_num_experts, text.moe_topk, 300
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    matrices = [LowRank(new(E, D, rank, dtype=torch.float32), new(E, rank, 2 * F, dtype=torch.float32), 1.0)]
+    matrices = [LoRA(new(E, D, rank, dtype=torch.float32), new(E, rank, 2 * F, dtype=torch.float32), 1.0)]
     ends, source = new(E, dtype=torch.int32), new(T * A, dtype=torch.int32)
     gate_up, thin = new(T * A, 2 * F), new(T * A, rank)
     gate, up = gate_up.chunk(2, dim=1)
-    if experts.fits(gate, *matrices):
+    if moe_train.fits(gate, *matrices):
         a, b = matrices[0].a, matrices[0].b
-        low_rank.gather(new(T, D), a, 2.0, noise, ends=ends, source=source)
-        low_rank.expand(gate_up, thin, b, noise, ends=ends)
+        lora_train.gather(new(T, D), a, 2.0, noise, ends=ends, source=source)
+        lora_train.expand(gate_up, thin, b, noise, ends=ends)
         sides = swiglu.Sides(thin, b, new(E, F, rank, dtype=torch.float32), (1.0, 1.0), noise)
         swiglu.forward(gate, up, sides, ends)
         rest = {"grad_thin_PR": thin, "weights_P": new(T * A), "out": True, "dropped": True}
         swiglu.backward(gate, up, new(T * A, F), sides, ends, **rest)
     swiglu.backward(gate, up, new(T * A, F))
-    experts.combine(new(T * A, D), source, new(T, A), A)
+    moe_train.combine(new(T * A, D), source, new(T, A), A)
     pointwise.rotary(new(T, 20, 128), new(T, 128), new(T, 128))
 
 

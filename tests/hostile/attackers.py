@@ -3,8 +3,8 @@
     python attackers.py PORT SECONDS SEED [NAME ...]
 
 attacks a server on this machine, by all methods of :class:`Attack` or those named, and prints a line of JSON: how often
-each status came, by attacker, and media that were answered with an error of the server's other than 503. Status 0 is a connection that
-was ended, -1 one that the attacker left.
+each status came, by attacker, and media that were answered with an error of the server's other than 503. Status 0 is a
+connection that was ended, -1 one that the attacker left.
 """
 
 from __future__ import annotations

@@ -65,41 +65,41 @@ def poison():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 513, 2048, 8191])
 def test_layer(tokens, dtype):
-    from aria.ops.kernels import many
+    from aria.ops.kernels import moe_prefill
 
     weights, x = layer(dtype), normal(tokens, D, dtype=dtype)
-    assert many.fits(x, *weights[3:5])
+    assert moe_prefill.fits(x, *weights[3:5])
     with torch.no_grad():
-        got = many.moe_layer(x, *weights)
-        again = many.moe_layer(x, *weights)
+        got = moe_prefill.moe_layer(x, *weights)
+        again = moe_prefill.moe_layer(x, *weights)
     assert torch.equal(got, again)
     assert error(got, x, *weights) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("tokens", [129, 3000])
 def test_all_tokens_to_the_same_experts(tokens):
-    from aria.ops.kernels import many
+    from aria.ops.kernels import moe_prefill
 
     weights, x = layer(torch.bfloat16), normal(tokens, D, dtype=torch.bfloat16)
     weights[0].fill_(1.0)
     x[:, 0] = 20.0  # what the router of three experts looks at
     weights[2][:, 0] = 0.0
     weights[2][5:8, 0] = 4.0
-    assert error(many.moe_layer(x, *weights), x, *weights) < TOLERANCE[torch.bfloat16]
+    assert error(moe_prefill.moe_layer(x, *weights), x, *weights) < TOLERANCE[torch.bfloat16]
 
 
 def test_inside_a_graph_and_with_other_tokens():
-    from aria.ops.kernels import many
+    from aria.ops.kernels import moe_prefill
 
     weights, x = layer(torch.bfloat16), normal(777, D, dtype=torch.bfloat16)
-    many.moe_layer(x, *weights)
+    moe_prefill.moe_layer(x, *weights)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = many.moe_layer(x, *weights)
+        got = moe_prefill.moe_layer(x, *weights)
     for _ in range(2):
         x.copy_(normal(777, D, dtype=torch.bfloat16))
         graph.replay()
-        assert torch.equal(got, many.moe_layer(x, *weights))
+        assert torch.equal(got, moe_prefill.moe_layer(x, *weights))
 
 
 def test_route():

@@ -313,9 +313,9 @@ def test_use_refuses_unknown_names():
 def test_graphs_are_told_what_waits_for_the_host():
     x, fc1, fc2 = torch.randn(4, 16), torch.randn(3, 16, 24), torch.randn(3, 12, 16)
     shared = torch.randn(24, 16), torch.randn(24, 16), torch.randn(16, 24)
-    assert not ops.graphs_hold_moe(x, fc1, fc2, shared), "counted on the host"
+    assert not ops.moe_is_graph_safe(x, fc1, fc2, shared), "counted on the host"
     heads, cache = torch.randn(4, 2, 8), torch.randn(3, 2, 4, 8)
-    assert not ops.graphs_hold_chunks(heads, cache), "no kernel here"
+    assert not ops.chunks_are_graph_safe(heads, cache), "no kernel here"
     blocks, spans = torch.ones(1, 1, dtype=torch.int32), torch.tensor([[0, 4, 0]], dtype=torch.int32)
     arguments = heads, heads, heads, cache, cache, blocks, [4]
     assert ops.chunks_attention(*arguments, [0], spans).shape == (4, 2, 8)

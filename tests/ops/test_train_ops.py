@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LowRank, reference
+from aria.ops import LoRA, reference
 from aria.ops import moe as plain
-from aria.ops.kernels import experts, low_rank, pointwise, swiglu
+from aria.ops.kernels import lora_train, moe_train, pointwise, swiglu
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [experts, plain], ids=["kernels", "plain"])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [moe_train, plain], ids=["kernels", "plain"])
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +92,8 @@ class Experts:
 
         def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
             adapters = {
-                "fc1_adapter": None if a1 is None else LowRank(a1, b1, 0.7),
-                "fc2_adapter": None if a2 is None else LowRank(a2, b2, 1.3),
+                "fc1_lora": None if a1 is None else LoRA(a1, b1, 0.7),
+                "fc2_lora": None if a2 is None else LoRA(a2, b2, 1.3),
             }
             return implementation.expert_mlp(x, fc1, fc2, weights, index, **adapters, **how)
 
@@ -147,10 +147,10 @@ def test_experts_without_tokens_have_gradients_of_zeros(implementation):
 
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
     case = Experts("one token", torch.float32, ranks=(8, 8))
-    whole = gradients(case.run(experts), case.inputs, torch.ones(case.shape))
+    whole = gradients(case.run(moe_train), case.inputs, torch.ones(case.shape))
     for name in ("x", "fc1", "fc2", "weights", "a1", "b1", "a2", "b2"):
         alone = {key: x.detach().requires_grad_(key == name) for key, x in case.inputs.items()}
-        case.run(experts)(**alone).sum().backward()
+        case.run(moe_train)(**alone).sum().backward()
         assert all((x.grad is not None) == (key == name) for key, x in alone.items()), name
         assert torch.equal(alone[name].grad, whole[name]), name
 
@@ -162,11 +162,11 @@ def test_experts_drop_the_same_on_the_way_back():
 
     def loss(a1: Tensor, a2: Tensor) -> Tensor:
         torch.manual_seed(3)
-        adapters = {"fc1_adapter": LowRank(a1, b1, 0.5, 0.4), "fc2_adapter": LowRank(a2, b2, 0.5, 0.3)}
-        return experts.expert_mlp(x, fc1, fc2, weights, case.index, **adapters).square().mean()
+        adapters = {"fc1_lora": LoRA(a1, b1, 0.5, 0.4), "fc2_lora": LoRA(a2, b2, 0.5, 0.3)}
+        return moe_train.expert_mlp(x, fc1, fc2, weights, case.index, **adapters).square().mean()
 
     value = loss(a1, a2)
-    assert not torch.equal(value, experts.expert_mlp(x, fc1, fc2, weights, case.index).square().mean())
+    assert not torch.equal(value, moe_train.expert_mlp(x, fc1, fc2, weights, case.index).square().mean())
     dx, d1, d2 = torch.autograd.grad(value, [x, a1, a2])
     for given, grad in ((a1, d1), (a2, d2)):
         step = torch.randn_like(given) * 1e-2
@@ -196,9 +196,9 @@ def test_adapted_linear(T, I, O, R, dtype):
     }
 
     def run(module):
-        return lambda x, weight, bias, a, b: module.adapted_linear(x, weight, bias, LowRank(a, b, 0.6))
+        return lambda x, weight, bias, a, b: module.lora_linear(x, weight, bias, LoRA(a, b, 0.6))
 
-    check(run(low_rank), run(reference), inputs, (T, O), TOLERANCE[dtype])
+    check(run(lora_train), run(reference), inputs, (T, O), TOLERANCE[dtype])
 
 
 @DTYPES
@@ -213,19 +213,19 @@ def test_linears_of_one_input(dtype, scalings):
     def run(module):
         def apply(x, **matrices):
             layers = [(matrices[f"w{n}"], None) for n in range(3)]
-            adapters = [LowRank(matrices[f"a{n}"], matrices[f"b{n}"], scalings[n]) for n in range(3)]
-            return torch.cat(module.adapted_linears(x, layers, adapters), dim=1)
+            adapters = [LoRA(matrices[f"a{n}"], matrices[f"b{n}"], scalings[n]) for n in range(3)]
+            return torch.cat(module.lora_linears(x, layers, adapters), dim=1)
 
         return apply
 
-    check(run(low_rank), run(reference), inputs, (T, sum(widths)), TOLERANCE[dtype])
+    check(run(lora_train), run(reference), inputs, (T, sum(widths)), TOLERANCE[dtype])
 
 
 def test_dropout_leaves_its_share_and_its_mean():
     x = torch.ones(500, 300)
-    noise = low_rank.Noise(0.3)
-    rows, _ = low_rank.gather(x, noise=noise, dropped=True)
-    again, _ = low_rank.gather(x, noise=noise, dropped=True)
+    noise = lora_train.Noise(0.3)
+    rows, _ = lora_train.gather(x, noise=noise, dropped=True)
+    again, _ = lora_train.gather(x, noise=noise, dropped=True)
     assert torch.equal(rows, again)
     assert rows.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     taken = (rows == 0).double()
@@ -235,7 +235,7 @@ def test_dropout_leaves_its_share_and_its_mean():
     assert abs(taken.mean(1).std() / (0.21 / 300) ** 0.5 - 1) < 0.15
     for a, b in ((taken[1:], taken[:-1]), (taken[:, 1:], taken[:, :-1])):
         assert abs(((a - 0.3) * (b - 0.3)).mean()) < 0.003
-    other, _ = low_rank.gather(x, noise=low_rank.Noise(0.3), dropped=True)
+    other, _ = lora_train.gather(x, noise=lora_train.Noise(0.3), dropped=True)
     assert abs(((other == 0).double() * taken).mean() - 0.09) < 0.004
 
 
@@ -243,9 +243,9 @@ def test_a_linear_drops_the_same_on_the_way_back():
     x, weight, a = normal(40, 30), normal(20, 30), normal(4, 30)
     b = normal(20, 4)
     torch.manual_seed(5)
-    y = low_rank.adapted_linear(x, weight, None, LowRank(a, b, 2.0, 0.5))
+    y = lora_train.lora_linear(x, weight, None, LoRA(a, b, 2.0, 0.5))
     torch.manual_seed(5)
-    dropped, _ = low_rank.gather(x.detach(), noise=low_rank.Noise(0.5), dropped=True)
+    dropped, _ = lora_train.gather(x.detach(), noise=lora_train.Noise(0.5), dropped=True)
     mask = dropped / x.detach()
     expected = lambda x, weight, a, b: x @ weight.T + 2.0 * (x * mask) @ a.T @ b.T  # noqa: E731
     assert error(y, expected(x, weight, a, b)) < 1e-6

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LowRank, moe, reference
+from aria.ops import LoRA, moe, reference
 
 pytestmark = pytest.mark.gpu
-low_rank = pytest.importorskip("aria.ops.kernels.low_rank")
+lora_train = pytest.importorskip("aria.ops.kernels.lora_train")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
@@ -103,8 +103,8 @@ def expert_inputs(name, ranks, dtype):
 def experts(module, index, **how):
     def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
         adapters = {
-            "fc1_adapter": None if a1 is None else LowRank(a1, b1, 0.7),
-            "fc2_adapter": None if a2 is None else LowRank(a2, b2, 1.3),
+            "fc1_lora": None if a1 is None else LoRA(a1, b1, 0.7),
+            "fc2_lora": None if a2 is None else LoRA(a2, b2, 1.3),
         }
         return module.expert_mlp(x, fc1, fc2, weights, index, **adapters, **how)
 
@@ -123,7 +123,7 @@ def test_adapted_linear(T, I, O, R, dtype):
     }
 
     def run(module):
-        return lambda x, weight, bias, a, b: module.adapted_linear(x, weight, bias, LowRank(a, b, 0.6))
+        return lambda x, weight, bias, a, b: module.lora_linear(x, weight, bias, LoRA(a, b, 0.6))
 
     check(run(ops), run(reference), inputs, TOLERANCE[dtype], run(reference))
 
@@ -138,8 +138,8 @@ def test_linears_of_one_input(dtype):
     def run(module):
         def apply(x, **matrices):
             layers = [(matrices[f"w{n}"], None) for n in range(3)]
-            adapters = [LowRank(matrices[f"a{n}"], matrices[f"b{n}"], 0.6) for n in range(3)]
-            return torch.cat(module.adapted_linears(x, layers, adapters), dim=1)
+            adapters = [LoRA(matrices[f"a{n}"], matrices[f"b{n}"], 0.6) for n in range(3)]
+            return torch.cat(module.lora_linears(x, layers, adapters), dim=1)
 
         return apply
 
@@ -151,9 +151,9 @@ def test_dropout_is_the_same_on_the_way_back(dtype):
     x, weight = normal(300, 200, dtype=dtype), normal(96, 200, dtype=dtype, scale=0.1)
     a, b = normal(8, 200, scale=0.1), normal(96, 8)
     torch.manual_seed(5)
-    y = ops.adapted_linear(x, weight, None, LowRank(a, b, 2.0, 0.25))
+    y = ops.lora_linear(x, weight, None, LoRA(a, b, 2.0, 0.25))
     torch.manual_seed(5)
-    ones, _ = low_rank.gather(torch.ones_like(x), noise=low_rank.Noise(0.25), dropped=True)
+    ones, _ = lora_train.gather(torch.ones_like(x), noise=lora_train.Noise(0.25), dropped=True)
     mask = (ones > 0).double() / 0.75
     assert abs((ones == 0).double().mean() - 0.25) < 0.01
     inputs = {"x": x, "weight": weight, "a": a, "b": b}
@@ -198,10 +198,10 @@ def test_a_layer_waits_for_nothing():
     index = torch.stack([torch.randperm(16, device="cuda")[:3] for _ in range(200)])
     x, fc1 = normal(200, 64, dtype=torch.bfloat16), normal(16, 64, 128, dtype=torch.bfloat16)
     fc2, weights = normal(16, 64, 64, dtype=torch.bfloat16), normal(200, 3, dtype=torch.bfloat16)
-    adapter = LowRank(normal(16, 64, 8), normal(16, 8, 128), 1.0, 0.1)
+    adapter = LoRA(normal(16, 64, 8), normal(16, 8, 128), 1.0, 0.1)
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("PyTorch's grouped products wait on this generation")
-    run = lambda: ops.expert_mlp(x, fc1, fc2, weights, index, fc1_adapter=adapter).sum().backward()  # noqa: E731
+    run = lambda: ops.expert_mlp(x, fc1, fc2, weights, index, fc1_lora=adapter).sum().backward()  # noqa: E731
     run()
     torch.use_deterministic_algorithms(False)
     torch.cuda.set_sync_debug_mode("error")

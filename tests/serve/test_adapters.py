@@ -18,7 +18,7 @@ from aria.checkpoint import load_model
 from aria.checkpoint.adapter import save_adapter
 from aria.cli.options import read_adapters
 from aria.engine import AsyncEngine
-from aria.model.adapter import adapters as attached
+from aria.model.lora import lora_modules as attached
 from aria.serve.app import create_app
 from aria.serve.settings import ServerSettings
 from aria.train.targets import Targets, apply

@@ -8,7 +8,7 @@ import torch
 from aria.checkpoint import load_model
 from aria.checkpoint.adapter import save_adapter
 from aria.engine import AsyncEngine
-from aria.model.adapter import adapters as attached
+from aria.model.lora import lora_modules as attached
 from aria.train.targets import Targets, apply
 from tests.helpers import serving
 from tests.serve.test_page import Page, driver, in_browser  # noqa: F401  (a fixture)

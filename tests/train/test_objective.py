@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aria.model import Packed
-from aria.model.adapter import LoRA, attach
+from aria.model.lora import LoRASettings, attach_lora
 from aria.ops import Segments
 from aria.processor.pictures import Crops
 from aria.train.batch import Batch
@@ -324,7 +324,7 @@ def test_a_rank_without_pictures_reaches_the_vision_tower_all_the_same(model):
 def test_the_head_with_an_adapter_is_the_merged_head(frozen, known):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 11, bias=False).double())
-    adapter = attach(model, "0", LoRA(rank=2, alpha=4.0, dropout=0.0))
+    adapter = attach_lora(model, "0", LoRASettings(rank=2, alpha=4.0, dropout=0.0))
     [head] = model
     head.weight.requires_grad_(not frozen)
     nn.init.normal_(adapter.b)

@@ -10,7 +10,7 @@ import torch
 
 from aria import AriaConfig
 from aria.model import Aria, Packed
-from aria.model.adapter import AdaptedLinear, LoRA, adapters, attach
+from aria.model.lora import LoRALinear, LoRASettings, attach_lora, lora_modules
 from aria.ops import Segments
 from aria.train.targets import Targets, apply
 from tests.helpers.tiny import tiny_config, tiny_model
@@ -58,7 +58,7 @@ def test_adapters_change_nothing_until_trained_and_then_what_merged_weights_woul
     found = apply(model, Targets(freeze_vit=False, freeze_projector=False, rslora=True))
     assert names < set(model.state_dict()), "what is adapted keeps its name"
     assert torch.equal(before, hidden(model, ids))
-    attached = adapters(model)
+    attached = lora_modules(model)
     assert set(attached) == set(found.adapters) and "language_model.lm_head" in attached
     for adapter in attached.values():
         torch.nn.init.normal_(adapter.b, std=0.05)
@@ -73,7 +73,7 @@ def test_adapters_change_nothing_until_trained_and_then_what_merged_weights_woul
 def test_gradients_reach_adapters_alone_and_dropout_is_for_training() -> None:
     model, ids = tiny_model(tiny_config()).train(), torch.randint(10, 300, (20,))
     apply(model, Targets(dropout=0.5))
-    for adapter in adapters(model).values():
+    for adapter in lora_modules(model).values():
         torch.nn.init.normal_(adapter.b, std=0.05)
     assert not torch.equal(hidden(model, ids), hidden(model, ids))
     model.logits(hidden(model, ids)).square().sum().backward()
@@ -93,11 +93,11 @@ def test_modules_by_end_of_name_and_by_pattern() -> None:
         | {f"{prefix}.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
     )
     linear = model.get_submodule(f"{prefix}.0.self_attn.q_proj")
-    assert isinstance(linear, AdaptedLinear) and linear.adapter.a.shape == (8, 64)
+    assert isinstance(linear, LoRALinear) and linear.adapter.a.shape == (8, 64)
     with pytest.raises(ValueError, match="has an adapter already"):
-        attach(model, f"{prefix}.0.self_attn.q_proj", LoRA())
+        attach_lora(model, f"{prefix}.0.self_attn.q_proj", LoRASettings())
     with pytest.raises(ValueError, match="only linear layers and grouped experts"):
-        attach(model, f"{prefix}.0.input_layernorm", LoRA())
+        attach_lora(model, f"{prefix}.0.input_layernorm", LoRASettings())
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -114,7 +114,7 @@ def test_names_that_fit_nothing_are_refused(settings: dict, message: str) -> Non
     model = tiny_model(tiny_config())
     with pytest.raises(ValueError, match=message):
         apply(model, Targets(**settings))
-    assert not adapters(model), "nothing half-done is left behind"
+    assert not lora_modules(model), "nothing half-done is left behind"
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -26,9 +26,9 @@ from aria.checkpoint.save import Spec, replacing, write_safetensors
 from aria.checkpoint.stored import read_header
 from aria.config import AriaConfig
 from aria.hub import ADAPTER_NAME, read_json, resolve, write_json
-from aria.model.adapter import LoRA, adaptable, adapters, attach
 from aria.model.aria import Aria
-from aria.ops import LowRank
+from aria.model.lora import LoRASettings, attach_lora, lora_modules, lora_targets
+from aria.ops import LoRA
 
 Number = TypeVar("Number", int, float)
 
@@ -60,9 +60,9 @@ class StoredAdapter:
 
     base_model: str | None
     """The name or path of the model that it was trained beside."""
-    weights: dict[str, LowRank]
+    weights: dict[str, LoRA]
     """By the names of our modules, in the dtype of the file, on the CPU; without dropout."""
-    settings: dict[str, LoRA]
+    settings: dict[str, LoRASettings]
     """Of each: PEFT's patterns may give some a rank or an alpha of their own."""
 
 
@@ -87,8 +87,8 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
     tensors = load_file(path / WEIGHTS_NAME)
     ours, shapes = _our_names(config), _shapes(config)
     ranks, alphas = _Patterns(found, "rank_pattern", _rank, path), _Patterns(found, "alpha_pattern", _alpha, path)
-    weights: dict[str, LowRank] = {}
-    settings: dict[str, LoRA] = {}
+    weights: dict[str, LoRA] = {}
+    settings: dict[str, LoRASettings] = {}
     for key, (a, b) in _pairs(tensors, config, path).items():
         name, a, b = _ours(key, a, b, ours, config)
         if name not in shapes:
@@ -105,7 +105,7 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
             alpha=alphas.of(called, common.alpha),
         )
         _check(name, a, b, shapes[name], settings[name].rank, path)
-        weights[name] = LowRank(a, b, settings[name].scaling)
+        weights[name] = LoRA(a, b, settings[name].scaling)
     if not weights:
         raise ValueError(f"{path / WEIGHTS_NAME} holds no adapter; it was saved empty")
     return StoredAdapter(found.get("base_model_name_or_path") or None, weights, settings)
@@ -146,7 +146,7 @@ def save_adapter(
         ValueError: the model has no adapters, or of several shapes.
         OSError: the files cannot be written.
     """
-    attached = adapters(model)
+    attached = lora_modules(model)
     if not attached:
         raise ValueError("the model has no adapters to save; attach some before, or save its weights")
     shapes = {adapter.settings for adapter in attached.values()}
@@ -180,25 +180,25 @@ def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | Non
         stored: as :func:`read_adapter` gives it.
         dtype: of its tensors; None: that of the file.
     """
-    for name, low_rank in stored.weights.items():
-        adapter = attach(model, name, stored.settings[name], dtype or low_rank.a.dtype)
+    for name, lora in stored.weights.items():
+        adapter = attach_lora(model, name, stored.settings[name], dtype or lora.a.dtype)
         with torch.no_grad():
-            adapter.a.copy_(low_rank.a)
-            adapter.b.copy_(low_rank.b)
+            adapter.a.copy_(lora.a)
+            adapter.b.copy_(lora.b)
 
 
-def merged(weight: Tensor, low_rank: LowRank) -> Tensor:
+def merged(weight: Tensor, lora: LoRA) -> Tensor:
     """A weight with its adapter added, in float32 and rounded once; a new tensor of the weight's dtype."""
-    a, b = (part.to(weight.device, torch.float32) for part in (low_rank.a, low_rank.b))
+    a, b = (part.to(weight.device, torch.float32) for part in (lora.a, lora.b))
     if weight.ndim == 2:
-        return torch.addmm(weight.float(), b, a, alpha=low_rank.scaling).to(weight.dtype)
+        return torch.addmm(weight.float(), b, a, alpha=lora.scaling).to(weight.dtype)
     out = torch.empty_like(weight)
     for expert, before in enumerate(weight):  # one by one, because all of Aria's in float32 are 2 GB
-        out[expert] = torch.addmm(before.float(), a[expert], b[expert], alpha=low_rank.scaling)
+        out[expert] = torch.addmm(before.float(), a[expert], b[expert], alpha=lora.scaling)
     return out
 
 
-def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
+def _settings(found: Mapping[str, Any], path: Path) -> LoRASettings:
     if found.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{path} is a {found['peft_type']!s:.40} adapter; only LORA is offered")
     strange = [name for name, plain in _PLAIN.items() if found.get(name, plain[0]) not in plain]
@@ -206,7 +206,7 @@ def _settings(found: Mapping[str, Any], path: Path) -> LoRA:
         came = f"{strange[0]} is {found[strange[0]]!r:.100}"
         raise ValueError(f"{path}: {came}, which is not offered here; merge the adapter with PEFT")
     try:
-        return LoRA(
+        return LoRASettings(
             rank=_rank("r", found.get("r")),
             alpha=_alpha("lora_alpha", found.get("lora_alpha")),
             dropout=_number("lora_dropout", found.get("lora_dropout") or 0.0, 0.0, 1.0),
@@ -289,7 +289,7 @@ def _theirs(name: str) -> str:
 
 
 def _config(
-    model: Aria, names: list[str], settings: LoRA, base_model: str | None, revision: str | None
+    model: Aria, names: list[str], settings: LoRASettings, base_model: str | None, revision: str | None
 ) -> dict[str, Any]:
     experts = [name for name in names if name.endswith((".experts.fc1", ".experts.fc2"))]
     linears = [name for name in names if name not in experts]
@@ -323,7 +323,7 @@ def _short(model: nn.Module, names: list[str]) -> list[str]:
 def _shapes(config: AriaConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Aria(config)
-    return {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in adaptable(model)}
+    return {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in lora_targets(model)}
 
 
 class _Patterns(Generic[Number]):
@@ -384,9 +384,9 @@ def _compile(pattern: str) -> regex.Pattern[str]:
         raise ValueError(f"{pattern!r:.100} is no regular expression: {error}") from None
 
 
-def _differing(shapes: set[LoRA]) -> str:
+def _differing(shapes: set[LoRASettings]) -> str:
     """How adapters that should be of one shape differ."""
-    values = {field.name: sorted({getattr(shape, field.name) for shape in shapes}) for field in fields(LoRA)}
+    values = {field.name: sorted({getattr(shape, field.name) for shape in shapes}) for field in fields(LoRASettings)}
     return ", ".join(f"{name} {found}" for name, found in values.items() if len(found) > 1)
 
 

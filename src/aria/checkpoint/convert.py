@@ -23,7 +23,7 @@ from aria.checkpoint.save import (
 )
 from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import ADAPTER_NAME, read_json, resolve, write_json
-from aria.ops import LowRank
+from aria.ops import LoRA
 
 COMPANIONS = (
     "tokenizer.model",
@@ -107,7 +107,7 @@ def convert(
 
 
 def _getter(
-    checkpoint: Checkpoint, specs: dict[str, Spec], changes: Mapping[str, LowRank], progress: Progress | None
+    checkpoint: Checkpoint, specs: dict[str, Spec], changes: Mapping[str, LoRA], progress: Progress | None
 ) -> Callable[[str], Tensor]:
     done = 0
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from aria.model import Aria
-from aria.model.adapter import LoRA, adapters, attach
-from aria.model.stacks import AdapterStacks, StepAdapters
-from aria.ops import LowRank
+from aria.model.lora import LoRASettings, attach_lora, lora_modules
+from aria.model.multi_lora import AdapterBatch, MultiLoRAWeights
+from aria.ops import LoRA
 
-Changes = Mapping[str, LowRank]
+Changes = Mapping[str, LoRA]
 """What one adapter changes, by names of modules."""
 
 DECODER = "language_model."
@@ -57,8 +57,8 @@ class Adapters:
     def nbytes(self) -> int:
         """Memory on the device."""
         twins = (twin for name, twin in self.encoding.items() if name is not None)
-        beside = (adapter for twin in twins for adapter in adapters(twin).values())
-        return self.stacks.nbytes + sum(adapter.a.nbytes + adapter.b.nbytes for adapter in beside)
+        beside = (adapter for twin in twins for adapter in lora_modules(twin).values())
+        return self.loras.nbytes + sum(adapter.a.nbytes + adapter.b.nbytes for adapter in beside)
 
     def add(self, name: str, changes: Changes) -> None:
         """Load one more adapter, or another one in place of the one of this name. If this fails, nothing has changed.
@@ -102,20 +102,20 @@ class Adapters:
             if not one:
                 raise ValueError(f"the adapter {name!r} changes nothing")
             keys[name] = key = self._new_key(name)
-            pictures = {module: low_rank for module, low_rank in one.items() if not module.startswith(DECODER)}
+            pictures = {module: lora for module, lora in one.items() if not module.startswith(DECODER)}
             try:
                 if pictures:
                     twins[key] = _twin(self._model, pictures)
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"the adapter {name!r} does not fit the model: {error}") from error
-            decoder[key] = {module: low_rank for module, low_rank in one.items() if module.startswith(DECODER)}
+            decoder[key] = {module: lora for module, lora in one.items() if module.startswith(DECODER)}
         self._stack(decoder)
         self.encoding.update(twins)
         self._used.update(keys.values())
         self._keys, self.names = keys, tuple(keys)
 
     def _stack(self, decoder: dict[str, Changes]) -> None:
-        self.stacks = AdapterStacks(self._model, list(decoder.values()))
+        self.loras = MultiLoRAWeights(self._model, list(decoder.values()))
         self._decoder = decoder
         self._numbers = {None: 0} | {key: number for number, key in enumerate(decoder, 1)}
 
@@ -141,9 +141,9 @@ class Adapters:
         """The adapter's number in a step's tensors, 0 for none. It may change from step to step."""
         return self._numbers[key]
 
-    def step(self, owners_T: Tensor) -> StepAdapters | None:
+    def step(self, adapter_ids_T: Tensor) -> AdapterBatch | None:
         """The adapters of a step, from the number of each token's; None where they change nothing in the decoder."""
-        return StepAdapters(self.stacks, owners_T) if len(self.stacks) else None
+        return AdapterBatch(self.loras, adapter_ids_T) if len(self.loras) else None
 
 
 @torch.no_grad()
@@ -155,15 +155,15 @@ def _twin(model: Aria, changes: Changes) -> Aria:
         module = model.get_submodule(part)
         shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         setattr(twin, part, copy.deepcopy(module, shared))
-    for name, low_rank in changes.items():
-        rank = low_rank.a.shape[0]
-        adapter = attach(twin, name, LoRA(rank=rank, alpha=low_rank.scaling * rank, dropout=0.0))
-        if (adapter.a.shape, adapter.b.shape) != (low_rank.a.shape, low_rank.b.shape):
+    for name, lora in changes.items():
+        rank = lora.a.shape[0]
+        adapter = attach_lora(twin, name, LoRASettings(rank=rank, alpha=lora.scaling * rank, dropout=0.0))
+        if (adapter.a.shape, adapter.b.shape) != (lora.a.shape, lora.b.shape):
             raise ValueError(
-                f"{name} has the shapes {tuple(low_rank.a.shape)} and {tuple(low_rank.b.shape)}; expected "
+                f"{name} has the shapes {tuple(lora.a.shape)} and {tuple(lora.b.shape)}; expected "
                 f"{tuple(adapter.a.shape)} and {tuple(adapter.b.shape)}"
             )
-        adapter.a.copy_(low_rank.a)
-        adapter.b.copy_(low_rank.b)
+        adapter.a.copy_(lora.a)
+        adapter.b.copy_(lora.b)
         adapter.requires_grad_(False)
     return twin

@@ -29,7 +29,7 @@ from aria.engine.sampler import SamplerState, keep_allowed
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
 from aria.model.moe import MoE
-from aria.model.stacks import StepAdapters
+from aria.model.multi_lora import AdapterBatch
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Runner:
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
             # Kernels read of a table what a sequence has; plain operations all of it.
-            self._narrow = not (ops.graphs_hold_chunks(keys[0], keys) and ops.paged_kernel(keys[0], keys))
+            self._narrow = not (ops.chunks_are_graph_safe(keys[0], keys) and ops.paged_kernel(keys[0], keys))
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
@@ -193,14 +193,14 @@ class Runner:
         places = [request.computed - 1 for request in decodes]
         width = self._width(max(places))
         size = batch_size(N, self._scratch_row) if self._graphs else N
-        owners = self._owners_of(decodes)
+        adapter_ids = self._adapter_ids_of(decodes)
         table = np.zeros((3, _aligned(size)), dtype=np.int32)
         table[0] = self._scratch_row
-        table[:, :N] = [_row(request) for request in decodes], places, owners
+        table[:, :N] = [_row(request) for request in decodes], places, adapter_ids
 
         def work(table: Tensor) -> tuple[Tensor | None, ...]:
-            rows_N, positions_N, owners_N = table[:, :size]
-            adapters = self._adapters.step(owners_N) if any(owners) else None
+            rows_N, positions_N, adapter_ids_N = table[:, :size]
+            adapters = self._adapters.step(adapter_ids_N) if any(adapter_ids) else None
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             context = Paged(self._cache, positions_N, blocks_NM, adapters=adapters)
             hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
@@ -209,7 +209,11 @@ class Runner:
             # Scores that nobody asks for are not kept, so that graphs may share their memory.
             return table, None if draw and self._graphs else logits_NV, tokens_N
 
-        key = ("decode", size, width, draw, any(owners)) if self._capturable(size, adapted=any(owners)) else None
+        key = (
+            ("decode", size, width, draw, any(adapter_ids))
+            if self._capturable(size, adapted=any(adapter_ids))
+            else None
+        )
         used, logits, tokens = self._run(key, work, torch.from_numpy(table))
         assert used is not None, "the table comes back"
         return _Computed(*used[:2, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
@@ -222,8 +226,8 @@ class Runner:
         # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
         filled = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
         reading = [*plan.decodes, *(chunk.request for chunk in chunks)]
-        owners = self._owners_of(reading)
-        adapted = any(owners)
+        adapter_ids = self._adapter_ids_of(reading)
+        adapted = any(adapter_ids)
         scoring = any(_unscored(chunk) for chunk in chunks)
         alone = (
             filled > 0
@@ -244,7 +248,7 @@ class Runner:
         # What fills up stands at place 0, in slot 0 of the block that is nobody's.
         fill = np.zeros(T - plan.tokens, dtype=np.int64)
         lengths = [T] if alone else [chunk.count for chunk in chunks]
-        ids, slots_T, positions_T, index, rows_N, rows_C, spans, rows, positions, owners_T = self._upload(
+        ids, slots_T, positions_T, index, rows_N, rows_C, spans, rows, positions, adapter_ids_T = self._upload(
             np.concatenate([*(c.request.tokens(c.start, c.start + c.count) for c in chunks), fill]),
             np.concatenate([np.array(slots, dtype=np.int64), *chunk_slots, fill]),
             np.concatenate([np.array(decoding, dtype=np.int64), *places, fill]),
@@ -254,7 +258,7 @@ class Runner:
             [x for c, first, T in zip(chunks, ends, lengths, strict=False) for x in (first - N, T, c.start)],
             [_row(request) for request in sampling],
             [request.computed - 1 for request in sampling],
-            np.concatenate([np.repeat(owners, [1] * N + [len(p) for p in places]), fill]) if adapted else [],
+            np.concatenate([np.repeat(adapter_ids, [1] * N + [len(p) for p in places]), fill]) if adapted else [],
         )
         x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
         self._place_pictures(x_TD, launched, ends)
@@ -266,11 +270,11 @@ class Runner:
         def work(
             x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor
         ) -> tuple[Tensor | None, ...]:
-            rows_N, rows_C, rows, positions, spans, owners_T = rest
+            rows_N, rows_C, rows, positions, spans, adapter_ids_T = rest
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
             sampled_blocks = self._blocks[:, :widest].index_select(0, rows)
-            adapters = self._adapters.step(owners_T) if adapted else None
+            adapters = self._adapters.step(adapter_ids_T) if adapted else None
             context = Paged(
                 self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3),
                 None if scoring else index, sampled_blocks, positions + 1, adapters,
@@ -281,19 +285,19 @@ class Runner:
             return self._logits(hidden_RD, sampled), hidden if scoring else None
 
         key = ("read", T, most, len(sampling), adapted) if alone else None
-        inputs = x_TD, positions_T, slots_T, index, rows_N, rows_C, rows, positions, spans, owners_T
+        inputs = x_TD, positions_T, slots_T, index, rows_N, rows_C, rows, positions, spans, adapter_ids_T
         logits, hidden_TD = self._run(key, work, *inputs)
         if hidden_TD is not None:
             for chunk, start in zip(chunks, ends[:-1], strict=True):
                 if count := _unscored(chunk):
                     place = slice(start, start + count)
-                    owners_N = owners_T[place] if adapted else None
+                    adapter_ids_N = adapter_ids_T[place] if adapted else None
                     launched.scored.append(
-                        (chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], owners_N))
+                        (chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], adapter_ids_N))
                     )
         return _Computed(rows, positions, logits, None)
 
-    def _score(self, chunk: Chunk, hidden_ND: Tensor, owners_N: Tensor | None) -> ScoredTokens:
+    def _score(self, chunk: Chunk, hidden_ND: Tensor, adapter_ids_N: Tensor | None) -> ScoredTokens:
         """The tokens of a prompt that come behind the first N of a chunk, some at a time: all scores of a long prompt
         would not fit into memory."""
         k = chunk.request.params.prompt_logprobs
@@ -302,7 +306,7 @@ class Runner:
         parts = []
         for start in range(0, len(hidden_ND), prompt_scores.TOGETHER):
             some = slice(start, start + prompt_scores.TOGETHER)
-            adapters = None if owners_N is None else self._adapters.step(owners_N[some])
+            adapters = None if adapter_ids_N is None else self._adapters.step(adapter_ids_N[some])
             parts.append(ScoredTokens.of(self._logits(hidden_ND[some], adapters), tokens_N[some], k))
         return ScoredTokens.cat(parts)
 
@@ -316,7 +320,7 @@ class Runner:
     def plan_attention(self, step_tokens: int, max_model_len: int) -> None:
         """Let cuDNN plan the attention of all chunks up to ``step_tokens``, where it is used."""
         config, keys = self._model.config.text, self._cache.keys[0]
-        if ops.graphs_hold_chunks(keys[0], keys):
+        if ops.chunks_are_graph_safe(keys[0], keys):
             ops.plan_chunks(keys, config.num_attention_heads, min(step_tokens, max_model_len), max_model_len)
 
     def forget_graphs(self) -> None:
@@ -326,11 +330,11 @@ class Runner:
             self._graphs.clear()
         self.encoder.forget_graphs()
 
-    def _owners_of(self, requests: Sequence[Request]) -> list[int]:
+    def _adapter_ids_of(self, requests: Sequence[Request]) -> list[int]:
         """The number of each request's adapter, 0 for none."""
         return [self._adapters.number(request.adapter) for request in requests]
 
-    def _logits(self, hidden_ND: Tensor, adapters: StepAdapters | None) -> Tensor:
+    def _logits(self, hidden_ND: Tensor, adapters: AdapterBatch | None) -> Tensor:
         logits_NV = self._model.logits(hidden_ND)
         return logits_NV if adapters is None else adapters.head(logits_NV, hidden_ND)
 
@@ -340,7 +344,7 @@ class Runner:
             return False
         decoder = self._model.language_model.model
         # Experts with adapters, a step's or the model's own, may pass the fused kernels by: many ranks, many tokens.
-        key = tokens, chunks, decoder.adapted or (adapted and self._adapters.stacks.on_experts)
+        key = tokens, chunks, decoder.has_lora or (adapted and self._adapters.loras.on_experts)
         if key not in self._can:
             moe, keys = decoder.layers[0].mlp, self._cache.keys[0]
             assert isinstance(moe, MoE), "layers hold a mixture of experts"
@@ -349,9 +353,9 @@ class Runner:
             weights = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
             routed = experts.fc1.weight, experts.fc2.weight
             self._can[key] = (
-                ops.graphs_hold_moe(x_TD, *routed, weights)
-                and (not key[2] or ops.graphs_hold_stacked(x_TD, *routed))
-                and (not chunks or ops.graphs_hold_chunks(keys[0], keys))
+                ops.moe_is_graph_safe(x_TD, *routed, weights)
+                and (not key[2] or ops.multi_lora_is_graph_safe(x_TD, *routed))
+                and (not chunks or ops.chunks_are_graph_safe(keys[0], keys))
             )
         return self._can[key]
 

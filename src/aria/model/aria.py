@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import AriaConfig
-from aria.model.adapter import AdaptedLinear
 from aria.model.context import Context
 from aria.model.decoder import LanguageModel
+from aria.model.lora import LoRALinear
 from aria.model.projector import Projector
 from aria.model.vision import PackedPatches, VisionTower
 
@@ -116,5 +116,5 @@ class Aria(nn.Module):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores ``(T, V)`` of the next token."""
         head = self.language_model.lm_head
-        plain = ops.inference_kernels(hidden_TD) and not isinstance(head, AdaptedLinear)
+        plain = ops.inference_kernels(hidden_TD) and not isinstance(head, LoRALinear)
         return ops.linear(hidden_TD, head.weight) if plain else head(hidden_TD)

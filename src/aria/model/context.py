@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aria import ops
 from aria.config import TextConfig
-from aria.model.stacks import StepAdapters
+from aria.model.multi_lora import AdapterBatch
 from aria.ops import Segments
 
 
@@ -123,7 +123,7 @@ class Paged:
     """int32 ``(R, M)``: the blocks of their sequences."""
     sampled_lengths: Tensor | None = None
     """int32 ``(R,)``: tokens of their sequences up to them, themselves included."""
-    adapters: StepAdapters | None = None
+    adapters: AdapterBatch | None = None
     """Whose adapter each token has; None where no token has any."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
-from aria.model.adapter import together
 from aria.model.context import Context, Paged
 from aria.model.layers import RMSNorm, join
+from aria.model.lora import lora_linears
 from aria.model.moe import MoE
-from aria.model.stacks import StepAdapters
+from aria.model.multi_lora import AdapterBatch
 
 
 class Attention(nn.Module):
@@ -30,7 +30,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * K, D, bias=False)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x_TD, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in lora_linears(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.o_proj(context.attend(self.layer, q, k, v).flatten(1))
 
     def lay_out(self) -> None:
@@ -65,7 +67,7 @@ class DecoderLayer(nn.Module):
         sampled = None if adapters is None else adapters.at(context.sampled)
         return self._go_on(x_TD.index_select(0, context.sampled), attended_RHK, sampled)
 
-    def _project(self, x_TD: Tensor, adapters: StepAdapters | None) -> tuple[Tensor, ...]:
+    def _project(self, x_TD: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, ...]:
         attention, norm = self.self_attn, self.input_layernorm
         weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
         qkv = ops.norm_linear(x_TD, norm.weight, norm.eps, *weights)
@@ -74,7 +76,7 @@ class DecoderLayer(nn.Module):
         heads = [weight.shape[0] // attention.head_dim for weight in weights]
         return qkv.unflatten(-1, (-1, attention.head_dim)).split(heads, dim=1)
 
-    def _go_on(self, x_TD: Tensor, attended_THK: Tensor, adapters: StepAdapters | None) -> Tensor:
+    def _go_on(self, x_TD: Tensor, attended_THK: Tensor, adapters: AdapterBatch | None) -> Tensor:
         """From what attention gives to the layer's end."""
         if not len(x_TD):
             return x_TD
@@ -92,15 +94,15 @@ class DecoderLayer(nn.Module):
             (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
             moe.top_k,
         )
-        if adapters is not None and any(stacks := adapters.of_experts(layer)):
-            return ops.stacked_moe_layer(x_TD, *weights, stacks, adapters.owners)
+        if adapters is not None and any(loras := adapters.of_experts(layer)):
+            return ops.multi_lora_moe_layer(x_TD, *weights, loras, adapters.adapter_ids)
         return ops.moe_layer(x_TD, *weights)
 
 
 class Decoder(nn.Module):
     """Embeddings -> hidden states."""
 
-    adapted = False
+    has_lora = False
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
         """
         paged = context if isinstance(context, Paged) and context.sampled is not None else None
         stacked = isinstance(context, Paged) and context.adapters is not None
-        assert not (stacked and (self.adapted or router_logits)), "adapters of a step go beside plain weights only"
+        assert not (stacked and (self.has_lora or router_logits)), "adapters of a step go beside plain weights only"
         if (stacked or self.fused(x_TD)) and not router_logits:
             *first, last = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
             for layer in first:
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
 
     def fused(self, x_TD: Tensor) -> bool:
         """Whether layers run as fused operations."""
-        return ops.inference_kernels(x_TD) and not self.adapted
+        return ops.inference_kernels(x_TD) and not self.has_lora
 
 
 def _note(states: list[Tensor] | None, x_TD: Tensor) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig
-from aria.model.adapter import Adapter, together
 from aria.model.layers import join
-from aria.ops import LowRank
+from aria.model.lora import LoRAModule, lora_linears
+from aria.ops import LoRA
 
 
 class Router(nn.Module):
@@ -30,16 +30,16 @@ class Router(nn.Module):
 class GroupedLinear(nn.Module):
     """One matrix for each expert, ``(E, in, out)``: the opposite order of a linear layer's weight."""
 
-    adaptable = True
+    accepts_lora = True
 
     def __init__(self, experts: int, size_in: int, size_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size_in, size_out))
-        self.adapter: Adapter | None = None
+        self.adapter: LoRAModule | None = None
 
-    def low_rank(self) -> LowRank | None:
+    def lora(self) -> LoRA | None:
         """What its adapter adds, if it has one."""
-        return None if self.adapter is None else self.adapter.low_rank()
+        return None if self.adapter is None else self.adapter.lora()
 
     @torch.no_grad()
     def lay_out(self) -> None:
@@ -63,7 +63,7 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         return ops.expert_mlp(
-            x_TD, fc1.weight, fc2.weight, weights_TA, index_TA, fc1_adapter=fc1.low_rank(), fc2_adapter=fc2.low_rank()
+            x_TD, fc1.weight, fc2.weight, weights_TA, index_TA, fc1_lora=fc1.lora(), fc2_lora=fc2.lora()
         )
 
 
@@ -81,7 +81,7 @@ class SharedExperts(nn.Module):
         join(self.gate_proj, self.up_proj)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(ops.gated(*together(x_TD, self.gate_proj, self.up_proj)))
+        return self.down_proj(ops.gated(*lora_linears(x_TD, self.gate_proj, self.up_proj)))
 
 
 class MoE(nn.Module):

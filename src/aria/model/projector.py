@@ -21,7 +21,7 @@ class CrossAttention(nn.Module):
     the second pair is kept under that module's names, its arithmetic is ours. There is no residual connection.
     """
 
-    adapted = False
+    has_lora = False
 
     def __init__(self, config: ProjectorConfig):
         super().__init__()
@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         q = F.linear(self.q_proj(self.layer_norm(query_ND)), wq, bq)[rows_Q]
         norm = self.layer_norm_kv
         x_PD = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps)
-        if ops.inference_kernels(x_PD) and not self.adapted:
+        if ops.inference_kernels(x_PD) and not self.has_lora:
             # Two linears in a row are one, whose weight costs far less than a pass over the patches. Not so for values:
             # what the rounding of that weight adds is the same for all patches, and averages over them do not lose it.
             k = F.linear(x_PD, wk @ self.k_proj.weight, bk)

@@ -154,7 +154,7 @@ class VisionEmbeddings(nn.Module):
 class VisionAttention(nn.Module):
     """Bidirectional attention within each crop."""
 
-    adapted = False
+    has_lora = False
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -176,7 +176,7 @@ class VisionAttention(nn.Module):
     def _project(self, x_PD: Tensor) -> tuple[Tensor, ...]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weights, biases = [proj.weight for proj in projections], [proj.bias for proj in projections]
-        if ops.inference_kernels(x_PD) and not self.adapted and ops.adjacent(weights) and ops.adjacent(biases):
+        if ops.inference_kernels(x_PD) and not self.has_lora and ops.adjacent(weights) and ops.adjacent(biases):
             return F.linear(x_PD, ops.as_one(weights), ops.as_one(biases)).chunk(3, dim=-1)
         return tuple(proj(x_PD) for proj in projections)
 
@@ -236,7 +236,7 @@ class VisionEncoder(nn.Module):
 class VisionTower(nn.Module):
     """Patches of crops -> hidden states ``(P, D)``."""
 
-    adapted = False
+    has_lora = False
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -244,7 +244,7 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(config)
 
     def forward(self, patches: PackedPatches) -> Tensor:
-        if ops.inference_kernels(self.embeddings.patch_embedding.weight) and not self.adapted:
+        if ops.inference_kernels(self.embeddings.patch_embedding.weight) and not self.has_lora:
             return self._infer(patches)
         x_PD = self.embeddings(patches.pixels, patches.positions)
         for layer in self.encoder.layers:

@@ -21,42 +21,45 @@ from torch import Tensor
 
 from aria.ops import attention as _attention
 from aria.ops import moe as _moe
+from aria.ops import multi_lora as _multi_lora
 from aria.ops import reference
 from aria.ops import resize as _resize
 from aria.ops import sampling as _sampling
-from aria.ops import stacked as _stacked
 from aria.ops.device import current, has_kernels, on_own_device
 from aria.ops.layout import adjacent, as_one
-from aria.ops.low_rank import LowRank
+from aria.ops.lora import LoRA
+from aria.ops.multi_lora import MoEMultiLoRA, MultiLoRA, multi_lora_is_graph_safe, stack_loras
 from aria.ops.reference import rope_angles, rotary_table, swiglu
 from aria.ops.segments import Segments
-from aria.ops.stacked import MoEStacks, Stack, graphs_hold_stacked, stack_adapters
 
 __all__ = [
-    "LowRank",
-    "MoEStacks",
+    "LoRA",
+    "MoEMultiLoRA",
+    "MultiLoRA",
     "Segments",
-    "Stack",
-    "adapted_linear",
-    "adapted_linears",
     "adjacent",
     "as_one",
     "attention",
+    "chunks_are_graph_safe",
     "chunks_attention",
     "current",
     "decode_attention",
     "expert_mlp",
     "gated",
-    "graphs_hold_chunks",
-    "graphs_hold_moe",
-    "graphs_hold_stacked",
     "has_kernels",
     "inference_kernels",
     "layer_norm",
     "linear",
     "linear_add",
     "linear_gelu",
+    "lora_linear",
+    "lora_linears",
+    "moe_is_graph_safe",
     "moe_layer",
+    "multi_lora_expert_mlp",
+    "multi_lora_is_graph_safe",
+    "multi_lora_linear_add",
+    "multi_lora_moe_layer",
     "norm_linear",
     "on_own_device",
     "paged_attention",
@@ -70,10 +73,7 @@ __all__ = [
     "rotate_and_cache",
     "route",
     "sample",
-    "stack_adapters",
-    "stacked_expert_mlp",
-    "stacked_linear_add",
-    "stacked_moe_layer",
+    "stack_loras",
     "swiglu",
     "training_kernels",
     "use",
@@ -149,33 +149,33 @@ def expert_mlp(
     weights_TA: Tensor,
     index_TA: Tensor,
     *,
-    fc1_adapter: LowRank | None = None,
-    fc2_adapter: LowRank | None = None,
+    fc1_lora: LoRA | None = None,
+    fc2_lora: LoRA | None = None,
     present: int | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts; see :func:`aria.ops.reference.expert_mlp`."""
     plain = reference if _use_reference() else _moe
-    fast = training_kernels(x_TD) and _kernels("experts").fits(x_TD, fc1_adapter, fc2_adapter)
-    chosen = _kernels("experts") if fast else plain
+    fast = training_kernels(x_TD) and _kernels("moe_train").fits(x_TD, fc1_lora, fc2_lora)
+    chosen = _kernels("moe_train") if fast else plain
     return chosen.expert_mlp(
-        x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, fc1_adapter=fc1_adapter, fc2_adapter=fc2_adapter, present=present
+        x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, fc1_lora=fc1_lora, fc2_lora=fc2_lora, present=present
     )
 
 
-def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
-    """A linear layer and its low-rank adapter; see :func:`aria.ops.reference.adapted_linear`."""
-    fast = training_kernels(x_TI) and x_TI.ndim == 2 and _kernels("low_rank").fits_linears(x_TI, [adapter])
-    chosen = _kernels("low_rank") if fast else reference
-    return chosen.adapted_linear(x_TI, weight_OI, bias_O, adapter)
+def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LoRA) -> Tensor:
+    """A linear layer and its low-rank adapter; see :func:`aria.ops.reference.lora_linear`."""
+    fast = training_kernels(x_TI) and x_TI.ndim == 2 and _kernels("lora_train").fits_linears(x_TI, [adapter])
+    chosen = _kernels("lora_train") if fast else reference
+    return chosen.lora_linear(x_TI, weight_OI, bias_O, adapter)
 
 
-def adapted_linears(
-    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
+def lora_linears(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LoRA]
 ) -> tuple[Tensor, ...]:
-    """Linear layers of one input and their adapters; see :func:`aria.ops.reference.adapted_linears`."""
-    fast = training_kernels(x_TI) and x_TI.ndim == 2 and _kernels("low_rank").fits_linears(x_TI, adapters)
-    chosen = _kernels("low_rank") if fast else reference
-    return chosen.adapted_linears(x_TI, layers, adapters)
+    """Linear layers of one input and their adapters; see :func:`aria.ops.reference.lora_linears`."""
+    fast = training_kernels(x_TI) and x_TI.ndim == 2 and _kernels("lora_train").fits_linears(x_TI, adapters)
+    chosen = _kernels("lora_train") if fast else reference
+    return chosen.lora_linears(x_TI, layers, adapters)
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def moe_layer(
 
 def _moe_module(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> Any:
     if inference_kernels(x_TD):
-        few, many = _kernels("few"), _kernels("many")
+        few, many = _kernels("moe_decode"), _kernels("moe_prefill")
         if len(x_TD) <= _FEW_EXPERTS and few.fits_moe(x_TD, fc1_EDF, fc2_EFD, shared):
             return few
         if many.fits(x_TD, fc1_EDF, fc2_EFD):
@@ -268,30 +268,30 @@ def _moe_module(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Te
     return reference if _use_reference() else _moe
 
 
-def stacked_linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor) -> Tensor:
-    """What each token's adapter adds to a linear; see :func:`aria.ops.stacked.stacked_linear_add`."""
+def multi_lora_linear_add(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor) -> Tensor:
+    """What each token's adapter adds to a linear; see :func:`aria.ops.multi_lora.multi_lora_linear_add`."""
     few = inference_kernels(x_TI) and len(x_TI) <= _FEW_ADAPTED and x_TI.is_contiguous() and y_TO.is_contiguous()
-    if few and _kernels("thin").fits(stack):
-        return _kernels("thin").linear_add(y_TO, x_TI, stack, owners_T)
-    return _stacked.stacked_linear_add(y_TO, x_TI, stack, owners_T)
+    if few and _kernels("multi_lora_decode").fits(lora):
+        return _kernels("multi_lora_decode").linear_add(y_TO, x_TI, lora, adapter_ids_T)
+    return _multi_lora.multi_lora_linear_add(y_TO, x_TI, lora, adapter_ids_T)
 
 
-def stacked_expert_mlp(
+def multi_lora_expert_mlp(
     x_TD: Tensor,
     fc1_EDF: Tensor,
     fc2_EFD: Tensor,
     weights_TA: Tensor,
     index_TA: Tensor,
-    stacks: tuple[Stack | None, Stack | None],
-    owners_T: Tensor,
+    loras: tuple[MultiLoRA | None, MultiLoRA | None],
+    adapter_ids_T: Tensor,
 ) -> Tensor:
-    """Experts in which each token has its own adapters; see :func:`aria.ops.stacked.stacked_expert_mlp`."""
-    fast = inference_kernels(x_TD) and _kernels("stacked").fits(stacks)
-    chosen = _kernels("stacked") if fast else _stacked
-    return chosen.stacked_expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, stacks, owners_T)
+    """Experts in which each token has its own adapters; see :func:`aria.ops.multi_lora.multi_lora_expert_mlp`."""
+    fast = inference_kernels(x_TD) and _kernels("multi_lora_prefill").fits(loras)
+    chosen = _kernels("multi_lora_prefill") if fast else _multi_lora
+    return chosen.multi_lora_expert_mlp(x_TD, fc1_EDF, fc2_EFD, weights_TA, index_TA, loras, adapter_ids_T)
 
 
-def stacked_moe_layer(
+def multi_lora_moe_layer(
     x_TD: Tensor,
     norm_D: Tensor,
     eps: float,
@@ -300,38 +300,38 @@ def stacked_moe_layer(
     fc2_EFD: Tensor,
     shared: tuple[Tensor, Tensor, Tensor],
     top_k: int,
-    stacks: MoEStacks,
-    owners_T: Tensor,
+    loras: MoEMultiLoRA,
+    adapter_ids_T: Tensor,
 ) -> Tensor:
     """:func:`moe_layer` in which each token has its own adapters.
 
     Args:
-        stacks: the adapters of the layer's experts.
-        owners_T: int32, whose token this is; 0 is nobody's.
+        loras: the adapters of the layer's experts.
+        adapter_ids_T: int32, whose token this is; 0 is nobody's.
     """
     if inference_kernels(x_TD) and len(x_TD) <= _FEW_EXPERTS:
-        few = _kernels("few")
-        if few.fits_moe(x_TD, fc1_EDF, fc2_EFD, shared) and _kernels("thin").fits(*stacks):
-            return few.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k, stacks, owners_T)
+        few = _kernels("moe_decode")
+        if few.fits_moe(x_TD, fc1_EDF, fc2_EFD, shared) and _kernels("multi_lora_decode").fits(*loras):
+            return few.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k, loras, adapter_ids_T)
 
-    def add(y_TO: Tensor, x_TI: Tensor, stack: Stack | None) -> Tensor:
-        return y_TO if stack is None else stacked_linear_add(y_TO, x_TI, stack, owners_T)
+    def add(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA | None) -> Tensor:
+        return y_TO if lora is None else multi_lora_linear_add(y_TO, x_TI, lora, adapter_ids_T)
 
     gate, up, down = shared
     normed = rms_norm(x_TD, norm_D, eps)
     weights, index = route(F.linear(normed, router_ED), top_k)
-    routed = stacked_expert_mlp(normed, fc1_EDF, fc2_EFD, weights, index, (stacks.fc1, stacks.fc2), owners_T)
+    routed = multi_lora_expert_mlp(normed, fc1_EDF, fc2_EFD, weights, index, (loras.fc1, loras.fc2), adapter_ids_T)
     gate_up = torch.cat((F.linear(normed, gate), F.linear(normed, up)), dim=-1)
-    hidden = swiglu(add(gate_up, normed, stacks.gate_up))
-    return x_TD + add(routed + F.linear(hidden, down), hidden, stacks.down)
+    hidden = swiglu(add(gate_up, normed, loras.gate_up))
+    return x_TD + add(routed + F.linear(hidden, down), hidden, loras.down)
 
 
-def graphs_hold_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
+def moe_is_graph_safe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
     """Whether :func:`moe_layer` of so many tokens can be part of a CUDA graph: where no kernel fits, it may wait."""
     return _moe_module(x_TD, fc1_EDF, fc2_EFD, shared) is not _moe or not _moe.waits(x_TD, fc1_EDF, fc2_EFD)
 
 
-def graphs_hold_chunks(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
+def chunks_are_graph_safe(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
     """Whether :func:`chunks_attention` heeds ``spans_N3``: where its kernel does not fit, pasts are the host's."""
     return inference_kernels(q_THK) and _kernels("chunk_attention").fits(q_THK, keys_BHSK)
 
@@ -413,7 +413,7 @@ def chunks_attention(
     :func:`aria.ops.kernels.chunk_attention.chunks_attention`.
     """
     arguments = q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, lengths
-    if graphs_hold_chunks(q_THK, keys_BHSK):
+    if chunks_are_graph_safe(q_THK, keys_BHSK):
         return _kernels("chunk_attention").chunks_attention(*arguments, pasts, spans_N3)
     assert pasts is not None, "no kernel reads the spans of these chunks"
     return reference.chunks_attention(*arguments, pasts)

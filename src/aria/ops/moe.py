@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aria.ops.low_rank import LowRank
+from aria.ops.lora import LoRA
 from aria.ops.reference import expert_linear, rms_norm, route, swiglu
 
 
@@ -19,8 +19,8 @@ def expert_mlp(
     weights_TA: Tensor,
     index_TA: Tensor,
     *,
-    fc1_adapter: LowRank | None = None,
-    fc2_adapter: LowRank | None = None,
+    fc1_lora: LoRA | None = None,
+    fc2_lora: LoRA | None = None,
     present: int | None = None,
 ) -> Tensor:
     """See :func:`aria.ops.reference.expert_mlp`. Nothing waits for the host unless :func:`waits` says so."""
@@ -31,22 +31,22 @@ def expert_mlp(
     order = order[:present]
     source, place_TA = order // A, place.view(T, A)
     x = copy_rows(x_TD, source, place_TA)
-    adapters = (fc1_adapter, fc2_adapter)
+    adapters = (fc1_lora, fc2_lora)
     if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in _sizes(fc1_EDF, fc2_EFD, *adapters)):
         offsets = ends.int()
-        hidden = swiglu(_grouped(x, fc1_EDF, fc1_adapter, offsets))
-        y = _grouped(hidden, fc2_EFD, fc2_adapter, offsets)
+        hidden = swiglu(_grouped(x, fc1_EDF, fc1_lora, offsets))
+        y = _grouped(hidden, fc2_EFD, fc2_lora, offsets)
     else:
         y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist(), *adapters)
     return sum_rows(y * weights_TA.flatten().gather(0, order)[:, None], source, place_TA)
 
 
-def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *adapters: LowRank | None) -> list[int]:
+def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *adapters: LoRA | None) -> list[int]:
     """Sizes that grouped products step over in memory."""
     return [*fc1_EDF.shape[1:], *fc2_EFD.shape[1:], *(adapter.a.shape[-1] for adapter in adapters if adapter)]
 
 
-def _grouped(x: Tensor, weight: Tensor, adapter: LowRank | None, offsets: Tensor) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, adapter: LoRA | None, offsets: Tensor) -> Tensor:
     y = F.grouped_mm(x, weight, offs=offsets)
     if adapter is None:
         return y
@@ -131,14 +131,12 @@ def _sum(y: Tensor, place: Tensor) -> Tensor:
     return y[place].sum(1)
 
 
-def _loop(
-    x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int], fc1_adapter: LowRank | None, fc2_adapter: LowRank | None
-) -> Tensor:
+def _loop(x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int], fc1_lora: LoRA | None, fc2_lora: LoRA | None) -> Tensor:
     starts = [0, *ends[:-1]]
     # Without any tokens the first expert still takes part, so that what trains has a gradient, of zeros.
     used = [(e, *span) for e, span in enumerate(zip(starts, ends, strict=True)) if span[1] > span[0]] or [(0, 0, 0)]
     pieces = []
     for e, start, end in used:
-        hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_adapter, e))
-        pieces.append(expert_linear(hidden, fc2[e], fc2_adapter, e))
+        hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_lora, e))
+        pieces.append(expert_linear(hidden, fc2[e], fc2_lora, e))
     return torch.cat(pieces)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aria.ops.low_rank import LowRank
+from aria.ops.lora import LoRA
 from aria.ops.segments import Segments
 
 
@@ -121,7 +121,7 @@ def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
 
 
-def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
+def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LoRA) -> Tensor:
     """``x W^T + bias + scaling * dropout(x) A^T B^T``, ``(T, O)`` in the dtype of ``x_TI``."""
     a, b, scaling, dropout = adapter.to(x_TI)
     thin_TR = F.linear(F.dropout(x_TI, dropout) if dropout else x_TI, a) * scaling
@@ -129,15 +129,15 @@ def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapt
     return torch.addmm(y_TO, thin_TR, b.t()) if x_TI.ndim == 2 else y_TO + F.linear(thin_TR, b)
 
 
-def adapted_linears(
-    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
+def lora_linears(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LoRA]
 ) -> tuple[Tensor, ...]:
-    """:func:`adapted_linear` of several weights and biases on one input; they may drop the same inputs."""
+    """:func:`lora_linear` of several weights and biases on one input; they may drop the same inputs."""
     pairs = zip(layers, adapters, strict=True)
-    return tuple(adapted_linear(x_TI, weight, bias, adapter) for (weight, bias), adapter in pairs)
+    return tuple(lora_linear(x_TI, weight, bias, adapter) for (weight, bias), adapter in pairs)
 
 
-def expert_linear(x_TI: Tensor, weight_IO: Tensor, adapter: LowRank | None, expert: int) -> Tensor:
+def expert_linear(x_TI: Tensor, weight_IO: Tensor, adapter: LoRA | None, expert: int) -> Tensor:
     """One expert's product with its part of an adapter of all experts, if there is one."""
     y_TO = x_TI @ weight_IO
     if adapter is None:
@@ -154,8 +154,8 @@ def expert_mlp(
     weights_TA: Tensor,
     index_TA: Tensor,
     *,
-    fc1_adapter: LowRank | None = None,
-    fc2_adapter: LowRank | None = None,
+    fc1_lora: LoRA | None = None,
+    fc2_lora: LoRA | None = None,
     present: int | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts' SwiGLU outputs; no capacity, no token dropped.
@@ -165,7 +165,7 @@ def expert_mlp(
         fc1_EDF: ``(E, D, 2F)``, gate in the first half of the last axis, up in the second.
         fc2_EFD: ``(E, F, D)``.
         weights_TA, index_TA: from :func:`route`.
-        fc1_adapter, fc2_adapter: low-rank adapters of all experts, added to the products; dropout is drawn for each
+        fc1_lora, fc2_lora: low-rank adapters of all experts, added to the products; dropout is drawn for each
             token and each of its experts apart.
         present: how many of the choices are of these experts, at least 1; the others have the number E, stand for
             experts that are elsewhere, and add nothing. None: all.
@@ -173,8 +173,8 @@ def expert_mlp(
     out = torch.zeros_like(x_TD)
     for expert in index_TA[index_TA < len(fc1_EDF)].unique().tolist():
         token, place = torch.where(index_TA == expert)
-        hidden = swiglu(expert_linear(x_TD[token], fc1_EDF[expert], fc1_adapter, expert))
-        y = expert_linear(hidden, fc2_EFD[expert], fc2_adapter, expert)
+        hidden = swiglu(expert_linear(x_TD[token], fc1_EDF[expert], fc1_lora, expert))
+        y = expert_linear(hidden, fc2_EFD[expert], fc2_lora, expert)
         out.index_add_(0, token, y * weights_TA[token, place, None])
     return out
 

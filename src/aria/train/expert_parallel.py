@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from aria import ops
 from aria.model.moe import Experts, GroupedLinear
-from aria.ops import LowRank
+from aria.ops import LoRA
 from aria.ops.moe import copy_rows, sum_rows
 from aria.train.shards import local
 
@@ -88,13 +88,13 @@ def _own_experts(
         present = index_NA.numel()
     out_ND = ops.expert_mlp(
         rows_ND, fc1, fc2, weights_NA, index_NA,
-        fc1_adapter=_low_rank(experts.fc1), fc2_adapter=_low_rank(experts.fc2), present=present,
+        fc1_lora=_lora(experts.fc1), fc2_lora=_lora(experts.fc2), present=present,
     )  # fmt: skip
     return out_ND[:0] if nothing else out_ND
 
 
-def _low_rank(linear: GroupedLinear) -> LowRank | None:
-    adapter = linear.low_rank()
+def _lora(linear: GroupedLinear) -> LoRA | None:
+    adapter = linear.lora()
     return None if adapter is None else adapter._replace(a=local(adapter.a), b=local(adapter.b))
 
 

@@ -32,7 +32,7 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     weights_T: Tensor | None = None,
     denominator: float | Tensor | None = None,
-    low_rank: tuple[Tensor, Tensor] | None = None,
+    lora: tuple[Tensor, Tensor] | None = None,
     chunk_elements: int = 2**25,
 ) -> CrossEntropy:
     """Cross-entropy of a linear head, without ever holding the scores of all tokens.
@@ -47,7 +47,7 @@ def linear_cross_entropy(
         weights_T: float32 weight of each label, one where None.
         denominator: what the weighted sum of losses is divided by; None means the sum of the weights, so that the loss
             is their mean (and zero without any label). Parts of one batch add up to it if all are given its number.
-        low_rank: ``(T, R)`` and ``(V, R)``, whose product is added to the scores: an adapter of the head.
+        lora: ``(T, R)`` and ``(V, R)``, whose product is added to the scores: an adapter of the head.
         chunk_elements: scores held at a time.
     """
     if labels_T.shape != hidden_TD.shape[:1]:
@@ -55,7 +55,7 @@ def linear_cross_entropy(
     weights_T = (labels_T != IGNORE_INDEX).float() if weights_T is None else weights_T.masked_fill(labels_T < 0, 0.0)
     # A sum below one is only ever zero in practice; the clamp keeps an empty batch at loss zero.
     weights_T = weights_T / (weights_T.sum().clamp(min=1e-6) if denominator is None else denominator)
-    low_TR, low_VR = low_rank or (None, None)
+    low_TR, low_VR = lora or (None, None)
     chunk = max(1, chunk_elements // weight_VD.shape[0])
     loss, accuracy = _LinearCrossEntropy.apply(
         hidden_TD, weight_VD, bias_V, low_TR, low_VR, labels_T.clamp(min=0), weights_T, chunk

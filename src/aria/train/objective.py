@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aria.model import Aria, Packed
-from aria.model.adapter import AdaptedLinear
 from aria.model.context import Context
+from aria.model.lora import LoRALinear
 from aria.model.patches import pack_crops
 from aria.model.picture_cache import PictureCache
 from aria.ops import Segments
@@ -289,11 +289,11 @@ def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, denominator
         hidden_TD, targets_T = hidden_TD.index_select(0, rows), targets_T.index_select(0, rows)
     weight_VD = head.weight
     assert isinstance(weight_VD, Tensor), "the head has a weight"
-    low_rank = None
-    if isinstance(head, AdaptedLinear):
-        adapter = head.adapter.low_rank().to(hidden_TD)
-        low_rank = ((F.dropout(hidden_TD, adapter.dropout) @ adapter.a.t()) * adapter.scaling, adapter.b)
-    return linear_cross_entropy(hidden_TD, weight_VD, targets_T, denominator=denominator, low_rank=low_rank)
+    lora = None
+    if isinstance(head, LoRALinear):
+        adapter = head.adapter.lora().to(hidden_TD)
+        lora = ((F.dropout(hidden_TD, adapter.dropout) @ adapter.a.t()) * adapter.scaling, adapter.b)
+    return linear_cross_entropy(hidden_TD, weight_VD, targets_T, denominator=denominator, lora=lora)
 
 
 def _segments(lengths: Sequence[int], device: torch.device) -> Segments:

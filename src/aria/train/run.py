@@ -21,7 +21,7 @@ from aria.checkpoint.adapter import read_adapter, save_adapter
 from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
 from aria.hub import ADAPTER_NAME, write_file
 from aria.model import Aria
-from aria.model.adapter import adapters
+from aria.model.lora import lora_modules
 from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.console import EXPORT, make_reporter, rounded_epochs, say_end
@@ -304,18 +304,18 @@ def train_on(model: Aria, folder: str) -> None:
     Raises:
         ValueError: they stand in other places, or have another rank.
     """
-    stored, fresh = read_adapter(folder, model.config).weights, adapters(model)
+    stored, fresh = read_adapter(folder, model.config).weights, lora_modules(model)
     if others := sorted(stored.keys() ^ fresh.keys()):
         raise ValueError(
             f"[model] adapter {folder} adapts other modules than [targets] chooses: {', '.join(others[:4])}"
         )
     for name, adapter in fresh.items():
-        low_rank = stored[name]
-        if low_rank.a.shape != adapter.a.shape:
-            found, wanted = tuple(low_rank.a.shape), tuple(adapter.a.shape)
+        lora = stored[name]
+        if lora.a.shape != adapter.a.shape:
+            found, wanted = tuple(lora.a.shape), tuple(adapter.a.shape)
             raise ValueError(f"[model] adapter {folder} has {found} at {name}, but [targets] rank makes it {wanted}")
-        adapter.a.copy_(low_rank.a)
-        adapter.b.copy_(low_rank.b * (low_rank.scaling / adapter.scaling))
+        adapter.a.copy_(lora.a)
+        adapter.b.copy_(lora.b * (lora.scaling / adapter.scaling))
 
 
 def _load(recipe: Recipe, config: AriaConfig, device: torch.device) -> Aria:
@@ -398,7 +398,7 @@ def _run(
                 _export(parts, out / EXPORT, position.step, failed)
         if reporter is not None:
             reporter.close()
-            say_end(reporter, reason, trainer, report, out, beside=recipe.model if adapters(parts.aria) else None)
+            say_end(reporter, reason, trainer, report, out, beside=recipe.model if lora_modules(parts.aria) else None)
     finally:
         if reporter is not None:
             reporter.close()
@@ -493,7 +493,7 @@ def export(parts: Parts, folder: Path) -> None:
     All ranks have to call it together; the first one writes, and nobody waits for it: a slow disk may take longer than
     exchanges may.
     """
-    weights = gathered(parts.aria, trained=bool(adapters(parts.aria)))
+    weights = gathered(parts.aria, trained=bool(lora_modules(parts.aria)))
     if parts.parallel.rank == 0:
         _write(parts.recipe, parts.aria.config, weights, parts.processor, folder)
 

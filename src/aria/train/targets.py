@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from aria.model import Aria
-from aria.model.adapter import Adapter, LoRA, adaptable, attach
+from aria.model.lora import LoRAModule, LoRASettings, attach_lora, lora_targets
 
 PARTS = {
     "vision_tower.": "vision tower",
@@ -63,9 +63,9 @@ class Targets:
             )
 
     @property
-    def lora(self) -> LoRA:
+    def lora(self) -> LoRASettings:
         """The shape of the adapters."""
-        return LoRA(rank=self.rank, alpha=self.alpha, dropout=self.dropout, rslora=self.rslora)
+        return LoRASettings(rank=self.rank, alpha=self.alpha, dropout=self.dropout, rslora=self.rslora)
 
 
 class Part(NamedTuple):
@@ -124,7 +124,7 @@ def apply(model: Aria, targets: Targets) -> Trainable:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(targets.method == "full" and not _frozen(name, targets))
     for name in chosen:
-        attach(model, name, targets.lora, _DTYPES[targets.dtype])
+        attach_lora(model, name, targets.lora, _DTYPES[targets.dtype])
     trainable = Trainable(_parts(model), whole, chosen)
     if not trainable.parts:
         raise ValueError("everything is frozen, and nothing is left to train; set one of the freeze settings to false")
@@ -132,7 +132,7 @@ def apply(model: Aria, targets: Targets) -> Trainable:
 
 
 def _modules(model: Aria, targets: Targets) -> list[str]:
-    able = adaptable(model)
+    able = lora_targets(model)
     free = [name for name in able if not _frozen(f"{name}.weight", targets)]
     if targets.modules is None:
         if not free:
@@ -175,7 +175,7 @@ def _frozen(name: str, targets: Targets) -> bool:
 
 def _parts(model: Aria) -> list[Part]:
     found: dict[tuple[str, torch.dtype], list[int]] = {}
-    beside = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    beside = {id(p) for module in model.modules() if isinstance(module, LoRAModule) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = next(called for prefix, called in PARTS.items() if name.startswith(prefix))

@@ -13,7 +13,7 @@ from aria.checkpoint.adapter import WEIGHTS_NAME
 from aria.config import AriaConfig, ProjectorConfig, TextConfig, VisionConfig
 from aria.hub import ADAPTER_NAME
 from aria.model import Aria
-from aria.model.adapter import LoRA, attach
+from aria.model.lora import LoRASettings, attach_lora
 from tests.fuzz.draw import Draw, spoiled
 from tests.fuzz.files import folder
 
@@ -62,7 +62,7 @@ def _sound() -> Path:
     """An adapter folder as it should be."""
     model = Aria.random(CONFIG)
     for place in PLACES:
-        attach(model, place, LoRA(rank=2, alpha=4.0))
+        attach_lora(model, place, LoRASettings(rank=2, alpha=4.0))
     path = folder("adapter") / "sound"
     save_adapter(model, path)
     return path
@@ -89,9 +89,9 @@ def fuzz(data: bytes) -> None:
         assert len(str(error)) < 4000, "a message as long as the file"
         return
     assert stored.weights.keys() <= set(PLACES), "weights for places that the file has none for"
-    for name, low_rank in stored.weights.items():
-        assert low_rank.a.shape[-1 if low_rank.a.ndim == 3 else 0] == stored.settings[name].rank
-        assert low_rank.a.isfinite().all() and low_rank.b.isfinite().all()
+    for name, lora in stored.weights.items():
+        assert lora.a.shape[-1 if lora.a.ndim == 3 else 0] == stored.settings[name].rank
+        assert lora.a.isfinite().all() and lora.b.isfinite().all()
 
 
 def seeds() -> Iterator[bytes]:

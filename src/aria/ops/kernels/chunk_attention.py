@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels.room import shared_memory
+from aria.ops.kernels.shared_memory import shared_memory
 
 _LOG2_E = 1.4426950408889634
 

@@ -3,7 +3,7 @@
 The product before is never written a second time: its adapter's part is added where it is read. The pass back also
 gives what SwiGLU's result was, for the gradients of the weights behind it, so that nobody keeps it.
 
-P rows, E experts, F expert width, R rank; tiles as in :mod:`aria.ops.kernels.low_rank`.
+P rows, E experts, F expert width, R rank; tiles as in :mod:`aria.ops.kernels.lora_train`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels.low_rank import NONE, ROWS, Noise, blocks, kept, rank_block, tile_of, tiles
-from aria.ops.kernels.room import Loop, first_within
+from aria.ops.kernels.lora_train import NONE, ROWS, Noise, blocks, kept, rank_block, tile_of, tiles
+from aria.ops.kernels.shared_memory import Loop, first_within
 
 
 @triton.jit

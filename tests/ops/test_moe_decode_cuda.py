@@ -9,7 +9,7 @@ from aria.ops import reference
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():
-    from aria.ops.kernels import few, gemv
+    from aria.ops.kernels import gemv, moe_decode
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -50,7 +50,7 @@ def test_moe_layer(dtype, T, D, E, F, S, A):
     torch.manual_seed(T)
     weights, x = layer(D, E, F, S, dtype), (torch.randn(T, D, device="cuda") * 2).to(dtype)
     poison()
-    got = few.moe_layer(x, top_k=A, **weights)
+    got = moe_decode.moe_layer(x, top_k=A, **weights)
     expected = reference.moe_layer(x.double(), top_k=A, **in_double(weights))
     # Near ties of the router may fall to the other side in narrow types: such rows differ, and are few.
     error = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -64,7 +64,7 @@ def test_everyone_to_the_same_experts(T):
     weights, x = layer(256, 16, 176, 2, torch.bfloat16), torch.randn(T, 256, device="cuda", dtype=torch.bfloat16).abs()
     weights["router_ED"][:] = -1.0
     weights["router_ED"][[3, 7, 11]] = 1.0 + torch.arange(3, device="cuda", dtype=torch.bfloat16)[:, None]
-    got = few.moe_layer(x, top_k=3, **weights)
+    got = moe_decode.moe_layer(x, top_k=3, **weights)
     assert relative_error(got, reference.moe_layer(x.double(), top_k=3, **in_double(weights))) < 1e-2
 
 
@@ -109,7 +109,7 @@ def test_graph_of_layers_repeats_itself(T):
                 pause()
                 y = gemv.linear_add(h, o, y)
                 pause()
-            y = few.moe_layer(y, top_k=6, **weights)
+            y = moe_decode.moe_layer(y, top_k=6, **weights)
             pause()
         return y
 

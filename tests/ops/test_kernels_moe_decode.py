@@ -12,7 +12,7 @@ import torch
 from aria.ops import reference
 
 pytest.importorskip("triton")
-from aria.ops.kernels import few, gemv
+from aria.ops.kernels import gemv, moe_decode
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -44,7 +44,7 @@ def test_moe_layer(T, D, E, F, S, A):
     torch.manual_seed(T + D)
     weights, x = layer(D, E, F, S), torch.randn(T, D) * 3
     expected = reference.moe_layer(x.double(), top_k=A, **in_double(weights))
-    assert relative_error(few.moe_layer(x, top_k=A, **weights), expected) < 1e-5
+    assert relative_error(moe_decode.moe_layer(x, top_k=A, **weights), expected) < 1e-5
 
 
 def test_norm_linear():
@@ -73,7 +73,7 @@ def test_equal_logits_go_to_the_lower_expert(T):
     first = {name: weights[name][:2] for name in ("router_ED", "fc1_EDF", "fc2_EFD")}
     expected = reference.moe_layer(x.double(), top_k=2, **in_double(weights | first))
     weights["fc2_EFD"][2:] = float("nan")  # of these nothing may be read
-    assert relative_error(few.moe_layer(x, top_k=2, **weights), expected) < 1e-5
+    assert relative_error(moe_decode.moe_layer(x, top_k=2, **weights), expected) < 1e-5
 
 
 def test_everyone_to_the_same_experts():
@@ -81,14 +81,14 @@ def test_everyone_to_the_same_experts():
     weights, x = layer(32, 8, 16, 2), torch.randn(40, 32).abs()
     weights["router_ED"] = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0])[:, None].expand(8, 32).contiguous()
     expected = reference.moe_layer(x.double(), top_k=2, **in_double(weights))
-    assert relative_error(few.moe_layer(x, top_k=2, **weights), expected) < 1e-5
+    assert relative_error(moe_decode.moe_layer(x, top_k=2, **weights), expected) < 1e-5
 
 
 def test_unfit_arguments_are_known():
     weights, x = layer(32, 8, 16, 1), torch.randn(3, 32)
     fits = {"fc1_EDF": weights["fc1_EDF"], "fc2_EFD": weights["fc2_EFD"], "shared": weights["shared"]}
-    assert few.fits_moe(x, **fits)
-    assert not few.fits_moe(x, **fits | {"fc1_EDF": weights["fc1_EDF"].contiguous()})
-    assert not few.fits_moe(x.bfloat16(), **fits)
-    assert not few.fits_moe(torch.randn(3, 64)[:, ::2], **fits)
+    assert moe_decode.fits_moe(x, **fits)
+    assert not moe_decode.fits_moe(x, **fits | {"fc1_EDF": weights["fc1_EDF"].contiguous()})
+    assert not moe_decode.fits_moe(x.bfloat16(), **fits)
+    assert not moe_decode.fits_moe(torch.randn(3, 64)[:, ::2], **fits)
     assert gemv.fits_linear(x[:1], *weights["shared"][:2]) and not gemv.fits_linear(x, *weights["shared"][:2])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from aria import ops
-from aria.ops import LowRank
+from aria.ops import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRASettings:
     """The shape of adapters; the defaults are the authors'."""
 
     rank: int = 8
@@ -33,14 +33,14 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class Adapter(nn.Module):
+class LoRAModule(nn.Module):
     """A low-rank change of one weight; it changes nothing until it is trained.
 
     ``a`` starts uniform within ``1 / sqrt(in)`` and ``b`` at zero, as in PEFT. Beside experts each matrix has that
     bound too: the authors' code takes all of ``(in, R)`` for one fan-in, which makes it ``sqrt(R)`` times smaller.
     """
 
-    def __init__(self, weight: Tensor, settings: LoRA, dtype: torch.dtype | None = None):
+    def __init__(self, weight: Tensor, settings: LoRASettings, dtype: torch.dtype | None = None):
         """Beside a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts; ``dtype`` None: the weight's."""
         super().__init__()
         self.settings, self.scaling, self.dropout = settings, settings.scaling, settings.dropout
@@ -56,9 +56,9 @@ class Adapter(nn.Module):
         a, b = (weight.new_zeros(shape, dtype=dtype, requires_grad=False) for shape in shapes)
         self.a, self.b = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
 
-    def low_rank(self) -> LowRank:
+    def lora(self) -> LoRA:
         """As the operations take it; without dropout outside of training."""
-        return LowRank(self.a, self.b, self.scaling, self.dropout if self.training else 0.0)
+        return LoRA(self.a, self.b, self.scaling, self.dropout if self.training else 0.0)
 
     @torch.no_grad()
     def change(self) -> Tensor:
@@ -67,13 +67,13 @@ class Adapter(nn.Module):
         return (b @ a if a.ndim == 2 else a @ b) * self.scaling
 
 
-class AdaptedLinear(nn.Linear):
+class LoRALinear(nn.Linear):
     """A linear layer with an adapter; shares weight and bias with the layer whose place it takes."""
 
-    adapter: Adapter
+    adapter: LoRAModule
 
     @classmethod
-    def of(cls, linear: nn.Linear, adapter: Adapter) -> AdaptedLinear:
+    def of(cls, linear: nn.Linear, adapter: LoRAModule) -> LoRALinear:
         """To be put in the place of ``linear``."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -82,21 +82,21 @@ class AdaptedLinear(nn.Linear):
         return made.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.adapted_linear(x, self.weight, self.bias, self.adapter.low_rank())
+        return ops.lora_linear(x, self.weight, self.bias, self.adapter.lora())
 
 
-def together(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+def lora_linears(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """Linear layers of one input; if all have adapters, these read it once, and may drop the same of it."""
-    adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+    adapted = [linear for linear in linears if isinstance(linear, LoRALinear)]
     if len(adapted) < len(linears):
         return tuple(linear(x_TD) for linear in linears)
     layers = [(linear.weight, linear.bias) for linear in adapted]
-    return ops.adapted_linears(x_TD, layers, [linear.adapter.low_rank() for linear in adapted])
+    return ops.lora_linears(x_TD, layers, [linear.adapter.lora() for linear in adapted])
 
 
-def attach(model: nn.Module, name: str, settings: LoRA, dtype: torch.dtype | None = None) -> Adapter:
+def attach_lora(model: nn.Module, name: str, settings: LoRASettings, dtype: torch.dtype | None = None) -> LoRAModule:
     """Put a fresh adapter beside the weight of a module of ``model``, a linear layer or the grouped experts' ``fc1`` or
-    ``fc2``. All modules around it know that they are ``adapted``: kernels that read weights pass adapters by.
+    ``fc2``. All modules around it get ``has_lora``: kernels that read weights alone do not apply to them.
 
     Raises:
         ValueError: the module can have none, or has one.
@@ -108,17 +108,17 @@ def attach(model: nn.Module, name: str, settings: LoRA, dtype: torch.dtype | Non
         raise ValueError(f"{name} has an adapter already")
     if not _able(parent, module):
         raise ValueError(f"{name} is a {type(module).__name__}; only linear layers and grouped experts take adapters")
-    adapter = Adapter(module.weight, settings, dtype).train(module.training)
+    adapter = LoRAModule(module.weight, settings, dtype).train(module.training)
     if isinstance(module, nn.Linear):
-        setattr(parent, last, AdaptedLinear.of(module, adapter))
+        setattr(parent, last, LoRALinear.of(module, adapter))
     else:
         module.adapter = adapter
     for depth in range(len(path) + 1):
-        model.get_submodule(".".join(path[:depth])).adapted = True  # type: ignore[assignment]  # a mark, not a module
+        model.get_submodule(".".join(path[:depth])).has_lora = True  # type: ignore[assignment]  # a mark, not a module
     return adapter
 
 
-def adaptable(model: nn.Module) -> list[str]:
+def lora_targets(model: nn.Module) -> list[str]:
     """Names of modules that can have an adapter: linear layers and grouped experts.
 
     Not what lies inside an ``nn.MultiheadAttention``: where transformers computes, its weights are read past the
@@ -133,11 +133,11 @@ def adaptable(model: nn.Module) -> list[str]:
 
 
 def _able(parent: nn.Module, module: nn.Module) -> bool:
-    kind = isinstance(module, nn.Linear) or getattr(module, "adaptable", False)
+    kind = isinstance(module, nn.Linear) or getattr(module, "accepts_lora", False)
     return kind and not isinstance(parent, nn.MultiheadAttention)
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
+def lora_modules(model: nn.Module) -> dict[str, LoRAModule]:
     """All adapters of a model, by the names of the modules they are beside."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAModule))
     return {name.removesuffix(".adapter"): adapter for name, adapter in found}

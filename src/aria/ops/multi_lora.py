@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aria.ops.low_rank import LowRank
+from aria.ops.lora import LoRA
 from aria.ops.moe import waits
 from aria.ops.reference import swiglu
 
@@ -26,56 +26,57 @@ ALIGNMENT = 8
 """Grouped products step over ranks in 16 bytes, so these are filled up to a multiple of 8."""
 
 
-class Stack(NamedTuple):
+class MultiLoRA(NamedTuple):
     """The adapters of one weight, side by side; their scaling is part of ``b``."""
 
     a: Tensor
     """``(R, I)`` beside a linear's weight, ``(E, I, R)`` beside those of E experts."""
     b: Tensor
     """``(O, R)``, or ``(E, R, O)``."""
-    owners: Tensor
+    adapter_ids: Tensor
     """int32 ``(R,)``: whose rank this is, from 1 on; -1 is nobody's. Tokens of number 0 have no adapter."""
 
 
-class MoEStacks(NamedTuple):
+class MoEMultiLoRA(NamedTuple):
     """The adapters of a layer's mixture of experts, by weight; None where a weight has none."""
 
-    fc1: Stack | None = None
-    fc2: Stack | None = None
-    gate_up: Stack | None = None
+    fc1: MultiLoRA | None = None
+    fc2: MultiLoRA | None = None
+    gate_up: MultiLoRA | None = None
     """Of the shared experts."""
-    down: Stack | None = None
+    down: MultiLoRA | None = None
 
 
-NO_STACKS = MoEStacks()
+NO_LORAS = MoEMultiLoRA()
 
 
-def stack_adapters(parts: Sequence[tuple[int, int, LowRank]], outputs: int, like: Tensor) -> Stack:
+def stack_loras(parts: Sequence[tuple[int, int, LoRA]], outputs: int, like: Tensor) -> MultiLoRA:
     """Put adapters side by side.
 
     Args:
-        parts: owner, first output, and the adapter, whose outputs may be some of many: q's among those of q, k and v.
+        parts: adapter id, first output and LoRA weights, whose outputs may be some of many: q's among those of q, k
+            and v.
         outputs: O.
         like: the weight's dtype and device.
 
     Raises:
         ValueError: values are not finite in that dtype. A zero times one of them would spoil tokens of all others.
     """
-    assert parts, "there is nothing to stack"
+    assert parts, "there are no weights to stack"
     experts = parts[0][2].a.ndim == 3
     inputs = parts[0][2].a.shape[1]
-    ranks = [low_rank.a.shape[-1 if experts else 0] for _, _, low_rank in parts]
+    ranks = [lora.a.shape[-1 if experts else 0] for _, _, lora in parts]
     R = -(-sum(ranks) // ALIGNMENT) * ALIGNMENT
     E = parts[0][2].a.shape[:1] if experts else ()
     # Rank is b's last axis beside a linear and a's beside experts: here it is always the first of both.
     a, b = (like.new_zeros(R, *E, size, dtype=torch.float32, requires_grad=False) for size in (inputs, outputs))
-    owners = torch.full((R,), -1, dtype=torch.int32)
+    adapter_ids = torch.full((R,), -1, dtype=torch.int32)
     at = 0
-    for (owner, first, low_rank), rank in zip(parts, ranks, strict=True):
+    for (adapter_id, first, lora), rank in zip(parts, ranks, strict=True):
         rows = slice(at, at + rank)
-        a[rows] = low_rank.a.detach().movedim(-1 if experts else 0, 0)
-        b[rows, ..., first : first + _outputs(low_rank)] = low_rank.b.detach().movedim(1, 0) * low_rank.scaling
-        owners[rows] = owner
+        a[rows] = lora.a.detach().movedim(-1 if experts else 0, 0)
+        b[rows, ..., first : first + _outputs(lora)] = lora.b.detach().movedim(1, 0) * lora.scaling
+        adapter_ids[rows] = adapter_id
         at += rank
     a, b = a.to(like.dtype), b.to(like.dtype)
     if not (a.isfinite().all() and b.isfinite().all()):
@@ -84,88 +85,92 @@ def stack_adapters(parts: Sequence[tuple[int, int, LowRank]], outputs: int, like
             "serve the model in a dtype that holds them"
         )
     if experts:
-        return Stack(a.movedim(0, -1).contiguous(), b.transpose(0, 1).contiguous(), owners.to(like.device))
-    return Stack(a, b.t().contiguous(), owners.to(like.device))
+        return MultiLoRA(a.movedim(0, -1).contiguous(), b.transpose(0, 1).contiguous(), adapter_ids.to(like.device))
+    return MultiLoRA(a, b.t().contiguous(), adapter_ids.to(like.device))
 
 
-def _outputs(low_rank: LowRank) -> int:
-    return low_rank.b.shape[-1 if low_rank.b.ndim == 3 else 0]
+def _outputs(lora: LoRA) -> int:
+    return lora.b.shape[-1 if lora.b.ndim == 3 else 0]
 
 
-def stacked_linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor) -> Tensor:
+def multi_lora_linear_add(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor) -> Tensor:
     """``y`` and what each token's adapter adds to a linear of ``x``.
 
     Args:
         y_TO: the linear's output, or that with a residual.
         x_TI: its input.
-        stack: the adapters.
-        owners_T: int32, whose token this is; 0 is nobody's.
+        lora: the adapters.
+        adapter_ids_T: int32, whose token this is; 0 is nobody's.
     """
-    return torch.addmm(y_TO, own_ranks(F.linear(x_TI, stack.a), stack, owners_T), stack.b.t())
+    return torch.addmm(y_TO, mask_other_adapters(F.linear(x_TI, lora.a), lora, adapter_ids_T), lora.b.t())
 
 
-def stacked_expert_mlp(
+def multi_lora_expert_mlp(
     x_TD: Tensor,
     fc1_EDF: Tensor,
     fc2_EFD: Tensor,
     weights_TA: Tensor,
     index_TA: Tensor,
-    stacks: tuple[Stack | None, Stack | None],
-    owners_T: Tensor,
+    loras: tuple[MultiLoRA | None, MultiLoRA | None],
+    adapter_ids_T: Tensor,
 ) -> Tensor:
     """:func:`aria.ops.reference.expert_mlp` in which each token has its own adapters of ``fc1`` and ``fc2``.
 
-    Nothing waits for the host where :func:`graphs_hold_stacked`.
+    Nothing waits for the host where :func:`multi_lora_is_graph_safe`.
     """
     T, A = index_TA.shape
     experts, order = index_TA.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
     token_P = order // A
-    x_PD, owners_P = x_TD[token_P], owners_T[token_P]
-    if graphs_hold_stacked(x_TD, fc1_EDF, fc2_EFD):
+    x_PD, adapter_ids_P = x_TD[token_P], adapter_ids_T[token_P]
+    if multi_lora_is_graph_safe(x_TD, fc1_EDF, fc2_EFD):
         offsets = ends.int()
-        hidden_PF = swiglu(_grouped(x_PD, fc1_EDF, stacks[0], owners_P, offsets))
-        y_PD = _grouped(hidden_PF, fc2_EFD, stacks[1], owners_P, offsets)
+        hidden_PF = swiglu(_grouped(x_PD, fc1_EDF, loras[0], adapter_ids_P, offsets))
+        y_PD = _grouped(hidden_PF, fc2_EFD, loras[1], adapter_ids_P, offsets)
     else:
-        y_PD = _loop(x_PD, (fc1_EDF, fc2_EFD), stacks, owners_P, ends.tolist())
+        y_PD = _loop(x_PD, (fc1_EDF, fc2_EFD), loras, adapter_ids_P, ends.tolist())
     y_TAD = torch.empty_like(y_PD).index_copy_(0, order, y_PD).view(T, A, -1)
     return (y_TAD * weights_TA[:, :, None]).sum(1)
 
 
-def graphs_hold_stacked(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
-    """Whether :func:`stacked_expert_mlp` can be part of a CUDA graph: where grouped products ask no host how many
+def multi_lora_is_graph_safe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
+    """Whether :func:`multi_lora_expert_mlp` can be part of a CUDA graph: where grouped products ask no host how many
     tokens each expert has."""
     return not waits(x_TD, fc1_EDF, fc2_EFD)
 
 
-def own_ranks(h: Tensor, stack: Stack, owners: Tensor) -> Tensor:
+def mask_other_adapters(h: Tensor, lora: MultiLoRA, adapter_ids: Tensor) -> Tensor:
     """Zero in place what belongs to other adapters. Not by a product: what another adapter makes infinite stays its
     own. Not by ``torch.where``: its zero would be copied to the device, which no graph may do."""
-    return h.masked_fill_(stack.owners != owners[:, None], 0)
+    return h.masked_fill_(lora.adapter_ids != adapter_ids[:, None], 0)
 
 
-def _grouped(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, offsets: Tensor) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, lora: MultiLoRA | None, adapter_ids: Tensor, offsets: Tensor) -> Tensor:
     y = F.grouped_mm(x, weight, offs=offsets)
-    if stack is None:
+    if lora is None:
         return y
-    return y.add_(F.grouped_mm(own_ranks(F.grouped_mm(x, stack.a, offs=offsets), stack, owners), stack.b, offs=offsets))
+    return y.add_(
+        F.grouped_mm(
+            mask_other_adapters(F.grouped_mm(x, lora.a, offs=offsets), lora, adapter_ids), lora.b, offs=offsets
+        )
+    )
 
 
 def _loop(
     x: Tensor,
     weights: tuple[Tensor, Tensor],
-    stacks: tuple[Stack | None, Stack | None],
-    owners: Tensor,
+    loras: tuple[MultiLoRA | None, MultiLoRA | None],
+    adapter_ids: Tensor,
     ends: Sequence[int],
 ) -> Tensor:
-    def product(x: Tensor, weight: Tensor, stack: Stack | None, owners: Tensor, expert: int) -> Tensor:
+    def product(x: Tensor, weight: Tensor, lora: MultiLoRA | None, adapter_ids: Tensor, expert: int) -> Tensor:
         y = x @ weight[expert]
-        return y if stack is None else y + own_ranks(x @ stack.a[expert], stack, owners) @ stack.b[expert]
+        return y if lora is None else y + mask_other_adapters(x @ lora.a[expert], lora, adapter_ids) @ lora.b[expert]
 
     pieces = []
     for expert, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
         if end > start:
-            own = owners[start:end]
-            hidden = swiglu(product(x[start:end], weights[0], stacks[0], own, expert))
-            pieces.append(product(hidden, weights[1], stacks[1], own, expert))
+            own = adapter_ids[start:end]
+            hidden = swiglu(product(x[start:end], weights[0], loras[0], own, expert))
+            pieces.append(product(hidden, weights[1], loras[1], own, expert))
     return torch.cat(pieces)

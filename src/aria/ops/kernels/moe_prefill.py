@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aria.ops.kernels.grouped_gemm import Tiles, grouped
 from aria.ops.kernels.permute import combine, norm_route, permute, place
-from aria.ops.kernels.room import HOPPER, shared_memory
+from aria.ops.kernels.shared_memory import HOPPER, shared_memory
 from aria.ops.layout import adjacent, as_one
 
 # Up to 64 rows an expert reading weights is the time: tiles as low as the tensor cores allow, and expert after expert,

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aria.ops.kernels.pdl import overlap, release, wait
-from aria.ops.kernels.room import stages_within
-from aria.ops.stacked import Stack
+from aria.ops.kernels.shared_memory import stages_within
+from aria.ops.multi_lora import MultiLoRA
 
 SPLIT = 4
 MOST_RANKS = 128
@@ -43,8 +43,8 @@ def _part(
 
 @triton.jit
 def _thin_kernel(
-    x_ptr, a_ptr, a_owners_ptr, h_ptr, shared_x_ptr, shared_a_ptr, shared_owners_ptr, shared_h_ptr,
-    owners_ptr, rows_ptr, counts_ptr, busy_ptr, T,
+    x_ptr, a_ptr, rank_ids_ptr, h_ptr, shared_x_ptr, shared_a_ptr, shared_rank_ids_ptr, shared_h_ptr,
+    ids_ptr, rows_ptr, counts_ptr, busy_ptr, T,
     E: tl.constexpr, A: tl.constexpr, I: tl.constexpr, R: tl.constexpr, SHARED_I: tl.constexpr, SHARED_R: tl.constexpr,
     BY_ROW: tl.constexpr, EVERY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr,
     SHARED_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -59,12 +59,12 @@ def _thin_kernel(
     program, part = tl.program_id(0), tl.program_id(1)
     if SHARED_R > 0 and program < tiles:
         _of_shared(
-            shared_x_ptr, shared_a_ptr, shared_owners_ptr, shared_h_ptr + part * T * SHARED_R, owners_ptr, T, program,
+            shared_x_ptr, shared_a_ptr, shared_rank_ids_ptr, shared_h_ptr + part * T * SHARED_R, ids_ptr, T, program,
             part, SHARED_I, SHARED_R, BLOCK_T, BLOCK_I, SHARED_BLOCK, PARTS, STAGES,
         )  # fmt: skip
     if R > 0 and program >= tiles:
         _of_expert(
-            x_ptr, a_ptr, a_owners_ptr, h_ptr + part * T * A * R, owners_ptr, rows_ptr, counts_ptr, busy_ptr, T,
+            x_ptr, a_ptr, rank_ids_ptr, h_ptr + part * T * A * R, ids_ptr, rows_ptr, counts_ptr, busy_ptr, T,
             program - tiles, part, E, A, I, R, BY_ROW, EVERY, BLOCK_T, BLOCK_I, R_BLOCK, PARTS, STAGES,
         )  # fmt: skip
     release(PDL)
@@ -72,7 +72,7 @@ def _thin_kernel(
 
 @triton.jit
 def _of_shared(
-    x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, T, tile, part, I: tl.constexpr, R: tl.constexpr,
+    x_ptr, a_ptr, rank_ids_ptr, h_ptr, ids_ptr, T, tile, part, I: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     LENGTH: tl.constexpr = ((I + BLOCK_I - 1) // BLOCK_I + PARTS - 1) // PARTS * BLOCK_I
@@ -81,12 +81,12 @@ def _of_shared(
     a_ptrs = a_ptr + tl.arange(0, R_BLOCK) * I
     x_ptrs = x_ptr + tl.minimum(token, T - 1) * I
     sums = _part(x_ptrs, a_ptrs, 1, live, part * LENGTH, I, R, BLOCK_T, BLOCK_I, R_BLOCK, LENGTH, STAGES)
-    _store(sums, h_ptr, token, token, live, a_owners_ptr, owners_ptr, R, R_BLOCK)
+    _store(sums, h_ptr, token, token, live, rank_ids_ptr, ids_ptr, R, R_BLOCK)
 
 
 @triton.jit
 def _of_expert(
-    x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, rows_ptr, counts_ptr, busy_ptr, T, slot, part,
+    x_ptr, a_ptr, rank_ids_ptr, h_ptr, ids_ptr, rows_ptr, counts_ptr, busy_ptr, T, slot, part,
     E: tl.constexpr, A: tl.constexpr, I: tl.constexpr, R: tl.constexpr, BY_ROW: tl.constexpr, EVERY: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -105,15 +105,15 @@ def _of_expert(
             token = row // A
             x_ptrs = x_ptr + (row if BY_ROW else token) * I
             sums = _part(x_ptrs, a_ptrs, R, live, part * LENGTH, I, R, BLOCK_T, BLOCK_I, R_BLOCK, LENGTH, STAGES)
-            _store(sums, h_ptr, row, token, live, a_owners_ptr, owners_ptr, R, R_BLOCK)
+            _store(sums, h_ptr, row, token, live, rank_ids_ptr, ids_ptr, R, R_BLOCK)
             start += BLOCK_T
 
 
 @triton.jit
-def _store(sums, h_ptr, row, token, live, rank_owners_ptr, owners_ptr, R: tl.constexpr, R_BLOCK: tl.constexpr):
+def _store(sums, h_ptr, row, token, live, rank_ids_ptr, ids_ptr, R: tl.constexpr, R_BLOCK: tl.constexpr):
     r = tl.arange(0, R_BLOCK)
-    mine = tl.load(owners_ptr + token, mask=live, other=0)
-    theirs = tl.load(rank_owners_ptr + r, mask=r < R, other=-1)
+    mine = tl.load(ids_ptr + token, mask=live, other=0)
+    theirs = tl.load(rank_ids_ptr + r, mask=r < R, other=-1)
     kept = tl.where(mine[:, None] == theirs[None, :], sums, 0.0)
     tl.store(h_ptr + row[:, None] * R + r[None, :], kept, mask=live[:, None] & (r < R)[None, :])
 
@@ -139,16 +139,16 @@ def widen(
 
 
 # Whose tokens are scored may begin anywhere among a step's.
-@triton.jit(do_not_specialize_on_alignment=["owners_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def _linear_kernel(
-    x_ptr, a_ptr, a_owners_ptr, h_ptr, owners_ptr, T, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    x_ptr, a_ptr, rank_ids_ptr, h_ptr, ids_ptr, T, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Thin products beside a linear of all tokens: ``h`` is ``(PARTS, T, R)``."""
     wait(PDL)
     part = tl.program_id(1)
     _of_shared(
-        x_ptr, a_ptr, a_owners_ptr, h_ptr + part * T * R, owners_ptr, T, tl.program_id(0), part, I, R, BLOCK_T,
+        x_ptr, a_ptr, rank_ids_ptr, h_ptr + part * T * R, ids_ptr, T, tl.program_id(0), part, I, R, BLOCK_T,
         BLOCK_I, R_BLOCK, PARTS, STAGES,
     )  # fmt: skip
     release(PDL)
@@ -194,17 +194,17 @@ class Thin(NamedTuple):
 NOTHING = Thin(None, None, None, None)
 
 
-def fits(*stacks: Stack | None) -> bool:
+def fits(*loras: MultiLoRA | None) -> bool:
     """Whether :func:`thin` and :func:`linear_add` take these adapters."""
-    return all(stack is None or len(stack.owners) <= MOST_RANKS for stack in stacks)
+    return all(lora is None or len(lora.adapter_ids) <= MOST_RANKS for lora in loras)
 
 
 def thin(
     x: Tensor,
-    stack: Stack | None,
+    lora: MultiLoRA | None,
     shared_x: Tensor,
-    shared: Stack | None,
-    owners_T: Tensor,
+    shared: MultiLoRA | None,
+    adapter_ids_T: Tensor,
     lists: tuple[Tensor, ...],
     top_k: int,
     *,
@@ -216,45 +216,47 @@ def thin(
 
     Args:
         x: ``(T, I)``, or ``(T * A, I)`` with a row for each pair of a token and an expert.
-        stack: the routed experts' adapters.
+        lora: the routed experts' adapters.
         shared_x, shared: ``(T, I)`` and adapters of the shared experts.
-        owners_T: int32, whose adapter each token has.
-        lists: rows, counts and busy experts of :mod:`aria.ops.kernels.few`.
+        adapter_ids_T: int32, whose adapter each token has.
+        lists: rows, counts and busy experts of :mod:`aria.ops.kernels.moe_decode`.
         experts: how many can be busy; E means that all are looked at.
         block: tokens of a tile.
     """
-    if stack is None and shared is None:
+    if lora is None and shared is None:
         return NOTHING
-    T = len(owners_T)
-    R, SHARED_R = (0 if one is None else len(one.owners) for one in (stack, shared))
+    T = len(adapter_ids_T)
+    R, SHARED_R = (0 if one is None else len(one.adapter_ids) for one in (lora, shared))
     h, shared_h = (
         x.new_empty(SPLIT, rows, r, dtype=torch.float32) if r else None for rows, r in ((T * top_k, R), (T, SHARED_R))
     )
     E = len(lists[1])
-    programs = (triton.cdiv(T, block) if shared else 0) + (experts if stack else 0)
+    programs = (triton.cdiv(T, block) if shared else 0) + (experts if lora else 0)
     _thin_kernel[(programs, SPLIT)](
-        x, stack and stack.a, stack and stack.owners, h, shared_x, shared and shared.a, shared and shared.owners,
-        shared_h, owners_T, *lists, T,
+        x, lora and lora.a, lora and lora.adapter_ids, h, shared_x, shared and shared.a, shared and shared.adapter_ids,
+        shared_h, adapter_ids_T, *lists, T,
         E=E, A=top_k, I=x.shape[1], R=R, SHARED_I=shared_x.shape[1], SHARED_R=SHARED_R, BY_ROW=len(x) > T,
         EVERY=experts == E, BLOCK_T=block, R_BLOCK=_block(R), SHARED_BLOCK=_block(SHARED_R), PARTS=SPLIT,
         **_tile(x, block, max(R, SHARED_R)), **options,
     )  # fmt: skip
-    return Thin(h, stack and stack.b, shared_h, shared and shared.b)
+    return Thin(h, lora and lora.b, shared_h, shared and shared.b)
 
 
-def linear_add(y_TO: Tensor, x_TI: Tensor, stack: Stack, owners_T: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """See :func:`aria.ops.stacked.stacked_linear_add`. ``out`` may be ``y`` itself."""
-    (T, outputs), R, options = y_TO.shape, len(stack.owners), overlap(x_TI.device)
+def linear_add(
+    y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """See :func:`aria.ops.multi_lora.multi_lora_linear_add`. ``out`` may be ``y`` itself."""
+    (T, outputs), R, options = y_TO.shape, len(lora.adapter_ids), overlap(x_TI.device)
     assert x_TI.is_contiguous() and y_TO.is_contiguous(), "rows lie one after another"
     out = torch.empty_like(y_TO) if out is None else out
     h = x_TI.new_empty(SPLIT, T, R, dtype=torch.float32)
     block, ranks = {"BLOCK_T": 16, "PARTS": SPLIT} | options, {"R": R, "R_BLOCK": _block(R)}
     tiles = triton.cdiv(T, 16)
     _linear_kernel[(tiles, SPLIT)](
-        x_TI, stack.a, stack.owners, h, owners_T, T, I=x_TI.shape[1], **ranks, **_tile(x_TI, 16, R), **block
+        x_TI, lora.a, lora.adapter_ids, h, adapter_ids_T, T, I=x_TI.shape[1], **ranks, **_tile(x_TI, 16, R), **block
     )
     _add_kernel[(triton.cdiv(outputs, 64), tiles)](
-        y_TO, h, stack.b, out, T, O=outputs, BLOCK_O=64, num_warps=4, **ranks, **block
+        y_TO, h, lora.b, out, T, O=outputs, BLOCK_O=64, num_warps=4, **ranks, **block
     )
     return out
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aria import ops
-from aria.ops import LowRank, MoEStacks, Stack
+from aria.ops import LoRA, MoEMultiLoRA, MultiLoRA
 
 LAYERS = "language_model.model.layers"
 HEAD = "language_model.lm_head"
@@ -28,71 +28,71 @@ PARTS = {
 }
 
 
-class AdapterStacks:
+class MultiLoRAWeights:
     """What several adapters change in a decoder and its head, stacked by weight; the weights stay as they are.
 
     Args:
-        model: an :class:`~aria.model.Aria`, whose dtype and device the stacks take.
+        model: an :class:`~aria.model.Aria`, whose dtype and device the loras take.
         adapters: of each adapter the low-rank changes by names of modules; the first is number 1.
 
     Raises:
         ValueError: a name is no linear or grouped expert of the decoder, or a shape is not that of its weight.
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Mapping[str, LowRank]]):
+    def __init__(self, model: nn.Module, adapters: Sequence[Mapping[str, LoRA]]):
         places = _places(model)
         modules = dict(model.named_modules())
-        parts: dict[tuple[int, str], list[tuple[int, int, LowRank]]] = {}
-        for owner, changes in enumerate(adapters, 1):
-            for name, low_rank in changes.items():
+        parts: dict[tuple[int, str], list[tuple[int, int, LoRA]]] = {}
+        for adapter_id, changes in enumerate(adapters, 1):
+            for name, lora in changes.items():
                 if name not in places:
                     raise ValueError(f"an adapter changes {name!r:.200}, which is no linear or expert of the decoder")
-                _check(name, modules[name].weight, low_rank)
+                _check(name, modules[name].weight, lora)
                 layer, part, first = places[name]
-                parts.setdefault((layer, part), []).append((owner, first, low_rank))
-        self._stacks: dict[tuple[int, str], Stack] = {}
+                parts.setdefault((layer, part), []).append((adapter_id, first, lora))
+        self._loras: dict[tuple[int, str], MultiLoRA] = {}
         for (layer, part), found in parts.items():
             weights = [modules[name].weight for name, place in places.items() if place[:2] == (layer, part)]
             outputs = sum(_sizes(weight)[1] for weight in weights)
-            self._stacks[layer, part] = ops.stack_adapters(found, outputs, weights[0])
+            self._loras[layer, part] = ops.stack_loras(found, outputs, weights[0])
 
     def __len__(self) -> int:
-        return len(self._stacks)
+        return len(self._loras)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for stack in self._stacks.values() for tensor in stack)
+        return sum(tensor.nbytes for lora in self._loras.values() for tensor in lora)
 
     @property
     def on_experts(self) -> bool:
         """Whether any layer's mixture of experts is changed; fused kernels take that up to so many ranks and tokens."""
-        return any(part in MoEStacks._fields for _, part in self._stacks)
+        return any(part in MoEMultiLoRA._fields for _, part in self._loras)
 
-    def of(self, layer: int, part: str) -> Stack | None:
-        """The stack of a layer's part, or of the head, ``(-1, "head")``; None where no adapter changes it."""
-        return self._stacks.get((layer, part))
+    def of(self, layer: int, part: str) -> MultiLoRA | None:
+        """The lora of a layer's part, or of the head, ``(-1, "head")``; None where no adapter changes it."""
+        return self._loras.get((layer, part))
 
 
 @dataclass(frozen=True)
-class StepAdapters:
+class AdapterBatch:
     """The adapters of one step: whose each token is."""
 
-    stacks: AdapterStacks
-    owners: Tensor
+    loras: MultiLoRAWeights
+    adapter_ids: Tensor
     """int32 ``(T,)``: the number of each token's adapter, 0 for none."""
 
-    def at(self, places: Tensor) -> StepAdapters:
+    def at(self, places: Tensor) -> AdapterBatch:
         """The same for some of the tokens."""
-        return replace(self, owners=self.owners.index_select(0, places))
+        return replace(self, adapter_ids=self.adapter_ids.index_select(0, places))
 
     def add(self, layer: int, part: str, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """``y`` and what each token's adapter makes of ``x`` in this part; ``y`` itself where none changes it."""
-        stack = self.stacks.of(layer, part)
-        return y_TO if stack is None else ops.stacked_linear_add(y_TO, x_TI, stack, self.owners)
+        lora = self.loras.of(layer, part)
+        return y_TO if lora is None else ops.multi_lora_linear_add(y_TO, x_TI, lora, self.adapter_ids)
 
-    def of_experts(self, layer: int) -> MoEStacks:
+    def of_experts(self, layer: int) -> MoEMultiLoRA:
         """What changes a layer's mixture of experts."""
-        return MoEStacks(**{part: self.stacks.of(layer, part) for part in MoEStacks._fields})
+        return MoEMultiLoRA(**{part: self.loras.of(layer, part) for part in MoEMultiLoRA._fields})
 
     def head(self, logits_TV: Tensor, hidden_TD: Tensor) -> Tensor:
         """Scores with what each token's adapter adds to the head."""
@@ -117,10 +117,10 @@ def _sizes(weight: Tensor) -> tuple[int, int]:
     return (weight.shape[1], weight.shape[0]) if weight.ndim == 2 else (weight.shape[1], weight.shape[2])
 
 
-def _check(name: str, weight: Tensor, low_rank: LowRank) -> None:
+def _check(name: str, weight: Tensor, lora: LoRA) -> None:
     """A low-rank change fits a weight."""
     size, out = _sizes(weight)
-    a, b = tuple(low_rank.a.shape), tuple(low_rank.b.shape)
+    a, b = tuple(lora.a.shape), tuple(lora.b.shape)
     if weight.ndim == 2:
         fits = len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == (size, out)
         expected = f"(R, {size}) and ({out}, R)"
@@ -128,5 +128,5 @@ def _check(name: str, weight: Tensor, low_rank: LowRank) -> None:
         E = weight.shape[0]
         fits = len(a) == len(b) == 3 and a[2] == b[1] and (a[0], a[1], b[0], b[2]) == (E, size, E, out)
         expected = f"({E}, {size}, R) and ({E}, R, {out})"
-    if not fits or not all(torch.is_floating_point(x) for x in (low_rank.a, low_rank.b)):
+    if not fits or not all(torch.is_floating_point(x) for x in (lora.a, lora.b)):
         raise ValueError(f"the adapter of {name} has the shapes {a} and {b}; expected {expected}, as its weight is")

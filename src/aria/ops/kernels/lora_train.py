@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels.room import Loop, first_within
-from aria.ops.low_rank import LowRank
+from aria.ops.kernels.shared_memory import Loop, first_within
+from aria.ops.lora import LoRA
 
 ROWS = 32
 """Rows of a tile: few, so that a linear layer's 8,192 tokens are two programs for each multiprocessor."""
@@ -194,8 +194,8 @@ def fits(rank: int, size: int, adapter_size: int, device: torch.device) -> bool:
     return _shrinking(*sizes) is not None and _expanding(*sizes) is not None
 
 
-def fits_linears(x: Tensor, adapters: Sequence[LowRank]) -> bool:
-    """Whether :func:`adapted_linears` takes these: read together, their ranks add up."""
+def fits_linears(x: Tensor, adapters: Sequence[LoRA]) -> bool:
+    """Whether :func:`lora_linears` takes these: read together, their ranks add up."""
     rank, size = sum(len(adapter.a) for adapter in adapters), max(adapter.a.element_size() for adapter in adapters)
     return fits(rank, x.element_size(), size, x.device)
 
@@ -289,7 +289,7 @@ def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Te
     return y
 
 
-class _AdaptedLinears(torch.autograd.Function):
+class _LoRALinears(torch.autograd.Function):
     """Linears of one input with their adapters. Keeps ``x`` and the thin products, which are one for all."""
 
     @staticmethod
@@ -361,21 +361,21 @@ def _thin(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.t() @ y).to(dtype)
 
 
-def adapted_linears(
-    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LowRank]
+def lora_linears(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LoRA]
 ) -> tuple[Tensor, ...]:
-    """See :func:`aria.ops.reference.adapted_linears`; layers that count and drop alike are read together."""
+    """See :func:`aria.ops.reference.lora_linears`; layers that count and drop alike are read together."""
     if len({(adapter.scaling, adapter.dropout, adapter.a.dtype) for adapter in adapters}) > 1:
         pairs = zip(layers, adapters, strict=True)
-        return tuple(adapted_linears(x_TI, [layer], [adapter])[0] for layer, adapter in pairs)
+        return tuple(lora_linears(x_TI, [layer], [adapter])[0] for layer, adapter in pairs)
     matrices = [
         matrix
         for layer, adapter in zip(layers, adapters, strict=True)
         for matrix in Layer(*layer, adapter.a, adapter.b)
     ]
-    return _AdaptedLinears.apply(x_TI, adapters[0].scaling, adapters[0].dropout, *matrices)
+    return _LoRALinears.apply(x_TI, adapters[0].scaling, adapters[0].dropout, *matrices)
 
 
-def adapted_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LowRank) -> Tensor:
-    """See :func:`aria.ops.reference.adapted_linear`."""
-    return adapted_linears(x_TI, [(weight_OI, bias_O)], [adapter])[0]
+def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LoRA) -> Tensor:
+    """See :func:`aria.ops.reference.lora_linear`."""
+    return lora_linears(x_TI, [(weight_OI, bias_O)], [adapter])[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aria.ops import reference
-from aria.ops.kernels import grouped_gemm, many, permute
+from aria.ops.kernels import grouped_gemm, moe_prefill, permute
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
 # Rows that only fill up a tile hold what was in memory before, and NumPy remarks on its sums.
@@ -163,7 +163,7 @@ class Case:
 
     def run(self, x: Tensor) -> Tensor:
         weights = (self.router, self.fc1, self.fc2, self.shared, self.top_k)
-        return many.moe_layer(x, self.norm, 1e-6, *weights)
+        return moe_prefill.moe_layer(x, self.norm, 1e-6, *weights)
 
     def expected(self) -> Tensor:
         x, norm, *weights = (w.double() for w in (self.x, self.norm, self.router, self.fc1, self.fc2))

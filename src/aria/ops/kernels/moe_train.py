@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels import low_rank, swiglu
-from aria.ops.kernels.low_rank import NONE, Noise, expand, gather
-from aria.ops.low_rank import LowRank
+from aria.ops.kernels import lora_train, swiglu
+from aria.ops.kernels.lora_train import NONE, Noise, expand, gather
+from aria.ops.lora import LoRA
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -101,7 +101,7 @@ def _split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
     return x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
 
 
-def fits(x: Tensor, *adapters: LowRank | None) -> bool:
+def fits(x: Tensor, *adapters: LoRA | None) -> bool:
     """Whether :func:`expert_mlp` takes these adapters: there is room for their ranks."""
     ranks = [(adapter.a.shape[-1], adapter.a.element_size()) for adapter in adapters if adapter is not None]
     if not ranks:
@@ -109,7 +109,7 @@ def fits(x: Tensor, *adapters: LowRank | None) -> bool:
     rank, size = (max(values) for values in zip(*ranks, strict=True))
     sizes = rank, x.element_size(), size, x.device
     loops = swiglu.loop_of(*sizes, False), swiglu.loop_of(*sizes, True)
-    return all(loop is not None for loop in loops) and low_rank.fits(*sizes)
+    return all(loop is not None for loop in loops) and lora_train.fits(*sizes)
 
 
 class _Adapters(NamedTuple):
@@ -213,16 +213,16 @@ def expert_mlp(
     weights_TA: Tensor,
     index_TA: Tensor,
     *,
-    fc1_adapter: LowRank | None = None,
-    fc2_adapter: LowRank | None = None,
+    fc1_lora: LoRA | None = None,
+    fc2_lora: LoRA | None = None,
     present: int | None = None,
 ) -> Tensor:
     """See :func:`aria.ops.reference.expert_mlp`. With PyTorch's grouped products nothing waits for the host."""
-    both = fc1_adapter, fc2_adapter
+    both = fc1_lora, fc2_lora
     rank = max((adapter.a.shape[-1] for adapter in both if adapter is not None), default=0)
     rank = -(-rank // 8) * 8  # grouped products step over 16 bytes at a time
-    a1, b1 = _matrices(fc1_adapter, rank)
-    a2, b2 = _matrices(fc2_adapter, rank)
+    a1, b1 = _matrices(fc1_lora, rank)
+    a2, b2 = _matrices(fc2_lora, rank)
     scaling_1, scaling_2 = (1.0 if adapter is None else adapter.scaling for adapter in both)
     noise_1, noise_2 = (NONE if adapter is None else Noise(adapter.dropout) for adapter in both)
     adapters = _Adapters((scaling_1, scaling_2), (noise_1, noise_2))
@@ -231,7 +231,7 @@ def expert_mlp(
     )  # fmt: skip
 
 
-def _matrices(adapter: LowRank | None, rank: int) -> tuple[Tensor | None, Tensor | None]:
+def _matrices(adapter: LoRA | None, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """An adapter's two matrices, contiguous and filled up to ``rank`` with zeros."""
     if adapter is None:
         return None, None

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aria.ops.kernels import gemv, thin
+from aria.ops.kernels import gemv, multi_lora_decode
 from aria.ops.kernels.gemv import DTYPES, columns
+from aria.ops.kernels.multi_lora_decode import widen
 from aria.ops.kernels.pdl import overlap, release, wait
-from aria.ops.kernels.room import stages_within
-from aria.ops.kernels.thin import widen
-from aria.ops.stacked import NO_STACKS, MoEStacks, Stack
+from aria.ops.kernels.shared_memory import stages_within
+from aria.ops.multi_lora import NO_LORAS, MoEMultiLoRA, MultiLoRA
 
 
 @triton.jit
@@ -348,18 +348,18 @@ def moe_layer(
     fc2_EFD: Tensor,
     shared: tuple[Tensor, Tensor, Tensor],
     top_k: int,
-    stacks: MoEStacks = NO_STACKS,
-    owners_T: Tensor | None = None,
+    loras: MoEMultiLoRA = NO_LORAS,
+    adapter_ids_T: Tensor | None = None,
 ) -> Tensor:
     """:func:`aria.ops.reference.moe_layer` of one to some hundred tokens, without a wait for the host.
 
     Args:
         fc1_EDF, fc2_EFD: shapes ``(E, D, 2F)`` and ``(E, F, D)``, memory ``[E, out, in]``; see :func:`fits_moe`.
-        stacks, owners_T: adapters that :func:`thin.fits`, and whose each token has; see
-            :func:`aria.ops.stacked_moe_layer`.
+        loras, adapter_ids_T: adapters that :func:`multi_lora_decode.fits`, and whose each token has; see
+            :func:`aria.ops.multi_lora_moe_layer`.
     """
     assert fits_moe(x_TD, fc1_EDF, fc2_EFD, shared), "moe_layer: unfit sizes, dtypes or layout of the experts"
-    if x_TD.shape[0] == 1 and owners_T is None:
+    if x_TD.shape[0] == 1 and adapter_ids_T is None:
         return gemv.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
     gate_WD, up_WD, down_DW = shared
     T, (E, D), F, A = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], top_k
@@ -374,14 +374,16 @@ def moe_layer(
 
     lists = _route(x_TD, norm_D, eps, router_ED, normed, A)
 
-    def thinned(x: Tensor, stack: Stack | None, shared_x: Tensor, shared_stack: Stack | None) -> thin.Thin:
-        if owners_T is None:
-            return thin.NOTHING
-        return thin.thin(
-            x, stack, shared_x, shared_stack, owners_T, lists[1:], A, experts=experts, block=block, options=options
+    def thinned(
+        x: Tensor, lora: MultiLoRA | None, shared_x: Tensor, shared_lora: MultiLoRA | None
+    ) -> multi_lora_decode.Thin:
+        if adapter_ids_T is None:
+            return multi_lora_decode.NOTHING
+        return multi_lora_decode.thin(
+            x, lora, shared_x, shared_lora, adapter_ids_T, lists[1:], A, experts=experts, block=block, options=options
         )
 
-    thin_up = thinned(normed, stacks.fc1, normed, stacks.gate_up)
+    thin_up = thinned(normed, loras.fc1, normed, loras.gate_up)
 
     def up(tile: dict[str, int], block: int, beside: int, experts: int) -> None:
         tile = _fitted(tile, block, "BLOCK_D", normed)
@@ -396,15 +398,15 @@ def moe_layer(
     up(_UP if block < _WIDEST else _UP_WIDE, block, beside, experts)
     tile = _fitted(_DOWN if block < _WIDEST else _DOWN_WIDE, block, "BLOCK_F", hidden)
     of_shared = hidden[T * A :].view(T, S * F)
-    thin_down = thinned(hidden[: T * A], stacks.fc2, of_shared, stacks.down if together else None)
+    thin_down = thinned(hidden[: T * A], loras.fc2, of_shared, loras.down if together else None)
     _down_kernel[((beside + experts) * triton.cdiv(D, tile["BLOCK_O"]),)](
         hidden, fc2_EFD, down_DW, *lists[1:], parts, T, SHARED=beside, BLOCK_T=block, **thin_down.arguments(), **sizes,
         **tile, **options,
     )  # fmt: skip
     if not together:
         down = torch.mm(of_shared, down_DW.t(), out=parts[T * A : T * A + T])
-        if stacks.down is not None and owners_T is not None:
-            thin.linear_add(down, of_shared, stacks.down, owners_T, out=down)
+        if loras.down is not None and adapter_ids_T is not None:
+            multi_lora_decode.linear_add(down, of_shared, loras.down, adapter_ids_T, out=down)
     _combine_kernel[(T, triton.cdiv(D, _COMBINE["BLOCK_D"]))](
         x_TD, parts, out, T, D=D, A=A, SHARED=beside or 1, **_COMBINE, **options
     )

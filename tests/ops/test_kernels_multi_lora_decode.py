@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LowRank, MoEStacks, reference
-from aria.ops.kernels import few, thin
+from aria.ops import LoRA, MoEMultiLoRA, reference
+from aria.ops.kernels import moe_decode, multi_lora_decode
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -41,24 +41,24 @@ def weights_of_a_layer() -> dict:
     }
 
 
-def change(part: str, rank: int) -> LowRank:
+def change(part: str, rank: int) -> LoRA:
     *experts, size, out = SHAPES[part]
     if experts:
-        return LowRank(torch.randn(E, size, rank) * 0.3, torch.randn(E, rank, out) * 0.3, 0.5 + rank / 4)
-    return LowRank(torch.randn(rank, size) * 0.3, torch.randn(out, rank) * 0.3, 0.5 + rank / 4)
+        return LoRA(torch.randn(E, size, rank) * 0.3, torch.randn(E, rank, out) * 0.3, 0.5 + rank / 4)
+    return LoRA(torch.randn(rank, size) * 0.3, torch.randn(out, rank) * 0.3, 0.5 + rank / 4)
 
 
-def stacks_of(changes: list[dict[str, LowRank]]) -> MoEStacks:
-    found: dict[str, list[tuple[int, int, LowRank]]] = {}
-    for owner, parts in enumerate(changes, 1):
+def loras_of(changes: list[dict[str, LoRA]]) -> MoEMultiLoRA:
+    found: dict[str, list[tuple[int, int, LoRA]]] = {}
+    for adapter_id, parts in enumerate(changes, 1):
         for part, one in parts.items():
-            found.setdefault(part, []).append((owner, 0, one))
-    return MoEStacks(
-        **{part: ops.stack_adapters(some, SHAPES[part][-1], torch.zeros(1)) for part, some in found.items()}
+            found.setdefault(part, []).append((adapter_id, 0, one))
+    return MoEMultiLoRA(
+        **{part: ops.stack_loras(some, SHAPES[part][-1], torch.zeros(1)) for part, some in found.items()}
     )
 
 
-def merged(weights: dict, changes: dict[str, LowRank]) -> dict:
+def merged(weights: dict, changes: dict[str, LoRA]) -> dict:
     """The layer in float64, with an adapter in its weights."""
 
     def add(weight: Tensor, part: str) -> Tensor:
@@ -78,12 +78,12 @@ def merged(weights: dict, changes: dict[str, LowRank]) -> dict:
     }
 
 
-def kernels(x: Tensor, weights: dict, stacks: MoEStacks, owners: Tensor) -> Tensor:
-    return few.moe_layer(x, top_k=A, stacks=stacks, owners_T=owners, **weights)
+def kernels(x: Tensor, weights: dict, loras: MoEMultiLoRA, adapter_ids: Tensor) -> Tensor:
+    return moe_decode.moe_layer(x, top_k=A, loras=loras, adapter_ids_T=adapter_ids, **weights)
 
 
-def one_by_one(x: Tensor, weights: dict, stacks: MoEStacks, owners: Tensor) -> Tensor:
-    return ops.stacked_moe_layer(x, top_k=A, stacks=stacks, owners_T=owners, **weights)
+def one_by_one(x: Tensor, weights: dict, loras: MoEMultiLoRA, adapter_ids: Tensor) -> Tensor:
+    return ops.multi_lora_moe_layer(x, top_k=A, loras=loras, adapter_ids_T=adapter_ids, **weights)
 
 
 @pytest.mark.parametrize("run", [kernels, one_by_one])
@@ -94,31 +94,33 @@ def test_each_token_has_the_adapters_of_its_owner(run, parts, tokens):
     weights, x = weights_of_a_layer(), torch.randn(tokens, D) * 3
     # The last adapter changes one part only, wherever others change more.
     changes = [
-        {part: change(part, rank) for part in (parts if owner < 2 else parts[-1:])} for owner, rank in enumerate(RANKS)
+        {part: change(part, rank) for part in (parts if adapter_id < 2 else parts[-1:])}
+        for adapter_id, rank in enumerate(RANKS)
     ]
-    owners = torch.randint(0, 1 + len(RANKS), (tokens,), dtype=torch.int32)
-    got = run(x, weights, stacks_of(changes), owners)
-    for t, owner in enumerate(owners.tolist()):
-        own = merged(weights, changes[owner - 1] if owner else {})
+    adapter_ids = torch.randint(0, 1 + len(RANKS), (tokens,), dtype=torch.int32)
+    got = run(x, weights, loras_of(changes), adapter_ids)
+    for t, adapter_id in enumerate(adapter_ids.tolist()):
+        own = merged(weights, changes[adapter_id - 1] if adapter_id else {})
         expected = reference.moe_layer(x[t : t + 1].double(), top_k=A, **own)[0]
-        assert (got[t] - expected).norm() < 1e-5 * expected.norm(), f"token {t} of {owner}"
+        assert (got[t] - expected).norm() < 1e-5 * expected.norm(), f"token {t} of {adapter_id}"
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 19], ids="{} tokens".format)
 def test_a_linear_with_each_tokens_adapter(tokens):
     torch.manual_seed(tokens)
-    x, y, owners = torch.randn(tokens, D), torch.randn(tokens, 70), torch.randint(0, 4, (tokens,), dtype=torch.int32)
+    x, y = torch.randn(tokens, D), torch.randn(tokens, 70)
+    adapter_ids = torch.randint(0, 4, (tokens,), dtype=torch.int32)
     # As those of q, k and v: each changes its own part of the outputs.
-    parts = [(owner, first, LowRank(torch.randn(rank, D), torch.randn(out, rank), 0.7)) for owner, first, out, rank in
-             ((1, 0, 40, 3), (1, 40, 30, 2), (2, 0, 40, 8), (3, 40, 30, 5))]  # fmt: skip
-    stack = ops.stack_adapters(parts, 70, x)
+    sizes = (1, 0, 40, 3), (1, 40, 30, 2), (2, 0, 40, 8), (3, 40, 30, 5)
+    parts = [(n, first, LoRA(torch.randn(R, D), torch.randn(out, R), 0.7)) for n, first, out, R in sizes]
+    stack = ops.stack_loras(parts, 70, x)
     expected = y.double()
-    for owner, first, low_rank in parts:
-        more = x.double() @ low_rank.a.double().t() @ low_rank.b.double().t() * low_rank.scaling
-        expected[:, first : first + more.shape[1]] += more * (owners == owner)[:, None]
-    got = thin.linear_add(y, x, stack, owners)
+    for adapter_id, first, lora in parts:
+        more = x.double() @ lora.a.double().t() @ lora.b.double().t() * lora.scaling
+        expected[:, first : first + more.shape[1]] += more * (adapter_ids == adapter_id)[:, None]
+    got = multi_lora_decode.linear_add(y, x, stack, adapter_ids)
     assert (got - expected).norm() < 1e-5 * expected.norm()
-    assert thin.linear_add(y, x, stack, owners, out=y) is y and torch.equal(y, got)
+    assert multi_lora_decode.linear_add(y, x, stack, adapter_ids, out=y) is y and torch.equal(y, got)
 
 
 def test_what_one_adapter_makes_infinite_stays_its_own():
@@ -126,12 +128,12 @@ def test_what_one_adapter_makes_infinite_stays_its_own():
     weights, x = weights_of_a_layer(), torch.randn(6, D)
     changes = [{part: change(part, 4) for part in SHAPES} for _ in range(2)]
     wild = [changes[0], {part: one._replace(a=one.a * 1e30) for part, one in changes[1].items()}]
-    owners = torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
-    calm, torn = (kernels(x, weights, stacks_of(some), owners) for some in (changes, wild))
-    assert not torn[owners == 2].isfinite().all()
-    assert torch.equal(calm[owners < 2], torn[owners < 2])
+    adapter_ids = torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
+    calm, torn = (kernels(x, weights, loras_of(some), adapter_ids) for some in (changes, wild))
+    assert not torn[adapter_ids == 2].isfinite().all()
+    assert torch.equal(calm[adapter_ids < 2], torn[adapter_ids < 2])
 
 
 def test_many_ranks_are_left_to_others():
-    fit, unfit = (stacks_of([{"fc2": change("fc2", rank)}]) for rank in (128, 129))
-    assert thin.fits(*fit) and not thin.fits(*unfit)
+    fit, unfit = (loras_of([{"fc2": change("fc2", rank)}]) for rank in (128, 129))
+    assert multi_lora_decode.fits(*fit) and not multi_lora_decode.fits(*unfit)
