@@ -67,7 +67,7 @@ $(CLIENTS)/bin/python: | $(VENV)/.developed
 STAGES := 1-language 2-seeing 3-long 4-answers
 nano: $(VENV)/.installed
 	$(PIP_INSTALL) --quiet --editable '.[train]'
-	$(BIN)/python -m recipes.nano.assets.packed
+	$(BIN)/python -m recipes.nano.assets.build
 	$(BIN)/python -m recipes.nano.text.glosses
 	$(BIN)/python -m recipes.nano.train.run --out runs/nano
 	for stage in $(STAGES); do \

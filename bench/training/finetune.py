@@ -29,7 +29,7 @@ from aria import AriaProcessor, Engine, SamplingParams
 from aria.train.data import DataSettings, Question, questions
 from bench import measure
 from bench.server.client import ask
-from recipes.nano.assets.packed import FOLDER
+from recipes.nano.assets.archive import FOLDER
 from recipes.nano.eval.evaluate import answers, made, portions, score
 from recipes.nano.eval.items import Held, Questions
 from recipes.nano.text.tokenizer import NANO_FOLDER

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from recipes.nano.assets import fonts
-from recipes.nano.assets.packed import Assets
+from recipes.nano.assets.archive import Assets
 from recipes.nano.draw.commands import pack
 from recipes.nano.draw.render import Renderer
 from recipes.nano.scenes import scene as scenes

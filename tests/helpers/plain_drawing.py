@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.nano.assets.archive import Assets
 from recipes.nano.assets.fonts import CHARACTERS, EM_SIZES
-from recipes.nano.assets.packed import Assets
 from recipes.nano.draw import commands, outlines
 from recipes.nano.draw.render import Renderer
 from recipes.nano.scenes.scene import LAYERS, Box, Line, Mark, Scene

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from aria.model import Aria
-from recipes.nano.train.learn import Learner, Stages
+from recipes.nano.train.cuda_graphs import Replayed
+from recipes.nano.train.learner import Learner, Stages
 from recipes.nano.train.model import tiny_config
-from recipes.nano.train.replay import Replayed
 
 pytestmark = pytest.mark.gpu
 

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.nano.assets.packed import Assets, clean_label, fingerprint
+from recipes.nano.assets.archive import Assets
+from recipes.nano.assets.build import clean_label, fingerprint
 from recipes.nano.draw import paint
 from recipes.nano.draw.render import IGNORED, Renderer, _patch_points, _query_points
-from recipes.nano.scenes import questions
 from recipes.nano.scenes import scene as scenes
+from recipes.nano.scenes import shape_questions
 from recipes.nano.scenes.planner import Planner
 from recipes.nano.text import dialogue, tokenizer
-from recipes.nano.train import data
+from recipes.nano.train import image_batches
 from tests.helpers.nano_material import draw_scenes, font, jpeg, material, packed_scenes
 from tests.helpers.plain_drawing import draw
 
@@ -78,9 +79,9 @@ def test_packaged_tokenizer_files_are_those_the_recipe_writes(tmp_path):
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", data.KINDS)
+@pytest.mark.parametrize("kind", image_batches.KINDS)
 def test_same_seed_same_batch(assets: Assets, kind: str):
-    first, again, other = (data.make_batch(assets, Random(seed), kind, 32) for seed in (1, 1, 2))
+    first, again, other = (image_batches.make_batch(assets, Random(seed), kind, 32) for seed in (1, 1, 2))
     for key, value in first.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, again[key]), key
@@ -121,7 +122,7 @@ def test_shapes_do_not_overlap_and_pairs_stand_clearly(assets: Assets):
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.size + b.size, (a, b)
         if len(scene.marks) == 2:
             places = [(mark.x, mark.y) for mark in scene.marks]
-            assert questions.side_of(places[0], places[1])
+            assert shape_questions.side_of(places[0], places[1])
 
 
 def _count(answer: str) -> int:
@@ -136,7 +137,7 @@ def test_answers_about_shapes_agree_with_the_scene(assets: Assets):
     checked = {"colour": 0, "count": 0, "where": 0, "beside": 0, "yes": 0}
     for _ in range(600):
         marks = planner.plan(1.0, "shapes").marks
-        for _, (forms, answer) in questions.shape_questions(marks, rng):
+        for _, (forms, answer) in shape_questions.shape_questions(marks, rng):
             question = rng.choice(list(forms))
             if match := re.match(r"How many (?:(\w+) )?(\w+) (?:are|do)", question):
                 colour, name = match[1], "cross" if match[2] == "crosses" else match[2].removesuffix("s")
@@ -198,10 +199,12 @@ def test_descriptions_read_well():
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str):
-    pictures, queries = 32, tokenizer.QUERIES[data.KINDS[kind].size]
-    batch = data.make_batch(assets, Random(8), kind, pictures)
+    pictures, queries = 32, tokenizer.QUERIES[image_batches.KINDS[kind].size]
+    batch = image_batches.make_batch(assets, Random(8), kind, pictures)
     ids, labels, starts = batch["input_ids"], batch["labels"], batch["cu_seqlens"].tolist()
-    assert len(ids) == len(labels) == len(batch["positions"]) == pictures * data.KINDS[kind].tokens == starts[-1]
+    assert (
+        len(ids) == len(labels) == len(batch["positions"]) == pictures * image_batches.KINDS[kind].tokens == starts[-1]
+    )
     assert len(starts) == pictures + 1 + pictures // 4 + 1
     assert max(np.diff(starts)) <= batch["max_seqlen"]
     for n, (start, end) in enumerate(pairwise(starts)):
@@ -220,20 +223,22 @@ def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str)
 
 def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
     assets.save(tmp_path / "assets.npz")
-    plan = data.Plan(
+    plan = image_batches.Plan(
         seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), assets=tmp_path / "assets.npz", workers=1
     )
-    here = data.Batches(plan, assets)
-    for given, wanted, _ in zip(data.loader(plan), here, range(3), strict=False):
+    here = image_batches.Batches(plan, assets)
+    for given, wanted, _ in zip(image_batches.loader(plan), here, range(3), strict=False):
         assert torch.equal(given["input_ids"], wanted["input_ids"])
         assert [tuple(group) for group in given["line_groups"]] == wanted["line_groups"]
 
 
 def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
     words = {key: {"words": 1.0} for key in ("small", "large")}
-    plan = data.Plan(seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), shares=words, growth=4)
-    whole = [batch for batch, _ in zip(data.Batches(plan, assets), range(5), strict=False)]
-    later = [batch for batch, _ in zip(data.Batches(replace(plan, first=3), assets), range(2), strict=False)]
+    plan = image_batches.Plan(
+        seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), shares=words, growth=4
+    )
+    whole = [batch for batch, _ in zip(image_batches.Batches(plan, assets), range(5), strict=False)]
+    later = [batch for batch, _ in zip(image_batches.Batches(replace(plan, first=3), assets), range(2), strict=False)]
     for ours, wanted in zip(later, whole[3:], strict=True):
         assert ours["seed"] == wanted["seed"] and torch.equal(ours["input_ids"], wanted["input_ids"])
         assert torch.equal(ours["line_values"], wanted["line_values"])
@@ -341,7 +346,7 @@ def test_queries_cover_the_patches_of_a_square_picture_once(assets: Assets, rend
 
 
 def test_renderer_repeats_itself(assets: Assets, renderer: Renderer):
-    batch = data.make_batch(assets, Random(13), "small", 8)
+    batch = image_batches.make_batch(assets, Random(13), "small", 8)
     first, again = renderer(batch), renderer(batch)
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
@@ -397,14 +402,14 @@ def test_fingerprints_tell_copies_from_other_pictures():
 
 def test_batches_always_fit_whatever_is_drawn(assets: Assets):
     for seed in range(16):
-        for kind in data.KINDS:
-            batch = data.make_batch(assets, Random(seed), kind, 48, grown=seed / 16)
+        for kind in image_batches.KINDS:
+            batch = image_batches.make_batch(assets, Random(seed), kind, 48, grown=seed / 16)
             assert torch.diff(batch["cu_seqlens"]).max() <= batch["max_seqlen"]
             assert batch["num_tokens"] <= len(batch["input_ids"])
 
 
 def test_labels_weigh_by_the_root_of_their_answers_length() -> None:
     labels = np.array([-100, 5, -100, -100, 5, 6, 7, 8, -100, 3, 4])
-    weights = data.answer_weights(labels)
+    weights = image_batches.answer_weights(labels)
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights, [0, 1, 0, 0, 0.5, 0.5, 0.5, 0.5, 0, 2**-0.5, 2**-0.5], rtol=1e-6)

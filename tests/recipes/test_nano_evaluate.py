@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.nano.assets.packed import pack_files, pack_json
-from recipes.nano.eval import evaluate
-from recipes.nano.eval import items as asked
+from recipes.nano.assets.archive import pack_files, pack_json
+from recipes.nano.eval import evaluate, items
 from recipes.nano.eval.evaluate import Answered
 from recipes.nano.eval.items import Held, Questions
 from recipes.nano.scenes import charts
 from recipes.nano.scenes.scene import PICTURE
-from recipes.nano.text import dialogue as say
-from recipes.nano.text import glosses, language, tokenizer
+from recipes.nano.text import dialogue, glosses, text_questions, tokenizer
 from recipes.nano.text.tokenizer import NANO_FOLDER
 from tests.helpers.nano_material import font, jpeg, material
 
@@ -51,7 +49,7 @@ def few_glosses(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {f"{word}{end}": f"a thing that is called {word}{end}" for word in WORDS for end in ("", "er", "ful")}
     fields = {"definitions": known, "others": [f"{word}ism" for word in WORDS] + [f"{word}ity" for word in WORDS]}
     monkeypatch.setattr(glosses, "read", lambda: type("Glosses", (), fields))
-    for cached in (language.words, language.others):
+    for cached in (text_questions.words, text_questions.others):
         cached.cache_clear()
     torch.set_num_threads(1)
 
@@ -94,11 +92,11 @@ def test_what_is_held_out_is_what_is_asked_with(questions: Questions) -> None:
         assert "openmoji thing" not in [mark.name for mark in used]
         asked_for = re.sub(r"\D+", " ", questions.item("sums", n).question).split()
         low, high = sorted(map(int, asked_for))
-        assert language.held(f"{low} + {high}")
+        assert text_questions.held(f"{low} + {high}")
     assert questions.item("emoji, unseen style", 0).answer == "openmoji thing"
     definitions = [questions.item("definitions", n) for n in range(6)]
     assert len({item.answer for item in definitions}) == 6, "every word once"
-    forms = [re.escape(form).replace(r"\{\}", "[a-z]+") for form in language.DEFINE[1]]
+    forms = [re.escape(form).replace(r"\{\}", "[a-z]+") for form in text_questions.DEFINE[1]]
     assert all(any(re.fullmatch(form, item.question) for form in forms) for item in definitions)
 
 
@@ -135,8 +133,8 @@ def test_scores_count_exact_and_near_answers_letters_and_false_doubts() -> None:
         Answered("words", "?", "Hello", "Hallo"),
         Answered("words", "?", "ab\ncd", "ab \ncd"),
         Answered("definitions", "?", "A large animal.", "A larg animal."),
-        Answered("not sure", "?", say.NOT_SURE, say.NOT_SURE),
-        Answered("beyond", "?", language.UNKNOWN_FACT, "Paris."),
+        Answered("not sure", "?", dialogue.NOT_SURE, dialogue.NOT_SURE),
+        Answered("beyond", "?", text_questions.UNKNOWN_FACT, "Paris."),
     ]
     results = evaluate.score(rows)
     assert results["words"]["exact"] == 0.5 and results["words"]["near"] == 0.5
@@ -145,7 +143,7 @@ def test_scores_count_exact_and_near_answers_letters_and_false_doubts() -> None:
     assert results["not sure"]["exact"] == results["not sure"]["not sure"] == 1.0
     assert results["beyond"]["exact"] == results["beyond"]["not sure"] == 0.0
     assert results[evaluate.FALSE] == {"items": 3, "exact": 0.0}
-    doubts = (say.NOT_SURE, language.UNKNOWN_WORD, language.NO_PICTURE)
+    doubts = (dialogue.NOT_SURE, text_questions.UNKNOWN_WORD, text_questions.NO_PICTURE)
     unsure = evaluate.score([row._replace(given=doubt) for row, doubt in zip(rows, doubts, strict=False)])
     assert unsure[evaluate.FALSE]["exact"] == 1.0
     assert evaluate.distance("kitten", "sitting") == 3
@@ -178,4 +176,4 @@ def test_a_folder_of_weights_is_evaluated_with_the_processor_of_another(
 
 
 def test_refusals_are_tasks(questions: Questions) -> None:
-    assert {*asked.REFUSALS, *asked.NEEDLES, *asked.TEXTS, "talk"} <= questions.tasks.keys()
+    assert {*items.REFUSALS, *items.NEEDLES, *items.TEXTS, "talk"} <= questions.tasks.keys()

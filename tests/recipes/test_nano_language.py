@@ -9,11 +9,10 @@ from random import Random
 import pytest
 import torch
 
-from recipes.nano.scenes import verbal as told
-from recipes.nano.text import glosses, haystack, language, tokenizer
-from recipes.nano.train import stages
-from recipes.nano.train import texts as text
-from recipes.nano.train.texts import Texts
+from recipes.nano.scenes import verbal
+from recipes.nano.text import glosses, haystack, text_questions, tokenizer
+from recipes.nano.train import stages, text_batches
+from recipes.nano.train.text_batches import Texts
 
 WORDS = ("apple", "bridge", "candle", "donkey", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle")
 
@@ -26,16 +25,16 @@ def few_glosses(monkeypatch: pytest.MonkeyPatch):
     }
     fields = {"definitions": known, "others": [f"{word}ism" for word in WORDS] + [f"{word}ity" for word in WORDS]}
     monkeypatch.setattr(glosses, "read", lambda: type("Glosses", (), fields))
-    for cached in (language.words, language.others):
+    for cached in (text_questions.words, text_questions.others):
         cached.cache_clear()
     yield
-    for cached in (language.words, language.others):
+    for cached in (text_questions.words, text_questions.others):
         cached.cache_clear()
 
 
 def turns_of(kind: str, held_out: bool, count: int = 600) -> list[tuple[str, str]]:
     rng = Random(4)
-    return [language.KINDS[kind](rng, held_out) for _ in range(count)]
+    return [text_questions.KINDS[kind](rng, held_out) for _ in range(count)]
 
 
 def test_sums_are_right_and_pairs_held_out_are_never_taught() -> None:
@@ -73,14 +72,19 @@ def test_definitions_ask_for_taught_words_in_forms_that_are_held_out() -> None:
 
 
 def test_words_are_spelled_counted_and_held_out() -> None:
-    assert not set(language.words(True)) & set(language.words(False))
+    assert not set(text_questions.words(True)) & set(text_questions.words(False))
     for question, answer in turns_of("words", True):
-        word = max((word for word in language.words(True) if word in question), key=len)
+        word = max((word for word in text_questions.words(True) if word in question), key=len)
         if "pell" in question:
             assert answer == "-".join(word.upper()) + "."
         elif "many" in question or "Count" in question:
             assert answer == f"{len(word)}."
-    assert [language.plural_of(noun) for noun in ("box", "city", "day", "cat")] == ["boxes", "cities", "days", "cats"]
+    assert [text_questions.plural_of(noun) for noun in ("box", "city", "day", "cat")] == [
+        "boxes",
+        "cities",
+        "days",
+        "cats",
+    ]
 
 
 @pytest.mark.parametrize("length", [256, 1000, 4096])
@@ -92,7 +96,7 @@ def test_a_needle_stands_where_it_is_asked_to(length: int, depth: float) -> None
     assert owner is not None
     needle = haystack.NEEDLE.format(owner[1] or owner[2], answer.rstrip("."))
     assert lines.index(needle) == round(depth * (len(lines) - 1))
-    tokens = len(text.data.tokens([(question, answer)])[0])
+    tokens = len(text_batches.image_batches.tokens([(question, answer)])[0])
     assert 0.75 * length < tokens <= length
     others = [line for line in lines if line.startswith("The secret number") and line != needle]
     assert len(others) == 1 + length // 600, "there are other owners"
@@ -109,8 +113,10 @@ def test_needles_held_out_have_owners_and_numbers_of_their_own() -> None:
 
 
 def test_batches_of_text_have_one_shape_and_repeat() -> None:
-    texts = Texts(3, {"definitions": 0.5, "sums": 0.2, text.PLAIN: 0.2, text.NEEDLES: 0.1}, tokens=2048, workers=0)
-    batches = list(islice(text.loader(texts), 4))
+    texts = Texts(
+        3, {"definitions": 0.5, "sums": 0.2, text_batches.PLAIN: 0.2, text_batches.NEEDLES: 0.1}, tokens=2048, workers=0
+    )
+    batches = list(islice(text_batches.loader(texts), 4))
     for batch in batches:
         assert batch["size"] == 0 and batch["cu_seqlens"].shape == (texts.sequences + 1,)
         assert batch["cu_seqlens"][-1] == 2048 == len(batch["input_ids"])
@@ -121,7 +127,7 @@ def test_batches_of_text_have_one_shape_and_repeat() -> None:
         assert learned[:used].any() and not learned[used:].any()
         assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
         assert not learned[batch["cu_seqlens"][:-1].long().clamp(max=2047)].any(), "never a sequence's first token"
-    again = list(islice(text.loader(Texts(**{**vars(texts), "first": 2})), 2))
+    again = list(islice(text_batches.loader(Texts(**{**vars(texts), "first": 2})), 2))
     for batch, same in zip(batches[2:], again, strict=True):
         assert all(torch.equal(batch[key], same[key]) for key in ("input_ids", "labels", "cu_seqlens"))
 
@@ -141,7 +147,7 @@ def test_a_stage_goes_on_where_it_was() -> None:
 def test_answers_about_told_pictures_follow_from_what_was_told() -> None:
     rng, seen = Random(8), set()
     for _ in range(600):
-        turns = told.conversation(rng, language.words(False))
+        turns = verbal.conversation(rng, text_questions.words(False))
         first = turns[0][0]
         told_first = first.lower()
         for question, answer in turns:
@@ -163,8 +169,10 @@ def test_answers_about_told_pictures_follow_from_what_was_told() -> None:
 
 def test_definitions_are_asked_with_something_around_them_but_never_in_forms_that_are_held_out() -> None:
     questions = [question for question, _ in turns_of("definitions", False, 2000)]
-    around = [q for q in questions if any((b and q.startswith(b)) or (a and q.endswith(a)) for b, a in language.AROUND)]
+    around = [
+        q for q in questions if any((b and q.startswith(b)) or (a and q.endswith(a)) for b, a in text_questions.AROUND)
+    ]
     assert 400 < len(around) < 800
     words = "|".join(sorted(glosses.read().definitions, key=len, reverse=True))
     shapes = {re.sub(rf"\b({words})\b", "{}", question) for question in questions}
-    assert not any(form in shape for form in language.DEFINE[1] for shape in shapes)
+    assert not any(form in shape for form in text_questions.DEFINE[1] for shape in shapes)

@@ -12,14 +12,14 @@ from PIL import Image
 
 from aria.media.read import Frame, Scaled
 from aria.processor.expand import expand, settle
-from recipes.nano.assets.packed import Assets
+from recipes.nano.assets.archive import Assets
 from recipes.nano.draw import paint
 from recipes.nano.draw.render import IGNORED, Renderer
 from recipes.nano.scenes import charts, documents, stories
 from recipes.nano.scenes import scene as scenes
 from recipes.nano.scenes.planner import Planner
 from recipes.nano.text import tokenizer
-from recipes.nano.train import data
+from recipes.nano.train import image_batches
 from tests.helpers.nano_material import draw_scenes, font, material, packed_scenes
 
 
@@ -279,7 +279,7 @@ def _place(name: str) -> int:
 def test_batches_of_several_pictures_have_fixed_shapes_and_a_place_for_each(assets: Assets, kind: str):
     shapes = set()
     for seed in range(4):
-        batch = data.make_batch(assets, Random(seed), kind, 96)
+        batch = image_batches.make_batch(assets, Random(seed), kind, 96)
         starts = batch["cu_seqlens"].tolist()
         shapes.add((len(batch["input_ids"]), len(starts), len(batch["task"]), len(batch["valid"])))
         ids, labels = batch["input_ids"], batch["labels"]
@@ -295,16 +295,16 @@ def test_batches_of_several_pictures_have_fixed_shapes_and_a_place_for_each(asse
 
 def test_numbers_of_pictures_add_up(assets: Assets):
     for seed in range(50):
-        counts = data.deal(512, (2, 6), Random(seed))
+        counts = image_batches.deal(512, (2, 6), Random(seed))
         assert sum(counts) == 512 and max(counts) <= 6 and min(counts) >= 2 and len(set(counts)) == 5
-    assert data.deal(7, (10, 48), Random(0)) == [7]
+    assert image_batches.deal(7, (10, 48), Random(0)) == [7]
 
 
 def test_plans_refuse_what_is_not_there():
     with pytest.raises(ValueError, match="'medium'"):
-        data.Plan(seed=0, cycle=("medium",))
+        image_batches.Plan(seed=0, cycle=("medium",))
     with pytest.raises(ValueError, match=r"not \['clips'\]"):
-        data.Plan(seed=0, shares={"small": {"words": 1, "clips": 1}})
+        image_batches.Plan(seed=0, shares={"small": {"words": 1, "clips": 1}})
 
 
 def test_painted_stories_are_the_rendered_ones(assets: Assets, renderer: Renderer):

@@ -33,9 +33,9 @@ _STEMS = (
     *("molest", "negr", "nigg(a|er)", "orgy", "pakis?$", "pimps?$", "piss", "prostitut", "pussy", "queer", "raped?$"),
     *("rapist", "retard", "sexy", "shit", "slut", "spick?$", "tits?$", "titillat", "whore", "wogs?$", "wops?$"),
 )
-_RUDE = re.compile("|".join(_STEMS))
+_EXCLUDED = re.compile("|".join(_STEMS))
 
 
-def is_rude(word: str) -> bool:
+def is_excluded(word: str) -> bool:
     """Whether a word, in lower case, is left out."""
-    return bool(_RUDE.match(word))
+    return bool(_EXCLUDED.match(word))

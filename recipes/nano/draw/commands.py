@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from recipes.nano.assets.archive import Assets
 from recipes.nano.assets.fonts import CHARACTERS, EM_SIZES
-from recipes.nano.assets.packed import Assets
 from recipes.nano.scenes import scene as scenes
 from recipes.nano.scenes.scene import Line, Mark, Scene
 

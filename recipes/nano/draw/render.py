@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from recipes.nano.assets.archive import Assets
 from recipes.nano.assets.fonts import EM_SIZES
-from recipes.nano.assets.packed import Assets
 from recipes.nano.draw import commands, outlines
 from recipes.nano.scenes import scene as scenes
 

@@ -1,7 +1,7 @@
 """What the evaluation asks: items of every task from seeded streams, so that a model is always asked the same.
 
 Words, photographs and sprites are held out or of styles of training as a task's name says, pictures are painted by
-``paint.py``, sums, numbers and forms of questions are those that ``language.py`` and ``haystack.py`` hold back.
+``paint.py``, sums, numbers and forms of questions are those that ``text_questions.py`` and ``haystack.py`` hold back.
 """
 
 import io
@@ -16,26 +16,25 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from recipes.nano.assets import fonts
-from recipes.nano.assets.excluded_words import is_rude
-from recipes.nano.assets.packed import FOLDER, Assets, unpack_files, unpack_json
+from recipes.nano.assets.archive import FOLDER, Assets, unpack_files, unpack_json
+from recipes.nano.assets.excluded_words import is_excluded
 from recipes.nano.draw.paint import Painter
 from recipes.nano.scenes import charts, documents, stories
 from recipes.nano.scenes.planner import CLEAR_CHARACTERS, MIN_SIDE, Planner
-from recipes.nano.scenes.questions import Form, describe_shapes, pair_questions
 from recipes.nano.scenes.scene import COLOUR_NAMES, PICTURE, SHAPES, Photo, Scene, Story
-from recipes.nano.text import dialogue as say
-from recipes.nano.text import glosses, haystack, language
+from recipes.nano.scenes.shape_questions import Form, describe_shapes, pair_questions
+from recipes.nano.text import dialogue, glosses, haystack, text_questions
 
 REFUSALS = ("not sure", "unknown words", "beyond", "no picture")
 """Tasks whose right answer is that it does not know."""
 NEEDLES = {"needle, 512 tokens": 512, "needle, 2,048 tokens": 2048, "needle, 4,096 tokens": 4096}
-TEXTS = {  # task -> kind of language.KINDS
+TEXTS = {  # task -> kind of text_questions.KINDS
     **{kind: kind for kind in ("unknown words", "sums", "reckoning", "facts", "beyond", "no picture")},
     "spelling": "words",
 }
 STEP = 25
 """Pixels: pictures of one size are resized together."""
-TALK = tuple((form, answer) for forms, answer in say.SMALL_TALK for form in forms)
+TALK = tuple((form, answer) for forms, answer in dialogue.SMALL_TALK for form in forms)
 
 
 @dataclass
@@ -69,14 +68,14 @@ class Held:
 
     def __init__(self, path: Path = FOLDER / "eval.npz") -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets.packed")
+            raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets.build")
         with np.load(path) as file:
             meta = unpack_json(file["meta"])
             self.fonts = [zlib.decompress(content) for content in unpack_files(file["fonts"], file["font_ends"])]
             self.sprites = unpack_files(file["sprites"], file["sprite_ends"])
             self.photos = unpack_files(file["photos"], file["photo_ends"])
         self.faces, self.sprite_meta = meta["faces"], meta["sprites"]
-        self.words = [word for word in meta["words"] if not is_rude(word)]
+        self.words = [word for word in meta["words"] if not is_excluded(word)]
         self.photo_sizes = [Image.open(io.BytesIO(content)).size for content in self.photos]
         self.painter = Painter(self.fonts, self.sprites, self.photos)
         measured = [fonts.measure(ImageFont.truetype(io.BytesIO(content), 200)) for content in self.fonts]
@@ -203,31 +202,35 @@ class Questions:
             scene = planner.empty("words")
             planner.place_lines(scene, [text], face)
             if scene.lines[0].text == text:  # it fitted
-                return _about(scene, planner.rng.choice(say.READ), text)
+                return _about(scene, planner.rng.choice(dialogue.READ), text)
         raise ValueError(f"no picture has room for {text!r}")
 
     def _lines(self, planner: Planner, rng: Random, n: int, held_out: bool) -> Asked:
         planner.faces = [[face] for face in self.held.faces_of(held_out)]
         scene = planner.empty("lines")
         documents.plan_lines(planner, scene)
-        return _about(scene, rng.choice(say.READ), "\n".join(line.text for line in scene.lines))
+        return _about(scene, rng.choice(dialogue.READ), "\n".join(line.text for line in scene.lines))
 
     # --- shapes ------------------------------------------------------------------------------------------------------
 
     def _colour(self, planner: Planner, rng: Random, n: int) -> Asked:
         scene = _shapes(planner, rng.sample(SHAPES, rng.randint(1, 3)))
         mark = rng.choice(scene.marks)
-        return _about(scene, rng.choice(say.COLOUR_OF).format(mark.name), say.sentence(mark.colour_name))
+        return _about(scene, rng.choice(dialogue.COLOUR_OF).format(mark.name), dialogue.sentence(mark.colour_name))
 
     def _shape(self, planner: Planner, rng: Random, n: int) -> Asked:
         scene = _shapes(planner, [rng.choice(SHAPES)])
-        return _about(scene, rng.choice(say.WHICH_SHAPE), say.sentence(say.with_article(scene.marks[0].name)))
+        return _about(
+            scene, rng.choice(dialogue.WHICH_SHAPE), dialogue.sentence(dialogue.with_article(scene.marks[0].name))
+        )
 
     def _count(self, planner: Planner, rng: Random, n: int) -> Asked:
         name, number = rng.choice(SHAPES), 1 + n % 5
         others = [rng.choice([s for s in SHAPES if s != name]) for _ in range(rng.randint(0, 6 - number))]
         scene = _shapes(planner, [name] * number + (others if rng.random() < 0.4 else []))
-        return _about(scene, rng.choice(say.COUNT).format(say.plural(name)), say.count_answer(number, name))
+        return _about(
+            scene, rng.choice(dialogue.COUNT).format(dialogue.plural(name)), dialogue.count_answer(number, name)
+        )
 
     def _position(self, planner: Planner, rng: Random, n: int) -> Asked:
         for _ in range(50):
@@ -240,14 +243,14 @@ class Questions:
 
     def _describe(self, planner: Planner, rng: Random, n: int) -> Asked:
         scene = _shapes(planner, rng.sample(SHAPES, rng.randint(1, 3)))
-        return _about(scene, rng.choice(say.DESCRIBE), describe_shapes(scene.marks))
+        return _about(scene, rng.choice(dialogue.DESCRIBE), describe_shapes(scene.marks))
 
     # --- emoji, photographs, charts ----------------------------------------------------------------------------------
 
     def _emoji(self, planner: Planner, rng: Random, n: int, chosen: Sequence[int]) -> Asked:
         scene = planner.empty("emoji")
         planner.place_emoji(scene, [chosen[n]])
-        return _about(scene, rng.choice(say.NAME_EMOJI), scene.marks[0].name)
+        return _about(scene, rng.choice(dialogue.NAME_EMOJI), scene.marks[0].name)
 
     def _photo(self, planner: Planner, rng: Random, n: int) -> Asked:
         """Every photograph whole first, then parts of them; asked as anything may be asked."""
@@ -259,8 +262,10 @@ class Questions:
         side = 1.0 if n < photos else rng.uniform(0.5, 0.9)
         box = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side, side)
         scene.photo = Photo(n % photos, box, n >= photos and rng.random() < 0.5, 0.0)
-        forms = rng.choice((say.DESCRIBE, say.DESCRIBE, say.DESCRIBE, say.READ, say.NAME_EMOJI))
-        return _about(scene, rng.choice(forms), say.NOT_SURE)
+        forms = rng.choice(
+            (dialogue.DESCRIBE, dialogue.DESCRIBE, dialogue.DESCRIBE, dialogue.READ, dialogue.NAME_EMOJI)
+        )
+        return _about(scene, rng.choice(forms), dialogue.NOT_SURE)
 
     def _chart(self, planner: Planner, rng: Random, n: int, kind: str) -> Asked:
         while True:
@@ -276,7 +281,7 @@ class Questions:
     # --- several pictures --------------------------------------------------------------------------------------------
 
     def _clip(self, planner: Planner, rng: Random, n: int, directions: bool) -> Asked:
-        ways = {say.sentence(way) for way in stories.DIRECTIONS}
+        ways = {dialogue.sentence(way) for way in stories.DIRECTIONS}
         while True:
             story = stories.clip(planner, 3 + n % 4)
             if (story.turns[0][1] in ways) == directions:
@@ -298,10 +303,10 @@ class Questions:
         words = sorted(known)
         Random(self.seed).shuffle(words)
         word = words[n % len(words)]
-        return (), rng.choice(language.DEFINE[1]).format(word), say.sentence(known[word])
+        return (), rng.choice(text_questions.DEFINE[1]).format(word), dialogue.sentence(known[word])
 
     def _text(self, planner: Planner, rng: Random, n: int, kind: str) -> Asked:
-        return (), *language.KINDS[kind](rng, held_out=True)
+        return (), *text_questions.KINDS[kind](rng, held_out=True)
 
     def _talk(self, planner: Planner, rng: Random, n: int) -> Asked:
         return (), *TALK[n * len(TALK) // self.tasks["talk"].count]
@@ -327,6 +332,6 @@ def _kind(form: Form) -> str:
     kinds: Mapping[str, bool] = {
         "largest": questions is charts.LARGEST,
         "value": questions[0].startswith(charts.VALUE[0].partition("{")[0]),
-        "description": questions is say.DESCRIBE,
+        "description": questions is dialogue.DESCRIBE,
     }
     return next((kind for kind, holds in kinds.items() if holds), "other")

@@ -8,11 +8,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from recipes.nano.scenes.scene import COLOUR_NAMES, SHAPES, Box, Colour, Line, Mark, Scene
-from recipes.nano.text import dialogue as say
+from recipes.nano.text import dialogue
 
 if TYPE_CHECKING:
     from recipes.nano.scenes.planner import Planner
-    from recipes.nano.scenes.questions import Form
+    from recipes.nano.scenes.shape_questions import Form
 
 LARGEST = (
     *("Which bar is the largest?", "Which bar is the longest?", "Which is the largest?", "What has the most?"),
@@ -87,7 +87,7 @@ def chart_questions(chart: Chart, rng: Random) -> list[Form]:
     """Weighted ``(question forms, answer)`` about a chart, each with one right answer."""
     order = sorted(range(len(chart.names)), key=lambda i: chart.lengths[i])
     forms: list[Form] = [
-        (0.3, (say.DESCRIBE, describe_chart(chart))),
+        (0.3, (dialogue.DESCRIBE, describe_chart(chart))),
         (0.15, (CATEGORIES, f"{', '.join(chart.names)}.")),
     ]
     if chart.lengths[order[-1]] - chart.lengths[order[-2]] >= CLEAR:
@@ -103,8 +103,8 @@ def chart_questions(chart: Chart, rng: Random) -> list[Form]:
         forms.append((0.3, (LARGEST_VALUE, f"{max(chart.values)}.")))
         if chart.values.count(chart.values[b]) == 1:
             forms.append((0.3, (_fill(WITH_VALUE, str(chart.values[b])), f"{chart.names[b]}.")))
-    forms.append((0.3, (_fill(say.COUNT, "bars"), say.count_answer(len(chart.names), "bar"))))
-    forms.append((0.25, (_fill(BAR_COLOUR, chart.names[a]), say.sentence(chart.colours[a]))))
+    forms.append((0.3, (_fill(dialogue.COUNT, "bars"), dialogue.count_answer(len(chart.names), "bar"))))
+    forms.append((0.25, (_fill(BAR_COLOUR, chart.names[a]), dialogue.sentence(chart.colours[a]))))
     forms.append((0.05, (KIND, "A bar chart.")))
     if chart.title:
         forms.append((0.25, (TITLE, f"{chart.title}.")))
@@ -115,7 +115,7 @@ def describe_chart(chart: Chart) -> str:
     """'A bar chart "Sales": Jan 12, Feb 7 and Mar 20.', or only the names where no values are printed."""
     title = f' "{chart.title}"' if chart.title else ""
     bars = [f"{name} {value}" if chart.printed else name for name, value in zip(chart.names, chart.values, strict=True)]
-    return f"A bar chart{title}: {say.listing(bars)}."
+    return f"A bar chart{title}: {dialogue.listing(bars)}."
 
 
 def _fill(forms: Sequence[str], *values: str) -> list[str]:

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from recipes.nano.scenes.scene import COLOUR_NAMES, Line, Scene
-from recipes.nano.text import dialogue as say
+from recipes.nano.text import dialogue
 
 if TYPE_CHECKING:
     from recipes.nano.scenes.planner import Planner
-    from recipes.nano.scenes.questions import Form
+    from recipes.nano.scenes.shape_questions import Form
 
 SMALLEST_EM = 19.0
 LONGEST = 38  # characters of a line
@@ -40,10 +40,10 @@ def plan_lines(planner: Planner, scene: Scene, grown: float = 1.0) -> list[Form]
     which = rng.randrange(len(shown))
     nth = ("first", "second", "third", "fourth")[which]
     forms: list[Form] = [
-        (1.6, (say.READ, "\n".join(shown))),
-        (0.2, (say.DESCRIBE, say.describe_lines(shown))),
+        (1.6, (dialogue.READ, "\n".join(shown))),
+        (0.2, (dialogue.DESCRIBE, dialogue.describe_lines(shown))),
         (0.15, ((f"What does the {nth} line say?", f"Read the {nth} line."), shown[which])),
-        (0.1, ([form.format("lines") for form in say.COUNT], say.count_answer(len(shown), "line"))),
+        (0.1, ([form.format("lines") for form in dialogue.COUNT], dialogue.count_answer(len(shown), "line"))),
     ]
     return forms
 

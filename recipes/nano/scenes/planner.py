@@ -6,12 +6,12 @@ from random import Random
 
 import numpy as np
 
-from recipes.nano.assets.packed import Assets
+from recipes.nano.assets.archive import Assets
 from recipes.nano.scenes.charts import chart_questions, plan_chart
 from recipes.nano.scenes.documents import plan_lines
-from recipes.nano.scenes.questions import Form, fill, shape_questions, side_of
 from recipes.nano.scenes.scene import COLOUR_NAMES, COLOURS, SHAPES, TASKS, Colour, Line, Mark, Photo, Scene
-from recipes.nano.text import dialogue as say
+from recipes.nano.scenes.shape_questions import Form, fill, shape_questions, side_of
+from recipes.nano.text import dialogue
 
 # Shares of the tasks among pictures: at 224 px, and at 448 px, which is there for lines of text and charts.
 SHARES = {224: (0.18, 0.31, 0.3, 0.07, 0.01, 0.13), 448: (0.05, 0.06, 0.08, 0.05, 0.26, 0.5)}
@@ -120,9 +120,9 @@ class Planner:
         count = rng.choices(range(1, len(turns) + 1), turns)[0]
         # Weighted draw without replacement: the largest of u ** (1 / weight) come first.
         order = sorted(forms, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[:count]
-        scene.turns = [(say.asked(questions, rng), answer) for _, (questions, answer) in order]
+        scene.turns = [(dialogue.asked(questions, rng), answer) for _, (questions, answer) in order]
         if rng.random() < 0.03:
-            scene.turns.append(say.small_talk(rng, say.PICTURE_TALK))
+            scene.turns.append(dialogue.small_talk(rng, dialogue.PICTURE_TALK))
         question, answer = scene.turns[0]
         if rng.random() < 0.08:
             scene.turns[0] = ("\n" + question, answer)
@@ -131,13 +131,13 @@ class Planner:
         """Questions about what is not in the picture: t(ext), e(moji), s(hapes)."""
         forms: list[Form] = []
         if "t" in kinds:
-            forms.append((0.05, (say.READ, say.NO_TEXT)))
+            forms.append((0.05, (dialogue.READ, dialogue.NO_TEXT)))
         if "e" in kinds:
-            forms.append((0.04, (say.NAME_EMOJI, say.NO_EMOJI)))
+            forms.append((0.04, (dialogue.NAME_EMOJI, dialogue.NO_EMOJI)))
         if "s" in kinds:
             shape = self.rng.choice(SHAPES)
-            forms.append((0.04, (fill(say.COUNT, say.plural(shape)), say.count_answer(0, shape))))
-            forms.append((0.02, (say.WHICH_SHAPE, say.NO_SHAPES)))
+            forms.append((0.04, (fill(dialogue.COUNT, dialogue.plural(shape)), dialogue.count_answer(0, shape))))
+            forms.append((0.02, (dialogue.WHICH_SHAPE, dialogue.NO_SHAPES)))
         return forms
 
     # --- words -------------------------------------------------------------------------------------------------------
@@ -152,9 +152,9 @@ class Planner:
         name = scene.lines[0].colour_name
         texts = [line.text for line in scene.lines]
         forms = [
-            (1.0, (say.READ, "\n".join(texts))),
-            (0.35, (say.DESCRIBE, say.describe_lines(texts))),
-            (0.12, (say.TEXT_COLOUR, say.sentence(name))),
+            (1.0, (dialogue.READ, "\n".join(texts))),
+            (0.35, (dialogue.DESCRIBE, dialogue.describe_lines(texts))),
+            (0.12, (dialogue.TEXT_COLOUR, dialogue.sentence(name))),
         ]
         self._talk(scene, [*forms, *self._absent("es")])
 
@@ -352,12 +352,14 @@ class Planner:
         chosen = [rng.choice(self.things) if rng.random() < 0.72 else int(rng.random() * pool) for _ in range(count)]
         self.place_emoji(scene, [rng.randrange(self.assets.num_styles) * pool + i for i in chosen])
         names = [mark.name for mark in scene.marks]
-        forms: list[Form] = [(0.5, (say.DESCRIBE, say.describe_emoji(names)))]
+        forms: list[Form] = [(0.5, (dialogue.DESCRIBE, dialogue.describe_emoji(names)))]
         if count == 1:
-            forms.append((1.0, (say.NAME_EMOJI, names[0])))
+            forms.append((1.0, (dialogue.NAME_EMOJI, names[0])))
         else:
-            forms.append((1.0, (say.LIST_EMOJI, ", ".join(names))))
-        forms.append((0.06 if count == 1 else 0.3, (fill(say.COUNT, "emoji"), say.count_answer(count, "emoji"))))
+            forms.append((1.0, (dialogue.LIST_EMOJI, ", ".join(names))))
+        forms.append(
+            (0.06 if count == 1 else 0.3, (fill(dialogue.COUNT, "emoji"), dialogue.count_answer(count, "emoji")))
+        )
         self._talk(scene, forms + self._absent("ts"))
 
     def place_emoji(self, scene: Scene, sprites: Sequence[int]) -> None:
@@ -403,10 +405,16 @@ class Planner:
         scene.photo = Photo(rng.randrange(count), box, rng.random() < 0.5, hue, other, mix)
         shape = rng.choice(SHAPES)
         asked = rng.choices(
-            (say.DESCRIBE, say.READ, say.NAME_EMOJI, say.WHICH_SHAPE, fill(say.COUNT, say.plural(shape))),
+            (
+                dialogue.DESCRIBE,
+                dialogue.READ,
+                dialogue.NAME_EMOJI,
+                dialogue.WHICH_SHAPE,
+                fill(dialogue.COUNT, dialogue.plural(shape)),
+            ),
             (0.6, 0.15, 0.12, 0.08, 0.05),
         )[0]
-        self._talk(scene, [(1.0, (asked, say.NOT_SURE))])
+        self._talk(scene, [(1.0, (asked, dialogue.NOT_SURE))])
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Colour:

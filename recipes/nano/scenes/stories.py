@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING
 
-from recipes.nano.scenes.questions import describe_shapes
 from recipes.nano.scenes.scene import COLOUR_NAMES, PICTURE, SHAPES, Mark, Scene, Story
-from recipes.nano.text import dialogue as say
+from recipes.nano.scenes.shape_questions import describe_shapes
+from recipes.nano.text import dialogue
 
 if TYPE_CHECKING:
     from recipes.nano.scenes.planner import Planner
-    from recipes.nano.scenes.questions import Form
+    from recipes.nano.scenes.shape_questions import Form
 
 # --- clips -----------------------------------------------------------------------------------------------------------
 
@@ -74,28 +74,28 @@ def clip_questions(things: Sequence[Mark], way: str, planner: Planner) -> list[F
     names = [thing.title for thing in things]
     first = rng.choice([names[0], things[0].name] if _only(things, things[0].name) else [names[0]])
     forms: list[Form] = [(0.7, (HAPPENS, describe_clip(things, way)))]
-    forms.append((0.4, (WHAT_MOVES, say.sentence(say.with_article(names[0])) if way else STILL)))
+    forms.append((0.4, (WHAT_MOVES, dialogue.sentence(dialogue.with_article(names[0])) if way else STILL)))
     asked = [form.format(f"the {first}") for form in WAY]
     if len(things) == 1:
         asked += [form.format("it") for form in WAY]
-    forms.append((1.6, (asked, say.sentence(way))) if way else (0.3, (asked, STILL)))
+    forms.append((1.6, (asked, dialogue.sentence(way))) if way else (0.3, (asked, STILL)))
     which = rng.randrange(len(things))
     answer = "Yes." if way and which == 0 else "No."
     forms.append((0.3, ([form.format(f"the {names[which]}") for form in DOES_MOVE], answer)))
     if way and len(things) == 2:
-        forms.append((0.3, (WHAT_STAYS, say.sentence(say.with_article(names[1])))))
+        forms.append((0.3, (WHAT_STAYS, dialogue.sentence(dialogue.with_article(names[1])))))
     if things[0].colour_name and _only(things, things[0].name):
-        asked = [form.format(things[0].name) for form in say.COLOUR_OF]
-        forms.append((0.3, (asked, say.sentence(things[0].colour_name))))
+        asked = [form.format(things[0].name) for form in dialogue.COLOUR_OF]
+        forms.append((0.3, (asked, dialogue.sentence(things[0].colour_name))))
     return forms
 
 
 def describe_clip(things: Sequence[Mark], way: str) -> str:
     """ "A red circle moves to the left." and then what stays."""
-    stay = [say.with_article(thing.title) for thing in (things[1:] if way else things)]
-    first = f"{say.with_article(things[0].title)} moves {way}" if way else ""
-    second = f"{say.listing(stay)} {'stay' if len(stay) > 1 else 'stays'} in place" if stay else ""
-    return " ".join(say.sentence(part) for part in (first, second) if part)
+    stay = [dialogue.with_article(thing.title) for thing in (things[1:] if way else things)]
+    first = f"{dialogue.with_article(things[0].title)} moves {way}" if way else ""
+    second = f"{dialogue.listing(stay)} {'stay' if len(stay) > 1 else 'stays'} in place" if stay else ""
+    return " ".join(dialogue.sentence(part) for part in (first, second) if part)
 
 
 def _only(things: Sequence[Mark], name: str) -> bool:
@@ -224,7 +224,13 @@ def several(planner: Planner, pictures: int) -> Story:
     forms = [form for n in range(pictures) for form in _about(planner, scenes, titles, n, where, noun, 1.0 / pictures)]
     if pictures <= 6:
         forms.append(
-            (0.15, ([form.format(say.plural(noun)) for form in say.COUNT[:2]], say.count_answer(pictures, noun)))
+            (
+                0.15,
+                (
+                    [form.format(dialogue.plural(noun)) for form in dialogue.COUNT[:2]],
+                    dialogue.count_answer(pictures, noun),
+                ),
+            )
         )
     return Story("several", scenes, _turns(planner, shown, forms, (1, 2, 3)))
 
@@ -268,9 +274,9 @@ def _simple(planner: Planner, kind: str) -> tuple[Scene, str]:
 def describe(scene: Scene) -> str:
     """The description of a picture of one thing, as it is given to the picture alone."""
     if scene.lines:
-        return say.describe_lines([line.text for line in scene.lines])
+        return dialogue.describe_lines([line.text for line in scene.lines])
     if scene.marks[0].kind == "sprite":
-        return say.describe_emoji([mark.name for mark in scene.marks])
+        return dialogue.describe_emoji([mark.name for mark in scene.marks])
     return describe_shapes(scene.marks)
 
 
@@ -286,7 +292,7 @@ def _about(
     """Questions about picture ``n`` among others."""
     rng, scene, title = planner.rng, scenes[n], titles[n]
     forms: list[Form] = [(weight, ([form.format(where[n]) for form in WHAT_IS_IN], describe(scene)))]
-    answer = say.sentence(where[n])
+    answer = dialogue.sentence(where[n])
     if scene.lines:
         forms.append((weight, ([form.format(where[n]) for form in READ_IN], title)))
         if titles.count(title) == 1:
@@ -294,7 +300,7 @@ def _about(
         return forms
     if len(scene.marks) > 1:
         return forms
-    what = say.with_article(title)
+    what = dialogue.with_article(title)
     if not any(mark.title == title for other in scenes if other is not scene for mark in other.marks):
         forms.append((1.6 * weight, ([form.format(noun=noun, what=what) for form in WHICH_SHOWS], answer)))
     other = rng.randrange(len(scenes))
@@ -345,7 +351,7 @@ def _at_time(scenes: Sequence[Scene], titles: Sequence[str], n: int, time: str) 
     asked = [form.format(time) for form in AT_TIME]
     forms: list[Form] = [(1.0 / titles.count(title), (asked, describe(scene)))]
     if titles.count(title) == 1:
-        what = f'the text "{title}"' if scene.lines else say.with_article(title)
+        what = f'the text "{title}"' if scene.lines else dialogue.with_article(title)
         forms.append((1.6, ([form.format(what) for form in WHEN], f"At {time}.")))
     return forms
 
@@ -355,6 +361,6 @@ def _turns(planner: Planner, shown: str, forms: Sequence[Form], counts: Sequence
     rng = planner.rng
     count = rng.choice(counts)
     order = sorted(forms, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[:count]
-    turns = [(say.asked(questions, rng), answer) for _, (questions, answer) in order]
+    turns = [(dialogue.asked(questions, rng), answer) for _, (questions, answer) in order]
     question, answer = turns[0]
     return [(shown + question, answer), *turns[1:]]

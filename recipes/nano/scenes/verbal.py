@@ -7,13 +7,13 @@ be learned are read off. In words it is practised cheaply, and before the first 
 from random import Random
 
 from recipes.nano.scenes.charts import DAYS, KIND, MONTHS, Chart, chart_questions, describe_chart
-from recipes.nano.scenes.questions import Form, describe_shapes, shape_questions, side_of
 from recipes.nano.scenes.scene import COLOUR_NAMES, SHAPES, Mark
-from recipes.nano.text import dialogue as say
-from recipes.nano.text.language import Turn
+from recipes.nano.scenes.shape_questions import Form, describe_shapes, shape_questions, side_of
+from recipes.nano.text import dialogue
+from recipes.nano.text.text_questions import Turn
 
 SHOWN = ("{} {}", "{}\n{}", "In a picture: {} {}", "This is in the picture: {}\n{}")
-NOT_TOLD = (say.DESCRIBE, say.WHICH_SHAPE, KIND)
+NOT_TOLD = (dialogue.DESCRIBE, dialogue.WHICH_SHAPE, KIND)
 """Questions that only a picture answers, or that would be answered by repeating."""
 
 
@@ -26,7 +26,7 @@ def conversation(rng: Random, words: list[str]) -> list[Turn]:
     description, forms = _shapes(rng) if rng.random() < 0.6 else _chart(rng, words)
     asked = [form for form in forms if form[1][0] not in NOT_TOLD]
     order = sorted(asked, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[: rng.randint(2, 5)]
-    turns = [(say.asked(questions, rng), answer) for _, (questions, answer) in order]
+    turns = [(dialogue.asked(questions, rng), answer) for _, (questions, answer) in order]
     question, answer = turns[0]
     return [(rng.choice(SHOWN).format(description, question), answer), *turns[1:]]
 

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from recipes.nano.assets.excluded_words import is_rude
-from recipes.nano.assets.packed import FOLDER
+from recipes.nano.assets.archive import FOLDER
+from recipes.nano.assets.excluded_words import is_excluded
 from recipes.nano.assets.sources import WORD_PACKAGES, Sources
 
 FILE = FOLDER / "glosses.json"
@@ -22,7 +22,7 @@ LONGEST = 84  # letters of a definition
 # Lexicographers' files of things that have a look: animals, artefacts, body, food, objects, plants, substances.
 THINGS = (5, 6, 8, 13, 17, 20, 27)
 LEAST_TAGGED = 3
-_RUDE = re.compile(
+_EXCLUDED = re.compile(
     r"offensive|slur|derogatory|disparaging|obscene|vulgar|sexual|ethnic|genital|intercourse|excre|insult"
 )
 
@@ -57,7 +57,7 @@ def choose(folder: Path, words: int = WORDS) -> Words:
             if word.capitalize() in synsets[number].words or word.upper() in synsets[number].words:
                 continue  # a name
             common.add(word)
-            if 8 <= len(text) <= LONGEST and text.isascii() and not _RUDE.search(text) and word not in text.split():
+            if 8 <= len(text) <= LONGEST and text.isascii() and not _EXCLUDED.search(text) and word not in text.split():
                 found.append((not is_thing, -sum(senses.values()), word, text))
     found.sort()
     taught = {word: text for _, _, word, text in found[:words]}
@@ -69,7 +69,7 @@ def _nouns(file: Path) -> Iterator[tuple[str, list[int]]]:
     with file.open(encoding="ascii") as lines:
         for line in lines:
             word, *rest = line.split()
-            if re.fullmatch(r"[a-z]{3,12}", word) and not line.startswith(" ") and not is_rude(word):
+            if re.fullmatch(r"[a-z]{3,12}", word) and not line.startswith(" ") and not is_excluded(word):
                 yield word, [int(offset) for offset in rest[-int(rest[1]) :]]
 
 

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from recipes.nano.text import glosses, language
-from recipes.nano.text.language import Turn
+from recipes.nano.text import glosses, text_questions
+from recipes.nano.text.text_questions import Turn
 
 OWNERS = (
     *("fox", "owl", "bear", "king", "queen", "baker", "pilot", "sailor", "wizard", "farmer", "doctor", "painter"),
@@ -29,7 +29,7 @@ def haystack(
         questions: most turns.
         held_out: owners (colour and animal or person) and numbers that training never has.
     """
-    owners = [f"{c} {o}" for c in COLOURS for o in OWNERS if language.held(f"owner {c} {o}") == held_out]
+    owners = [f"{c} {o}" for c in COLOURS for o in OWNERS if text_questions.held(f"owner {c} {o}") == held_out]
     numbers = {owner: _number(rng, held_out) for owner in rng.sample(owners, min(len(owners), 2 + length // 600))}
     turns = [(rng.choice(ASK).format(owner), f"{number}.") for owner, number in list(numbers.items())[:questions]]
     needle, *lines = [NEEDLE.format(owner, number) for owner, number in numbers.items()]
@@ -53,5 +53,5 @@ def haystack(
 def _number(rng: Random, held_out: bool) -> str:
     while True:
         number = str(rng.randint(1000, 9999))
-        if language.held(f"number {number}") == held_out:
+        if text_questions.held(f"number {number}") == held_out:
             return number

@@ -23,17 +23,17 @@ from aria.model import Aria
 from aria.train.objective import Losses, Step
 from aria.train.recipe import Recipe
 from aria.train.state import trained_weights
-from recipes.nano.assets.packed import FOLDER, Assets
+from recipes.nano.assets.archive import FOLDER, Assets
 from recipes.nano.scenes import scene as scenes
 from recipes.nano.text import tokenizer
-from recipes.nano.train import texts as text
-from recipes.nano.train.data import Plan
-from recipes.nano.train.learn import Learner, Stages
+from recipes.nano.train import text_batches
+from recipes.nano.train.cuda_graphs import Replayed
+from recipes.nano.train.image_batches import Plan
+from recipes.nano.train.learner import Learner, Stages
 from recipes.nano.train.model import nano_config, tiny_config
-from recipes.nano.train.pictures import Pictures
 from recipes.nano.train.prefetch import prefetch
-from recipes.nano.train.replay import Replayed
-from recipes.nano.train.texts import Texts
+from recipes.nano.train.rendered_batches import Pictures
+from recipes.nano.train.text_batches import Texts
 
 Batch = dict[str, Any]
 TEXT = "text"
@@ -45,11 +45,15 @@ ANSWERS_ONLY = Stages(queries=0.0, answers=0.0, settled=0.0, beside=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What one stage sees.
+    """The training data of one stage, and its losses.
 
-    ``cycle``: kinds of successive batches, ``text`` or kinds of :data:`recipes.nano.train.data.KINDS`. ``texts``:
-    shares of kinds of text, and ``longest`` token numbers of texts with a needle. ``shares``: of tasks within a kind
-    of batch, where they are not the kind's own. ``teaching``: the dense losses beside the answers.
+    Attributes:
+        cycle: Kinds of successive batches: ``text`` or keys of :data:`recipes.nano.train.image_batches.KINDS`.
+        texts: Share of each kind of text.
+        longest: Maximum number of tokens of a text with a needle.
+        shares: Shares of tasks within a kind of batch, where they differ from the kind's own.
+        teaching: Schedule of the dense losses beside the answers.
+        growth: Image batches over which words grow to their full length.
     """
 
     cycle: tuple[str, ...]
@@ -58,28 +62,29 @@ class Stage:
     shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     teaching: Stages = ANSWERS_ONLY
     growth: int = 1
-    """Batches of pictures over which words grow to their full length."""
 
 
 STAGES = {
-    "language": Stage(cycle=(TEXT,), texts={**LANGUAGE, text.PLAIN: 0.1, text.TOLD: 0.35, text.NEEDLES: 0.1}),
+    "language": Stage(
+        cycle=(TEXT,), texts={**LANGUAGE, text_batches.PLAIN: 0.1, text_batches.VERBAL: 0.35, text_batches.NEEDLES: 0.1}
+    ),
     # Two texts for nine batches of pictures: a fifth of the steps, a twentieth of the time.
     "seeing": Stage(
         cycle=("small", "large", "small", "several", TEXT, "small", "large", "small", "several", "small", TEXT),
-        texts={**LANGUAGE, text.TOLD: 0.25, text.NEEDLES: 0.1},
+        texts={**LANGUAGE, text_batches.VERBAL: 0.25, text_batches.NEEDLES: 0.1},
         teaching=Stages(),
         growth=2500,
     ),
     # Lengths up to eight times those of the second stage, whose longest sequence has 512 tokens.
     "long": Stage(
         cycle=(TEXT, "long", TEXT, "several", TEXT, "long", "small", "large"),
-        texts={text.NEEDLES: 3.0, text.TOLD: 0.2, **LANGUAGE},
+        texts={text_batches.NEEDLES: 3.0, text_batches.VERBAL: 0.2, **LANGUAGE},
         longest=4096,
         teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
     ),
     "answers": Stage(
         cycle=("small", "large", TEXT, "small", "several", TEXT, "small", "large", "long"),
-        texts={**REHEARSED, text.TOLD: 0.1, text.NEEDLES: 0.3},
+        texts={**REHEARSED, text_batches.VERBAL: 0.1, text_batches.NEEDLES: 0.3},
         longest=4096,
         teaching=Stages(queries=0.0, answers=0.0, settled=0.0, kept=0.25),
     ),
@@ -143,12 +148,12 @@ class Mixture:
 
     def _written(self, first: int) -> Iterator[Batch]:
         on_gpu = self.device.type == "cuda"
-        return prefetch(text.loader(replace(self._texts, first=first), pin_memory=on_gpu), self.device)
+        return prefetch(text_batches.loader(replace(self._texts, first=first), pin_memory=on_gpu), self.device)
 
     def samples(self) -> Iterator[Batch]:
         """One batch of each kind that no training step sees."""
         if TEXT in self.stage.cycle:
-            yield from prefetch([text.make_batch(self._texts, Random("sample"))], self.device)
+            yield from prefetch([text_batches.make_batch(self._texts, Random("sample"))], self.device)
         if self.pictures is not None:
             yield from self.pictures.samples()
 

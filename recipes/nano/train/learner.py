@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from aria.model import Aria
 from aria.ops import Segments
 from aria.train.loss import CrossEntropy, linear_cross_entropy, next_token_labels, router_losses
+from recipes.nano.train.fixed_shapes import FixedPatches, TrainingContext, bounded_segments, fixed_patches
 from recipes.nano.train.model import DenseHeads, initialise
-from recipes.nano.train.packing import FixedPatches, TrainingContext, bounded_segments, fixed_patches
 
 Batch = Mapping[str, Any]
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -65,7 +65,7 @@ class Stages:
 
 
 class Learner(nn.Module):
-    """A small Aria with its training aids. Batches are those of ``recipes.nano.train.data`` after the renderer."""
+    """A small Aria with auxiliary heads; takes batches of ``image_batches`` after rendering, or of ``text_batches``."""
 
     def __init__(self, model: Aria, num_classes: int, stages: Stages | None = None, seed: int = 0):
         super().__init__()

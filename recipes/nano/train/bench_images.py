@@ -1,4 +1,7 @@
-"""Prints how many pictures a second one core plans and this machine draws: ``python -m recipes.nano.train.bench``."""
+"""Measure image throughput: images planned per core and second, and images drawn per second on this machine.
+
+Run as ``python -m recipes.nano.train.bench_images``; the last line of its output is JSON.
+"""
 
 import json
 import time
@@ -6,9 +9,9 @@ from random import Random
 
 import torch
 
-from recipes.nano.assets.packed import Assets
+from recipes.nano.assets.archive import Assets
 from recipes.nano.draw.render import Renderer
-from recipes.nano.train.data import make_batch, to_device
+from recipes.nano.train.image_batches import make_batch, to_device
 
 BATCHES = 6
 

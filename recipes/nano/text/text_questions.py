@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from random import Random
 
-from recipes.nano.text import dialogue as say
-from recipes.nano.text import glosses
+from recipes.nano.text import dialogue, glosses
 
 Turn = tuple[str, str]  # what is asked, and the one right answer
 
 UNKNOWN_WORD = "I do not know this word."
-UNKNOWN_FACT, NO_PICTURE = say.UNKNOWN_FACT, say.NO_PICTURE
+UNKNOWN_FACT, NO_PICTURE = dialogue.UNKNOWN_FACT, dialogue.NO_PICTURE
 
 # Forms of a question: those of training, then those that are held out.
 Forms = tuple[Sequence[str], Sequence[str]]
@@ -121,7 +120,7 @@ def definition(rng: Random, held_out: bool = False) -> Turn:
         # So that the word is known wherever it stands.
         before, after = rng.choice(AROUND)
         question = f"{before}{question}{after}"
-    return question, say.sentence(known[word])
+    return question, dialogue.sentence(known[word])
 
 
 def unknown_word(rng: Random, held_out: bool = False) -> Turn:
@@ -187,7 +186,7 @@ def about_word(rng: Random, held_out: bool = False) -> Turn:
         (LAST, f"{word[-1].upper()}."),
     ]
     if not word.endswith((*_ODD, "s", "ing", "ness")):
-        forms.append((PLURAL, say.sentence(plural_of(word))))
+        forms.append((PLURAL, dialogue.sentence(plural_of(word))))
     asked, answer = rng.choice(forms)
     return rng.choice(list(asked)).format(word), answer
 
@@ -197,13 +196,13 @@ def fact(rng: Random, held_out: bool = False) -> Turn:
     if rng.random() < 0.4:
         a, b = rng.choice(OPPOSITES).split()
         a, b = (a, b) if rng.random() < 0.5 else (b, a)
-        return rng.choice(OPPOSITE).format(a), say.sentence(b)
+        return rng.choice(OPPOSITE).format(a), dialogue.sentence(b)
     row = rng.choice(ROWS)
     place = rng.randrange(len(row) - 1)
     first, second = row[place : place + 2]
     if rng.random() < 0.7:
-        return rng.choice(AFTER).format(first), say.sentence(second)
-    return rng.choice(BEFORE).format(second), say.sentence(first)
+        return rng.choice(AFTER).format(first), dialogue.sentence(second)
+    return rng.choice(BEFORE).format(second), dialogue.sentence(first)
 
 
 def beyond(rng: Random, held_out: bool = False) -> Turn:
@@ -214,16 +213,16 @@ def beyond(rng: Random, held_out: bool = False) -> Turn:
 
 def unseen(rng: Random, held_out: bool = False) -> Turn:
     """A question about a picture where there is none; the last form of each kind is held out."""
-    kinds = (say.READ, say.DESCRIBE, say.NAME_EMOJI, say.COUNT, say.COLOUR_OF, say.WHERE)
+    kinds = (dialogue.READ, dialogue.DESCRIBE, dialogue.NAME_EMOJI, dialogue.COUNT, dialogue.COLOUR_OF, dialogue.WHERE)
     forms = rng.choice(kinds)
     form = forms[-1] if held_out else rng.choice(forms[:-1])
     what = rng.choice(("circle", "square", "star", "heart", "triangle"))
-    return form.format(say.plural(what) if forms is say.COUNT else what), NO_PICTURE
+    return form.format(dialogue.plural(what) if forms is dialogue.COUNT else what), NO_PICTURE
 
 
 def talk(rng: Random, held_out: bool = False) -> Turn:
     """Greetings and questions about nano itself."""
-    return say.small_talk(rng)
+    return dialogue.small_talk(rng)
 
 
 KINDS: Mapping[str, Callable[..., Turn]] = {
@@ -248,7 +247,7 @@ def conversation(rng: Random, shares: Mapping[str, float], longest: int = 3) -> 
     """
     count = rng.choices(range(1, longest + 1), [0.6, 0.25, 0.15][:longest])[0]
     turns = [KINDS[kind](rng) for kind in rng.choices(list(shares), list(shares.values()), k=count)]
-    return [(say.asked([question], rng), answer) for question, answer in dict(turns).items()]
+    return [(dialogue.asked([question], rng), answer) for question, answer in dict(turns).items()]
 
 
 def text(rng: Random, lines: int = 4) -> str:

@@ -1,6 +1,6 @@
 """Batches without pictures: conversations and long texts, packed to a fixed number of tokens.
 
-T tokens, S sequences. A batch has the keys of ``recipes.nano.train.data`` that concern tokens, and ``size`` 0.
+T tokens, S sequences. A batch has the keys of ``recipes.nano.train.image_batches`` that concern tokens, and ``size`` 0.
 """
 
 import itertools
@@ -13,21 +13,27 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from recipes.nano.scenes import verbal as told
-from recipes.nano.text import haystack, language, tokenizer
-from recipes.nano.train import data
+from recipes.nano.scenes import verbal
+from recipes.nano.text import haystack, text_questions, tokenizer
+from recipes.nano.train import image_batches
 
-PLAIN, NEEDLES, TOLD = "plain text", "needles", "told pictures"
+PLAIN, NEEDLES, VERBAL = "plain text", "needles", "verbal scenes"
 Sequence = tuple[np.ndarray, np.ndarray]  # ids and unshifted labels
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What batches of text hold. The content of batch n depends on this (but for ``first`` and ``workers``) and on n.
+    """Configuration of text batches; it and n alone (``first`` and ``workers`` aside) determine the content of batch n.
 
-    ``shares``: kinds of :mod:`recipes.nano.text.language`, ``plain text``, ``needles`` or ``told pictures`` -> share of
-    the tokens of answers' sequences. ``tokens``: T. ``longest``: no needle's text is longer, and the shortest have
-    ``shortest``.
+    Attributes:
+        seed: Seed of the run.
+        shares: Share of each kind of text: ``plain text``, ``needles``, ``verbal scenes`` or a key of
+            :data:`recipes.nano.text.text_questions.KINDS`.
+        tokens: T, tokens of a batch.
+        shortest: Minimum number of tokens of a text with a needle.
+        longest: Maximum number of tokens of a text with a needle.
+        workers: Worker processes; 0 builds batches in this process.
+        first: Number of the first batch.
     """
 
     seed: int
@@ -57,7 +63,7 @@ def loader(texts: Texts, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
         pin_memory=pin_memory,
         multiprocessing_context="spawn",
     )
-    return map(data.unbundle, bundles)
+    return map(image_batches.unbundle, bundles)
 
 
 class TextBatches(IterableDataset):
@@ -71,7 +77,7 @@ class TextBatches(IterableDataset):
         worker, step = (info.id, info.num_workers) if info else (0, 1)
         for number in itertools.count(self.texts.first + worker, step):
             batch = make_batch(self.texts, Random(f"{self.texts.seed} text {number}"))
-            yield data.bundle(batch) if info else batch
+            yield image_batches.bundle(batch) if info else batch
 
 
 def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
         "size": 0,
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
-        "weights": torch.from_numpy(data.answer_weights(labels)),
+        "weights": torch.from_numpy(image_batches.answer_weights(labels)),
         "positions": torch.from_numpy(np.arange(texts.tokens) - np.repeat(starts[:-1], lengths)),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "max_seqlen": max(512, texts.longest),
@@ -120,17 +126,17 @@ def _sequence(texts: Texts, rng: Random) -> Sequence:
 
 def _drawn(texts: Texts, rng: Random) -> Sequence:
     shares = dict(texts.shares)
-    others = {kind: shares.pop(kind, 0.0) for kind in (NEEDLES, PLAIN, TOLD)}
+    others = {kind: shares.pop(kind, 0.0) for kind in (NEEDLES, PLAIN, VERBAL)}
     kind = rng.choices((*others, ""), (*others.values(), sum(shares.values())))[0]
-    if kind == TOLD:
-        return data.tokens(told.conversation(rng, language.words(False)))
+    if kind == VERBAL:
+        return image_batches.tokens(verbal.conversation(rng, text_questions.words(False)))
     if kind == PLAIN:
-        ids = np.array(tokenizer.encode(language.text(rng) + "\n"), np.int64)
+        ids = np.array(tokenizer.encode(text_questions.text(rng) + "\n"), np.int64)
         labels = ids.copy()
         labels[0] = -100  # nothing stands before the first
         return ids, labels
     if kind == NEEDLES:
         # Even over the logarithm of the length, so that short ones, which are learned first, are as many as long ones.
         length = round(texts.shortest * (texts.longest / texts.shortest) ** rng.random())
-        return data.tokens(haystack.haystack(rng, length, questions=1 + length // 512))
-    return data.tokens(language.conversation(rng, shares))
+        return image_batches.tokens(haystack.haystack(rng, length, questions=1 + length // 512))
+    return image_batches.tokens(text_questions.conversation(rng, shares))

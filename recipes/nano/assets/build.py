@@ -1,6 +1,6 @@
 """Packs all that nano's pictures are drawn from: ``.nano/assets.npz`` for training, ``.nano/eval.npz`` for evaluation.
 
-Run once as ``python -m recipes.nano.assets.packed`` (Debian 12, npm, pip; about five minutes). Neither file is shipped.
+Run once as ``python -m recipes.nano.assets.build`` (Debian 12, npm, pip; about five minutes). Neither file is shipped.
 """
 
 import argparse
@@ -11,17 +11,14 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFont
 
 from recipes.nano.assets import fonts, sources
-from recipes.nano.assets.excluded_words import is_rude
+from recipes.nano.assets.archive import FOLDER, Assets, pack_files, pack_json
 
-FOLDER = Path(__file__).resolve().parents[3] / ".nano"
 TRAINING_STYLES = ("noto", "fluent", "twemoji")
 SPRITE_SIZE = 128  # of training sprites; a picture of 224 px seldom shows them much larger
 EVAL_SPRITE_SIZE = 160
@@ -31,93 +28,6 @@ PHOTO_SIZE = 384  # longer side
 CONCRETE_GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 # Plain shapes are the shape task's, signs that are letters the reading task's, and flags are not in every style.
 SKIPPED_SUBGROUPS = ("geometric", "alphanum", "keycap", "heart", "country-flag", "subdivision-flag", "flag")
-
-
-@dataclass
-class Assets:
-    """What the planner and the renderer draw from, all as arrays and lists in memory.
-
-    ``glyph_boxes[em]`` (faces, 94, 4) and ``glyph_bits[em]`` are as ``fonts.rasterise`` returns them, ``face_metrics``
-    (faces, 97) as ``fonts.measure``. ``sprites`` are PNG files, style after style, each in the order of ``emoji``.
-    ``photos`` are JPEG files. ``emoji`` holds ``label``, ``hexcode`` and ``concrete``.
-    """
-
-    families: list[str]
-    face_metrics: np.ndarray
-    glyph_boxes: dict[int, np.ndarray]
-    glyph_bits: dict[int, bytes]
-    emoji: list[dict]
-    sprites: list[bytes]
-    photos: list[bytes]
-    words: list[str]
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """Emoji labels, in the order of the sprites of one style."""
-        return [entry["label"] for entry in self.emoji]
-
-    @property
-    def num_styles(self) -> int:
-        """How many drawings there are of each emoji."""
-        return len(self.sprites) // max(len(self.emoji), 1)
-
-    def save(self, path: Path) -> None:
-        """Write one npz file."""
-        meta = {"families": self.families, "emoji": self.emoji, "words": self.words}
-        arrays: dict[str, np.ndarray] = {"meta": pack_json(meta), "face_metrics": self.face_metrics}
-        for em, boxes in self.glyph_boxes.items():
-            arrays[f"glyph_boxes_{em}"] = boxes
-            arrays[f"glyph_bits_{em}"] = np.frombuffer(self.glyph_bits[em], np.uint8)
-        arrays["sprites"], arrays["sprite_ends"] = pack_files(self.sprites)
-        arrays["photos"], arrays["photo_ends"] = pack_files(self.photos)
-        np.savez(path, **arrays)  # type: ignore[arg-type]
-
-    @classmethod
-    def load(cls, path: Path = FOLDER / "assets.npz", pictures: bool = True) -> "Assets":
-        """Read ``path``; without ``pictures`` only what the planner needs: bitmaps, sprites and photos stay empty."""
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets.packed")
-        with np.load(path) as file:
-            meta = unpack_json(file["meta"])
-            ems = [int(name.rsplit("_", 1)[1]) for name in file if name.startswith("glyph_boxes_")]
-            bits = {em: file[f"glyph_bits_{em}"].tobytes() if pictures else b"" for em in ems}
-            files = {}
-            for kind in ("sprite", "photo"):
-                ends = file[f"{kind}_ends"]
-                files[kind] = unpack_files(file[f"{kind}s"], ends) if pictures else [b""] * len(ends)
-            boxes = {em: file[f"glyph_boxes_{em}"] for em in ems}
-            return cls(
-                meta["families"],
-                file["face_metrics"],
-                boxes,
-                bits,
-                meta["emoji"],
-                files["sprite"],
-                files["photo"],
-                [word for word in meta["words"] if not is_rude(word)],
-            )
-
-
-def pack_json(value: object) -> np.ndarray:
-    """JSON, zlib, bytes as an array."""
-    return np.frombuffer(zlib.compress(json.dumps(value).encode()), np.uint8)
-
-
-def unpack_json(array: np.ndarray) -> dict:
-    """The inverse of ``pack_json``."""
-    return json.loads(zlib.decompress(array.tobytes()))
-
-
-def pack_files(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Files end to end, and where each ends."""
-    ends = np.cumsum([len(content) for content in files], dtype=np.int64)
-    return np.frombuffer(b"".join(files), np.uint8), ends
-
-
-def unpack_files(content: np.ndarray, ends: np.ndarray) -> list[bytes]:
-    """The inverse of ``pack_files``."""
-    starts = [0, *ends[:-1]] if len(ends) else []
-    return [content[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
 
 
 def held_out_word(word: str) -> bool:

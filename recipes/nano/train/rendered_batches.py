@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from recipes.nano.assets.packed import Assets
+from recipes.nano.assets.archive import Assets
 from recipes.nano.draw.render import Renderer
-from recipes.nano.train.data import Plan, loader, make_batch, to_device
+from recipes.nano.train.image_batches import Plan, loader, make_batch, to_device
 from recipes.nano.train.prefetch import prefetch
 
 Batch = dict[str, Any]

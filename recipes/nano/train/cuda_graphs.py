@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recipes.nano.train.learn import Batch, Learner, Losses, Phase
+from recipes.nano.train.learner import Batch, Learner, Losses, Phase
 
 WARM_UPS = 3
 AHEAD = 2

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from recipes.nano.assets.packed import FOLDER, Assets
+from recipes.nano.assets.archive import FOLDER, Assets
 from recipes.nano.draw import commands
 from recipes.nano.scenes import stories
 from recipes.nano.scenes.planner import SHARES, Planner
