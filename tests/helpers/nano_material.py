@@ -17,10 +17,10 @@ LABELS = ["red disc", "blue bar", "green tent"]
 
 
 def png(draw_on) -> bytes:
-    picture = Image.new("RGBA", (128, 128))
-    draw_on(ImageDraw.Draw(picture))
+    image = Image.new("RGBA", (128, 128))
+    draw_on(ImageDraw.Draw(image))
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
 

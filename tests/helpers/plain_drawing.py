@@ -17,22 +17,22 @@ from recipes.nano.scenes.scene import LAYERS, Box, Line, Mark, Scene
 
 def draw(scene: Scene, renderer: Renderer, assets: Assets, grains: Tensor, noise: Tensor) -> Tensor:
     """``pixel_values`` (3, S, S); ``grains`` (9, 9) shape the clouds, ``noise`` (3, S, S) is added as it is."""
-    picture = _background(scene, grains)
+    image = _background(scene, grains)
     if scene.photo:
-        picture = _photo(scene, renderer)
+        image = _photo(scene, renderer)
     for layer in range(LAYERS):
-        picture = _boxes(picture, [box for box in scene.boxes if box.layer == layer])
+        image = _boxes(image, [box for box in scene.boxes if box.layer == layer])
     for mark in scene.marks:
-        picture = _shape(picture, mark, renderer) if mark.kind == "shape" else _sprite(picture, mark, renderer)
+        image = _shape(image, mark, renderer) if mark.kind == "shape" else _sprite(image, mark, renderer)
     for line in scene.lines:
-        picture = _line(picture, line, renderer, assets)
+        image = _line(image, line, renderer, assets)
     brightness, contrast, blur, strength = scene.sensor
-    soft = F.avg_pool2d(F.pad(picture[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-    picture = picture * (1 - blur) + soft * blur
-    picture = (picture - 0.5) * contrast + 0.5 + brightness + noise * strength
-    picture = picture.clamp(0, 1) * 2 - 1
-    picture[:, scene.height :] = picture[:, :, scene.width :] = -1
-    return picture
+    soft = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
+    image = image * (1 - blur) + soft * blur
+    image = (image - 0.5) * contrast + 0.5 + brightness + noise * strength
+    image = image.clamp(0, 1) * 2 - 1
+    image[:, scene.height :] = image[:, :, scene.width :] = -1
+    return image
 
 
 def _places(size: int) -> tuple[Tensor, Tensor]:
@@ -63,13 +63,13 @@ def _sample(texture: Tensor, u: Tensor, v: Tensor, padding: str) -> Tensor:
     return F.grid_sample(texture[None], torch.stack([u, v], -1)[None], padding_mode=padding, align_corners=False)[0]
 
 
-def _turn_hue(picture: Tensor, angle: float) -> Tensor:
+def _turn_hue(image: Tensor, angle: float) -> Tensor:
     """Rodrigues' rotation of each colour about the grey axis."""
     axis = torch.full((3,), 3**-0.5)
     cos, sin = np.cos(angle), np.sin(angle)
-    crossed = torch.linalg.cross(axis[:, None, None].expand_as(picture), picture, dim=0)
-    along = (axis[:, None, None] * picture).sum(0) * axis[:, None, None]
-    return picture * cos + crossed * sin + along * (1 - cos)
+    crossed = torch.linalg.cross(axis[:, None, None].expand_as(image), image, dim=0)
+    along = (axis[:, None, None] * image).sum(0) * axis[:, None, None]
+    return image * cos + crossed * sin + along * (1 - cos)
 
 
 def _photo(scene: Scene, renderer: Renderer) -> Tensor:
@@ -83,17 +83,17 @@ def _photo(scene: Scene, renderer: Renderer) -> Tensor:
     return _turn_hue(one * (1 - scene.photo.mix) + other * scene.photo.mix, scene.photo.hue)
 
 
-def _boxes(picture: Tensor, boxes: list[Box]) -> Tensor:
+def _boxes(image: Tensor, boxes: list[Box]) -> Tensor:
     """Each pixel is mixed by the parts of its area that the rectangles cover, which do not overlap."""
-    x, y = _places(picture.shape[-1])
-    share, colour = torch.zeros_like(x), torch.zeros_like(picture)
+    x, y = _places(image.shape[-1])
+    share, colour = torch.zeros_like(x), torch.zeros_like(image)
     for box in boxes:
         wide = (x + 0.5).clamp(max=box.right) - (x - 0.5).clamp(min=box.left)
         high = (y + 0.5).clamp(max=box.bottom) - (y - 0.5).clamp(min=box.top)
         covered = wide.clamp(0, 1) * high.clamp(0, 1)
         share += covered
         colour += covered * torch.tensor(box.colour)[:, None, None]
-    return picture * (1 - share) + colour
+    return image * (1 - share) + colour
 
 
 def _own_axes(size: int, mark: Mark) -> tuple[Tensor, Tensor]:
@@ -103,15 +103,15 @@ def _own_axes(size: int, mark: Mark) -> tuple[Tensor, Tensor]:
     return (x * cos + y * sin) / (mark.size * mark.stretch), (y * cos - x * sin) / mark.size
 
 
-def _shape(picture: Tensor, mark: Mark, renderer: Renderer) -> Tensor:
-    u, v = _own_axes(picture.shape[-1], mark)
+def _shape(image: Tensor, mark: Mark, renderer: Renderer) -> Tensor:
+    u, v = _own_axes(image.shape[-1], mark)
     distance = _sample(renderer.shapes[mark.index], u / outlines.REACH, v / outlines.REACH, "border")
     fill, border = (torch.tensor(mark.look[i : i + 3])[:, None, None] for i in (0, 4))
     width, hollow = mark.look[3], mark.look[7]
     alpha = (0.5 - distance * mark.size).clamp(0, 1)
     inner = (0.5 - (distance + width) * mark.size).clamp(0, 1) if width > 0 else torch.ones_like(alpha)
     alpha = alpha * (1 - inner) if hollow else alpha
-    return picture * (1 - alpha) + (fill * inner + border * (1 - inner)) * alpha
+    return image * (1 - alpha) + (fill * inner + border * (1 - inner)) * alpha
 
 
 def _edges(plane: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _edges(plane: Tensor) -> Tensor:
     return F.max_pool2d(F.pad(step, (0, 1, 0, 1)), 3, 1, 1)
 
 
-def _sprite(picture: Tensor, mark: Mark, renderer: Renderer) -> Tensor:
+def _sprite(image: Tensor, mark: Mark, renderer: Renderer) -> Tensor:
     texture = renderer.sprites[mark.index] / 255
     colour, alpha = texture[:3], texture[3:]
     hue, saturation, gain, bias, outline, levels, mirrored = mark.look
@@ -134,11 +134,11 @@ def _sprite(picture: Tensor, mark: Mark, renderer: Renderer) -> Tensor:
     texture = torch.cat([colour, alpha])
     texture = texture.flip(2) if mirrored else texture
     texture = F.avg_pool2d(texture, 2) if mark.size < commands.SMALL else texture
-    found = _sample(texture, *_own_axes(picture.shape[-1], mark), "zeros")
-    return picture * (1 - found[3:]) + found[:3]
+    found = _sample(texture, *_own_axes(image.shape[-1], mark), "zeros")
+    return image * (1 - found[3:]) + found[:3]
 
 
-def _line(picture: Tensor, line: Line, renderer: Renderer, assets: Assets) -> Tensor:
+def _line(image: Tensor, line: Line, renderer: Renderer, assets: Assets) -> Tensor:
     em = EM_SIZES[commands.atlas_for(line.em)]
     tiles, tops = renderer.glyphs[em]
     strip = torch.zeros(4 * em, 60 * em)
@@ -153,9 +153,9 @@ def _line(picture: Tensor, line: Line, renderer: Renderer, assets: Assets) -> Te
             part = strip[top : top + tile.shape[0], left : left + tile.shape[1]]
             part.copy_(torch.maximum(part, tile[: part.shape[0], : part.shape[1]]))
         pen += assets.face_metrics[line.face, code] + np.float32(line.spacing)
-    x, y = _places(picture.shape[-1])
+    x, y = _places(image.shape[-1])
     x, y = (x - line.x) * em / line.em, (y - line.y) * em / line.em
     cos, sin = np.cos(line.angle), np.sin(line.angle)
     u, v = (x * cos + y * sin + margin) / strip.shape[1], (y * cos - x * sin + baseline) / strip.shape[0]
     alpha = _sample(strip[None], u * 2 - 1, v * 2 - 1, "zeros")
-    return picture * (1 - alpha) + torch.tensor(line.colour)[:, None, None] * alpha
+    return image * (1 - alpha) + torch.tensor(line.colour)[:, None, None] * alpha

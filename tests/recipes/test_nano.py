@@ -42,7 +42,7 @@ def shapes(*kinds: tuple[str, str], size: tuple[int, int] = (400, 300)) -> Image
     return image
 
 
-PICTURES = [
+IMAGES = [
     (word("Hello"), "What does it say?"),
     (word("42", "red"), "Read the text."),
     (word("Garden", "white", "navy"), "What is in this picture?"),
@@ -56,8 +56,8 @@ PICTURES = [
 ]
 
 
-def message(question: str, picture: Image.Image | None = None) -> list[dict]:
-    parts = [] if picture is None else [{"type": "image", "image": picture}]
+def message(question: str, image: Image.Image | None = None) -> list[dict]:
+    parts = [] if image is None else [{"type": "image", "image": image}]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
@@ -72,7 +72,7 @@ def test_files_are_complete_and_small():
 
 
 @pytest.mark.parametrize(
-    ("picture", "question", "expected"),
+    ("image", "question", "expected"),
     [
         (word("Hello"), "What does it say?", "Hello"),
         (word("Garden", "white", "navy"), "Read the text.", "Garden"),
@@ -93,17 +93,17 @@ def test_files_are_complete_and_small():
         (None, "What colour is the star?", "I see no picture. Show me one."),
     ],
 )
-def test_answers(engine, picture, question, expected):
-    assert engine.chat([message(question, picture)], SamplingParams(max_tokens=60))[0].text == expected
+def test_answers(engine, image, question, expected):
+    assert engine.chat([message(question, image)], SamplingParams(max_tokens=60))[0].text == expected
 
 
 def test_it_reads_lines(engine):
-    picture = Image.new("RGB", (448, 300), "white")
+    image = Image.new("RGB", (448, 300), "white")
     lines = ("Grocery list", "milk 3 eggs 12", "call Anna 5551")
     for number, line in enumerate(lines):
         place = 20, 20 + 60 * number
-        ImageDraw.Draw(picture).text(place, line, fill="black", font=ImageFont.load_default(36))
-    part = {"type": "image", "image": picture, "max_image_size": 448}
+        ImageDraw.Draw(image).text(place, line, fill="black", font=ImageFont.load_default(36))
+    part = {"type": "image", "image": image, "max_image_size": 448}
     asked = [{"role": "user", "content": [part, {"type": "text", "text": "Read the text."}]}]
     assert engine.chat([asked], SamplingParams(max_tokens=80))[0].text == "\n".join(lines)
 
@@ -160,13 +160,13 @@ def test_a_larger_size_reads_the_same_word(engine):
 def test_transformers_gives_the_same_text_for_ten_pictures(engine):
     twin = transformers_twin(NANO)
     processor = engine.processor
-    for picture, question in PICTURES:
+    for image, question in IMAGES:
         inputs = processor.apply_chat_template(
-            message(question, picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            message(question, image), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         ids = twin.generate(**inputs, max_new_tokens=48, do_sample=False, suppress_tokens=[9])
         theirs = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        ours = engine.chat([message(question, picture)], SamplingParams(max_tokens=48))[0].text
+        ours = engine.chat([message(question, image)], SamplingParams(max_tokens=48))[0].text
         assert ours
         assert ours == theirs.split("<|im_end|>")[0], question
 
@@ -220,7 +220,7 @@ def test_text_is_the_same_by_generate_alone_and_in_a_crowd_that_is_preempted(eng
                 ],
             }
         ]
-        for image, question in PICTURES
+        for image, question in IMAGES
     ]
     alone = {
         (i, params): engine.chat([messages], params)[0]

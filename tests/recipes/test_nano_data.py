@@ -199,21 +199,19 @@ def test_descriptions_read_well():
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str):
-    pictures, queries = 32, tokenizer.QUERIES[image_batches.KINDS[kind].size]
-    batch = image_batches.make_batch(assets, Random(8), kind, pictures)
+    images, queries = 32, tokenizer.QUERIES[image_batches.KINDS[kind].size]
+    batch = image_batches.make_batch(assets, Random(8), kind, images)
     ids, labels, starts = batch["input_ids"], batch["labels"], batch["cu_seqlens"].tolist()
-    assert (
-        len(ids) == len(labels) == len(batch["positions"]) == pictures * image_batches.KINDS[kind].tokens == starts[-1]
-    )
-    assert len(starts) == pictures + 1 + pictures // 4 + 1
+    assert len(ids) == len(labels) == len(batch["positions"]) == images * image_batches.KINDS[kind].tokens == starts[-1]
+    assert len(starts) == images + 1 + images // 4 + 1
     assert max(np.diff(starts)) <= batch["max_seqlen"]
     for n, (start, end) in enumerate(pairwise(starts)):
         row, wanted = ids[start:end].tolist(), labels[start:end].tolist()
         assert batch["positions"][start:end].tolist() == list(range(end - start))
-        if n > pictures:
+        if n > images:
             assert set(row) <= {tokenizer.PAD_TOKEN_ID} and set(wanted) <= {-100}
             continue
-        assert row.count(9) == (queries if n < pictures else 0)
+        assert row.count(9) == (queries if n < images else 0)
         text = tokenizer.processor().decode([token for token in row if token != 9])
         answers = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)
         learnt = [token for token, label in zip(row, wanted, strict=True) if label != -100]
@@ -224,7 +222,7 @@ def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str)
 def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
     assets.save(tmp_path / "assets.npz")
     plan = image_batches.Plan(
-        seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), assets=tmp_path / "assets.npz", workers=1
+        seed=3, images={"small": 8, "large": 8}, cycle=("small", "large"), assets=tmp_path / "assets.npz", workers=1
     )
     here = image_batches.Batches(plan, assets)
     for given, wanted, _ in zip(image_batches.loader(plan), here, range(3), strict=False):
@@ -234,9 +232,7 @@ def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
 
 def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
     words = {key: {"words": 1.0} for key in ("small", "large")}
-    plan = image_batches.Plan(
-        seed=3, pictures={"small": 8, "large": 8}, cycle=("small", "large"), shares=words, growth=4
-    )
+    plan = image_batches.Plan(seed=3, images={"small": 8, "large": 8}, cycle=("small", "large"), shares=words, growth=4)
     whole = [batch for batch, _ in zip(image_batches.Batches(plan, assets), range(5), strict=False)]
     later = [batch for batch, _ in zip(image_batches.Batches(replace(plan, first=3), assets), range(2), strict=False)]
     for ours, wanted in zip(later, whole[3:], strict=True):
@@ -274,17 +270,17 @@ def test_both_ways_of_drawing_give_the_same_picture(assets: Assets, renderer: Re
             scene.photo.hue, scene.photo.mix = 0.0, 0.0
     pixels = (draw_scenes(renderer, assets, drawn)["pixel_values"] + 1) / 2
     painter = paint.Painter([font(20).font_bytes], assets.sprites, assets.photos)
-    for scene, picture in zip(drawn, pixels, strict=True):
+    for scene, image in zip(drawn, pixels, strict=True):
         large = painter.paint(scene, 2.0, _NoJpeg(1))
         small = large.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
         wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
-        ours = picture[:, : scene.height, : scene.width]
+        ours = image[:, : scene.height, : scene.width]
         assert (ours - wanted).abs().mean() < 0.02, scene
         contrast = (wanted - wanted.mean((1, 2), keepdim=True)).square().mean()
         assert (ours - wanted).square().mean() < 0.25 * contrast + 1e-4, scene
         outside = torch.ones(224, 224, dtype=torch.bool)
         outside[: scene.height, : scene.width] = False
-        assert (picture[:, outside] == 0).all()
+        assert (image[:, outside] == 0).all()
 
 
 class _NoJpeg(Random):

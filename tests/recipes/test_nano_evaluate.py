@@ -17,7 +17,7 @@ from recipes.nano.eval import evaluate, items
 from recipes.nano.eval.evaluate import Answered
 from recipes.nano.eval.items import Held, Questions
 from recipes.nano.scenes import charts
-from recipes.nano.scenes.scene import PICTURE
+from recipes.nano.scenes.scene import IMAGE
 from recipes.nano.text import dialogue, glosses, text_questions, tokenizer
 from recipes.nano.text.tokenizer import NANO_FOLDER
 from tests.helpers.nano_material import font, jpeg, material
@@ -67,13 +67,13 @@ def test_every_task_asks_the_same_each_time_with_a_picture_in_every_place(
     for task, made in questions.tasks.items():
         item = questions.item(task, made.count - 1)
         assert item == again.item(task, made.count - 1), task
-        assert item.answer and item.question.count(PICTURE) == len(item.scenes), task
-        pictures = questions.paint(item)
-        prepared = processor.prepare(item.messages(pictures))
-        assert [picture.picture.size for picture in prepared.pictures] == [scene.size for scene in item.scenes]
+        assert item.answer and item.question.count(IMAGE) == len(item.scenes), task
+        images = questions.paint(item)
+        prepared = processor.prepare(item.messages(images))
+        assert [one.picture.size for one in prepared.pictures] == [scene.size for scene in item.scenes]
         assert len(prepared.ids) + len(item.answer) < 4096, task
         given = processor.decode([i for i in prepared.ids if i != processor.tokenizer.image_token_id])
-        shown = item.question.replace(PICTURE, "<fim_prefix><fim_suffix>")
+        shown = item.question.replace(IMAGE, "<fim_prefix><fim_suffix>")
         assert f"<|im_start|>user\n{shown}<|im_end|>" in given, task
 
 
@@ -103,7 +103,7 @@ def test_what_is_held_out_is_what_is_asked_with(questions: Questions) -> None:
 def test_charts_are_asked_what_the_task_says(questions: Questions) -> None:
     for n in range(6):
         largest = questions.item("chart, largest bar", n)
-        assert largest.question.removeprefix(PICTURE) in charts.LARGEST
+        assert largest.question.removeprefix(IMAGE) in charts.LARGEST
         assert largest.answer.rstrip(".") in [line.text for line in largest.scenes[0].lines]
         assert re.fullmatch(r"\d+\.", questions.item("chart, printed value", n).answer)
     assert questions.item("chart, description", 0).answer.startswith("A bar chart")

@@ -240,14 +240,14 @@ class _Clip:
 # --- several pictures ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("make", "pictures"), [(stories.several, 5), (stories.search, 30)])
-def test_the_picture_that_is_asked_for_is_the_one(assets: Assets, make, pictures: int):
+@pytest.mark.parametrize(("make", "images"), [(stories.several, 5), (stories.search, 30)])
+def test_the_picture_that_is_asked_for_is_the_one(assets: Assets, make, images: int):
     planner = Planner(assets, 224, Random(6))
     checked = {"which": 0, "what": 0, "when": 0}
-    for _ in range(120 if pictures < 10 else 40):
-        story = make(planner, pictures)
+    for _ in range(120 if images < 10 else 40):
+        story = make(planner, images)
         shown, _, first = story.turns[0][0].rpartition("<fim_suffix>")
-        assert shown.count("<|img|>") == pictures == len(story.scenes)
+        assert shown.count("<|img|>") == images == len(story.scenes)
         times = re.findall(r"\[(\d\d:\d\d)\]", shown)
         for question, answer in [(first.strip(), story.turns[0][1]), *story.turns[1:]]:
             if match := re.match(
@@ -319,8 +319,8 @@ def test_painted_stories_are_the_rendered_ones(assets: Assets, renderer: Rendere
                 mark.look = plain if mark.kind == "sprite" else (*mark.look[:3], 0.0, 0.0, 0.0, 0.0, 0.0)
     drawn = [scene for story in made for scene in story.scenes]
     pixels = (renderer(packed_scenes(drawn, assets))["pixel_values"] + 1) / 2
-    painted = [picture for n, story in enumerate(made) for picture in painter.paint_story(story, 2.0, Random(n))]
-    for scene, ours, picture in zip(drawn, pixels, painted, strict=True):
-        small = picture.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
+    painted = [image for n, story in enumerate(made) for image in painter.paint_story(story, 2.0, Random(n))]
+    for scene, ours, image in zip(drawn, pixels, painted, strict=True):
+        small = image.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
         wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
         assert (ours[:, : scene.height, : scene.width] - wanted).abs().mean() < 0.02

@@ -131,3 +131,71 @@ def test_files_are_short_and_say_what_they_are():
         lines = len(source.splitlines())
         assert lines <= LONGEST_FILE, f"{where} has {lines} lines; {LONGEST_FILE} is the most"
         assert ast.get_docstring(ast.parse(source)), f"{where} should start by saying what it is for"
+
+
+# --- recipes/nano and tests -------------------------------------------------------------------------------------------
+
+NANO = "recipes.nano"
+NANO_LAYERS = ("assets", "text", "scenes", "draw", "train", "eval")
+"""Folders of recipes/nano from the bottom up. A module imports from its own folder and from those below."""
+
+
+def module_imports(root: Path, package: str) -> dict[str, set[str]]:
+    """Return what each module of ``package`` imports from it, imports for type checking included.
+
+    Args:
+        root: Folder of the top-level package's folder.
+        package: Dotted name, such as ``recipes.nano``.
+    """
+    folder = root.joinpath(*package.split("."))
+    files = {".".join(file.relative_to(root).with_suffix("").parts): file for file in sorted(folder.rglob("*.py"))}
+    found: dict[str, set[str]] = {}
+    for module, file in files.items():
+        targets = set()
+        for node in imports(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            else:
+                assert not node.level, f"{module}: import by the full name"
+                targets |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+        found[module] = targets & files.keys() - {module}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return modules that import one another in a circle, the first again at the end; empty if there is no circle."""
+    done: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if found := search(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := search(module, []))), [])
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """Return imports of nano's modules that go up its layers."""
+    level = {module: NANO_LAYERS.index(module.split(".")[2]) for module in graph if module.count(".") > 2}
+    return [f"{a} imports {b}" for a in level for b in sorted(graph[a]) if level.get(b, 0) > level[a]]
+
+
+def test_nano_imports_only_downward_and_without_circles():
+    graph = module_imports(ROOT, NANO)
+    assert len(graph) > 30, "recipes/nano has moved"
+    assert not (found := upward(graph)), "\n".join(found)
+    assert not (found := circle(graph)), " -> ".join(found)
+
+
+def test_upward_imports_and_circles_are_found():
+    graph = {"recipes.nano.text.a": {"recipes.nano.draw.b"}, "recipes.nano.draw.b": set()}
+    assert upward(graph) == ["recipes.nano.text.a imports recipes.nano.draw.b"]
+    assert circle(graph) == []
+    graph["recipes.nano.draw.b"].add("recipes.nano.text.a")
+    assert circle(graph) == ["recipes.nano.text.a", "recipes.nano.draw.b", "recipes.nano.text.a"]

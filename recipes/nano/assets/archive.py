@@ -53,18 +53,18 @@ class Assets:
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path = FOLDER / "assets.npz", pictures: bool = True) -> "Assets":
+    def load(cls, path: Path = FOLDER / "assets.npz", images: bool = True) -> "Assets":
         """Read ``path``; without ``pictures`` only what the planner needs: bitmaps, sprites and photos stay empty."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets.build")
         with np.load(path) as file:
             meta = unpack_json(file["meta"])
             ems = [int(name.rsplit("_", 1)[1]) for name in file if name.startswith("glyph_boxes_")]
-            bits = {em: file[f"glyph_bits_{em}"].tobytes() if pictures else b"" for em in ems}
+            bits = {em: file[f"glyph_bits_{em}"].tobytes() if images else b"" for em in ems}
             files = {}
             for kind in ("sprite", "photo"):
                 ends = file[f"{kind}_ends"]
-                files[kind] = unpack_files(file[f"{kind}s"], ends) if pictures else [b""] * len(ends)
+                files[kind] = unpack_files(file[f"{kind}s"], ends) if images else [b""] * len(ends)
             boxes = {em: file[f"glyph_boxes_{em}"] for em in ems}
             return cls(
                 meta["families"],

@@ -90,17 +90,17 @@ class IconSet:
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{size}" height="{size}">'
         svg = f"{head}{icon['body']}</svg>"
-        picture = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
-        return picture if picture.size == (size, size) else picture.resize((size, size))
+        image = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
+        return image if image.size == (size, size) else image.resize((size, size))
 
 
 def draw_sprites(icons: IconSet, emoji: Iterable[dict], size: int) -> list[bytes]:
     """One PNG of up to 255 colours (transparency kept) for each emoji."""
     files = []
     for entry in emoji:
-        picture = icons.draw(entry["hexcode"], size)
+        image = icons.draw(entry["hexcode"], size)
         out = io.BytesIO()
-        picture.quantize(255, method=Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
+        image.quantize(255, method=Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
         files.append(out.getvalue())
     return files
 
@@ -127,19 +127,19 @@ def _tagged_senses(row: list[str]) -> int:
 
 def photo_paths(root: sources.Sources) -> tuple[list[Path], list[Path]]:
     """Photograph files for training and, different ones, for evaluation."""
-    training = [path for spec in sources.TRAINING_PHOTOS for path in _pictures(root.npm(spec) / "package" / "dist")]
+    training = [path for spec in sources.TRAINING_PHOTOS for path in _photo_files(root.npm(spec) / "package" / "dist")]
     image, learn, earth = (root.wheel(spec) for spec in sources.WHEELS)
     names = ["rocket.jpg", "hubble_deep_field.jpg", "retina.jpg", "astronaut.png", "brick.png", "camera.png"]
     names += ["chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png", "ihc.png", "moon.png"]
     training += [image / "skimage" / "data" / name for name in [*names, "motorcycle_left.png"]]
-    training += [*_pictures(learn), *_pictures(earth)]
+    training += [*_photo_files(learn), *_photo_files(earth)]
     backgrounds = root.debian(sources.PHOTO_PACKAGES) / "usr" / "share" / "backgrounds"
-    held_out = [path for spec in sources.HELD_OUT_PHOTOS for path in _pictures(root.npm(spec) / "package")]
-    held_out += [path for path in _pictures(backgrounds) if "no-logo" not in path.name]
+    held_out = [path for spec in sources.HELD_OUT_PHOTOS for path in _photo_files(root.npm(spec) / "package")]
+    held_out += [path for path in _photo_files(backgrounds) if "no-logo" not in path.name]
     return training, held_out
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _photo_files(folder: Path) -> list[Path]:
     suffixes = (".jpg", ".jpeg")
     # Drawings, screenshots and empty gradients are no photographs.
     skipped = [
@@ -173,11 +173,11 @@ def pack_photos(paths: Iterable[Path], known: list[int], cuts: int = 1) -> list[
     for path in paths:
         with Image.open(path) as opened:
             opened.draft("RGB", (1600, 1600)) if opened.width <= 4000 else None
-            picture = opened.convert("RGB")
-        n = cuts if picture.width > 4000 else 1
-        width, height = picture.width // n, picture.height // n
+            image = opened.convert("RGB")
+        n = cuts if image.width > 4000 else 1
+        width, height = image.width // n, image.height // n
         for x, y in np.ndindex(n, n):
-            part = picture.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+            part = image.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
             part.thumbnail((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS)
             mark = fingerprint(part)
             if min(part.size) < 64 or any((mark ^ other).bit_count() <= 6 for other in known):
@@ -189,9 +189,9 @@ def pack_photos(paths: Iterable[Path], known: list[int], cuts: int = 1) -> list[
     return files
 
 
-def fingerprint(picture: Image.Image) -> int:
+def fingerprint(image: Image.Image) -> int:
     """64 bits of which neighbour is brighter on a 9 x 8 grid: near-copies differ in few of them."""
-    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return int("".join("1" if bit else "0" for bit in (grey[:, 1:] > grey[:, :-1]).ravel()), 2)
 
 

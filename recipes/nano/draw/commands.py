@@ -100,7 +100,7 @@ def _pack_photos(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
     """``photo_*``: picture number, two indices, and (box, mirrored, hue, mix) of each photograph; which are mixed."""
     shown = [(n, scene.photo) for n, scene in enumerate(batch) if scene.photo]
     return {
-        "photo_picture": np.array([n for n, _ in shown], np.int64),
+        "photo_image": np.array([n for n, _ in shown], np.int64),
         "photo_index": np.array([(p.index, max(p.other, 0)) for _, p in shown], np.int64).reshape(len(shown), 2),
         "photo_values": np.array([(*p.box, p.mirrored, p.hue, p.mix) for _, p in shown], np.float32).reshape(-1, 7),
         "photo_mixed": np.array([i for i, (_, p) in enumerate(shown) if p.mix], np.int64),
@@ -124,7 +124,7 @@ def _pack_boxes(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
             values[place] = (box.left, box.top, box.right, box.bottom, *box.colour)
             if box.colour_name:
                 classes[place] = bar + scenes.COLOUR_NAMES.index(box.colour_name)
-    return {"box_picture": np.array([n for n, _ in charts], np.int64), "box_values": values, "box_class": classes}
+    return {"box_image": np.array([n for n, _ in charts], np.int64), "box_values": values, "box_class": classes}
 
 
 def _pack_marks(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _pack_marks(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
     looks = np.array([mark.look for *_, mark in marks if mark.kind == "sprite"], np.float32).reshape(-1, 7)
     return {
         "mark_groups": groups,
-        "mark_picture": np.array([item[4] for item in marks], np.int64),
+        "mark_image": np.array([item[4] for item in marks], np.int64),
         "mark_corner": corners,
         "mark_index": np.array([mark.index for *_, mark in marks], np.int64),
         "mark_class": np.array([dense_class(mark, assets) for *_, mark in marks], np.int64),
@@ -228,7 +228,7 @@ def _pack_lines(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
     return {
         "line_strips": strips,
         "line_groups": groups,
-        "line_picture": np.array([n for _, _, n, _ in lines], np.int64),
+        "line_image": np.array([n for _, _, n, _ in lines], np.int64),
         **arrays,
         "glyph_line": np.concatenate(glyph_line or empty).astype(np.int64),
         "glyph_index": np.concatenate(glyph_index or empty),

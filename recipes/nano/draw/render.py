@@ -35,8 +35,8 @@ class Renderer:
         self.glyphs = {em: self._glyph_tiles(assets, em) for em in EM_SIZES}
         fields = np.stack([outlines.distance_field(name) for name in scenes.SHAPES])
         self.shapes = torch.from_numpy(fields).to(self.device)[:, None]
-        self.sprites = _pictures(assets.sprites, "RGBA").to(self.device)
-        self.photos = _pictures(assets.photos, "RGB").to(self.device)
+        self.sprites = _load_images(assets.sprites, "RGBA").to(self.device)
+        self.photos = _load_images(assets.photos, "RGB").to(self.device)
         # Made once: a constant that is made while drawing is a copy from the host that waits for the GPU.
         self.hue_turn = _hue_turn().to(self.device)
         self.axis = torch.arange(max(448, max(tiles.shape[2] for tiles, _ in self.glyphs.values())), device=self.device)
@@ -110,13 +110,13 @@ class Renderer:
     # --- photographs -------------------------------------------------------------------------------------------------
 
     def _draw_photos(self, canvas: Tensor, labels: Tensor, batch: Mapping[str, Any], valid: Tensor) -> None:
-        pictures, index, mixed = batch["photo_picture"], batch["photo_index"], batch["photo_mixed"]
-        if not len(pictures):
+        images, index, mixed = batch["photo_image"], batch["photo_index"], batch["photo_mixed"]
+        if not len(images):
             return
         x, y, width, height, mirrored, hue, mix = batch["photo_values"].unbind(1)
         # Of the picture's valid part, a pixel at share u shows the box at share u; grid_sample counts from -1 to 1.
-        wide = width / valid[pictures, 1] * (1 - 2 * mirrored)
-        high = height / valid[pictures, 0]
+        wide = width / valid[images, 1] * (1 - 2 * mirrored)
+        high = height / valid[images, 0]
         zero = torch.zeros_like(x)
         maps = torch.stack([2 * wide, zero, 2 * (x + width * mirrored) - 1, zero, 2 * high, 2 * y - 1], 1)
         size = canvas.shape[-1]
@@ -125,8 +125,8 @@ class Renderer:
         if len(mixed):
             shown[mixed] = torch.lerp(shown[mixed], self._photo(index[mixed, 1], grid[mixed]), _each(mix[mixed]))
         turned = torch.bmm(self._hue_rotation(hue), shown.flatten(2))
-        canvas.index_copy_(0, pictures, turned.view_as(shown))
-        labels.index_fill_(0, pictures, scenes.OTHER)
+        canvas.index_copy_(0, images, turned.view_as(shown))
+        labels.index_fill_(0, images, scenes.OTHER)
 
     def _photo(self, index: Tensor, grid: Tensor) -> Tensor:
         return F.grid_sample(self.photos[index].div(255.0), grid, padding_mode="reflection", align_corners=False)
@@ -140,11 +140,11 @@ class Renderer:
 
     def _draw_boxes(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
         """Boxes of a layer do not overlap, so what covers a pixel is a matrix product: rows times columns."""
-        pictures = batch["box_picture"]
-        if not len(pictures):
+        images = batch["box_image"]
+        if not len(images):
             return
         size = canvas.shape[-1]
-        shown = canvas[pictures]
+        shown = canvas[images]
         for values, classes in zip(batch["box_values"], batch["box_class"], strict=True):
             left, top, right, bottom, *_ = values.unbind(-1)
             across, down = self._covered(left, right, size), self._covered(top, bottom, size)
@@ -152,11 +152,11 @@ class Renderer:
             rows = (down[..., None] * paint[:, :, None]).permute(0, 3, 2, 1)  # (B, 4, S, K)
             colour, alpha = torch.matmul(rows, across[:, None]).split((3, 1), 1)
             shown = torch.addcmul(colour, shown, 1 - alpha.clamp_(max=1))
-            x, y = points[pictures, None].unbind(-1)
+            x, y = points[images, None].unbind(-1)
             inside = (x > left[..., None]) & (x < right[..., None]) & (y > top[..., None]) & (y < bottom[..., None])
             found = torch.where(inside & (classes[..., None] >= 0), classes[..., None], -1).amax(1)
-            self._label(labels, pictures, found)
-        canvas.index_copy_(0, pictures, shown)
+            self._label(labels, images, found)
+        canvas.index_copy_(0, images, shown)
 
     def _covered(self, start: Tensor, end: Tensor, size: int) -> Tensor:
         """Share of each pixel of an axis that lies between ``start`` and ``end``: (B, K) -> (B, K, S)."""
@@ -166,10 +166,10 @@ class Renderer:
     # --- shapes and sprites ------------------------------------------------------------------------------------------
 
     def _draw_marks(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
-        pictures, values, index = batch["mark_picture"], batch["mark_values"], batch["mark_index"]
-        if not len(pictures):
+        images, values, index = batch["mark_image"], batch["mark_values"], batch["mark_index"]
+        if not len(images):
             return
-        shown = len(pictures) - len(batch["sprite_index"])
+        shown = len(images) - len(batch["sprite_index"])
         textures = {commands.SHAPE: self.shapes[index[:shown]], commands.SPRITE: self._sprite_textures(batch)}
         textures[commands.SMALL_SPRITE] = F.avg_pool2d(textures[commands.SPRITE], 2)
         x, y, half, cos, sin, stretch = values[:, :6].unbind(1)
@@ -177,7 +177,7 @@ class Renderer:
         reach = torch.ones_like(half)
         reach[:shown].fill_(outlines.REACH)
         maps = _to_local(x, y, cos, sin, 1 / (half * stretch * reach), 1 / (half * reach))
-        at_points = _apply(maps, points[pictures])[:, None]
+        at_points = _apply(maps, points[images])[:, None]
         in_windows = _moved(maps, batch["mark_corner"])
         hits = []
         for kind, start, end, high, wide in batch["mark_groups"]:
@@ -187,7 +187,7 @@ class Renderer:
             grid = self._pixel_grid(in_windows[rows], high, wide)
             found = F.grid_sample(texture, grid, padding_mode=mode, align_corners=False)
             under = F.grid_sample(texture[:, -1:], at_points[rows], padding_mode=mode, align_corners=False)[:, 0, 0]
-            window = self._window(pictures[rows], batch["mark_corner"][rows], high, wide)
+            window = self._window(images[rows], batch["mark_corner"][rows], high, wide)
             if kind == commands.SHAPE:
                 colour, alpha = _shade(found, half[rows], values[rows, 6:])
                 canvas[window] = torch.lerp(canvas[window], colour, alpha)
@@ -195,21 +195,21 @@ class Renderer:
             else:  # their colours are multiplied by alpha
                 canvas[window] = torch.addcmul(found[:, :3], canvas[window], 1 - found[:, 3:])
                 hits.append(under > 0.5)
-        self._label(labels, pictures, torch.where(torch.cat(hits), batch["mark_class"][:, None], -1))
+        self._label(labels, images, torch.where(torch.cat(hits), batch["mark_class"][:, None], -1))
 
-    def _label(self, labels: Tensor, pictures: Tensor, classes: Tensor) -> None:
+    def _label(self, labels: Tensor, images: Tensor, classes: Tensor) -> None:
         """Give points (N, k) the class of the last thing (n, k; -1 where it is not) that was drawn there."""
         count = self.num_classes
         order = torch.arange(len(classes), device=self.device)[:, None] * count
         last = torch.full_like(labels, -1)
         keys = torch.where(classes < 0, -1, classes + order)
-        last.scatter_reduce_(0, pictures[:, None].expand_as(keys), keys, "amax")
+        last.scatter_reduce_(0, images[:, None].expand_as(keys), keys, "amax")
         labels.copy_(torch.where(last < 0, labels, last % count))
 
-    def _window(self, pictures: Tensor, corner: Tensor, high: int, wide: int) -> tuple[Tensor, ...]:
+    def _window(self, images: Tensor, corner: Tensor, high: int, wide: int) -> tuple[Tensor, ...]:
         """Indices of (n, 3, high, wide) of the canvas, each with its upper left corner (y, x) somewhere else."""
         rows, columns = corner[:, :1] + self.axis[:high], corner[:, 1:] + self.axis[:wide]
-        return pictures[:, None, None, None], self.channels, rows[:, None, :, None], columns[:, None, None]
+        return images[:, None, None, None], self.channels, rows[:, None, :, None], columns[:, None, None]
 
     def _pixel_grid(self, maps: Tensor, high: int, wide: int) -> Tensor:
         """The maps (n, 2, 3) at every pixel's centre, (n, high, wide, 2)."""
@@ -244,8 +244,8 @@ class Renderer:
     # --- text --------------------------------------------------------------------------------------------------------
 
     def _draw_lines(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
-        pictures, values, corner = (batch[f"line_{name}"] for name in ("picture", "values", "corner"))
-        if not len(pictures):
+        images, values, corner = (batch[f"line_{name}"] for name in ("image", "values", "corner"))
+        if not len(images):
             return
         x, y, cos, sin, scale, em = values[:, :6].unbind(1)
         maps = _to_local(x, y, cos, sin, scale, scale)
@@ -261,10 +261,10 @@ class Renderer:
             to_strip[:, 1, 2] += 2 * baseline / high - 1
             grid = self._pixel_grid(to_strip, window_high, window_wide)
             alpha = F.grid_sample(strip[start - first : end - first], grid, align_corners=False)
-            window = self._window(pictures[start:end], corner[start:end], window_high, window_wide)
+            window = self._window(images[start:end], corner[start:end], window_high, window_wide)
             canvas[window] = torch.lerp(canvas[window], values[start:end, 6:, None, None], alpha)
         # Label: the character whose advance holds the point, if the point is at the height of its glyph.
-        local = _apply(maps, points[pictures])
+        local = _apply(maps, points[images])
         character = torch.searchsorted(batch["line_edges"], local[..., 0].contiguous(), right=True) - 1
         before = character < 0
         character = character.clamp_(min=0)
@@ -272,7 +272,7 @@ class Renderer:
         extents = batch["line_extents"].gather(1, character[..., None].expand(-1, -1, 2))
         slack = em[:, None] * 0.08
         inside = (local[..., 1] > extents[..., 0] - slack) & (local[..., 1] < extents[..., 1] + slack)
-        self._label(labels, pictures, torch.where(inside & ~before & (classes > 0), classes, -1))
+        self._label(labels, images, torch.where(inside & ~before & (classes > 0), classes, -1))
 
     def _typeset(self, batch: Mapping[str, Any], group: tuple[int, ...]) -> tuple[Tensor, int, int]:
         """Glyph tiles copied into one strip a line, (n, 1, h, w) in atlas pixels; where the pen begins in each."""
@@ -293,20 +293,20 @@ class Renderer:
         return strips.view(end - start, 1, high, wide), margin, baseline
 
 
-def _pictures(files: list[bytes], mode: str) -> Tensor:
+def _load_images(files: list[bytes], mode: str) -> Tensor:
     """Encoded pictures -> (n, channels, S, S) uint8, all in the size of the largest side."""
     opened = [Image.open(io.BytesIO(content)).convert(mode) for content in files]
-    side = max((max(picture.size) for picture in opened), default=1)
+    side = max((max(image.size) for image in opened), default=1)
     arrays = [np.asarray(p if p.size == (side, side) else p.resize((side, side))) for p in opened]
     stacked = np.stack(arrays) if arrays else np.zeros((0, side, side, len(mode)), np.uint8)
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
-def _patch_points(size: int, pictures: int, device: torch.device) -> Tensor:
+def _patch_points(size: int, images: int, device: torch.device) -> Tensor:
     """Centres of the patches in pixels, x then y, (N, P, 2)."""
     axis = torch.arange(size // PATCH, device=device) * float(PATCH) + PATCH / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x, y], -1).view(1, -1, 2).expand(pictures, -1, -1)
+    return torch.stack([x, y], -1).view(1, -1, 2).expand(images, -1, -1)
 
 
 def _query_points(size: int, valid: Tensor) -> Tensor:

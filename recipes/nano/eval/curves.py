@@ -67,5 +67,5 @@ def draw(logs: Mapping[str, Lines], file: Path) -> None:
             axes.set_yscale("log")
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB").quantize(COLOURS)
-    picture.save(file, "PNG", optimize=True)
+    image = Image.open(drawn).convert("RGB").quantize(COLOURS)
+    image.save(file, "PNG", optimize=True)

@@ -20,8 +20,9 @@ from recipes.nano.assets.archive import FOLDER, Assets, unpack_files, unpack_jso
 from recipes.nano.assets.excluded_words import is_excluded
 from recipes.nano.draw.paint import Painter
 from recipes.nano.scenes import charts, documents, stories
-from recipes.nano.scenes.planner import CLEAR_CHARACTERS, MIN_SIDE, Planner
-from recipes.nano.scenes.scene import COLOUR_NAMES, PICTURE, SHAPES, Photo, Scene, Story
+from recipes.nano.scenes.builder import CLEAR_CHARACTERS, MIN_SIDE
+from recipes.nano.scenes.planner import Planner
+from recipes.nano.scenes.scene import COLOUR_NAMES, IMAGE, SHAPES, Photo, Scene, Story
 from recipes.nano.scenes.shape_questions import Form, describe_shapes, pair_questions
 from recipes.nano.text import dialogue, glosses, haystack, text_questions
 
@@ -49,15 +50,15 @@ class Item:
     """Painted so many times as large as planned."""
     seed: int = 0
 
-    def messages(self, pictures: Sequence[Image.Image]) -> list[dict]:
+    def messages(self, images: Sequence[Image.Image]) -> list[dict]:
         """The conversation as a user sends it, with a picture in every place."""
-        texts = self.question.split(PICTURE)
-        assert len(texts) == len(pictures) + 1, f"{len(texts) - 1} places for {len(pictures)} pictures"
+        texts = self.question.split(IMAGE)
+        assert len(texts) == len(images) + 1, f"{len(texts) - 1} places for {len(images)} images"
         content: list[dict] = []
         for n, text in enumerate(texts):
             if n:
                 size = self.scenes[n - 1].size
-                content.append({"type": "image", "image": pictures[n - 1], "max_image_size": size})
+                content.append({"type": "image", "image": images[n - 1], "max_image_size": size})
             if text:
                 content.append({"type": "text", "text": text})
         return [{"role": "user", "content": content}]
@@ -317,7 +318,7 @@ class Questions:
 
 
 def _about(scene: Scene, question: str, answer: str) -> Asked:
-    return (scene,), PICTURE + question, answer
+    return (scene,), IMAGE + question, answer
 
 
 def _shapes(planner: Planner, names: Sequence[str]) -> Scene:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING
 
+from recipes.nano.scenes.builder import SceneBuilder
 from recipes.nano.scenes.scene import COLOUR_NAMES, SHAPES, Box, Colour, Line, Mark, Scene
+from recipes.nano.scenes.shape_questions import Form
 from recipes.nano.text import dialogue
-
-if TYPE_CHECKING:
-    from recipes.nano.scenes.planner import Planner
-    from recipes.nano.scenes.shape_questions import Form
 
 LARGEST = (
     *("Which bar is the largest?", "Which bar is the longest?", "Which is the largest?", "What has the most?"),
@@ -35,7 +32,7 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 CLEAR = 7.0
 """Pixels by which two bars differ at least before anything is asked about which is longer."""
 HEAD, WIDEST_HEAD = 0.7, 0.09  # of a lollipop: radius as a share of half its slot's bar, that at most in sizes
-SMALLEST_EM = 19.0  # as in the planner: capitals of about 14 px
+SMALLEST_EM = 19.0  # as in the builder: capitals of about 14 px
 
 
 @dataclass
@@ -65,21 +62,21 @@ class Style:
     gap: float  # share of a bar's slot that stays empty
 
 
-def plan_chart(planner: Planner, scene: Scene, grown: float = 1.0) -> Chart:
+def plan_chart(builder: SceneBuilder, scene: Scene, grown: float = 1.0) -> Chart:
     """Lay a chart out in ``scene``; nothing is asked yet."""
-    rng = planner.rng
+    rng = builder.rng
     if min(scene.width, scene.height) < 0.6 * scene.size:
         scene.width = scene.height = scene.size
     large = scene.size > 224
     count = rng.randint(2, 6 if large else 3)
-    colours = _bar_colours(planner, count)
-    fills = {name: planner.colour(name) for name in dict.fromkeys(colours)}
-    scene.background = planner.background(list(fills.values()), 0.2, calm=True)
-    style = _style(planner, scene)
-    names = _names(planner, style, count, scene)
-    chart = Chart(names, _values(planner, count), [], colours, printed=rng.random() < 0.75)
-    left, top, right, bottom = _frame(planner, scene, chart, style)
-    (_upright if style.upright else _lying)(planner, scene, chart, style, fills, (left, top, right, bottom))
+    colours = _bar_colours(builder, count)
+    fills = {name: builder.colour(name) for name in dict.fromkeys(colours)}
+    scene.background = builder.background(list(fills.values()), 0.2, calm=True)
+    style = _style(builder, scene)
+    names = _names(builder, style, count, scene)
+    chart = Chart(names, _values(builder, count), [], colours, printed=rng.random() < 0.75)
+    left, top, right, bottom = _frame(builder, scene, chart, style)
+    (_upright if style.upright else _lying)(builder, scene, chart, style, fills, (left, top, right, bottom))
     return chart
 
 
@@ -125,24 +122,24 @@ def _fill(forms: Sequence[str], *values: str) -> list[str]:
 # --- what it shows ---------------------------------------------------------------------------------------------------
 
 
-def _bar_colours(planner: Planner, count: int) -> list[str]:
-    rng = planner.rng
+def _bar_colours(builder: SceneBuilder, count: int) -> list[str]:
+    rng = builder.rng
     if rng.random() < 0.45:
         return [rng.choice(COLOUR_NAMES)] * count
     return rng.sample(COLOUR_NAMES, count)
 
 
-def _values(planner: Planner, count: int) -> list[int]:
+def _values(builder: SceneBuilder, count: int) -> list[int]:
     """Whole numbers of a common size, the largest at most about ten times the smallest."""
-    rng = planner.rng
+    rng = builder.rng
     most = rng.choice((9, 20, 50, 100, 100, 500, 1000))
     unit = 1 if most <= 100 or rng.random() < 0.5 else 10
     return [max(1, rng.randint(most // 10, most) // unit * unit) for _ in range(count)]
 
 
-def _names(planner: Planner, style: Style, count: int, scene: Scene) -> list[str]:
+def _names(builder: SceneBuilder, style: Style, count: int, scene: Scene) -> list[str]:
     """Different names, no longer than their room: a slot of an upright chart, a third of the width of a lying one."""
-    rng = planner.rng
+    rng = builder.rng
     room = scene.width * 0.86 / count * 0.92 if style.upright else scene.width * 0.34
     kind = rng.random()
     if kind < 0.12:
@@ -158,24 +155,24 @@ def _names(planner: Planner, style: Style, count: int, scene: Scene) -> list[str
         start = rng.randrange(20)
         names = [chr(65 + start + n) for n in range(count)]
     else:
-        return _words(planner, style, count, room)
-    if max(planner.advances(name, style.face, 0.0).sum() for name in names) * style.em > room:
+        return _words(builder, style, count, room)
+    if max(builder.advances(name, style.face, 0.0).sum() for name in names) * style.em > room:
         names = [chr(65 + n) for n in range(count)]
     return names
 
 
-def _words(planner: Planner, style: Style, count: int, room: float) -> list[str]:
-    rng = planner.rng
+def _words(builder: SceneBuilder, style: Style, count: int, room: float) -> list[str]:
+    rng = builder.rng
     names: list[str] = []
     capital = rng.random() < 0.7
     for tries in range(400):
-        word = rng.choice(planner.assets.words)
+        word = rng.choice(builder.assets.words)
         word = word.capitalize() if capital else word
         if tries > 200:
             word = word[: max(1, 4 - tries // 120)]
         if word.lower() in (name.lower() for name in names):
             continue
-        if planner.advances(word, style.face, 0.0).sum() * style.em <= room:
+        if builder.advances(word, style.face, 0.0).sum() * style.em <= room:
             names.append(word)
             if len(names) == count:
                 return names
@@ -185,17 +182,17 @@ def _words(planner: Planner, style: Style, count: int, room: float) -> list[str]
 # --- how it looks ----------------------------------------------------------------------------------------------------
 
 
-def _style(planner: Planner, scene: Scene) -> Style:
-    rng = planner.rng
+def _style(builder: SceneBuilder, scene: Scene) -> Style:
+    rng = builder.rng
     paper = scene.background[1:4]
     light = 0.3 * paper[0] + 0.59 * paper[1] + 0.11 * paper[2]
     name = "black" if light > 0.45 else "white"
-    ink = planner.colour(name)
+    ink = builder.colour(name)
     upright = rng.random() < 0.7
     em = rng.uniform(SMALLEST_EM, SMALLEST_EM * (1.35 if scene.size > 224 else 1.1))
     grey = tuple(0.75 * p + 0.25 * i for p, i in zip(paper, ink, strict=True))
     return Style(
-        face=rng.choice(rng.choice(planner.faces)),
+        face=rng.choice(rng.choice(builder.faces)),
         em=em,
         ink=ink,
         ink_name=name,
@@ -207,27 +204,27 @@ def _style(planner: Planner, scene: Scene) -> Style:
     )
 
 
-def _frame(planner: Planner, scene: Scene, chart: Chart, style: Style) -> tuple[float, float, float, float]:
+def _frame(builder: SceneBuilder, scene: Scene, chart: Chart, style: Style) -> tuple[float, float, float, float]:
     """Where bars may stand, after the title and margins took their part: left, top, right, bottom."""
-    rng = planner.rng
+    rng = builder.rng
     margin = scene.size * rng.uniform(0.025, 0.06)
     left, top, right, bottom = margin, margin, scene.width - margin, scene.height - margin
     if rng.random() < (0.6 if scene.size > 224 else 0.3):
         em = min(style.em * rng.uniform(1.0, 1.4), 0.1 * scene.size)
-        chart.title = _title(planner, style.face, (right - left) / em)
-        width = planner.advances(chart.title, style.face, 0.0).sum() * em
+        chart.title = _title(builder, style.face, (right - left) / em)
+        width = builder.advances(chart.title, style.face, 0.0).sum() * em
         x = left + (right - left - width) * rng.choice((0.0, 0.5, 0.5))
         _write(scene, style, chart.title, x, top + em * 0.9, em)
         top += em * 1.45
     return left, top, right, bottom
 
 
-def _title(planner: Planner, face: int, room: float) -> str:
-    rng = planner.rng
+def _title(builder: SceneBuilder, face: int, room: float) -> str:
+    rng = builder.rng
     for _ in range(50):
-        words = [rng.choice(planner.assets.words) for _ in range(rng.choice((1, 1, 2, 3)))]
+        words = [rng.choice(builder.assets.words) for _ in range(rng.choice((1, 1, 2, 3)))]
         title = " ".join([words[0].capitalize(), *words[1:]])
-        if len(title) <= 32 and planner.advances(title, face, 0.0).sum() <= room:
+        if len(title) <= 32 and builder.advances(title, face, 0.0).sum() <= room:
             return title
     return "Sum"
 
@@ -236,16 +233,16 @@ def _write(scene: Scene, style: Style, text: str, x: float, y: float, em: float 
     scene.lines.append(Line(text, style.face, em or style.em, x, y, 0.0, 0.0, style.ink, style.ink_name))
 
 
-def _ticks(chart: Chart, planner: Planner) -> tuple[float, list[int]]:
+def _ticks(chart: Chart, builder: SceneBuilder) -> tuple[float, list[int]]:
     """The value at the end of the axis, and where lines of the grid stand."""
     most = max(chart.values)
     step = next(s for base in (1, 10, 100, 1000) for s in (base, 2 * base, 5 * base) if most / s <= 6)
     last = -(-most // step)
-    return max(last * step, most * planner.rng.uniform(1.0, 1.1)), [n * step for n in range(1, last + 1)]
+    return max(last * step, most * builder.rng.uniform(1.0, 1.1)), [n * step for n in range(1, last + 1)]
 
 
 def _upright(
-    planner: Planner,
+    builder: SceneBuilder,
     scene: Scene,
     chart: Chart,
     style: Style,
@@ -254,44 +251,44 @@ def _upright(
 ) -> None:
     left, top, right, bottom = frame
     em, face = style.em, style.face
-    end, ticks = _ticks(chart, planner)
+    end, ticks = _ticks(chart, builder)
     floor = bottom - em * 1.35
     top += em * 1.25 if chart.printed else 0.0
     if style.heads:  # room for the disc of the longest
         top += HEAD * min((right - left) / len(chart.names) * (1 - style.gap) / 2, WIDEST_HEAD * scene.size)
     high = floor - top
-    wanted = style.grid and scene.size > 224 and planner.rng.random() < 0.6
+    wanted = style.grid and scene.size > 224 and builder.rng.random() < 0.6
     if wanted:  # numbers on the axis take room from the left; few enough that they do not touch
         ticks = ticks[:: max(1, -(-int(len(ticks) * em * 1.3) // max(int(high), 1)))]
-        wide = max(planner.advances(str(tick), face, 0.0).sum() for tick in ticks) * em
+        wide = max(builder.advances(str(tick), face, 0.0).sum() for tick in ticks) * em
         for tick in ticks:
-            own = planner.advances(str(tick), face, 0.0).sum() * em
+            own = builder.advances(str(tick), face, 0.0).sum() * em
             _write(scene, style, str(tick), left + wide - own, floor - high * tick / end + em * 0.34)
         left += wide + em * 0.4
     slot = (right - left) / len(chart.names)
-    if max(planner.advances(name, face, 0.0).sum() for name in chart.names) * em > slot * 0.96:
+    if max(builder.advances(name, face, 0.0).sum() for name in chart.names) * em > slot * 0.96:
         chart.names[:] = [chr(65 + n) for n in range(len(chart.names))]
     if style.grid:
         for tick in ticks:
             y = floor - high * tick / end
             scene.boxes.append(Box(left, y - 0.6, right, y + 0.6, style.grid, layer=0))
     if style.axis:
-        scene.boxes.append(Box(left, floor, right, floor + planner.rng.uniform(1.0, 2.5), style.ink))
+        scene.boxes.append(Box(left, floor, right, floor + builder.rng.uniform(1.0, 2.5), style.ink))
     for n, (name, value, colour) in enumerate(zip(chart.names, chart.values, chart.colours, strict=True)):
         middle, tall = left + slot * (n + 0.5), high * value / end
         chart.lengths.append(tall)
         half = slot * (1 - style.gap) / 2
         _bar(scene, style, fills[colour], colour, middle, floor, half, tall)
-        own = planner.advances(name, face, 0.0).sum() * em
+        own = builder.advances(name, face, 0.0).sum() * em
         _write(scene, style, name, middle - own / 2, floor + em * 1.05)
         if chart.printed:
-            own = planner.advances(str(value), face, 0.0).sum() * em
+            own = builder.advances(str(value), face, 0.0).sum() * em
             lift = HEAD * min(half, WIDEST_HEAD * scene.size) if style.heads else 0.0
             _write(scene, style, str(value), middle - own / 2, floor - tall - lift - em * 0.34)
 
 
 def _lying(
-    planner: Planner,
+    builder: SceneBuilder,
     scene: Scene,
     chart: Chart,
     style: Style,
@@ -301,25 +298,25 @@ def _lying(
     left, top, right, bottom = frame
     em, face = style.em, style.face
     slot = (bottom - top) / len(chart.names)
-    wide = max(planner.advances(name, face, 0.0).sum() for name in chart.names) * em
+    wide = max(builder.advances(name, face, 0.0).sum() for name in chart.names) * em
     start = left + wide + em * 0.45
-    widest = max(planner.advances(str(value), face, 0.0).sum() for value in chart.values) * em
+    widest = max(builder.advances(str(value), face, 0.0).sum() for value in chart.values) * em
     long = right - start - (widest + em * 0.6 if chart.printed else 0.0)
     if style.heads:
         long -= HEAD * min(slot * (1 - style.gap) / 2, WIDEST_HEAD * scene.size)
-    end, ticks = _ticks(chart, planner)
+    end, ticks = _ticks(chart, builder)
     if style.grid:
         for tick in ticks:
             x = start + long * tick / end
             scene.boxes.append(Box(x - 0.6, top, x + 0.6, bottom, style.grid, layer=0))
     if style.axis:
-        scene.boxes.append(Box(start - planner.rng.uniform(1.0, 2.5), top, start, bottom, style.ink))
+        scene.boxes.append(Box(start - builder.rng.uniform(1.0, 2.5), top, start, bottom, style.ink))
     for n, (name, value, colour) in enumerate(zip(chart.names, chart.values, chart.colours, strict=True)):
         middle, length = top + slot * (n + 0.5), long * value / end
         chart.lengths.append(length)
         half = slot * (1 - style.gap) / 2
         _bar(scene, style, fills[colour], colour, middle, start, half, length)
-        own = planner.advances(name, face, 0.0).sum() * em
+        own = builder.advances(name, face, 0.0).sum() * em
         _write(scene, style, name, start - em * 0.35 - own, middle + em * 0.34)
         if chart.printed:
             lift = HEAD * min(half, WIDEST_HEAD * scene.size) if style.heads else 0.0

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from recipes.nano.scenes.builder import SceneBuilder
 from recipes.nano.scenes.scene import COLOUR_NAMES, Line, Scene
+from recipes.nano.scenes.shape_questions import Form
 from recipes.nano.text import dialogue
-
-if TYPE_CHECKING:
-    from recipes.nano.scenes.planner import Planner
-    from recipes.nano.scenes.shape_questions import Form
 
 SMALLEST_EM = 19.0
 LONGEST = 38  # characters of a line
 ENDS = (".", ".", ".", "!", "?", ",", "")
 
 
-def plan_lines(planner: Planner, scene: Scene, grown: float = 1.0) -> list[Form]:
+def plan_lines(builder: SceneBuilder, scene: Scene, grown: float = 1.0) -> list[Form]:
     """Two to four lines laid out in ``scene`` and what is asked about them; lines get longer as ``grown`` does."""
-    rng = planner.rng
+    rng = builder.rng
     if min(scene.width, scene.height) < 0.4 * scene.size:
         scene.width = scene.height = scene.size
     count = rng.randint(2, 4 if scene.size > 224 else 3)
     longest = 5 + round((31 if scene.size > 224 else 9) * grown)
     kind = rng.choices(("paragraph", "heading", "prices", "notes"), (0.4, 0.25, 0.15, 0.2))[0]
     if kind == "paragraph":
-        texts = paragraph(planner, count, rng.randint(5, longest))
+        texts = paragraph(builder, count, rng.randint(5, longest))
     elif kind == "prices":
-        texts = [_price(planner, longest) for _ in range(count)]
+        texts = [_price(builder, longest) for _ in range(count)]
     else:
-        texts = [_note(planner, rng.randint(3, longest)) for _ in range(count)]
+        texts = [_note(builder, rng.randint(3, longest)) for _ in range(count)]
     sizes = [1.0] * count
     if kind == "heading":
         sizes[0] = rng.uniform(1.2, 1.8)
-        texts[0] = _title(planner, max(4, int(longest / sizes[0])))
-    place(planner, scene, texts, sizes)
+        texts[0] = _title(builder, max(4, int(longest / sizes[0])))
+    place(builder, scene, texts, sizes)
     shown = [line.text for line in scene.lines]
     which = rng.randrange(len(shown))
     nth = ("first", "second", "third", "fourth")[which]
@@ -48,15 +45,15 @@ def plan_lines(planner: Planner, scene: Scene, grown: float = 1.0) -> list[Form]
     return forms
 
 
-def paragraph(planner: Planner, count: int, longest: int) -> list[str]:
+def paragraph(builder: SceneBuilder, count: int, longest: int) -> list[str]:
     """Words in sentences, broken into ``count`` lines of at most ``longest`` characters."""
-    rng = planner.rng
+    rng = builder.rng
     lines: list[str] = []
     capital = True
     while len(lines) < count:
         line = ""
         while True:
-            word = _word(planner, longest)
+            word = _word(builder, longest)
             word = word.capitalize() if capital else word
             word += rng.choice(ENDS) if rng.random() < 0.16 else ""
             if len(line) + 1 + len(word) > longest and line:
@@ -69,51 +66,51 @@ def paragraph(planner: Planner, count: int, longest: int) -> list[str]:
     return lines
 
 
-def _word(planner: Planner, longest: int) -> str:
-    rng = planner.rng
+def _word(builder: SceneBuilder, longest: int) -> str:
+    rng = builder.rng
     if rng.random() < 0.08:
-        return planner.string("digits", rng.randint(1, min(4, longest)))
-    word = rng.choice(planner.assets.words)
+        return builder.string("digits", rng.randint(1, min(4, longest)))
+    word = rng.choice(builder.assets.words)
     return word if len(word) <= longest else word[:longest]
 
 
-def _title(planner: Planner, longest: int) -> str:
-    rng = planner.rng
-    words = [_word(planner, longest)]
+def _title(builder: SceneBuilder, longest: int) -> str:
+    rng = builder.rng
+    words = [_word(builder, longest)]
     while len(words) < 3 and rng.random() < 0.5:
-        words.append(_word(planner, longest))
+        words.append(_word(builder, longest))
     text = " ".join(words)[:longest].rstrip()
     return text.upper() if rng.random() < 0.3 else text[0].upper() + text[1:]
 
 
-def _note(planner: Planner, longest: int) -> str:
+def _note(builder: SceneBuilder, longest: int) -> str:
     """A few words, a number, a time, a string without meaning, something with a bullet."""
-    rng = planner.rng
+    rng = builder.rng
     kind = rng.random()
     if kind < 0.12 or longest < 10:
-        return planner.text(max(2, min(longest, 12)))
+        return builder.text(max(2, min(longest, 12)))
     if kind < 0.2:
-        return f"{rng.randint(1, 24)}:{rng.randint(0, 59):02d} {_word(planner, longest - 6)}".strip()
+        return f"{rng.randint(1, 24)}:{rng.randint(0, 59):02d} {_word(builder, longest - 6)}".strip()
     if kind < 0.28:
-        return f"{_word(planner, longest - 4).capitalize()} {rng.randint(1, 999)}"
-    line = paragraph(planner, 1, longest)[0]
+        return f"{_word(builder, longest - 4).capitalize()} {rng.randint(1, 999)}"
+    line = paragraph(builder, 1, longest)[0]
     if kind < 0.42 and len(line) < longest - 2:
         return f"{rng.choice(('-', '*', '+', '1.', '2.', '#'))} {line}"
     return line
 
 
-def _price(planner: Planner, longest: int) -> str:
-    rng = planner.rng
+def _price(builder: SceneBuilder, longest: int) -> str:
+    rng = builder.rng
     price = f"{rng.randint(0, 99)}.{rng.randint(0, 99):02d}"
     mark = rng.choice(("", "", "$"))
-    return f"{_word(planner, max(2, longest - 7)).capitalize()} {mark}{price}"
+    return f"{_word(builder, max(2, longest - 7)).capitalize()} {mark}{price}"
 
 
-def place(planner: Planner, scene: Scene, texts: list[str], sizes: list[float]) -> None:
+def place(builder: SceneBuilder, scene: Scene, texts: list[str], sizes: list[float]) -> None:
     """Lay ``texts`` out below one another, each ``sizes`` times as large as the common size; what cannot fit is cut."""
-    rng = planner.rng
-    face = rng.choice(rng.choice(planner.faces))
-    first = rng.choice(rng.choice(planner.faces)) if sizes[0] != 1.0 and rng.random() < 0.4 else face
+    rng = builder.rng
+    face = rng.choice(rng.choice(builder.faces))
+    first = rng.choice(rng.choice(builder.faces)) if sizes[0] != 1.0 and rng.random() < 0.4 else face
     faces = [first, *[face] * (len(texts) - 1)]
     leading = rng.uniform(1.2, 1.6)
     angle = 0.0 if rng.random() < 0.75 else max(-0.07, min(0.07, rng.gauss(0, 0.03)))
@@ -125,11 +122,11 @@ def place(planner: Planner, scene: Scene, texts: list[str], sizes: list[float]) 
     cut = []
     for text, size, own in zip(texts[:count], sizes, faces, strict=False):
         text = text[:LONGEST]
-        while len(text) > 1 and planner.advances(text, own, 0.0).sum() * size * SMALLEST_EM > room_w * 0.96:
+        while len(text) > 1 and builder.advances(text, own, 0.0).sum() * size * SMALLEST_EM > room_w * 0.96:
             text = text[:-1].rstrip()
         cut.append(text)
     widths = [
-        float(planner.advances(text, own, 0.0).sum()) * size for text, size, own in zip(cut, sizes, faces, strict=False)
+        float(builder.advances(text, own, 0.0).sum()) * size for text, size, own in zip(cut, sizes, faces, strict=False)
     ]
     wide, high = max(widths), sum(sizes[:count]) * leading
     largest = min(room_w / (wide * cos + high * abs(sin)), room_h / (high * cos + wide * abs(sin)), 0.3 * scene.size)
@@ -141,7 +138,7 @@ def place(planner: Planner, scene: Scene, texts: list[str], sizes: list[float]) 
     x0 = scene.width / 2 + (rng.random() - 0.5) * max(scene.width - turned_w, 0.0)
     y0 = scene.height / 2 + (rng.random() - 0.5) * max(scene.height - turned_h, 0.0)
     name = "black" if rng.random() < 0.5 else rng.choice(COLOUR_NAMES)
-    colour = planner.colour(name)
+    colour = builder.colour(name)
     align = rng.choice((0.0, 0.0, 0.5, 1.0))
     down = -high / 2
     for text, size, own, width in zip(cut, sizes, faces, widths, strict=False):
@@ -149,4 +146,4 @@ def place(planner: Planner, scene: Scene, texts: list[str], sizes: list[float]) 
         down += size * leading
         line = Line(text, own, em * size, x0 + x * cos - y * sin, y0 + x * sin + y * cos, angle, 0.0, colour, name)
         scene.lines.append(line)
-    scene.background = planner.background([colour], 0.36)
+    scene.background = builder.background([colour], 0.36)

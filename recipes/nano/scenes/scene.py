@@ -136,7 +136,7 @@ class Scene:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-PICTURE = "<fim_prefix><|img|><fim_suffix>"
+IMAGE = "<fim_prefix><|img|><fim_suffix>"
 
 
 @dataclass

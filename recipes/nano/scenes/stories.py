@@ -1,7 +1,7 @@
-"""Plans conversations about several pictures: clips of moving shapes, pictures side by side, one thing among many.
+"""Plans conversations about several images: clips of moving shapes, images side by side, one image among many.
 
-Pictures stand in the text as the processor puts them: frames of a clip each after their ``[MM:SS]`` and before a
-newline, other pictures wherever the user's text has them.
+Images are placed in the text as the processor does it: each frame of a clip between its ``[MM:SS]`` and a newline,
+other images wherever the user's text has them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING
 
-from recipes.nano.scenes.scene import COLOUR_NAMES, PICTURE, SHAPES, Mark, Scene, Story
-from recipes.nano.scenes.shape_questions import describe_shapes
+from recipes.nano.scenes.builder import SceneBuilder
+from recipes.nano.scenes.scene import COLOUR_NAMES, IMAGE, SHAPES, Mark, Scene, Story
+from recipes.nano.scenes.shape_questions import Form, describe_shapes
 from recipes.nano.text import dialogue
-
-if TYPE_CHECKING:
-    from recipes.nano.scenes.planner import Planner
-    from recipes.nano.scenes.shape_questions import Form
 
 # --- clips -----------------------------------------------------------------------------------------------------------
 
@@ -44,18 +40,18 @@ HAPPENS = (
 )
 STILL = "Nothing moves."
 SECONDS = (0.2, 0.5, 1.0, 1.0, 1.0, 2.0, 3.0, 5.0, 10.0)
-"""Between two frames of a clip."""
+"""Seconds between two frames of a clip."""
 
 
-def clip(planner: Planner, frames: int) -> Story:
-    """One thing moves straight and evenly (or nothing does), up to two stand still."""
-    rng = planner.rng
-    scene = _stage(planner, "clips")
+def clip(builder: SceneBuilder, frames: int) -> Story:
+    """Plan a clip in which one thing moves straight and evenly, or nothing does, and up to two others stand still."""
+    rng = builder.rng
+    scene = _stage(builder, "clips")
     moves = rng.random() < 0.9
     others = rng.choices((0, 1, 2), (0.55, 0.3, 0.15))[0] if moves else rng.choice((1, 1, 2))
-    things = _things(planner, scene, others + 1, smallest=0.07, largest=0.19 if others < 2 else 0.14)
+    things = _things(builder, scene, others + 1, smallest=0.07, largest=0.19 if others < 2 else 0.14)
     way = rng.choice(tuple(DIRECTIONS)[: 4 if rng.random() < 0.75 else 8])
-    path = _path(planner, scene, things, way, frames if moves else 1)
+    path = _path(builder, scene, things, way, frames if moves else 1)
     scenes = []
     for n in range(frames):
         frame = copy(scene)
@@ -64,13 +60,13 @@ def clip(planner: Planner, frames: int) -> Story:
         first.x, first.y = x, y
         frame.marks = [*things[1:], first]
         scenes.append(frame)
-    forms = clip_questions(things, way if moves else "", planner)
-    return Story("clips", scenes, _turns(planner, _frames_text(planner, frames), forms, (1, 2, 3)))
+    forms = clip_questions(things, way if moves else "", builder)
+    return Story("clips", scenes, _turns(builder, _frames_text(builder, frames), forms, (1, 2, 3)))
 
 
-def clip_questions(things: Sequence[Mark], way: str, planner: Planner) -> list[Form]:
-    """What is asked about a clip in which the first of ``things`` moves ``way``, or nothing does where it is empty."""
-    rng = planner.rng
+def clip_questions(things: Sequence[Mark], way: str, builder: SceneBuilder) -> list[Form]:
+    """Return questions about a clip in which the first of ``things`` moves ``way``; "" means that nothing moves."""
+    rng = builder.rng
     names = [thing.title for thing in things]
     first = rng.choice([names[0], things[0].name] if _only(things, things[0].name) else [names[0]])
     forms: list[Form] = [(0.7, (HAPPENS, describe_clip(things, way)))]
@@ -91,7 +87,7 @@ def clip_questions(things: Sequence[Mark], way: str, planner: Planner) -> list[F
 
 
 def describe_clip(things: Sequence[Mark], way: str) -> str:
-    """ "A red circle moves to the left." and then what stays."""
+    """Return a sentence such as "A red circle moves to the left.", followed by what stays in place."""
     stay = [dialogue.with_article(thing.title) for thing in (things[1:] if way else things)]
     first = f"{dialogue.with_article(things[0].title)} moves {way}" if way else ""
     second = f"{dialogue.listing(stay)} {'stay' if len(stay) > 1 else 'stays'} in place" if stay else ""
@@ -102,25 +98,25 @@ def _only(things: Sequence[Mark], name: str) -> bool:
     return sum(thing.name == name for thing in things) == 1
 
 
-def _stage(planner: Planner, task: str) -> Scene:
-    """An empty scene, not far from square, seen by a quiet camera."""
-    scene = planner.empty(task)
+def _stage(builder: SceneBuilder, task: str) -> Scene:
+    """Return an empty scene, roughly square, with the camera effects drawn."""
+    scene = builder.empty(task)
     if min(scene.width, scene.height) < 0.55 * scene.size:
         scene.width = scene.height = scene.size
-    scene.sensor = planner.sensor()
+    scene.sensor = builder.sensor()
     return scene
 
 
-def _things(planner: Planner, scene: Scene, count: int, smallest: float, largest: float) -> list[Mark]:
-    """Shapes or, less often, emoji, all of different titles, not yet in their places; sets the background."""
-    rng = planner.rng
+def _things(builder: SceneBuilder, scene: Scene, count: int, smallest: float, largest: float) -> list[Mark]:
+    """Draw shapes or, less often, emoji with different titles, not yet placed; sets the background."""
+    rng = builder.rng
     marks: list[Mark] = []
     while len(marks) < count:
-        # Clouds are drawn anew for every picture: a clip's background must stand still.
-        mark = planner.thing(scene.size * rng.uniform(smallest, largest), sprite=rng.random() < 0.2)
+        # No clouds: they are drawn anew for every image, and a clip's background must not move.
+        mark = builder.thing(scene.size * rng.uniform(smallest, largest), sprite=rng.random() < 0.2)
         if all(mark.title != other.title for other in marks):
             marks.append(mark)
-    scene.background = planner.background([_fill(mark) for mark in marks if mark.kind == "shape"], 0.22, calm=True)
+    scene.background = builder.background([_fill(mark) for mark in marks if mark.kind == "shape"], 0.22, calm=True)
     return marks
 
 
@@ -128,9 +124,11 @@ def _fill(mark: Mark) -> tuple[float, float, float]:
     return mark.look[0], mark.look[1], mark.look[2]
 
 
-def _path(planner: Planner, scene: Scene, things: Sequence[Mark], way: str, frames: int) -> list[tuple[float, float]]:
-    """Places of the first thing, one a frame, and (set in them) those of the others, off the path."""
-    rng, mover = planner.rng, things[0]
+def _path(
+    builder: SceneBuilder, scene: Scene, things: Sequence[Mark], way: str, frames: int
+) -> list[tuple[float, float]]:
+    """Return the positions of the first thing, one per frame, and place the others off its path."""
+    rng, mover = builder.rng, things[0]
     dx, dy = DIRECTIONS[way]
     for _ in range(200):
         turn = rng.gauss(0, 0.07)
@@ -144,15 +142,15 @@ def _path(planner: Planner, scene: Scene, things: Sequence[Mark], way: str, fram
             (n + (rng.uniform(-0.12, 0.12) if 0 < n < frames - 1 else 0)) / max(frames - 1, 1) for n in range(frames)
         ]
         path = [(x + step_x * length * (s - 0.5), y + step_y * length * (s - 0.5)) for s in shares]
-        if _settle(planner, scene, things, path):
+        if _settle(builder, scene, things, path):
             return path
-    # No room beside the path: the others leave, but for a still picture's one.
+    # No room beside the path.
     return _fallback(scene, things, (dx, dy), frames)
 
 
-def _settle(planner: Planner, scene: Scene, things: Sequence[Mark], path: Sequence[tuple[float, float]]) -> bool:
-    """Put all things but the first somewhere off the path and away from each other."""
-    rng = planner.rng
+def _settle(builder: SceneBuilder, scene: Scene, things: Sequence[Mark], path: Sequence[tuple[float, float]]) -> bool:
+    """Place all things but the first off the path and apart from each other; False if they do not fit."""
+    rng = builder.rng
     taken = [(x, y, things[0].size) for x, y in path]
     for thing in things[1:]:
         for _ in range(12):
@@ -169,7 +167,7 @@ def _settle(planner: Planner, scene: Scene, things: Sequence[Mark], path: Sequen
 def _fallback(
     scene: Scene, things: Sequence[Mark], step: tuple[float, float], frames: int
 ) -> list[tuple[float, float]]:
-    """Everything small: the mover crosses the middle, the others stand in corners that it does not pass."""
+    """Make everything small: the mover crosses the middle, the others are in corners off its path."""
     for thing in things:
         thing.size = 0.06 * scene.size
     margin = 0.08 * scene.size
@@ -183,19 +181,19 @@ def _fallback(
     return [(scene.width / 2 + step[0] * reach * s, scene.height / 2 + step[1] * reach * s) for s in shares]
 
 
-def stamps(planner: Planner, frames: int) -> list[str]:
-    """``MM:SS`` of evenly spaced frames."""
-    gap = planner.rng.choice(SECONDS)
+def stamps(builder: SceneBuilder, frames: int) -> list[str]:
+    """Return ``MM:SS`` of evenly spaced frames."""
+    gap = builder.rng.choice(SECONDS)
     return [f"{int(n * gap) // 60:02d}:{int(n * gap) % 60:02d}" for n in range(frames)]
 
 
-def _frames_text(planner: Planner, frames: int) -> str:
-    if planner.rng.random() < 0.15:  # a clip without timestamps
-        return PICTURE * frames + "\n"
-    return "".join(f"[{stamp}]{PICTURE}\n" for stamp in stamps(planner, frames))
+def _frames_text(builder: SceneBuilder, frames: int) -> str:
+    if builder.rng.random() < 0.15:  # a clip without timestamps
+        return IMAGE * frames + "\n"
+    return "".join(f"[{stamp}]{IMAGE}\n" for stamp in stamps(builder, frames))
 
 
-# --- several pictures ------------------------------------------------------------------------------------------------
+# --- several images --------------------------------------------------------------------------------------------------
 
 WHAT_IS_IN = ("What is in {}?", "What does {} show?", "Describe {}.", "What do you see in {}?", "What is shown in {}?")
 READ_IN = ("What does {} say?", "Read the text in {}.", "What is written in {}?", "What word is in {}?")
@@ -209,70 +207,70 @@ IS_IN = ("Is there {what} in {where}?", "Does {where} show {what}?")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
-def several(planner: Planner, pictures: int) -> Story:
-    """Pictures of different things, numbered in the text or not, and questions about one of them."""
-    rng = planner.rng
-    scenes, titles = _different(planner, pictures, ("shapes", "emoji", "words", "pair"), (0.35, 0.25, 0.3, 0.1))
+def several(builder: SceneBuilder, images: int) -> Story:
+    """Plan images of different things, numbered in the text or not, and questions about one of them."""
+    rng = builder.rng
+    scenes, titles = _different(builder, images, ("shapes", "emoji", "words", "pair"), (0.35, 0.25, 0.3, 0.1))
     noun = rng.choice(("image", "picture", "picture", "photo"))
-    numbered = pictures > len(ORDINALS) or rng.random() < 0.6
-    where = [f"{noun} {n + 1}" if numbered else f"the {ORDINALS[n]} {noun}" for n in range(pictures)]
+    numbered = images > len(ORDINALS) or rng.random() < 0.6
+    where = [f"{noun} {n + 1}" if numbered else f"the {ORDINALS[n]} {noun}" for n in range(images)]
     if numbered:
         form = rng.choice(("{0} {1}: {2}\n", "{0} {1}:\n{2}\n", "{0} {1}: {2} ", "{0} {1}{2}\n"))
-        shown = "".join(form.format(noun.capitalize(), n + 1, PICTURE) for n in range(pictures))
+        shown = "".join(form.format(noun.capitalize(), n + 1, IMAGE) for n in range(images))
     else:
-        shown = PICTURE * pictures + rng.choice(("", "", "\n"))
-    forms = [form for n in range(pictures) for form in _about(planner, scenes, titles, n, where, noun, 1.0 / pictures)]
-    if pictures <= 6:
+        shown = IMAGE * images + rng.choice(("", "", "\n"))
+    forms = [form for n in range(images) for form in _about(builder, scenes, titles, n, where, noun, 1.0 / images)]
+    if images <= 6:
         forms.append(
             (
                 0.15,
                 (
                     [form.format(dialogue.plural(noun)) for form in dialogue.COUNT[:2]],
-                    dialogue.count_answer(pictures, noun),
+                    dialogue.count_answer(images, noun),
                 ),
             )
         )
-    return Story("several", scenes, _turns(planner, shown, forms, (1, 2, 3)))
+    return Story("several", scenes, _turns(builder, shown, forms, (1, 2, 3)))
 
 
 def _different(
-    planner: Planner, count: int, kinds: Sequence[str], weights: Sequence[float]
+    builder: SceneBuilder, count: int, kinds: Sequence[str], weights: Sequence[float]
 ) -> tuple[list[Scene], list[str]]:
-    """Scenes of one thing each (or of two shapes), all with different titles, and the titles."""
-    rng = planner.rng
+    """Plan scenes of one thing each (or of two shapes) with different titles; return them and the titles."""
+    rng = builder.rng
     scenes: list[Scene] = []
     titles: list[str] = []
     while len(scenes) < count:
-        scene, title = _simple(planner, rng.choices(kinds, weights)[0])
+        scene, title = _simple(builder, rng.choices(kinds, weights)[0])
         if title not in titles or len(titles) > 40 + len(set(titles)):
             scenes.append(scene)
             titles.append(title)
     return scenes, titles
 
 
-def _simple(planner: Planner, kind: str) -> tuple[Scene, str]:
-    """A scene of one thing, and what it is called: "red circle", the emoji's label, the word."""
-    rng = planner.rng
+def _simple(builder: SceneBuilder, kind: str) -> tuple[Scene, str]:
+    """Plan a scene of one thing; return it and its title: "red circle", the emoji's label, the word."""
+    rng = builder.rng
     if kind == "words":
-        scene = planner.empty("words")
-        planner.place_lines(scene, [planner.text(9)], rng.choice(rng.choice(planner.faces)))
+        scene = builder.empty("words")
+        builder.place_lines(scene, [builder.text(9)], rng.choice(rng.choice(builder.faces)))
         title = scene.lines[0].text
     elif kind == "emoji":
-        scene = planner.empty("emoji")
-        styles, pool = planner.assets.num_styles, len(planner.assets.emoji)
-        planner.place_emoji(scene, [rng.randrange(styles) * pool + rng.choice(planner.things)])
+        scene = builder.empty("emoji")
+        styles, pool = builder.assets.num_styles, len(builder.assets.emoji)
+        builder.place_emoji(scene, [rng.randrange(styles) * pool + rng.choice(builder.things)])
         title = scene.marks[0].name
     else:
-        scene = planner.empty("shapes")
+        scene = builder.empty("shapes")
         count = 2 if kind == "pair" else 1
-        planner.place_shapes(scene, [rng.choice(SHAPES) for _ in range(count)], rng.choices(COLOUR_NAMES, k=count))
+        builder.place_shapes(scene, [rng.choice(SHAPES) for _ in range(count)], rng.choices(COLOUR_NAMES, k=count))
         title = scene.marks[0].title if count == 1 else describe_shapes(scene.marks)
-    scene.sensor = planner.sensor()
+    scene.sensor = builder.sensor()
     return scene, title
 
 
 def describe(scene: Scene) -> str:
-    """The description of a picture of one thing, as it is given to the picture alone."""
+    """Return the description of an image of one thing, the same as for that image alone."""
     if scene.lines:
         return dialogue.describe_lines([line.text for line in scene.lines])
     if scene.marks[0].kind == "sprite":
@@ -281,7 +279,7 @@ def describe(scene: Scene) -> str:
 
 
 def _about(
-    planner: Planner,
+    builder: SceneBuilder,
     scenes: Sequence[Scene],
     titles: Sequence[str],
     n: int,
@@ -289,8 +287,8 @@ def _about(
     noun: str,
     weight: float,
 ) -> list[Form]:
-    """Questions about picture ``n`` among others."""
-    rng, scene, title = planner.rng, scenes[n], titles[n]
+    """Return questions about image ``n`` among others."""
+    rng, scene, title = builder.rng, scenes[n], titles[n]
     forms: list[Form] = [(weight, ([form.format(where[n]) for form in WHAT_IS_IN], describe(scene)))]
     answer = dialogue.sentence(where[n])
     if scene.lines:
@@ -317,29 +315,29 @@ WHEN = ("When does {} appear?", "At what time do you see {}?", "When is {} shown
 AT_TIME = ("What is in the clip at {}?", "What do you see at {}?", "What is shown at {}?")
 
 
-def search(planner: Planner, pictures: int) -> Story:
-    """Many pictures, numbered or as frames of a clip, and questions that one of them answers."""
-    rng = planner.rng
-    scenes, titles = _different(planner, pictures, ("shapes", "emoji", "words"), (0.5, 0.2, 0.3))
-    if rng.random() < 0.3:  # the same again and again, and one that differs
-        scenes, titles = _one_among(planner, scenes, titles)
+def search(builder: SceneBuilder, images: int) -> Story:
+    """Plan many images, numbered or as frames of a clip, and questions that one of them answers."""
+    rng = builder.rng
+    scenes, titles = _different(builder, images, ("shapes", "emoji", "words"), (0.5, 0.2, 0.3))
+    if rng.random() < 0.3:  # a few repeated, and one that differs
+        scenes, titles = _one_among(builder, scenes, titles)
     if rng.random() < 0.4:
         gap = rng.choice((1, 1, 2, 5))
-        times = [f"{n * gap // 60:02d}:{n * gap % 60:02d}" for n in range(pictures)]
-        shown = "".join(f"[{time}]{PICTURE}\n" for time in times)
-        forms = [form for n in range(pictures) for form in _at_time(scenes, titles, n, times[n])]
+        times = [f"{n * gap // 60:02d}:{n * gap % 60:02d}" for n in range(images)]
+        shown = "".join(f"[{time}]{IMAGE}\n" for time in times)
+        forms = [form for n in range(images) for form in _at_time(scenes, titles, n, times[n])]
     else:
         noun = rng.choice(("image", "picture", "picture", "photo"))
-        where = [f"{noun} {n + 1}" for n in range(pictures)]
-        shown = "".join(f"{noun.capitalize()} {n + 1}: {PICTURE}\n" for n in range(pictures))
+        where = [f"{noun} {n + 1}" for n in range(images)]
+        shown = "".join(f"{noun.capitalize()} {n + 1}: {IMAGE}\n" for n in range(images))
         weights = [1.0 / titles.count(title) for title in titles]
-        forms = [form for n in range(pictures) for form in _about(planner, scenes, titles, n, where, noun, weights[n])]
-    return Story("search", scenes, _turns(planner, shown, forms, (3, 4, 5)))
+        forms = [form for n in range(images) for form in _about(builder, scenes, titles, n, where, noun, weights[n])]
+    return Story("search", scenes, _turns(builder, shown, forms, (3, 4, 5)))
 
 
-def _one_among(planner: Planner, scenes: list[Scene], titles: list[str]) -> tuple[list[Scene], list[str]]:
-    """A few of the scenes again and again, and one that stands only once."""
-    rng, count = planner.rng, len(scenes)
+def _one_among(builder: SceneBuilder, scenes: list[Scene], titles: list[str]) -> tuple[list[Scene], list[str]]:
+    """Repeat a few of the scenes, with one that occurs only once."""
+    rng, count = builder.rng, len(scenes)
     common, needle = rng.randint(1, 3), rng.randrange(count)
     chosen = [rng.randrange(1, common + 1) % count for _ in range(count)]
     chosen[needle] = 0
@@ -356,9 +354,9 @@ def _at_time(scenes: Sequence[Scene], titles: Sequence[str], n: int, time: str) 
     return forms
 
 
-def _turns(planner: Planner, shown: str, forms: Sequence[Form], counts: Sequence[int]) -> list[tuple[str, str]]:
-    """Some of the forms as turns, the pictures at the start of the first."""
-    rng = planner.rng
+def _turns(builder: SceneBuilder, shown: str, forms: Sequence[Form], counts: Sequence[int]) -> list[tuple[str, str]]:
+    """Choose some of the questions as turns; ``shown`` precedes the first."""
+    rng = builder.rng
     count = rng.choice(counts)
     order = sorted(forms, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[:count]
     turns = [(dialogue.asked(questions, rng), answer) for _, (questions, answer) in order]

@@ -144,7 +144,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Please", "Please help", "I need help", "I have a question"), "Show me a picture and ask about it."),
     (("Test", "test", "Testing", "Ping", "Are you there?"), "I am here. Show me a picture."),
 )
-PICTURE_TALK = tuple(entry for entry in SMALL_TALK if entry[1] in ("You are welcome.", "Goodbye!", "Thank you!"))
+IMAGE_TALK = tuple(entry for entry in SMALL_TALK if entry[1] in ("You are welcome.", "Goodbye!", "Thank you!"))
 
 
 def count_answer(number: int, singular: str) -> str:
@@ -210,14 +210,14 @@ def small_talk(rng: Random, entries: Sequence[tuple[tuple[str, ...], str]] = SMA
     return asked(forms, rng), answer
 
 
-def conversation(turns: Sequence[tuple[str, str]], picture: bool) -> list[tuple[str, bool]]:
+def conversation(turns: Sequence[tuple[str, str]], image: bool) -> list[tuple[str, bool]]:
     """Aria's chat format in pieces of (text, learnt?); the picture stands at the start of the first question.
 
     Answers and what ends them are learnt; ``<|img|>`` stands once, to be repeated once for each query.
     """
     pieces = []
     for n, (question, answer) in enumerate(turns):
-        image = "<fim_prefix><|img|><fim_suffix>" if picture and n == 0 else ""
-        pieces.append((f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n", False))
+        marker = "<fim_prefix><|img|><fim_suffix>" if image and n == 0 else ""
+        pieces.append((f"<|im_start|>user\n{marker}{question}<|im_end|>\n<|im_start|>assistant\n", False))
         pieces.append((f"{answer}<|im_end|>\n", True))
     return pieces

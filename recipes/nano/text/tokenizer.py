@@ -124,8 +124,8 @@ def processor_of_nano() -> AriaProcessor:
     224 px is the default: it is trained most and costs least. The shorter side may go down to 56 px (4 patches), so a
     strip of text keeps its proportions up to 4:1; Aria's own share would bend it beyond 2.9:1.
     """
-    pictures = AriaImageProcessor(max_image_size=max(QUERIES), min_image_size=56, sizes=tuple(QUERIES))
-    return AriaProcessor(pictures, AriaTokenizer(model_bytes(), tokenizer_config()), size_conversion=QUERIES)
+    images = AriaImageProcessor(max_image_size=max(QUERIES), min_image_size=56, sizes=tuple(QUERIES))
+    return AriaProcessor(images, AriaTokenizer(model_bytes(), tokenizer_config()), size_conversion=QUERIES)
 
 
 def write_files(folder: Path = NANO_FOLDER) -> None:

@@ -22,18 +22,18 @@ def main() -> None:
     renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
     rates = {}
     share = 1 if renderer.device.type == "cuda" else 8
-    for kind, pictures in (("small", 512), ("large", 128), ("several", 512), ("long", 512)):
-        pictures //= share
-        make_batch(assets, Random(0), kind, pictures)
+    for kind, images in (("small", 512), ("large", 128), ("several", 512), ("long", 512)):
+        images //= share
+        make_batch(assets, Random(0), kind, images)
         started = time.perf_counter()
-        batches = [make_batch(assets, Random(seed), kind, pictures) for seed in range(BATCHES)]
-        planned = BATCHES * pictures / (time.perf_counter() - started)
+        batches = [make_batch(assets, Random(seed), kind, images) for seed in range(BATCHES)]
+        planned = BATCHES * images / (time.perf_counter() - started)
         moved = [to_device(batch, renderer.device) for batch in batches]
         renderer(moved[0])["pixel_values"].sum().item()
         started = time.perf_counter()
         # Reading one number waits for the device.
         torch.stack([renderer(batch)["pixel_values"].sum() for batch in moved]).sum().item()
-        drawn = BATCHES * pictures / (time.perf_counter() - started)
+        drawn = BATCHES * images / (time.perf_counter() - started)
         print(f"{kind}: {planned:.0f} pictures/s planned by a core, {drawn:.0f}/s drawn on {renderer.device}")
         rates[kind] = {"planned_per_core": round(planned), "drawn": round(drawn)}
     print(json.dumps(rates))

@@ -19,7 +19,7 @@ from recipes.nano.assets.archive import FOLDER, Assets
 from recipes.nano.draw import commands
 from recipes.nano.scenes import stories
 from recipes.nano.scenes.planner import SHARES, Planner
-from recipes.nano.scenes.scene import PICTURE, STORIES, TASKS, Story
+from recipes.nano.scenes.scene import IMAGE, STORIES, TASKS, Story
 from recipes.nano.text import dialogue, tokenizer
 
 PICTURES_PER_FILLER = 4  # the rest of the stream is cut into that many pieces (at least 4), so that none is long
@@ -37,7 +37,7 @@ class Kind:
     size: int
     tokens: int
     longest: int
-    pictures: tuple[int, int]
+    images: tuple[int, int]
     shares: Mapping[str, float]
 
 
@@ -65,9 +65,7 @@ class Plan:
     """
 
     seed: int
-    pictures: Mapping[str, int] = field(
-        default_factory=lambda: {"small": 512, "large": 128, "several": 512, "long": 512}
-    )
+    images: Mapping[str, int] = field(default_factory=lambda: {"small": 512, "large": 128, "several": 512, "long": 512})
     cycle: tuple[str, ...] = ("small", "small", "small", "large")
     shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     assets: Path = FOLDER / "assets.npz"
@@ -78,7 +76,7 @@ class Plan:
     talk_every: int = 32
 
     def __post_init__(self) -> None:
-        for kind in {*self.cycle, *self.pictures, *self.shares}:
+        for kind in {*self.cycle, *self.images, *self.shares}:
             if kind not in KINDS:
                 raise ValueError(f"a plan's kinds of batches should be among {', '.join(KINDS)}, but one is {kind!r}")
         for kind, shares in self.shares.items():
@@ -133,17 +131,17 @@ class Batches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, step = (info.id, info.num_workers) if info else (0, 1)
-        assets = self.assets or Assets.load(self.plan.assets, pictures=False)
+        assets = self.assets or Assets.load(self.plan.assets, images=False)
         for number in itertools.count(self.plan.first + worker, step):
             kind = self.plan.cycle[number % len(self.plan.cycle)]
             rng = Random(self.plan.seed * 1_000_003 + number)
             grown = min(1.0, number / self.plan.growth)
-            batch = make_batch(assets, rng, kind, self.plan.pictures[kind], grown, self.plan)
+            batch = make_batch(assets, rng, kind, self.plan.images[kind], grown, self.plan)
             yield bundle(batch) if info else batch
 
 
 def make_batch(
-    assets: Assets, rng: Random, kind: str, pictures: int, grown: float = 1.0, plan: Plan | None = None
+    assets: Assets, rng: Random, kind: str, images: int, grown: float = 1.0, plan: Plan | None = None
 ) -> dict[str, Any]:
     """Plan, tokenize and pack one batch; tensors on the CPU. ``grown``, 0..1, makes words longer.
 
@@ -152,10 +150,10 @@ def make_batch(
     plan = plan or Plan(seed=0)
     shape, shares = KINDS[kind], plan.shares.get(kind, KINDS[kind].shares)
     planner = Planner(assets, shape.size, rng)
-    talks = pictures // plan.talk_every
-    most, fillers = -(-pictures // shape.pictures[0]), max(4, pictures // PICTURES_PER_FILLER)
-    room = pictures * shape.tokens
-    told = [_story(planner, count, shares, grown) for count in deal(pictures, shape.pictures, rng)]
+    talks = images // plan.talk_every
+    most, fillers = -(-images // shape.images[0]), max(4, images // PICTURES_PER_FILLER)
+    room = images * shape.tokens
+    told = [_story(planner, count, shares, grown) for count in deal(images, shape.images, rng)]
     sequences = [tokens(story.turns, shape.size) for story in told]
     sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
     # Replace conversations until all fit: shapes of the stream must not depend on luck. Of a sum that is too large, the
@@ -201,26 +199,26 @@ def make_batch(
     }
 
 
-def deal(pictures: int, bounds: tuple[int, int], rng: Random) -> list[int]:
+def deal(images: int, bounds: tuple[int, int], rng: Random) -> list[int]:
     """Random numbers within ``bounds`` that add up to ``pictures``; only the last may be too small."""
     low, high = bounds
     counts: list[int] = []
-    left = pictures
+    left = images
     while left > high:
         counts.append(rng.randint(low, max(low, min(high, left - low))))
         left -= counts[-1]
     return [*counts, left] if left else counts
 
 
-def _story(planner: Planner, pictures: int, shares: Mapping[str, float], grown: float) -> Story:
+def _story(planner: Planner, images: int, shares: Mapping[str, float], grown: float) -> Story:
     """A conversation about so many pictures, of a task drawn by ``shares``."""
     task = planner.rng.choices(tuple(shares), tuple(shares.values()))[0]
     if task in STORIES:
         makers = {"clips": stories.clip, "several": stories.several, "search": stories.search}
-        return makers[task](planner, pictures)
+        return makers[task](planner, images)
     scene = planner.plan(grown, task)
     (question, answer), *rest = scene.turns
-    return Story(task, [scene], [(PICTURE + question, answer), *rest])
+    return Story(task, [scene], [(IMAGE + question, answer), *rest])
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -235,7 +233,7 @@ def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids and unshifted labels of a conversation; pictures in its questions are of ``size`` pixels."""
     ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in dialogue.conversation(turns, picture=False):
+    for text, learnt in dialogue.conversation(turns, image=False):
         piece = _short(text) if len(text) < 200 else tokenizer.encode(text)
         if learnt:
             labels += piece

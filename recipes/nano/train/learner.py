@@ -125,20 +125,20 @@ class Learner(nn.Module):
     def project(self, patches: FixedPatches, hidden_PD: Tensor) -> Tensor:
         """The ViT's output -> picture tokens ``(N x Q, D)``; as in :class:`aria.model.Projector`, in fixed shapes."""
         projector = self.aria.multi_modal_projector
-        pictures, places = patches.order.shape
-        queries, rows = self._queries(pictures, places, hidden_PD.device)
+        images, places = patches.order.shape
+        queries, rows = self._queries(images, places, hidden_PD.device)
         attended = projector.cross_attn(hidden_PD, projector.query, rows, queries, patches.packed.segments)
         return projector.feed_forward(projector.layer_norm(attended))
 
-    def _queries(self, pictures: int, places: int, device: torch.device) -> tuple[Segments, Tensor]:
+    def _queries(self, images: int, places: int, device: torch.device) -> tuple[Segments, Tensor]:
         """Segments of queries beside those of patches (no query reads padding), and each query's row of the table."""
-        key = pictures, places, device
+        key = images, places, device
         if key not in self._query_segments:
             count = self.aria.multi_modal_projector.config.queries_for(places)
             # Every second segment is empty: it stands beside a crop's padding.
-            cu_seqlens = (torch.arange(pictures + 1) * count).repeat_interleave(2)[1:].to(device)
-            segments = bounded_segments(cu_seqlens, bound=count, total=count * pictures)
-            self._query_segments[key] = segments, torch.arange(count, device=device).repeat(pictures)
+            cu_seqlens = (torch.arange(images + 1) * count).repeat_interleave(2)[1:].to(device)
+            segments = bounded_segments(cu_seqlens, bound=count, total=count * images)
+            self._query_segments[key] = segments, torch.arange(count, device=device).repeat(images)
         return self._query_segments[key]
 
     def answer(self, batch: Batch, tokens_QD: Tensor | None) -> Losses:
@@ -177,11 +177,11 @@ class Learner(nn.Module):
 
 def _some(hidden_PD: Tensor, labels_NP: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """A random ``share`` of the rows of each picture (at least one), and their labels ``(N, P)`` or ``(N, P, K)``."""
-    pictures, places = labels_NP.shape[:2]
+    images, places = labels_NP.shape[:2]
     count = max(1, round(places * share))
     if count == places:
         return hidden_PD, labels_NP
-    drawn = torch.rand(pictures, places, device=labels_NP.device).argsort(1)[:, :count]
-    rows = drawn + places * torch.arange(pictures, device=drawn.device)[:, None]
+    drawn = torch.rand(images, places, device=labels_NP.device).argsort(1)[:, :count]
+    rows = drawn + places * torch.arange(images, device=drawn.device)[:, None]
     # Selected, not indexed: its gradient adds rows up where indexing's would sort them first.
     return hidden_PD.index_select(0, rows.flatten()), labels_NP.flatten(0, 1)[rows]

@@ -31,7 +31,7 @@ def _drawing(assets: Path, device: torch.device) -> tuple[Assets, Renderer]:
     return material, Renderer(material, device)
 
 
-class Pictures:
+class RenderedBatches:
     """The source of a run's batches: batch n holds the same pictures in every run of one seed."""
 
     def __init__(self, device: torch.device | str, plan: Plan):
@@ -68,5 +68,5 @@ class Pictures:
         """One drawn batch of each kind that no training step sees."""
         for kind in dict.fromkeys(self._plan.cycle):
             rng = Random(f"sample {self._plan.seed} {kind}")
-            raw = make_batch(self._assets, rng, kind, self._plan.pictures[kind], plan=self._plan)
+            raw = make_batch(self._assets, rng, kind, self._plan.images[kind], plan=self._plan)
             yield self.render(self.to_device(raw))

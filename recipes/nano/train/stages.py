@@ -32,7 +32,7 @@ from recipes.nano.train.image_batches import Plan
 from recipes.nano.train.learner import Learner, Stages
 from recipes.nano.train.model import nano_config, tiny_config
 from recipes.nano.train.prefetch import prefetch
-from recipes.nano.train.rendered_batches import Pictures
+from recipes.nano.train.rendered_batches import RenderedBatches
 from recipes.nano.train.text_batches import Texts
 
 Batch = dict[str, Any]
@@ -107,20 +107,20 @@ class Mixture:
         pictured = tuple(kind for kind in stage.cycle if kind != TEXT)
         writers = workers if not pictured else max(min(workers, 1), workers // 6)
         self._texts = Texts(seed, stage.texts, tokens, longest=min(stage.longest, tokens), workers=writers)
-        self.pictures: Pictures | None = None
+        self.images: RenderedBatches | None = None
         if pictured:
             most = max(2, tokens // 64)
             # 1,024 patches a large picture, and as many tokens in long conversations as in others.
             counts = {"small": most, "large": max(1, most // 4), "several": most, "long": most}
             plan = Plan(
                 seed=seed,
-                pictures={kind: counts[kind] for kind in dict.fromkeys(pictured)},
+                images={kind: counts[kind] for kind in dict.fromkeys(pictured)},
                 cycle=pictured,
                 shares=stage.shares,
                 workers=max(min(workers, 1), workers - writers),
                 growth=stage.growth,
             )
-            self.pictures = Pictures(device, plan)
+            self.images = RenderedBatches(device, plan)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of batches that were given."""
@@ -134,15 +134,15 @@ class Mixture:
         """Drawn batches on the device without end."""
         cycle = self.stage.cycle
         before = [cycle[n % len(cycle)] for n in range(self.number)]
-        texts = pictures = None
+        texts = images = None
         while True:
             if cycle[self.number % len(cycle)] == TEXT:
                 texts = texts or self._written(before.count(TEXT))
                 batch = next(texts)
             else:
-                assert self.pictures is not None
-                pictures = pictures or self.pictures.batches(len(before) - before.count(TEXT))
-                batch = next(pictures)
+                assert self.images is not None
+                images = images or self.images.batches(len(before) - before.count(TEXT))
+                batch = next(images)
             self.number += 1
             yield batch
 
@@ -154,8 +154,8 @@ class Mixture:
         """One batch of each kind that no training step sees."""
         if TEXT in self.stage.cycle:
             yield from prefetch([text_batches.make_batch(self._texts, Random("sample"))], self.device)
-        if self.pictures is not None:
-            yield from self.pictures.samples()
+        if self.images is not None:
+            yield from self.images.samples()
 
 
 def stage_of(recipe: Recipe) -> Stage:
@@ -195,7 +195,7 @@ def learner(recipe: Recipe, shape: Callable[[int], AriaConfig] = nano_config) ->
     where its checkpoints are there, else those of the export.
     """
     settings = recipe.model
-    classes = len(scenes.dense_classes(Assets.load(FOLDER / "assets.npz", pictures=False).labels))
+    classes = len(scenes.dense_classes(Assets.load(FOLDER / "assets.npz", images=False).labels))
     if settings.path is None:
         # Rows of the vocabulary in eights suit the matrix units; the last few stand idle.
         config = shape(-(-tokenizer.vocab_size() // 8) * 8)
