@@ -16,8 +16,10 @@ import torch
 
 from aria import AriaForConditionalGeneration, AriaImageProcessor, AriaProcessor, cli
 from aria.processor import AriaTokenizer
-from tests.helpers import small_tokenizer
-from tests.helpers.tiny import tiny_config, tiny_model, transformers_twin
+
+pytest.register_assert_rewrite("tests.helpers")
+from tests.helpers import small_tokenizer  # noqa: E402
+from tests.helpers.tiny import tiny_config, tiny_model, transformers_twin  # noqa: E402
 
 # The tests' models are small: a second thread costs more than it brings, above all beside other work.
 torch.set_num_threads(1)

@@ -16,8 +16,7 @@ from aria.engine.core import EngineCore
 from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.ops import LoRA, Segments
-from tests.engine.test_engine_cuda import WIDE, requests_of
-from tests.model.test_model_cuda import CONFIG, relative_error
+from tests.helpers.gpu_models import CONFIG, WIDE, relative_error, requests_of
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from aria import AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine import AsyncEngine, grammar, request
 from aria.engine.request import Status
 from aria.processor import Prompt
-from tests.engine.test_engine import CONVERSATIONS, asked
+from tests.helpers.conversations import CONVERSATIONS, asked
 
 PARAMS = SamplingParams(max_tokens=12)
 PATIENCE = 120

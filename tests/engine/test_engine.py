@@ -13,29 +13,13 @@ from PIL import Image
 from aria import AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine.outputs import Completion
 from aria.engine.rehearsal import Rehearsal
+from tests.helpers.conversations import CONVERSATIONS, asked, picture
 from tests.helpers.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
 def engine(model_folder):
     return Engine(model_folder, device="cpu")
-
-
-def picture(seed: int, size: tuple[int, int] = (120, 80)) -> Image.Image:
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
-
-
-def asked(text: str, *pictures: Image.Image) -> list[dict]:
-    parts = [{"type": "image", "image": image} for image in pictures]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-CONVERSATIONS = [
-    asked("what is shown", picture(0)),
-    asked("hello"),
-    asked("red circle", picture(1), picture(2, (50, 90))),
-]
 
 
 def test_answers_do_not_depend_on_the_batch(engine):

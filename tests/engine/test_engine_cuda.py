@@ -9,36 +9,19 @@ import pytest
 import torch
 
 from aria import AriaForConditionalGeneration, ops
-from aria.config import AriaConfig, TextConfig
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
 from aria.engine.graphs import Graphs
 from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.ops import Segments
-from tests.model.test_model_cuda import CONFIG, relative_error
+from tests.helpers.gpu_models import CONFIG, WIDE, relative_error, requests_of
 
 pytestmark = pytest.mark.gpu
 
-# Aria's own widths, so that the kernels for them run; fewer layers and words, so that float32 fits beside it.
-WIDE = AriaConfig(text=TextConfig(num_hidden_layers=3, vocab_size=4096, max_position_embeddings=8192))
 
 # Heads that no kernel of attention takes, and experts that no grouped product does.
 ODD = replace(CONFIG, text=replace(CONFIG.text, head_dim=48, intermediate_size=44))
-
-
-def requests_of(vocabulary: int, image_width: int, count: int, longest: int) -> list[tuple[list[int], list[Picture]]]:
-    choice = random.Random(0)
-    made = []
-    for seed in range(count):
-        ids = [choice.randrange(20, vocabulary) for _ in range(choice.randrange(1, longest))]
-        pictures = []
-        if seed % 3 == 0 and len(ids) > 70:
-            features = torch.randn(64, image_width, generator=torch.Generator().manual_seed(seed))
-            ids[5:69] = [9] * 64
-            pictures = [Picture(5, 64, b"%d" % seed, features)]
-        made.append((ids, pictures))
-    return made
 
 
 def engine_logits(core: EngineCore, work, dtype: torch.dtype) -> tuple[list, list]:

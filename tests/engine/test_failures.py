@@ -15,7 +15,7 @@ from aria.engine.runner import Launched
 from aria.engine.sampler import SamplerState
 from aria.model import Aria
 from aria.model.decoder import Decoder
-from tests.engine.test_core import IMAGE, core, model, prompt, with_picture
+from tests.helpers.tiny_core import IMAGE, core, model, prompt, with_picture
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = [prompt(30 + 7 * i, i) for i in range(6)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aria.pretrained import AriaForConditionalGeneration, read_generation_config
-from tests.model.test_model import crops, ids, left_padded
+from tests.helpers.model_inputs import crops, ids, left_padded
 
 BATCH = {
     "one text": lambda: left_padded([ids(9)]),

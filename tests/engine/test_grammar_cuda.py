@@ -10,8 +10,7 @@ import torch
 
 from aria import Engine, SamplingParams
 from aria.engine.sampler import keep_allowed
-from tests.engine.test_engine_cuda import WIDE
-from tests.model.test_model_cuda import CONFIG
+from tests.helpers.gpu_models import CONFIG, WIDE
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from aria import AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine import prompt_scores
 from aria.engine.runner import Runner
 from aria.model.decoder import Decoder
-from tests.engine.test_core import core, plain_logits, prompt, run, with_picture, work
+from tests.helpers.tiny_core import core, plain_logits, prompt, run, with_picture, work
 
 
 def assert_scored(request, k: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from aria.engine.blocks import BlockPool
 from aria.engine.request import Picture, Request, Status
 from aria.engine.scheduler import Scheduler
-from tests.engine.test_scheduler import S, chunks, request, scheduler, step
+from tests.helpers.scheduling import S, chunks, request, scheduler, step
 
 
 def decoding(s: Scheduler, count: int = 1) -> list[Request]:

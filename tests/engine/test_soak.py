@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from aria import Engine, SamplingParams
-from tests.engine.test_grammar import is_valid, random_schema
+from tests.helpers.random_schemas import is_valid, random_schema
 
 REQUESTS = int(os.environ.get("ARIA_SOAK", "220"))
 QUESTIONS = ("What does it say?", "What is in this picture?", "Which colour is it?", "How many shapes are there?")

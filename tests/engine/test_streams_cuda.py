@@ -11,7 +11,7 @@ from aria.engine.request import Request
 from aria.engine.sampler import SamplerState
 from aria.model import Aria
 from aria.ops.kernels import paged_attention
-from tests.engine.test_engine_cuda import WIDE
+from tests.helpers.gpu_models import WIDE
 
 pytestmark = pytest.mark.gpu
 

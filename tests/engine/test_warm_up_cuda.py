@@ -13,7 +13,7 @@ from PIL import Image
 
 from aria import Engine, SamplingParams
 from aria.ops.kernels import chunk_attention
-from tests.engine.test_engine_cuda import WIDE
+from tests.helpers.gpu_models import WIDE
 
 pytestmark = pytest.mark.gpu
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from fractions import Fraction
 from typing import Any
 
@@ -85,3 +86,18 @@ def pdf(*sizes: tuple[float, float], text: str = "") -> bytes:
     document.save(buffer)
     document.close()
     return buffer.getvalue()
+
+
+def endless_page() -> bytes:
+    """A few kilobytes whose drawing takes minutes: the same large shape again and again."""
+    drawing = zlib.compress(b"0 0 m 600 600 l 300 0 l 0 300 l b\n" * 100_000)
+    return b"""%%PDF-1.4
+1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj
+2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
+3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 600]/Contents 4 0 R/Resources<<>>>>endobj
+4 0 obj<</Length %d/Filter/FlateDecode>>stream
+%b
+endstream endobj
+trailer<</Root 1 0 R/Size 5>>
+%%%%EOF
+""" % (len(drawing), drawing)

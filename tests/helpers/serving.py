@@ -99,3 +99,19 @@ def straight(messages: list[dict[str, Any]], **params: Any) -> Result:
 def data_uri(data: bytes, kind: str = "image/png") -> str:
     """A medium as clients send it."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "temperature": 2}
+
+
+def error_of(response, status: int) -> dict:
+    """The error object; its shape is OpenAI's."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    [error] = response.json().values()
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "Traceback" not in response.text
+    return error

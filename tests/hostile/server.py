@@ -401,3 +401,7 @@ def attack(port: int, media: list[tuple[Medium, int]], folder: Path, together: i
 
     with ThreadPoolExecutor(together) as pool:
         return list(pool.map(send, media))
+
+
+PEAK = 300 << 20
+"""Bytes that an attack may cost the main process."""

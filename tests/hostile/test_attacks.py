@@ -15,10 +15,8 @@ import pytest
 from tests.hostile.bad_schemas import bodies
 from tests.hostile.killers import KILLERS
 from tests.hostile.leading import leading
-from tests.hostile.server import Server, Watched, asking, eventually, percentile, post, running, watching
+from tests.hostile.server import PEAK, Server, Watched, asking, eventually, percentile, post, running, watching
 
-PEAK = 300 << 20
-"""Bytes that an attack may cost the main process."""
 HEALTH_SECONDS = 1.0
 """For 99 of 100 answers of /health: far more than `bench/server/hostile.py` measures, far less than what hangs."""
 

@@ -23,6 +23,7 @@ from tests.hostile.bad_drawings import nested_forms
 from tests.hostile.bad_media import catalog, plan
 from tests.hostile.bad_pictures import LARGEST, tiny_webp
 from tests.hostile.server import (
+    PEAK,
     Server,
     State,
     Watched,
@@ -35,7 +36,6 @@ from tests.hostile.server import (
     runs,
     watching,
 )
-from tests.hostile.test_attacks import PEAK
 
 pytestmark = pytest.mark.slow
 

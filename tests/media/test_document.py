@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.resources
 import io
 import threading
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from aria.media.document import page_ranges
 from aria.media.open import open_medium
 from aria.media.read import Page, read_document
 from aria.processor import MediaSettings
-from tests.helpers.made_media import pdf
+from tests.helpers.made_media import endless_page, pdf
 
 
 def read(data: bytes | Path, pages: Any = None, **limits: Any) -> list[Page]:
@@ -134,21 +133,6 @@ def test_several_threads_at_once() -> None:
     assert len(found) == 6
     for pages in found:
         assert all(np.array_equal(page.rgb, other) for page, other in zip(pages, expected, strict=True))
-
-
-def endless_page() -> bytes:
-    """A few kilobytes whose drawing takes minutes: the same large shape again and again."""
-    drawing = zlib.compress(b"0 0 m 600 600 l 300 0 l 0 300 l b\n" * 100_000)
-    return b"""%%PDF-1.4
-1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj
-2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
-3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 600]/Contents 4 0 R/Resources<<>>>>endobj
-4 0 obj<</Length %d/Filter/FlateDecode>>stream
-%b
-endstream endobj
-trailer<</Root 1 0 R/Size 5>>
-%%%%EOF
-""" % (len(drawing), drawing)
 
 
 def test_a_page_without_end_is_given_up() -> None:

@@ -14,22 +14,8 @@ from PIL import Image
 
 from aria.media.open import Base64, open_medium
 from aria.processor import MediaSettings, load_image
+from tests.helpers.images import NOISE, encoded, pixels
 from tests.helpers.media_site import site
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def pixels(source) -> np.ndarray:
-    image = load_image(source)
-    assert image.mode == "RGB"
-    return np.asarray(image)
-
-
-NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 
 
 def test_paths_bytes_and_data_uris_agree(tmp_path) -> None:

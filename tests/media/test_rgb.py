@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from aria.processor import MediaSettings, load_image
-from tests.media.test_media import NOISE, encoded, pixels
+from tests.helpers.images import NOISE, encoded, pixels
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:

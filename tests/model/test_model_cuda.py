@@ -6,24 +6,11 @@ import pytest
 import torch
 
 from aria import AriaForConditionalGeneration, ops
-from aria.config import AriaConfig, ProjectorConfig, TextConfig, VisionConfig
 from aria.model import Aria, Packed, pack_patches
 from aria.ops import Segments
+from tests.helpers.gpu_models import CONFIG, relative_error
 
 pytestmark = pytest.mark.gpu
-
-CONFIG = AriaConfig(
-    vision=VisionConfig(hidden_size=144, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2),
-    projector=ProjectorConfig(hidden_size=144, num_attention_heads=2, output_size=128),
-    text=TextConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=48, moe_num_experts=8, moe_topk=3, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096,
-    ),
-)  # fmt: skip
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64, 513])

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_to_fp32
 
-from tests.model.test_model import CASES, TOLERANCE
+from tests.helpers.model_inputs import CASES, TOLERANCE
 
 PADDED = "text, left-padded batch"
 

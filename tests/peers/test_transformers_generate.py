@@ -18,7 +18,7 @@ from transformers.generation import (
 
 from aria import AriaForConditionalGeneration
 from aria.engine.lockstep import Lockstep
-from tests.model.test_model import crops, ids, left_padded
+from tests.helpers.model_inputs import crops, ids, left_padded
 
 IMAGE = 9
 ONE = left_padded([ids(9)])

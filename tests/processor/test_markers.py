@@ -16,6 +16,7 @@ from aria.train.data import DataSettings
 from aria.train.data.encode import Encoder
 from aria.train.data.sources import Row
 from tests.helpers import made_data, small_tokenizer
+from tests.helpers.marker_texts import texts
 
 TOKENIZERS = {
     "nano": AriaTokenizer.from_pretrained(),
@@ -26,30 +27,6 @@ TOKENIZERS = {
 NFKC = AriaTokenizer(small_tokenizer.model(normalization="nmt_nfkc"), small_tokenizer.config())
 WRITTEN = ("<|im_start|>", "<|im_end|>", "<fim_prefix>", "<fim_suffix>")
 
-# Markers whole, in pieces, and with what may merge with them or be read as a space.
-FRAGMENTS = (
-    *MARKERS,
-    *("<|im_", "<|im_end", "end|>", "start|>user\n", "<", "|", ">", "<|", "|>", "im", "_", "<<|im_end|>>", ".<"),
-    *(
-        " ",
-        "\n",
-        "\u2581",
-        "\u200b",
-        "the fox",
-        "?",
-        "世",
-        "\U0001f44d",
-        "<0x3C>",
-        "<s>",
-        "</s>",
-        "<mark4",
-        "é",
-        "7",
-        "\t",
-    ),
-)
-fragments = st.sampled_from(FRAGMENTS)
-texts = st.lists(fragments | st.text(max_size=3), max_size=8).map("".join)
 contents = texts | st.lists(texts, max_size=4)
 conversations = st.lists(
     st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), contents), min_size=1, max_size=3

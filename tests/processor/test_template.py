@@ -17,7 +17,7 @@ from aria.processor.calls import instructions
 from aria.processor.template import render_template
 from aria.workers import Workers
 from tests.helpers import small_tokenizer
-from tests.processor.test_markers import texts
+from tests.helpers.marker_texts import texts
 
 SAME = CHAT_TEMPLATE + "{# no comment is Aria's #}"
 """Writes what Aria's does, and is not recognised as Aria's."""

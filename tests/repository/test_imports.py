@@ -199,3 +199,12 @@ def test_upward_imports_and_circles_are_found():
     assert circle(graph) == []
     graph["recipes.nano.draw.b"].add("recipes.nano.text.a")
     assert circle(graph) == ["recipes.nano.text.a", "recipes.nano.draw.b", "recipes.nano.text.a"]
+
+
+def test_test_modules_do_not_import_from_test_modules():
+    """What several of them share is in ``tests/helpers``."""
+    graph = module_imports(ROOT, "tests")
+    assert len(graph) > 90, "tests have moved"
+    tests = {module for module in graph if module.rpartition(".")[2].startswith("test_")}
+    found = [f"{module} imports {other}" for module in graph for other in sorted(graph[module] & tests)]
+    assert not found, "\n".join(found)

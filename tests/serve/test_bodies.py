@@ -17,9 +17,8 @@ import pytest
 
 from aria.serve import receive, traffic
 from aria.serve.settings import ServerSettings
-from tests.helpers.serving import Live, idle, running, until
-from tests.serve.test_connections import HEAD, dripping, refusal, response
-from tests.serve.test_limits import HELLO, LONG, error_of
+from tests.helpers.raw_http import HEAD, dripping, refusal, response
+from tests.helpers.serving import HELLO, LONG, Live, error_of, idle, running, until
 
 CHAT = "/v1/chat/completions"
 SECONDS = 60.0

@@ -4,78 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import httpx2
 import pytest
 
 from aria.serve.connections import MOST_HEADERS, MOST_PIPELINED
 from aria.serve.settings import ServerSettings
+from tests.helpers.raw_http import HEAD, dripping, is_closed, refusal, response
 from tests.helpers.serving import running, until
 
 LONG = 60.0
 """Seconds that nothing here waits for."""
-HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-def response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of a response, which may have any length."""
-    # Without a buffer: it would take the beginning of the next response along.
-    with connection.makefile("rb", buffering=0) as file:
-        status = int(file.readline().split()[1])
-        headers = {}
-        for line in iter(file.readline, b"\r\n"):
-            name, _, value = line.decode().partition(":")
-            headers[name.lower()] = value.strip()
-        body = b""
-        while len(body) < int(headers["content-length"]) and (
-            piece := file.read(int(headers["content-length"]) - len(body))
-        ):
-            body += piece
-        return status, headers, body
-
-
-def refusal(connection: socket.socket) -> tuple[int, str]:
-    """Status and code of an error, behind which the connection is closed."""
-    status, headers, body = response(connection)
-    assert headers["connection"] == "close" and headers["content-type"] == "application/json"
-    [error] = json.loads(body).values()
-    assert error.keys() == {"message", "type", "param", "code"} and error["message"]
-    assert is_closed(connection)
-    return status, error["code"]
-
-
-def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side ends it, which is waited for."""
-    try:
-        return connection.recv(1) == b""
-    except ConnectionError:
-        return True
-
-
-@contextmanager
-def dripping(connection: socket.socket, piece: bytes, pause: float = 0.05) -> Iterator[None]:
-    """Something is sent again and again meanwhile."""
-    over = threading.Event()
-
-    def drip() -> None:
-        while not over.wait(pause):
-            try:
-                connection.sendall(piece)
-            except OSError:
-                return
-
-    thread = threading.Thread(target=drip, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 # Headers

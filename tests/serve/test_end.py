@@ -24,9 +24,8 @@ from aria.processor import MediaSettings
 from aria.serve.run import Server
 from aria.serve.settings import ServerSettings
 from tests.helpers.media_site import site
-from tests.helpers.serving import Live, idle, running, until
-from tests.serve.test_connections import HEAD, is_closed, response
-from tests.serve.test_limits import error_of
+from tests.helpers.raw_http import HEAD, is_closed, response
+from tests.helpers.serving import Live, error_of, idle, running, until
 
 HELLO = [{"role": "user", "content": "hello"}]
 PATIENCE = 120

@@ -20,8 +20,7 @@ from aria.serve import inflate
 from aria.serve.exchange import ACCESS_LOG
 from aria.serve.run import _log_config
 from aria.serve.settings import ServerSettings
-from tests.helpers.serving import Live, engine, running, until
-from tests.serve.test_limits import error_of
+from tests.helpers.serving import Live, engine, error_of, running, until
 
 HELLO = [{"role": "user", "content": "hello"}]
 # Without the time, which would give tests other names in each process that collects them.

@@ -24,29 +24,15 @@ from aria.serve.limits import open_to_strangers
 from aria.serve.page import FOLDER
 from aria.serve.protocol import DetokenizeRequest
 from aria.serve.settings import ServerSettings
-from tests.helpers.serving import engine, idle, running, until
+from tests.helpers.serving import HELLO, LONG, engine, error_of, idle, running, until
 
 DOCS = Path(__file__).parents[2] / "docs"
-HELLO = [{"role": "user", "content": "hello"}]
-LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "temperature": 2}
 
 
 @pytest.fixture(scope="module")
 def live():
     with running() as live:
         yield live
-
-
-def error_of(response, status: int) -> dict:
-    """The error object; its shape is OpenAI's."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    assert response.headers["x-request-id"]
-    [error] = response.json().values()
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["message"]
-    assert "Traceback" not in response.text
-    return error
 
 
 def loose(live, path: str, body: dict):

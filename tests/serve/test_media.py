@@ -15,8 +15,7 @@ from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings
 from aria.serve.truncation import prepare_latest
 from tests.helpers.media_site import site
-from tests.helpers.serving import PICTURES, data_uri, engine, running
-from tests.serve.test_limits import error_of
+from tests.helpers.serving import PICTURES, data_uri, engine, error_of, running
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from aria.engine import AsyncEngine
 from aria.model.lora import lora_modules as attached
 from aria.train.targets import Targets, apply
 from tests.helpers import serving
-from tests.serve.test_page import Page, driver, in_browser  # noqa: F401  (a fixture)
+from tests.helpers.browser import Page, driver, in_browser  # noqa: F401  (a fixture)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from selenium.webdriver.common.keys import Keys
 
 from aria.engine import Piece
 from aria.media import document
+from tests.helpers.browser import ANSWERS, CLIP, Page, driver, in_browser, live, page  # noqa: F401  (fixtures)
 from tests.helpers.made_media import pdf
 from tests.helpers.serving import PICTURES, engine, until
-from tests.serve.test_page import ANSWERS, CLIP, Page, driver, in_browser, live, page  # noqa: F401  (fixtures)
 
 pytestmark = in_browser
 PAUSE = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import cache
 from typing import Any
 
@@ -11,22 +9,8 @@ import pytest
 import torch
 
 from aria.train.parallel import Parallel
-from tests.helpers.repository import environment
 from tests.helpers.spread import CASES, train
-
-
-def torchrun(*arguments: object, ranks: int = 2, restarts: int = 0, **variables: str):
-    """Processes that torchrun starts, and their end."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
-            *("--max-restarts", str(restarts), *map(str, arguments)),
-        ],
-        env=environment(OMP_NUM_THREADS="1", **variables),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+from tests.helpers.torchrun import torchrun
 
 
 @pytest.fixture(scope="module")

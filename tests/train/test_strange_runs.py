@@ -20,7 +20,7 @@ from aria.train import stored
 from aria.train.rng import random_states, restore_random_states
 from aria.train.state import RunState, trained_weights
 from aria.train.stored import read_value, write_value
-from tests.train.test_state import Run, state_of
+from tests.helpers.saved_run import Run, state_of
 
 
 class Call:

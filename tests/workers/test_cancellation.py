@@ -20,10 +20,9 @@ from aria.processor import AriaImageProcessor, MediaSettings
 from aria.processor.pictures import read_pictures
 from aria.serve.settings import ServerSettings
 from aria.workers.cancellation import Cancelled, check_cancelled, map_in_context, run_cancellable
-from tests.helpers.made_media import clip
+from tests.helpers.made_media import clip, endless_page
 from tests.helpers.media_site import site
 from tests.helpers.serving import PICTURES, idle, running, until
-from tests.media.test_document import endless_page
 
 OPEN = MediaSettings(private_addresses=True, connect_timeout=3600, read_timeout=3600, total_timeout=3600)
 PATIENCE = 120

@@ -1,0 +1,76 @@
+"""An `EngineCore` on a tiny random model, prompts for it, and the logits of plain forward passes to compare with."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import torch
+
+from aria.engine.core import EngineCore
+from aria.engine.request import Picture
+from aria.model import Packed
+from aria.ops import Segments
+from tests.helpers.tiny import tiny_config, tiny_model
+
+IMAGE = 9
+
+
+@cache
+def model():
+    return tiny_model(tiny_config(vocab_size=120))
+
+
+def core(**settings) -> EngineCore:
+    defaults = {"max_batch": 8, "max_model_len": 400, "cache_blocks": 200, "step_tokens": 64, "mixed_step_tokens": 32}
+    return EngineCore(model(), **(defaults | settings))
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    choice = random.Random(seed)
+    return [choice.randrange(20, 120) for _ in range(length)]
+
+
+def with_picture(before: int, tokens: int, after: int, seed: int) -> tuple[list[int], list[Picture]]:
+    features = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(seed))
+    ids = [*prompt(before, seed), *[IMAGE] * tokens, *prompt(after, seed + 1)]
+    return ids, [Picture(before, tokens, b"picture %d" % seed, features)]
+
+
+def work(seed: int) -> tuple[list[int], list[Picture]]:
+    """A prompt of some kind: short, long, with a picture, or with a beginning that others share."""
+    choice = random.Random(seed)
+    kind = seed % 4
+    if kind == 0:
+        return prompt(choice.randrange(1, 12), seed), []
+    if kind == 1:
+        return prompt(choice.randrange(40, 150), seed), []
+    if kind == 2:
+        return with_picture(choice.randrange(0, 20), choice.randrange(3, 50), choice.randrange(1, 9), seed % 3)
+    return prompt(50, 999) + prompt(choice.randrange(1, 30), seed), []
+
+
+@torch.no_grad()
+def plain_logits(ids: list[int], pictures: list[Picture]) -> torch.Tensor:
+    """Scores after each token by one plain pass over the whole sequence."""
+    features = torch.cat([picture.data for picture in pictures]) if pictures else None
+    context = Packed(model().config.text, Segments.of([len(ids)]))
+    return model().logits(model()(torch.tensor(ids), context, features).hidden)
+
+
+def run(core: EngineCore, requests, *, look=lambda launched: None) -> None:
+    launch = core.runner.launch
+
+    def watched(plan):
+        launched = launch(plan)
+        look(launched)
+        return launched
+
+    core.runner.launch = watched
+    while core.unfinished:
+        core.step()
+        core.scheduler.check()
+    core.runner.launch = launch
+    pool = core.pool
+    assert pool.used == 0 and pool.free + pool.cached == pool.total
+    assert all(len(request.outputs) == request.max_tokens for request in requests)
