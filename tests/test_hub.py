@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aria.hub import MOST_JSON_DEPTH, NANO, read_json, resolve, write_json
+from aria.hub import MAX_JSON_DEPTH, NANO, read_json, resolve, write_json
 from tests.helpers.repository import ROOT
 
 
@@ -124,7 +124,7 @@ def test_json_that_is_no_settings_is_refused_with_the_file_and_the_field(name, t
 
 def test_json_of_reasonable_depth_and_size_is_read(tmp_path):
     deep: Any = 1
-    for _ in range(MOST_JSON_DEPTH - 1):
+    for _ in range(MAX_JSON_DEPTH - 1):
         deep = [deep]
     data = {"a": deep, "b": [10**30, 1e200, None, True, "NaN"]}
     write_json(tmp_path / "new" / "file.json", data)

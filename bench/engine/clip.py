@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aria.media.container import Watch, scan
-from aria.media.limits import cores
-from aria.media.open import open_medium
+from aria.media.container import ReadDeadline, scan
+from aria.media.limits import available_cores
+from aria.media.open import open_media
 from aria.media.read import read_clip
 from aria.processor import AriaImageProcessor, MediaSettings
 
@@ -73,14 +73,14 @@ def make(path: Path, seconds: int) -> None:
 def measure(path: Path, frames: int, workers: Sequence[int], repeats: int, decoder: str) -> dict[str, Any]:
     """Seconds, the best of some repeats."""
     settings, images = MediaSettings(decode_timeout=3600, clip_decoder=decoder), AriaImageProcessor()
-    clip, size = open_medium(path, "video", settings), images.sizes[0]
+    clip, size = open_media(path, "video", settings), images.sizes[0]
 
     def fit(width: int, height: int) -> tuple[int, int]:
         return (width, height) if max(width, height) <= size else images.fit((width, height), size)
 
     def scanned() -> float:
         begin = time.perf_counter()
-        scan(clip, settings, Watch(clip.name, settings.decode_timeout))
+        scan(clip, settings, ReadDeadline(clip.name, settings.decode_timeout))
         return time.perf_counter() - begin
 
     def read(count: int) -> float:
@@ -88,11 +88,11 @@ def measure(path: Path, frames: int, workers: Sequence[int], repeats: int, decod
         read_clip(clip, num_frames=frames, fit=fit, settings=settings, threads=count)
         return time.perf_counter() - begin
 
-    timeline = scan(clip, settings, Watch(clip.name, settings.decode_timeout))
+    timeline = scan(clip, settings, ReadDeadline(clip.name, settings.decode_timeout))
     scan_s = min(scanned() for _ in range(repeats))
     print(
         f"{len(timeline.times)} frames in {float(timeline.seconds):.1f} s, {len(timeline.keys)} keyframes; "
-        f"{cores()} cores"
+        f"{available_cores()} cores"
     )
     print(f"read through: {scan_s:.2f} s")
     rows = {}
@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.make:
         make(arguments.file, arguments.make)
-    counts = arguments.workers or [1 << i for i in range(8) if 1 << i <= cores()]
+    counts = arguments.workers or [1 << i for i in range(8) if 1 << i <= available_cores()]
     print(json.dumps({"clip": measure(arguments.file, arguments.frames, counts, arguments.repeats, arguments.decoder)}))
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from aria.media.limits import MediaSettings
-from aria.media.open import open_medium
-from aria.media.read import read_clip, read_document, read_image, workers_of
+from aria.media.open import open_media
+from aria.media.read import read_clip, read_document, read_image, shared_workers
 from aria.processor import AriaImageProcessor
 from aria.processor.image import NeededSizes
 from bench.engine.clip import make
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
     here, there = MediaSettings(workers=0, clip_decoder="cpu"), MediaSettings(workers=1, clip_decoder="cpu")
-    workers = workers_of(there)
+    workers = shared_workers(there)
     assert workers is not None, "one is asked for"
     workers.warm_up()
     images = AriaImageProcessor()
@@ -98,7 +98,7 @@ def main() -> None:
 
     def read_as(kind: str, data: bytes | Path) -> Callable[[MediaSettings], object]:
         def read(settings: MediaSettings) -> object:
-            medium = open_medium(data, kind, settings)
+            medium = open_media(data, kind, settings)
             if kind == "image":
                 return read_image(medium, settings, lambda _: None, whole)
             if kind == "document":

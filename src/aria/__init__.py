@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Looked up on first use, so that `aria --help` need not wait for PyTorch.
-_ROOMS = {
+_EXPORTS = {
     "AriaConfig": "aria.config",
     "AriaForConditionalGeneration": "aria.pretrained",
     "AriaImageProcessor": "aria.processor",
@@ -45,6 +45,6 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("aria-moe")
-    if name not in _ROOMS:
+    if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_ROOMS[name]), name)
+    return getattr(import_module(_EXPORTS[name]), name)

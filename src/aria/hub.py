@@ -24,11 +24,11 @@ NANO = Path(__file__).parent / "nano"
 ADAPTER_NAME = "adapter_config.json"
 """What makes a folder an adapter."""
 
-MOST_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 16 << 20
 """Of a JSON file. The largest of a published Aria, the index of 5,800 tensors, takes 0.6 MB."""
-MOST_JSON_DEPTH = 100
+MAX_JSON_DEPTH = 100
 """Of objects and lists in each other."""
-_MOST_NUMBER = 1e300
+_MAX_NUMBER = 1e300
 """Numbers beyond it do not survive arithmetic."""
 
 _REVISION = re.compile(r"\w[\w./+-]*")
@@ -98,7 +98,7 @@ def read_json(file: Path) -> dict[str, Any]:
         adapter = (file.parent / ADAPTER_NAME).is_file()
         mend = "it is an adapter: name the model, and this as --adapter" if adapter else "a model folder needs one"
         raise FileNotFoundError(f"{file.parent} has no {file.name}; {mend}")
-    return parse_json(read_bytes(file, MOST_JSON_BYTES), file)
+    return parse_json(read_bytes(file, MAX_JSON_BYTES), file)
 
 
 def read_bytes(file: Path, most: int) -> bytes:
@@ -130,7 +130,7 @@ def parse_json(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
     """The object that JSON in UTF-8 holds; ``name`` is what errors call it.
 
     Raises:
-        ValueError: it is not JSON, not an object, deeper than :data:`MOST_JSON_DEPTH`, has a key twice, or holds a
+        ValueError: it is not JSON, not an object, deeper than :data:`MAX_JSON_DEPTH`, has a key twice, or holds a
             number that is not finite.
     """
     try:
@@ -139,7 +139,7 @@ def parse_json(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"expected an object, but it holds a {type(found).__name__}")
         _check_values(found)
     except RecursionError:
-        raise ValueError(f"{name} is not valid JSON: it is deeper than {MOST_JSON_DEPTH} levels") from None
+        raise ValueError(f"{name} is not valid JSON: it is deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
     return found
@@ -160,12 +160,12 @@ def _check_values(found: dict[str, Any]) -> None:
         container, path = todo.pop()
         for key, value in container.items() if isinstance(container, dict) else enumerate(container):
             if isinstance(value, dict | list):
-                if len(path) + 2 > MOST_JSON_DEPTH:
-                    raise ValueError(f"it is deeper than {MOST_JSON_DEPTH} levels")
+                if len(path) + 2 > MAX_JSON_DEPTH:
+                    raise ValueError(f"it is deeper than {MAX_JSON_DEPTH} levels")
                 todo.append((value, (*path, key)))
-            elif isinstance(value, int | float) and not abs(value) < _MOST_NUMBER:  # NaN is not below anything
+            elif isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:  # NaN is not below anything
                 where = ".".join(map(str, (*path, key)))
-                raise ValueError(f"{where:.200} is {value!r:.40}; expected a finite number below {_MOST_NUMBER:g}")
+                raise ValueError(f"{where:.200} is {value!r:.40}; expected a finite number below {_MAX_NUMBER:g}")
 
 
 def write_file(file: Path, data: str | bytes) -> None:

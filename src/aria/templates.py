@@ -22,10 +22,10 @@ import jinja2.sandbox
 from aria.workers import LocalJob, Workers
 
 RENDER_SECONDS = 10.0
-MOST_CHARACTERS = 64 << 20
+MAX_CHARACTERS = 64 << 20
 """Of what a template writes."""
 NAME = "the chat template"
-FREE = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Code points that Unicode keeps free of characters for ever; they pass through templates as they are."""
 
 
@@ -75,8 +75,8 @@ def _render(job: Any) -> str:
         raise ValueError(f"{NAME} takes more memory than there is") from None
     except Exception as error:  # it is a program, and raises what it likes
         raise ValueError(f"{NAME} cannot be rendered: {error}") from None
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"{NAME} writes {len(text):,} characters; at most {MOST_CHARACTERS:,} are taken")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{NAME} writes {len(text):,} characters; at most {MAX_CHARACTERS:,} are taken")
     return text
 
 
@@ -124,6 +124,6 @@ def _json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
     """The filter ``tojson`` as transformers has it, which writes characters as they are and not as HTML."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, **settings)
     if ensure_ascii:
-        for free in FREE:
+        for free in NONCHARACTERS:
             text = text.replace(json.dumps(free)[1:-1], free)
     return text

@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "fuzz"
 INPUT_SECONDS = 25
 """Of one input, on a machine that does other things too; beyond it the input is a finding."""
-MOST_INPUT = 1 << 20
+MAX_INPUT = 1 << 20
 _LENGTH = 8
 START_SECONDS = 120.0
 SEARCH_BYTES = 1 << 30
@@ -89,7 +89,7 @@ def _search(name: str, seconds: float, folder: Path) -> None:
     for number, data in enumerate(inputs):
         (seeds / f"{number}").write_bytes(data)
     longest = max(target.longest, *map(len, inputs))
-    assert longest <= MOST_INPUT
+    assert longest <= MAX_INPUT
     options = [
         f"-max_total_time={seconds:.0f}",
         f"-timeout={INPUT_SECONDS}",
@@ -103,7 +103,7 @@ def _search(name: str, seconds: float, folder: Path) -> None:
         words = folder / f"{name}.dict"
         words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words), encoding="ascii")
         options.append(f"-dict={words}")
-    (folder / f"{name}.last").write_bytes(bytes(_LENGTH + MOST_INPUT))
+    (folder / f"{name}.last").write_bytes(bytes(_LENGTH + MAX_INPUT))
     with (folder / f"{name}.last").open("r+b") as file:
         last = mmap.mmap(file.fileno(), 0)
 

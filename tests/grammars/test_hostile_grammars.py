@@ -17,8 +17,8 @@ from aria.engine import grammar
 from aria.engine.grammar import Grammars, from_choices, from_regex, from_structural_tag
 from aria.engine.matcher import Matcher, fill_masks
 from aria.grammars import limits, trial
-from aria.grammars.schemas import plain
-from aria.grammars.shape import longest, written_out
+from aria.grammars.schemas import normalize
+from aria.grammars.shape import max_forced_length, max_literal_length
 from aria.processor import AriaTokenizer
 from aria.workers import Workers
 from tests.helpers import small_tokenizer, worker_tasks
@@ -240,7 +240,7 @@ def test_without_workers_the_limits_keep_the_process_alive():
     ],
 )
 def test_how_long_a_text_may_be_forced(schema, least, most):
-    assert least <= longest(plain(json.loads(json.dumps(schema)))) <= most
+    assert least <= max_forced_length(normalize(json.loads(json.dumps(schema)))) <= most
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_how_long_a_text_may_be_forced(schema, least, most):
     ],
 )
 def test_patterns_are_written_out_by_their_lower_bounds(pattern, count):
-    assert written_out(pattern) == count
+    assert max_literal_length(pattern) == count
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,13 @@ from aria.media import cache as media_cache
 from aria.media import document, open, read, rgb, video
 from aria.media.cache import MediaCache
 from aria.media.fetch import fetch
-from aria.media.limits import RECEIVED, MediaSettings, MemoryBudget, PixelBudget
-from aria.media.open import Opened, open_medium
-from aria.media.read import Page, Scaled, read_clip, read_document, read_image
+from aria.media.limits import RECEIVED_MEMORY, MediaSettings, MemoryBudget, PixelBudget
+from aria.media.open import OpenedMedia, open_media
+from aria.media.read import Page, ScaledImage, read_clip, read_document, read_image
 from aria.processor import AriaImageProcessor, load_image
 from aria.processor.image import NeededSizes
 from aria.processor.pictures import read_pictures
-from aria.workers import BusyError, NotYet
+from aria.workers import BusyError, NotReady
 from tests.helpers.made_media import clip, pdf
 from tests.helpers.media_site import site
 from tests.hostile.bad_drawings import nested_forms
@@ -64,13 +64,13 @@ def test_every_medium_is_read_alike_here_and_in_a_worker(workers: int, tmp_path:
         assert np.array_equal(np.asarray(load_image(source, settings)), np.asarray(picture))
     here = MediaSettings()
     pages, expected = (
-        read_document(open_medium(pdf((200, 100), (100, 200), text="Hello"), "document", one), settings=one)
+        read_document(open_media(pdf((200, 100), (100, 200), text="Hello"), "document", one), settings=one)
         for one in (settings, here)
     )
     assert [page.number for page in pages] == [1, 2] and pages[0].total == 2
     assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(pages, expected, strict=True))
     frames, wanted = (
-        read_clip(open_medium(clip(20), "video", one), num_frames=4, settings=one) for one in (settings, here)
+        read_clip(open_media(clip(20), "video", one), num_frames=4, settings=one) for one in (settings, here)
     )
     assert [frame.seconds for frame in frames] == [frame.seconds for frame in wanted]
     assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(frames, wanted, strict=True))
@@ -80,7 +80,7 @@ def test_every_medium_is_read_alike_here_and_in_a_worker(workers: int, tmp_path:
 def test_errors_are_the_same_here_and_in_a_worker(workers: int) -> None:
     settings = MediaSettings(workers=workers)
     for kind, function in (("image", load_image), ("document", read_document), ("video", read_clip)):
-        medium = b"nothing" if kind == "image" else open_medium(b"nothing", kind, settings)
+        medium = b"nothing" if kind == "image" else open_media(b"nothing", kind, settings)
         asked: dict[str, Any] = {"num_frames": 1} if kind == "video" else {}
         with pytest.raises(ValueError, match="7 bytes"):
             function(medium, settings=settings, **asked)  # type: ignore[operator]
@@ -91,10 +91,10 @@ def test_errors_are_the_same_here_and_in_a_worker(workers: int) -> None:
 
 def test_pixels_of_pages_are_spent_before_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "_render", lambda *_: pytest.fail("a page was drawn"))
-    large = open_medium(pdf(*[(2999, 2999)] * 64), "document", MediaSettings())
+    large = open_media(pdf(*[(2999, 2999)] * 64), "document", MediaSettings())
     with pytest.raises(ValueError, match="more than the 400,000,000 pixels that are allowed together"):
         read_document(large, spend=PixelBudget(400_000_000).spend)
-    mixed = open_medium(pdf((100, 100), (100_000, 100_000)), "document", MediaSettings())
+    mixed = open_media(pdf((100, 100), (100_000, 100_000)), "document", MediaSettings())
     with pytest.raises(ValueError, match=r"page 2 of .* would be 200000 x 200000 pixels"):
         read_document(mixed)
 
@@ -102,7 +102,7 @@ def test_pixels_of_pages_are_spent_before_one_is_drawn(monkeypatch: pytest.Monke
 def test_pixels_of_frames_are_spent_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "decode", lambda *_, **__: pytest.fail("a frame was decoded"))
     with pytest.raises(ValueError, match="more than the 100,000 pixels"):
-        read_clip(open_medium(clip(20), "video", MediaSettings()), num_frames=20, spend=PixelBudget(100_000).spend)
+        read_clip(open_media(clip(20), "video", MediaSettings()), num_frames=20, spend=PixelBudget(100_000).spend)
 
 
 def test_pixels_of_pictures_are_spent_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,58 +127,58 @@ def test_an_icon_s_own_images_count() -> None:
 
 def test_a_budget_makes_large_things_wait_and_lets_small_ones_by() -> None:
     budget = MemoryBudget()
-    budget.take(600, 1000)
-    with pytest.raises(NotYet):
-        budget.take(200, 1000)
-    budget.take(50, 1000)
+    budget.reserve(600, 1000)
+    with pytest.raises(NotReady):
+        budget.reserve(200, 1000)
+    budget.reserve(50, 1000)
     with pytest.raises(ValueError, match="would take 1,001 bytes of memory, and 1,000 are allowed"):
-        budget.take(1001, 1000)
-    budget.give_back(600)
-    budget.take(700, 1000)
-    budget.take(10_000, None)
-    assert budget.taken == 50 + 700 + 10_000
+        budget.reserve(1001, 1000)
+    budget.release(600)
+    budget.reserve(700, 1000)
+    budget.reserve(10_000, None)
+    assert budget.reserved == 50 + 700 + 10_000
     array = np.zeros(700, np.uint8)
-    budget.keep(array)
+    budget.track(array)
     view = array[3:]
     del array
     gc.collect()
-    assert budget.taken == 10_750 and view.size == 697
+    assert budget.reserved == 10_750 and view.size == 697
     del view
     gc.collect()
-    assert budget.taken == 10_050
+    assert budget.reserved == 10_050
 
 
 def test_the_largest_thing_that_is_allowed_is_read_alone() -> None:
     budget = MemoryBudget()
-    budget.take(1000, 1000)
-    with pytest.raises(NotYet):
-        budget.take(1, 1000)
+    budget.reserve(1000, 1000)
+    with pytest.raises(NotReady):
+        budget.reserve(1, 1000)
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> MemoryBudget:
     """A budget of its own: whatever else the process decoded may be given back at any moment."""
     budget = MemoryBudget()
-    monkeypatch.setattr(read, "DECODED", budget)
-    monkeypatch.setattr(media_cache, "DECODED", budget)
+    monkeypatch.setattr(read, "DECODE_MEMORY", budget)
+    monkeypatch.setattr(media_cache, "DECODE_MEMORY", budget)
     return budget
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_memory_is_given_back_whatever_happens(workers: int, decoded: MemoryBudget) -> None:
     settings = MediaSettings(workers=workers, decoded_bytes=1 << 30)
-    image = read_image(open_medium(encoded(noise(60, 40)), "image", settings), settings, lambda _: None)
-    assert decoded.taken == 60 * 40 * 3
+    image = read_image(open_media(encoded(noise(60, 40)), "image", settings), settings, lambda _: None)
+    assert decoded.reserved == 60 * 40 * 3
     del image
     gc.collect()
     cut = encoded(noise(60, 40))[:2000]
     with pytest.raises(ValueError, match="truncated or damaged"):
-        read_image(open_medium(cut, "image", settings), settings, lambda _: None)
+        read_image(open_media(cut, "image", settings), settings, lambda _: None)
     with pytest.raises(ValueError, match="no more"):
-        read_image(open_medium(encoded(noise(60, 40)), "image", settings), settings, refuse)
+        read_image(open_media(encoded(noise(60, 40)), "image", settings), settings, refuse)
     with pytest.raises(ValueError, match="bytes of memory, and 1,000 are allowed"):
         load_image(encoded(noise(60, 40)), MediaSettings(workers=workers, decoded_bytes=1000))
-    assert not decoded.taken
+    assert not decoded.reserved
 
 
 def refuse(pixels: int) -> None:
@@ -188,37 +188,37 @@ def refuse(pixels: int) -> None:
 def test_what_does_not_fit_waits_for_what_does(decoded: MemoryBudget) -> None:
     settings = MediaSettings(workers=2, decoded_bytes=1 << 20, image_timeout=60)
     picture = encoded(noise(200, 150))
-    decoded.take(900_000, None)
+    decoded.reserve(900_000, None)
     done: list[int] = []
 
     def load() -> None:
         load_image(picture, settings)
-        done.append(decoded.taken)
+        done.append(decoded.reserved)
 
     thread = threading.Thread(target=load)
     thread.start()
     time.sleep(0.5)
     assert not done
-    decoded.give_back(900_000)
+    decoded.release(900_000)
     thread.join(30)
-    assert done and decoded.taken <= 200 * 150 * 3
-    decoded.take(900_000, None)
+    assert done and decoded.reserved <= 200 * 150 * 3
+    decoded.reserve(900_000, None)
     with pytest.raises(BusyError, match="try again later"):
         load_image(picture, MediaSettings(workers=2, decoded_bytes=settings.decoded_bytes, image_timeout=0.5))
-    decoded.give_back(900_000)
+    decoded.release(900_000)
 
 
 def test_caches_make_room(decoded: MemoryBudget) -> None:
     cache = MediaCache()
-    pages = [Page(1, Scaled.of(np.zeros((100, 100, 3), np.uint8)), 1)]
+    pages = [Page(1, ScaledImage.from_array(np.zeros((100, 100, 3), np.uint8)), 1)]
     cache.get("a", lambda: pages, 1 << 20)
     cache.free(1)
     assert cache.nbytes == 0
     cache.get("a", lambda: pages, 1 << 20)
-    decoded.take(1000, None)
-    with pytest.raises(NotYet):
-        decoded.take(100, decoded.taken + 10)
-    decoded.give_back(1000)
+    decoded.reserve(1000, None)
+    with pytest.raises(NotReady):
+        decoded.reserve(100, decoded.reserved + 10)
+    decoded.release(1000)
     assert cache.nbytes == 0, "asked for memory, a cache gives back what it has"
 
 
@@ -250,7 +250,7 @@ def test_small_pictures_stay_as_they_are() -> None:
 
 def test_frames_and_pages_that_are_split_are_brought_to_size_too() -> None:
     sizes = NeededSizes(AriaImageProcessor(max_image_size=490, sizes=(490,)), split_image=True)
-    [page] = read_document(open_medium(pdf((1000, 1000)), "document", MediaSettings()), sizes=sizes)
+    [page] = read_document(open_media(pdf((1000, 1000)), "document", MediaSettings()), sizes=sizes)
     assert page.image.size == (2000, 2000)
     assert [array.shape[:2] for array in page.image.arrays] == [(height, width) for width, height in sizes(2000, 2000)]
 
@@ -262,8 +262,8 @@ def test_a_document_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     settings = MediaSettings(workers=1, decode_timeout=1.0)
     begin = time.monotonic()
     with pytest.raises(ValueError, match="took longer than 1 s"):
-        read_document(open_medium(nested_forms(Random(0), 9, 10), "document", settings), settings=settings)
-    assert time.monotonic() - begin < 20 and read.workers_of(settings).busy == 0
+        read_document(open_media(nested_forms(Random(0), 9, 10), "document", settings), settings=settings)
+    assert time.monotonic() - begin < 20 and read.shared_workers(settings).busy == 0
 
 
 # Opening
@@ -293,10 +293,10 @@ def test_a_file_that_is_swapped_for_a_link_is_not_opened(tmp_path: Path, monkeyp
 
     for swap, path in ((swap_file, allowed / "a.png"), (swap_folder, allowed / "inner" / "a.png")):
         monkeypatch.setattr(open, "_check_path", check)
-        assert open_medium(path, "image", settings).data == path
+        assert open_media(path, "image", settings).data == path
         monkeypatch.setattr(open, "_check_path", swap)
         with pytest.raises(ValueError, match="cannot be opened"):
-            open_medium(path, "image", settings)
+            open_media(path, "image", settings)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
@@ -313,13 +313,13 @@ def test_a_file_that_is_swapped_for_a_pipe_does_not_block(tmp_path: Path, monkey
 
     monkeypatch.setattr(open, "_check_path", swap)
     with pytest.raises(ValueError, match="a folder or a device"):
-        open_medium(path, "image", MediaSettings())
+        open_media(path, "image", MediaSettings())
 
 
 def test_what_was_opened_is_read_although_it_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(noise(60, 40)))
-    opened = open_medium(path, "image", MediaSettings())
+    opened = open_media(path, "image", MediaSettings())
     (tmp_path / "b").write_bytes(b"other")
     (tmp_path / "b").replace(path)
     assert read_image(opened, MediaSettings(workers=1), lambda _: None).size == (60, 40)
@@ -331,23 +331,23 @@ def test_what_was_opened_is_read_although_it_is_replaced(tmp_path: Path) -> None
 def test_what_is_received_counts_until_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(noise(60, 40))
     uri = "data:;base64," + base64.b64encode(data).decode()
-    settings = MediaSettings(decoded_bytes=RECEIVED.taken + 4 * len(data), image_timeout=0.2)
-    before = RECEIVED.taken
-    opened = open_medium(uri, "image", settings)
-    assert 0 <= RECEIVED.taken - before - len(data) < 100
-    RECEIVED.take(3 * len(data), None)
+    settings = MediaSettings(decoded_bytes=RECEIVED_MEMORY.reserved + 4 * len(data), image_timeout=0.2)
+    before = RECEIVED_MEMORY.reserved
+    opened = open_media(uri, "image", settings)
+    assert 0 <= RECEIVED_MEMORY.reserved - before - len(data) < 100
+    RECEIVED_MEMORY.reserve(3 * len(data), None)
     with pytest.raises(BusyError, match="waiting to be read"):
-        open_medium(uri, "image", settings)
-    RECEIVED.give_back(3 * len(data))
+        open_media(uri, "image", settings)
+    RECEIVED_MEMORY.release(3 * len(data))
     with pytest.raises(ValueError, match="not valid base64"):
-        open_medium(uri + "!", "image", settings)
+        open_media(uri + "!", "image", settings)
     del opened
     gc.collect()
-    assert RECEIVED.taken == before
+    assert RECEIVED_MEMORY.reserved == before
 
 
 def test_what_is_fetched_counts_as_it_comes() -> None:
-    before, held = RECEIVED.taken, []
+    before, held = RECEIVED_MEMORY.reserved, []
 
     def hold(nbytes: int) -> None:
         held.append(nbytes)
@@ -358,11 +358,11 @@ def test_what_is_fetched_counts_as_it_comes() -> None:
         settings = MediaSettings(private_addresses=True)
         with pytest.raises(ValueError, match="enough"):
             fetch(f"{address}/large", 1 << 30, settings, hold)
-        opened = open_medium(f"{address}/large", "image", settings)
-        assert RECEIVED.taken - before == 5 << 20
+        opened = open_media(f"{address}/large", "image", settings)
+        assert RECEIVED_MEMORY.reserved - before == 5 << 20
     del opened
     gc.collect()
-    assert RECEIVED.taken == before
+    assert RECEIVED_MEMORY.reserved == before
 
 
 def test_a_name_that_takes_long_to_resolve_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +409,7 @@ def test_times_that_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(video, "read", lie)
     with pytest.raises(ValueError, match="the file may be damaged"):
-        read_clip(Opened(b"x", "the clip"), num_frames=2, settings=MediaSettings(clip_decoder="cpu"))
+        read_clip(OpenedMedia(b"x", "the clip"), num_frames=2, settings=MediaSettings(clip_decoder="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -422,4 +422,4 @@ def test_times_that_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyP
 )  # fmt: skip
 def test_a_plan_that_a_worker_makes_may_be_anything(plan: Any) -> None:
     with pytest.raises(ValueError, match="the file may be damaged"):
-        read._plan_of(plan, "the clip")
+        read._parse_plan(plan, "the clip")

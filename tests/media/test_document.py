@@ -14,9 +14,9 @@ import pypdfium2.raw
 import pytest
 
 from aria.media import document
-from aria.media.container import Watch
+from aria.media.container import ReadDeadline
 from aria.media.document import page_ranges
-from aria.media.open import open_medium
+from aria.media.open import open_media
 from aria.media.read import Page, read_document
 from aria.processor import MediaSettings
 from tests.helpers.made_media import endless_page, pdf
@@ -24,7 +24,7 @@ from tests.helpers.made_media import endless_page, pdf
 
 def read(data: bytes | Path, pages: Any = None, **limits: Any) -> list[Page]:
     settings = MediaSettings(**limits)
-    return read_document(open_medium(data, "document", settings), pages, settings)
+    return read_document(open_media(data, "document", settings), pages, settings)
 
 
 def bar(page: Page) -> int:
@@ -143,7 +143,7 @@ def test_a_page_without_end_is_given_up() -> None:
 def test_a_page_without_end_lets_others_by(monkeypatch: pytest.MonkeyPatch) -> None:
     drawing, over = threading.Event(), threading.Event()
 
-    class UntilOver(Watch):
+    class UntilOver(ReadDeadline):
         def check(self) -> None:
             if drawing.is_set() and over.is_set():
                 raise ValueError("over")
@@ -154,7 +154,7 @@ def test_a_page_without_end_lets_others_by(monkeypatch: pytest.MonkeyPatch) -> N
         drawing.set()
         real(*arguments)
 
-    monkeypatch.setattr(document, "Watch", UntilOver)
+    monkeypatch.setattr(document, "ReadDeadline", UntilOver)
     monkeypatch.setattr(document, "_draw", draw)
     ended: list[str] = []
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aria.media.open import Base64, open_medium
+from aria.media.open import Base64, open_media
 from aria.processor import MediaSettings, load_image
 from tests.helpers.images import NOISE, encoded, pixels
 from tests.helpers.media_site import site
@@ -38,10 +38,10 @@ def test_data_uris_are_unquoted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     for piece in (3, 4, 5, 64, 1 << 16):
         monkeypatch.setattr("aria.media.open._PIECE", piece)
         for body in (escaped, mixed):
-            assert open_medium(f"data:image/png,{body}", "image", MediaSettings()).data == data
+            assert open_media(f"data:image/png,{body}", "image", MediaSettings()).data == data
         spaced = "%20".join(base64.b64encode(data).decode()[i : i + 7] for i in range(0, len(data), 7))
         whole = base64.b64decode(spaced.replace("%20", ""))
-        assert open_medium(f"data:;base64,{spaced}", "image", MediaSettings()).data == whole
+        assert open_media(f"data:;base64,{spaced}", "image", MediaSettings()).data == whole
 
 
 def test_base64_needs_no_uri_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,14 +50,14 @@ def test_base64_needs_no_uri_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for piece in (3, 64, 1 << 16):
         monkeypatch.setattr("aria.media.open._PIECE", piece)
         for text in (coded, coded.rstrip("="), f" {coded}\n"):
-            assert open_medium(Base64(text), "document", MediaSettings()).data == data
+            assert open_media(Base64(text), "document", MediaSettings()).data == data
     with pytest.raises(ValueError, match="more than the 100 bytes"):
-        open_medium(Base64(coded), "document", MediaSettings(document_bytes=100))
+        open_media(Base64(coded), "document", MediaSettings(document_bytes=100))
     with pytest.raises(ValueError, match="not valid base64"):
-        open_medium(Base64("!"), "document", MediaSettings())
+        open_media(Base64("!"), "document", MediaSettings())
     # The comma of a data: URI is not looked for in all of it.
     with pytest.raises(ValueError, match="is not a data: URI"):
-        open_medium("data:" + "a" * 10_000 + ",AAAA", "image", MediaSettings())
+        open_media("data:" + "a" * 10_000 + ",AAAA", "image", MediaSettings())
 
 
 def test_what_decoders_raise_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,12 +319,12 @@ def test_links_do_not_lead_out_of_allowed_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["video", "document"])
 def test_what_clips_and_documents_may_be(kind: str, tmp_path: Path) -> None:
     settings = MediaSettings(video_bytes=10, document_bytes=10)
-    assert open_medium(b"abc", kind, settings).data == b"abc"
-    assert open_medium("data:,abc", kind, settings).data == b"abc"
+    assert open_media(b"abc", kind, settings).data == b"abc"
+    assert open_media("data:,abc", kind, settings).data == b"abc"
     (tmp_path / "a").write_bytes(bytes(100))
-    assert open_medium(tmp_path / "a", kind, settings).data == (tmp_path / "a").resolve()
+    assert open_media(tmp_path / "a", kind, settings).data == (tmp_path / "a").resolve()
     for source in (bytes(11), "data:," + "a" * 11):
         with pytest.raises(ValueError, match="10 are allowed"):
-            open_medium(source, kind, settings)
+            open_media(source, kind, settings)
     with pytest.raises(TypeError, match="cannot be a list; pass a path, bytes"):
-        open_medium([], kind, settings)
+        open_media([], kind, settings)

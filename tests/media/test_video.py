@@ -22,9 +22,9 @@ from PIL import Image
 
 from aria.media import container
 from aria.media.container import Timeline
-from aria.media.open import Opened, open_medium
-from aria.media.read import Frame, Scaled, read_clip
-from aria.media.video import choose
+from aria.media.open import OpenedMedia, open_media
+from aria.media.read import Frame, ScaledImage, read_clip
+from aria.media.video import choose_frames
 from aria.processor import MediaSettings, load_image
 from tests.helpers.made_media import HEIGHT, WIDTH, authors, clip, number_in
 
@@ -33,7 +33,7 @@ CLIPS = Path(__file__).parent / "clips"
 
 def read(data: bytes | Path, **asked: Any) -> list[Frame]:
     settings = asked.get("settings") or MediaSettings()
-    return read_clip(open_medium(data, "video", settings), **asked)
+    return read_clip(open_media(data, "video", settings), **asked)
 
 
 def numbers(frames: list[Frame]) -> list[int]:
@@ -66,9 +66,9 @@ def as_rgb(frame: Any) -> np.ndarray:
 )
 def test_the_choice_is_the_authors(total: int, count: int, step: int, start: int) -> None:
     times = [(start + i) * step for i in range(total)]
-    timeline = Timeline(times, list(range(total)), (start + total) * step, Fraction(1, 25 * step), [], counted=False)
+    timeline = Timeline(times, list(range(total)), (start + total) * step, Fraction(1, 25 * step), [], untimed=False)
     expected = [total * (2 * i + 1) // (2 * count) for i in range(count)] if total > count else list(range(total))
-    assert choose(timeline, count) == expected
+    assert choose_frames(timeline, count) == expected
 
 
 def test_uneven_frames_are_chosen_by_the_clock_and_never_twice() -> None:
@@ -96,7 +96,7 @@ def test_frames_by_rate() -> None:
 
 
 def test_stamps_count_minutes_beyond_the_hour() -> None:
-    frame = Frame(Fraction(3 * 3600 + 61) + Fraction(99, 100), Scaled.of(np.zeros((1, 1, 3), np.uint8)))
+    frame = Frame(Fraction(3 * 3600 + 61) + Fraction(99, 100), ScaledImage.from_array(np.zeros((1, 1, 3), np.uint8)))
     assert frame.stamp == "181:01"
 
 
@@ -324,7 +324,7 @@ def test_a_gpu_that_is_not_there() -> None:
 
 
 def test_clips_of_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "MOST_FRAMES", 99)
+    monkeypatch.setattr(container, "MAX_FRAMES", 99)
     assert len(read(clip(99), num_frames=2)) == 2
     with pytest.raises(ValueError, match="more than 99 frames"):
         read(clip(100), num_frames=2)
@@ -388,7 +388,7 @@ def test_ffprobe_still_says_so(name: str) -> None:
 
 def test_names_in_messages_are_those_of_the_source() -> None:
     with pytest.raises(ValueError, match=r"^my clip cannot be read"):
-        read_clip(Opened(b"nothing", "my clip"), num_frames=1)
+        read_clip(OpenedMedia(b"nothing", "my clip"), num_frames=1)
 
 
 def animation(kind: str, frames: list[Image.Image], **settings: Any) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aria.media import read as clips
-from aria.media.open import open_medium
+from aria.media.open import open_media
 from aria.processor import MediaSettings
 
 pytestmark = pytest.mark.gpu
@@ -31,14 +31,14 @@ def write(path: Path, codec: str, frames: int = 120) -> Path:
 
 def read(path: Path, decoder: str) -> list[clips.Frame]:
     settings = MediaSettings(clip_decoder=decoder)
-    return clips.read_clip(open_medium(path, "video", settings), num_frames=17, settings=settings)
+    return clips.read_clip(open_media(path, "video", settings), num_frames=17, settings=settings)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "ffv1"])
 def test_a_gpu_gives_the_frames_that_the_cpu_gives(tmp_path: Path, codec: str) -> None:
     """Also of a codec that no GPU decodes."""
     torch.zeros(1, device="cuda")
-    if not clips._decodes(0):
+    if not clips._gpu_decodes(0):
         pytest.skip("this driver comes without a video decoder, or it does not work")
     path = write(tmp_path / "clip.mkv", codec)
     for decoder in ("cuda:0", "auto"):

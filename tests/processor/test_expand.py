@@ -16,7 +16,7 @@ from PIL import Image
 from aria import Engine, SamplingParams
 from aria.processor import AriaProcessor, DocumentPart, MediaSettings, Prompt, VideoPart, render
 from aria.processor import expand as expanding
-from aria.processor.expand import expand, settle
+from aria.processor.expand import expand, resolve_defaults
 from aria.processor.pictures import Medium
 from tests.helpers.made_media import authors, clip, number_in, pdf
 
@@ -41,7 +41,9 @@ def made_png(width: int, height: int) -> bytes:
 
 def opened(processor: AriaProcessor, *parts: Any, **settings: Any) -> Prompt:
     prompt = render([{"role": "user", "content": list(parts)}])
-    return expand(settle(prompt, processor.image_processor, **settings), processor.image_processor, processor.media)[0]
+    return expand(
+        resolve_defaults(prompt, processor.image_processor, **settings), processor.image_processor, processor.media
+    )[0]
 
 
 def body(prompt: str) -> str:

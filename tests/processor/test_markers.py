@@ -49,7 +49,7 @@ def spellings(tokenizer: AriaTokenizer, prompt: Prompt, ids: list[int]) -> dict[
         cuts.add(at)
         at += len(tokenizer.token_bytes(index))
     found: dict[str, tuple[set, set]] = {}
-    typed = set(prompt.typed())
+    typed = set(prompt.literal_markers())
     for marker in MARKERS:
         start = str(prompt).find(marker)
         while start >= 0:
@@ -77,8 +77,10 @@ def test_nobody_but_the_template_writes_its_ids(name: str, conversation: list[tu
         assert written.isdisjoint(typed), (marker, written, typed)
         assert not typed or usual != tokenizer.encode(Prompt(marker))
         if len(usual) == 1:
-            assert ids.count(usual[0]) == str(prompt).count(marker) - sum(one == marker for _, one in prompt.typed())
-    if not list(prompt.typed()):
+            assert ids.count(usual[0]) == str(prompt).count(marker) - sum(
+                one == marker for _, one in prompt.literal_markers()
+            )
+    if not list(prompt.literal_markers()):
         assert ids == tokenizer.encode(str(prompt))
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
 
@@ -183,11 +185,11 @@ def test_engine_reads_messages_as_text_and_a_raw_prompt_as_it_is(model_folder) -
 
 def test_prompts_keep_markup_through_joining_cutting_and_copying() -> None:
     prompt = render([{"role": "user", "content": "<|im_end|>"}])
-    assert prompt.markup == ((0, 17), (27, 38)) and list(prompt.typed()) == [(17, "<|im_end|>")]
-    assert list((prompt + "<|im_start|>").typed()) == [(38, "<|im_start|>"), (17, "<|im_end|>")]
+    assert prompt.markup == ((0, 17), (27, 38)) and list(prompt.literal_markers()) == [(17, "<|im_end|>")]
+    assert list((prompt + "<|im_start|>").literal_markers()) == [(38, "<|im_start|>"), (17, "<|im_end|>")]
     assert (prompt + Prompt.raw("<|im_start|>")).markup == ((0, 17), (27, 50))
     assert (Prompt.raw("<|im_") + Prompt.raw("end|>")).markup == ((0, 10),)
-    assert list((Prompt.raw("<|im_") + "end|>").typed()) == [(0, "<|im_end|>")]
+    assert list((Prompt.raw("<|im_") + "end|>").literal_markers()) == [(0, "<|im_end|>")]
     assert prompt[5:30].markup == ((0, 12), (22, 25)) and prompt[18:20].markup == ()  # type: ignore[attr-defined]
     for operation in (lambda: f"{prompt}", lambda: prompt.replace("user", "tool")):
         with pytest.raises(ValueError, match=r"a <\|im_end\|> is just text, and would become a control token"):

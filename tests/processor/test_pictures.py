@@ -71,7 +71,7 @@ def test_devices_without_pillow_cut_the_same_crops():
     ]
     for picture, expected in zip(pictures, load_crops(pictures, "cpu"), strict=True):
         sent = module._upload([picture.pages[0]], torch.device("cpu"))
-        [there] = module._cut([sent] * len(picture.sheets), picture)
+        [there] = module._cut([sent] * len(picture.tile_plans), picture)
         assert torch.equal(there.permute(0, 3, 1, 2), expected.pixels)
 
 

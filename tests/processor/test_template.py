@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aria import AriaImageProcessor, AriaProcessor, templates
 from aria.media.limits import MediaSettings
-from aria.media.read import workers_of
+from aria.media.read import shared_workers
 from aria.processor import CHAT_TEMPLATE, AriaTokenizer, Prompt, render
 from aria.processor.calls import instructions
 from aria.processor.template import render_template
@@ -39,7 +39,7 @@ def test_a_template_like_arias_writes_the_same_prompt(messages: list[dict[str, A
     expected = render(messages, add_generation_prompt=opened)
     got = render_template(SAME, messages, add_generation_prompt=opened)
     assert got == expected and got.slots == expected.slots and got.parts == expected.parts
-    assert sorted(got.typed()) == sorted(expected.typed())
+    assert sorted(got.literal_markers()) == sorted(expected.literal_markers())
 
 
 def test_markers_stay_text_through_what_templates_do_with_it() -> None:
@@ -60,7 +60,7 @@ def test_markers_stay_text_through_what_templates_do_with_it() -> None:
             tools=[{"name": evil}],
             variables={"extra": {"deep": [evil]}},
         )
-        typed = {at for at, _ in prompt.typed()}
+        typed = {at for at, _ in prompt.literal_markers()}
         written = [at for at in range(len(prompt)) if prompt.startswith("<|im_end|>", at) and at not in typed]
         assert typed, expression
         assert len(written) == expression.count("'<|im_end|>'") + expression.count("'<|im_' ~"), expression
@@ -97,7 +97,7 @@ def test_templates_know_what_transformers_gives_them(processor: AriaProcessor) -
     )
     messages = [{"role": "user", "content": "hi "}, {"role": "user", "content": "never"}]
     prompt = processor.apply_chat_template(messages, template, documents=["D"])
-    assert prompt == "hi 20 <|endoftext|>D" and not list(prompt.typed())
+    assert prompt == "hi 20 <|endoftext|>D" and not list(prompt.literal_markers())
     processor.chat_template = template
     try:
         assert processor.apply_chat_template(messages, documents=["D"]) == prompt
@@ -160,7 +160,7 @@ def test_the_last_message_stays_open(processor: AriaProcessor) -> None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "It is "}]
     opened = processor.apply_chat_template(messages, continue_final_message=True)
     assert opened == "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\nIt is "
-    assert isinstance(opened, Prompt) and not list(opened.typed())
+    assert isinstance(opened, Prompt) and not list(opened.literal_markers())
     prepared = processor.prepare(messages, add_generation_prompt=False, continue_final_message=True)
     assert prepared.ids == processor.tokenizer.encode(opened)
     for last in ([], [{"role": "user", "content": [{"type": "image"}]}], [{"role": "user", "content": []}]):
@@ -227,7 +227,7 @@ def test_hostile_templates_are_ended(name: str, workers: Workers, monkeypatch: p
 
 
 def test_what_a_template_writes_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(templates, "MAX_CHARACTERS", 10)
     with pytest.raises(ValueError, match="the chat template writes 11 characters; at most 10 are taken"):
         render_template("{{ 'x' * 11 }}", [])
 
@@ -236,7 +236,7 @@ def test_a_processor_has_its_template_run_where_its_media_are_read() -> None:
     processor = AriaProcessor.from_pretrained()
     assert processor.workers is None
     processor.media = MediaSettings(workers=1)
-    assert processor.workers is workers_of(processor.media)
+    assert processor.workers is shared_workers(processor.media)
     processor.chat_template = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
     with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError, match="took longer than 1 s"):
         patched.setattr(templates, "RENDER_SECONDS", 1.0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from aria.media.read import Frame, Scaled
-from aria.processor.expand import expand, settle
+from aria.media.read import Frame, ScaledImage
+from aria.processor.expand import expand, resolve_defaults
 from recipes.nano.assets.archive import Assets
 from recipes.nano.draw import paint
 from recipes.nano.draw.render import IGNORED, Renderer
@@ -221,13 +221,13 @@ def test_a_clip_s_text_is_the_processor_s(assets: Assets, monkeypatch: pytest.Mo
     question = story.turns[0][0].rpartition("\n")[2]
     times = [60 * int(stamp[:2]) + int(stamp[3:]) for stamp in re.findall(r"\[(\d\d:\d\d)\]", story.turns[0][0])]
     processor = tokenizer.processor_of_nano()
-    frames = [Frame(seconds, Scaled.of(np.zeros((224, 224, 3), np.uint8))) for seconds in times]
+    frames = [Frame(seconds, ScaledImage.from_array(np.zeros((224, 224, 3), np.uint8))) for seconds in times]
     monkeypatch.setattr("aria.processor.expand.read_clip", lambda *_, **__: frames)
-    monkeypatch.setattr("aria.processor.expand.open_medium", lambda *_: _Clip())
+    monkeypatch.setattr("aria.processor.expand.open_media", lambda *_: _Clip())
     message = {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": question}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-    settled = settle(prompt, processor.image_processor)
-    given = str(expand(settled, processor.image_processor, processor.media).prompt)
+    resolved = resolve_defaults(prompt, processor.image_processor)
+    given = str(expand(resolved, processor.image_processor, processor.media).prompt)
     wanted = f"<|im_start|>user\n{story.turns[0][0]}<|im_end|>\n<|im_start|>assistant\n"
     assert given == wanted
 

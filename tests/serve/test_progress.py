@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from PIL import Image
 
-from aria.media.read import workers_of
+from aria.media.read import shared_workers
 from tests.helpers.made_media import clip, pdf
 from tests.helpers.serving import PICTURES, data_uri, engine, idle, running, until
 from tests.hostile.bad_drawings import nested_forms
@@ -117,7 +117,7 @@ def test_costs_are_streamed_with_previews(live):
 
 @pytest.mark.parametrize(("path", "fields"), [("/v1/chat/completions", CHAT), ("/tokenize", {"stream": True})])
 def test_who_leaves_while_pages_are_read_stops_the_reading(live, path, fields):
-    workers = workers_of(engine().engine.processor.media)
+    workers = shared_workers(engine().engine.processor.media)
     file_data = data_uri(nested_forms(Random(0), 9, 10), "application/pdf")
     endless = {**THREE, "file": {**THREE["file"], "file_data": file_data}}
     with live.http.stream("POST", path, json={"messages": said(endless), **fields}) as stream:

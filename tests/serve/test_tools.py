@@ -19,7 +19,7 @@ from aria.serve.tools import Call, CallReader, parse
 from aria.serve.turns import Turn
 
 NESTED = json.dumps({"path": "a.md", "text": 'quote " and </tool_call> and <tool_call>{"name": "f"}</tool_call>\\'})
-SAID = f"Saved.\n{calls.written('f', NESTED)}\n{calls.written('f', '')}"
+SAID = f"Saved.\n{calls.format_call('f', NESTED)}\n{calls.format_call('f', '')}"
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,7 +33,7 @@ def test_tags_inside_of_arguments_are_text_however_the_answer_is_cut(cuts):
 
 
 def test_white_space_around_calls_is_nobody_s_however_the_answer_is_cut():
-    call = calls.written("save", "{}")
+    call = calls.format_call("save", "{}")
     text = f"so: \n{call} \n{call}\n\n done {call} \n "
     for size in range(1, len(text) + 1):
         reader = CallReader(("save",))
@@ -45,7 +45,7 @@ def test_white_space_around_calls_is_nobody_s_however_the_answer_is_cut():
 def test_a_call_with_quotes_that_do_not_match_hides_no_later_call():
     broken = '<tool_call>{"name": "f", "arguments": {"a": "it"s"}}</tool_call>'
     reader = CallReader(["f"])
-    found = [*reader.push(broken + calls.written("f", '{"a": 1}') + " done"), *reader.flush()]
+    found = [*reader.push(broken + calls.format_call("f", '{"a": 1}') + " done"), *reader.flush()]
     text = "".join(one for one in found if isinstance(one, str))
     assert text == f"{broken}done"
     assert [call.arguments for call in found if isinstance(call, Call)] == ['{"a": 1}']

@@ -14,7 +14,7 @@ from PIL import Image
 
 from aria.media import container, document
 from aria.media.fetch import fetch
-from aria.media.open import open_medium
+from aria.media.open import open_media
 from aria.media.read import read_clip, read_document
 from aria.processor import AriaImageProcessor, MediaSettings
 from aria.processor.pictures import read_pictures
@@ -105,7 +105,7 @@ def test_connecting_stops() -> None:
 def test_drawing_a_page_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     began, draw = threading.Event(), document._draw
     monkeypatch.setattr(document, "_draw", lambda *given: (began.set(), draw(*given)))
-    opened = open_medium(endless_page(), "document", OPEN)
+    opened = open_media(endless_page(), "document", OPEN)
     settings = MediaSettings(decode_timeout=3600)
     assert isinstance(cancelled(lambda: read_document(opened, None, settings), began), Cancelled)
 
@@ -127,7 +127,7 @@ def test_decoding_a_clip_stops_in_all_its_threads(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(container, "_packets", endless)
     monkeypatch.setattr("aria.media.video.ThreadPoolExecutor", Named)
-    opened = open_medium(clip(60, g="10"), "video", OPEN)
+    opened = open_media(clip(60, g="10"), "video", OPEN)
     assert isinstance(cancelled(lambda: read_clip(opened, num_frames=6), began), Cancelled)
     assert not any(thread.name.startswith("decoder") for thread in threading.enumerate())
 

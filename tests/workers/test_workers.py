@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from aria.workers import BusyError, NotYet, WorkerError, Workers
+from aria.workers import BusyError, NotReady, WorkerError, Workers
 from aria.workers import process as processes
 from aria.workers.cancellation import Cancelled, run_cancellable
-from aria.workers.schedule import QUANTUM, SLICE, Schedule
-from aria.workers.shared import FileView, SharedFile
+from aria.workers.schedule import QUANTUM, SLICE, JobSchedule
+from aria.workers.shared import PositionedReader, SharedFile
 from tests.helpers import worker_tasks as tasks
 from tests.helpers.repository import environment
 
@@ -79,7 +79,7 @@ def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> N
     def second(text: str) -> int:
         asked.append(text)
         if len(asked) < 4:
-            raise NotYet
+            raise NotReady
         return 1
 
     assert run(workers, tasks.add, 1, calls={"second": second}) == 2
@@ -87,7 +87,7 @@ def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> N
         run(workers, tasks.add, 1, calls={"second": lambda _: (_ for _ in ()).throw(ValueError("too much of it"))})
 
     def never(_: str) -> int:
-        raise NotYet
+        raise NotReady
 
     with pytest.raises(BusyError, match="try again later"):
         run(workers, tasks.add, 1, calls={"second": never}, seconds=0.3)
@@ -95,7 +95,7 @@ def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> N
 
 def test_views_of_one_file_have_positions_of_their_own() -> None:
     file = SharedFile.of_bytes(b"0123456789")
-    first, second = FileView(file.descriptor, file.size), FileView(file.descriptor, file.size)
+    first, second = PositionedReader(file.descriptor, file.size), PositionedReader(file.descriptor, file.size)
     assert first.read(4) == b"0123" and second.read(2) == b"01" and first.read() == b"456789"
     assert second.seek(-3, os.SEEK_END) == 7 and second.read(100) == b"789" and second.read(1) == b""
     assert second.seek(1) == 1 and second.seek(2, os.SEEK_CUR) == 3 and second.tell() == 3
@@ -244,7 +244,7 @@ class FakeWorker:
 def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    schedule = Schedule(1)
+    schedule = JobSchedule(1)
     long, worker = schedule.enter(), FakeWorker()
     schedule.set_worker(long, worker)  # type: ignore[arg-type]
     now[0] = 10 * QUANTUM
@@ -271,7 +271,7 @@ def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stream_of_new_jobs_stops_nobody_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    schedule = Schedule(1)
+    schedule = JobSchedule(1)
     old = schedule.enter()
     ran = 0
     for _ in range(300):
@@ -421,14 +421,14 @@ def test_what_cannot_be_confined_is_reported(monkeypatch: pytest.MonkeyPatch, tm
     program = """
         import sys
         from pathlib import Path
-        from aria.workers.confine import confine
+        from aria.workers.sandbox import enter_sandbox
         sys.modules["py_landlock"] = None
         sys.modules["pyseccomp"] = None
-        missing = confine(1 << 40, Path(sys.argv[1]))
+        missing = enter_sandbox(1 << 40, Path(sys.argv[1]))
         assert [one.split(" (")[0] for one in missing] == ["landlock", "seccomp"], missing
         for system in ("darwin", "win32"):
             sys.platform = system
-            missing = confine(1 << 40, Path(sys.argv[1]))
+            missing = enter_sandbox(1 << 40, Path(sys.argv[1]))
             assert len(missing) == (3 if system == "darwin" else 2), missing
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from aria.hub import MOST_JSON_BYTES, parse_json
+from aria.hub import MAX_JSON_BYTES, parse_json
 
 _TEXT_BLOCK = 1 << 20
 _MOST_AXES = 8
@@ -120,8 +120,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         with file.open("rb") as opened:
             nbytes, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
-            if nbytes > min(size, MOST_JSON_BYTES):
-                raise ValueError(f"its header would have {nbytes:,} bytes; at most {MOST_JSON_BYTES:,} are read")
+            if nbytes > min(size, MAX_JSON_BYTES):
+                raise ValueError(f"its header would have {nbytes:,} bytes; at most {MAX_JSON_BYTES:,} are read")
             header = parse_json(opened.read(nbytes), "its header")
         with safe_open(file, framework="pt"):
             pass

@@ -84,11 +84,11 @@ class Conversation:
         Raises:
             FileNotFoundError, ValueError: it cannot be read as this kind.
         """
-        from aria.media.open import open_medium
+        from aria.media.open import open_media
         from aria.processor import load_image
 
         media = processor.media
-        medium = load_image(source, media) if kind == "image" else open_medium(source, kind, media).data
+        medium = load_image(source, media) if kind == "image" else open_media(source, kind, media).data
         part = {"type": kind, kind: medium, **self._settings.get(kind, {})}
         [cost] = processor.prepare([{"role": "user", "content": [part]}]).media
         self._media.append(part)

@@ -50,7 +50,7 @@ def check(
 
     from aria.config import AriaConfig
     from aria.hub import NANO, model_name
-    from aria.media.limits import cores
+    from aria.media.limits import available_cores
     from aria.processor import AriaProcessor
     from aria.train.data import DataSettings
     from aria.train.data.check import check_data
@@ -69,7 +69,7 @@ def check(
             "split_image": split_image,
             "num_frames": num_frames,
             "timestamps": timestamps,
-            "workers": cores() if workers is None else workers,
+            "workers": available_cores() if workers is None else workers,
         },
     )
     config = AriaConfig.from_pretrained(model or NANO, revision=revision)

@@ -133,7 +133,7 @@ def serve(
     from aria.engine import AsyncEngine, Engine
     from aria.hub import model_name
     from aria.media.limits import MediaSettings
-    from aria.media.read import workers_of
+    from aria.media.read import shared_workers
     from aria.serve.limits import open_to_strangers
     from aria.serve.settings import ServerSettings
 
@@ -196,7 +196,7 @@ def serve(
         max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens, adapters=adapters,
     )  # fmt: skip
     share_work(engine)
-    workers = workers_of(settings.media)
+    workers = shared_workers(settings.media)
     if workers is not None:
         workers.warm_up()
     if warm_up:

@@ -20,7 +20,7 @@ import numpy as np
 
 from aria.engine.matcher import Grammar, Matcher
 from aria.grammars import trial
-from aria.grammars.limits import MOST_CHARACTERS, check_schema
+from aria.grammars.limits import MAX_CHARACTERS, check_schema
 from aria.grammars.sources import from_choices, from_regex, from_structural_tag
 from aria.processor import AriaTokenizer, Prompt
 from aria.processor.chat import END_OF_TURN
@@ -247,9 +247,9 @@ def _text(schema: Constraint) -> tuple[str, str]:
             raise ValueError("json_schema cannot be followed: it is nested too deeply, or contains itself") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"json_schema is not JSON: {error}") from None
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MAX_CHARACTERS:
         raise ValueError(
-            f"{name} cannot be followed: it has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}"
+            f"{name} cannot be followed: it has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}"
         )
     return name, text
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aria.grammars.shape import children
 
-MOST_CHARACTERS = 4_000_000
+MAX_CHARACTERS = 4_000_000
 """Of such a grammar: what several of its JSON schemas refer to stands in each."""
 _TEXT = r'/"([^"\\\x00-\x1F\x7F]|\\["\\bfnrt])*"/'
 
@@ -21,18 +21,18 @@ def lark(schema: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """A grammar of the values that fit a plain schema, None where no pattern of numbers makes one necessary.
 
     Args:
-        schema: of :func:`aria.grammars.schemas.plain`.
+        schema: of :func:`aria.grammars.schemas.normalize`.
         settings: llguidance's ``x-guidance`` for the JSON schemas in it.
 
     Raises:
         ValueError: a pattern of numbers stands where none can be followed.
     """
-    writer = _Writer(schema.get("$defs", {}), settings)
+    writer = _SchemaWriter(schema.get("$defs", {}), settings)
     root = {key: value for key, value in schema.items() if key != "$defs"}
     return writer.grammar(root) if writer.is_exact(root) else None
 
 
-class _Writer:
+class _SchemaWriter:
     def __init__(self, definitions: Mapping[str, Any], settings: Mapping[str, Any]):
         self._definitions = definitions
         self._settings = dict(settings)
@@ -72,7 +72,7 @@ class _Writer:
 
     def _rule(self, body: str) -> str:
         self._size += len(body)
-        if self._size > MOST_CHARACTERS:
+        if self._size > MAX_CHARACTERS:
             raise ValueError("it is too large beside numbers beyond 2^53")
         self._rules.append(f"r{len(self._rules)}: {body}")
         return f"r{len(self._rules) - 1}"
@@ -109,7 +109,7 @@ class _Writer:
             rest = None
         else:
             rest = self.value(items), max(least - len(prefix), 0), None if most is None else most - len(prefix)
-        return self._rule(f'"[" {self._nested(first, rest)} "]"')
+        return self._rule(f'"[" {self._comma_separated_prefix(first, rest)} "]"')
 
     def _object(self, schema: Mapping[str, Any]) -> str:
         if "patternProperties" in schema:
@@ -124,16 +124,18 @@ class _Writer:
             if properties.get(name, others) is not False
         ]
         if others is False:
-            return self._rule(f'"{{" {self._listed(members, None)} "}}"')
+            return self._rule(f'"{{" {self._comma_separated(members, None)} "}}"')
         key = f"K{len(self._rules)}"
         taken = f" & ~({' | '.join(quoted.values())})" if quoted else ""
         self._rules.append(f"{key}: {_TEXT}{taken}")
         most = schema.get("maxProperties")
         rest = (f'{key} ":" {self.value(others)}', max(schema.get("minProperties", 0) - len(members), 0),
                 None if most is None else most - len(members))  # fmt: skip
-        return self._rule(f'"{{" {self._listed(members, rest)} "}}"')
+        return self._rule(f'"{{" {self._comma_separated(members, rest)} "}}"')
 
-    def _nested(self, items: Sequence[tuple[str, bool]], rest: tuple[str, int, int | None] | None) -> str:
+    def _comma_separated_prefix(
+        self, items: Sequence[tuple[str, bool]], rest: tuple[str, int, int | None] | None
+    ) -> str:
         """Items of which one may be missing where all behind it are, then others, with commas between them."""
         tail = ""
         if rest is not None and rest[2] != 0:
@@ -144,7 +146,7 @@ class _Writer:
             tail = tail if required else f"{tail}?"
         return tail
 
-    def _listed(self, members: Sequence[tuple[str, bool]], rest: tuple[str, int, int | None] | None) -> str:
+    def _comma_separated(self, members: Sequence[tuple[str, bool]], rest: tuple[str, int, int | None] | None) -> str:
         """Members of which any that may be missing may, then others, with commas between them."""
         later = first = ""
         if rest is not None and rest[2] != 0:

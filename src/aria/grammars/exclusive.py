@@ -10,10 +10,10 @@ from aria.grammars import keywords, numbers
 if TYPE_CHECKING:
     from aria.grammars.schemas import Part, Reader
 
-MOST_COMPARED = 128
+MAX_COMPARED = 128
 _DEPTH = 3
 _TYPES = {"NoneType": "null", "bool": "boolean", "str": "string", "list": "array", "object": "object"}
-"""Of the keys of `keywords.same`; numbers are distinguished by their value."""
+"""Of the keys of `keywords.equality_key`; numbers are distinguished by their value."""
 
 
 def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[list[Any]]:
@@ -30,8 +30,8 @@ def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[lis
         needed = {"required": [tag]}
         reader.resources.add(needed, place)
         return [[*branch, needed] for branch, _ in possible]
-    if len(possible) > MOST_COMPARED or not all(
-        _exclude(reader, a, b, _DEPTH) for i, (_, a) in enumerate(possible) for _, b in possible[:i]
+    if len(possible) > MAX_COMPARED or not all(
+        _are_disjoint(reader, a, b, _DEPTH) for i, (_, a) in enumerate(possible) for _, b in possible[:i]
     ):
         raise keywords.SchemaError(place, "oneOf is supported where its alternatives exclude each other, such as by a "
                                           "property with another const in each; anyOf has no such limit")  # fmt: skip
@@ -57,12 +57,12 @@ def _tag(reader: Reader, alternatives: Sequence[Sequence[Part]]) -> str | None:
 
 def _values(parts: Sequence[Part]) -> set[Any] | None:
     """Those of const and enum; None: there are others."""
-    sets = [{keywords.same(part.get("const"))} for part in parts if part.has("const")]
-    sets += [set(map(keywords.same, part.get("enum"))) for part in parts if part.has("enum")]
+    sets = [{keywords.equality_key(part.get("const"))} for part in parts if part.has("const")]
+    sets += [set(map(keywords.equality_key, part.get("enum"))) for part in parts if part.has("enum")]
     return set.intersection(*sets) if sets else None
 
 
-def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: int) -> bool:
+def _are_disjoint(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: int) -> bool:
     """Whether no value fits both, as far as it is easily known."""
     reader.work(len(one) + len(other))
     types = reader.types([*one, *other])
@@ -79,7 +79,7 @@ def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: 
     for this, that in ((one, other), (other, one)):
         for part in this:
             options = part.get("anyOf") or part.get("oneOf")
-            if options and all(_apart(reader, [option], that, depth - 1) for option in options):
+            if options and all(_is_disjoint_from(reader, [option], that, depth - 1) for option in options):
                 return True
     if types <= {"integer", "number"}:
         said = [{key: part.node[key] for key in part.node if part.has(key)} for part in (*one, *other)]
@@ -88,19 +88,21 @@ def _exclude(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: 
             is False
         )
     return types == {"object"} and any(
-        _apart(reader, reader.said_of(one, name), reader.parts(reader.said_of(other, name)), depth - 1)
+        _is_disjoint_from(
+            reader, reader.property_schemas(one, name), reader.parts(reader.property_schemas(other, name)), depth - 1
+        )
         for name in {name for part in (*one, *other) for name in part.get("required", ())}
     )
 
 
 def _is_of(value: Any, types: set[str]) -> bool:
-    """Whether a value, as `keywords.same` tells it, is of one of these types."""
+    """Whether a value, as `keywords.equality_key` tells it, is of one of these types."""
     name, content = value
     if name == "number":
         return "number" in types or ("integer" in types and content.denominator == 1)
     return _TYPES[name] in types
 
 
-def _apart(reader: Reader, schemas: Sequence[Any], parts: Sequence[Part] | None, depth: int) -> bool:
+def _is_disjoint_from(reader: Reader, schemas: Sequence[Any], parts: Sequence[Part] | None, depth: int) -> bool:
     said = reader.parts(schemas)
-    return said is None or parts is None or _exclude(reader, said, parts, depth)
+    return said is None or parts is None or _are_disjoint(reader, said, parts, depth)

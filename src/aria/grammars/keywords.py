@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-MOST_NAMES = 64
+MAX_NAMES = 64
 """Names of a pattern that are taken one by one."""
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 UNSUPPORTED_FORMATS = (
@@ -84,7 +84,7 @@ SHAPES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 """What values of keywords have to be."""
 
-OF_TYPE = {
+KEYWORD_TYPES = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"),
     **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), "string"),
     **dict.fromkeys(("items", "prefixItems", "minItems", "maxItems", "unevaluatedItems"), "array"),
@@ -92,7 +92,7 @@ OF_TYPE = {
     **dict.fromkeys(("minProperties", "maxProperties", "unevaluatedProperties"), "object"),
 }
 """Keywords that speak of values of one type and leave others alone."""
-MEANT = {*OF_TYPE, "type", "const", "enum", "anyOf", "oneOf"}
+CONSTRAINING = {*KEYWORD_TYPES, "type", "const", "enum", "anyOf", "oneOf"}
 """Those and others that are left of a subschema once ``allOf`` and ``$ref`` were followed."""
 
 
@@ -100,11 +100,11 @@ _NULLABLE = {*SHAPES, "type"}
 """Keywords that may be null, which programs write for those that are not there. A null const is a value."""
 
 
-def says_nothing(schema: Any) -> bool:
+def is_unconstrained(schema: Any) -> bool:
     """Whether every value fits, as far as keywords tell without looking into them."""
     if isinstance(schema, bool):
         return schema
-    return all(name not in SHAPES and name not in MEANT and name not in _NEVER for name in schema)
+    return all(name not in SHAPES and name not in CONSTRAINING and name not in _UNSUPPORTED for name in schema)
 
 
 _NO_EFFECT: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -115,18 +115,18 @@ _NO_EFFECT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "minProperties": lambda node: node["minProperties"] == 0,
     "required": lambda node: not node["required"],
     "propertyNames": lambda node: _is_any_text(node["propertyNames"]),
-    "unevaluatedItems": lambda node: says_nothing(node["unevaluatedItems"]),
+    "unevaluatedItems": lambda node: is_unconstrained(node["unevaluatedItems"]),
     "contains": lambda node: node.get("minContains") == 0 and "maxContains" not in node,
     "minContains": lambda node: "contains" not in node,
     "maxContains": lambda node: "contains" not in node,
     "dependentRequired": lambda node: not any(node["dependentRequired"].values()),
-    "dependentSchemas": lambda node: all(map(says_nothing, node["dependentSchemas"].values())),
+    "dependentSchemas": lambda node: all(map(is_unconstrained, node["dependentSchemas"].values())),
     "dependencies": lambda node: all(one in ([], True, {}) for one in node["dependencies"].values()),
     "not": lambda node: node["not"] is False,
-    "if": lambda node: all(says_nothing(node.get(name, True)) for name in ("then", "else")),
+    "if": lambda node: all(is_unconstrained(node.get(name, True)) for name in ("then", "else")),
 }
 """Keywords that say nothing in some cases."""
-_NEVER = (
+_UNSUPPORTED = (
     *(
         "uniqueItems",
         "propertyNames",
@@ -144,7 +144,7 @@ _NEVER = (
 def _is_any_text(schema: Any) -> bool:
     if isinstance(schema, dict) and schema.get("type") in ("string", ["string"]):
         schema = {name: value for name, value in schema.items() if name != "type"}
-    return says_nothing(schema)
+    return is_unconstrained(schema)
 
 
 def children(node: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:
@@ -264,7 +264,7 @@ class Resources:
         if isinstance(node.get("if"), bool):
             branch = node.get("then" if node.pop("if") else "else", True)
             node["allOf"] = [*node.get("allOf", ()), branch]
-        for name in _NEVER:
+        for name in _UNSUPPORTED:
             if name in node:
                 raise SchemaError(place, f"{name} is not supported")
         form = node.get("format")
@@ -323,7 +323,7 @@ _CHARACTER = re.compile(
 )
 
 
-def finite_names(pattern: str) -> list[str] | None:
+def enumerate_names(pattern: str) -> list[str] | None:
     """The names that a pattern such as ``^(a|b)[0-9]$`` holds for; None where these are many or it is not as simple."""
     if not (pattern.startswith("^") and pattern.endswith("$")):
         return None
@@ -339,18 +339,18 @@ def finite_names(pattern: str) -> list[str] | None:
         else:
             options = [plain or escaped] if plain or escaped else (groups[0] or groups[1]).split("|")
         found = [name + option for name in found for option in options]
-        if len(found) > MOST_NAMES:
+        if len(found) > MAX_NAMES:
             return None
         place = step.end()
     return list(dict.fromkeys(found))
 
 
-def same(value: Any) -> Any:
+def equality_key(value: Any) -> Any:
     """A key that is equal for values that JSON Schema calls equal."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return type(value).__name__, value
     if isinstance(value, int | float):
         return "number", Fraction(value)
     if isinstance(value, list):
-        return "list", tuple(map(same, value))
-    return "object", frozenset((name, same(one)) for name, one in value.items())
+        return "list", tuple(map(equality_key, value))
+    return "object", frozenset((name, equality_key(one)) for name, one in value.items())

@@ -11,35 +11,35 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MOST_DEPTH = 100
+MAX_DEPTH = 100
 """Lists and objects inside each other. What reads and writes JSON recurses, and llguidance refuses more than 127."""
-MOST_VALUES = 100_000
+MAX_VALUES = 100_000
 """Values in one piece of JSON. Of schemas llguidance takes up to 50,000 subschemas."""
-MOST_CHARACTERS = 2_000_000
+MAX_CHARACTERS = 2_000_000
 """Characters of a schema as JSON."""
-MOST_PROPERTIES = 5_000
+MAX_PROPERTIES = 5_000
 """Properties of one object. Where all may be missing, the time grows with the square of their number: 1.6 s."""
-MOST_NAME_PATTERNS = 100
+MAX_NAME_PATTERNS = 100
 """Members of one patternProperties, each compared with all others: 0.1 s, and for 1,000 more than a minute."""
-MOST_LISTED = 20_000
+MAX_LISTED = 20_000
 """Values in all lists of enum together: 0.1 s."""
-MOST_PATTERN = 10_000
+MAX_PATTERN = 10_000
 """Characters of a pattern."""
-MOST_DIVISOR = 100_000
+MAX_DIVISOR = 100_000
 """A whole number as multipleOf, without factors of ten: so many remainders are told apart, in 1.3 s and 50 MB."""
-MOST_GRAMMAR = 200_000
+MAX_GRAMMAR = 200_000
 """Characters of a grammar as text."""
-MOST_RULES = 1_000
+MAX_RULES = 1_000
 """Rules of a grammar as text. Each that leads to the next, from within groups, takes up to 50 KB of stack."""
-MOST_MADE_RULES = 5_000
+MAX_MADE_RULES = 5_000
 """The same for grammars that are made here, whose rules are plain: up to 7 KB."""
 
 _RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w.-]*[ \t]*(\[[^\]\n]*\][ \t]*)?(::=|:)", re.MULTILINE)
 
-Place = Callable[[], str]
+Pointer = Callable[[], str]
 
 
-def check_json(value: Any, most: float = MOST_VALUES) -> None:
+def check_json(value: Any, most: float = MAX_VALUES) -> None:
     """Refuse JSON that is nested too deeply for the programs that read and write it, or too large.
 
     Args:
@@ -60,38 +60,38 @@ def check_schema(schema: Any) -> None:
         ValueError: the message has the limit, what was found, where, and what to do.
     """
     listed = characters = 0
-    for node, place in _containers(schema, MOST_VALUES):
+    for node, place in _containers(schema, MAX_VALUES):
         texts = node if isinstance(node, list | tuple) else [*node, *node.values()]
         characters += sum(len(text) for text in texts if isinstance(text, str))
-        _check(characters, MOST_CHARACTERS, "characters", place, "split it into several questions")
+        _check(characters, MAX_CHARACTERS, "characters", place, "split it into several questions")
         if not isinstance(node, dict):
             continue
         # Where these are names of properties, or data, their values are of other types or as harmless.
         if isinstance(values := node.get("enum"), list):
             listed += len(values)
-            _check(listed, MOST_LISTED, "values in enum", place, "describe them by a pattern")
+            _check(listed, MAX_LISTED, "values in enum", place, "describe them by a pattern")
         for keyword, kind in (("properties", dict), ("required", list)):
             if isinstance(named := node.get(keyword), kind):
-                _check(len(named), MOST_PROPERTIES, f"names in {keyword}", place, "group them in objects")
+                _check(len(named), MAX_PROPERTIES, f"names in {keyword}", place, "group them in objects")
         if isinstance(patterns := node.get("patternProperties"), dict):
-            _check(len(patterns), MOST_NAME_PATTERNS, "patterns in patternProperties", place, "join some with |")
+            _check(len(patterns), MAX_NAME_PATTERNS, "patterns in patternProperties", place, "join some with |")
         for pattern in (node.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
             if isinstance(pattern, str):
                 check_pattern(pattern, place)
-        if isinstance(divisor := node.get("multipleOf"), int | float) and _without_tens(divisor) > MOST_DIVISOR:
+        if isinstance(divisor := node.get("multipleOf"), int | float) and _without_tens(divisor) > MAX_DIVISOR:
             raise ValueError(
-                f"multipleOf is {divisor!r:.60}; expected at most {MOST_DIVISOR:,}, not counting factors of ten, "
+                f"multipleOf is {divisor!r:.60}; expected at most {MAX_DIVISOR:,}, not counting factors of ten, "
                 f"at {place()}"
             )
 
 
-def check_pattern(pattern: str, place: Place = lambda: "") -> None:
+def check_pattern(pattern: str, place: Pointer = lambda: "") -> None:
     """Refuse a regular expression that is too long.
 
     Raises:
         ValueError: it is.
     """
-    _check(len(pattern), MOST_PATTERN, "characters in a pattern", place, "shorten it")
+    _check(len(pattern), MAX_PATTERN, "characters in a pattern", place, "shorten it")
 
 
 def check_grammar(text: str) -> None:
@@ -100,11 +100,11 @@ def check_grammar(text: str) -> None:
     Raises:
         ValueError: it is.
     """
-    _check(len(text), MOST_GRAMMAR, "characters", lambda: "", "shorten it")
+    _check(len(text), MAX_GRAMMAR, "characters", lambda: "", "shorten it")
     check_rules(text)
 
 
-def check_rules(text: str, most: int = MOST_RULES) -> None:
+def check_rules(text: str, most: int = MAX_RULES) -> None:
     """Refuse a grammar in Lark or GBNF with too many rules.
 
     Raises:
@@ -113,7 +113,7 @@ def check_rules(text: str, most: int = MOST_RULES) -> None:
     _check(len(_RULE.findall(text)), most, "rules", lambda: "", "use fewer")
 
 
-def _check(found: int, most: int, what: str, place: Place, advice: str) -> None:
+def _check(found: int, most: int, what: str, place: Pointer, advice: str) -> None:
     if found > most:
         where = f", at {place()}" if place() else ""
         raise ValueError(f"it has {found:,} {what}; expected at most {most:,}: {advice}{where}")
@@ -129,7 +129,7 @@ def _without_tens(divisor: float) -> int:
     return left
 
 
-def _containers(value: Any, most: float) -> Iterator[tuple[Any, Place]]:
+def _containers(value: Any, most: float) -> Iterator[tuple[Any, Pointer]]:
     """The objects and lists of JSON, and where each stands as a JSON pointer."""
     waiting: list[tuple[Any, Any, int]] = [(value, None, 1)]
     count = 1
@@ -137,9 +137,9 @@ def _containers(value: Any, most: float) -> Iterator[tuple[Any, Place]]:
         node, trail, depth = waiting.pop()
         if not isinstance(node, dict | list | tuple):
             continue
-        if depth > MOST_DEPTH:
+        if depth > MAX_DEPTH:
             raise ValueError(
-                f"it is nested too deeply: over {MOST_DEPTH} lists and objects inside each other, at "
+                f"it is nested too deeply: over {MAX_DEPTH} lists and objects inside each other, at "
                 f"{_pointer(trail):.200}; in a schema, define inner parts under $defs and refer to them"
             )
         count += len(node)

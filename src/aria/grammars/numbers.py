@@ -9,9 +9,9 @@ from typing import Any
 
 EXACT = 2**53
 """Up to here each integer is a double."""
-MOST_DIGITS = 40
+MAX_DIGITS = 40
 """Of bounds that patterns spell out."""
-MOST_MULTIPLES = 1024
+MAX_MULTIPLES = 1024
 _LARGEST_DIVISOR = 2**32 - 1
 
 
@@ -59,11 +59,11 @@ def _is_empty(low: Bound, high: Bound) -> bool:
 
 def _within(bound: Bound, outward: int) -> Bound:
     """A bound of no more digits than patterns have, or a closer one."""
-    number, most = bound[0], Fraction(10**MOST_DIGITS)
+    number, most = bound[0], Fraction(10**MAX_DIGITS)
     if number is None or abs(number) <= most:
         return bound
     if number * outward < 0:
-        raise ValueError(f"a bound has more than {MOST_DIGITS} digits")
+        raise ValueError(f"a bound has more than {MAX_DIGITS} digits")
     return most * outward, False
 
 
@@ -110,9 +110,9 @@ def _multiples(divisors: Sequence[Fraction], first: int | None, last: int | None
     if not integer and any(divisor.denominator > 1 for divisor in divisors):
         raise ValueError("multipleOf with a fraction cannot be followed beside bounds beyond 2^53")
     divisor = math.lcm(*(one.numerator for one in divisors))
-    if first is None or last is None or (last - first) // divisor >= MOST_MULTIPLES:
+    if first is None or last is None or (last - first) // divisor >= MAX_MULTIPLES:
         raise ValueError(
-            f"multipleOf beyond 32 bits, or beside bounds beyond 2^53, leaves over {MOST_MULTIPLES} numbers"
+            f"multipleOf beyond 32 bits, or beside bounds beyond 2^53, leaves over {MAX_MULTIPLES} numbers"
         )
     found = range(-(-first // divisor) * divisor, last + 1, divisor)
     return {"x-number": "|".join(map(str, found))} if found else False

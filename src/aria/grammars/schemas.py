@@ -15,17 +15,25 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from aria.grammars import exclusive
-from aria.grammars.depth import Steps, run
-from aria.grammars.keywords import MEANT, OF_TYPE, TYPES, Resources, SchemaError, finite_names, same
+from aria.grammars.keywords import (
+    CONSTRAINING,
+    KEYWORD_TYPES,
+    TYPES,
+    Resources,
+    SchemaError,
+    enumerate_names,
+    equality_key,
+)
 from aria.grammars.numbers import EXACT, numeric
+from aria.grammars.trampoline import Steps, run
 
-MOST_STEPS = 500_000
+MAX_STEPS = 500_000
 """Of the work for a schema, about a microsecond each: alternatives of alternatives multiply."""
-MOST_SELECTIONS = 512
+MAX_SELECTIONS = 512
 """Selections of optional properties among which minProperties and maxProperties choose."""
-MOST_CHAIN = 200
+MAX_CHAIN = 200
 """References and ``allOf`` that lead from one to the next without saying anything of a value."""
-MOST_PATTERNS = 8
+MAX_PATTERNS = 8
 """Patterns and formats that one text follows at a time: whether any text does takes exponential time to tell."""
 _INLINE = 16
 """Values inside each other that stand where they are; deeper ones become definitions, as JSON readers have a limit."""
@@ -44,7 +52,7 @@ class Part(NamedTuple):
         return default if name in self.without else self.node.get(name, default)
 
 
-def plain(schema: Any) -> Any:
+def normalize(schema: Any) -> Any:
     """A plain schema of the values that a schema allows, with closed objects.
 
     Args:
@@ -81,7 +89,7 @@ class Reader:
         self.definitions: dict[str, Any] = {}
 
     def value(self, schemas: Sequence[Any]) -> Steps:
-        """The plain schema of a value of which all of these hold; for :func:`aria.grammars.depth.run`."""
+        """The plain schema of a value of which all of these hold; for :func:`aria.grammars.trampoline.run`."""
         parts = self.parts(schemas)
         if parts is None:
             return False
@@ -120,7 +128,7 @@ class Reader:
             ValueError: it is more than a schema may take.
         """
         self._steps += steps
-        if self._steps > MOST_STEPS:
+        if self._steps > MAX_STEPS:
             raise ValueError("it is too large: what it says of single values takes too long to bring together")
 
     def _reference(self, key: Any) -> dict[str, str]:
@@ -146,14 +154,14 @@ class Reader:
                 continue
             found[key] = part
             above |= {id(part.node)}
-            if len(above) > MOST_CHAIN:
+            if len(above) > MAX_CHAIN:
                 place = self.resources.place(part.node)
-                raise SchemaError(place, f"over {MOST_CHAIN} references lead from one to the next; refer to the last")
+                raise SchemaError(place, f"over {MAX_CHAIN} references lead from one to the next; refer to the last")
             if part.has("$ref"):
                 waiting.append((self.resources.target(part.node), above))
             if part.has("allOf"):
                 waiting += [(schema, above) for schema in reversed(part.node["allOf"])]
-        return [part for part in found.values() if any(part.has(name) for name in part.node if name in MEANT)]
+        return [part for part in found.values() if any(part.has(name) for name in part.node if name in CONSTRAINING)]
 
     def types(self, parts: Sequence[Part]) -> set[str]:
         """Types that are left; integers go without saying among numbers."""
@@ -176,8 +184,10 @@ class Reader:
                     return (yield self._alternatives(parts, part, name))
         types = self.types(parts)
         if any(part.has("const", "enum") for part in parts):
-            return (yield from self._listed(parts, types))
-        if "type" not in {name for part in parts for name in part.node} and not self._speaking(parts, OF_TYPE):
+            return (yield from self._enumerated(parts, types))
+        if "type" not in {name for part in parts for name in part.node} and not self._with_keywords(
+            parts, KEYWORD_TYPES
+        ):
             return True
         options = []
         for name in TYPES:
@@ -185,7 +195,7 @@ class Reader:
                 options.append((yield from self._typed(parts, name)))
         return any_of(options)
 
-    def _speaking(self, parts: Sequence[Part], names: Iterable[str]) -> list[Part]:
+    def _with_keywords(self, parts: Sequence[Part], names: Iterable[str]) -> list[Part]:
         return [part for part in parts if part.has(*names)]
 
     def _alternatives(self, parts: list[Part], at: Part, name: str) -> Steps:
@@ -202,14 +212,14 @@ class Reader:
             options.append((yield self.value([*branch, *rest] if first else [*rest, *branch])))
         return any_of(options)
 
-    def _listed(self, parts: list[Part], types: set[str]) -> Steps:
+    def _enumerated(self, parts: list[Part], types: set[str]) -> Steps:
         """Values of const and enum that fit all else."""
         lists = [[part.get("const")] if part.has("const") else part.get("enum") for part in parts
                  if part.has("const", "enum")]  # fmt: skip
         lists += [part.get("enum") for part in parts if part.has("const") and part.has("enum")]
-        left = {same(value): value for value in lists[0]}
+        left = {equality_key(value): value for value in lists[0]}
         for more in lists[1:]:
-            left = {key: left[key] for value in more if (key := same(value)) in left}
+            left = {key: left[key] for value in more if (key := equality_key(value)) in left}
         options = []
         for name in TYPES:
             values = [value for value in left.values() if type_of(value) == name and (name in types or
@@ -218,7 +228,7 @@ class Reader:
                 kept = [value for value in values if self._in_bounds(parts, value)]
                 options += [_constant(value) for value in kept]
             elif name in ("string", "array", "object") and values:
-                own = self._speaking(parts, [keyword for keyword, of in OF_TYPE.items() if of == name])
+                own = self._with_keywords(parts, [keyword for keyword, of in KEYWORD_TYPES.items() if of == name])
                 if own and any(_is_large(value) for value in values):
                     place = self.resources.place(parts[0].node)
                     raise SchemaError(
@@ -264,9 +274,9 @@ class Reader:
         if found.get("minLength", 0) > found.get("maxLength", math.inf):
             return False
         said = dict.fromkeys((key, part.get(key)) for key in ("pattern", "format") for part in parts if part.has(key))
-        if len(said) > MOST_PATTERNS:
+        if len(said) > MAX_PATTERNS:
             place = self.resources.place(parts[0].node)
-            raise SchemaError(place, f"{len(said)} patterns and formats of one text; expected at most {MOST_PATTERNS}")
+            raise SchemaError(place, f"{len(said)} patterns and formats of one text; expected at most {MAX_PATTERNS}")
         if len({key for key, _ in said}) == len(said):
             return found | dict(iter(said))
         return {"allOf": [found, *({"type": "string", key: value} for key, value in said)]}
@@ -292,14 +302,14 @@ class Reader:
         required = dict.fromkeys(name for part in parts for name in part.get("required", ()))
         patterns = dict.fromkeys(pattern for part in parts for pattern in part.get("patternProperties", ()))
         for pattern in list(patterns):
-            if (few := finite_names(pattern)) is not None:
+            if (few := enumerate_names(pattern)) is not None:
                 names |= dict.fromkeys(few)
                 del patterns[pattern]
         names |= required  # once each: what is read twice at every depth takes exponential time
         self.work(len(parts) * len(names))
         properties = {}
         for name in names:
-            properties[name] = yield self.value(self.said_of(parts, name))
+            properties[name] = yield self.value(self.property_schemas(parts, name))
         others: Any = [part.get("additionalProperties") for part in parts if part.has("additionalProperties")]
         others += [part.get("unevaluatedProperties") for part in parts
                    if part.has("unevaluatedProperties") and not part.has("additionalProperties")]  # fmt: skip
@@ -309,7 +319,7 @@ class Reader:
         if patterns:
             found["patternProperties"] = said = {}
             for pattern in patterns:
-                said[pattern] = yield self.value(self.said_of(parts, pattern, is_pattern=True))
+                said[pattern] = yield self.value(self.property_schemas(parts, pattern, is_pattern=True))
         for name in [name for name, value in properties.items() if value is False and name not in patterns]:
             if name in required:
                 return False
@@ -319,7 +329,7 @@ class Reader:
         sizes = _sizes(parts, "minProperties", "maxProperties")
         return self._counted(found, sizes, parts) if sizes else found
 
-    def said_of(self, parts: Sequence[Part], name: str, *, is_pattern: bool = False) -> list[Any]:
+    def property_schemas(self, parts: Sequence[Part], name: str, *, is_pattern: bool = False) -> list[Any]:
         """All that is said of a property, or of those that a pattern names."""
         said = []
         self.work(len(parts))
@@ -356,7 +366,7 @@ class Reader:
             seen.add(id(one))
             patterns = one.get("patternProperties", ())
             found |= {*one.get("properties", ()), *patterns}
-            found |= {name for pattern in patterns for name in finite_names(pattern) or ()}
+            found |= {name for pattern in patterns for name in enumerate_names(pattern) or ()}
             waiting += [inner for key in ("allOf", "anyOf", "oneOf") for inner in one.get(key, ())]
             if "$ref" in one:
                 waiting.append(self.resources.target(one))
@@ -391,9 +401,9 @@ class Reader:
             return found
         # Each selection stands for those that begin with it, unless there is a most.
         counts = [least] if most >= len(optional) else list(range(least, int(most) + 1))
-        if sum(math.comb(len(optional), count) for count in counts) > MOST_SELECTIONS:
+        if sum(math.comb(len(optional), count) for count in counts) > MAX_SELECTIONS:
             raise SchemaError(
-                place, f"minProperties and maxProperties leave over {MOST_SELECTIONS} selections of properties"
+                place, f"minProperties and maxProperties leave over {MAX_SELECTIONS} selections of properties"
             )
         options = []
         for count in counts:

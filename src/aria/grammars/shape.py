@@ -11,23 +11,23 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aria.grammars.depth import Steps, run
+from aria.grammars.trampoline import Steps, run
 
-MOST_FORCED = 10_000
+MAX_FORCED = 10_000
 """Bytes that a grammar may force at a time: 10 ms."""
-MOST_LEVELS = 5_000
+MAX_LEVELS = 5_000
 """Subschemas on the way from one to the next that llguidance follows by recursion, in up to 10 KB of stack each."""
-_ENDLESS = 10**12
+_UNBOUNDED = 10**12
 
 
-def longest(schema: Mapping[str, Any]) -> int:
+def max_forced_length(schema: Mapping[str, Any]) -> int:
     """About the most characters of any text that a plain schema forces at a time.
 
     What depends on a choice counts as if it were chosen, and what leads back to itself once: there is a choice in every
     circle, as values are finite.
 
     Args:
-        schema: of :func:`aria.grammars.schemas.plain`.
+        schema: of :func:`aria.grammars.schemas.normalize`.
     """
     return int(run(_Lengths(schema.get("$defs", {})).of(schema)))
 
@@ -51,10 +51,10 @@ class _Lengths:
         found = 0
         for option in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
             found = max(found, (yield self.of(option)))
-        found += schema.get("minLength", 0) + written_out(schema.get("pattern") or schema.get("x-number") or "")
+        found += schema.get("minLength", 0) + max_literal_length(schema.get("pattern") or schema.get("x-number") or "")
         found += yield from self._array(schema)
         found += yield from self._object(schema)
-        return min(found, _ENDLESS)
+        return min(found, _UNBOUNDED)
 
     def _array(self, schema: Mapping[str, Any]) -> Steps:
         found, first = 0, schema.get("prefixItems", ())
@@ -68,7 +68,7 @@ class _Lengths:
         for name, value in schema.get("properties", {}).items():
             found += len(name) + 4 + (yield self.of(value))
         for pattern, value in schema.get("patternProperties", {}).items():
-            found += written_out(pattern) + 4 + (yield self.of(value))
+            found += max_literal_length(pattern) + 4 + (yield self.of(value))
         return found + (yield self.of(schema.get("additionalProperties")))
 
 
@@ -80,10 +80,10 @@ _STEP = re.compile(
 )
 
 
-def written_out(pattern: str) -> int:
+def max_literal_length(pattern: str) -> int:
     """Characters of the longest alternatives of a pattern, with whatever repeats as often as it has to.
 
-    >>> written_out("(ab{3}|[cd]?){10,20}x+y*")
+    >>> max_literal_length("(ab{3}|[cd]?){10,20}x+y*")
     41
     """
     above: list[tuple[int, int]] = []
@@ -102,7 +102,7 @@ def written_out(pattern: str) -> int:
             longest, length, last = max(longest, length), 0, 0
         elif kind in ("count", "maybe"):
             times = int(step["count"][:12]) if kind == "count" else 0
-            length = min(length + last * (times - 1), _ENDLESS)
+            length = min(length + last * (times - 1), _UNBOUNDED)
             last *= times
         elif kind != "more":
             length, last = length + 1, 1
@@ -121,9 +121,9 @@ def check_levels(schema: Mapping[str, Any]) -> None:
     while waiting:
         # Each definition is read where it first comes, as llguidance does.
         node, depth = waiting.pop()
-        if depth > MOST_LEVELS:
+        if depth > MAX_LEVELS:
             raise ValueError(
-                f"its references lead over {MOST_LEVELS:,} levels deep, from one definition into the next; expected "
+                f"its references lead over {MAX_LEVELS:,} levels deep, from one definition into the next; expected "
                 "less: remove some of them"
             )
         if isinstance(node, dict) and "$ref" in node:

@@ -10,16 +10,16 @@ from typing import Any
 from aria.grammars import structural_tags
 from aria.grammars.exact import lark as exact_lark
 from aria.grammars.limits import (
-    MOST_CHARACTERS,
-    MOST_LISTED,
-    MOST_MADE_RULES,
+    MAX_CHARACTERS,
+    MAX_LISTED,
+    MAX_MADE_RULES,
     check_grammar,
     check_pattern,
     check_rules,
     check_schema,
 )
-from aria.grammars.schemas import plain
-from aria.grammars.shape import MOST_FORCED, check_levels, longest, written_out
+from aria.grammars.schemas import normalize
+from aria.grammars.shape import MAX_FORCED, check_levels, max_forced_length, max_literal_length
 
 _SETTINGS = {
     "item_separator": ",",
@@ -71,9 +71,9 @@ def of_schema(text: str) -> str:
     # All settings are given: a schema may carry some of its own under "x-guidance".
     exact = exact_lark(found, settings)
     if exact is not None:
-        check_rules(exact, MOST_MADE_RULES)
-        return LLMatcher.grammar_from_lark(_forced(exact, longest(found)))
-    if longest(found) > MOST_FORCED:
+        check_rules(exact, MAX_MADE_RULES)
+        return LLMatcher.grammar_from_lark(_forced(exact, max_forced_length(found)))
+    if max_forced_length(found) > MAX_FORCED:
         inner = json.dumps({**found, "x-guidance": settings})
         return LLMatcher.grammar_from_lark(f"start: %json {inner}{_UNFORCED}")
     return LLMatcher.grammar_from_json_schema(json.dumps(found), overrides=settings)  # type: ignore[arg-type]  # a plain dict
@@ -104,17 +104,17 @@ def of_grammar(text: str) -> str:
 
 
 def _of_ours(kind: str, text: str) -> str:
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}: shorten it")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}: shorten it")
     try:
         value = json.loads(text)[kind]
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if kind == "regex":
-        return _forced(f"start: {_regex(value)}", written_out(value))
+        return _forced(f"start: {_regex(value)}", max_literal_length(value))
     if kind == "choices":
-        if len(value) > MOST_LISTED:
-            raise ValueError(f"it has {len(value):,} texts to choose from; expected at most {MOST_LISTED:,}")
+        if len(value) > MAX_LISTED:
+            raise ValueError(f"it has {len(value):,} texts to choose from; expected at most {MAX_LISTED:,}")
         # One token of the grammar: each rule would be followed for itself.
         texts = " | ".join(json.dumps(one, ensure_ascii=False) for one in value)
         return _forced(f"start: TEXT\nTEXT: {texts}", max(map(len, value), default=0))
@@ -125,15 +125,15 @@ def _of_ours(kind: str, text: str) -> str:
         found, settings = _plain(json.loads(json.dumps(schema)))
         if exact_lark(found, settings) is not None:
             raise ValueError("numbers beyond 2^53 are not supported in schemas of structural tags")
-        lengths.append(longest(found))
+        lengths.append(max_forced_length(found))
         return f"%json {json.dumps({**found, 'x-guidance': settings})}"
 
     def matched(pattern: str) -> str:
-        lengths.append(written_out(pattern))
+        lengths.append(max_literal_length(pattern))
         return _regex(pattern)
 
     grammar = structural_tags.lark(value, inline, matched)
-    check_rules(grammar, MOST_MADE_RULES)
+    check_rules(grammar, MAX_MADE_RULES)
     return _forced(grammar, sum(lengths))
 
 
@@ -148,13 +148,13 @@ def _regex(pattern: str) -> str:
 
 def _forced(grammar: str, length: int) -> str:
     """A grammar that forces texts of up to a length."""
-    return grammar if length <= MOST_FORCED else grammar + _UNFORCED
+    return grammar if length <= MAX_FORCED else grammar + _UNFORCED
 
 
 def _plain(schema: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plain schema of one that may be changed, and llguidance's settings for it."""
     settings = {**_SETTINGS, **({} if _CONTROL.search(json.dumps(schema)) else {"json_allowed_escapes": _ESCAPES})}
-    found = plain(schema)
+    found = normalize(schema)
     found = {} if found is True else found
     check_levels(found)
     return found, settings

@@ -34,12 +34,12 @@ def lark(tag: Mapping[str, Any], of_schema: Callable[[Any], str], of_pattern: Ca
             for one in _listed(tag, "structures", "structural_tag")
         ]  # fmt: skip
         form = {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": parts}
-    writer = _Writer(of_schema, of_pattern)
+    writer = _TagWriter(of_schema, of_pattern)
     start = writer.part(form, "format")
     return "\n".join([f"start: {start}", f"ANY: {ANY}", *writer.rules])
 
 
-class _Writer:
+class _TagWriter:
     def __init__(self, of_schema: Callable[[Any], str], of_pattern: Callable[[str], str]):
         self._of_schema, self._of_pattern = of_schema, of_pattern
         self.rules: list[str] = []

@@ -26,16 +26,16 @@ STACK_BYTES = 256 << 20
 """Of threads that compile. What is not used takes no memory."""
 TRIAL_STACK_BYTES = STACK_BYTES // 2
 """In a trial: what fits there fits here, whatever else differs."""
-MOST_SECONDS = 2.0
+MAX_SECONDS = 2.0
 """Of CPU time for a trial. 5,000 properties, or enums of 20,000 values, take less than one."""
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Of memory. The same take 70 MB."""
 TRIAL_SECONDS = 10.0
 """For a trial with all waiting for others."""
-MOST_TOKEN_SECONDS = 0.02
+MAX_TOKEN_SECONDS = 0.02
 """Of CPU time until it is known what may come at one place, in a trial and with its vocabulary of 840 tokens. With
 100,000 tokens ambiguous grammars take five times as long; 500 properties that may be missing take 1.5 ms here."""
-_MOST_TOLD = 400
+_MAX_TOLD = 400
 """Characters of the beginning and of the end of an error, which may repeat all of a grammar."""
 _STEPS = 48
 _POLL_SECONDS = 0.02
@@ -117,8 +117,8 @@ def reason(error: str) -> str:
         found = why.partition("\n   1 | ")[0]  # without the grammar that stands around it
     if found.startswith("panic"):
         found = f"it is too large, or the compiler fails at it ({found})"
-    if len(found) > 2 * _MOST_TOLD:
-        found = f"{found[:_MOST_TOLD]} ... {found[-_MOST_TOLD:]}"
+    if len(found) > 2 * _MAX_TOLD:
+        found = f"{found[:_MAX_TOLD]} ... {found[-_MAX_TOLD:]}"
     return "it is nested too deeply" if found.startswith("recursion limit") else found
 
 
@@ -166,7 +166,7 @@ def trial(job: Any, name: str, text: str) -> dict[str, Any]:
         source = grammar(name, text)
         matcher = compiled(name, source, _tokenizer())
         check_beginning(name, matcher)
-        _wander(name, matcher)
+        _walk_randomly(name, matcher)
         return source
 
     outcome = on_stack(TRIAL_STACK_BYTES, work)
@@ -175,10 +175,10 @@ def trial(job: Any, name: str, text: str) -> dict[str, Any]:
             source = outcome.result(_POLL_SECONDS)
             return {"source": source, "seconds": time.process_time() - began}
         except TimeoutError:
-            if time.process_time() - began > MOST_SECONDS:
-                job.call("end", f"compiling it takes over {MOST_SECONDS:g} s")
-            if _memory() - size > MOST_BYTES:
-                job.call("end", f"compiling it takes over {MOST_BYTES:,} bytes")
+            if time.process_time() - began > MAX_SECONDS:
+                job.call("end", f"compiling it takes over {MAX_SECONDS:g} s")
+            if _memory() - size > MAX_BYTES:
+                job.call("end", f"compiling it takes over {MAX_BYTES:,} bytes")
 
 
 def _memory() -> int:
@@ -195,7 +195,7 @@ def _memory() -> int:
         return int(found[mapped] + found[used])
 
 
-def _wander(name: str, matcher: LLMatcher) -> None:
+def _walk_randomly(name: str, matcher: LLMatcher) -> None:
     """Follow a grammar for some random tokens.
 
     Raises:
@@ -206,10 +206,10 @@ def _wander(name: str, matcher: LLMatcher) -> None:
         began = time.thread_time()
         mask = matcher.compute_bitmask()
         seconds = time.thread_time() - began
-        if seconds > MOST_TOKEN_SECONDS:
+        if seconds > MAX_TOKEN_SECONDS:
             raise _refused(
                 name,
-                f"finding what may come next takes {seconds:.2g} s; expected at most {MOST_TOKEN_SECONDS:g} s: too "
+                f"finding what may come next takes {seconds:.2g} s; expected at most {MAX_TOKEN_SECONDS:g} s: too "
                 "many of its alternatives fit the same text",
             )
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(_VOCABULARY), bitorder="little")

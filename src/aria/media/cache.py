@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-from aria.media.limits import DECODED
+from aria.media.limits import DECODE_MEMORY
 from aria.media.read import Frame, Page
 
 Read = TypeVar("Read", Frame, Page)
@@ -23,7 +23,7 @@ class MediaCache:
         self.nbytes = 0
         self._kept: OrderedDict[Hashable, tuple[Sequence[Frame | Page], int]] = OrderedDict()
         self._turn = threading.Lock()
-        DECODED.on_shortage(self.free)
+        DECODE_MEMORY.on_shortage(self.free)
 
     def __reduce__(self) -> tuple[type[MediaCache], tuple[()]]:
         """Copies, also those for other processes, begin empty."""

@@ -28,14 +28,14 @@ _FORMATS = (
     *("gif", "apng", "h264", "hevc", "m4v", "ivf", "obu", "mjpeg", "rm", "wtv"),
 )
 _READ_BYTES = 1 << 20
-MOST_FRAMES = 4_000_000
+MAX_FRAMES = 4_000_000
 """Of a clip, so that lists of them fit into memory: four hours at 240 a second are fewer."""
 _UNKNOWN_RATE = Fraction(25)
 _BACK = (1, 4)
 """Keyframes before the one that is sought, aimed at where seeking goes past it."""
 
 
-class Medium(Protocol):
+class MediaFile(Protocol):
     """A file to be read."""
 
     @property
@@ -46,7 +46,7 @@ class Medium(Protocol):
         """It, open for reading at its beginning, with a position of its own."""
 
 
-class Key(NamedTuple):
+class Keyframe(NamedTuple):
     """A keyframe."""
 
     number: int
@@ -64,8 +64,8 @@ class Timeline(NamedTuple):
     """Of each frame's packet in the file."""
     end: int
     unit: Fraction
-    keys: list[Key]
-    counted: bool
+    keys: list[Keyframe]
+    untimed: bool
     """The file tells no times: frames are told by their number, and decoded from the beginning."""
     size: tuple[int, int] = (0, 0)
     """(width, height) of a frame, as the file's header has it."""
@@ -76,25 +76,25 @@ class Timeline(NamedTuple):
         return (self.end - self.times[0]) * self.unit
 
 
-class Run(NamedTuple):
+class DecodeRun(NamedTuple):
     """Frames that are decoded from one keyframe on."""
 
     key: int
     """Its index among all keyframes."""
-    keys: dict[int, Key]
+    keys: dict[int, Keyframe]
     """By index: itself, and those before it that decoding may have to begin at instead."""
     times: list[int]
     """Of the frames."""
 
     @classmethod
-    def of(cls, key: int, keys: Sequence[Key]) -> Run:
+    def at(cls, key: int, keys: Sequence[Keyframe]) -> DecodeRun:
         """One without frames, of the keyframe with an index."""
         return cls(
             key, {key - back: keys[key - back] for back in (0, *_BACK, *(1 + n for n in _BACK)) if back <= key}, []
         )
 
 
-class Watch:
+class ReadDeadline:
     """Ends the reading of one clip, in all its threads, when it takes too long or is given up.
 
     Args:
@@ -103,8 +103,8 @@ class Watch:
     """
 
     @classmethod
-    def of(cls, job: Any, name: str, seconds: float) -> Watch:
-        """For a job; who waits for one in another process has a watch of its own."""
+    def for_job(cls, job: Any, name: str, seconds: float) -> ReadDeadline:
+        """For a job; who waits for one in another process has a deadline of its own."""
         return cls(name, math.inf if job.remote else seconds)
 
     def __init__(self, name: str, seconds: float):
@@ -134,7 +134,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def opened(clip: Medium, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
+def opened(clip: MediaFile, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
     """The container and its stream of moving pictures; what goes wrong inside becomes a ValueError.
 
     Args:
@@ -150,20 +150,20 @@ def opened(clip: Medium, settings: MediaSettings, gpu: int | None = None) -> Ite
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(clip.file())
         options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"}
-        hardware = None if gpu is None else on_gpu(gpu)
+        hardware = None if gpu is None else gpu_decoding(gpu)
         try:
             container = stack.enter_context(
                 # Titles in other codings than UTF-8 are no reason to fail.
                 av.open(file, options=options, buffer_size=_READ_BYTES, metadata_errors="replace", hwaccel=hardware)
             )
-            yield container, _moving(container, clip.name, settings)
+            yield container, _video_stream(container, clip.name, settings)
         except av.FFmpegError as error:
             raise ValueError(
                 f"{clip.name} cannot be read as a clip ({error.strerror}); the file may be damaged, or of another kind"
             ) from error
 
 
-def on_gpu(gpu: int) -> Any:
+def gpu_decoding(gpu: int) -> Any:
     """PyAV's order to decode with a GPU's video decoder and nothing else; frames stay there, since few of them are
     wanted here. For this thread the GPU with that number becomes the current one."""
     import torch
@@ -177,7 +177,7 @@ def on_gpu(gpu: int) -> Any:
     return HWAccel("cuda", device=str(gpu), allow_software_fallback=False, options=options, is_hw_owned=True)
 
 
-def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
+def _video_stream(container: Any, name: str, settings: MediaSettings) -> Any:
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -190,11 +190,11 @@ def _moving(container: Any, name: str, settings: MediaSettings) -> Any:
     context = stream.codec_context
     if context is None:
         raise ValueError(f"{name} is coded in a way that cannot be decoded here")
-    check_frame(context.width, context.height, name, settings)
+    check_frame_size(context.width, context.height, name, settings)
     return stream
 
 
-def check_frame(width: int, height: int, name: str, settings: MediaSettings) -> None:
+def check_frame_size(width: int, height: int, name: str, settings: MediaSettings) -> None:
     """Refuse frames that are too large, before any is decoded.
 
     Raises:
@@ -214,7 +214,7 @@ def _kinds(container: Any) -> str:
     return " and ".join(sorted(kinds)) or "nothing"
 
 
-def scan(clip: Medium, settings: MediaSettings, watch: Watch) -> Timeline:
+def scan(clip: MediaFile, settings: MediaSettings, deadline: ReadDeadline) -> Timeline:
     """Read through a clip without decoding it.
 
     Raises:
@@ -223,16 +223,16 @@ def scan(clip: Medium, settings: MediaSettings, watch: Watch) -> Timeline:
     import av
 
     shown: list[tuple[Any, int, int]] = []
-    keys: list[Key] = []
+    keys: list[Keyframe] = []
     with opened(clip, settings) as (container, stream):
         try:
-            for number, packet in enumerate(_packets(container, stream, watch)):
+            for number, packet in enumerate(_packets(container, stream, deadline)):
                 if packet.is_keyframe or not keys:
-                    keys.append(Key(number, packet.pts, packet.dts))
+                    keys.append(Keyframe(number, packet.pts, packet.dts))
                 if not packet.is_discard:  # outside of what the file's edit list shows
                     shown.append((packet.pts, number, max(packet.duration or 0, 0)))
-                if number == MOST_FRAMES:
-                    raise ValueError(f"{clip.name} holds more than {MOST_FRAMES:,} frames; send a part of it")
+                if number == MAX_FRAMES:
+                    raise ValueError(f"{clip.name} holds more than {MAX_FRAMES:,} frames; send a part of it")
         except av.FFmpegError:
             if not shown:  # else the end is broken, and what is before it is read
                 raise
@@ -240,23 +240,23 @@ def scan(clip: Medium, settings: MediaSettings, watch: Watch) -> Timeline:
             raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
         size = stream.codec_context.width, stream.codec_context.height
         rate = Fraction(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
-        if _tells_times(container, stream, [moment for moment, *_ in shown]):
+        if _has_timestamps(container, stream, [moment for moment, *_ in shown]):
             shown.sort()
             times = [moment for moment, *_ in shown]
             unit = Fraction(stream.time_base)
             last = shown[-1][2] or (times[-1] - times[-2] if len(times) > 1 else 0) or int(1 / (rate * unit)) or 1
             return Timeline(times, [number for _, number, _ in shown], times[-1] + last, unit, keys, False, size)
     order = list(range(len(shown)))
-    return Timeline(order, order, len(order), 1 / rate, [Key(0, None, None)], True, size)
+    return Timeline(order, order, len(order), 1 / rate, [Keyframe(0, None, None)], True, size)
 
 
-def _packets(container: Any, stream: Any, watch: Watch) -> Iterator[Any]:
+def _packets(container: Any, stream: Any, deadline: ReadDeadline) -> Iterator[Any]:
     more = True
     while more:
         more = False
         try:
             for packet in container.demux(stream):
-                watch.check()
+                deadline.check()
                 if packet.size:  # the last one is empty, and only says that it is the last
                     yield packet
         except IndexError:
@@ -264,7 +264,7 @@ def _packets(container: Any, stream: Any, watch: Watch) -> Iterator[Any]:
             more = True
 
 
-def _tells_times(container: Any, stream: Any, times: Sequence[int | None]) -> bool:
+def _has_timestamps(container: Any, stream: Any, times: Sequence[int | None]) -> bool:
     if any(moment is None for moment in times):
         return False
     # AVI holds no times; where frames are shown in another order than they are stored, those made up for it are wrong.
@@ -277,7 +277,7 @@ class Decoder:
 
     Args:
         clip: its file.
-        counted: as in :class:`Timeline`.
+        untimed: as in :class:`Timeline`.
         fit: what becomes of a frame of (width, height).
         threads: of the codec.
         gpu: number of a GPU whose video decoder does it; what that cannot decode is missing.
@@ -286,19 +286,19 @@ class Decoder:
 
     def __init__(
         self,
-        clip: Medium,
-        counted: bool,
+        clip: MediaFile,
+        untimed: bool,
         fit: Fit,
         threads: int,
         settings: MediaSettings,
-        watch: Watch,
+        deadline: ReadDeadline,
         gpu: int | None = None,
         progress: ProgressCounter | None = None,
     ):
         from av.video.reformatter import VideoReformatter
 
-        self._clip, self._counted, self._fit, self._threads = clip, counted, fit, threads
-        self._settings, self._watch, self._gpu, self._progress = settings, watch, gpu, progress
+        self._clip, self._untimed, self._fit, self._threads = clip, untimed, fit, threads
+        self._settings, self._deadline, self._gpu, self._progress = settings, deadline, gpu, progress
         self._scaler = VideoReformatter()
         self._files = contextlib.ExitStack()
         self._container: Any = None
@@ -309,26 +309,26 @@ class Decoder:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def decode(self, run: Run) -> dict[int, np.ndarray]:
+    def decode(self, run: DecodeRun) -> dict[int, np.ndarray]:
         """RGB by time, of the frames of a run. What cannot be decoded is missing."""
-        frames = self._attempt(run, run.key, run.times, skip=not self._counted)
+        frames = self._attempt(run, run.key, run.times, skip=not self._untimed)
         missing = [moment for moment in run.times if moment not in frames]
-        if missing and not self._counted and self._gpu is None:
+        if missing and not self._untimed and self._gpu is None:
             # Pictures that are refreshed bit by bit, or frames that are leant on although they say they are not.
             frames |= self._attempt(run, max(run.key - 1, 0), missing, skip=False)
         return frames
 
-    def _attempt(self, run: Run, key: int, times: Sequence[int], *, skip: bool) -> dict[int, np.ndarray]:
+    def _attempt(self, run: DecodeRun, key: int, times: Sequence[int], *, skip: bool) -> dict[int, np.ndarray]:
         from av import FFmpegError
 
         wanted, frames = set(times), {}
         number = itertools.count()
-        counted = self._counted
+        untimed = self._untimed
 
         def take(packet: Any) -> None:
             with contextlib.suppress(FFmpegError):  # a damaged packet; the decoder goes on with the next
                 for frame in self._context.decode(packet):
-                    moment = next(number) if counted else frame.pts
+                    moment = next(number) if untimed else frame.pts
                     if moment in wanted:
                         frames[moment] = self._rgb(frame)
                         if self._progress is not None:
@@ -339,13 +339,13 @@ class Decoder:
             # No other frame leans on these, so that only those that are wanted have to be decoded.
             self._context.skip_frame = "NONREF" if skip and packet.pts not in wanted else "DEFAULT"
             take(packet)
-            unfed -= frames.keys() if counted else {packet.pts}
+            unfed -= frames.keys() if untimed else {packet.pts}
             if not unfed:
                 break
         take(None)
         return frames
 
-    def _packets_from(self, keys: Mapping[int, Key], key: int) -> Iterator[Any]:
+    def _packets_from(self, keys: Mapping[int, Keyframe], key: int) -> Iterator[Any]:
         """Packets from a keyframe on; where seeking does not get there, from the beginning of the file."""
         from av import FFmpegError
 
@@ -365,7 +365,7 @@ class Decoder:
                 return
         self._open()
         with contextlib.suppress(FFmpegError):
-            for number, packet in enumerate(_packets(self._container, self._stream, self._watch)):
+            for number, packet in enumerate(_packets(self._container, self._stream, self._deadline)):
                 if number >= keys[key].number:
                     yield packet
 
@@ -373,7 +373,7 @@ class Decoder:
         if self._container is None:
             self._open()
         self._container.seek(moment, stream=self._stream)
-        yield from _packets(self._container, self._stream, self._watch)
+        yield from _packets(self._container, self._stream, self._deadline)
 
     def _open(self) -> None:
         self._files.close()
@@ -391,7 +391,7 @@ class Decoder:
         turned, down, right = _orientation(frame)
         if self._settings.background is not None and any(part.is_alpha for part in frame.format.components):
             rgba = self._scaler.reformat(frame, format="rgba").to_ndarray()
-            opaque = np.asarray(rgb.on_background(Image.fromarray(rgba), self._settings.background))
+            opaque = np.asarray(rgb.composite(Image.fromarray(rgba), self._settings.background))
             frame = VideoFrame.from_ndarray(opaque, "rgb24")
         width, height = frame.width, frame.height
         # Pixels that are not square.

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aria.media.container import Medium, Watch
+from aria.media.container import MediaFile, ReadDeadline
 from aria.media.limits import JobFile, MediaSettings
-from aria.media.progress import ProgressCounter, report_to
+from aria.media.progress import ProgressCounter, forward_progress
 from aria.media.rgb import write_sizes
 
 SCALE = 2
@@ -54,8 +54,8 @@ def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: Media
     Raises:
         ValueError: no PDF, a damaged or locked one, pages that it does not have, or over a limit.
     """
-    report_to(job)
-    watch = Watch.of(job, name, settings.decode_timeout)
+    forward_progress(job)
+    deadline = ReadDeadline.for_job(job, name, settings.decode_timeout)
     with _opened(JobFile(job, name)) as pdf:
         with _PDFIUM:
             count = len(pdf)
@@ -71,21 +71,21 @@ def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: Media
         numbers = [number for first, last in ranges for number in range(first, last + 1)]
         plans = []
         for number in numbers:
-            watch.check()
+            deadline.check()
             size = _size(pdf, number, name, settings.page_pixels)
             plans.append((number, size, job.call("sizes", *size)))
-        _ask(job, plans)
+        _reserve(job, plans)
         progress = ProgressCounter("document", asked)
         read = []
         for number, (width, height), sizes in plans:
-            watch.check()
-            pixels = _render(pdf, number, (width, height), name, watch)
+            deadline.check()
+            pixels = _render(pdf, number, (width, height), name, deadline)
             read.append((number, width, height, write_sizes(job, Image.fromarray(pixels), sizes)))
             progress.add()
         return {"pages": count, "read": read}
 
 
-def _ask(job: Any, plans: Sequence[tuple[int, tuple[int, int], list[tuple[int, int]]]]) -> None:
+def _reserve(job: Any, plans: Sequence[tuple[int, tuple[int, int], list[tuple[int, int]]]]) -> None:
     """Ask for the pixels of all pages, and for the memory of what stays and of the largest page as it is drawn."""
     pixels = sum(width * height for _, (width, height), _ in plans)
     kept = sum(width * height for _, size, sizes in plans for width, height in sizes or [size])
@@ -120,11 +120,11 @@ def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]
 
 
 @contextlib.contextmanager
-def _opened(document: Medium) -> Iterator[Any]:
+def _opened(document: MediaFile) -> Iterator[Any]:
     import pypdfium2
 
     with contextlib.ExitStack() as opened:
-        with _said_plainly(f"{document.name}, as a document,"), _PDFIUM:
+        with _readable_errors(f"{document.name}, as a document,"), _PDFIUM:
             # A document without pages fails to load and leaves the code of whatever failed before, here or elsewhere.
             pypdfium2.raw.FPDF_LoadDocument(b"", None)
             assert pypdfium2.raw.FPDF_GetLastError() == _UNSET, "PDFium no longer reports a missing file by this code"
@@ -176,11 +176,11 @@ def _size(pdf: Any, number: int, name: str, max_pixels: int) -> tuple[int, int]:
     return width, height
 
 
-def _render(pdf: Any, number: int, size: tuple[int, int], name: str, watch: Watch) -> np.ndarray:
+def _render(pdf: Any, number: int, size: tuple[int, int], name: str, deadline: ReadDeadline) -> np.ndarray:
     import pypdfium2
 
     width, height = size
-    with contextlib.ExitStack() as opened, _said_plainly(f"page {number} of {name}", "; leave it out with pages="):
+    with contextlib.ExitStack() as opened, _readable_errors(f"page {number} of {name}", "; leave it out with pages="):
         with _PDFIUM:
             page = opened.enter_context(_closing(pdf[number - 1]))
             bitmap = pypdfium2.PdfBitmap.new_native(
@@ -188,15 +188,16 @@ def _render(pdf: Any, number: int, size: tuple[int, int], name: str, watch: Watc
             )
             opened.enter_context(_closing(bitmap))
             bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
-        _draw(pdf, page, bitmap, watch)
+        _draw(pdf, page, bitmap, deadline)
         # Its memory goes back to PDFium.
         return np.array(bitmap.to_numpy(), order="C")
 
 
-def _draw(pdf: Any, page: Any, bitmap: Any, watch: Watch) -> None:
+def _draw(pdf: Any, page: Any, bitmap: Any, deadline: ReadDeadline) -> None:
     """Draw a page onto a bitmap of its size, a slice of time after the other.
 
-    A page of a few kilobytes can take hours. Other documents get their turn between slices, and the watch can end it.
+    A page of a few kilobytes can take hours. Between slices other documents get their turn, and the deadline is
+    checked.
     """
     from pypdfium2 import PdfiumError, raw
 
@@ -213,7 +214,7 @@ def _draw(pdf: Any, page: Any, bitmap: Any, watch: Watch) -> None:
                 status = step()
             if status != raw.FPDF_RENDER_TOBECONTINUED:
                 break
-            watch.check()
+            deadline.check()
             time.sleep(0.001)  # who waits for the lock would else hardly ever get it
             step = partial(raw.FPDF_RenderPage_Continue, page, pause)
     finally:
@@ -236,7 +237,7 @@ def _closing(thing: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _said_plainly(what: str, advice: str = "") -> Iterator[None]:
+def _readable_errors(what: str, advice: str = "") -> Iterator[None]:
     """PDFium's errors, as ValueErrors that say what cannot be read."""
     from pypdfium2 import PdfiumError
 

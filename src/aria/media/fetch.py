@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import httpcore2
 
-from aria.media.limits import MediaSettings, short
+from aria.media.limits import MediaSettings, shorten
 from aria.workers.cancellation import POLL_SECONDS, check_cancelled
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ _COMPRESSED = ("br", "compress", "x-compress", "dcb", "dcz", "zstd")
 them. Whatever else stands in the header (``aws-chunked``, ``UTF-8``, ``none``) says nothing about the bytes."""
 
 # IANA's registries of special-purpose addresses, and what else does not lead to somebody else's public server.
-_CLOSED_V4 = tuple(
+_NON_PUBLIC_V4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
         "0.0.0.0/8",
@@ -61,9 +61,9 @@ _CLOSED_V4 = tuple(
         "240.0.0.0/4",
     )
 )
-_OPEN_V6 = ipaddress.IPv6Network("2000::/3")
+_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 """All that is given out; loopback, link-local (fe80::/10), private (fc00::/7) and multicast lie outside."""
-_CLOSED_V6 = tuple(
+_NON_PUBLIC_V6 = tuple(
     ipaddress.IPv6Network(network)
     for network in (
         "2001::/23",  # protocols, Teredo among them
@@ -89,8 +89,8 @@ def is_public(address: str) -> bool:
         elif ip in _NAT64:
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         else:
-            return ip in _OPEN_V6 and not any(ip in network for network in _CLOSED_V6)
-    return ip.is_global and not any(ip in network for network in _CLOSED_V4)
+            return ip in _GLOBAL_V6 and not any(ip in network for network in _NON_PUBLIC_V6)
+    return ip.is_global and not any(ip in network for network in _NON_PUBLIC_V4)
 
 
 def fetch(url: str, limit: int, settings: MediaSettings, hold: Callable[[int], None] | None = None) -> bytes:
@@ -105,7 +105,7 @@ def fetch(url: str, limit: int, settings: MediaSettings, hold: Callable[[int], N
         ValueError: the address is not allowed, does not answer, answers with an error, or sends too much or too slowly.
         Cancelled: nobody waits for the body any more; see :mod:`aria.workers.cancellation`.
     """
-    clock = _Clock(url, settings)
+    clock = _FetchDeadline(url, settings)
     backend = _Backend(clock, settings)
     timeouts = {"connect": settings.connect_timeout, "read": settings.read_timeout, "write": settings.read_timeout}
     here = url
@@ -114,14 +114,14 @@ def fetch(url: str, limit: int, settings: MediaSettings, hold: Callable[[int], N
             address, host = _parse(here)
             headers = [("Host", host), *_HEADERS]
             with (
-                _said_plainly(here),
+                _readable_errors(here),
                 pool.stream("GET", address, headers=headers, extensions={"timeout": timeouts}) as response,
             ):
                 targets = _headers(response, b"location")
                 if response.status not in _REDIRECTS or not targets:
                     return _body(response, here, limit, clock, hold or (lambda _: None))
             here = urllib.parse.urljoin(here, targets[0])
-    raise ValueError(f"could not fetch {short(url)}: more than {settings.max_redirects} redirects")
+    raise ValueError(f"could not fetch {shorten(url)}: more than {settings.max_redirects} redirects")
 
 
 def _parse(url: str) -> tuple[httpcore2.URL, str]:
@@ -131,14 +131,14 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
         port, name = parts.port, parts.hostname or ""
         name = name if name.isascii() else name.encode("idna").decode()
     except ValueError as error:
-        raise ValueError(f"{short(url)} is not an address: {error}") from error
+        raise ValueError(f"{shorten(url)} is not an address: {error}") from error
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
-        raise ValueError(f"addresses of kind {scheme}:// are not read ({short(url)}); use http:// or https://")
+        raise ValueError(f"addresses of kind {scheme}:// are not read ({shorten(url)}); use http:// or https://")
     if "@" in parts.netloc:
         raise ValueError(f"the address at {name!r:.80} holds a user's name; addresses with credentials are not read")
     if not _HOST.fullmatch(name):
-        raise ValueError(f"{short(url)} names no host" + (f": {name!r:.80} is none" if name else ""))
+        raise ValueError(f"{shorten(url)} names no host" + (f": {name!r:.80} is none" if name else ""))
     # Spaces and letters that no address has; what is coded already stays.
     target = urllib.parse.quote(parts.path or "/", safe="%/:=&~+!$,;'@()*[]")
     if parts.query:
@@ -149,13 +149,15 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
     return httpcore2.URL(scheme=scheme, host=name, port=port or _DEFAULT_PORTS[scheme], target=target), host
 
 
-def _body(response: httpcore2.Response, url: str, limit: int, clock: _Clock, hold: Callable[[int], None]) -> bytes:
+def _body(
+    response: httpcore2.Response, url: str, limit: int, clock: _FetchDeadline, hold: Callable[[int], None]
+) -> bytes:
     if response.status not in (200, 203):  # 203: changed on its way, such as by a proxy that makes images smaller
-        raise ValueError(f"could not fetch {short(url)}: it answers with status {response.status}")
+        raise ValueError(f"could not fetch {shorten(url)}: it answers with status {response.status}")
     codings = [one.strip().lower() for one in ",".join(_headers(response, b"content-encoding")).split(",")]
     if unknown := [one for one in codings if one in _COMPRESSED]:
-        raise ValueError(f"could not fetch {short(url)}: it sends {unknown[0]} coding, which was not asked for")
-    too_much = f"{short(url)} sends more than the {limit:,} bytes allowed"
+        raise ValueError(f"could not fetch {shorten(url)}: it sends {unknown[0]} coding, which was not asked for")
+    too_much = f"{shorten(url)} sends more than the {limit:,} bytes allowed"
     if any(length.isdecimal() and int(length) > limit for length in _headers(response, b"content-length")):
         raise ValueError(too_much)
     chunks: Iterator[bytes] = response.iter_stream()
@@ -192,9 +194,9 @@ def _inflated(chunks: Iterator[bytes], coding: str, url: str) -> Iterator[bytes]
             yield piece
             rest = inflate.unconsumed_tail
     except zlib.error as error:
-        raise ValueError(f"could not fetch {short(url)}: its compressed body is damaged ({error})") from error
+        raise ValueError(f"could not fetch {shorten(url)}: its compressed body is damaged ({error})") from error
     if inflate is None or not inflate.eof:
-        raise ValueError(f"could not fetch {short(url)}: its compressed body ends too early")
+        raise ValueError(f"could not fetch {shorten(url)}: its compressed body ends too early")
 
 
 def _window_bits(start: bytes, coding: str) -> int:
@@ -217,17 +219,17 @@ def _headers(response: httpcore2.Response, name: bytes) -> list[str]:
 
 
 @contextlib.contextmanager
-def _said_plainly(url: str) -> Iterator[None]:
+def _readable_errors(url: str) -> Iterator[None]:
     """What the client raises, as a ValueError that names the address."""
     try:
         yield
     except httpcore2.TimeoutException as error:
-        raise ValueError(f"could not fetch {short(url)}: it does not answer in time") from error
+        raise ValueError(f"could not fetch {shorten(url)}: it does not answer in time") from error
     except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
-        raise ValueError(f"could not fetch {short(url)}: {error or type(error).__name__}") from error
+        raise ValueError(f"could not fetch {shorten(url)}: {error or type(error).__name__}") from error
 
 
-class _Clock:
+class _FetchDeadline:
     """The time that is left for one fetch."""
 
     def __init__(self, url: str, settings: MediaSettings):
@@ -244,14 +246,14 @@ class _Clock:
         check_cancelled()
         rest = self._end - time.monotonic()
         if rest <= 0:
-            raise ValueError(f"could not fetch {short(self._url)}: it took longer than {self._total:g} s")
+            raise ValueError(f"could not fetch {shorten(self._url)}: it took longer than {self._total:g} s")
         return rest if timeout is None else min(rest, timeout)
 
 
 class _Backend(httpcore2.NetworkBackend):
     """Connects to addresses that were checked, and to no name: nothing is resolved a second time."""
 
-    def __init__(self, clock: _Clock, settings: MediaSettings):
+    def __init__(self, clock: _FetchDeadline, settings: MediaSettings):
         self._clock, self._settings = clock, settings
 
     def connect_tcp(
@@ -274,7 +276,7 @@ class _Backend(httpcore2.NetworkBackend):
 
     def _addresses(self, host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
         try:
-            found = _in_turns(_resolved(host, port), self._clock, self._settings.connect_timeout)
+            found = _poll(_resolved(host, port), self._clock, self._settings.connect_timeout)
         except TimeoutError as error:
             raise httpcore2.ConnectTimeout(str(error)) from error
         except (OSError, UnicodeError) as error:
@@ -303,8 +305,8 @@ def _resolved(host: str, port: int) -> Callable[[], list[Any]]:
     return lambda: answer.result(POLL_SECONDS)
 
 
-def _connect(family: socket.AddressFamily, address: Any, clock: _Clock, timeout: float | None) -> socket.socket:
-    """A connected socket; waits in short turns, so that a download nobody waits for ends here too."""
+def _connect(family: socket.AddressFamily, address: Any, clock: _FetchDeadline, timeout: float | None) -> socket.socket:
+    """A connected socket; waits in shorten turns, so that a download nobody waits for ends here too."""
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -318,7 +320,7 @@ def _connect(family: socket.AddressFamily, address: Any, clock: _Clock, timeout:
                 if not selector.select(POLL_SECONDS):
                     raise TimeoutError("the connection was not taken in time")
 
-            _in_turns(connected, clock, timeout)
+            _poll(connected, clock, timeout)
         if error := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(error, os.strerror(error))
     except BaseException:
@@ -327,7 +329,7 @@ def _connect(family: socket.AddressFamily, address: Any, clock: _Clock, timeout:
     return connection
 
 
-def _in_turns(operation: Callable[[], T], clock: _Clock, timeout: float | None) -> T:
+def _poll(operation: Callable[[], T], clock: _FetchDeadline, timeout: float | None) -> T:
     """Repeat an operation that gives up after :data:`POLL_SECONDS` until its own time or that of the whole is over.
 
     Raises:
@@ -346,13 +348,13 @@ def _in_turns(operation: Callable[[], T], clock: _Clock, timeout: float | None) 
 class _Stream(httpcore2.NetworkStream):
     """A connection whose every operation ends when the time of the whole is up, or when nobody waits any more."""
 
-    def __init__(self, connection: socket.socket, clock: _Clock):
+    def __init__(self, connection: socket.socket, clock: _FetchDeadline):
         self._connection, self._clock = connection, clock
         connection.settimeout(POLL_SECONDS)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         try:
-            return _in_turns(lambda: self._connection.recv(max_bytes), self._clock, timeout)
+            return _poll(lambda: self._connection.recv(max_bytes), self._clock, timeout)
         except TimeoutError as error:
             raise httpcore2.ReadTimeout(str(error)) from error
         except OSError as error:
@@ -362,7 +364,7 @@ class _Stream(httpcore2.NetworkStream):
         rest = memoryview(buffer)
         try:
             while rest:
-                rest = rest[_in_turns(lambda: self._connection.send(rest), self._clock, timeout) :]  # noqa: B023
+                rest = rest[_poll(lambda: self._connection.send(rest), self._clock, timeout) :]  # noqa: B023
         except TimeoutError as error:
             raise httpcore2.WriteTimeout(str(error)) from error
         except OSError as error:
@@ -379,7 +381,7 @@ class _Stream(httpcore2.NetworkStream):
             self._connection = secured = ssl_context.wrap_socket(
                 self._connection, server_hostname=server_hostname, do_handshake_on_connect=False
             )
-            _in_turns(secured.do_handshake, self._clock, timeout)
+            _poll(secured.do_handshake, self._clock, timeout)
         except TimeoutError as error:
             self.close()
             raise httpcore2.ConnectTimeout(str(error)) from error

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ImageColor
 
-from aria.workers import BusyError, NotYet, retried
+from aria.workers import BusyError, NotReady, retry_until_ready
 from aria.workers.cancellation import check_cancelled
 
-MOST_DEFAULT_WORKERS = 8
+MAX_DEFAULT_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class MediaSettings:
     @property
     def worker_count(self) -> int:
         """``workers``, or as many as there are cores, at most 8."""
-        return min(cores(), MOST_DEFAULT_WORKERS) if self.workers is None else self.workers
+        return min(available_cores(), MAX_DEFAULT_WORKERS) if self.workers is None else self.workers
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -143,7 +143,7 @@ class PixelBudget:
     """What the pictures, frames and pages of one prompt may take together; several threads may spend it."""
 
     def __init__(self, pixels: int):
-        self._whole = self._left = pixels
+        self._as_int = self._left = pixels
         self._lock = threading.Lock()
 
     def spend(self, pixels: int) -> None:
@@ -156,7 +156,7 @@ class PixelBudget:
             self._left -= pixels
             if self._left < 0:
                 raise ValueError(
-                    f"the pictures, frames and pages of one prompt have more than the {self._whole:,} pixels that are "
+                    f"the pictures, frames and pages of one prompt have more than the {self._as_int:,} pixels that are "
                     "allowed together; send fewer or smaller ones"
                 )
 
@@ -169,7 +169,7 @@ class MemoryBudget:
     large images do not keep small ones waiting."""
 
     def __init__(self) -> None:
-        self.taken = 0
+        self.reserved = 0
         self._lock = threading.Lock()
         self._reclaimers: list[weakref.WeakMethod[Callable[[int], object]]] = []
 
@@ -179,12 +179,12 @@ class MemoryBudget:
         with self._lock:
             self._reclaimers.append(weakref.WeakMethod(reclaim))
 
-    def take(self, nbytes: int, limit: int | None) -> None:
+    def reserve(self, nbytes: int, limit: int | None) -> None:
         """Take bytes, so that no more than ``limit`` are taken in all.
 
         Raises:
             ValueError: there will never be so many.
-            NotYet: others have to give some back first.
+            NotReady: others have to give some back first.
         """
         usable = limit if limit is None or nbytes * self.SMALL < limit else limit * 3 // 4
         if limit is not None and nbytes > limit:
@@ -196,35 +196,35 @@ class MemoryBudget:
             usable = limit
         for attempt in range(2):
             with self._lock:
-                short = 0 if usable is None else self.taken + nbytes - usable
+                short = 0 if usable is None else self.reserved + nbytes - usable
                 if short <= 0:
-                    self.taken += nbytes
+                    self.reserved += nbytes
                     return
                 reclaimers = [reclaim for one in self._reclaimers if (reclaim := one()) is not None]
             if not attempt:
                 for reclaim in reclaimers:
                     reclaim(short)
-        raise NotYet
+        raise NotReady
 
-    def give_back(self, nbytes: int) -> None:
+    def release(self, nbytes: int) -> None:
         with self._lock:
-            self.taken -= nbytes
+            self.reserved -= nbytes
 
-    def keep(self, array: np.ndarray) -> None:
+    def track(self, array: np.ndarray) -> None:
         """Count the bytes of an array, which were taken, until nobody holds it or a view of it."""
         assert array.base is None, "views of an array may outlive it, and not the one that has the memory"
-        weakref.finalize(array, self.give_back, array.nbytes)
+        weakref.finalize(array, self.release, array.nbytes)
 
 
-DECODED = MemoryBudget()
+DECODE_MEMORY = MemoryBudget()
 """The process's, for decoding and its results."""
-RECEIVED = MemoryBudget()
+RECEIVED_MEMORY = MemoryBudget()
 """The process's, for files in memory that are still to be decoded. It is another one, so that what waits to be decoded
 leaves room for decoding."""
 
 
-class Held:
-    """Bytes of :data:`RECEIVED`, taken piece by piece.
+class MemoryReservation:
+    """Bytes of :data:`RECEIVED_MEMORY`, taken piece by piece.
 
     Args:
         limit: as in :meth:`MemoryBudget.take`.
@@ -249,20 +249,20 @@ class Held:
             if time.monotonic() > end:
                 raise BusyError("too many media are waiting to be read; try again later")
 
-        retried(RECEIVED.take, (nbytes, self._limit), check)
+        retry_until_ready(RECEIVED_MEMORY.reserve, (nbytes, self._limit), check)
         self._nbytes += nbytes
 
     def release(self) -> None:
         """Give all of them back."""
-        RECEIVED.give_back(self._nbytes)
+        RECEIVED_MEMORY.release(self._nbytes)
         self._nbytes = 0
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def short(source: str) -> str:
+def shorten(source: str) -> str:
     """An address or path for a message: quoted, and not longer than a line."""
     return repr(source if len(source) <= 100 else source[:80] + "...")

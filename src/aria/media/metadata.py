@@ -42,7 +42,7 @@ class _Edit(NamedTuple):
     new: bytes = b""
 
 
-def cleaned(file: BinaryIO) -> tuple[BinaryIO, bool]:
+def strip_metadata(file: BinaryIO) -> tuple[BinaryIO, bool]:
     """A file for Pillow.
 
     Args:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from aria.media.fetch import fetch
-from aria.media.limits import Held, MediaSettings, short
+from aria.media.limits import MediaSettings, MemoryReservation, shorten
 from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import PASSES_FILES
-from aria.workers.shared import SharedFile, readable
+from aria.workers.shared import SharedFile, open_reader
 
 _PIECE = 1 << 18
 """Characters of a data: URI that are unquoted at a time."""
-_MOST_HEADER = 1 << 12
+_MAX_HEADER = 1 << 12
 """Characters of a data: URI before its comma."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*(data:|https?://)", re.IGNORECASE)
@@ -39,7 +39,7 @@ class Base64(NamedTuple):
     text: str
 
 
-class Opened:
+class OpenedMedia:
     """A medium that was let in.
 
     Args:
@@ -67,10 +67,10 @@ class Opened:
 
     def file(self) -> BinaryIO:
         """It as a file, open for reading at its beginning; each has a position of its own."""
-        return readable(self.source)
+        return open_reader(self.source)
 
 
-def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
+def open_media(source: Any, kind: str, settings: MediaSettings) -> OpenedMedia:
     """Let a medium in, wherever it is.
 
     Args:
@@ -86,36 +86,36 @@ def open_medium(source: Any, kind: str, settings: MediaSettings) -> Opened:
     """
     limit: int = getattr(settings, f"{kind}_bytes")
     if isinstance(source, bytes | bytearray | memoryview):
-        return Opened(_within(bytes(source), limit, kind), f"{len(source)} bytes")
+        return OpenedMedia(_within(bytes(source), limit, kind), f"{len(source)} bytes")
     if isinstance(source, Base64):
-        return _received(lambda hold: _decode(source.text, 0, True, limit, kind, hold), short(source.text), settings)
+        return _received(lambda hold: _decode(source.text, 0, True, limit, kind, hold), shorten(source.text), settings)
     if isinstance(source, str) and (_ADDRESS.match(source) or not source.strip()):
         source = source.strip()
     if source == "":
         raise ValueError(f"the address of a {_NAMES[kind]} is empty; expected http(s)://, a data: URI or a path")
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _received(lambda hold: _read_data_uri(source, limit, kind, hold), short(source), settings)
+        return _received(lambda hold: _read_data_uri(source, limit, kind, hold), shorten(source), settings)
     if isinstance(source, str) and (scheme := _SCHEME.match(source)):
         if scheme[1].lower() not in ("http", "https"):
             raise ValueError(
-                f"addresses of kind {scheme[1]}:// are not read ({short(source)}); use http://, https:// or a path"
+                f"addresses of kind {scheme[1]}:// are not read ({shorten(source)}); use http://, https:// or a path"
             )
-        return _received(lambda hold: fetch(source, limit, settings, hold), short(source), settings)
+        return _received(lambda hold: fetch(source, limit, settings, hold), shorten(source), settings)
     if isinstance(source, str | os.PathLike):
         path = _check_path(Path(source), kind, settings.local_folders)
         file = _open_file(path, follow=settings.local_folders is None)
-        return Opened(file, repr(str(source)), path)
+        return OpenedMedia(file, repr(str(source)), path)
     kinds = "a PIL picture, an array, a tensor, a path" if kind == "image" else "a path"
     raise TypeError(
         f"a {_NAMES[kind]} cannot be a {type(source).__name__}; pass {kinds}, bytes, a data: URI or an http(s) address"
     )
 
 
-def _received(receive: Callable[[Callable[[int], None]], bytes], name: str, settings: MediaSettings) -> Opened:
+def _received(receive: Callable[[Callable[[int], None]], bytes], name: str, settings: MediaSettings) -> OpenedMedia:
     """A medium in memory, which is counted there until nobody holds it any more."""
-    held = Held(settings.decoded_bytes, settings.image_timeout)
+    held = MemoryReservation(settings.decoded_bytes, settings.image_timeout)
     try:
-        opened = Opened(receive(held.grow), name)
+        opened = OpenedMedia(receive(held.grow), name)
     except BaseException:
         held.release()
         raise
@@ -131,13 +131,13 @@ def _check_path(path: Path, kind: str, folders: tuple[Path, ...] | None) -> Path
         readable = place is not None and place.is_file() and os.access(place, os.R_OK)
     except (OSError, ValueError, RuntimeError) as error:  # far too long, with a null character, links in a circle
         raise ValueError(
-            f"{short(str(path))} cannot be a path; a {_NAMES[kind]} in base64 begins with "
+            f"{shorten(str(path))} cannot be a path; a {_NAMES[kind]} in base64 begins with "
             f"data:{_EXAMPLES[kind]};base64,"
         ) from error
     if place is None:
         # The same words for what is there and what is not: strangers should not learn which files exist.
         where = "outside the folders that may be read" if folders else "a local path, and none may be read here"
-        raise ValueError(f"{short(str(path))} is {where}; send a data: URI or an http(s) address")
+        raise ValueError(f"{shorten(str(path))} is {where}; send a data: URI or an http(s) address")
     if not exists:
         raise FileNotFoundError(f"no {_NAMES[kind]} at {str(path)!r}; check the path")
     if not readable:
@@ -203,9 +203,9 @@ def _unquoted(text: str, start: int) -> Iterator[bytes]:
 
 
 def _read_data_uri(uri: str, limit: int, kind: str, hold: Callable[[int], None]) -> bytes:
-    comma = uri.find(",", 0, _MOST_HEADER)
+    comma = uri.find(",", 0, _MAX_HEADER)
     if comma < 0:
-        raise ValueError(f"{short(uri)} is not a data: URI; expected data:{_EXAMPLES[kind]};base64,...")
+        raise ValueError(f"{shorten(uri)} is not a data: URI; expected data:{_EXAMPLES[kind]};base64,...")
     coded = _BASE64.search(uri[:comma]) is not None
     return _decode(uri, comma + 1, coded, limit, kind, hold)
 
@@ -216,7 +216,7 @@ def _decode(text: str, start: int, coded: bool, limit: int, kind: str, hold: Cal
     size = len(text) - start
     # Before anything of it is unpacked. Plain bytes may be three characters each.
     if size > (limit * 4 // 3 + 4 if coded else 3 * limit):
-        raise ValueError(f"{short(text)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
+        raise ValueError(f"{shorten(text)} holds more than the {limit:,} bytes allowed for a {_NAMES[kind]}")
     hold(size * 3 // 4 if coded else size)
     pieces = _unquoted(text, start)
     data = io.BytesIO()
@@ -224,9 +224,9 @@ def _decode(text: str, start: int, coded: bool, limit: int, kind: str, hold: Cal
         for piece in _decoded_base64(pieces) if coded else pieces:
             data.write(piece)
     except binascii.Error as error:
-        raise ValueError(f"{short(text)} is not valid base64: {error}") from error
+        raise ValueError(f"{shorten(text)} is not valid base64: {error}") from error
     if not data.tell():
-        raise ValueError(f"{short(text)} holds no bytes; expected a file's content in base64, or behind the comma")
+        raise ValueError(f"{shorten(text)} holds no bytes; expected a file's content in base64, or behind the comma")
     return _within(data.getvalue(), limit, kind)
 
 

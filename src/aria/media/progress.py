@@ -41,7 +41,7 @@ def report(progress: Progress) -> None:
         listener(progress)
 
 
-def report_to(job: Any) -> None:
+def forward_progress(job: Any) -> None:
     """In a worker: have the progress of this context reported to the process that asked for the job."""
     if job.remote:
         listen(lambda progress: job.call("progress", *progress))

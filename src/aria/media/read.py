@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from aria.media import document, rgb, video
-from aria.media.container import Fit, Key, Run, Watch, on_gpu
-from aria.media.limits import DECODED, MediaSettings, PixelBudget
-from aria.media.open import Opened, open_medium
+from aria.media.container import DecodeRun, Fit, Keyframe, ReadDeadline, gpu_decoding
+from aria.media.limits import DECODE_MEMORY, MediaSettings, PixelBudget
+from aria.media.open import OpenedMedia, open_media
 from aria.media.progress import Progress, report
-from aria.media.video import Asked, Plan
+from aria.media.video import FrameSelection, Plan
 from aria.workers import LocalJob, Workers
 
 _MOST = 1 << 24
@@ -35,7 +35,7 @@ Sizes = Callable[[int, int], Sequence[tuple[int, int]]]
 """(width, height) of an image -> those that it is needed at; none: as it is."""
 
 
-class Scaled(NamedTuple):
+class ScaledImage(NamedTuple):
     """An image at the sizes that it is needed at."""
 
     size: tuple[int, int]
@@ -44,7 +44,7 @@ class Scaled(NamedTuple):
     """uint8 ``(Y, X, 3)``, one for each size that was asked for, or the image itself."""
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Scaled:
+    def from_array(cls, array: np.ndarray) -> ScaledImage:
         """An image in memory, as it is."""
         return cls((array.shape[1], array.shape[0]), (array,))
 
@@ -63,7 +63,7 @@ class Frame(NamedTuple):
 
     seconds: Fraction
     """Since the clip's first frame."""
-    image: Scaled
+    image: ScaledImage
 
     @property
     def rgb(self) -> np.ndarray:
@@ -82,7 +82,7 @@ class Page(NamedTuple):
 
     number: int
     """From 1."""
-    image: Scaled
+    image: ScaledImage
     total: int
     """Pages of the whole document."""
 
@@ -116,14 +116,14 @@ def load_image(source: Any, settings: MediaSettings | None = None, budget: Pixel
         TypeError: ``source`` is none of these kinds.
     """
     settings = settings or MediaSettings()
-    loaded = in_memory(source, settings)
+    loaded = convert_in_memory(source, settings)
     if loaded is not None:
         return loaded
     spend = (budget or PixelBudget(settings.prompt_pixels)).spend
-    return Image.fromarray(read_image(open_medium(source, "image", settings), settings, spend).arrays[0])
+    return Image.fromarray(read_image(open_media(source, "image", settings), settings, spend).arrays[0])
 
 
-def in_memory(source: Any, settings: MediaSettings) -> Image.Image | None:
+def convert_in_memory(source: Any, settings: MediaSettings) -> Image.Image | None:
     """An image that is already decoded as RGB (see :func:`load_image`); None for all that has to be read first."""
     if isinstance(source, Image.Image):
         return rgb.upright_rgb(source, "the picture", settings.background)
@@ -135,7 +135,7 @@ def in_memory(source: Any, settings: MediaSettings) -> Image.Image | None:
     return None
 
 
-def read_image(image: Opened, settings: MediaSettings, spend: Spend, sizes: Sizes | None = None) -> Scaled:
+def read_image(image: OpenedMedia, settings: MediaSettings, spend: Spend, sizes: Sizes | None = None) -> ScaledImage:
     """An image file as upright RGB, by the rules of :func:`load_image`.
 
     Raises:
@@ -143,13 +143,13 @@ def read_image(image: Opened, settings: MediaSettings, spend: Spend, sizes: Size
     """
     seconds = settings.image_timeout
     result, arrays = _run(rgb.read, image, settings, seconds, (settings,), spend, _calls(sizes=sizes))
-    with _well_formed(image.name):
+    with _validated(image.name):
         width, height = result["size"]
         return _scaled(width, height, arrays)
 
 
 def read_clip(
-    clip: Opened,
+    clip: OpenedMedia,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
@@ -167,7 +167,7 @@ def read_clip(
     ``trunc(T / N * (i + 0.5))`` of T frames.
 
     Args:
-        clip: the file, as :func:`~aria.media.open.open_medium` lets it in.
+        clip: the file, as :func:`~aria.media.open.open_media` lets it in.
         num_frames: N.
         fps: instead of ``num_frames``: N as so many frames a second, at most ``max_frames``.
         max_frames: with ``fps``; None: what the settings allow.
@@ -184,7 +184,7 @@ def read_clip(
         ValueError: no clip, a damaged one, or one that goes over a limit.
     """
     settings = settings or MediaSettings()
-    asked = Asked(num_frames, fps, max_frames)
+    asked = FrameSelection(num_frames, fps, max_frames)
     asked.check(settings)
     calls = _calls(fit=fit, sizes=sizes)
     read = partial(_run, medium=clip, settings=settings, seconds=settings.decode_timeout, spend=spend, calls=calls)
@@ -192,9 +192,9 @@ def read_clip(
     if gpu is None:
         frames = _frames(clip.name, *read(video.read, arguments=(asked, settings, threads)))
     else:
-        plan = _plan_of(read(video.make_plan, arguments=(asked, settings))[0], clip.name)
+        plan = _parse_plan(read(video.make_plan, arguments=(asked, settings))[0], clip.name)
         frames = _decode_on_gpu(clip, plan, calls, settings, gpu, threads)
-        missing = _without(plan, frames)
+        missing = _remaining(plan, frames)
         if missing.runs or missing.animation:
             read = partial(read, spend=None)  # it was spent for the plan
             frames |= _frames(clip.name, *read(video.read_planned, arguments=(missing, settings)))
@@ -204,7 +204,7 @@ def read_clip(
 
 
 def read_document(
-    pdf: Opened,
+    pdf: OpenedMedia,
     pages: str | Sequence[int] | None = None,
     settings: MediaSettings | None = None,
     *,
@@ -214,7 +214,7 @@ def read_document(
     """Pages of a PDF, with their annotations and filled forms.
 
     Args:
-        pdf: the file, as :func:`~aria.media.open.open_medium` lets it in.
+        pdf: the file, as :func:`~aria.media.open.open_media` lets it in.
         pages: numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
         settings: limits on pages and pixels; None: those of :class:`MediaSettings`.
         sizes: at which pages are needed.
@@ -226,37 +226,37 @@ def read_document(
     settings = settings or MediaSettings()
     arguments = (pages, settings)
     result, arrays = _run(document.read, pdf, settings, settings.decode_timeout, arguments, spend, _calls(sizes=sizes))
-    with _well_formed(pdf.name):
+    with _validated(pdf.name):
         return [
-            Page(_whole(number), _scaled(width, height, arrays, count), _whole(result["pages"]))
+            Page(_as_int(number), _scaled(width, height, arrays, count), _as_int(result["pages"]))
             for number, width, height, count in result["read"]
         ]
 
 
 def _frames(name: str, result: dict[str, Any], arrays: list[np.ndarray]) -> dict[int, Frame]:
     """Frames by time."""
-    with _well_formed(name):
+    with _validated(name):
         return {
-            _whole(moment): Frame(Fraction(_whole(above), _whole(below)), _scaled(width, height, arrays, count))
+            _as_int(moment): Frame(Fraction(_as_int(above), _as_int(below)), _scaled(width, height, arrays, count))
             for moment, above, below, width, height, count in result["frames"]
         }
 
 
-def _scaled(width: Any, height: Any, arrays: list[np.ndarray], count: int | None = None) -> Scaled:
+def _scaled(width: Any, height: Any, arrays: list[np.ndarray], count: int | None = None) -> ScaledImage:
     """An image of the first ``count`` arrays of a list, or of all, which it takes out."""
     own, arrays[:count] = tuple(arrays[:count]), []
     if not own or not all(array.ndim == 3 and array.shape[2] == 3 and array.size for array in own):
         raise ValueError("arrays that are no images")
     width, height = _checked((width, height))
-    return Scaled((width, height), own)
+    return ScaledImage((width, height), own)
 
 
-_whole = operator.index
+_as_int = operator.index
 """A whole number that a worker returned, as it is; anything else is a TypeError."""
 
 
 @contextlib.contextmanager
-def _well_formed(name: str) -> Iterator[None]:
+def _validated(name: str) -> Iterator[None]:
     """What a worker returned may be anything."""
     try:
         yield
@@ -272,9 +272,9 @@ def _gpu(decoder: str, name: str) -> int | None:
 
     if decoder == "auto":
         gpu = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)
-        return gpu if _decodes(gpu) else None
+        return gpu if _gpu_decodes(gpu) else None
     gpu = torch.device(decoder).index or 0
-    if gpu >= torch.cuda.device_count() or not _decodes(gpu):
+    if gpu >= torch.cuda.device_count() or not _gpu_decodes(gpu):
         raise ValueError(f"{name} cannot be decoded on {decoder}: no video decoder is found there; use cpu or auto")
     return gpu
 
@@ -285,7 +285,7 @@ def _cuda_is_used() -> bool:
 
 
 @cache
-def _decodes(gpu: int) -> bool:
+def _gpu_decodes(gpu: int) -> bool:
     """Whether a GPU's video decoder can be used: a driver may come without it, so a picture is tried."""
     import av
     from av.codec import CodecContext
@@ -296,37 +296,39 @@ def _decodes(gpu: int) -> bool:
         coder.width = coder.height = 128
         coder.pix_fmt, coder.time_base = "yuv420p", Fraction(1, 25)
         packets = [*coder.encode(av.VideoFrame(128, 128, "yuv420p")), *coder.encode(None)]
-        decoder = CodecContext.create("h264", "r", hwaccel=on_gpu(gpu))
+        decoder = CodecContext.create("h264", "r", hwaccel=gpu_decoding(gpu))
         frames = [frame for packet in (*packets, None) for frame in decoder.decode(packet)]
         return bool(frames) and all(frame.format.name == "cuda" for frame in frames)
     except (av.FFmpegError, NotImplementedError, RuntimeError):
         return False
 
 
-def _plan_of(value: Any, name: str) -> Plan:
+def _parse_plan(value: Any, name: str) -> Plan:
     """A plan that a worker made; what lies in it may be anything."""
-    with _well_formed(name):
-        (width, height), first, (above, below), counted, animation, chosen, runs = value
+    with _validated(name):
+        (width, height), first, (above, below), untimed, animation, chosen, runs = value
         return Plan(
-            (_whole(width), _whole(height)),
-            _whole(first),
-            Fraction(_whole(above), _whole(below)),
-            bool(counted),
+            (_as_int(width), _as_int(height)),
+            _as_int(first),
+            Fraction(_as_int(above), _as_int(below)),
+            bool(untimed),
             None if animation is None else str(animation),
-            {_whole(number): _whole(moment) for number, moment in chosen},
+            {_as_int(number): _as_int(moment) for number, moment in chosen},
             [
-                Run(_whole(key), {_whole(number): _key(*one) for number, one in keys}, list(map(_whole, times)))
+                DecodeRun(
+                    _as_int(key), {_as_int(number): _key(*one) for number, one in keys}, list(map(_as_int, times))
+                )
                 for key, keys, times in runs
             ],
         )
 
 
-def _key(number: Any, *times: Any) -> Key:
-    return Key(_whole(number), *(None if moment is None else _whole(moment) for moment in times))
+def _key(number: Any, *times: Any) -> Keyframe:
+    return Keyframe(_as_int(number), *(None if moment is None else _as_int(moment) for moment in times))
 
 
 def _decode_on_gpu(
-    clip: Opened,
+    clip: OpenedMedia,
     plan: Plan,
     calls: dict[str, Callable[..., Any]],
     settings: MediaSettings,
@@ -337,28 +339,28 @@ def _decode_on_gpu(
     the file once more: a worker has been through it without harm."""
     if plan.animation is not None:
         return {}
-    watch = Watch(clip.name, settings.decode_timeout)
+    deadline = ReadDeadline(clip.name, settings.decode_timeout)
 
     def fit(width: int, height: int) -> tuple[int, int]:
         width, height = calls["fit"](width, height)
         return width, height
 
     try:
-        decoded = video.decode(clip, plan, fit, settings, watch, threads=threads, gpu=gpu)
+        decoded = video.decode(clip, plan, fit, settings, deadline, threads=threads, gpu=gpu)
     except (ValueError, LookupError, NotImplementedError, RuntimeError):
-        if watch.is_over:
+        if deadline.is_over:
             raise
         return {}  # a codec that it does not have
     frames = {}
     for moment, pixels in decoded.items():
         height, width = pixels.shape[:2]
         sizes = calls["sizes"](width, height)
-        arrays = rgb.at_sizes(Image.fromarray(pixels), sizes) if sizes else [pixels]
-        frames[moment] = Frame((moment - plan.first) * plan.unit, Scaled((width, height), tuple(arrays)))
+        arrays = rgb.resize_to(Image.fromarray(pixels), sizes) if sizes else [pixels]
+        frames[moment] = Frame((moment - plan.first) * plan.unit, ScaledImage((width, height), tuple(arrays)))
     return frames
 
 
-def _without(plan: Plan, frames: Container[int]) -> Plan:
+def _remaining(plan: Plan, frames: Container[int]) -> Plan:
     """What is left of a plan when some times are decoded."""
     runs = [run._replace(times=[moment for moment in run.times if moment not in frames]) for run in plan.runs]
     return plan._replace(runs=[run for run in runs if run.times])
@@ -389,7 +391,7 @@ def _checked(values: Sequence[Any], *, least: int = 1) -> Sequence[int]:
 
 def _run(
     function: Callable[..., Any],
-    medium: Opened,
+    medium: OpenedMedia,
     settings: MediaSettings,
     seconds: float,
     arguments: Sequence[Any],
@@ -406,14 +408,14 @@ def _run(
         if spend is not None:
             spend(pixels)
             spend = None  # once, however often it is asked until there is memory
-        DECODED.take(nbytes, settings.decoded_bytes)
+        DECODE_MEMORY.reserve(nbytes, settings.decoded_bytes)
         taken += nbytes
         return calls["sizes"](*size) if size else None
 
     calls = {**calls, "take": take}
     arrays: list[np.ndarray] = []
     try:
-        workers = workers_of(settings)
+        workers = shared_workers(settings)
         if workers is not None:
             result, arrays = workers.run(
                 function, medium.name, *arguments, name=medium.name, seconds=seconds, files=[medium.source], calls=calls
@@ -425,9 +427,9 @@ def _run(
         return result, arrays
     finally:
         kept = sum(array.nbytes for array in arrays)
-        DECODED.give_back(taken - kept)
+        DECODE_MEMORY.release(taken - kept)
         for array in arrays:
-            DECODED.keep(array)
+            DECODE_MEMORY.track(array)
 
 
 _WORKERS: dict[tuple[int, int], Workers] = {}
@@ -436,7 +438,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_WORKERS.clear)  # they talk to the process that started them
 
 
-def workers_of(settings: MediaSettings) -> Workers | None:
+def shared_workers(settings: MediaSettings) -> Workers | None:
     """The worker processes that all who read with such settings share; None: this process decodes."""
     key = settings.worker_count, settings.worker_bytes
     if not settings.worker_count:

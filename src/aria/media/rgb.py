@@ -13,7 +13,7 @@ from aria.workers.cancellation import check_cancelled
 if TYPE_CHECKING:
     import torch
 from aria.media.limits import MediaSettings
-from aria.media.metadata import cleaned, icon_sizes
+from aria.media.metadata import icon_sizes, strip_metadata
 
 # Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -61,13 +61,13 @@ def read(job: Any, name: str, settings: MediaSettings) -> dict[str, Any]:
 
 def write_sizes(job: Any, image: Image.Image, sizes: Sequence[Sequence[int]]) -> int:
     """Hand over an image at some sizes, or as it is; how many arrays that are."""
-    arrays = at_sizes(image, sizes or [image.size])
+    arrays = resize_to(image, sizes or [image.size])
     for array in arrays:
         job.array(array.shape)[:] = array
     return len(arrays)
 
 
-def at_sizes(image: Image.Image, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def resize_to(image: Image.Image, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """An RGB image at each (width, height), resized as the model is used to: uint8 ``(height, width, 3)``."""
     return [
         np.asarray(image if (width, height) == image.size else image.resize((width, height), _BICUBIC))
@@ -104,9 +104,9 @@ def decode(
         announced(*max(icon, key=lambda size: size[0] * size[1]))
     Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
     try:
-        file, inverted = cleaned(file)
+        file, inverted = strip_metadata(file)
         image = Image.open(
-            _CheckedFile(file),  # type: ignore[arg-type]  # Pillow asks for these methods alone
+            _CancellableFile(file),  # type: ignore[arg-type]  # Pillow asks for these methods alone
             formats=[f for f in _FORMATS if f in Image.OPEN],
         )
     except UnidentifiedImageError:
@@ -126,7 +126,7 @@ def decode(
         return ImageOps.invert(rgb) if inverted else rgb
 
 
-class _CheckedFile:
+class _CancellableFile:
     """A file as Pillow reads it, in pieces, between which the caller's leaving is noticed."""
 
     def __init__(self, file: BinaryIO):
@@ -170,7 +170,7 @@ def _to_rgb(image: Image.Image, background: str | None) -> Image.Image:
     if image.mode == "F":
         return from_array(np.asarray(image), channels_first=False, background=background)
     if background is not None and image.has_transparency_data:
-        return on_background(image, background)
+        return composite(image, background)
     if "transparency" in image.info:
         # Same pixels, without a warning from Pillow that they are transparent.
         image = image.copy()
@@ -193,7 +193,7 @@ def _grey_to_rgb(image: Image.Image, background: str | None) -> Image.Image:
     return rgb
 
 
-def on_background(image: Image.Image, background: str) -> Image.Image:
+def composite(image: Image.Image, background: str) -> Image.Image:
     """An image with transparent pixels, composited onto a colour; RGB."""
     if image.mode == "La":  # the only mode that needs a step between
         image = image.convert("LA")
@@ -238,7 +238,7 @@ def from_array(array: np.ndarray, *, channels_first: bool, background: str | Non
     if not array.size:
         raise ValueError(f"an array of shape {shape} is an empty picture")
     image = Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
-    return image.convert("RGB") if background is None or image.mode != "RGBA" else on_background(image, background)
+    return image.convert("RGB") if background is None or image.mode != "RGBA" else composite(image, background)
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:

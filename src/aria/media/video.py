@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from aria.media.animation import animation_format, decode_animation, webp_timeline
-from aria.media.container import Decoder, Fit, Medium, Run, Timeline, Watch, scan
-from aria.media.limits import JobFile, MediaSettings, cores
-from aria.media.progress import ProgressCounter, report_to
+from aria.media.animation import animation_format, decode_animation, scan_webp
+from aria.media.container import Decoder, DecodeRun, Fit, MediaFile, ReadDeadline, Timeline, scan
+from aria.media.limits import JobFile, MediaSettings, available_cores
+from aria.media.progress import ProgressCounter, forward_progress
 from aria.media.rgb import write_sizes
 from aria.workers.cancellation import map_in_context
 
-MOST_THREADS = 16
+MAX_THREADS = 16
 DECODER_BYTES = 1 << 30
 """What the decoders of one clip may hold together, if each keeps :data:`FRAMES_HELD` frames; one may hold more."""
 FRAMES_HELD = 20
 
 
-class Asked(NamedTuple):
+class FrameSelection(NamedTuple):
     """What is wanted of a clip: ``num_frames``, or ``fps`` with at most ``max_frames``."""
 
     num_frames: int | None
@@ -57,24 +57,24 @@ class Plan(NamedTuple):
     first: int
     """Time of the clip's first frame."""
     unit: Fraction
-    counted: bool
+    untimed: bool
     """As in :class:`~aria.media.container.Timeline`."""
     animation: str | None
     """Format of an animated image that Pillow decodes."""
     chosen: dict[int, int]
     """Times by the index of each frame that is taken."""
-    runs: list[Run]
+    runs: list[DecodeRun]
     """The same frames by keyframe; empty for animated images."""
 
 
-def plan(clip: Medium, asked: Asked, settings: MediaSettings, watch: Watch) -> Plan:
+def plan(clip: MediaFile, asked: FrameSelection, settings: MediaSettings, deadline: ReadDeadline) -> Plan:
     """Read through a clip and choose frames; nothing is decoded.
 
     Raises:
         ValueError: no clip, a damaged one, or one that goes over a limit.
     """
     animation = animation_format(clip, settings)
-    timeline = (webp_timeline if animation == "WEBP" else scan)(clip, settings, watch)
+    timeline = (scan_webp if animation == "WEBP" else scan)(clip, settings, deadline)
     if timeline.seconds > settings.clip_seconds:
         raise ValueError(
             f"{clip.name} is {float(timeline.seconds):.0f} s long, but {settings.clip_seconds:g} s are allowed; "
@@ -84,12 +84,12 @@ def plan(clip: Medium, asked: Asked, settings: MediaSettings, watch: Watch) -> P
     if count is None:
         assert asked.fps is not None, "checked before"
         count = min(asked.max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(asked.fps))))
-    chosen = {index: timeline.times[index] for index in choose(timeline, count)}
+    chosen = {index: timeline.times[index] for index in choose_frames(timeline, count)}
     runs = [] if animation else _runs(timeline, list(chosen))
-    return Plan(timeline.size, timeline.times[0], timeline.unit, timeline.counted, animation, chosen, runs)
+    return Plan(timeline.size, timeline.times[0], timeline.unit, timeline.untimed, animation, chosen, runs)
 
 
-def choose(timeline: Timeline, count: int) -> list[int]:
+def choose_frames(timeline: Timeline, count: int) -> list[int]:
     """Indices of the frames on screen at the middles of ``count`` equal parts, each once."""
     times, length = timeline.times, timeline.end - timeline.times[0]
     if len(times) <= count:
@@ -99,8 +99,8 @@ def choose(timeline: Timeline, count: int) -> list[int]:
     return list(dict.fromkeys(bisect_right(times, moment) - 1 for moment in moments))
 
 
-def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[Run]:
-    runs: dict[int, Run] = {}
+def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[DecodeRun]:
+    runs: dict[int, DecodeRun] = {}
     numbers = [key.number for key in timeline.keys]
     for index in chosen:
         moment = timeline.times[index]
@@ -109,17 +109,17 @@ def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[Run]:
         while key and (timeline.keys[key].time or 0) > moment:
             key -= 1
         if key not in runs:
-            runs[key] = Run.of(key, timeline.keys)
+            runs[key] = DecodeRun.at(key, timeline.keys)
         runs[key].times.append(moment)
     return list(runs.values())
 
 
 def decode(
-    clip: Medium,
+    clip: MediaFile,
     plan: Plan,
     fit: Fit,
     settings: MediaSettings,
-    watch: Watch,
+    deadline: ReadDeadline,
     *,
     threads: int | None = None,
     gpu: int | None = None,
@@ -131,7 +131,7 @@ def decode(
         plan: of it.
         fit: what becomes of a frame of (width, height).
         settings: limits.
-        watch: ends it.
+        deadline: ends it.
         threads: at work; None: as many as there are cores, or as keep a GPU's video decoder busy.
         gpu: number of a GPU whose video decoder does it, and nothing else.
 
@@ -139,10 +139,10 @@ def decode(
         ValueError: the time is up, or the file cannot be read any more.
     """
     if plan.animation is not None:
-        return decode_animation(clip, plan.animation, plan.chosen, fit, settings, watch)
+        return decode_animation(clip, plan.animation, plan.chosen, fit, settings, deadline)
     # A GPU has several decoders in one, and threads only wait for them.
-    threads = threads or (cores() if gpu is None else MOST_THREADS)
-    decoders = max(1, min(threads, MOST_THREADS, len(plan.runs), DECODER_BYTES // _held(plan)))
+    threads = threads or (available_cores() if gpu is None else MAX_THREADS)
+    decoders = max(1, min(threads, MAX_THREADS, len(plan.runs), DECODER_BYTES // _held(plan)))
     waiting, turn = iter(plan.runs), threading.Lock()
     frames: dict[int, np.ndarray] = {}
     progress = ProgressCounter("video", sum(len(run.times) for run in plan.runs))
@@ -150,7 +150,7 @@ def decode(
     def work(_: int) -> None:
         # Cores that have no run of their own help within the runs.
         share = max(1, threads // decoders)
-        with Decoder(clip, plan.counted, fit, share, settings, watch, gpu, progress) as decoder:
+        with Decoder(clip, plan.untimed, fit, share, settings, deadline, gpu, progress) as decoder:
             while True:
                 with turn:
                     run = next(waiting, None)
@@ -162,7 +162,7 @@ def decode(
         try:
             map_in_context(pool, work, range(decoders))
         except BaseException:
-            watch.stop()
+            deadline.stop()
             raise
     return frames
 
@@ -172,44 +172,46 @@ def _held(plan: Plan) -> int:
     return max(1, 2 * plan.size[0] * plan.size[1] * FRAMES_HELD)
 
 
-def read(job: Any, name: str, asked: Asked, settings: MediaSettings, threads: int | None) -> dict[str, Any]:
+def read(job: Any, name: str, asked: FrameSelection, settings: MediaSettings, threads: int | None) -> dict[str, Any]:
     """Read frames of the clip in a job's file.
 
     Calls ``fit(width, height)`` and ``sizes(width, height)``, and before anything is decoded ``take(pixels, bytes)``.
     The result has ``(seconds as numerator and denominator, width, height, number of arrays)`` of
     each frame, whose arrays are ``(height, width, 3)``.
     """
-    report_to(job)
-    clip, watch = JobFile(job, name), Watch.of(job, name, settings.decode_timeout)
-    planned = plan(clip, asked, settings, watch)
-    return _read(job, clip, planned, settings, watch, threads)
+    forward_progress(job)
+    clip, deadline = JobFile(job, name), ReadDeadline.for_job(job, name, settings.decode_timeout)
+    planned = plan(clip, asked, settings, deadline)
+    return _read(job, clip, planned, settings, deadline, threads)
 
 
 def read_planned(job: Any, name: str, planned: Any, settings: MediaSettings) -> dict[str, Any]:
     """:func:`read` by a plan that :func:`make_plan` gave."""
-    report_to(job)
-    return _read(job, JobFile(job, name), planned, settings, Watch.of(job, name, settings.decode_timeout), None)
+    forward_progress(job)
+    return _read(
+        job, JobFile(job, name), planned, settings, ReadDeadline.for_job(job, name, settings.decode_timeout), None
+    )
 
 
-def make_plan(job: Any, name: str, asked: Asked, settings: MediaSettings) -> list[Any]:
+def make_plan(job: Any, name: str, asked: FrameSelection, settings: MediaSettings) -> list[Any]:
     """The plan of the clip in a job's file, as JSON; pixels and memory are asked for as by :func:`read`."""
-    planned = plan(JobFile(job, name), asked, settings, Watch.of(job, name, settings.decode_timeout))
-    _ask(job, planned)
+    planned = plan(JobFile(job, name), asked, settings, ReadDeadline.for_job(job, name, settings.decode_timeout))
+    _reserve(job, planned)
     runs = [(run.key, list(run.keys.items()), run.times) for run in planned.runs]
     unit = planned.unit.numerator, planned.unit.denominator
-    return [planned.size, planned.first, unit, planned.counted, planned.animation, list(planned.chosen.items()), runs]
+    return [planned.size, planned.first, unit, planned.untimed, planned.animation, list(planned.chosen.items()), runs]
 
 
 def _read(
-    job: Any, clip: Medium, planned: Plan, settings: MediaSettings, watch: Watch, threads: int | None
+    job: Any, clip: MediaFile, planned: Plan, settings: MediaSettings, deadline: ReadDeadline, threads: int | None
 ) -> dict[str, Any]:
     @cache
     def fit(width: int, height: int) -> tuple[int, int]:
         width, height = job.call("fit", width, height)
         return width, height
 
-    _ask(job, planned)
-    frames = decode(clip, planned, fit, settings, watch, threads=threads)
+    _reserve(job, planned)
+    frames = decode(clip, planned, fit, settings, deadline, threads=threads)
     read = []
     for moment in sorted(frames):
         pixels = frames.pop(moment)
@@ -220,7 +222,7 @@ def _read(
     return {"frames": read}
 
 
-def _ask(job: Any, planned: Plan) -> None:
+def _reserve(job: Any, planned: Plan) -> None:
     """Ask for the pixels and the memory of all frames, by what the header says of their size."""
     width, height = job.call("fit", *planned.size)
     sizes = job.call("sizes", width, height) or [(width, height)]

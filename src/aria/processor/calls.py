@@ -31,7 +31,7 @@ def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def with_instructions(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def add_instructions(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose system message ends with :func:`instructions`; where they begin with none, one is put first.
 
     Args:
@@ -42,20 +42,20 @@ def with_instructions(messages: Sequence[dict[str, Any]], tools: Sequence[Mappin
     first, *rest = messages
     if first["role"] not in ("system", "developer"):
         return [{"role": "system", "content": text}, *messages]
-    content = plain(first["content"])
+    content = text_or_parts(first["content"])
     if isinstance(content, str):
         return [{"role": "system", "content": f"{content}\n\n{text}" if content else text}, *rest]
     return [{"role": "system", "content": [*content, {"type": "text", "text": f"\n\n{text}"}]}, *rest]
 
 
-def plain(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+def text_or_parts(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     """The content of a message as one string, if it is text alone; with media it stays a list of parts."""
     if isinstance(content, str) or any(part["type"] != "text" for part in content):
         return content
     return "".join(part["text"] for part in content)
 
 
-def written(name: str, arguments: str) -> str:
+def format_call(name: str, arguments: str) -> str:
     """A call as it stands in the conversation.
 
     Raises:
@@ -70,18 +70,18 @@ def written(name: str, arguments: str) -> str:
     return f"{OPEN}{text}{CLOSE}"
 
 
-def replayed(name: str, arguments: str) -> str:
+def format_past_call(name: str, arguments: str) -> str:
     """The same for a call that the model made before, whose arguments may be cut off or otherwise no JSON.
 
     They stand as they came then: the model sees what it wrote, next to the error that its client reports.
     """
     try:
-        return written(name, arguments)
+        return format_call(name, arguments)
     except ValueError:
         return f'{OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}{CLOSE}'
 
 
-def read(text: str) -> tuple[str, str]:
+def parse_call(text: str) -> tuple[str, str]:
     """The function that a call names, and its arguments as the model spelled them.
 
     Raises:

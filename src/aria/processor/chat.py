@@ -195,7 +195,7 @@ class Prompt(str):
         starts = [0, *(slot + len(IMAGE_TOKEN) for slot in self.slots)]
         return [self._cut(start, end) for start, end in zip(starts, [*self.slots, len(self)], strict=True)]
 
-    def typed(self, markers: Iterable[str] = MARKERS) -> Iterator[tuple[int, str]]:
+    def literal_markers(self, markers: Iterable[str] = MARKERS) -> Iterator[tuple[int, str]]:
         """Offset and text of each marker that is just text, a marker at a time."""
         text, ends = str(self), [end for _, end in self.markup]
         for marker in markers:
@@ -250,7 +250,7 @@ class Prompt(str):
 
     def _check_plain(self, operation: str) -> None:
         """Refuse an operation that gives a plain string where a plain string would be tokenised to something else."""
-        for _, marker in self.typed():
+        for _, marker in self.literal_markers():
             became = "a picture's place" if marker == IMAGE_TOKEN else "a control token"
             raise ValueError(
                 f"{operation} makes a plain string of this prompt: here a {marker} is just text, and would become "
@@ -381,7 +381,9 @@ def _read_call(call: Any, where: str) -> str:
         raise ValueError(f'{where} should be a mapping such as {{"function": {{"name": ...}}}}, but is {call!r:.100}')
     arguments = function.get("arguments") or "{}"
     try:
-        return calls.replayed(function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments))
+        return calls.format_past_call(
+            function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)
+        )
     except TypeError as error:
         raise ValueError(f"arguments of {where} cannot be written as JSON: {error}") from None
 

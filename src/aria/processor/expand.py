@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from aria.media.cache import MediaCache
 from aria.media.limits import MediaSettings, PixelBudget
-from aria.media.open import open_medium
-from aria.media.read import Frame, Page, Scaled, read_clip, read_document
+from aria.media.open import open_media
+from aria.media.read import Frame, Page, ScaledImage, read_clip, read_document
 from aria.processor.chat import IMAGE_TOKEN, IMAGE_WRAPPING, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart
 from aria.processor.image import AriaImageProcessor, NeededSizes
 
@@ -22,7 +22,7 @@ Needed = Callable[[MediaPart], NeededSizes]
 Read = TypeVar("Read", Frame, Page)
 
 
-class Origin(NamedTuple):
+class MediaOrigin(NamedTuple):
     """A medium that pictures of a prompt come from."""
 
     kind: str
@@ -37,7 +37,7 @@ class Expanded(NamedTuple):
     """A prompt with places for pictures alone."""
 
     prompt: Prompt
-    media: list[Origin]
+    media: list[MediaOrigin]
     """In the order of their pictures."""
 
 
@@ -51,7 +51,7 @@ class _Place(NamedTuple):
     """Pages of the document that it is of."""
 
 
-def settle(
+def resolve_defaults(
     prompt: Prompt, processor: AriaImageProcessor, *, max_image_size: int | None = None, split_image: bool | None = None
 ) -> Prompt:
     """The prompt with sizes and splitting decided for every medium.
@@ -87,21 +87,23 @@ def expand(
     budget: PixelBudget | None = None,
     needed: Needed | None = None,
 ) -> Expanded:
-    """Open the clips and documents of a prompt that is :func:`settled <settle>`, and whose parts all have sources.
+    """Replace the clips and documents of a prompt by their frames and pages.
+
+    The prompt went through :func:`resolve_defaults`, and all of its parts have sources.
 
     Of a clip each frame stands as ``[MM:SS]``, picture, newline; without timestamps the frames stand side by side with
     one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline. What ``cache`` has is not
     read again. Frames and pages are taken from the ``budget`` before they are decoded.
 
     ``needed`` gives, for a clip or document, the sizes that its pictures' crops are made from. The sources of parts for
-    frames and pages then are :class:`~aria.media.read.Scaled`, and without it arrays.
+    frames and pages then are :class:`~aria.media.read.ScaledImage`, and without it arrays.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.media.open`.
     """
     at = 0
     pieces: list[str] = []
-    media: list[Origin] = []
+    media: list[MediaOrigin] = []
     whole = str(prompt)
     cache = cache or MediaCache()
     budget = budget or PixelBudget(settings.prompt_pixels)
@@ -115,7 +117,7 @@ def expand(
         places = list(_open(part, _Reader(processor, settings, cache, budget, needed)))
         for before, picture, after, _ in places:
             pieces += (before, place.with_parts([picture]), after)
-        media.append(Origin(_kind(part), len(places), places[0].total if places else None))
+        media.append(MediaOrigin(_kind(part), len(places), places[0].total if places else None))
         at = end
     return Expanded(Prompt.concat([*pieces, prompt[at:]]), media)
 
@@ -149,7 +151,7 @@ class _Reader(NamedTuple):
             self.budget.spend(sum(picture.image.size[0] * picture.image.size[1] for picture in pictures))
         return pictures
 
-    def picture(self, image: Scaled, part: MediaPart) -> ImagePart:
+    def picture(self, image: ScaledImage, part: MediaPart) -> ImagePart:
         """A picture that a medium holds, as a part of its own."""
         return ImagePart(image if self.needed else image.arrays[0], part.max_image_size, part.split_image)
 
@@ -161,7 +163,7 @@ def _open(part: MediaPart, reader: _Reader) -> Iterator[_Place]:
         yield from _frames(part, reader)
     else:
         assert isinstance(part, DocumentPart), f"a part of an unknown kind: {part!r:.100}"
-        pdf, pages = open_medium(part.source, "document", reader.settings), part.pages
+        pdf, pages = open_media(part.source, "document", reader.settings), part.pages
         key = (pdf.identity(), "pages", pages if pages is None or isinstance(pages, str) else tuple(pages))
         for page in reader.read(key, part, partial(read_document, pdf, pages, reader.settings)):
             yield _Place(f"Page {page.number}: ", reader.picture(page.image, part), "\n", page.total)
@@ -170,7 +172,7 @@ def _open(part: MediaPart, reader: _Reader) -> Iterator[_Place]:
 def _frames(part: VideoPart, reader: _Reader) -> Iterator[_Place]:
     size, split = part.max_image_size, part.split_image
     processor, settings = reader.processor, reader.settings
-    assert size is not None, "expand takes prompts that are settled"
+    assert size is not None, "expand takes prompts that are resolved"
 
     def fit(width: int, height: int) -> tuple[int, int]:
         # As the crop will have it, so that frames never lie in memory in full. Smaller ones are left to the encoder.
@@ -178,7 +180,7 @@ def _frames(part: VideoPart, reader: _Reader) -> Iterator[_Place]:
 
     num_frames = part.num_frames or (min(NUM_FRAMES, settings.max_frames) if part.fps is None else None)
     asked: dict[str, Any] = {"num_frames": num_frames, "fps": part.fps, "max_frames": part.max_frames}
-    clip = open_medium(part.source, "video", settings)
+    clip = open_media(part.source, "video", settings)
     key = (clip.identity(), *asked.values(), None if split else (size, processor.min_image_size))
     frames = reader.read(key, part, partial(read_clip, clip, **asked, fit=fit, settings=settings))
     for i, frame in enumerate(frames):

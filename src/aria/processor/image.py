@@ -37,7 +37,7 @@ _GRIDS = (
 )
 
 
-class Sheet(NamedTuple):
+class TilePlan(NamedTuple):
     """A picture drawn in some size onto black, and the pieces of it that become crops. Sizes are (width, height)."""
 
     drawn: tuple[int, int]
@@ -70,10 +70,10 @@ class NeededSizes:
         )  # fmt: skip
 
     def __call__(self, width: int, height: int) -> list[tuple[int, int]]:
-        """(width, height) for each of its sheets; none where its own pixels are fewer."""
+        """(width, height) for each of its tile plans; none where its own pixels are fewer."""
         size = self._settings.get("max_image_size") or self._processor.max_image_size
-        sheets = self._processor.sheets((width, height), **self._settings)
-        needed = [self._processor.fit(sheet.drawn, size) if sheet.is_whole else sheet.drawn for sheet in sheets]
+        tile_plans = self._processor.tile_plans((width, height), **self._settings)
+        needed = [self._processor.fit(sheet.drawn, size) if sheet.is_whole else sheet.drawn for sheet in tile_plans]
         return needed if sum(across * down for across, down in needed) < width * height else []
 
 
@@ -242,7 +242,7 @@ class AriaImageProcessor:
         size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
         mode = self.split_mode if split_mode is None else _check_mode(split_mode)
         check_tensor_kind(return_tensors)
-        pictures = flat(images)
+        pictures = flatten_images(images)
         if not pictures:
             raise ValueError("no pictures given; pass one picture or a list of them")
         if split_image is None or isinstance(split_image, bool):
@@ -255,9 +255,9 @@ class AriaImageProcessor:
         num_crops = []
         for picture, split in zip(pictures, splits, strict=True):
             if not self.do_convert_rgb:
-                check_rgb(picture)
+                require_rgb(picture)
             image = load_image(picture)
-            pieces = self._cut(image, self.sheets(image.size, size, split, mode), size)
+            pieces = self._cut(image, self.tile_plans(image.size, size, split, mode), size)
             crops += pieces
             num_crops.append(len(pieces))
         values, mask = self._to_arrays(crops, size)
@@ -283,34 +283,34 @@ class AriaImageProcessor:
             return size, max(int(height * scale), self.min_image_size)
         return max(int(width * scale), self.min_image_size), size
 
-    def sheets(
+    def tile_plans(
         self,
         image_size: tuple[int, int],
         max_image_size: int | None = None,
         split_image: bool | None = None,
         split_mode: str | None = None,
-    ) -> list[Sheet]:
+    ) -> list[TilePlan]:
         """How a picture of (width, height) becomes crops, known before any of its pixels is touched.
 
         The other arguments are those of a call, for one picture. There are as many crops as pieces.
         """
         size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
         mode = self.split_mode if split_mode is None else _check_mode(split_mode)
-        whole = Sheet(image_size, image_size, (0, 0), ((0, 0, *image_size),))
+        whole = TilePlan(image_size, image_size, (0, 0), ((0, 0, *image_size),))
         if not (self.split_image if split_image is None else split_image):
             return [whole]
         if mode == "pad":
             height, width = _least_waste(image_size, self.split_resolutions)
             drawn = _inside(image_size, (width, height))
             offset = ((width - drawn[0]) // 2, (height - drawn[1]) // 2)
-            return [Sheet(drawn, (width, height), offset, _tiles((width, height), size))]
+            return [TilePlan(drawn, (width, height), offset, _tiles((width, height), size))]
         columns, rows = _nearest_grid(image_size, size)
         stretched = (columns * size, rows * size)
-        return [whole, Sheet(stretched, stretched, (0, 0), _tiles(stretched, size))]
+        return [whole, TilePlan(stretched, stretched, (0, 0), _tiles(stretched, size))]
 
-    def _cut(self, image: Image.Image, sheets: Sequence[Sheet], size: int) -> list[Image.Image]:
+    def _cut(self, image: Image.Image, tile_plans: Sequence[TilePlan], size: int) -> list[Image.Image]:
         crops = []
-        for sheet in sheets:
+        for sheet in tile_plans:
             page = _resized(image, sheet.drawn)
             if sheet.size != sheet.drawn:
                 canvas = Image.new("RGB", sheet.size)
@@ -334,15 +334,15 @@ class AriaImageProcessor:
         return values, mask
 
 
-def flat(images: Any) -> list[Any]:
+def flatten_images(images: Any) -> list[Any]:
     """Pictures in one list: of lists and of arrays of several pictures the pictures in them."""
     if isinstance(images, list | tuple):
-        return [picture for one in images for picture in flat(one)]
+        return [picture for one in images for picture in flatten_images(one)]
     several = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
     return list(images) if several else [images]
 
 
-def check_rgb(picture: Any) -> None:
+def require_rgb(picture: Any) -> None:
     """Refuse a picture in memory that would have to be converted to RGB."""
     if isinstance(picture, Image.Image):
         holds, came = picture.mode == "RGB", f"of mode {picture.mode}"

@@ -17,7 +17,7 @@ class TextOptions(NamedTuple):
     return_tensors: str | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> TextOptions:
+    def from_mapping(cls, given: Mapping[str, Any]) -> TextOptions:
         """From arguments by name.
 
         Raises:
@@ -30,7 +30,7 @@ class TextOptions(NamedTuple):
         return cls(**given)
 
 
-def merged(name: str, alone: Mapping[str, Any], group: Mapping[str, Any] | None) -> dict[str, Any]:
+def merge_options(name: str, alone: Mapping[str, Any], group: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arguments by name, with those of a group; without those that nobody gave.
 
     Args:

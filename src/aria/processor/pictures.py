@@ -20,10 +20,10 @@ from torch import Tensor
 
 from aria import ops
 from aria.media.limits import MediaSettings, PixelBudget
-from aria.media.open import open_medium
+from aria.media.open import open_media
 from aria.media.progress import ProgressCounter
-from aria.media.read import Scaled, in_memory, read_image
-from aria.processor.image import AriaImageProcessor, NeededSizes, Sheet
+from aria.media.read import ScaledImage, convert_in_memory, read_image
+from aria.processor.image import AriaImageProcessor, NeededSizes, TilePlan
 from aria.workers.cancellation import check_cancelled, map_in_context
 
 MOST_THREADS = 16
@@ -58,7 +58,7 @@ class Picture:
     """uint8 ``(Y, X, 3)``: what each sheet is drawn from; often the same picture."""
     size: int
     """S."""
-    sheets: tuple[Sheet, ...]
+    tile_plans: tuple[TilePlan, ...]
     extents: tuple[tuple[int, int], ...]
     """(height, width) of each piece in its crop."""
     key: bytes
@@ -150,7 +150,7 @@ def read_pictures(
     """
     media = media or MediaSettings()
     budget = budget or PixelBudget(media.prompt_pixels)
-    progress = ProgressCounter("image", sum(not isinstance(source, Scaled | np.ndarray) for source in sources))
+    progress = ProgressCounter("image", sum(not isinstance(source, ScaledImage | np.ndarray) for source in sources))
     needed = [NeededSizes(processor, **own) for own in settings]
     images = _together(lambda source, sizes: _read(source, media, budget, progress, sizes), sources, needed)
     # One digest of a picture's pieces, so that several threads can share a large picture too.
@@ -164,26 +164,28 @@ def read_pictures(
     pictures = []
     for image, own in zip(images, settings, strict=True):
         size = own.get("max_image_size") or processor.max_image_size
-        sheets = tuple(processor.sheets(image.size, **own))
-        fits = [processor.fit((right - left, low - top), size) for s in sheets for left, top, right, low in s.pieces]
+        tile_plans = tuple(processor.tile_plans(image.size, **own))
+        fits = [
+            processor.fit((right - left, low - top), size) for s in tile_plans for left, top, right, low in s.pieces
+        ]
         extents = tuple((height, width) for width, height in fits)
-        key = hashlib.sha256(repr((*image.size, size, sheets, extents)).encode())
+        key = hashlib.sha256(repr((*image.size, size, tile_plans, extents)).encode())
         for array in image.arrays:
             for _ in range(0, array.size, PIECE_BYTES):
                 key.update(next(digests))
         pages = image.arrays
         if image.is_scaled:
-            sheets = tuple(_drawn(sheet, page) for sheet, page in zip(sheets, pages, strict=True))
+            tile_plans = tuple(_drawn(sheet, page) for sheet, page in zip(tile_plans, pages, strict=True))
         else:
-            pages *= len(sheets)
-        pictures.append(Picture(pages, size, sheets, extents, key.digest()))
+            pages *= len(tile_plans)
+        pictures.append(Picture(pages, size, tile_plans, extents, key.digest()))
     return pictures
 
 
-def _drawn(sheet: Sheet, page: np.ndarray) -> Sheet:
+def _drawn(sheet: TilePlan, page: np.ndarray) -> TilePlan:
     """The sheet of a page that was brought to its size already."""
     size = page.shape[1], page.shape[0]
-    return Sheet(size, size, (0, 0), ((0, 0, *size),)) if sheet.is_whole else sheet
+    return TilePlan(size, size, (0, 0), ((0, 0, *size),)) if sheet.is_whole else sheet
 
 
 def load_crops(pictures: Sequence[Picture], device: torch.device | str) -> list[Crops]:
@@ -217,18 +219,18 @@ def _each(pictures: Sequence[Sequence[np.ndarray]], load: Callable[[Sequence[np.
 
 def _read(
     source: Any, media: MediaSettings, budget: PixelBudget, progress: ProgressCounter, sizes: NeededSizes
-) -> Scaled:
+) -> ScaledImage:
     check_cancelled()
-    if isinstance(source, Scaled):
+    if isinstance(source, ScaledImage):
         return source
     # Always a copy: what the key was made from must still be there when the picture is loaded.
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,) and source.size:
-        return Scaled.of(np.array(source, order="C"))
-    loaded = in_memory(source, media)
+        return ScaledImage.from_array(np.array(source, order="C"))
+    loaded = convert_in_memory(source, media)
     if loaded is not None:
-        image = Scaled.of(np.asarray(loaded))
+        image = ScaledImage.from_array(np.asarray(loaded))
     else:
-        image = read_image(open_medium(source, "image", media), media, budget.spend, sizes)
+        image = read_image(open_media(source, "image", media), media, budget.spend, sizes)
     if not isinstance(source, np.ndarray):
         progress.add()
     return image
@@ -240,7 +242,7 @@ def _alike(pictures: Sequence[Picture]) -> Iterable[list[int]]:
     for i, picture in enumerate(pictures):
         shapes = [page.shape for page in picture.pages]
         shared = len({id(page) for page in picture.pages})
-        groups.setdefault((*shapes, shared, picture.size, picture.sheets, picture.extents), []).append(i)
+        groups.setdefault((*shapes, shared, picture.size, picture.tile_plans, picture.extents), []).append(i)
     for group in groups.values():
         portion = max(1, UPLOAD_BYTES // sum(page.size for page in pictures[group[0]].pages))
         yield from (group[at : at + portion] for at in range(0, len(group), portion))
@@ -269,7 +271,7 @@ def _cut(pages: Sequence[Pixels], picture: Picture) -> Pixels:
         return pages[0][:, None]
     crops = _black(pages[0], F, len(picture.extents), S, S, 3)
     extents = iter(enumerate(picture.extents))
-    for page_FYXH, sheet in zip(pages, picture.sheets, strict=True):
+    for page_FYXH, sheet in zip(pages, picture.tile_plans, strict=True):
         page = _resize(page_FYXH, *sheet.drawn)
         if sheet.size != sheet.drawn:
             canvas = _black(page, F, sheet.size[1], sheet.size[0], 3)

@@ -13,10 +13,10 @@ from aria.config import CONFIG_NAME
 from aria.hub import resolve, write_json
 from aria.media.cache import MediaCache
 from aria.media.limits import MediaSettings, PixelBudget
-from aria.media.read import load_image, workers_of
+from aria.media.read import load_image, shared_workers
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart
-from aria.processor.expand import expand, settle
+from aria.processor.expand import expand, resolve_defaults
 from aria.processor.files import (
     CHAT_TEMPLATE_FILE,
     PREPROCESSOR_CONFIG,
@@ -26,8 +26,8 @@ from aria.processor.files import (
     TOKENIZER_MODEL,
     read_size_conversion,
 )
-from aria.processor.image import AriaImageProcessor, NeededSizes, check_rgb, flat
-from aria.processor.options import TextOptions, merged
+from aria.processor.image import AriaImageProcessor, NeededSizes, flatten_images, require_rgb
+from aria.processor.options import TextOptions, merge_options
 from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length, check_sanitized
 from aria.workers import Workers
@@ -91,7 +91,7 @@ class AriaProcessor:
     @property
     def workers(self) -> Workers | None:
         """The processes that ``media`` asks for, where the model's chat template runs too; None: this one."""
-        return workers_of(self.media)
+        return shared_workers(self.media)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -214,19 +214,19 @@ class AriaProcessor:
             "split_mode": split_mode,
             "do_convert_rgb": do_convert_rgb,
         }
-        flat_text = merged("common_kwargs", flat_text, common_kwargs)
-        of_text = TextOptions.of(merged("text_kwargs", flat_text, text_kwargs))
-        of_images = merged("images_kwargs", flat_images, images_kwargs)
-        return self._prepared(text, images, videos, of_text, of_images)
+        flat_text = merge_options("common_kwargs", flat_text, common_kwargs)
+        text_options = TextOptions.from_mapping(merge_options("text_kwargs", flat_text, text_kwargs))
+        image_options = merge_options("images_kwargs", flat_images, images_kwargs)
+        return self._prepared(text, images, videos, text_options, image_options)
 
     def _prepared(
-        self, text: Any, images: Any, videos: Any, of_text: TextOptions, of_images: dict[str, Any]
+        self, text: Any, images: Any, videos: Any, text_options: TextOptions, image_options: dict[str, Any]
     ) -> BatchFeature:
-        check_length(of_text.padding, of_text.truncation, of_text.max_length)
-        check_tensor_kind(of_text.return_tensors)
-        max_image_size, split_image = of_images.pop("max_image_size", None), of_images.pop("split_image", None)
-        kind = of_text.return_tensors or "pt"
-        process = self.image_processor.changed(**of_images)
+        check_length(text_options.padding, text_options.truncation, text_options.max_length)
+        check_tensor_kind(text_options.return_tensors)
+        max_image_size, split_image = image_options.pop("max_image_size", None), image_options.pop("split_image", None)
+        kind = text_options.return_tensors or "pt"
+        process = self.image_processor.changed(**image_options)
         if text is None and images is not None and videos is None:
             pixels = process(images, max_image_size=max_image_size, split_image=split_image, return_tensors=kind)
             return BatchFeature({key: pixels[key] for key in _PIXELS}, num_crops=pixels.num_crops)
@@ -234,7 +234,7 @@ class AriaProcessor:
         size = self._common_size([part for prompt in prompts for part in prompt.parts], max_image_size)
         prompts = [
             expand(
-                settle(prompt, process, max_image_size=size, split_image=split_image),
+                resolve_defaults(prompt, process, max_image_size=size, split_image=split_image),
                 process,
                 self.media,
                 self._media_cache,
@@ -247,7 +247,7 @@ class AriaProcessor:
         if parts:
             if not process.do_convert_rgb:
                 for part in parts:
-                    check_rgb(part.source)
+                    require_rgb(part.source)
             pixels = process(
                 [load_image(part.source, self.media) for part in parts],
                 max_image_size=size,
@@ -256,15 +256,15 @@ class AriaProcessor:
             )
             tokens = [crops * self.size_conversion[size] for crops in pixels.num_crops]
         rows = self._expand(prompts, tokens)
-        if of_text.truncation:
-            assert of_text.max_length is not None, "check_length lets no other through"
-            rows = [self._truncate(row, of_text.max_length) for row in rows]
+        if text_options.truncation:
+            assert text_options.max_length is not None, "check_length lets no other through"
+            rows = [self._truncate(row, text_options.max_length) for row in rows]
         ids = self.tokenizer.pad(
             rows,
-            padding=of_text.padding,
-            padding_side=of_text.padding_side,
-            max_length=of_text.max_length,
-            return_tensors=of_text.return_tensors,
+            padding=text_options.padding,
+            padding_side=text_options.padding_side,
+            max_length=text_options.max_length,
+            return_tensors=text_options.return_tensors,
         )
         return BatchFeature(
             {**ids, **{key: pixels[key] for key in _PIXELS if key in pixels}}, num_crops=pixels.num_crops
@@ -320,7 +320,7 @@ class AriaProcessor:
         )
         if not tokenize:
             return prompt
-        inputs = self(prompt, images, videos=videos, **merged("processor_kwargs", options, processor_kwargs))
+        inputs = self(prompt, images, videos=videos, **merge_options("processor_kwargs", options, processor_kwargs))
         return inputs if return_dict else inputs["input_ids"]
 
     def prepare(
@@ -363,7 +363,7 @@ class AriaProcessor:
         if not isinstance(prompt, Prompt):
             raise ValueError(f"prepare takes one conversation, a list of messages, but got {len(prompt)} of them")
         [prompt] = _match([prompt], images, videos)
-        prompt = settle(prompt, self.image_processor, max_image_size=max_image_size, split_image=split_image)
+        prompt = resolve_defaults(prompt, self.image_processor, max_image_size=max_image_size, split_image=split_image)
         budget = PixelBudget(self.media.prompt_pixels)
 
         def cutting(part: MediaPart) -> dict[str, Any]:
@@ -476,7 +476,7 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
     elif isinstance(media, list | tuple):
         given = list(media)
     else:
-        given = flat(media)
+        given = flatten_images(media)
     own = [[part for part in prompt.parts if isinstance(part, kind)] for prompt in prompts]
     if not any(isinstance(one, list | tuple) for one in given):
         sources = iter(_fill([part for some in own for part in some], given, "the prompts have", noun))
@@ -485,7 +485,7 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
     elif len(given) != len(prompts):
         raise ValueError(f"{argument} has {len(given)} lists for {len(prompts)} prompts; give one list a prompt")
     else:
-        pairs = enumerate(zip(own, map(flat, given), strict=True))
+        pairs = enumerate(zip(own, map(flatten_images, given), strict=True))
         sources = iter([one for i, (parts, some) in pairs for one in _fill(parts, some, f"prompt {i} has", noun)])
     return [
         prompt.with_parts(

@@ -11,7 +11,7 @@ from aria.processor.chat import Prompt
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
-class Speller:
+class MarkerSpeller:
     """Encodes text between pictures with its markers as control tokens where the template wrote them, and nowhere else.
 
     Args:
@@ -46,7 +46,7 @@ class Speller:
         text = str(segment)
         ids: list[int] = []
         done = 0
-        for start, marker in sorted(segment.typed(self._markers)):
+        for start, marker in sorted(segment.literal_markers(self._markers)):
             if start >= done:  # else it lies in one that is spelled already
                 ids += self._encode(text[done:start]) + self._spelled(marker)
                 done = start + len(marker)

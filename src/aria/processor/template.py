@@ -52,7 +52,7 @@ def render_template(
         raise ValueError(f"chat_template should be a Jinja template, but is {template!r:.100}")
     if any(callable(tool) for tool in tools or ()):
         raise ValueError("tools should be JSON Schemas of functions, not functions; describe each as a mapping")
-    if is_arias(template):
+    if is_default_template(template):
         if unknown := sorted(name for name, value in (variables or {}).items() if value is not None):
             raise ValueError(f"unknown arguments: {', '.join(unknown)}; Aria's chat template reads none")
         return render(
@@ -88,20 +88,20 @@ def render_template(
 
 def _unused(text: str) -> tuple[str, str]:
     """Two characters that stand nowhere in a text."""
-    unused = [free for free in templates.FREE if free not in text]
+    unused = [free for free in templates.NONCHARACTERS if free not in text]
     if len(unused) < 2:
         raise ValueError("the messages hold nearly all of Unicode's noncharacters (U+FDD0 to U+FDEF); remove them")
     return unused[0], unused[1]
 
 
-def is_arias(template: str) -> bool:
+def is_default_template(template: str) -> bool:
     """Whether a chat template is the published one, which is not rendered with Jinja."""
     return str(template).strip() == CHAT_TEMPLATE.strip()
 
 
 def variables_of(template: str, workers: Workers | None = None) -> frozenset[str]:
     """Names that a template reads beside those of :func:`render_template`'s own arguments; Aria's reads none."""
-    if is_arias(template):
+    if is_default_template(template):
         return frozenset()
     return templates.variables_of(template, workers) - {"messages", "tools", "add_generation_prompt"}
 
@@ -138,7 +138,7 @@ def _guarded(value: Any, cut: str, key: str = "") -> Any:
         return [_guarded(one, cut) for one in value]
     if not isinstance(value, str) or key in ("role", "type"):  # templates compare these
         return value
-    cuts = {at + 1 for at, _ in Prompt(value).typed()}
+    cuts = {at + 1 for at, _ in Prompt(value).literal_markers()}
     for marker in MARKERS:
         for size in range(1, len(marker)):
             if value.endswith(marker[:size]):
@@ -167,7 +167,7 @@ def _read(text: str, cut: str, media: Sequence[MediaPart]) -> Prompt:
         at += len(piece)
         cuts.add(at)
     typed, slots = [], []
-    for start, marker in sorted(Prompt(plain).typed()):
+    for start, marker in sorted(Prompt(plain).literal_markers()):
         if cuts.isdisjoint(range(start + 1, start + len(marker))):
             slots += [start] if marker == IMAGE_TOKEN else []
         else:

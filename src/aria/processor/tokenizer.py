@@ -24,13 +24,13 @@ from aria.processor.chat import (
     is_batch,
 )
 from aria.processor.files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_MODEL
-from aria.processor.spelling import Speller
+from aria.processor.spelling import MarkerSpeller
 from aria.processor.template import render_template
 from aria.workers import Workers
 
 # Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
 _PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
-_MOST_MODEL_BYTES, _MOST_TEMPLATE_BYTES = 64 << 20, 1 << 20
+_MAX_MODEL_BYTES, _MAX_TEMPLATE_BYTES = 64 << 20, 1 << 20
 _SPACE = "\u2581"  # how SentencePiece writes a space
 # Appended to a SentencePiece model, this protobuf fragment is merged into its normalizer_spec (field 3):
 # add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) become false, so that text comes back as it went in.
@@ -128,8 +128,8 @@ class AriaTokenizer:
             )
         config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
         if (folder / CHAT_TEMPLATE_FILE).is_file():
-            config["chat_template"] = read_text(folder / CHAT_TEMPLATE_FILE, _MOST_TEMPLATE_BYTES)
-        return cls(read_bytes(folder / TOKENIZER_MODEL, _MOST_MODEL_BYTES), config)
+            config["chat_template"] = read_text(folder / CHAT_TEMPLATE_FILE, _MAX_TEMPLATE_BYTES)
+        return cls(read_bytes(folder / TOKENIZER_MODEL, _MAX_MODEL_BYTES), config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.model``, ``tokenizer_config.json`` and the chat template.
@@ -235,10 +235,12 @@ class AriaTokenizer:
         return [self._speller.encode(segment) for segment in Prompt.of(text).segments()]
 
     @cached_property
-    def _speller(self) -> Speller:
+    def _speller(self) -> MarkerSpeller:
         special = (content for content, index in self._added.items() if index in self._special)
         markers = sorted({*MARKERS, *special}, key=lambda marker: (-len(marker), marker))
-        return Speller(self._encode_part, self.token_bytes, self._bytes, self._pieces.normalize, markers, self._special)
+        return MarkerSpeller(
+            self._encode_part, self.token_bytes, self._bytes, self._pieces.normalize, markers, self._special
+        )
 
     def _encode_part(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -355,7 +355,7 @@ def messages(
     told = [_message(message, sizes) for message in said]
     if not offered:
         return told
-    return calls.with_instructions(told, offered)
+    return calls.add_instructions(told, offered)
 
 
 def count_media(prompt: Sequence[Any]) -> int:
@@ -390,7 +390,7 @@ def _answer(message: AssistantMessage) -> str:
     content = message.content or ""
     if not isinstance(content, str):
         content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
-    made = [calls.replayed(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    made = [calls.format_past_call(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     return "\n".join(text for text in (content or message.refusal or "", *made) if text)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aria.media.open import open_medium
+from aria.media.open import open_media
 from aria.processor import MediaSettings
 from aria.serve.errors import ApiError
 
@@ -38,7 +38,7 @@ class NamedMedia:
 
         Raises:
             ApiError: 400, nothing is kept under a uuid.
-            ValueError, OSError: a medium cannot be had, see :func:`aria.media.open.open_medium`.
+            ValueError, OSError: a medium cannot be had, see :func:`aria.media.open.open_media`.
         """
         return [self._message(client, message, settings) for message in messages]
 
@@ -53,7 +53,7 @@ class NamedMedia:
             return part
         kind, key = part["type"], (client, part["type"], part["uuid"])
         if "url" in part:
-            medium = open_medium(part["url"], kind, settings).data
+            medium = open_media(part["url"], kind, settings).data
             self._keep(key, medium)
         else:
             medium = self._find(key)

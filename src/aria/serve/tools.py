@@ -72,7 +72,7 @@ def any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def parse(text: str, names: Collection[str]) -> Call | None:
     """The call that a text is, or None: not JSON, not a call, or of a function that is not offered."""
     try:
-        name, arguments = calls.read(text)
+        name, arguments = calls.parse_call(text)
     except (ValueError, RecursionError):
         return None
     return Call(f"call_{uuid.uuid4().hex[:24]}", name, arguments) if name in names else None

@@ -1,6 +1,6 @@
 """Work that is limited and can be stopped: threads that notice that nobody waits for them, and child processes."""
 
-from aria.workers.pool import LocalJob, NotYet, Workers, retried
+from aria.workers.pool import LocalJob, NotReady, Workers, retry_until_ready
 from aria.workers.process import BusyError, WorkerError
 
-__all__ = ["BusyError", "LocalJob", "NotYet", "WorkerError", "Workers", "retried"]
+__all__ = ["BusyError", "LocalJob", "NotReady", "WorkerError", "Workers", "retry_until_ready"]

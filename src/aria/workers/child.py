@@ -1,7 +1,7 @@
-"""What runs in the processes of :mod:`aria.workers`: a nursery that starts workers by forking, and the workers.
+"""What runs in the processes of :mod:`aria.workers`: a fork server that starts workers by forking, and the workers.
 
-The nursery imports the decoders once and reads nothing of a stranger's, so that a new worker takes milliseconds. Where
-processes cannot be forked safely (macOS, Windows), each worker is a process that is started on its own.
+The fork server imports the decoders once and never reads untrusted input, so that a new worker takes milliseconds.
+Where processes cannot be forked safely (macOS, Windows), each worker is started as a process of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from aria.workers.channel import PASSES_FILES, Channel, ChannelClosedError
-from aria.workers.confine import confine, limit_cpu
-from aria.workers.shared import SharedFile, mapped, readable
+from aria.workers.sandbox import enter_sandbox, limit_cpu
+from aria.workers.shared import SharedFile, map_shared, open_reader
 
 PRELOADED = (
     *("PIL.Image", "av", "pypdfium2", "aria.media.video", "aria.media.document"),
@@ -36,11 +36,11 @@ PRELOADED = (
 )
 OPTIONAL = ("llguidance",)
 """The same for what need not be installed."""
-CONFINING = ("py_landlock", "pyseccomp")
+SANDBOX_LIBRARIES = ("py_landlock", "pyseccomp")
 """Loaded before anything is given up: the second runs a program that finds its library."""
 NICE = 5
 """How much the priority of all workers is lowered: answers come before what is decoded for later ones."""
-MOST_REQUEST = 1 << 30
+MAX_REQUEST = 1 << 30
 """Bytes of a message from the parent, which is trusted."""
 _PR_SET_PDEATHSIG = 1
 _SPARE_BYTES = 1 << 20
@@ -64,7 +64,7 @@ class Job:
 
     def file(self, index: int = 0) -> BinaryIO:
         """An input, open for reading at its beginning; every call gives one with a position of its own."""
-        return readable(self._inputs[index])
+        return open_reader(self._inputs[index])
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the parent's. Arguments and result are what JSON holds.
@@ -82,7 +82,7 @@ class Job:
             path = self._call("array", list(shape))
             descriptor = self._channel.take_file() if path is None else os.open(path, os.O_RDWR | _BINARY)
             try:
-                memory = mapped(descriptor, max(int(np.prod(shape, dtype=object)), 1))
+                memory = map_shared(descriptor, max(int(np.prod(shape, dtype=object)), 1))
             finally:
                 os.close(descriptor)
         return np.frombuffer(memory, np.uint8, int(np.prod(shape))).reshape(shape)
@@ -99,10 +99,10 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def main() -> None:
-    """Run a nursery or a worker until its parent ends or closes the connection.
+    """Run a fork server or a worker until its parent ends or closes the connection.
 
-    Arguments of the program: nursery or worker; bytes of address space that each worker may take beyond its start; the
-    descriptor of the connection, or nothing where it comes over standard input (Windows).
+    Command-line arguments: ``forkserver`` or ``worker``; the bytes of address space that each worker may use beyond
+    what it starts with; the descriptor of the connection (on Windows absent: the connection comes over standard input).
     """
     role, memory_bytes = sys.argv[1], int(sys.argv[2])
     if len(sys.argv) > 3:
@@ -113,7 +113,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     for name in PRELOADED:
         importlib.import_module(name)
-    for name in (*OPTIONAL, *CONFINING):
+    for name in (*OPTIONAL, *SANDBOX_LIBRARIES):
         with contextlib.suppress(Exception):  # not installed, or without its library: a worker reports that
             importlib.import_module(name)
     if hasattr(os, "nice"):
@@ -122,7 +122,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="aria-worker-"))
     try:
         with contextlib.suppress(ChannelClosedError):
-            if role == "nursery":
+            if role == "forkserver":
                 _fork_workers(channel, memory_bytes, scratch)
             else:
                 _watch_parent()
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def _channel(connection: socket.socket) -> Channel:
-    return Channel(connection, MOST_REQUEST, takes_files=PASSES_FILES)
+    return Channel(connection, MAX_REQUEST, takes_files=PASSES_FILES)
 
 
 def _fork_workers(channel: Channel, memory_bytes: int, scratch: Path) -> None:
@@ -144,7 +144,7 @@ def _fork_workers(channel: Channel, memory_bytes: int, scratch: Path) -> None:
         pid = os.fork()
         if pid == 0:
             channel.close()
-            # The nursery may have ended in between.
+            # The fork server may have ended in between.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             try:
                 with contextlib.suppress(ChannelClosedError):
@@ -179,7 +179,7 @@ def _watch_parent() -> None:
 def _work(channel: Channel, memory_bytes: int, scratch: Path) -> None:
     """Do what is asked for, one after the other."""
     tempfile.tempdir = str(scratch)
-    missing = confine(memory_bytes, scratch)
+    missing = enter_sandbox(memory_bytes, scratch)
     channel.send(json.dumps({"ready": missing}).encode())
     while True:
         request = pickle.loads(channel.receive() or b"")

@@ -14,17 +14,17 @@ import numpy as np
 
 from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import ChannelClosedError
-from aria.workers.process import BusyError, Nursery, Worker, WorkerError
-from aria.workers.schedule import Schedule, Turn
-from aria.workers.shared import SharedFile, readable
+from aria.workers.process import BusyError, ForkServer, Worker, WorkerError
+from aria.workers.schedule import JobSchedule, JobSlot
+from aria.workers.shared import SharedFile, open_reader
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 """Most seconds between two looks at whether a job's caller has left, and whose turn it is."""
-MOST_JOBS = 64
+MAX_JOBS = 64
 """Jobs that have begun, running or paused; more wait for one of them to end."""
-MOST_ARRAYS = 10_000
+MAX_ARRAYS = 10_000
 """Of one job."""
 JOBS_OF_A_WORKER = 500
 """After which its process is replaced: what it has leaked goes with it."""
@@ -42,9 +42,9 @@ class Workers:
 
     def __init__(self, count: int, memory_bytes: int):
         self.count, self.memory_bytes = count, memory_bytes
-        self._nursery = Nursery(memory_bytes)
-        self._schedule = Schedule(count)
-        self._places = threading.BoundedSemaphore(MOST_JOBS)
+        self._fork_server = ForkServer(memory_bytes)
+        self._schedule = JobSchedule(count)
+        self._places = threading.BoundedSemaphore(MAX_JOBS)
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._paused: dict[Worker, int] = {}
@@ -83,7 +83,7 @@ class Workers:
             WorkerError: no process can be started.
             Cancelled: the caller has left, see :mod:`aria.workers.cancellation`.
         """
-        deadline = _Deadline(seconds)
+        deadline = _JobDeadline(seconds)
         with contextlib.ExitStack() as held:
             inputs = []
             for one in files:
@@ -101,7 +101,7 @@ class Workers:
                 self._schedule.set_worker(turn, worker)
                 qualified = f"{function.__module__}:{function.__qualname__}"
                 worker.start(qualified, arguments, inputs, cpu_seconds=seconds * 2 + 5)
-                result = _Dialogue(self, worker, turn, name, calls or {}, deadline).run()
+                result = _JobSession(self, worker, turn, name, calls or {}, deadline).run()
                 healthy = True
                 return result
             except ChannelClosedError as error:
@@ -111,7 +111,7 @@ class Workers:
                     f"{name} cannot be read: the process that read it crashed, as damaged and hostile input makes it; "
                     "send something else"
                 ) from error
-            except _FaultError as fault:
+            except _InputError as fault:
                 healthy = True
                 raise ValueError(str(fault)) from None
             finally:
@@ -140,7 +140,7 @@ class Workers:
             self._idle.clear()
         for worker in workers:
             worker.kill()
-        self._nursery.close()
+        self._fork_server.close()
 
     def bound_memory(self, worker: Worker, *, paused: bool) -> None:
         """Give up a paused job if all that are paused hold more memory than one process may, and it the most.
@@ -161,7 +161,7 @@ class Workers:
             if worker is not None:
                 self._busy.add(worker)
                 return worker
-        worker = self._nursery.worker()
+        worker = self._fork_server.worker()
         with self._lock:
             self._busy.add(worker)
             first, self._reported = not self._reported, True
@@ -181,14 +181,14 @@ class Workers:
             worker.kill()
 
     @contextlib.contextmanager
-    def _place(self, deadline: _Deadline) -> Iterator[None]:
+    def _place(self, deadline: _JobDeadline) -> Iterator[None]:
         self._wait(lambda: self._places.acquire(blocking=False), deadline)
         try:
             yield
         finally:
             self._places.release()
 
-    def _wait(self, ready: Callable[[], bool], deadline: _Deadline) -> None:
+    def _wait(self, ready: Callable[[], bool], deadline: _JobDeadline) -> None:
         """Until something is so.
 
         Raises:
@@ -203,20 +203,20 @@ class Workers:
             time.sleep(0.005)
 
 
-class NotYet(Exception):  # noqa: N818
+class NotReady(Exception):  # noqa: N818
     """Raised by a function that a worker calls: it is called again until it returns or the job ends."""
 
 
-def retried(function: Callable[..., Any], arguments: Sequence[Any], check: Callable[[], None]) -> Any:
-    """What a function returns, called until it no longer raises :class:`NotYet`; ``check`` may end that."""
+def retry_until_ready(function: Callable[..., Any], arguments: Sequence[Any], check: Callable[[], None]) -> Any:
+    """What a function returns, called until it no longer raises :class:`NotReady`; ``check`` may end that."""
     while True:
-        with contextlib.suppress(NotYet):
+        with contextlib.suppress(NotReady):
             return function(*arguments)
         check()
         time.sleep(0.02)
 
 
-class _Deadline:
+class _JobDeadline:
     """When a job is given up: after some seconds, or after three times as many if it could not work meanwhile."""
 
     def __init__(self, seconds: float):
@@ -225,14 +225,16 @@ class _Deadline:
         self.last = self.end + 2 * seconds
 
 
-class _FaultError(Exception):
+class _InputError(Exception):
     """What is wrong with a job's input, found by its function: its process is as good as before."""
 
 
-class _Dialogue:
+class _JobSession:
     """A job as its caller follows it: calls answered, arrays made, the result received."""
 
-    def __init__(self, workers: Workers, worker: Worker, turn: Turn, name: str, calls: Calls, deadline: _Deadline):
+    def __init__(
+        self, workers: Workers, worker: Worker, turn: JobSlot, name: str, calls: Calls, deadline: _JobDeadline
+    ):
         self._workers, self._schedule, self._worker, self._turn = workers, workers._schedule, worker, turn
         self._room = workers.memory_bytes
         self._name, self._calls, self._deadline = name, calls, deadline
@@ -263,7 +265,7 @@ class _Dialogue:
                     "memory that are allowed; make it smaller"
                 )
             elif "error" in message:
-                raise _FaultError(str(message["error"]))
+                raise _InputError(str(message["error"]))
             else:
                 logger.error("reading %s failed: %s", self._name, message.get("failure"))
                 raise ValueError(f"{self._name} cannot be read: {message.get('failure')}")
@@ -301,10 +303,10 @@ class _Dialogue:
         """What a function of the parent returns, once it can."""
         try:
             return function(*arguments)
-        except NotYet:
+        except NotReady:
             self._schedule.set_waiting(self._turn, True)
         try:
-            return retried(function, arguments, self._check_memory)
+            return retry_until_ready(function, arguments, self._check_memory)
         finally:
             self._schedule.set_waiting(self._turn, False)
 
@@ -313,7 +315,7 @@ class _Dialogue:
             raise ChannelClosedError(f"an array of {shape!r:.50}")
         size = int(np.prod([1, *shape], dtype=object))
         self._room -= size
-        if self._room < 0 or len(self._arrays) == MOST_ARRAYS:
+        if self._room < 0 or len(self._arrays) == MAX_ARRAYS:
             raise ChannelClosedError(f"an array of {size:,} bytes after {len(self._arrays)} others")
         self._take_array()
         file = SharedFile.of_size(max(size, 1))
@@ -343,11 +345,11 @@ class LocalJob:
         self.arrays: list[np.ndarray] = []
 
     def file(self, index: int = 0) -> BinaryIO:
-        return readable(self._files[index])
+        return open_reader(self._files[index])
 
     def call(self, name: str, *arguments: Any) -> Any:
         with self._lock:
-            return retried(self._calls[name], arguments, check_cancelled)
+            return retry_until_ready(self._calls[name], arguments, check_cancelled)
 
     def array(self, shape: Sequence[int]) -> np.ndarray:
         array = np.zeros(shape, np.uint8)

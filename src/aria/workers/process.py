@@ -23,11 +23,11 @@ from aria.workers.shared import SharedFile
 
 logger = logging.getLogger(__name__)
 
-MOST_ANSWER = 8 << 20
+MAX_ANSWER = 8 << 20
 """Bytes of a message from a worker, which may be in the hands of whoever made the file that it reads."""
 START_SECONDS = 60.0
 FORKS = sys.platform == "linux" and hasattr(os, "pidfd_open")
-"""Whether workers are forked by a nursery. On macOS libraries that forked processes use may fail."""
+"""Whether workers are forked by the fork server. On macOS libraries that forked processes use may fail."""
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP",
                    "TMP", "SYSTEMROOT", "PATHEXT", "FONTCONFIG_PATH")  # fmt: skip
 """Of the environment; the rest may hold keys."""
@@ -49,7 +49,7 @@ class Worker:
     Args:
         channel: to it.
         pid: its number.
-        child: what was started, where it was not forked by a nursery.
+        child: what was started, where it was not forked by the fork server.
 
     Attributes:
         jobs: how many it has been given.
@@ -163,7 +163,7 @@ class Worker:
                 other(self._process)
 
 
-class Nursery:
+class ForkServer:
     """Starts workers. Nothing runs before the first is asked for.
 
     Args:
@@ -188,13 +188,13 @@ class Nursery:
                 if self._closed:
                     raise WorkerError("the workers of this process were ended")
                 ours, child = (self._forked if FORKS else self._started)()
-            return Worker(Channel(ours, MOST_ANSWER), *child)
+            return Worker(Channel(ours, MAX_ANSWER), *child)
         except (OSError, ChannelClosedError, psutil.Error) as error:
             reason = str(error) or "it ended at once"
             raise WorkerError(f"a process that reads media cannot be started: {reason}") from error
 
     def close(self) -> None:
-        """End the nursery; workers that it forked end with it."""
+        """End the fork server; workers that it forked end with it."""
         with self._lock:
             self._closed = True
             self._end()
@@ -213,8 +213,8 @@ class Nursery:
         for attempt in range(2):
             if self._process is None or self._process.poll() is not None:
                 self._end()
-                ours, self._process = _launch("nursery", self._memory_bytes)
-                self._channel = Channel(ours, MOST_ANSWER)
+                ours, self._process = _launch("forkserver", self._memory_bytes)
+                self._channel = Channel(ours, MAX_ANSWER)
             assert self._channel is not None, "it is made with the process"
             here, there = socket.socketpair()
             try:

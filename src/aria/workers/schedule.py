@@ -17,7 +17,7 @@ SLOW_LEVEL = 1
 """From which level on a job's process is given less of the processors than everything else on the machine."""
 
 
-class Turn:
+class JobSlot:
     """A job's place among the others.
 
     Attributes:
@@ -61,7 +61,7 @@ class Turn:
             self.worker.pause()
 
 
-class Schedule:
+class JobSchedule:
     """Runs ``count`` jobs at a time, those that have run least; the processes of all others are paused.
 
     Among jobs of one rank those that run stay, then whoever came first.
@@ -69,14 +69,14 @@ class Schedule:
 
     def __init__(self, count: int):
         self._count = count
-        self._turns: list[Turn] = []
+        self._turns: list[JobSlot] = []
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
-    def enter(self) -> Turn:
+    def enter(self) -> JobSlot:
         """A new job."""
         with self._lock:
-            turn = Turn(next(self._numbers))
+            turn = JobSlot(next(self._numbers))
             self._turns.append(turn)
             self._update()
         return turn
@@ -86,20 +86,20 @@ class Schedule:
         with self._lock:
             self._update()
 
-    def set_waiting(self, turn: Turn, waits: bool) -> None:
+    def set_waiting(self, turn: JobSlot, waits: bool) -> None:
         """Whether a job waits for something else than a processor."""
         with self._lock:
             turn.waits = waits
             self._update()
 
-    def set_worker(self, turn: Turn, worker: Worker) -> None:
+    def set_worker(self, turn: JobSlot, worker: Worker) -> None:
         """A job has a process, which is running."""
         with self._lock:
             turn.worker = worker
             if not turn.runs.is_set():
                 worker.pause()
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, turn: JobSlot) -> None:
         """A job is over; its process is running."""
         with self._lock:
             self._turns.remove(turn)

@@ -53,16 +53,16 @@ class SharedFile(NamedTuple):
 
     def map(self) -> mmap.mmap:
         """Its bytes, which stay as long as somebody holds the mapping. It must not be empty."""
-        return mapped(self.descriptor, self.size)
+        return map_shared(self.descriptor, self.size)
 
     def close(self) -> None:
         os.close(self.descriptor)
         if self.path is not None:
-            with contextlib.suppress(OSError):  # Windows keeps what is mapped
+            with contextlib.suppress(OSError):  # Windows keeps what is map_shared
                 Path(self.path).unlink()
 
 
-def mapped(descriptor: int, size: int) -> mmap.mmap:
+def map_shared(descriptor: int, size: int) -> mmap.mmap:
     """The first bytes of a file as memory that both sides write to, all of it there at once: a page at a time takes
     several times as long."""
     if hasattr(mmap, "MAP_POPULATE"):
@@ -80,14 +80,14 @@ def _unnamed() -> tuple[int, str | None]:
     return tempfile.mkstemp(prefix="aria-")
 
 
-def readable(source: bytes | SharedFile) -> BinaryIO:
+def open_reader(source: bytes | SharedFile) -> BinaryIO:
     """Bytes or a file, open for reading at the beginning; each has a position of its own."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    return io.BufferedReader(FileView(source.descriptor, source.size), 1 << 16)  # type: ignore[return-value]
+    return io.BufferedReader(PositionedReader(source.descriptor, source.size), 1 << 16)  # type: ignore[return-value]
 
 
-class FileView(io.RawIOBase):
+class PositionedReader(io.RawIOBase):
     """A file read through a descriptor, at a position of its own: others may read through the same one.
 
     Args:

@@ -7,10 +7,10 @@ from itertools import pairwise
 
 from PIL import Image
 
-from aria.media.animation import animation_format, decode_animation, webp_timeline
-from aria.media.container import Watch
+from aria.media.animation import animation_format, decode_animation, scan_webp
+from aria.media.container import ReadDeadline
 from aria.media.limits import MediaSettings
-from aria.media.open import Opened
+from aria.media.open import OpenedMedia
 from tests.fuzz.made_images import animated
 
 SETTINGS = MediaSettings(frame_pixels=1 << 16)
@@ -18,11 +18,11 @@ WORDS = ("VP8X", "ANIM", "ANMF", "ALPH", "VP8 ", "VP8L", "ftypavis", "EXIF")
 
 
 def fuzz(data: bytes) -> None:
-    clip, watch = Opened(data, "the clip"), Watch("the clip", 10.0)
+    clip, watch = OpenedMedia(data, "the clip"), ReadDeadline("the clip", 10.0)
     if animation_format(clip, SETTINGS) != "WEBP":
         return
     try:
-        timeline = webp_timeline(clip, SETTINGS, watch)
+        timeline = scan_webp(clip, SETTINGS, watch)
     except ValueError:
         return
     assert timeline.times[0] == 0 and timeline.end > timeline.times[-1]

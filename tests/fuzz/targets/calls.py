@@ -80,12 +80,12 @@ def _check_written(draw: Draw) -> None:
     """What is written for training is read back as what was called."""
     name, arguments = draw.text(WORDS, 3), draw.text(WORDS, 6)
     try:
-        text = calls.written(name, arguments)
+        text = calls.format_call(name, arguments)
         inner = text.removeprefix(calls.OPEN).removesuffix(calls.CLOSE)
     except (ValueError, UnicodeError):
         return
     if isinstance(json.loads(arguments or "{}"), dict):
-        read_name, read_arguments = calls.read(inner)
+        read_name, read_arguments = calls.parse_call(inner)
         assert (read_name, json.loads(read_arguments)) == (name, json.loads(arguments or "{}"))
 
 

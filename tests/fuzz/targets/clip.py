@@ -12,7 +12,7 @@ from tests.fuzz.made_clips import clips
 from tests.fuzz.made_images import animated
 
 SETTINGS = MediaSettings(frame_pixels=1 << 18, clip_decoder="cpu", max_frames=4, decode_timeout=10.0)
-ASKED = video.Asked(num_frames=3, fps=None, max_frames=None)
+ASKED = video.FrameSelection(num_frames=3, fps=None, max_frames=None)
 MEMORY = 512 << 20
 LONGEST = 8192
 WORDS = (

@@ -10,9 +10,9 @@ from aria.media.limits import MediaSettings
 from aria.workers import LocalJob
 from tests.fuzz.made_images import animated, still, with_checksums
 
-MOST_PIXELS = 1 << 20
-SETTINGS = [MediaSettings(image_pixels=MOST_PIXELS, background=color) for color in ("white", None)]
-MEMORY = rgb.PEAK_BYTES * MOST_PIXELS + (64 << 20)
+MAX_PIXELS = 1 << 20
+SETTINGS = [MediaSettings(image_pixels=MAX_PIXELS, background=color) for color in ("white", None)]
+MEMORY = rgb.PEAK_BYTES * MAX_PIXELS + (64 << 20)
 WORDS = (
     "IHDR",
     "IDAT",
@@ -56,7 +56,7 @@ def _read(data: bytes, settings: MediaSettings) -> None:
     width, height = result["size"]
     assert array.shape == (height, width, 3)
     assert [pixels for pixels, _ in asked] == [width * height], f"{asked} was asked for, {array.shape} came"
-    assert width * height <= MOST_PIXELS
+    assert width * height <= MAX_PIXELS
 
 
 def seeds() -> Iterator[bytes]:

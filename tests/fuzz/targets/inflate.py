@@ -13,7 +13,7 @@ from aria.serve.inflate import PIECE, inflated
 from tests.fuzz.draw import Draw
 
 MEMORY = 64 << 20
-MOST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 """Inflated; a body of more is left there."""
 WORDS = ("\x1f\x8b\x08\0", "\x1f\x8b\x08\x08", "\x03\0\0\0\0\0\0\0\0\0")
 
@@ -64,7 +64,7 @@ async def _inflate(body: bytes, step: int) -> bytes | None:
         out += message["body"]
         if not message["more_body"]:
             return bytes(out)
-        if len(out) > MOST_BYTES:
+        if len(out) > MAX_BYTES:
             return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from aria.media.metadata import cleaned
+from aria.media.metadata import strip_metadata
 from tests.fuzz.made_images import animated, still, with_checksums
 
 WORDS = (
@@ -28,12 +28,12 @@ WORDS = (
     "ANIM",
 )
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP")
-_MOST_PIXELS = 1 << 16
+_MAX_PIXELS = 1 << 16
 
 
 def fuzz(data: bytes) -> None:
     for one in {data, with_checksums(data)}:
-        file, inverted = cleaned(io.BytesIO(one))
+        file, inverted = strip_metadata(io.BytesIO(one))
         out = file.read()
         assert len(out) <= len(one) + 64, "cleaning added to the file"
         if (before := _pixels(one)) is not None:
@@ -48,7 +48,7 @@ def _pixels(data: bytes) -> tuple[object, bytes] | None:
         warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > _MOST_PIXELS:
+                if image.width * image.height > _MAX_PIXELS:
                     return None
                 if image.format == "WEBP" and getattr(image, "is_animated", False):
                     image = image.convert("RGB")  # it gains transparency

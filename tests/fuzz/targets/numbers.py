@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from aria.grammars.numbers import EXACT, MOST_DIGITS, numeric
+from aria.grammars.numbers import EXACT, MAX_DIGITS, numeric
 from tests.fuzz.draw import Draw
 
 LONGEST = 64
@@ -53,7 +53,7 @@ def _candidates(said: list[dict[str, Any]]) -> set[int]:
     for one in said:
         near |= {int(value) for value in one.values()}
         near |= {int(value) * factor for value in one.values() for factor in (2, 7)}
-    return {one + step for one in near for step in range(-2, 3) if abs(one) < 10 ** (MOST_DIGITS - 1)}
+    return {one + step for one in near for step in range(-2, 3) if abs(one) < 10 ** (MAX_DIGITS - 1)}
 
 
 def _fits(one: dict[str, Any], number: int) -> bool:

@@ -36,7 +36,7 @@ WORDS = (
     ),
 )
 MEMORY = 128 << 20
-MOST_READ = 1 << 20
+MAX_READ = 1 << 20
 
 
 def fuzz(data: bytes) -> None:
@@ -53,7 +53,7 @@ def fuzz(data: bytes) -> None:
         assert tensor.nbytes == math.prod(tensor.shape) * tensor.dtype.itemsize
         for segment in tensor.segments:
             assert 0 <= segment.offset <= segment.offset + segment.nbytes <= len(data), name
-        if tensor.nbytes > MOST_READ:
+        if tensor.nbytes > MAX_READ:
             continue
         try:
             if tensor.seekable:

@@ -16,10 +16,10 @@ import numpy as np
 
 from aria.media import read
 from aria.media.limits import MediaSettings, MemoryBudget, PixelBudget
-from aria.media.open import Opened
+from aria.media.open import OpenedMedia
 from aria.workers import Workers
 from aria.workers.channel import _LENGTH, Channel
-from aria.workers.process import MOST_ANSWER, Worker, WorkerError
+from aria.workers.process import MAX_ANSWER, Worker, WorkerError
 from tests.fuzz.draw import Draw, spoiled
 
 LONGEST = 600
@@ -55,7 +55,7 @@ _RESULTS: dict[str, dict[str, Any]] = {
     "document": {"pages": 2, "read": [[1, 4, 3, 1]]},
 }
 _PLAN = [[4, 3], 0, [1, 25], False, None, [[0, 0], [1, 1]], [[0, [[0, [0, 0, None]]], [0, 1]]]]
-_READERS: dict[str, Callable[[Opened], Any]] = {
+_READERS: dict[str, Callable[[OpenedMedia], Any]] = {
     "image": lambda medium: read.read_image(medium, SETTINGS, PixelBudget(1 << 20).spend),
     "clip": lambda medium: read.read_clip(medium, num_frames=2, settings=SETTINGS),
     "document": lambda medium: read.read_document(medium, settings=SETTINGS),
@@ -91,7 +91,7 @@ class _Workers(Workers):
         ours, self._theirs = socket.socketpair()
         self._theirs.sendall(self._said)
         self._theirs.shutdown(socket.SHUT_WR)
-        return _Worker(Channel(ours, MOST_ANSWER))
+        return _Worker(Channel(ours, MAX_ANSWER))
 
     def _give_back(self, worker: Worker, healthy: bool) -> None:
         worker.kill()
@@ -108,23 +108,23 @@ def fuzz(data: bytes) -> None:
     decoded = MemoryBudget()  # of its own: whatever else the process decoded may be given back at any moment
     try:
         with (
-            mock.patch.object(read, "workers_of", lambda settings: workers),
-            mock.patch.object(read, "DECODED", decoded),
+            mock.patch.object(read, "shared_workers", lambda settings: workers),
+            mock.patch.object(read, "DECODE_MEMORY", decoded),
         ):
-            found = _READERS[kind](Opened(b"file", "the file"))
+            found = _READERS[kind](OpenedMedia(b"file", "the file"))
     except (ValueError, WorkerError) as error:
         assert len(str(error)) < 4000, "a message as long as the reply"
     else:
         _check(found)
         del found
     gc.collect(0)
-    assert not decoded.taken, f"{decoded.taken:,} bytes were not given back"
+    assert not decoded.reserved, f"{decoded.reserved:,} bytes were not given back"
 
 
 def _check_plan(value: Any) -> None:
     """A plan for a GPU's decoder, which the parent follows itself."""
     try:
-        plan = read._plan_of(value, "the file")
+        plan = read._parse_plan(value, "the file")
     except ValueError:
         return
     assert all(type(side) is int for side in plan.size)
@@ -156,8 +156,8 @@ def _said(draw: Draw, kind: str) -> bytes:
 
 def _check(found: Any) -> None:
     for one in found if isinstance(found, list) else [found]:
-        scaled = one if isinstance(one, read.Scaled) else one.image
-        assert isinstance(scaled, read.Scaled)
+        scaled = one if isinstance(one, read.ScaledImage) else one.image
+        assert isinstance(scaled, read.ScaledImage)
         assert all(type(side) is int and side > 0 for side in scaled.size)
         assert scaled.arrays
         if isinstance(one, read.Frame):

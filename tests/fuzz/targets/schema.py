@@ -40,7 +40,7 @@ def fuzz(data: bytes) -> None:
         if not isinstance(given, dict):
             return
     try:
-        text = _wander(given, seed)
+        text = _walk_randomly(given, seed)
     except ValueError as error:
         assert len(str(error)) < 2000, "a message as long as the schema"
         return
@@ -54,7 +54,7 @@ def fuzz(data: bytes) -> None:
     assert validator.is_valid(value), f"{text} does not fit {json.dumps(given)}"
 
 
-def _wander(given: Any, seed: int) -> str | None:
+def _walk_randomly(given: Any, seed: int) -> str | None:
     """A text of tokens that the grammar allows, rather those that end something."""
     tokenizer, grammars = _grammars()
     choice = random.Random(seed)

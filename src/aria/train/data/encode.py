@@ -17,10 +17,10 @@ from aria.media.cache import MediaCache
 from aria.media.limits import MediaSettings, PixelBudget
 from aria.processor import AriaProcessor
 from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, MediaPart, Prompt, render
-from aria.processor.expand import expand, settle
+from aria.processor.expand import expand, resolve_defaults
 from aria.processor.image import NeededSizes
 from aria.processor.pictures import Crops, Picture, read_pictures
-from aria.processor.template import is_arias
+from aria.processor.template import is_default_template
 from aria.train.batch import Sample
 from aria.train.data.report import RowError
 from aria.train.data.rows import Conversation, Customs, Text, read_row
@@ -85,7 +85,7 @@ class Encoder:
                 f"the model's image_token_index is {config.image_token_index}, but its tokenizer has "
                 f"{processor.tokenizer.image_token_id}; the two do not belong together"
             )
-        if not is_arias(processor.tokenizer.chat_template):
+        if not is_default_template(processor.tokenizer.chat_template):
             raise ValueError(
                 "the tokenizer brings a chat template of its own, but turns are learnt as Aria's template writes them; "
                 "remove it from tokenizer_config.json and chat_template.jinja"
@@ -175,7 +175,9 @@ class Encoder:
     def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[Picture]]:
         """The content with places for pictures alone, and these."""
         settings, images, media = self._settings, self._processor.image_processor, self._media
-        content = settle(content, images, max_image_size=settings.max_image_size, split_image=settings.split_image)
+        content = resolve_defaults(
+            content, images, max_image_size=settings.max_image_size, split_image=settings.split_image
+        )
 
         def cutting(part: MediaPart) -> dict[str, Any]:
             return {"max_image_size": part.max_image_size, "split_image": part.split_image}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aria.processor.calls import plain, with_instructions, written
+from aria.processor.calls import add_instructions, format_call, text_or_parts
 from aria.train.data.report import CONVERT, RowError
 from aria.train.data.sources import Row
 
@@ -96,7 +96,7 @@ def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> 
         _check_placeholders(messages)
     given.finish()
     if fields.get("tools"):
-        messages = with_instructions(messages, _functions(fields["tools"]))
+        messages = add_instructions(messages, _functions(fields["tools"]))
         # Where no system message was there, one has been put first.
         learnt = [False] * (len(messages) - len(learnt)) + learnt
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -217,7 +217,7 @@ def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
     refusal = fields.get("refusal", "")
     if not isinstance(refusal, str):
         raise RowError("bad message", f"refusal of {where} should be a string, but is {refusal!r:.60}")
-    content = plain(content) or refusal
+    content = text_or_parts(content) or refusal
     calls = []
     for call in _listed(fields.get("tool_calls", ()), f"tool_calls of {where}"):
         function = call.get("function") if isinstance(call, Mapping) else None
@@ -226,7 +226,7 @@ def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
         try:
             given = function.get("arguments") or "{}"
             # OpenAI's API has them in a string; many data sets do not.
-            calls.append(written(function["name"], given if isinstance(given, str) else json.dumps(given)))
+            calls.append(format_call(function["name"], given if isinstance(given, str) else json.dumps(given)))
         except (TypeError, ValueError) as error:
             raise RowError("bad message", f"tool_calls of {where}: {error}") from None
     if not calls:

@@ -32,7 +32,7 @@ _DENIED = (
 _CLONE_THREAD = 0x00010000
 
 
-def confine(memory_bytes: int, scratch: Path) -> list[str]:
+def enter_sandbox(memory_bytes: int, scratch: Path) -> list[str]:
     """Give up all that decoding does not need.
 
     Args:
