@@ -1,4 +1,4 @@
-# `make demo` shows what Aria sees in three pictures; `make test` runs every CPU test. Both make the environment first,
+# `make demo` shows what Aria sees in three pictures; `make test` runs the tests. Both make the environment first,
 # and do that again only when pyproject.toml or constraints.txt has changed.
 #
 #   make demo PYTHON=/path/to/python3.12    choose the interpreter (default: the first from 3.11 on)
@@ -17,7 +17,7 @@ ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
     && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
     && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
 
-.PHONY: demo test test-gpu test-hostile fuzz test-clients test-clients-fast nano clean
+.PHONY: demo test test-slow test-soak test-gpu fuzz test-clients test-clients-fast nano clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,13 +29,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
+# Tests of seconds each: several processes, browsers' pages, kernels compiled for GPUs, runs that are killed and resumed.
+test-slow: $(VENV)/.developed
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not clients' $(ARGS)
+
+# Tests of minutes each, one at a time: attacks on a server, searches for inputs that break parsers, kernels for all GPUs.
+# One folder: make test-soak ARGS=tests/hostile
+test-soak: $(VENV)/.developed
+	$(BIN)/python -m pytest -n 0 -m soak -s $(ARGS)
+
 # On a machine with GPUs: kernels are compiled instead of interpreted.
 test-gpu: $(VENV)/.developed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 0 -m 'gpu or multi_gpu' $(ARGS)
-
-# Minutes of attacks on a server: hostile media, deadlines, slow clients, its end. The quick ones belong to `make test`.
-test-hostile: $(VENV)/.developed
-	$(BIN)/python -m pytest tests/hostile -n 0 -m slow -s $(ARGS)
 
 # Searches for inputs that break what reads strangers' bytes, a minute for each target; make fuzz ARGS="image --seconds 600"
 fuzz: $(VENV)/.developed

@@ -33,6 +33,7 @@ def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, "-c", program], env=environment, cwd=here, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_repository_loads_from_the_cache_without_network(offline):
     done = run(
         offline,
@@ -46,6 +47,7 @@ def test_a_repository_loads_from_the_cache_without_network(offline):
     assert done.stdout == "3\n3\n3\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["somebody/else", "somebody/aria@absent"])
 def test_what_is_not_in_the_cache_is_one_clear_error(offline, name):
     name, _, revision = name.partition("@")

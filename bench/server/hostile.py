@@ -6,7 +6,8 @@ Each attack runs beside good clients, whose answers are compared with those they
 twenty times a second and the memory of all processes is watched; the server may take 6 GB. Attackers and files come
 from `tests/hostile`. Ends with one JSON line, and with exit status 1 if the server ended, a good answer was wrong or
 lost, `/health` took longer than 100 ms in more than a hundredth of all cases, the main process took 300 MB more than
-idle for one request, or good answers took more than twice as long at the 99th percentile.
+idle for one request, or good answers took more than twice as long at the 99th percentile beside hostile files. (A
+hundred attackers of all kinds on the same machine take its processors themselves; their row is only measured.)
 """
 
 from __future__ import annotations
@@ -56,8 +57,24 @@ class Bench:
         self.faults: list[str] = []
         self._without = 0.0
 
-    def run(self, name: str, work: Callable[[], list[Outcome]], *, expected: Sequence[int], peak: int | None) -> None:
-        """Attack, and add a row; ``peak`` is a limit on bytes of the main process beyond idle."""
+    def run(
+        self,
+        name: str,
+        work: Callable[[], list[Outcome]],
+        *,
+        expected: Sequence[int],
+        peak: int | None,
+        slower: bool = False,
+    ) -> None:
+        """Attack, and add a row.
+
+        Args:
+            name: Of the attack.
+            work: The attack itself.
+            expected: Statuses that hostile requests may get.
+            peak: Limit on bytes of the main process beyond idle.
+            slower: Good answers may take longer than twice as long.
+        """
         if not self._server.alive:
             self.faults.append(f"{name}: not tried, since the server had ended")
             return
@@ -65,7 +82,7 @@ class Bench:
             outcomes = work()
         statuses = Counter(outcome.status for outcome in outcomes)
         longest = max((outcome.seconds for outcome in outcomes), default=0.0)
-        self._judge(name, statuses, watched, expected, peak)
+        self._judge(name, statuses, watched, expected, peak, slower)
         health, good = ([milliseconds(one, part) for part in (0.5, 0.99)] for one in (watched.health, watched.good))
         row = (
             name, ", ".join(f"{count} x {status}" for status, count in statuses.items()), f"{longest:.1f}",
@@ -79,7 +96,13 @@ class Bench:
         self.found.append({"attack": name, **found, **answers, "main_bytes": watched.peak, "all_bytes": watched.whole})
 
     def _judge(
-        self, name: str, statuses: Counter[int], watched: Watched, expected: Sequence[int], peak: int | None
+        self,
+        name: str,
+        statuses: Counter[int],
+        watched: Watched,
+        expected: Sequence[int],
+        peak: int | None,
+        slower: bool,
     ) -> None:
         slowest = percentile(watched.good, 0.99)
         self._without = self._without or slowest
@@ -89,7 +112,7 @@ class Bench:
             f"/health was {dict(watched.unhealthy)}": bool(watched.unhealthy),
             f"unexpected answers: {dict(statuses)}": bool(set(statuses) - set(expected)),
             "/health was slow": percentile(watched.health, 0.99) > HEALTH_SECONDS,
-            "good answers took more than twice as long": slowest > 2 * self._without,
+            "good answers took more than twice as long": not slower and slowest > 2 * self._without,
             "the main process took too much memory": peak is not None and watched.peak > peak,
         }
         self.faults += [f"{name}: {what}" for what, is_missed in missed.items() if is_missed]
@@ -142,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.minutes:
             expected = (100, 200, 400, 404, 405, 408, 411, 413, 421, 426, 429, 431, 501, 503, 505)
             name = f"{arguments.minutes:g} minutes of all attackers"
-            bench.run(name, partial(mixed, port, 60 * arguments.minutes), expected=expected, peak=None)
+            bench.run(name, partial(mixed, port, 60 * arguments.minutes), expected=expected, peak=None, slower=True)
     print(measure.table(bench.rows, COLUMNS))
     for fault in bench.faults:
         print(fault)

@@ -128,6 +128,7 @@ def test_kernels(capsys):
     assert all(row["library_us"] for row in rows)
 
 
+@pytest.mark.slow
 def test_decode(capsys, tmp_path):
     file = tmp_path / "decode.json"
     decode.main([*SMALL, "--max-batch", "4", "--batch", "1", "3", "--context", "20", "40", "--steps", "4",
@@ -158,6 +159,7 @@ def test_a_cache_that_is_too_small_is_no_benchmark(capsys):
         decode.main([*engine_arguments, "--steps", "8"])
 
 
+@pytest.mark.slow
 def test_prefill(capsys):
     prefill.main([*SMALL, "--tokens", "20", "5000", "--pictures", "2", "--repeats", "1", "--peer", "transformers"])
     results = last_line(capsys)
@@ -187,6 +189,7 @@ def test_video(capsys):
     assert results["peer"]["video"]["first_token_ms"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_throughput(capsys):
     throughput.main([*SMALL, "--max-batch", "4", "--rates", "20", "60", "--seconds", "0.2", "--longest", "16"])
     rows = last_line(capsys)["throughput"]
@@ -198,6 +201,7 @@ def test_throughput(capsys):
         assert row["first_token_ms"]["p99"] >= row["first_token_ms"]["p50"] > 0
 
 
+@pytest.mark.slow
 def test_everything_on_one_engine_makes_a_page(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file, page = tmp_path / "results.json", tmp_path / "page.md"

@@ -34,6 +34,7 @@ def live():
         yield live
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
 def test_load_finds_whether_answers_are_right(live, right):
     one, other = item("hello"), item("thank you")

@@ -268,6 +268,7 @@ def test_a_folder_without_weights_says_what_was_expected(folder):
         Checkpoint(folder / "weights.npz", SHAPES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory from Linux")
 @pytest.mark.parametrize("layout", ["hub", "paddle"])
 def test_loading_holds_no_second_copy(layout, tmp_path):

@@ -336,6 +336,7 @@ def test_a_companion_that_leads_elsewhere_is_not_copied(state, tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "free" and not (tmp_path / "out" / "LICENSE").is_symlink()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory from Linux")
 def test_converting_holds_one_tensor_at_a_time(tmp_path):
     """Of 128 MB of weights in one pickle, the largest tensor has 64 MB; the buffers come on top."""

@@ -53,6 +53,7 @@ def check(capability: str, needs: dict[str, int]) -> None:
     assert ("vision_attention._attention_kernel" in needs) == (major == 9)  # which is written for Hopper alone
 
 
+@pytest.mark.slow
 def test_kernels_fit_into_the_shared_memory_of_a_workstations_card(ask):
     heavy = (
         "moe_decode,gemv,grouped_gemm,chunk,paged,lora_train,swiglu,multi_lora_decode._thin,permute._norm,"
@@ -92,7 +93,8 @@ TUNED = {
 """What was fastest on an H100 (docs/kernels.md)."""
 
 
-@pytest.mark.parametrize("rank", ["0", pytest.param("8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", pytest.param("8", marks=pytest.mark.soak)])
 def test_hopper_compiles_what_was_tuned_and_nothing_after_warming_up(ask, rank):
     found = ask("warmed", "9.0", rank)
     assert found["new"] == []
@@ -104,7 +106,7 @@ def test_hopper_compiles_what_was_tuned_and_nothing_after_warming_up(ask, rank):
         assert [tile for tile in tuned if tile not in tiles] == [], name
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("capability", "dtype", "rank"),
     [*product(ROOM, ["bfloat16"], ["0", "8", "64"]), *product(ROOM, ["float16"], ["8"])],
@@ -113,7 +115,7 @@ def test_kernels_fit_into_shared_memory(ask, capability, dtype, rank):
     check(capability, ask("shared", capability, dtype, rank))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("capability", "rank"), list(product(ROOM, ["8", "64"])))
 def test_kernels_fit_into_shared_memory_in_float32(ask, capability, rank):
     needs = ask("shared", capability, "float32", rank)
@@ -121,12 +123,14 @@ def test_kernels_fit_into_shared_memory_in_float32(ask, capability, rank):
     assert {name.removeprefix("aria.ops.kernels.") for name in needs} >= DECODE
 
 
+@pytest.mark.slow
 def test_kernels_run_on_the_gpu_of_their_tensors(ask):
     found = ask("placed")
     assert found["misplaced"] == []
     assert found["launches"].keys() == {"engine", "steps", "forward", "generate"} and all(found["launches"].values())
 
 
+@pytest.mark.slow
 def test_a_gpu_that_runs_no_kernels_is_reported_at_the_start_and_answers(ask):
     found = ask("unfit")
     assert found["launches"] == 0 and found["tokens"] == 3

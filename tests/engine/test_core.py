@@ -66,6 +66,7 @@ def test_logits_equal_a_plain_pass(settings, fused, monkeypatch):
         assert engine.scheduler.preemptions > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.1])
 def test_tokens_do_not_depend_on_company_or_preemption(temperature):
     def params(seed):
@@ -202,6 +203,7 @@ def test_max_model_len_is_what_fits_and_says_so(caplog):
     assert len(request.outputs) == 10
 
 
+@pytest.mark.slow
 def test_the_engine_runs_without_triton():
     program = """
 import sys

@@ -305,6 +305,7 @@ def test_an_answer_whose_text_cannot_be_made_fails_alone(engine, monkeypatch):
     assert not engine.core.busy and engine.core.pool.used == 0
 
 
+@pytest.mark.slow
 def test_warming_up_leaves_nothing_behind(model_folder):
     engine = Engine(model_folder, device="cpu", max_batch=3, max_model_len=600)
     engine.warm_up()

@@ -117,6 +117,7 @@ def test_streamer_gets_prompt_then_each_token(pair):
     assert [int(value) for value in record.values[1:]] == got[0, 5:].tolist()
 
 
+@pytest.mark.slow
 def test_never_past_the_room_of_the_model(pair):
     ours, _ = pair
     got = ours.generate(**left_padded([ids(4090)]), max_new_tokens=50, eos_token_id=None)

@@ -55,6 +55,7 @@ def wander(grammars: Grammars, tokenizer: AriaTokenizer, schema: object, seed: i
     return None
 
 
+@pytest.mark.slow
 def test_random_schemas_give_valid_values_without_white_space(engine):
     choice = random.Random(5)
     schemas = [random_schema(choice) for _ in range(60)]
@@ -113,6 +114,7 @@ def test_the_packaged_model_ends_no_turn_inside_of_a_value():
     assert tokenizer.encode("a")[0] in allowed
 
 
+@pytest.mark.slow
 def test_true_is_any_object(engine):
     result = engine.chat([asked("hello")], SamplingParams(max_tokens=400, json_schema=True, temperature=1.0, seed=2))[0]
     assert result.text.startswith("{")
@@ -156,6 +158,7 @@ def test_preemption_loses_nothing(engine, model_folder):
     assert tight.stats().preemptions > 0
 
 
+@pytest.mark.slow
 def test_one_step_ahead_as_on_a_gpu(engine, model_folder):
     """A step that is under way when an answer ends, or is preempted, changes nothing."""
     choice = random.Random(3)

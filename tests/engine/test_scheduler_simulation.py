@@ -350,6 +350,7 @@ class Simulation:
         assert self.scheduler.preemptions == self.counts["preempted"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_every_request_gets_its_own_tokens(ahead):
     counts: Counter[str] = Counter()

@@ -63,6 +63,7 @@ def engine():
     return alone, expected
 
 
+@pytest.mark.slow
 def test_every_request_ends_in_its_text_or_its_cancellation(engine):
     alone, expected = engine
     longest = max(len(alone.prepare(conversation(kind)[0]).ids) + conversation(kind)[1].max_tokens for kind in expected)

@@ -47,7 +47,7 @@ def test_an_input_that_ends_the_process_is_kept(data, said, tmp_path, monkeypatc
 
 
 @needs_search
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", NAMES)
 def test_a_search_of_a_minute_finds_nothing(name, tmp_path):
     found, said = run.search(name, 60.0, tmp_path)

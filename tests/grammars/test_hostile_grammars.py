@@ -134,6 +134,7 @@ def test_json_that_contains_itself_is_refused(unaided):
         unaided.compile(circle)
 
 
+@pytest.mark.slow
 def test_schemas_as_programs_write_them_are_taken(grammars):
     names = [f"property_{n}" for n in range(2000)]
     flat = {"properties": {name: {"type": "string", "maxLength": 200} for name in names}, "required": names}
@@ -197,6 +198,7 @@ def test_a_compiler_that_crashes_or_hangs_does_it_elsewhere(grammars, monkeypatc
     grammars.compile({**SMALL, "title": "another"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraint", "says"),
     [
@@ -216,6 +218,7 @@ def test_trials_need_no_pytorch():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_without_workers_the_limits_keep_the_process_alive():
     found = alone("here")
     assert found.returncode == 0, found.stderr
@@ -338,7 +341,7 @@ def test_the_kept_stay_within_bounds(unaided, monkeypatch):
 # From outside
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_refuses_them_and_lives():
     found = alone("serve")
     assert found.returncode == 0, found.stderr
@@ -353,7 +356,7 @@ def test_a_server_refuses_them_and_lives():
         assert says in error["message"], (name, error)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_batch_refuses_them_and_answers_the_rest(tmp_path):
     found = alone("batch", tmp_path)
     assert found.returncode == 1, found.stderr
@@ -361,7 +364,7 @@ def test_a_batch_refuses_them_and_answers_the_rest(tmp_path):
     assert sorted(answer["status_code"] for answer in answers) == [200, 400]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_description_refuses_them(tmp_path):
     found = alone("describe", tmp_path)
     assert found.returncode not in (0, -11, 139), found.stderr

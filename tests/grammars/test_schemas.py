@@ -466,6 +466,7 @@ def random_schema(choice: random.Random, depth: int) -> object:
     }[kind]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_whatever_a_grammar_allows_fits_the_schema():
     choice = random.Random(11)
     checked = refused = 0

@@ -44,8 +44,9 @@ def check(server: Server, watched: Watched) -> None:
     assert percentile(watched.health, 0.99) < HEALTH_SECONDS, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if killer.slow else name for name, killer in KILLERS.items()]
+    "name", [pytest.param(name, marks=pytest.mark.soak) if killer.slow else name for name, killer in KILLERS.items()]
 )
 def test_what_used_to_end_the_server_costs_nobody_else(server: Server, name: str) -> None:
     killer = KILLERS[name]
@@ -58,7 +59,7 @@ def test_what_used_to_end_the_server_costs_nobody_else(server: Server, name: str
         assert outcome.seconds < killer.seconds, outcome
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_hostile_schemas_are_followed_or_refused(server: Server) -> None:
     made = bodies()
     with watching(server, clients=2) as watched, ThreadPoolExecutor(4) as pool:

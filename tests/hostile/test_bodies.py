@@ -9,7 +9,7 @@ import pytest
 
 from tests.hostile.server import CHAT, post, probe, running
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 MOST = 256 << 20
 """Bytes of a body."""

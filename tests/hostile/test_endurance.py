@@ -37,7 +37,7 @@ from tests.hostile.server import (
     watching,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 MEDIA = int(os.environ.get("ARIA_HOSTILE_MEDIA", "1000"))
 SECONDS = float(os.environ.get("ARIA_HOSTILE_SECONDS", "300"))

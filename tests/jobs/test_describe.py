@@ -72,6 +72,7 @@ def test_media_are_found_in_order(folder):
         find_media([folder, folder / "nowhere"])
 
 
+@pytest.mark.slow
 def test_every_file_is_told_of(run, folder):
     code, told, err = run("describe", folder)
     assert code == 0
@@ -89,6 +90,7 @@ def test_every_file_is_told_of(run, folder):
     assert err == "3 done, 1 passed over\n"
 
 
+@pytest.mark.slow
 def test_clips_and_documents_are_told_of(run):
     code, told, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
     assert (code, err) == (0, "4 done, 1 passed over\n")
@@ -101,6 +103,7 @@ def test_clips_and_documents_are_told_of(run):
     assert by_name["pages.pdf"]["usage"]["media"] == {"count": 2, "crops": 2, "tokens": 256}
 
 
+@pytest.mark.slow
 def test_answers_follow_a_schema(run, tmp_path):
     schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
     file = tmp_path / "schema.json"
@@ -116,6 +119,7 @@ def test_answers_follow_a_schema(run, tmp_path):
     assert "json_schema cannot be followed" in err
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
     whole = (folder / "word.png").read_bytes()
     (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
@@ -131,6 +135,7 @@ def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
     assert err == "3 done, 2 failed, 1 passed over\n"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_another_was_stopped(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     assert run("describe", folder, "-o", out)[0] == 0
@@ -148,6 +153,7 @@ def test_a_run_goes_on_where_another_was_stopped(run, folder, tmp_path):
     assert (code, err) == (0, "0 done, 3 done before, 1 passed over\n")
 
 
+@pytest.mark.slow
 def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     run("describe", folder, "-o", out)
@@ -165,6 +171,7 @@ def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
     assert (folder / "notes.txt").read_text() == "no medium"
 
 
+@pytest.mark.slow
 def test_a_medium_or_settings_that_changed_since_are_refused_by_name(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     assert run("describe", folder, "-o", out, "--max-tokens", 3)[0] == 0
@@ -189,6 +196,7 @@ def test_a_medium_or_settings_that_changed_since_are_refused_by_name(run, folder
     assert run("describe", folder, "-o", out)[0] == 0
 
 
+@pytest.mark.slow
 def test_sampling_and_picture_settings_are_used(run, tmp_path):
     picture = tmp_path / "wide.png"
     Image.new("RGB", (900, 300), "white").save(picture)

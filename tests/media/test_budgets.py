@@ -125,6 +125,7 @@ def test_an_icon_s_own_images_count() -> None:
 # Memory
 
 
+@pytest.mark.slow
 def test_a_budget_makes_large_things_wait_and_lets_small_ones_by() -> None:
     budget = MemoryBudget()
     budget.reserve(600, 1000)
@@ -185,6 +186,7 @@ def refuse(pixels: int) -> None:
     raise ValueError("no more")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_waits_for_what_does(decoded: MemoryBudget) -> None:
     settings = MediaSettings(workers=2, decoded_bytes=1 << 20, image_timeout=60)
     picture = encoded(noise(200, 150))

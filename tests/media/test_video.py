@@ -347,6 +347,7 @@ needs_real_clips = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_real_clips
 @pytest.mark.parametrize("name", FFPROBE)
 def test_real_clips_by_what_ffprobe_says(name: str) -> None:

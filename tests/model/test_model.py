@@ -17,6 +17,7 @@ from tests.helpers.model_inputs import CASES, TOLERANCE, crops, ids, left_padded
 from tests.helpers.tiny import tiny_config, tiny_model, transformers_twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("implementation", ["fast", "reference"])
 def test_logits_equal_transformers(pair, name, implementation):

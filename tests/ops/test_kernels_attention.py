@@ -35,6 +35,7 @@ def paged(lengths, H=4, KV=4, K=32, S=16, M=None, dtype=torch.float32):
 MANY = [3 * n % 50 for n in range(66)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [paged_attention.decode_attention, decode_on_cpu], ids=["kernel", "cpu"])
 @pytest.mark.parametrize(
     "lengths, H, KV, K, S",

@@ -123,6 +123,7 @@ def test_a_linear_with_each_tokens_adapter(tokens):
     assert multi_lora_decode.linear_add(y, x, stack, adapter_ids, out=y) is y and torch.equal(y, got)
 
 
+@pytest.mark.slow
 def test_what_one_adapter_makes_infinite_stays_its_own():
     torch.manual_seed(0)
     weights, x = weights_of_a_layer(), torch.randn(6, D)

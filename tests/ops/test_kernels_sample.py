@@ -55,6 +55,7 @@ def test_draws_are_those_of_the_twin(vocabulary, dtype):
         assert drawn.tolist() == sampling.sample(*arguments).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "programs"), [(torch.float32, 1), (torch.bfloat16, 1024)])
 def test_the_least_score_kept_is_that_of_sorting(dtype, programs, monkeypatch):
     torch.manual_seed(0)
@@ -100,6 +101,7 @@ def test_launches_use_the_counters_of_their_sampler():
     assert other._arrivals.eq(1).all() and not state._arrivals.any()
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_alike_in_every_batch():
     V = 5000
     state, rows = rows_of(SETTINGS[:6], V)

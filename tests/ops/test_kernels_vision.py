@@ -124,6 +124,7 @@ for patches in (PATCHES):
 """
 
 
+@pytest.mark.slow
 def test_attention_compiles_for_hopper():
     """What it computes is for GPUs to show; here, that this Triton can build it, for either number of groups."""
     pytest.importorskip("triton.experimental.gluon")

@@ -145,6 +145,7 @@ def test_experts_without_tokens_have_gradients_of_zeros(implementation):
     assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, inputs.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
     case = Experts("one token", torch.float32, ranks=(8, 8))
     whole = gradients(case.run(moe_train), case.inputs, torch.ones(case.shape))
@@ -155,6 +156,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
         assert torch.equal(alone[name].grad, whole[name]), name
 
 
+@pytest.mark.slow
 def test_experts_drop_the_same_on_the_way_back():
     """With a mask that is part of the function, numerical derivatives are those of backward."""
     case = Experts("some", torch.float32, ranks=(8, 8))

@@ -282,6 +282,7 @@ def test_the_next_question_finds_what_was_read(tmp_path: Path, monkeypatch: pyte
     assert pickle.loads(pickle.dumps(processor)).prepare([{"role": "user", "content": "hello"}]).ids
 
 
+@pytest.mark.slow
 def test_the_engine_answers_about_clips_and_documents() -> None:
     engine = Engine(device="cpu")
     content = [

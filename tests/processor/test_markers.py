@@ -60,6 +60,7 @@ def spellings(tokenizer: AriaTokenizer, prompt: Prompt, ids: list[int]) -> dict[
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(conversations)

@@ -118,6 +118,7 @@ def test_it_tells_pictures_apart(engine, question, expected):
     assert engine.chat([asked], SamplingParams(max_tokens=60))[0].text == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "expected"),
     [((9, 0), "A red circle moves to the right."), ((0, -8), "A red circle moves up.")],
@@ -138,6 +139,7 @@ def test_it_watches_a_clip(engine, tmp_path, step, expected):
     assert engine.chat([asked], SamplingParams(max_tokens=60))[0].text == expected
 
 
+@pytest.mark.slow
 def test_it_finds_a_number_in_a_long_text(engine):
     """Eight times as long as anything in its first two stages."""
     lines = [f"{number}: what is written in line {number} of a long and dull text." for number in range(100, 163)]
@@ -157,6 +159,7 @@ def test_a_larger_size_reads_the_same_word(engine):
     assert result.usage.prompt_tokens > 128
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_text_for_ten_pictures(engine):
     twin = transformers_twin(NANO)
     processor = engine.processor
@@ -204,6 +207,7 @@ def test_quick_start_of_the_model_card():
     assert "Hello" in response
 
 
+@pytest.mark.slow
 def test_text_is_the_same_by_generate_alone_and_in_a_crowd_that_is_preempted(engine):
     model = AriaForConditionalGeneration.from_pretrained(device="cpu")
     greedy = SamplingParams(max_tokens=40)

@@ -219,6 +219,7 @@ def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str)
         assert tokenizer.processor().decode(learnt) == "".join(answers)
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
     assets.save(tmp_path / "assets.npz")
     plan = image_batches.Plan(
@@ -245,6 +246,7 @@ def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 448])
 def test_groups_and_windows_draw_what_the_whole_canvas_would(assets: Assets, renderer: Renderer, size: int):
     planner = Planner(assets, size, Random(size))

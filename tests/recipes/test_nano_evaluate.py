@@ -150,6 +150,7 @@ def test_scores_count_exact_and_near_answers_letters_and_false_doubts() -> None:
     assert "definitions" in evaluate.table(results)
 
 
+@pytest.mark.slow
 def test_a_folder_of_weights_is_evaluated_with_the_processor_of_another(
     eval_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

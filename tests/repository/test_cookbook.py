@@ -34,6 +34,7 @@ def play(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_picture(play):
     assert play("single_picture.py").splitlines() == [
         "Welcome (167 tokens asked, 8 answered)",
@@ -48,11 +49,13 @@ def test_another_model_may_be_named(play):
         play("single_picture.py", "/no/such/model")
 
 
+@pytest.mark.slow
 def test_several_pictures(play):
     # Nano has learned one question at a time, so what it says to two of them is left open.
     assert all(play("several_pictures.py").splitlines())
 
 
+@pytest.mark.slow
 def test_a_document(play):
     lines = play("document.py").splitlines()
     tokens = [int(found) for found in re.findall(r"\(tokens: (\d+)\)", "\n".join(lines))]
@@ -62,17 +65,20 @@ def test_a_document(play):
     assert tokens[2] > 10 * tokens[0]
 
 
+@pytest.mark.slow
 def test_a_clip(play):
     lines = play("video.py").splitlines()
     frames = [int(found) for found in re.findall(r"\(frames: (\d+), tokens: \d+\)", "\n".join(lines))]
     assert frames == [1, 8, 8]  # four seconds, two frames a second
 
 
+@pytest.mark.slow
 def test_a_chart(play):
     *_, table = play("chart.py").splitlines()
     assert re.fullmatch(r"\[.*\] in all: -?\d+", table)
 
 
+@pytest.mark.slow
 def test_json(play):
     said = json.loads(play("json_extraction.py"))
     assert list(said) == ["shop", "date", "items", "paid"]

@@ -85,6 +85,7 @@ def local_imports(tree: ast.AST, file: Path, package: Path) -> set[int]:
     return {node.lineno for node in inside if any(rooms_imported(node, file, package))}
 
 
+@pytest.mark.slow
 def test_rooms_import_only_downward():
     assert not (found := faults(ROOT / "src" / "aria")), "\n".join(found)
 
@@ -122,6 +123,7 @@ def _write(file: Path, source: str) -> None:
     file.write_text(source, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_files_are_short_and_say_what_they_are():
     folders = (ROOT / name for name in ("src", "recipes", "bench", "examples", "tests"))
     files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]

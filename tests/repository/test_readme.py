@@ -17,6 +17,7 @@ BLOCKS = re.findall(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_code_in_the_readme_runs(number, monkeypatch, capsys):
     code = BLOCKS[number]

@@ -82,6 +82,7 @@ def test_models_are_the_base_and_then_its_adapters(live):
     assert told.value.code == "model_not_found" and told.value.param == "model"
 
 
+@pytest.mark.slow
 def test_the_model_field_chooses_who_answers(live, engine):
     answers = {name: expected(engine, name) for name in NAMES}
     assert len(set(answers.values())) == 3
@@ -119,6 +120,7 @@ def unload(live, name: str, **fields):
     return live.post("/v1/unload_lora_adapter", lora_name=name, **fields)
 
 
+@pytest.mark.slow
 def test_adapters_are_loaded_and_unloaded_at_run_time(engine, folders):
     answers = {name: expected(engine, name) for name in NAMES}
     with serving.running(ServerSettings(allow_adapter_updates=True)) as live:
@@ -191,6 +193,7 @@ def test_a_batch_asks_for_adapters_by_name(command, engine, model_folder, folder
         assert told[name]["body"]["choices"][0]["message"]["content"] == expected(engine, other)
 
 
+@pytest.mark.slow
 def test_chat_and_describe_answer_with_an_adapter(command, model_folder, folders, tmp_path, capsys):
     engine = Engine(model_folder, device="cpu", adapters=folders)
     assert command("chat", "-m", model_folder, "--adapter", folders["experts"], "--max-tokens", 12, "hello") == 0

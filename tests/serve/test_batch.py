@@ -71,6 +71,7 @@ def run(capsys, command):
     return call
 
 
+@pytest.mark.slow
 def test_lines_are_answered_as_by_the_server(run, tmp_path):
     requests = [
         request("hello", ask("hello")),
@@ -118,6 +119,7 @@ def test_lines_are_answered_as_by_the_server(run, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_lines_may_come_and_files_may_be_allowed(run, tmp_path):
     parts = [
         {"type": "image_url", "image_url": {"url": str(PICTURES / "emoji.png")}},
@@ -173,6 +175,7 @@ def test_files_are_not_mixed_up(run, tmp_path):
     assert source.read_bytes() == before and len(read(other)) == 1
 
 
+@pytest.mark.slow
 def test_a_request_that_changed_since_is_refused_by_name(run, tmp_path):
     requests = [request(name, ask(f"hello {name}", max_tokens=2)) for name in "abc"]
     source, out = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
@@ -194,6 +197,7 @@ def test_a_request_that_changed_since_is_refused_by_name(run, tmp_path):
     assert run(write(source, requests), out) == (0, "2 done, 1 done before\n")
 
 
+@pytest.mark.slow
 def test_another_model_does_not_go_on_with_an_output(run, tmp_path):
     source, out = write(tmp_path / "in.jsonl", [request("a", ask("hello", max_tokens=2))]), tmp_path / "out.jsonl"
     assert run(source, out)[0] == 0
@@ -238,6 +242,7 @@ def test_clips_and_documents_are_told_apart(tmp_path):
     assert [name for name, value in heavy.items() if value] == ["clip", "document", "document too"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["b", None])
 def test_an_input_that_changes_meanwhile_ends_the_batch(tmp_path, other):
     source = write(tmp_path / "in.jsonl", [request("a", ask("hello"))])
@@ -266,6 +271,7 @@ SLOW = {"max_tokens": 40, "ignore_eos": True}
 """Answers that take a while."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_a_killed_batch_loses_nothing_and_does_nothing_twice(run, tmp_path):
     names = [f"line {i}" for i in range(8)]

@@ -48,6 +48,7 @@ def hold(live: Live, nbytes: int, key: str = "none") -> socket.socket:
 # Time
 
 
+@pytest.mark.slow
 def test_slow_bodies_take_no_place_of_running_requests() -> None:
     with running(ServerSettings(max_queue=0, body_seconds=SECONDS)) as live, ExitStack() as stack:
         count = live.app.state.traffic.places + 4
@@ -214,6 +215,7 @@ def test_work_of_clients_that_left_counts_until_it_has_ended(monkeypatch: pytest
         assert live.post("/tokenize", prompt="hello").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_request_has_a_deadline() -> None:
     with running(ServerSettings(request_seconds=0.5)) as live:
         error = error_of(live.post(CHAT, **LONG), 504)

@@ -23,6 +23,7 @@ GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 # Headers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begin", "more"),
     [(b"G", b"E"), (b"GET / HTTP/1.1\r\nX-A: ", b"a"), (b"GET / HTTP/1.1\r\n", b"A: a\r\n"), (b"GET /", b"a")],
@@ -107,6 +108,7 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_number() -> None:
 # Idle ones, and many
 
 
+@pytest.mark.slow
 def test_a_connection_without_a_request_is_closed() -> None:
     with running(ServerSettings(idle_seconds=0.4, header_seconds=LONG)) as live:
         with live.connect() as fresh, live.connect(GET) as used:
@@ -121,6 +123,7 @@ def test_a_connection_without_a_request_is_closed() -> None:
             assert response(slow)[0] == 200
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_body_is_not_waited_for_when_the_answer_is_out() -> None:
     with running(ServerSettings(header_seconds=0.4, idle_seconds=LONG, body_seconds=LONG)) as live:
         sent = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"

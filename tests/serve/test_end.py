@@ -156,6 +156,7 @@ def stuck(folder: Path, *options: str) -> Iterator[tuple[Process, Any]]:
         yield server, asked
 
 
+@pytest.mark.slow
 @posix
 def test_a_thread_that_cannot_be_stopped_does_not_keep_the_process(tmp_path: Path) -> None:
     with stuck(tmp_path, "--drain-seconds", "1") as (server, asked):
@@ -165,6 +166,7 @@ def test_a_thread_that_cannot_be_stopped_does_not_keep_the_process(tmp_path: Pat
         assert "threads are still at work" in server.process.stderr.read()
 
 
+@pytest.mark.slow
 @posix
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with stuck(tmp_path, "--drain-seconds", "3600") as (server, asked):
@@ -177,7 +179,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 
 
 @posix
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_it(tmp_path: Path, number: signal.Signals) -> None:
     with stuck(tmp_path, "--drain-seconds", "1", "--media-workers", "2") as (server, _):
@@ -188,6 +190,7 @@ def test_no_process_outlives_it(tmp_path: Path, number: signal.Signals) -> None:
         until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in others))
 
 
+@pytest.mark.slow
 @posix
 def test_sigterm_lets_running_answers_finish(tmp_path):
     drained = tmp_path / "drained"

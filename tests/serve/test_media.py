@@ -78,6 +78,7 @@ def test_what_has_to_stay_may_be_too_long():
             prepare_latest(conversation(said), never, words, 10)
 
 
+@pytest.mark.slow
 def test_responses_drop_what_does_not_fit_where_they_may(live):
     said = [{"role": ("user", "assistant")[i % 2], "content": f"{i} " + "word " * 300} for i in range(15)]
     asked = {"input": said, "instructions": "Be brief.", "max_output_tokens": 4, "temperature": 0}

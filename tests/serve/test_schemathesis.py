@@ -179,6 +179,7 @@ CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance,
 OTHERS = ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*GOOD, *OTHERS])
 def test_the_description_is_true(description, path):
     bodies = description[path]["POST" if path in GOOD else "GET"].as_strategy()

@@ -385,6 +385,7 @@ print(native() - before, sum(thread.name.startswith("aria-data") for thread in t
 """
 
 
+@pytest.mark.slow
 def test_reading_ahead_starts_no_threads_of_pytorch_s(tmp_path):
     """With more of them than cores, those of the training would sleep whenever they wait for each other."""
     for i in range(12):

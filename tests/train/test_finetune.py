@@ -42,6 +42,7 @@ def asked(folder: Path, processor: AriaProcessor, name: str) -> list:
     return questions(DataSettings(paths=((folder / "flags" / f"{name}.jsonl").as_posix(),)), processor, 100)
 
 
+@pytest.mark.slow
 def test_rehearsal_has_the_answers_of_the_model(folder, processor):
     rows = asked(folder, processor, "old")
     answers = Engine(device="cpu").chat([list(row.messages) for row in rows], SamplingParams(max_tokens=128))
@@ -59,6 +60,7 @@ def test_flags_are_drawn_the_same_each_time(folder, tmp_path):
     assert (tmp_path / "train.jsonl").read_bytes() == (folder / "flags/train.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_merged_served_and_in_transformers_it_says_the_same(command, folder, processor, monkeypatch):
     monkeypatch.chdir(folder)
     # Another head start than the recipe's: in a few steps every answer has to differ from what nano said.

@@ -222,6 +222,7 @@ def ranks(tmp_path_factory):
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks processes after PyTorch was imported")
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_without_rows_save_resume_and_export(ranks, kind):

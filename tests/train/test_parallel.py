@@ -27,6 +27,7 @@ def spread(tmp_path_factory):
     return trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
 def test_ranks_train_as_one_process_does(spread, ranks, name):
     case, several = CASES[ranks][name], spread(ranks)[name]

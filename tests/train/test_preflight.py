@@ -154,6 +154,7 @@ def test_checkpointing_averages_and_ranks_change_what_they_should():
     assert spread.gradients == pytest.approx(plain.gradients / 4, rel=0.01) and spread.weights < plain.weights
 
 
+@pytest.mark.slow
 def test_ranks_that_share_sequences_keep_their_part_of_the_tokens():
     estimator = Estimator(tiny_config(), CPU)
     chosen = {"targets": {"method": "full", "freeze_vit": True}}
@@ -176,6 +177,7 @@ def test_ranks_that_share_sequences_keep_their_part_of_the_tokens():
     assert check(spread, config, GPU, available=need, world=8).step_tokens * 4 == 65536 * 64 * 8
 
 
+@pytest.mark.slow
 def test_every_rank_needs_room_for_the_whole_model_before_it_is_spread():
     config = AriaConfig.aria()
     told = recipe(batch={"tokens": 4096})
@@ -209,6 +211,7 @@ def test_what_cannot_fit_is_refused_with_settings_that_do():
         check(told, config, CPU, available=1000)
 
 
+@pytest.mark.slow
 def test_the_published_shape_on_one_gpu_of_80_gb():
     gpu = 78 << 30
     config = AriaConfig.aria()
@@ -219,6 +222,7 @@ def test_the_published_shape_on_one_gpu_of_80_gb():
     assert "optimizer" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_recipes_of_full_weights_fit_the_gpus_that_they_name():
     gpu, config, folder = int(79e9), AriaConfig.aria(), Path(__file__).parents[2] / "recipes"
     for name, gpus in (("full", 8), ("full-8bit", 4)):

@@ -110,6 +110,7 @@ def test_the_command_told_at_the_end_answers(command, recipe, tmp_path, model_fo
     assert command(*told, "--max-tokens", 2, "hello") == 0
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_each_asked_once_and_bad_ones_told(command, recipe, tmp_path, data, capsys):
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     counts, held = [], tmp_path / "held"
@@ -125,6 +126,7 @@ def test_held_out_rows_are_each_asked_once_and_bad_ones_told(command, recipe, tm
     assert two["held-out problems"][0].startswith((held / "two and a bad one.jsonl:3").as_posix())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_evaluated_again(command, recipe, tmp_path, data, capsys):
     out = tmp_path / "run"
     file = recipe(**{"budget.steps": 2, "evaluate.data": [data.as_posix()], "evaluate.samples": 1})
@@ -203,6 +205,7 @@ def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_beside(
         assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[norm], scale * weights[norm])
 
 
+@pytest.mark.slow
 def test_weights_take_the_place_of_an_adapter_trained_there_before(command, recipe, tmp_path):
     """transformers would add it to them."""
     out = tmp_path / "run"
@@ -212,6 +215,7 @@ def test_weights_take_the_place_of_an_adapter_trained_there_before(command, reci
     assert (out / "export" / "model.safetensors").is_file() and not list((out / "export").glob("adapter_*"))
 
 
+@pytest.mark.slow
 def test_adapters_do_not_come_to_lie_beside_weights_trained_there_before(command, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     assert command("train", recipe("[targets]\nmethod = 'full'\n", **{"budget.steps": 1}), "--out", out) == 0
@@ -223,6 +227,7 @@ def test_adapters_do_not_come_to_lie_beside_weights_trained_there_before(command
     assert (out / "recipe.toml").read_text(encoding="utf-8") == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
     top = {
@@ -263,6 +268,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     assert timeless[0] == timeless[1] and len(timeless[0]) == 50
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     file = recipe(**{"budget.steps": 2})
@@ -282,6 +288,7 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     assert lines(out)[-1]["learning rate"] <= 1e-6 < lines(out)[0]["learning rate"]
 
 
+@pytest.mark.slow
 def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
     out = tmp_path / "run"
     assert command("train", recipe(**{"budget.epochs": 2.0}), "--out", out) == 0
@@ -304,6 +311,7 @@ def fails(*_, **__):
     raise OSError("no space left on device")
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_exported_whatever_happens_to_its_checkpoint(
     command, recipe, tmp_path, model_folder, monkeypatch, capsys
 ):
@@ -341,6 +349,7 @@ def test_an_interrupted_command_says_what_is_saved(command, recipe, tmp_path, mo
     assert told.format(out=out) in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, capsys):
     out, file = tmp_path / "run", recipe(**{"budget.epochs": 6.0})
     assert command("train", file, "--out", out, "--dry-run") == 0
@@ -406,6 +415,7 @@ def test_only_a_run_of_the_recipe_is_exported(command, recipe, tmp_path, capsys)
     assert command("train", file, "--out", out, "--export", "--set", "budget.steps=9") == 0
 
 
+@pytest.mark.slow
 def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
     out = tmp_path / "run"
     settings = [
@@ -421,8 +431,8 @@ def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
 
 def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_path):
     out = tmp_path / "run"
-    kinds = {f"{kind}.factory": f"toy_training:{kind}" for kind in ("model", "data", "objective")}
-    kinds["data.factory"] = "toy_training:stream"
+    kinds = {f"{kind}.factory": f"tests.helpers.toy_training:{kind}" for kind in ("model", "data", "objective")}
+    kinds["data.factory"] = "tests.helpers.toy_training:stream"
     text = "[targets]\nmethod = 'full'\nfreeze_vit = false\n"
     top = {"budget.steps": 4, "optimizer.learning_rate": 0.01, "batch.tokens": 64}
     file = recipe(text, **kinds, **top)
@@ -436,6 +446,7 @@ def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_pa
     assert command("train", file, "--out", out, "--dry-run") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback of Windows is not what is tested here")
 def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path, data, model_folder, capsys):
     out = tmp_path / "run"
@@ -507,6 +518,7 @@ def test_rows_that_cannot_be_used_are_told_before_the_weights_are_read(
     assert "rows.jsonl:21: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_bad_row_may_go_on_past_it(command, recipe, tmp_path, data, capsys, monkeypatch):
     # A row that the look before the training passes over.
     monkeypatch.setattr("aria.train.data.look.MOST_ROWS", 20)

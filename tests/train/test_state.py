@@ -197,6 +197,7 @@ def killed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(killed):
     whole, again = (torch.load(killed / name / "end.pt") for name in ("whole", "killed"))
     assert again["began"] == 4 and whole["began"] == 0
@@ -217,6 +218,7 @@ def test_another_number_of_ranks_goes_on(killed):
         torch.testing.assert_close(alone["weights"][name], weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
 def test_moments_in_8_bits_go_on_on_another_number_of_ranks(tmp_path):
     script, kind = ("-m", "tests.helpers.elastic"), "adamw8bit"
@@ -243,6 +245,7 @@ def test_moments_in_8_bits_go_on_on_another_number_of_ranks(tmp_path):
     assert torch.load(tmp_path / "again" / "end.pt")["began"] == 8
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_all(tmp_path):
     ended = torchrun("-m", "tests.helpers.elastic", tmp_path / "run", 8, ARIA_TEST_RAISE_AT="3")
     assert ended.returncode != 0

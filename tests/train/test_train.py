@@ -296,6 +296,7 @@ def make_batch(pictures: int, squares: bool = True, words: int = 3) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_twenty_pictures_by_heart() -> None:
     tiny = tiny_config(400)
     vision = VisionConfig(

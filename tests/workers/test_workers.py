@@ -138,6 +138,7 @@ def test_a_process_whose_time_is_up_is_killed(workers: Workers) -> None:
     until(lambda: is_gone(pids[0]), 5)
 
 
+@pytest.mark.slow
 def test_who_could_not_work_is_not_at_fault(workers: Workers) -> None:
     begin = time.monotonic()
     with pytest.raises(BusyError, match=r"reading the thing took longer than 0.5 s; the server is busy, try again"):
@@ -304,6 +305,7 @@ def test_paused_jobs_hold_no_more_memory_than_one_process_may() -> None:
         thread.join()
 
 
+@pytest.mark.slow
 def test_long_jobs_do_not_keep_short_ones_waiting(workers: Workers) -> None:
     def spin() -> None:
         with pytest.raises((ValueError, BusyError), match="took longer"):
