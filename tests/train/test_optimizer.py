@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from aria.train.optimizer import OptimizerSettings, clip_gradients, make_optimizer, orthogonal, round_by_chance
+from aria.train.optimizer import OptimizerSettings, clip_gradients, make_optimizer, orthogonal, stochastic_round
 from aria.train.state import RunState, trained_weights
 from tests.helpers import few_rows
 from tests.helpers.repository import environment
@@ -144,11 +144,11 @@ def test_steps_below_the_precision_of_bf16_add_up(rounding, moves):
 def test_rounding_by_chance_is_right_on_average_and_leaves_what_is_exact():
     torch.manual_seed(0)
     wide = torch.tensor([1.001, -3.3333, 1e-30, 7.7e30])
-    mean = torch.stack([round_by_chance(wide).double() for _ in range(4000)]).mean(0)
+    mean = torch.stack([stochastic_round(wide).double() for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, wide.double(), rtol=2e-4, atol=0)
     exact = torch.tensor([1.5, -0.25, 0.0, float("inf"), float("-inf")])
-    assert torch.equal(round_by_chance(exact).float(), exact)
-    assert round_by_chance(torch.tensor([float("nan")])).isnan().all()
+    assert torch.equal(stochastic_round(exact).float(), exact)
+    assert stochastic_round(torch.tensor([float("nan")])).isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -24,7 +24,6 @@ from aria.train.objective import Objective, Step
 from aria.train.optimizer import make_optimizer
 from aria.train.preflight import Estimator, check, saved_bytes, size
 from aria.train.recipe import Recipe
-from aria.train.run import trained_parts
 from tests.helpers.tiny import tiny_config, tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -292,7 +291,7 @@ def test_flops_are_those_that_pytorch_counts(chosen, a_token):
     # Short ones, so that causal attention, of which PyTorch counts both halves, is little.
     rows = torch.randint(10, 300, (64, 12), generator=generator)
     batch = Batch.pack([Sample(ids, ids.roll(-1)) for ids in rows], 64 * 12, 2)
-    trained = trained_parts(model, full=full)
+    trained = Trained.of(model, full=full)
     # Where it trains, the projector reads a grey patch at least.
     grey = [Crops(torch.zeros(1, 3, 490, 490), ((14, 14),))] if trained.projector else []
     counted = batch_flops(config, trained, batch.lengths, batch.labels, grey)
@@ -310,7 +309,7 @@ def test_flops_are_those_that_pytorch_counts(chosen, a_token):
 def test_adapters_of_later_layers_cost_the_first_ones_no_gradient():
     config = tiny_config()
     chosen = {"modules": ["experts.fc1"], "freeze_llm_layers": [0, 1]}
-    found = trained_parts(trained_model(recipe(targets=chosen)), full=False)
+    found = Trained.of(trained_model(recipe(targets=chosen)), full=False)
     assert found.passes == (1, 1, 2, 2)
     every = Trained(False, False, True, False)
     assert batch_flops(config, found, [10, 30], 5) < 0.7 * batch_flops(config, every, [10, 30], 5)

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from aria import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 from aria.checkpoint.adapter import read_adapter
 from aria.cli.train import answer
-from aria.train.recipe import Recipe
-from aria.train.run import _objective, export_checkpoint, train
+from aria.train import Recipe, train
+from aria.train.assemble import make_objective
+from aria.train.export import export_checkpoint
 from tests.helpers.signals import start, start_interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -337,14 +338,17 @@ def test_what_was_trained_is_exported_whatever_happens_to_its_checkpoint(
 
 @pytest.mark.parametrize(
     ("during", "told"),
-    [("export", "interrupted; step 1 is saved in {out}; rerun to resume"), ("_load", "before the first checkpoint")],
+    [
+        ("run.export", "interrupted; step 1 is saved in {out}; rerun to resume"),
+        ("assemble.load", "before the first checkpoint"),
+    ],
 )
 def test_an_interrupted_command_says_what_is_saved(command, recipe, tmp_path, monkeypatch, capsys, during, told):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     out, file = tmp_path / "run", recipe(**{"budget.steps": 1})
-    monkeypatch.setattr(f"aria.train.run.{during}", interrupted)
+    monkeypatch.setattr(f"aria.train.{during}", interrupted)
     assert command("train", file, "--out", out) == 130
     assert told.format(out=out) in " ".join(capsys.readouterr().err.split())
 
@@ -364,7 +368,7 @@ def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, 
     for missing in ("data.paths", "evaluate.data"):
         capsys.readouterr()
         assert command("train", file, "--dry-run", "--set", f'{missing}=["not/yet"]') == 0
-        assert "what is not there yet: no data set at 'not/yet'" in " ".join(capsys.readouterr().out.split())
+        assert "what does not exist yet: no data set at 'not/yet'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
@@ -387,7 +391,7 @@ def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
 
 
 def test_mistakes_are_told_before_weights_are_read(command, recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("aria.train.run.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("aria.train.assemble.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     for sets in (
         'data.paths=["nowhere"]', 'evaluate.data=["nowhere"]', "objective.balance_group=3", "model.adapter=nowhere",
         'optimizer.rates={"nothing*"=0.5}', 'targets.modules=["q_prj"]',
@@ -508,7 +512,7 @@ def test_rows_that_cannot_be_used_are_told_before_the_weights_are_read(
     before = capsys.readouterr().err.partition("What trains")[0]
     for place in ("rows.jsonl:21: not JSON", "rows.jsonl:23: no messages"):
         assert place in before
-    monkeypatch.setattr("aria.train.run.load_model", unread)
+    monkeypatch.setattr("aria.train.assemble.load_model", unread)
     stop = ["--set", "data.on_error=stop"]
     for more in ([*rows, *stop], [*held, *stop]):
         assert command("train", file, "--out", tmp_path / "run", *more) == 2
@@ -548,7 +552,7 @@ def test_ranks_that_share_sequences_share_their_flops(model_folder):
         parts = SimpleNamespace(
             recipe=Recipe(), aria=aria, processor=processor, parallel=SimpleNamespace(sequence=ranks)
         )
-        counted.append(_objective(parts)[1](batch))
+        counted.append(make_objective(parts)[1](batch))
     assert counted[0] == 2 * counted[1] > 0
 
 

@@ -31,8 +31,10 @@ from aria.train.progress import (
     load_report,
     measured_rate,
 )
-from aria.train.schedule import ShareBudget, StepBudget, TimeBudget, rate_share
-from aria.train.trainer import Descent, LoopSettings, Position, Trainer
+from aria.train.run import run_to_end
+from aria.train.schedule import ShareBudget, StepBudget, TimeBudget, lr_factor
+from aria.train.trainer import LoopSettings, Position, Trainer
+from aria.train.update import ParameterUpdate
 
 RANKS = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, max=lambda x: x)
 
@@ -71,7 +73,7 @@ def toy(**changes):
     optimizer = changes.pop("optimizer", None) or torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     parameters = dict(model.named_parameters())
     average = changes.pop("average", None)
-    descent = Descent(parameters, optimizer, clip=nn.utils.clip_grad_norm_, clip_norm=10.0, average=average)
+    update = ParameterUpdate(parameters, optimizer, clip=nn.utils.clip_grad_norm_, clip_norm=10.0, average=average)
     stream = changes.pop("stream", None) or Numbers()
     budget = changes.pop("budget", None) or StepBudget(12)
     lines: list[dict] = []
@@ -79,13 +81,13 @@ def toy(**changes):
     reporter = Reporter([sink], Console(file=io.StringIO()))
     outside = {name: changes.pop(name) for name in ("save", "due", "evaluate", "position", "flops") if name in changes}
     settings = LoopSettings(**{"log_every": 4, **changes})
-    trainer = Trainer(objective, stream, descent, budget, settings, RANKS, reporter=reporter, **outside)
-    return SimpleNamespace(model=model, trainer=trainer, descent=descent, stream=stream, lines=lines)
+    trainer = Trainer(objective, stream, update, budget, settings, RANKS, reporter=reporter, **outside)
+    return SimpleNamespace(model=model, trainer=trainer, update=update, stream=stream, lines=lines)
 
 
 def test_it_descends_and_tells_means_of_its_intervals():
     run = toy(budget=StepBudget(200), schedule={"kind": "cosine"})
-    assert run.trainer.run() == "done"
+    assert run_to_end(run.trainer) == "done"
     torch.testing.assert_close(run.model.weight[0], torch.tensor([1.0, -2.0, 0.5]), atol=0.02, rtol=0)
     assert [line["step"] for line in run.lines] == list(range(4, 201, 4))
     assert run.lines[-1]["loss"] < run.lines[0]["loss"] / 100
@@ -108,7 +110,7 @@ def test_accumulated_parts_make_the_step_of_the_whole():
     weights = []
     for stream, accumulate in ((Joined(), 1), (Numbers(), 2)):
         run = toy(stream=stream, budget=StepBudget(3), accumulate=accumulate)
-        run.trainer.run()
+        run_to_end(run.trainer)
         weights.append(run.model.weight.detach())
     torch.testing.assert_close(*weights)
 
@@ -120,27 +122,27 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(fused):
         stream=Numbers(poison=(5,)), save=lambda wait, prune: saved.append((prune, run.model.weight.detach().clone()))
     )
     if not fused:
-        run.descent.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-        run.descent.optimizer.param_groups[0]["initial_lr"] = 0.1
+        run.update.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+        run.update.optimizer.param_groups[0]["initial_lr"] = 0.1
     with pytest.raises(FloatingPointError, match="1 of the last 4 steps before step 8"):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert run.lines[-1]["skipped"] == 1 and len(saved) == 1
     [(prune, weight)] = saved
     assert weight.isfinite().all() and not prune, "older weights may be what is wanted"
     forgiving = toy(stream=Numbers(poison=(5,)), max_skipped=1)
-    assert forgiving.trainer.run() == "done" and forgiving.model.weight.isfinite().all()
+    assert run_to_end(forgiving.trainer) == "done" and forgiving.model.weight.isfinite().all()
 
 
 def test_a_skipped_step_leaves_weights_and_moments_to_the_bit():
     states = []
 
     def look(step: int) -> bool:
-        moments = run.descent.optimizer.state[run.model.weight]
+        moments = run.update.optimizer.state[run.model.weight]
         states.append([run.model.weight.detach().clone(), *(value.clone() for value in moments.values())])
         return False
 
     run = toy(stream=Numbers(poison=(2,)), max_skipped=1, budget=StepBudget(4), due=look)
-    run.trainer.run()
+    run_to_end(run.trainer)
     _, second, third, fourth = states
     assert all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
     assert not torch.equal(third[0], fourth[0])
@@ -158,7 +160,7 @@ def test_a_signal_saves_and_ends_quietly(number):
         return inner(batch, step)
 
     run.trainer.objective = interrupted
-    assert run.trainer.run() == "terminated"
+    assert run_to_end(run.trainer) == "terminated"
     assert run.trainer.position.step == 7 and saves == [True]
     assert run.lines[-1]["step"] == 7
     assert signal.getsignal(number) == before
@@ -176,21 +178,22 @@ def test_a_second_interrupt_does_not_wait():
 
     run.trainer.objective = interrupted
     with pytest.raises(KeyboardInterrupt):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert run.trainer.position.step == 0
 
 
 def test_it_stops_after_a_time_and_when_the_data_end():
-    assert toy(stop_after=0.0).trainer.run() == "time is up"
+    assert run_to_end(toy(stop_after=0.0).trainer) == "time is up"
     run = toy(stream=Numbers(5), accumulate=2)
-    assert run.trainer.run() == "data ended"
+    assert run_to_end(run.trainer) == "data ended"
     # The last step has one part less, as many labels less, and is a step all the same.
     assert run.trainer.position.step == 3
 
 
 def test_it_saves_when_it_is_time_and_once_more_at_the_end():
     saves = []
-    toy(budget=StepBudget(7), due=lambda step: step % 3 == 0, save=lambda wait, prune: saves.append(wait)).trainer.run()
+    run = toy(budget=StepBudget(7), due=lambda step: step % 3 == 0, save=lambda wait, prune: saves.append(wait))
+    run_to_end(run.trainer)
     assert saves == [False, False, True]
 
 
@@ -202,7 +205,7 @@ def test_held_out_data_are_asked_at_intervals_and_at_the_end():
         evaluate=lambda: {"held-out loss": 1.5},
         save=lambda wait, prune: saves.append(run.trainer.position.step),
     )
-    run.trainer.run()
+    run_to_end(run.trainer)
     assert [line["step"] for line in run.lines if "held-out loss" in line] == [4, 8, 10]
     assert saves == [10], "evaluating writes no checkpoint"
 
@@ -221,7 +224,7 @@ def test_steps_before_held_out_data_that_fail_are_saved(disk):
     run = toy(evaluate_every=4, evaluate=fails, save=save)
     said = "no such row" if disk == "there" else "no such row.*Nor could the steps before it be saved: no space left"
     with pytest.raises(KeyError if disk == "there" else RuntimeError, match=said):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert saves == [(4, True, False)] and not run.trainer.finished
 
 
@@ -232,7 +235,7 @@ def test_a_training_is_saved_before_held_out_data_can_fail():
     saves = []
     run = toy(budget=StepBudget(3), evaluate=fails, save=lambda wait, prune: saves.append(wait))
     with pytest.raises(OSError, match="no such file"):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert saves == [True]
 
 
@@ -242,14 +245,14 @@ def test_a_last_checkpoint_that_fails_leaves_a_finished_training():
 
     run = toy(budget=StepBudget(3), save=full)
     with pytest.raises(OSError, match="no space left"):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert run.trainer.finished
 
 
 def test_data_without_a_batch_are_an_error():
     run = toy(stream=Numbers(0))
     with pytest.raises(ValueError, match="ended before the first step"):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert not run.trainer.finished
 
 
@@ -292,7 +295,7 @@ def test_a_rank_whose_data_end_first_takes_part_in_the_steps_of_the_other(kind, 
         run.trainer.ranks, run.trainer._data_ranks, inner = ranks, 2, run.trainer.objective
         run.trainer.objective = lambda batch, step, i=inner, b=batches: b.append(batch.labels) or i(batch, step)
     with ThreadPoolExecutor(2) as pool:
-        ends = [future.result() for future in [pool.submit(run.trainer.run) for run in runs]]
+        ends = [future.result() for future in [pool.submit(run_to_end, run.trainer) for run in runs]]
     assert ends == ["data ended"] * 2 and [len(batches) for batches in seen] == used
     assert seen[0] == [4, 4, 4, 0][: used[0]] and seen[1] == [4] * used[1]
     assert [run.trainer.position.step for run in runs] == [2, 2]
@@ -315,23 +318,23 @@ def test_the_first_step_counts_in_what_is_told_and_not_in_the_budget(monkeypatch
         return inner(batch, step)
 
     run.trainer.objective = slow
-    run.trainer.run()
+    run_to_end(run.trainer)
     assert (run.trainer.clock.spent, run.trainer.clock.seconds) == (5 * steps, 5 * (steps - 1))
 
 
 def test_the_average_follows_the_weights_and_is_lent():
     run = toy(average=0.5, budget=StepBudget(40))
-    run.trainer.run()
-    weight, average = run.model.weight.detach().clone(), run.descent.average["weight"]
+    run_to_end(run.trainer)
+    weight, average = run.model.weight.detach().clone(), run.update.average["weight"]
     assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.2)
-    with run.descent.averaged():
+    with run.update.averaged():
         assert torch.equal(run.model.weight, average)
     assert torch.equal(run.model.weight, weight)
 
 
 def test_a_frozen_model_is_refused():
     with pytest.raises(ValueError, match="nothing trains"):
-        Descent({}, torch.optim.SGD([torch.zeros(1)]), clip=nn.utils.clip_grad_norm_, clip_norm=1.0)
+        ParameterUpdate({}, torch.optim.SGD([torch.zeros(1)]), clip=nn.utils.clip_grad_norm_, clip_norm=1.0)
 
 
 # Schedules and budgets
@@ -352,7 +355,7 @@ def test_a_frozen_model_is_refused():
     ],
 )
 def test_rates(step, progress, settings, expected):
-    assert rate_share(step, progress, **settings) == pytest.approx(expected)
+    assert lr_factor(step, progress, **settings) == pytest.approx(expected)
 
 
 def test_budgets():
@@ -458,14 +461,14 @@ def test_the_bar_ends_full():
     out = io.StringIO()
     run = toy(budget=StepBudget(7), log_every=5)
     run.trainer._reporter = Reporter([], Console(file=out, force_terminal=True, width=160))
-    run.trainer.run()
+    run_to_end(run.trainer)
     run.trainer._reporter.close()
     assert "100%" in out.getvalue() and "step 7/7" in out.getvalue()
 
 
 def test_a_log_that_is_piped_says_how_far_it_is_and_what_is_left():
     run = toy(budget=StepBudget(12))
-    run.trainer.run()
+    run_to_end(run.trainer)
     shown = run.trainer._reporter.console.file.getvalue()
     assert re.search(r"^step 8: loss .*, 8/12 steps, \d+(\.\d)? (s|min) left$", shown, re.MULTILINE), shown
     assert [line["total steps"] for line in run.lines] == [12, 12, 12]
@@ -520,7 +523,7 @@ def test_what_was_learnt_before_the_data_fail_is_saved(accumulate):
         return run.trainer.position.step
 
     with pytest.raises(OSError, match="the disk is gone"):
-        run.trainer.run()
+        run_to_end(run.trainer)
     steps = 7 // accumulate
     assert saved == [(steps, steps * accumulate, True)], "batches of the step that was not made come again"
     assert run.lines[-1]["step"] == steps
@@ -537,7 +540,7 @@ def test_data_and_disk_that_fail_together_are_both_told():
         raise OSError("no space left")
 
     with pytest.raises(RuntimeError, match=r"rows\.jsonl:7: not JSON.*no space left") as caught:
-        toy(stream=Failing(), save=full).trainer.run()
+        run_to_end(toy(stream=Failing(), save=full).trainer)
     assert isinstance(caught.value.__cause__, ValueError)
 
 
@@ -552,7 +555,7 @@ def test_another_rank_whose_data_fail_ends_this_one():
 
     run.trainer.ranks = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, max=most)
     with pytest.raises(RuntimeError, match="data of another process"):
-        run.trainer.run()
+        run_to_end(run.trainer)
     assert saved == [4]
 
 
@@ -564,5 +567,5 @@ def test_data_that_fail_at_once_leave_no_checkpoint():
 
     saved = []
     with pytest.raises(ValueError, match="no rows"):
-        toy(stream=Empty(), save=lambda wait, prune: saved.append(wait)).trainer.run()
+        run_to_end(toy(stream=Empty(), save=lambda wait, prune: saved.append(wait)).trainer)
     assert not saved

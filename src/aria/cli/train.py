@@ -71,14 +71,16 @@ def train(
         raise ValueError("which RECIPE? `aria train --init lora --data FOLDER` writes one")
     # Checkpoints are written by what many processes use; that there is one is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    from aria.train.recipe import Recipe
-    from aria.train.run import begun, dry, export_checkpoint
-    from aria.train.run import train as run
+    from aria.train import Recipe
+    from aria.train import train as run
+    from aria.train.dry_run import dry_run as preview
+    from aria.train.export import export_checkpoint
+    from aria.train.run import begun
 
     read = Recipe.read(recipe, settings or ())
     folder = out_folder or Path("runs") / recipe.stem
     if dry_run:
-        for part in dry(read, folder):
+        for part in preview(read, folder):
             if isinstance(part, str):
                 # Paths in it stay in one piece, and brackets in them are no markup.
                 out.print(part, soft_wrap=True, markup=False, highlight=False)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,9 +22,11 @@ from aria.train.data.sources import Sources
 from aria.train.loss import IGNORE_INDEX
 from aria.train.objective import Losses, Step
 from aria.train.progress import append_lines, drop_after
+from aria.train.ranks import Ranks
 from aria.train.recipe import Recipe
 from aria.train.rng import preserved_random_states
-from aria.train.trainer import Descent, Position
+from aria.train.trainer import Position
+from aria.train.update import ParameterUpdate
 
 SAMPLES_NAME = "samples.jsonl"
 _OF_ANOTHER = "held-out data of another process failed; its own message says at what"
@@ -33,26 +35,13 @@ Sampler = Callable[[Aria, AriaProcessor, Sequence[Any], int], list[str]]
 """``(model, processor, conversations that end before an answer, max_tokens) -> answers``; the command line's."""
 
 
-class Ranks(Protocol):
-    """What an evaluation asks of the processes that train together."""
-
-    rank: int
-    data_rank: int
-    data_world: int
-    device: torch.device
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
-
-    def max(self, value: int) -> int: ...
-
-
 class Evaluation:
     """``[evaluate]`` of a recipe, ready to be run at any step.
 
     Args:
         model: what is evaluated, with its averaged weights if there are any.
         objective: of the training; router losses are left out of what is told.
-        descent: lends the averaged weights.
+        update: lends the averaged weights.
         out: folder of the run, where samples go.
         position: where the training is.
         sampler: writes answers; None writes none.
@@ -65,13 +54,13 @@ class Evaluation:
         recipe: Recipe,
         processor: AriaProcessor,
         ranks: Ranks,
-        descent: Descent,
+        update: ParameterUpdate,
         out: Path,
         position: Position,
         sampler: Sampler | None = None,
     ):
         self._model, self._objective, self._recipe, self._processor = model, objective, recipe, processor
-        self._ranks, self._descent, self._out, self._sampler = ranks, descent, out, sampler
+        self._ranks, self._update, self._out, self._sampler = ranks, update, out, sampler
         self._position = position
         # Open for as long as the run: every evaluation sees the same rows, or fails where a file was changed.
         evaluates = bool(recipe.evaluate.data)
@@ -90,7 +79,7 @@ class Evaluation:
         self._model.eval()
         try:
             # Steps after an evaluation draw what they would have drawn without it.
-            with preserved_random_states(), self._descent.averaged():
+            with preserved_random_states(), self._update.averaged():
                 found = self._loss()
                 found |= self._write_samples()
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from aria.train.loss import (
     linear_cross_entropy,
     router_losses,
 )
+from aria.train.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,31 +80,6 @@ class Losses(NamedTuple):
     """Scalars without gradients."""
     loads: Tensor | None = None
     """float32 ``(L, E)``: share of the tokens' assignments that each expert took."""
-
-
-class Ranks(Protocol):
-    """What an objective asks of the processes that train together; :class:`aria.train.parallel.Parallel` is one."""
-
-    @property
-    def sequence(self) -> int:
-        """Ranks that share the tokens of one batch."""
-        ...
-
-    def max(self, value: int) -> int:
-        """The largest value of all ranks."""
-        ...
-
-    def context(self, config: Any, segments: Segments) -> Context:
-        """Attention over tokens of which this rank has its part."""
-        ...
-
-    def shard(self, x_T: Tensor) -> Tensor:
-        """This rank's part of the tokens."""
-        ...
-
-    def join(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks that share the tokens of one batch."""
-        ...
 
 
 class Objective:

@@ -23,7 +23,7 @@ from aria.train.shards import copies, local, spread_as
 
 AWAY_FROM_MUON = ("*embed*", "*head*", "*router*", "*.query", "*.adapter.*")
 """What Muon leaves to AdamW although it has rows and columns: tables, heads, routers, adapters."""
-HANDFUL = 2**26
+CHUNK_ELEMENTS = 2**26
 """Elements that an optimizer's step works on at once, where no parameter alone has more."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iteration that makes singular values near to one (Keller Jordan's; PyTorch has the same)."""
@@ -129,7 +129,7 @@ class Rule:
             torch._foreach_copy_([parts[n] for n in kept], [wide[n] for n in kept])
         for n in narrow:
             if "master" not in states[n]:
-                parts[n].copy_(round_by_chance(wide[n]) if self.settings.rounding == "stochastic" else wide[n])
+                parts[n].copy_(stochastic_round(wide[n]) if self.settings.rounding == "stochastic" else wide[n])
 
 
 class AdamW(Rule):
@@ -277,7 +277,7 @@ class Optimizer(torch.optim.Optimizer):
         assert closure is None, "no rule here evaluates the loss again"
         for group in self.param_groups:
             rule = self._rules[group["rule"]]
-            for parameters in _handfuls(parameter for parameter in group["params"] if parameter.grad is not None):
+            for parameters in _chunks(parameter for parameter in group["params"] if parameter.grad is not None):
                 states = [self._state(parameter, rule) for parameter in parameters]
                 rule.step(parameters, states, group, self.found_inf)
 
@@ -333,16 +333,16 @@ def _rule(name: str, parameter: nn.Parameter, settings: OptimizerSettings) -> st
     return "adamw" if away else "muon"
 
 
-def _handfuls(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters by the handful: many small ones share their launches, a large one has its own copies in float32."""
-    handful: list[nn.Parameter] = []
+def _chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters by the chunk: many small ones share their launches, a large one has its own copies in float32."""
+    chunk: list[nn.Parameter] = []
     for parameter in parameters:
-        if handful and sum(p.numel() for p in handful) + parameter.numel() > HANDFUL:
-            yield handful
-            handful = []
-        handful.append(parameter)
-    if handful:
-        yield handful
+        if chunk and sum(p.numel() for p in chunk) + parameter.numel() > CHUNK_ELEMENTS:
+            yield chunk
+            chunk = []
+        chunk.append(parameter)
+    if chunk:
+        yield chunk
 
 
 def _gradients(parameters: list[nn.Parameter], found_inf: Tensor | None = None) -> list[Tensor]:
@@ -381,7 +381,7 @@ def _torchao() -> Any:
     return torchao.optim
 
 
-def round_by_chance(wide: Tensor) -> Tensor:
+def stochastic_round(wide: Tensor) -> Tensor:
     """float32 -> bf16, up with the probability that makes the mean of many roundings the number itself.
 
     What is not finite stays what it is.

@@ -103,8 +103,8 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large product of matrices on the device, measured now: what MFU is a share of."""
     size = 8192 if device.type == "cuda" else 512
     # A generator of its own: the global one is a part of a training's state.
-    dice = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, device=device, generator=dice).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):
         _wait(device)

@@ -323,6 +323,19 @@ _FREE = {
 """Sections, or keys of sections, that may differ when a run is gone on with."""
 
 
+def refuse_changes(file: Path, before: Recipe, now: Recipe) -> None:
+    """Refuse to resume a run with another recipe.
+
+    Raises:
+        ValueError: A key that may not change differs.
+    """
+    if found := changes(before, now):
+        raise ValueError(
+            f"{file.parent} holds checkpoints of another recipe ({'; '.join(found[:6])}); name another --out, or "
+            f"resume with the recipe of the run: {file}"
+        )
+
+
 def changes(before: Recipe, now: Recipe, *, only: Sequence[str] = ()) -> list[str]:
     """What of two recipes differs that a run cannot change half-way, as ``section.key: before -> now``.
 

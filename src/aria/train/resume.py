@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aria.train.parallel import Parallel
 from aria.train.recipe import Recipe, changes, parse_toml
 from aria.train.rng import random_states, restore_random_states
-from aria.train.schedule import Budget, ShareBudget, StepBudget, rate_share
+from aria.train.schedule import Budget, ShareBudget, StepBudget, lr_factor
 from aria.train.trainer import Position
 
 
@@ -95,7 +95,7 @@ def make_budget(recipe: Recipe, stream: Any, seconds: Callable[[], float]) -> Bu
 
 
 def schedule_of(recipe: Recipe) -> dict[str, Any]:
-    """``[schedule]`` of a recipe as keywords of :func:`aria.train.schedule.rate_share`."""
+    """``[schedule]`` of a recipe as keywords of :func:`aria.train.schedule.lr_factor`."""
     schedule, steps = recipe.schedule, recipe.budget.steps
     warmup_steps = schedule.warmup_steps
     if warmup_steps is None and steps is not None:
@@ -141,7 +141,7 @@ def course(
             f"{recipe.batch.accumulate}){keep}"
         )
     old, new = (
-        one.optimizer.learning_rate * rate_share(step, budget(one).progress(step), **schedule_of(one))
+        one.optimizer.learning_rate * lr_factor(step, budget(one).progress(step), **schedule_of(one))
         for one in (before, recipe)
     )
     if abs(old - new) > 0.01 * max(old, new):

@@ -53,7 +53,7 @@ class TimeBudget:
         return self._start + (self._until - self._start) * share
 
 
-def rate_share(
+def lr_factor(
     step: int,
     progress: float,
     *,

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria.hub import read_json, sync
+from aria.train.ranks import Ranks
 from aria.train.shards import whole
 from aria.train.stored import Planner, Reader, read_value, refusal, write_value
 
@@ -60,19 +61,6 @@ class CheckpointSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} should be above 0, but is {value}")
-
-
-class Ranks(Protocol):
-    """What checkpoints ask of the processes that train together; :class:`aria.train.parallel.Parallel` is one."""
-
-    rank: int
-    world: int
-    data_world: int
-    saving: dist.ProcessGroup | None
-
-    def barrier(self) -> None: ...
-
-    def max(self, value: int) -> int: ...
 
 
 class Saved(Protocol):

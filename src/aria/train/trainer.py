@@ -8,20 +8,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from aria.ops import current
 from aria.train.objective import Losses, Step
 from aria.train.progress import Metrics, Reporter
-from aria.train.schedule import Budget, rate_share
+from aria.train.ranks import Ranks
+from aria.train.schedule import Budget, lr_factor
+from aria.train.update import ParameterUpdate
 
 Objective = Callable[[Any, Step], Losses]
 
@@ -41,20 +42,6 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Ranks(Protocol):
-    """What the loop asks of the processes that train together."""
-
-    device: torch.device
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks that have data of their own."""
-        ...
-
-    def max(self, value: int) -> int:
-        """Over all ranks."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """What the loop reads of a recipe."""
@@ -64,7 +51,7 @@ class LoopSettings:
     evaluate_every: int | None = None
     max_skipped: int = 0
     schedule: Mapping[str, Any] = field(default_factory=dict)
-    """Keywords of :func:`aria.train.schedule.rate_share`."""
+    """Keywords of :func:`aria.train.schedule.lr_factor`."""
     stop_after: float | None = None
     """Seconds after which this run saves and stops, wherever the training is."""
     rate: float | None = None
@@ -83,76 +70,11 @@ class Position:
     """Seen by all ranks, filler included."""
 
 
-class Descent:
-    """From gradients to new weights: clipped, never with a number that is not finite, and averaged if asked to.
+class Session(NamedTuple):
+    """What one run of the loop holds open."""
 
-    Args:
-        parameters: what trains, by name.
-        optimizer: over these parameters; the learning rates of its groups are their peak.
-        clip: ``clip(parameters, most)`` scales gradients in place to a norm of at most ``most``; gives the norm before.
-        clip_norm: the most.
-        average: decay of the moving average of the weights; None keeps none.
-        sources: what is averaged in place of the parameters, by name: float32 masters of weights that are narrower.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        *,
-        clip: Callable[[Iterable[nn.Parameter], float], Tensor],
-        clip_norm: float,
-        average: float | None = None,
-        sources: Mapping[str, Tensor] | None = None,
-    ):
-        if not parameters:
-            raise ValueError("nothing trains: all parameters are frozen; see [targets]")
-        self.parameters, self.optimizer = dict(parameters), optimizer
-        self._clip, self._clip_norm, self._decay = clip, clip_norm, average
-        self._sources = {name: (sources or {}).get(name, p).detach() for name, p in self.parameters.items()}
-        self.average = {n: s.float().clone() for n, s in self._sources.items()} if average is not None else {}
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-
-    def step(self, number: int, share: float) -> dict[str, Tensor]:
-        """Make optimizer step ``number`` at this share of the peak rates; gradients are cleared. Gives metrics."""
-        with_gradient = [p for p in self.parameters.values() if p.grad is not None]
-        if not with_gradient:
-            raise ValueError("the loss reaches nothing that trains; check [targets] and what the data teach")
-        norm = self._clip(with_gradient, self._clip_norm)
-        skipped = (~norm.isfinite()).float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * share
-        if self.optimizer.defaults.get("fused"):
-            # Weights and moments are left alone where `found_inf` is one: no wait for the host.
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not skipped.item():
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._decay is not None:
-            decay = min(self._decay, (1 + number) / (10 + number))
-            sources = [source.float() for source in self._sources.values()]
-            torch._foreach_lerp_(list(self.average.values()), sources, 1.0 - decay)
-        return {"gradient norm": norm, "skipped": skipped}
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the parameters are their averages, if there are any."""
-        if not self.average:
-            yield
-            return
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        try:
-            self._copy(self.average)
-            yield
-        finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+    batches: Iterator[Any]
+    termination: Termination
 
 
 class Trainer:
@@ -182,12 +104,13 @@ class Trainer:
         self,
         objective: Objective,
         stream: Stream,
-        descent: Descent,
+        update: ParameterUpdate,
         budget: Budget,
         settings: LoopSettings,
         ranks: Ranks,
         *,
         position: Position | None = None,
+        clock: Clock | None = None,
         data_ranks: int = 1,
         save: Callable[[bool, bool], None] = lambda wait, prune: None,
         due: Callable[[int], bool] = lambda step: False,
@@ -196,65 +119,76 @@ class Trainer:
         flops: Callable[[Any], float] | None = None,
         evaluated: int = -1,
     ):
-        self.objective, self.stream, self.descent, self.budget = objective, stream, descent, budget
+        self.objective, self.stream, self.update, self.budget = objective, stream, update, budget
         self.settings, self.ranks, self.position = settings, ranks, position or Position()
         self._data_ranks, self._save, self._due, self._evaluate = data_ranks, save, due, evaluate
         self._reporter, self._flops = reporter, flops
         self._metrics = Metrics()
-        self.clock = Clock(self.position.seconds)
+        self.clock = clock or Clock(self.position.seconds)
         self.finished = False
         self._first = (self.position.step, self.position.progress)
         self._interval = _Interval()
         self._interval.evaluated = evaluated
 
-    def run(self) -> str:
-        """Train until the budget is spent, the data end, a signal or ``stop_after`` asks to stop; then save.
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Everything a run needs while it lasts: the rank's device is current, signals are noted instead of ending the
+        process, and the stream is closed at the end, however the run ends."""
+        batches = iter(self.stream)
+        with current(self.ranks.device), Termination() as termination, _closing(batches):
+            yield Session(batches, termination)
+
+    def train(self, session: Session) -> str:
+        """Train until the budget is spent, the data end, a signal arrives or ``stop_after`` has passed.
+
+        Logs, evaluates and saves at their intervals. What follows the last step is :func:`aria.train.run.run_to_end`'s.
 
         Returns:
             ``"done"``, ``"data ended"``, ``"terminated"`` or ``"time is up"``.
 
         Raises:
-            FloatingPointError: more steps than are forgiven had a gradient that is not finite. They changed nothing:
-                the weights from before them are saved.
-            Exception: whatever the data raise, or held-out data; the steps before are saved.
-            ValueError: the data end before the first step.
+            FloatingPointError: More steps than allowed had a gradient that is not finite. They changed nothing: the
+                weights from before them are saved.
+            Exception: Any error of the data or of held-out data; the steps before it are saved.
+            ValueError: The data end before the first step.
         """
         if self._reporter is not None:
             self._reporter.start(self.position.progress)
-        batches = iter(self.stream)
-        with current(self.ranks.device), Termination() as termination, _closing(batches):
-            if self.position.step:
-                # The run before may have ended while it asked held-out data.
-                self._evaluated()
-            while True:
-                reason = self._agreed_end(termination)
-                micro = [] if reason else self._next(batches)
-                reason = reason or ("" if micro else "data ended")
-                if reason:
-                    return self._ended(reason)
-                self._step(micro)
-                step = self.position.step
-                if step % self.settings.log_every == 0:
-                    self._log()
-                self._evaluated()
-                if self.ranks.max(int(self._due(step))):
-                    self._refuse_skipped()
-                    self._save(False, True)
-
-    def _ended(self, reason: str) -> str:
-        """Log, save and, if the training is over, ask held-out data."""
-        ended = reason in ("done", "data ended")
-        if ended and not self.position.step:
+        if self.position.step:
+            # The run before may have ended during an evaluation.
+            self._evaluate_at_interval()
+        while True:
+            reason = self._agreed_end(session.termination)
+            micro = [] if reason else self._next(session.batches)
+            reason = reason or ("" if micro else "data ended")
+            if reason:
+                break
+            self._step(micro)
+            step = self.position.step
+            if step % self.settings.log_every == 0:
+                self._log()
+            self._evaluate_at_interval()
+            if self.ranks.max(int(self._due(step))):
+                self._refuse_skipped()
+                self._save(False, True)
+        over = reason in ("done", "data ended")
+        if over and not self.position.step:
             raise ValueError("the data ended before the first step: there is nothing in them to train on")
         self._log()
-        self.finished = ended
-        if self.finished and self._reporter is not None:
+        self.finished = over
+        if over and self._reporter is not None:
             self._reporter.advance(1.0)
-        # Before held-out data are asked, which may fail after hours.
-        self._save(True, True)
-        if self.finished:
-            self._evaluated(ended=True)
         return reason
+
+    def save(self) -> None:
+        """Write a checkpoint and wait until it is on disk."""
+        self._save(True, True)
+
+    def evaluate(self) -> None:
+        """Evaluate on held-out data, unless this step was evaluated already. An error is raised as it is."""
+        if self._evaluate is not None and self.position.step != self._interval.evaluated:
+            self._refuse_skipped()
+            self._run_evaluation(self._evaluate)
 
     def _agreed_end(self, termination: Termination) -> str:
         """Why to stop before the next step, or nothing; every rank comes to the same."""
@@ -333,8 +267,8 @@ class Trainer:
             self._interval.add(batch, self._flops(batch) if self._flops is not None else 0.0)
         # The rows of this step are read: data of less than a step would be learnt at no rate at all without them.
         reached = self._agreed_progress(position.step + 1)
-        share = rate_share(position.step, position.progress, reached=reached, **self.settings.schedule)
-        made = self.descent.step(position.step, share)
+        factor = lr_factor(position.step, position.progress, reached=reached, **self.settings.schedule)
+        made = self.update.step(position.step, factor)
         # The same on every rank, where the others are parts of a sum.
         self._metrics.add({name: value / self._data_ranks for name, value in made.items()})
         position.step, position.progress = position.step + 1, reached
@@ -357,7 +291,7 @@ class Trainer:
         position = self.position
         if self._reporter is not None:
             speed = self._interval.report(self.ranks.device, self._data_ranks, self.settings.rate)
-            rates = [group["lr"] for group in self.descent.optimizer.param_groups]
+            rates = [group["lr"] for group in self.update.optimizer.param_groups]
             self._reporter.write(
                 {
                     "step": position.step,
@@ -399,23 +333,23 @@ class Trainer:
         if self._metrics.peek("skipped") * self._data_ranks > self.settings.max_skipped + 0.5:
             self._log()
 
-    def _evaluated(self, *, ended: bool = False) -> None:
-        every, position = self.settings.evaluate_every, self.position
-        due = ended or (every is not None and position.step % every == 0)
-        if self._evaluate is None or not due or position.step == self._interval.evaluated:
+    def _evaluate_at_interval(self) -> None:
+        """Evaluate in the middle of training; where that fails, the steps since the last checkpoint are saved."""
+        every, step = self.settings.evaluate_every, self.position.step
+        if self._evaluate is None or every is None or step % every or step == self._interval.evaluated:
             return
         self._refuse_skipped()
+        try:
+            self._run_evaluation(self._evaluate)
+        except Exception as error:
+            raise self._saved_before(error)  # noqa: B904 (it is the error itself, or names it as its cause)
+
+    def _run_evaluation(self, evaluate: Callable[[], Mapping[str, Any]]) -> None:
         with self.clock.paused():
-            try:
-                found = self._evaluate()
-            except Exception as error:
-                if ended:
-                    raise
-                # It must not take the steps since the last checkpoint with it.
-                raise self._saved_before(error)  # noqa: B904 (it is the error itself, or names it as its cause)
-        self._interval.evaluated = position.step
+            found = evaluate()
+        self._interval.evaluated = self.position.step
         if self._reporter is not None and found:
-            self._reporter.write({"step": position.step, **found})
+            self._reporter.write({"step": self.position.step, **found})
         self._interval.restart(self.ranks.device)
 
 
