@@ -178,9 +178,9 @@ def test_sizes_and_cost(tmp_path):
     assert list(found.rows.values()) == [40, 1]
     # Counted once more, by the processor.
     alone = [processor().prepare(located(row["messages"], tmp_path), add_generation_prompt=False) for row in rows]
-    together = check(tmp_path / "a.jsonl", tokens=128, labels="together")
-    assert [size.tokens for size in together.sizes] == [len(one.ids) for one in alone]
-    assert [size.pictures for size in together.sizes] == [len(one.pictures) for one in alone]
+    joint = check(tmp_path / "a.jsonl", tokens=128, labels="joint")
+    assert [size.tokens for size in joint.sizes] == [len(one.ids) for one in alone]
+    assert [size.pictures for size in joint.sizes] == [len(one.pictures) for one in alone]
     assert found.notes["text cut"].count == 1
     assert found.tokens == sum(size.tokens for size in found.sizes) <= found.batches * 128
     assert found.efficiency > 0.8

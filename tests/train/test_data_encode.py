@@ -80,9 +80,9 @@ def resolved(messages: list[dict], folder: Path) -> list[dict]:
     ]  # fmt: skip
 
 
-def test_tokenised_together_are_the_tokens_of_inference(tmp_path):
+def test_joint_labels_are_the_tokens_of_inference(tmp_path):
     messages = long_conversation(tmp_path)
-    [sample] = encode({"messages": messages}, tmp_path, labels="together").samples
+    [sample] = encode({"messages": messages}, tmp_path, labels="joint").samples
     prepared = processor().prepare(resolved(messages, tmp_path), add_generation_prompt=False)
     assert sample.input_ids.tolist() == prepared.ids
     check_targets(sample)
@@ -96,20 +96,20 @@ def test_tokenised_together_are_the_tokens_of_inference(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_text_is_tokenised_together_as_for_inference(seed):
+def test_any_text_is_tokenized_jointly_as_for_inference(seed):
     rng = random.Random(seed)
     pieces = ["the fox ", "\n", "\n\n", "<|im_end|>", "<|im_start|>", "assistant\n", "<fim_prefix>", "世", " ", "."]
     pieces += ["?<", "|>", "<mark4", "3"]
     messages = [
         said(role, "".join(rng.choices(pieces, k=rng.randint(1, 8))) + "x") for role in ["user", "assistant"] * 3
     ]
-    [sample] = encode({"messages": messages}, labels="together").samples
+    [sample] = encode({"messages": messages}, labels="joint").samples
     assert sample.input_ids.tolist() == processor().prepare(messages, add_generation_prompt=False).ids
     expected = "".join(m["content"] + "<|im_end|>\n" for m in messages if m["role"] == "assistant")
     assert targets_text(sample) == expected
 
 
-def test_tokenised_apart_every_marker_stands_by_itself():
+def test_tokenized_per_turn_every_marker_stands_by_itself():
     [sample] = encode(
         {"messages": [said("developer", "hi."), said("user", "what?"), said("assistant", "red.")]}
     ).samples
@@ -125,11 +125,11 @@ def test_tokenised_apart_every_marker_stands_by_itself():
     wanted = [index if one else IGNORE_INDEX for index, one in zip(expected, learnt, strict=True)]
     assert sample.targets.tolist() == [*wanted[1:], IGNORE_INDEX]
     # The two ways differ where a marker follows a mark of punctuation; otherwise this test shows nothing.
-    [together] = encode({"messages": [said("user", "what?"), said("assistant", "red.")]}, labels="together").samples
-    assert together.input_ids.tolist() != expected[-together.tokens :]
+    [joint] = encode({"messages": [said("user", "what?"), said("assistant", "red.")]}, labels="joint").samples
+    assert joint.input_ids.tolist() != expected[-joint.tokens :]
 
 
-@pytest.mark.parametrize("labels", ["apart", "together"])
+@pytest.mark.parametrize("labels", ["per_turn", "joint"])
 def test_answers_alone_are_learnt_and_never_a_picture(tmp_path, labels):
     [sample] = encode({"messages": long_conversation(tmp_path)}, tmp_path, labels=labels).samples
     check_targets(sample)
@@ -139,7 +139,7 @@ def test_answers_alone_are_learnt_and_never_a_picture(tmp_path, labels):
     )
 
 
-@pytest.mark.parametrize("labels", ["apart", "together"])
+@pytest.mark.parametrize("labels", ["per_turn", "joint"])
 def test_weight_0_leaves_an_answer_out(labels):
     messages = [
         said("user", "a"),
@@ -273,7 +273,7 @@ def chat_of(part: dict) -> dict:
     return {"messages": [said("user", [part]), said("assistant", "dog")]}
 
 
-def test_a_tokenizer_that_joins_newlines_is_refused_together():
+def test_a_tokenizer_that_joins_newlines_is_refused_for_joint_labels():
     class Joining:
         image_token_id, sizes, chat_template = IMAGE, (28, 56), CHAT_TEMPLATE
 
@@ -283,8 +283,8 @@ def test_a_tokenizer_that_joins_newlines_is_refused_together():
     class Other:
         tokenizer, image_processor = Joining(), processor().image_processor
 
-    with pytest.raises(ValueError, match='use "apart"'):
-        Encoder(Other(), config(), DataSettings(labels="together"), 64)
+    with pytest.raises(ValueError, match='use "per_turn"'):
+        Encoder(Other(), config(), DataSettings(labels="joint"), 64)
     Encoder(Other(), config(), DataSettings(), 64)
 
 

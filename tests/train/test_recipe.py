@@ -20,7 +20,7 @@ from aria.train.recipe import (
     changes,
     load_object,
 )
-from aria.train.settings import as_table, build, to_toml
+from aria.train.settings import as_table, build, setting, to_toml
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,6 +213,26 @@ def test_changes_that_matter_are_told_from_those_that_do_not():
     other = dataclasses.replace(before, seed=1, optimizer=dataclasses.replace(before.optimizer, weight_decay=0.5))
     found = changes(before, other)
     assert found[0] == "seed: 42 -> 1" and found[1].startswith("optimizer.weight_decay: ") and len(found) == 2
+
+
+@pytest.mark.parametrize(("former", "today"), [("apart", "per_turn"), ("together", "joint")])
+def test_former_values_warn_and_are_equal_to_todays(tmp_path, former, today):
+    file = write(tmp_path, f"data.labels = '{former}'")
+    with pytest.warns(DeprecationWarning, match=f"data.labels = '{former}' is now called '{today}'"):
+        saved = Recipe.read(file)
+    now = dataclasses.replace(Recipe(), data=dataclasses.replace(Recipe().data, labels=today))
+    assert saved == now and changes(saved, now) == [] and former not in saved.to_toml()
+
+
+def test_former_keys_warn_and_todays_win():
+    @dataclass(frozen=True, kw_only=True)
+    class Renamed:
+        today: int = setting(1, former="former")
+
+    with pytest.warns(DeprecationWarning, match=r"part\.former is now called part\.today"):
+        assert build(Renamed, {"former": 3}, "part") == Renamed(today=3)
+    with pytest.raises(ValueError, match="unknown key 'former'"):
+        build(Renamed, {"former": 3, "today": 2})
 
 
 def test_objects_by_name():

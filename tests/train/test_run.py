@@ -289,6 +289,21 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     assert lines(out)[-1]["learning rate"] <= 1e-6 < lines(out)[0]["learning rate"]
 
 
+@pytest.mark.filterwarnings("ignore:data.labels:DeprecationWarning")
+def test_a_run_of_an_earlier_version_is_resumed(command, recipe, tmp_path, capsys):
+    """Its recipe, in its folder and in its checkpoints, has former names."""
+    out, file = tmp_path / "run", recipe(**{"budget.steps": 2})
+    assert command("train", file, "--out", out) == 0
+    saved = next((out / "checkpoints").glob("*/run.json"))
+    for written in (out / "recipe.toml", saved):
+        text = written.read_text(encoding="utf-8")
+        assert "per_turn" in text
+        written.write_text(text.replace("per_turn", "apart"), encoding="utf-8")
+    capsys.readouterr()
+    assert command("train", file, "--out", out, "--resume", "--set", "budget.steps=4") == 0
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
     out = tmp_path / "run"

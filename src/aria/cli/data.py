@@ -32,8 +32,8 @@ def check(
         str, typer.Option(help="Of rows that are longer: skip, drop_first or drop_last turns.")
     ] = "skip",
     labels: Annotated[
-        str, typer.Option(help="Turns are tokenised apart, as the authors trained, or together.")
-    ] = "apart",
+        str, typer.Option(help="Tokenize per_turn, as the authors trained, or joint, the whole conversation at once.")
+    ] = "per_turn",
     split: Annotated[str, typer.Option(help="File of a folder without .jsonl, or split of a data set.")] = "train",
     max_image_size: MaxImageSize = None,
     split_image: Annotated[

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import types
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -31,6 +32,7 @@ def build(kind: type[S], table: Mapping[str, Any], where: str = "") -> S:
     """
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    table = _renamed(table, fields, where)
     for name in table:
         if name not in fields:
             raise ValueError(_unknown(name, fields, where))
@@ -46,6 +48,39 @@ def build(kind: type[S], table: Mapping[str, Any], where: str = "") -> S:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"[{where}] {error}" if where else str(error)) from error
+
+
+def setting(default: Any, *, former: str | None = None, former_values: Mapping[str, str] | None = None) -> Any:
+    """A field of a settings dataclass that had another name, or values of other names, in earlier versions.
+
+    :func:`build` accepts the former names with a :class:`DeprecationWarning` and turns them into today's, so that a
+    recipe that an earlier version saved is equal to today's.
+
+    Args:
+        default: Default value.
+        former: Former name of the key.
+        former_values: Former names of values, each with today's.
+    """
+    return dataclasses.field(default=default, metadata={"former": former, "former_values": former_values or {}})
+
+
+def _renamed(table: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]], where: str) -> dict[str, Any]:
+    """The table with today's names in place of former ones."""
+    table = dict(table)
+    for name, field in fields.items():
+        former, values = field.metadata.get("former"), field.metadata.get("former_values", {})
+        if former in table and name not in table:
+            _warn(f"{_dotted(where, former)} is now called {_dotted(where, name)}")
+            table[name] = table.pop(former)
+        value = table.get(name)
+        if isinstance(value, str) and value in values:
+            _warn(f"{_dotted(where, name)} = {value!r} is now called {values[value]!r}")
+            table[name] = values[value]
+    return table
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, DeprecationWarning, stacklevel=4)
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:

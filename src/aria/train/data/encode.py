@@ -95,10 +95,10 @@ class Encoder:
                 f"[data] max_image_size is {settings.max_image_size}; this model's sizes are "
                 f"{', '.join(map(str, images.sizes))}"
             )
-        if settings.labels == "together" and not self._newline_splits():
+        if settings.labels == "joint" and not self._newline_splits():
             raise ValueError(
-                '[data] labels = "together" needs a tokenizer in which a newline is a token by itself, and this one '
-                'joins it with others; use "apart"'
+                '[data] labels = "joint" needs a tokenizer in which a newline is a token by itself, and this one '
+                'joins it with others; use "per_turn"'
             )
 
     @property
@@ -192,7 +192,7 @@ class Encoder:
         tokenizer = self._processor.tokenizer
         headers: tuple[str, ...] = (START_OF_TURN, role, _NEWLINE)
         ends: tuple[str, ...] = (END_OF_TURN, _NEWLINE)
-        if self._settings.labels == "together":
+        if self._settings.labels == "joint":
             # The newlines at the ends of header and message part what is tokenised, so that turns may be joined.
             content += Prompt.raw("".join(ends))
             headers, ends = ("".join(headers),), ()

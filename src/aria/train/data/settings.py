@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from aria.train.settings import setting
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -26,9 +28,9 @@ class DataSettings:
     """Whether the random parts of ``mixer`` are drawn anew for each epoch."""
     shuffle: bool = True
     """Whether rows come in another order in every epoch, drawn by the recipe's seed."""
-    labels: Literal["apart", "together"] = "apart"
-    """How turns are tokenised: ``apart``, markers and text each by themselves, as the authors trained; ``together``,
-    the whole conversation at once, as prompts are for inference."""
+    labels: Literal["per_turn", "joint"] = setting("per_turn", former_values={"apart": "per_turn", "together": "joint"})
+    """How conversations are tokenised: ``per_turn``, each turn's markers and text by themselves, as the authors
+    trained; ``joint``, the whole conversation at once, as prompts are at inference."""
     max_length: int | None = None
     """Most tokens of a sequence; None: as many as a batch has, and in any case no more than the model's context."""
     too_long: Literal["skip", "drop_first", "drop_last"] = "skip"
