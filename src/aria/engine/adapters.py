@@ -18,6 +18,7 @@ from aria.model import Aria
 from aria.model.lora import LoRASettings, attach_lora, lora_modules
 from aria.model.multi_lora import AdapterBatch, MultiLoRAWeights
 from aria.ops import LoRA
+from aria.private_api import share_modules
 
 Changes = Mapping[str, LoRA]
 """What one adapter changes, by names of modules."""
@@ -150,7 +151,7 @@ class Adapters:
 def _twin(model: Aria, changes: Changes) -> Aria:
     """The model with an adapter beside its vision tower and projector, on the same weights."""
     twin = copy.copy(model)
-    twin._modules = dict(model._modules)
+    share_modules(twin, model)
     for part in ("vision_tower", "multi_modal_projector"):
         module = model.get_submodule(part)
         shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from aria.private_api import register_pytree_node
 
 
 class Fields(dict[str, Any]):
@@ -19,7 +20,7 @@ class Fields(dict[str, Any]):
 
     def __init_subclass__(cls) -> None:
         # FSDP and static graphs of DDP look for the tensors of an output through its tree.
-        pytree.register_pytree_node(
+        register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output)),
             lambda values, names: cls(zip(names, values, strict=True)),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria import private_api
 from aria.ops import attention as _attention
 from aria.ops import moe as _moe
 from aria.ops import multi_lora as _multi_lora
@@ -211,7 +212,7 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, shift
 def linear_gelu(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """Linear and GELU; see :func:`aria.ops.reference.linear_gelu`."""
     if inference_kernels(x_TI):
-        return torch._addmm_activation(bias_O, x_TI, weight_OI.t(), use_gelu=True)
+        return private_api.addmm_activation(bias_O, x_TI, weight_OI.t(), use_gelu=True)
     return reference.linear_gelu(x_TI, weight_OI, bias_O)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.adamw import adamw
 
+from aria import private_api
 from aria.train.shards import copies, local, spread_as
 
 AWAY_FROM_MUON = ("*embed*", "*head*", "*router*", "*.query", "*.adapter.*")
@@ -126,7 +127,7 @@ class Rule:
         narrow = [n for n, part in enumerate(parts) if part is not wide[n]]
         kept = [n for n in narrow if "master" in states[n]]
         if kept:
-            torch._foreach_copy_([parts[n] for n in kept], [wide[n] for n in kept])
+            private_api.foreach_copy([parts[n] for n in kept], [wide[n] for n in kept])
         for n in narrow:
             if "master" not in states[n]:
                 parts[n].copy_(stochastic_round(wide[n]) if self.settings.rounding == "stochastic" else wide[n])
@@ -165,7 +166,7 @@ class AdamW8bit(Rule):
 
     def __init__(self, settings: OptimizerSettings):
         super().__init__(settings)
-        self._torchao = _torchao()
+        self._torchao = _torchao_adam()
         self._maps: dict[tuple[bool, torch.device], Tensor] = {}
 
     def allocate(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -181,7 +182,7 @@ class AdamW8bit(Rule):
         return state
 
     def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
-        step = self._torchao.adam.single_param_adam
+        step = self._torchao.step
         for parameter, gradient, state in zip(parameters, _gradients(parameters), states, strict=True):
             state["step"] += 1
             part = local(parameter.detach())
@@ -189,7 +190,7 @@ class AdamW8bit(Rule):
                 continue
             # Compiled, a step is one pass, and moments are never whole in float32.
             change = torch.compile(step, fullgraph=True, dynamic=False) if part.is_cuda else step
-            with torch._dynamo.utils.disable_cache_limit():
+            with private_api.unlimited_recompiles():
                 change(
                     part,
                     gradient,
@@ -210,7 +211,7 @@ class AdamW8bit(Rule):
         if name in state:
             return state[name]
         codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
-        kind = self._torchao.subclass_8bit.OptimState8bit
+        kind = self._torchao.moment
         key = signed, codes.device
         if key not in self._maps:
             self._maps[key] = kind.zeros((1,), signed, 1, codes.device).qmap
@@ -226,19 +227,19 @@ class Muon(Rule):
         gradients, buffers = _gradients(parameters, found_inf), [state["momentum"] for state in states]
         # As the fused AdamW does: nothing changes where a gradient is not finite, and the host need not know.
         keep: Tensor | float = 1.0 if found_inf is None else 1.0 - found_inf
-        torch._foreach_add_([state["step"] for state in states], keep)
-        changes = torch._foreach_sub(gradients, buffers)
-        torch._foreach_mul_(changes, (1 - self.settings.momentum) * keep)
-        torch._foreach_add_(buffers, changes)
-        torch._foreach_lerp_(gradients, buffers, self.settings.momentum)
+        private_api.foreach_add([state["step"] for state in states], keep)
+        changes = private_api.foreach_sub(gradients, buffers)
+        private_api.foreach_mul(changes, (1 - self.settings.momentum) * keep)
+        private_api.foreach_add(buffers, changes)
+        private_api.foreach_lerp(gradients, buffers, self.settings.momentum)
         updates = _orthogonal_parts(gradients, parameters)
         # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
         rates = [-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
-        torch._foreach_mul_(updates, rates)
-        torch._foreach_mul_(updates, keep)
+        private_api.foreach_mul(updates, rates)
+        private_api.foreach_mul(updates, keep)
         with self._in_float32(parameters, states) as weights:
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * keep)
-            torch._foreach_add_(weights, updates)
+            private_api.foreach_mul(weights, 1 - group["lr"] * group["weight_decay"] * keep)
+            private_api.foreach_add(weights, updates)
 
 
 RULES: dict[str, type[Rule]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "muon": Muon}
@@ -352,7 +353,7 @@ def _gradients(parameters: list[nn.Parameter], found_inf: Tensor | None = None) 
     flat = torch.empty(sum(gradient.numel() for gradient in found), dtype=torch.float32, device=found[0].device)
     pieces = flat.split([gradient.numel() for gradient in found])
     wide = [piece.view(gradient.shape) for piece, gradient in zip(pieces, found, strict=True)]
-    torch._foreach_copy_(wide, found)
+    private_api.foreach_copy(wide, found)
     if found_inf is not None:
         flat.masked_fill_(found_inf > 0.0, 0.0)
     return wide
@@ -369,16 +370,13 @@ def _block(parameter: nn.Parameter) -> int:
     return block if block >= 16 and parameter.numel() >= 4096 else 0
 
 
-def _torchao() -> Any:
-    """torchao's optimizers; ``adam.single_param_adam`` is the step of one parameter."""
+def _torchao_adam() -> private_api.Adam8bit:
     try:
-        import torchao.optim
-        from torchao.optim import adam, subclass_8bit  # noqa: F401
+        return private_api.torchao_adam()
     except ImportError as error:
         raise ValueError(
             "[optimizer] kind adamw8bit needs torchao: pip install torchao (or aria-moe[train])"
         ) from error
-    return torchao.optim
 
 
 def stochastic_round(wide: Tensor) -> Tensor:
@@ -468,10 +466,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     norm = total.sqrt()
     share = (most / (norm + 1e-6)).clamp(max=1.0)
     share = torch.where(norm.isfinite(), share, torch.ones_like(share))
-    torch._foreach_mul_(parts, share)
+    private_api.foreach_mul(parts, share)
     return norm
 
 
 def _norms(parts: list[Tensor]) -> list[Tensor]:
     """Norms in float32, whatever the dtype."""
-    return list(torch._foreach_norm(parts, 2.0, dtype=torch.float32))
+    return list(private_api.foreach_norm(parts, 2.0, dtype=torch.float32))

@@ -28,6 +28,7 @@ from aria.model import Aria
 from aria.model.context import Context
 from aria.model.decoder import DecoderLayer
 from aria.ops import Segments
+from aria.private_api import own_parameters
 from aria.train.expert_parallel import spread_experts
 from aria.train.sequence_parallel import HeadsForTokens
 
@@ -340,9 +341,9 @@ class _Whole(torch.autograd.Function):
 def _whole_where_read(module: nn.Module, mesh: DeviceMesh) -> None:
     """Spread the parameters of a module whose weights others read, not its ``forward``: reading one gathers it."""
     for inner in module.modules():
-        names = [name for name, parameter in inner._parameters.items() if parameter is not None]
+        names = [name for name, parameter in own_parameters(inner).items() if parameter is not None]
         for name in names:
-            parameter = cast(nn.Parameter, inner._parameters[name])
+            parameter = cast(nn.Parameter, own_parameters(inner)[name])
             spread = nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)]), parameter.requires_grad)
             inner.register_parameter(name, spread)
         if names:
@@ -352,7 +353,7 @@ def _whole_where_read(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor]:
-    return lambda module: _Whole.apply(module._parameters[name])  # type: ignore[no-untyped-call]
+    return lambda module: _Whole.apply(own_parameters(module)[name])  # type: ignore[no-untyped-call]
 
 
 def _change_layers(model: Aria, settings: ParallelSettings) -> None:

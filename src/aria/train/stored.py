@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from aria import private_api
 from aria.checkpoint.pickles import Calls, Machine, Named, Record, RefusedError
 
 _MOST_STEPS = 1 << 24
@@ -39,6 +39,7 @@ _FILE = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
 _GLOBAL = re.compile(r"GLOBAL (\S+)|function (\S.*)|got (<class .*?>)")
 """How PyTorch names what it refuses."""
 
+_STORAGE_INFO = private_api.storage_info()
 _METADATA = "torch.distributed.checkpoint.metadata."
 _DTYPES = {
     f"torch.{name}": dtype
@@ -91,7 +92,7 @@ class Reader(dcp.FileSystemReader):
         self._known.storage_meta = StorageMeta(load_id=self.load_id)
         return self._known
 
-    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
         _check_archive(_Part(file, sinfo.offset, sinfo.length), sinfo.length, sinfo.relative_path)
         return super()._slice_file(file, sinfo)
 
@@ -277,14 +278,14 @@ def _index(key: Any) -> MetadataIndex:
     )
 
 
-def _place(value: Any) -> _StorageInfo:
+def _place(value: Any) -> Any:
     _kind(value, "_StorageInfo")
     file = _text(value["relative_path"])
     if not _FILE.fullmatch(file):
         raise RefusedError(f"tensors in the file {file!r:.100}; expected names such as __0_0.distcp")
     if value.state.get("transform_descriptors"):
         raise RefusedError("tensors that are compressed or encrypted")
-    return _StorageInfo(file, _number(value["offset"]), _number(value["length"]))
+    return _STORAGE_INFO(file, _number(value["offset"]), _number(value["length"]))
 
 
 def _kind(value: Any, *kinds: str) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from aria import private_api
+
 
 class ParameterUpdate:
     """Updates parameters from their gradients. Steps with a gradient that is not finite change nothing.
@@ -67,7 +69,7 @@ class ParameterUpdate:
         if self._decay is not None:
             decay = min(self._decay, (1 + number) / (10 + number))
             sources = [source.float() for source in self._sources.values()]
-            torch._foreach_lerp_(list(self.average.values()), sources, 1.0 - decay)
+            private_api.foreach_lerp(list(self.average.values()), sources, 1.0 - decay)
         return {"gradient norm": norm, "skipped": skipped}
 
     @contextmanager

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria import private_api
 from aria.ops.kernels.shared_memory import shared_memory
 
 _LOG2_E = 1.4426950408889634
@@ -270,9 +271,7 @@ def _in_parts(
 
 def _sdpa(q_HTK: Tensor, k_HPK: Tensor, v_HPK: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """cuDNN's attention: outputs ``(T, H, K)`` and natural log-sum-exps ``(H, T)`` in float32, both contiguous."""
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q_HTK[None], k_HPK[None], v_HPK[None], None, True, 0.0, causal, False
-    )
+    out, lse, *_ = private_api.cudnn_attention(q_HTK[None], k_HPK[None], v_HPK[None], None, True, 0.0, causal, False)
     return out[0].transpose(0, 1).contiguous(), lse.reshape(lse.shape[1:3])
 
 
