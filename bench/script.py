@@ -49,7 +49,7 @@ def make_engine(arguments: argparse.Namespace) -> Engine:
 
 def dispose(engine: Engine) -> None:
     """Free the memory of an engine for whoever comes next; it is of no use afterwards."""
-    engine.core.close()
+    engine.close()
     engine.__dict__.clear()
     gc.collect()
     if torch.cuda.is_available():

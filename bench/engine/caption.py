@@ -19,17 +19,14 @@ import torch
 
 from aria import Engine, SamplingParams
 from aria.engine.engine import Answer
-from aria.model.picture_cache import PictureCache
-from aria.processor.pictures import Prepared, load_crops
+from aria.processor.image_inputs import Prepared, load_crops
 from bench import measure, script
 from bench.measure import Ceilings, Spread
 
 
 def forget(engine: Engine) -> None:
     """Drop all that earlier runs have left: prefixes, picture tokens, decoded frames."""
-    encoder = engine.core.runner.encoder
-    engine.core.reset()
-    encoder.cache = PictureCache(encoder.cache.capacity)
+    engine.reset()
     engine.processor.media = replace(engine.processor.media, cache_bytes=0)
 
 
@@ -69,11 +66,10 @@ def apart(engine: Engine, path: Path, frames: int, params: SamplingParams) -> di
 
     prepared = prepare(engine, path, frames)
     mark()
-    load_crops([one.picture for one in prepared.pictures], engine.device)
+    load_crops([span.data for span in prepared.images], engine.device)
     mark()
     answer = engine.queue(prepared, params)
-    encoder = engine.core.runner.encoder
-    encoder.features(answer.requests[0].pictures)
+    engine.encode_images(prepared)
     mark()
     first, last = finish(engine, answer)
     decoded, cropped, encoded = (b - a for a, b in itertools.pairwise(marks))

@@ -136,7 +136,7 @@ def profile_idle(core: EngineCore, steps: int = 20) -> dict[str, float]:
 
 def one(engine: Engine, limits: Ceilings, batch: int, context: int, steps: int) -> dict[str, Any]:
     """All about one batch size and context."""
-    core, text = engine.core, engine.model.config.text
+    core, text = engine.core, engine.config.text
     generator = torch.Generator().manual_seed(batch * 1_000_003 + context)
     requests = grow(core, batch, context, steps, generator)
     lengths = [len(request.prompt) + len(request.outputs) for request in requests]
@@ -146,7 +146,7 @@ def one(engine: Engine, limits: Ceilings, batch: int, context: int, steps: int) 
     sequences = [[*request.prompt, *request.outputs] for request in requests]
     finish(core, requests)
     experts = experts_touched(engine.model, sequences, min(8, steps))
-    itemsize = engine.model.language_model.lm_head.weight.itemsize
+    itemsize = engine.dtype.itemsize
     work = decode_step(text, batch, mean_context, experts, itemsize)
     floor = limits.floor(work)
     row = {
@@ -165,7 +165,7 @@ def with_waiting(engine: Engine, waiting: int, context: int, steps: int) -> dict
     """Milliseconds of a step with all places taken and ``waiting`` requests in the queue for one."""
     core = engine.core
     generator = torch.Generator().manual_seed(waiting)
-    requests = grow(core, core.scheduler.max_rows, context, steps, generator)
+    requests = grow(core, core.max_batch, context, steps, generator)
     params = SamplingParams(max_tokens=steps, temperature=2.0, seed=0, ignore_eos=True)
     queued = []
     for _ in range(waiting):

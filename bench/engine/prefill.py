@@ -17,7 +17,6 @@ from PIL import Image
 
 from aria import Engine, SamplingParams
 from aria.engine.encoder import GRAPH_PATCHES
-from aria.engine.request import Picture
 from aria.model import pack_patches
 from bench import floors, measure, script
 from bench.engine.peer import Peer
@@ -48,8 +47,7 @@ def first_token(engine: Engine, messages: Sequence[dict[str, Any]], params: Samp
     core = engine.core
     began = time.perf_counter()
     prepared = engine.prepare(messages)
-    pictures = [Picture(picture.start, picture.tokens, picture.key, picture) for picture in prepared.pictures]
-    (request,) = core.add(prepared.ids, params, pictures=pictures)
+    (request,) = core.add(prepared.ids, params, images=prepared.images)
     while not request.outputs:
         core.step()
     first = time.perf_counter() - began
@@ -60,7 +58,7 @@ def first_token(engine: Engine, messages: Sequence[dict[str, Any]], params: Samp
 
 def text(engine: Engine, limits: Ceilings, tokens: int, repeats: int) -> dict[str, Any]:
     """Seconds to the first token after a prompt of text."""
-    core, config = engine.core, engine.model.config
+    core, config = engine.core, engine.config
     generator = torch.Generator().manual_seed(tokens)
     seconds = []
     for _ in range(repeats + WARM_UP):
@@ -74,15 +72,15 @@ def text(engine: Engine, limits: Ceilings, tokens: int, repeats: int) -> dict[st
         while core.busy:
             core.step()
     spread = Spread.of(seconds[WARM_UP:])
-    work = floors.prompt(config.text, tokens, itemsize=engine.model.language_model.lm_head.weight.itemsize)
+    work = floors.prompt(config.text, tokens, itemsize=engine.dtype.itemsize)
     return _row(f"text, {tokens} tokens", spread, work, limits) | {"tokens": tokens}
 
 
 @torch.inference_mode()
 def encode(engine: Engine, limits: Ceilings, side: int, pictures: int, height: int, repeats: int) -> dict[str, Any]:
     """Seconds of encoder and projector on pictures of ``side`` x ``height`` pixels that are on the device already."""
-    config, device = engine.model.config, engine.device
-    dtype, p = engine.model.language_model.lm_head.weight.dtype, engine.model.config.vision.patch_size
+    config, device = engine.config, engine.device
+    dtype, p = engine.dtype, engine.config.vision.patch_size
     pixels = torch.randn(pictures, config.vision.num_channels, side, side, device=device, dtype=dtype)
     mask = torch.zeros(pictures, side, side, dtype=torch.bool, device=device)
     mask[:, :height] = True
@@ -113,8 +111,8 @@ def picture(engine: Engine, limits: Ceilings, side: int, repeats: int) -> dict[s
         message = picture_message([random_picture(side, side, generator)], side)
         first, _, tokens = first_token(engine, message, ONE_TOKEN)
         seconds.append(first)
-    config = engine.model.config
-    itemsize = engine.model.language_model.lm_head.weight.itemsize
+    config = engine.config
+    itemsize = engine.dtype.itemsize
     patches = (side // config.vision.patch_size) ** 2
     work = floors.picture(config, patches, itemsize=itemsize) + floors.prompt(config.text, tokens, itemsize=itemsize)
     return _row(f"picture of {side} px + question", Spread.of(seconds[WARM_UP:]), work, limits) | {"side": side}
@@ -148,7 +146,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(engine: Engine, limits: Ceilings, *, tokens: Sequence[int], pictures: int, repeats: int) -> dict[str, Any]:
     """Text; square pictures of every size, alone and several together, and 16:9; one PIL picture with a question."""
-    sides = sorted(engine.model.config.image_sizes(), reverse=True)
+    sides = sorted(engine.config.image_sizes(), reverse=True)
     rows = []
     for count in tokens:
         if count >= engine.max_model_len:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from aria import Engine, SamplingParams
-from aria.engine.request import Picture, Request
+from aria.engine.request import Request
 from aria.engine.runner import GRAPH_TOKENS
+from aria.processor.image_inputs import ImageSpan
 from bench import measure, script
 from bench.engine.prefill import picture_message, random_picture
 from bench.measure import Ceilings
@@ -51,7 +52,7 @@ class Arrival:
     at: float
     prompt: Sequence[int]
     tokens: int
-    pictures: Sequence[Picture] = ()
+    images: Sequence[ImageSpan] = ()
     times: list[float] = field(default_factory=list)
     """When each token was there."""
 
@@ -68,7 +69,7 @@ def draw(engine: Engine, mix: Mix, rate: float, seconds: float, seed: int, longe
         longest: tokens that a prompt's text or an answer has at most.
     """
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    side = min(engine.model.config.image_sizes())
+    side = min(engine.config.image_sizes())
     arrivals: list[Arrival] = []
     at = 0.0
     while (at := at + random.exponential(1 / rate)) < seconds or len(arrivals) < 2:
@@ -76,13 +77,12 @@ def draw(engine: Engine, mix: Mix, rate: float, seconds: float, seed: int, longe
             int(np.clip(random.lognormal(math.log(median), spread), 4, longest))
             for median, spread in (mix.prompt, mix.answer)
         )
-        ids = measure.random_prompt(engine.model.config, length, generator)
+        ids = measure.random_prompt(engine.config, length, generator)
         if random.random() >= mix.pictures:
             arrivals.append(Arrival(at, ids, answer))
             continue
         prepared = engine.prepare(picture_message([random_picture(side, side, random)], side))
-        pictures = [Picture(p.start, p.tokens, p.key, p) for p in prepared.pictures]
-        arrivals.append(Arrival(at, [*prepared.ids, *ids], answer, pictures))
+        arrivals.append(Arrival(at, [*prepared.ids, *ids], answer, prepared.images))
     return arrivals
 
 
@@ -97,7 +97,7 @@ def serve(engine: Engine, arrivals: Sequence[Arrival]) -> float:
         while waiting and waiting[-1].at <= now:
             arrival = waiting.pop()
             params = SamplingParams(max_tokens=arrival.tokens, temperature=2.0, seed=len(waiting), ignore_eos=True)
-            (request,) = core.add(arrival.prompt, params, pictures=arrival.pictures)
+            (request,) = core.add(arrival.prompt, params, images=arrival.images)
             running[request] = arrival
         if not core.busy:
             time.sleep(max(0.0, waiting[-1].at - now))
@@ -115,14 +115,14 @@ def warm_up(engine: Engine, longest: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def add(length: int, tokens: int) -> None:
-        prompt = measure.random_prompt(engine.model.config, length, generator)
+        prompt = measure.random_prompt(engine.config, length, generator)
         core.add(prompt, SamplingParams(max_tokens=tokens, temperature=2.0, seed=0, ignore_eos=True))
 
     def finish() -> None:
         while core.busy:
             core.step()
 
-    most = core.scheduler.max_rows
+    most = core.max_batch
     for length in (16, longest):
         # An answer ends in each step, and near the end in every second one, so that every size comes twice.
         for rank in range(most, 0, -1):

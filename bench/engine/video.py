@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from aria import Engine, SamplingParams
-from aria.engine.memory import block_bytes
 from bench import floors, script
 from bench.engine.peer import Peer
 from bench.engine.prefill import first_token, picture_message, random_picture
@@ -23,7 +22,7 @@ from bench.measure import Ceilings, Spread
 
 def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Frames of the smallest size that the model has."""
-    config, device = engine.model.config, engine.device
+    config, device = engine.config, engine.device
     side = min(config.image_sizes())
     generator = np.random.default_rng(frames)
     firsts, rates, prompt = [], [], 0
@@ -36,12 +35,12 @@ def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: 
         firsts.append(first)
         rates.append((tokens - 1) / (last - first))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    itemsize = engine.model.language_model.lm_head.weight.itemsize
+    itemsize = engine.dtype.itemsize
     encoder = floors.picture(config, (side // config.vision.patch_size) ** 2, itemsize=itemsize) * frames
     work = encoder + floors.prompt(config.text, prompt, itemsize=itemsize)
     first_ms, rate = Spread.of(firsts[1:]) * 1000, Spread.of(rates[1:])
     floor, mfu = limits.floor(work) * 1000, work.flops / first_ms.median * 1000 / limits.product
-    cache = engine.core.pool.total * block_bytes(engine.model, engine.core.block_size)
+    cache = engine.cache_bytes
     print(
         f"{frames} frames of {side} px ({prompt} tokens): {first_ms.median:.1f} ms to the first token "
         f"({first_ms.low:.1f} to {first_ms.high:.1f}; floor {floor:.1f}, MFU {mfu:.1%}), then {rate.median:.1f} tok/s"

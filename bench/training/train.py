@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from aria import AriaConfig
 from aria.model import Aria
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train.batch import Batch
 from aria.train.cost import Trained, batch_flops
 from aria.train.loss import IGNORE_INDEX

@@ -13,7 +13,7 @@ def ask(question: str, **settings: object) -> str:
     """Frames become "[MM:SS]", a small picture, and a newline; the question comes last."""
     parts = [{"type": "video", "path": CLIP, **settings}, {"type": "text", "text": question}]
     prepared = engine.prepare([{"role": "user", "content": parts}])
-    print(f"{question} (frames: {len(prepared.pictures)}, tokens: {len(prepared.ids)})")
+    print(f"{question} (frames: {len(prepared.images)}, tokens: {len(prepared.ids)})")
     [result] = engine.chat([[{"role": "user", "content": parts}]], SamplingParams(max_tokens=1024))
     return result.text
 

@@ -32,11 +32,12 @@ from aria.engine.generation import (
 )
 from aria.engine.lockstep import Lockstep
 from aria.engine.outputs import Completion
-from aria.engine.request import Picture, Request
+from aria.engine.request import Request
 from aria.model import Aria, Packed, pack_patches
 from aria.model.output import AriaOutput, GenerateOutput
 from aria.ops import Segments, on_own_device
 from aria.processor import AriaTokenizer
+from aria.processor.image_inputs import ImageSpan
 
 
 class Streamer(Protocol):
@@ -136,7 +137,7 @@ class AriaForConditionalGeneration(nn.Module):
             attention_mask: ``(B, S)``, 0 on padding; None means there is none.
             pixel_values: ``(C, 3, S', S')``, the crops of all sequences in order.
             pixel_mask: bool ``(C, S', S')``.
-            labels: int64 ``(B, S)``; -100 is left out, and so are padding and places of pictures.
+            labels: int64 ``(B, S)``; -100 is left out, and so are padding and places of images.
             output_router_logits: also return the routers' logits.
             output_hidden_states: also return the embeddings, and the hidden states after each layer.
             logits_to_keep: give logits of the last so many positions of the padded sequences, or of the positions in an
@@ -145,7 +146,7 @@ class AriaForConditionalGeneration(nn.Module):
             use_cache: taken because callers of transformers pass it; a forward pass here keeps nothing.
 
         Raises:
-            ValueError: shapes that do not fit, or as many picture places as there are not features for.
+            ValueError: shapes that do not fit, or as many image places as there are not features for.
         """
         packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
@@ -259,9 +260,9 @@ class AriaForConditionalGeneration(nn.Module):
         core = self._engine(packed.lengths, generation)
         requests = [
             request
-            for prompt, pictures in zip(prompts, _pictures(prompts, features, self.config), strict=True)
+            for prompt, images in zip(prompts, _images(prompts, features, self.config), strict=True)
             for request in core.add(
-                prompt, params, pictures=pictures, end_token_ids=() if generation.in_lockstep else generation.ends
+                prompt, params, images=images, end_token_ids=() if generation.in_lockstep else generation.ends
             )
         ]
         completions = [
@@ -275,9 +276,9 @@ class AriaForConditionalGeneration(nn.Module):
         input_ids = input_ids.repeat_interleave(params.n, 0)
         try:
             if generation.in_lockstep:
-                output = _grow_together(core, Lockstep(requests, input_ids, completions, generation), streamer)
+                output = _generate_in_lockstep(core, Lockstep(requests, input_ids, completions, generation), streamer)
             else:
-                grown = _grow(core, dict(zip(requests, completions, strict=True)), streamer)
+                grown = _generate(core, dict(zip(requests, completions, strict=True)), streamer)
         except StepError as error:
             # As in transformers, where callers look for torch.OutOfMemoryError to try less at a time.
             raise error.__cause__ or error from None
@@ -304,12 +305,12 @@ class AriaForConditionalGeneration(nn.Module):
         )  # fmt: skip
 
     def _encode(self, ids_T: Tensor, pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor | None:
-        """Picture tokens ``(Q, D)``, after checking that the prompts have a place for each of them."""
+        """Image tokens ``(Q, D)``, after checking that the prompts have a place for each of them."""
         places = int((ids_T == self.config.image_token_index).sum())
         if pixel_values is None:
             if places:
                 raise ValueError(
-                    f"the prompts have {places} picture tokens, but there are no pixel_values; pass the pictures too"
+                    f"the prompts have {places} image tokens, but there are no pixel_values; pass the images too"
                 )
             return None
         mask = None if pixel_mask is None else pixel_mask.to(self.device)
@@ -317,7 +318,7 @@ class AriaForConditionalGeneration(nn.Module):
         features = sum(self.config.projector.queries_for(n) for n in patches.grid_patches)
         if places != features:
             raise ValueError(
-                f"the prompts have {places} picture tokens, but {len(pixel_values)} crops make {features} features; "
+                f"the prompts have {places} image tokens, but {len(pixel_values)} crops make {features} features; "
                 "make ids and pixels in one call of the processor"
             )
         return self.model.encode_images(patches)
@@ -325,7 +326,7 @@ class AriaForConditionalGeneration(nn.Module):
     def _loss(self, logits: Tensor, labels: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels should be {tuple(input_ids.shape)} as input_ids, but are {tuple(labels.shape)}")
-        # A place of a picture is no word to learn, and a token after padding has nothing to be predicted from.
+        # A place of an image is no word to learn, and a token after padding has nothing to be predicted from.
         targets = labels.masked_fill(input_ids == self.config.image_token_index, -100)[:, 1:]
         targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
         return F.cross_entropy(
@@ -333,7 +334,9 @@ class AriaForConditionalGeneration(nn.Module):
         )
 
 
-def _grow(core: EngineCore, completions: Mapping[Request, Completion], streamer: Streamer | None) -> list[list[int]]:
+def _generate(
+    core: EngineCore, completions: Mapping[Request, Completion], streamer: Streamer | None
+) -> list[list[int]]:
     """The tokens of each sequence, which ends by itself."""
     while core.unfinished:
         for request, token, _ in core.step():
@@ -345,9 +348,9 @@ def _grow(core: EngineCore, completions: Mapping[Request, Completion], streamer:
     return [completion.token_ids for completion in completions.values()]
 
 
-def _grow_together(core: EngineCore, lockstep: Lockstep, streamer: Streamer | None) -> GenerateOutput:
+def _generate_in_lockstep(core: EngineCore, lockstep: Lockstep, streamer: Streamer | None) -> GenerateOutput:
     """All sequences a token at a time, until all have ended."""
-    core.runner.hook = lockstep
+    core.logits_processor = lockstep
     told = 0
     while core.unfinished:
         core.step()
@@ -414,20 +417,20 @@ def _positions(logits_to_keep: int | Tensor, length: int) -> slice | Tensor | No
     return slice(max(length - logits_to_keep, 0), None) if logits_to_keep else None
 
 
-def _pictures(prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig) -> list[list[Picture]]:
-    """The runs of picture tokens in each prompt, each with its part of the features."""
+def _images(prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig) -> list[list[ImageSpan]]:
+    """The runs of image tokens in each prompt, each with its part of the features."""
     found, first = [], 0
     for prompt in prompts:
-        pictures, start = [], 0
-        for is_picture, run in groupby(prompt, config.image_token_index.__eq__):
+        images, start = [], 0
+        for is_image, run in groupby(prompt, config.image_token_index.__eq__):
             count = len(list(run))
-            if is_picture:
-                assert features_QD is not None, "picture tokens without features were refused before"
+            if is_image:
+                assert features_QD is not None, "image tokens without features were refused before"
                 # A name of its own within this call, so that several answers share what the prompt computed.
-                pictures.append(Picture(start, count, b"%d" % first, features_QD[first : first + count]))
+                images.append(ImageSpan(start, count, b"%d" % first, features_QD[first : first + count]))
                 first += count
             start += count
-        found.append(pictures)
+        found.append(images)
     return found
 
 

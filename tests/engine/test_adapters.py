@@ -15,10 +15,10 @@ from aria.checkpoint import load_model
 from aria.checkpoint.adapter import merged, save_adapter
 from aria.engine.core import EngineCore
 from aria.engine.failures import StepError
-from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.model.lora import lora_modules as attached
 from aria.ops import LoRA, Segments
+from aria.processor.image_inputs import ImageSpan
 from aria.train.targets import Targets, apply
 from tests.helpers.tiny import tiny_config, tiny_model
 
@@ -88,12 +88,12 @@ def prompt(length: int, seed: int) -> list[int]:
     return [choice.randrange(20, 120) for _ in range(length)]
 
 
-def work(seed: int) -> tuple[list[int], list[Picture]]:
-    """A prompt: short, long, with a picture, or with a beginning that others of any adapter share."""
+def work(seed: int) -> tuple[list[int], list[ImageSpan]]:
+    """A prompt: short, long, with an image, or with a beginning that others of any adapter share."""
     kind = seed // 4 % 4
     if kind == 2:
         features = torch.randn(20, 64, generator=torch.Generator().manual_seed(seed % 2))
-        return [*prompt(3, seed), *[9] * 20, *prompt(4, seed)], [Picture(3, 20, b"%d" % (seed % 2), features)]
+        return [*prompt(3, seed), *[9] * 20, *prompt(4, seed)], [ImageSpan(3, 20, b"%d" % (seed % 2), features)]
     return (prompt(3, seed), prompt(90, seed), [], prompt(50, 999) + prompt(5, seed))[kind], []
 
 
@@ -104,8 +104,8 @@ def run(engine: EngineCore) -> None:
 
 
 @torch.no_grad()
-def expected_logits(name: str | None, ids: list[int], pictures: list[Picture]) -> torch.Tensor:
-    features = torch.cat([picture.data for picture in pictures]) if pictures else None
+def expected_logits(name: str | None, ids: list[int], images: list[ImageSpan]) -> torch.Tensor:
+    features = torch.cat([image.data for image in images]) if images else None
     twin = plain(name)
     return twin.logits(twin(torch.tensor(ids), Packed(twin.config.text, Segments.of([len(ids)])), features).hidden)
 
@@ -115,7 +115,7 @@ def expected_logits(name: str | None, ids: list[int], pictures: list[Picture]) -
     [{}, {"step_tokens": 16, "mixed_step_tokens": 16, "max_batch": 3}, {"cache_blocks": 14, "max_model_len": 200}],
     ids=["mixed", "small chunks", "preempted"],
 )
-def test_scores_are_those_of_merged_models_whoever_shares_the_step(settings):
+def test_logits_equal_those_of_merged_models_in_shared_steps(settings):
     engine, seen, mixed = core(**settings), [], []
     launch = engine.runner.launch
 
@@ -129,13 +129,13 @@ def test_scores_are_those_of_merged_models_whoever_shares_the_step(settings):
     engine.runner.launch = watched
     requests = []
     for seed in range(16):
-        ids, pictures = work(seed)
+        ids, images = work(seed)
         params = SamplingParams(max_tokens=16, temperature=float(seed % 2), seed=seed)
-        requests += engine.add(ids, params, pictures=pictures, adapter=NAMES[seed % 4])
+        requests += engine.add(ids, params, images=images, adapter=NAMES[seed % 4])
     run(engine)
     assert max(mixed) >= 3, "requests of different adapters met"
     expected = {
-        request: expected_logits(request.adapter, [*request.prompt, *request.outputs], request.pictures)
+        request: expected_logits(request.adapter, [*request.prompt, *request.outputs], request.images)
         for request in requests
     }
     assert len(seen) >= 16 * 16
@@ -334,17 +334,17 @@ def test_what_does_not_fit_is_refused_by_name():
             core(adapters=wrong)
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     pixels = torch.randint(0, 256, (80, 120, 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def asked(text: str, *pictures: Image.Image) -> list[dict]:
-    parts = [{"type": "image", "image": image} for image in pictures]
+def asked(text: str, *images: Image.Image) -> list[dict]:
+    parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-QUESTIONS = [asked("what is shown", picture(0)), asked("hello"), asked("red circle", picture(1), picture(0))]
+QUESTIONS = [asked("what is shown", image(0)), asked("hello"), asked("red circle", image(1), image(0))]
 # Of a trained adapter's kinds: everything but vision, vision and projector too, and experts alone.
 TRAINED = {
     "decoder": Targets(rank=4, alpha=8.0),
@@ -355,7 +355,7 @@ TRAINED = {
 
 @pytest.fixture(scope="module")
 def folders(model_folder, tmp_path_factory):
-    """Adapter folders as training leaves them, and the scores' model of each, merged."""
+    """Adapter folders as training leaves them, and the merged model of each."""
     made = {}
     for name, targets in TRAINED.items():
         torch.manual_seed(len(name))
@@ -408,7 +408,7 @@ def test_answers_of_folders_equal_merged_models(engine, folders, model_folder, s
         assert told[name] == alone(model_folder, folders[name][1] if name else {}, params)
 
 
-def test_adapters_share_weights_and_keep_pictures_apart(engine, folders):
+def test_adapters_share_weights_and_keep_images_apart(engine, folders):
     twins = engine.core.adapters.encoding
     assert set(twins) == {None, "eyes"}, "only an adapter that changes them has a vision tower and projector"
     ours, own = (dict(twins[name].named_parameters()) for name in (None, "eyes"))
@@ -419,11 +419,11 @@ def test_adapters_share_weights_and_keep_pictures_apart(engine, folders):
     assert sum(sizes) <= engine.core.adapters.nbytes < 2.5 * sum(sizes)
     cache = engine.core.runner.encoder.cache
     params = SamplingParams(max_tokens=1)
-    question = asked("another", picture(5))
+    question = asked("another", image(5))
     engine.chat([question], params)
     before = cache.misses
     engine.chat([question], params, adapter="decoder")
-    assert cache.misses == before, "an adapter that does not change pictures takes the model's"
+    assert cache.misses == before, "an adapter that does not change images takes the model's"
     engine.chat([question], params, adapter="eyes")
     assert cache.misses == before + 1
 

@@ -13,9 +13,9 @@ from aria import ops
 from aria.checkpoint.adapter import merged
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
-from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.ops import LoRA, Segments
+from aria.processor.image_inputs import ImageSpan
 from tests.helpers.gpu_models import CONFIG, WIDE, relative_error, requests_of
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +71,7 @@ def merge(model: Aria, changes: dict[str, LoRA]) -> Aria:
 
 
 def answer(core: EngineCore, work, dtype: torch.dtype, names: list[str | None]) -> tuple[list, list]:
-    """Requests of adapters in turn, and the scores of every place that was sampled."""
+    """Requests of adapters in turn, and the logits of every sampled position."""
     seen, counts, launch = [], {}, core.runner.launch
 
     def watched(plan):
@@ -83,10 +83,10 @@ def answer(core: EngineCore, work, dtype: torch.dtype, names: list[str | None]) 
 
     core.runner.launch = watched
     requests = []
-    for seed, (ids, pictures) in enumerate(work):
-        pictures = [Picture(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in pictures]
+    for seed, (ids, images) in enumerate(work):
+        images = [ImageSpan(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in images]
         params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
-        requests += core.add(ids, params, pictures=pictures, adapter=names[seed % len(names)])
+        requests += core.add(ids, params, images=images, adapter=names[seed % len(names)])
     while core.unfinished:
         core.step()
     return requests, seen
@@ -100,7 +100,7 @@ def plain_logits(models: dict[str | None, Aria], requests, seen, dtype: torch.dt
         for request in requests:
             model = models[request.adapter]
             ids = torch.tensor([*request.prompt, *request.outputs], device="cuda")
-            features = [picture.data.to(dtype) for picture in request.pictures]
+            features = [image.data.to(dtype) for image in request.images]
             context = Packed(model.config.text, Segments.of([len(ids)], "cuda"))
             hidden = model(ids, context, torch.cat(features) if features else None).hidden
             by_request[request] = model.logits(hidden).float().cpu()

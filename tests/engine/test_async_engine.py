@@ -200,7 +200,7 @@ def test_plain_text_goes_on_as_it_is(engine, model_folder):
 
     async def run():
         by_text, by_ids = await engine.prepare_text(text), await engine.prepare_text(ids)
-        assert by_text.ids == by_ids.ids == ids and by_text.stop == () and not by_text.pictures
+        assert by_text.ids == by_ids.ids == ids and by_text.stop == () and not by_text.images
         return [await engine.chat(one, PARAMS) for one in (by_text, by_ids)]
 
     first, second = asyncio.run(run())
@@ -219,7 +219,7 @@ def test_plain_text_goes_on_as_it_is(engine, model_folder):
         ([1, 10**9], "1000000000 for a token id; expected 0 to"),
         ([True], "True for a token id"),
         (["a"], "'a' for a token id"),
-        ([9], "stands for a picture"),
+        ([9], "stands for an image"),
         ("hello " * 5000, "leaves no room"),
     ],
 )

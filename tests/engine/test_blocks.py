@@ -107,21 +107,21 @@ def test_mistakes_are_noticed():
 
 
 def test_a_name_depends_on_all_that_the_content_does():
-    tokens, picture = [1, 2, 3, 4], (2, 2, b"p")
+    tokens, image = [1, 2, 3, 4], (2, 2, b"p")
     names = [
         ROOT,
         block_hash(ROOT, tokens),
         block_hash(block_hash(ROOT, tokens), tokens),
         block_hash(ROOT, [1, 2, 4, 3]),
-        block_hash(ROOT, tokens, [picture]),
+        block_hash(ROOT, tokens, [image]),
         block_hash(ROOT, tokens, [(2, 2, b"q")]),
         block_hash(ROOT, tokens, [(-2, 2, b"p")]),
         block_hash(ROOT, tokens, [(2, 3, b"p")]),
-        block_hash(ROOT, tokens, [picture, picture]),
-        block_hash(ROOT, tokens, [picture, (4, 1, b"")]),
+        block_hash(ROOT, tokens, [image, image]),
+        block_hash(ROOT, tokens, [image, (4, 1, b"")]),
     ]
     assert len(set(names)) == len(names) and {len(one) for one in names} == {32}
-    assert block_hash(ROOT, tuple(tokens), iter([picture])) == block_hash(ROOT, tokens, [picture])
+    assert block_hash(ROOT, tuple(tokens), iter([image])) == block_hash(ROOT, tokens, [image])
 
 
 @pytest.mark.parametrize("seed", range(5))

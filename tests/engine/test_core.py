@@ -13,10 +13,11 @@ import torch
 
 from aria.engine import SamplingParams, Stats
 from aria.engine.core import EngineCore
-from aria.engine.request import Picture, Status
+from aria.engine.request import Status
 from aria.engine.runner import Launched, Runner
 from aria.model.decoder import Decoder
-from tests.helpers.tiny_core import core, model, plain_logits, prompt, run, with_picture, work
+from aria.processor.image_inputs import ImageSpan
+from tests.helpers.tiny_core import core, model, plain_logits, prompt, run, with_image, work
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -46,18 +47,18 @@ def test_logits_equal_a_plain_pass(settings, fused, monkeypatch):
 
     def look(launched):
         for request, logits in zip(launched.requests, launched.logits, strict=True):
-            # The scores that gave token number len(outputs) so far; its value comes after the step.
+            # The logits that gave token number len(outputs) so far; its value comes after the step.
             seen.append((request, len(request.outputs), logits.clone()))
 
     requests = []
     for seed in range(16):
-        ids, pictures = work(seed)
+        ids, images = work(seed)
         params = SamplingParams(max_tokens=30, temperature=1.0 if seed % 2 else 0.0, seed=seed)
-        requests += engine.add(ids, params, pictures=pictures)
+        requests += engine.add(ids, params, images=images)
     run(engine, requests, look=look)
     for request in requests:
         full = [*request.prompt, *request.outputs]
-        expected_places[request] = plain_logits(full, request.pictures)
+        expected_places[request] = plain_logits(full, request.images)
     assert len(seen) >= 16 * 30 and set(fused_layers) == {fused}
     for request, n, logits in seen:
         expected = expected_places[request][len(request.prompt) + n - 1]
@@ -75,15 +76,15 @@ def test_tokens_do_not_depend_on_company_or_preemption(temperature):
     alone = []
     for seed in range(40):
         engine = core()
-        ids, pictures = work(seed)
-        [request] = engine.add(ids, params(seed), pictures=pictures)
+        ids, images = work(seed)
+        [request] = engine.add(ids, params(seed), images=images)
         run(engine, [request])
         alone.append(request.outputs)
     engine = core(cache_blocks=15, max_model_len=200, max_batch=16)
     requests = []
     for seed in range(40):
-        ids, pictures = work(seed)
-        requests += engine.add(ids, params(seed), pictures=pictures, priority=seed % 3)
+        ids, images = work(seed)
+        requests += engine.add(ids, params(seed), images=images, priority=seed % 3)
     run(engine, requests)
     assert engine.scheduler.preemptions > 0
     assert [request.outputs for request in requests] == alone
@@ -91,24 +92,24 @@ def test_tokens_do_not_depend_on_company_or_preemption(temperature):
 
 def test_several_answers_share_their_prompt():
     engine = core()
-    ids, pictures = with_picture(10, 40, 60, 3)
-    requests = engine.add(ids, SamplingParams(max_tokens=5, temperature=1.0, seed=1, n=4), pictures=pictures)
+    ids, images = with_image(10, 40, 60, 3)
+    requests = engine.add(ids, SamplingParams(max_tokens=5, temperature=1.0, seed=1, n=4), images=images)
     assert all(request.block_hashes(16)[0] is requests[0].block_hashes(16)[0] for request in requests), "named once"
     run(engine, requests)
     assert len({tuple(request.outputs) for request in requests}) > 1
     assert engine.scheduler.prefix_tokens >= 3 * (110 // 16 - 1) * 16
 
 
-def test_a_picture_of_other_content_is_not_taken_from_the_cache():
+def test_an_image_of_other_content_is_not_taken_from_the_cache():
     answers = []
     for seeds in ((0, 1), (1, 0)):
         engine = core()
         requests = []
         for seed in seeds:
-            ids, pictures = with_picture(0, 48, 8, 0)
+            ids, images = with_image(0, 48, 8, 0)
             other = torch.randn(48, 64, generator=torch.Generator().manual_seed(100 + seed))
-            pictures = [Picture(0, 48, b"%d" % seed, other)]
-            [request] = engine.add(ids, SamplingParams(max_tokens=8), pictures=pictures)
+            images = [ImageSpan(0, 48, b"%d" % seed, other)]
+            [request] = engine.add(ids, SamplingParams(max_tokens=8), images=images)
             run(engine, [request])
             requests.append(request)
         answers.append({seed: request.outputs for seed, request in zip(seeds, requests, strict=True)})
@@ -121,8 +122,8 @@ def test_ended_and_cancelled_requests_leave_nothing_behind():
     choice = random.Random(0)
     kept = []
     for seed in range(60):
-        ids, pictures = work(seed)
-        requests = engine.add(ids, SamplingParams(max_tokens=8, n=1 + seed % 2), pictures=pictures)
+        ids, images = work(seed)
+        requests = engine.add(ids, SamplingParams(max_tokens=8, n=1 + seed % 2), images=images)
         if seed % 3:
             kept += requests
         for _ in range(choice.randrange(3)):
@@ -178,13 +179,13 @@ def test_end_tokens_end_an_answer_and_are_kept():
 
 def test_bad_input_is_refused_before_anything_is_queued():
     engine = core()
-    ids, pictures = with_picture(10, 395, 3, 0)
+    ids, images = with_image(10, 395, 3, 0)
     for wrong, message in (
         (lambda: engine.add([]), "no tokens"),
         (lambda: engine.add(prompt(400, 0)), r"length is 400 tokens.*resulted in 400 tokens.*leaves no room.*shorten"),
         (
-            lambda: engine.add(ids, pictures=pictures),
-            r"408 tokens, 395 of them for pictures.*fewer or smaller pictures",
+            lambda: engine.add(ids, images=images),
+            r"408 tokens, 395 of them for images.*fewer or smaller images",
         ),
         (lambda: core(max_model_len=5000), r"max_model_len is 5000; expected 1 to 4096"),
         (lambda: core(cache_blocks=3), r"room for 48 tokens, but max_model_len is 400"),

@@ -12,8 +12,8 @@ from PIL import Image
 
 from aria import AriaForConditionalGeneration, Engine, SamplingParams
 from aria.engine.outputs import Completion
-from aria.engine.rehearsal import Rehearsal
-from tests.helpers.conversations import CONVERSATIONS, asked, picture
+from aria.engine.warm_up import WarmUp
+from tests.helpers.conversations import CONVERSATIONS, asked, image
 from tests.helpers.tiny import tiny_config
 
 
@@ -65,7 +65,7 @@ def test_several_answers(engine):
     assert single.token_ids == result.choices[0].token_ids
 
 
-def test_logprobs_are_those_of_the_scores(engine):
+def test_logprobs_match_the_logits(engine):
     result = engine.chat([CONVERSATIONS[1]], SamplingParams(max_tokens=4, logprobs=3))[0]
     prompt = engine.processor.tokenizer.encode(
         engine.processor.apply_chat_template(CONVERSATIONS[1], add_generation_prompt=True)
@@ -133,16 +133,16 @@ def test_end_of_text_token_ends_an_answer(engine):
     assert completion.finish_reason == "stop"
 
 
-def test_typed_picture_token_is_text(engine):
+def test_typed_image_token_is_text(engine):
     plain = engine.chat([asked("what is <|img|> here")], SamplingParams(max_tokens=4))[0]
-    shown = engine.chat([asked("what is <|img|> here", picture(0))], SamplingParams(max_tokens=4))[0]
+    shown = engine.chat([asked("what is <|img|> here", image(0))], SamplingParams(max_tokens=4))[0]
     assert plain.usage.prompt_tokens < 128 < shown.usage.prompt_tokens < 128 + 60
 
 
 def test_a_long_neighbour_takes_no_room(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=60)
     params = SamplingParams(max_tokens=30)
-    short, long = asked("hello"), asked("hello world what is shown in this image please describe it")
+    short, long = asked("hello"), asked("hello world what is shown in this picture please describe it")
     alone = engine.chat([short], params)[0]
     together = engine.chat([short, long], params)
     assert together[0] == alone
@@ -152,7 +152,7 @@ def test_a_long_neighbour_takes_no_room(model_folder):
 
 def test_a_config_stands_for_random_weights():
     engine = Engine(tiny_config(vocab_size=500), device="cpu")
-    result = engine.chat([asked("hello", picture(0))], SamplingParams(max_tokens=3))[0]
+    result = engine.chat([asked("hello", image(0))], SamplingParams(max_tokens=3))[0]
     assert result.usage.prompt_tokens > 256, "the larger size is the default"
 
 
@@ -182,10 +182,10 @@ def test_mistakes_are_named(engine, model_folder):
         Engine(model_folder, tensor_parallel=2)
 
 
-def test_more_pictures_than_fit_are_refused_before_anything_is_queued(model_folder):
+def test_more_images_than_fit_are_refused_before_anything_is_queued(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=600)
-    crowd = asked("look", *(picture(seed) for seed in range(5)))
-    with pytest.raises(ValueError, match=r"length is 600 tokens.*for pictures.*use fewer or smaller pictures"):
+    crowd = asked("look", *(image(seed) for seed in range(5)))
+    with pytest.raises(ValueError, match=r"length is 600 tokens.*for images.*use fewer or smaller images"):
         engine.chat([CONVERSATIONS[1], crowd])
     assert not engine.core.busy
 
@@ -310,24 +310,24 @@ def test_warming_up_leaves_nothing_behind(model_folder):
     engine = Engine(model_folder, device="cpu", max_batch=3, max_model_len=600)
     engine.warm_up()
     assert engine.stats().completion_tokens == 0, "the CPU has nothing to compile"
-    rehearsal = Rehearsal(engine.core)
-    rehearsal.decode()
+    warm_up = WarmUp(engine.core)
+    warm_up.decode()
     assert engine.stats().completion_tokens == 3 * 4 * (1 + 2 + 3)
-    for pictures in engine._sample_pictures():
-        rehearsal.look(pictures)
+    for images in engine._sample_images():
+        warm_up.encode(images)
     assert engine.core.runner.encoder.cache.nbytes > 0
-    rehearsal.run([])
+    warm_up.run([])
     assert not engine.core.busy and engine.core.pool.free == engine.core.pool.total
     assert engine.core.runner.encoder.cache.nbytes == 0
 
 
-def test_a_picture_is_encoded_once(model_folder, monkeypatch):
+def test_an_image_is_encoded_once(model_folder, monkeypatch):
     engine = Engine(model_folder, device="cpu")
     seen = []
     encode = engine.model.encode_images
     monkeypatch.setattr(engine.model, "encode_images", lambda patches: seen.append(1) or encode(patches))
     for text in ("what is shown", "red circle", "hello"):
-        engine.chat([asked(text, picture(0))], SamplingParams(max_tokens=2))
+        engine.chat([asked(text, image(0))], SamplingParams(max_tokens=2))
     assert len(seen) == 1
     assert engine.core.runner.encoder.cache.nbytes > 0
 
@@ -337,7 +337,7 @@ def test_steps_count_the_patches_of_images_that_are_not_encoded_yet(model_folder
     half = Image.effect_noise((490, 245), 60).convert("RGB")
     prepared = engine.prepare([{"role": "user", "content": [{"type": "image", "image": half}]}])
     [request] = engine.queue(prepared, SamplingParams(max_tokens=1)).requests
-    [image] = request.pictures
+    [image] = request.images
     # 490 x 336 pixels are real, in patches of 14.
     assert image.patches == 35 * 24
     encoder = engine.core.runner.encoder
@@ -348,7 +348,7 @@ def test_steps_count_the_patches_of_images_that_are_not_encoded_yet(model_folder
 
 
 def test_digests_of_a_prompt_are_of_one_block_size_and_of_no_other_prompt(engine):
-    prepared = engine.prepare(asked("hello " * 30, picture(0)))
+    prepared = engine.prepare(asked("hello " * 30, image(0)))
     assert len(prepared.digests[16]) == len(prepared.ids) // 16
     [request] = engine.queue(prepared, SamplingParams(max_tokens=1)).requests
     assert list(request.block_hashes(16)) == prepared.digests[16]

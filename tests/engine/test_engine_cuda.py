@@ -12,9 +12,9 @@ from aria import AriaForConditionalGeneration, ops
 from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
 from aria.engine.graphs import Graphs
-from aria.engine.request import Picture
 from aria.model import Aria, Packed
 from aria.ops import Segments
+from aria.processor.image_inputs import ImageSpan
 from tests.helpers.gpu_models import CONFIG, WIDE, relative_error, requests_of
 
 pytestmark = pytest.mark.gpu
@@ -38,11 +38,11 @@ def engine_logits(core: EngineCore, work, dtype: torch.dtype) -> tuple[list, lis
 
     core.runner.launch = watched
     requests = []
-    for seed, (ids, pictures) in enumerate(work):
-        pictures = [Picture(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in pictures]
-        # Log-probabilities make the engine keep its scores.
+    for seed, (ids, images) in enumerate(work):
+        images = [ImageSpan(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in images]
+        # Log-probabilities make the engine keep its logits.
         params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
-        requests += core.add(ids, params, pictures=pictures)
+        requests += core.add(ids, params, images=images)
     while core.unfinished:
         core.step()
     return requests, seen
@@ -55,7 +55,7 @@ def plain_logits(model: Aria, requests, seen, dtype: torch.dtype) -> torch.Tenso
     with ops.use("reference"):
         for request in requests:
             ids = torch.tensor([*request.prompt, *request.outputs], device="cuda")
-            features = [picture.data.to(dtype) for picture in request.pictures]
+            features = [image.data.to(dtype) for image in request.images]
             context = Packed(model.config.text, Segments.of([len(ids)], "cuda"))
             hidden = model(ids, context, torch.cat(features) if features else None).hidden
             by_request[request] = model.logits(hidden).float().cpu()
@@ -107,10 +107,10 @@ def test_tokens_are_those_of_the_cpu_in_float32():
         model = Aria.random(CONFIG, dtype=torch.float32, device="cpu", std=0.1).to(device)
         core = EngineCore(model, max_batch=8, max_model_len=512, cache_blocks=200)
         requests = []
-        for seed, (ids, pictures) in enumerate(work):
-            pictures = [Picture(p.start, p.tokens, p.key, p.data.to(device)) for p in pictures]
+        for seed, (ids, images) in enumerate(work):
+            images = [ImageSpan(p.start, p.tokens, p.key, p.data.to(device)) for p in images]
             params = SamplingParams(max_tokens=16, temperature=float(seed % 2), seed=seed)
-            requests += core.add(ids, params, pictures=pictures)
+            requests += core.add(ids, params, images=images)
         while core.unfinished:
             core.step()
         outputs.append([request.outputs for request in requests])
@@ -129,26 +129,26 @@ def test_the_cache_takes_what_memory_is_left():
     assert len(request.outputs) == 4
 
 
-def test_scores_of_prompts_equal_a_plain_pass():
+def test_prompt_logprobs_equal_a_plain_pass():
     model = Aria.random(CONFIG, dtype=torch.float32, device="cuda", std=0.05)
     core = EngineCore(model, max_batch=8, max_model_len=1024, cache_blocks=24, step_tokens=256, mixed_step_tokens=128)
     requests = []
-    for ids, pictures in requests_of(CONFIG.text.vocab_size, CONFIG.text.hidden_size, 12, 300):
-        pictures = [Picture(p.start, p.tokens, p.key, p.data.to("cuda")) for p in pictures]
-        requests += core.add(ids, SamplingParams(max_tokens=8, prompt_logprobs=3, min_tokens=8), pictures=pictures,
+    for ids, images in requests_of(CONFIG.text.vocab_size, CONFIG.text.hidden_size, 12, 300):
+        images = [ImageSpan(p.start, p.tokens, p.key, p.data.to("cuda")) for p in images]
+        requests += core.add(ids, SamplingParams(max_tokens=8, prompt_logprobs=3, min_tokens=8), images=images,
                              end_token_ids=[30, 31])  # fmt: skip
     while core.unfinished:
         core.step()
     for request in requests:
-        scores = request.prompt_scores
+        logprobs = request.prompt_logprobs
         ids = torch.tensor(request.prompt, device="cuda")
         with torch.no_grad(), ops.use("reference"):
-            features = [picture.data for picture in request.pictures]
+            features = [image.data for image in request.images]
             context = Packed(model.config.text, Segments.of([len(ids)], "cuda"))
             hidden = model(ids, context, torch.cat(features) if features else None).hidden
             expected = model.logits(hidden).log_softmax(-1)[:-1]
-        assert scores.complete and len(request.outputs) == 8 and not {30, 31} & set(request.outputs)
-        got = torch.from_numpy(scores.logprobs[1:]).cuda()
+        assert logprobs.complete and len(request.outputs) == 8 and not {30, 31} & set(request.outputs)
+        got = torch.from_numpy(logprobs.logprobs[1:]).cuda()
         torch.testing.assert_close(got, expected.gather(1, ids[1:, None])[:, 0], atol=1e-3, rtol=1e-3)
 
 

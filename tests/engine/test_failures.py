@@ -10,12 +10,13 @@ import torch
 from aria import AriaForConditionalGeneration
 from aria.engine import SamplingParams
 from aria.engine.failures import StepError, free_frames, out_of_memory
-from aria.engine.request import Picture, Status
+from aria.engine.request import Status
 from aria.engine.runner import Launched
 from aria.engine.sampler import SamplerState
 from aria.model import Aria
 from aria.model.decoder import Decoder
-from tests.helpers.tiny_core import IMAGE, core, model, prompt, with_picture
+from aria.processor.image_inputs import ImageSpan
+from tests.helpers.tiny_core import IMAGE, core, model, prompt, with_image
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = [prompt(30 + 7 * i, i) for i in range(6)]
@@ -241,26 +242,26 @@ def test_which_errors_are_for_want_of_memory():
 
 
 def test_an_image_that_cannot_be_encoded_fails_its_own_requests_and_no_others(expected, monkeypatch):
-    good, [picture] = with_picture(20, 40, 6, 1)
+    good, [image] = with_image(20, 40, 6, 1)
     engine = core()
     features = engine.runner.encoder.features
-    broken = {picture.key}
+    broken = {image.key}
 
-    def encode(pictures, adapter=None):
-        if any(one.key in broken for one in pictures):
+    def encode(images, adapter=None):
+        if any(one.key in broken for one in images):
             raise RuntimeError("a broken image")
-        return features(pictures, adapter)
+        return features(images, adapter)
 
     monkeypatch.setattr(engine.runner.encoder, "features", encode)
-    ids, [other] = with_picture(20, 40, 6, 2)
+    ids, [other] = with_image(20, 40, 6, 2)
     # The first and the last have the broken one, and begin as the second does.
     begins = [*good[:20], *[IMAGE] * 40]
     requests = [
-        engine.add(good, PARAMS, pictures=[picture])[0],
+        engine.add(good, PARAMS, images=[image])[0],
         engine.add([*good[:20], *PROMPTS[1]], PARAMS)[0],
-        engine.add(ids, PARAMS, pictures=[other])[0],
+        engine.add(ids, PARAMS, images=[other])[0],
         engine.add(PROMPTS[0], PARAMS)[0],
-        engine.add([*begins, *PROMPTS[2]], PARAMS, pictures=[picture])[0],
+        engine.add([*begins, *PROMPTS[2]], PARAMS, images=[image])[0],
     ]
     became = answers(engine, requests)
     assert [i for i, one in became.items() if isinstance(one, Exception)] == [0, 4]
@@ -269,14 +270,14 @@ def test_an_image_that_cannot_be_encoded_fails_its_own_requests_and_no_others(ex
 
     broken.clear()
     again = [
-        engine.add(good, PARAMS, pictures=[picture])[0],
+        engine.add(good, PARAMS, images=[image])[0],
         engine.add([*good[:20], *PROMPTS[1]], PARAMS)[0],
-        engine.add(ids, PARAMS, pictures=[other])[0],
+        engine.add(ids, PARAMS, images=[other])[0],
     ]
     monkeypatch.setattr(engine.runner.encoder, "features", features)
     fresh = core()
     alone = [
-        fresh.add(request.prompt, PARAMS, pictures=request.pictures)[0]
+        fresh.add(request.prompt, PARAMS, images=request.images)[0]
         for request in again
     ]  # fmt: skip
     assert list(answers(engine, again).values()) == list(answers(fresh, alone).values()), "nothing wrong was kept"
@@ -286,8 +287,8 @@ def test_an_image_that_cannot_be_encoded_fails_its_own_requests_and_no_others(ex
 
 def test_requests_that_share_what_is_wrong_fail_together():
     engine = core(step_tokens=256)
-    ids, pictures = with_picture(4, 40, 20, 1)
-    requests = engine.add(ids, SamplingParams(max_tokens=4, n=3), pictures=pictures)
+    ids, images = with_image(4, 40, 20, 1)
+    requests = engine.add(ids, SamplingParams(max_tokens=4, n=3), images=images)
     other = engine.add(prompt(40, 3), SamplingParams(max_tokens=4))
     engine.scheduler.plan()
     assert requests[2].blocks[:3] == requests[0].blocks[:3]
@@ -303,16 +304,16 @@ def test_several_images_that_are_too_many_together_are_encoded_one_by_one(monkey
         engine = core()
         features = engine.runner.encoder.features
 
-        def encode(pictures: list[Picture], adapter=None):
-            if len(pictures) > most:
+        def encode(images: list[ImageSpan], adapter=None):
+            if len(images) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return features(pictures, adapter)
+            return features(images, adapter)
 
         monkeypatch.setattr(engine.runner.encoder, "features", encode)
         requests = []
         for seed in (1, 2):
-            ids, pictures = with_picture(5, 10, 4, seed)
-            requests += engine.add(ids, PARAMS, pictures=pictures)
+            ids, images = with_image(5, 10, 4, seed)
+            requests += engine.add(ids, PARAMS, images=images)
         return list(answers(engine, requests).values())
 
     assert tokens(1) == tokens(2)

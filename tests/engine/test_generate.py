@@ -11,7 +11,7 @@ from tests.helpers.model_inputs import crops, ids, left_padded
 BATCH = {
     "one text": lambda: left_padded([ids(9)]),
     "several lengths": lambda: left_padded([ids(5), ids(31, seed=1), ids(1, seed=2)]),
-    "different numbers of pictures": lambda: (
+    "different numbers of images": lambda: (
         left_padded([ids(3, [128], 5, [128], 2), ids(7, seed=1), ids(1, [128], 11, seed=2)])
         | crops(490, [(490, 490), (336, 490), (490, 367)])
     ),
@@ -31,7 +31,7 @@ def test_greedy_tokens_equal_transformers_over_64_steps(pair, name):
     assert torch.equal(got, expected)
 
 
-def test_picture_token_is_never_generated(pair):
+def test_image_token_is_never_generated(pair):
     ours, _ = pair
     with torch.no_grad():
         head = ours.model.language_model.lm_head.weight
@@ -40,10 +40,10 @@ def test_picture_token_is_never_generated(pair):
         tokens = ours.generate(
             **left_padded([ids(5), ids(8)]), max_new_tokens=20, do_sample=True, seed=1, eos_token_id=None
         )
-        scores = ours(**left_padded([ids(5)])).logits
+        logits = ours(**left_padded([ids(5)])).logits
         head.copy_(before)
     assert (tokens != 9).all()
-    assert scores.shape[-1] == 300
+    assert logits.shape[-1] == 300
 
 
 def test_ends_at_the_end_token_and_pads_the_rest(pair):

@@ -14,10 +14,10 @@ import torch
 from aria import Engine, SamplingParams
 from aria.engine.grammar import Grammars
 from aria.engine.matcher import fill_masks
-from aria.engine.sampler import keep_allowed
+from aria.engine.sampler import mask_logits
 from aria.processor import AriaTokenizer
 from tests.helpers import small_tokenizer
-from tests.helpers.conversations import asked, picture
+from tests.helpers.conversations import asked, image
 from tests.helpers.random_schemas import closed, is_valid, random_schema
 
 SCHEMA = closed(
@@ -134,10 +134,10 @@ def test_the_last_token_may_complete_the_value(engine):
     assert (same.text, same.finish_reason) == (whole.text, "stop")
 
 
-def test_with_pictures_choices_and_neighbours(engine):
+def test_with_images_choices_and_neighbours(engine):
     params = SamplingParams(max_tokens=300, json_schema=SCHEMA, n=3, temperature=1.0, seed=1)
     free = SamplingParams(max_tokens=30, temperature=1.0, seed=1)
-    messages = asked("what is shown", picture(0))
+    messages = asked("what is shown", image(0))
     alone, plain = engine.chat([messages], params)[0], engine.chat([messages], free)[0]
     assert len({choice.text for choice in alone.choices}) > 1
     assert all(is_valid(choice.text, SCHEMA) for choice in alone.choices)
@@ -336,13 +336,13 @@ def test_without_the_grammar_library_the_error_names_the_command(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_scores(dtype):
+def test_masked_logits(dtype):
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(5, 75, generator=generator).to(dtype)
+    logits = torch.randn(5, 75, generator=generator).to(dtype)
     allowed = torch.rand(2, 96, generator=generator) < 0.3
     words = np.packbits(allowed.numpy(), axis=1, bitorder="little").view("<i4")
     places = torch.tensor([3, 1])
-    got = keep_allowed(scores, places, torch.from_numpy(words))
-    expected = scores.clone()
-    expected[places] = scores[places].masked_fill(~allowed[:, :75], float("-inf"))
+    got = mask_logits(logits, places, torch.from_numpy(words))
+    expected = logits.clone()
+    expected[places] = logits[places].masked_fill(~allowed[:, :75], float("-inf"))
     assert got.dtype == dtype and torch.equal(got, expected)

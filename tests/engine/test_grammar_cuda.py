@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aria import Engine, SamplingParams
-from aria.engine.sampler import keep_allowed
+from aria.engine.sampler import mask_logits
 from tests.helpers.gpu_models import CONFIG, WIDE
 
 pytestmark = pytest.mark.gpu
@@ -72,12 +72,12 @@ def test_a_step_ahead_changes_no_token():
     assert results[0] == results[1]
 
 
-def test_masked_scores_are_those_of_the_cpu():
-    scores = torch.randn(9, 100_352).bfloat16()
+def test_masked_logits_equal_those_of_the_cpu():
+    logits = torch.randn(9, 100_352).bfloat16()
     masks = torch.randint(-(2**31), 2**31, (4, 3136), dtype=torch.int32)
     places = torch.tensor([8, 0, 3, 5])
-    expected = keep_allowed(scores, places, masks)
-    assert keep_allowed(scores.cuda(), places.cuda(), masks.cuda()).cpu().equal(expected)
+    expected = mask_logits(logits, places, masks)
+    assert mask_logits(logits.cuda(), places.cuda(), masks.cuda()).cpu().equal(expected)
 
 
 def test_warming_up_captures_graphs():

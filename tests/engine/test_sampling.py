@@ -22,13 +22,13 @@ def int32(*values: int) -> torch.Tensor:
 
 
 def extras(state: SamplerState, *rows: int) -> bool:
-    """Whether one of these rows changes its scores at place 100."""
+    """Whether one of these rows changes its logits at place 100."""
     return state.extras(rows, [100] * len(rows))
 
 
-def changed_by(state: SamplerState, scores: torch.Tensor, *rows: int, place: int = 100, last: int = 0) -> torch.Tensor:
+def changed_by(state: SamplerState, logits: torch.Tensor, *rows: int, place: int = 100, last: int = 0) -> torch.Tensor:
     """Scores after what these rows ask for."""
-    return state.apply_extras(scores, int32(*rows), int32(*[place] * len(rows)), torch.tensor([last] * len(rows)))
+    return state.adjust_logits(logits, int32(*rows), int32(*[place] * len(rows)), torch.tensor([last] * len(rows)))
 
 
 def sampler(*settings: dict, vocabulary: int, banned=(), prompt=(), outputs=()) -> SamplerState:
@@ -47,16 +47,16 @@ def drawn(logits: list[float], count: int = 2500, **settings) -> torch.Tensor:
     return torch.bincount(tokens, minlength=len(logits)) / count
 
 
-def kept(scores: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+def kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
     """The tokens that may be drawn, by the definitions: one after the other, the likeliest first."""
-    probs = (scores.double() / temperature).softmax(-1).tolist()
-    order = sorted(range(len(probs)), key=lambda token: -scores[token])
+    probs = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(probs)), key=lambda token: -logits[token])
     if top_k:
-        order = [token for token in order if scores[token] >= scores[order[min(top_k, len(order)) - 1]]]
+        order = [token for token in order if logits[token] >= logits[order[min(top_k, len(order)) - 1]]]
     if top_p < 1:
         target, mass, nucleus = top_p * sum(probs[token] for token in order), 0.0, []
         for token in order:
-            if mass >= target and scores[token] < scores[nucleus[-1]]:
+            if mass >= target and logits[token] < logits[nucleus[-1]]:
                 break
             nucleus.append(token)
             mass += probs[token]
@@ -117,21 +117,21 @@ def test_what_is_kept_is_what_the_definitions_keep(trial):
     temperature = rng.choice([0.3, 1.0, 1.7])
     top_k, top_p = rng.choice([0, 1, 3, V // 2, V, 1000]), rng.choice([1.0, 0.9, 0.5, 0.01, rng.random()])
     min_p = rng.choice([0.0, 0.0, 0.05, 0.5, 1.0])
-    scores = torch.randn(V) * rng.choice([0.1, 2, 8])
+    logits = torch.randn(V) * rng.choice([0.1, 2, 8])
     if trial % 3 == 0:
-        scores = (scores * 2).round() / 2  # many alike
+        logits = (logits * 2).round() / 2  # many alike
     state = sampler({"temperature": temperature, "top_k": 2 if top_k == 1 else top_k, "top_p": top_p, "min_p": min_p},
                     vocabulary=V)  # fmt: skip
-    least = sampling.thresholds(scores[None], sampling.Settings.of(state._table))
-    found = set((scores >= least).nonzero()[:, 0].tolist())
-    assert found == kept(scores, temperature, 2 if top_k == 1 else top_k, top_p, min_p)
+    least = sampling.thresholds(logits[None], sampling.Settings.of(state._table))
+    found = set((logits >= least).nonzero()[:, 0].tolist())
+    assert found == kept(logits, temperature, 2 if top_k == 1 else top_k, top_p, min_p)
 
 
 def test_any_temperature_that_is_allowed_gives_the_likeliest_at_its_lower_end():
-    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 10
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 10
     for temperature in (1e-38, 1e-5, 1e-3):
         state = sampler({"temperature": temperature}, vocabulary=50)
-        assert state.sample(scores, int32(0), int32(3)) == scores.argmax()
+        assert state.sample(logits, int32(0), int32(3)) == logits.argmax()
 
 
 def test_top_p_of_one_keeps_every_token():
@@ -144,15 +144,15 @@ def test_a_seed_draws_the_same_whatever_else_is_in_the_batch():
     V = 3000
     warm = {"temperature": 1.0, "top_p": 0.9}
     state = sampler({}, warm, {"temperature": 1.5}, warm, {}, {"temperature": 1.0, "top_k": 4}, vocabulary=V)
-    scores = torch.randn(6, V)
-    tokens = state.sample(scores, int32(*range(6)), int32(*range(6)))
-    assert tokens[[0, 4]].tolist() == scores[[0, 4]].argmax(-1).tolist()
+    logits = torch.randn(6, V)
+    tokens = state.sample(logits, int32(*range(6)), int32(*range(6)))
+    assert tokens[[0, 4]].tolist() == logits[[0, 4]].argmax(-1).tolist()
     for n in range(6):
-        assert state.sample(scores[n : n + 1], int32(n), int32(n)) == tokens[n]
+        assert state.sample(logits[n : n + 1], int32(n), int32(n)) == tokens[n]
     # Another place of the state and of the batch, with the same seed and position.
     other = SamplerState(9, V, CPU)
     other.set_row(7, SamplingParams(**warm), 3, [1, 2])
-    assert other.sample(scores[[0, 3]], int32(0, 7), int32(0, 3))[1] == tokens[3]
+    assert other.sample(logits[[0, 3]], int32(0, 7), int32(0, 3))[1] == tokens[3]
 
 
 def test_seeds_and_positions_draw_anew():
@@ -168,13 +168,13 @@ def test_seeds_and_positions_draw_anew():
 
 def test_banned_tokens_are_never_drawn():
     state = sampler({}, {"temperature": 2.0}, {"temperature": 1.0, "top_p": 0.5}, vocabulary=5, banned=(3, 0))
-    scores = torch.tensor([[9.0, 1.0, 2.0, 8.0, 0.0]]).repeat(3, 1)
-    given = scores.clone()
+    logits = torch.tensor([[9.0, 1.0, 2.0, 8.0, 0.0]]).repeat(3, 1)
+    given = logits.clone()
     for place in range(50):
-        assert set(state.sample(scores, int32(0, 1, 2), int32(*[place] * 3)).tolist()) <= {1, 2, 4}
-    assert scores.equal(given)
-    chosen, ids, values = state.logprobs(scores, torch.tensor([2, 1, 4]), 3)
-    expected = scores[:, [1, 2, 4]].log_softmax(-1)
+        assert set(state.sample(logits, int32(0, 1, 2), int32(*[place] * 3)).tolist()) <= {1, 2, 4}
+    assert logits.equal(given)
+    chosen, ids, values = state.logprobs(logits, torch.tensor([2, 1, 4]), 3)
+    expected = logits[:, [1, 2, 4]].log_softmax(-1)
     assert ids.tolist() == [[2, 1, 4]] * 3
     assert_close(values, expected[:, [1, 0, 2]])
     assert_close(chosen, expected[[0, 1, 2], [1, 0, 2]])
@@ -185,44 +185,44 @@ def test_penalties_follow_their_formulas_and_remember_what_was_drawn():
     settings = {"repetition_penalty": 1.5, "frequency_penalty": 0.3, "presence_penalty": -0.7}
     state = sampler(settings, {}, {"frequency_penalty": 2.0}, vocabulary=V, prompt=prompt, outputs=outputs)
     assert extras(state, 0) and extras(state, 1, 2) and not extras(state, 1) and not extras(state)
-    scores = torch.randn(3, V)
+    logits = torch.randn(3, V)
     for _ in range(3):
-        expected = scores.clone()
+        expected = logits.clone()
         for token in range(V):
             if token in prompt or token in outputs:
-                expected[0, token] = scores[0, token] / 1.5 if scores[0, token] > 0 else scores[0, token] * 1.5
+                expected[0, token] = logits[0, token] / 1.5 if logits[0, token] > 0 else logits[0, token] * 1.5
             times = outputs.count(token)
             expected[0, token] -= 0.3 * times - 0.7 * (times > 0)
             expected[2, token] -= 2.0 * times
-        changed = changed_by(state, scores, 0, 1, 2)
+        changed = changed_by(state, logits, 0, 1, 2)
         assert_close(changed, expected)
-        assert_close(changed_by(state, scores[[2, 0]].bfloat16(), 2, 0), expected[[2, 0]], rtol=0.02, atol=0.02)
+        assert_close(changed_by(state, logits[[2, 0]].bfloat16(), 2, 0), expected[[2, 0]], rtol=0.02, atol=0.02)
         token = int(state.sample(changed, int32(0, 1, 2), int32(5, 5, 5))[0])
         assert token == int(expected[0].argmax())
         outputs.append(token)
         state.count(int32(0, 2, 1), torch.tensor([token, token, 6]))
     # The same request in another row, after preemption, and a row whose next request asks for nothing.
     state.set_row(1, SamplingParams(**settings), 0, prompt, outputs)
-    twice = changed_by(state, scores[[0, 0]], 0, 1)
+    twice = changed_by(state, logits[[0, 0]], 0, 1)
     assert_close(twice[0], twice[1], rtol=0, atol=0)
     state.clear_row(1)
     state.set_row(1, SamplingParams(temperature=1.0), 0, prompt, [])
-    assert_close(changed_by(state, scores, 0, 1, 2)[1], scores[1], rtol=0, atol=0)
+    assert_close(changed_by(state, logits, 0, 1, 2)[1], logits[1], rtol=0, atol=0)
     assert not extras(state, 1)
 
 
 def test_biases_are_added_and_leave_with_their_request():
     state = sampler({"logit_bias": {3: 100.0}}, {"logit_bias": {0: -100, 1: -100, 5: 2.5}}, {}, vocabulary=6)
-    scores = torch.randn(3, 6)
-    expected = scores.clone()
+    logits = torch.randn(3, 6)
+    expected = logits.clone()
     expected[0, 3] += 100
     expected[1, [0, 1]] -= 100
     expected[1, 5] += 2.5
     assert extras(state, 0) and not extras(state, 2)
-    assert_close(changed_by(state, scores, 0, 1, 2), expected)
+    assert_close(changed_by(state, logits, 0, 1, 2), expected)
     state.set_row(0, SamplingParams(), 0, [])
     assert not extras(state, 0, 2)
-    assert_close(changed_by(state, scores, 0, 1)[0], scores[0])
+    assert_close(changed_by(state, logits, 0, 1)[0], logits[0])
     with pytest.raises(AssertionError, match="a bias for token 6"):
         state.set_row(0, SamplingParams(logit_bias={6: 1.0}), 0, [])
 
@@ -325,12 +325,12 @@ def test_an_end_is_not_drawn_before_it_may_come():
     for row, ends in enumerate(([4, 0], [0], [])):
         text = None if row == 0 else end_text
         state.set_row(row, SamplingParams(min_tokens=5), 0, [1] * 10, end_ids=ends, end_text=text)
-    scores = torch.randn(3, 12)
+    logits = torch.randn(3, 12)
 
     def banned(place: int, last: int) -> list[set[int]]:
-        changed = changed_by(state, scores, 0, 1, 2, place=place, last=last)
+        changed = changed_by(state, logits, 0, 1, 2, place=place, last=last)
         gone = changed == float("-inf")
-        assert_close(changed[~gone], scores[~gone])
+        assert_close(changed[~gone], logits[~gone])
         return [set(row.nonzero()[:, 0].tolist()) for row in gone]
 
     # The first character alone stays free, and behind it nothing that continues the text.
@@ -348,9 +348,9 @@ def test_an_end_is_not_drawn_before_it_may_come():
 
 
 def test_a_top_p_of_zero_is_greedy():
-    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     state = sampler({"temperature": 2.0, "top_p": 0.0}, vocabulary=50)
-    assert all(state.sample(scores, int32(0), int32(place)) == scores.argmax() for place in range(20))
+    assert all(state.sample(logits, int32(0), int32(place)) == logits.argmax() for place in range(20))
 
 
 def test_stop_texts_may_be_kept_and_looked_for_later():

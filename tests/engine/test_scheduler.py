@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from aria.engine.request import Picture, Request, Status
+from aria.engine.request import Request, Status
+from aria.processor.image_inputs import ImageSpan
 from tests.helpers.scheduling import S, chunks, request, scheduler, step
 
 
@@ -261,36 +262,36 @@ def test_several_answers_to_one_prompt_read_it_once():
     assert len({one.blocks[0] for one in answers}) == 1 and len({one.blocks[-1] for one in answers}) == 3
 
 
-def test_pictures_are_told_apart_by_content_and_place():
+def test_images_are_told_apart_by_content_and_place():
     s, tokens = scheduler(), (9,) * 12
 
-    def read(*pictures: Picture) -> int:
+    def read(*images: ImageSpan) -> int:
         """How many of the tokens are found."""
-        s.add(one := request(tokens, max_tokens=1, pictures=pictures))
+        s.add(one := request(tokens, max_tokens=1, images=images))
         step(s)
         return one.cached_tokens
 
     assert read() == 0
-    assert read(Picture(5, 4, b"a")) == 4
-    assert read(Picture(5, 4, b"a")) == 8
-    assert read(Picture(5, 4, b"b")) == 4
-    assert read(Picture(6, 4, b"a")) == 4
-    assert read(Picture(5, 2, b"a"), Picture(7, 2, b"a")) == 4
-    assert read(Picture(9, 3, b"a")) == 8, "what lies behind the second block makes no difference to it"
+    assert read(ImageSpan(5, 4, b"a")) == 4
+    assert read(ImageSpan(5, 4, b"a")) == 8
+    assert read(ImageSpan(5, 4, b"b")) == 4
+    assert read(ImageSpan(6, 4, b"a")) == 4
+    assert read(ImageSpan(5, 2, b"a"), ImageSpan(7, 2, b"a")) == 4
+    assert read(ImageSpan(9, 3, b"a")) == 8, "what lies behind the second block makes no difference to it"
     # Without a key nothing from its start on is kept.
-    assert read(Picture(5, 2, None)) == read(Picture(5, 2, None)) == 4
+    assert read(ImageSpan(5, 2, None)) == read(ImageSpan(5, 2, None)) == 4
 
 
-def test_pictures_between_two_places():
-    a, b, c = Picture(2, 3, b"a"), Picture(5, 1, b"b"), Picture(8, 4, b"c")
-    one = request(13, pictures=(a, b, c))
-    assert one.pictures_between(0, 13) == (a, b, c)
-    assert one.pictures_between(0, 2) == () and one.pictures_between(0, 3) == (a,)
-    assert one.pictures_between(4, 6) == (a, b) and one.pictures_between(5, 6) == (b,)
-    assert one.pictures_between(6, 8) == () and one.pictures_between(11, 12) == (c,)
-    for bad in ((b, a), (a, Picture(4, 2, b"")), (Picture(12, 2, b""),), (Picture(3, 0, b""),)):
-        with pytest.raises(AssertionError, match="picture"):
-            request(13, pictures=bad)
+def test_images_between_two_places():
+    a, b, c = ImageSpan(2, 3, b"a"), ImageSpan(5, 1, b"b"), ImageSpan(8, 4, b"c")
+    one = request(13, images=(a, b, c))
+    assert one.images_between(0, 13) == (a, b, c)
+    assert one.images_between(0, 2) == () and one.images_between(0, 3) == (a,)
+    assert one.images_between(4, 6) == (a, b) and one.images_between(5, 6) == (b,)
+    assert one.images_between(6, 8) == () and one.images_between(11, 12) == (c,)
+    for bad in ((b, a), (a, ImageSpan(4, 2, b"")), (ImageSpan(12, 2, b""),), (ImageSpan(3, 0, b""),)):
+        with pytest.raises(AssertionError, match="image"):
+            request(13, images=bad)
 
 
 def test_tokens_run_on_from_prompt_to_outputs():

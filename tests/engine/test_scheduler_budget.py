@@ -7,8 +7,9 @@ import random
 import pytest
 
 from aria.engine.blocks import BlockPool
-from aria.engine.request import Picture, Request, Status
+from aria.engine.request import Request, Status
 from aria.engine.scheduler import Scheduler
+from aria.processor.image_inputs import ImageSpan
 from tests.helpers.scheduling import S, chunks, request, scheduler, step
 
 
@@ -105,18 +106,18 @@ def test_a_long_prompt_is_read_once_by_all_who_ask_for_it_meanwhile(leads):
     assert s.prefix_tokens == 600
 
 
-def shown(before: int, *pictures: tuple[int, bytes | None, int], after: int = 2, **settings) -> Request:
-    """A prompt with pictures of so many tokens, one after another, each with its key and its patches."""
+def shown(before: int, *images: tuple[int, bytes | None, int], after: int = 2, **settings) -> Request:
+    """A prompt with images of so many tokens, one after another, each with its key and its patches."""
     places, start = [], before
-    for tokens, key, patches in pictures:
-        places.append(Picture(start, tokens, key, patches=patches))
+    for tokens, key, patches in images:
+        places.append(ImageSpan(start, tokens, key, patches=patches))
         start += tokens
-    return request(start + after, pictures=tuple(places), **settings)
+    return request(start + after, images=tuple(places), **settings)
 
 
 def test_a_mixed_step_encodes_no_more_patches_than_it_may():
     encoded = set()
-    s = scheduler(mixed_step_tokens=101, mixed_step_patches=50, encoded=lambda picture, _: picture.key in encoded)
+    s = scheduler(mixed_step_tokens=101, mixed_step_patches=50, encoded=lambda image, _: image.key in encoded)
     decoding(s)
     album = shown(3, *((8, bytes([i]), 20) for i in range(5)))
     text, other = request(9), shown(1, (8, b"other", 20))
@@ -126,10 +127,10 @@ def test_a_mixed_step_encodes_no_more_patches_than_it_may():
     def encodes() -> list[tuple[Request, int, int, bool]]:
         plan = step(s)
         for chunk in plan.chunks:
-            encoded.update(p.key for p in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count))
+            encoded.update(p.key for p in chunk.request.images_between(chunk.start, chunk.start + chunk.count))
         return chunks(plan)
 
-    # The third picture starts at place 19; what is behind the album does not wait for it.
+    # The third image starts at place 19; what is behind the album does not wait for it.
     assert encodes() == [(album, 0, 16, False), (text, 0, 9, True)]
     # Of the second one a part is still to be read. The fifth starts at place 35.
     assert encodes() == [(album, 16, 16, False)]
@@ -145,7 +146,7 @@ def test_a_step_without_decodes_has_a_larger_limit():
 
 def test_images_are_counted_once_and_not_at_all_if_they_are_encoded():
     encoded = set()
-    s = scheduler(mixed_step_tokens=101, mixed_step_patches=50, encoded=lambda picture, _: picture.key in encoded)
+    s = scheduler(mixed_step_tokens=101, mixed_step_patches=50, encoded=lambda image, _: image.key in encoded)
     decoding(s)
     same = [shown(i, (8, b"same", 30)) for i in (1, 2, 3)]
     for one in same:
@@ -174,8 +175,8 @@ def test_an_image_beyond_the_limit_is_encoded_alone_and_small_ones_of_a_block_to
 
 
 def test_patches_are_estimated_where_nobody_counted_them():
-    assert Picture(0, 256, b"").patches == 5120 > 70**2
-    assert Picture(0, 256, b"", patches=0).patches == 0
+    assert ImageSpan(0, 256, b"").patches == 5120 > 70**2
+    assert ImageSpan(0, 256, b"", patches=0).patches == 0
 
 
 def test_admission_leaves_answers_room_to_grow():

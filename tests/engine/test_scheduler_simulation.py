@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from aria.engine.blocks import BlockPool
-from aria.engine.request import Picture, Request, Status
+from aria.engine.request import Request, Status
 from aria.engine.sampling_params import SamplingParams
 from aria.engine.scheduler import Chunk, Plan, Scheduler
+from aria.processor.image_inputs import ImageSpan
 
 VOCABULARY = 40
 END = 0
@@ -25,11 +26,11 @@ IMAGE = 9
 
 
 def contents(request: Request, start: int, stop: int) -> list[Any]:
-    """What the model reads from ``start`` to ``stop``: tokens, and where pictures lie their content."""
+    """What the model reads from ``start`` to ``stop``: tokens, and where images lie their content."""
     seen: list[Any] = list(request.tokens(start, stop))
-    for picture in request.pictures:
-        for place in range(max(picture.start, start), min(picture.end, stop)):
-            seen[place - start] = (picture.data, place - picture.start)
+    for image in request.images:
+        for place in range(max(image.start, start), min(image.end, stop)):
+            seen[place - start] = (image.data, place - image.start)
     return seen
 
 
@@ -142,12 +143,12 @@ class Simulation:
             mixed_step_tokens=self.random.choice([1, 2 * S, 10 * S]),
             step_patches=self.random.choice([40, 10**6]),
             mixed_step_patches=self.random.choice([1, 40, 10**6, 10**6]),
-            encoded=lambda picture, adapter: (picture.key or picture, adapter) in self.encoded,
+            encoded=lambda image, adapter: (image.key or image, adapter) in self.encoded,
             watermark=self.random.choice([0, 0.1]),
         )
         self.rate = self.random.choice([0.05, 0.3, 0.95])
         self.device = Device(pool, setting.max_rows)
-        self.encoded: set[tuple[bytes | Picture, str | None]] = set()
+        self.encoded: set[tuple[bytes | ImageSpan, str | None]] = set()
         self.all = list(self.arriving)
         self.expected = {request: tokens_alone(request) for request in self.all}
         self.counts: Counter[str] = Counter()
@@ -184,10 +185,10 @@ class Simulation:
         rng, S = self.random, self.setting.block_size
         priorities = range(-5, 5) if self.crowded else [0, 0, 0, 1, -1]
         while len(requests) < self.setting.requests:
-            tokens, pictures = rng.choice(self.prefixes)
+            tokens, images = rng.choice(self.prefixes)
             keep = rng.choice([0, len(tokens), rng.randint(0, len(tokens))])
-            pictures = [picture for picture in pictures if picture.end <= keep]
-            more, more_pictures = self._prompt(rng.randint(1, (12 if self.crowded else 6) * S), keep)
+            images = [image for image in images if image.end <= keep]
+            more, more_images = self._prompt(rng.randint(1, (12 if self.crowded else 6) * S), keep)
             leader = None
             for copy in range(rng.choice([1, 1, 1, 3])):
                 request = Request(
@@ -196,7 +197,7 @@ class Simulation:
                     max_tokens=rng.choice([1, rng.randint(1, 30), 5 * S])
                     if not self.crowded
                     else rng.randint(1, 12 * S),
-                    pictures=leader.pictures if leader else (*pictures, *more_pictures),
+                    images=leader.images if leader else (*images, *more_images),
                     priority=leader.priority if leader else rng.choice(priorities),
                     seed=copy,
                     adapter=leader.adapter if leader else rng.choice([None, None, None, "other"]),
@@ -206,10 +207,10 @@ class Simulation:
                 requests.append(request)
         return requests
 
-    def _prompt(self, length: int, start: int = 0) -> tuple[list[int], list[Picture]]:
-        """Tokens, some of them a picture's; contents repeat, also where the places differ."""
+    def _prompt(self, length: int, start: int = 0) -> tuple[list[int], list[ImageSpan]]:
+        """Tokens, some of them an image's; contents repeat, also where the places differ."""
         tokens = [self.random.randrange(VOCABULARY) for _ in range(length)]
-        pictures = []
+        images = []
         at = self.random.randint(0, 3 * length)
         if at < length:
             size, content = self.random.randint(1, length - at), self.random.randrange(3)
@@ -217,8 +218,8 @@ class Simulation:
             key = bytes([content]) if self.random.random() < 0.8 else None
             # Without a key nobody can tell contents apart.
             data = content if key is not None else self.random.randrange(100, 10**9)
-            pictures.append(Picture(start + at, size, key, data))
-        return tokens, pictures
+            images.append(ImageSpan(start + at, size, key, data))
+        return tokens, images
 
     def _cancel(self, request: Request) -> None:
         self.counts[f"cancelled {request.status.value}"] += 1
@@ -246,20 +247,20 @@ class Simulation:
                 self._collect()
             return
         shown = [
-            (chunk, picture)
+            (chunk, image)
             for chunk in plan.chunks
-            for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count)
+            for image in chunk.request.images_between(chunk.start, chunk.start + chunk.count)
         ]
         if not shown or self.random.random() >= self.setting.fail:
             self.device.launch(plan)
             return
         # An image could not be encoded.
-        chunk, picture = self.random.choice(shown)
-        place = max(chunk.start, picture.start)
+        chunk, image = self.random.choice(shown)
+        place = max(chunk.start, image.start)
         self.device.launch(plan, (chunk.request, place))
         failed = self.scheduler.fail(chunk.request, place)
         assert chunk.request in failed and all(one.status is Status.FAILED for one in failed)
-        assert all(any(p.key == picture.key for p in one.pictures) for one in failed)
+        assert all(any(p.key == image.key for p in one.images) for one in failed)
         self.counts["failed"] += 1
 
     def _collect(self) -> None:
@@ -321,15 +322,15 @@ class Simulation:
         S, limit = self.setting.block_size, self.scheduler.step_patches
         if plan.decodes:
             limit = self.scheduler.mixed_step_patches
-        new: dict[Any, tuple[Chunk, Picture]] = {}
+        new: dict[Any, tuple[Chunk, ImageSpan]] = {}
         for chunk in plan.chunks:
             adapter = chunk.request.adapter
-            for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count):
-                if (picture.key or picture, adapter) not in self.encoded:
-                    new.setdefault((picture.key or picture, adapter), (chunk, picture))
-        if sum(picture.patches for _, picture in new.values()) > limit:
+            for image in chunk.request.images_between(chunk.start, chunk.start + chunk.count):
+                if (image.key or image, adapter) not in self.encoded:
+                    new.setdefault((image.key or image, adapter), (chunk, image))
+        if sum(image.patches for _, image in new.values()) > limit:
             (chunk, _), *others = new.values()
-            assert all(other is chunk and picture.start < chunk.start + S for other, picture in others)
+            assert all(other is chunk and image.start < chunk.start + S for other, image in others)
             self.counts["images beyond the limit"] += 1
         self.counts["images"] += len(new)
         self.encoded |= new.keys()

@@ -18,7 +18,7 @@ REQUESTS = int(os.environ.get("ARIA_SOAK", "220"))
 QUESTIONS = ("What does it say?", "What is in this picture?", "Which colour is it?", "How many shapes are there?")
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     choice = random.Random(seed)
     image = Image.new("RGB", (choice.randrange(60, 230), choice.randrange(60, 230)), "white")
     draw = ImageDraw.Draw(image)
@@ -29,15 +29,15 @@ def picture(seed: int) -> Image.Image:
     return image
 
 
-PICTURES = [picture(seed) for seed in range(6)]
+IMAGES = [image(seed) for seed in range(6)]
 
 
 def conversation(kind: int) -> tuple[list[dict], SamplingParams]:
-    """One of some dozens of requests: with pictures or none, greedy or drawn, short or long, free or by a schema."""
+    """One of some dozens of requests: with images or none, greedy or drawn, short or long, free or by a schema."""
     choice = random.Random(kind)
-    pictures = choice.sample(PICTURES, choice.choice([0, 1, 1, 2]))
-    parts: list[dict] = [{"type": "image", "image": image, "max_image_size": 224} for image in pictures]
-    text = choice.choice(QUESTIONS) if pictures else "Hello! " * choice.randrange(1, 30)
+    images = choice.sample(IMAGES, choice.choice([0, 1, 1, 2]))
+    parts: list[dict] = [{"type": "image", "image": image, "max_image_size": 224} for image in images]
+    text = choice.choice(QUESTIONS) if images else "Hello! " * choice.randrange(1, 30)
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
     temperature = choice.choice([0.0, 0.0, 0.9])
     schema = random_schema(choice) if choice.random() < 0.3 else None

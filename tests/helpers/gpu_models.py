@@ -7,23 +7,23 @@ import random
 import torch
 
 from aria.config import AriaConfig, ProjectorConfig, TextConfig, VisionConfig
-from aria.engine.request import Picture
+from aria.processor.image_inputs import ImageSpan
 
 # Aria's own widths, so that the kernels for them run; fewer layers and words, so that float32 fits beside it.
 WIDE = AriaConfig(text=TextConfig(num_hidden_layers=3, vocab_size=4096, max_position_embeddings=8192))
 
 
-def requests_of(vocabulary: int, image_width: int, count: int, longest: int) -> list[tuple[list[int], list[Picture]]]:
+def requests_of(vocabulary: int, image_width: int, count: int, longest: int) -> list[tuple[list[int], list[ImageSpan]]]:
     choice = random.Random(0)
     made = []
     for seed in range(count):
         ids = [choice.randrange(20, vocabulary) for _ in range(choice.randrange(1, longest))]
-        pictures = []
+        images = []
         if seed % 3 == 0 and len(ids) > 70:
             features = torch.randn(64, image_width, generator=torch.Generator().manual_seed(seed))
             ids[5:69] = [9] * 64
-            pictures = [Picture(5, 64, b"%d" % seed, features)]
-        made.append((ids, pictures))
+            images = [ImageSpan(5, 64, b"%d" % seed, features)]
+        made.append((ids, images))
     return made
 
 

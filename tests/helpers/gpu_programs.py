@@ -127,12 +127,12 @@ def warmed(capability: str, rank: str) -> dict[str, Any]:
                 made.queue(made.prepare_text(ids), params, adapter=choice.choice([None, *made.adapters]))
                 for _ in range(choice.randrange(4)):
                     made.step()
-            while made.core.busy:
+            while made.busy:
                 made.step()
         for size, limit in ((980, 700), 980), ((300, 200), 490), ((2000, 1500), 980):
             image = {"type": "image", "image": Image.new("RGB", size), "max_image_size": limit}
             made.queue(made.prepare([{"role": "user", "content": [image]}]), SamplingParams(max_tokens=2, seed=0))
-            while made.core.busy:
+            while made.busy:
                 made.step()
         new = [f"{name}: {key}" for name, key in machine.launches.keys() - known.keys()]
         plans = sum(name == "plan" for name, _ in known)
@@ -169,7 +169,7 @@ def unfit() -> dict[str, Any]:
         made = engine(torch.float32, max_batch=4)
         at_start = list(heard)
         answer = made.queue(made.prepare_text("Aria"), SamplingParams(max_tokens=3, seed=0, ignore_eos=True))
-        while made.core.busy:
+        while made.busy:
             made.step()
     return {
         "launches": len(machine.launches),
@@ -192,7 +192,7 @@ def placed() -> dict[str, Any]:
         made = engine(torch.bfloat16, 8, "cuda:1", max_batch=4)
         count("engine")
         made.warm_up()
-        made.core.close()
+        made.close()
         count("steps")
         whole = AriaForConditionalGeneration(model(torch.bfloat16, device))
         whole._encode = lambda *_: None  # which counts image tokens, whose number nobody knows

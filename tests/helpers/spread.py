@@ -15,7 +15,7 @@ import torch
 
 from aria.config import AriaConfig
 from aria.model import Aria
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train import targets
 from aria.train.batch import Batch, Sample
 from aria.train.objective import Objective, ObjectiveSettings, Step

@@ -8,9 +8,9 @@ from functools import cache
 import torch
 
 from aria.engine.core import EngineCore
-from aria.engine.request import Picture
 from aria.model import Packed
 from aria.ops import Segments
+from aria.processor.image_inputs import ImageSpan
 from tests.helpers.tiny import tiny_config, tiny_model
 
 IMAGE = 9
@@ -31,14 +31,14 @@ def prompt(length: int, seed: int) -> list[int]:
     return [choice.randrange(20, 120) for _ in range(length)]
 
 
-def with_picture(before: int, tokens: int, after: int, seed: int) -> tuple[list[int], list[Picture]]:
+def with_image(before: int, tokens: int, after: int, seed: int) -> tuple[list[int], list[ImageSpan]]:
     features = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(seed))
     ids = [*prompt(before, seed), *[IMAGE] * tokens, *prompt(after, seed + 1)]
-    return ids, [Picture(before, tokens, b"picture %d" % seed, features)]
+    return ids, [ImageSpan(before, tokens, b"image %d" % seed, features)]
 
 
-def work(seed: int) -> tuple[list[int], list[Picture]]:
-    """A prompt of some kind: short, long, with a picture, or with a beginning that others share."""
+def work(seed: int) -> tuple[list[int], list[ImageSpan]]:
+    """A prompt of some kind: short, long, with an image, or with a beginning that others share."""
     choice = random.Random(seed)
     kind = seed % 4
     if kind == 0:
@@ -46,14 +46,14 @@ def work(seed: int) -> tuple[list[int], list[Picture]]:
     if kind == 1:
         return prompt(choice.randrange(40, 150), seed), []
     if kind == 2:
-        return with_picture(choice.randrange(0, 20), choice.randrange(3, 50), choice.randrange(1, 9), seed % 3)
+        return with_image(choice.randrange(0, 20), choice.randrange(3, 50), choice.randrange(1, 9), seed % 3)
     return prompt(50, 999) + prompt(choice.randrange(1, 30), seed), []
 
 
 @torch.no_grad()
-def plain_logits(ids: list[int], pictures: list[Picture]) -> torch.Tensor:
+def plain_logits(ids: list[int], images: list[ImageSpan]) -> torch.Tensor:
     """Scores after each token by one plain pass over the whole sequence."""
-    features = torch.cat([picture.data for picture in pictures]) if pictures else None
+    features = torch.cat([image.data for image in images]) if images else None
     context = Packed(model().config.text, Segments.of([len(ids)]))
     return model().logits(model()(torch.tensor(ids), context, features).hidden)
 

@@ -27,7 +27,7 @@ from aria.media.open import OpenedMedia, open_media
 from aria.media.read import Page, ScaledImage, read_clip, read_document, read_image
 from aria.processor import AriaImageProcessor, load_image
 from aria.processor.image import NeededSizes
-from aria.processor.pictures import read_pictures
+from aria.processor.image_inputs import read_image_inputs
 from aria.workers import BusyError, NotReady
 from tests.helpers.made_media import clip, pdf
 from tests.helpers.media_site import site
@@ -233,8 +233,8 @@ def test_large_pictures_are_brought_to_the_model_s_size_while_they_are_read(work
     process = AriaImageProcessor(max_image_size=490)
     own = {"max_image_size": 490, "split_image": mode is not None, "split_mode": mode}
     picture = noise(3000, 2000)
-    [image] = read_pictures([encoded(picture)], process, [own], MediaSettings(workers=workers))
-    [whole] = read_pictures([picture], process, [own])
+    [image] = read_image_inputs([encoded(picture)], process, [own], MediaSettings(workers=workers))
+    [whole] = read_image_inputs([picture], process, [own])
     assert sum(page.nbytes for page in image.pages) < 3000 * 2000 * 3 / 2
     crops, expected = image.load(), whole.load()
     assert crops.extents == expected.extents and crops.pixels.equal(expected.pixels)
@@ -246,7 +246,7 @@ def test_small_pictures_stay_as_they_are() -> None:
     assert NeededSizes(process)(1500, 1000) == [(980, 653)]
     turned = Image.Exif()
     turned[0x0112] = 6
-    [image] = read_pictures([encoded(noise(2000, 1000), "JPEG", exif=turned)], process, [{}])
+    [image] = read_image_inputs([encoded(noise(2000, 1000), "JPEG", exif=turned)], process, [{}])
     assert image.pages[0].shape == (980, 490, 3), "the size counts as it is seen"
 
 

@@ -161,8 +161,8 @@ def test_published_shape_has_its_published_size():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixel_values": None}, "128 picture tokens, but there are no pixel_values"),
-        ({"input_ids": torch.full((1, 141), 30)}, "0 picture tokens, but 1 crops make 128 features"),
+        ({"pixel_values": None}, "128 image tokens, but there are no pixel_values"),
+        ({"input_ids": torch.full((1, 141), 30)}, "0 image tokens, but 1 crops make 128 features"),
         ({"pixel_values": torch.zeros(1, 3, 491, 490)}, "multiples of 14"),
         ({"pixel_values": torch.zeros(1, 3, 476, 476), "pixel_mask": None}, "1156 patches has no entry"),
         ({"pixel_values": torch.zeros(1, 4, 490, 490)}, "pixel_values should be"),

@@ -10,7 +10,7 @@ from aria.engine import SamplingParams
 from aria.engine.sampler import EndText, SamplerState
 from aria.ops import sampling
 from aria.processor import AriaImageProcessor
-from aria.processor.pictures import load_crops, read_pictures
+from aria.processor.image_inputs import load_crops, read_image_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -82,10 +82,10 @@ def test_penalties_biases_and_logprobs_are_those_of_the_cpu():
         ends = EndText.of("<|end|>", spelled, torch.device(device))
         state.set_row(1, params, 7, [1, 2, 3], [3, 4], end_ids=[8, 11], end_text=ends)
         for _ in range(3):
-            scores = state.apply_extras(logits.to(device), rows.to(device), rows.to(device), rows.to(device).long())
-            tokens = state.sample(scores, rows.to(device), rows.to(device))
+            adjusted = state.adjust_logits(logits.to(device), rows.to(device), rows.to(device), rows.to(device).long())
+            tokens = state.sample(adjusted, rows.to(device), rows.to(device))
             state.count(rows.to(device), tokens)
-        results.append([scores, tokens, *state.logprobs(logits.to(device), tokens, 5)])
+        results.append([adjusted, tokens, *state.logprobs(logits.to(device), tokens, 5)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other.cpu(), one)
 
@@ -96,7 +96,7 @@ def test_crops_have_pillows_bits(split):
     shapes = [(1080, 1920), (1080, 1920), (333, 98), (490, 490), (64, 1500)]
     sources = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     settings = [{"max_image_size": 490, "split_image": split is not None, "split_mode": split}] * len(sources)
-    pictures = read_pictures(sources, AriaImageProcessor(), settings)
+    pictures = read_image_inputs(sources, AriaImageProcessor(), settings)
     for one, other in zip(load_crops(pictures, "cpu"), load_crops(pictures, "cuda"), strict=True):
         assert torch.equal(other.pixels.cpu(), one.pixels)
         assert other.extents == one.extents

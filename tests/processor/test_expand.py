@@ -17,7 +17,7 @@ from aria import Engine, SamplingParams
 from aria.processor import AriaProcessor, DocumentPart, MediaSettings, Prompt, VideoPart, render
 from aria.processor import expand as expanding
 from aria.processor.expand import expand, resolve_defaults
-from aria.processor.pictures import Medium
+from aria.processor.image_inputs import Medium
 from tests.helpers.made_media import authors, clip, number_in, pdf
 
 SLOT = "<fim_prefix><|img|><fim_suffix>"
@@ -110,11 +110,11 @@ def test_what_a_conversation_costs(processor: AriaProcessor) -> None:
     picture, first, again, document, second = prepared.media
     assert picture == again == Medium("image", 1, 1, tokens[large])
     assert first == Medium("video", 3, 3, 3 * tokens[small])
-    assert document.kind == "document" and document.pictures == 3 and document.crops > 3
+    assert document.kind == "document" and document.count == 3 and document.crops > 3
     assert document.tokens == document.crops * tokens[large]
     assert second == Medium("video", 2, 2, 2 * tokens[large])
     assert sum(medium.tokens for medium in prepared.media) == prepared.ids.count(processor.tokenizer.image_token_id)
-    assert sum(medium.pictures for medium in prepared.media) == len(prepared.pictures)
+    assert sum(medium.count for medium in prepared.media) == len(prepared.images)
     assert processor.prepare([{"role": "user", "content": "hello"}]).media == []
 
 
@@ -237,7 +237,7 @@ def test_limits_of_the_processor_hold_everywhere(tmp_path: Path) -> None:
             with pytest.raises((ValueError, TypeError), match=message):
                 prepare(messages)
     prepared = processor.prepare([{"role": "user", "content": [{"type": "video", "video": CLIP}]}])
-    assert prepared.media[0].pictures == 4, "the custom of 128 frames gives way to the limit"
+    assert prepared.media[0].count == 4, "the custom of 128 frames gives way to the limit"
 
 
 def test_the_next_question_finds_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,16 +258,14 @@ def test_the_next_question_finds_what_was_read(tmp_path: Path, monkeypatch: pyte
     document = {"type": "document", "document": PDF}
     first = prepare(**video, video=CLIP)
     again = prepare(**video, url="data:;base64," + base64.b64encode(CLIP).decode(), timestamps=False)
-    assert [one.key for one in again.pictures] == [one.key for one in first.pictures] and len(again.ids) < len(
-        first.ids
-    )
+    assert [one.key for one in again.images] == [one.key for one in first.images] and len(again.ids) < len(first.ids)
     prepare(**document)
     prepare(**document, split_image=False)
     prepare(**video, path=tmp_path / "a.mp4")
     prepare(**video, path=tmp_path / "a.mp4")
     assert reads == ["read_clip", "read_document", "read_document", "read_clip"], "pages that are split are larger"
     (tmp_path / "a.mp4").write_bytes(clip(3))
-    assert prepare(**video, path=tmp_path / "a.mp4").pictures[0].key != first.pictures[0].key
+    assert prepare(**video, path=tmp_path / "a.mp4").images[0].key != first.images[0].key
     for other in ({"num_frames": 2}, {"max_image_size": processor.image_processor.sizes[1]}, {"split_image": True}):
         prepare(**{**video, **other}, video=CLIP)
     prepare(**document, pages="1")

@@ -180,7 +180,7 @@ def test_engine_reads_messages_as_text_and_a_raw_prompt_as_it_is(model_folder) -
     raw = engine.prepare_text(text + "<|img|>").ids
     assert raw[: len(tokenizer.encode(text))] == tokenizer.encode(text) != ids and tokenizer.image_token_id not in raw
     assert engine.prepare_text(render(question, add_generation_prompt=True)).ids == ids
-    with pytest.raises(ValueError, match="places for 1 pictures; send pictures in messages"):
+    with pytest.raises(ValueError, match="places for 1 images; send images in messages"):
         engine.prepare_text(Prompt.of("<|img|>"))
 
 

@@ -70,7 +70,7 @@ def test_every_task_asks_the_same_each_time_with_a_picture_in_every_place(
         assert item.answer and item.question.count(IMAGE) == len(item.scenes), task
         images = questions.paint(item)
         prepared = processor.prepare(item.messages(images))
-        assert [one.picture.size for one in prepared.pictures] == [scene.size for scene in item.scenes]
+        assert [span.data.size for span in prepared.images] == [scene.size for scene in item.scenes]
         assert len(prepared.ids) + len(item.answer) < 4096, task
         given = processor.decode([i for i in prepared.ids if i != processor.tokenizer.image_token_id])
         shown = item.question.replace(IMAGE, "<fim_prefix><fim_suffix>")

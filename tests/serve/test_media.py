@@ -9,7 +9,7 @@ import pytest
 
 from aria.engine import ContextLengthError
 from aria.processor import MediaSettings
-from aria.processor.pictures import Prepared
+from aria.processor.image_inputs import Prepared
 from aria.serve.errors import ApiError
 from aria.serve.named_media import NamedMedia
 from aria.serve.settings import ServerSettings

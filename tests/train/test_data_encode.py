@@ -86,12 +86,12 @@ def test_joint_labels_are_the_tokens_of_inference(tmp_path):
     prepared = processor().prepare(resolved(messages, tmp_path), add_generation_prompt=False)
     assert sample.input_ids.tolist() == prepared.ids
     check_targets(sample)
-    assert len(sample.crops) == len(prepared.pictures) == 1 + 3 + 1 + 1 + 2
-    for crops, placed in zip(sample.crops, prepared.pictures, strict=True):
-        expected = placed.load()
+    assert len(sample.crops) == len(prepared.images) == 1 + 3 + 1 + 1 + 2
+    for crops, placed in zip(sample.crops, prepared.images, strict=True):
+        expected = placed.data.load()
         assert torch.equal(crops.pixels, expected.pixels)
         assert crops.extents == expected.extents
-    places = sum(placed.tokens for placed in prepared.pictures)
+    places = sum(placed.tokens for placed in prepared.images)
     assert (sample.input_ids == IMAGE).sum() == places
 
 

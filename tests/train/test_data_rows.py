@@ -370,7 +370,7 @@ def test_questions_end_before_the_last_answer(tmp_path):
     assert third.answer == "so: <fim_prefix><|img|><fim_suffix>which?", "a picture is not left out in silence"
     assert [message["role"] for message in first.messages] == ["user", "assistant", "user"]
     prepared = processor().prepare(first.messages)
-    assert len(prepared.pictures) == 1
+    assert len(prepared.images) == 1
 
 
 def test_a_document_in_base64_is_read():

@@ -13,7 +13,7 @@ from torch import nn
 from aria.model import Packed
 from aria.model.lora import LoRASettings, attach_lora
 from aria.ops import Segments
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train.batch import Batch
 from aria.train.loss import IGNORE_INDEX, linear_cross_entropy, router_losses
 from aria.train.objective import Objective, ObjectiveSettings, Step, head_loss

@@ -16,7 +16,7 @@ from aria import ops
 from aria.config import AriaConfig
 from aria.model import Packed
 from aria.ops import Segments
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train import targets
 from aria.train.batch import Batch, Sample
 from aria.train.cost import Trained, batch_flops

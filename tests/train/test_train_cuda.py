@@ -11,7 +11,7 @@ from PIL import Image
 
 from aria.checkpoint import load_model
 from aria.config import AriaConfig
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train import targets
 from aria.train.batch import Batch, Sample
 from aria.train.loss import IGNORE_INDEX

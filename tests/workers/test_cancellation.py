@@ -17,7 +17,7 @@ from aria.media.fetch import fetch
 from aria.media.open import open_media
 from aria.media.read import read_clip, read_document
 from aria.processor import AriaImageProcessor, MediaSettings
-from aria.processor.pictures import read_pictures
+from aria.processor.image_inputs import read_image_inputs
 from aria.serve.settings import ServerSettings
 from aria.workers.cancellation import Cancelled, check_cancelled, map_in_context, run_cancellable
 from tests.helpers.made_media import clip, endless_page
@@ -140,7 +140,7 @@ def test_pictures_stop_between_and_within() -> None:
     def work() -> None:
         began.set()
         while True:
-            read_pictures([picture, Image.new("RGB", (8, 8))], AriaImageProcessor(), [{}, {}])
+            read_image_inputs([picture, Image.new("RGB", (8, 8))], AriaImageProcessor(), [{}, {}])
 
     assert isinstance(cancelled(work, began), Cancelled)
 

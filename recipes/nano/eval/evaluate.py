@@ -22,7 +22,7 @@ import torch
 
 from aria import AriaProcessor, Engine, SamplingParams
 from aria.engine.engine import Answer
-from aria.processor.pictures import Prepared
+from aria.processor.image_inputs import Prepared
 from recipes.nano.assets.archive import FOLDER
 from recipes.nano.eval.items import REFUSALS, Held, Item, Questions
 from recipes.nano.text.tokenizer import NANO_FOLDER

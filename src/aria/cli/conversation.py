@@ -93,7 +93,7 @@ class Conversation:
         [cost] = processor.prepare([{"role": "user", "content": [part]}]).media
         self._media.append(part)
         self._names[id(part)] = source
-        count = {"video": _plural(cost.pictures, "frame"), "document": _plural(cost.pictures, "page")}.get(kind)
+        count = {"video": _plural(cost.count, "frame"), "document": _plural(cost.count, "page")}.get(kind)
         return ", ".join(text for text in (count, _plural(cost.tokens, "token")) if text)
 
     def ask(self, engine: Engine, question: str) -> Iterable[str]:

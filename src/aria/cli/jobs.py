@@ -188,7 +188,7 @@ def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None,
     if job.todo:
         engine = load()
         share_work(engine)
-        most = at_once or engine.core.scheduler.max_rows
+        most = at_once or engine.max_batch
         with (
             AsyncEngine(engine=engine) as running,
             Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,

@@ -191,6 +191,6 @@ def share_work(engine: Any) -> None:
     """
     import torch
 
-    small = engine.model.config.active_parameters() < SMALL_MODEL
+    small = engine.config.active_parameters() < SMALL_MODEL
     if engine.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""The adapters that an engine serves: stacked for the decoder, beside shared weights for pictures.
+"""The adapters that an engine serves: stacked for the decoder, beside shared weights for images.
 
 What an adapter changes in the decoder and its head is added token by token, in steps that requests of other adapters
-share. What it changes in the vision tower or the projector changes picture tokens: these are made, and kept, for each
+share. What it changes in the vision tower or the projector changes image tokens: these are made, and kept, for each
 such adapter apart, by modules that share all weights with the model's.
 """
 
@@ -43,7 +43,7 @@ class Adapters:
 
     def __init__(self, model: Aria, changes: Mapping[str, Changes] | None = None):
         self.encoding: dict[str | None, Aria] = {None: model}
-        """What encodes pictures: the model, and by the keys of adapters that change its vision tower or projector a
+        """What encodes images: the model, and by the keys of adapters that change its vision tower or projector a
         twin."""
         self.names: tuple[str, ...] = ()
         """Names that requests may ask for."""
@@ -103,10 +103,10 @@ class Adapters:
             if not one:
                 raise ValueError(f"the adapter {name!r} changes nothing")
             keys[name] = key = self._new_key(name)
-            pictures = {module: lora for module, lora in one.items() if not module.startswith(DECODER)}
+            images = {module: lora for module, lora in one.items() if not module.startswith(DECODER)}
             try:
-                if pictures:
-                    twins[key] = _twin(self._model, pictures)
+                if images:
+                    twins[key] = _twin(self._model, images)
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"the adapter {name!r} does not fit the model: {error}") from error
             decoder[key] = {module: lora for module, lora in one.items() if module.startswith(DECODER)}

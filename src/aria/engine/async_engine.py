@@ -8,16 +8,22 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
+
 from aria.checkpoint.adapter import read_adapter
+from aria.config import AriaConfig
 from aria.engine.engine import Answer, Engine, Message, Piece
+from aria.engine.grammar import Grammars
 from aria.engine.matcher import Matcher
 from aria.engine.outputs import Result, Stats
 from aria.engine.sampling_params import SamplingParams
-from aria.processor.pictures import Prepared
+from aria.model import Aria
+from aria.processor import AriaProcessor
+from aria.processor.image_inputs import Prepared
 from aria.workers.cancellation import run_cancellable
 
 logger = logging.getLogger(__name__)
@@ -78,10 +84,63 @@ class AsyncEngine:
         """:meth:`Engine.prepare_text` in a worker thread."""
         return await run_cancellable(None, lambda: self.engine.prepare_text(text))
 
+    def prepare_blocking(self, messages: Sequence[Message], **kwargs: Any) -> Prepared:
+        """:meth:`Engine.prepare` in the calling thread, which may be any."""
+        return self.engine.prepare(messages, **kwargs)
+
+    def prepare_text_blocking(self, text: str | Sequence[int]) -> Prepared:
+        """:meth:`Engine.prepare_text` in the calling thread, which may be any."""
+        return self.engine.prepare_text(text)
+
+    @property
+    def model(self) -> Aria:
+        """The network; only the engine's thread runs it."""
+        return self.engine.model
+
+    @property
+    def config(self) -> AriaConfig:
+        """Configuration of the model."""
+        return self.engine.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights and the KV cache."""
+        return self.engine.device
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The model's ``generation_config.json``; empty if it has none."""
+        return self.engine.generation_config
+
+    @property
+    def processor(self) -> AriaProcessor:
+        """Turns messages into token ids and images."""
+        return self.engine.processor
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiles schemas and grammars, in any thread."""
+        return self.engine.grammars
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return self.engine.adapters
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of a prompt and its answer together."""
+        return self.engine.max_model_len
+
+    @property
+    def max_batch(self) -> int:
+        """Maximum number of concurrent sequences."""
+        return self.engine.max_batch
+
     @property
     def failing(self) -> bool:
-        """Whether a step failed and none has brought tokens since, or no thread is there to run one."""
-        return self.engine.core.failing or not self._thread.is_alive()
+        """Whether a step failed and none has produced tokens since, or the engine's thread has ended."""
+        return self.engine.failing or not self._thread.is_alive()
 
     @property
     def step_seconds(self) -> float:
@@ -236,7 +295,7 @@ class AsyncEngine:
                 self._fail(f"the engine failed: {error}", error)
         self._began = None
         self._fail("the engine was closed")
-        self.engine.core.close()
+        self.engine.close()
 
     def _tell(self, news: Sequence[tuple[_Caller, News]]) -> None:
         """Wake each event loop once for all that its callers get. Those whose loop is closed listen no more."""
@@ -257,7 +316,7 @@ class AsyncEngine:
 
     def _take_calls(self) -> bool:
         """Do what callers ask for, asleep while there is nothing else to do. False once the engine is closed."""
-        wait = not self.engine.core.busy
+        wait = not self.engine.busy
         while True:
             if wait:
                 self._began = None

@@ -17,13 +17,13 @@ ROOT = bytes(_DIGEST_BYTES)
 """Parent of a sequence's first block."""
 
 
-def block_hash(parent: bytes, tokens: Sequence[int], pictures: Iterable[tuple[int, int, bytes]] = ()) -> bytes:
+def block_hash(parent: bytes, tokens: Sequence[int], images: Iterable[tuple[int, int, bytes]] = ()) -> bytes:
     """Name of a full block's content, that of all blocks before it included.
 
     Args:
         parent: name of the block before, or :data:`ROOT`.
         tokens: the S token ids of the block.
-        pictures: of each picture with tokens in the block: its first token's place counted from the block's first,
+        images: of each image with tokens in the block: its first token's place counted from the block's first,
             negative if it starts in an earlier block; how many tokens it has; and the digest of its content.
 
     Returns:
@@ -31,7 +31,7 @@ def block_hash(parent: bytes, tokens: Sequence[int], pictures: Iterable[tuple[in
     """
     digest = blake2b(parent, digest_size=_DIGEST_BYTES)
     digest.update(array("q", tokens).tobytes())
-    for offset, length, key in pictures:
+    for offset, length, key in images:
         digest.update(pack("<qqq", offset, length, len(key)) + key)
     return digest.digest()
 

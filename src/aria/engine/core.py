@@ -17,13 +17,14 @@ from aria.engine.failures import StepError, failure, free_frames, out_of_memory
 from aria.engine.matcher import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
 from aria.engine.outputs import Stats
-from aria.engine.prompt_scores import PromptScores
-from aria.engine.request import Picture, Request, Status
-from aria.engine.runner import Launched, Runner, TokenLogprobs
+from aria.engine.prompt_logprobs import PromptLogprobs
+from aria.engine.request import Request, Status
+from aria.engine.runner import Launched, LogitsProcessor, Runner, TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import ParameterError, SamplingParams
 from aria.engine.scheduler import Plan, Scheduler
 from aria.model import Aria, PagedCache
+from aria.processor.image_inputs import ImageSpan
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class EngineCore:
         memory_utilization: share of the GPU's memory to use.
         step_tokens: tokens of prompts that one step reads while nothing decodes; None means the device's default.
         mixed_step_tokens: the same while something decodes and waits for the step.
-        picture_bytes: memory for encoded pictures.
-        image_mean, image_std: what pixels of pictures are normalised with.
+        image_bytes: memory for encoded images.
+        image_mean, image_std: what pixels of images are normalised with.
         adapters: low-rank changes by names of modules, of each adapter that requests may name.
 
     Raises:
@@ -90,7 +91,7 @@ class EngineCore:
         memory_utilization: float = 0.9,
         step_tokens: int | None = None,
         mixed_step_tokens: int | None = None,
-        picture_bytes: int = 512 << 20,
+        image_bytes: int = 512 << 20,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         adapters: Mapping[str, Changes] | None = None,
@@ -111,7 +112,7 @@ class EngineCore:
                 most = max_batch * (max_model_len or text.max_position_embeddings)
                 blocks = blocks_beside(
                     model, self.block_size, step_tokens=step_tokens, max_rows=max_batch,
-                    utilization=memory_utilization, reserved=picture_bytes, adapters=self.adapters,
+                    utilization=memory_utilization, reserved=image_bytes, adapters=self.adapters,
                 )  # fmt: skip
                 blocks = min(blocks, -(-most // self.block_size) + 1)
             else:
@@ -120,7 +121,7 @@ class EngineCore:
             cache = PagedCache(
                 text, blocks, self.block_size, self.max_model_len, max_batch, weight.dtype, self.device
             )  # fmt: skip
-            encoder = Encoder(self.adapters.encoding, picture_bytes, image_mean, image_std)
+            encoder = Encoder(self.adapters.encoding, image_bytes, image_mean, image_std)
             self.runner = Runner(
                 model, cache, encoder, self.adapters, max_rows=max_batch, max_model_len=self.max_model_len
             )  # fmt: skip
@@ -168,25 +169,25 @@ class EngineCore:
             logger.warning("max_model_len is %d, which fits into the cache; the model was made for %d", fits, made_for)
         return min(asked or made_for, fits)
 
-    def check(self, prompt_tokens: int, picture_tokens: int = 0) -> None:
+    def check(self, prompt_tokens: int, image_tokens: int = 0) -> None:
         """Refuse a prompt that leaves no room for an answer.
 
         Raises:
-            ContextLengthError: it says how long the prompt is, how much pictures take, and what to do.
+            ContextLengthError: it says how long the prompt is, how much images take, and what to do.
         """
         if prompt_tokens < 1:
             raise ValueError("the prompt has no tokens; expected at least one")
         if prompt_tokens >= self.max_model_len:
-            pictures = f", {picture_tokens} of them for pictures" if picture_tokens else ""
-            advice = "use fewer or smaller pictures, or less text" if picture_tokens else "shorten it"
-            raise ContextLengthError(self.max_model_len, f"{prompt_tokens} tokens{pictures}", advice)
+            images = f", {image_tokens} of them for images" if image_tokens else ""
+            advice = "use fewer or smaller images, or less text" if image_tokens else "shorten it"
+            raise ContextLengthError(self.max_model_len, f"{prompt_tokens} tokens{images}", advice)
 
     def add(
         self,
         prompt: Sequence[int],
         params: SamplingParams | None = None,
         *,
-        pictures: Sequence[Picture] = (),
+        images: Sequence[ImageSpan] = (),
         digests: Sequence[bytes] = (),
         end_token_ids: Collection[int] = (),
         end_text: EndText | None = None,
@@ -197,9 +198,9 @@ class EngineCore:
         """Queue a prompt; nothing is computed before :meth:`step`.
 
         Args:
-            prompt: token ids, those of pictures in their places.
+            prompt: token ids, those of images in their places.
             params: how to sample; a seed that is None is drawn from torch's global generator.
-            pictures: where pictures lie in the prompt.
+            images: where images lie in the prompt.
             digests: of the prompt's blocks, from :func:`~aria.engine.request.block_digests`; what is missing is made
                 here.
             end_token_ids: tokens at which an answer ends, beside those of ``params``; not if ``params.ignore_eos``.
@@ -217,7 +218,7 @@ class EngineCore:
         key = self.adapters.key(adapter)
         params = params or SamplingParams()
         assert len(matchers) == (0 if params.constraint is None else params.n), "each answer has its own matcher"
-        self.check(len(prompt), sum(picture.tokens for picture in pictures))
+        self.check(len(prompt), sum(image.tokens for image in images))
         vocabulary = self.model.config.text.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if outside := [token for token in ids or () if token >= vocabulary]:
@@ -226,7 +227,7 @@ class EngineCore:
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
         # One token is drawn in any case; where none was asked for it is dropped.
         room = max(1, min(params.max_tokens, self.max_model_len - len(prompt)))
-        prompt, pictures = tuple(prompt), tuple(pictures)
+        prompt, images = tuple(prompt), tuple(images)
         requests: list[Request] = []
         for copy in range(params.n):
             request = Request(
@@ -234,7 +235,7 @@ class EngineCore:
                 prompt=prompt,
                 params=params,
                 max_tokens=room,
-                pictures=pictures,
+                images=images,
                 digests=digests,
                 priority=priority,
                 adapter=key,
@@ -246,7 +247,7 @@ class EngineCore:
                 leader=requests[0] if requests else None,
             )
             if params.prompt_logprobs is not None and not requests:
-                request.prompt_scores = PromptScores(len(prompt), params.prompt_logprobs)
+                request.prompt_logprobs = PromptLogprobs(len(prompt), params.prompt_logprobs)
             self.scheduler.add(request)
             self._unfinished.add(request)
             requests.append(request)
@@ -325,6 +326,28 @@ class EngineCore:
             prefix_hits=scheduler.prefix_tokens,
             preemptions=scheduler.preemptions,
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the KV cache's blocks."""
+        return self.pool.total * block_bytes(self.model, self.block_size)
+
+    def encode_images(self, images: Sequence[ImageSpan]) -> None:
+        """Encode images into the cache of image tokens."""
+        self.runner.encoder.features(images)
+
+    def clear_image_cache(self) -> None:
+        """Drop all cached image tokens."""
+        self.runner.encoder.cache.clear()
+
+    @property
+    def logits_processor(self) -> LogitsProcessor | None:
+        """Changes the logits of every step before tokens are sampled from them."""
+        return self.runner.logits_processor
+
+    @logits_processor.setter
+    def logits_processor(self, processor: LogitsProcessor | None) -> None:
+        self.runner.logits_processor = processor
 
     @property
     def unfinished(self) -> bool:
@@ -406,7 +429,7 @@ class EngineCore:
             if not request.over:
                 self._fail(self.scheduler.fail(request, place), "an image could not be encoded", error)
         if not launched.drawn:
-            # What a grammar allows depends on the token before; the device computes scores meanwhile.
+            # What a grammar allows depends on the token before; the device computes logits meanwhile.
             self._collect(tokens)
             self._at_stake = plan
             self.runner.draw(launched)
@@ -421,8 +444,8 @@ class EngineCore:
         self._at_stake = launched.plan
         drawn = launched.wait()
         for request, first, scored in launched.scored:
-            assert request.prompt_scores is not None, "scores came that nobody asked for"
-            request.prompt_scores.put(first, scored)
+            assert request.prompt_logprobs is not None, "log-probabilities that no request asked for"
+            request.prompt_logprobs.put(first, scored)
         for request, token, logprobs in zip(launched.requests, *drawn, strict=True):
             if request not in self._unfinished:
                 continue

@@ -1,6 +1,6 @@
-"""Pictures -> picture tokens: encoded in portions that fit, and kept.
+"""Images -> image tokens: encoded in portions that fit, and kept.
 
-C crops, S side of a crop in pixels, Q picture tokens, D hidden.
+C crops, S side of a crop in pixels, Q image tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from torch import Tensor
 
 from aria import ops
 from aria.engine.graphs import Graphs
-from aria.engine.request import Picture
 from aria.model import Aria, PackedPatches, pack_crops
-from aria.model.picture_cache import PictureCache
-from aria.processor.pictures import PictureInput, load_crops
+from aria.model.image_cache import ImageCache
+from aria.processor.image_inputs import ImageInput, ImageSpan, load_crops
 
 MOST_PATCHES = {"cuda": 80_000, "cpu": 10_000}
-"""Patches of one pass through the vision tower, so that a clip of any length takes the memory of 16 large pictures."""
+"""Patches of one pass through the vision tower, so that a clip of any length takes the memory of 16 large images."""
 
 GRAPH_PATCHES = 20_000
 """Up to so many patches, launching the tower's operations takes longer than they do: these run as graphs."""
@@ -27,7 +26,7 @@ MOST_GRAPHS = 32
 
 
 class Encoder:
-    """Encodes pictures, each once as long as there is memory to keep it, and once for each adapter that changes it.
+    """Encodes images, each once as long as there is memory to keep it, and once for each adapter that changes it.
 
     Args:
         models: whose vision tower and projector are used: without an adapter the one under None, and by the keys of
@@ -47,20 +46,18 @@ class Encoder:
         self._config = models[None].config.vision
         self._weight = models[None].multi_modal_projector.query
         self.device = self._weight.device
-        self.cache = PictureCache(cache_bytes)
+        self.cache = ImageCache(cache_bytes)
         with torch.inference_mode():
             self._graphs = Graphs(self._weight.device, MOST_GRAPHS) if ops.inference_kernels(self._weight) else None
 
-    def patches(self, picture: PictureInput) -> int:
-        """What encoding a picture costs, in patches of the vision tower: those that are not only padding."""
+    def patches(self, image: ImageInput) -> int:
+        """What encoding an image costs, in patches of the vision tower; patches that are only padding do not count."""
         side = self._config.patch_size
-        return sum(-(-height // side) * -(-width // side) for height, width in picture.picture.extents)
+        return sum(-(-height // side) * -(-width // side) for height, width in image.extents)
 
-    def holds(self, picture: Picture, adapter: str | None) -> bool:
+    def holds(self, span: ImageSpan, adapter: str | None) -> bool:
         """Whether :meth:`features` would have nothing to encode. ``adapter`` as there."""
-        if isinstance(picture.data, Tensor):
-            return True
-        return _key(picture.data, adapter if adapter in self._models else None) in self.cache
+        return isinstance(span.data, Tensor) or self._key(span, adapter) in self.cache
 
     def forget_graphs(self) -> None:
         """Drop all graphs, which keep the models that they run."""
@@ -68,47 +65,49 @@ class Encoder:
             self._graphs.clear()
 
     @ops.on_own_device
-    def features(self, pictures: Sequence[Picture], adapter: str | None = None) -> list[Tensor]:
-        """Picture tokens ``(Q, D)`` of each picture, whose ``data`` is a `PictureInput`, or picture tokens already.
+    def features(self, spans: Sequence[ImageSpan], adapter: str | None = None) -> list[Tensor]:
+        """Image tokens ``(Q, D)`` of each span, from the encoder or the cache.
 
-        ``adapter``: whose vision tower and projector encode them; one that does not change these is as good as None.
+        Args:
+            spans: their ``data`` is an `ImageInput` to encode, or image tokens, which are returned as they are.
+            adapter: key of the adapter whose vision tower and projector encode them; one that changes neither gives
+                the same as None.
         """
-        adapter = adapter if adapter in self._models else None
         found: dict[int, Tensor] = {}
-        missing: dict[bytes, PictureInput] = {}
-        for i, picture in enumerate(pictures):
-            if isinstance(picture.data, Tensor):
-                found[i] = picture.data
-            elif (kept := self.cache.get(_key(picture.data, adapter))) is not None:
-                found[i] = kept
+        missing: dict[Hashable, ImageSpan] = {}
+        for i, span in enumerate(spans):
+            if isinstance(span.data, Tensor):
+                found[i] = span.data
+            elif (cached := self.cache.get(self._key(span, adapter))) is not None:
+                found[i] = cached
             else:
-                missing[picture.data.key] = picture.data
-        made: dict[bytes, Tensor] = {}
+                missing[span.key] = span
+        made: dict[Hashable, Tensor] = {}
         for portion in self._portions(list(missing.values())):
-            for new, features_QD in zip(portion, self._encode(portion, adapter), strict=True):
-                # A part of a larger tensor would keep all of it in memory.
-                made[new.key] = features_QD.clone()
-                self.cache.put(_key(new, adapter), made[new.key])
-        return [found[i] if i in found else made[picture.data.key] for i, picture in enumerate(pictures)]
+            for span, features_QD in zip(portion, self._encode(portion, adapter), strict=True):
+                # A copy, because a slice would keep the whole tensor in memory.
+                made[span.key] = features_QD.clone()
+                self.cache.put(self._key(span, adapter), made[span.key])
+        return [found[i] if i in found else made[span.key] for i, span in enumerate(spans)]
 
-    def _portions(self, pictures: Sequence[PictureInput]) -> Iterator[list[PictureInput]]:
-        """Pictures of one crop size, in portions of at most :data:`MOST_PATCHES` (or one picture)."""
+    def _portions(self, spans: Sequence[ImageSpan]) -> Iterator[list[ImageSpan]]:
+        """Images of one crop size, in portions of at most :data:`MOST_PATCHES` (or one image)."""
         most = MOST_PATCHES["cuda" if self._weight.is_cuda else "cpu"]
-        by_size = sorted(pictures, key=lambda picture: picture.picture.size)
-        for _, alike in groupby(by_size, lambda picture: picture.picture.size):
-            portion: list[PictureInput] = []
+        by_size = sorted(spans, key=lambda span: span.data.size)
+        for _, same_size in groupby(by_size, lambda span: span.data.size):
+            portion: list[ImageSpan] = []
             patches = 0
-            for picture in alike:
-                more = self.patches(picture)
+            for span in same_size:
+                more = self.patches(span.data)
                 if portion and patches + more > most:
                     yield portion
                     portion, patches = [], 0
-                portion.append(picture)
+                portion.append(span)
                 patches += more
             yield portion
 
-    def _encode(self, pictures: Sequence[PictureInput], adapter: str | None) -> Sequence[Tensor]:
-        crops = load_crops([picture.picture for picture in pictures], self._weight.device)
+    def _encode(self, spans: Sequence[ImageSpan], adapter: str | None) -> Sequence[Tensor]:
+        crops = load_crops([span.data for span in spans], self._weight.device)
         patches = pack_crops(
             torch.cat([crop.pixels for crop in crops]),
             [extent for crop in crops for extent in crop.extents],
@@ -117,12 +116,12 @@ class Encoder:
             self._config,
             self._weight.dtype,
         )
-        (features_QD,) = self._run(patches, adapter)
+        (features_QD,) = self._run(patches, adapter if adapter in self._models else None)
         assert features_QD is not None, "encoding gives features"
-        return features_QD.split([picture.tokens for picture in pictures])
+        return features_QD.split([span.tokens for span in spans])
 
     def _run(self, patches: PackedPatches, adapter: str | None) -> tuple[Tensor | None, ...]:
-        # A graph keeps its work, which should not keep the pictures of its first time.
+        # A graph keeps its work, which should not keep the images of its first time.
         model, segments, grid = self._models[adapter], patches.segments, patches.grid_patches
 
         def work(pixels: Tensor, positions: Tensor) -> tuple[Tensor]:
@@ -133,7 +132,6 @@ class Encoder:
         key = adapter, patches.segments.lengths, patches.grid_patches
         return self._graphs.run(key, work, patches.pixels, patches.positions)
 
-
-def _key(picture: PictureInput, adapter: str | None) -> Hashable:
-    """What picture tokens are kept by."""
-    return picture.key, adapter
+    def _key(self, span: ImageSpan, adapter: str | None) -> Hashable:
+        """Key of an image's tokens in the cache: its content, and the adapter if it changes the encoder."""
+        return span.key, adapter if adapter in self._models else None

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -23,15 +23,15 @@ from aria.engine.generation import read_generation_config
 from aria.engine.grammar import Grammars
 from aria.engine.matcher import Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
-from aria.engine.prompt_scores import PromptScores
-from aria.engine.rehearsal import Rehearsal
-from aria.engine.request import Picture, Request, block_digests
+from aria.engine.prompt_logprobs import PromptLogprobs
+from aria.engine.request import Request, block_digests
 from aria.engine.runner import TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
+from aria.engine.warm_up import WarmUp
 from aria.processor import AriaImageProcessor, AriaProcessor, AriaTokenizer
 from aria.processor.chat import END_OF_TURN, Prompt
-from aria.processor.pictures import Prepared
+from aria.processor.image_inputs import ImageSpan, Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,10 @@ def _processor(path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revi
     if not isinstance(path_or_repo_id, AriaConfig):
         return AriaProcessor.from_pretrained(path_or_repo_id, revision=revision)
     sizes = path_or_repo_id.image_sizes()
-    pictures = AriaImageProcessor(sizes=tuple(sizes), max_image_size=max(sizes), min_image_size=min(336, min(sizes)))
-    return AriaProcessor(pictures, _StandIn.from_pretrained(), size_conversion=sizes)
+    image_processor = AriaImageProcessor(
+        sizes=tuple(sizes), max_image_size=max(sizes), min_image_size=min(336, min(sizes))
+    )
+    return AriaProcessor(image_processor, _StandIn.from_pretrained(), size_conversion=sizes)
 
 
 @dataclass(frozen=True)
@@ -122,26 +124,26 @@ class Answer:
     def scoring(self) -> bool:
         """Whether log-probabilities of the prompt were asked for and are not complete. They are once the first choice
         has a piece."""
-        scores = self.requests[0].prompt_scores
-        return scores is not None and not scores.complete
+        logprobs = self.requests[0].prompt_logprobs
+        return logprobs is not None and not logprobs.complete
 
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
         """Of each token of the prompt, where they were asked for, once it is no longer :attr:`scoring`.
 
         Any thread may call it; a long prompt takes some time.
         """
-        scores = self.requests[0].prompt_scores
-        if scores is None:
+        logprobs = self.requests[0].prompt_logprobs
+        if logprobs is None:
             return None
-        assert scores.complete, "log-probabilities of a prompt were asked for before it was read"
-        return named_scores(self._tokenizer, self.requests[0].prompt, scores)
+        assert logprobs.complete, "log-probabilities of a prompt were asked for before it was read"
+        return decoded_prompt_logprobs(self._tokenizer, self.requests[0].prompt, logprobs)
 
 
 class Engine:
     """Answers conversations with one model.
 
     Requests run together over a paged cache: prompts are read in chunks beside answers that grow, equal beginnings
-    (pictures included) are computed once, and when the cache is full the latest request waits and is computed again.
+    (images included) are computed once, and when the cache is full the latest request waits and is computed again.
 
     Args:
         path_or_repo_id: folder, Hub repository, or None for the packaged nano model.
@@ -213,18 +215,49 @@ class Engine:
         """Answers that failed in the last step."""
 
     @property
+    def config(self) -> AriaConfig:
+        """Configuration of the model."""
+        return self.model.config
+
+    @property
     def device(self) -> torch.device:
+        """Device of the weights and the KV cache."""
         return self.model.language_model.lm_head.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self.model.language_model.lm_head.weight.dtype
+
+    @property
     def max_model_len(self) -> int:
-        """The most tokens of a prompt and its answer together."""
+        """Maximum number of tokens of a prompt and its answer together."""
         return self.core.max_model_len
+
+    @property
+    def max_batch(self) -> int:
+        """Maximum number of concurrent sequences."""
+        return self.core.max_batch
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the KV cache's blocks."""
+        return self.core.cache_bytes
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that requests may ask for."""
         return self.core.adapters.names
+
+    @property
+    def busy(self) -> bool:
+        """Whether :meth:`step` has anything to do."""
+        return self.core.busy
+
+    @property
+    def failing(self) -> bool:
+        """Whether a step failed, and no step has produced tokens since."""
+        return self.core.failing
 
     def add_adapter(self, name: str, source: str | os.PathLike[str]) -> None:
         """Load a LoRA adapter under a name, in place of the one of this name if there is one.
@@ -332,7 +365,7 @@ class Engine:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> Prepared:
-        """Messages -> token ids and pictures. Touches nothing of the engine's state, so any thread may call it.
+        """Messages -> token ids and images. Touches nothing of the engine's state, so any thread may call it.
 
         Args:
             messages: a conversation.
@@ -349,21 +382,21 @@ class Engine:
             continue_final_message=continue_final_message,
             variables=variables,
         )
-        self.core.check(len(prepared.ids), sum(picture.tokens for picture in prepared.pictures))
+        self.core.check(len(prepared.ids), sum(image.tokens for image in prepared.images))
         return self.digest(prepared)
 
     def prepare_text(self, text: str | Sequence[int]) -> Prepared:
-        """Text to be continued, or its token ids. No template is put around it, and no picture is in it.
+        """Text to be continued, or its token ids. No template is put around it, and no image is in it.
 
         The text is the whole prompt, as the caller wrote it: ``<|im_start|>`` and the other markers in a plain string
         are control tokens. Untrusted text belongs in messages (:meth:`prepare`) or a :class:`~aria.processor.Prompt`.
 
         Raises:
-            ValueError: an id that is not in the vocabulary or stands for a picture, or no room for an answer.
+            ValueError: an id that is not in the vocabulary or stands for an image, or no room for an answer.
         """
         tokenizer = self.processor.tokenizer
         if isinstance(text, Prompt) and text.slots:
-            raise ValueError(f"the prompt has places for {len(text.slots)} pictures; send pictures in messages")
+            raise ValueError(f"the prompt has places for {len(text.slots)} images; send images in messages")
         prompt = Prompt.raw(text) if isinstance(text, str) and not isinstance(text, Prompt) else text
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         vocabulary = self.model.config.text.vocab_size
@@ -371,7 +404,7 @@ class Engine:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
                 raise ValueError(f"the prompt has {token!r:.40} for a token id; expected 0 to {vocabulary - 1}")
             if token == tokenizer.image_token_id:
-                raise ValueError(f"token id {token} of the prompt stands for a picture; send pictures in messages")
+                raise ValueError(f"token id {token} of the prompt stands for an image; send images in messages")
         self.core.check(len(ids))
         return self.digest(Prepared(ids, []))
 
@@ -380,12 +413,12 @@ class Engine:
         the one that runs the model: for a long prompt it takes as long as a step."""
         size = self.core.block_size
         if size not in prepared.digests:
-            prepared.digests[size] = block_digests(prepared.ids, self._pictures(prepared), size)
+            prepared.digests[size] = block_digests(prepared.ids, self._image_spans(prepared), size)
         return prepared
 
-    def _pictures(self, prepared: Prepared) -> list[Picture]:
+    def _image_spans(self, prepared: Prepared) -> list[ImageSpan]:
         patches = self.core.runner.encoder.patches
-        return [Picture(one.start, one.tokens, one.key, one, patches(one)) for one in prepared.pictures]
+        return [replace(span, patches=patches(span.data)) for span in prepared.images]
 
     def queue(
         self,
@@ -413,7 +446,7 @@ class Engine:
         requests = self.core.add(
             prepared.ids,
             params,
-            pictures=self._pictures(prepared),
+            images=self._image_spans(prepared),
             digests=prepared.digests[self.core.block_size],
             end_token_ids=self._end_token_ids,
             end_text=self._end_text if params.min_tokens and prepared.stop else None,
@@ -496,6 +529,21 @@ class Engine:
             self.core.cancel(request)
             self._answers.pop(request, None)
 
+    def encode_images(self, prepared: Prepared) -> None:
+        """Encode the images of a prompt ahead of its request, which then finds their image tokens in the cache."""
+        self.core.encode_images(self._image_spans(prepared))
+
+    def reset(self) -> None:
+        """Cancel all requests, and empty the prefix cache and the cache of image tokens."""
+        self.core.reset()
+        self.core.clear_image_cache()
+        self._answers.clear()
+
+    def close(self) -> None:
+        """Cancel all requests and wait for the device."""
+        self.core.close()
+        self._answers.clear()
+
     def warm_up(self) -> None:
         """Do now what first requests would wait for: lay out the vocabulary for schemas, where they are installed, and
         on CUDA compile kernels and capture graphs, which takes up to some minutes. Nothing may be queued meanwhile."""
@@ -504,19 +552,19 @@ class Engine:
         with suppress(ModuleNotFoundError):
             self.grammars.load()
         if self.device.type == "cuda":
-            pictures = self._sample_pictures()
+            images = self._sample_images()
             # Which adapter makes no difference, but that image tokens may be another's.
             for adapter in (None, *self.adapters[:1]):
-                Rehearsal(self.core, adapter).run(pictures)
+                WarmUp(self.core, adapter).run(images)
 
-    def _sample_pictures(self) -> list[list[Picture]]:
+    def _sample_images(self) -> list[list[ImageSpan]]:
         """Of prompts with an image each: of every crop size two squares and one that has to be resized both ways."""
         found = []
         for size, tokens in self.processor.size_conversion.items():
             for color, shape in ("black", (size, size)), ("white", (size, size)), ("black", (size * 2, size + 50)):
                 if 2 * tokens < self.max_model_len:
                     image = {"type": "image", "image": Image.new("RGB", shape, color), "max_image_size": size}
-                    found.append(self._pictures(self.prepare([{"role": "user", "content": [image]}])))
+                    found.append(self._image_spans(self.prepare([{"role": "user", "content": [image]}])))
         return found
 
     def stats(self) -> Stats:
@@ -526,17 +574,17 @@ class Engine:
     def _named(self, token: Token) -> TokenLogprob | None:
         if token.logprobs is None:
             return None
-        return named_logprob(self.processor.tokenizer, token.token_id, token.logprobs)
+        return decoded_logprob(self.processor.tokenizer, token.token_id, token.logprobs)
 
 
-def named_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+def decoded_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
     """Log-probabilities with the tokens' text."""
     top = tuple(TokenLogprob(id, tokenizer.decode([id]), value) for id, value in logprobs.likeliest)
     return TokenLogprob(token_id, tokenizer.decode([token_id]), logprobs.chosen, top)
 
 
-def named_scores(
-    tokenizer: AriaTokenizer, prompt: Sequence[int], scores: PromptScores
+def decoded_prompt_logprobs(
+    tokenizer: AriaTokenizer, prompt: Sequence[int], logprobs: PromptLogprobs
 ) -> tuple[TokenLogprob | None, ...]:
     """Log-probabilities of a prompt with the tokens' text."""
 
@@ -545,8 +593,8 @@ def named_scores(
         return tokenizer.decode([token])
 
     told: list[TokenLogprob | None] = []
-    columns = scores.logprobs.tolist(), scores.ranks.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist()
-    for token, logprob, rank, ids, values in zip(prompt, *columns, strict=True):
+    columns = logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs
+    for token, logprob, rank, ids, values in zip(prompt, *(column.tolist() for column in columns), strict=True):
         likeliest = enumerate(zip(ids, values, strict=True), 1)
         top = tuple(TokenLogprob(other, text(other), value, rank=place) for place, (other, value) in likeliest)
         told.append(TokenLogprob(token, text(token), logprob, top, rank))

@@ -100,7 +100,7 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "remove_invalid_values": ((False,), _WARPER.format("InfNanRemoveLogitsProcessor")),
     "output_attentions": ((False,), "attention is computed without its weights being kept"),
     "output_hidden_states": ((False,), "call forward on the result, with output_hidden_states=True"),
-    "inputs_embeds": ((), "pass input_ids, with pixel_values for pictures"),
+    "inputs_embeds": ((), "pass input_ids, with pixel_values for images"),
     "past_key_values": ((), "the cache is the engine's own; pass the whole prompt"),
 }
 

@@ -31,7 +31,7 @@ class Usage:
     """Tokens counted."""
 
     prompt_tokens: int
-    """Picture tokens included."""
+    """Image tokens included."""
     completion_tokens: int
 
 

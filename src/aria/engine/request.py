@@ -7,16 +7,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count, pairwise
-from typing import Any
 
 from aria.engine.blocks import ROOT, block_hash
 from aria.engine.matcher import End, Matcher
-from aria.engine.prompt_scores import PromptScores
+from aria.engine.prompt_logprobs import PromptLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
-
-PATCHES_A_TOKEN = 20
-"""The most patches of an image that Aria's projector makes one token of, rounded up."""
+from aria.processor.image_inputs import ImageSpan
 
 
 class Status(Enum):
@@ -27,29 +24,6 @@ class Status(Enum):
     CANCELLED = "cancelled"
     FAILED = "failed"
     """The model could not compute it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """Places in a prompt that take their embeddings from a picture."""
-
-    start: int
-    """The first of them, counted in tokens of the prompt."""
-    tokens: int
-    key: bytes | None
-    """Digest of all that its embeddings depend on; None makes blocks from its start on unfit for the prefix cache."""
-    data: Any = None
-    """What the encoder takes; nothing to the scheduler."""
-    patches: int = -1
-    """What encoding it costs; 0 for image tokens, -1 for an estimate by their number."""
-
-    def __post_init__(self) -> None:
-        if self.patches < 0:
-            object.__setattr__(self, "patches", self.tokens * PATCHES_A_TOKEN)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.tokens
 
 
 @dataclass(eq=False)
@@ -64,7 +38,7 @@ class Request:
     params: SamplingParams
     max_tokens: int
     """Most tokens of the answer, capped already by the room that the prompt leaves."""
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageSpan, ...] = ()
     """In order."""
     priority: int = 0
     """Lower runs first."""
@@ -102,7 +76,7 @@ class Request:
     """Times it was admitted. What the device has in its row serves one of them: preemption in between loses it."""
     published: int = 0
     """Blocks whose content has been offered to the prefix cache."""
-    prompt_scores: PromptScores | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     """Of the prompt's tokens, where they are asked for; several answers to one prompt have the leader's alone."""
     cached_tokens: int = 0
     """Tokens of the prompt that the prefix cache had when it was first read."""
@@ -110,16 +84,16 @@ class Request:
     def __post_init__(self) -> None:
         assert self.prompt, "a prompt has at least one token"
         assert self.max_tokens >= 1, "an answer has at least one token"
-        assert all(a.end <= b.start for a, b in pairwise(self.pictures)), "pictures overlap or are out of order"
-        assert all(0 <= p.start < p.end <= len(self.prompt) for p in self.pictures), "a picture is not in the prompt"
-        unnamed = [picture.start for picture in self.pictures if picture.key is None]
+        assert all(a.end <= b.start for a, b in pairwise(self.images)), "images overlap or are out of order"
+        assert all(0 <= p.start < p.end <= len(self.prompt) for p in self.images), "an image is not in the prompt"
+        unnamed = [image.start for image in self.images if image.key is None]
         self._cacheable = min(unnamed, default=None)
         self._digests = list(self.digests)
         self._adapted: list[tuple[str, bytes]] = []
         leader = self.leader
         if leader is not None:
             assert leader.prompt is self.prompt or leader.prompt == self.prompt, "a leader has the same prompt"
-            assert (leader.pictures, leader.adapter) == (self.pictures, self.adapter), "a leader has the same prompt"
+            assert (leader.images, leader.adapter) == (self.images, self.adapter), "a leader has the same prompt"
 
     def __lt__(self, other: Request) -> bool:
         """Whether this request comes before another wherever they compete."""
@@ -134,8 +108,8 @@ class Request:
     def reusable(self) -> int:
         """Leading tokens whose keys and values may come from the prefix cache: one at least is read, to have something
         to sample from, and so are those that the prompt's next tokens have yet to be scored from."""
-        scores = self.prompt_scores
-        return self.known - 1 if scores is None or scores.complete else min(self.known, scores.known) - 1
+        logprobs = self.prompt_logprobs
+        return self.known - 1 if logprobs is None or logprobs.complete else min(self.known, logprobs.known) - 1
 
     @property
     def over(self) -> bool:
@@ -166,13 +140,13 @@ class Request:
             return self.prompt[start:stop]
         return [*self.prompt[start:], *self.outputs[max(start - length, 0) : stop - length]]
 
-    def pictures_between(self, start: int, stop: int) -> tuple[Picture, ...]:
-        """The pictures that have tokens from ``start`` up to ``stop``."""
-        first = bisect_right(self.pictures, start, key=lambda picture: picture.end)
-        return self.pictures[first : bisect_left(self.pictures, stop, key=lambda picture: picture.start)]
+    def images_between(self, start: int, stop: int) -> tuple[ImageSpan, ...]:
+        """The images that have tokens from ``start`` up to ``stop``."""
+        first = bisect_right(self.images, start, key=lambda image: image.end)
+        return self.images[first : bisect_left(self.images, stop, key=lambda image: image.start)]
 
     def block_hashes(self, block_size: int) -> Sequence[Hashable]:
-        """Names of the content of all leading full blocks of known tokens, up to a picture without a key."""
+        """Names of the content of all leading full blocks of known tokens, up to an image without a key."""
         digests = self._digests
         if not digests and self.leader is not None:
             digests += self.leader._digests[: len(self.prompt) // block_size]
@@ -180,9 +154,9 @@ class Request:
         for start in range(len(digests) * block_size, end - block_size + 1, block_size):
             stop = start + block_size
             touching = (
-                (picture.start - start, picture.tokens, picture.key)
-                for picture in self.pictures_between(start, stop)
-                if picture.key is not None
+                (image.start - start, image.tokens, image.key)
+                for image in self.images_between(start, stop)
+                if image.key is not None
             )
             digests.append(block_hash(digests[-1] if digests else ROOT, self.tokens(start, stop), touching))
         if self.adapter is None:
@@ -192,8 +166,8 @@ class Request:
         return self._adapted
 
 
-def block_digests(prompt: Sequence[int], pictures: Sequence[Picture], block_size: int) -> list[bytes]:
+def block_digests(prompt: Sequence[int], images: Sequence[ImageSpan], block_size: int) -> list[bytes]:
     """What `Request` takes as ``digests``. It takes milliseconds for tens of thousands of tokens, in any thread."""
-    request = Request(tuple(prompt), SamplingParams(), 1, tuple(pictures))
+    request = Request(tuple(prompt), SamplingParams(), 1, tuple(images))
     request.block_hashes(block_size)
     return request._digests

@@ -1,7 +1,7 @@
 """A step's plan -> tensors -> tokens: the device's state by row, and CUDA graphs for decoding.
 
 R rows (places for running requests), N sequences that decode, T tokens of a step, M blocks of a block table,
-V vocabulary, Q picture tokens, D hidden.
+V vocabulary, Q image tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.engine import prompt_scores
+from aria.engine import prompt_logprobs
 from aria.engine.adapters import Adapters
 from aria.engine.encoder import Encoder
 from aria.engine.failures import free_frames
 from aria.engine.graphs import Graphs, Work, batch_size
 from aria.engine.matcher import fill_masks
-from aria.engine.prompt_scores import ScoredTokens
-from aria.engine.request import Picture, Request
-from aria.engine.sampler import SamplerState, keep_allowed
+from aria.engine.prompt_logprobs import ScoredTokens
+from aria.engine.request import Request
+from aria.engine.sampler import SamplerState, mask_logits
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
 from aria.model.moe import MoE
 from aria.model.multi_lora import AdapterBatch
+from aria.processor.image_inputs import ImageSpan
 
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 256
 GRAPH_TOKENS = 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048
 """Prompts that are alone run as graphs, filled up to the next of these sizes."""
+
+
+LogitsProcessor = Callable[[Sequence[Request], Tensor, Tensor], Tensor]
+"""Requests, logits ``(N, V)``, and logits after penalties -> logits to sample from. Called once the tokens of the
+previous step are known."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -105,7 +111,7 @@ class Runner:
     Args:
         model: in evaluation mode, laid out for inference.
         cache: the paged cache; its last index into a block table is ``max_model_len``.
-        encoder: of pictures.
+        encoder: of images.
         adapters: that requests may name.
         max_rows: the most requests that run together.
         max_model_len: tokens of the longest sequence.
@@ -136,9 +142,7 @@ class Runner:
         self._known_blocks = [0] * max_rows
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         self._can: dict[tuple[int, bool, bool], bool] = {}
-        self.hook: Callable[[Sequence[Request], Tensor, Tensor], Tensor] | None = None
-        """Requests, logits ``(N, V)``, and scores after penalties -> scores to draw from. Called once the tokens of the
-        step before are known."""
+        self.logits_processor: LogitsProcessor | None = None
         keys = cache.keys[0]
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
@@ -149,18 +153,18 @@ class Runner:
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Returns at once on CUDA, where work is queued on the current stream.
 
-        Where an answer has a grammar, or there is a :attr:`hook`, no tokens are drawn yet, because what these allow
-        depends on the tokens of the step before: once they are known, :meth:`draw` does it.
+        With a grammar or a :attr:`logits_processor`, tokens are not sampled yet, because both depend on the tokens of
+        the previous step: call :meth:`draw` once these are known.
         """
         self._update_rows(plan.requests)
         sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
         places = [request.computed for request in sampling]
         extras = self._sampler.extras([_row(request) for request in sampling], places)
-        late = self.hook is not None or any(request.matcher is not None for request in sampling)
-        # Penalties, grammars and log-probabilities need the scores, so what draws from them stays out of the graph.
+        late = self.logits_processor is not None or any(request.matcher is not None for request in sampling)
+        # Penalties, grammars and log-probabilities need the logits, so sampling then stays out of the graph.
         draw = not extras and not late and all(request.params.logprobs is None for request in sampling)
         launched = Launched(plan, sampling)
-        computed = self._read(launched) if plan.chunks else self._grow(plan.decodes, draw)
+        computed = self._prefill_step(launched) if plan.chunks else self._decode_step(plan.decodes, draw)
         launched._computed = computed._replace(extras=extras)
         if launched.scored and self.device.type == "cuda":
             launched.scored = [(one, first, ScoredTokens(*map(_fetch, of))) for one, first, of in launched.scored]
@@ -187,7 +191,7 @@ class Runner:
             rows, tokens = self._upload([_row(one) for one in decodes], [one.outputs[-1] for one in decodes])
             self._tokens.index_copy_(0, rows.long(), tokens.long())
 
-    def _grow(self, decodes: Sequence[Request], draw: bool) -> _Computed:
+    def _decode_step(self, decodes: Sequence[Request], draw: bool) -> _Computed:
         """A step in which every request decodes, filled up to a size that there is a graph for."""
         N = len(decodes)
         places = [request.computed - 1 for request in decodes]
@@ -218,7 +222,7 @@ class Runner:
         assert used is not None, "the table comes back"
         return _Computed(*used[:2, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
 
-    def _read(self, launched: Launched) -> _Computed:
+    def _prefill_step(self, launched: Launched) -> _Computed:
         """A step with chunks of prompts: decodes and chunks in one pass. Notes which prompts it scored, and which have
         images that could not be encoded."""
         plan, sampling = launched.plan, launched.requests
@@ -261,7 +265,7 @@ class Runner:
             np.concatenate([np.repeat(adapter_ids, [1] * N + [len(p) for p in places]), fill]) if adapted else [],
         )
         x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
-        self._place_pictures(x_TD, launched, ends)
+        self._place_images(x_TD, launched, ends)
         width = self._width(max(decoding, default=0))
         most = self._width(max(chunk.start + chunk.count for chunk in chunks) - 1)
         widest = max(width, most)
@@ -298,14 +302,14 @@ class Runner:
         return _Computed(rows, positions, logits, None)
 
     def _score(self, chunk: Chunk, hidden_ND: Tensor, adapter_ids_N: Tensor | None) -> ScoredTokens:
-        """The tokens of a prompt that come behind the first N of a chunk, some at a time: all scores of a long prompt
+        """The tokens of a prompt that come behind the first N of a chunk, some at a time: the logits of a long prompt
         would not fit into memory."""
         k = chunk.request.params.prompt_logprobs
         assert k is not None, "nobody asks for log-probabilities of this prompt"
         [tokens_N] = self._upload(chunk.request.prompt[chunk.start + 1 : chunk.start + 1 + len(hidden_ND)])
         parts = []
-        for start in range(0, len(hidden_ND), prompt_scores.TOGETHER):
-            some = slice(start, start + prompt_scores.TOGETHER)
+        for start in range(0, len(hidden_ND), prompt_logprobs.TOGETHER):
+            some = slice(start, start + prompt_logprobs.TOGETHER)
             adapters = None if adapter_ids_N is None else self._adapters.step(adapter_ids_N[some])
             parts.append(ScoredTokens.of(self._logits(hidden_ND[some], adapters), tokens_N[some], k))
         return ScoredTokens.cat(parts)
@@ -324,7 +328,7 @@ class Runner:
             ops.plan_chunks(keys, config.num_attention_heads, min(step_tokens, max_model_len), max_model_len)
 
     def forget_graphs(self) -> None:
-        """Drop the graphs of steps and pictures: they hold adapters that may be gone."""
+        """Drop the graphs of steps and images: they hold adapters that may be gone."""
         self._can.clear()
         if self._graphs is not None:
             self._graphs.clear()
@@ -364,35 +368,35 @@ class Runner:
         self._tokens.index_copy_(0, rows_N.long(), tokens_N)
         return tokens_N
 
-    def _place_pictures(self, x_TD: Tensor, launched: Launched, starts: Sequence[int]) -> None:
-        """Put picture tokens over the embeddings of their places, as far as the chunks reach."""
-        wanted: list[tuple[Chunk, Picture, int, int, int]] = []
+    def _place_images(self, x_TD: Tensor, launched: Launched, starts: Sequence[int]) -> None:
+        """Put image tokens over the embeddings of their places, as far as the chunks reach."""
+        wanted: list[tuple[Chunk, ImageSpan, int, int, int]] = []
         for chunk, at in zip(launched.plan.chunks, starts[:-1], strict=True):
-            for picture in chunk.request.pictures_between(chunk.start, chunk.start + chunk.count):
-                low = max(picture.start, chunk.start)
-                high = min(picture.end, chunk.start + chunk.count)
-                wanted.append((chunk, picture, at + low - chunk.start, low - picture.start, high - low))
+            for image in chunk.request.images_between(chunk.start, chunk.start + chunk.count):
+                low = max(image.start, chunk.start)
+                high = min(image.end, chunk.start + chunk.count)
+                wanted.append((chunk, image, at + low - chunk.start, low - image.start, high - low))
         for adapter in dict.fromkeys(chunk.request.adapter for chunk, *_ in wanted):
             alike = [one for one in wanted if one[0].request.adapter == adapter]
-            features = self._encode([picture for _, picture, *_ in alike], adapter)
-            for (chunk, picture, place, first, count), features_QD in zip(alike, features, strict=True):
+            features = self._encode([image for _, image, *_ in alike], adapter)
+            for (chunk, image, place, first, count), features_QD in zip(alike, features, strict=True):
                 if isinstance(features_QD, Exception):
-                    launched.failed.append((chunk.request, max(picture.start, chunk.start), features_QD))
+                    launched.failed.append((chunk.request, max(image.start, chunk.start), features_QD))
                 else:
                     x_TD[place : place + count] = features_QD[first : first + count]
 
-    def _encode(self, pictures: Sequence[Picture], adapter: str | None) -> Sequence[Tensor | Exception]:
+    def _encode(self, images: Sequence[ImageSpan], adapter: str | None) -> Sequence[Tensor | Exception]:
         """Image tokens of each, or why there are none: one that fails must not fail the others."""
         try:
-            return self.encoder.features(pictures, adapter)
+            return self.encoder.features(images, adapter)
         except Exception as error:
             logger.warning("images could not be encoded together: %s", error)
             free_frames(error)
-        return [self._encode_alone(picture, adapter) for picture in pictures]
+        return [self._encode_alone(image, adapter) for image in images]
 
-    def _encode_alone(self, picture: Picture, adapter: str | None) -> Tensor | Exception:
+    def _encode_alone(self, image: ImageSpan, adapter: str | None) -> Tensor | Exception:
         try:
-            return self.encoder.features([picture], adapter)[0]
+            return self.encoder.features([image], adapter)[0]
         except Exception as error:
             logger.error("an image could not be encoded", exc_info=error)
             free_frames(error)
@@ -404,21 +408,21 @@ class Runner:
         rows, positions, logits, tokens, extras = launched._computed
         sampling = launched.requests
         if tokens is None:
-            assert logits is not None, "neither tokens nor scores came"
-            scores = logits
+            assert logits is not None, "a step has neither tokens nor logits"
+            adjusted = logits
             if extras:
                 last = self._tokens.index_select(0, rows)
-                scores = self._sampler.apply_extras(logits, rows, positions + 1, last)
+                adjusted = self._sampler.adjust_logits(logits, rows, positions + 1, last)
             if masks is not None:
-                scores = keep_allowed(scores, *(self._send(torch.as_tensor(x)) for x in masks))
-            if self.hook is not None:
-                scores = self.hook(sampling, logits, scores)
-            tokens = self._draw(scores, rows, positions)
+                adjusted = mask_logits(adjusted, *(self._send(torch.as_tensor(x)) for x in masks))
+            if self.logits_processor is not None:
+                adjusted = self.logits_processor(sampling, logits, adjusted)
+            tokens = self._draw(adjusted, rows, positions)
             if extras:
                 self._sampler.count(rows, tokens)
         top = [request.params.logprobs for request in sampling if request.params.logprobs is not None]
         if top:
-            assert logits is not None, "log-probabilities need scores"
+            assert logits is not None, "log-probabilities need logits"
             launched._logprobs = self._sampler.logprobs(logits, tokens, max(top))
         launched._computed, launched.logits, launched._tokens = None, logits, tokens
         if self.device.type == "cuda":
@@ -434,7 +438,7 @@ class Runner:
         for request in requests:
             row = _row(request)
             # A request that lost its blocks and came back, be it to the same row, is a new one here.
-            # By number: a row should not keep the pictures of one that is over.
+            # By number: a row should not keep the images of one that is over.
             owner = (request.id, request.runs)
             if self._owners[row] != owner:
                 self._owners[row] = owner
@@ -498,8 +502,8 @@ def _row(request: Request) -> int:
 
 def _unscored(chunk: Chunk) -> int:
     """Leading tokens of a chunk from which the prompt's next ones are to be scored."""
-    scores = chunk.request.prompt_scores
-    if scores is None or scores.complete:
+    logprobs = chunk.request.prompt_logprobs
+    if logprobs is None or logprobs.complete:
         return 0
     return max(0, min(chunk.count, len(chunk.request.prompt) - 1 - chunk.start))
 

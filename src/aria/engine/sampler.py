@@ -1,4 +1,4 @@
-"""`SamplerState`: what each running request wants of its tokens, on the device, and scores -> tokens.
+"""`SamplerState`: what each running request wants of its tokens, on the device, and logits -> tokens.
 
 N sequences of a step, R rows (places of running requests), V vocabulary.
 """
@@ -16,7 +16,7 @@ from aria import ops
 from aria.engine.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy: scores divided by them leave float32's range."""
+"""Lower temperatures are greedy: logits divided by them would leave the range of float32."""
 
 # A row of the table: temperature, top_k, top_p, min_p, seed (as aria.ops.sampling.Settings reads them), then the
 # repetition, frequency and presence penalties, and the place from which the answer may end.
@@ -47,7 +47,7 @@ class EndText(NamedTuple):
         Args:
             text: of two characters at least, all of them ASCII.
             tokens: the bytes of each of the V tokens.
-            device: where the scores will be.
+            device: of the logits.
         """
         data = text.encode("ascii")
         starts = tuple(data[:n] for n in range(2, len(data)))
@@ -67,7 +67,7 @@ class SamplerState:
     Args:
         max_rows: R.
         vocab_size: V.
-        device: where the scores will be.
+        device: of the logits.
         banned_token_ids: tokens that are never drawn.
     """
 
@@ -145,7 +145,7 @@ class SamplerState:
         """Draw a token for each sequence.
 
         On CUDA nothing here waits for the host, so it can be part of a CUDA graph. Rows of which :meth:`extras` is true
-        want :meth:`apply_extras` before and :meth:`count` after.
+        want :meth:`adjust_logits` before and :meth:`count` after.
 
         Args:
             logits_NV: any floating dtype; left as they are.
@@ -167,10 +167,10 @@ class SamplerState:
         waiting = any(place < self._may_end.get(row, 0) for row, place in zip(rows, positions, strict=True))
         return waiting or not (self._penalized.isdisjoint(rows) and self._biased.isdisjoint(rows))
 
-    def apply_extras(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
-        """Scores after penalties, then biases, then -inf for ends that come too early: float32 ``(N, V)``.
+    def adjust_logits(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
+        """Logits after penalties, then biases, then -inf for ends that come too early: float32 ``(N, V)``.
 
-        The repetition penalty divides positive scores of tokens in prompt or answer, and multiplies negative ones
+        The repetition penalty divides positive logits of tokens in prompt or answer, and multiplies negative ones
         (Keskar et al., 2019); frequency and presence are those of OpenAI's interface, over the answer alone.
 
         Args:
@@ -179,34 +179,34 @@ class SamplerState:
             positions_N: int32, where in its sequence each token will stand.
             last_N: int64, the token before it.
         """
-        scores_NV = logits_NV.float()
+        logits_NV = logits_NV.float()
         if self._counts is not None and self._penalized:
             repetition, frequency, presence = (
                 self._table.view(torch.float32)[:, _PENALTIES].index_select(0, rows_N)[:, :, None].unbind(1)
             )
             counts_NV = self._counts.index_select(0, rows_N)
-            # Counts of rows without penalties are of no request; 1 and 0 leave their scores as they are.
+            # Rows without penalties have stale counts; penalties of 1 and 0 leave their logits unchanged.
             repetition = torch.where(counts_NV > 0, repetition, 1.0)
-            scores_NV = torch.where(scores_NV > 0, scores_NV / repetition, scores_NV * repetition)
+            logits_NV = torch.where(logits_NV > 0, logits_NV / repetition, logits_NV * repetition)
             answered = counts_NV >> 1
-            scores_NV = scores_NV - frequency * answered - presence * (answered > 0)
+            logits_NV = logits_NV - frequency * answered - presence * (answered > 0)
         if self._bias_ids is not None and self._bias_values is not None and self._biased:
             ids, values = (x.index_select(0, rows_N) for x in (self._bias_ids, self._bias_values))
-            scores_NV = scores_NV.scatter_add(1, ids, values)
-        return self._without_ends(scores_NV, rows_N, positions_N, last_N) if self._may_end else scores_NV
+            logits_NV = logits_NV.scatter_add(1, ids, values)
+        return self._without_ends(logits_NV, rows_N, positions_N, last_N) if self._may_end else logits_NV
 
-    def _without_ends(self, scores_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
+    def _without_ends(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
         early_N1 = (positions_N < self._table[:, _MAY_END].index_select(0, rows_N))[:, None]
         if self._end_ids is not None:
             ids = self._end_ids.index_select(0, rows_N)
             values = torch.where(early_N1 & (ids >= 0), float("-inf"), 0.0)
-            scores_NV = scores_NV.scatter_add(1, ids.clamp(min=0), values)
+            logits_NV = logits_NV.scatter_add(1, ids.clamp(min=0), values)
         if self._end_text is not None:
             begins, opens, follows = self._end_text
             early_N1 = early_N1 & self._end_text_rows.index_select(0, rows_N)[:, None]
             ends_NV = begins | (opens.index_select(0, last_N)[:, None] & follows)
-            scores_NV = scores_NV.masked_fill(early_N1 & ends_NV, float("-inf"))
-        return scores_NV
+            logits_NV = logits_NV.masked_fill(early_N1 & ends_NV, float("-inf"))
+        return logits_NV
 
     def count(self, rows_N: Tensor, tokens_N: Tensor) -> None:
         """Remember drawn tokens for the penalties of the steps to come."""
@@ -215,7 +215,7 @@ class SamplerState:
             self._counts.index_put_((rows_N.long(), tokens_N), twice, accumulate=True)
 
     def logprobs(self, logits_NV: Tensor, tokens_N: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities by the scores as they are: before temperature and truncation.
+        """Log-probabilities before temperature and truncation.
 
         Returns:
             of the drawn tokens ``(N,)``; ids ``(N, k)`` of the likeliest, falling; their log-probabilities ``(N, k)``.
@@ -273,15 +273,15 @@ class SamplerState:
         target.copy_(values.pin_memory() if self._device.type == "cuda" else values, non_blocking=True)
 
 
-def keep_allowed(scores_NV: Tensor, places_G: Tensor, masks_GW: Tensor) -> Tensor:
-    """Scores with those of tokens that are not allowed at -inf, for the sequences that have a mask.
+def mask_logits(logits_NV: Tensor, places_G: Tensor, masks_GW: Tensor) -> Tensor:
+    """Logits with -inf for tokens that are not allowed, in the sequences that have a mask.
 
     Args:
-        scores_NV: any floating dtype; left as they are.
+        logits_NV: any floating dtype; left as they are.
         places_G: int64, the sequences, below N.
         masks_GW: int32, a bit for each token, the lowest first.
     """
     bits = torch.arange(32, dtype=torch.int32, device=masks_GW.device)
-    allowed_GV = (masks_GW[:, :, None] >> bits & 1).flatten(1)[:, : scores_NV.shape[1]] > 0
-    kept_GV = scores_NV.index_select(0, places_G).masked_fill(~allowed_GV, float("-inf"))
-    return scores_NV.index_copy(0, places_G, kept_GV)
+    allowed_GV = (masks_GW[:, :, None] >> bits & 1).flatten(1)[:, : logits_NV.shape[1]] > 0
+    kept_GV = logits_NV.index_select(0, places_G).masked_fill(~allowed_GV, float("-inf"))
+    return logits_NV.index_copy(0, places_G, kept_GV)

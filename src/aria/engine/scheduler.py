@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
 from aria.engine.blocks import BlockPool
-from aria.engine.request import Picture, Request, Status
+from aria.engine.request import Request, Status
+from aria.processor.image_inputs import ImageSpan
 
 LONG_STEPS = 2
 """A prompt that needs more than so many further steps leaves half of a step to the prompts behind it."""
@@ -75,7 +76,7 @@ class Plan:
         return [plan for plan in (first, second) if plan]
 
 
-class _Images:
+class _ImageBudget:
     """The images that one step encodes, counted in patches. One is allowed in any case, whatever its size.
 
     Args:
@@ -83,7 +84,7 @@ class _Images:
         encoded: as of `Scheduler`.
     """
 
-    def __init__(self, most: int, encoded: Callable[[Picture, str | None], bool]):
+    def __init__(self, most: int, encoded: Callable[[ImageSpan, str | None], bool]):
         self._most, self._encoded = most, encoded
         self._patches = 0
         self._taken: set[tuple[bytes | None, str | None]] = set()
@@ -91,24 +92,24 @@ class _Images:
     def fit(self, request: Request, stop: int, block_size: int) -> int:
         """Where a chunk that would end at ``stop`` has to end so that its images fit into the step."""
         patches = self._patches
-        for picture in request.pictures_between(request.computed, stop):
-            more = self._cost(request, picture)
+        for image in request.images_between(request.computed, stop):
+            more = self._cost(request, image)
             # Chunks are whole blocks, so what lies in the first one comes together.
-            together = not self._patches and picture.start < request.computed + block_size
+            together = not self._patches and image.start < request.computed + block_size
             if more and patches and patches + more > self._most and not together:
-                return max(picture.start, request.computed)
+                return max(image.start, request.computed)
             patches += more
         return stop
 
     def take(self, request: Request, stop: int) -> None:
         """Count the images of a chunk that ends at ``stop``."""
-        for picture in request.pictures_between(request.computed, stop):
-            self._patches += self._cost(request, picture)
-            self._taken.add((picture.key, request.adapter))
+        for image in request.images_between(request.computed, stop):
+            self._patches += self._cost(request, image)
+            self._taken.add((image.key, request.adapter))
 
-    def _cost(self, request: Request, picture: Picture) -> int:
-        known = picture.key is not None and (picture.key, request.adapter) in self._taken
-        return 0 if known or self._encoded(picture, request.adapter) else picture.patches
+    def _cost(self, request: Request, image: ImageSpan) -> int:
+        known = image.key is not None and (image.key, request.adapter) in self._taken
+        return 0 if known or self._encoded(image, request.adapter) else image.patches
 
 
 class Scheduler:
@@ -128,7 +129,7 @@ class Scheduler:
             ``step_tokens``, but a block of a prompt is read in any case.
         step_patches, mixed_step_patches: the most patches of images to encode in such steps; one image is encoded in
             any case.
-        encoded: whether the image tokens of a picture are at hand already, for the adapter of that name.
+        encoded: whether the image tokens of an image are at hand already, for the adapter of that name.
         watermark: fraction of the cache that stays available when a request is admitted beside others, for the others
             to grow into; less where their ``max_tokens`` let them need less.
     """
@@ -142,7 +143,7 @@ class Scheduler:
         mixed_step_tokens: int,
         step_patches: int = 320_000,
         mixed_step_patches: int = 4_900,
-        encoded: Callable[[Picture, str | None], bool] = lambda picture, adapter: False,
+        encoded: Callable[[ImageSpan, str | None], bool] = lambda image, adapter: False,
         watermark: float = 0.05,
     ):
         assert max_rows >= 1, "no rows"
@@ -212,7 +213,7 @@ class Scheduler:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens and an answer of up to {request.max_tokens} need {need} "
                 f"blocks of the cache, which has {self.pool.total} of {self.pool.block_size} tokens; ask for a smaller "
-                "max_tokens, use fewer or smaller pictures or less text, or give the cache more memory"
+                "max_tokens, use fewer or smaller images or less text, or give the cache more memory"
             )
         request.arrival = next(self._arrivals)
         request.block_hashes(self.pool.block_size)  # Here, because steps should not wait for it.
@@ -307,7 +308,7 @@ class Scheduler:
         S = self.pool.block_size
         mixed = bool(plan.decodes)
         whole = budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if mixed else self.step_tokens
-        images = _Images(self.mixed_step_patches if mixed else self.step_patches, self._encoded)
+        images = _ImageBudget(self.mixed_step_patches if mixed else self.step_patches, self._encoded)
         long: list[Request] = []
         kept_for_long = 0
         prompts = self._prompts()
@@ -347,16 +348,16 @@ class Scheduler:
             else:
                 return
 
-    def _read(self, plan: Plan, request: Request, budget: int, images: _Images) -> int:
+    def _read(self, plan: Plan, request: Request, budget: int, image_budget: _ImageBudget) -> int:
         """Plan a chunk of a prompt. Returns its tokens: 0 where blocks, images or ``budget`` leave room for none."""
         S = self.pool.block_size
         stop = min(request.prefill, request.computed + min(budget, self.pool.available * S))
-        stop = images.fit(request, stop, S)
+        stop = image_budget.fit(request, stop, S)
         if stop < request.prefill:
             stop -= stop % S
         if stop <= request.computed:
             return 0
-        images.take(request, stop)
+        image_budget.take(request, stop)
         plan.chunks.append(self._advance(request, stop))
         return plan.chunks[-1].count
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from aria.engine import AsyncEngine, SamplingParams
 from aria.engine.outputs import Result, Usage
-from aria.processor.pictures import Medium
+from aria.processor.image_inputs import Medium
 
 PROMPTS = {
     "image": "Describe this picture.",
@@ -235,5 +235,5 @@ def _usage(usage: Usage, shown: Medium) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "media": {"count": shown.pictures, "crops": shown.crops, "tokens": shown.tokens},
+        "media": {"count": shown.count, "crops": shown.crops, "tokens": shown.tokens},
     }

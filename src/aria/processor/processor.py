@@ -27,8 +27,8 @@ from aria.processor.files import (
     read_size_conversion,
 )
 from aria.processor.image import AriaImageProcessor, NeededSizes, flatten_images, require_rgb
+from aria.processor.image_inputs import ImageSpan, Medium, Prepared, read_image_inputs
 from aria.processor.options import TextOptions, merge_options
-from aria.processor.pictures import Medium, PictureInput, Prepared, read_pictures
 from aria.processor.tokenizer import AriaTokenizer, check_length, check_sanitized
 from aria.workers import Workers
 
@@ -376,18 +376,18 @@ class AriaProcessor:
         )  # fmt: skip
         settings = [cutting(part) for part in prompt.parts]
         sources = [part.source for part in prompt.parts]
-        pictures = read_pictures(sources, self.image_processor, settings, self.media, budget)
+        pictures = read_image_inputs(sources, self.image_processor, settings, self.media, budget)
         ids, *rest = self.tokenizer.encode_segments(prompt)
         placed = []
         for picture, segment in zip(pictures, rest, strict=True):
             tokens = len(picture.extents) * self.size_conversion[picture.size]
-            placed.append(PictureInput(len(ids), tokens, picture))
+            placed.append(ImageSpan(len(ids), tokens, picture.key, picture))
             ids += [self.tokenizer.image_token_id] * tokens + segment
         inputs = iter(placed)
         media = []
         for kind, count, total in origins:
             own = [next(inputs) for _ in range(count)]
-            crops = sum(len(one.picture.extents) for one in own)
+            crops = sum(len(one.data.extents) for one in own)
             media.append(Medium(kind, count, crops, sum(one.tokens for one in own), total))
         return Prepared(ids, placed, media, stop=(END_OF_TURN,))
 

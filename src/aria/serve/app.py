@@ -70,7 +70,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
     settings = settings or ServerSettings()
     service = Service(engine, settings)
     service.processor.media = settings.media
-    traffic = Traffic(engine.engine.core.scheduler.max_rows + settings.max_queue, settings)
+    traffic = Traffic(engine.max_batch + settings.max_queue, settings)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ from aria.engine import Answer, AsyncEngine, ContextLengthError, Piece, Sampling
 from aria.engine.generation import default_temperature
 from aria.model import Aria
 from aria.processor import AriaProcessor
-from aria.processor.pictures import Prepared
+from aria.processor.image_inputs import Prepared
 from aria.processor.template import variables_of
 from aria.serve import bodies
 from aria.serve.bodies import Asked, Defaults
@@ -65,13 +65,13 @@ class Service:
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings):
-        if both := [name for name in engine.engine.adapters if name in settings.model_names]:
+        if both := [name for name in engine.adapters if name in settings.model_names]:
             raise ValueError(f"{both[0]!r} is the name of the model and of an adapter; give one of them another")
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics(engine, lambda: not (engine.failing or self.hanging))
         self.created = int(time.time())
-        self.fingerprint = _fingerprint(engine.engine.model)
+        self.fingerprint = _fingerprint(engine.model)
         # Text never waits behind somebody's slow download.
         self._texts = WorkThreads(2, "aria-text")
         # Most of them wait for a process that tries a schema, which may take seconds.
@@ -84,17 +84,17 @@ class Service:
 
     @property
     def processor(self) -> AriaProcessor:
-        return self.engine.engine.processor
+        return self.engine.processor
 
     @cached_property
     def defaults(self) -> Defaults:
         """What bodies leave open."""
         temperature = self.settings.temperature
         if temperature is None:
-            temperature = default_temperature(self.engine.engine.generation_config)
+            temperature = default_temperature(self.engine.generation_config)
         return Defaults(
             sizes=tuple(self.processor.image_processor.sizes),
-            max_model_len=self.engine.engine.max_model_len,
+            max_model_len=self.engine.max_model_len,
             temperature=1.0 if temperature is None else temperature,
             variables=variables_of(self.processor.chat_template, self.processor.workers),
         )
@@ -102,11 +102,11 @@ class Service:
     @property
     def models(self) -> tuple[str, ...]:
         """Names that requests may ask for: those of the model, then its adapters."""
-        return (*self.settings.model_names, *self.engine.engine.adapters)
+        return (*self.settings.model_names, *self.engine.adapters)
 
     def adapter(self, model: str) -> str | None:
         """The adapter that answers under a name, None where it is the model itself."""
-        return model if model in self.engine.engine.adapters else None
+        return model if model in self.engine.adapters else None
 
     def model(self, name: str | None) -> str:
         """The name to answer under.
@@ -162,11 +162,11 @@ class Service:
 
     def _prepare(self, prompt: Any, asked: Asked, exchange: Exchange) -> Prepared:
         """A conversation as tokens and pictures."""
-        engine, messages = self.engine.engine, self.named(prompt, exchange)
+        messages = self.named(prompt, exchange)
 
         def prepare(part: Sequence[Any]) -> Prepared:
             self.check_length(part)
-            return engine.prepare(part, **asked.template)
+            return self.engine.prepare_blocking(part, **asked.template)
 
         def measure(part: Sequence[Any]) -> int:
             self.check_length(part)
@@ -232,7 +232,7 @@ class Service:
                 return [self._prepare(prompt, asked, exchange) for prompt in asked.prompts]
             for prompt in asked.prompts:
                 self.check_length(prompt)
-            return [self.engine.engine.prepare_text(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
+            return [self.engine.prepare_text_blocking(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
 
         if asked.params.constraint is not None:
             # Otherwise the engine's thread would do it, while everybody's answers wait.
@@ -253,8 +253,8 @@ class Service:
         """Seconds that a step of the model may take."""
         if self.settings.step_seconds is not None:
             return self.settings.step_seconds
-        engine = self.engine.engine
-        quick = engine.device.type == "cpu" and engine.model.config.active_parameters() < QUICK_MODEL
+        engine = self.engine
+        quick = engine.device.type == "cpu" and engine.config.active_parameters() < QUICK_MODEL
         return QUICK_STEP_SECONDS if quick else STEP_SECONDS
 
     @property
@@ -278,7 +278,7 @@ class Service:
         Raises:
             ApiError: 400, it cannot be followed; the error names the field at fault.
         """
-        grammars = self.engine.engine.grammars
+        grammars = self.engine.grammars
         constraint = asked.params.constraint
         assert constraint is not None, "there is nothing to compile"
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aria.processor.pictures import Prepared
+from aria.processor.image_inputs import Prepared
 from aria.serve import bodies
 from aria.serve.errors import ApiError
 from aria.serve.exchange import Exchange
@@ -79,17 +79,17 @@ async def stream(service: Service, body: TokenizeRequest, exchange: Exchange) ->
 
 
 def _costs(prepared: Prepared, *, previews: bool) -> list[MediaCost]:
-    costs, pictures = [], iter(prepared.pictures)
+    costs, images = [], iter(prepared.images)
     for one in prepared.media:
-        own = [next(pictures) for _ in range(one.pictures)]
+        own = [next(images) for _ in range(one.count)]
         costs.append(
             MediaCost(
                 kind=one.kind,
-                count=one.pictures,
+                count=one.count,
                 crops=one.crops,
                 tokens=one.tokens,
                 total=one.total,
-                preview=_preview(own[0].picture.pages[0]) if previews else None,
+                preview=_preview(own[0].data.pages[0]) if previews else None,
             )
         )
     return costs

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from aria.engine import ContextLengthError
-from aria.processor.pictures import Prepared
+from aria.processor.image_inputs import Prepared
 
 Messages = Sequence[Mapping[str, Any]]
 

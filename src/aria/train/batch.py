@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train.loss import IGNORE_INDEX
 
 FILLER_PIECE = 1024

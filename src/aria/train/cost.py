@@ -13,7 +13,7 @@ from torch import nn
 
 from aria.config import AriaConfig
 from aria.model import Aria
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train.objective import trains
 
 

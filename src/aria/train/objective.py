@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from aria.model import Aria, Packed
 from aria.model.context import Context
+from aria.model.image_cache import ImageCache
 from aria.model.lora import LoRALinear
 from aria.model.patches import pack_crops
-from aria.model.picture_cache import PictureCache
 from aria.ops import Segments
-from aria.processor.pictures import Crops
+from aria.processor.image_inputs import Crops
 from aria.train.batch import Batch
 from aria.train.loss import (
     BALANCE_COEFFICIENT,
@@ -102,7 +102,7 @@ class Objective:
         """``mean`` and ``std`` normalise pictures, as the processor's do; ``ranks`` None means there is one process."""
         self.model, self.settings, self.ranks = model, settings or ObjectiveSettings(), ranks
         self._mean, self._std = mean, std
-        self._kept = PictureCache(self.settings.picture_bytes)
+        self._kept = ImageCache(self.settings.picture_bytes)
         self.encoded: Sequence[Crops] = ()
         """Of the last batch, what the vision encoder was run on: all pictures but those that were kept."""
         text = model.config.text

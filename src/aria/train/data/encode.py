@@ -19,7 +19,7 @@ from aria.processor import AriaProcessor
 from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, MediaPart, Prompt, render
 from aria.processor.expand import expand, resolve_defaults
 from aria.processor.image import NeededSizes
-from aria.processor.pictures import Crops, Picture, read_pictures
+from aria.processor.image_inputs import Crops, ImageInput, read_image_inputs
 from aria.processor.template import is_default_template
 from aria.train.batch import Sample
 from aria.train.data.report import RowError
@@ -53,7 +53,7 @@ class Turn(NamedTuple):
     ids: list[int]
     learnt: list[bool]
     """Of each token whether it is to be predicted."""
-    pictures: list[Picture]
+    pictures: list[ImageInput]
     role: str
 
     @property
@@ -172,7 +172,7 @@ class Encoder:
                 turns.append(self._turn(role, content, pictures, learnt))
         return turns
 
-    def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[Picture]]:
+    def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[ImageInput]]:
         """The content with places for pictures alone, and these."""
         settings, images, media = self._settings, self._processor.image_processor, self._media
         content = resolve_defaults(
@@ -185,9 +185,9 @@ class Encoder:
         expanded = expand(content, images, media, cache, budget, lambda part: NeededSizes(images, **cutting(part)))
         content = expanded.prompt
         own = [cutting(part) for part in content.parts]
-        return content, read_pictures([part.source for part in content.parts], images, own, media, budget)
+        return content, read_image_inputs([part.source for part in content.parts], images, own, media, budget)
 
-    def _turn(self, role: str, content: Prompt, pictures: list[Picture], learnt: bool) -> Turn:
+    def _turn(self, role: str, content: Prompt, pictures: list[ImageInput], learnt: bool) -> Turn:
         """A message in tokens. Its text, the end of the turn and the newline after it are what is learnt."""
         tokenizer = self._processor.tokenizer
         headers: tuple[str, ...] = (START_OF_TURN, role, _NEWLINE)
@@ -204,7 +204,7 @@ class Encoder:
         return Turn([*head, *body, *tail], [learnt and one for one in counts], pictures, role)
 
     def _filled(
-        self, first: list[int], rest: Iterable[list[int]], pictures: Sequence[Picture]
+        self, first: list[int], rest: Iterable[list[int]], pictures: Sequence[ImageInput]
     ) -> tuple[list[int], list[bool]]:
         """Ids with every picture's places, and which may be learnt: neither those nor the marks around them."""
         tokenizer = self._processor.tokenizer

@@ -41,7 +41,7 @@ class ScoredTokens(NamedTuple):
         return ScoredTokens(*map(torch.cat, zip(*parts, strict=True)))
 
 
-class PromptScores:
+class PromptLogprobs:
     """What is known of a prompt's tokens, filled from the front.
 
     Args:

@@ -13,9 +13,9 @@ from itertools import count
 
 from aria.engine.core import EngineCore
 from aria.engine.graphs import batch_size
-from aria.engine.request import Picture
 from aria.engine.runner import GRAPH_TOKENS
 from aria.engine.sampling_params import SamplingParams
+from aria.processor.image_inputs import ImageSpan
 
 FEW_TOKENS = 272
 """Up to about so many tokens, tiles depend on how many there are (docs/kernels.md)."""
@@ -23,7 +23,7 @@ MANY_TOKENS = 300, 700, 2500, 4200, 8300
 """Of each kind of larger steps: rows to an expert, tokens to a block of the router, and cuDNN's share of attention."""
 
 
-class Rehearsal:
+class WarmUp:
     """Steps of a core for the sake of what they compile. They answer nobody, and nothing of them stays in its cache.
 
     Args:
@@ -32,24 +32,24 @@ class Rehearsal:
     """
 
     def __init__(self, core: EngineCore, adapter: str | None = None):
-        assert not core.busy, "rehearsed beside requests"
+        assert not core.busy, "a warm-up runs without other requests"
         self._core, self._adapter = core, adapter
         self._numbers = count()
 
-    def run(self, pictures: Sequence[Sequence[Picture]]) -> None:
+    def run(self, images: Sequence[Sequence[ImageSpan]]) -> None:
         """All steps.
 
         Args:
-            pictures: of some prompts, one after another from their beginning on. Equal sizes that come twice become
+            images: of some prompts, one after another from their beginning on. Equal sizes that come twice become
                 graphs.
         """
         self.decode()
-        self.read()
-        for prompt in pictures:
-            self.look(prompt)
+        self.prefill()
+        for prompt in images:
+            self.encode(prompt)
         self._core.plan_attention()
         self._core.pool.clear()
-        self._core.runner.encoder.cache.clear()
+        self._core.clear_image_cache()
 
     def decode(self) -> None:
         """Steps of all numbers of answers that graphs are made for; of drawing in the graph, and after it."""
@@ -61,7 +61,7 @@ class Rehearsal:
             for params in (SamplingParams(), scored, penalties):
                 self._answer([1] * size, params, tokens=4)
 
-    def read(self) -> None:
+    def prefill(self) -> None:
         """Prompts alone, which become graphs, and larger ones; and prompts beside an answer that grows."""
         for tokens in (*GRAPH_TOKENS, *GRAPH_TOKENS, *MANY_TOKENS):
             self._answer([tokens])
@@ -75,11 +75,11 @@ class Rehearsal:
                 self._core.step()
         self._finish()
 
-    def look(self, pictures: Sequence[Picture]) -> None:
-        """A prompt of pictures alone."""
-        end = max(picture.end for picture in pictures)
+    def encode(self, images: Sequence[ImageSpan]) -> None:
+        """A prompt of images alone."""
+        end = max(image.end for image in images)
         if end < self._core.max_model_len:
-            self._add(end, SamplingParams(), 1, pictures)
+            self._add(end, SamplingParams(), 1, images)
             self._finish()
 
     def _answer(self, lengths: Sequence[int], params: SamplingParams | None = None, *, tokens: int = 1) -> None:
@@ -88,13 +88,13 @@ class Rehearsal:
             self._add(length, params or SamplingParams(), tokens)
         self._finish()
 
-    def _add(self, length: int, params: SamplingParams, tokens: int, pictures: Sequence[Picture] = ()) -> bool:
+    def _add(self, length: int, params: SamplingParams, tokens: int, images: Sequence[ImageSpan] = ()) -> bool:
         """Queue a prompt that begins like no other, cut to what there is room for."""
         length = min(length, self._core.max_model_len - 1)
         if length < 1:
             return False
         params = dataclasses.replace(params, max_tokens=tokens, ignore_eos=True, seed=0)
-        self._core.add([self._token()] * length, params, pictures=pictures, adapter=self._adapter)
+        self._core.add([self._token()] * length, params, images=images, adapter=self._adapter)
         return True
 
     def _token(self) -> int:

@@ -1,4 +1,4 @@
-"""Encoded pictures, kept so that the same picture is not encoded twice."""
+"""Encoded images, kept so that the same image is not encoded twice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Hashable
 from torch import Tensor
 
 
-class PictureCache:
-    """Picture tokens by what they were made from; the least recently used go first.
+class ImageCache:
+    """Image tokens by what they were made from; the least recently used go first.
 
     Args:
         capacity: bytes. What is larger is not kept.
@@ -29,7 +29,7 @@ class PictureCache:
         return key in self._features
 
     def get(self, key: Hashable) -> Tensor | None:
-        """Picture tokens ``(Q, D)``, or None."""
+        """Image tokens ``(Q, D)``, or None."""
         features = self._features.get(key)
         if features is None:
             self.misses += 1
@@ -44,7 +44,7 @@ class PictureCache:
         self.nbytes = 0
 
     def put(self, key: Hashable, features_QD: Tensor) -> None:
-        """Keep picture tokens, and let go of the oldest ones that have no more room beside them."""
+        """Keep image tokens, and let go of the oldest ones that have no more room beside them."""
         if features_QD.nbytes > self.capacity:
             return
         old = self._features.pop(key, None)

@@ -1,4 +1,4 @@
-"""Pictures for the engine: keys, lazy crops, patches; all of it the same as the eager way of the processor."""
+"""Images for the engine: keys, lazy crops, patches; all of it the same as the eager way of the processor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from aria.config import AriaConfig
 from aria.model import pack_crops, pack_patches
 from aria.processor import AriaImageProcessor, AriaProcessor
-from aria.processor import pictures as module
-from aria.processor.pictures import Picture, load_crops, read_pictures
+from aria.processor import image_inputs as module
+from aria.processor.image_inputs import ImageInput, load_crops, read_image_inputs
 
 VISION = AriaConfig.aria().vision
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.2, 0.25)
@@ -52,7 +52,7 @@ def test_patches_are_those_of_the_eager_way(shape, settings):
     source = noise(*shape)
     eager = process(source, **settings)
     expected = pack_patches(eager.pixel_values, eager.pixel_mask, VISION)
-    crops = Picture.of(source, process, **settings).load()
+    crops = ImageInput.of(source, process, **settings).load()
     assert len(crops.pixels) == eager.num_crops[0]
     got = pack_crops(crops.pixels, crops.extents, MEAN, STD, VISION)
     assert torch.equal(got.pixels, expected.pixels)
@@ -65,23 +65,23 @@ def test_patches_are_those_of_the_eager_way(shape, settings):
 
 def test_devices_without_pillow_cut_the_same_crops():
     process = AriaImageProcessor()
-    pictures = [
-        Picture.of(noise(300, 200, seed), process, max_image_size=490, split_image=True, split_mode=mode)
+    images = [
+        ImageInput.of(noise(300, 200, seed), process, max_image_size=490, split_image=True, split_mode=mode)
         for seed, mode in enumerate(("authors", "pad"))
     ]
-    for picture, expected in zip(pictures, load_crops(pictures, "cpu"), strict=True):
-        sent = module._upload([picture.pages[0]], torch.device("cpu"))
-        [there] = module._cut([sent] * len(picture.tile_plans), picture)
+    for image, expected in zip(images, load_crops(images, "cpu"), strict=True):
+        sent = module._upload([image.pages[0]], torch.device("cpu"))
+        [there] = module._cut([sent] * len(image.tile_plans), image)
         assert torch.equal(there.permute(0, 3, 1, 2), expected.pixels)
 
 
-def test_pictures_of_many_shapes_load_together_as_alone():
+def test_images_of_many_shapes_load_together_as_alone():
     process = AriaImageProcessor(max_image_size=490)
     shapes = [(60, 50), (490, 490), (60, 50), (90, 100), (490, 490)]
-    pictures = read_pictures([noise(*shape, seed) for seed, shape in enumerate(shapes)], process, [{}] * 5)
-    for picture, crops in zip(pictures, load_crops(pictures, "cpu"), strict=True):
-        assert torch.equal(crops.pixels, picture.load().pixels)
-        assert crops.extents == picture.extents
+    images = read_image_inputs([noise(*shape, seed) for seed, shape in enumerate(shapes)], process, [{}] * 5)
+    for image, crops in zip(images, load_crops(images, "cpu"), strict=True):
+        assert torch.equal(crops.pixels, image.load().pixels)
+        assert crops.extents == image.extents
 
 
 def test_keys_tell_contents_and_cuttings_apart():
@@ -89,28 +89,28 @@ def test_keys_tell_contents_and_cuttings_apart():
     rgb = np.asarray(noise(40, 30))
     changed = rgb.copy()
     changed[29, 39, 2] ^= 1
-    key = Picture.of(rgb, process).key
-    assert key == Picture.of(Image.fromarray(rgb), process).key == Picture.of(torch.tensor(rgb), process).key
-    # This picture is nowhere near the least length of a side, so the limit does not matter to it.
-    assert key == Picture.of(rgb, AriaImageProcessor(min_image_size=100)).key
+    key = ImageInput.of(rgb, process).key
+    assert key == ImageInput.of(Image.fromarray(rgb), process).key == ImageInput.of(torch.tensor(rgb), process).key
+    # This image is nowhere near the least length of a side, so the limit does not matter to it.
+    assert key == ImageInput.of(rgb, AriaImageProcessor(min_image_size=100)).key
     others = [
-        Picture.of(changed, process).key,
-        Picture.of(rgb.reshape(40, 30, 3), process).key,
-        Picture.of(rgb, process, max_image_size=490).key,
-        Picture.of(rgb, process, split_image=True).key,
-        Picture.of(rgb, process, split_image=True, split_mode="pad").key,
+        ImageInput.of(changed, process).key,
+        ImageInput.of(rgb.reshape(40, 30, 3), process).key,
+        ImageInput.of(rgb, process, max_image_size=490).key,
+        ImageInput.of(rgb, process, split_image=True).key,
+        ImageInput.of(rgb, process, split_image=True, split_mode="pad").key,
     ]
     assert len({key, *others}) == 6
     long = np.asarray(noise(60, 10))
-    assert Picture.of(long, process).key != Picture.of(long, AriaImageProcessor(min_image_size=100)).key
+    assert ImageInput.of(long, process).key != ImageInput.of(long, AriaImageProcessor(min_image_size=100)).key
 
 
 def test_what_was_read_stays_when_its_source_changes():
     rgb = np.asarray(noise(490, 490)).copy()
-    picture = Picture.of(rgb, AriaImageProcessor(max_image_size=490))
-    before = picture.load().pixels.clone()
+    image = ImageInput.of(rgb, AriaImageProcessor(max_image_size=490))
+    before = image.load().pixels.clone()
     rgb[:] = 0
-    assert torch.equal(picture.load().pixels, before)
+    assert torch.equal(image.load().pixels, before)
 
 
 def test_a_conversation_is_prepared_as_a_call_does_it_with_sizes_of_its_own():
@@ -131,11 +131,11 @@ def test_a_conversation_is_prepared_as_a_call_does_it_with_sizes_of_its_own():
     prepared = processor.prepare(messages)
     image_id = processor.tokenizer.image_token_id
     places = [i for i, token in enumerate(prepared.ids) if token == image_id]
-    spans = [i for p in prepared.pictures for i in range(p.start, p.start + p.tokens)]
-    assert places == spans and len(prepared.pictures) == 2
+    spans = [i for p in prepared.images for i in range(p.start, p.start + p.tokens)]
+    assert places == spans and len(prepared.images) == 2
     per_crop = processor.size_conversion
-    assert prepared.pictures[0].tokens == per_crop[large]
-    assert prepared.pictures[1].tokens == per_crop[small] * len(prepared.pictures[1].load().pixels)
+    assert prepared.images[0].tokens == per_crop[large]
+    assert prepared.images[1].tokens == per_crop[small] * len(prepared.images[1].data.load().pixels)
     for part in messages[0]["content"]:
         part.pop("max_image_size", None)
     same = processor.prepare(messages, max_image_size=small)
@@ -145,7 +145,7 @@ def test_a_conversation_is_prepared_as_a_call_does_it_with_sizes_of_its_own():
     assert same.ids == called["input_ids"][0]
     vision = AriaConfig.from_pretrained().vision
     settings = processor.image_processor
-    crops = load_crops([picture.picture for picture in same.pictures], "cpu")
+    crops = load_crops([span.data for span in same.images], "cpu")
     got = pack_crops(
         torch.cat([one.pixels for one in crops]),
         [extent for one in crops for extent in one.extents],
