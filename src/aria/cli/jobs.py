@@ -1,4 +1,4 @@
-"""``aria describe`` and ``aria batch``: many answers, a line each, gone on with where they were stopped."""
+"""``aria describe`` and ``aria batch``: many answers, one line each, resumable."""
 
 from __future__ import annotations
 
@@ -11,85 +11,65 @@ from typing import Annotated, Any
 import typer
 
 from aria.cli.options import (
+    MEDIA_WORKERS,
+    REQUEST_MEDIA,
+    SAMPLING,
     Adapter,
     Adapters,
-    AllowLocal,
-    AllowPrivate,
     AtOnce,
     Device,
     Dtype,
-    FrequencyPenalty,
     MaxImageSize,
-    MaxTokens,
-    MediaWorkers,
-    MinP,
     Model,
     NumFrames,
     Pages,
-    PresencePenalty,
-    RepetitionPenalty,
     Revision,
     Schema,
-    Seed,
     ServedNames,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
     app,
     err,
     read_adapters,
     read_schema,
     share_work,
+    with_options,
 )
 
 
 @app.command()
+@with_options(sampling=SAMPLING, media=MEDIA_WORKERS)
 def describe(
-    paths: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER...", help="Pictures, clips, PDFs, folders.")],
+    paths: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER...", help="Images, videos, PDFs, folders.")],
     out_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="JSONL file; one that is there is gone on with. Default: stdout.")
+        Path | None, typer.Option("--out", "-o", help="JSONL file; resumes if it exists. Default: stdout.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: a description of what it is.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: asks for a description.")] = None,
     model: Model = None,
     adapter: Adapter = None,
     schema: Schema = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    stop: Stop = None,
-    seed: Seed = None,
     max_image_size: MaxImageSize = None,
     split: Annotated[
-        bool | None, typer.Option("--split/--no-split", help="Cut pictures into tiles; default: documents only.")
+        bool | None, typer.Option("--split/--no-split", help="Split images into tiles; default: documents only.")
     ] = None,
     num_frames: NumFrames = None,
     pages: Pages = None,
-    media_workers: MediaWorkers = None,
     at_once: AtOnce = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
+    *,
+    sampling: dict[str, Any],
+    media: dict[str, Any],
 ) -> None:
-    """Tell of pictures, clips and PDFs, one line of JSON each. Run again, it goes on where it was stopped."""
+    """Describe images, videos and PDFs as JSON Lines. Rerun to resume."""
     from aria.engine import Engine, SamplingParams
     from aria.hub import model_name
     from aria.jobs import Describer, Job, find_media
     from aria.media.limits import MediaSettings
 
-    media, others = find_media(paths)
+    files, others = find_media(paths)
     parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
     settings = {name: value for name, value in parts.items() if value is not None}
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
-        stop=stop, seed=seed, json_schema=read_schema(schema),
-    )  # fmt: skip
+    params = SamplingParams(**sampling, json_schema=read_schema(schema))
     adapters = read_adapters([adapter] if adapter else ())
     name = next(iter(adapters), None)
     weights = {
@@ -98,34 +78,34 @@ def describe(
     }
     describer = Describer(name or model_name(model), params, prompt, settings, name, weights)
     with _output(out_file) as output:
-        job = Job(describer, media, output)
+        job = Job(describer, files, output)
 
         def load() -> Engine:
             engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
-            engine.processor.media = MediaSettings(workers=media_workers)
+            engine.processor.media = MediaSettings(**media)
             if params.json_schema is not None:
-                engine.grammars.compile(params.json_schema)  # a schema that cannot be followed is no file's fault
+                engine.grammars.compile(params.json_schema)  # an unusable schema is not the fault of a file
             return engine
 
         _run_job(job, "describing", load, at_once, passed_over=others)
 
 
 @app.command()
+@with_options(media=REQUEST_MEDIA)
 def batch(
     requests: Annotated[Path, typer.Argument(metavar="IN", help="JSONL file of requests in OpenAI's batch format.")],
-    responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; one that is there is gone on with.")],
+    responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; resumes if it exists.")],
     model: Model = None,
     served_model_name: ServedNames = None,
     adapter: Adapters = None,
-    allow_local: AllowLocal = None,
-    allow_private_addresses: AllowPrivate = False,
-    media_workers: MediaWorkers = None,
     at_once: AtOnce = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
+    *,
+    media: dict[str, Any],
 ) -> None:
-    """Answer a file of requests as the server would, a line each. Run again, it goes on where it was stopped."""
+    """Answer a file of requests as the server would, one line each. Rerun to resume."""
     try:
         from aria.serve.batch import Batch, find_lines
     except ImportError as error:
@@ -138,20 +118,20 @@ def batch(
 
     if responses.exists() and responses.samefile(requests):
         raise ValueError(f"{responses} is the input; name another file for the responses")
-    media = MediaSettings.untrusted(
-        local_folders=tuple(allow_local or ()), private_addresses=allow_private_addresses, workers=media_workers
-    )
+    settings = MediaSettings.untrusted(**media)
     lines = find_lines(requests)
     names = tuple(served_model_name or (model_name(model),))
     adapters = read_adapters(adapter or (), taken=names)
 
     def load() -> Engine:
         engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
-        engine.processor.media = media
+        engine.processor.media = settings
         return engine
 
     places = {name: _place(folder) for name, folder in adapters.items()}
-    work = Batch(requests, ServerSettings(model_names=names), base=_base(model, revision), adapters=places)
+    work = Batch(
+        requests, ServerSettings(model_names=names, media=settings), base=_base(model, revision), adapters=places
+    )
     with Journal(responses) as output, contextlib.closing(work):
         _run_job(Job(work, lines, output), "answering", load, at_once)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
+
+from aria.engine.sampling_params import SamplingParams
+from aria.media.limits import MediaSettings
+from aria.settings import Field, Setting, fields_of
 
 
 class _Parameters:
@@ -57,46 +64,145 @@ SMALL_MODEL = 100_000_000
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if available.")]
 MaxImageSize = Annotated[int | None, typer.Option(help="Side of a crop in pixels; default: the model's.")]
-MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy, up to 2.")]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling threshold.")]
-TopK = Annotated[int, typer.Option(help="Number of likeliest tokens to sample from; 0 is all.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
-MinTokens = Annotated[int, typer.Option(help="Minimum number of tokens before an answer may end.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens of the prompt and the answer.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="-2 to 2; per occurrence of a token in the answer.")]
-PresencePenalty = Annotated[float, typer.Option(help="-2 to 2; for tokens that the answer holds.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text at which an answer ends; repeatable.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end of the turn, to --max-tokens.")]
 Schema = Annotated[Path | None, typer.Option(help="File with a JSON schema that answers follow.")]
-NumFrames = Annotated[int | None, typer.Option(help="Number of frames of a clip; default: 128.")]
+NumFrames = Annotated[int | None, typer.Option(help="Number of frames taken of a video; default: 128.")]
 Pages = Annotated[str | None, typer.Option(help="Pages of a document, such as 1-3,7; default: all.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-MediaWorkers = Annotated[
-    int | None,
-    typer.Option(
-        min=0, help="Confined processes that decode media; default: one per core, up to 8. 0: decode in this process."
-    ),
-]
 AtOnce = Annotated[
-    int | None, typer.Option(min=1, help="Most files or requests in flight; default: what the engine runs together.")
+    int | None, typer.Option(min=1, help="Maximum number of files or requests in flight; default: the batch size.")
 ]
 ServedNames = Annotated[
-    list[str] | None, typer.Option(help="What requests call the model; repeatable. Default: aria-nano, or its folder.")
+    list[str] | None,
+    typer.Option(help="Name of the model in requests; repeatable. Default: aria-nano, or the folder's name."),
 ]
 Adapter = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="Folder or Hub repository of a LoRA adapter that answers.")
+    str | None, typer.Option(metavar="FOLDER", help="LoRA adapter to answer with: a folder or Hub repository.")
 ]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="NAME=FOLDER", help="LoRA adapter that requests ask for by NAME; repeatable."),
+    typer.Option("--adapter", metavar="NAME=FOLDER", help="LoRA adapter that requests select by NAME; repeatable."),
 ]
-AllowLocal = Annotated[list[Path] | None, typer.Option(help="Folder whose files requests may name; repeatable.")]
-AllowPrivate = Annotated[
-    bool, typer.Option("--allow-private-addresses", help="Requests may fetch from this machine and its network.")
-]
+
+
+class Options:
+    """Command-line options made from the fields of a settings class, which declares their defaults, ranges and help.
+
+    Args:
+        kind: A dataclass whose fields are annotated with :class:`Setting`.
+        names: The fields to include; default: all that name an option.
+        changes: Defaults that differ from those of the class.
+        settings: Settings of fields that are not annotated.
+        panel: Heading of the options in ``--help``.
+    """
+
+    def __init__(
+        self,
+        kind: type,
+        *,
+        names: Collection[str] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Setting] | None = None,
+        panel: str | None = None,
+    ):
+        fields = fields_of(kind)
+        if settings is not None:
+            hints = get_type_hints(kind)
+            fields = {name: Field(hints[name], setting) for name, setting in settings.items()}
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)} | dict(changes or {})
+        self._fields = {
+            name: field
+            for name, field in fields.items()
+            if field.setting.option is not None and (names is None or name in names)
+        }
+        self.parameters = [_parameter(name, field, defaults[name], panel=panel) for name, field in self._fields.items()]
+
+    def take(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Remove this group's values from all that a command was given, and return them as values of the fields."""
+        return {name: _field_value(field, given.pop(name)) for name, field in self._fields.items()}
+
+
+def with_options(**groups: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with groups of options; its parameter of a group's name gets a dict of field values."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name not in groups]
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+        parameters += [parameter for group in groups.values() for parameter in group.parameters]
+
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            function(**{name: group.take(given) for name, group in groups.items()}, **given)
+
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: Field, default: Any, *, panel: str | None) -> inspect.Parameter:
+    setting = field.setting
+    option = typer.Option(
+        setting.option,
+        help=setting.help,
+        min=setting.minimum,
+        max=setting.maximum,
+        metavar=None if setting.unit is None else setting.unit.upper(),
+        rich_help_panel=panel,
+    )
+    listed = _element_type(field.type)
+    kind = field.type if listed is None else list[listed] | None  # type: ignore[valid-type]
+    default = default if listed is None else list(default or ()) or None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _field_value(field: Field, value: Any) -> Any:
+    """The value of a field that an option's value stands for: lists are tuples, and ``none`` is None."""
+    if _element_type(field.type) is not None:
+        return tuple(value or ())
+    return None if value == "none" and field.optional else value
+
+
+def _element_type(hint: Any) -> Any:
+    """The type of the elements of a sequence, also of an optional one; None for other types."""
+    for one in (hint, *get_args(hint)):
+        if get_origin(one) in (tuple, Sequence):
+            return get_args(one)[0]
+    return None
+
+
+ANSWER_TOKENS = 512
+"""Default of ``--max-tokens``: answers at the terminal are longer than the library's default."""
+SAMPLING = Options(
+    SamplingParams,
+    changes={"max_tokens": ANSWER_TOKENS},
+    panel="Sampling",
+    settings={
+        "max_tokens": Setting(help="Maximum number of generated tokens.", option="--max-tokens"),
+        "min_tokens": Setting(help="Minimum number of tokens before an answer may end.", option="--min-tokens"),
+        "temperature": Setting(help="Sampling temperature, 0 (greedy) to 2.", option="--temperature"),
+        "top_p": Setting(help="Nucleus sampling threshold (top-p).", option="--top-p"),
+        "top_k": Setting(help="Number of most likely tokens to sample from; 0 is all.", option="--top-k"),
+        "min_p": Setting(help="Drop tokens less likely than this times the most likely one.", option="--min-p"),
+        "repetition_penalty": Setting(
+            help="Above 1 discourages tokens of the prompt and the answer.", option="--repetition-penalty"
+        ),
+        "frequency_penalty": Setting(
+            help="-2 to 2; per occurrence of a token in the answer.", option="--frequency-penalty"
+        ),
+        "presence_penalty": Setting(help="-2 to 2; for tokens that occur in the answer.", option="--presence-penalty"),
+        "stop": Setting(help="Text that ends an answer; repeatable.", option="--stop"),
+        "ignore_eos": Setting(help="Continue past the end of the turn, up to --max-tokens.", option="--ignore-eos"),
+        "seed": Setting(help="Random seed, for repeatable sampling.", option="--seed"),
+    },
+)
+_UNTRUSTED = dataclasses.asdict(MediaSettings.untrusted())
+MEDIA_WORKERS = Options(MediaSettings, names=["workers"], changes=_UNTRUSTED)
+REQUEST_MEDIA = Options(MediaSettings, names=["local_folders", "private_addresses", "workers"], changes=_UNTRUSTED)
+ALL_MEDIA = Options(MediaSettings, changes=_UNTRUSTED, panel="Media")
+"""Each with the defaults for untrusted input."""
 
 
 def _version(asked: bool) -> None:

@@ -1,10 +1,16 @@
 """Running the model: requests, the paged cache, the scheduler, the steps, and the faces `Engine` and `AsyncEngine`."""
 
-from aria.engine.async_engine import AsyncEngine
-from aria.engine.core import ContextLengthError
-from aria.engine.engine import Answer, Engine, Piece
-from aria.engine.outputs import Choice, Result, Stats, TokenLogprob, Usage
-from aria.engine.sampling_params import ParameterError, SamplingParams
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aria.engine.async_engine import AsyncEngine
+    from aria.engine.core import ContextLengthError
+    from aria.engine.engine import Answer, Engine, Piece
+    from aria.engine.outputs import Choice, Result, Stats, TokenLogprob, Usage
+    from aria.engine.sampling_params import ParameterError, SamplingParams
 
 __all__ = [
     "Answer",
@@ -20,3 +26,25 @@ __all__ = [
     "TokenLogprob",
     "Usage",
 ]
+
+# Imported on first use: the command line reads SamplingParams without loading PyTorch.
+_MODULES = {
+    "Answer": "aria.engine.engine",
+    "AsyncEngine": "aria.engine.async_engine",
+    "Choice": "aria.engine.outputs",
+    "ContextLengthError": "aria.engine.core",
+    "Engine": "aria.engine.engine",
+    "ParameterError": "aria.engine.sampling_params",
+    "Piece": "aria.engine.engine",
+    "Result": "aria.engine.outputs",
+    "SamplingParams": "aria.engine.sampling_params",
+    "Stats": "aria.engine.outputs",
+    "TokenLogprob": "aria.engine.outputs",
+    "Usage": "aria.engine.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

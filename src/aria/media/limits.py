@@ -8,13 +8,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from PIL import ImageColor
 
+from aria.settings import Setting, check_ranges
 from aria.workers import BusyError, NotReady, retry_until_ready
 from aria.workers.cancellation import check_cancelled
 
@@ -23,70 +24,134 @@ MAX_DEFAULT_WORKERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class MediaSettings:
-    """Limits and permissions for pictures, clips and documents; the defaults suit a library on one's own machine.
+    """Limits and permissions for images, videos and documents; the defaults suit a library on one's own machine.
 
-    Limits on bytes hold for what comes into memory: bytes, data: URIs, what addresses send. Files are read in place.
+    Limits on bytes apply to what is held in memory: bytes, data: URIs and downloads. Files are read in place.
+    ``aria serve`` has an option for each field that names one.
 
     Raises:
-        ValueError: a value out of its limits.
+        ValueError: A value is out of its range.
     """
 
-    image_bytes: int = 64 << 20
-    video_bytes: int = 1 << 30
-    document_bytes: int = 256 << 20
-    image_pixels: int = 120_000_000
-    """A picture whose header announces more is refused before it is decoded (120 million are 360 MB as RGB)."""
-    frame_pixels: int = 36_000_000
-    """The same for the frames of a clip; 8K has 33 million."""
-    page_pixels: int = 36_000_000
-    """The same for a page as it is rendered; A0 has 32 million."""
-    prompt_pixels: int = 1_000_000_000
-    """Pixels of all images, frames and pages of one prompt together, as files announce them: they are spent before any
-    is decoded."""
-    decoded_bytes: int | None = None
-    """Memory that may be taken at a time, in the whole process, by everything that is being decoded and by what was
-    decoded and is still needed, and as much again by files that are still to be decoded; what does not fit waits.
-    Decoding takes up to 16 bytes a pixel; what stays is brought to the size that the model takes, 3 bytes a pixel.
-    None: any amount."""
-    workers: int | None = 0
-    """Processes that decode at a time, confined, and ended when they take too long or when nobody waits any more. 0:
-    this process decodes, so that a file which crashes a decoder ends it. None: as many as there are cores, up to 8."""
-    worker_bytes: int = 3 << 30
-    """Address space that such a process may take."""
-    background: str | None = "white"
-    """Colour behind the transparent pixels of images and clips, a name or ``#rrggbb``. None: their stored colours,
-    often black, which is what transformers shows the model."""
-    clip_seconds: float = 4 * 3600.0
-    max_frames: int = 256
-    """Most frames of one clip that a prompt may hold."""
-    max_pages: int = 64
-    """Most pages of one document that a prompt may hold."""
-    cache_bytes: int = 512 << 20
-    """Most bytes of frames and pages that are kept for the next question about the same clip or document; 0: none."""
-    clip_decoder: str = "auto"
-    """What decodes clips: ``cpu``, ``cuda:0`` (a GPU's video decoder; what that cannot read falls to the CPU), or
-    ``auto``: the GPU that this process works on, where it does and the driver lets it."""
-    image_timeout: float = 30.0
-    """Seconds that reading one image may take; without ``workers`` nothing ends it."""
-    decode_timeout: float = 300.0
-    """Seconds that reading one clip or document may take."""
-    connect_timeout: float = 10.0
-    """Seconds until an address has to take a connection."""
-    read_timeout: float = 10.0
-    """Seconds without a byte after which an address is given up."""
-    total_timeout: float = 120.0
-    """Seconds after which an address is given up, however slowly it keeps sending."""
-    max_redirects: int = 5
-    local_folders: tuple[Path, ...] | None = None
-    """Folders under which files may be read; None: anywhere, (): nowhere. Links are followed before this is decided."""
-    private_addresses: bool = False
-    """Whether addresses may lead to this machine, the local network, or any other place that is not public."""
+    image_bytes: Annotated[
+        int, Setting(help="Maximum size of an image.", option="--max-image-bytes", unit="bytes", minimum=1)
+    ] = 64 << 20
+    video_bytes: Annotated[
+        int, Setting(help="Maximum size of a video.", option="--max-video-bytes", unit="bytes", minimum=1)
+    ] = 1 << 30
+    document_bytes: Annotated[
+        int, Setting(help="Maximum size of a PDF.", option="--max-document-bytes", unit="bytes", minimum=1)
+    ] = 256 << 20
+    image_pixels: Annotated[int, Setting(help="Maximum size of an image, by its header.", unit="pixels", minimum=1)] = (
+        120_000_000
+    )
+    """As RGB, 120 million pixels take 360 MB."""
+    frame_pixels: Annotated[int, Setting(help="Maximum size of a video frame.", unit="pixels", minimum=1)] = 36_000_000
+    """8K video has 33 million."""
+    page_pixels: Annotated[int, Setting(help="Maximum size of a rendered page.", unit="pixels", minimum=1)] = 36_000_000
+    """A0 has 32 million."""
+    prompt_pixels: Annotated[
+        int,
+        Setting(
+            help="Maximum number of pixels of all media in one request.",
+            option="--max-prompt-pixels",
+            unit="pixels",
+            minimum=1,
+        ),
+    ] = 1_000_000_000
+    """Images, frames and pages together, counted by their headers before any is decoded."""
+    decoded_bytes: Annotated[
+        int | None,
+        Setting(help="Memory for decoding and its results, in all.", option="--decoded-bytes", unit="bytes", minimum=1),
+    ] = None
+    """Shared by the whole process: everything that is being decoded, or was decoded and is still needed. As much again
+    may be held by files that wait to be decoded. Media that do not fit wait. Decoding takes up to 16 bytes a pixel;
+    results are resized to what the model takes, 3 bytes a pixel. None: no limit."""
+    workers: Annotated[
+        int | None,
+        Setting(
+            help="Number of sandboxed decoder processes; default: one per core, up to 8. 0 decodes in this process.",
+            option="--media-workers",
+            minimum=0,
+        ),
+    ] = 0
+    """Worker processes are ended when they take too long or nobody waits for them. With 0, a file that crashes a
+    decoder ends this process. None: one per core, up to 8."""
+    worker_bytes: Annotated[
+        int, Setting(help="Address space of a decoder process.", option="--worker-bytes", unit="bytes", minimum=1)
+    ] = 3 << 30
+    background: Annotated[
+        str | None,
+        Setting(
+            help="Color behind transparent pixels, such as white or #202020; none keeps stored colors.",
+            option="--image-background",
+        ),
+    ] = "white"
+    """None: stored colors, often black, as transformers does."""
+    clip_seconds: Annotated[
+        float, Setting(help="Maximum length of a video.", option="--max-clip-seconds", unit="seconds", above=0)
+    ] = 4 * 3600.0
+    max_frames: Annotated[
+        int, Setting(help="Maximum number of frames taken of a video.", option="--max-frames", minimum=1)
+    ] = 256
+    max_pages: Annotated[
+        int, Setting(help="Maximum number of pages taken of a document.", option="--max-pages", minimum=1)
+    ] = 64
+    cache_bytes: Annotated[
+        int, Setting(help="Size of the cache of decoded frames and pages; 0 disables it.", unit="bytes", minimum=0)
+    ] = 512 << 20
+    clip_decoder: Annotated[
+        str,
+        Setting(help="Video decoder: cpu, cuda:N, or auto, the model's GPU if it has one.", option="--clip-decoder"),
+    ] = "auto"
+    """What a GPU's decoder cannot read is decoded on the CPU."""
+    image_timeout: Annotated[
+        float,
+        Setting(help="Time limit for decoding an image.", option="--image-seconds", unit="seconds", above=0),
+    ] = 30.0
+    """Not enforced without ``workers``."""
+    decode_timeout: Annotated[
+        float,
+        Setting(
+            help="Time limit for decoding a video or document.", option="--decode-seconds", unit="seconds", above=0
+        ),
+    ] = 300.0
+    connect_timeout: Annotated[
+        float, Setting(help="Time limit for connecting to an address.", unit="seconds", above=0)
+    ] = 10.0
+    read_timeout: Annotated[
+        float, Setting(help="Time without a byte after which a download is given up.", unit="seconds", above=0)
+    ] = 10.0
+    total_timeout: Annotated[
+        float,
+        Setting(
+            help="Time limit for fetching one medium from its URL.",
+            option="--fetch-seconds",
+            unit="seconds",
+            above=0,
+        ),
+    ] = 120.0
+    max_redirects: Annotated[int, Setting(help="Maximum number of redirects that are followed.", minimum=0)] = 5
+    local_folders: Annotated[
+        tuple[Path, ...] | None,
+        Setting(help="Folder whose files requests may reference; repeatable.", option="--allow-local"),
+    ] = None
+    """Links are resolved before this is checked. None: any file, (): none."""
+    private_addresses: Annotated[
+        bool,
+        Setting(help="Let requests fetch from this machine and its network.", option="--allow-private-addresses"),
+    ] = False
 
     @classmethod
     def untrusted(cls, **changes: Any) -> MediaSettings:
-        """For media that strangers send: decoded in processes of their own, within bounds of time and memory, and none
-        of this machine's files."""
-        strict = {"workers": None, "decoded_bytes": 2 << 30, "decode_timeout": 120.0, "local_folders": ()}
+        """Settings for untrusted input: decoded in worker processes, with tighter limits and no local files."""
+        strict = {
+            "workers": None,
+            "decoded_bytes": 2 << 30,
+            "decode_timeout": 120.0,
+            "prompt_pixels": 400_000_000,
+            "local_folders": (),
+        }
         return cls(**{**strict, **changes})
 
     @property
@@ -95,21 +160,11 @@ class MediaSettings:
         return min(available_cores(), MAX_DEFAULT_WORKERS) if self.workers is None else self.workers
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("workers", "decoded_bytes") and value is None:
-                continue
-            if field.name in ("max_redirects", "cache_bytes", "workers"):
-                if value < 0:
-                    raise ValueError(f"{field.name} is {value}; expected 0 or more")
-            elif field.name == "clip_decoder":
-                if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-                    raise ValueError(f"clip_decoder is {value!r}; expected auto, cpu, cuda or cuda:N")
-            elif field.name == "background":
-                if value is not None and not _is_color(value):
-                    raise ValueError(f'background is {value!r}; expected a colour such as "white" or "#fff", or None')
-            elif field.name not in ("local_folders", "private_addresses") and not value > 0:
-                raise ValueError(f"{field.name} is {value}; expected more than 0")
+        check_ranges(self)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.clip_decoder):
+            raise ValueError(f"clip_decoder is {self.clip_decoder!r}; expected auto, cpu, cuda or cuda:N")
+        if self.background is not None and not _is_color(self.background):
+            raise ValueError(f'background is {self.background!r}; expected a color such as "white" or "#fff", or None')
         if isinstance(self.local_folders, str | Path):
             raise ValueError(f"local_folders is {str(self.local_folders)!r}; expected a tuple of folders")
         if self.local_folders is not None:

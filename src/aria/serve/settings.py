@@ -1,117 +1,198 @@
-"""`ServerSettings`: what whoever runs a server decides about it."""
+"""`ServerSettings`: names, keys and limits of a server."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from ipaddress import ip_network
+from typing import Annotated
 
-from aria.processor import MediaSettings
+from aria.media.limits import MediaSettings
+from aria.settings import Setting, check_ranges
 
 _HOST = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What a server allows, and what it is called.
+    """Names, keys and limits of a server. ``aria serve`` has an option for each field that names one.
 
     Raises:
-        ValueError: a value out of its limits.
+        ValueError: A value is out of its range.
     """
 
     model_names: tuple[str, ...] = ("aria-nano",)
-    """Names that requests may ask for; the first is the one that answers tell."""
+    """Names that requests may use for the model; responses carry the first."""
     api_keys: tuple[str, ...] = ()
-    """Any of them opens every route that does work; none: no key is asked for."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the server from a browser, or ``("*",)``."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names that clients may call the server by (the header ``Host``), beside loopback names and IP addresses:
-    ``aria.example``, ``*.example``, or ``*`` for any. Empty: no others without keys, since a page of another site can
-    make its own name lead here; any with keys."""
-    trusted_proxies: tuple[str, ...] = ()
-    """Addresses and networks of reverse proxies, whose ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are believed."""
-    max_connections: int = 2048
-    """Open at a time; at the limit the one that has been idle longest makes way."""
-    max_connections_per_address: int = 512
-    """The same for one address (one /64 network of IPv6); those of trusted proxies have no such limit."""
-    max_header_bytes: int = 32 << 10
-    """Of a request's first line and headers."""
-    header_seconds: float = 10.0
-    """From the first byte of a request to the end of its headers."""
-    body_seconds: float = 300.0
-    """For the whole body of a request."""
-    idle_seconds: float = 75.0
-    """Without a request, before a connection is closed. Load balancers keep theirs for a minute, and who closes first
-    should not be the server."""
-    write_seconds: float = 60.0
-    """That a client may take to read what is buffered for it (64 KiB), before its connection is closed."""
-    request_seconds: float | None = 3600.0
-    """For a request as a whole, from its headers to the last byte of its answer; None: no limit."""
-    held_body_bytes: int = 1 << 30
-    """Memory for all bodies at a time, from their first bytes to the ends of their requests; one client may have half
-    of it. A body beyond it waits for a moment and is then refused with status 503."""
-    max_body: int = 256 << 20
-    """Bytes of a request's body. Media in data: URIs are part of it, a third larger than the file."""
-    max_media: int = 512
-    """Images, clips and documents of one request."""
-    max_queue: int = 256
-    """Requests beyond those that the model answers at a time; more are told to come again."""
-    max_concurrency_per_key: int | None = None
-    """Requests of one key (of one client's address, where no keys are asked for) at a time; None: any number."""
-    max_choices: int = 128
-    """Answers that one request may ask for: its prompts times ``n``."""
+    """Any of them opens every route that runs the model. Empty: no key is required."""
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Setting(help="Origin whose pages may call the server; repeatable, * allows any.", option="--cors-origin"),
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Setting(
+            help="Host name that clients may use for the server, such as aria.example or *.example; repeatable, "
+            "* allows any. Default: any if keys are set, otherwise localhost, --host and IP addresses.",
+            option="--allowed-hosts",
+        ),
+    ] = ()
+    """Compared with the header ``Host``. Loopback names and IP addresses are always allowed. Without keys no other name
+    is, since a page of another site can point its own name at this server (DNS rebinding)."""
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        Setting(
+            help="Address or network of a reverse proxy whose X-Forwarded-For is trusted; repeatable.",
+            option="--trusted-proxies",
+        ),
+    ] = ()
+    """Their ``X-Forwarded-Proto`` is trusted as well."""
+    max_connections: Annotated[
+        int, Setting(help="Maximum number of open connections.", option="--max-connections", minimum=1)
+    ] = 2048
+    """At the limit, the connection that has been idle longest is closed for a new one."""
+    max_connections_per_address: Annotated[
+        int,
+        Setting(
+            help="Maximum number of open connections per client address.",
+            option="--max-connections-per-address",
+            minimum=1,
+        ),
+    ] = 512
+    """One /64 network of IPv6 counts as one address; connections of trusted proxies are not limited."""
+    max_header_bytes: Annotated[
+        int,
+        Setting(
+            help="Maximum size of a request's headers.", option="--max-header-bytes", unit="bytes", minimum=1 << 10
+        ),
+    ] = 32 << 10
+    """The first line counts as well."""
+    header_seconds: Annotated[
+        float,
+        Setting(help="Time limit for receiving request headers.", option="--header-seconds", unit="seconds", above=0),
+    ] = 10.0
+    body_seconds: Annotated[
+        float,
+        Setting(help="Time limit for receiving a request body.", option="--body-seconds", unit="seconds", above=0),
+    ] = 300.0
+    idle_seconds: Annotated[
+        float,
+        Setting(help="Idle time after which a connection is closed.", option="--idle-seconds", unit="seconds", above=0),
+    ] = 75.0
+    """Load balancers keep idle connections for 60 s, and the server should not be the first to close."""
+    write_seconds: Annotated[
+        float,
+        Setting(
+            help="Time for a client to read buffered output before its connection is closed.",
+            option="--write-seconds",
+            unit="seconds",
+            above=0,
+        ),
+    ] = 60.0
+    """Up to 64 KiB are buffered."""
+    request_seconds: Annotated[
+        float | None,
+        Setting(
+            help="Time limit for a whole request; inf disables it.",
+            option="--request-seconds",
+            unit="seconds",
+            above=0,
+        ),
+    ] = 3600.0
+    """From the headers to the last byte of the response. None: no limit."""
+    held_body_bytes: Annotated[
+        int,
+        Setting(help="Memory for all request bodies together.", option="--held-body-bytes", unit="bytes", minimum=1),
+    ] = 1 << 30
+    """Counted from a body's first byte to the end of its request; one client may hold half of it. A body that does not
+    fit waits for a moment and is then refused with status 503."""
+    max_body: Annotated[
+        int,
+        Setting(help="Maximum size of a request body, media included.", option="--max-body", unit="bytes", minimum=1),
+    ] = 256 << 20
+    """Media in data: URIs take a third more than their files."""
+    max_media: Annotated[
+        int,
+        Setting(help="Maximum number of images, videos and documents per request.", option="--max-media", minimum=0),
+    ] = 512
+    max_queue: Annotated[
+        int,
+        Setting(
+            help="Maximum number of waiting requests; further requests get 503 with Retry-After.",
+            option="--max-queue",
+            minimum=0,
+        ),
+    ] = 256
+    max_concurrency_per_key: Annotated[
+        int | None,
+        Setting(
+            help="Maximum number of concurrent requests per API key; default: unlimited.",
+            option="--max-concurrency-per-key",
+            minimum=1,
+        ),
+    ] = None
+    """Per client address if no keys are set."""
+    max_choices: Annotated[int, Setting(help="Maximum number of prompts times ``n`` in one request.", minimum=1)] = 128
     media: MediaSettings = field(default_factory=MediaSettings.untrusted)
-    """What pictures, clips and documents may cost, and where they may come from; the server's own files, and addresses
-    of its network, only where this says so."""
-    media_threads: int = 64
-    """Requests whose media are fetched and read at a time; ``media.workers`` of them decode."""
-    allow_adapter_updates: bool = False
-    """Whether clients may load and unload adapters: whoever may do that reads folders of the server and the Hub."""
-    named_media_bytes: int = 1 << 30
-    """Memory for images and clips that clients name by a uuid, to send it alone in later requests."""
-    temperature: float | None = None
-    """Of requests that have none. None: what the model's ``generation_config.json`` asks for, as in vLLM, else 1, as in
-    OpenAI's interface."""
-    step_seconds: float | None = None
-    """The longest that a step of the model may take. Beyond it the server counts as unhealthy until the step is over.
-    First steps compile kernels for up to a minute where nothing was warmed up; those of large models on CPUs may take
-    longer. None: 120, or 4 for small models on a CPU; ``float("inf")``: no limit."""
-    drain_seconds: float = 30.0
-    """How long running requests may go on after the server was told to end."""
+    """Limits and permissions for images, videos and documents of requests."""
+    media_threads: Annotated[
+        int,
+        Setting(
+            help="Maximum number of requests whose media are fetched and read at a time.",
+            option="--media-threads",
+            minimum=1,
+        ),
+    ] = 64
+    """``media.workers`` of them decode."""
+    allow_adapter_updates: Annotated[
+        bool,
+        Setting(
+            help="Let clients load and unload adapters, from any folder or the Hub.", option="--allow-adapter-updates"
+        ),
+    ] = False
+    named_media_bytes: Annotated[
+        int,
+        Setting(
+            help="Memory for media that requests reference by uuid.",
+            option="--named-media-bytes",
+            unit="bytes",
+            minimum=0,
+        ),
+    ] = 1 << 30
+    temperature: Annotated[
+        float | None,
+        Setting(
+            help="Temperature of requests that set none; default: generation_config.json, else 1.",
+            option="--default-temperature",
+            minimum=0,
+            maximum=2,
+        ),
+    ] = None
+    """vLLM takes it from ``generation_config.json`` as well; 1 is OpenAI's default."""
+    step_seconds: Annotated[
+        float | None,
+        Setting(
+            help="Time limit for one step of the model; /health returns 503 while a step exceeds it. "
+            "Default: 120, or 4 for small models on a CPU.",
+            option="--step-seconds",
+            unit="seconds",
+            above=0,
+        ),
+    ] = None
+    """First steps compile kernels for up to a minute without warm-up, and steps of large models on a CPU may take
+    longer. ``float("inf")``: no limit."""
+    drain_seconds: Annotated[
+        float,
+        Setting(
+            help="Time for running requests to finish after a shutdown signal.",
+            option="--drain-seconds",
+            unit="seconds",
+            minimum=0,
+        ),
+    ] = 30.0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_body", 1),
-            ("max_queue", 0),
-            ("max_choices", 1),
-            ("max_media", 0),
-            ("max_connections", 1),
-            ("max_connections_per_address", 1),
-            ("max_header_bytes", 1024),
-            ("held_body_bytes", 1),
-            ("media_threads", 1),
-            ("named_media_bytes", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
-        for name in (
-            "header_seconds",
-            "body_seconds",
-            "idle_seconds",
-            "write_seconds",
-            "request_seconds",
-            "step_seconds",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; expected more than 0")
-        if self.max_concurrency_per_key is not None and self.max_concurrency_per_key < 1:
-            raise ValueError(f"max_concurrency_per_key is {self.max_concurrency_per_key}; expected at least 1, or None")
-        if self.temperature is not None and not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 to 2")
-        if not self.drain_seconds >= 0:
-            raise ValueError(f"drain_seconds is {self.drain_seconds}; expected 0 or more")
+        check_ranges(self)
         if not self.model_names:
             raise ValueError("model_names is empty; a model needs a name")
         if not all(self.api_keys):
