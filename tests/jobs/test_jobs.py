@@ -123,7 +123,7 @@ def test_nothing_is_written_behind_a_line_that_cannot_be_cut_away(tmp_path, monk
         record = {"path": "x" * 15}
         with pytest.raises(OSError, match=r"^.Errno 5. input/output error"):
             journal.write(record)
-        with pytest.raises(OSError, match=r"a line that could not be written cannot be cut away .*out\.jsonl"):
+        with pytest.raises(OSError, match=r"a partial line cannot be truncated .*out\.jsonl"):
             journal.write(RECORDS[1])
         assert path.read_bytes().count(b"\n") == (1 if fails == "write" else 2)
         broken.clear()

@@ -1,70 +1,69 @@
-"""The file that a job writes its answers into: whole lines of JSON, on the disk before the next, whatever happens."""
+"""Output files of jobs: JSON Lines, each line on the disk before the next, so that an interrupted job can resume."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-FAR = 1 << 40
-"""Windows locks bytes, not files: this one, beyond the end of any journal, is in nobody's way."""
+from filelock import FileLock, Timeout
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON in UTF-8, its end included."""
+    """A record as a line of JSON in UTF-8, with its newline."""
     try:
         text = json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a file's name that is not valid Unicode: escapes hold it
+    except UnicodeEncodeError:  # a file name that is not valid Unicode: escapes can hold it
         text = json.dumps(record).encode()
     return text + b"\n"
 
 
 class Journal:
-    """JSON objects, one a line, for one process at a time.
+    """A JSON Lines file that one process at a time appends to. A lock file beside it, ``.NAME.lock``, sees to that.
 
-    First :meth:`read` what an earlier run wrote, to the end; then :meth:`write`. A process that was killed leaves whole
-    lines and at most the beginning of one more, which is cut away when all lines have been read. A line that could only
-    be written in part, as on a disk that is full, is cut away before any other is written.
+    First :meth:`read` what an earlier run wrote, to the end; then :meth:`write`. A process that is killed leaves whole
+    lines and at most one partial line, which is truncated once all lines have been read. A line that could only be
+    written in part, for example because the disk is full, is truncated before the next one is written.
 
     Raises:
-        ValueError: another process is writing into the file.
-        OSError: the file cannot be opened.
+        ValueError: Another process is writing to the file.
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._file = self.path.open("a+b", buffering=0)
-        self._read = False
-        self._whole = 0
-        """Bytes of lines that are on the disk."""
-        self._torn = False
-        """Whether there may be bytes behind them."""
-        # One writer at a time, and none after the end: threads write.
-        self._writing = threading.Lock()
+        target = self.path.resolve()
+        # Any thread may close the journal.
+        self._lock = FileLock(target.with_name(f".{target.name}.lock"), thread_local=False)
         try:
-            _lock(self._file.fileno())
-        except OSError:
-            self._file.close()
+            self._lock.acquire(blocking=False)
+        except Timeout:
             raise ValueError(f"{self.path} is being written by another process; wait for it, or name another") from None
+        try:
+            self._file = self.path.open("a+b", buffering=0)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._read = False
+        self._size = 0
+        """Size of all complete lines, in bytes."""
+        self._torn = False
+        """Whether a partial line may follow them."""
+        # Serializes writers, and keeps them from writing after close().
+        self._writing = threading.Lock()
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """What was written before, in order. Read to the end, this also mends the end of the file.
+        """Records of earlier runs, in order. Reading to the end also truncates a partial last line.
 
         Raises:
-            ValueError: a line is not a JSON object, so this is some other file; nothing of it is changed.
+            ValueError: A line is not a JSON object, so this is some other file; it is left unchanged.
         """
-        whole = 0
+        size = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -78,61 +77,61 @@ class Journal:
                         f"line {number} of {self.path} is not a JSON object; name an earlier run's output or a new file"
                     ) from None
                 yield record
-                whole += len(line)
+                size += len(line)
                 if not line.endswith(b"\n"):
                     self._append(b"\n")
-                    whole += 1
+                    size += 1
                     break
-        self._whole, self._torn = whole, True
-        self._cut()
+        self._size, self._torn = size, True
+        self._truncate()
         self._read = True
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns. Any thread may call it.
+        """Append a line; it is on the disk when this returns. Thread-safe.
 
         Raises:
-            OSError: there is no room, the journal was closed, or a line before could neither be written nor cut away.
+            OSError: The disk is full, the journal is closed, or an earlier partial line cannot be truncated.
         """
-        assert self._read, "what the file holds has to be read before anything is added to it"
+        assert self._read, "read() the file to its end before writing to it"
         line = json_line(record)
         with self._writing:
             if self._file.closed:
                 raise OSError(f"{self.path} was closed")
-            self._cut()
+            self._truncate()
             try:
                 self._append(line)
                 os.fsync(self._file.fileno())
             except BaseException:
                 self._torn = True
                 with contextlib.suppress(OSError):  # tried again before the next line
-                    self._cut()
+                    self._truncate()
                 raise
-            self._whole += len(line)
+            self._size += len(line)
 
-    def _cut(self) -> None:
-        """Leave whole lines only."""
+    def _truncate(self) -> None:
+        """Remove a partial last line."""
         if self._torn:
             try:
-                self._file.truncate(self._whole)
+                self._file.truncate(self._size)
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"the beginning of a line that could not be written cannot be cut away ({error.strerror}); nothing "
-                    "more is written",
+                    f"a partial line cannot be truncated ({error.strerror}); nothing more is written",
                     str(self.path),
                 ) from error
             self._torn = False
 
     def _append(self, data: bytes) -> None:
-        """All of it: an unbuffered file takes as much as it likes."""
+        """Write all bytes; an unbuffered file may take only some of them at a time."""
         rest = memoryview(data)
         while rest:
             rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
-        """Waits for a line that is being written."""
+        """Close the file, after a line that is being written, and release the lock."""
         with self._writing:
             self._file.close()
+            self._lock.release()
 
     def __enter__(self) -> Journal:
         return self
@@ -144,27 +143,18 @@ class Journal:
 
 
 class Stream:
-    """The same for records that nobody reads again: they are passed on, and flushed one by one."""
+    """Output that is never read back, such as standard output; every record is flushed."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._writing = threading.Lock()
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Nothing."""
+        """No records."""
         return iter(())
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Pass a line on. Any thread may call it."""
+        """Write a line. Thread-safe."""
         with self._writing:
             self._file.write(json_line(record))
             self._file.flush()
-
-
-def _lock(descriptor: int) -> None:
-    """Until the file is closed or the process ends, however it ends."""
-    if sys.platform == "win32":
-        os.lseek(descriptor, FAR, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
