@@ -1,5 +1,5 @@
-# `make demo` shows what Aria sees in three pictures; `make test` runs the tests. Both make the environment first,
-# and do that again only when pyproject.toml or constraints.txt has changed.
+# `make demo` shows what Aria sees in three images; `make test` runs the tests; `make docs` builds the documentation.
+# Each makes the environment first, and again only when pyproject.toml or constraints.txt has changed.
 #
 #   make demo PYTHON=/path/to/python3.12    choose the interpreter (default: the first from 3.11 on)
 #   make test ARGS="-k generate"            pass arguments to pytest
@@ -12,19 +12,19 @@ FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 pyth
     "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
     python=; done
 
-# Asks the model about a picture as a person would, and shows both.
+# Ask the model about an image on the command line, and show both.
 ask = @$(BIN)/python examples/preview.py $(PICTURES)/$(1) \
     && printf '\n$$ aria chat --image $(PICTURES)/$(1) "%s"\n' $(2) \
     && $(BIN)/aria chat --image $(PICTURES)/$(1) $(2) && echo
 
-.PHONY: demo test test-slow test-soak test-gpu fuzz test-clients test-clients-fast nano clean
+.PHONY: demo test test-slow test-soak test-gpu fuzz test-clients test-clients-fast docs docs-serve nano clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(call ask,word.png,"What does it say?")
 	$(call ask,shapes.png,"What is in this picture?")
 	$(call ask,emoji.png,"Which emoji is this?")
-	@echo 'Your own picture: $(BIN)/aria chat --image FILE "What is in this picture?"'
+	@echo 'Your own image: $(BIN)/aria chat --image FILE "What is in this image?"'
 
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
@@ -42,12 +42,12 @@ test-soak: $(VENV)/.developed
 test-gpu: $(VENV)/.developed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 0 -m 'gpu or multi_gpu' $(ARGS)
 
-# Searches for inputs that break what reads strangers' bytes, a minute for each target; make fuzz ARGS="image --seconds 600"
+# Fuzz every parser of untrusted input for a minute each; make fuzz ARGS="image --seconds 600"
 fuzz: $(VENV)/.developed
 	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
 # Real clients of the server in an environment of their own, whose versions tests/clients pins. CI runs the fast ones.
-# Those for Node.js are skipped where there is no npm.
+# Those for Node.js are skipped without npm.
 CLIENTS := .venv-clients
 test-clients: $(VENV)/.developed $(CLIENTS)/.all $(CLIENTS)/.npm
 	$(BIN)/python -m pytest tests/clients -rs -m clients $(ARGS)
@@ -67,8 +67,15 @@ $(CLIENTS)/.npm: $(CLIENTS)/bin/python tests/clients/package.json tests/clients/
 $(CLIENTS)/bin/python: | $(VENV)/.developed
 	$(BIN)/python -m venv $(CLIENTS)
 
-# Trains the packaged model again, from collecting its material to the card's table: a GPU for half an hour, on Debian 12
-# with npm (recipes/nano/README.md tells the steps).
+# The documentation as a site in build/site; a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.documented
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.documented
+	$(BIN)/python -m mkdocs serve
+
+# Train the packaged model again, from collecting its material to the tables of its card: half an hour on a GPU, on Debian 12
+# with npm (recipes/nano/README.md describes the steps).
 STAGES := 1-language 2-seeing 3-long 4-answers
 nano: $(VENV)/.installed
 	$(PIP_INSTALL) --quiet --editable '.[train]'
@@ -81,18 +88,23 @@ nano: $(VENV)/.installed
 	$(BIN)/python -m recipes.nano.eval.publish runs/nano
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules build/site
 
-# What people who use the package get.
+# What users of the package get.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing aria and what it needs into $(VENV) (PyTorch is large; the first time takes minutes) ..."
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
-# What tests and checks need besides.
+# What tests and checks need in addition.
 $(VENV)/.developed: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
 	$(PIP_INSTALL) --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	@echo "Installing what the documentation needs ..."
+	$(PIP_INSTALL) --quiet --editable '.[docs]'
 	@touch $@
 
 $(BIN)/python:
