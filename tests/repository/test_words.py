@@ -1,0 +1,255 @@
+"""Words that docs/glossary.md bans are absent from prose and identifiers.
+
+``python tests/repository/test_words.py`` lists where they stand; ``--table`` prints the current `NOT_CLEAN`.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WORDS = {
+    "house": ("house", "houses"),
+    "room": ("room", "rooms"),
+    "organ": ("organ", "organs"),
+    "door": ("door", "doors"),
+    "doorway": ("doorway", "doorways"),
+    "floor": ("floor", "floors"),
+    "habit": ("habit", "habits"),
+    "stranger": ("stranger", "strangers"),
+    "told": ("told",),
+    "tells of": ("tell of", "tells of"),
+    "go on": ("go on", "goes on", "going on", "gone on"),
+    "how-manieth": ("how-manieth",),
+    "picture tokens": ("picture token", "picture tokens"),
+    "backwarded": ("backwarded",),
+    "astray": ("astray",),
+    "handful": ("handful", "handfuls"),
+    "dice": ("dice",),
+    "wants to be": ("want to be", "wants to be"),
+    "by chance": ("by chance",),
+    "whoever": ("whoever",),
+    "the books": ("the books", "its books"),
+}
+"""Forms of each word; a space may be an underscore, and any case is meant."""
+ALLOWED_AFTER = {"room": r"(?! (?:for|to|left)\b)"}
+"""What makes a word an ordinary one: "no room for an answer"."""
+
+
+def expression(word: str) -> re.Pattern[str]:
+    """Matches a word in prose, `snake_case`, `CamelCase` and `CAPITALS`."""
+    cases = []
+    for form in WORDS[word]:
+        form, after = form.replace(" ", "[ _]"), ALLOWED_AFTER.get(word, "")
+        cases += [rf"(?<![A-Za-z]){form}(?![a-z]){after}", rf"(?<![A-Z]){form[0].upper()}{form[1:]}(?![a-z]){after}"]
+        if form.isalpha():
+            cases.append(rf"(?<![A-Za-z]){form.upper()}(?![A-Za-z])")
+    return re.compile("|".join(cases))
+
+
+EXPRESSIONS = {word: expression(word) for word in WORDS}
+FOLDERS = ("src", "recipes", "bench", "tests", "examples", "docs", "scripts", ".github")
+FILES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "Makefile",
+    "pyproject.toml",
+    ".ci/run",
+    "Dockerfile",
+)
+KINDS = {".py", ".md", ".toml", ".js", ".html", ".css", ".yml", ".yaml", ".sh", ".txt", ".service", ".conf", ""}
+LEFT_OUT = (
+    "docs/glossary.md",
+    "tests/repository/test_words.py",
+    "src/aria/serve/page/vendor/",
+    "tests/fuzz/corpus/",
+    "tests/clients/node_modules/",
+)
+DATA = ("tests/", "recipes/nano/", "examples/", "src/aria/nano/README.md")
+"""Where texts in quotes are data: questions, answers and words that models read."""
+WITH_FLOORS = ("bench/", "tests/bench/", "docs/performance.md", "docs/kernels.md", "recipes/nano/SPEED.md")
+NOT_CLEAN: dict[str, dict[str, int]] = {
+    "SECURITY.md": {"go on": 2, "stranger": 1, "whoever": 3},
+    "bench": {"whoever": 1},
+    "bench/engine": {"go on": 1, "picture tokens": 1, "room": 4, "told": 5},
+    "bench/server": {"go on": 1, "told": 7},
+    "bench/training": {"picture tokens": 1, "told": 2},
+    "docs": {"go on": 8, "room": 3, "stranger": 1, "told": 4, "whoever": 2},
+    "docs/cookbook": {"go on": 4, "told": 1},
+    "examples": {"dice": 78},
+    "recipes": {"by chance": 1},
+    "recipes/nano": {"go on": 5, "picture tokens": 2, "room": 58, "tells of": 1, "told": 19, "whoever": 3},
+    "src/aria": {"organ": 1, "picture tokens": 5, "told": 3, "whoever": 2},
+    "src/aria/checkpoint": {"astray": 1, "go on": 1, "told": 4, "whoever": 1},
+    "src/aria/cli": {"go on": 10, "stranger": 2, "tells of": 1, "told": 3},
+    "src/aria/engine": {
+        "go on": 6,
+        "picture tokens": 13,
+        "room": 5,
+        "stranger": 1,
+        "the books": 2,
+        "told": 8,
+        "wants to be": 1,
+    },
+    "src/aria/grammars": {"go on": 1, "stranger": 2, "told": 5},
+    "src/aria/jobs": {"go on": 1, "room": 1, "tells of": 3, "told": 9},
+    "src/aria/media": {"go on": 1, "room": 5, "stranger": 3, "told": 2, "whoever": 5},
+    "src/aria/model": {"floor": 1, "go on": 4, "organ": 2, "picture tokens": 6, "room": 1},
+    "src/aria/nano": {"told": 2},
+    "src/aria/ops": {"floor": 17, "go on": 2, "room": 17, "tells of": 1, "told": 1},
+    "src/aria/processor": {"told": 1, "whoever": 2},
+    "src/aria/serve": {
+        "door": 1,
+        "floor": 1,
+        "go on": 4,
+        "room": 21,
+        "stranger": 2,
+        "tells of": 4,
+        "told": 82,
+        "whoever": 5,
+    },
+    "src/aria/train": {
+        "astray": 1,
+        "backwarded": 1,
+        "by chance": 3,
+        "dice": 2,
+        "go on": 17,
+        "handful": 13,
+        "picture tokens": 7,
+        "room": 13,
+        "stranger": 2,
+        "tells of": 1,
+        "told": 23,
+        "whoever": 1,
+    },
+    "src/aria/workers": {"room": 3, "stranger": 2, "whoever": 4},
+    "tests/checkpoint": {"room": 5, "told": 28},
+    "tests/clients": {"stranger": 2},
+    "tests/engine": {
+        "astray": 1,
+        "go on": 2,
+        "picture tokens": 2,
+        "room": 25,
+        "the books": 2,
+        "told": 16,
+        "whoever": 1,
+    },
+    "tests/fuzz": {"go on": 2, "stranger": 4, "told": 20, "whoever": 1},
+    "tests/grammars": {"stranger": 1, "told": 10},
+    "tests/helpers": {"picture tokens": 1, "told": 1},
+    "tests/hostile": {"go on": 2, "stranger": 2, "whoever": 3},
+    "tests/jobs": {"go on": 1, "room": 1, "told": 16},
+    "tests/media": {"door": 1, "room": 1, "told": 1, "whoever": 1},
+    "tests/ops": {"room": 1, "told": 1},
+    "tests/processor": {"picture tokens": 1, "told": 3},
+    "tests/recipes": {"by chance": 1, "go on": 2, "told": 11},
+    "tests/repository": {"floor": 10, "house": 1, "room": 25, "told": 2, "whoever": 1},
+    "tests/serve": {"go on": 3, "room": 3, "stranger": 5, "tells of": 1, "told": 109, "whoever": 2},
+    "tests/train": {"by chance": 5, "go on": 19, "picture tokens": 1, "room": 10, "stranger": 2, "told": 152},
+    "tests/workers": {"room": 6},
+}
+"""Occurrences that are still to go, by folder and word. Numbers here only become smaller."""
+
+
+def files() -> Iterator[Path]:
+    """Files whose words are looked at."""
+    for name in FILES:
+        yield ROOT / name
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*")):
+            where = file.relative_to(ROOT).as_posix()
+            if (
+                file.is_file()
+                and file.suffix in KINDS
+                and "__pycache__" not in where
+                and not where.startswith(LEFT_OUT)
+            ):
+                yield file
+
+
+def prose(file: Path) -> str:
+    """What is looked at of a file: all of it, or comments, docstrings and names where texts are data."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    where = file.relative_to(ROOT).as_posix()
+    if not where.startswith(DATA) or file.suffix != ".py":
+        return re.sub(r"\b(?:math|torch|np|numpy)\.floor\b|floor_divide|rounding_mode=.floor.", "", text)
+    kept = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, _WITH_DOCSTRING)]
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NAME):
+            kept.append(token.string)
+    return re.sub(r"^floor$", "", "\n".join(kept), flags=re.MULTILINE)
+
+
+_WITH_DOCSTRING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def found() -> Iterator[tuple[str, str, str]]:
+    """File, word, and the line that it stands in, for each banned word of the tree."""
+    for file in files():
+        where, lines = file.relative_to(ROOT).as_posix(), prose(file).splitlines()
+        for word, expression in EXPRESSIONS.items():
+            if word == "floor" and where.startswith(WITH_FLOORS):
+                continue
+            for line in lines:
+                for _ in expression.finditer(line):
+                    yield where, word, line.strip()
+
+
+def folder_of(where: str) -> str:
+    """What `NOT_CLEAN` counts a file under: two folders, three inside the package."""
+    parts = where.split("/")[:-1]
+    return "/".join(parts[: 3 if parts[:1] == ["src"] else 2]) or where
+
+
+def counted() -> dict[str, Counter[str]]:
+    """Banned words by folder."""
+    counts: dict[str, Counter[str]] = {}
+    for where, word, _ in found():
+        counts.setdefault(folder_of(where), Counter())[word] += 1
+    return counts
+
+
+def test_banned_words_are_absent():
+    faults = [
+        f"{folder}: {word!r} stands {count} times, {allowed} are known"
+        for folder, words in counted().items()
+        for word, count in words.items()
+        if count > (allowed := NOT_CLEAN.get(folder, {}).get(word, 0))
+    ]
+    assert not faults, "\n".join(
+        [*faults, "python tests/repository/test_words.py lists them; docs/glossary.md says what to write"]
+    )
+
+
+def test_the_glossary_lists_the_banned_words():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \|", page.partition("## Words not used")[2], re.MULTILINE)
+    listed = {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+    assert listed == set(WORDS)
+
+
+def test_words_are_found_in_any_case_and_in_identifiers():
+    for text in ("room", "Rooms", "ROOMS", "_ROOM", "room_of", "RoomPlan", "a room."):
+        assert EXPRESSIONS["room"].search(text), text
+    for text in ("roommate", "no room for it", "mushroom", "BROOM"):
+        assert not EXPRESSIONS["room"].search(text), text
+    assert EXPRESSIONS["go on"].search("it goes on") and EXPRESSIONS["go on"].search("_go_on")
+    assert not EXPRESSIONS["go on"].search("cargo on")
+
+
+if __name__ == "__main__":
+    if "--table" in sys.argv:
+        for folder, words in sorted(counted().items()):
+            print(f"    {folder!r}: {dict(sorted(words.items()))},".replace("'", '"'))
+    else:
+        for where, word, line in found():
+            print(f"{where}: {word}: {line[:140]}")
