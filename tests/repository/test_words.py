@@ -120,15 +120,13 @@ NOT_CLEAN: dict[str, dict[str, int]] = {
     "src/aria/train": {
         "astray": 1,
         "backwarded": 1,
-        "by chance": 3,
-        "dice": 2,
-        "go on": 17,
-        "handful": 13,
+        "by chance": 1,
+        "go on": 13,
         "picture tokens": 7,
-        "room": 13,
+        "room": 12,
         "stranger": 2,
         "tells of": 1,
-        "told": 23,
+        "told": 22,
         "whoever": 1,
     },
     "src/aria/workers": {"room": 3, "stranger": 2, "whoever": 4},
@@ -154,7 +152,7 @@ NOT_CLEAN: dict[str, dict[str, int]] = {
     "tests/recipes": {"by chance": 1, "go on": 2, "told": 11},
     "tests/repository": {"floor": 10, "house": 1, "room": 25, "told": 2, "whoever": 1},
     "tests/serve": {"go on": 3, "room": 3, "stranger": 5, "tells of": 1, "told": 109, "whoever": 2},
-    "tests/train": {"by chance": 5, "go on": 19, "picture tokens": 1, "room": 10, "stranger": 2, "told": 152},
+    "tests/train": {"by chance": 1, "go on": 19, "picture tokens": 1, "room": 10, "stranger": 2, "told": 152},
     "tests/workers": {"room": 6},
 }
 """Occurrences that are still to go, by folder and word. Numbers here only become smaller."""
