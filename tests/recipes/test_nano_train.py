@@ -52,7 +52,7 @@ def test_a_stage_that_was_stopped_is_the_next_to_run(
     ran: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(["--out", str(tmp_path), "--set", "stop.here"])
-    assert len(ran) == 1 and "goes on" in capsys.readouterr().out
+    assert len(ran) == 1 and "rerun to resume" in capsys.readouterr().out
     train.main(["--out", str(tmp_path)])
     assert [Path(command[4]).stem for command in ran] == ["1-language", *NAMES]
 

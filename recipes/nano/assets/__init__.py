@@ -1,1 +1,1 @@
-"""What nano's pictures and words are made from: fonts, sprites, photographs, word lists."""
+"""Sources of nano's images and words: fonts, emoji sprites, photographs, word lists."""

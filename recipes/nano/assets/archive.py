@@ -15,11 +15,17 @@ FOLDER = Path(__file__).resolve().parents[3] / ".nano"
 
 @dataclass
 class Assets:
-    """What the planner and the renderer draw from, all as arrays and lists in memory.
+    """Everything that the planner and the renderer draw from.
 
-    ``glyph_boxes[em]`` (faces, 94, 4) and ``glyph_bits[em]`` are as ``fonts.rasterise`` returns them, ``face_metrics``
-    (faces, 97) as ``fonts.measure``. ``sprites`` are PNG files, style after style, each in the order of ``emoji``.
-    ``photos`` are JPEG files. ``emoji`` holds ``label``, ``hexcode`` and ``concrete``.
+    Attributes:
+        families: Font family of each face.
+        face_metrics: ``(faces, 97)`` float32, as ``fonts.measure`` returns it.
+        glyph_boxes: Size in pixels -> ``(faces, 94, 4)`` int16, as ``fonts.rasterise`` returns it.
+        glyph_bits: Size in pixels -> packed bitmaps, as ``fonts.rasterise`` returns them.
+        emoji: Records with ``label``, ``hexcode`` and ``concrete``.
+        sprites: PNG files, style after style, each in the order of ``emoji``.
+        photos: JPEG files.
+        words: English words.
     """
 
     families: list[str]
@@ -33,12 +39,12 @@ class Assets:
 
     @cached_property
     def labels(self) -> list[str]:
-        """Emoji labels, in the order of the sprites of one style."""
+        """Emoji labels in the order of one style's sprites."""
         return [entry["label"] for entry in self.emoji]
 
     @property
     def num_styles(self) -> int:
-        """How many drawings there are of each emoji."""
+        """Number of drawings of each emoji."""
         return len(self.sprites) // max(len(self.emoji), 1)
 
     def save(self, path: Path) -> None:
@@ -54,9 +60,9 @@ class Assets:
 
     @classmethod
     def load(cls, path: Path = FOLDER / "assets.npz", images: bool = True) -> "Assets":
-        """Read ``path``; without ``pictures`` only what the planner needs: bitmaps, sprites and photos stay empty."""
+        """Read ``path``; without ``images``, bitmaps, sprites and photos stay empty, which suffices for planning."""
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets.build")
+            raise FileNotFoundError(f"{path} does not exist; build it with: python -m recipes.nano.assets.build")
         with np.load(path) as file:
             meta = unpack_json(file["meta"])
             ems = [int(name.rsplit("_", 1)[1]) for name in file if name.startswith("glyph_boxes_")]
@@ -79,22 +85,22 @@ class Assets:
 
 
 def pack_json(value: object) -> np.ndarray:
-    """JSON, zlib, bytes as an array."""
+    """Return ``value`` as zlib-compressed JSON in a uint8 array."""
     return np.frombuffer(zlib.compress(json.dumps(value).encode()), np.uint8)
 
 
 def unpack_json(array: np.ndarray) -> dict:
-    """The inverse of ``pack_json``."""
+    """Invert ``pack_json``."""
     return json.loads(zlib.decompress(array.tobytes()))
 
 
 def pack_files(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Files end to end, and where each ends."""
+    """Concatenate files; return the bytes and the end of each file."""
     ends = np.cumsum([len(content) for content in files], dtype=np.int64)
     return np.frombuffer(b"".join(files), np.uint8), ends
 
 
 def unpack_files(content: np.ndarray, ends: np.ndarray) -> list[bytes]:
-    """The inverse of ``pack_files``."""
+    """Invert ``pack_files``."""
     starts = [0, *ends[:-1]] if len(ends) else []
     return [content[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]

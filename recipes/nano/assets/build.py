@@ -1,6 +1,6 @@
-"""Packs all that nano's pictures are drawn from: ``.nano/assets.npz`` for training, ``.nano/eval.npz`` for evaluation.
+"""Build ``.nano/assets.npz`` for training and ``.nano/eval.npz`` for evaluation from public packages.
 
-Run once as ``python -m recipes.nano.assets.build`` (Debian 12, npm, pip; about five minutes). Neither file is shipped.
+Run once as ``python -m recipes.nano.assets.build`` (Debian 12, npm, pip; about three minutes). Neither file is shipped.
 """
 
 import argparse
@@ -20,18 +20,18 @@ from recipes.nano.assets import fonts, sources
 from recipes.nano.assets.archive import FOLDER, Assets, pack_files, pack_json
 
 TRAINING_STYLES = ("noto", "fluent", "twemoji")
-SPRITE_SIZE = 128  # of training sprites; a picture of 224 px seldom shows them much larger
+SPRITE_SIZE = 128  # pixels; images of 224 px seldom show them much larger
 EVAL_SPRITE_SIZE = 160
-PHOTO_SIZE = 384  # longer side
+PHOTO_SIZE = 384  # pixels of the longer side
 
-# Groups of emojibase whose pictures are things; the rest are faces, people, signs and flags.
+# Groups of emojibase that show things; the rest are faces, people, signs and flags.
 CONCRETE_GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
-# Plain shapes are the shape task's, signs that are letters the reading task's, and flags are not in every style.
+# Plain shapes and signs with letters belong to other tasks; flags do not exist in every style.
 SKIPPED_SUBGROUPS = ("geometric", "alphanum", "keycap", "heart", "country-flag", "subdivision-flag", "flag")
 
 
 def held_out_word(word: str) -> bool:
-    """One word in twelve, by its checksum, is never drawn in training."""
+    """Return whether training never draws this word: one in twelve, by checksum."""
     return zlib.crc32(word.lower().encode()) % 12 == 0
 
 
@@ -39,13 +39,13 @@ def held_out_word(word: str) -> bool:
 
 
 def clean_label(label: str) -> str:
-    """Lower case ASCII without quotes: "piñata" -> "pinata"."""
+    """Return the label in lower case ASCII: "piñata" -> "pinata"."""
     plain = unicodedata.normalize("NFKD", label.replace("’", "'")).encode("ascii", "ignore").decode()
     return plain.lower()
 
 
 def list_emoji(root: sources.Sources) -> list[dict]:
-    """Emoji of emojibase that all four styles draw: label, hexcode and whether it is a thing (``CONCRETE_GROUPS``)."""
+    """List emoji that all four styles draw: label, hexcode, and whether it shows a thing (``CONCRETE_GROUPS``)."""
     folder = root.npm(sources.EMOJI_LABELS) / "package" / "en"
     messages = json.loads((folder / "messages.json").read_text(encoding="utf-8"))
     groups = {entry["order"]: entry["key"] for entry in messages["groups"]}
@@ -65,7 +65,7 @@ def list_emoji(root: sources.Sources) -> list[dict]:
 
 
 class IconSet:
-    """An iconify package: SVG pictures by code point."""
+    """An iconify package: SVG images by code point."""
 
     def __init__(self, folder: Path) -> None:
         package = folder / "package"
@@ -75,14 +75,14 @@ class IconSet:
         self.width, self.height = data.get("width", 16), data.get("height", 16)
 
     def name(self, hexcode: str) -> str | None:
-        """The icon's name for ``1F436`` or ``2764-FE0F``, or None."""
+        """Return the icon's name for a code such as ``1F436`` or ``2764-FE0F``, or None."""
         code = hexcode.lower()
         name = self.characters.get(code) or self.characters.get(code.replace("-fe0f", ""))
         return name if name in self.icons or name in self.aliases else None
 
     def draw(self, hexcode: str, size: int) -> Image.Image:
-        """RGBA picture of ``size`` x ``size``."""
-        from resvg_py import svg_to_bytes  # only whoever builds assets needs it
+        """Draw an RGBA image of ``size`` x ``size`` pixels."""
+        from resvg_py import svg_to_bytes  # optional: only building assets needs it
 
         name = self.name(hexcode)
         icon = self.icons.get(name) or self.icons[self.aliases[name]["parent"]]
@@ -95,7 +95,7 @@ class IconSet:
 
 
 def draw_sprites(icons: IconSet, emoji: Iterable[dict], size: int) -> list[bytes]:
-    """One PNG of up to 255 colours (transparency kept) for each emoji."""
+    """Draw each emoji as a PNG of up to 255 colours with transparency."""
     files = []
     for entry in emoji:
         image = icons.draw(entry["hexcode"], size)
@@ -109,7 +109,7 @@ def draw_sprites(icons: IconSet, emoji: Iterable[dict], size: int) -> list[bytes
 
 
 def list_words(root: sources.Sources, labels: Iterable[str]) -> list[str]:
-    """Common English words of 2 to 12 letters: WordNet lemmas that its tagged texts use, and words of the labels."""
+    """List English words of 2 to 12 letters: WordNet lemmas that its tagged texts use, and words of the labels."""
     folder = root.debian(sources.WORD_PACKAGES) / "usr" / "share" / "wordnet"
     words = {word for label in labels for word in re.findall(r"[a-z]+", label)}
     for part in ("noun", "verb", "adj", "adv"):
@@ -126,7 +126,7 @@ def _tagged_senses(row: list[str]) -> int:
 
 
 def photo_paths(root: sources.Sources) -> tuple[list[Path], list[Path]]:
-    """Photograph files for training and, different ones, for evaluation."""
+    """Return photograph files for training and, from other packages, for evaluation."""
     training = [path for spec in sources.TRAINING_PHOTOS for path in _photo_files(root.npm(spec) / "package" / "dist")]
     image, learn, earth = (root.wheel(spec) for spec in sources.WHEELS)
     names = ["rocket.jpg", "hubble_deep_field.jpg", "retina.jpg", "astronaut.png", "brick.png", "camera.png"]
@@ -141,7 +141,7 @@ def photo_paths(root: sources.Sources) -> tuple[list[Path], list[Path]]:
 
 def _photo_files(folder: Path) -> list[Path]:
     suffixes = (".jpg", ".jpeg")
-    # Drawings, screenshots and empty gradients are no photographs.
+    # Drawings, screenshots and gradients are not photographs.
     skipped = [
         "placeholder",
         "presentation",
@@ -164,10 +164,12 @@ def _photo_files(folder: Path) -> list[Path]:
 
 
 def pack_photos(paths: Iterable[Path], known: list[int], cuts: int = 1) -> list[bytes]:
-    """JPEGs of at most ``PHOTO_SIZE`` px, near-copies left out.
+    """Pack photographs as JPEGs of at most ``PHOTO_SIZE`` px, without near-duplicates.
 
-    ``known`` holds fingerprints met so far and grows. Pictures over 4000 px wide (maps of the earth) are cut into
-    ``cuts`` x ``cuts`` pictures.
+    Args:
+        paths: Image files.
+        known: Fingerprints so far; extended.
+        cuts: Images over 4000 px wide (maps of the earth) are cut into ``cuts`` x ``cuts`` parts.
     """
     files = []
     for path in paths:
@@ -190,7 +192,7 @@ def pack_photos(paths: Iterable[Path], known: list[int], cuts: int = 1) -> list[
 
 
 def fingerprint(image: Image.Image) -> int:
-    """64 bits of which neighbour is brighter on a 9 x 8 grid: near-copies differ in few of them."""
+    """Return a 64-bit difference hash (which neighbour is brighter on a 9 x 8 grid); near-duplicates share most."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return int("".join("1" if bit else "0" for bit in (grey[:, 1:] > grey[:, :-1]).ravel()), 2)
 
@@ -199,7 +201,7 @@ def fingerprint(image: Image.Image) -> int:
 
 
 def build(folder: Path = FOLDER) -> None:
-    """Fetch what is missing and write both files."""
+    """Fetch missing packages and write both files."""
     root = sources.Sources(folder / "src")
     faces = fonts.find_faces(root.debian(sources.FONT_PACKAGES))
     emoji = list_emoji(root)
@@ -224,7 +226,7 @@ def build_training(
     photos: list[bytes],
     words: list[str],
 ) -> None:
-    """Write what training draws from: no held-out face, no held-out word, no fourth style."""
+    """Write the training file, without held-out faces, held-out words and the held-out emoji style."""
     seen = [face for face in faces if not face.held_out]
     rasters = {em: fonts.rasterise([ImageFont.truetype(str(f.path), em) for f in seen], em) for em in fonts.EM_SIZES}
     Assets(
@@ -247,7 +249,7 @@ def build_evaluation(
     photos: list[bytes],
     words: list[str],
 ) -> None:
-    """Write what the evaluation draws from: font files, larger sprites, held-out photographs and words."""
+    """Write the evaluation file: font files, larger sprites, held-out photographs and words."""
     rng = np.random.default_rng(0)
     seen = [face for face in faces if not face.held_out]
     chosen = [seen[i] for i in sorted(rng.choice(len(seen), 24, replace=False))] + [f for f in faces if f.held_out]
@@ -277,5 +279,5 @@ def build_evaluation(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where packages and the two files go")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder for packages and the two files")
     build(parser.parse_args().folder)

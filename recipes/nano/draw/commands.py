@@ -1,6 +1,6 @@
-"""Scenes -> arrays of drawing commands for a whole batch, sorted into the groups that are drawn together.
+"""Scenes -> arrays of drawing commands for a batch, sorted into groups that are drawn together.
 
-N pictures, W lines of text, G glyphs, M marks (shapes and sprites), B pictures with boxes, K boxes of one of them.
+N images, W lines of text, G glyphs, M marks (shapes and sprites), B images with boxes, K boxes of one of them.
 """
 
 import math
@@ -14,17 +14,17 @@ from recipes.nano.assets.fonts import CHARACTERS, EM_SIZES
 from recipes.nano.scenes import scene as scenes
 from recipes.nano.scenes.scene import Line, Mark, Scene
 
-SHAPE, SPRITE, SMALL_SPRITE = 0, 1, 2  # kinds of marks; small sprites are drawn from textures of half the size
-SMALL = 36.0  # half-width in pixels under which a sprite is small
+SHAPE, SPRITE, SMALL_SPRITE = 0, 1, 2  # kinds of marks; small sprites use textures of half the size
+SMALL = 36.0  # half-width in pixels below which a sprite is small
 LONGEST_LINE = 40  # characters
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def pack(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
-    """Everything the renderer reads: arrays, and lists of int tuples ``*_groups`` that say what is drawn together.
+    """Return what the renderer reads: arrays, and lists of int tuples ``*_groups`` that define what is drawn together.
 
-    What the renderer must not wait for is decided here: which pictures need which step, and how large a window of the
-    canvas the things of a group need.
+    Decided here, so that the renderer never waits for the device: which images need which step, and how large a window
+    of the canvas each group needs.
     """
     sensor = np.array([scene.sensor for scene in batch], np.float32)
     return {
@@ -42,12 +42,12 @@ def pack(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
 
 
 def atlas_for(em: float) -> int:
-    """Which of ``EM_SIZES`` a line of size ``em`` is drawn from: the smallest that needs at most 12 % enlarging."""
+    """Return the index into ``EM_SIZES`` for a line of size ``em``: the smallest that is enlarged by at most 12 %."""
     return next((i for i, size in enumerate(EM_SIZES) if size * 1.12 >= em), len(EM_SIZES) - 1)
 
 
 def dense_class(mark: Mark, assets: Assets) -> int:
-    """The dense class of a mark."""
+    """Return the dense class of a mark."""
     if mark.kind == "shape":
         colour = scenes.COLOUR_NAMES.index(mark.colour_name)
         return scenes.FIRST_SHAPE + mark.index * len(scenes.COLOURS) + colour
@@ -55,7 +55,7 @@ def dense_class(mark: Mark, assets: Assets) -> int:
 
 
 def _groups(keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Runs of equal keys: (*key, start, end)."""
+    """Return runs of equal keys: (*key, start, end)."""
     runs: list[tuple[int, ...]] = []
     for position, key in enumerate(keys):
         if runs and runs[-1][:-2] == key:
@@ -66,7 +66,7 @@ def _groups(keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _windows(boxes: np.ndarray, size: int) -> tuple[np.ndarray, int, int]:
-    """Equal windows of the canvas around ``boxes`` (n, 4): corners (y, x), height, width."""
+    """Return windows of one size around ``boxes`` (n, 4): corners (y, x), height, width."""
     high, wide = (min(size, _up(np.ptp(boxes[:, axis::2], axis=1).max())) for axis in (1, 0))
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
     corners = np.floor(middle[:, ::-1] - np.array([high, wide]) / 2).astype(np.int64)
@@ -74,12 +74,12 @@ def _windows(boxes: np.ndarray, size: int) -> tuple[np.ndarray, int, int]:
 
 
 def _up(length: float) -> int:
-    """Whole pixels that hold ``length`` wherever it begins, in steps of eight: few sizes suit the memory allocator."""
+    """Round up to pixels that cover ``length`` at any offset, in steps of eight: few sizes suit the allocator."""
     return -(-(math.ceil(length) + 2) // 8) * 8
 
 
 def _turned(box: Box, x: float, y: float, angle: float) -> Box:
-    """The upright box around a ``box`` that is turned about 0, 0 and moved to x, y."""
+    """Return the axis-aligned bounding box of a ``box`` rotated about 0, 0 and moved to x, y."""
     left, top, right, bottom = box
     cos, sin = math.cos(angle), math.sin(angle)
     across = [u * cos - v * sin + x for u in (left, right) for v in (top, bottom)]
@@ -88,7 +88,7 @@ def _turned(box: Box, x: float, y: float, angle: float) -> Box:
 
 
 def _pack_backgrounds(batch: Sequence[Scene]) -> dict[str, Any]:
-    """``background_groups`` (kind, start, end) over ``background_rows``; plain ones and those under photographs not."""
+    """Pack ``background_groups`` (kind, start, end) over ``background_rows``, without plain and covered ones."""
     mixed = sorted((int(s.background[0]), n) for n, s in enumerate(batch) if s.background[0] and not s.photo)
     return {
         "background_groups": _groups([(kind,) for kind, _ in mixed]),
@@ -97,7 +97,7 @@ def _pack_backgrounds(batch: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _pack_photos(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """``photo_*``: picture number, two indices, and (box, mirrored, hue, mix) of each photograph; which are mixed."""
+    """Pack ``photo_*``: image number, two indices, and (box, mirrored, hue, mix) of each; which are mixed."""
     shown = [(n, scene.photo) for n, scene in enumerate(batch) if scene.photo]
     return {
         "photo_image": np.array([n for n, _ in shown], np.int64),
@@ -108,10 +108,10 @@ def _pack_photos(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
 
 
 def _pack_boxes(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """``box_*``: picture numbers (B,), and for each layer and picture corners and colour (B, K, 7) and class (B, K).
+    """Pack ``box_*``: image numbers (B,), and per layer the corners and colours (B, K, 7) and classes (B, K).
 
-    K is the same for all, so that one matrix product draws them; boxes that only fill up have no area. The class is -1
-    where nothing is to be labelled.
+    K is the same for all images, so that one matrix product draws them; padding boxes have no area. The class of
+    unlabelled boxes is -1.
     """
     charts = [(n, scene.boxes) for n, scene in enumerate(batch) if scene.boxes]
     most = max((len(boxes) for _, boxes in charts), default=0)
@@ -128,10 +128,10 @@ def _pack_boxes(batch: Sequence[Scene]) -> dict[str, np.ndarray]:
 
 
 def _pack_marks(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
-    """``mark_*`` (M, ...), ``sprite_*`` for those of them that are sprites, and ``mark_groups``.
+    """Pack ``mark_*`` (M, ...), ``sprite_*`` of the sprites among them, and ``mark_groups``.
 
-    Shapes come first. A group is (kind, start, end, height and width of its windows). Values are x, y, half-width,
-    cosine, sine, stretch (negative: mirrored), look.
+    Shapes come first. A group is (kind, start, end, window height, window width). Values are x, y, half-width, cosine,
+    sine, stretch (negative if mirrored), look.
     """
     marks = sorted(
         (
@@ -139,7 +139,7 @@ def _pack_marks(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
             for n, scene in enumerate(batch)
             for slot, mark in enumerate(scene.marks)
         ),
-        # Slots before all else: of one picture, a later mark is drawn over an earlier one.
+        # Slots first: within an image, a later mark is drawn over an earlier one.
         key=lambda item: item[:5],
     )
     boxes = np.array([_mark_box(mark) for *_, mark in marks]).reshape(-1, 4)
@@ -167,14 +167,14 @@ def _kind(mark: Mark) -> int:
 
 
 def _reach(mark: Mark, size: int) -> int:
-    """Things of very different size are drawn apart: 0, 1 or 2 for up to a quarter, half or all of the canvas."""
+    """Return a size class, drawn separately: 0, 1 or 2 for up to a quarter, half or all of the canvas."""
     left, top, right, bottom = _mark_box(mark)
     longer = _up(max(right - left, bottom - top))
     return int(longer > size // 4) + int(longer > size // 2)
 
 
 def _mark_box(mark: Mark) -> Box:
-    """Where a mark may change the canvas: its square, and what the soft edge and the lookup between texels add."""
+    """Return the area that a mark may change: its square, the soft edge and the interpolation between texels."""
     across, down = mark.size * mark.stretch, mark.size
     across, down = across * 1.03 + 1, down * 1.03 + 1
     return _turned((-across, -down, across, down), mark.x, mark.y, mark.angle)
@@ -188,12 +188,12 @@ def _mark_values(mark: Mark) -> list[float]:
 
 
 def _pack_lines(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
-    """``line_*`` (W, ...) and ``glyph_*`` (G, ...), positions in pixels of the atlas a line is drawn from.
+    """Pack ``line_*`` (W, ...) and ``glyph_*`` (G, ...); positions are in pixels of the line's atlas.
 
-    ``line_strips`` has (atlas, start, end, first and last glyph, widest line) of the lines that are typeset together,
-    ``line_groups`` (atlas, start, end, height and width of its windows) of those of them that are drawn together.
-    ``line_edges`` (W, LONGEST_LINE + 1) holds where each character begins, then where the line ends, then infinity;
-    ``line_classes`` and ``line_extents`` (top and bottom of the glyph) go with it for the dense labels.
+    ``line_strips`` has (atlas, start, end, first glyph, last glyph, widest line) of lines that are typeset together,
+    ``line_groups`` (atlas, start, end, window height, window width) of lines that are drawn together. ``line_edges``
+    (W, LONGEST_LINE + 1) has the start of each character, then the end of the line, then infinity. ``line_classes``
+    and ``line_extents`` (top and bottom of each glyph) belong to it and give the dense labels.
     """
     lines = sorted(
         ((atlas_for(line.em), slot, n, line) for n, scene in enumerate(batch) for slot, line in enumerate(scene.lines)),
@@ -239,7 +239,7 @@ def _pack_lines(batch: Sequence[Scene], assets: Assets) -> dict[str, Any]:
 def _set_line(
     arrays: dict[str, np.ndarray], w: int, line: Line, size: int, assets: Assets
 ) -> tuple[np.ndarray, np.ndarray, Box, float]:
-    """Fill row ``w`` of the arrays; the glyphs, where each begins, the box of their ink on the canvas, the width."""
+    """Fill row ``w`` of the arrays; return the glyphs, their starts, the box of their ink, and the width."""
     assert len(line.text) <= LONGEST_LINE, f"a line of {len(line.text)} characters, at most {LONGEST_LINE} fit"
     codes = np.frombuffer(line.text.encode("ascii"), np.uint8).astype(np.int64) - 32
     pens = np.concatenate([[0.0], np.cumsum(assets.face_metrics[line.face, codes] + line.spacing)]) * size
@@ -253,7 +253,7 @@ def _set_line(
     arrays["line_values"][w] = (line.x, line.y, *turn, size / line.em, size, *line.colour)
     columns = np.rint(pens[:-1][drawn]).astype(np.int64) + left
     shrunk = line.em / size
-    # One pixel more on each side: the lookup between pixels reaches so far.
+    # One pixel more on each side, for interpolation.
     ink = (
         (min(columns, default=0) - 1) * shrunk,
         (min(top, default=0) - 1) * shrunk,

@@ -1,13 +1,13 @@
-"""The outlines of the named shapes as polygons, and their signed distance fields."""
+"""Outlines of the named shapes as polygons, and their signed distance fields."""
 
 import numpy as np
 
 RESOLUTION = 128
-REACH = 1.25  # a distance field covers [-REACH, REACH] squared; shapes themselves fill [-1, 1]
+REACH = 1.25  # distance fields cover [-REACH, REACH] squared; shapes fill [-1, 1]
 
 
 def outline(name: str) -> np.ndarray:
-    """Corners ``(n, 2)`` of the shape, x to the right, y down, longest half-extent 1."""
+    """Return the corners ``(n, 2)`` of a shape: x right, y down, longest half-extent 1."""
     if name in _CORNERS:
         return np.array(_CORNERS[name], float)
     turn = np.linspace(0, 2 * np.pi, 96, endpoint=False)
@@ -42,7 +42,7 @@ _CORNERS = {
 
 
 def distance_field(name: str) -> np.ndarray:
-    """Signed distance to the outline, negative inside, ``(RESOLUTION, RESOLUTION)`` float32 at pixel centres."""
+    """Return the signed distance to the outline, negative inside: ``(RESOLUTION, RESOLUTION)`` float32."""
     axis = (np.arange(RESOLUTION) + 0.5) / RESOLUTION * 2 * REACH - REACH
     points = np.stack(np.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 1, 2)
     corners = outline(name)

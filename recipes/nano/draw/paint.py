@@ -1,6 +1,6 @@
-"""Draws planned scenes with PIL, at the size of a user's picture and with the real fonts.
+"""Draws planned scenes with PIL, at the size of a user's image and with the real font files.
 
-Shares no drawing code with ``render.py``: the evaluation must see what users send, not what training drew.
+Shares no drawing code with ``render.py``: evaluation images must look like what users send, not like training images.
 """
 
 import io
@@ -20,7 +20,7 @@ BAR_STYLES = ("plain", "rounded", "shaded", "framed")
 
 
 class Painter:
-    """``paint(scene, scale, rng)`` with the given font files, sprites and photographs."""
+    """Paints scenes with the given font files, sprites and photographs."""
 
     def __init__(self, fonts: Sequence[bytes], sprites: Sequence[bytes] = (), photos: Sequence[bytes] = ()) -> None:
         self.fonts, self.sprites, self.photos = fonts, sprites, photos
@@ -30,7 +30,7 @@ class Painter:
         return ImageFont.truetype(io.BytesIO(self.fonts[face]), size)
 
     def paint(self, scene: Scene, scale: float, rng: Random) -> Image.Image:
-        """The valid part of ``scene``, ``scale`` times as large, RGB; half the pictures went through JPEG."""
+        """Paint the valid part of ``scene`` in RGB, scaled by ``scale``; half the images are compressed as JPEG."""
         width, height = round(scene.width * scale), round(scene.height * scale)
         if scene.photo:
             canvas = self._photo(scene.photo, width, height)
@@ -54,7 +54,7 @@ class Painter:
         return canvas
 
     def paint_story(self, story: Story, scale: float, rng: Random) -> list[Image.Image]:
-        """All pictures of ``story``; the frames of a clip as one camera takes them."""
+        """Paint all images of ``story``; frames of a clip share the random effects."""
         seed = rng.getrandbits(32)
         return [
             self.paint(scene, scale, Random(seed if story.task == "clips" else seed + n))
@@ -62,7 +62,7 @@ class Painter:
         ]
 
     def _photo(self, photo: Photo, width: int, height: int) -> Image.Image:
-        """The part of the photograph inside the box, widened to the picture's proportions."""
+        """Return the part of the photograph inside the box, stretched to the image's proportions."""
         whole = Image.open(io.BytesIO(self.photos[photo.index])).convert("RGB")
         x, y, w, h = photo.box
         box = (x * whole.width, y * whole.height, (x + w) * whole.width, (y + h) * whole.height)
@@ -82,7 +82,7 @@ class Painter:
         else:
             draw.text((x, y), line.text, 255, font, anchor="ls")
         if line.angle:
-            turn = -math.degrees(line.angle)  # PIL turns against the clock, our y points down
+            turn = -math.degrees(line.angle)  # PIL rotates anticlockwise, and our y points down
             layer = layer.rotate(turn, Image.Resampling.BICUBIC, center=(x, y))
         canvas.paste(_bytes(line.colour), (0, 0), layer)
 
@@ -96,7 +96,7 @@ class Painter:
 
 
 def background(values: Sequence[float], width: int, height: int, rng: Random) -> Image.Image:
-    """The scene's background: two colours mixed plainly, along a line, roundly, in clouds or in stripes."""
+    """Paint the background: one colour, or two mixed linearly, radially, in clouds or in stripes."""
     kind, angle, frequency, phase = (values[i] for i in (0, 7, 8, 9))
     first, second = np.array(values[1:4]), np.array(values[4:7])
     y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
@@ -117,7 +117,7 @@ def background(values: Sequence[float], width: int, height: int, rng: Random) ->
 
 
 def paint_box(canvas: Image.Image, box: Box, scale: float, style: str) -> None:
-    """A bar in a style that training never draws but for the plain one; lines and axes are always plain."""
+    """Paint a bar in one of ``BAR_STYLES``, of which training draws only "plain"; lines and axes are always plain."""
     left, top, right, bottom = (side * scale for side in (box.left, box.top, box.right, box.bottom))
     x, y = math.floor(left) - 2, math.floor(top) - 2
     width, height = math.ceil(right) + 2 - x, math.ceil(bottom) + 2 - y
@@ -132,7 +132,7 @@ def paint_box(canvas: Image.Image, box: Box, scale: float, style: str) -> None:
     radius = min(right - left, bottom - top) * 0.2 * OVERSAMPLE if bar and style == "rounded" else 0
     ImageDraw.Draw(large).rounded_rectangle(corners, radius, 255)
     mask = large.resize((width, height), Image.Resampling.BOX)
-    if bar and style == "shaded":  # a little lighter towards the top
+    if bar and style == "shaded":  # lighter towards the top
         shades = np.linspace(1.0, 0.82, height)[:, None, None] * np.array(box.colour) * 255
         canvas.paste(Image.fromarray(np.broadcast_to(shades, (height, width, 3)).astype(np.uint8)), (x, y), mask)
         return
@@ -143,13 +143,13 @@ def paint_box(canvas: Image.Image, box: Box, scale: float, style: str) -> None:
 
 
 def _paint_shape(canvas: Image.Image, mark: Mark, scale: float) -> None:
-    """A polygon, three times too large, then reduced: PIL's own edges are not smooth."""
+    """Paint a polygon, oversampled three times because PIL does not smooth edges."""
     fill, (border, *edge_colour), hollow = mark.look[:3], mark.look[3:7], mark.look[7]
     corners = outlines.outline(mark.name) * mark.size * scale * [mark.stretch, 1.0]
     cos, sin = math.cos(mark.angle), math.sin(mark.angle)
     corners = corners @ np.array([[cos, sin], [-sin, cos]])
     half = int(np.abs(corners).max()) + 3
-    # The picture's own sub-pixel place, kept in the mask.
+    # Keep the sub-pixel position in the mask.
     left, top = math.floor(mark.x * scale) - half, math.floor(mark.y * scale) - half
     middle = np.array([mark.x * scale - left, mark.y * scale - top])
 
@@ -160,7 +160,7 @@ def _paint_shape(canvas: Image.Image, mark: Mark, scale: float) -> None:
         return large.resize((2 * half,) * 2, Image.Resampling.BOX)
 
     outer = mask(1.0)
-    inner = mask(1.0 - border / 0.7) if border else outer  # a border is a share of the half-width, most of it inside
+    inner = mask(1.0 - border / 0.7) if border else outer  # a share of the half-width, most of it inside
     if hollow:
         ring = Image.fromarray(np.asarray(outer) - np.minimum(np.asarray(inner), np.asarray(outer)))
         canvas.paste(_bytes(fill), (left, top), ring)

@@ -1,8 +1,9 @@
-"""Draws whole batches of planned pictures in plain PyTorch, on the GPU for training and on a CPU for tests.
+"""Draws batches of planned images in plain PyTorch, on the GPU for training and on the CPU for tests.
 
-Each thing is drawn by looking up, for every pixel, where that pixel lies in the thing's own texture: lines of text are
-typeset into strips first, shapes are distance fields, sprites and photographs are pictures. The dense labels come from
-the same maps, taken at a few points. N pictures, S their size, n things drawn together, P patches, Q queries, K points.
+Everything is a texture that is sampled at every pixel of a window: lines of text are first typeset into strips, shapes
+are distance fields, sprites and photographs are images. Dense labels sample the same maps at a few points.
+
+N images, S their size, n things drawn together, P patches, Q queries, K points, T texture size.
 """
 
 import io
@@ -23,11 +24,11 @@ from recipes.nano.scenes import scene as scenes
 
 PATCH = 14
 IGNORED = -100
-LINEAR, ROUND, CLOUDY, STRIPED = 1, 2, 3, 4  # kinds of backgrounds besides the plain one, 0
+LINEAR, ROUND, CLOUDY, STRIPED = 1, 2, 3, 4  # kinds of backgrounds; 0 is plain
 
 
 class Renderer:
-    """Textures on a device, and ``renderer(batch)`` -> pictures and dense labels (see the recipe's README)."""
+    """Draws packed batches with textures kept on a device; the recipe's README documents inputs and outputs."""
 
     def __init__(self, assets: Assets, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -37,14 +38,14 @@ class Renderer:
         self.shapes = torch.from_numpy(fields).to(self.device)[:, None]
         self.sprites = _load_images(assets.sprites, "RGBA").to(self.device)
         self.photos = _load_images(assets.photos, "RGB").to(self.device)
-        # Made once: a constant that is made while drawing is a copy from the host that waits for the GPU.
+        # Made once: a constant made while drawing is a copy from the host that waits for the GPU.
         self.hue_turn = _hue_turn().to(self.device)
         self.axis = torch.arange(max(448, max(tiles.shape[2] for tiles, _ in self.glyphs.values())), device=self.device)
         self.centres = self.axis + 0.5
         self.channels = torch.arange(3, device=self.device)[:, None, None]
 
     def _glyph_tiles(self, assets: Assets, em: int) -> tuple[Tensor, Tensor]:
-        """Bitmaps of all glyphs at one size in equal tiles ``(faces * characters, h, w)`` uint8, and their tops."""
+        """Return all glyphs of one size in equal tiles ``(faces * characters, h, w)`` uint8, and their tops."""
         boxes = assets.glyph_boxes[em].reshape(-1, 4).astype(np.int64)
         bits = np.frombuffer(lzma.decompress(assets.glyph_bits[em]), np.uint8)
         tiles = np.zeros((len(boxes), boxes[:, 3].max(), boxes[:, 2].max()), np.uint8)
@@ -57,9 +58,9 @@ class Renderer:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Pictures, masks and dense labels of a packed batch whose tensors are on the renderer's device.
+        """Draw a packed batch whose tensors are on the renderer's device; return images, masks and dense labels.
 
-        Nothing waits for the host, so a training loop queues the next pictures while the GPU is busy with these.
+        There is no synchronisation with the host, so a training loop can queue the next images meanwhile.
         """
         size, valid = int(batch["size"]), batch["valid"]
         generator = torch.Generator(self.device).manual_seed(int(batch["seed"]))
@@ -83,7 +84,7 @@ class Renderer:
         }
 
     def _backgrounds(self, batch: Mapping[str, Any], valid: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """(N, 3, S, S) in 0..1: one colour, or two mixed by the kind of background."""
+        """Return ``(N, 3, S, S)`` in 0..1: one colour, or two mixed by the kind of background."""
         values, rows = batch["background"], batch["background_rows"]
         canvas = values[:, 1:4, None, None].expand(-1, -1, size, size).contiguous()
         grains = torch.rand((len(values), 1, 9, 9), device=self.device, generator=generator)
@@ -114,7 +115,7 @@ class Renderer:
         if not len(images):
             return
         x, y, width, height, mirrored, hue, mix = batch["photo_values"].unbind(1)
-        # Of the picture's valid part, a pixel at share u shows the box at share u; grid_sample counts from -1 to 1.
+        # A pixel at share u of the valid part samples the box at share u; grid_sample's range is -1 to 1.
         wide = width / valid[images, 1] * (1 - 2 * mirrored)
         high = height / valid[images, 0]
         zero = torch.zeros_like(x)
@@ -132,14 +133,14 @@ class Renderer:
         return F.grid_sample(self.photos[index].div(255.0), grid, padding_mode="reflection", align_corners=False)
 
     def _hue_rotation(self, angle: Tensor) -> Tensor:
-        """Rotations of colour space about the grey axis, (n, 3, 3)."""
+        """Return rotations of colour space about the grey axis, ``(n, 3, 3)``."""
         across, turned, along = self.hue_turn
         return across * angle.cos()[:, None, None] + turned * angle.sin()[:, None, None] + along
 
     # --- bars of charts ----------------------------------------------------------------------------------------------
 
     def _draw_boxes(self, canvas: Tensor, labels: Tensor, points: Tensor, batch: Mapping[str, Any]) -> None:
-        """Boxes of a layer do not overlap, so what covers a pixel is a matrix product: rows times columns."""
+        """Draw boxes; those of a layer do not overlap, so their coverage is a matrix product of rows and columns."""
         images = batch["box_image"]
         if not len(images):
             return
@@ -159,7 +160,7 @@ class Renderer:
         canvas.index_copy_(0, images, shown)
 
     def _covered(self, start: Tensor, end: Tensor, size: int) -> Tensor:
-        """Share of each pixel of an axis that lies between ``start`` and ``end``: (B, K) -> (B, K, S)."""
+        """Return the share of each pixel of an axis between ``start`` and ``end``: ``(B, K)`` -> ``(B, K, S)``."""
         pixel = self.axis[:size]
         return (torch.minimum(end[..., None], pixel + 1) - torch.maximum(start[..., None], pixel)).clamp_(0, 1)
 
@@ -173,7 +174,7 @@ class Renderer:
         textures = {commands.SHAPE: self.shapes[index[:shown]], commands.SPRITE: self._sprite_textures(batch)}
         textures[commands.SMALL_SPRITE] = F.avg_pool2d(textures[commands.SPRITE], 2)
         x, y, half, cos, sin, stretch = values[:, :6].unbind(1)
-        # Textures count from -1 to 1, as grid_sample wants it; a field of distances is larger than its shape.
+        # Texture coordinates are -1 to 1, as in grid_sample; a distance field is larger than its shape.
         reach = torch.ones_like(half)
         reach[:shown].fill_(outlines.REACH)
         maps = _to_local(x, y, cos, sin, 1 / (half * stretch * reach), 1 / (half * reach))
@@ -192,13 +193,13 @@ class Renderer:
                 colour, alpha = _shade(found, half[rows], values[rows, 6:])
                 canvas[window] = torch.lerp(canvas[window], colour, alpha)
                 hits.append(under < 0)
-            else:  # their colours are multiplied by alpha
+            else:  # premultiplied alpha
                 canvas[window] = torch.addcmul(found[:, :3], canvas[window], 1 - found[:, 3:])
                 hits.append(under > 0.5)
         self._label(labels, images, torch.where(torch.cat(hits), batch["mark_class"][:, None], -1))
 
     def _label(self, labels: Tensor, images: Tensor, classes: Tensor) -> None:
-        """Give points (N, k) the class of the last thing (n, k; -1 where it is not) that was drawn there."""
+        """Label points ``(N, k)`` with the class ``(n, k)`` of the last thing drawn there; -1 means it is not there."""
         count = self.num_classes
         order = torch.arange(len(classes), device=self.device)[:, None] * count
         last = torch.full_like(labels, -1)
@@ -207,17 +208,17 @@ class Renderer:
         labels.copy_(torch.where(last < 0, labels, last % count))
 
     def _window(self, images: Tensor, corner: Tensor, high: int, wide: int) -> tuple[Tensor, ...]:
-        """Indices of (n, 3, high, wide) of the canvas, each with its upper left corner (y, x) somewhere else."""
+        """Return indices of windows ``(n, 3, high, wide)`` of the canvas, given their upper left corners (y, x)."""
         rows, columns = corner[:, :1] + self.axis[:high], corner[:, 1:] + self.axis[:wide]
         return images[:, None, None, None], self.channels, rows[:, None, :, None], columns[:, None, None]
 
     def _pixel_grid(self, maps: Tensor, high: int, wide: int) -> Tensor:
-        """The maps (n, 2, 3) at every pixel's centre, (n, high, wide, 2)."""
+        """Evaluate the maps ``(n, 2, 3)`` at all pixel centres: ``(n, high, wide, 2)``."""
         across = torch.addcmul(maps[:, None, :, 2], self.centres[:wide, None], maps[:, None, :, 0])
         return across[:, None] + (self.centres[:high, None] * maps[:, None, :, 1])[:, :, None]
 
     def _sprite_textures(self, batch: Mapping[str, Any]) -> Tensor:
-        """All sprites of a batch (n, 4, T, T), colours multiplied by alpha, after their changes of style."""
+        """Return the batch's sprites ``(n, 4, T, T)`` with premultiplied alpha, after their changes of style."""
         outlined = batch["sprite_outlined"]
         texture = self.sprites[batch["sprite_index"]].div(255.0)
         if not len(texture):
@@ -226,7 +227,7 @@ class Renderer:
         colour, alpha = texture[:, :3], texture[:, 3:]
         steps = _each((levels - 1).clamp(min=1))
         colour = torch.where(_each(levels) > 0, (colour * steps).round_().div_(steps), colour)
-        # The hue is turned, saturation and gain stretch what differs from grey and all: one matrix, as grey stays grey.
+        # Hue rotates, saturation and gain scale: one matrix, since grey stays grey.
         along = self.hue_turn[2]
         turn = self._hue_rotation(hue) - along
         matrix = (turn * saturation[:, None, None] + along) * gain[:, None, None]
@@ -236,7 +237,7 @@ class Renderer:
             strength, inside = _each(outline[outlined]), alpha[outlined]
             grey = colour[outlined].mean(1, keepdim=True)
             edges = (_edges(grey * inside) * 1.5 + _edges(inside)).clamp_(0, 1)
-            # The outline's outer half: black around the sprite.
+            # The outer half of the outline: black around the sprite.
             around = torch.maximum(inside, strength * F.max_pool2d(inside, 5, 1, 2))
             texture[outlined] = torch.cat([texture[outlined, :3] * (1 - strength * edges), around], 1)
         return texture
@@ -254,7 +255,7 @@ class Renderer:
         for atlas, start, end, window_high, window_wide in batch["line_groups"]:
             first, strip, left, baseline = strips[atlas]
             high, wide = strip.shape[2:]
-            # Strip pixels counted from -1 to 1, as grid_sample wants them.
+            # Strip coordinates are -1 to 1, as in grid_sample.
             across, down = in_windows[start:end].unbind(1)
             to_strip = torch.stack([across * (2 / wide), down * (2 / high)], 1)
             to_strip[:, 0, 2] += 2 * left / wide - 1
@@ -263,7 +264,7 @@ class Renderer:
             alpha = F.grid_sample(strip[start - first : end - first], grid, align_corners=False)
             window = self._window(images[start:end], corner[start:end], window_high, window_wide)
             canvas[window] = torch.lerp(canvas[window], values[start:end, 6:, None, None], alpha)
-        # Label: the character whose advance holds the point, if the point is at the height of its glyph.
+        # Label: the character whose advance contains the point, if the point is at the height of its glyph.
         local = _apply(maps, points[images])
         character = torch.searchsorted(batch["line_edges"], local[..., 0].contiguous(), right=True) - 1
         before = character < 0
@@ -275,7 +276,7 @@ class Renderer:
         self._label(labels, images, torch.where(inside & ~before & (classes > 0), classes, -1))
 
     def _typeset(self, batch: Mapping[str, Any], group: tuple[int, ...]) -> tuple[Tensor, int, int]:
-        """Glyph tiles copied into one strip a line, (n, 1, h, w) in atlas pixels; where the pen begins in each."""
+        """Copy glyph tiles into a strip per line, ``(n, 1, h, w)`` in atlas pixels; also return the pen's start."""
         atlas, start, end, first, last, widest = group
         em = EM_SIZES[atlas]
         tiles, tops = self.glyphs[em]
@@ -288,13 +289,13 @@ class Renderer:
         rows = (line * high + rows.clamp_(0, high - 1)) * wide
         places = rows[:, :, None] + columns.clamp_(min=0)[:, None]
         strips = torch.zeros((end - start) * high * wide, device=self.device)
-        # Where tiles overlap the larger value wins.
+        # The larger value wins where tiles overlap.
         strips.scatter_reduce_(0, places.flatten(), tiles[index].div(255.0).flatten(), "amax")
         return strips.view(end - start, 1, high, wide), margin, baseline
 
 
 def _load_images(files: list[bytes], mode: str) -> Tensor:
-    """Encoded pictures -> (n, channels, S, S) uint8, all in the size of the largest side."""
+    """Decode images to ``(n, channels, T, T)`` uint8, T the largest side."""
     opened = [Image.open(io.BytesIO(content)).convert(mode) for content in files]
     side = max((max(image.size) for image in opened), default=1)
     arrays = [np.asarray(p if p.size == (side, side) else p.resize((side, side))) for p in opened]
@@ -303,14 +304,14 @@ def _load_images(files: list[bytes], mode: str) -> Tensor:
 
 
 def _patch_points(size: int, images: int, device: torch.device) -> Tensor:
-    """Centres of the patches in pixels, x then y, (N, P, 2)."""
+    """Return the patch centres in pixels, x then y: ``(N, P, 2)``."""
     axis = torch.arange(size // PATCH, device=device) * float(PATCH) + PATCH / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y], -1).view(1, -1, 2).expand(images, -1, -1)
 
 
 def _query_points(size: int, valid: Tensor) -> Tensor:
-    """What each query should know: points in pixels, (N, Q * K, 2), row-major in a query's cell (see the README)."""
+    """Return the queries' points in pixels, ``(N, Q * K, 2)``, row-major in a query's cell (see the README)."""
     device = valid.device
     cell = torch.arange(8, device=device)
     if size == 224:
@@ -327,25 +328,25 @@ def _query_points(size: int, valid: Tensor) -> Tensor:
 
 
 def _to_local(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, scale_x: Tensor, scale_y: Tensor) -> Tensor:
-    """Affine maps (n, 2, 3) from pixels to a thing's own axes: shift to x, y, turn back, scale."""
+    """Return affine maps ``(n, 2, 3)`` from pixels to a thing's own axes: translate, rotate back, scale."""
     a, b, c, d = cos * scale_x, sin * scale_x, -sin * scale_y, cos * scale_y
     return torch.stack([a, b, -(a * x + b * y), c, d, -(c * x + d * y)], 1).unflatten(1, (2, 3))
 
 
 def _apply(maps: Tensor, points: Tensor) -> Tensor:
-    """(n, 2, 3) maps on (n, k, 2) points."""
-    # Spelt out: a matrix product may run in TF32, too coarse for pixel positions.
+    """Apply maps ``(n, 2, 3)`` to points ``(n, k, 2)``."""
+    # Not a matrix product: that may run in TF32, too coarse for pixel positions.
     return points[..., :1] * maps[:, None, :, 0] + points[..., 1:] * maps[:, None, :, 1] + maps[:, None, :, 2]
 
 
 def _moved(maps: Tensor, corner: Tensor) -> Tensor:
-    """The maps (n, 2, 3) for pixels that are counted from ``corner`` (n, 2: y, x)."""
+    """Shift maps ``(n, 2, 3)`` to pixels that are counted from ``corner`` ``(n, 2)``, y and x."""
     offset = maps[..., 2] + maps[..., 0] * corner[:, 1:] + maps[..., 1] * corner[:, :1]
     return torch.cat([maps[..., :2], offset[..., None]], 2)
 
 
 def _shade(distance: Tensor, half: Tensor, look: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance fields (n, 1, h, w) -> colour and alpha, with edges one pixel soft."""
+    """Turn distance fields ``(n, 1, h, w)`` into colour and alpha, with edges one pixel soft."""
     fill, border = look[:, :3, None, None], look[:, 4:7, None, None]
     width, hollow, half = _each(look[:, 3]), _each(look[:, 7]), _each(half)
     inwards = 0.5 - distance * half  # pixels
@@ -355,12 +356,12 @@ def _shade(distance: Tensor, half: Tensor, look: Tensor) -> tuple[Tensor, Tensor
 
 
 def _each(values: Tensor) -> Tensor:
-    """(n,) -> (n, 1, 1, 1), one for each picture."""
+    """Reshape ``(n,)`` to ``(n, 1, 1, 1)``."""
     return values[:, None, None, None]
 
 
 def _hue_turn() -> Tensor:
-    """(3, 3, 3): what a turn about the grey axis multiplies by its cosine, by its sine, and by one."""
+    """Return ``(3, 3, 3)``: the parts of a rotation about the grey axis for its cosine, its sine, and one."""
     grey = torch.full((3, 3), 1 / 3)
     root = 3**-0.5
     cross = torch.tensor([[0, -root, root], [root, 0, -root], [-root, root, 0]])
@@ -368,13 +369,13 @@ def _hue_turn() -> Tensor:
 
 
 def _edges(plane: Tensor) -> Tensor:
-    """How much a plane (n, 1, T, T) changes from pixel to pixel, spread by one pixel."""
+    """Return how much a plane ``(n, 1, T, T)`` changes from pixel to pixel, spread by one pixel."""
     step = (plane[..., 1:, :-1] - plane[..., :-1, :-1]).abs() + (plane[..., :-1, 1:] - plane[..., :-1, :-1]).abs()
     return F.max_pool2d(F.pad(step, (0, 1, 0, 1)), 3, 1, 1)
 
 
 def _sensor(canvas: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    """Sharper or softer, brightness, contrast, noise; in place, from 0..1 to -1..1."""
+    """Apply blur, brightness, contrast and noise in place, and map 0..1 to -1..1."""
     brightness, contrast, blur, noise = batch["sensor"].unbind(1)
     blurred, noisy = batch["blurred"], batch["noisy"]
     if len(blurred):

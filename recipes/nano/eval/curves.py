@@ -1,4 +1,4 @@
-"""Learning curves of nano's stages, one after another, from what their trainings logged."""
+"""Learning curves of nano's stages, one after another, from their training logs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PANELS = {
     "share right": ("text accuracy", "answer accuracy", "patch accuracy", "query accuracy"),
 }
 COLOURS = 48
-"""Of the picture, which makes it small."""
+"""Colours of the PNG; few, to keep the file small."""
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 def read(log: Path) -> Lines:
-    """The lines of a ``log.jsonl`` that tell of training; none where there is no such file."""
+    """Read the training lines of a ``log.jsonl``; none if there is no such file."""
     if not log.is_file():
         return []
     lines = [json.loads(line) for line in log.read_bytes().splitlines()]
@@ -29,7 +29,7 @@ def read(log: Path) -> Lines:
 
 
 def joined(logs: Mapping[str, Lines], name: str) -> tuple[list[float], list[float]]:
-    """Minutes since the first stage's beginning, and the values of ``name`` there."""
+    """Return minutes since the start of the first stage, and the values of ``name`` at them."""
     minutes, values, begun = [], [], 0.0
     for lines in logs.values():
         for line in lines:
@@ -41,8 +41,8 @@ def joined(logs: Mapping[str, Lines], name: str) -> tuple[list[float], list[floa
 
 
 def draw(logs: Mapping[str, Lines], file: Path) -> None:
-    """A PNG of all stages: losses of letters, and shares that are right; above them the stages' numbers."""
-    # Only who publishes needs it.
+    """Draw a PNG of all stages: losses per letter and accuracies, with the stages' numbers above."""
+    # Optional: only publishing needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,7 @@
-"""The held-out evaluation: pictures drawn by PIL as users would send them, answered through the public ``Engine``.
+"""The held-out evaluation: images drawn by PIL as users would send them, answered by the public ``Engine``.
 
-``python -m recipes.nano.eval.evaluate [MODEL] --json results.json``; MODEL is a folder or a
-repository, by default the packaged one. ``items.py`` makes what is asked. Worker processes draw and prepare while the
-model answers.
+Run as ``python -m recipes.nano.eval.evaluate [MODEL] --json results.json``; MODEL is a folder or a repository, by
+default the packaged model. ``items.py`` makes the questions. Worker processes draw and preprocess images meanwhile.
 """
 
 import argparse
@@ -29,17 +28,17 @@ from recipes.nano.text.tokenizer import NANO_FOLDER
 
 LONGEST_ANSWER = 200  # tokens, which are letters
 NEAR = 0.1
-"""An answer is near the right one with edits of at most this share of the right one's letters."""
+"""An answer is near the right one if it differs by edits of at most this share of its letters."""
 REFUSED = ("i am not sure", "i do not know", "i see no picture")
 FALSE = "false not sure"
 PORTION = 12
-"""Items that a worker process is given at a time; a quarter of them where they have many pictures."""
-CACHE = {"cpu": 1 << 16, "cuda": 1 << 19}  # tokens: several evaluations may share a GPU
+"""Items per task of a worker process; a quarter of it for items with many images."""
+CACHE = {"cpu": 1 << 16, "cuda": 1 << 19}  # tokens; several evaluations may share a GPU
 COLUMNS = ("exact", "near", "letters", "not sure")
 
 
 class Answered(NamedTuple):
-    """What was asked, what is right, and what the model said."""
+    """A question, the right answer, and the model's answer."""
 
     task: str
     question: str
@@ -47,46 +46,46 @@ class Answered(NamedTuple):
     given: str
 
 
-Place = tuple[str, int]  # of an item: its task and number
+Place = tuple[str, int]  # an item: its task and number
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-class Workshop:
-    """Makes items into what the engine takes: plans, paints and prepares them."""
+class ItemFactory:
+    """Plans items, paints their images and prepares them for the engine."""
 
     def __init__(self, eval_file: Path, count: int, processor: str | Path):
         self.questions = Questions(Held(eval_file), count)
         self.processor = AriaProcessor.from_pretrained(processor)
 
     def make(self, places: Sequence[Place]) -> list[tuple[Item, Prepared]]:
-        """The items of these places."""
+        """Return the prepared items at ``places``."""
         items = [self.questions.item(*place) for place in places]
         return [(item, self.processor.prepare(item.messages(self.questions.paint(item)))) for item in items]
 
 
-_workshop: Workshop
+_factory: ItemFactory
 
 
 def _start(*settings: object) -> None:
-    global _workshop
+    global _factory
     torch.set_num_threads(1)
-    _workshop = Workshop(*settings)  # type: ignore[arg-type]
+    _factory = ItemFactory(*settings)  # type: ignore[arg-type]
 
 
 def _make(places: Sequence[Place]) -> list[tuple[Item, Prepared]]:
-    return _workshop.make(places)
+    return _factory.make(places)
 
 
 def made(
     portions: Iterable[Sequence[Place]], settings: tuple[Path, int, str | Path], processes: int
 ) -> Iterator[tuple[Item, Prepared]]:
-    """Items in order, by several processes that are never far ahead: pictures take memory."""
+    """Yield items in order, prepared by worker processes that stay little ahead, since images take memory."""
     if processes <= 1:
-        workshop = Workshop(*settings)
+        factory = ItemFactory(*settings)
         for portion in portions:
-            yield from workshop.make(portion)
+            yield from factory.make(portion)
         return
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[list[tuple[Item, Prepared]]]] = deque()
@@ -103,13 +102,13 @@ def made(
 
 
 def open_engine(model: str | None, processor: str | Path | None, device: str | None, batch: int | None) -> Engine:
-    """The engine; with ``processor``, of a folder of weights that has no files of the processor."""
+    """Open the engine; ``processor`` is the source of processor files if the model's folder has none."""
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     cache = CACHE["cuda" if cuda else "cpu"]
     if processor is None:
         return Engine(model, device=device, max_batch=batch, cache_tokens=cache)
     if model is None or not Path(model).is_dir():
-        raise ValueError(f"--processor goes with a model in a folder, but MODEL is {model}")
+        raise ValueError(f"--processor needs a model in a folder, but MODEL is {model}")
     with tempfile.TemporaryDirectory() as folder:
         AriaProcessor.from_pretrained(processor).save_pretrained(folder)
         shutil.copytree(model, folder, dirs_exist_ok=True)
@@ -117,28 +116,28 @@ def open_engine(model: str | None, processor: str | Path | None, device: str | N
 
 
 def answers(engine: Engine, items: Iterable[tuple[Item, Prepared]], ahead: int) -> Iterator[Answered]:
-    """Greedy answers, in the order in which they end; ``ahead`` requests are kept in the engine."""
+    """Yield greedy answers in the order of completion; the engine always has ``ahead`` requests."""
     params = SamplingParams(max_tokens=LONGEST_ANSWER)
     source = iter(items)
-    growing: list[tuple[Item, Answer]] = []
+    pending: list[tuple[Item, Answer]] = []
     while True:
-        while len(growing) < ahead and (new := next(source, None)) is not None:
-            growing.append((new[0], engine.queue(new[1], params)))
-        if not growing:
+        while len(pending) < ahead and (new := next(source, None)) is not None:
+            pending.append((new[0], engine.queue(new[1], params)))
+        if not pending:
             return
         for _ in range(8):
             engine.step()
         left = []
-        for item, answer in growing:
+        for item, answer in pending:
             if answer.done:
                 yield Answered(item.task, item.question, item.answer, answer.result().text.strip())
             else:
                 left.append((item, answer))
-        growing = left
+        pending = left
 
 
 def portions(questions: Questions, wanted: Sequence[str] = ("",)) -> list[list[Place]]:
-    """All places of the tasks with one of ``wanted`` in their names, as workers are given them."""
+    """Split the items of tasks whose names contain one of ``wanted`` into portions for workers."""
     found: list[list[Place]] = []
     for task, made in questions.tasks.items():
         size = PORTION // 4 if task.startswith(("search", "several", "clip")) else PORTION
@@ -152,8 +151,13 @@ def portions(questions: Questions, wanted: Sequence[str] = ("",)) -> list[list[P
 
 
 def score(answered: Iterable[Answered]) -> dict[str, dict[str, float]]:
-    """Per task: number of items; shares of exact and of near answers, of right letters (1 - edits / length), and of
-    answers that it does not know. The last entry is about that among all tasks that it should know."""
+    """Score answers, grouped by task.
+
+    Returns:
+        For each task: number of items; shares of exact and of near answers; share of right letters
+        (1 - edits / length); share of refusals. The last entry is the share of refusals in tasks that the model should
+        know.
+    """
     results: dict[str, dict[str, float]] = {}
     for task, group in groupby(answered, key=lambda one: one.task):
         rows = list(group)
@@ -175,12 +179,12 @@ def score(answered: Iterable[Answered]) -> dict[str, dict[str, float]]:
 
 
 def same(wanted: str, given: str) -> bool:
-    """Equal, but for white space at the ends of lines."""
+    """Return whether answers are equal except for white space at the ends of lines."""
     return [line.strip() for line in wanted.split("\n")] == [line.strip() for line in given.strip().split("\n")]
 
 
 def distance(a: str, b: str) -> int:
-    """Edits (insert, delete, replace) between two texts."""
+    """Return the Levenshtein distance of two texts."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, row[0] = row[0], i
@@ -190,7 +194,7 @@ def distance(a: str, b: str) -> int:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The results as text, one task a line."""
+    """Format the results as text, a line per task."""
     lines = [f"{'task':32}{'items':>7}" + "".join(f"{name:>10}" for name in COLUMNS)]
     for task, row in results.items():
         cells = [f"{row[name]:>10.1%}" if name in row else "" for name in COLUMNS]
@@ -199,24 +203,24 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Evaluate and print."""
+    """Evaluate a model and print its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder or repo id; default: the packaged model")
-    parser.add_argument("--processor", help="where tokenizer and processor files are, if not with the model")
+    parser.add_argument("model", nargs="?", help="folder or repository (default: the packaged model)")
+    parser.add_argument("--processor", help="folder of the tokenizer and processor files, if MODEL has none")
     parser.add_argument("--eval-file", type=Path, default=FOLDER / "eval.npz")
-    parser.add_argument("--count", type=int, default=500, help="items of most tasks")
-    parser.add_argument("--tasks", nargs="+", default=[""], help="only those with one of these in their name")
-    parser.add_argument("--batch", type=int, help="answers that grow together; default: the engine's")
+    parser.add_argument("--count", type=int, default=500, help="items of most tasks (default: 500)")
+    parser.add_argument("--tasks", nargs="+", default=[""], help="only tasks whose names contain one of these")
+    parser.add_argument("--batch", type=int, help="maximum number of concurrent sequences (default: the engine's)")
     parser.add_argument("--processes", type=int, default=max(1, (multiprocessing.cpu_count() or 2) - 1))
     parser.add_argument("--device")
-    parser.add_argument("--json", type=Path, help="write results here")
-    parser.add_argument("--misses", type=Path, help="write wrong answers here, one JSON a line")
+    parser.add_argument("--json", type=Path, help="write results to this file")
+    parser.add_argument("--misses", type=Path, help="write wrong answers to this file, as JSON lines")
     options = parser.parse_args(list(arguments) if arguments is not None else None)
     started = time.monotonic()
     processor = options.processor or options.model or NANO_FOLDER
     asked = portions(Questions(Held(options.eval_file), options.count), options.tasks)
     if not asked:
-        parser.error(f"no task has {' or '.join(map(repr, options.tasks))} in its name")
+        parser.error(f"no task name contains {' or '.join(map(repr, options.tasks))}")
     engine = open_engine(options.model, options.processor, options.device, options.batch)
     ahead = 2 * (options.batch or (256 if engine.device.type == "cuda" else 16))
     items = made(asked, (options.eval_file, options.count, processor), options.processes)

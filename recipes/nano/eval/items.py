@@ -1,7 +1,7 @@
-"""What the evaluation asks: items of every task from seeded streams, so that a model is always asked the same.
+"""The questions of the evaluation: items of every task from seeded streams, the same for every model.
 
-Words, photographs and sprites are held out or of styles of training as a task's name says, pictures are painted by
-``paint.py``, sums, numbers and forms of questions are those that ``text_questions.py`` and ``haystack.py`` hold back.
+A task's name says whether words, photographs and sprites are held out or in training styles. Images are painted by
+``paint.py``; sums, numbers and wordings are those that ``text_questions.py`` and ``haystack.py`` hold out.
 """
 
 import io
@@ -27,31 +27,31 @@ from recipes.nano.scenes.shape_questions import Form, describe_shapes, pair_ques
 from recipes.nano.text import dialogue, glosses, haystack, text_questions
 
 REFUSALS = ("not sure", "unknown words", "beyond", "no picture")
-"""Tasks whose right answer is that it does not know."""
+"""Tasks whose right answer is a refusal."""
 NEEDLES = {"needle, 512 tokens": 512, "needle, 2,048 tokens": 2048, "needle, 4,096 tokens": 4096}
-TEXTS = {  # task -> kind of text_questions.KINDS
+TEXTS = {  # task -> key of text_questions.KINDS
     **{kind: kind for kind in ("unknown words", "sums", "reckoning", "facts", "beyond", "no picture")},
     "spelling": "words",
 }
 STEP = 25
-"""Pixels: pictures of one size are resized together."""
+"""Pixels between sizes of painted images; images of one size are resized together."""
 TALK = tuple((form, answer) for forms, answer in dialogue.SMALL_TALK for form in forms)
 
 
 @dataclass
 class Item:
-    """One question and the one right answer; ``PICTURE`` stands in the question for each of the scenes."""
+    """A question and its only right answer; the question contains ``IMAGE`` once for each scene."""
 
     task: str
     question: str
     answer: str
     scenes: Sequence[Scene] = ()
     scale: float = 1.0
-    """Painted so many times as large as planned."""
+    """Factor from planned to painted size."""
     seed: int = 0
 
     def messages(self, images: Sequence[Image.Image]) -> list[dict]:
-        """The conversation as a user sends it, with a picture in every place."""
+        """Return the conversation as a user sends it, with an image at every place."""
         texts = self.question.split(IMAGE)
         assert len(texts) == len(images) + 1, f"{len(texts) - 1} places for {len(images)} images"
         content: list[dict] = []
@@ -65,11 +65,11 @@ class Item:
 
 
 class Held:
-    """The held-out material: faces seen and unseen, words, sprites by style, photographs."""
+    """The evaluation material: training and held-out faces, held-out words, sprites by style, photographs."""
 
     def __init__(self, path: Path = FOLDER / "eval.npz") -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; build it with: python -m recipes.nano.assets.build")
+            raise FileNotFoundError(f"{path} does not exist; build it with: python -m recipes.nano.assets.build")
         with np.load(path) as file:
             meta = unpack_json(file["meta"])
             self.fonts = [zlib.decompress(content) for content in unpack_files(file["fonts"], file["font_ends"])]
@@ -92,15 +92,15 @@ class Held:
         )
 
     def faces_of(self, held_out: bool) -> list[int]:
-        """Indices of the faces that training saw, or did not."""
+        """Return indices of faces that are held out, or that are not."""
         return [i for i, face in enumerate(self.faces) if face["held_out"] == held_out]
 
     def sprites_of(self, held_out: bool) -> list[int]:
-        """Indices of the sprites in styles that training saw, or in the one that it did not."""
+        """Return indices of sprites in the held-out style, or in training styles."""
         return [i for i, entry in enumerate(self.sprite_meta) if (entry["style"] == "openmoji") == held_out]
 
     def planner(self, size: int, rng: Random) -> Planner:
-        """Plans with held-out words, and with faces and styles of emoji that training saw."""
+        """Return a planner with held-out words, and with faces and emoji styles of training."""
         planner = Planner(self.assets, size, rng)
         seen = set(self.faces_of(False))
         planner.faces = [alike for family in planner.faces if (alike := [face for face in family if face in seen])]
@@ -108,23 +108,23 @@ class Held:
         return planner
 
 
-Asked = tuple[Sequence[Scene], str, str]  # pictures, question, answer
+Asked = tuple[Sequence[Scene], str, str]  # scenes, question, answer
 
 
 @dataclass(frozen=True)
 class Task:
-    """How many items, and what makes number n of them from a stream of its own."""
+    """The number of items of a task, and the function that makes item n from its own random stream."""
 
     count: int
     make: Callable[[Planner, Random, int], Asked]
     size: int = 224
-    """Of the planned pictures, in pixels; 0: both sizes in turn."""
+    """Size of the planned images in pixels; 0 alternates both sizes."""
     painted: tuple[int, int] = (300, 800)
-    """Longer sides of the painted pictures, in pixels for ``size`` 224, in steps of :data:`STEP`."""
+    """Range of the painted images' longer side, in pixels at ``size`` 224, in steps of :data:`STEP`."""
 
 
 class Questions:
-    """The items of all tasks, ``count`` of most."""
+    """The items of all tasks; most have ``count``."""
 
     def __init__(self, held: Held, count: int = 500, seed: int = 2026) -> None:
         self.held, self.seed = held, seed
@@ -145,7 +145,7 @@ class Questions:
         }
         for style, held_out, most in (("trained styles", False, 600), ("unseen style", True, 853)):
             chosen = held.sprites_of(held_out)
-            chosen = chosen if count >= 500 else chosen[:: -(-most // count)]  # fewer for a quick look
+            chosen = chosen if count >= 500 else chosen[:: -(-most // count)]  # fewer for a quick evaluation
             shown[f"emoji, {style}"] = partial(self._emoji, chosen=chosen), len(chosen), 224
         for task, kind, number in (
             ("largest bar", "largest", count),
@@ -168,7 +168,7 @@ class Questions:
         }
 
     def item(self, task: str, n: int) -> Item:
-        """Number ``n`` of a task's items."""
+        """Return item ``n`` of a task."""
         made = self.tasks[task]
         rng = Random(f"{self.seed} {task} {n}")
         size = made.size or (224, 448)[n % 2]
@@ -177,7 +177,7 @@ class Questions:
         return Item(task, question, answer, scenes, longer / 224, rng.getrandbits(32))
 
     def paint(self, item: Item) -> list[Image.Image]:
-        """Its pictures."""
+        """Paint the images of an item."""
         if len(item.scenes) == 1:
             return [self.held.painter.paint(item.scenes[0], item.scale, Random(item.seed))]
         story = Story("clips" if item.task.startswith("clip") else "", list(item.scenes), [])
@@ -202,9 +202,9 @@ class Questions:
         for _ in range(50):
             scene = planner.empty("words")
             planner.place_lines(scene, [text], face)
-            if scene.lines[0].text == text:  # it fitted
+            if scene.lines[0].text == text:  # it fits
                 return _about(scene, planner.rng.choice(dialogue.READ), text)
-        raise ValueError(f"no picture has room for {text!r}")
+        raise ValueError(f"no image has room for {text!r}")
 
     def _lines(self, planner: Planner, rng: Random, n: int, held_out: bool) -> Asked:
         planner.faces = [[face] for face in self.held.faces_of(held_out)]
@@ -240,7 +240,7 @@ class Questions:
             if asked:
                 _, (forms, answer) = rng.choice(asked)
                 return _about(scene, rng.choice(list(forms)), answer)
-        raise ValueError("two shapes never stood clearly beside each other")
+        raise ValueError("no two shapes were clearly beside each other")
 
     def _describe(self, planner: Planner, rng: Random, n: int) -> Asked:
         scene = _shapes(planner, rng.sample(SHAPES, rng.randint(1, 3)))
@@ -254,7 +254,7 @@ class Questions:
         return _about(scene, rng.choice(dialogue.NAME_EMOJI), scene.marks[0].name)
 
     def _photo(self, planner: Planner, rng: Random, n: int) -> Asked:
-        """Every photograph whole first, then parts of them; asked as anything may be asked."""
+        """Ask about whole photographs first, then about parts of them."""
         photos = len(self.held.photos)
         scene = planner.empty("not sure")
         width, height = self.held.photo_sizes[n % photos]
@@ -279,7 +279,7 @@ class Questions:
                 _, (questions, answer) = rng.choices(wanted, [weight for weight, _ in wanted])[0]
                 return _about(scene, rng.choice(list(questions)), answer)
 
-    # --- several pictures --------------------------------------------------------------------------------------------
+    # --- several images ----------------------------------------------------------------------------------------------
 
     def _clip(self, planner: Planner, rng: Random, n: int, directions: bool) -> Asked:
         ways = {dialogue.sentence(way) for way in stories.DIRECTIONS}
@@ -299,7 +299,7 @@ class Questions:
     # --- text --------------------------------------------------------------------------------------------------------
 
     def _definition(self, planner: Planner, rng: Random, n: int) -> Asked:
-        """Each word once, as long as there are words."""
+        """Ask for each word once, as far as the words last."""
         known = glosses.read().definitions
         words = sorted(known)
         Random(self.seed).shuffle(words)
@@ -313,7 +313,7 @@ class Questions:
         return (), *TALK[n * len(TALK) // self.tasks["talk"].count]
 
     def _needle(self, planner: Planner, rng: Random, n: int, length: int, count: int) -> Asked:
-        """At depths from the text's beginning to its end."""
+        """Ask for needles at depths from the start of the text to its end."""
         return (), *haystack.haystack(rng, length, n / max(count - 1, 1), held_out=True)[0]
 
 
@@ -328,7 +328,7 @@ def _shapes(planner: Planner, names: Sequence[str]) -> Scene:
 
 
 def _kind(form: Form) -> str:
-    """Which of the tasks a question about a chart belongs to."""
+    """Return the task that a question about a chart belongs to."""
     questions = form[1][0]
     kinds: Mapping[str, bool] = {
         "largest": questions is charts.LARGEST,

@@ -1,9 +1,8 @@
-"""Puts trained nano and what was measured of it into the package: the road from training to ``src/aria/nano/``.
+"""Publish a trained nano: write its weights, configuration, results and learning curves into ``src/aria/nano/``.
 
-``python -m recipes.nano.eval.publish runs/nano`` takes the last stage's export and, of each stage's folder,
-``results.json`` (what ``evaluate --json`` wrote) and ``log.jsonl``. It writes the weights in one file, the
-configuration, the table of the card and the learning curves. What the card says around the table is for people to
-keep true.
+Run as ``python -m recipes.nano.eval.publish runs/nano``. It reads the last stage's export, and ``results.json`` (from
+``evaluate --json``) and ``log.jsonl`` of each stage. The card's table of results is replaced; the text around it has to
+be updated by hand.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from recipes.nano.train.run import EXPORT, RECIPES
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 MOST_BYTES = 40 * 2**20
-"""What the package has room for."""
+"""Maximum size of the packaged weights."""
 BEFORE = Path(__file__).parents[1] / "first-edition.json"
-"""What ``evaluate --json`` wrote about the edition before."""
+"""Results of ``evaluate --json`` for the previous edition."""
 CURVES = "curves.png"
 NOT_MEASURED = "–"
 
@@ -32,9 +31,13 @@ Results = Mapping[str, Mapping[str, float]]
 
 
 class Row(NamedTuple):
-    """A line of the card's table: what people read, the evaluation's name of the task, and the goal if there is one.
+    """A row of the card's table.
 
-    ``measure``: of :data:`recipes.nano.eval.evaluate.COLUMNS`, or ``wrong letters``.
+    Attributes:
+        title: Text of the first column.
+        task: The evaluation's name of the task.
+        goal: Text of the goal, if any.
+        measure: One of :data:`recipes.nano.eval.evaluate.COLUMNS`, or ``wrong letters``.
     """
 
     title: str
@@ -43,7 +46,7 @@ class Row(NamedTuple):
     measure: str = "exact"
 
     def cell(self, results: Results) -> str:
-        """What was measured, in percent."""
+        """Format the result in percent."""
         found = results.get(self.task)
         if found is None:
             return NOT_MEASURED
@@ -99,14 +102,14 @@ ROWS = (
 
 
 def table(before: Results, stages: Mapping[str, Results]) -> str:
-    """The card's table.
+    """Format the card's table.
 
     Args:
-        before: what ``evaluate --json`` wrote about the edition before.
-        stages: the same of each stage that was measured, by the column's title, in order.
+        before: Results of the previous edition.
+        stages: Results of each evaluated stage by title of its column, in order.
 
     Raises:
-        ValueError: the last results have a task that the table has no line for, or the other way round.
+        ValueError: The tasks of the last results and the rows of the table differ.
     """
     columns = {"first edition": before, **stages}
     last = list(columns.values())[-1]
@@ -134,20 +137,21 @@ def with_table(card: str, new: str) -> str:
 
 
 def publish(runs: Path, package: Path = NANO_FOLDER, before: Path = BEFORE) -> None:
-    """Write weights, configuration, the card's table and the curves into ``package``; everything is checked before.
+    """Write weights, configuration, the card's table and the curves into ``package``, after checking everything.
 
     Args:
-        runs: folder of the stages' folders; the last one has to have an export and results, the others may lack them.
-        before: results of the edition before.
+        runs: Folder with a folder per stage; the last needs an export and results, the others may lack them.
+        package: Folder of the packaged model.
+        before: File with the results of the previous edition.
 
     Raises:
-        ValueError: results, card or weights are not what the package needs.
+        ValueError: Results, card or weights are incomplete or do not fit.
     """
     names = [recipe.stem for recipe in RECIPES]
     measured = {name.replace("-", " ", 1): _read(runs / name / "results.json") for name in names}
     if not measured[names[-1].replace("-", " ", 1)]:
         raise ValueError(
-            f"{runs / names[-1]} has no results.json; to make it: python -m recipes.nano.eval.evaluate --json"
+            f"{runs / names[-1]} has no results.json; make it with: python -m recipes.nano.eval.evaluate --json"
         )
     stages = {f"after {name}": found for name, found in measured.items() if found}
     card = package / "README.md"
@@ -170,14 +174,16 @@ def _read(file: Path) -> Results:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Publish, and say what to look at."""
+    """Publish, and remind of the card's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder of the stages' folders: OUT of the training")
-    parser.add_argument("--before", type=Path, default=BEFORE, help="results of the edition before")
+    parser.add_argument("runs", type=Path, help="folder with a folder per stage: OUT of the training")
+    parser.add_argument("--before", type=Path, default=BEFORE, help="results of the previous edition")
     parser.add_argument("--package", type=Path, default=NANO_FOLDER, help="folder with the card")
     options = parser.parse_args(arguments)
     publish(options.runs, options.package, options.before)
-    print(f"Wrote weights, table and curves into {options.package}. Read README.md there: is its text still true?")
+    print(
+        f"Wrote weights, table and curves into {options.package}. Check that the text of README.md there is still true."
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Plans of pictures and of the conversations about them."""
+"""Plans of images and of the conversations about them."""

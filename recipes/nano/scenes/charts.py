@@ -1,4 +1,4 @@
-"""Plans bar charts: upright bars, lying bars, lollipops; names, values, titles, and what is asked about them."""
+"""Plans bar charts (vertical bars, horizontal bars, lollipops) and questions about them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ KIND = ("What kind of chart is this?", "What kind of picture is this?")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 CLEAR = 7.0
-"""Pixels by which two bars differ at least before anything is asked about which is longer."""
-HEAD, WIDEST_HEAD = 0.7, 0.09  # of a lollipop: radius as a share of half its slot's bar, that at most in sizes
+"""Minimum difference in pixels of two bars that are compared in a question."""
+HEAD, WIDEST_HEAD = (
+    0.7,
+    0.09,
+)  # a lollipop's radius: as a share of half a bar's width, and its maximum as a share of the image size
 SMALLEST_EM = 19.0  # as in the builder: capitals of about 14 px
 
 
 @dataclass
 class Chart:
-    """What a chart shows. ``lengths`` are those of the bars in pixels, ``colours`` their names."""
+    """The content of a chart; ``lengths`` of the bars are in pixels, ``colours`` are names."""
 
     names: list[str]
     values: list[int]
@@ -49,21 +52,21 @@ class Chart:
 
 @dataclass
 class Style:
-    """How a chart looks: letters, ink, what is drawn besides the bars."""
+    """The look of a chart: font, ink, grid and axis."""
 
     face: int
     em: float
     ink: Colour
     ink_name: str
     upright: bool
-    heads: bool  # lollipops: a thin bar and a disc
+    heads: bool  # lollipops: thin bars that end in a disc
     grid: Colour | None
     axis: bool
-    gap: float  # share of a bar's slot that stays empty
+    gap: float  # share of a bar's slot that is empty
 
 
 def plan_chart(builder: SceneBuilder, scene: Scene, grown: float = 1.0) -> Chart:
-    """Lay a chart out in ``scene``; nothing is asked yet."""
+    """Lay out a chart in ``scene``, without questions."""
     rng = builder.rng
     if min(scene.width, scene.height) < 0.6 * scene.size:
         scene.width = scene.height = scene.size
@@ -76,12 +79,12 @@ def plan_chart(builder: SceneBuilder, scene: Scene, grown: float = 1.0) -> Chart
     names = _names(builder, style, count, scene)
     chart = Chart(names, _values(builder, count), [], colours, printed=rng.random() < 0.75)
     left, top, right, bottom = _frame(builder, scene, chart, style)
-    (_upright if style.upright else _lying)(builder, scene, chart, style, fills, (left, top, right, bottom))
+    (_vertical if style.upright else _horizontal)(builder, scene, chart, style, fills, (left, top, right, bottom))
     return chart
 
 
 def chart_questions(chart: Chart, rng: Random) -> list[Form]:
-    """Weighted ``(question forms, answer)`` about a chart, each with one right answer."""
+    """Return weighted questions about a chart."""
     order = sorted(range(len(chart.names)), key=lambda i: chart.lengths[i])
     forms: list[Form] = [
         (0.3, (dialogue.DESCRIBE, describe_chart(chart))),
@@ -109,7 +112,7 @@ def chart_questions(chart: Chart, rng: Random) -> list[Form]:
 
 
 def describe_chart(chart: Chart) -> str:
-    """'A bar chart "Sales": Jan 12, Feb 7 and Mar 20.', or only the names where no values are printed."""
+    """Return 'A bar chart "Sales": Jan 12, Feb 7 and Mar 20.' and the like; without printed values, only names."""
     title = f' "{chart.title}"' if chart.title else ""
     bars = [f"{name} {value}" if chart.printed else name for name, value in zip(chart.names, chart.values, strict=True)]
     return f"A bar chart{title}: {dialogue.listing(bars)}."
@@ -119,7 +122,7 @@ def _fill(forms: Sequence[str], *values: str) -> list[str]:
     return [form.format(*values) for form in forms]
 
 
-# --- what it shows ---------------------------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------------------------
 
 
 def _bar_colours(builder: SceneBuilder, count: int) -> list[str]:
@@ -130,7 +133,7 @@ def _bar_colours(builder: SceneBuilder, count: int) -> list[str]:
 
 
 def _values(builder: SceneBuilder, count: int) -> list[int]:
-    """Whole numbers of a common size, the largest at most about ten times the smallest."""
+    """Draw whole numbers of similar size; the largest is at most about ten times the smallest."""
     rng = builder.rng
     most = rng.choice((9, 20, 50, 100, 100, 500, 1000))
     unit = 1 if most <= 100 or rng.random() < 0.5 else 10
@@ -138,7 +141,7 @@ def _values(builder: SceneBuilder, count: int) -> list[int]:
 
 
 def _names(builder: SceneBuilder, style: Style, count: int, scene: Scene) -> list[str]:
-    """Different names, no longer than their room: a slot of an upright chart, a third of the width of a lying one."""
+    """Draw different names that fit: a slot of a vertical chart, a third of the width of a horizontal one."""
     rng = builder.rng
     room = scene.width * 0.86 / count * 0.92 if style.upright else scene.width * 0.34
     kind = rng.random()
@@ -179,7 +182,7 @@ def _words(builder: SceneBuilder, style: Style, count: int, room: float) -> list
     return [chr(65 + n) for n in range(count)]
 
 
-# --- how it looks ----------------------------------------------------------------------------------------------------
+# --- look ------------------------------------------------------------------------------------------------------------
 
 
 def _style(builder: SceneBuilder, scene: Scene) -> Style:
@@ -205,7 +208,7 @@ def _style(builder: SceneBuilder, scene: Scene) -> Style:
 
 
 def _frame(builder: SceneBuilder, scene: Scene, chart: Chart, style: Style) -> tuple[float, float, float, float]:
-    """Where bars may stand, after the title and margins took their part: left, top, right, bottom."""
+    """Return the area left by margins and title: left, top, right, bottom."""
     rng = builder.rng
     margin = scene.size * rng.uniform(0.025, 0.06)
     left, top, right, bottom = margin, margin, scene.width - margin, scene.height - margin
@@ -234,14 +237,14 @@ def _write(scene: Scene, style: Style, text: str, x: float, y: float, em: float 
 
 
 def _ticks(chart: Chart, builder: SceneBuilder) -> tuple[float, list[int]]:
-    """The value at the end of the axis, and where lines of the grid stand."""
+    """Return the value at the end of the axis, and the values of the grid lines."""
     most = max(chart.values)
     step = next(s for base in (1, 10, 100, 1000) for s in (base, 2 * base, 5 * base) if most / s <= 6)
     last = -(-most // step)
     return max(last * step, most * builder.rng.uniform(1.0, 1.1)), [n * step for n in range(1, last + 1)]
 
 
-def _upright(
+def _vertical(
     builder: SceneBuilder,
     scene: Scene,
     chart: Chart,
@@ -254,11 +257,11 @@ def _upright(
     end, ticks = _ticks(chart, builder)
     floor = bottom - em * 1.35
     top += em * 1.25 if chart.printed else 0.0
-    if style.heads:  # room for the disc of the longest
+    if style.heads:  # room for the disc of the longest bar
         top += HEAD * min((right - left) / len(chart.names) * (1 - style.gap) / 2, WIDEST_HEAD * scene.size)
     high = floor - top
     wanted = style.grid and scene.size > 224 and builder.rng.random() < 0.6
-    if wanted:  # numbers on the axis take room from the left; few enough that they do not touch
+    if wanted:  # labels of the axis, few enough not to touch, narrow the area
         ticks = ticks[:: max(1, -(-int(len(ticks) * em * 1.3) // max(int(high), 1)))]
         wide = max(builder.advances(str(tick), face, 0.0).sum() for tick in ticks) * em
         for tick in ticks:
@@ -287,7 +290,7 @@ def _upright(
             _write(scene, style, str(value), middle - own / 2, floor - tall - lift - em * 0.34)
 
 
-def _lying(
+def _horizontal(
     builder: SceneBuilder,
     scene: Scene,
     chart: Chart,
@@ -326,7 +329,7 @@ def _lying(
 def _bar(
     scene: Scene, style: Style, fill: Colour, colour: str, middle: float, foot: float, half: float, length: float
 ) -> None:
-    """A bar from ``foot``, upwards or to the right; a lollipop is a thin one with a disc at its end."""
+    """Add a bar from ``foot`` upwards or to the right; a lollipop is a thin bar that ends in a disc."""
     half = min(half, WIDEST_HEAD * scene.size) if style.heads else half
     thin = max(1.0, half * 0.18) if style.heads else half
     if style.upright:

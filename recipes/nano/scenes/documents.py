@@ -1,4 +1,4 @@
-"""Plans lines of text as people photograph them: paragraphs, a heading with lines below it, lists of prices, notes."""
+"""Plans lines of text: paragraphs, a heading with lines below it, lists of prices, notes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from recipes.nano.scenes.shape_questions import Form
 from recipes.nano.text import dialogue
 
 SMALLEST_EM = 19.0
-LONGEST = 38  # characters of a line
+LONGEST = 38  # maximum characters of a line
 ENDS = (".", ".", ".", "!", "?", ",", "")
 
 
 def plan_lines(builder: SceneBuilder, scene: Scene, grown: float = 1.0) -> list[Form]:
-    """Two to four lines laid out in ``scene`` and what is asked about them; lines get longer as ``grown`` does."""
+    """Lay out two to four lines in ``scene`` and return questions; ``grown`` (0 to 1) scales their length."""
     rng = builder.rng
     if min(scene.width, scene.height) < 0.4 * scene.size:
         scene.width = scene.height = scene.size
@@ -46,7 +46,7 @@ def plan_lines(builder: SceneBuilder, scene: Scene, grown: float = 1.0) -> list[
 
 
 def paragraph(builder: SceneBuilder, count: int, longest: int) -> list[str]:
-    """Words in sentences, broken into ``count`` lines of at most ``longest`` characters."""
+    """Draw sentences, broken into ``count`` lines of at most ``longest`` characters."""
     rng = builder.rng
     lines: list[str] = []
     capital = True
@@ -84,7 +84,7 @@ def _title(builder: SceneBuilder, longest: int) -> str:
 
 
 def _note(builder: SceneBuilder, longest: int) -> str:
-    """A few words, a number, a time, a string without meaning, something with a bullet."""
+    """Draw a note: some words, a number, a time, a meaningless string, or an item with a bullet."""
     rng = builder.rng
     kind = rng.random()
     if kind < 0.12 or longest < 10:
@@ -107,7 +107,7 @@ def _price(builder: SceneBuilder, longest: int) -> str:
 
 
 def place(builder: SceneBuilder, scene: Scene, texts: list[str], sizes: list[float]) -> None:
-    """Lay ``texts`` out below one another, each ``sizes`` times as large as the common size; what cannot fit is cut."""
+    """Lay out ``texts`` one below the other, scaled by ``sizes`` relative to a common size; excess text is cut."""
     rng = builder.rng
     face = rng.choice(rng.choice(builder.faces))
     first = rng.choice(rng.choice(builder.faces)) if sizes[0] != 1.0 and rng.random() < 0.4 else face

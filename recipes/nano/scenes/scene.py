@@ -1,8 +1,8 @@
-"""What a planned picture is made of: text, shapes, emoji, bars, photographs; the names of shapes, colours and classes.
+"""The data of planned images (text, shapes, emoji, bars, photographs), and the names of shapes, colours and classes.
 
-Nothing is drawn here. A ``Scene`` holds drawing commands in pixels of the model's picture; ``render.py`` draws batches
-of them on the GPU for training, ``paint.py`` draws single ones with PIL at the size of a user's picture. A ``Story`` is
-a conversation about one scene or several.
+Nothing is drawn here. Coordinates of a ``Scene`` are pixels of the model's input. ``render.py`` draws batches of scenes
+on the GPU for training; ``paint.py`` draws single ones with PIL at the size of a user's image. A ``Story`` is a
+conversation about one scene or several.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from recipes.nano.assets.fonts import CHARACTERS
 
-TASKS = ("words", "shapes", "emoji", "not sure", "lines", "charts")  # about one picture
+TASKS = ("words", "shapes", "emoji", "not sure", "lines", "charts")  # about one image
 STORIES = ("clips", "several", "search")  # about more than one
 SHAPES = (
     *("circle", "square", "triangle", "rectangle", "star", "heart"),
     *("pentagon", "hexagon", "diamond", "oval", "cross", "arrow"),
 )
-# Name -> ranges of hue (degrees), saturation and value; the gaps between them are where people disagree.
+# Name -> ranges of hue (degrees), saturation and value; in the gaps between them people disagree.
 COLOURS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
     "red": ((-8, 6), (0.78, 1.0), (0.7, 1.0)),
     "orange": ((24, 35), (0.85, 1.0), (0.9, 1.0)),
@@ -38,14 +38,14 @@ Colour = tuple[float, float, float]
 
 
 def dense_classes(labels: Sequence[str]) -> list[str]:
-    """Names of the dense classes: background, other, characters, shape x colour, then one for each emoji label."""
+    """Return the names of the dense classes: background, other, characters, shape x colour, emoji labels."""
     shapes = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
     return ["background", "other", *CHARACTERS, *shapes, *labels]
 
 
 @dataclass
 class Line:
-    """One line of text; ``x, y`` is the pen's start on the baseline, ``angle`` in radians with the clock."""
+    """A line of text; ``x, y`` is the start on the baseline, ``angle`` is clockwise in radians, ``em`` is in pixels."""
 
     text: str
     face: int
@@ -62,8 +62,8 @@ class Line:
 class Mark:
     """A shape or sprite of half-width ``size`` around ``x, y``.
 
-    ``look`` is for a shape: fill, border (share of the size, 0 none), border colour, hollow. For a sprite: hue shift
-    (radians), saturation, gain, bias, outline, levels (0: all), mirrored.
+    ``look`` of a shape: fill, border width (share of the size, 0 for none), border colour, hollow. ``look`` of a
+    sprite: hue shift (radians), saturation, gain, bias, outline, levels (0 for all), mirrored.
     """
 
     kind: str  # "shape" or "sprite"
@@ -79,16 +79,16 @@ class Mark:
 
     @property
     def title(self) -> str:
-        """ "red circle", or the emoji's label."""
+        """The name with its colour, such as "red circle", or the emoji's label."""
         return f"{self.colour_name} {self.name}" if self.colour_name else self.name
 
 
 @dataclass
 class Box:
-    """An upright rectangle of a chart between two corners: a bar, an axis, a line of the grid.
+    """An axis-aligned rectangle of a chart: a bar, an axis or a grid line.
 
-    Boxes of a lower ``layer`` (below ``LAYERS``) are drawn first; those of one layer do not overlap. One that has no
-    ``colour_name`` is not there for the dense labels.
+    Boxes of a lower ``layer`` (0 to ``LAYERS`` - 1) are drawn first; boxes of one layer do not overlap. Boxes without a
+    ``colour_name`` have no dense label.
     """
 
     left: float
@@ -105,7 +105,7 @@ LAYERS = 2
 
 @dataclass
 class Photo:
-    """Part of a picture of another kind, perhaps mixed with a second one. ``box`` is x, y, width, height in 0..1."""
+    """Part of a photograph, possibly mixed with a second one; ``box`` is x, y, width and height as shares of it."""
 
     index: int
     box: tuple[float, float, float, float]
@@ -117,9 +117,9 @@ class Photo:
 
 @dataclass
 class Scene:
-    """One picture, ``height x width`` valid pixels of ``size x size``, and a conversation about it.
+    """An image, ``height x width`` valid pixels of ``size x size``, and a conversation about it.
 
-    ``background``: kind (0 plain, 1 linear, 2 round, 3 cloudy, 4 striped), two colours, angle, frequency, phase.
+    ``background``: kind (0 plain, 1 linear, 2 radial, 3 cloudy, 4 striped), two colours, angle, frequency, phase.
     ``sensor``: brightness, contrast, blur (negative sharpens), noise.
     """
 
@@ -141,7 +141,7 @@ IMAGE = "<fim_prefix><|img|><fim_suffix>"
 
 @dataclass
 class Story:
-    """Pictures of one size and a conversation about them; ``PICTURE`` stands in the questions, once for each."""
+    """Images of one size and a conversation about them; questions contain ``IMAGE`` once for each of them."""
 
     task: str
     scenes: list[Scene]

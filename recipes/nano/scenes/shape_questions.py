@@ -1,4 +1,4 @@
-"""Questions about shapes, and the one right answer to each in a given scene."""
+"""Questions about shapes, each with its only right answer."""
 
 from collections.abc import Sequence
 from random import Random
@@ -6,16 +6,16 @@ from random import Random
 from recipes.nano.scenes.scene import COLOUR_NAMES, SHAPES, Mark
 from recipes.nano.text import dialogue
 
-Form = tuple[float, tuple[Sequence[str], str]]  # weight, (paraphrases of a question, its answer)
+Form = tuple[float, tuple[Sequence[str], str]]  # weight, (paraphrases of a question, answer)
 
 
 def fill(forms: Sequence[str], *values: str) -> list[str]:
-    """The forms with values in their places."""
+    """Fill ``values`` into the paraphrases."""
     return [form.format(*values) for form in forms]
 
 
 def side_of(a: tuple[float, float], b: tuple[float, float]) -> str:
-    """Where a stands as seen from b: left, right, above, below, or "" where it is not clear."""
+    """Return where a is relative to b: "left", "right", "above", "below", or "" if unclear."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     if abs(dx) > 1.7 * abs(dy):
         return "left" if dx < 0 else "right"
@@ -25,7 +25,7 @@ def side_of(a: tuple[float, float], b: tuple[float, float]) -> str:
 
 
 def shape_questions(marks: Sequence[Mark], rng: Random) -> list[Form]:
-    """Weighted ``(question forms, answer)`` about shapes, each with one right answer."""
+    """Return weighted questions about shapes."""
     names = [mark.name for mark in marks]
     forms: list[Form] = [(0.8, (dialogue.DESCRIBE, describe_shapes(marks)))]
     kind = rng.choice(names) if rng.random() < 0.75 else rng.choice(SHAPES)
@@ -54,7 +54,7 @@ def shape_questions(marks: Sequence[Mark], rng: Random) -> list[Form]:
 
 
 def pair_questions(a: Mark, b: Mark, rng: Random) -> list[Form]:
-    """Questions about which of two different shapes stands where."""
+    """Return questions about the relative position of two different shapes."""
     if rng.random() < 0.5:
         a, b = b, a
     side = side_of((a.x, a.y), (b.x, b.y))
@@ -73,7 +73,7 @@ def pair_questions(a: Mark, b: Mark, rng: Random) -> list[Form]:
 
 
 def describe_shapes(marks: Sequence[Mark]) -> str:
-    """ "A red circle to the left of a blue square." and the like; up to four are listed from left to right."""
+    """Return "A red circle to the left of a blue square." and the like; up to four are listed from left to right."""
     titles = [mark.title for mark in sorted(marks, key=lambda mark: mark.x)]
     if len(marks) == 1:
         return dialogue.sentence(dialogue.with_article(titles[0]))

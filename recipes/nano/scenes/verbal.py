@@ -1,7 +1,7 @@
-"""Shapes and charts told in words, with the questions that are asked about pictures.
+"""Shapes and charts described in words, with the questions that are asked about images.
 
-Looking a thing up by one property to answer with another is late to come from pictures, where most letters that are to
-be learned are read off. In words it is practised cheaply, and before the first picture.
+Looking up a thing by one property to answer with another is learned late from images, where most target letters are
+read off. In words it is practised cheaply, before the first image.
 """
 
 from random import Random
@@ -13,18 +13,19 @@ from recipes.nano.text import dialogue
 from recipes.nano.text.text_questions import Turn
 
 SHOWN = ("{} {}", "{}\n{}", "In a picture: {} {}", "This is in the picture: {}\n{}")
-NOT_TOLD = (dialogue.DESCRIBE, dialogue.WHICH_SHAPE, KIND)
-"""Questions that only a picture answers, or that would be answered by repeating."""
+IMAGE_ONLY = (dialogue.DESCRIBE, dialogue.WHICH_SHAPE, KIND)
+"""Questions that need an image, or that would be answered by repeating the description."""
 
 
 def conversation(rng: Random, words: list[str]) -> list[Turn]:
-    """A description, two to five questions about it, and their answers.
+    """Generate a description, and two to five questions about it.
 
     Args:
-        words: names of a chart's bars.
+        rng: Source of all choices.
+        words: Possible names of a chart's bars.
     """
     description, forms = _shapes(rng) if rng.random() < 0.6 else _chart(rng, words)
-    asked = [form for form in forms if form[1][0] not in NOT_TOLD]
+    asked = [form for form in forms if form[1][0] not in IMAGE_ONLY]
     order = sorted(asked, key=lambda form: rng.random() ** (1.0 / form[0]), reverse=True)[: rng.randint(2, 5)]
     turns = [(dialogue.asked(questions, rng), answer) for _, (questions, answer) in order]
     question, answer = turns[0]
@@ -32,7 +33,7 @@ def conversation(rng: Random, words: list[str]) -> list[Turn]:
 
 
 def _shapes(rng: Random) -> tuple[str, list[Form]]:
-    """Up to four, so that the description tells each one's colour."""
+    """Describe up to four shapes; descriptions of more do not name each colour."""
     count = rng.choices((1, 2, 3, 4), (0.1, 0.4, 0.3, 0.2))[0]
     while True:
         marks = [
@@ -48,7 +49,7 @@ def _chart(rng: Random, words: list[str]) -> tuple[str, list[Form]]:
     names = [word.capitalize() for word in rng.sample(rng.choice((MONTHS, DAYS, words, words, words)), count)]
     most = rng.choice((20, 100, 1000))
     values = rng.sample(range(1, most), count)
-    # So long that no two are alike: the numbers are told, colours are not.
+    # Lengths tell all values apart; the description has no colours.
     chart = Chart(names, values, [100.0 * value for value in values], ["grey"] * count)
     forms = [form for form in chart_questions(chart, rng) if "colour" not in form[1][0][0]]
     return describe_chart(chart), forms

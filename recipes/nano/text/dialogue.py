@@ -1,6 +1,6 @@
-"""What is asked about pictures and what the right answer is; greetings; the text of a training conversation.
+"""Wordings of questions about images and of their answers, small talk, and the chat format of training.
 
-Every (question form, scene) pair has exactly one right answer, so evaluation can be exact.
+Every question about a scene has exactly one right answer, so evaluation compares exactly.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from random import Random
 NOT_SURE = "I am not sure what this is."
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
-# Question forms: paraphrases that share one answer.
+# Paraphrases that share one answer.
 READ = (
     *("What does it say?", "Read the text.", "What is written here?", "What text is in the picture?", "Read this."),
     *("What does the text say?", "Transcribe the text.", "What is written in the picture?", "Read it to me."),
@@ -57,7 +57,7 @@ PLACES = {"left": "to the left of", "right": "to the right of", "above": "above"
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NO_TEXT, NO_EMOJI, NO_SHAPES = "There is no text.", "There is no emoji.", "There are no shapes."
 
-# Talk without a picture: what people say -> what nano answers.
+# Talk without an image: what people say -> what nano answers.
 CAN_DO = (
     "I can read words and charts, name shapes, colours and emoji, count a few shapes, say where they are and how they "
     "move, explain some words and add small numbers. When I do not know something I say so."
@@ -148,37 +148,37 @@ IMAGE_TALK = tuple(entry for entry in SMALL_TALK if entry[1] in ("You are welcom
 
 
 def count_answer(number: int, singular: str) -> str:
-    """ "One circle.", "Three circles.", "There are no circles." """
+    """Return an answer such as "One circle.", "Three circles." or "There are no circles."."""
     if number == 0:
         return f"There are no {plural(singular)}."
     return f"{NUMBERS[number].capitalize()} {singular if number == 1 else plural(singular)}."
 
 
 def plural(noun: str) -> str:
-    """Plural of a shape or of "shape"; "emoji" stays."""
+    """Return the plural of a shape or of "shape"; "emoji" is unchanged."""
     if noun.endswith("emoji"):
         return noun
     return noun + ("es" if noun.endswith("s") else "s")
 
 
 def with_article(noun: str) -> str:
-    """ "a dog", "an orange square", "a unicorn"."""
+    """Return "a dog", "an orange square", "a unicorn" and the like."""
     vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "use", "euro", "one"))
     return f"{'an' if vowel or noun.startswith('8') else 'a'} {noun}"
 
 
 def listing(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Return "a", "a and b" or "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def sentence(text: str) -> str:
-    """First letter a capital, and a full stop."""
+    """Capitalise the first letter and add a full stop."""
     return f"{text[0].upper()}{text[1:]}."
 
 
 def describe_lines(lines: Sequence[str]) -> str:
-    """The description of a picture of words."""
+    """Return the description of an image of text."""
     if len(lines) > 1:
         quoted = [f'"{line}"' for line in lines]
         return f"{NUMBERS[len(lines)].capitalize()} lines of text: {listing(quoted)}."
@@ -188,14 +188,14 @@ def describe_lines(lines: Sequence[str]) -> str:
 
 
 def describe_emoji(labels: Sequence[str]) -> str:
-    """The description of a picture of one to four emoji."""
+    """Return the description of an image of one to four emoji."""
     if len(labels) == 1:
         return sentence(f"{with_article(labels[0])} emoji")
     return f"{NUMBERS[len(labels)].capitalize()} emoji: {listing(labels)}."
 
 
 def asked(forms: Sequence[str], rng: Random) -> str:
-    """One paraphrase, now and then as people type: without capital, without the mark at the end."""
+    """Draw a paraphrase, sometimes typed without a capital or without the final punctuation."""
     question = forms[int(rng.random() * len(forms))]
     if rng.random() < 0.15:
         question = question[0].lower() + question[1:]
@@ -205,15 +205,16 @@ def asked(forms: Sequence[str], rng: Random) -> str:
 
 
 def small_talk(rng: Random, entries: Sequence[tuple[tuple[str, ...], str]] = SMALL_TALK) -> tuple[str, str]:
-    """Something said without a picture, and the answer."""
+    """Draw something said without an image, and the answer."""
     forms, answer = rng.choice(entries)
     return asked(forms, rng), answer
 
 
 def conversation(turns: Sequence[tuple[str, str]], image: bool) -> list[tuple[str, bool]]:
-    """Aria's chat format in pieces of (text, learnt?); the picture stands at the start of the first question.
+    """Return Aria's chat format in pieces of (text, whether it is a training target).
 
-    Answers and what ends them are learnt; ``<|img|>`` stands once, to be repeated once for each query.
+    Answers and their end markers are targets. With ``image``, the first question starts with an image. Its ``<|img|>``
+    occurs once; the caller repeats it for each query.
     """
     pieces = []
     for n, (question, answer) in enumerate(turns):

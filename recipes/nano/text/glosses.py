@@ -1,8 +1,9 @@
-"""Definitions of English nouns from WordNet: which words, which of their senses, and the text of it.
+"""Definitions of English nouns from WordNet: which words, which of their senses, and the text.
 
 ``python -m recipes.nano.text.glosses`` writes ``.nano/glosses.json`` (WordNet 3.0 from Debian's ``wordnet-base``).
 """
 
+import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ from recipes.nano.assets.sources import WORD_PACKAGES, Sources
 
 FILE = FOLDER / "glosses.json"
 WORDS = 2400
-"""About 60 letters each, 1.5 bits a letter: 0.2 Mbit, little beside a decoder of 8M parameters. Each has to be seen
-some hundred times, and that is what bounds their number."""
-LONGEST = 84  # letters of a definition
-# Lexicographers' files of things that have a look: animals, artefacts, body, food, objects, plants, substances.
+"""Number of taught words. Capacity does not limit it (60 letters each at 1.5 bits are 0.2 Mbit), training time does:
+each definition has to be seen some hundred times."""
+LONGEST = 84  # maximum number of letters of a definition
+# Lexicographer files of visible things: animals, artefacts, body, food, objects, plants, substances.
 THINGS = (5, 6, 8, 13, 17, 20, 27)
 LEAST_TAGGED = 3
 _EXCLUDED = re.compile(
@@ -28,20 +29,20 @@ _EXCLUDED = re.compile(
 
 
 class Words(NamedTuple):
-    """Nouns of English."""
+    """English nouns."""
 
     definitions: dict[str, str]
-    """Word -> definition, of the words that are taught."""
+    """Taught words: word -> definition."""
     others: list[str]
-    """Words as common that are not taught, so that not knowing can be."""
+    """Equally common words that are not taught; they teach the answer "I do not know this word."."""
 
 
 def choose(folder: Path, words: int = WORDS) -> Words:
-    """Things first, then by how often WordNet's tagged texts use a word.
+    """Choose words: things first, then by how often WordNet's tagged texts use a word.
 
     Args:
-        folder: WordNet's ``index.noun``, ``data.noun`` and ``cntlist.rev``.
-        words: how many.
+        folder: Folder of WordNet's ``index.noun``, ``data.noun`` and ``cntlist.rev``.
+        words: Number of taught words.
     """
     counts = _counts(folder / "cntlist.rev")
     found: list[tuple[bool, int, str, str]] = []
@@ -65,7 +66,7 @@ def choose(folder: Path, words: int = WORDS) -> Words:
 
 
 def _nouns(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Words of 3 to 12 letters and where their senses stand in ``data.noun``, in WordNet's order."""
+    """Yield words of 3 to 12 letters and the offsets of their senses in ``data.noun``, in WordNet's order."""
     with file.open(encoding="ascii") as lines:
         for line in lines:
             word, *rest = line.split()
@@ -74,7 +75,7 @@ def _nouns(file: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def _counts(file: Path) -> dict[str, dict[int, int]]:
-    """Word -> sense (from 0) -> how often the tagged texts mean it, of nouns."""
+    """Return counts in the tagged texts, of nouns: word -> sense (from 0) -> count."""
     found: dict[str, dict[int, int]] = {}
     with file.open(encoding="ascii") as lines:
         for line in lines:
@@ -86,7 +87,7 @@ def _counts(file: Path) -> dict[str, dict[int, int]]:
 
 
 class Synset(NamedTuple):
-    """A sense: its lexicographer's file, its words, and the definition without remarks in brackets and examples."""
+    """A sense: its lexicographer file, its words, and its definition without brackets and examples."""
 
     file: int
     words: list[str]
@@ -103,9 +104,9 @@ def _synset(data: TextIO, offset: int) -> Synset:
 
 
 def _sense(files: list[int], counts: dict[int, int]) -> tuple[int, bool]:
-    """Which sense people mean, and whether it is a thing.
+    """Return the sense to teach, and whether it is a thing.
 
-    The commonest, but for a thing that is at least a third as common: whoever asks what a crane is has seen one.
+    The most common sense, unless a thing is at least a third as common: "crane" is the bird or the machine.
     """
     commonest = max(range(len(files)), key=lambda n: (counts.get(n, 0), -n))
     things = [n for n, file in enumerate(files) if file in THINGS and 3 * counts.get(n, 0) >= counts.get(commonest, 0)]
@@ -115,18 +116,19 @@ def _sense(files: list[int], counts: dict[int, int]) -> tuple[int, bool]:
 
 @cache
 def read(file: Path = FILE) -> Words:
-    """What :func:`choose` chose.
+    """Read the words that :func:`choose` chose.
 
     Raises:
-        FileNotFoundError: the file has not been made.
+        FileNotFoundError: The file does not exist.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; build it with: python -m recipes.nano.text.glosses")
+        raise FileNotFoundError(f"{file} does not exist; build it with: python -m recipes.nano.text.glosses")
     return Words(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def main() -> None:
-    """Write the file, and say how many there are."""
+    """Write the file and print how many words it has."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     root = Sources(FOLDER / "src").debian(WORD_PACKAGES)
     found = choose(root / "usr" / "share" / "wordnet")
     FILE.write_text(json.dumps(found._asdict(), indent=0) + "\n", encoding="utf-8")

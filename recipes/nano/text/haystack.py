@@ -1,4 +1,4 @@
-"""Long texts with something in them to find: the needles of the long-context stage and of the evaluation."""
+"""Long texts with needles to find, for the long-context stage and the evaluation."""
 
 from random import Random
 
@@ -13,21 +13,22 @@ COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "golden", 
 NEEDLE = "The secret number of the {} is {}."
 ASK = ("What is the secret number of the {}?", "Which secret number does the {} have?", "Tell me the number of the {}.")
 MARKERS = 26
-"""More tokens than the chat format puts around a question and its answer."""
+"""Upper bound of the tokens that the chat format adds to a question and its answer."""
 
 
 def haystack(
     rng: Random, length: int, depth: float | None = None, *, questions: int = 1, held_out: bool = False
 ) -> list[Turn]:
-    """A text of about ``length`` tokens that holds numbers of several owners, and questions for one or more of them.
+    """Generate a text of about ``length`` tokens with numbers of several owners, and questions about some of them.
 
-    There is an owner for each 600 tokens, so that finding a number is not enough.
+    There is another owner for every 600 tokens, so that finding any number is not enough.
 
     Args:
-        length: tokens (letters) of the whole conversation, which is at most that and seldom a line less.
-        depth: where the first needle that is asked for stands, 0 beginning to 1 end; anywhere where None.
-        questions: most turns.
-        held_out: owners (colour and animal or person) and numbers that training never has.
+        rng: Source of all choices.
+        length: Maximum number of tokens (letters) of the whole conversation; it is rarely shorter by more than a line.
+        depth: Position of the first needle that is asked for, from 0 (start) to 1 (end); None draws it.
+        questions: Maximum number of turns.
+        held_out: Use owners (a colour and an animal or person) and numbers that training never uses.
     """
     owners = [f"{c} {o}" for c in COLOURS for o in OWNERS if text_questions.held(f"owner {c} {o}") == held_out]
     numbers = {owner: _number(rng, held_out) for owner in rng.sample(owners, min(len(owners), 2 + length // 600))}

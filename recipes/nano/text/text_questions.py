@@ -1,7 +1,7 @@
-"""Talk without a picture: definitions, sums, facts about words and the calendar, and what nano does not know.
+"""Questions without an image: definitions, sums, facts about words and the calendar, and questions beyond nano.
 
-Every kind has what training sees and what it does not: definitions and unknowns hold back forms of the question, sums
-hold back pairs of numbers, spelling and plurals hold back words. ``held_out=True`` asks only with what was held back.
+Each kind holds something out of training: wordings of the question for definitions and questions beyond nano, pairs of
+numbers for sums, words for spelling and plurals. ``held_out=True`` uses only what was held out.
 """
 
 import zlib
@@ -11,12 +11,12 @@ from random import Random
 
 from recipes.nano.text import dialogue, glosses
 
-Turn = tuple[str, str]  # what is asked, and the one right answer
+Turn = tuple[str, str]  # question, its only right answer
 
 UNKNOWN_WORD = "I do not know this word."
 UNKNOWN_FACT, NO_PICTURE = dialogue.UNKNOWN_FACT, dialogue.NO_PICTURE
 
-# Forms of a question: those of training, then those that are held out.
+# Wordings of a question: those of training, then held-out ones.
 Forms = tuple[Sequence[str], Sequence[str]]
 DEFINE: Forms = (
     (
@@ -37,7 +37,7 @@ AROUND = (
     *(("", " Thanks."), ("", " Thank you!"), ("I read a book. ", ""), ("It is for my homework. ", ""), ("So, ", "")),
     *(("", " I have forgotten it."), ("I saw it somewhere. ", ""), ("", " It is in my book."), ("Well. ", "")),
 )
-"""What people say before and after a question."""
+"""Text before and after a question."""
 ADD: Forms = (
     (
         *(
@@ -65,7 +65,7 @@ LAST = ("What is the last letter of {}?", "Which letter does {} end with?")
 OPPOSITE = ("What is the opposite of {}?", "Opposite of {}?", "Give the opposite of {}.")
 AFTER = ("What comes after {}?", "Which one comes after {}?", "What follows {}?")
 BEFORE = ("What comes before {}?", "Which one comes before {}?")
-BEYOND: Forms = (  # what nobody taught it: people, news, places, advice
+BEYOND: Forms = (  # never taught: people, news, places, advice
     (
         *("Who won the {}?", "When was the {} invented?", "How much does a {} cost?", "What is the weather in {}?"),
         *("What is the capital of {}?", "Who wrote {}?", "How old is the {}?", "What happened in {}?", "Who is {}?"),
@@ -95,41 +95,41 @@ ROWS = (
 
 
 def held(text: str, one_in: int = 10) -> bool:
-    """Whether something is held out, by its checksum: one in ten."""
+    """Return whether something is held out: one in ``one_in``, by checksum."""
     return zlib.crc32(text.encode()) % one_in == 0
 
 
 @cache
 def words(held_out: bool) -> list[str]:
-    """Words with a definition whose spelling and plural are taught, or held out."""
+    """Return defined words whose spelling and plural are taught, or held out."""
     return [word for word in glosses.read().definitions if held(f"word {word}") == held_out]
 
 
 @cache
 def others(held_out: bool) -> list[str]:
-    """Words without a definition that training asks for, or those that it never does."""
+    """Return words without a definition that training asks for, or that it never asks for."""
     return [word for word in glosses.read().others if held(f"other {word}", 4) == held_out]
 
 
 def definition(rng: Random, held_out: bool = False) -> Turn:
-    """A word and its definition: all words are taught (nobody could guess one), in other forms than are held out."""
+    """Ask for a definition. All words are taught (nobody could guess one); only wordings are held out."""
     known = glosses.read().definitions
     word = rng.choice(list(known))
     question = _form(DEFINE, rng, held_out).format(word)
     if not held_out and rng.random() < 0.3:
-        # So that the word is known wherever it stands.
+        # So that the word is recognised at any position.
         before, after = rng.choice(AROUND)
         question = f"{before}{question}{after}"
     return question, dialogue.sentence(known[word])
 
 
 def unknown_word(rng: Random, held_out: bool = False) -> Turn:
-    """A word that is not taught; held out are words that training never asks for."""
+    """Ask for a word that is not taught; held-out words are never asked for in training."""
     return rng.choice(DEFINE[0]).format(rng.choice(others(held_out))), UNKNOWN_WORD
 
 
 def sum_of_two(rng: Random, held_out: bool = False) -> Turn:
-    """Two numbers of two digits each; in training of one digit, too. A pair is held out in both orders."""
+    """Ask for the sum of two numbers of two digits, in training also of one. Pairs are held out in both orders."""
     low = 10 if held_out or rng.random() < 0.8 else 0
     while True:
         a, b = rng.randint(low, 99), rng.randint(low, 99)
@@ -138,7 +138,7 @@ def sum_of_two(rng: Random, held_out: bool = False) -> Turn:
 
 
 def reckoning(rng: Random, held_out: bool = False) -> Turn:
-    """Differences of numbers up to 99, and the tables up to ten (none of these are held out: there are but 100)."""
+    """Ask for a difference of numbers up to 99, or a product up to ten times ten (no product is held out)."""
     if not held_out and rng.random() < 0.2:
         a, b = rng.randint(0, 10), rng.randint(0, 10)
         return _form(TIMES, rng, False).format(a, b), f"{a * b}."
@@ -149,13 +149,13 @@ def reckoning(rng: Random, held_out: bool = False) -> Turn:
 
 
 def plural_of(noun: str) -> str:
-    """Plural of a regular English noun."""
+    """Return the plural of a regular English noun."""
     if noun.endswith(("s", "x", "z", "ch", "sh")):
         return noun + "es"
     return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
 
 
-# Irregular, or without a plural that people use.
+# Endings of irregular nouns and of nouns without a common plural.
 _ODD = (
     "man",
     "foot",
@@ -177,7 +177,7 @@ _ODD = (
 
 
 def about_word(rng: Random, held_out: bool = False) -> Turn:
-    """Spelling, number of letters, first and last letter, plural of a word."""
+    """Ask for the spelling, number of letters, first letter, last letter or plural of a word."""
     word = rng.choice(words(held_out))
     forms: list[tuple[Sequence[str], str]] = [
         (SPELL, f"{'-'.join(word.upper())}."),
@@ -192,7 +192,7 @@ def about_word(rng: Random, held_out: bool = False) -> Turn:
 
 
 def fact(rng: Random, held_out: bool = False) -> Turn:
-    """Opposites, days, months, seasons, numbers, the alphabet. Nothing of these is held out: they cannot be guessed."""
+    """Ask for an opposite or a neighbour in a sequence (days, letters, ...); none is held out."""
     if rng.random() < 0.4:
         a, b = rng.choice(OPPOSITES).split()
         a, b = (a, b) if rng.random() < 0.5 else (b, a)
@@ -206,13 +206,13 @@ def fact(rng: Random, held_out: bool = False) -> Turn:
 
 
 def beyond(rng: Random, held_out: bool = False) -> Turn:
-    """What it was never taught, in forms that training has, or in others."""
+    """Ask something that is never taught."""
     pool = others(held_out) if rng.random() < 0.5 else words(held_out)
     return _form(BEYOND, rng, held_out).format(rng.choice(pool)), UNKNOWN_FACT
 
 
 def unseen(rng: Random, held_out: bool = False) -> Turn:
-    """A question about a picture where there is none; the last form of each kind is held out."""
+    """Ask about an image although there is none; the last wording of each kind is held out."""
     kinds = (dialogue.READ, dialogue.DESCRIBE, dialogue.NAME_EMOJI, dialogue.COUNT, dialogue.COLOUR_OF, dialogue.WHERE)
     forms = rng.choice(kinds)
     form = forms[-1] if held_out else rng.choice(forms[:-1])
@@ -221,7 +221,7 @@ def unseen(rng: Random, held_out: bool = False) -> Turn:
 
 
 def talk(rng: Random, held_out: bool = False) -> Turn:
-    """Greetings and questions about nano itself."""
+    """Greet nano, or ask about nano itself."""
     return dialogue.small_talk(rng)
 
 
@@ -239,11 +239,12 @@ KINDS: Mapping[str, Callable[..., Turn]] = {
 
 
 def conversation(rng: Random, shares: Mapping[str, float], longest: int = 3) -> list[Turn]:
-    """Turns of kinds drawn by their shares, none twice, as people type.
+    """Draw turns by the shares of their kinds, no question twice, typed as people type.
 
     Args:
-        shares: kind of ``KINDS`` -> weight.
-        longest: most turns.
+        rng: Source of all choices.
+        shares: Key of ``KINDS`` -> weight.
+        longest: Maximum number of turns.
     """
     count = rng.choices(range(1, longest + 1), [0.6, 0.25, 0.15][:longest])[0]
     turns = [KINDS[kind](rng) for kind in rng.choices(list(shares), list(shares.values()), k=count)]
@@ -251,7 +252,7 @@ def conversation(rng: Random, shares: Mapping[str, float], longest: int = 3) -> 
 
 
 def text(rng: Random, lines: int = 4) -> str:
-    """Lines of plain text: words with their definitions, as a dictionary has them."""
+    """Draw lines of plain text: words with their definitions, as in a dictionary."""
     known = glosses.read().definitions
     return "\n".join(f"{word}: {known[word]}." for word in rng.sample(list(known), lines))
 

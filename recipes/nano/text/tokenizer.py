@@ -1,11 +1,11 @@
-"""Writes nano's tokenizer and processor files: letters as tokens, Aria's special tokens at Aria's first ids.
+"""Write nano's tokenizer and processor files: letters as tokens, Aria's special tokens at Aria's first ids.
 
 Run as ``python -m recipes.nano.text.tokenizer [FOLDER]``; the folder defaults to the packaged ``src/aria/nano``.
 """
 
+import argparse
 import io
 import json
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -21,11 +21,11 @@ SPECIAL_TOKENS = (
     + ["<</SYS>>", IMAGE_TOKEN]
     + [f"<|reserved{n:03}|>" for n in range(8, -1, -1)]
 )
-# Not special (decoding keeps them), as in Aria. The turn markers are ordinary text in Aria, several pieces long; here
-# each is one piece, which spares a letter-level model a third of its tokens. The text of a chat is the same.
+# Not special (decoding keeps them), as in Aria. There the turn markers are ordinary text of several pieces; here each
+# is one piece, which saves a letter-level model a third of its tokens. The text of a chat is the same.
 ADDED_TOKENS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "\n", "<|im_start|>", "<|im_end|>"]
-# Printable ASCII, then what word processors and European names put into text; all else falls back to bytes. Together
-# with the rest 424 pieces: a multiple of 8, so that the model has no rows without a piece.
+# Printable ASCII, typographic characters and letters of European names; everything else falls back to bytes. All 424
+# pieces are a multiple of 8, so the embedding has no unused rows.
 LETTERS = " " + "".join(map(chr, range(33, 127))) + "‘’“”–—…•·×÷°€£¥§äöüßàâçéèêëîïôùûñáíóúåæøÄÖÜÉÅØ¿¡"
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index(IMAGE_TOKEN)
 PAD_TOKEN_ID = SPECIAL_TOKENS.index("<|endoftext|>")
@@ -36,9 +36,9 @@ QUERIES = {224: 64, 448: 128}
 
 @cache
 def model_bytes() -> bytes:
-    """The serialized SentencePiece model of type char: specials, added tokens, 256 bytes, then ``LETTERS`` in order.
+    """Return the serialized SentencePiece model of type char: specials, added tokens, 256 bytes, then ``LETTERS``.
 
-    No dummy prefix, no normalisation, whitespace kept: decoding the encoding of any text gives that text.
+    No dummy prefix, no normalisation, white space kept: encoding and decoding returns the same text.
     """
     out = io.BytesIO()
     # The trainer sorts letters by frequency, so descending counts fix their order.
@@ -69,22 +69,22 @@ def model_bytes() -> bytes:
 
 @cache
 def processor() -> spm.SentencePieceProcessor:
-    """The tokenizer itself, for the planner's own encoding (which never meets text typed by a user)."""
+    """Return the tokenizer, for training data (never for text typed by a user)."""
     return spm.SentencePieceProcessor(model_proto=model_bytes())
 
 
 def encode(text: str) -> list[int]:
-    """Ids of ``text``; special tokens written in it become their ids."""
+    """Encode ``text``; special tokens written in it become their ids."""
     return processor().encode(text)
 
 
 def vocab_size() -> int:
-    """How many pieces there are; the config's ``vocab_size``."""
+    """Return the number of pieces."""
     return processor().vocab_size()
 
 
 def tokenizer_config() -> dict:
-    """``tokenizer_config.json`` with Aria's fields."""
+    """Return the content of ``tokenizer_config.json``, with Aria's fields."""
     added = {
         str(processor().piece_to_id(token)): {
             "content": token,
@@ -119,21 +119,23 @@ def tokenizer_config() -> dict:
 
 
 def processor_of_nano() -> AriaProcessor:
-    """The processor as the package has it.
+    """Return the packaged processor.
 
-    224 px is the default: it is trained most and costs least. The shorter side may go down to 56 px (4 patches), so a
-    strip of text keeps its proportions up to 4:1; Aria's own share would bend it beyond 2.9:1.
+    The shorter side may be as small as 56 px (4 patches), so that a strip of text keeps its proportions up to 4:1; with
+    Aria's own ratio it would be distorted beyond 2.9:1.
     """
     images = AriaImageProcessor(max_image_size=max(QUERIES), min_image_size=56, sizes=tuple(QUERIES))
     return AriaProcessor(images, AriaTokenizer(model_bytes(), tokenizer_config()), size_conversion=QUERIES)
 
 
 def write_files(folder: Path = NANO_FOLDER) -> None:
-    """Write the files that a processor and ``generate`` read."""
+    """Write the files of the processor and of ``generate``."""
     processor_of_nano().save_pretrained(folder)
     settings = {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_TOKEN_ID}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_files(Path(sys.argv[1]) if len(sys.argv) > 1 else NANO_FOLDER)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=NANO_FOLDER, help="folder to write to")
+    write_files(parser.parse_args().folder)

@@ -3,6 +3,7 @@
 Run as ``python -m recipes.nano.train.bench_images``; the last line of its output is JSON.
 """
 
+import argparse
 import json
 import time
 from random import Random
@@ -17,7 +18,8 @@ BATCHES = 6
 
 
 def main() -> None:
-    """Measure every kind of batch; the last line is JSON."""
+    """Measure every kind of batch."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     assets = Assets.load()
     renderer = Renderer(assets, "cuda" if torch.cuda.is_available() else "cpu")
     rates = {}
@@ -31,10 +33,10 @@ def main() -> None:
         moved = [to_device(batch, renderer.device) for batch in batches]
         renderer(moved[0])["pixel_values"].sum().item()
         started = time.perf_counter()
-        # Reading one number waits for the device.
+        # Reading one number synchronises with the device.
         torch.stack([renderer(batch)["pixel_values"].sum() for batch in moved]).sum().item()
         drawn = BATCHES * images / (time.perf_counter() - started)
-        print(f"{kind}: {planned:.0f} pictures/s planned by a core, {drawn:.0f}/s drawn on {renderer.device}")
+        print(f"{kind}: {planned:.0f} images/s planned per core, {drawn:.0f} images/s drawn on {renderer.device}")
         rates[kind] = {"planned_per_core": round(planned), "drawn": round(drawn)}
     print(json.dumps(rates))
 

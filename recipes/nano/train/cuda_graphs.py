@@ -1,4 +1,4 @@
-"""Forward and backward of a batch as one CUDA graph for each kind: the host has a single launch, and time to draw."""
+"""Forward and backward passes as one CUDA graph per kind of batch, so that the host has time to draw."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from recipes.nano.train.learner import Batch, Learner, Losses, Phase
 
 WARM_UPS = 3
 AHEAD = 2
-"""Steps that the host may be ahead of the GPU: pictures that are drawn for later steps take memory."""
+"""Maximum number of steps that the host runs ahead of the GPU; images for later steps take memory."""
 
 
 class Graph(NamedTuple):
-    """A captured step: write into ``inputs`` and ``dense``, replay, read what it gave."""
+    """A captured step: write to ``inputs`` and ``dense``, replay, read ``losses`` and ``gradients``."""
 
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
@@ -26,9 +26,9 @@ class Graph(NamedTuple):
 
 
 class Replayed:
-    """A learner's losses with gradients, on CUDA. Batches of a kind have fixed shapes, so a graph serves all of them.
+    """Computes a learner's losses and gradients on CUDA; batches of a kind have fixed shapes and share a graph.
 
-    Calling it leaves the gradients in the parameters, in place of what was there: one call is one optimizer step.
+    A call replaces the gradients of the parameters, so it has to be followed by an optimizer step.
     """
 
     def __init__(self, learner: Learner):
@@ -41,14 +41,14 @@ class Replayed:
         self._replays: deque[torch.cuda.Event] = deque()
 
     def __call__(self, batch: Batch, progress: float) -> Losses:
-        """The losses of :meth:`Learner.loss`; they hold until the next call."""
+        """Return the losses of :meth:`Learner.loss`, valid until the next call."""
         phase, dense = self._learner.stages.phase(progress), max(self._learner.stages.weights(progress)[:2])
         key = batch["kind"]
         if phase != self._phase:
-            # A phase does not come back: its graphs' memory is free for the next.
+            # Phases do not recur, so the old graphs' memory is released.
             self._graphs, self._phase, self._pool = {}, phase, torch.cuda.graph_pool_handle()
         if key not in self._graphs:
-            self._graphs[key] = self._captured(batch, phase)
+            self._graphs[key] = self._capture(batch, phase)
         graph = self._graphs[key]
         torch._foreach_copy_([tensor for name, tensor in graph.inputs.items() if name != "num_tokens"], _tensors(batch))
         graph.inputs["num_tokens"].fill_(batch["num_tokens"])
@@ -61,7 +61,7 @@ class Replayed:
             parameter.grad = gradient
         return graph.losses
 
-    def _captured(self, batch: Batch, phase: Phase) -> Graph:
+    def _capture(self, batch: Batch, phase: Phase) -> Graph:
         inputs = {name: batch[name].clone() for name in _names(batch)}
         inputs["num_tokens"] = torch.tensor(batch["num_tokens"], device=batch["input_ids"].device)
         dense = torch.zeros((), device=batch["input_ids"].device)
@@ -69,15 +69,15 @@ class Replayed:
         self._clear()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # Layers are compiled and products choose their kernels outside of the capture, where they may wait.
+            # Compilation and the choice of matrix kernels synchronise, so they have to happen before the capture.
             for _ in range(WARM_UPS):
-                self._learner.taught(fixed, phase, dense)[0].backward()
+                self._learner.phase_loss(fixed, phase, dense)[0].backward()
                 self._clear()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Graphs share memory for what lives within a step. Inputs, losses and gradients are each graph's own.
+        # Graphs share memory for intermediates; each has its own inputs, losses and gradients.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            total, metrics = self._learner.taught(fixed, phase, dense)
+            total, metrics = self._learner.phase_loss(fixed, phase, dense)
             total.backward()
         losses = total.detach(), {name: value.detach() for name, value in metrics.items()}
         gradients = [parameter.grad for parameter in self._parameters]
@@ -89,7 +89,7 @@ class Replayed:
 
 
 def _names(batch: Batch) -> list[str]:
-    """What the learner reads of a batch, and the renderer's commands are not."""
+    """Return the names of the tensors that the learner reads, without drawing commands."""
     text = ["input_ids", "labels", "weights", "positions", "cu_seqlens"]
     return [*text, "pixel_values", "pixel_mask", "patch_labels", "query_labels"] if batch["size"] else text
 

@@ -1,4 +1,4 @@
-"""Fixed-shape views of packed streams for training: lengths stay on the device, nothing waits, nothing recompiles.
+"""Packed streams of fixed shape: lengths stay on the device, without host synchronisation or recompilation.
 
 T tokens, P patches, C crops, H heads, KV key/value heads, K head width, N sequences.
 """
@@ -19,7 +19,7 @@ from aria.ops import Segments
 
 @dataclass(frozen=True)
 class BoundedSegments(Segments):
-    """Segments whose lengths only the device knows; the host knows a bound. Varlen kernels ask for no more."""
+    """Segments whose lengths only the device knows; variable-length kernels need just a bound on the host."""
 
     bound: int = 0
     size: int = 0
@@ -38,13 +38,14 @@ class BoundedSegments(Segments):
 
 
 def bounded_segments(cu_seqlens: Tensor, bound: int, total: int) -> Segments:
-    """Segments that start where ``cu_seqlens`` says, without reading it back.
+    """Make segments from ``cu_seqlens`` without reading it back to the host.
 
-    The CPU has no varlen kernel and no reason to avoid reading lengths, so there it is plain :class:`Segments`.
+    The CPU has no variable-length kernel and no cost of reading lengths, so it gets plain :class:`Segments`.
 
     Args:
-        cu_seqlens: int ``(N + 1,)``, where each of N segments starts, and ``total`` at the end.
-        bound: no segment is longer; kernels compute no further than this into one.
+        cu_seqlens: int ``(N + 1,)``, starts of N segments, then ``total``.
+        bound: Maximum length of a segment; kernels stop there.
+        total: Sum of the lengths.
     """
     if cu_seqlens.device.type == "cpu":
         return Segments.of(cu_seqlens.diff().tolist())
@@ -52,7 +53,7 @@ def bounded_segments(cu_seqlens: Tensor, bound: int, total: int) -> Segments:
 
 
 class TrainingContext:
-    """:class:`aria.model.Packed` with its rotary table made up front, so that compiled layers change no state."""
+    """Like :class:`aria.model.Packed`, with the rotary table precomputed so that compiled layers change no state."""
 
     def __init__(self, config: TextConfig, segments: Segments, positions_T: Tensor, dtype: torch.dtype):
         self._segments = segments
@@ -65,20 +66,20 @@ class TrainingContext:
 
 @dataclass(frozen=True)
 class FixedPatches:
-    """Crops of one size with every patch kept: each crop's real patches first, then its padding as a segment apart."""
+    """Crops of one size with all patches: each crop's real patches first, then its padding as a separate segment."""
 
     packed: PackedPatches
     """``(C x G x G, ...)`` patches in 2 C segments: real, padding, real, padding, ..."""
     order: Tensor
-    """int64 ``(C, G x G)``: which patch of the grid, row by row, lies in each place."""
+    """int64 ``(C, G x G)``: row-major grid index of the patch at each place."""
     rows: Tensor
     columns: Tensor
-    """Real rows and columns of each crop."""
+    """Numbers of real rows and columns of each crop."""
 
 
 @lru_cache(maxsize=16)
 def _bucket_table(grid: int, side: int, device: torch.device) -> Tensor:
-    """``(G + 1, G)``: row n holds the position buckets of n real rows, zeros after them."""
+    """Return ``(G + 1, G)``: row n has the position buckets of n real rows, then zeros."""
     table = torch.zeros(grid + 1, grid, dtype=torch.long)
     for n in range(1, grid + 1):
         table[n, :n] = torch.tensor(position_buckets(n, side))
@@ -86,12 +87,13 @@ def _bucket_table(grid: int, side: int, device: torch.device) -> Tensor:
 
 
 def fixed_patches(pixels_C: Tensor, valid_C2: Tensor, config: VisionConfig) -> FixedPatches:
-    """Cut crops into patches without waiting for the host; the arithmetic of :func:`aria.model.pack_patches`.
+    """Cut crops into patches without host synchronisation, with the arithmetic of :func:`aria.model.pack_patches`.
 
     Args:
-        pixels_C: ``(C, channels, S, S)``.
-        valid_C2: int64 ``(C, 2)``, real height and width of each crop in pixels, at least 1;
-            padding lies right and below.
+        pixels_C: Crops ``(C, channels, S, S)``.
+        valid_C2: int64 ``(C, 2)``, real height and width of each crop in pixels, at least 1; padding is on the right
+            and below.
+        config: Configuration of the vision encoder.
     """
     p, side = config.patch_size, config.patches_per_side
     C, _, S, _ = pixels_C.shape

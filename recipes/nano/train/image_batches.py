@@ -1,6 +1,6 @@
-"""Worker processes plan scenes; the training process gets packed batches of tokens and drawing commands.
+"""Packed batches of tokens and drawing commands, planned by worker processes.
 
-``loader(Plan(...))`` yields dicts as the recipe's README describes them; drawing them is ``render.Renderer``'s part.
+``loader(Plan(...))`` yields the dicts that the recipe's README documents; ``render.Renderer`` draws them.
 """
 
 import itertools
@@ -22,16 +22,20 @@ from recipes.nano.scenes.planner import SHARES, Planner
 from recipes.nano.scenes.scene import IMAGE, STORIES, TASKS, Story
 from recipes.nano.text import dialogue, tokenizer
 
-PICTURES_PER_FILLER = 4  # the rest of the stream is cut into that many pieces (at least 4), so that none is long
+PICTURES_PER_FILLER = 4  # the rest of the stream is cut into N / 4 pieces (at least 4), so that none is long
 Turns = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of batch: what is the same in all batches of that kind, so that their shapes are.
+    """A kind of batch; batches of a kind have the same shapes.
 
-    ``size`` of its pictures in pixels, ``tokens`` of the packed stream for each of them, ``longest`` sequence
-    (conversations are drawn again until they fit), fewest and most ``pictures`` of a conversation, ``shares`` of tasks.
+    Attributes:
+        size: Side of the images in pixels.
+        tokens: Tokens of the packed stream per image.
+        longest: Maximum tokens of a sequence; conversations are drawn again until they fit.
+        images: Minimum and maximum number of images of a conversation.
+        shares: Shares of the tasks.
     """
 
     size: int
@@ -50,18 +54,25 @@ KINDS = {
 
 
 def small_talk(rng: Random) -> Turns:
-    """A conversation without a picture, of one turn or two."""
+    """Draw a conversation of one or two turns without an image."""
     return [dialogue.small_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run draws. The content of batch n depends on this (but for ``first`` and ``workers``) and on n alone.
+    """Configuration of image batches; it (without ``first`` and ``workers``) and n determine the content of batch n.
 
-    ``pictures``: pictures a batch, by kind. ``cycle``: kinds of successive batches. ``shares``: of tasks, if they shall
-    not be those of ``KINDS``. ``growth``: batches over which words grow to their full length. ``first``: number of the
-    first batch, 0 but for a run that goes on. ``talk`` makes conversations without a picture, one for every
-    ``talk_every`` pictures; worker processes must be able to import it.
+    Attributes:
+        seed: Seed of the run.
+        images: Images per batch, by kind.
+        cycle: Kinds of successive batches.
+        shares: Shares of tasks that override those of ``KINDS``.
+        assets: File of the assets.
+        workers: Worker processes; 0 plans in this process.
+        growth: Batches over which words grow to their full length.
+        first: Number of the first batch; not 0 in a resumed run.
+        talk: Draws conversations without an image; worker processes have to be able to import it.
+        talk_every: Images per conversation without an image.
     """
 
     seed: int
@@ -85,7 +96,7 @@ class Plan:
 
 
 def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
-    """Batches without end, in order, from ``plan.first`` on; worker w makes every ``plan.workers``-th of them."""
+    """Yield batches endlessly, in order, from ``plan.first`` on; a worker makes every ``plan.workers``-th of them."""
     dataset = Batches(plan)
     if plan.workers == 0:
         return iter(dataset)
@@ -101,19 +112,19 @@ def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def bundle(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with all tensors in one: workers hand over a file descriptor for each, slowly and from few."""
+    """Pack all tensors into one: workers pass a file descriptor per tensor, which is slow, and descriptors are few."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     rest = {key: value for key, value in batch.items() if key not in tensors}
     content, fields = bytearray(), []
     for key, tensor in tensors.items():
         fields.append((key, tensor.dtype, tuple(tensor.shape), len(content)))
         content += tensor.numpy().tobytes()
-        content += bytes(-len(content) % 8)  # every part starts aligned for any dtype
+        content += bytes(-len(content) % 8)  # align every part for any dtype
     return {"rest": rest, "fields": fields, "buffer": torch.frombuffer(content, dtype=torch.uint8)}
 
 
 def unbundle(bundled: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`bundle` was given; the tensors are views of one buffer."""
+    """Invert :func:`bundle`; the tensors are views of one buffer."""
     buffer: torch.Tensor = bundled["buffer"]
     batch = dict(bundled["rest"])
     for key, dtype, shape, start in bundled["fields"]:
@@ -123,7 +134,7 @@ def unbundle(bundled: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Batches(IterableDataset):
-    """The endless sequence of batches of a plan, or this worker's share of it."""
+    """The endless sequence of a plan's batches, or this worker's share of it."""
 
     def __init__(self, plan: Plan, assets: Assets | None = None) -> None:
         self.plan, self.assets = plan, assets
@@ -143,9 +154,15 @@ class Batches(IterableDataset):
 def make_batch(
     assets: Assets, rng: Random, kind: str, images: int, grown: float = 1.0, plan: Plan | None = None
 ) -> dict[str, Any]:
-    """Plan, tokenize and pack one batch; tensors on the CPU. ``grown``, 0..1, makes words longer.
+    """Plan, tokenize and pack one batch of CPU tensors.
 
-    Of the ``plan`` only shares and talk are read.
+    Args:
+        assets: What images are made of.
+        rng: Source of all choices.
+        kind: Key of :data:`KINDS`.
+        images: Number of images.
+        grown: Growth of words, 0 to 1.
+        plan: Its ``shares``, ``talk`` and ``talk_every`` are used.
     """
     plan = plan or Plan(seed=0)
     shape, shares = KINDS[kind], plan.shares.get(kind, KINDS[kind].shares)
@@ -153,22 +170,22 @@ def make_batch(
     talks = images // plan.talk_every
     most, fillers = -(-images // shape.images[0]), max(4, images // PICTURES_PER_FILLER)
     room = images * shape.tokens
-    told = [_story(planner, count, shares, grown) for count in deal(images, shape.images, rng)]
-    sequences = [tokens(story.turns, shape.size) for story in told]
+    planned = [_story(planner, count, shares, grown) for count in deal(images, shape.images, rng)]
+    sequences = [tokens(story.turns, shape.size) for story in planned]
     sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
-    # Replace conversations until all fit: shapes of the stream must not depend on luck. Of a sum that is too large, the
-    # one that is longest beside its share: one of many pictures is always long.
+    # Replace conversations until all fit, so that the stream has a fixed shape. If the sum is too large, replace the
+    # one that exceeds its share most: a conversation about many images is always long.
     lengths = np.array([len(ids) for ids, _ in sequences])
-    shares_of = np.array([shape.tokens * len(story.scenes) for story in told] + [0] * talks)
+    shares_of = np.array([shape.tokens * len(story.scenes) for story in planned] + [0] * talks)
     while lengths.sum() > room or lengths.max() > shape.longest:
         longest = int((lengths if lengths.max() > shape.longest else lengths - shares_of).argmax())
-        if longest < len(told):
-            told[longest] = _story(planner, len(told[longest].scenes), shares, grown)
-            sequences[longest] = tokens(told[longest].turns, shape.size)
+        if longest < len(planned):
+            planned[longest] = _story(planner, len(planned[longest].scenes), shares, grown)
+            sequences[longest] = tokens(planned[longest].turns, shape.size)
         else:
             sequences[longest] = tokens(plan.talk(rng))
         lengths[longest] = len(sequences[longest][0])
-    # There are as many pieces whatever the number of conversations is.
+    # The number of pieces does not depend on the number of conversations.
     pieces = fillers + most + talks - len(sequences)
     filler = np.diff(np.linspace(0, room - lengths.sum(), pieces + 1).astype(np.int64))
     assert filler.max() <= shape.longest, f"{filler.max()} tokens of filler in a piece, room for {shape.longest}"
@@ -179,7 +196,7 @@ def make_batch(
     labels = np.full(room, -100, np.int64)
     input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
     labels[:used] = np.concatenate([wanted for _, wanted in sequences])
-    task = [(*TASKS, *STORIES).index(story.task) for story in told for _ in story.scenes]
+    task = [(*TASKS, *STORIES).index(story.task) for story in planned for _ in story.scenes]
     batch: dict[str, Any] = {
         "input_ids": input_ids,
         "labels": labels,
@@ -187,7 +204,7 @@ def make_batch(
         "positions": np.arange(room) - np.repeat(starts[:-1], all_lengths),
         "cu_seqlens": starts.astype(np.int32),
         "task": np.array(task, np.int64),
-        **commands.pack([scene for story in told for scene in story.scenes], assets),
+        **commands.pack([scene for story in planned for scene in story.scenes], assets),
     }
     batch = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
     return batch | {
@@ -200,7 +217,7 @@ def make_batch(
 
 
 def deal(images: int, bounds: tuple[int, int], rng: Random) -> list[int]:
-    """Random numbers within ``bounds`` that add up to ``pictures``; only the last may be too small."""
+    """Draw numbers within ``bounds`` that add up to ``images``; only the last may be smaller."""
     low, high = bounds
     counts: list[int] = []
     left = images
@@ -211,7 +228,7 @@ def deal(images: int, bounds: tuple[int, int], rng: Random) -> list[int]:
 
 
 def _story(planner: Planner, images: int, shares: Mapping[str, float], grown: float) -> Story:
-    """A conversation about so many pictures, of a task drawn by ``shares``."""
+    """Plan a conversation about ``images`` images, of a task drawn by ``shares``."""
     task = planner.rng.choices(tuple(shares), tuple(shares.values()))[0]
     if task in STORIES:
         makers = {"clips": stories.clip, "several": stories.several, "search": stories.search}
@@ -222,7 +239,7 @@ def _story(planner: Planner, images: int, shares: Mapping[str, float], grown: fl
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The batch with its tensors on ``device``, copied without waiting where the memory is pinned."""
+    """Move the tensors of a batch to ``device``, asynchronously from pinned memory."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
@@ -230,7 +247,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 
 
 def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and unshifted labels of a conversation; pictures in its questions are of ``size`` pixels."""
+    """Return ids and unshifted labels of a conversation; its images have ``size`` pixels."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learnt in dialogue.conversation(turns, image=False):
@@ -245,9 +262,9 @@ def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def answer_weights(labels: np.ndarray) -> np.ndarray:
-    """float32 weights of labels: one over the root of their answer's length, so that short answers are not drowned.
+    """Weigh labels by one over the square root of their answer's length, so that short answers count enough.
 
-    A text to be read has ten times the letters of a colour, most of them easy.
+    A text to read has ten times the letters of a colour, most of them easy.
     """
     learnt = labels != -100
     edges = np.flatnonzero(np.diff(np.concatenate([[False], learnt, [False]]).astype(np.int8)))
@@ -258,7 +275,7 @@ def answer_weights(labels: np.ndarray) -> np.ndarray:
 
 
 def _with_places(ids: list[int], size: int) -> list[int]:
-    """The image token repeated once for each query."""
+    """Repeat the image token once for each query."""
     image = tokenizer.IMAGE_TOKEN_ID
     if image not in ids:
         return ids

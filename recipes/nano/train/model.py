@@ -1,6 +1,6 @@
-"""The nano model's shape, how it starts, and the dense heads that teach it to see (training aids, never shipped).
+"""Nano's shape and initialisation, and the dense heads that teach it to see (used in training only).
 
-T tokens, D hidden, P patches of one picture, Q queries of one picture, K points under a query, N pictures, V classes.
+T tokens, D hidden, P patches of an image, Q queries of an image, K points of a query, N images, V classes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from aria.model.vision import VisionTower
 from aria.train.loss import CrossEntropy, linear_cross_entropy
 
 QUERY_POINTS = {224: 4, 448: 8}
-"""Points of the picture that one query should know, by picture size."""
+"""Image points that one query should know, by image size."""
 
 _POINT_WIDTH = 128
 
 
 def nano_config(vocab_size: int) -> AriaConfig:
-    """At most 40 MiB in bfloat16. Most of it looks: reading is the hard part, and the decoder only spells out."""
+    """Return nano's configuration: at most 40 MiB in bfloat16, most of it vision, since reading is the hard part."""
     vision = VisionConfig(
         hidden_size=320, intermediate_size=1344, num_hidden_layers=8, num_attention_heads=5, image_size=448
     )
@@ -42,11 +42,11 @@ def nano_config(vocab_size: int) -> AriaConfig:
         max_position_embeddings=4096,
         rope_theta=10_000.0,
     )
-    return _joined(vision, text)
+    return _config(vision, text)
 
 
 def tiny_config(vocab_size: int) -> AriaConfig:
-    """The same in a size for tests and rehearsals on a CPU."""
+    """Return a tiny configuration for tests and dry runs on a CPU."""
     vision = VisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=448
     )
@@ -64,10 +64,10 @@ def tiny_config(vocab_size: int) -> AriaConfig:
         max_position_embeddings=4096,
         rope_theta=10_000.0,
     )
-    return _joined(vision, text)
+    return _config(vision, text)
 
 
-def _joined(vision: VisionConfig, text: TextConfig) -> AriaConfig:
+def _config(vision: VisionConfig, text: TextConfig) -> AriaConfig:
     projector = ProjectorConfig(
         patch_to_query={256: 64, 1024: 128},
         hidden_size=vision.hidden_size,
@@ -78,22 +78,22 @@ def _joined(vision: VisionConfig, text: TextConfig) -> AriaConfig:
 
 
 class Dense(NamedTuple):
-    """Dense losses of one batch and the share of labels hit, background and all."""
+    """Dense losses of a batch."""
 
     patches: CrossEntropy
     queries: CrossEntropy | None
 
 
 class DenseHeads(nn.Module):
-    """Which class lies under each patch, read from the ViT, and under each point of a query, from the projector.
+    """Predicts the class under each patch from the ViT, and under each point of a query from the projector.
 
-    A small resampler that learns from answers alone stays at the letters' frequencies for a long time; told what each
-    query should hold, it reads within minutes.
+    A small resampler that learns from answers alone predicts letter frequencies for a long time; with a target for each
+    query it reads within minutes.
     """
 
     def __init__(self, config: AriaConfig, num_classes: int):
         super().__init__()
-        num_classes = -(-num_classes // 8) * 8  # matrix units want eights; the last few are never a label
+        num_classes = -(-num_classes // 8) * 8  # a multiple of 8 suits tensor cores; the last few are never a label
         self.patch_norm = nn.LayerNorm(config.vision.hidden_size)
         self.patch_head = nn.Linear(config.vision.hidden_size, num_classes)
         self.query_norm = nn.LayerNorm(config.text.hidden_size)
@@ -103,11 +103,11 @@ class DenseHeads(nn.Module):
         self.point_head = nn.Linear(_POINT_WIDTH, num_classes)
 
     def patch_loss(self, hidden_PD: Tensor, labels_NP: Tensor) -> CrossEntropy:
-        """``hidden_PD`` are all patches in the order of the labels; -100 labels patches of padding."""
+        """Return the loss on patches, given in the order of the labels; -100 marks padding."""
         return self._loss(self.patch_norm(hidden_PD), self.patch_head, labels_NP)
 
     def query_loss(self, tokens_QD: Tensor, labels_NQK: Tensor, size: int) -> CrossEntropy:
-        """``tokens_QD`` are the projector's outputs for pictures of ``size`` pixels."""
+        """Return the loss on queries; ``tokens_QD`` are the projector's outputs for images of ``size`` pixels."""
         points = self.points[str(size)](self.query_norm(tokens_QD)).unflatten(1, (-1, _POINT_WIDTH))
         return self._loss(nn.functional.silu(points).flatten(0, 1), self.point_head, labels_NQK.flatten(1))
 
@@ -119,10 +119,10 @@ class DenseHeads(nn.Module):
 
 
 def area_weights(labels_NP: Tensor, num_classes: int) -> Tensor:
-    """Weight of each label: one over the root of how often its class occurs in that picture.
+    """Weigh each label by one over the square root of its class's count in that image.
 
-    So a thing counts with the root of its area: the background (240 of 256 patches around a word) weighs about as
-    much as the word, an emoji that fills the picture no more than either. Labels of -100 weigh nothing.
+    A thing then counts by the root of its area: the background (240 of 256 patches around a word) weighs about as much
+    as the word, and an emoji that fills the image no more than either. Labels of -100 weigh nothing.
     """
     known = labels_NP.clamp(min=0)
     real = (labels_NP >= 0).float()
@@ -131,11 +131,11 @@ def area_weights(labels_NP: Tensor, num_classes: int) -> Tensor:
 
 
 def initialise(model: Aria, seed: int = 0) -> None:
-    """Start a small Aria so that it can learn to read in minutes (measured: started at random it does not).
+    """Initialise a small Aria so that it learns to read within minutes; with a plain random start it does not.
 
-    Matrices are Xavier's, branches into the residual stream scaled down with depth; position table and queries are
-    grids of sines and cosines; the projector's attention starts near the identity, so that every head of every query
-    looks at one patch of its cell and hands its share of the channels on.
+    Matrices are Xavier-initialised, branches into the residual stream scaled down with depth. The position table and
+    the queries are grids of sines and cosines. The projector's attention starts near the identity, so that each head of
+    each query attends to one patch of its cell and passes on its share of the channels.
     """
     generator = torch.Generator().manual_seed(seed)
     vision, text = model.config.vision, model.config.text
@@ -159,10 +159,10 @@ def initialise(model: Aria, seed: int = 0) -> None:
 
 
 def grid_embedding(rows: Tensor, columns: Tensor, width: int, side: int) -> Tensor:
-    """Sines and cosines of places in a ``side`` x ``side`` grid: ``(len(rows), width)``.
+    """Return sines and cosines of positions in a ``side`` x ``side`` grid: ``(len(rows), width)``.
 
-    A quarter of the width each: sine and cosine of the row, sine and cosine of the column. Wavelengths run from
-    twice the side to four steps, so that neighbours differ and far places do not look alike.
+    A quarter of the width each: sine and cosine of the row, sine and cosine of the column. Wavelengths range from twice
+    the side to four steps, so that neighbours differ and distant positions are not alike.
     """
     n = width // 4
     wavelengths = 2.0 * side * (4.0 / (2.0 * side)) ** (torch.arange(n) / max(1, n - 1))
@@ -172,7 +172,7 @@ def grid_embedding(rows: Tensor, columns: Tensor, width: int, side: int) -> Tens
 
 
 def _start_positions(tower: VisionTower, heads: int) -> None:
-    """The same grid for the channels of every head, so that each head alone can tell places apart."""
+    """Use the same grid for the channels of every head, so that each head can tell positions apart."""
     table = tower.embeddings.position_embedding.weight
     side = math.isqrt(table.shape[0])
     places = torch.arange(side * side)
@@ -181,11 +181,10 @@ def _start_positions(tower: VisionTower, heads: int) -> None:
 
 
 def _query_places(config: AriaConfig) -> Tensor:
-    """Where each head of each query looks first, in rows and columns of the position table: ``(Q, H, 2)``.
+    """Return the initial position of each head of each query in the position table: ``(Q, H, 2)``, row and column.
 
-    Queries form an 8 x 8 grid of cells. The first 64 are all there is at 224 px, where a cell has 2 x 2 patches: a
-    head for each, further heads at the middle. At 448 px a cell has 4 x 4 patches, and the second 64 take its lower
-    half.
+    Queries form an 8 x 8 grid of cells. At 224 px there are 64, and a cell has 2 x 2 patches: one head each, further
+    heads at the middle. At 448 px a cell has 4 x 4 patches, and the second 64 queries take its lower half.
     """
     heads = config.vision.num_attention_heads
     cell = config.vision.patches_per_side / 8
@@ -220,5 +219,5 @@ def _start_projector(projector: Projector, config: AriaConfig, generator: torch.
     ):
         noise = torch.empty(size, size).normal_(0.0, 0.1 / math.sqrt(size), generator=generator)
         weight.copy_(torch.eye(size) + noise)
-    # Twice as sharp: over 256 patches a perfect match must stand out from all the near ones.
+    # Twice as sharp: among 256 patches a perfect match has to stand out from near matches.
     attention.layer_norm.weight.fill_(2.0)

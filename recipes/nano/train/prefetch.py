@@ -1,4 +1,4 @@
-"""Batches made ready on the device ahead of use, by a thread and on a stream of their own."""
+"""Prepares batches on the device ahead of use, in a thread and on a stream of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 Batch = Mapping[str, Any]
 _LOOK = 0.1
-"""Seconds after which a thread that waits looks whether it should stop."""
+"""Seconds between checks of the waiting thread whether it should stop."""
 
 
 def prefetch(
@@ -20,11 +20,14 @@ def prefetch(
     device: torch.device | str,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches on ``device``; the next two are copied and prepared while the current one is worked on.
+    """Yield batches on ``device``; the next two are copied and prepared while the current one is in use.
 
-    Copies overlap only from pinned memory, so tensors that are not pinned yet are pinned here. Values may be tensors,
-    dicts, lists and tuples of them, or anything else, which passes as it is. ``prepare`` works on the device, in the
-    thread.
+    Copies overlap with computation only from pinned memory, so unpinned tensors are pinned here.
+
+    Args:
+        batches: Mappings of tensors, containers of tensors, or anything else, which is passed on unchanged.
+        device: Target device.
+        prepare: Called with each batch on the device, in the thread.
     """
     device = torch.device(device)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -52,7 +55,7 @@ def prefetch(
             if coming is None:
                 return
             if stream is not None:
-                # The allocator must not give the memory away before the work that is queued from here on is done.
+                # The allocator must not reuse the memory before the work queued from here on is done.
                 torch.cuda.current_stream(device).wait_event(done)
                 _tensors(coming, lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)))
             yield coming
@@ -63,7 +66,7 @@ def prefetch(
 
 
 def _offer(ready: Queue[Any], item: Any, stop: threading.Event) -> bool:
-    """Hand an item over, or give up when nobody wants it any more."""
+    """Put an item into the queue; return False if ``stop`` is set first."""
     while not stop.is_set():
         try:
             ready.put(item, timeout=_LOOK)
@@ -80,7 +83,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same structure with every tensor in it changed."""
+    """Apply ``change`` to every tensor of a nested structure."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):

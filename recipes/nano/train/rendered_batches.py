@@ -1,4 +1,4 @@
-"""Rendered batches on the training device: planned by worker processes, copied aside, drawn on the GPU."""
+"""Image batches on the training device: planned by worker processes, copied, and drawn on the GPU."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Batch = dict[str, Any]
 
 
 def worth(batch: Batch) -> int:
-    """Pictures of a batch counted in pictures of 224 px, by their patches."""
+    """Return the size of a batch in images of 224 px, by number of patches."""
     return len(batch["valid"]) * (batch["size"] // 224) ** 2
 
 
 @lru_cache(maxsize=2)
 def _drawing(assets: Path, device: torch.device) -> tuple[Assets, Renderer]:
-    """Material and renderer, made once a process: unpacking takes seconds."""
+    """Return assets and renderer, made once per process because unpacking takes seconds."""
     material = Assets.load(assets)
     return material, Renderer(material, device)
 
 
 class RenderedBatches:
-    """The source of a run's batches: batch n holds the same pictures in every run of one seed."""
+    """The source of a run's image batches; the seed determines the images of batch n."""
 
     def __init__(self, device: torch.device | str, plan: Plan):
         self.device, self._plan = torch.device(device), plan
@@ -41,31 +41,31 @@ class RenderedBatches:
         self.num_classes = self._render.num_classes
 
     def start(self, step: int) -> None:
-        """Let the workers begin to plan the batches from ``step`` on, for the next call of :meth:`batches`."""
+        """Start planning batches from number ``step`` on, for the next call of :meth:`batches`."""
         self._started = step, self.raw(step)
 
     def raw(self, step: int) -> Iterator[Batch]:
-        """Planned batches in host memory from number ``step`` on."""
+        """Yield planned batches in host memory from number ``step`` on."""
         return loader(replace(self._plan, first=step), pin_memory=self.device.type == "cuda")
 
     def to_device(self, raw: Batch) -> Batch:
         return to_device(raw, self.device)
 
     def render(self, batch: Batch) -> Batch:
-        """A planned batch on the device with its pictures and dense labels."""
+        """Add images and dense labels to a planned batch on the device."""
         return batch | self._render(batch)
 
     def drawn(self, raw: Iterator[Batch]) -> Iterator[Batch]:
-        """Planned batches on the device, each drawn while the one before is worked on."""
+        """Yield batches on the device, each drawn while the previous one is in use."""
         return prefetch(raw, self.device, self.render)
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Drawn batches without end from number ``step`` on."""
+        """Yield drawn batches endlessly from number ``step`` on."""
         started, self._started = self._started, None
         return self.drawn(started[1] if started and started[0] == step else self.raw(step))
 
     def samples(self) -> Iterator[Batch]:
-        """One drawn batch of each kind that no training step sees."""
+        """Yield one drawn batch of each kind that training does not use."""
         for kind in dict.fromkeys(self._plan.cycle):
             rng = Random(f"sample {self._plan.seed} {kind}")
             raw = make_batch(self._assets, rng, kind, self._plan.images[kind], plan=self._plan)

@@ -1,7 +1,7 @@
-"""Train nano from nothing: ``python -m recipes.nano.train.run --out runs/nano`` runs the four recipes in turn.
+"""Train nano from scratch: ``python -m recipes.nano.train.run --out runs/nano`` runs the four recipes in turn.
 
-Each is an ``aria train`` in a folder of its own under OUT and begins with the export of the one before. Run again, it
-skips what is finished and goes on with what was begun.
+Each stage is an ``aria train`` in its own folder under OUT and starts from the export of the previous one. Rerun to
+resume; finished stages are skipped.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ EXPORT = "export"
 
 
 def finished(folder: Path) -> bool:
-    """Whether a stage's run has come to its end: only then is its export written."""
-    return (folder / EXPORT / "processor_config.json").is_file()  # the last that is written
+    """Return whether a stage is complete: its export is written at the end."""
+    return (folder / EXPORT / "processor_config.json").is_file()  # the file that is written last
 
 
 def command(recipe: Path, out: Path, before: Path | None, settings: list[str]) -> list[str]:
-    """The ``aria train`` of a stage.
+    """Return the ``aria train`` command of a stage.
 
     Args:
-        recipe: of the stage.
-        out: folder of all stages.
-        before: folder of the stage before, None for the first.
-        settings: ``SECTION.KEY=VALUE``, in place of what the recipe says.
+        recipe: File of the recipe.
+        out: Folder of all stages.
+        before: Folder of the previous stage, None for the first.
+        settings: Overrides of the recipe, ``SECTION.KEY=VALUE``.
     """
     chosen = [*([f"model.path={before / EXPORT}"] if before else []), *settings]
     sets = [part for setting in chosen for part in ("--set", setting)]
@@ -36,9 +36,9 @@ def command(recipe: Path, out: Path, before: Path | None, settings: list[str]) -
 
 
 def run(arguments: list[str]) -> None:
-    """Run a stage in a process of its own, so that it leaves no compiled shapes and no memory behind.
+    """Run a stage in its own process, so that compiled graphs and memory do not accumulate.
 
-    SIGTERM is handed on to it: it saves and stops.
+    SIGTERM is forwarded to it; it saves a checkpoint and stops.
     """
     with subprocess.Popen(arguments) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -51,21 +51,25 @@ def run(arguments: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is left of the four stages."""
+    """Run the stages that are not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder of the stages' folders")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every stage")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/nano"), help="folder that gets a folder per stage (default: runs/nano)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a recipe key in every stage"
+    )
     options = parser.parse_args(argv)
     before: Path | None = None
     for recipe in RECIPES:
         folder = options.out / recipe.stem
         if finished(folder):
-            print(f"{recipe.stem}: finished before, in {folder}", flush=True)
+            print(f"{recipe.stem}: already finished, in {folder}", flush=True)
         else:
             print(f"{recipe.stem}: training in {folder}", flush=True)
             run(command(recipe, options.out, before, options.set))
             if not finished(folder):
-                print(f"{recipe.stem}: stopped before its end; the same command goes on")
+                print(f"{recipe.stem}: stopped early; rerun to resume")
                 return
         before = folder
     print(f"nano is in {options.out / RECIPES[-1].stem / EXPORT}")

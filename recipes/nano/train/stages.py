@@ -1,8 +1,8 @@
-"""The four stages of nano's training, as ``aria train recipes/nano/*.toml`` finds them.
+"""The four stages of nano's training, as factories for ``aria train recipes/nano/*.toml``.
 
-A recipe names a stage by its ``[data] factory``, ``[model] factory`` makes the :class:`Learner` from nothing or from
-the stage before, and ``[objective] factory`` lets it learn. What a stage sees stands here, how long and how fast in
-the TOML files.
+``[data] factory`` of a recipe names the stage, ``[model] factory`` makes the :class:`Learner`, new or from the previous
+stage, and ``[objective] factory`` computes its losses. The data of each stage is defined here; durations and learning
+rates are in the TOML files.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ STAGES = {
     "language": Stage(
         cycle=(TEXT,), texts={**LANGUAGE, text_batches.PLAIN: 0.1, text_batches.VERBAL: 0.35, text_batches.NEEDLES: 0.1}
     ),
-    # Two texts for nine batches of pictures: a fifth of the steps, a twentieth of the time.
+    # Two text batches per nine image batches: a fifth of the steps, a twentieth of the time.
     "seeing": Stage(
         cycle=("small", "large", "small", "several", TEXT, "small", "large", "small", "several", "small", TEXT),
         texts={**LANGUAGE, text_batches.VERBAL: 0.25, text_batches.NEEDLES: 0.1},
         teaching=Stages(),
         growth=2500,
     ),
-    # Lengths up to eight times those of the second stage, whose longest sequence has 512 tokens.
+    # Up to eight times the longest sequence of the second stage, 512 tokens.
     "long": Stage(
         cycle=(TEXT, "long", TEXT, "several", TEXT, "long", "small", "large"),
         texts={text_batches.NEEDLES: 3.0, text_batches.VERBAL: 0.2, **LANGUAGE},
@@ -92,30 +92,30 @@ STAGES = {
 
 
 class Mixture:
-    """A stage's batches: number n of a seed is the same in every run, wherever it goes on.
+    """A stage's batches; the seed determines batch n, wherever a run is resumed.
 
     Args:
-        stage: what they hold.
-        tokens: of a batch of text; pictures of a batch go by that, too: 256 small ones to 16,384.
-        workers: processes that plan.
-        seed: of the run.
-        device: where pictures are drawn.
+        stage: Data of the stage.
+        tokens: Tokens of a text batch; the number of images of a batch is proportional (256 small ones at 16,384).
+        workers: Worker processes.
+        seed: Seed of the run.
+        device: Device that draws images.
     """
 
     def __init__(self, stage: Stage, *, tokens: int, workers: int, seed: int, device: torch.device | str):
         self.stage, self.device, self.number = stage, torch.device(device), 0
-        pictured = tuple(kind for kind in stage.cycle if kind != TEXT)
-        writers = workers if not pictured else max(min(workers, 1), workers // 6)
+        image_kinds = tuple(kind for kind in stage.cycle if kind != TEXT)
+        writers = workers if not image_kinds else max(min(workers, 1), workers // 6)
         self._texts = Texts(seed, stage.texts, tokens, longest=min(stage.longest, tokens), workers=writers)
         self.images: RenderedBatches | None = None
-        if pictured:
+        if image_kinds:
             most = max(2, tokens // 64)
-            # 1,024 patches a large picture, and as many tokens in long conversations as in others.
+            # A large image has 1,024 patches; long conversations have as many tokens as others.
             counts = {"small": most, "large": max(1, most // 4), "several": most, "long": most}
             plan = Plan(
                 seed=seed,
-                images={kind: counts[kind] for kind in dict.fromkeys(pictured)},
-                cycle=pictured,
+                images={kind: counts[kind] for kind in dict.fromkeys(image_kinds)},
+                cycle=image_kinds,
                 shares=stage.shares,
                 workers=max(min(workers, 1), workers - writers),
                 growth=stage.growth,
@@ -123,21 +123,21 @@ class Mixture:
             self.images = RenderedBatches(device, plan)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that were given."""
+        """Return the number of batches so far."""
         return {"number": self.number}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after so many batches."""
+        """Continue after the saved number of batches."""
         self.number = state["number"]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Drawn batches on the device without end."""
+        """Yield drawn batches on the device, endlessly."""
         cycle = self.stage.cycle
         before = [cycle[n % len(cycle)] for n in range(self.number)]
         texts = images = None
         while True:
             if cycle[self.number % len(cycle)] == TEXT:
-                texts = texts or self._written(before.count(TEXT))
+                texts = texts or self._text_batches(before.count(TEXT))
                 batch = next(texts)
             else:
                 assert self.images is not None
@@ -146,12 +146,12 @@ class Mixture:
             self.number += 1
             yield batch
 
-    def _written(self, first: int) -> Iterator[Batch]:
+    def _text_batches(self, first: int) -> Iterator[Batch]:
         on_gpu = self.device.type == "cuda"
         return prefetch(text_batches.loader(replace(self._texts, first=first), pin_memory=on_gpu), self.device)
 
     def samples(self) -> Iterator[Batch]:
-        """One batch of each kind that no training step sees."""
+        """Yield one batch of each kind that training does not use."""
         if TEXT in self.stage.cycle:
             yield from prefetch([text_batches.make_batch(self._texts, Random("sample"))], self.device)
         if self.images is not None:
@@ -159,27 +159,27 @@ class Mixture:
 
 
 def stage_of(recipe: Recipe) -> Stage:
-    """The stage that a recipe's ``[data] factory`` names.
+    """Return the stage that a recipe's ``[data] factory`` names.
 
     Raises:
-        ValueError: it names none.
+        ValueError: It names none.
     """
     name = (recipe.data.factory or "").rpartition(":")[2]
     if name not in STAGES:
         raise ValueError(
-            f"[data] factory should be recipes.nano.train.stages: and one of {', '.join(STAGES)}, but is {name!r}"
+            f"[data] factory should be recipes.nano.train.stages:NAME, one of {', '.join(STAGES)}, but is {name!r}"
         )
     return STAGES[name]
 
 
 def _stream(recipe: Recipe, processor: Any, rank: int, world: int) -> Mixture:
-    """``[data] factory``: a stage's batches.
+    """``[data] factory``: make a stage's batches.
 
     Raises:
-        ValueError: several ranks; nano is trained on one GPU.
+        ValueError: The world size is not 1; nano is trained on one GPU.
     """
     if world > 1:
-        raise ValueError(f"nano is trained by one process, but there are {world}; start it without torchrun")
+        raise ValueError(f"nano is trained by one process, but the world size is {world}; start it without torchrun")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = stage_of(recipe)
     return Mixture(stage, tokens=recipe.batch.tokens, workers=recipe.data.workers, seed=recipe.seed, device=device)
@@ -189,15 +189,15 @@ language = seeing = long = answers = partial(_stream)
 
 
 def learner(recipe: Recipe, shape: Callable[[int], AriaConfig] = nano_config) -> Learner:
-    """``[model] factory``: nano with its training aids, random or as the stage before left them.
+    """``[model] factory``: make nano with its dense heads, random or from the previous stage.
 
-    With ``[model] path`` (the export of another run) weights are that run's averages in float32, dense heads included,
-    where its checkpoints are there, else those of the export.
+    With ``[model] path`` (the export of another run), weights are that run's float32 averages including dense heads if
+    its checkpoint exists, else those of the export.
     """
     settings = recipe.model
     classes = len(scenes.dense_classes(Assets.load(FOLDER / "assets.npz", images=False).labels))
     if settings.path is None:
-        # Rows of the vocabulary in eights suit the matrix units; the last few stand idle.
+        # A multiple of 8 rows suits tensor cores; the last few are unused.
         config = shape(-(-tokenizer.vocab_size() // 8) * 8)
     else:
         config = AriaConfig.from_pretrained(settings.path)
@@ -208,16 +208,16 @@ def learner(recipe: Recipe, shape: Callable[[int], AriaConfig] = nano_config) ->
 
 
 def tiny_learner(recipe: Recipe) -> Learner:
-    """The same in 0.2M parameters, to rehearse on a CPU."""
+    """``[model] factory``: the same with 0.2M parameters, for dry runs on a CPU."""
     return learner(recipe, tiny_config)
 
 
 @torch.no_grad()
 def load(model: Learner, export: Path) -> None:
-    """Fill in the weights that a run left beside or in its export.
+    """Load the weights of a run's checkpoint, or else of its export.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: They do not fit.
     """
     try:
         weights = trained_weights(export.parent)
@@ -234,12 +234,12 @@ def load(model: Learner, export: Path) -> None:
 
 
 def objective(model: nn.Module, recipe: Recipe, ranks: Any) -> Callable[[Batch, Step], Losses]:
-    """``[objective] factory``: the learner's own losses; on CUDA compiled, and replayed as graphs.
+    """``[objective] factory``: make the learner's losses; on CUDA compiled and replayed as CUDA graphs.
 
     Raises:
-        ValueError: gradients shall be accumulated, which graphs do not do.
+        ValueError: The recipe accumulates gradients, which CUDA graphs do not support here.
     """
-    assert isinstance(model, Learner), "[model] factory is this module's"
+    assert isinstance(model, Learner), "[model] factory should be of this module"
     torch.set_float32_matmul_precision("high")
     if ranks.device.type != "cuda":
 
@@ -252,14 +252,14 @@ def objective(model: nn.Module, recipe: Recipe, ranks: Any) -> Callable[[Batch, 
         raise ValueError(f"[batch] accumulate should be 1 for nano on a GPU, but is {recipe.batch.accumulate}")
     model.compile()
     replayed = Replayed(model)
-    # Every kind is compiled and captured before the clock starts; each later phase is, when it comes.
+    # Compile and capture every kind before the clock starts; later phases are captured when they begin.
     for batch in _stream(recipe, None, 0, 1).samples():
         replayed(batch, 1.0)
     model.zero_grad(set_to_none=True)
 
     def replay(batch: Batch, step: Step) -> Losses:
         total, metrics = replayed(batch, step.progress)
-        # The gradients are there: what the loop calls backward on ends here.
+        # The gradients already exist, so the backward call of the loop has to end here.
         return Losses(total.clone().requires_grad_(), metrics)
 
     return replay

@@ -1,6 +1,6 @@
-"""Batches without pictures: conversations and long texts, packed to a fixed number of tokens.
+"""Batches without images: conversations and long texts, packed to a fixed number of tokens.
 
-T tokens, S sequences. A batch has the keys of ``recipes.nano.train.image_batches`` that concern tokens, and ``size`` 0.
+T tokens, S sequences. A batch has the token keys of ``image_batches``, and ``size`` 0.
 """
 
 import itertools
@@ -23,7 +23,7 @@ Sequence = tuple[np.ndarray, np.ndarray]  # ids and unshifted labels
 
 @dataclass(frozen=True)
 class Texts:
-    """Configuration of text batches; it and n alone (``first`` and ``workers`` aside) determine the content of batch n.
+    """Configuration of text batches; it (without ``first`` and ``workers``) and n determine the content of batch n.
 
     Attributes:
         seed: Seed of the run.
@@ -46,12 +46,12 @@ class Texts:
 
     @property
     def sequences(self) -> int:
-        """S, always: a compiled layer has one shape. Conversations are 40 tokens and more."""
+        """S, fixed so that compiled layers have one shape; conversations have 40 tokens or more."""
         return max(8, self.tokens // 32)
 
 
 def loader(texts: Texts, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
-    """Batches without end, in order, from ``texts.first`` on."""
+    """Yield batches endlessly, in order, from ``texts.first`` on."""
     dataset = TextBatches(texts)
     if texts.workers == 0:
         return iter(dataset)
@@ -67,7 +67,7 @@ def loader(texts: Texts, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
 
 
 class TextBatches(IterableDataset):
-    """The endless sequence of batches, or this worker's share of it."""
+    """The endless sequence of text batches, or this worker's share of it."""
 
     def __init__(self, texts: Texts) -> None:
         self.texts = texts
@@ -81,9 +81,9 @@ class TextBatches(IterableDataset):
 
 
 def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
-    """One batch: sequences until the next one has no room; filler and empty sequences make its shapes the same."""
+    """Pack sequences until the next does not fit; filler and empty sequences give batches one shape."""
     room, found = texts.tokens, list[tuple[Any, Any]]()
-    fillers = -(-texts.tokens // 256)  # at most so many pieces of filler, so that none is long
+    fillers = -(-texts.tokens // 256)  # maximum number of filler pieces of 256 tokens
     while len(found) < texts.sequences - fillers:
         ids, labels = _sequence(texts, rng)
         if len(ids) > room:
@@ -112,12 +112,12 @@ def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
 
 
 def _filler(room: int) -> list[int]:
-    """Room that is left, in pieces of at most 256."""
+    """Split the remaining room into pieces of at most 256 tokens."""
     return [256] * (room // 256) + ([room % 256] if room % 256 else [])
 
 
 def _sequence(texts: Texts, rng: Random) -> Sequence:
-    """A conversation, a text or a haystack; none longer than a batch's ``max_seqlen``."""
+    """Draw a conversation, a text or a haystack, not longer than a batch's ``max_seqlen``."""
     while True:
         ids, labels = _drawn(texts, rng)
         if len(ids) <= max(512, texts.longest):
@@ -133,10 +133,10 @@ def _drawn(texts: Texts, rng: Random) -> Sequence:
     if kind == PLAIN:
         ids = np.array(tokenizer.encode(text_questions.text(rng) + "\n"), np.int64)
         labels = ids.copy()
-        labels[0] = -100  # nothing stands before the first
+        labels[0] = -100  # nothing predicts the first token
         return ids, labels
     if kind == NEEDLES:
-        # Even over the logarithm of the length, so that short ones, which are learned first, are as many as long ones.
+        # Log-uniform lengths: short ones, which are learned first, are as frequent as long ones.
         length = round(texts.shortest * (texts.longest / texts.shortest) ** rng.random())
         return image_batches.tokens(haystack.haystack(rng, length, questions=1 + length // 512))
     return image_batches.tokens(text_questions.conversation(rng, shares))
