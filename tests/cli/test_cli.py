@@ -179,7 +179,7 @@ def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path)
         (("chat", "-m", "/no/such/model", "hi"), "/no/such/model"),
         (("chat", "--image", "nowhere.png", "hi"), "nowhere.png"),
         (("chat", "--video", __file__, "hi"), "cannot be read as a clip"),
-        (("chat", "--document", __file__, "hi"), "cannot be read: it is no PDF"),
+        (("chat", "--document", __file__, "hi"), "cannot be read: it is not a PDF"),
         (("chat", "--schema", "nowhere.json", "hi"), "no JSON schema at 'nowhere.json'"),
         (("chat", "--temperature", "3", "hi"), "temperature is 3.0; expected a number from 0 to 2"),
         (("chat", "--device", "cuda:99", "hi"), "device 'cuda:99' is not on this machine; PyTorch finds cpu"),

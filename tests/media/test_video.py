@@ -261,8 +261,8 @@ NONE = {
     "nothing": (b"", "cannot be read as a clip"),
     "text": (b"hello " * 1000, "cannot be read as a clip"),
     "a picture": (WEBP.getvalue(), "cannot be read as a clip"),
-    "sound": (sound(False), "no moving pictures, only audio"),
-    "a cover": (sound(True), "no moving pictures, only a cover and audio"),
+    "sound": (sound(False), "no video stream, only audio"),
+    "a cover": (sound(True), "no video stream, only a cover and audio"),
     "a header": (clip(20)[:1000], "cannot be read as a clip|holds no frames"),
 }
 
@@ -303,7 +303,7 @@ def test_broken_tails_and_middles() -> None:
 
 @pytest.mark.parametrize(("limits", "asked", "message"), [
     ({"clip_seconds": 3.9}, {"num_frames": 2}, r"is 4 s long, but 3\.9 s are allowed"),
-    ({"frame_pixels": WIDTH * HEIGHT - 1}, {"num_frames": 2}, "announces frames of 128 x 96"),
+    ({"frame_pixels": WIDTH * HEIGHT - 1}, {"num_frames": 2}, "declares frames of 128 x 96"),
     ({"max_frames": 8}, {"num_frames": 9}, "num_frames is 9; 1 to 8 are allowed"),
     ({"max_frames": 8}, {"fps": 2, "max_frames": 9}, "max_frames is 9; 1 to 8 are allowed"),
     ({"decode_timeout": 1e-9}, {"num_frames": 2}, "took longer than 1e-09 s"),
@@ -319,7 +319,7 @@ def test_limits(limits: dict[str, Any], asked: dict[str, Any], message: str) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="cannot be decoded on cuda:1: no video decoder is found there"):
+    with pytest.raises(ValueError, match="cannot be decoded on cuda:1: it has no usable video decoder"):
         read(clip(10), num_frames=2, settings=MediaSettings(clip_decoder="cuda:1"))
 
 
@@ -415,7 +415,7 @@ def test_an_animated_webp_is_read_by_its_own_times() -> None:
     for damaged, message in ((data[: len(data) // 2], "no frame of .* can be decoded"), (data[:30], "holds no frames")):
         with pytest.raises(ValueError, match=message):
             read(damaged, num_frames=4)
-    with pytest.raises(ValueError, match="announces frames of 48 x 32 pixels"):
+    with pytest.raises(ValueError, match="declares frames of 48 x 32 pixels"):
         read(data, num_frames=4, settings=MediaSettings(frame_pixels=48 * 31))
 
 

@@ -122,7 +122,7 @@ def test_prompts_are_strings_that_can_be_joined_copied_and_checked() -> None:
         assert same == joined and same.slots == joined.slots and same.parts == joined.parts
     with pytest.raises(ValueError, match="every slot should be the offset"):
         Prompt("a<|img|>", slots=[0])
-    with pytest.raises(ValueError, match="1 slots but 0 picture parts"):
+    with pytest.raises(ValueError, match="1 slots but 0 image parts"):
         Prompt("<|img|>", slots=[0], parts=[])
 
 
@@ -160,9 +160,9 @@ def test_slices_keep_whole_places_and_never_halves() -> None:
     assert isinstance(tail, Prompt) and tail.parts[0].source is picture
     assert tail == str(prompt)[7:] and prompt[-1] == "d"
     for cut in (slice(10, None), slice(None, 12), slice(11, 13)):
-        with pytest.raises(ValueError, match="end inside a picture's place, 9 to 16"):
+        with pytest.raises(ValueError, match="end inside an image's place, 9 to 16"):
             prompt[cut]
-    with pytest.raises(ValueError, match="end inside a picture's place"):
+    with pytest.raises(ValueError, match="end inside an image's place"):
         Prompt.of(f"{IMAGE_TOKEN}a").strip("<|")
 
 
@@ -181,7 +181,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("operation", PLAIN.values(), ids=PLAIN)
 def test_no_operation_makes_places_of_text(operation: Callable[[Any], Any]) -> None:
     literal = render([{"role": "user", "content": f"what is {IMAGE_TOKEN}?"}])
-    with pytest.raises(ValueError, match="is just text, and would become a picture's place"):
+    with pytest.raises(ValueError, match="is just text, and would become an image's place"):
         operation(literal)
     for part in ({}, {"path": "a.png"}):
         prompt = render([{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what?"}]}])

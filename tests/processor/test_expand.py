@@ -158,7 +158,7 @@ def test_plain_strings_and_clips(processor: AriaProcessor) -> None:
         processor(text=SLOT * 2, images=PICTURE, videos=CLIP)
     with pytest.raises(ValueError, match=r"the prompts have 1 clip places .* but 2 clips were given"):
         processor(text=SLOT, videos=[CLIP, CLIP])
-    with pytest.raises(ValueError, match=r"2 picture places .* but 0 pictures"):
+    with pytest.raises(ValueError, match=r"2 image places .* but 0 images"):
         processor(text=SLOT * 2)
 
 
@@ -220,13 +220,13 @@ def test_limits_of_the_processor_hold_everywhere(tmp_path: Path) -> None:
     processor.media = MediaSettings(local_folders=(), max_frames=4, max_pages=2, image_pixels=1000)
     PICTURE.save(tmp_path / "a.png")
     for part, message in (
-        ({"type": "image", "path": tmp_path / "a.png"}, "none may be read here"),
-        ({"type": "video", "path": tmp_path / "a.mp4"}, "none may be read here"),
-        ({"type": "document", "url": str(tmp_path / "a.pdf")}, "none may be read here"),
+        ({"type": "image", "path": tmp_path / "a.png"}, "local files are not allowed here"),
+        ({"type": "video", "path": tmp_path / "a.mp4"}, "local files are not allowed here"),
+        ({"type": "document", "url": str(tmp_path / "a.pdf")}, "local files are not allowed here"),
         ({"type": "video", "video": CLIP, "num_frames": 5}, "num_frames is 5; 1 to 4 are allowed"),
-        ({"type": "document", "document": PDF}, "3 pages of .* are asked for, but 2 are allowed"),
+        ({"type": "document", "document": PDF}, "3 pages of .* are requested, but 2 are allowed"),
         ({"type": "image", "image": (tmp_path / "a.png").read_bytes()}, "more than the 1,000 allowed"),
-        ({"type": "image", "url": "http://127.0.0.1:9/"}, "not in the public internet"),
+        ({"type": "image", "url": "http://127.0.0.1:9/"}, "not on the public internet"),
         ({"type": "video", "video": PICTURE}, "a clip cannot be a Image"),
     ):
         messages = [{"role": "user", "content": [part]}]

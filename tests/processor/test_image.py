@@ -103,7 +103,7 @@ def test_counts_are_per_picture_and_splitting_can_differ() -> None:
     crops = AriaImageProcessor()(pictures, max_image_size=490, split_image=[True, True, False])
     assert crops.num_crops == [5, 7, 1]
     assert crops.pixel_values.shape == (13, 3, 490, 490) and crops.pixel_mask.shape == (13, 490, 490)
-    with pytest.raises(ValueError, match="2 values of split_image for 1 pictures"):
+    with pytest.raises(ValueError, match="2 values of split_image for 1 images"):
         AriaImageProcessor()(pictures[:1], split_image=[True, False])
 
 
@@ -113,7 +113,7 @@ def test_own_size_is_honoured_and_other_sizes_are_refused() -> None:
     assert process(picture(50, 60), max_image_size=980).pixel_values.shape[-1] == 980
     with pytest.raises(ValueError, match="1000 is not one of this model's sizes: 490, 980"):
         process(picture(50, 60), max_image_size=1000)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         process([])
     with pytest.raises(ValueError, match="split_mode 'best'"):
         process(picture(5, 5), split_mode="best")

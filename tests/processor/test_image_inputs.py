@@ -161,11 +161,11 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path):
     conversation = [{"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(ValueError, match="one conversation, a list of messages, but got 2"):
         processor.prepare([conversation, conversation])
-    with pytest.raises(ValueError, match="1 picture places"):
+    with pytest.raises(ValueError, match="1 image places"):
         processor.prepare(conversation)
     with pytest.raises(ValueError, match="is not one of this model's sizes"):
         processor.prepare(conversation, images=noise(9, 9), max_image_size=17)
-    with pytest.raises(FileNotFoundError, match="no picture at"):
+    with pytest.raises(FileNotFoundError, match="no image at"):
         processor.prepare(conversation, images=str(tmp_path / "none.png"))
-    with pytest.raises(ValueError, match="empty picture"):
+    with pytest.raises(ValueError, match="empty image"):
         processor.prepare(conversation, images=np.zeros((0, 4, 3), dtype=np.uint8))

@@ -68,10 +68,10 @@ def test_split_pictures_have_their_own_counts(processor: AriaProcessor) -> None:
 @pytest.mark.parametrize(
     ("text", "count", "message"),
     [
-        (SLOT, 0, "1 picture places .* but 0 pictures"),
-        (SLOT, 2, "1 picture places .* but 2 pictures"),
-        ("hello", 1, "0 picture places .* but 1 pictures"),
-        ([SLOT, SLOT], 1, "2 picture places .* but 1 pictures"),
+        (SLOT, 0, "1 image places .* but 0 images"),
+        (SLOT, 2, "1 image places .* but 2 images"),
+        ("hello", 1, "0 image places .* but 1 images"),
+        ([SLOT, SLOT], 1, "2 image places .* but 1 images"),
     ],
 )
 def test_counts_that_differ(processor: AriaProcessor, text: Any, count: int, message: str) -> None:
@@ -81,7 +81,7 @@ def test_counts_that_differ(processor: AriaProcessor, text: Any, count: int, mes
 
 def test_lists_of_lists_are_checked_prompt_by_prompt(processor: AriaProcessor) -> None:
     one = picture()
-    with pytest.raises(ValueError, match=r"prompt 1 has 1 picture places .* but 2 pictures"):
+    with pytest.raises(ValueError, match=r"prompt 1 has 1 image places .* but 2 images"):
         processor([SLOT, SLOT], [[one], [one, one]])
     with pytest.raises(ValueError, match="1 lists for 2 prompts"):
         processor([SLOT, SLOT], [[one]])
@@ -96,7 +96,7 @@ def test_literal_image_tokens_of_users_take_no_picture(processor: AriaProcessor)
     assert image_runs(inputs.input_ids[0]) == [128]
     decoded = processor.decode(inputs.input_ids[0])
     assert decoded.replace("<|img|>" * 128, "<|img|>") == prompt
-    with pytest.raises(ValueError, match="2 picture places"):
+    with pytest.raises(ValueError, match="2 image places"):
         processor(str(prompt), picture())
     assert processor(Prompt("<|img|>"), return_tensors="pt").input_ids.shape[1] > 1
 
@@ -110,7 +110,7 @@ def test_truncation_never_cuts_a_picture(processor: AriaProcessor) -> None:
         (f"{SLOT}{SLOT}", [picture(), picture()], 131),
     ):
         with pytest.raises(
-            ValueError, match=rf"max_length={length} would cut a picture: the last one ends at token \d+"
+            ValueError, match=rf"max_length={length} would cut an image: the last one ends at token \d+"
         ):
             processor(text, images, truncation=True, max_length=length)
     with pytest.raises(ValueError, match="need max_length"):
@@ -147,7 +147,7 @@ def test_messages_bring_their_own_pictures(processor: AriaProcessor, tmp_path) -
     assert torch.equal(inputs.pixel_values, all_given.pixel_values)
     assert torch.equal(inputs.input_ids, all_given.input_ids)
     assert processor.decode(inputs.input_ids[0]).endswith("compare<|im_end|>\n<|im_start|>assistant\n")
-    with pytest.raises(ValueError, match=r"3 picture places .*\(2 of them name their own\), but 2 pictures"):
+    with pytest.raises(ValueError, match=r"3 image places .*\(2 of them name their own\), but 2 images"):
         processor(prompt, [first, second])
     greeting: list[Any] = [{"role": "user", "content": "hi"}]
     batch = processor.apply_chat_template([messages, greeting], images=[second], **options)

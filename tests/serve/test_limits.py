@@ -142,7 +142,7 @@ for _ in range(400):
         (part(type="image_url", image_url="x"), "messages[0].content[0].image_url", "should be an object, but is 'x'"),
         (part(type="image_url", image_url={"url": "x", "detail": "ultra"}), "messages[0].content[0].image_url.detail",
          "'auto', 'low', 'high' or 'original'"),
-        (part(type="image_url", image_url={"url": "data:image/png;base64,AAAA"}), "messages", "not a picture"),
+        (part(type="image_url", image_url={"url": "data:image/png;base64,AAAA"}), "messages", "not an image"),
         (part(type="image_url", image_url={"url": "ftp://example.org/a.png"}), "messages", "ftp"),
         (part(type="file", file={"file_id": "file-1", "file_data": "x"}), "messages[0].content[0].file.file_id",
          "not supported"),

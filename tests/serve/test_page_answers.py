@@ -169,7 +169,7 @@ def test_an_unreadable_file_is_not_sent(page, script, tmp_path):  # noqa: F811
     # At once, before the server has looked at the file.
     page.say("What is it?")
     until(lambda: "broken.png cannot be read" in page.one("#cost").text)
-    assert "not a picture" in page.one(".item.refused .price").text
+    assert "not an image" in page.one(".item.refused .price").text
     assert not page.one("#send").is_enabled()
     page.one("#question").send_keys(Keys.ENTER)
     assert (page.all(".turn"), script.asked) == ([], [])

@@ -94,7 +94,7 @@ def test_what_is_wrong_later_ends_the_stream(live):
         reply = live.post(path, messages=said(THREE, broken), **fields)
         assert reply.status_code == 200
         *_, last = [json.loads(line[6:]) for line in reply.text.split("\n") if line.startswith("data: ")]
-        assert last["error"]["type"] == "invalid_request_error" and "not a picture" in last["error"]["message"]
+        assert last["error"]["type"] == "invalid_request_error" and "not an image" in last["error"]["message"]
     until(idle)
 
 

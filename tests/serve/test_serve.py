@@ -371,7 +371,7 @@ def test_a_file_of_the_server_is_read_where_that_is_allowed(live, tmp_path):
     def part(path) -> list:
         return [{"type": "image_url", "image_url": {"url": str(path)}}]
 
-    with pytest.raises(openai.BadRequestError, match="none may be read here"):
+    with pytest.raises(openai.BadRequestError, match="local files are not allowed here"):
         live.chat(part(PICTURES / "word.png"), max_tokens=1)
     with running(ServerSettings(media=MediaSettings(local_folders=(PICTURES,)))) as open_one:
         assert open_one.chat(part(PICTURES / "word.png"), max_tokens=1).choices

@@ -337,7 +337,7 @@ def test_the_environment_holds_no_keys(workers: Workers, monkeypatch: pytest.Mon
 @pytest.fixture(scope="module")
 def confined(workers: Workers) -> str:
     """What could not be confined here."""
-    worker = workers._nursery.worker()
+    worker = workers._fork_server.worker()
     missing = " ".join(worker.missing)
     worker.kill()
     return missing

@@ -1,4 +1,5 @@
-"""Images, clips and documents from anywhere -> RGB arrays: where they may come from, what they may cost, decoding.
+"""Load images, video clips and documents as RGB arrays: permissions, limits, fetching and decoding.
 
-Nothing here imports PyTorch, so that the processes which decode start quickly and stay small.
+Nothing in this package imports PyTorch at module level, so that the decoding worker processes start quickly and stay
+small.
 """

@@ -1,4 +1,4 @@
-"""Animated images that FFmpeg cannot read (WebP), or reads without their transparency (AVIF), through Pillow."""
+"""Decode animated images with Pillow: WebP, and AVIF with transparency, which FFmpeg cannot do."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from aria.media.limits import MediaSettings
 from aria.media.metadata import strip_metadata
 
 _ANIMATED = 2
-"""A flag of a WebP's header."""
+"""Animation flag in the header of a WebP file."""
 _SHORTEST_MS, _DEFAULT_MS = 10, 100
-"""Frames of no more milliseconds than the first are shown for the second, as browsers do."""
+"""Frames of at most 10 ms are shown for 100 ms, as in browsers."""
 
 
 def animation_format(clip: MediaFile, settings: MediaSettings) -> str | None:
-    """WEBP or AVIF where a clip is an animated image for this module, None where it is for FFmpeg."""
+    """The format ("WEBP" or "AVIF") of an animated image that this module decodes; None: leave it to FFmpeg."""
     with clip.file() as file:
         head = file.read(32)
         if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & _ANIMATED:
@@ -32,15 +32,15 @@ def animation_format(clip: MediaFile, settings: MediaSettings) -> str | None:
         try:
             with Image.open(strip_metadata(file)[0], formats=["AVIF"]) as image:
                 return "AVIF" if image.has_transparency_data else None
-        except Exception:  # damaged, or without Pillow's codec: FFmpeg says so, or shows it without transparency
+        except Exception:  # damaged, or Pillow lacks the codec: FFmpeg reports that or decodes without transparency
             return None
 
 
 def scan_webp(clip: MediaFile, settings: MediaSettings, deadline: ReadDeadline) -> Timeline:
-    """When the frames of an animated WebP are shown; nothing is decoded.
+    """Read the frame times of an animated WebP, without decoding.
 
     Raises:
-        ValueError: it holds no frames, too many, or too large ones.
+        ValueError: No frames, too many, or too large ones.
     """
     times: list[int] = []
     end, canvas = 0, (0, 0)
@@ -74,13 +74,18 @@ def decode_animation(
     settings: MediaSettings,
     deadline: ReadDeadline,
 ) -> dict[int, np.ndarray]:
-    """RGB by time. What cannot be decoded is missing.
+    """Decode frames of an animated image to RGB, by time. Frames that cannot be decoded are missing.
 
     Args:
-        chosen: by a frame's index, its time.
+        clip: The file.
+        format: "WEBP" or "AVIF".
+        chosen: Maps the index of each wanted frame to its time.
+        fit: Maps the (width, height) of a frame to the size to resize it to.
+        settings: Background colour.
+        deadline: Ends the decoding.
 
     Raises:
-        ValueError: the time is up.
+        ValueError: The time is up.
     """
     frames: dict[int, np.ndarray] = {}
     with clip.file() as file:
@@ -89,7 +94,7 @@ def decode_animation(
         except Exception:  # decoders of damaged files raise errors of every kind
             return {}
         with image:
-            # Frames of a WebP are changes of those before: one at a time, so that the deadline can end it.
+            # WebP frames build on earlier ones. Decode one at a time, so that the deadline can end it.
             for index in range(max(chosen) + 1) if format == "WEBP" else sorted(chosen):
                 deadline.check()
                 try:

@@ -1,4 +1,4 @@
-"""Frames and pages that were read, kept for the next question about the same clip or document."""
+"""Cache of decoded frames and pages, for further questions about the same clip or document."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Read = TypeVar("Read", Frame, Page)
 
 
 class MediaCache:
-    """What media were read as, by what they are and how they were read; the least recently used go first.
+    """LRU cache of decoded media, keyed by the file and the reading options. Thread-safe.
 
-    A chat sends its clip with every question, and a page asks what it costs before. Any thread may use it.
+    A chat sends its clip with every question, and the chat page asks for its token count before.
     """
 
     def __init__(self) -> None:
@@ -26,29 +26,29 @@ class MediaCache:
         DECODE_MEMORY.on_shortage(self.free)
 
     def __reduce__(self) -> tuple[type[MediaCache], tuple[()]]:
-        """Copies, also those for other processes, begin empty."""
+        """Copies and pickles start empty."""
         return MediaCache, ()
 
     def get(self, key: Hashable, read: Callable[[], Sequence[Read]], capacity: int) -> Sequence[Read]:
-        """What is kept under a key, or else what ``read`` gives. Of ``capacity`` bytes no more is kept."""
+        """Return the entry of a key, calling ``read`` if it is missing. At most ``capacity`` bytes are kept."""
         with self._turn:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key][0]  # type: ignore[return-value]  # a key holds what its own read gave
-        pictures = read()
-        nbytes = sum(picture.image.nbytes for picture in pictures)
-        for picture in pictures:
-            for array in picture.image.arrays:
-                array.flags.writeable = False  # others will read it too
+                return self._kept[key][0]  # type: ignore[return-value]  # the entry has the type of its own read
+        items = read()
+        nbytes = sum(item.image.nbytes for item in items)
+        for item in items:
+            for array in item.image.arrays:
+                array.flags.writeable = False  # shared with other readers
         with self._turn:
             if nbytes <= capacity and key not in self._kept:
-                self._kept[key] = pictures, nbytes
+                self._kept[key] = items, nbytes
                 self.nbytes += nbytes
             self._shrink(capacity)
-        return pictures
+        return items
 
     def free(self, nbytes: int) -> None:
-        """Keep so much less."""
+        """Evict at least this many bytes."""
         with self._turn:
             self._shrink(self.nbytes - nbytes)
 

@@ -1,4 +1,4 @@
-"""The files that clips come in (PyAV): when each frame is shown, where decoding can begin, and frames as RGB."""
+"""Video files through PyAV: frame times, keyframes, and decoding frames to RGB."""
 
 from __future__ import annotations
 
@@ -20,91 +20,91 @@ from aria.media.progress import ProgressCounter
 from aria.workers.cancellation import check_cancelled
 
 Fit = Callable[[int, int], tuple[int, int]]
-"""(width, height) of an upright frame -> what it should become."""
+"""Maps the (width, height) of an upright frame to the size to decode it at."""
 
-# Containers of moving pictures alone: others (playlists, concatenations) can name further files and addresses.
+# Plain containers only: other formats (playlists, concatenations) can refer to further files and addresses.
 _FORMATS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "mxf", "nut", "dv"),
     *("gif", "apng", "h264", "hevc", "m4v", "ivf", "obu", "mjpeg", "rm", "wtv"),
 )
 _READ_BYTES = 1 << 20
 MAX_FRAMES = 4_000_000
-"""Of a clip, so that lists of them fit into memory: four hours at 240 a second are fewer."""
+"""Maximum number of frames of a clip, so that lists of them fit in memory. Four hours at 240 per second are fewer."""
 _UNKNOWN_RATE = Fraction(25)
 _BACK = (1, 4)
-"""Keyframes before the one that is sought, aimed at where seeking goes past it."""
+"""How many keyframes further back to seek when seeking overshoots."""
 
 
 class MediaFile(Protocol):
-    """A file to be read."""
+    """A named file that can be opened any number of times."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name for error messages."""
 
     def file(self) -> BinaryIO:
-        """It, open for reading at its beginning, with a position of its own."""
+        """A new file object at position 0."""
 
 
 class Keyframe(NamedTuple):
-    """A keyframe."""
+    """A frame at which decoding can begin."""
 
     number: int
-    """Of its packet in the file."""
+    """Index of its packet in the file."""
     time: int | None
     decoding_time: int | None
 
 
 class Timeline(NamedTuple):
-    """When the frames of a clip are shown, in units of ``unit`` seconds, and where decoding can begin."""
+    """Presentation times of the frames of a clip, in units of ``unit`` seconds, and its keyframes."""
 
     times: list[int]
-    """Of each frame, in the order in which they are shown."""
+    """Presentation time of each frame, ascending."""
     numbers: list[int]
-    """Of each frame's packet in the file."""
+    """Index of each frame's packet in the file."""
     end: int
     unit: Fraction
     keys: list[Keyframe]
     untimed: bool
-    """The file tells no times: frames are told by their number, and decoded from the beginning."""
+    """The file has no usable timestamps: frames are identified by index and decoded from the beginning."""
     size: tuple[int, int] = (0, 0)
-    """(width, height) of a frame, as the file's header has it."""
+    """(width, height) of a frame, from the header."""
 
     @property
     def seconds(self) -> Fraction:
-        """Length of the clip."""
+        """Duration of the clip."""
         return (self.end - self.times[0]) * self.unit
 
 
 class DecodeRun(NamedTuple):
-    """Frames that are decoded from one keyframe on."""
+    """Frames that are decoded starting from one keyframe."""
 
     key: int
-    """Its index among all keyframes."""
+    """Index of the keyframe."""
     keys: dict[int, Keyframe]
-    """By index: itself, and those before it that decoding may have to begin at instead."""
+    """The keyframe and earlier ones to fall back on, by index."""
     times: list[int]
-    """Of the frames."""
+    """Presentation times of the frames."""
 
     @classmethod
     def at(cls, key: int, keys: Sequence[Keyframe]) -> DecodeRun:
-        """One without frames, of the keyframe with an index."""
+        """An empty run for the keyframe with index ``key``."""
         return cls(
             key, {key - back: keys[key - back] for back in (0, *_BACK, *(1 + n for n in _BACK)) if back <= key}, []
         )
 
 
 class ReadDeadline:
-    """Ends the reading of one clip, in all its threads, when it takes too long or is given up.
+    """Ends the reading of one file, in all threads, when it takes too long or is stopped.
 
     Args:
-        name: what errors call it.
-        seconds: that it may take.
+        name: Name for error messages.
+        seconds: Time limit.
     """
 
     @classmethod
     def for_job(cls, job: Any, name: str, seconds: float) -> ReadDeadline:
-        """For a job; who waits for one in another process has a deadline of its own."""
+        """For a job. Jobs in worker processes have no limit here: the parent enforces one."""
         return cls(name, math.inf if job.remote else seconds)
 
     def __init__(self, name: str, seconds: float):
@@ -113,7 +113,7 @@ class ReadDeadline:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Give it up."""
+        """Make the next :meth:`check` in any thread raise."""
         self._stopped.set()
 
     @property
@@ -122,11 +122,11 @@ class ReadDeadline:
         return time.monotonic() > self._end
 
     def check(self) -> None:
-        """Called between pieces of work.
+        """To be called between pieces of work.
 
         Raises:
-            ValueError: the time is up.
-            Cancelled: nobody waits for the result any more.
+            ValueError: The time is up.
+            Cancelled: The caller was cancelled.
         """
         check_cancelled()
         if self._stopped.is_set() or self.is_over:
@@ -134,16 +134,16 @@ class ReadDeadline:
 
 
 @contextlib.contextmanager
-def opened(clip: MediaFile, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """The container and its stream of moving pictures; what goes wrong inside becomes a ValueError.
+def open_container(clip: MediaFile, settings: MediaSettings, gpu: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Open a container; yields it and its video stream. FFmpeg errors in the block become ValueErrors.
 
     Args:
-        clip: the file.
-        settings: limits.
-        gpu: number of a GPU whose video decoder is to do it.
+        clip: The file.
+        settings: Limits.
+        gpu: Index of the GPU whose video decoder to use.
 
     Raises:
-        ValueError: no clip, one without moving pictures, a damaged one, or one with too large frames.
+        ValueError: Not a clip, no video stream, damaged, or frames too large.
     """
     import av
 
@@ -153,24 +153,26 @@ def opened(clip: MediaFile, settings: MediaSettings, gpu: int | None = None) -> 
         hardware = None if gpu is None else gpu_decoding(gpu)
         try:
             container = stack.enter_context(
-                # Titles in other codings than UTF-8 are no reason to fail.
+                # Metadata in other encodings than UTF-8 must not fail.
                 av.open(file, options=options, buffer_size=_READ_BYTES, metadata_errors="replace", hwaccel=hardware)
             )
             yield container, _video_stream(container, clip.name, settings)
         except av.FFmpegError as error:
             raise ValueError(
-                f"{clip.name} cannot be read as a clip ({error.strerror}); the file may be damaged, or of another kind"
+                f"{clip.name} cannot be read as a clip ({error.strerror}); the file may be damaged or of another type"
             ) from error
 
 
 def gpu_decoding(gpu: int) -> Any:
-    """PyAV's order to decode with a GPU's video decoder and nothing else; frames stay there, since few of them are
-    wanted here. For this thread the GPU with that number becomes the current one."""
+    """PyAV options to decode with the video decoder of a GPU, without software fallback.
+
+    Frames stay in GPU memory, because only some are needed on the host. Makes the GPU current in this thread.
+    """
     import torch
     from av.codec.hwaccel import HWAccel
 
-    # PyTorch's own context, which asking a stream brings into this thread: one more for each decoder would take memory
-    # and turns, and the shared one is refused to whoever asks for it with other flags than PyTorch's.
+    # Use PyTorch's CUDA context, which querying a stream makes current in this thread. A context per decoder would take
+    # memory and time slices, and the primary context is refused if requested with other flags than PyTorch's.
     torch.cuda.set_device(gpu)
     torch.cuda.current_stream(gpu).query()
     options: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
@@ -182,29 +184,29 @@ def _video_stream(container: Any, name: str, settings: MediaSettings) -> Any:
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if len(streams) > 1 and streams[0].frames == 1:
-        # An animated AVIF begins with its first picture as a still one, of which it also says that it is the default.
+        # An animated AVIF also has its first image as a still image, marked as the default stream.
         streams = [stream for stream in streams if stream.frames != 1] or streams
     if not streams:
-        raise ValueError(f"{name} has no moving pictures, only {_kinds(container)}")
+        raise ValueError(f"{name} has no video stream, only {_kinds(container)}")
     stream = max(streams, key=lambda one: (bool(one.disposition & Disposition.default), -one.index))
     context = stream.codec_context
     if context is None:
-        raise ValueError(f"{name} is coded in a way that cannot be decoded here")
+        raise ValueError(f"{name} uses a codec that is not supported here")
     check_frame_size(context.width, context.height, name, settings)
     return stream
 
 
 def check_frame_size(width: int, height: int, name: str, settings: MediaSettings) -> None:
-    """Refuse frames that are too large, before any is decoded.
+    """Reject frames that are too large, before any is decoded.
 
     Raises:
-        ValueError: more pixels than the settings allow.
+        ValueError: More pixels than the settings allow.
     """
     if width <= 0 or height <= 0:
-        raise ValueError(f"{name} announces frames of {width} x {height} pixels; the file may be damaged")
+        raise ValueError(f"{name} declares frames of {width} x {height} pixels; the file may be damaged")
     if width * height > settings.frame_pixels:
         raise ValueError(
-            f"{name} announces frames of {width} x {height} pixels, more than the {settings.frame_pixels:,} allowed; "
+            f"{name} declares frames of {width} x {height} pixels, more than the {settings.frame_pixels:,} allowed; "
             "scale it down first"
         )
 
@@ -215,26 +217,26 @@ def _kinds(container: Any) -> str:
 
 
 def scan(clip: MediaFile, settings: MediaSettings, deadline: ReadDeadline) -> Timeline:
-    """Read through a clip without decoding it.
+    """Read all packets of a clip without decoding them.
 
     Raises:
-        ValueError: as for :func:`opened`.
+        ValueError: As for :func:`open_container`.
     """
     import av
 
     shown: list[tuple[Any, int, int]] = []
     keys: list[Keyframe] = []
-    with opened(clip, settings) as (container, stream):
+    with open_container(clip, settings) as (container, stream):
         try:
             for number, packet in enumerate(_packets(container, stream, deadline)):
                 if packet.is_keyframe or not keys:
                     keys.append(Keyframe(number, packet.pts, packet.dts))
-                if not packet.is_discard:  # outside of what the file's edit list shows
+                if not packet.is_discard:  # outside the edit list
                     shown.append((packet.pts, number, max(packet.duration or 0, 0)))
                 if number == MAX_FRAMES:
                     raise ValueError(f"{clip.name} holds more than {MAX_FRAMES:,} frames; send a part of it")
         except av.FFmpegError:
-            if not shown:  # else the end is broken, and what is before it is read
+            if not shown:  # otherwise only the end is damaged, and the rest is used
                 raise
         if not shown:
             raise ValueError(f"{clip.name} holds no frames; the file may be truncated or damaged")
@@ -257,31 +259,33 @@ def _packets(container: Any, stream: Any, deadline: ReadDeadline) -> Iterator[An
         try:
             for packet in container.demux(stream):
                 deadline.check()
-                if packet.size:  # the last one is empty, and only says that it is the last
+                if packet.size:  # an empty packet marks the end
                     yield packet
         except IndexError:
-            # PyAV stumbles over a stream that turns up after the beginning; asked again, it knows of it.
+            # PyAV fails on a stream that appears after the beginning; demuxing again works.
             more = True
 
 
 def _has_timestamps(container: Any, stream: Any, times: Sequence[int | None]) -> bool:
     if any(moment is None for moment in times):
         return False
-    # AVI holds no times; where frames are shown in another order than they are stored, those made up for it are wrong.
+    # AVI has no timestamps. Those that FFmpeg makes up are wrong if frames are not stored in presentation order.
     rising = all(a < b for a, b in itertools.pairwise(times))  # type: ignore[operator]
     return not (container.format.name == "avi" and stream.codec_context.has_b_frames and rising)
 
 
 class Decoder:
-    """Frames of a clip at given times.
+    """Decodes frames of a clip at given times.
 
     Args:
-        clip: its file.
-        untimed: as in :class:`Timeline`.
-        fit: what becomes of a frame of (width, height).
-        threads: of the codec.
-        gpu: number of a GPU whose video decoder does it; what that cannot decode is missing.
-        progress: counts the frames.
+        clip: The file.
+        untimed: As in :class:`Timeline`.
+        fit: Maps the (width, height) of a frame to the size to decode it at.
+        threads: Number of codec threads.
+        settings: Limits.
+        deadline: Ends the decoding.
+        gpu: Index of the GPU whose video decoder to use. Frames that it cannot decode are missing from the result.
+        progress: Counts the decoded frames.
     """
 
     def __init__(
@@ -310,11 +314,11 @@ class Decoder:
         self._files.close()
 
     def decode(self, run: DecodeRun) -> dict[int, np.ndarray]:
-        """RGB by time, of the frames of a run. What cannot be decoded is missing."""
+        """Decode the frames of a run to RGB, by time. Frames that cannot be decoded are missing."""
         frames = self._attempt(run, run.key, run.times, skip=not self._untimed)
         missing = [moment for moment in run.times if moment not in frames]
         if missing and not self._untimed and self._gpu is None:
-            # Pictures that are refreshed bit by bit, or frames that are leant on although they say they are not.
+            # Gradual intra refresh, or frames marked as non-reference that are referenced anyway.
             frames |= self._attempt(run, max(run.key - 1, 0), missing, skip=False)
         return frames
 
@@ -326,7 +330,7 @@ class Decoder:
         untimed = self._untimed
 
         def take(packet: Any) -> None:
-            with contextlib.suppress(FFmpegError):  # a damaged packet; the decoder goes on with the next
+            with contextlib.suppress(FFmpegError):  # a damaged packet; continue with the next
                 for frame in self._context.decode(packet):
                     moment = next(number) if untimed else frame.pts
                     if moment in wanted:
@@ -336,7 +340,7 @@ class Decoder:
 
         unfed = set(times)
         for packet in self._packets_from(run.keys, key):
-            # No other frame leans on these, so that only those that are wanted have to be decoded.
+            # Unwanted non-reference frames need not be decoded.
             self._context.skip_frame = "NONREF" if skip and packet.pts not in wanted else "DEFAULT"
             take(packet)
             unfed -= frames.keys() if untimed else {packet.pts}
@@ -346,10 +350,10 @@ class Decoder:
         return frames
 
     def _packets_from(self, keys: Mapping[int, Keyframe], key: int) -> Iterator[Any]:
-        """Packets from a keyframe on; where seeking does not get there, from the beginning of the file."""
+        """Packets starting at a keyframe; if seeking does not find it, the file is read from the beginning."""
         from av import FFmpegError
 
-        # Some containers seek by estimate, and past the mark; then an earlier one is aimed at.
+        # Some containers seek by estimate and overshoot; then seek to an earlier keyframe.
         for aim in (key, *(key - back for back in _BACK)):
             if aim <= 0 or keys[aim].decoding_time is None or keys[key].decoding_time is None:
                 break
@@ -377,11 +381,11 @@ class Decoder:
 
     def _open(self) -> None:
         self._files.close()
-        self._container, self._stream = self._files.enter_context(opened(self._clip, self._settings, self._gpu))
+        self._container, self._stream = self._files.enter_context(open_container(self._clip, self._settings, self._gpu))
         self._context = self._stream.codec_context
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"
-        # Also for frames that turn out larger than the file's header says.
+        # Also limits frames that are larger than the header says.
         self._context.options = {"max_pixels": str(self._settings.frame_pixels)}
 
     def _rgb(self, frame: Any) -> np.ndarray:
@@ -394,7 +398,7 @@ class Decoder:
             opaque = np.asarray(rgb.composite(Image.fromarray(rgba), self._settings.background))
             frame = VideoFrame.from_ndarray(opaque, "rgb24")
         width, height = frame.width, frame.height
-        # Pixels that are not square.
+        # Non-square pixels.
         ratio = self._stream.sample_aspect_ratio or 1
         if ratio != 1 and Fraction(1, 4) <= ratio <= 4:
             width = max(1, round(width * ratio))
@@ -416,9 +420,10 @@ class Decoder:
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """(rows become columns, then upside down, then left to right) to see a frame as it was meant.
+    """How to orient a frame: (transpose, then flip vertically, then flip horizontally).
 
-    From its display matrix, which sends (x, y) to (a x + c y, b x + d y); turns by other than quarters are left.
+    From the display matrix, which maps (x, y) to (a x + c y, b x + d y). Rotations by other than multiples of 90
+    degrees are ignored.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:

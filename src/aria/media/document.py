@@ -1,4 +1,4 @@
-"""Documents to pages: PDF, rendered at twice its size as the authors do it (144 dots per inch)."""
+"""Render PDF pages at 144 dots per inch (twice their nominal size), as the authors do."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from aria.media.progress import ProgressCounter, forward_progress
 from aria.media.rgb import write_sizes
 
 SCALE = 2
-"""Pixels for each point (1/72 inch) of a page."""
+"""Pixels per point (1/72 inch)."""
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
-# PDFium holds state of the whole process.
+# PDFium has process-wide state.
 _PDFIUM = threading.Lock()
 _DRAWING_BYTES = 16
-"""Of memory for each pixel of a page while it is drawn and brought to its sizes."""
+"""Memory per pixel while a page is rendered and resized."""
 _SLICE = 0.2
-"""Seconds of drawing until others get their turn."""
+"""Seconds of rendering after which other documents get a turn."""
 _UNSET = 2
-"""PDFium's code for a missing file, which is ruled out before: set on purpose, to see whether it is overwritten."""
+"""PDFium's error code for a missing file, which cannot occur: set beforehand, to detect whether it is overwritten."""
 _FAULTS: dict[int | None, str] = {
     _UNSET: "it has no pages",
-    3: "it is no PDF, a damaged one, or one without pages",
-    4: "it is locked with a password",
-    5: "its encryption is not known",
+    3: "it is not a PDF, is damaged, or has no pages",
+    4: "it is encrypted with a password",
+    5: "its encryption is not supported",
 }
 
 
 def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: MediaSettings) -> dict[str, Any]:
-    """Read pages of the PDF in a job's file, with their annotations and filled forms.
+    """Job: render pages of a PDF, with annotations and form fields.
 
-    Before anything is drawn it calls ``sizes(width, height)`` for each page, and ``take(pixels, bytes)``.
-    The result has the document's number of pages, and ``(number, width, height, number of arrays)`` of each page that
-    was asked for, whose arrays are ``(height, width, 3)``.
+    Calls ``sizes(width, height)`` for each page, and ``take(pixels, bytes)`` before rendering. The result has the
+    number of pages of the document, and ``(number, width, height, number of arrays)`` for each requested page, whose
+    arrays are ``(height, width, 3)``.
 
     Args:
-        job: see :class:`aria.workers.child.Job`.
-        name: what errors call the file.
-        pages: numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
-        settings: limits on pages, pixels and time.
+        job: See :class:`aria.workers.child.Job`.
+        name: Name of the file for error messages.
+        pages: Page numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
+        settings: Limits on pages, pixels and time.
 
     Raises:
-        ValueError: no PDF, a damaged or locked one, pages that it does not have, or over a limit.
+        ValueError: Not a PDF, damaged or encrypted, no such page, or over a limit.
     """
     forward_progress(job)
     deadline = ReadDeadline.for_job(job, name, settings.decode_timeout)
@@ -65,7 +65,7 @@ def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: Media
         asked = sum(last - first + 1 for first, last in ranges)
         if asked > settings.max_pages:
             raise ValueError(
-                f"{asked} pages of {name} are asked for, but {settings.max_pages} are allowed; "
+                f"{asked} pages of {name} are requested, but {settings.max_pages} are allowed; "
                 'choose some, such as pages="1-8"'
             )
         numbers = [number for first, last in ranges for number in range(first, last + 1)]
@@ -86,7 +86,7 @@ def read(job: Any, name: str, pages: str | Sequence[int] | None, settings: Media
 
 
 def _reserve(job: Any, plans: Sequence[tuple[int, tuple[int, int], list[tuple[int, int]]]]) -> None:
-    """Ask for the pixels of all pages, and for the memory of what stays and of the largest page as it is drawn."""
+    """Reserve the pixels of all pages, and memory for the results and for rendering the largest page."""
     pixels = sum(width * height for _, (width, height), _ in plans)
     kept = sum(width * height for _, size, sizes in plans for width, height in sizes or [size])
     drawn = max(width * height for _, (width, height), _ in plans)
@@ -94,17 +94,17 @@ def _reserve(job: Any, plans: Sequence[tuple[int, tuple[int, int], list[tuple[in
 
 
 def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]:
-    """First and last of each range that ``1-3,7`` or a list of numbers asks for, of a document of ``count`` pages.
+    """Parse page numbers such as ``1-3,7`` or a list, for a document of ``count`` pages, into (first, last) ranges.
 
     Raises:
-        ValueError: it cannot be understood, or asks for pages that are not there.
+        ValueError: Malformed, or pages that do not exist.
     """
     if isinstance(pages, str):
         ranges = []
         for part in pages.split(","):
             match = _RANGE.fullmatch(part)
             if match is None:
-                raise ValueError(f'pages {pages!r:.60} are not understood; expected numbers and ranges such as "1-3,7"')
+                raise ValueError(f'pages is {pages!r:.60}; expected numbers and ranges such as "1-3,7"')
             ranges.append((int(match[1]), int(match[2] or match[1])))
     elif isinstance(pages, Iterable) and all(isinstance(number, int) for number in pages):
         ranges = [(number, number) for number in pages]
@@ -113,7 +113,7 @@ def page_ranges(pages: str | Sequence[int], count: int) -> list[tuple[int, int]]
     for first, last in ranges:
         if not 1 <= first <= last <= count:
             asked = f"page {first}" if first == last else f"pages {first}-{last}"
-            raise ValueError(f"{asked} asked for, but the document has pages 1 to {count}")
+            raise ValueError(f"{asked} requested, but the document has pages 1 to {count}")
     if not ranges:
         raise ValueError("pages is empty; leave it out for all of them")
     return ranges
@@ -125,7 +125,8 @@ def _opened(document: MediaFile) -> Iterator[Any]:
 
     with contextlib.ExitStack() as opened:
         with _readable_errors(f"{document.name}, as a document,"), _PDFIUM:
-            # A document without pages fails to load and leaves the code of whatever failed before, here or elsewhere.
+            # A document without pages fails to load without setting an error code, which would be that of an earlier
+            # failure.
             pypdfium2.raw.FPDF_LoadDocument(b"", None)
             assert pypdfium2.raw.FPDF_GetLastError() == _UNSET, "PDFium no longer reports a missing file by this code"
             pdf = pypdfium2.PdfDocument(opened.enter_context(document.file()))
@@ -133,18 +134,18 @@ def _opened(document: MediaFile) -> Iterator[Any]:
         with _PDFIUM:
             if _is_dynamic_form(pdf):
                 raise ValueError(
-                    f"{document.name} is a dynamic XFA form: only Adobe's programs make its real pages, and the "
-                    "file holds one page that says so; print it to a PDF there, and send that"
+                    f"{document.name} is a dynamic XFA form, whose pages only Adobe's programs can render; print it to "
+                    "a PDF there and send that"
                 )
             pdf.init_forms()
         yield pdf
 
 
 def _is_dynamic_form(pdf: Any) -> bool:
-    """Whether the only page asks to open the file elsewhere. Static XFA forms have their fields on their pages, too."""
+    """Whether the only page is a placeholder for a dynamic XFA form. Static XFA forms have normal pages with fields."""
     from pypdfium2 import raw
 
-    if raw.FPDF_GetXFAPacketCount(pdf) < 1:  # emptied, as programs do that keep what they do not know
+    if raw.FPDF_GetXFAPacketCount(pdf) < 1:  # the form was emptied by another program
         return False
     kind = pdf.get_formtype()
     if kind != raw.FORMTYPE_XFA_FOREGROUND or len(pdf) != 1:
@@ -157,21 +158,21 @@ def _is_dynamic_form(pdf: Any) -> bool:
 
 
 def _size(pdf: Any, number: int, name: str, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in pixels of a page as it will be drawn; nothing of its content is read."""
+    """(width, height) in pixels of a rendered page, without reading its content."""
     from pypdfium2 import raw
 
     size = raw.FS_SIZEF()
     with _PDFIUM:
         known = raw.FPDF_GetPageSizeByIndexF(pdf, number - 1, size)
     if not known:
-        raise ValueError(f"page {number} of {name} cannot be read: it is missing or damaged; leave it out with pages=")
+        raise ValueError(f"page {number} of {name} cannot be read: it is missing or damaged; exclude it with pages=")
     width, height = (math.ceil(side * SCALE) for side in (size.width, size.height))
     if not width or not height:
-        raise ValueError(f"page {number} of {name} has no area ({width} x {height} pixels); leave it out with pages=")
+        raise ValueError(f"page {number} of {name} has no area ({width} x {height} pixels); exclude it with pages=")
     if width * height > max_pixels:
         raise ValueError(
             f"page {number} of {name} would be {width} x {height} pixels, more than the {max_pixels:,} "
-            "allowed; make it smaller, or leave it out with pages="
+            "allowed; make it smaller, or exclude it with pages="
         )
     return width, height
 
@@ -180,7 +181,7 @@ def _render(pdf: Any, number: int, size: tuple[int, int], name: str, deadline: R
     import pypdfium2
 
     width, height = size
-    with contextlib.ExitStack() as opened, _readable_errors(f"page {number} of {name}", "; leave it out with pages="):
+    with contextlib.ExitStack() as opened, _readable_errors(f"page {number} of {name}", "; exclude it with pages="):
         with _PDFIUM:
             page = opened.enter_context(_closing(pdf[number - 1]))
             bitmap = pypdfium2.PdfBitmap.new_native(
@@ -189,12 +190,12 @@ def _render(pdf: Any, number: int, size: tuple[int, int], name: str, deadline: R
             opened.enter_context(_closing(bitmap))
             bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
         _draw(pdf, page, bitmap, deadline)
-        # Its memory goes back to PDFium.
+        # Copy: the memory of the bitmap belongs to PDFium.
         return np.array(bitmap.to_numpy(), order="C")
 
 
 def _draw(pdf: Any, page: Any, bitmap: Any, deadline: ReadDeadline) -> None:
-    """Draw a page onto a bitmap of its size, a slice of time after the other.
+    """Render a page onto a bitmap of its size, in slices of time.
 
     A page of a few kilobytes can take hours. Between slices other documents get their turn, and the deadline is
     checked.
@@ -215,7 +216,7 @@ def _draw(pdf: Any, page: Any, bitmap: Any, deadline: ReadDeadline) -> None:
             if status != raw.FPDF_RENDER_TOBECONTINUED:
                 break
             deadline.check()
-            time.sleep(0.001)  # who waits for the lock would else hardly ever get it
+            time.sleep(0.001)  # otherwise waiters would rarely get the lock
             step = partial(raw.FPDF_RenderPage_Continue, page, pause)
     finally:
         with _PDFIUM:
@@ -238,7 +239,7 @@ def _closing(thing: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _readable_errors(what: str, advice: str = "") -> Iterator[None]:
-    """PDFium's errors, as ValueErrors that say what cannot be read."""
+    """Turn PDFium errors into ValueErrors that say what cannot be read."""
     from pypdfium2 import PdfiumError
 
     try:

@@ -1,4 +1,4 @@
-"""Bodies of http(s) addresses, from hosts in the public internet alone: checked where the connection is made."""
+"""Fetch http(s) addresses from public hosts only. The check is made where the connection is opened."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _INFLATED_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
 _HEADERS = [("User-Agent", "aria-moe"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
 _COMPRESSED = ("br", "compress", "x-compress", "dcb", "dcz", "zstd")
-"""Content codings that change the bytes and are not undone here; gzip and deflate are, since some servers always send
-them. Whatever else stands in the header (``aws-chunked``, ``UTF-8``, ``none``) says nothing about the bytes."""
+"""Content codings that are not supported. gzip and deflate are, because some servers send them unasked. Other values of
+the header (``aws-chunked``, ``UTF-8``, ``none``) do not change the bytes."""
 
-# IANA's registries of special-purpose addresses, and what else does not lead to somebody else's public server.
+# IANA's special-purpose address registries, and other ranges that are not public servers.
 _NON_PUBLIC_V4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
@@ -62,7 +62,7 @@ _NON_PUBLIC_V4 = tuple(
     )
 )
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
-"""All that is given out; loopback, link-local (fe80::/10), private (fc00::/7) and multicast lie outside."""
+"""All global unicast addresses; not loopback, link-local (fe80::/10), private (fc00::/7) or multicast."""
 _NON_PUBLIC_V6 = tuple(
     ipaddress.IPv6Network(network)
     for network in (
@@ -77,7 +77,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, in the form that the system resolves names to, belongs to the public internet.
+    """Whether an IP address, as returned by the system's resolver, belongs to the public internet.
 
     An IPv4 address inside an IPv6 one (mapped, or for a translator) is judged for itself; tunnels (6to4, Teredo) are
     refused altogether, wherever they lead.
@@ -94,19 +94,20 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, limit: int, settings: MediaSettings, hold: Callable[[int], None] | None = None) -> bytes:
-    """Body of an address: at most ``limit`` bytes, within ``settings.total_timeout`` seconds over all redirects.
+    """Fetch the body of an address: at most ``limit`` bytes, within ``settings.total_timeout`` seconds in total.
 
-    The name is resolved once a request, every address it resolves to has to be public (unless
-    ``settings.private_addresses``), and the connection goes to one of just these. Redirects are followed here, each
-    checked in the same way. Proxies in the environment are not used, and no credentials are sent. ``hold`` is called
-    with numbers of bytes before these are kept; it may wait, and raise.
+    The host name is resolved once per request. Every address that it resolves to must be public (unless
+    ``settings.private_addresses``), and the connection goes to one of exactly these. Redirects are followed here, each
+    with the same checks. Proxies from the environment are not used and no credentials are sent. ``hold`` is called with
+    a number of bytes before they are kept in memory; it may block or raise.
 
     Raises:
-        ValueError: the address is not allowed, does not answer, answers with an error, or sends too much or too slowly.
-        Cancelled: nobody waits for the body any more; see :mod:`aria.workers.cancellation`.
+        ValueError: The address is not allowed, does not respond, responds with an error, or sends too much or too
+            slowly.
+        Cancelled: The caller was cancelled; see :mod:`aria.workers.cancellation`.
     """
-    clock = _FetchDeadline(url, settings)
-    backend = _Backend(clock, settings)
+    deadline = _FetchDeadline(url, settings)
+    backend = _Backend(deadline, settings)
     timeouts = {"connect": settings.connect_timeout, "read": settings.read_timeout, "write": settings.read_timeout}
     here = url
     with httpcore2.ConnectionPool(network_backend=backend, max_keepalive_connections=0) as pool:
@@ -119,13 +120,13 @@ def fetch(url: str, limit: int, settings: MediaSettings, hold: Callable[[int], N
             ):
                 targets = _headers(response, b"location")
                 if response.status not in _REDIRECTS or not targets:
-                    return _body(response, here, limit, clock, hold or (lambda _: None))
+                    return _body(response, here, limit, deadline, hold or (lambda _: None))
             here = urllib.parse.urljoin(here, targets[0])
     raise ValueError(f"could not fetch {shorten(url)}: more than {settings.max_redirects} redirects")
 
 
 def _parse(url: str) -> tuple[httpcore2.URL, str]:
-    """An address for the client, and its ``Host``."""
+    """Parse an address into the URL for the HTTP client and the ``Host`` header."""
     try:
         parts = urllib.parse.urlsplit(url)
         port, name = parts.port, parts.hostname or ""
@@ -134,12 +135,12 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
         raise ValueError(f"{shorten(url)} is not an address: {error}") from error
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
-        raise ValueError(f"addresses of kind {scheme}:// are not read ({shorten(url)}); use http:// or https://")
+        raise ValueError(f"{scheme}:// addresses are not supported ({shorten(url)}); use http:// or https://")
     if "@" in parts.netloc:
-        raise ValueError(f"the address at {name!r:.80} holds a user's name; addresses with credentials are not read")
+        raise ValueError(f"the address at {name!r:.80} has a user name; addresses with credentials are not supported")
     if not _HOST.fullmatch(name):
-        raise ValueError(f"{shorten(url)} names no host" + (f": {name!r:.80} is none" if name else ""))
-    # Spaces and letters that no address has; what is coded already stays.
+        raise ValueError(f"{shorten(url)} has no valid host" + (f": {name!r:.80}" if name else ""))
+    # Escape spaces and other characters that are not allowed; existing escapes stay.
     target = urllib.parse.quote(parts.path or "/", safe="%/:=&~+!$,;'@()*[]")
     if parts.query:
         target += "?" + urllib.parse.quote(parts.query, safe="%/:=&?~+!$,;'@()*[]")
@@ -150,13 +151,13 @@ def _parse(url: str) -> tuple[httpcore2.URL, str]:
 
 
 def _body(
-    response: httpcore2.Response, url: str, limit: int, clock: _FetchDeadline, hold: Callable[[int], None]
+    response: httpcore2.Response, url: str, limit: int, deadline: _FetchDeadline, hold: Callable[[int], None]
 ) -> bytes:
-    if response.status not in (200, 203):  # 203: changed on its way, such as by a proxy that makes images smaller
-        raise ValueError(f"could not fetch {shorten(url)}: it answers with status {response.status}")
+    if response.status not in (200, 203):  # 203: modified in transit, such as by a proxy that compresses images
+        raise ValueError(f"could not fetch {shorten(url)}: the server responds with status {response.status}")
     codings = [one.strip().lower() for one in ",".join(_headers(response, b"content-encoding")).split(",")]
     if unknown := [one for one in codings if one in _COMPRESSED]:
-        raise ValueError(f"could not fetch {shorten(url)}: it sends {unknown[0]} coding, which was not asked for")
+        raise ValueError(f"could not fetch {shorten(url)}: it sends {unknown[0]} coding, which was not requested")
     too_much = f"{shorten(url)} sends more than the {limit:,} bytes allowed"
     if any(length.isdecimal() and int(length) > limit for length in _headers(response, b"content-length")):
         raise ValueError(too_much)
@@ -172,19 +173,19 @@ def _body(
             hold(_HELD_BYTES)
             held += _HELD_BYTES
         body.write(chunk)
-        clock.left(None)
-    return body.getvalue()  # its own bytes, not a copy
+        deadline.left(None)
+    return body.getvalue()  # no copy
 
 
 def _inflated(chunks: Iterator[bytes], coding: str, url: str) -> Iterator[bytes]:
-    """What gzip or zlib made smaller, in pieces of a bounded size however well it was compressed."""
+    """Decompress gzip or zlib data in pieces of bounded size, whatever the compression ratio."""
     inflate: Any = None
     rest = b""
     try:
         for chunk in chunks:
             rest += chunk
             while len(rest) >= 2 or (rest and inflate and not inflate.eof):
-                if inflate is None or (inflate.eof and rest.startswith(_GZIP)):  # several gzip files in a row are one
+                if inflate is None or (inflate.eof and rest.startswith(_GZIP)):  # concatenated gzip members
                     inflate = zlib.decompressobj(_window_bits(rest, coding))
                 elif inflate.eof:
                     return  # padding
@@ -200,15 +201,18 @@ def _inflated(chunks: Iterator[bytes], coding: str, url: str) -> Iterator[bytes]
 
 
 def _window_bits(start: bytes, coding: str) -> int:
-    """For zlib; some servers send what they call deflate without zlib's header."""
-    headless = coding == "deflate" and not start.startswith(_GZIP)
-    headless = headless and (start[0] & 15 != 8 or int.from_bytes(start[:2], "big") % 31 != 0)
-    return -zlib.MAX_WBITS if headless else zlib.MAX_WBITS | 32
+    """The ``wbits`` argument for zlib. Some servers send raw deflate data, without the zlib header."""
+    raw = coding == "deflate" and not start.startswith(_GZIP)
+    raw = raw and (start[0] & 15 != 8 or int.from_bytes(start[:2], "big") % 31 != 0)
+    return -zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32
 
 
 def _headers(response: httpcore2.Response, name: bytes) -> list[str]:
-    """The values of a header. Servers send raw UTF-8 and Latin-1, although it should be ASCII: bytes that are no UTF-8
-    become ``%E9``, which is what browsers make of them in a redirect."""
+    """The values of a header.
+
+    Values should be ASCII, but servers also send UTF-8 and Latin-1. Bytes that are not valid UTF-8 are percent-encoded,
+    as browsers do in a redirect.
+    """
     values = []
     for value in (value for key, value in response.headers if key.lower() == name):
         try:
@@ -220,28 +224,28 @@ def _headers(response: httpcore2.Response, name: bytes) -> list[str]:
 
 @contextlib.contextmanager
 def _readable_errors(url: str) -> Iterator[None]:
-    """What the client raises, as a ValueError that names the address."""
+    """Turn errors of the HTTP client into ValueErrors that name the address."""
     try:
         yield
     except httpcore2.TimeoutException as error:
-        raise ValueError(f"could not fetch {shorten(url)}: it does not answer in time") from error
+        raise ValueError(f"could not fetch {shorten(url)}: the server does not respond in time") from error
     except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
         raise ValueError(f"could not fetch {shorten(url)}: {error or type(error).__name__}") from error
 
 
 class _FetchDeadline:
-    """The time that is left for one fetch."""
+    """The time left for one fetch."""
 
     def __init__(self, url: str, settings: MediaSettings):
         self._url, self._total = url, settings.total_timeout
         self._end = time.monotonic() + settings.total_timeout
 
     def left(self, timeout: float | None) -> float:
-        """Seconds that may go into one operation, which on its own might take ``timeout``.
+        """Seconds allowed for one operation: the time left, but no more than ``timeout``.
 
         Raises:
-            ValueError: no time is left.
-            Cancelled: nobody waits any more.
+            ValueError: No time is left.
+            Cancelled: The caller was cancelled.
         """
         check_cancelled()
         rest = self._end - time.monotonic()
@@ -251,10 +255,10 @@ class _FetchDeadline:
 
 
 class _Backend(httpcore2.NetworkBackend):
-    """Connects to addresses that were checked, and to no name: nothing is resolved a second time."""
+    """Connects to checked IP addresses only: a host name is never resolved a second time."""
 
-    def __init__(self, clock: _FetchDeadline, settings: MediaSettings):
-        self._clock, self._settings = clock, settings
+    def __init__(self, deadline: _FetchDeadline, settings: MediaSettings):
+        self._deadline, self._settings = deadline, settings
 
     def connect_tcp(
         self,
@@ -267,7 +271,7 @@ class _Backend(httpcore2.NetworkBackend):
         failure: Exception | None = None
         for family, address in self._addresses(host, port):
             try:
-                return _Stream(_connect(family, address, self._clock, timeout), self._clock)
+                return _Stream(_connect(family, address, self._deadline, timeout), self._deadline)
             except TimeoutError as error:
                 failure = httpcore2.ConnectTimeout(str(error))
             except OSError as error:
@@ -276,23 +280,23 @@ class _Backend(httpcore2.NetworkBackend):
 
     def _addresses(self, host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
         try:
-            found = _poll(_resolved(host, port), self._clock, self._settings.connect_timeout)
+            found = _poll(_resolved(host, port), self._deadline, self._settings.connect_timeout)
         except TimeoutError as error:
             raise httpcore2.ConnectTimeout(str(error)) from error
         except (OSError, UnicodeError) as error:
-            raise httpcore2.ConnectError(f"{host} is not known ({error})") from error
+            raise httpcore2.ConnectError(f"{host} cannot be resolved ({error})") from error
         addresses: list[tuple[socket.AddressFamily, Any]] = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
         if not self._settings.private_addresses and not all(is_public(str(address[0])) for _, address in addresses):
-            # Which address it was stays here: names of an inner network would tell strangers about it.
+            # The message leaves out the resolved address, which could disclose the layout of a private network.
             raise ValueError(
-                f"{host} is not in the public internet, so nothing is fetched from there; "
+                f"{host} is not on the public internet, so nothing is fetched from it; "
                 "MediaSettings(private_addresses=True) allows it"
             )
         return addresses
 
 
 def _resolved(host: str, port: int) -> Callable[[], list[Any]]:
-    """A function that gives the addresses of a name once they are known; a resolver cannot be interrupted."""
+    """Resolve a name in a thread, since the resolver cannot be interrupted; returns a polling function."""
     answer: Future[list[Any]] = Future()
 
     def resolve() -> None:
@@ -305,8 +309,10 @@ def _resolved(host: str, port: int) -> Callable[[], list[Any]]:
     return lambda: answer.result(POLL_SECONDS)
 
 
-def _connect(family: socket.AddressFamily, address: Any, clock: _FetchDeadline, timeout: float | None) -> socket.socket:
-    """A connected socket; waits in shorten turns, so that a download nobody waits for ends here too."""
+def _connect(
+    family: socket.AddressFamily, address: Any, deadline: _FetchDeadline, timeout: float | None
+) -> socket.socket:
+    """Return a connected socket. Polls, so that a cancelled download ends here too."""
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -318,9 +324,9 @@ def _connect(family: socket.AddressFamily, address: Any, clock: _FetchDeadline, 
 
             def connected() -> None:
                 if not selector.select(POLL_SECONDS):
-                    raise TimeoutError("the connection was not taken in time")
+                    raise TimeoutError("the connection was not accepted in time")
 
-            _poll(connected, clock, timeout)
+            _poll(connected, deadline, timeout)
         if error := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(error, os.strerror(error))
     except BaseException:
@@ -329,32 +335,32 @@ def _connect(family: socket.AddressFamily, address: Any, clock: _FetchDeadline, 
     return connection
 
 
-def _poll(operation: Callable[[], T], clock: _FetchDeadline, timeout: float | None) -> T:
-    """Repeat an operation that gives up after :data:`POLL_SECONDS` until its own time or that of the whole is over.
+def _poll(operation: Callable[[], T], deadline: _FetchDeadline, timeout: float | None) -> T:
+    """Repeat an operation that times out after :data:`POLL_SECONDS`, until ``timeout`` or the deadline has passed.
 
     Raises:
         TimeoutError: ``timeout`` seconds have passed.
     """
-    end = time.monotonic() + clock.left(timeout)
+    end = time.monotonic() + deadline.left(timeout)
     while True:
         try:
             return operation()
         except TimeoutError:
-            clock.left(None)
+            deadline.left(None)
             if time.monotonic() >= end:
                 raise
 
 
 class _Stream(httpcore2.NetworkStream):
-    """A connection whose every operation ends when the time of the whole is up, or when nobody waits any more."""
+    """A connection whose operations end at the deadline of the fetch, or when the caller is cancelled."""
 
-    def __init__(self, connection: socket.socket, clock: _FetchDeadline):
-        self._connection, self._clock = connection, clock
+    def __init__(self, connection: socket.socket, deadline: _FetchDeadline):
+        self._connection, self._deadline = connection, deadline
         connection.settimeout(POLL_SECONDS)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         try:
-            return _poll(lambda: self._connection.recv(max_bytes), self._clock, timeout)
+            return _poll(lambda: self._connection.recv(max_bytes), self._deadline, timeout)
         except TimeoutError as error:
             raise httpcore2.ReadTimeout(str(error)) from error
         except OSError as error:
@@ -364,7 +370,7 @@ class _Stream(httpcore2.NetworkStream):
         rest = memoryview(buffer)
         try:
             while rest:
-                rest = rest[_poll(lambda: self._connection.send(rest), self._clock, timeout) :]  # noqa: B023
+                rest = rest[_poll(lambda: self._connection.send(rest), self._deadline, timeout) :]  # noqa: B023
         except TimeoutError as error:
             raise httpcore2.WriteTimeout(str(error)) from error
         except OSError as error:
@@ -377,11 +383,11 @@ class _Stream(httpcore2.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
         try:
-            # The socket belongs to the new stream from here on.
+            # From here on the socket belongs to the TLS stream.
             self._connection = secured = ssl_context.wrap_socket(
                 self._connection, server_hostname=server_hostname, do_handshake_on_connect=False
             )
-            _poll(secured.do_handshake, self._clock, timeout)
+            _poll(secured.do_handshake, self._deadline, timeout)
         except TimeoutError as error:
             self.close()
             raise httpcore2.ConnectTimeout(str(error)) from error

@@ -1,4 +1,4 @@
-"""What media may cost and where they may come from: every limit on them is a field here."""
+"""Limits and permissions for media: every limit is a field of :class:`MediaSettings`."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class MediaSettings:
 
     @property
     def worker_count(self) -> int:
-        """``workers``, or as many as there are cores, at most 8."""
+        """``workers``, or the number of cores, at most 8."""
         return min(available_cores(), MAX_DEFAULT_WORKERS) if self.workers is None else self.workers
 
     def __post_init__(self) -> None:
@@ -179,49 +179,49 @@ def _is_color(value: object) -> bool:
 
 
 class JobFile:
-    """The file that a job reads, see :class:`aria.workers.child.Job`.
+    """The input file of a job as a :class:`~aria.media.container.MediaFile`.
 
     Args:
-        job: has it.
-        name: what errors call it.
+        job: The job, see :class:`aria.workers.child.Job`.
+        name: Name for error messages.
     """
 
     def __init__(self, job: Any, name: str):
         self._job, self.name = job, name
 
     def file(self) -> BinaryIO:
-        """It, open for reading at its beginning, with a position of its own."""
+        """A new file object at position 0."""
         return self._job.file()  # type: ignore[no-any-return]
 
 
 class PixelBudget:
-    """What the pictures, frames and pages of one prompt may take together; several threads may spend it."""
+    """The pixels that all images, frames and pages of one prompt may have in total. Thread-safe."""
 
     def __init__(self, pixels: int):
-        self._as_int = self._left = pixels
+        self._total = self._left = pixels
         self._lock = threading.Lock()
 
     def spend(self, pixels: int) -> None:
-        """Take pixels from what is left.
+        """Subtract pixels from the budget.
 
         Raises:
-            ValueError: there are not so many left.
+            ValueError: The budget is exceeded.
         """
         with self._lock:
             self._left -= pixels
             if self._left < 0:
                 raise ValueError(
-                    f"the pictures, frames and pages of one prompt have more than the {self._as_int:,} pixels that are "
-                    "allowed together; send fewer or smaller ones"
+                    f"the images, frames and pages of one prompt have more than the {self._total:,} pixels allowed in "
+                    "total; send fewer or smaller ones"
                 )
 
 
 class MemoryBudget:
-    """Bytes that decoding and its results take, in the whole process; several threads may take and give back."""
+    """Memory of the whole process reserved for decoding and its results. Thread-safe."""
 
     SMALL = 16
-    """Whatever takes less than this part of the budget may use all of it, and larger things three quarters: a few
-    large images do not keep small ones waiting."""
+    """Requests for less than 1/16 of the budget may use all of it, larger ones three quarters: a few large images do
+    not block small ones."""
 
     def __init__(self) -> None:
         self.reserved = 0
@@ -229,23 +229,22 @@ class MemoryBudget:
         self._reclaimers: list[weakref.WeakMethod[Callable[[int], object]]] = []
 
     def on_shortage(self, reclaim: Callable[[int], object]) -> None:
-        """Have a bound method called with a number of bytes to free, where it can, when memory is short. Its object is
-        held weakly."""
+        """Register a bound method to call when memory is short, with the number of bytes to free. Held weakly."""
         with self._lock:
             self._reclaimers.append(weakref.WeakMethod(reclaim))
 
     def reserve(self, nbytes: int, limit: int | None) -> None:
-        """Take bytes, so that no more than ``limit`` are taken in all.
+        """Reserve bytes, keeping the total within ``limit``.
 
         Raises:
-            ValueError: there will never be so many.
-            NotReady: others have to give some back first.
+            ValueError: More bytes than the limit.
+            NotReady: Others must release memory first.
         """
         usable = limit if limit is None or nbytes * self.SMALL < limit else limit * 3 // 4
         if limit is not None and nbytes > limit:
             raise ValueError(
-                f"reading it would take {nbytes:,} bytes of memory, and {limit:,} are allowed for all media "
-                "together; send smaller or fewer ones"
+                f"reading it would take {nbytes:,} bytes of memory, but {limit:,} are allowed for all media; send "
+                "smaller or fewer ones"
             )
         if usable is not None and nbytes > usable:
             usable = limit
@@ -266,36 +265,36 @@ class MemoryBudget:
             self.reserved -= nbytes
 
     def track(self, array: np.ndarray) -> None:
-        """Count the bytes of an array, which were taken, until nobody holds it or a view of it."""
-        assert array.base is None, "views of an array may outlive it, and not the one that has the memory"
+        """Release the bytes of an array, already reserved, when it is garbage-collected."""
+        assert array.base is None, "a view does not own its memory; track the array that does"
         weakref.finalize(array, self.release, array.nbytes)
 
 
 DECODE_MEMORY = MemoryBudget()
-"""The process's, for decoding and its results."""
+"""The budget of this process for decoding and its results."""
 RECEIVED_MEMORY = MemoryBudget()
-"""The process's, for files in memory that are still to be decoded. It is another one, so that what waits to be decoded
-leaves room for decoding."""
+"""The budget of this process for files in memory that wait to be decoded. It is separate, so that waiting files leave
+room for decoding."""
 
 
 class MemoryReservation:
-    """Bytes of :data:`RECEIVED_MEMORY`, taken piece by piece.
+    """A growing reservation in :data:`RECEIVED_MEMORY`.
 
     Args:
-        limit: as in :meth:`MemoryBudget.take`.
-        seconds: for which a piece is waited for.
+        limit: As in :meth:`MemoryBudget.reserve`.
+        seconds: How long :meth:`grow` waits for memory.
     """
 
     def __init__(self, limit: int | None, seconds: float):
         self._limit, self._seconds, self._nbytes = limit, seconds, 0
 
     def grow(self, nbytes: int) -> None:
-        """Take more.
+        """Reserve more bytes, waiting for others to release them if necessary.
 
         Raises:
-            ValueError: there will never be so many.
-            BusyError: others have them.
-            Cancelled: nobody waits any more.
+            ValueError: More bytes than the limit.
+            BusyError: No memory was released in time.
+            Cancelled: The caller was cancelled.
         """
         end = time.monotonic() + self._seconds
 
@@ -308,16 +307,16 @@ class MemoryReservation:
         self._nbytes += nbytes
 
     def release(self) -> None:
-        """Give all of them back."""
+        """Release all reserved bytes."""
         RECEIVED_MEMORY.release(self._nbytes)
         self._nbytes = 0
 
 
 def available_cores() -> int:
-    """Processors that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shorten(source: str) -> str:
-    """An address or path for a message: quoted, and not longer than a line."""
+    """Quote an address or path for a message, shortened to fit a line."""
     return repr(source if len(source) <= 100 else source[:80] + "...")

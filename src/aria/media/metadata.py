@@ -1,7 +1,7 @@
-"""Image files as Pillow is given them: metadata that it could stumble over are left out, no pixel changes.
+"""Strip metadata that Pillow may fail on from image files, without changing any pixel.
 
-Browsers pass over a damaged comment, a profile of megabytes or a checksum that is wrong in a chunk that nobody needs.
-Pillow refuses such files, so that only what decides on pixels and on their orientation reaches it.
+Browsers ignore a damaged comment, a profile of megabytes or a wrong checksum in an optional chunk. Pillow rejects such
+files, so it only gets what determines pixels and orientation.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from aria.workers.cancellation import check_cancelled
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXT_BYTES = 1 << 19
-"""Most bytes of texts in a PNG that are kept: an orientation takes less, and Pillow refuses texts of 1 MB."""
+"""Maximum bytes of text chunks of a PNG to keep: an orientation takes less, and Pillow rejects texts of 1 MB."""
 _ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _KEPT_SEGMENTS = ((0xE0, b"JFIF\0"), (0xE1, b"Exif\0\0"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0"), (0xEE, b"Adobe"))
-"""Of a JPEG: how colours are coded, and how the image is turned."""
+"""JPEG segments with the colour coding and the orientation."""
 _SHORTEST_SEGMENT = 12
-"""Bytes that Pillow reads of JFIF's and Adobe's segments without looking for their end."""
+"""Bytes that Pillow reads of JFIF and Adobe segments without checking their length."""
 _START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
 _EMPTY_COMMENT = b"\xff\xfe\0\2"
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
 _AVIF_EXIF = re.compile(rb"infe(?:\x02.{3}.{4}|\x03.{3}.{6})(Exif)", re.DOTALL)
 _AVIF_HEAD = 1 << 20
-"""Bytes of an AVIF in which its list of items is looked for."""
+"""Bytes at the start of an AVIF file that are searched for its list of items."""
 
 _WEBP_ANIMATION, _WEBP_ALPHA = 0x02, 0x10
 
 
 class _Edit(NamedTuple):
-    """Bytes of a file from ``start`` up to ``end``, and what stands in their place."""
+    """A replacement of the bytes of a file from ``start`` up to ``end``."""
 
     start: int
     end: int
@@ -43,14 +43,15 @@ class _Edit(NamedTuple):
 
 
 def strip_metadata(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    """A file for Pillow.
+    """Prepare a file for Pillow.
 
     Args:
-        file: open for reading, at its beginning.
+        file: Binary file at position 0.
 
     Returns:
-        The file, or an edited copy of it in memory, at its beginning; and whether its values have to be inverted: a
-        TIFF of more than 8 bits in which white is zero is read as if it were black, since Pillow knows few of them.
+        The file, or an edited copy in memory, at position 0; and whether its values must be inverted after reading:
+        TIFFs of more than 8 bits in which zero is white are presented to Pillow as if zero were black, because Pillow
+        supports few of them.
     """
     head = file.read(12)
     inverted = False
@@ -72,10 +73,10 @@ def strip_metadata(file: BinaryIO) -> tuple[BinaryIO, bool]:
 
 
 def icon_sizes(file: BinaryIO) -> list[tuple[int, int]]:
-    """(width, height) of each image in an icon, as that image's own header has it; nothing for other files.
+    """(width, height) of each image in an icon file, from the headers of the images; empty for other files.
 
     Args:
-        file: open for reading, at its beginning, where it is left.
+        file: Binary file at position 0, where it is left.
     """
     head = file.read(6)
     sizes = []
@@ -88,7 +89,7 @@ def icon_sizes(file: BinaryIO) -> list[tuple[int, int]]:
                 sizes.append(struct.unpack_from(">II", image, 16))
             else:
                 width, height = struct.unpack_from("<ii", image, 4)
-                sizes.append((abs(width), abs(height) // 2))  # a mask lies below the image
+                sizes.append((abs(width), abs(height) // 2))  # the height includes a mask
     file.seek(0)
     return sizes
 
@@ -104,7 +105,7 @@ def _edited(file: BinaryIO, edits: list[_Edit]) -> BinaryIO:
 
 
 def _png(file: BinaryIO) -> Iterator[_Edit]:
-    """Without chunks that are not needed (their names begin in lower case), among them those of an animation."""
+    """Remove ancillary chunks (their names begin with a lower-case letter), including those of an animation."""
     start, room = len(_PNG), _TEXT_BYTES
     depth = color = 0
     while True:
@@ -132,7 +133,7 @@ def _png(file: BinaryIO) -> Iterator[_Edit]:
 
 
 def _transparency(body: bytes, depth: int, color: int) -> bytes:
-    """A tRNS chunk in the values that Pillow decodes to, or nothing where it does not fit the image."""
+    """Convert a tRNS chunk to the values that Pillow decodes to; empty if it does not fit the image."""
     if color == 3:
         if not 1 <= len(body) <= 256:
             return b""
@@ -146,7 +147,7 @@ def _transparency(body: bytes, depth: int, color: int) -> bytes:
 
 
 def _text_size(kind: bytes, chunk: bytes, limit: int) -> int:
-    """Bytes of a text that may hold an orientation, counted up to a little more than ``limit``; more for all others."""
+    """Size of a text chunk that may hold an orientation; more than ``limit`` for any other or larger text."""
     keyword, _, rest = chunk.partition(b"\0")
     if kind not in (b"tEXt", b"zTXt", b"iTXt") or keyword not in _ORIENTATION_TEXTS:
         return limit + 1
@@ -163,7 +164,7 @@ def _text_size(kind: bytes, chunk: bytes, limit: int) -> int:
 
 
 def _jpeg(file: BinaryIO) -> Iterator[_Edit]:
-    """Without segments of applications and comments, but for :data:`_KEPT_SEGMENTS`."""
+    """Remove application segments and comments, except :data:`_KEPT_SEGMENTS`."""
     start = 2
     while True:
         check_cancelled()
@@ -182,13 +183,13 @@ def _jpeg(file: BinaryIO) -> Iterator[_Edit]:
             body = file.read(min(length, 32))
             fits = length - 2 >= _SHORTEST_SEGMENT
             if not (fits and any(marker == kept and body.startswith(name) for kept, name in _KEPT_SEGMENTS)):
-                # The first is replaced: junk may follow it, which decoders skip behind a segment alone.
+                # The first is replaced: junk may follow it, which decoders only skip after a segment.
                 yield _Edit(start, start + 2 + length, _EMPTY_COMMENT if start == 2 else b"")
         start += 2 + max(length, 2)
 
 
 def _tiff(file: BinaryIO) -> list[_Edit]:
-    """With black as zero, where white is and values have more than 8 bits."""
+    """Declare zero as black where it is white and values have more than 8 bits."""
     file.seek(0)
     head = file.read(16)
     order, big = "<" if head[:2] == b"II" else ">", b"+" in head[2:4]
@@ -201,9 +202,9 @@ def _tiff(file: BinaryIO) -> list[_Edit]:
         for _ in range(min(count, 1000)):
             entry = file.read(size)
             tag, kind, number, value = struct.unpack_from(f"{order}HH{word}H", entry)
-            if (kind, number) == (3, 1):  # one value of 16 bits, which lies in the entry itself
+            if (kind, number) == (3, 1):  # one 16-bit value, stored in the entry itself
                 values[tag] = value, file.tell() - struct.calcsize(order + word)
-    except (struct.error, OverflowError):  # cut off; Pillow says so
+    except (struct.error, OverflowError):  # truncated; Pillow reports it
         return []
     photometric, place = values.get(_PHOTOMETRIC, (1, 0))
     if photometric != _WHITE_IS_ZERO or values.get(_BITS_PER_SAMPLE, (1, 0))[0] <= 8:
@@ -212,13 +213,13 @@ def _tiff(file: BinaryIO) -> list[_Edit]:
 
 
 def _avif(file: BinaryIO) -> list[_Edit]:
-    """Without EXIF, which Pillow writes anew: its orientation does not count beside the file's own boxes."""
+    """Remove EXIF: in AVIF the orientation is given by boxes of the file and not by EXIF, which Pillow would apply."""
     file.seek(0)
     return [_Edit(*found.span(1), b"skip") for found in _AVIF_EXIF.finditer(file.read(_AVIF_HEAD))]
 
 
 def _webp(file: BinaryIO) -> list[_Edit]:
-    """With transparency where it is animated: what no frame covers is transparent, also where all frames are opaque."""
+    """Set the transparency flag of animations: areas that no frame covers are transparent."""
     kind, flags = struct.unpack("<4s4xB", file.read(9).ljust(9))
     if kind != b"VP8X" or not flags & _WEBP_ANIMATION:
         return []

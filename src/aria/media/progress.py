@@ -1,4 +1,4 @@
-"""How far the media of a prompt have been read, for whoever waits for them."""
+"""Progress reports while the media of a prompt are read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
-    """A medium, or several images, while they are read."""
+    """How much of a clip, a document or a set of images has been read."""
 
     kind: str
-    """image, video or document."""
+    """"image", "video" or "document"."""
     done: int
-    """Images, frames or pages that have been read."""
+    """Number of images, frames or pages read."""
     total: int
-    """Of how many."""
+    """Number of images, frames or pages to read."""
 
 
 _listener: contextvars.ContextVar[Callable[[Progress], object] | None] = contextvars.ContextVar(
@@ -25,34 +25,34 @@ _listener: contextvars.ContextVar[Callable[[Progress], object] | None] = context
 
 
 def listen(listener: Callable[[Progress], object]) -> None:
-    """Have progress reported from now on in this context and its copies, so also from threads that
-    :mod:`aria.workers.cancellation` starts.
+    """Register a listener in this context and its copies, including threads started by
+    :mod:`aria.workers.cancellation`.
 
     Args:
-        listener: called in whichever thread reads; must be quick and thread-safe.
+        listener: Called in the thread that reads; must be fast and thread-safe.
     """
     _listener.set(listener)
 
 
 def report(progress: Progress) -> None:
-    """Tell whoever listens in this context."""
+    """Call the listener of this context, if there is one."""
     listener = _listener.get()
     if listener is not None:
         listener(progress)
 
 
 def forward_progress(job: Any) -> None:
-    """In a worker: have the progress of this context reported to the process that asked for the job."""
+    """In a worker process: forward the progress of this context to the parent."""
     if job.remote:
         listen(lambda progress: job.call("progress", *progress))
 
 
 class ProgressCounter:
-    """Counts what has been read, in any thread.
+    """Counts and reports what has been read. Thread-safe.
 
     Args:
-        kind: image, video or document.
-        total: how many images, frames or pages there are to read.
+        kind: "image", "video" or "document".
+        total: Number of images, frames or pages to read.
     """
 
     def __init__(self, kind: str, total: int):
@@ -61,7 +61,7 @@ class ProgressCounter:
         self._report(0)
 
     def add(self) -> None:
-        """One more has been read."""
+        """Count one more."""
         with self._lock:
             self._done = min(self._done + 1, self._total)
             self._report(self._done)

@@ -1,7 +1,7 @@
-"""Images, clips and documents that were let in -> RGB, decoded in worker processes or in this one.
+"""Decode opened images, clips and documents to RGB, in worker processes or in this process.
 
-Whoever reads says what it may take (``spend``) and at which sizes it needs the result (``sizes``), and both are asked
-when a file's header has been read and nothing has been decoded.
+Callers pass a pixel budget (``spend``) and the target sizes (``sizes``). Both are called after a file's header has been
+read and before anything is decoded.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from aria.media.container import DecodeRun, Fit, Keyframe, ReadDeadline, gpu_dec
 from aria.media.limits import DECODE_MEMORY, MediaSettings, PixelBudget
 from aria.media.open import OpenedMedia, open_media
 from aria.media.progress import Progress, report
-from aria.media.video import FrameSelection, Plan
+from aria.media.video import DecodePlan, FrameSelection
 from aria.workers import LocalJob, Workers
 
-_MOST = 1 << 24
+_MAX_VALUE = 1 << 24
 Spend = Callable[[int], None]
-"""Called with a number of pixels before they are decoded; a ValueError refuses them."""
+"""Called with a number of pixels before they are decoded; raises ValueError to refuse them."""
 Sizes = Callable[[int, int], Sequence[tuple[int, int]]]
-"""(width, height) of an image -> those that it is needed at; none: as it is."""
+"""Maps the (width, height) of an image to the sizes needed; an empty list means the original size."""
 
 
 class ScaledImage(NamedTuple):
-    """An image at the sizes that it is needed at."""
+    """An image at one or several sizes."""
 
     size: tuple[int, int]
-    """(width, height) that it has itself."""
+    """Original (width, height)."""
     arrays: tuple[np.ndarray, ...]
-    """uint8 ``(Y, X, 3)``, one for each size that was asked for, or the image itself."""
+    """uint8 ``(Y, X, 3)``, one per requested size, or one at the original size."""
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> ScaledImage:
-        """An image in memory, as it is."""
+        """Wrap an image in memory at its original size."""
         return cls((array.shape[1], array.shape[0]), (array,))
 
     @property
     def is_scaled(self) -> bool:
-        """Whether it is there at other sizes than its own."""
+        """Whether the arrays have other sizes than the original."""
         return len(self.arrays) > 1 or self.arrays[0].shape[1::-1] != self.size
 
     @property
@@ -67,12 +67,12 @@ class Frame(NamedTuple):
 
     @property
     def rgb(self) -> np.ndarray:
-        """uint8 ``(Y, X, 3)``, upright, in the first of the sizes that were asked for."""
+        """uint8 ``(Y, X, 3)``, upright, in the first of the requested sizes."""
         return self.image.arrays[0]
 
     @property
     def stamp(self) -> str:
-        """``MM:SS``; minutes may go beyond 59."""
+        """Timestamp as ``MM:SS``; minutes may exceed 59."""
         minutes, seconds = divmod(int(self.seconds), 60)
         return f"{minutes:02d}:{seconds:02d}"
 
@@ -84,36 +84,36 @@ class Page(NamedTuple):
     """From 1."""
     image: ScaledImage
     total: int
-    """Pages of the whole document."""
+    """Number of pages in the document."""
 
     @property
     def rgb(self) -> np.ndarray:
-        """uint8 ``(Y, X, 3)``, in the first of the sizes that were asked for."""
+        """uint8 ``(Y, X, 3)``, in the first of the requested sizes."""
         return self.image.arrays[0]
 
 
 def load_image(source: Any, settings: MediaSettings | None = None, budget: PixelBudget | None = None) -> Image.Image:
-    """A picture of any kind as an RGB ``PIL.Image``, upright.
+    """Load any image as an upright RGB ``PIL.Image``.
 
     Rules:
-        * EXIF orientation is applied; of an animation the first frame (of a PIL object: its current frame) is taken.
+        * EXIF orientation is applied. Of an animation the first frame is used (of a PIL object its current frame).
         * Transparent pixels are composited on ``settings.background``, white by default. With ``background=None``
-          they keep their stored colours, often black, as transformers shows them to the model.
+          they keep their stored colours, often black, as in transformers.
         * 16-bit grey is scaled to 8 bits, never clipped.
-        * Arrays are ``(H, W)`` grey or ``(H, W, C)`` or ``(C, H, W)`` with C = 1, 3 or 4. Where both readings are
-          possible arrays are read as channels last and torch tensors as channels first. uint8 is taken as it is, bool
-          as black and white, uint16 is scaled, floating values must lie in 0..1.
+        * Arrays are ``(H, W)`` grey, ``(H, W, C)`` or ``(C, H, W)`` with C = 1, 3 or 4. If both readings are possible,
+          NumPy arrays are read as channels last and torch tensors as channels first. uint8 is used as is, bool is black
+          and white, uint16 is scaled, and floating-point values must be in 0..1.
 
     Args:
-        source: ``PIL.Image.Image``, numpy array, torch tensor, path (str or Path), bytes, ``data:`` URI, or an
+        source: A ``PIL.Image.Image``, NumPy array, torch tensor, path (str or Path), bytes, ``data:`` URI, or an
             ``http://`` or ``https://`` address.
-        settings: limits and permissions; None: those of :class:`MediaSettings`.
-        budget: what it may take of, with others; pictures in memory take nothing.
+        settings: Limits and permissions; None: the defaults of :class:`MediaSettings`.
+        budget: Pixel budget shared with other media. Images in memory do not count.
 
     Raises:
-        FileNotFoundError: no file at the path.
-        ValueError: not a picture, damaged, too large, or an address that is not allowed or does not answer.
-        TypeError: ``source`` is none of these kinds.
+        FileNotFoundError: There is no file at the path.
+        ValueError: Not an image, damaged, too large, or an address that is not allowed or does not respond.
+        TypeError: ``source`` has an unsupported type.
     """
     settings = settings or MediaSettings()
     loaded = convert_in_memory(source, settings)
@@ -124,22 +124,22 @@ def load_image(source: Any, settings: MediaSettings | None = None, budget: Pixel
 
 
 def convert_in_memory(source: Any, settings: MediaSettings) -> Image.Image | None:
-    """An image that is already decoded as RGB (see :func:`load_image`); None for all that has to be read first."""
+    """Convert an image in memory (PIL, array, tensor) to RGB; None for anything that must be read first."""
     if isinstance(source, Image.Image):
-        return rgb.upright_rgb(source, "the picture", settings.background)
+        return rgb.upright_rgb(source, "the image", settings.background)
     if isinstance(source, np.ndarray):
         return rgb.from_array(source, channels_first=False, background=settings.background)
-    torch = sys.modules.get("torch")  # who passes a tensor has imported it
+    torch = sys.modules.get("torch")  # imported already if the source is a tensor
     if torch is not None and isinstance(source, torch.Tensor):
         return rgb.from_array(rgb.tensor_to_array(source), channels_first=True, background=settings.background)
     return None
 
 
 def read_image(image: OpenedMedia, settings: MediaSettings, spend: Spend, sizes: Sizes | None = None) -> ScaledImage:
-    """An image file as upright RGB, by the rules of :func:`load_image`.
+    """Read an image file as upright RGB, by the rules of :func:`load_image`.
 
     Raises:
-        ValueError: not an image, damaged, too large, or one that takes too long.
+        ValueError: Not an image, damaged, too large, or too slow to decode.
     """
     seconds = settings.image_timeout
     result, arrays = _run(rgb.read, image, settings, seconds, (settings,), spend, _calls(sizes=sizes))
@@ -160,35 +160,35 @@ def read_clip(
     spend: Spend | None = None,
     threads: int | None = None,
 ) -> list[Frame]:
-    """Frames from all over a clip.
+    """Sample N frames evenly from a clip.
 
-    They are those on screen at the middles of N equal parts of its length. A clip of N frames or fewer gives each of
-    them once; no frame is ever given twice. With a constant rate this is the authors' choice,
-    ``trunc(T / N * (i + 0.5))`` of T frames.
+    The duration is divided into N equal parts, and the frame on screen in the middle of each part is taken. A clip with
+    N frames or fewer yields every frame once; no frame is repeated. At a constant frame rate these are the frames
+    ``trunc(T / N * (i + 0.5))`` of T, as in the authors' code.
 
     Args:
-        clip: the file, as :func:`~aria.media.open.open_media` lets it in.
+        clip: The opened file.
         num_frames: N.
-        fps: instead of ``num_frames``: N as so many frames a second, at most ``max_frames``.
-        max_frames: with ``fps``; None: what the settings allow.
-        fit: what becomes of a frame of (width, height) while it is decoded; None: frames stay as they are.
-        sizes: what becomes of it then.
-        settings: limits on frames, pixels and seconds; None: those of :class:`MediaSettings`.
-        spend: refuses more pixels than there may be.
-        threads: decoders at work; None: as many as there are cores, or as keep a GPU's video decoder busy.
+        fps: Instead of ``num_frames``: sample this many frames per second, at most ``max_frames``.
+        max_frames: Limit for ``fps``; None: the limit of the settings.
+        fit: Maps the (width, height) of a frame to the size to decode it at; None: the original size.
+        sizes: Maps that size to the sizes needed.
+        settings: Limits on frames, pixels and duration; None: the defaults of :class:`MediaSettings`.
+        spend: Called with the number of pixels before they are decoded.
+        threads: Number of decoder threads; None: one per core, or as many as keep the video decoder of a GPU busy.
 
     Returns:
-        Frames in the order of their times; what cannot be decoded is left out.
+        Frames in order of time. Frames that cannot be decoded are left out.
 
     Raises:
-        ValueError: no clip, a damaged one, or one that goes over a limit.
+        ValueError: Not a clip, damaged, or over a limit.
     """
     settings = settings or MediaSettings()
     asked = FrameSelection(num_frames, fps, max_frames)
     asked.check(settings)
     calls = _calls(fit=fit, sizes=sizes)
     read = partial(_run, medium=clip, settings=settings, seconds=settings.decode_timeout, spend=spend, calls=calls)
-    gpu = _gpu(settings.clip_decoder, clip.name)
+    gpu = _decoding_gpu(settings.clip_decoder, clip.name)
     if gpu is None:
         frames = _frames(clip.name, *read(video.read, arguments=(asked, settings, threads)))
     else:
@@ -196,7 +196,7 @@ def read_clip(
         frames = _decode_on_gpu(clip, plan, calls, settings, gpu, threads)
         missing = _remaining(plan, frames)
         if missing.runs or missing.animation:
-            read = partial(read, spend=None)  # it was spent for the plan
+            read = partial(read, spend=None)  # already counted for the plan
             frames |= _frames(clip.name, *read(video.read_planned, arguments=(missing, settings)))
     if not frames:
         raise ValueError(f"no frame of {clip.name} can be decoded; the file may be truncated or damaged")
@@ -211,17 +211,17 @@ def read_document(
     sizes: Sizes | None = None,
     spend: Spend | None = None,
 ) -> list[Page]:
-    """Pages of a PDF, with their annotations and filled forms.
+    """Render pages of a PDF, with annotations and form fields.
 
     Args:
-        pdf: the file, as :func:`~aria.media.open.open_media` lets it in.
-        pages: numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
-        settings: limits on pages and pixels; None: those of :class:`MediaSettings`.
-        sizes: at which pages are needed.
-        spend: refuses more pixels than there may be.
+        pdf: The opened file.
+        pages: Page numbers from 1, as a list or as text such as ``1-3,7``, in the order wanted; None: all.
+        settings: Limits on pages and pixels; None: the defaults of :class:`MediaSettings`.
+        sizes: Maps the size of a page to the sizes needed.
+        spend: Called with the number of pixels before they are rendered.
 
     Raises:
-        ValueError: no PDF, a damaged or locked one, pages that it does not have, or over a limit.
+        ValueError: Not a PDF, damaged or encrypted, no such page, or over a limit.
     """
     settings = settings or MediaSettings()
     arguments = (pages, settings)
@@ -234,7 +234,7 @@ def read_document(
 
 
 def _frames(name: str, result: dict[str, Any], arrays: list[np.ndarray]) -> dict[int, Frame]:
-    """Frames by time."""
+    """Parse a worker's result: frames by time."""
     with _validated(name):
         return {
             _as_int(moment): Frame(Fraction(_as_int(above), _as_int(below)), _scaled(width, height, arrays, count))
@@ -243,29 +243,29 @@ def _frames(name: str, result: dict[str, Any], arrays: list[np.ndarray]) -> dict
 
 
 def _scaled(width: Any, height: Any, arrays: list[np.ndarray], count: int | None = None) -> ScaledImage:
-    """An image of the first ``count`` arrays of a list, or of all, which it takes out."""
+    """Make an image of the first ``count`` arrays of a list (None: all), and remove them from the list."""
     own, arrays[:count] = tuple(arrays[:count]), []
     if not own or not all(array.ndim == 3 and array.shape[2] == 3 and array.size for array in own):
-        raise ValueError("arrays that are no images")
+        raise ValueError("arrays that are not images")
     width, height = _checked((width, height))
     return ScaledImage((width, height), own)
 
 
 _as_int = operator.index
-"""A whole number that a worker returned, as it is; anything else is a TypeError."""
+"""Return an integer unchanged; raise TypeError for anything else that a worker sends."""
 
 
 @contextlib.contextmanager
 def _validated(name: str) -> Iterator[None]:
-    """What a worker returned may be anything."""
+    """Turn errors from parsing a worker's result, which is untrusted, into a ValueError."""
     try:
         yield
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{name} cannot be read; the file may be damaged") from error
 
 
-def _gpu(decoder: str, name: str) -> int | None:
-    """The number of the GPU to decode on, by ``MediaSettings.clip_decoder``."""
+def _decoding_gpu(decoder: str, name: str) -> int | None:
+    """The index of the GPU to decode on by ``MediaSettings.clip_decoder``; None: the CPU."""
     if decoder == "cpu" or (decoder == "auto" and not _cuda_is_used()):
         return None
     import torch
@@ -275,7 +275,7 @@ def _gpu(decoder: str, name: str) -> int | None:
         return gpu if _gpu_decodes(gpu) else None
     gpu = torch.device(decoder).index or 0
     if gpu >= torch.cuda.device_count() or not _gpu_decodes(gpu):
-        raise ValueError(f"{name} cannot be decoded on {decoder}: no video decoder is found there; use cpu or auto")
+        raise ValueError(f"{name} cannot be decoded on {decoder}: it has no usable video decoder; use cpu or auto")
     return gpu
 
 
@@ -286,7 +286,7 @@ def _cuda_is_used() -> bool:
 
 @cache
 def _gpu_decodes(gpu: int) -> bool:
-    """Whether a GPU's video decoder can be used: a driver may come without it, so a picture is tried."""
+    """Whether the video decoder of a GPU works. Drivers may lack it, so a frame is decoded as a test."""
     import av
     from av.codec import CodecContext
 
@@ -303,11 +303,11 @@ def _gpu_decodes(gpu: int) -> bool:
         return False
 
 
-def _parse_plan(value: Any, name: str) -> Plan:
-    """A plan that a worker made; what lies in it may be anything."""
+def _parse_plan(value: Any, name: str) -> DecodePlan:
+    """Parse a plan that a worker made, which is untrusted."""
     with _validated(name):
         (width, height), first, (above, below), untimed, animation, chosen, runs = value
-        return Plan(
+        return DecodePlan(
             (_as_int(width), _as_int(height)),
             _as_int(first),
             Fraction(_as_int(above), _as_int(below)),
@@ -329,14 +329,16 @@ def _key(number: Any, *times: Any) -> Keyframe:
 
 def _decode_on_gpu(
     clip: OpenedMedia,
-    plan: Plan,
+    plan: DecodePlan,
     calls: dict[str, Callable[..., Any]],
     settings: MediaSettings,
     gpu: int,
     threads: int | None,
 ) -> dict[int, Frame]:
-    """Frames by time that a GPU's video decoder gives. Its driver works for this process alone, which therefore reads
-    the file once more: a worker has been through it without harm."""
+    """Decode frames with the video decoder of a GPU; frames by time.
+
+    The driver works in this process, which therefore reads the file itself, after a worker has scanned it safely.
+    """
     if plan.animation is not None:
         return {}
     deadline = ReadDeadline(clip.name, settings.decode_timeout)
@@ -350,7 +352,7 @@ def _decode_on_gpu(
     except (ValueError, LookupError, NotImplementedError, RuntimeError):
         if deadline.is_over:
             raise
-        return {}  # a codec that it does not have
+        return {}  # unsupported codec
     frames = {}
     for moment, pixels in decoded.items():
         height, width = pixels.shape[:2]
@@ -360,14 +362,14 @@ def _decode_on_gpu(
     return frames
 
 
-def _remaining(plan: Plan, frames: Container[int]) -> Plan:
-    """What is left of a plan when some times are decoded."""
+def _remaining(plan: DecodePlan, frames: Container[int]) -> DecodePlan:
+    """The part of a plan that is not decoded yet."""
     runs = [run._replace(times=[moment for moment in run.times if moment not in frames]) for run in plan.runs]
     return plan._replace(runs=[run for run in runs if run.times])
 
 
 def _calls(fit: Fit | None = None, sizes: Sizes | None = None) -> dict[str, Callable[..., Any]]:
-    """The functions that readers call. A reader may be in the hands of whoever made its file, and ask for anything."""
+    """The callbacks of a reading job. A compromised worker may call them with any arguments."""
 
     def fitted(*size: Any) -> list[int]:
         width, height = _checked(size)
@@ -384,8 +386,8 @@ def _calls(fit: Fit | None = None, sizes: Sizes | None = None) -> dict[str, Call
 
 
 def _checked(values: Sequence[Any], *, least: int = 1) -> Sequence[int]:
-    if len(values) != 2 or not all(type(value) is int and least <= value <= _MOST for value in values):
-        raise ValueError(f"expected two numbers from {least} to {_MOST}, but got {values!r:.50}")
+    if len(values) != 2 or not all(type(value) is int and least <= value <= _MAX_VALUE for value in values):
+        raise ValueError(f"expected two numbers from {least} to {_MAX_VALUE}, but got {values!r:.50}")
     return values
 
 
@@ -398,16 +400,16 @@ def _run(
     spend: Spend | None,
     calls: dict[str, Callable[..., Any]],
 ) -> tuple[Any, list[np.ndarray]]:
-    """What a reader makes of a file, in a worker or here; what it takes of the memory of all is given back."""
+    """Run a reading job in a worker or in this process; memory that its results do not use is released."""
     taken = 0
 
     def take(pixels: int, nbytes: int, *size: int) -> Any:
         nonlocal taken, spend
         if not all(type(value) is int and 0 <= value < 1 << 60 for value in (pixels, nbytes)):
-            raise ValueError(f"expected numbers of pixels and bytes, but got {pixels!r:.50} and {nbytes!r:.50}")
+            raise ValueError(f"expected pixel and byte counts, but got {pixels!r:.50} and {nbytes!r:.50}")
         if spend is not None:
             spend(pixels)
-            spend = None  # once, however often it is asked until there is memory
+            spend = None  # count once, even if waiting for memory repeats the call
         DECODE_MEMORY.reserve(nbytes, settings.decoded_bytes)
         taken += nbytes
         return calls["sizes"](*size) if size else None
@@ -435,11 +437,11 @@ def _run(
 _WORKERS: dict[tuple[int, int], Workers] = {}
 _WORKERS_LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_WORKERS.clear)  # they talk to the process that started them
+    os.register_at_fork(after_in_child=_WORKERS.clear)  # they belong to the parent process
 
 
 def shared_workers(settings: MediaSettings) -> Workers | None:
-    """The worker processes that all who read with such settings share; None: this process decodes."""
+    """The worker pool shared by all callers with the same settings; None: decode in this process."""
     key = settings.worker_count, settings.worker_bytes
     if not settings.worker_count:
         return None
@@ -451,7 +453,7 @@ def shared_workers(settings: MediaSettings) -> Workers | None:
 
 @atexit.register
 def close_workers() -> None:
-    """End all worker processes; later readers start new ones."""
+    """End all worker processes. Later reads start new ones."""
     with _WORKERS_LOCK:
         workers = [*_WORKERS.values()]
         _WORKERS.clear()

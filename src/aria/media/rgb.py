@@ -1,4 +1,4 @@
-"""Pictures of every kind, in files and in memory, to upright RGB."""
+"""Convert images in files and in memory to upright RGB."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 from aria.media.limits import MediaSettings
 from aria.media.metadata import icon_sizes, strip_metadata
 
-# Raster formats only: Pillow can also open PostScript (which runs Ghostscript) and others that have no place here.
+# Raster formats only: Pillow also opens PostScript (by running Ghostscript) and other formats that are unsafe here.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 _ORIENTATION = 0x0112
 _TRANSPOSED = {
@@ -34,15 +34,15 @@ _BITS_PER_SAMPLE = 0x0102
 
 
 PEAK_BYTES = 16
-"""Of memory for each pixel while an image is decoded: 3 to 8 for most files, 12 where values have 16 or 32 bits or are
-transparent."""
+"""Upper bound of the memory per pixel while decoding: 3 to 8 for most files, 12 with transparency or 16 or 32 bits per
+channel."""
 
 
 def read(job: Any, name: str, settings: MediaSettings) -> dict[str, Any]:
-    """Read the image in a job's file, at the sizes that are needed.
+    """Job: read an image file at the sizes needed.
 
-    Calls ``take(pixels, bytes, width, height)`` before it is decoded, which gives the sizes to bring it to; none: its
-    own. The result's arrays are ``(height, width, 3)``.
+    Calls ``take(pixels, bytes, width, height)`` before decoding, which returns the target sizes; none: the original
+    size. Returns arrays ``(height, width, 3)``.
     """
 
     sizes = {}
@@ -53,14 +53,14 @@ def read(job: Any, name: str, settings: MediaSettings) -> dict[str, Any]:
 
     with job.file() as file:
         image = decode(file, name, settings.image_pixels, take, settings.background)
-    if image.size not in sizes:  # it was turned by its metadata
+    if image.size not in sizes:  # rotated by its metadata
         sizes[image.size] = job.call("sizes", *image.size)
     write_sizes(job, image, sizes[image.size])
     return {"size": image.size}
 
 
 def write_sizes(job: Any, image: Image.Image, sizes: Sequence[Sequence[int]]) -> int:
-    """Hand over an image at some sizes, or as it is; how many arrays that are."""
+    """Write an image to arrays of the job at some sizes, or as is; returns the number of arrays."""
     arrays = resize_to(image, sizes or [image.size])
     for array in arrays:
         job.array(array.shape)[:] = array
@@ -68,7 +68,7 @@ def write_sizes(job: Any, image: Image.Image, sizes: Sequence[Sequence[int]]) ->
 
 
 def resize_to(image: Image.Image, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """An RGB image at each (width, height), resized as the model is used to: uint8 ``(height, width, 3)``."""
+    """Resize an RGB image to each (width, height), bicubic as in training: uint8 ``(height, width, 3)``."""
     return [
         np.asarray(image if (width, height) == image.size else image.resize((width, height), _BICUBIC))
         for width, height in sizes
@@ -78,31 +78,31 @@ def resize_to(image: Image.Image, sizes: Sequence[Sequence[int]]) -> list[np.nda
 def decode(
     file: BinaryIO, name: str, max_pixels: int, take: Callable[[int, int], None], background: str | None = "white"
 ) -> Image.Image:
-    """The image in a file as upright RGB.
+    """Decode an image file to upright RGB.
 
     Args:
-        file: open for reading, at its beginning.
-        name: what errors call it.
-        max_pixels: limit on width times height, checked before decoding.
-        take: called with the width and height in pixels before they are decoded; may raise.
-        background: colour behind transparent pixels; None: their stored colours.
+        file: Binary file at position 0.
+        name: Name for error messages.
+        max_pixels: Limit on width times height, checked before decoding.
+        take: Called with the width and height in pixels before decoding; may raise.
+        background: Colour behind transparent pixels; None: keep their stored colours.
 
     Raises:
-        ValueError: not an image, damaged, or of more pixels than allowed.
-        Cancelled: nobody waits for it any more.
+        ValueError: Not an image, damaged, or more pixels than allowed.
+        Cancelled: The caller was cancelled.
     """
 
-    def announced(width: int, height: int) -> None:
+    def check(width: int, height: int) -> None:
         if width * height > max_pixels:
             raise ValueError(
-                f"{name} announces {width} x {height} pixels, more than the {max_pixels:,} allowed; scale it down first"
+                f"{name} declares {width} x {height} pixels, more than the {max_pixels:,} allowed; scale it down first"
             )
         take(width, height)
 
     icon = icon_sizes(file)
-    if icon:  # Pillow decodes one of its images to know its size
-        announced(*max(icon, key=lambda size: size[0] * size[1]))
-    Image.init()  # registers every format, so that the ones this build of Pillow lacks can be left out
+    if icon:  # Pillow decodes one of its images to get its size
+        check(*max(icon, key=lambda size: size[0] * size[1]))
+    Image.init()  # registers all formats, so that those missing from this build of Pillow can be left out
     try:
         file, inverted = strip_metadata(file)
         image = Image.open(
@@ -110,24 +110,22 @@ def decode(
             formats=[f for f in _FORMATS if f in Image.OPEN],
         )
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in a known format ({', '.join(_FORMATS)}), or damaged") from None
+        raise ValueError(f"{name} is not an image in a known format ({', '.join(_FORMATS)}), or is damaged") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} announces more than the {max_pixels:,} pixels allowed; scale it down first"
-        ) from error
+        raise ValueError(f"{name} declares more than the {max_pixels:,} pixels allowed; scale it down first") from error
     except Exception as error:
         raise ValueError(_damaged(name, error)) from error
     with image:
         if image.format != "ICO":
-            announced(*image.size)
+            check(*image.size)
         if image.format == "TIFF":
-            image.info.pop("xmp", None)  # which Pillow would rewrite while loading, and may stumble over
+            image.info.pop("xmp", None)  # Pillow rewrites it while loading, which may fail
         rgb = upright_rgb(image, name, background)
         return ImageOps.invert(rgb) if inverted else rgb
 
 
 class _CancellableFile:
-    """A file as Pillow reads it, in pieces, between which the caller's leaving is noticed."""
+    """A file whose reads check for cancellation."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -139,7 +137,7 @@ class _CancellableFile:
 
 
 def upright_rgb(image: Image.Image, name: str, background: str | None = "white") -> Image.Image:
-    """An image in memory as upright RGB, its transparent pixels on ``background`` (see :func:`decode`)."""
+    """Convert an image in memory to upright RGB, with transparent pixels on ``background`` (see :func:`decode`)."""
     if not image.width or not image.height:
         raise ValueError(f"{name} is empty ({image.width} x {image.height} pixels)")
     try:
@@ -155,11 +153,11 @@ def _damaged(name: str, error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Pixels only: Pillow's own exif_transpose also writes the metadata anew, and fails where they are odd.
+    # Pillow's own exif_transpose also rewrites the metadata, and fails if they are malformed.
     try:
         orientation = image.getexif().get(_ORIENTATION)
-        method = _TRANSPOSED.get(orientation)  # type: ignore[arg-type]  # whatever the file holds there
-    except Exception:  # unreadable metadata say nothing about the orientation
+        method = _TRANSPOSED.get(orientation)  # type: ignore[arg-type]  # any value from the file
+    except Exception:  # unreadable metadata: no orientation
         return image
     return image if method is None else image.transpose(method)
 
@@ -172,21 +170,21 @@ def _to_rgb(image: Image.Image, background: str | None) -> Image.Image:
     if background is not None and image.has_transparency_data:
         return composite(image, background)
     if "transparency" in image.info:
-        # Same pixels, without a warning from Pillow that they are transparent.
+        # Same pixels, without Pillow's warning about transparency.
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
 
 
 def _grey_to_rgb(image: Image.Image, background: str | None) -> Image.Image:
-    """Grey of more than 8 bits."""
+    """Convert grey of more than 8 bits."""
     values = np.asarray(image)
     grey = values.astype(np.uint16) if image.mode.startswith("I;16") else _narrow(values)
     tags = getattr(image, "tag_v2", {})
     if tags.get(_BITS_PER_SAMPLE) == (12,):
         grey = grey << 4 | grey >> 8
     if image.format == "TIFF" and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        grey = 65535 - grey  # which Pillow does for up to 8 bits only
+        grey = 65535 - grey  # Pillow inverts only up to 8 bits
     rgb = from_array(grey, channels_first=False, background=background)
     if background is not None and "transparency" in image.info:
         rgb.paste(background, None, Image.fromarray(values == image.info["transparency"]))
@@ -194,8 +192,8 @@ def _grey_to_rgb(image: Image.Image, background: str | None) -> Image.Image:
 
 
 def composite(image: Image.Image, background: str) -> Image.Image:
-    """An image with transparent pixels, composited onto a colour; RGB."""
-    if image.mode == "La":  # the only mode that needs a step between
+    """Composite an image with transparent pixels onto a colour; returns RGB."""
+    if image.mode == "La":  # the only mode without a direct conversion
         image = image.convert("LA")
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() != (255, 255):
@@ -206,7 +204,7 @@ def composite(image: Image.Image, background: str) -> Image.Image:
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    """32-bit grey, as some files store 8 or 16 bits -> uint8 or uint16, told apart by the largest value."""
+    """Convert 32-bit grey, in which some files store 8 or 16 bits, to uint8 or uint16 by the largest value."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(f"grey values from {low} to {high}, expected 0..65535")
@@ -219,24 +217,24 @@ def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def from_array(array: np.ndarray, *, channels_first: bool, background: str | None = "white") -> Image.Image:
-    """An array as :func:`aria.media.open.load_image` takes it -> RGB."""
+    """Convert an array, in any layout that :func:`aria.media.read.load_image` accepts, to RGB."""
     shape = array.shape
     if array.ndim == 3:
         last, first = shape[2] in (1, 3, 4), shape[0] in (1, 3, 4)
         if first and (channels_first or not last):
             array = array.transpose(1, 2, 0)
         elif not last:
-            raise ValueError(f"an array of shape {shape} is no picture: expected 1, 3 or 4 channels first or last")
+            raise ValueError(f"an array of shape {shape} is not an image: expected 1, 3 or 4 channels first or last")
         if array.shape[2] == 1:
             array = array[..., 0]
         elif background is None:
             array = array[..., :3]
     elif array.ndim != 2:
         raise ValueError(
-            f"an array of shape {shape} is no picture; expected (H, W), (H, W, C) or (C, H, W), one at a time"
+            f"an array of shape {shape} is not an image; expected (H, W), (H, W, C) or (C, H, W), one at a time"
         )
     if not array.size:
-        raise ValueError(f"an array of shape {shape} is an empty picture")
+        raise ValueError(f"an array of shape {shape} is an empty image")
     image = Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
     return image.convert("RGB") if background is None or image.mode != "RGBA" else composite(image, background)
 
@@ -247,13 +245,15 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if array.dtype == np.uint16:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255: rounds, never clips
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255: rounds without clipping
     if np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
-        if not (low >= 0 and high <= 1):  # also refuses NaN
+        if not (low >= 0 and high <= 1):  # also rejects NaN
             raise ValueError(
-                f"a picture of {array.dtype} values from {low:g} to {high:g}; floating values must lie in 0..1 "
+                f"an image of {array.dtype} values from {low:g} to {high:g}; floating-point values must be in 0..1 "
                 "(for 0..255, convert to uint8)"
             )
         return np.rint(array * 255).astype(np.uint8)
-    raise ValueError(f"a picture of {array.dtype} values; expected uint8, uint16, bool, or floating values in 0..1")
+    raise ValueError(
+        f"an image of {array.dtype} values; expected uint8, uint16, bool, or floating-point values in 0..1"
+    )

@@ -1,8 +1,7 @@
-"""Clips to frames: the moments are chosen exactly, and no more is decoded than they need, on every core.
+"""Sample frames of video clips at exact times, decoding only what they need, in parallel.
 
-A first pass reads the clip without decoding it: when each frame is shown, and where decoding can begin (its keyframes).
-From that come the frames to take and, for each, the keyframe to start at. Runs of frames that share one are independent
-of each other and go to several threads.
+A first pass reads the packets without decoding: presentation times and keyframes. These give the frames to take and,
+for each, the keyframe to start from. Runs of frames that share a keyframe are independent and are decoded in parallel.
 """
 
 from __future__ import annotations
@@ -27,20 +26,22 @@ from aria.workers.cancellation import map_in_context
 
 MAX_THREADS = 16
 DECODER_BYTES = 1 << 30
-"""What the decoders of one clip may hold together, if each keeps :data:`FRAMES_HELD` frames; one may hold more."""
+"""Memory for all decoders of one clip, if each holds :data:`FRAMES_HELD` frames. A single decoder may exceed it."""
 FRAMES_HELD = 20
 
 
 class FrameSelection(NamedTuple):
-    """What is wanted of a clip: ``num_frames``, or ``fps`` with at most ``max_frames``."""
+    """How many frames to sample: ``num_frames``, or ``fps`` with at most ``max_frames``."""
 
     num_frames: int | None
     fps: float | None
     max_frames: int | None
 
     def check(self, settings: MediaSettings) -> None:
-        """Raises:
-        ValueError: both or neither of the first two, or more frames than are allowed.
+        """Check against the limits.
+
+        Raises:
+            ValueError: Both or neither of ``num_frames`` and ``fps``, or more frames than allowed.
         """
         if (self.num_frames is None) == (self.fps is None):
             raise ValueError("give num_frames or fps, and not both")
@@ -49,29 +50,29 @@ class FrameSelection(NamedTuple):
                 raise ValueError(f"{name} is {value}; 1 to {settings.max_frames} are allowed")
 
 
-class Plan(NamedTuple):
-    """Which frames of a clip are taken, and how they are decoded. Times are in units of ``unit`` seconds."""
+class DecodePlan(NamedTuple):
+    """The frames to take of a clip and how to decode them. Times are in units of ``unit`` seconds."""
 
     size: tuple[int, int]
-    """(width, height) of a frame, as the file's header has it."""
+    """(width, height) of a frame, from the header."""
     first: int
-    """Time of the clip's first frame."""
+    """Time of the first frame of the clip."""
     unit: Fraction
     untimed: bool
     """As in :class:`~aria.media.container.Timeline`."""
     animation: str | None
-    """Format of an animated image that Pillow decodes."""
+    """Format of an animated image to decode with Pillow; None: a video."""
     chosen: dict[int, int]
-    """Times by the index of each frame that is taken."""
+    """Maps the index of each frame taken to its time."""
     runs: list[DecodeRun]
-    """The same frames by keyframe; empty for animated images."""
+    """The same frames grouped by keyframe; empty for animated images."""
 
 
-def plan(clip: MediaFile, asked: FrameSelection, settings: MediaSettings, deadline: ReadDeadline) -> Plan:
-    """Read through a clip and choose frames; nothing is decoded.
+def plan(clip: MediaFile, asked: FrameSelection, settings: MediaSettings, deadline: ReadDeadline) -> DecodePlan:
+    """Scan a clip and choose frames, without decoding.
 
     Raises:
-        ValueError: no clip, a damaged one, or one that goes over a limit.
+        ValueError: Not a clip, damaged, or over a limit.
     """
     animation = animation_format(clip, settings)
     timeline = (scan_webp if animation == "WEBP" else scan)(clip, settings, deadline)
@@ -86,15 +87,15 @@ def plan(clip: MediaFile, asked: FrameSelection, settings: MediaSettings, deadli
         count = min(asked.max_frames or settings.max_frames, max(1, round(timeline.seconds * Fraction(asked.fps))))
     chosen = {index: timeline.times[index] for index in choose_frames(timeline, count)}
     runs = [] if animation else _runs(timeline, list(chosen))
-    return Plan(timeline.size, timeline.times[0], timeline.unit, timeline.untimed, animation, chosen, runs)
+    return DecodePlan(timeline.size, timeline.times[0], timeline.unit, timeline.untimed, animation, chosen, runs)
 
 
 def choose_frames(timeline: Timeline, count: int) -> list[int]:
-    """Indices of the frames on screen at the middles of ``count`` equal parts, each once."""
+    """Indices of the frames on screen in the middle of each of ``count`` equal parts, without repeats."""
     times, length = timeline.times, timeline.end - timeline.times[0]
     if len(times) <= count:
         return list(range(len(times)))
-    # Times are whole numbers, so that rounding a moment down changes nothing.
+    # Times are integers, so rounding down does not change the result.
     moments = (times[0] + length * (2 * i + 1) // (2 * count) for i in range(count))
     return list(dict.fromkeys(bisect_right(times, moment) - 1 for moment in moments))
 
@@ -105,7 +106,7 @@ def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[DecodeRun]:
     for index in chosen:
         moment = timeline.times[index]
         key = max(bisect_right(numbers, timeline.numbers[index]) - 1, 0)
-        # A frame that is stored after a keyframe but shown before it may lean on what is stored before it.
+        # A frame stored after a keyframe but shown before it may reference frames before the keyframe.
         while key and (timeline.keys[key].time or 0) > moment:
             key -= 1
         if key not in runs:
@@ -116,7 +117,7 @@ def _runs(timeline: Timeline, chosen: Sequence[int]) -> list[DecodeRun]:
 
 def decode(
     clip: MediaFile,
-    plan: Plan,
+    plan: DecodePlan,
     fit: Fit,
     settings: MediaSettings,
     deadline: ReadDeadline,
@@ -124,31 +125,31 @@ def decode(
     threads: int | None = None,
     gpu: int | None = None,
 ) -> dict[int, np.ndarray]:
-    """RGB of the planned frames by time, uint8 ``(Y, X, 3)``, upright; what cannot be decoded is missing.
+    """Decode the planned frames to upright RGB, uint8 ``(Y, X, 3)``, by time. Undecodable frames are missing.
 
     Args:
-        clip: the file.
-        plan: of it.
-        fit: what becomes of a frame of (width, height).
-        settings: limits.
-        deadline: ends it.
-        threads: at work; None: as many as there are cores, or as keep a GPU's video decoder busy.
-        gpu: number of a GPU whose video decoder does it, and nothing else.
+        clip: The file.
+        plan: The plan made from it.
+        fit: Maps the (width, height) of a frame to the size to decode it at.
+        settings: Limits.
+        deadline: Ends the decoding.
+        threads: Number of threads; None: one per core, or as many as keep the video decoder of a GPU busy.
+        gpu: Index of the GPU whose video decoder to use, without fallback.
 
     Raises:
-        ValueError: the time is up, or the file cannot be read any more.
+        ValueError: The time is up, or the file can no longer be read.
     """
     if plan.animation is not None:
         return decode_animation(clip, plan.animation, plan.chosen, fit, settings, deadline)
-    # A GPU has several decoders in one, and threads only wait for them.
+    # GPUs have several decoder units, and the threads only wait for them.
     threads = threads or (available_cores() if gpu is None else MAX_THREADS)
-    decoders = max(1, min(threads, MAX_THREADS, len(plan.runs), DECODER_BYTES // _held(plan)))
+    decoders = max(1, min(threads, MAX_THREADS, len(plan.runs), DECODER_BYTES // _decoder_bytes(plan)))
     waiting, turn = iter(plan.runs), threading.Lock()
     frames: dict[int, np.ndarray] = {}
     progress = ProgressCounter("video", sum(len(run.times) for run in plan.runs))
 
     def work(_: int) -> None:
-        # Cores that have no run of their own help within the runs.
+        # Spare cores are used as codec threads within the runs.
         share = max(1, threads // decoders)
         with Decoder(clip, plan.untimed, fit, share, settings, deadline, gpu, progress) as decoder:
             while True:
@@ -167,17 +168,17 @@ def decode(
     return frames
 
 
-def _held(plan: Plan) -> int:
-    """Bytes that a decoder may hold: in 4:2:0 a pixel takes one and a half."""
+def _decoder_bytes(plan: DecodePlan) -> int:
+    """Memory of one decoder. A pixel takes 1.5 bytes in 4:2:0."""
     return max(1, 2 * plan.size[0] * plan.size[1] * FRAMES_HELD)
 
 
 def read(job: Any, name: str, asked: FrameSelection, settings: MediaSettings, threads: int | None) -> dict[str, Any]:
-    """Read frames of the clip in a job's file.
+    """Job: read frames of a clip.
 
-    Calls ``fit(width, height)`` and ``sizes(width, height)``, and before anything is decoded ``take(pixels, bytes)``.
-    The result has ``(seconds as numerator and denominator, width, height, number of arrays)`` of
-    each frame, whose arrays are ``(height, width, 3)``.
+    Calls ``fit(width, height)`` and ``sizes(width, height)``, and ``take(pixels, bytes)`` before decoding. The result
+    has ``(time, seconds as numerator and denominator, width, height, number of arrays)`` for each frame, whose arrays
+    are ``(height, width, 3)``.
     """
     forward_progress(job)
     clip, deadline = JobFile(job, name), ReadDeadline.for_job(job, name, settings.decode_timeout)
@@ -186,7 +187,7 @@ def read(job: Any, name: str, asked: FrameSelection, settings: MediaSettings, th
 
 
 def read_planned(job: Any, name: str, planned: Any, settings: MediaSettings) -> dict[str, Any]:
-    """:func:`read` by a plan that :func:`make_plan` gave."""
+    """Job: like :func:`read`, with a plan made by :func:`make_plan`."""
     forward_progress(job)
     return _read(
         job, JobFile(job, name), planned, settings, ReadDeadline.for_job(job, name, settings.decode_timeout), None
@@ -194,7 +195,7 @@ def read_planned(job: Any, name: str, planned: Any, settings: MediaSettings) -> 
 
 
 def make_plan(job: Any, name: str, asked: FrameSelection, settings: MediaSettings) -> list[Any]:
-    """The plan of the clip in a job's file, as JSON; pixels and memory are asked for as by :func:`read`."""
+    """Job: make the plan of a clip, as JSON. Pixels and memory are reserved as in :func:`read`."""
     planned = plan(JobFile(job, name), asked, settings, ReadDeadline.for_job(job, name, settings.decode_timeout))
     _reserve(job, planned)
     runs = [(run.key, list(run.keys.items()), run.times) for run in planned.runs]
@@ -203,7 +204,7 @@ def make_plan(job: Any, name: str, asked: FrameSelection, settings: MediaSetting
 
 
 def _read(
-    job: Any, clip: MediaFile, planned: Plan, settings: MediaSettings, deadline: ReadDeadline, threads: int | None
+    job: Any, clip: MediaFile, planned: DecodePlan, settings: MediaSettings, deadline: ReadDeadline, threads: int | None
 ) -> dict[str, Any]:
     @cache
     def fit(width: int, height: int) -> tuple[int, int]:
@@ -222,11 +223,11 @@ def _read(
     return {"frames": read}
 
 
-def _reserve(job: Any, planned: Plan) -> None:
-    """Ask for the pixels and the memory of all frames, by what the header says of their size."""
+def _reserve(job: Any, planned: DecodePlan) -> None:
+    """Reserve pixels and memory for all frames, by the frame size in the header."""
     width, height = job.call("fit", *planned.size)
     sizes = job.call("sizes", width, height) or [(width, height)]
     pixels = len(planned.chosen) * sum(width * height for width, height in sizes)
-    decoders = max(_held(planned), min(DECODER_BYTES, len(planned.runs) * _held(planned)))
-    # Frames that are about to be handed over lie in memory twice.
+    decoders = max(_decoder_bytes(planned), min(DECODER_BYTES, len(planned.runs) * _decoder_bytes(planned)))
+    # Frames are in memory twice while they are handed over.
     job.call("take", pixels, decoders + 6 * pixels)

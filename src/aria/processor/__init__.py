@@ -1,4 +1,4 @@
-"""Messages, text and pictures to tensors, and ids back to text."""
+"""Messages, text and images to tensors, and ids back to text."""
 
 from aria.media.limits import MediaSettings
 from aria.media.read import load_image

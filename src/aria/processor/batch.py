@@ -16,7 +16,7 @@ class BatchFeature(dict[str, Any]):
     """Model inputs by name, e.g. ``input_ids``; also readable as attributes and unpackable with ``**``.
 
     Attributes:
-        num_crops: how many crops stand for each picture, in order; not a key, because it is no input of the model.
+        num_crops: how many crops stand for each image, in order; not a key, because it is no input of the model.
     """
 
     num_crops: list[int]

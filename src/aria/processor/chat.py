@@ -19,7 +19,7 @@ START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 """Ends a message; ordinary text of several tokens in Aria's vocabulary, so an answer is searched for it as text."""
 IMAGE_WRAPPING = ("<fim_prefix>", "<fim_suffix>")
-"""What stands around the image tokens of one picture."""
+"""What stands around the image tokens of one image."""
 # Pieces 0 to 18 of Aria's vocabulary. Only rhymes-ai/Aria's tokenizer_config.json lists them; the vocabulary of the
 # other published repositories is the same, and so they are special there too.
 SPECIAL_TOKENS = (
@@ -64,7 +64,7 @@ class MediaPart:
     Attributes:
         source: the medium, path or address, as :mod:`aria.media.open` takes it; None: the call gives it.
         max_image_size: side of its crops in pixels.
-        split_image: whether its pictures are split.
+        split_image: whether its images are split.
     """
 
     source: Any = None
@@ -74,12 +74,12 @@ class MediaPart:
 
 @dataclass(frozen=True)
 class ImagePart(MediaPart):
-    """A picture."""
+    """An image."""
 
 
 @dataclass(frozen=True)
 class VideoPart(MediaPart):
-    """A clip: as many pictures as frames are taken of it, see :func:`aria.media.read.read_clip`.
+    """A clip: as many images as frames are taken of it, see :func:`aria.media.read.read_clip`.
 
     Attributes:
         num_frames: how many.
@@ -96,7 +96,7 @@ class VideoPart(MediaPart):
 
 @dataclass(frozen=True)
 class DocumentPart(MediaPart):
-    """A document: as many pictures as pages are taken of it.
+    """A document: as many images as pages are taken of it.
 
     Attributes:
         pages: see :func:`aria.media.read.read_document`.
@@ -114,13 +114,13 @@ class Prompt(str):
     processor opens it into a place for each frame or page.
 
     It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer is read as
-    transformers reads it: a picture at every ``<|img|>``, and every marker a control token, whoever wrote it.
-    ``Prompt(text)`` has neither, however the text reads; ``Prompt.raw(text)`` has markers but no pictures.
+    transformers reads it: an image at every ``<|img|>``, and every marker a control token, whoever wrote it.
+    ``Prompt(text)`` has neither, however the text reads; ``Prompt.raw(text)`` has markers but no images.
 
     ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep places and markup; what a plain string adds
     is just text. Every other method of ``str`` that makes text (``replace``, ``split``, f-strings, ``%``, ...) gives a
     plain ``str``, and raises ValueError where a marker is just text and would become a control token. A plain
-    ``str`` knows nothing of what messages say of their pictures; the processor then asks for them. ``str(prompt)`` asks
+    ``str`` knows nothing of what messages say of their images; the processor then asks for them. ``str(prompt)`` asks
     for the plain text by name; ``"".join`` and ``re.sub`` do too, because they read the characters and never ask.
 
     Attributes:
@@ -145,7 +145,7 @@ class Prompt(str):
         self.parts = tuple(parts) if parts is not None else (ImagePart(),) * len(self.slots)
         self.markup = tuple(markup)
         if len(self.parts) != len(self.slots):
-            raise ValueError(f"{len(self.slots)} slots but {len(self.parts)} picture parts")
+            raise ValueError(f"{len(self.slots)} slots but {len(self.parts)} image parts")
         if any(not text.startswith(IMAGE_TOKEN, slot) for slot in self.slots):
             raise ValueError(f"every slot should be the offset of a {IMAGE_TOKEN}, but they are {self.slots}")
         edges = [edge for span in self.markup for edge in span]
@@ -164,7 +164,7 @@ class Prompt(str):
 
     @classmethod
     def raw(cls, text: str) -> Prompt:
-        """Text in which every marker is a control token, but no ``<|img|>`` is a place for a picture."""
+        """Text in which every marker is a control token, but no ``<|img|>`` is a place for an image."""
         return cls(text, markup=[(0, len(text))] if text else ())
 
     @classmethod
@@ -242,7 +242,7 @@ class Prompt(str):
         for slot in (*self.slots[max(first - 1, 0) : first], *self.slots[max(last - 1, first) : last]):
             end = slot + len(IMAGE_TOKEN)
             if start < stop and (slot < start < end or slot < stop < end):
-                raise ValueError(f"characters {start} to {stop} end inside a picture's place, {slot} to {end}")
+                raise ValueError(f"characters {start} to {stop} end inside an image's place, {slot} to {end}")
         touching = self.markup[bisect_right([end for _, end in self.markup], start) :]
         markup = [(max(a, start) - start, min(b, stop) - start) for a, b in touching if a < stop and start < stop]
         slots = [slot - start for slot in self.slots[first:last]]
@@ -251,7 +251,7 @@ class Prompt(str):
     def _check_plain(self, operation: str) -> None:
         """Refuse an operation that gives a plain string where a plain string would be tokenised to something else."""
         for _, marker in self.literal_markers():
-            became = "a picture's place" if marker == IMAGE_TOKEN else "a control token"
+            became = "an image's place" if marker == IMAGE_TOKEN else "a control token"
             raise ValueError(
                 f"{operation} makes a plain string of this prompt: here a {marker} is just text, and would become "
                 f"{became}; +, strip and slices keep them apart, str(prompt) gives the plain text"
@@ -450,7 +450,7 @@ def _read_medium(kind: str, given: Mapping[str, Any], where: str) -> MediaPart:
         raise ValueError(f"max_frames of {where} goes with fps; num_frames says how many frames there are")
     sources = [key for key in (kind, *_ADDRESSES) if key in given]
     if len(sources) > 1:
-        noun = "picture" if kind == "image" else kind
+        noun = "image" if kind == "image" else kind
         raise ValueError(f"{where} gives its {noun} under {' and '.join(sources)}; use one of them")
     source = _read_source(sources[0], given[sources[0]], kind, where) if sources else None
     if kind == "document":

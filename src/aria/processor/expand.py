@@ -1,4 +1,4 @@
-"""Clips and documents in a prompt, opened into the pictures they consist of, with the text that goes around each."""
+"""Clips and documents in a prompt, opened into the images they consist of, with the text that goes around each."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ Read = TypeVar("Read", Frame, Page)
 
 
 class MediaOrigin(NamedTuple):
-    """A medium that pictures of a prompt come from."""
+    """A medium that images of a prompt come from."""
 
     kind: str
     """image, video or document."""
-    pictures: int
+    images: int
     """How many are its own."""
     total: int | None
     """Pages of the whole document."""
 
 
 class Expanded(NamedTuple):
-    """A prompt with places for pictures alone."""
+    """A prompt with places for images alone."""
 
     prompt: Prompt
     media: list[MediaOrigin]
-    """In the order of their pictures."""
+    """In the order of their images."""
 
 
 class _Place(NamedTuple):
-    """A picture and the text on both sides of it."""
+    """An image and the text on both sides of it."""
 
     before: str
     part: ImagePart
@@ -56,7 +56,7 @@ def resolve_defaults(
 ) -> Prompt:
     """The prompt with sizes and splitting decided for every medium.
 
-    What a part says comes first, then the arguments, then the custom of its kind: pictures as the processor's settings
+    What a part says comes first, then the arguments, then the custom of its kind: images as the processor's settings
     say, clips in the smallest crops and whole, documents split.
     """
     customs: dict[type[MediaPart], tuple[int, bool]] = {
@@ -91,11 +91,11 @@ def expand(
 
     The prompt went through :func:`resolve_defaults`, and all of its parts have sources.
 
-    Of a clip each frame stands as ``[MM:SS]``, picture, newline; without timestamps the frames stand side by side with
-    one newline at the end. Of a document each page stands as ``Page N: ``, picture, newline. What ``cache`` has is not
+    Of a clip each frame stands as ``[MM:SS]``, image, newline; without timestamps the frames stand side by side with
+    one newline at the end. Of a document each page stands as ``Page N: ``, image, newline. What ``cache`` has is not
     read again. Frames and pages are taken from the ``budget`` before they are decoded.
 
-    ``needed`` gives, for a clip or document, the sizes that its pictures' crops are made from. The sources of parts for
+    ``needed`` gives, for a clip or document, the sizes that its images' crops are made from. The sources of parts for
     frames and pages then are :class:`~aria.media.read.ScaledImage`, and without it arrays.
 
     Raises:
@@ -115,8 +115,8 @@ def expand(
         assert isinstance(place, Prompt), "a slice of a prompt is one"
         pieces.append(prompt[at:start])
         places = list(_open(part, _Reader(processor, settings, cache, budget, needed)))
-        for before, picture, after, _ in places:
-            pieces += (before, place.with_parts([picture]), after)
+        for before, image, after, _ in places:
+            pieces += (before, place.with_parts([image]), after)
         media.append(MediaOrigin(_kind(part), len(places), places[0].total if places else None))
         at = end
     return Expanded(Prompt.concat([*pieces, prompt[at:]]), media)
@@ -146,13 +146,13 @@ class _Reader(NamedTuple):
 
         sizes = self.needed(part) if self.needed else None
         key = (*key, sizes and sizes.key, self.settings)
-        pictures = self.cache.get(key, lambda: read(spend=spend, sizes=sizes), self.settings.cache_bytes)
+        images = self.cache.get(key, lambda: read(spend=spend, sizes=sizes), self.settings.cache_bytes)
         if not spent:
-            self.budget.spend(sum(picture.image.size[0] * picture.image.size[1] for picture in pictures))
-        return pictures
+            self.budget.spend(sum(image.image.size[0] * image.image.size[1] for image in images))
+        return images
 
-    def picture(self, image: ScaledImage, part: MediaPart) -> ImagePart:
-        """A picture that a medium holds, as a part of its own."""
+    def image(self, image: ScaledImage, part: MediaPart) -> ImagePart:
+        """An image that a medium holds, as a part of its own."""
         return ImagePart(image if self.needed else image.arrays[0], part.max_image_size, part.split_image)
 
 
@@ -166,7 +166,7 @@ def _open(part: MediaPart, reader: _Reader) -> Iterator[_Place]:
         pdf, pages = open_media(part.source, "document", reader.settings), part.pages
         key = (pdf.identity(), "pages", pages if pages is None or isinstance(pages, str) else tuple(pages))
         for page in reader.read(key, part, partial(read_document, pdf, pages, reader.settings)):
-            yield _Place(f"Page {page.number}: ", reader.picture(page.image, part), "\n", page.total)
+            yield _Place(f"Page {page.number}: ", reader.image(page.image, part), "\n", page.total)
 
 
 def _frames(part: VideoPart, reader: _Reader) -> Iterator[_Place]:
@@ -186,4 +186,4 @@ def _frames(part: VideoPart, reader: _Reader) -> Iterator[_Place]:
     for i, frame in enumerate(frames):
         last = i == len(frames) - 1
         before = f"[{frame.stamp}]" if part.timestamps else ""
-        yield _Place(before, reader.picture(frame.image, part), "\n" if part.timestamps or last else "")
+        yield _Place(before, reader.image(frame.image, part), "\n" if part.timestamps or last else "")

@@ -1,6 +1,6 @@
-"""Pictures to square crops and masks, by the rules that Aria was trained with.
+"""Images to square crops and masks, by the rules that Aria was trained with.
 
-Shape letters: C crops (of all pictures of a call), S side of a crop in pixels.
+Shape letters: C crops (of all images of a call), S side of a crop in pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aria.processor.files import (
 
 SPLIT_MODES = ("authors", "pad")
 
-# The grids a picture can be split into, as the authors list them; the order decides ties.
+# The grids an image can be split into, as the authors list them; the order decides ties.
 _GRIDS = (
     *((1, n) for n in range(2, 9)),
     *((2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)),
@@ -38,28 +38,28 @@ _GRIDS = (
 
 
 class TilePlan(NamedTuple):
-    """A picture drawn in some size onto black, and the pieces of it that become crops. Sizes are (width, height)."""
+    """An image drawn in some size onto black, and the pieces of it that become crops. Sizes are (width, height)."""
 
     drawn: tuple[int, int]
-    """What the picture is resized to."""
+    """What the image is resized to."""
     size: tuple[int, int]
     offset: tuple[int, int]
-    """Where the picture's corner lies on the sheet."""
+    """Where the image's corner lies on the sheet."""
     pieces: tuple[tuple[int, int, int, int], ...]
     """Left, top, right and bottom of each; each is then resized to its crop."""
 
     @property
     def is_whole(self) -> bool:
-        """The picture itself, as one piece."""
+        """The image itself, as one piece."""
         return self.drawn == self.size and self.pieces == ((0, 0, *self.size),)
 
 
 class NeededSizes:
-    """The sizes that a picture's crops are made from, by its own.
+    """The sizes that an image's crops are made from, by its own.
 
     Args:
         processor: makes crops.
-        settings: ``max_image_size``, ``split_image`` and ``split_mode`` of a call, for one picture.
+        settings: ``max_image_size``, ``split_image`` and ``split_mode`` of a call, for one image.
     """
 
     def __init__(self, processor: AriaImageProcessor, **settings: Any):
@@ -78,13 +78,13 @@ class NeededSizes:
 
 
 class AriaImageProcessor:
-    """Pictures -> ``pixel_values``, ``pixel_mask`` and ``num_crops``.
+    """Images -> ``pixel_values``, ``pixel_mask`` and ``num_crops``.
 
-    Without splitting every picture is one crop: resized (bicubic) so that its longer side is S, its shorter side never
-    under ``min_image_size`` (which distorts long pictures, as in training), padded with black at the right and bottom,
-    scaled to 0..1 and normalised. With splitting a picture is cut into a grid of crops that fits its shape:
+    Without splitting every image is one crop: resized (bicubic) so that its longer side is S, its shorter side never
+    under ``min_image_size`` (which distorts long images, as in training), padded with black at the right and bottom,
+    scaled to 0..1 and normalised. With splitting an image is cut into a grid of crops that fits its shape:
 
-    * ``split_mode="authors"``: the grid of nearest aspect ratio, the picture stretched to it, and the whole picture put
+    * ``split_mode="authors"``: the grid of nearest aspect ratio, the image stretched to it, and the whole image put
       first as an overview.
     * ``split_mode="pad"``: transformers' rule; least wasted area, aspect ratio kept, centred on black, no overview.
 
@@ -114,7 +114,7 @@ class AriaImageProcessor:
             split_mode: "authors" or "pad".
             sizes: the sides S that the model's projector has queries for.
             split_resolutions: (height, width) pairs for "pad"; by default every grid times the smallest size.
-            do_convert_rgb: False refuses pictures in memory that are not RGB; files are always read as RGB.
+            do_convert_rgb: False refuses images in memory that are not RGB; files are always read as RGB.
         """
         self.sizes = tuple(sorted(int(size) for size in sizes))
         if not self.sizes or self.sizes[0] < 1:
@@ -212,23 +212,23 @@ class AriaImageProcessor:
         return_tensors: str | None = "pt",
         **settings: Any,
     ) -> BatchFeature:
-        """Prepare one picture or a list of pictures, of any kind that :func:`~aria.media.read.load_image` takes.
+        """Prepare one image or a list of images, of any kind that :func:`~aria.media.read.load_image` takes.
 
         Args:
-            images: one picture, or a list of them; lists in it and arrays of several pictures, ``(N, H, W, C)`` or
-                ``(N, C, H, W)``, count as the pictures in them, in order.
+            images: one image, or a list of them; lists in it and arrays of several images, ``(N, H, W, C)`` or
+                ``(N, C, H, W)``, count as the images in them, in order.
             max_image_size: side S of the crops; None: this processor's own.
-            split_image: for all pictures, or one value a picture; None: this processor's own.
+            split_image: for all images, or one value an image; None: this processor's own.
             split_mode: "authors" or "pad"; None: this processor's own.
             return_tensors: "pt" (default) or "np"; None: "pt", with ``num_crops`` as a list.
             settings: other settings of :meth:`from_dict` for this call, such as ``min_image_size``.
 
         Returns:
-            ``pixel_values`` (C, 3, S, S) float32, ``pixel_mask`` (C, S, S) bool, True where the picture is and False
-            where padding is, and ``num_crops`` (pictures,) int64, which is also an attribute, there a list.
+            ``pixel_values`` (C, 3, S, S) float32, ``pixel_mask`` (C, S, S) bool, True where the image is and False
+            where padding is, and ``num_crops`` (images,) int64, which is also an attribute, there a list.
 
         Raises:
-            ValueError: a size that the model has no queries for, no pictures, a picture that cannot be read, or a
+            ValueError: a size that the model has no queries for, no images, an image that cannot be read, or a
                 setting that Aria does not have.
         """
         if settings:
@@ -242,21 +242,21 @@ class AriaImageProcessor:
         size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
         mode = self.split_mode if split_mode is None else _check_mode(split_mode)
         check_tensor_kind(return_tensors)
-        pictures = flatten_images(images)
-        if not pictures:
-            raise ValueError("no pictures given; pass one picture or a list of them")
+        images = flatten_images(images)
+        if not images:
+            raise ValueError("no images given; pass one image or a list of them")
         if split_image is None or isinstance(split_image, bool):
-            splits = [self.split_image if split_image is None else split_image] * len(pictures)
+            splits = [self.split_image if split_image is None else split_image] * len(images)
         else:
             splits = list(split_image)
-            if len(splits) != len(pictures):
-                raise ValueError(f"{len(splits)} values of split_image for {len(pictures)} pictures")
+            if len(splits) != len(images):
+                raise ValueError(f"{len(splits)} values of split_image for {len(images)} images")
         crops: list[Image.Image] = []
         num_crops = []
-        for picture, split in zip(pictures, splits, strict=True):
+        for image, split in zip(images, splits, strict=True):
             if not self.do_convert_rgb:
-                require_rgb(picture)
-            image = load_image(picture)
+                require_rgb(image)
+            image = load_image(image)
             pieces = self._cut(image, self.tile_plans(image.size, size, split, mode), size)
             crops += pieces
             num_crops.append(len(pieces))
@@ -290,9 +290,9 @@ class AriaImageProcessor:
         split_image: bool | None = None,
         split_mode: str | None = None,
     ) -> list[TilePlan]:
-        """How a picture of (width, height) becomes crops, known before any of its pixels is touched.
+        """How an image of (width, height) becomes crops, known before any of its pixels is touched.
 
-        The other arguments are those of a call, for one picture. There are as many crops as pieces.
+        The other arguments are those of a call, for one image. There are as many crops as pieces.
         """
         size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
         mode = self.split_mode if split_mode is None else _check_mode(split_mode)
@@ -335,23 +335,23 @@ class AriaImageProcessor:
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """Pictures in one list: of lists and of arrays of several pictures the pictures in them."""
+    """Images in one list: of lists and of arrays of several images the images in them."""
     if isinstance(images, list | tuple):
-        return [picture for one in images for picture in flatten_images(one)]
+        return [image for one in images for image in flatten_images(one)]
     several = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
     return list(images) if several else [images]
 
 
-def require_rgb(picture: Any) -> None:
-    """Refuse a picture in memory that would have to be converted to RGB."""
-    if isinstance(picture, Image.Image):
-        holds, came = picture.mode == "RGB", f"of mode {picture.mode}"
-    elif isinstance(picture, np.ndarray | torch.Tensor):
-        holds, came = picture.ndim == 3 and 3 in picture.shape, f"an array of {tuple(picture.shape)}"
+def require_rgb(image: Any) -> None:
+    """Refuse an image in memory that would have to be converted to RGB."""
+    if isinstance(image, Image.Image):
+        holds, came = image.mode == "RGB", f"of mode {image.mode}"
+    elif isinstance(image, np.ndarray | torch.Tensor):
+        holds, came = image.ndim == 3 and 3 in image.shape, f"an array of {tuple(image.shape)}"
     else:
         return
     if not holds:
-        raise ValueError(f"do_convert_rgb is false, but a picture is {came}; leave do_convert_rgb out, or convert it")
+        raise ValueError(f"do_convert_rgb is false, but an image is {came}; leave do_convert_rgb out, or convert it")
 
 
 # Steps as transformers' settings name them: Aria takes those that are true, and no other.
@@ -409,7 +409,7 @@ def _check_mode(mode: str) -> str:
 
 
 def _nearest_grid(image_size: tuple[int, int], size: int) -> tuple[int, int]:
-    """(columns, rows) of nearest aspect ratio; on a tie a later, larger grid wins if the picture has pixels for it."""
+    """(columns, rows) of nearest aspect ratio; on a tie a later, larger grid wins if the image has pixels for it."""
     width, height = image_size
     best, least = _GRIDS[0], math.inf
     for columns, rows in _GRIDS:
@@ -420,7 +420,7 @@ def _nearest_grid(image_size: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def _least_waste(image_size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(height, width) that keeps most of the picture's pixels, then wastes least; earlier entries win ties."""
+    """(height, width) that keeps most of the image's pixels, then wastes least; earlier entries win ties."""
     width, height = image_size
 
     def fit(resolution: tuple[int, int]) -> tuple[int, int]:
@@ -432,7 +432,7 @@ def _least_waste(image_size: tuple[int, int], resolutions: Sequence[tuple[int, i
 
 
 def _inside(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The largest (width, height) of the picture's shape inside the target's."""
+    """The largest (width, height) of the image's shape inside the target's."""
     width, height = target
     by_width, by_height = width / image_size[0], height / image_size[1]
     if by_width < by_height:

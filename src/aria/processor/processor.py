@@ -1,4 +1,4 @@
-"""Messages or prompts, and pictures, to everything the model takes: `AriaProcessor`."""
+"""Messages or prompts, and images, to everything the model takes: `AriaProcessor`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _PIXELS = ("pixel_values", "pixel_mask")
 class AriaProcessor:
     """Tokenizer and image processor together.
 
-    Every picture's place ``<|img|>`` in a prompt becomes one image id per query token of each of its crops; the crops
-    of all pictures, in the order of the places, are ``pixel_values``. Clips and documents are opened into pictures
+    Every image's place ``<|img|>`` in a prompt becomes one image id per query token of each of its crops; the crops
+    of all images, in the order of the places, are ``pixel_values``. Clips and documents are opened into images
     before (:mod:`aria.processor.expand`).
 
     Attributes:
@@ -164,27 +164,27 @@ class AriaProcessor:
         images_kwargs: Mapping[str, Any] | None = None,
         common_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchFeature:
-        """Prepare one prompt or several with their pictures.
+        """Prepare one prompt or several with their images.
 
         Args:
-            text: a prompt or a list of them. In a plain string every ``<|img|>`` is a picture's place (a clip's, if
+            text: a prompt or a list of them. In a plain string every ``<|img|>`` is an image's place (a clip's, if
                 only videos are given); in a :class:`~aria.processor.chat.Prompt`, as ``apply_chat_template`` gives,
                 only those of image, video and document parts are places, each for its kind. The same holds for
                 ``<|im_end|>`` and the other markers: control tokens in a plain string, whoever wrote them, and in a
-                prompt only where the template did. None: pictures alone.
-            images: one picture, a list in the order of the places, or a list of lists, one a prompt. They fill every
-                place; where the messages name some pictures themselves, it is enough to give the others. An array of
+                prompt only where the template did. None: images alone.
+            images: one image, a list in the order of the places, or a list of lists, one a prompt. They fill every
+                place; where the messages name some images themselves, it is enough to give the others. An array of
                 four axes counts as a list.
             videos: the same for clips: paths, bytes, data: URIs or addresses.
             max_image_size: side of all crops; None: what the parts or the preprocessor's settings say, and the
-                smallest size for clips alone. All pictures of one call share one size, because their crops are one
+                smallest size for clips alone. All images of one call share one size, because their crops are one
                 tensor.
-            split_image: the same, for splitting into crops; this may differ between pictures.
+            split_image: the same, for splitting into crops; this may differ between images.
             split_mode: "authors" (overview first) or "pad" (transformers' rule).
-            do_convert_rgb: False refuses pictures in memory that are not RGB.
+            do_convert_rgb: False refuses images in memory that are not RGB.
             padding: True or "longest", "max_length", or False.
             padding_side: "left" or "right"; None: the tokenizer's ``padding_side``, which is left.
-            truncation: cut prompts on the right at ``max_length``; never into or before a picture.
+            truncation: cut prompts on the right at ``max_length``; never into or before an image.
             max_length: for truncation and padding="max_length".
             add_special_tokens: without effect: Aria's tokenizer puts none before or after a prompt.
             return_tensors: "pt" (also "pd"), "np", or None: ids as lists, pixels as torch tensors.
@@ -192,11 +192,11 @@ class AriaProcessor:
                 ``images_kwargs`` may hold any setting of :meth:`AriaImageProcessor.from_dict`.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (B, S) int64; with pictures also ``pixel_values`` (C, 3, S, S) float32
-            and ``pixel_mask`` (C, S, S) bool. ``.num_crops`` has one count a picture.
+            ``input_ids`` and ``attention_mask`` (B, S) int64; with images also ``pixel_values`` (C, 3, S, S) float32
+            and ``pixel_mask`` (C, S, S) bool. ``.num_crops`` has one count an image.
 
         Raises:
-            ValueError: counts of places and pictures differ, sizes differ, truncation would cut a picture, or an
+            ValueError: counts of places and images differ, sizes differ, truncation would cut an image, or an
                 argument is given twice.
             TypeError: a group has an argument that does not exist.
         """
@@ -291,7 +291,7 @@ class AriaProcessor:
         Args:
             conversation: a list of messages (see :func:`aria.processor.chat.render`), or a list of such lists.
             chat_template: a Jinja template in place of Aria's; what stands in messages is text in it too.
-            images: pictures for image parts that name none.
+            images: images for image parts that name none.
             videos: clips for video parts that name none.
             tools: functions that the model may call, as OpenAI's API has them; Aria's template names them in the system
                 message, in the form that training and the server use.
@@ -336,17 +336,17 @@ class AriaProcessor:
         split_image: bool | None = None,
         split_mode: str | None = None,
     ) -> Prepared:
-        """One conversation to token ids and pictures, for the engine: no picture is resized before it has to be.
+        """One conversation to token ids and images, for the engine: no image is resized before it has to be.
 
         Args:
             conversation: a list of messages, see :func:`aria.processor.chat.render`.
-            images: pictures for image parts that name none.
+            images: images for image parts that name none.
             videos: clips for video parts that name none.
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: leave the last message open, to be continued; without ``add_generation_prompt``.
             variables: what else a chat template other than Aria's reads.
             max_image_size: side of the crops of media whose parts do not say; here sizes may differ. None: the
-                preprocessor's for pictures and documents, the smallest for clips.
+                preprocessor's for images and documents, the smallest for clips.
             split_image: the same, for splitting into crops.
             split_mode: "authors" or "pad".
 
@@ -376,12 +376,12 @@ class AriaProcessor:
         )  # fmt: skip
         settings = [cutting(part) for part in prompt.parts]
         sources = [part.source for part in prompt.parts]
-        pictures = read_image_inputs(sources, self.image_processor, settings, self.media, budget)
+        images = read_image_inputs(sources, self.image_processor, settings, self.media, budget)
         ids, *rest = self.tokenizer.encode_segments(prompt)
         placed = []
-        for picture, segment in zip(pictures, rest, strict=True):
-            tokens = len(picture.extents) * self.size_conversion[picture.size]
-            placed.append(ImageSpan(len(ids), tokens, picture.key, picture))
+        for image, segment in zip(images, rest, strict=True):
+            tokens = len(image.extents) * self.size_conversion[image.size]
+            placed.append(ImageSpan(len(ids), tokens, image.key, image))
             ids += [self.tokenizer.image_token_id] * tokens + segment
         inputs = iter(placed)
         media = []
@@ -414,13 +414,13 @@ class AriaProcessor:
             sizes.add(self.image_processor.sizes[0])
         if len(sizes) > 1:
             raise ValueError(
-                f"pictures of one call ask for crops of {' and '.join(map(str, sorted(sizes)))} pixels, but share one "
+                f"images of one call ask for crops of {' and '.join(map(str, sorted(sizes)))} pixels, but share one "
                 "tensor; give all parts the same max_image_size"
             )
         return sizes.pop()
 
     def _expand(self, prompts: Sequence[Prompt], tokens: Sequence[int]) -> list[list[int]]:
-        """Ids of each prompt, with as many image ids at each place as its picture has tokens."""
+        """Ids of each prompt, with as many image ids at each place as its image has tokens."""
         counts = iter(tokens)
         rows = []
         for prompt in prompts:
@@ -434,8 +434,8 @@ class AriaProcessor:
         if self.tokenizer.image_token_id in row[max_length:]:
             end = len(row) - row[::-1].index(self.tokenizer.image_token_id)
             raise ValueError(
-                f"truncation to max_length={max_length} would cut a picture: the last one ends at token {end} of "
-                f"{len(row)}; raise max_length, use a smaller max_image_size, or send fewer pictures"
+                f"truncation to max_length={max_length} would cut an image: the last one ends at token {end} of "
+                f"{len(row)}; raise max_length, use a smaller max_image_size, or send fewer images"
             )
         return row[:max_length]
 
@@ -449,13 +449,13 @@ def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(one, str) for one in texts):
         raise ValueError(
             f"text should be a prompt or a list of prompts, but is {text!r:.100}; "
-            "for pictures alone call .image_processor"
+            "for images alone call .image_processor"
         )
     if videos is None or all(isinstance(one, Prompt) for one in texts):
         return [Prompt.of(one) for one in texts]
     if images is not None:
         raise ValueError(
-            f"a plain string does not tell which {IMAGE_TOKEN} are pictures and which are clips; pass what "
+            f"a plain string does not tell which {IMAGE_TOKEN} are images and which are clips; pass what "
             "apply_chat_template gives, unchanged"
         )
     prompts = [Prompt.of(one) for one in texts]
@@ -467,7 +467,7 @@ def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
 
 def _match(prompts: Sequence[Prompt], images: Any, videos: Any) -> list[Prompt]:
     """The prompts with a medium at every place."""
-    return _place(_place(prompts, images, ImagePart, "images", "picture"), videos, VideoPart, "videos", "clip")
+    return _place(_place(prompts, images, ImagePart, "images", "image"), videos, VideoPart, "videos", "clip")
 
 
 def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argument: str, noun: str) -> list[Prompt]:

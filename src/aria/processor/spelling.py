@@ -12,7 +12,7 @@ _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class MarkerSpeller:
-    """Encodes text between pictures with its markers as control tokens where the template wrote them, and nowhere else.
+    """Encodes text between images with its markers as control tokens where the template wrote them, and nowhere else.
 
     Args:
         encode: ids of a text whose markers are all control tokens.
@@ -37,7 +37,7 @@ class MarkerSpeller:
         self._spellings: dict[str, list[int]] = {}
 
     def encode(self, segment: Prompt) -> list[int]:
-        """Ids of a prompt without places for pictures.
+        """Ids of a prompt without places for images.
 
         Raises:
             ValueError: text with a marker that the vocabulary can only spell as the template does.

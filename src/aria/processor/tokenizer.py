@@ -72,7 +72,7 @@ class AriaTokenizer:
             raise ValueError(f"image_token is {self._config['image_token']!r}, but Aria's is {IMAGE_TOKEN!r}")
         if IMAGE_TOKEN not in self._added:
             raise ValueError(
-                f"the vocabulary has no {IMAGE_TOKEN}, which stands for a picture; this is not Aria's tokenizer"
+                f"the vocabulary has no {IMAGE_TOKEN}, which stands for an image; this is not Aria's tokenizer"
             )
         self.image_token_id = self._added[IMAGE_TOKEN]
         self.chat_template = _default_template(self._config.get("chat_template"))
@@ -229,7 +229,7 @@ class AriaTokenizer:
         return first if return_tensors is None else to_tensors([first], return_tensors)
 
     def encode_segments(self, text: str) -> list[list[int]]:
-        """Ids of the text around each picture's place: one list more than there are places, none with the image id."""
+        """Ids of the text around each image's place: one list more than there are places, none with the image id."""
         if not isinstance(text, str):
             raise ValueError(f"text should be a string, but is a {type(text).__name__}")
         return [self._speller.encode(segment) for segment in Prompt.of(text).segments()]
@@ -461,7 +461,7 @@ class AriaTokenizer:
         return_dict: bool = True,
         **variables: Any,
     ) -> Any:
-        """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; a picture stays one id.
+        """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; an image stays one id.
 
         The arguments are those of :meth:`render` and of calling the tokenizer. Markers in messages are always text, so
         ``sanitize_control_tokens`` may be True; ``str(prompt)`` is tokenised as transformers does it without.
