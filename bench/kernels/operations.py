@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch.nn.attention.bias import causal_lower_right
 from aria import AriaConfig, SamplingParams, ops
 from aria.config import TextConfig
 from aria.engine.sampler import SamplerState
-from aria.ops import Segments, reference
-from aria.ops.moe import expert_mlp
+from aria.ops import Chunks, MoEWeights, PagedKV, Segments, reference
+from aria.ops.moe import expert_mlp_sorted
 from bench import measure
 from bench.floors import Work
 from bench.measure import Ceilings
@@ -102,12 +102,12 @@ def experts(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Ca
     fc1, fc2 = make.weight(E, 2 * width, D).mT, make.weight(E, D, width).mT
     gate, up = make.weight(2 * W, D).split(W)
     shared = (gate, up, make.weight(D, W))
-    rest = (make.ones(D), EPS, make.weight(E, D), fc1, fc2, shared, A)
+    weights = MoEWeights(make.ones(D), EPS, make.weight(E, D), fc1, fc2, shared, A)
     for T in tokens:
-        calls = [(make.x(T, D), *rest) for _ in range(8 if T < 1024 else 2)]
+        calls = [(make.x(T, D), weights) for _ in range(8 if T < 1024 else 2)]
         touched = sum(_touched(*call) for call in calls) / len(calls)
-        weights = E * D + 3 * D * (touched * width + W)
-        work = Work((weights + 2 * T * D) * make.dtype.itemsize, 2.0 * T * (E * D + 3 * D * (A * width + W)))
+        read = E * D + 3 * D * (touched * width + W)
+        work = Work((read + 2 * T * D) * make.dtype.itemsize, 2.0 * T * (E * D + 3 * D * (A * width + W)))
         yield Case(f"moe_layer {T} x {D}", calls, ops.moe_layer, reference.moe_layer, _moe_layer, work)
 
 
@@ -134,7 +134,8 @@ def cached_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, 
             table = (torch.randperm(blocks - 1, device=make.device) + 1).view(N, M).int()
             qkv = make.x(N, H + 2 * KV, K)
             q, k, v = qkv.split((H, KV, KV), dim=1)
-            calls.append((q, k, v, position, table, angles, make.x(blocks, KV, S, K), make.x(blocks, KV, S, K)))
+            cache = PagedKV(make.x(blocks, KV, S, K), make.x(blocks, KV, S, K), angles)
+            calls.append((q, k, v, position, table, cache))
             dense.append((make.x(N, H, 1, K), make.x(N, KV, context, K), make.x(N, KV, context, K)))
         work = Work(2 * N * context * KV * K * make.dtype.itemsize, 4.0 * N * context * H * K)
         name = f"decode_attention {N} x {context}"
@@ -148,10 +149,12 @@ def prompt_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, 
     for T, past in shapes:
         M = -(-(T + past) // S)
         table = (torch.randperm(M, device=make.device) + 1).int()
+        angles = ops.rope_angles(1, K, text.rope_theta, make.device)  # queries are rotated already
         calls, dense = [], []
         for _ in range(2):
             q, k, v = make.x(T, H, K), make.x(T, KV, K), make.x(T, KV, K)
-            calls.append((q, k, v, make.x(M + 1, KV, S, K), make.x(M + 1, KV, S, K), table[None], (T,), (past,)))
+            cache = PagedKV(make.x(M + 1, KV, S, K), make.x(M + 1, KV, S, K), angles)
+            calls.append((q, k, v, cache, Chunks(table[None], (T,), (past,))))
             dense.append((make.x(1, H, T, K), make.x(1, KV, T, K), make.x(1, KV, T, K), make.x(1, KV, past, K)))
         pairs = T * past + T * T / 2
         work = Work((2 * T * H + 2 * (T + past) * KV) * K * make.dtype.itemsize, 4.0 * H * K * pairs)
@@ -218,14 +221,12 @@ def _linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     return torch.addmm(residual, x, weight.t())
 
 
-def _moe_layer(
-    x: Tensor, norm: Tensor, eps: float, router: Tensor, fc1: Tensor, fc2: Tensor, shared: tuple[Tensor, ...], k: int
-) -> Tensor:
+def _moe_layer(x: Tensor, weights: MoEWeights) -> Tensor:
     """cuBLAS and PyTorch's grouped products."""
-    gate, up, down = shared
-    normed = F.rms_norm(x, norm.shape, norm, eps)
-    weights, index = reference.route(F.linear(normed, router), k)
-    routed = expert_mlp(normed, fc1, fc2, weights, index)
+    gate, up, down = weights.shared
+    normed = F.rms_norm(x, weights.norm.shape, weights.norm, weights.eps)
+    chosen = reference.route(F.linear(normed, weights.router), weights.top_k)
+    routed = expert_mlp_sorted(normed, weights.experts, *chosen)
     return x + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
 
 
@@ -266,25 +267,14 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=gqa)
 
 
-def _head_by_head(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    lengths: Sequence[int],
-    pasts: Sequence[int],
-) -> Tensor:
+def _head_by_head(q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, chunks: Chunks) -> Tensor:
     """The reference, whose scores of all heads would not fit into memory."""
     group = q.shape[1] // k.shape[1]
     outs = []
     for head in range(q.shape[1]):
         own = slice(head // group, head // group + 1)
-        cache = keys[:, own], values[:, own]
-        outs.append(
-            reference.chunks_attention(q[:, head : head + 1], k[:, own], v[:, own], *cache, blocks, lengths, pasts)
-        )
+        part = cache._replace(keys=cache.keys[:, own], values=cache.values[:, own])
+        outs.append(reference.chunks_attention(q[:, head : head + 1], k[:, own], v[:, own], part, chunks))
     return torch.cat(outs, dim=1)
 
 
@@ -292,17 +282,18 @@ def _both_ways(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda q, k, v, queries, keys: attention(q, k, v, queries, keys, causal=False)
 
 
-def _touched(
-    x: Tensor, norm: Tensor, eps: float, router: Tensor, fc1: Tensor, fc2: Tensor, shared: object, k: int
-) -> int:
-    normed = reference.rms_norm(x, norm, eps)
-    return F.linear(normed, router).topk(k).indices.unique().numel()
+def _touched(x: Tensor, weights: MoEWeights) -> int:
+    normed = reference.rms_norm(x, weights.norm, weights.eps)
+    return F.linear(normed, weights.router).topk(weights.top_k).indices.unique().numel()
 
 
 def _wide(value: Any) -> Any:
     """The same in float32, and nothing shared with the original."""
+    if isinstance(value, MoEWeights):
+        return MoEWeights(*(_wide(getattr(value, field.name)) for field in fields(value)))
     if isinstance(value, tuple):
-        return tuple(map(_wide, value))
+        parts = map(_wide, value)
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
     return value.float().clone() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -10,6 +10,7 @@ from aria.engine.core import EngineCore
 from aria.engine.request import Request
 from aria.engine.sampler import SamplerState
 from aria.model import Aria
+from aria.ops import PagedKV, rope_angles
 from aria.ops.kernels import paged_attention
 from tests.helpers.gpu_models import WIDE
 
@@ -60,7 +61,9 @@ def test_attention_on_two_streams_at_once():
     blocks = (torch.randperm(M, device="cuda") + 1).int()[None]
     lengths = torch.tensor([M * S - 7], dtype=torch.int32, device="cuda")
     queries = torch.randn(2, 1, H, K, device="cuda", dtype=torch.bfloat16)
-    expected = [paged_attention.paged_attention(q, keys, values, blocks, lengths) for q in queries]
+    cache = PagedKV(keys, values, rope_angles(1, K, 5e6, "cuda"))
+    attend = paged_attention.paged_attention_triton
+    expected = [attend(q, cache, blocks, lengths) for q in queries]
     counters = torch.zeros(2, H, dtype=torch.int32, device="cuda")
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -68,9 +71,7 @@ def test_attention_on_two_streams_at_once():
     for _ in range(200):
         for n, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                outputs[n].append(
-                    paged_attention.paged_attention(queries[n], keys, values, blocks, lengths, counters[n])
-                )
+                outputs[n].append(attend(queries[n], cache._replace(arrivals=counters[n]), blocks, lengths))
     torch.cuda.synchronize()
     for one, right in zip(outputs, expected, strict=True):
         assert all(torch.equal(out, right) for out in one)

@@ -75,7 +75,7 @@ def train(dtype: torch.dtype, rank: int) -> None:
     ends, source = new(E, dtype=torch.int32), new(T * A, dtype=torch.int32)
     gate_up, thin = new(T * A, 2 * F), new(T * A, rank)
     gate, up = gate_up.chunk(2, dim=1)
-    if moe_train.fits(gate, *matrices):
+    if moe_train.fits_ranks(gate, *matrices):
         a, b = matrices[0].a, matrices[0].b
         lora_train.gather(new(T, D), a, 2.0, noise, ends=ends, source=source)
         lora_train.expand(gate_up, thin, b, noise, ends=ends)
@@ -85,7 +85,7 @@ def train(dtype: torch.dtype, rank: int) -> None:
         swiglu.backward(gate, up, new(T * A, F), sides, ends, **rest)
     swiglu.backward(gate, up, new(T * A, F))
     moe_train.combine(new(T * A, D), source, new(T, A), A)
-    pointwise.rotary(new(T, 20, 128), new(T, 128), new(T, 128))
+    pointwise.rotary_train(new(T, 20, 128), new(T, 128), new(T, 128))
 
 
 def needs(launches: Iterable[Launch], gpu: GPU) -> dict[str, int]:

@@ -22,9 +22,11 @@ def test_expert_mlp(tokens, dtype):
     logits = torch.randn(tokens, E)
     logits[:, 5:9] = -20.0  # experts that nobody chooses
     weights, index = ops.route(logits, A)
-    expected = ops.reference.expert_mlp(x.double(), fc1.double(), fc2.double(), weights.double(), index)
-    moved = [t.cuda().to(dtype) for t in (x, fc1, fc2, weights)]
-    got = ops.expert_mlp(*moved, index.cuda())
+    expected = ops.reference.expert_mlp(
+        x.double(), ops.ExpertWeights(fc1.double(), fc2.double()), weights.double(), index
+    )
+    x, fc1, fc2, weights = (t.cuda().to(dtype) for t in (x, fc1, fc2, weights))
+    got = ops.expert_mlp(x, ops.ExpertWeights(fc1, fc2), weights, index.cuda())
     assert relative_error(got, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aria.ops import reference
+from aria.ops import Chunks, PagedKV, reference
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -26,14 +26,20 @@ def wide(*tensors):
 
 
 def paged(lengths, H, KV, K, dtype):
-    """q, k, v of one token a sequence, positions, shuffled tables, angles and a cache, all random."""
+    """q, k, v of one token a sequence, positions, shuffled tables and a cache, all random."""
     M = max(lengths) // S + 1
     count = len(lengths) * M
     q, k, v = torch.randn(len(lengths), H + 2 * KV, K, device="cuda", dtype=dtype).split([H, KV, KV], dim=1)
     keys, values = torch.randn(2, count + 1, KV, S, K, device="cuda", dtype=dtype)
     blocks = (torch.randperm(count, device="cuda") + 1).view(-1, M).int()
     positions = torch.tensor(lengths, device="cuda", dtype=torch.int32)
-    return q, k, v, positions, blocks, reference.rope_angles(POSITIONS, K, 5e6, "cuda"), keys, values
+    return q, k, v, positions, blocks, PagedKV(keys, values, reference.rope_angles(POSITIONS, K, 5e6, "cuda"))
+
+
+def exactly(inputs):
+    """The same in float64, on a cache of its own."""
+    cache = inputs[5]
+    return *wide(*inputs[:5]), _double(cache)
 
 
 @pytest.mark.parametrize("dtype", list(ERROR))
@@ -41,12 +47,12 @@ def paged(lengths, H, KV, K, dtype):
 def test_decode_attention(H, KV, K, dtype):
     torch.manual_seed(0)
     inputs = paged(LENGTHS, H, KV, K, dtype)
-    exact = [*wide(*inputs[:5]), inputs[5], *wide(*inputs[6:])]
+    exact = exactly(inputs)
     expected = reference.decode_attention(*exact)
     for _ in range(3):
-        assert relative_error(paged_attention.decode_attention(*inputs), expected) < ERROR[dtype]
-    assert relative_error(inputs[6], exact[6]) < ERROR[dtype]
-    assert torch.equal(inputs[7].double(), exact[7])
+        assert relative_error(paged_attention.decode_attention_triton(*inputs), expected) < ERROR[dtype]
+    assert relative_error(inputs[5].keys, exact[5].keys) < ERROR[dtype]
+    assert torch.equal(inputs[5].values.double(), exact[5].values)
 
 
 def test_decode_attention_in_a_graph():
@@ -54,15 +60,14 @@ def test_decode_attention_in_a_graph():
     torch.manual_seed(1)
     inputs = paged(LENGTHS, 20, 20, 128, torch.bfloat16)
     positions = inputs[3]
-    paged_attention.decode_attention(*inputs)
+    paged_attention.decode_attention_triton(*inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = paged_attention.decode_attention(*inputs)
+        out = paged_attention.decode_attention_triton(*inputs)
     for _ in range(5):
         positions.random_(0, max(LENGTHS))
-        exact = [*wide(*inputs[:5]), inputs[5], *wide(*inputs[6:])]
-        expected = reference.decode_attention(*exact)
+        expected = reference.decode_attention(*exactly(inputs))
         out.fill_(float("nan"))
         graph.replay()
         assert relative_error(out, expected) < ERROR[torch.bfloat16]
@@ -70,16 +75,22 @@ def test_decode_attention_in_a_graph():
 
 def test_paged_attention():
     torch.manual_seed(2)
-    q, _, _, lengths, blocks, _, keys, values = paged([1, 64, 65, 3000], 20, 20, 128, torch.bfloat16)
-    expected = reference.paged_attention(*wide(q, keys, values), blocks, lengths)
-    got = paged_attention.paged_attention(q, keys, values, blocks, lengths)
+    inputs = paged([1, 64, 65, 3000], 20, 20, 128, torch.bfloat16)
+    (q, _, _, lengths, blocks, cache), exact = inputs, exactly(inputs)
+    expected = reference.paged_attention(exact[0], exact[5], blocks, lengths)
+    got = paged_attention.paged_attention_triton(q, cache, blocks, lengths)
     assert relative_error(got, expected) < ERROR[torch.bfloat16]
 
 
-def chunks_by_head(q, k, v, keys, values, blocks, lengths, pasts):
+def chunks_by_head(q, k, v, cache, chunks):
     """The reference in float64, whose scores of all heads at once would fill the memory."""
-    heads = zip(*(x.split(1, dim=1) for x in (q, k, v, keys, values)), strict=True)
-    return torch.cat([reference.chunks_attention(*wide(*head), blocks, lengths, pasts) for head in heads], dim=1)
+    heads = zip(*(x.split(1, dim=1) for x in (q, k, v, cache.keys, cache.values)), strict=True)
+    wider = ((*wide(q, k, v), cache._replace(keys=keys, values=values)) for q, k, v, keys, values in heads)
+    return torch.cat([reference.chunks_attention(q, k, v, _double(own), chunks) for q, k, v, own in wider], dim=1)
+
+
+def _double(cache):
+    return cache._replace(keys=cache.keys.double(), values=cache.values.double())
 
 
 @pytest.mark.parametrize(
@@ -105,8 +116,9 @@ def test_chunks_attention(lengths, pasts, dtype):
     if not any(pasts):
         keys, values = keys * float("nan"), values * float("nan")  # nobody may read them
     blocks = (torch.randperm(N * M, device="cuda") + 1).view(N, M).int()
-    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
-    expected = chunks_by_head(q, k, v, keys, values, blocks, lengths, pasts)
+    cache, chunks = PagedKV(keys, values, reference.rope_angles(1, K, 5e6, "cuda")), Chunks(blocks, lengths, pasts)
+    got = chunk_attention.chunks_attention_triton(q, k, v, cache, chunks)
+    expected = chunks_by_head(q, k, v, cache, chunks)
     # All of a norm over many tokens hides a few wrong ones.
     for ours, theirs in zip(got.split(lengths), expected.split(lengths), strict=True):
         assert relative_error(ours[-1], theirs[-1]) < 2 * ERROR[dtype]
@@ -122,10 +134,11 @@ def test_rotate_and_cache(T):
     positions = torch.randint(0, POSITIONS, (T,), device="cuda", dtype=torch.int32)
     slots = (torch.randperm(M * S, device="cuda")[:T] + S).int()
     angles = reference.rope_angles(POSITIONS, K, 5e6, "cuda")
-    exact = wide(keys, values)
-    expected = reference.rotate_and_cache(*wide(q, k, v), positions, slots, angles, *exact)
-    got = rotary.rotate_and_cache(q, k, v, positions, slots, angles, keys, values)
-    for ours, theirs in zip((*got, keys, values), (*expected, *exact), strict=True):
+    cache = PagedKV(keys, values, angles)
+    exact = _double(cache)
+    expected = reference.rotate_and_cache(*wide(q, k, v), positions, slots, exact)
+    got = rotary.rotate_and_cache_triton(q, k, v, positions, slots, cache)
+    for ours, theirs in zip((*got, keys, values), (*expected, exact.keys, exact.values), strict=True):
         assert relative_error(ours, theirs) < ERROR[torch.bfloat16]
 
 
@@ -134,4 +147,4 @@ def test_rms_norm(T):
     torch.manual_seed(T)
     x = torch.randn(T, 2560, device="cuda", dtype=torch.bfloat16)
     weight = torch.rand(2560, device="cuda", dtype=torch.bfloat16) + 0.5
-    assert relative_error(norm.rms_norm(x, weight, 1e-6), reference.rms_norm(*wide(x, weight), 1e-6)) < 4e-3
+    assert relative_error(norm.rms_norm_triton(x, weight, 1e-6), reference.rms_norm(*wide(x, weight), 1e-6)) < 4e-3

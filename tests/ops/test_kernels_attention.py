@@ -11,9 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from aria.ops import reference
-from aria.ops.attention import decode_attention as decode_on_cpu
-from aria.ops.attention import paged_attention as paged_on_cpu
+from aria.ops import Chunks, PagedKV, reference
+from aria.ops.attention import decode_attention_per_sequence, paged_attention_per_sequence
 from aria.ops.kernels import chunk_attention, norm, paged_attention, rotary
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
 
@@ -36,7 +35,9 @@ MANY = [3 * n % 50 for n in range(66)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decode", [paged_attention.decode_attention, decode_on_cpu], ids=["kernel", "cpu"])
+@pytest.mark.parametrize(
+    "decode", [paged_attention.decode_attention_triton, decode_attention_per_sequence], ids=["kernel", "cpu"]
+)
 @pytest.mark.parametrize(
     "lengths, H, KV, K, S",
     [
@@ -52,26 +53,28 @@ def test_decode_attention(lengths, H, KV, K, S, decode):
     torch.manual_seed(0)
     q, k, v, positions, blocks, keys, values = paged(lengths, H, KV, K, S)
     angles = reference.rope_angles(512, K, 1e4)
-    old_keys, old_values = keys.clone(), values.clone()
-    expected = reference.decode_attention(q, k, v, positions, blocks, angles, keys, values)
     arrivals = torch.zeros(len(lengths) * H, dtype=torch.int32)
-    counters = () if decode is decode_on_cpu else (arrivals,)
+    cache = PagedKV(keys.clone(), values.clone(), angles, arrivals)
+    expected = reference.decode_attention(q, k, v, positions, blocks, PagedKV(keys, values, angles))
     for _ in range(2):  # twice: the counters are at zero again
-        got = decode(q, k, v, positions, blocks, angles, old_keys, old_values, *counters)
+        got = decode(q, k, v, positions, blocks, cache)
         assert not arrivals.any()
         assert relative_error(got, expected) < 1e-6
-        torch.testing.assert_close(old_keys, keys)
-        torch.testing.assert_close(old_values, values)
+        torch.testing.assert_close(cache.keys, keys)
+        torch.testing.assert_close(cache.values, values)
 
 
-@pytest.mark.parametrize("attend", [paged_attention.paged_attention, paged_on_cpu], ids=["kernel", "cpu"])
+@pytest.mark.parametrize(
+    "attend", [paged_attention.paged_attention_triton, paged_attention_per_sequence], ids=["kernel", "cpu"]
+)
 @pytest.mark.parametrize("H, KV", [(4, 4), (6, 2)])
 def test_paged_attention(H, KV, attend):
     torch.manual_seed(1)
     q, _, _, lengths, blocks, keys, values = paged([1, 17, 200, 64], H, KV, S=64)
     q = q.contiguous()
-    got = attend(q, keys, values, blocks, lengths)
-    assert relative_error(got, reference.paged_attention(q, keys, values, blocks, lengths)) < 1e-6
+    cache = PagedKV(keys, values, reference.rope_angles(1, 32, 1e4))
+    got = attend(q, cache, blocks, lengths)
+    assert relative_error(got, reference.paged_attention(q, cache, blocks, lengths)) < 1e-6
 
 
 @pytest.mark.parametrize("T, H, KV, K", [(1, 4, 4, 16), (37, 6, 2, 32)])
@@ -82,10 +85,10 @@ def test_rotate_and_cache(T, H, KV, K):
     slots = (torch.randperm(64)[:T] + 16).int()
     angles = reference.rope_angles(100, K, 1e4)
     keys, values = torch.randn(2, 5, KV, 16, K)
-    our_keys, our_values = keys.clone(), values.clone()
-    expected = reference.rotate_and_cache(q, k, v, positions, slots, angles, keys, values)
-    got = rotary.rotate_and_cache(q, k, v, positions, slots, angles, our_keys, our_values)
-    for ours, theirs in zip((*got, our_keys, our_values), (*expected, keys, values), strict=True):
+    cache = PagedKV(keys.clone(), values.clone(), angles)
+    expected = reference.rotate_and_cache(q, k, v, positions, slots, PagedKV(keys, values, angles))
+    got = rotary.rotate_and_cache_triton(q, k, v, positions, slots, cache)
+    for ours, theirs in zip((*got, cache.keys, cache.values), (*expected, keys, values), strict=True):
         assert relative_error(ours, theirs) < 1e-6
 
 
@@ -93,7 +96,7 @@ def test_rotate_and_cache(T, H, KV, K):
 def test_rms_norm(T, D):
     torch.manual_seed(T)
     x, weight = torch.randn(2 * T, D)[::2], torch.rand(D) + 0.5
-    assert relative_error(norm.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
+    assert relative_error(norm.rms_norm_triton(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
 
 
 @pytest.mark.parametrize("T, past", [(1, 0), (37, 0), (16, 16), (50, 37), (130, 100), (1, 70)])
@@ -104,8 +107,9 @@ def test_chunk_attention(T, past, H, KV):
     q, k, v = torch.randn(T, H + 2 * KV, K).split([H, KV, KV], dim=1)
     keys, values = torch.randn(2, M + 1, KV, S, K)
     blocks = (torch.randperm(M) + 1).int()
-    expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
-    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks[None], [T], [past])
+    cache = PagedKV(keys, values, reference.rope_angles(1, K, 1e4))
+    expected = reference.chunk_attention(q, k, v, cache, blocks, past)
+    got = chunk_attention.chunks_attention_triton(q, k, v, cache, Chunks(blocks[None], [T], [past]))
     assert relative_error(got, expected) < 1e-6
 
 
@@ -126,8 +130,9 @@ def test_chunk_attention_in_parts(monkeypatch, T, past):
     q, k, v = torch.randn(T, 3 * H, K).split(H, dim=1)
     keys, values = torch.randn(2, M + 1, H, S, K)
     blocks = (torch.randperm(M) + 1).int()
-    expected = reference.chunk_attention(q, k, v, keys, values, blocks, past)
-    got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks[None], [T], [past])
+    cache = PagedKV(keys, values, reference.rope_angles(1, K, 1e4))
+    expected = reference.chunk_attention(q, k, v, cache, blocks, past)
+    got = chunk_attention.chunks_attention_triton(q, k, v, cache, Chunks(blocks[None], [T], [past]))
     assert relative_error(got, expected) < 1e-6
 
 
@@ -141,9 +146,10 @@ def test_chunks_attention(monkeypatch):
     q, k, v = torch.randn(T, 3 * H, K).split(H, dim=1)
     keys, values = torch.randn(2, N * M + 1, H, S, K)
     blocks = (torch.randperm(N * M) + 1).view(N, M).int()
-    expected = reference.chunks_attention(q, k, v, keys, values, blocks, lengths, pasts)
+    cache = PagedKV(keys, values, reference.rope_angles(1, K, 1e4))
+    expected = reference.chunks_attention(q, k, v, cache, Chunks(blocks, lengths, pasts))
     starts = [sum(lengths[:n]) for n in range(N)]
     spans = torch.tensor(list(zip(starts, lengths, pasts, strict=True))).int()
     for known in ((pasts,), (pasts, spans), (None, spans)):
-        got = chunk_attention.chunks_attention(q, k, v, keys, values, blocks, lengths, *known)
+        got = chunk_attention.chunks_attention_triton(q, k, v, cache, Chunks(blocks, lengths, *known))
         assert relative_error(got, expected) < 1e-6

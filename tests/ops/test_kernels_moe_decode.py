@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-from aria.ops import reference
+from aria.ops import MoEWeights, reference
 
 pytest.importorskip("triton")
 from aria.ops.kernels import gemv, moe_decode
@@ -24,11 +24,11 @@ def layer(D: int, E: int, F: int, S: int, dtype: torch.dtype = torch.float32) ->
     fc1, fc2 = torch.randn(E, 2 * F, D) * D**-0.5, torch.randn(E, D, F) * F**-0.5
     shared = (torch.randn(S * F, D) * D**-0.5, torch.randn(S * F, D) * D**-0.5, torch.randn(D, S * F) * F**-0.5)
     return {
-        "norm_D": torch.rand(D).add(0.5).to(dtype),
+        "norm": torch.rand(D).add(0.5).to(dtype),
         "eps": 1e-5,
-        "router_ED": torch.randn(E, D).to(dtype),
-        "fc1_EDF": fc1.to(dtype).transpose(1, 2),
-        "fc2_EFD": fc2.to(dtype).transpose(1, 2),
+        "router": torch.randn(E, D).to(dtype),
+        "fc1": fc1.to(dtype).transpose(1, 2),
+        "fc2": fc2.to(dtype).transpose(1, 2),
         "shared": tuple(w.to(dtype) for w in shared),
     }
 
@@ -43,8 +43,8 @@ def in_double(weights: dict) -> dict:
 def test_moe_layer(T, D, E, F, S, A):
     torch.manual_seed(T + D)
     weights, x = layer(D, E, F, S), torch.randn(T, D) * 3
-    expected = reference.moe_layer(x.double(), top_k=A, **in_double(weights))
-    assert relative_error(moe_decode.moe_layer(x, top_k=A, **weights), expected) < 1e-5
+    expected = reference.moe_layer(x.double(), MoEWeights(top_k=A, **in_double(weights)))
+    assert relative_error(moe_decode.moe_layer_decode(x, MoEWeights(top_k=A, **weights)), expected) < 1e-5
 
 
 def test_norm_linear():
@@ -54,41 +54,42 @@ def test_norm_linear():
     together = storage[:40], storage[40:56], storage[56:]
     for weights in (together, tuple(w.clone() for w in together), together[::-1], (storage[:41],)):
         expected = reference.norm_linear(x.double(), norm.double(), 1e-5, *(w.double() for w in weights))
-        assert relative_error(gemv.norm_linear(x, norm, 1e-5, *weights), expected) < 1e-5
+        assert relative_error(gemv.norm_linear_matvec(x, norm, 1e-5, *weights), expected) < 1e-5
 
 
 def test_linear_add():
     torch.manual_seed(0)
     x, weight, residual = torch.randn(1, 48), torch.randn(37, 48), torch.randn(1, 37)
     expected = reference.linear_add(x.double(), weight.double(), residual.double())
-    assert relative_error(gemv.linear_add(x, weight, residual), expected) < 1e-5
-    assert relative_error(gemv.linear(x, weight), expected - residual) < 1e-5
+    assert relative_error(gemv.linear_add_matvec(x, weight, residual), expected) < 1e-5
+    assert relative_error(gemv.linear_matvec(x, weight), expected - residual) < 1e-5
 
 
 @pytest.mark.parametrize("T", [1, 5, 70])
 def test_equal_logits_go_to_the_lower_expert(T):
     torch.manual_seed(0)
     weights, x = layer(32, 8, 16, 1), torch.randn(T, 32)
-    weights["router_ED"][:] = 0.0
-    first = {name: weights[name][:2] for name in ("router_ED", "fc1_EDF", "fc2_EFD")}
-    expected = reference.moe_layer(x.double(), top_k=2, **in_double(weights | first))
-    weights["fc2_EFD"][2:] = float("nan")  # of these nothing may be read
-    assert relative_error(moe_decode.moe_layer(x, top_k=2, **weights), expected) < 1e-5
+    weights["router"][:] = 0.0
+    first = {name: weights[name][:2] for name in ("router", "fc1", "fc2")}
+    expected = reference.moe_layer(x.double(), MoEWeights(top_k=2, **in_double(weights | first)))
+    weights["fc2"][2:] = float("nan")  # of these nothing may be read
+    assert relative_error(moe_decode.moe_layer_decode(x, MoEWeights(top_k=2, **weights)), expected) < 1e-5
 
 
 def test_everyone_to_the_same_experts():
     torch.manual_seed(0)
     weights, x = layer(32, 8, 16, 2), torch.randn(40, 32).abs()
-    weights["router_ED"] = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0])[:, None].expand(8, 32).contiguous()
-    expected = reference.moe_layer(x.double(), top_k=2, **in_double(weights))
-    assert relative_error(moe_decode.moe_layer(x, top_k=2, **weights), expected) < 1e-5
+    weights["router"] = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0])[:, None].expand(8, 32).contiguous()
+    expected = reference.moe_layer(x.double(), MoEWeights(top_k=2, **in_double(weights)))
+    assert relative_error(moe_decode.moe_layer_decode(x, MoEWeights(top_k=2, **weights)), expected) < 1e-5
 
 
 def test_unfit_arguments_are_known():
     weights, x = layer(32, 8, 16, 1), torch.randn(3, 32)
-    fits = {"fc1_EDF": weights["fc1_EDF"], "fc2_EFD": weights["fc2_EFD"], "shared": weights["shared"]}
-    assert moe_decode.fits_moe(x, **fits)
-    assert not moe_decode.fits_moe(x, **fits | {"fc1_EDF": weights["fc1_EDF"].contiguous()})
-    assert not moe_decode.fits_moe(x.bfloat16(), **fits)
-    assert not moe_decode.fits_moe(torch.randn(3, 64)[:, ::2], **fits)
+    laid_out = MoEWeights(top_k=2, **weights)
+    assert laid_out.served(moe_decode.serves) and moe_decode.fits(x, laid_out)
+    assert not moe_decode.serves(MoEWeights(top_k=2, **weights | {"fc1": weights["fc1"].contiguous()}))
+    assert not moe_decode.fits(x.bfloat16(), laid_out)
+    assert not moe_decode.fits(torch.randn(3, 64)[:, ::2], laid_out)
+    assert not moe_decode.fits(torch.randn(257, 32), laid_out)
     assert gemv.fits_linear(x[:1], *weights["shared"][:2]) and not gemv.fits_linear(x, *weights["shared"][:2])

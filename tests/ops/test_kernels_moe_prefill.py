@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aria.ops import reference
+from aria.ops import MoEWeights, reference
 from aria.ops.kernels import grouped_gemm, moe_prefill, permute
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
@@ -42,14 +42,14 @@ def error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("T", "E", "A"), [(1, 8, 3), (37, 64, 6), (300, 5, 2), (20, 4, 4), (3, 1, 1)])
 def test_route(T, E, A):
     logits = normal(T, E, seed=T)
-    weights, index = permute.route(logits, A)
+    weights, index = permute.route_triton(logits, A)
     expected_weights, expected_index = reference.route(logits, A)
     assert torch.equal(index, expected_index)
     torch.testing.assert_close(weights, expected_weights)
 
 
 def test_of_equal_logits_the_lower_index_wins():
-    _, index = permute.route(torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0]]).repeat(17, 1), 4)
+    _, index = permute.route_triton(torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0]]).repeat(17, 1), 4)
     assert index.tolist() == [[1, 2, 4, 3]] * 17
 
 
@@ -162,12 +162,13 @@ class Case:
         self.shared = (gate_up[:W], gate_up[W:], normal(D, W, seed=6, dtype=dtype, scale=W**-0.5))
 
     def run(self, x: Tensor) -> Tensor:
-        weights = (self.router, self.fc1, self.fc2, self.shared, self.top_k)
-        return moe_prefill.moe_layer(x, self.norm, 1e-6, *weights)
+        weights = MoEWeights(self.norm, 1e-6, self.router, self.fc1, self.fc2, self.shared, self.top_k)
+        return moe_prefill.moe_layer_prefill(x, weights)
 
     def expected(self) -> Tensor:
         x, norm, *weights = (w.double() for w in (self.x, self.norm, self.router, self.fc1, self.fc2))
-        return reference.moe_layer(x, norm, 1e-6, *weights, tuple(w.double() for w in self.shared), self.top_k)
+        shared = tuple(w.double() for w in self.shared)
+        return reference.moe_layer(x, MoEWeights(norm, 1e-6, *weights, shared, self.top_k))
 
 
 CASES = {
@@ -202,5 +203,5 @@ def test_layer_with_shared_weights_anywhere():
 def test_weights_in_the_hubs_order_are_refused():
     case = Case(T=3, E=4, A=2)
     case.fc1 = case.fc1.contiguous()
-    with pytest.raises(AssertionError, match=r"lie in memory as \(E, out, in\)"):
+    with pytest.raises(AssertionError, match=r"laid out \[E, out, in\]"):
         case.run(case.x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LoRA, MoEMultiLoRA, reference
+from aria.ops import LoRA, MoEAdapters, MoEWeights, reference
 from aria.ops.kernels import moe_decode, multi_lora_decode
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
@@ -32,11 +32,11 @@ def weights_of_a_layer() -> dict:
     """Experts with outputs before inputs in memory, as the engine lays them out."""
     fc1, fc2 = torch.randn(E, 2 * F, D) * D**-0.5, torch.randn(E, D, F) * F**-0.5
     return {
-        "norm_D": torch.rand(D) + 0.5,
+        "norm": torch.rand(D) + 0.5,
         "eps": 1e-5,
-        "router_ED": torch.randn(E, D),
-        "fc1_EDF": fc1.mT,
-        "fc2_EFD": fc2.mT,
+        "router": torch.randn(E, D),
+        "fc1": fc1.mT,
+        "fc2": fc2.mT,
         "shared": tuple(torch.randn(*s) * s[1] ** -0.5 for s in ((S * F, D), (S * F, D), (D, S * F))),
     }
 
@@ -48,14 +48,13 @@ def change(part: str, rank: int) -> LoRA:
     return LoRA(torch.randn(rank, size) * 0.3, torch.randn(out, rank) * 0.3, 0.5 + rank / 4)
 
 
-def loras_of(changes: list[dict[str, LoRA]]) -> MoEMultiLoRA:
+def adapters_of(changes: list[dict[str, LoRA]], adapter_ids: Tensor) -> MoEAdapters:
     found: dict[str, list[tuple[int, int, LoRA]]] = {}
     for adapter_id, parts in enumerate(changes, 1):
         for part, one in parts.items():
             found.setdefault(part, []).append((adapter_id, 0, one))
-    return MoEMultiLoRA(
-        **{part: ops.stack_loras(some, SHAPES[part][-1], torch.zeros(1)) for part, some in found.items()}
-    )
+    loras = {part: ops.stack_loras(some, SHAPES[part][-1], torch.zeros(1)) for part, some in found.items()}
+    return MoEAdapters(adapter_ids, **loras)
 
 
 def merged(weights: dict, changes: dict[str, LoRA]) -> dict:
@@ -72,21 +71,25 @@ def merged(weights: dict, changes: dict[str, LoRA]) -> dict:
     gate, up = add(torch.cat((gate, up)), "gate_up").chunk(2)
     return {
         **{name: value.double() if isinstance(value, Tensor) else value for name, value in weights.items()},
-        "fc1_EDF": add(weights["fc1_EDF"], "fc1"),
-        "fc2_EFD": add(weights["fc2_EFD"], "fc2"),
+        "fc1": add(weights["fc1"], "fc1"),
+        "fc2": add(weights["fc2"], "fc2"),
         "shared": (gate, up, add(down, "down")),
     }
 
 
-def kernels(x: Tensor, weights: dict, loras: MoEMultiLoRA, adapter_ids: Tensor) -> Tensor:
-    return moe_decode.moe_layer(x, top_k=A, loras=loras, adapter_ids_T=adapter_ids, **weights)
+def kernels(x: Tensor, weights: dict, adapters: MoEAdapters) -> Tensor:
+    return moe_decode.moe_layer_decode(x, MoEWeights(top_k=A, **weights), adapters)
 
 
-def one_by_one(x: Tensor, weights: dict, loras: MoEMultiLoRA, adapter_ids: Tensor) -> Tensor:
-    return ops.multi_lora_moe_layer(x, top_k=A, loras=loras, adapter_ids_T=adapter_ids, **weights)
+def one_by_one(x: Tensor, weights: dict, adapters: MoEAdapters) -> Tensor:
+    return ops.moe_layer(x, MoEWeights(top_k=A, **weights), adapters)
 
 
-@pytest.mark.parametrize("run", [kernels, one_by_one])
+def by_reference(x: Tensor, weights: dict, adapters: MoEAdapters) -> Tensor:
+    return reference.moe_layer(x, MoEWeights(top_k=A, **weights), adapters)
+
+
+@pytest.mark.parametrize("run", [kernels, one_by_one, by_reference])
 @pytest.mark.parametrize("tokens", [1, 5, 19], ids="{} tokens".format)
 @pytest.mark.parametrize("parts", [tuple(SHAPES), ("fc1",), ("fc2", "gate_up"), ("down",)], ids="+".join)
 def test_each_token_has_the_adapters_of_its_owner(run, parts, tokens):
@@ -98,10 +101,10 @@ def test_each_token_has_the_adapters_of_its_owner(run, parts, tokens):
         for adapter_id, rank in enumerate(RANKS)
     ]
     adapter_ids = torch.randint(0, 1 + len(RANKS), (tokens,), dtype=torch.int32)
-    got = run(x, weights, loras_of(changes), adapter_ids)
+    got = run(x, weights, adapters_of(changes, adapter_ids))
     for t, adapter_id in enumerate(adapter_ids.tolist()):
         own = merged(weights, changes[adapter_id - 1] if adapter_id else {})
-        expected = reference.moe_layer(x[t : t + 1].double(), top_k=A, **own)[0]
+        expected = reference.moe_layer(x[t : t + 1].double(), MoEWeights(top_k=A, **own))[0]
         assert (got[t] - expected).norm() < 1e-5 * expected.norm(), f"token {t} of {adapter_id}"
 
 
@@ -118,9 +121,9 @@ def test_a_linear_with_each_tokens_adapter(tokens):
     for adapter_id, first, lora in parts:
         more = x.double() @ lora.a.double().t() @ lora.b.double().t() * lora.scaling
         expected[:, first : first + more.shape[1]] += more * (adapter_ids == adapter_id)[:, None]
-    got = multi_lora_decode.linear_add(y, x, stack, adapter_ids)
+    got = multi_lora_decode.multi_lora_linear_add_decode(y, x, stack, adapter_ids)
     assert (got - expected).norm() < 1e-5 * expected.norm()
-    assert multi_lora_decode.linear_add(y, x, stack, adapter_ids, out=y) is y and torch.equal(y, got)
+    assert multi_lora_decode.add_in_place(y, x, stack, adapter_ids) is y and torch.equal(y, got)
 
 
 @pytest.mark.slow
@@ -130,11 +133,12 @@ def test_what_one_adapter_makes_infinite_stays_its_own():
     changes = [{part: change(part, 4) for part in SHAPES} for _ in range(2)]
     wild = [changes[0], {part: one._replace(a=one.a * 1e30) for part, one in changes[1].items()}]
     adapter_ids = torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
-    calm, torn = (kernels(x, weights, loras_of(some), adapter_ids) for some in (changes, wild))
+    calm, torn = (kernels(x, weights, adapters_of(some, adapter_ids)) for some in (changes, wild))
     assert not torn[adapter_ids == 2].isfinite().all()
     assert torch.equal(calm[adapter_ids < 2], torn[adapter_ids < 2])
 
 
 def test_many_ranks_are_left_to_others():
-    fit, unfit = (loras_of([{"fc2": change("fc2", rank)}]) for rank in (128, 129))
+    ids = torch.zeros(1, dtype=torch.int32)
+    fit, unfit = (adapters_of([{"fc2": change("fc2", rank)}], ids).loras for rank in (128, 129))
     assert multi_lora_decode.fits(*fit) and not multi_lora_decode.fits(*unfit)

@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from aria import ops
-from aria.ops import LoRA, multi_lora
+from aria.ops import ExpertWeights, LoRA, MoEAdapters, reference
 from aria.ops.kernels import multi_lora_prefill as kernels
+from aria.ops.moe import multi_lora_expert_mlp_sorted
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.mark.parametrize("implementation", [kernels, multi_lora], ids=["kernels", "plain"])
+@pytest.mark.parametrize(
+    "implementation",
+    [kernels.multi_lora_expert_mlp_prefill, multi_lora_expert_mlp_sorted, reference.multi_lora_expert_mlp],
+    ids=["kernels", "plain", "reference"],
+)
 @pytest.mark.parametrize("adapted", [(True, True), (True, False), (False, True)], ids=["both", "fc1", "fc2"])
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_each_token_has_the_adapters_of_its_owner(implementation, adapted, tokens):
@@ -35,7 +40,7 @@ def test_each_token_has_the_adapters_of_its_owner(implementation, adapted, token
         else None
         for wanted, some, weight in zip(adapted, changes, (fc1, fc2), strict=True)
     )
-    got = implementation.multi_lora_expert_mlp(x, fc1, fc2, weights, index, loras, adapter_ids)
+    got = implementation(x, ExpertWeights(fc1, fc2), weights, index, MoEAdapters(adapter_ids, *loras))
 
     def product(x, weight, some, wanted, expert, adapter_id):
         y = x @ weight[expert].double()
@@ -55,8 +60,9 @@ def test_each_token_has_the_adapters_of_its_owner(implementation, adapted, token
 
 
 def test_kernels_leave_many_ranks_to_grouped_products():
-    weight = torch.zeros(2, 16, 16)
+    x, weight = torch.zeros(1, 16), torch.zeros(2, 16, 16)
+    experts = ExpertWeights(weight, weight)
     for rank, fits in ((64, True), (65, False)):
         change = LoRA(torch.zeros(2, 16, rank), torch.zeros(2, rank, 16), 1.0)
         stack = ops.stack_loras([(1, 0, change)], 16, weight)
-        assert kernels.fits((None, stack)) == fits
+        assert kernels.fits(x, experts, x, x, MoEAdapters(torch.zeros(1), None, stack)) == fits

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from aria.ops import resize
+from aria.ops import reference
 from aria.ops.kernels import resize as kernels
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
 
@@ -22,9 +22,9 @@ from tests.helpers import interpreter  # noqa: F401  (repairs Triton's for today
 def test_bits_are_those_of_the_twin(shape, target, dim):
     # The extremes most of all, where sums leave 0..255 on both sides.
     pictures = torch.randint(-100, 400, shape).clamp(0, 255).to(torch.uint8)
-    assert torch.equal(kernels.resample(pictures, dim, target), resize.resample(pictures, dim, target))
+    assert torch.equal(kernels.resample_triton(pictures, dim, target), reference.resample(pictures, dim, target))
 
 
 def test_slices_of_pictures_are_taken_too():
     pictures = torch.randint(0, 256, (2, 30, 40, 3), dtype=torch.uint8)[:, 3:20, 5:33]
-    assert torch.equal(kernels.resample(pictures, -2, 11), resize.resample(pictures, -2, 11))
+    assert torch.equal(kernels.resample_triton(pictures, -2, 11), reference.resample(pictures, -2, 11))

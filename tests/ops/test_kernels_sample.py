@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from aria.engine import SamplingParams
 from aria.engine.sampler import SamplerState
-from aria.ops import sampling
+from aria.ops import reference, sampling
 from aria.ops.kernels import sample as kernels
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
 
@@ -50,9 +50,9 @@ def test_draws_are_those_of_the_twin(vocabulary, dtype):
         logits = wide.to(dtype)[:, :vocabulary]
         positions = torch.randint(0, 70000, (len(rows),), dtype=torch.int32)
         arguments = (logits, rows, positions, state._table, state._banned)
-        drawn = kernels.sample(*arguments, state._arrivals)
+        drawn = kernels.sample_triton(*arguments, state._arrivals)
         assert drawn.dtype == torch.int64
-        assert drawn.tolist() == sampling.sample(*arguments).tolist()
+        assert drawn.tolist() == reference.sample(*arguments).tolist()
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_launches_use_the_counters_of_their_sampler():
     assert state._arrivals.data_ptr() != other._arrivals.data_ptr()
     other._arrivals.fill_(1)  # as while another stream draws
     arguments = (torch.randn(3, 2500), rows, rows, state._table, state._banned)
-    assert kernels.sample(*arguments, state._arrivals).tolist() == sampling.sample(*arguments).tolist()
+    assert kernels.sample_triton(*arguments, state._arrivals).tolist() == reference.sample(*arguments).tolist()
     assert other._arrivals.eq(1).all() and not state._arrivals.any()
 
 
@@ -106,9 +106,11 @@ def test_a_row_is_drawn_alike_in_every_batch():
     V = 5000
     state, rows = rows_of(SETTINGS[:6], V)
     logits, positions = torch.randn(7, V), torch.arange(7, dtype=torch.int32)
-    together = kernels.sample(logits, rows, positions, state._table, state._banned)
+    together = kernels.sample_triton(logits, rows, positions, state._table, state._banned)
     for n in range(7):
-        alone = kernels.sample(logits[n : n + 1], rows[n : n + 1], positions[n : n + 1], state._table, state._banned)
+        alone = kernels.sample_triton(
+            logits[n : n + 1], rows[n : n + 1], positions[n : n + 1], state._table, state._banned
+        )
         assert alone[0] == together[n]
 
 
@@ -120,7 +122,7 @@ def test_scores_that_are_alike_go_to_the_lowest_id_and_hopeless_rows_stay_inside
     logits[1] = float("-inf")
     logits[2] = float("-inf")
     logits[2, 4444] = -7.0
-    drawn = kernels.sample(logits, rows, rows, state._table, state._banned).tolist()
+    drawn = kernels.sample_triton(logits, rows, rows, state._table, state._banned).tolist()
     assert drawn[0] == 2500
     assert 0 <= drawn[1] < V
     assert drawn[2] == 4444

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aria.ops import reference
+from aria.ops import ExpertWeights, MoEWeights, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,10 +26,10 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device="cuda") * scale).to(dtype)
 
 
-def layer(dtype: torch.dtype) -> list:
-    """Norm, eps, router, experts and shared experts, laid out as the engine does it."""
+def layer(dtype: torch.dtype) -> MoEWeights:
+    """Laid out as the engine does it."""
     gate_up = normal(2 * W, D, dtype=dtype, scale=D**-0.5)
-    return [
+    return MoEWeights(
         normal(D, dtype=dtype),
         1e-6,
         normal(E, D, dtype=dtype, scale=D**-0.5),
@@ -37,17 +37,17 @@ def layer(dtype: torch.dtype) -> list:
         normal(E, D, F, dtype=dtype, scale=F**-0.5).transpose(1, 2),
         (gate_up[:W], gate_up[W:], normal(D, W, dtype=dtype, scale=W**-0.5)),
         A,
-    ]
+    )
 
 
-def error(got: Tensor, x: Tensor, norm: Tensor, eps: float, router: Tensor, fc1: Tensor, fc2: Tensor, shared, top_k):
+def error(got: Tensor, x: Tensor, layer: MoEWeights) -> float:
     """Against float64; the choice of experts, a matter of rounding, is taken from the kernel."""
     from aria.ops.kernels.permute import norm_route
 
-    normed, weights, index, _ = norm_route(x, norm, eps, router, top_k)
-    normed, weights, fc1, fc2 = (tensor.double() for tensor in (normed, weights, fc1, fc2))
-    gate, up, down = (weight.double() for weight in shared)
-    routed = reference.expert_mlp(normed, fc1, fc2, weights, index.long())
+    normed, weights, index, _ = norm_route(x, layer.norm, layer.eps, layer.router, layer.top_k)
+    normed, weights, fc1, fc2 = (tensor.double() for tensor in (normed, weights, layer.fc1, layer.fc2))
+    gate, up, down = (weight.double() for weight in layer.shared)
+    routed = reference.expert_mlp(normed, ExpertWeights(fc1, fc2), weights, index.long())
     hidden = torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)
     expected = x.double() + routed + hidden @ down.T
     return float((got.double() - expected).norm() / expected.norm())
@@ -68,12 +68,12 @@ def test_layer(tokens, dtype):
     from aria.ops.kernels import moe_prefill
 
     weights, x = layer(dtype), normal(tokens, D, dtype=dtype)
-    assert moe_prefill.fits(x, *weights[3:5])
+    assert moe_prefill.serves(weights) and moe_prefill.fits(x, weights)
     with torch.no_grad():
-        got = moe_prefill.moe_layer(x, *weights)
-        again = moe_prefill.moe_layer(x, *weights)
+        got = moe_prefill.moe_layer_prefill(x, weights)
+        again = moe_prefill.moe_layer_prefill(x, weights)
     assert torch.equal(got, again)
-    assert error(got, x, *weights) < TOLERANCE[dtype]
+    assert error(got, x, weights) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("tokens", [129, 3000])
@@ -81,32 +81,32 @@ def test_all_tokens_to_the_same_experts(tokens):
     from aria.ops.kernels import moe_prefill
 
     weights, x = layer(torch.bfloat16), normal(tokens, D, dtype=torch.bfloat16)
-    weights[0].fill_(1.0)
+    weights.norm.fill_(1.0)
     x[:, 0] = 20.0  # what the router of three experts looks at
-    weights[2][:, 0] = 0.0
-    weights[2][5:8, 0] = 4.0
-    assert error(moe_prefill.moe_layer(x, *weights), x, *weights) < TOLERANCE[torch.bfloat16]
+    weights.router[:, 0] = 0.0
+    weights.router[5:8, 0] = 4.0
+    assert error(moe_prefill.moe_layer_prefill(x, weights), x, weights) < TOLERANCE[torch.bfloat16]
 
 
 def test_inside_a_graph_and_with_other_tokens():
     from aria.ops.kernels import moe_prefill
 
     weights, x = layer(torch.bfloat16), normal(777, D, dtype=torch.bfloat16)
-    moe_prefill.moe_layer(x, *weights)
+    moe_prefill.moe_layer_prefill(x, weights)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = moe_prefill.moe_layer(x, *weights)
+        got = moe_prefill.moe_layer_prefill(x, weights)
     for _ in range(2):
         x.copy_(normal(777, D, dtype=torch.bfloat16))
         graph.replay()
-        assert torch.equal(got, moe_prefill.moe_layer(x, *weights))
+        assert torch.equal(got, moe_prefill.moe_layer_prefill(x, weights))
 
 
 def test_route():
-    from aria.ops.kernels.permute import route
+    from aria.ops.kernels.permute import route_triton
 
     logits = normal(5000, 64, dtype=torch.float32)
-    weights, index = route(logits, 6)
+    weights, index = route_triton(logits, 6)
     expected_weights, expected_index = reference.route(logits, 6)
     assert torch.equal(index, expected_index)
     torch.testing.assert_close(weights, expected_weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aria.ops import reference
+from aria.ops import MoEWeights, reference
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():
@@ -23,11 +23,11 @@ def layer(D: int, E: int, F: int, S: int, dtype: torch.dtype) -> dict:
         return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
     return {
-        "norm_D": (torch.rand(D, device="cuda") + 0.5).to(dtype),
+        "norm": (torch.rand(D, device="cuda") + 0.5).to(dtype),
         "eps": 1e-6,
-        "router_ED": normal(E, D, scale=1.0),
-        "fc1_EDF": normal(E, 2 * F, D, scale=D**-0.5).transpose(1, 2),
-        "fc2_EFD": normal(E, D, F, scale=F**-0.5).transpose(1, 2),
+        "router": normal(E, D, scale=1.0),
+        "fc1": normal(E, 2 * F, D, scale=D**-0.5).transpose(1, 2),
+        "fc2": normal(E, D, F, scale=F**-0.5).transpose(1, 2),
         "shared": tuple(normal(*s, scale=s[1] ** -0.5) for s in ((S * F, D), (S * F, D), (D, S * F))),
     }
 
@@ -50,8 +50,8 @@ def test_moe_layer(dtype, T, D, E, F, S, A):
     torch.manual_seed(T)
     weights, x = layer(D, E, F, S, dtype), (torch.randn(T, D, device="cuda") * 2).to(dtype)
     poison()
-    got = moe_decode.moe_layer(x, top_k=A, **weights)
-    expected = reference.moe_layer(x.double(), top_k=A, **in_double(weights))
+    got = moe_decode.moe_layer_decode(x, MoEWeights(top_k=A, **weights))
+    expected = reference.moe_layer(x.double(), MoEWeights(top_k=A, **in_double(weights)))
     # Near ties of the router may fall to the other side in narrow types: such rows differ, and are few.
     error = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() < TOLERANCE[dtype]
@@ -62,10 +62,10 @@ def test_moe_layer(dtype, T, D, E, F, S, A):
 def test_everyone_to_the_same_experts(T):
     torch.manual_seed(T)
     weights, x = layer(256, 16, 176, 2, torch.bfloat16), torch.randn(T, 256, device="cuda", dtype=torch.bfloat16).abs()
-    weights["router_ED"][:] = -1.0
-    weights["router_ED"][[3, 7, 11]] = 1.0 + torch.arange(3, device="cuda", dtype=torch.bfloat16)[:, None]
-    got = moe_decode.moe_layer(x, top_k=3, **weights)
-    assert relative_error(got, reference.moe_layer(x.double(), top_k=3, **in_double(weights))) < 1e-2
+    weights["router"][:] = -1.0
+    weights["router"][[3, 7, 11]] = 1.0 + torch.arange(3, device="cuda", dtype=torch.bfloat16)[:, None]
+    got = moe_decode.moe_layer_decode(x, MoEWeights(top_k=3, **weights))
+    assert relative_error(got, reference.moe_layer(x.double(), MoEWeights(top_k=3, **in_double(weights)))) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -76,7 +76,7 @@ def test_norm_linear(dtype, outputs):
     storage = (torch.randn(sum(outputs), 256, device="cuda") / 16).to(dtype)
     for weights in (storage.split(outputs), tuple(w.clone() for w in storage.split(outputs))):
         poison()
-        got = gemv.norm_linear(x, norm, 1e-6, *weights)
+        got = gemv.norm_linear_matvec(x, norm, 1e-6, *weights)
         expected = reference.norm_linear(x.double(), norm.double(), 1e-6, *(w.double() for w in weights))
         assert relative_error(got, expected) < TOLERANCE[dtype]
 
@@ -88,9 +88,11 @@ def test_linear_add(dtype, O, I):
     x, residual = torch.randn(1, I, device="cuda").to(dtype), torch.randn(1, O, device="cuda").to(dtype)
     weight = (torch.randn(O, I, device="cuda") * I**-0.5).to(dtype)
     poison()
-    got = gemv.linear_add(x, weight, residual)
+    got = gemv.linear_add_matvec(x, weight, residual)
     assert relative_error(got, reference.linear_add(x.double(), weight.double(), residual.double())) < TOLERANCE[dtype]
-    assert relative_error(gemv.linear(x, weight), reference.linear(x.double(), weight.double())) < TOLERANCE[dtype]
+    assert (
+        relative_error(gemv.linear_matvec(x, weight), reference.linear(x.double(), weight.double())) < TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("T", [1, 24])
@@ -105,11 +107,11 @@ def test_graph_of_layers_repeats_itself(T):
         y = x
         for weights, o in zip(layers, mix, strict=True):
             if T == 1:
-                h = gemv.norm_linear(y, weights["norm_D"], 1e-6, o)
+                h = gemv.norm_linear_matvec(y, weights["norm"], 1e-6, o)
                 pause()
-                y = gemv.linear_add(h, o, y)
+                y = gemv.linear_add_matvec(h, o, y)
                 pause()
-            y = moe_decode.moe_layer(y, top_k=6, **weights)
+            y = moe_decode.moe_layer_decode(y, MoEWeights(top_k=6, **weights))
             pause()
         return y
 

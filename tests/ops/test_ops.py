@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aria import ops
-from aria.ops import Segments, reference
+from aria.ops import Chunks, ExpertWeights, MoEWeights, PagedKV, Segments, reference
+from aria.ops.registry import Operation, Weights, Where
 
 # float32: sums of a few hundred terms of size one, added in another order. bfloat16 keeps 8 bits: the two round at
 # different places (inside a fused kernel, or not), each time by up to 2^-9 of values of about one, a few times over.
@@ -117,7 +118,11 @@ EXPERTS = {
 def test_expert_mlp(name, dtype):
     T, E, A, D, F_ = EXPERTS[name]
     x, (fc1, fc2), (weights, index) = normal(T, D, dtype=dtype), experts(E, D, F_, dtype), routed(T, E, A, dtype)
-    close(ops.expert_mlp(x, fc1, fc2, weights, index), reference.expert_mlp(x, fc1, fc2, weights, index), dtype)
+    close(
+        ops.expert_mlp(x, ExpertWeights(fc1, fc2), weights, index),
+        reference.expert_mlp(x, ExpertWeights(fc1, fc2), weights, index),
+        dtype,
+    )
 
 
 def test_expert_mlp_with_all_tokens_on_the_last_expert():
@@ -126,7 +131,7 @@ def test_expert_mlp_with_all_tokens_on_the_last_expert():
     expected = 0.5 * (F.silu(x @ fc1[4, :, :8]) * (x @ fc1[4, :, 8:])) @ fc2[4]
     for implementation in ("fast", "reference"):
         with ops.use(implementation):
-            close(ops.expert_mlp(x, fc1, fc2, weights, index), expected, torch.float32)
+            close(ops.expert_mlp(x, ExpertWeights(fc1, fc2), weights, index), expected, torch.float32)
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])
@@ -135,7 +140,7 @@ def test_expert_mlp_is_the_formula(implementation):
     T, E, A, D, F_ = 7, 6, 2, 10, 5
     x, (fc1, fc2), (weights, index) = normal(T, D), experts(E, D, F_), routed(T, E, A)
     with ops.use(implementation):
-        got = ops.expert_mlp(x, fc1, fc2, weights, index)
+        got = ops.expert_mlp(x, ExpertWeights(fc1, fc2), weights, index)
     expected = torch.zeros(T, D)
     for t in range(T):
         for weight, e in zip(weights[t], index[t].tolist(), strict=True):
@@ -154,7 +159,7 @@ def test_expert_mlp_gradients():
     for implementation in ("fast", "reference"):
         x, fc1, fc2, weights = leaves = [tensor.clone().requires_grad_() for tensor in start]
         with ops.use(implementation):
-            y = ops.expert_mlp(x, fc1, fc2, weights, index)
+            y = ops.expert_mlp(x, ExpertWeights(fc1, fc2), weights, index)
         gradients[implementation] = torch.autograd.grad(y, leaves, normal(T, D, seed=7))
     for name, fast, slow in zip(("x", "fc1", "fc2", "weights"), *gradients.values(), strict=True):
         assert slow.abs().max() > 0.01, name
@@ -280,15 +285,18 @@ def test_segments_take_lengths_from_a_tensor():
 # Choice of implementation
 
 
-def test_use_forces_an_implementation_and_restores(monkeypatch):
-    called = []
-    monkeypatch.setattr(reference, "expert_mlp", lambda *_, **__: called.append("reference"))
-    monkeypatch.setattr("aria.ops.moe.expert_mlp", lambda *_, **__: called.append("fast"))
+def test_use_forces_an_implementation_and_restores():
+    def name(x: Tensor) -> str:
+        return "reference"
+
+    named = Operation(name)
+
+    @named.register(Where.ANYWHERE)
+    def fast(x: Tensor) -> str:
+        return "fast"
 
     def call() -> str:
-        x = torch.zeros(1)
-        ops.expert_mlp(x, x, x, x, x)
-        return called.pop()
+        return named(torch.zeros(1))
 
     assert call() == "fast"
     with ops.use("reference"):
@@ -302,6 +310,29 @@ def test_use_forces_an_implementation_and_restores(monkeypatch):
     assert call() == "fast", "an error inside should not leave the choice behind"
 
 
+def test_the_first_implementation_that_fits_runs():
+    def name(x: Tensor, weights: Weights, most: int = 9) -> str:
+        """What it is."""
+        return "reference"
+
+    named, asked = Operation(name), []
+
+    def serves(weights: Weights) -> bool:
+        asked.append(weights)
+        return weights is good
+
+    named.register(Where.GPU)(lambda x, weights, most=9: "gpu")
+    named.register(Where.ANYWHERE, serves=serves)(lambda x, weights, most=9: "serving")
+    small = named.register(Where.ANYWHERE, fits=lambda x, weights, most=9: len(x) < most, graph_safe=lambda *_: False)
+    small(lambda x, weights, most=9: "small")
+    good, bad, x = Weights(), Weights(), torch.zeros(3)
+    assert named(x, good) == named(x, good) == "serving" and named.is_graph_safe(x, good)
+    assert named(x, bad) == "small" and not named.is_graph_safe(x, bad)
+    assert named(x, bad, most=2) == "reference"
+    assert asked == [good, bad], "each set of weights is asked about once"
+    assert named.__doc__ == "What it is."
+
+
 def test_use_refuses_unknown_names():
     with (
         pytest.raises(ValueError, match="unknown implementation 'triton'; expected one of fast, reference"),
@@ -310,14 +341,17 @@ def test_use_refuses_unknown_names():
         pass
 
 
-def test_graphs_are_told_what_waits_for_the_host():
+def test_what_waits_for_the_host_is_not_graph_safe():
     x, fc1, fc2 = torch.randn(4, 16), torch.randn(3, 16, 24), torch.randn(3, 12, 16)
     shared = torch.randn(24, 16), torch.randn(24, 16), torch.randn(16, 24)
-    assert not ops.moe_is_graph_safe(x, fc1, fc2, shared), "counted on the host"
+    weights = MoEWeights(torch.ones(16), 1e-6, torch.randn(3, 16), fc1, fc2, shared, 2)
+    assert not ops.moe_is_graph_safe(x, weights), "counted on the host"
     heads, cache = torch.randn(4, 2, 8), torch.randn(3, 2, 4, 8)
-    assert not ops.chunks_are_graph_safe(heads, cache), "no kernel here"
+    paged = PagedKV(cache, cache, ops.rope_angles(1, 8, 1e4))
+    assert not ops.chunks_are_graph_safe(heads, paged), "no kernel here"
+    assert not ops.paged_kernel(heads, paged), "no kernel here"
     blocks, spans = torch.ones(1, 1, dtype=torch.int32), torch.tensor([[0, 4, 0]], dtype=torch.int32)
-    arguments = heads, heads, heads, cache, cache, blocks, [4]
-    assert ops.chunks_attention(*arguments, [0], spans).shape == (4, 2, 8)
+    known = Chunks(blocks, [4], [0], spans)
+    assert ops.chunks_attention(heads, heads, heads, paged, known).shape == (4, 2, 8)
     with pytest.raises(AssertionError, match="spans"):
-        ops.chunks_attention(*arguments, None, spans)
+        ops.chunks_attention(heads, heads, heads, paged, known._replace(pasts=None))

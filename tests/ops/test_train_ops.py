@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LoRA, reference
-from aria.ops import moe as plain
+from aria.ops import ExpertWeights, LoRA, reference
 from aria.ops.kernels import lora_train, moe_train, pointwise, swiglu
+from aria.ops.moe import expert_mlp_sorted
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [moe_train, plain], ids=["kernels", "plain"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", [moe_train.expert_mlp_train, expert_mlp_sorted], ids=["kernels", "plain"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +93,8 @@ class Experts:
         index = self.index if index is None else index
 
         def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
-            adapters = {
-                "fc1_lora": None if a1 is None else LoRA(a1, b1, 0.7),
-                "fc2_lora": None if a2 is None else LoRA(a2, b2, 1.3),
-            }
-            return implementation.expert_mlp(x, fc1, fc2, weights, index, **adapters, **how)
+            loras = None if a1 is None else LoRA(a1, b1, 0.7), None if a2 is None else LoRA(a2, b2, 1.3)
+            return implementation(x, ExpertWeights(fc1, fc2, *loras), weights, index, **how)
 
         return apply
 
@@ -105,14 +104,14 @@ class Experts:
 @pytest.mark.parametrize("name", CASES)
 def test_experts(name, dtype, implementation):
     case = Experts(name, dtype, ranks=(4, 8))
-    check(case.run(implementation), case.run(reference), case.inputs, case.shape, TOLERANCE[dtype])
+    check(case.run(implementation), case.run(reference.expert_mlp), case.inputs, case.shape, TOLERANCE[dtype])
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("ranks", [(0, 0), (3, 0), (0, 20)], ids=["none", "first", "second"])
 def test_experts_with_fewer_adapters(ranks, implementation):
     case = Experts("some", torch.float32, ranks)
-    check(case.run(implementation), case.run(reference), case.inputs, case.shape, TOLERANCE[torch.float32])
+    check(case.run(implementation), case.run(reference.expert_mlp), case.inputs, case.shape, TOLERANCE[torch.float32])
 
 
 @IMPLEMENTATIONS
@@ -126,7 +125,7 @@ def test_experts_that_are_elsewhere_add_nothing(dtype, implementation):
     here = case.index < experts_here
 
     def expected(weights, **inputs):
-        masked = case.run(reference, case.index.where(here, 0))
+        masked = case.run(reference.expert_mlp, case.index.where(here, 0))
         return masked(weights=weights * here, **inputs)
 
     run = case.run(implementation, present=int(here.sum()))
@@ -148,10 +147,10 @@ def test_experts_without_tokens_have_gradients_of_zeros(implementation):
 @pytest.mark.slow
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
     case = Experts("one token", torch.float32, ranks=(8, 8))
-    whole = gradients(case.run(moe_train), case.inputs, torch.ones(case.shape))
+    whole = gradients(case.run(moe_train.expert_mlp_train), case.inputs, torch.ones(case.shape))
     for name in ("x", "fc1", "fc2", "weights", "a1", "b1", "a2", "b2"):
         alone = {key: x.detach().requires_grad_(key == name) for key, x in case.inputs.items()}
-        case.run(moe_train)(**alone).sum().backward()
+        case.run(moe_train.expert_mlp_train)(**alone).sum().backward()
         assert all((x.grad is not None) == (key == name) for key, x in alone.items()), name
         assert torch.equal(alone[name].grad, whole[name]), name
 
@@ -164,11 +163,12 @@ def test_experts_drop_the_same_on_the_way_back():
 
     def loss(a1: Tensor, a2: Tensor) -> Tensor:
         torch.manual_seed(3)
-        adapters = {"fc1_lora": LoRA(a1, b1, 0.5, 0.4), "fc2_lora": LoRA(a2, b2, 0.5, 0.3)}
-        return moe_train.expert_mlp(x, fc1, fc2, weights, case.index, **adapters).square().mean()
+        experts = ExpertWeights(fc1, fc2, LoRA(a1, b1, 0.5, 0.4), LoRA(a2, b2, 0.5, 0.3))
+        return moe_train.expert_mlp_train(x, experts, weights, case.index).square().mean()
 
     value = loss(a1, a2)
-    assert not torch.equal(value, moe_train.expert_mlp(x, fc1, fc2, weights, case.index).square().mean())
+    plain = moe_train.expert_mlp_train(x, ExpertWeights(fc1, fc2), weights, case.index)
+    assert not torch.equal(value, plain.square().mean())
     dx, d1, d2 = torch.autograd.grad(value, [x, a1, a2])
     for given, grad in ((a1, d1), (a2, d2)):
         step = torch.randn_like(given) * 1e-2
@@ -197,10 +197,10 @@ def test_adapted_linear(T, I, O, R, dtype):
         "b": normal(O, R),
     }
 
-    def run(module):
-        return lambda x, weight, bias, a, b: module.lora_linear(x, weight, bias, LoRA(a, b, 0.6))
+    def run(lora_linear):
+        return lambda x, weight, bias, a, b: lora_linear(x, weight, bias, LoRA(a, b, 0.6))
 
-    check(run(lora_train), run(reference), inputs, (T, O), TOLERANCE[dtype])
+    check(run(lora_train.lora_linear_train), run(reference.lora_linear), inputs, (T, O), TOLERANCE[dtype])
 
 
 @DTYPES
@@ -212,15 +212,15 @@ def test_linears_of_one_input(dtype, scalings):
         inputs |= {f"w{n}": normal(width, I, dtype=dtype, scale=I**-0.5), f"a{n}": normal(rank, I, scale=I**-0.5)}
         inputs |= {f"b{n}": normal(width, rank)}
 
-    def run(module):
+    def run(lora_linears):
         def apply(x, **matrices):
             layers = [(matrices[f"w{n}"], None) for n in range(3)]
             adapters = [LoRA(matrices[f"a{n}"], matrices[f"b{n}"], scalings[n]) for n in range(3)]
-            return torch.cat(module.lora_linears(x, layers, adapters), dim=1)
+            return torch.cat(lora_linears(x, layers, adapters), dim=1)
 
         return apply
 
-    check(run(lora_train), run(reference), inputs, (T, sum(widths)), TOLERANCE[dtype])
+    check(run(lora_train.lora_linears_train), run(reference.lora_linears), inputs, (T, sum(widths)), TOLERANCE[dtype])
 
 
 def test_dropout_leaves_its_share_and_its_mean():
@@ -245,7 +245,7 @@ def test_a_linear_drops_the_same_on_the_way_back():
     x, weight, a = normal(40, 30), normal(20, 30), normal(4, 30)
     b = normal(20, 4)
     torch.manual_seed(5)
-    y = lora_train.lora_linear(x, weight, None, LoRA(a, b, 2.0, 0.5))
+    y = lora_train.lora_linear_train(x, weight, None, LoRA(a, b, 2.0, 0.5))
     torch.manual_seed(5)
     dropped, _ = lora_train.gather(x.detach(), noise=lora_train.Noise(0.5), dropped=True)
     mask = dropped / x.detach()
@@ -265,7 +265,7 @@ def test_a_linear_drops_the_same_on_the_way_back():
 @DTYPES
 def test_gated(dtype):
     inputs = {"gate_TF": normal(70, 100, dtype=dtype), "up_TF": normal(70, 100, dtype=dtype)}
-    check(swiglu.gated, reference.gated, inputs, (70, 100), TOLERANCE[dtype])
+    check(swiglu.gated_train, reference.gated, inputs, (70, 100), TOLERANCE[dtype])
 
 
 @DTYPES
@@ -273,13 +273,15 @@ def test_rotary(dtype):
     cos, sin = ops.rotary_table(torch.randint(50, (45,)), 16, 1e4, dtype)
     x = normal(45, 5, 16, dtype=dtype)
     wide = (cos.double(), sin.double())
-    check(lambda x: pointwise.rotary(x, cos, sin), lambda x: reference.rotary(x, *wide), {"x": x}, (45, 5, 16),
+    check(lambda x: pointwise.rotary_train(x, cos, sin), lambda x: reference.rotary(x, *wide), {"x": x}, (45, 5, 16),
           TOLERANCE[dtype])  # fmt: skip
 
 
 @DTYPES
 def test_route_gradients(dtype):
     logits = {"logits": normal(37, 9, dtype=dtype)}
-    check(lambda logits: pointwise.route(logits, 3)[0], lambda logits: reference.route(logits, 3)[0], logits, (37, 3),
-          TOLERANCE[dtype])  # fmt: skip
-    assert torch.equal(pointwise.route(logits["logits"], 3)[1], reference.route(logits["logits"], 3)[1])
+    ours, plain = (
+        lambda logits, route=route: route(logits, 3)[0] for route in (pointwise.route_train, reference.route)
+    )
+    check(ours, plain, logits, (37, 3), TOLERANCE[dtype])
+    assert torch.equal(pointwise.route_train(logits["logits"], 3)[1], reference.route(logits["logits"], 3)[1])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aria import ops
-from aria.ops import LoRA, moe, reference
+from aria.ops import ExpertWeights, LoRA, reference
+from aria.ops.moe import expert_mlp_sorted
 
 pytestmark = pytest.mark.gpu
 lora_train = pytest.importorskip("aria.ops.kernels.lora_train")
@@ -71,7 +72,13 @@ def test_experts(name, ranks, dtype):
     most = 4 if name == "all on a few" else E
     index = torch.stack([torch.randperm(max(most, A), device="cuda")[:A] for _ in range(T)])
     inputs = expert_inputs(name, ranks, dtype)
-    check(experts(ops, index), experts(reference, index), inputs, TOLERANCE[dtype], experts(moe, index))
+    check(
+        experts(ops.expert_mlp, index),
+        experts(reference.expert_mlp, index),
+        inputs,
+        TOLERANCE[dtype],
+        experts(expert_mlp_sorted, index),
+    )
 
 
 @DTYPES
@@ -82,8 +89,8 @@ def test_experts_that_are_elsewhere_add_nothing(name, dtype):
     index[::5] = E  # of some tokens none is here
     present = int((index < E).sum())
     inputs = expert_inputs(name, (8, 8), dtype)
-    ours, plain = experts(ops, index, present=present), experts(moe, index, present=present)
-    check(ours, experts(reference, index), inputs, TOLERANCE[dtype], plain)
+    ours, plain = experts(ops.expert_mlp, index, present=present), experts(expert_mlp_sorted, index, present=present)
+    check(ours, experts(reference.expert_mlp, index), inputs, TOLERANCE[dtype], plain)
 
 
 def expert_inputs(name, ranks, dtype):
@@ -100,13 +107,10 @@ def expert_inputs(name, ranks, dtype):
     return inputs
 
 
-def experts(module, index, **how):
+def experts(expert_mlp, index, **how):
     def apply(x, fc1, fc2, weights, a1=None, b1=None, a2=None, b2=None):
-        adapters = {
-            "fc1_lora": None if a1 is None else LoRA(a1, b1, 0.7),
-            "fc2_lora": None if a2 is None else LoRA(a2, b2, 1.3),
-        }
-        return module.expert_mlp(x, fc1, fc2, weights, index, **adapters, **how)
+        loras = None if a1 is None else LoRA(a1, b1, 0.7), None if a2 is None else LoRA(a2, b2, 1.3)
+        return expert_mlp(x, ExpertWeights(fc1, fc2, *loras), weights, index, **how)
 
     return apply
 
@@ -198,10 +202,10 @@ def test_a_layer_waits_for_nothing():
     index = torch.stack([torch.randperm(16, device="cuda")[:3] for _ in range(200)])
     x, fc1 = normal(200, 64, dtype=torch.bfloat16), normal(16, 64, 128, dtype=torch.bfloat16)
     fc2, weights = normal(16, 64, 64, dtype=torch.bfloat16), normal(200, 3, dtype=torch.bfloat16)
-    adapter = LoRA(normal(16, 64, 8), normal(16, 8, 128), 1.0, 0.1)
+    experts = ExpertWeights(fc1, fc2, LoRA(normal(16, 64, 8), normal(16, 8, 128), 1.0, 0.1))
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("PyTorch's grouped products wait on this generation")
-    run = lambda: ops.expert_mlp(x, fc1, fc2, weights, index, fc1_lora=adapter).sum().backward()  # noqa: E731
+    run = lambda: ops.expert_mlp(x, experts, weights, index).sum().backward()  # noqa: E731
     run()
     torch.use_deterministic_algorithms(False)
     torch.cuda.set_sync_debug_mode("error")

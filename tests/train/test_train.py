@@ -108,9 +108,9 @@ def test_routed_experts_have_the_reference_gradients() -> None:
     weights, index = ops.route(torch.randn(17, 8, dtype=torch.float64), 3)
     inputs = [tensor.requires_grad_() for tensor in (x, fc1, fc2, weights)]
     outer = torch.randn(17, 6, dtype=torch.float64)
-    ours = torch.autograd.grad(ops.expert_mlp(x, fc1, fc2, weights, index), inputs, outer)
+    ours = torch.autograd.grad(ops.expert_mlp(x, ops.ExpertWeights(fc1, fc2), weights, index), inputs, outer)
     with ops.use("reference"):
-        reference = torch.autograd.grad(ops.expert_mlp(x, fc1, fc2, weights, index), inputs, outer)
+        reference = torch.autograd.grad(ops.expert_mlp(x, ops.ExpertWeights(fc1, fc2), weights, index), inputs, outer)
     for got, want in zip(ours, reference, strict=True):
         torch.testing.assert_close(got, want)
 

@@ -28,7 +28,7 @@ from aria.engine.request import Request
 from aria.engine.sampler import SamplerState, mask_logits
 from aria.engine.scheduler import Chunk, Plan
 from aria.model import Aria, Paged, PagedCache
-from aria.model.moe import MoE
+from aria.model.decoder import DecoderLayer
 from aria.model.multi_lora import AdapterBatch
 from aria.processor.image_inputs import ImageSpan
 
@@ -143,11 +143,11 @@ class Runner:
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         self._can: dict[tuple[int, bool, bool], bool] = {}
         self.logits_processor: LogitsProcessor | None = None
-        keys = cache.keys[0]
+        kv = cache.layers[0]
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
             # Kernels read of a table what a sequence has; plain operations all of it.
-            self._narrow = not (ops.chunks_are_graph_safe(keys[0], keys) and ops.paged_kernel(keys[0], keys))
+            self._narrow = not (ops.chunks_are_graph_safe(kv.keys[0], kv) and ops.paged_kernel(kv.keys[0], kv))
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
@@ -323,9 +323,9 @@ class Runner:
     @torch.inference_mode()
     def plan_attention(self, step_tokens: int, max_model_len: int) -> None:
         """Let cuDNN plan the attention of all chunks up to ``step_tokens``, where it is used."""
-        config, keys = self._model.config.text, self._cache.keys[0]
-        if ops.chunks_are_graph_safe(keys[0], keys):
-            ops.plan_chunks(keys, config.num_attention_heads, min(step_tokens, max_model_len), max_model_len)
+        config, kv = self._model.config.text, self._cache.layers[0]
+        if ops.chunks_are_graph_safe(kv.keys[0], kv):
+            ops.plan_chunks(kv, config.num_attention_heads, min(step_tokens, max_model_len), max_model_len)
 
     def forget_graphs(self) -> None:
         """Drop the graphs of steps and images: they hold adapters that may be gone."""
@@ -350,16 +350,12 @@ class Runner:
         # Experts with adapters, a step's or the model's own, may pass the fused kernels by: many ranks, many tokens.
         key = tokens, chunks, decoder.has_lora or (adapted and self._adapters.loras.on_experts)
         if key not in self._can:
-            moe, keys = decoder.layers[0].mlp, self._cache.keys[0]
-            assert isinstance(moe, MoE), "layers hold a mixture of experts"
-            experts, shared = moe.experts, moe.shared_experts
-            x_TD = experts.fc1.weight.new_empty(tokens, experts.fc1.weight.shape[1])
-            weights = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
-            routed = experts.fc1.weight, experts.fc2.weight
-            self._can[key] = (
-                ops.moe_is_graph_safe(x_TD, *routed, weights)
-                and (not key[2] or ops.multi_lora_is_graph_safe(x_TD, *routed))
-                and (not chunks or ops.chunks_are_graph_safe(keys[0], keys))
+            layer, kv = decoder.layers[0], self._cache.layers[0]
+            assert isinstance(layer, DecoderLayer), "layers hold a mixture of experts"
+            weights = layer.moe_weights()
+            x_TD = weights.fc1.new_empty(tokens, weights.fc1.shape[1])
+            self._can[key] = ops.moe_is_graph_safe(x_TD, weights, adapted=key[2]) and (
+                not chunks or ops.chunks_are_graph_safe(kv.keys[0], kv)
             )
         return self._can[key]
 

@@ -107,9 +107,10 @@ class Aria(nn.Module):
 
         Takes a moment of each module's weights in memory once more, a module at a time.
         """
-        for module in self.modules():
+        modules = [module for module in self.modules() if module is not self]
+        for module in reversed(modules):  # children before their parents, which look at how these lie
             lay_out = getattr(module, "lay_out", None)
-            if module is not self and callable(lay_out):
+            if callable(lay_out):
                 lay_out()
         return self
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from aria import ops
 from aria.config import TextConfig
 from aria.model.multi_lora import AdapterBatch
-from aria.ops import Segments
+from aria.ops import Chunks, PagedKV, Segments
 
 
 class Context(Protocol):
@@ -85,6 +85,11 @@ class PagedCache:
         self.arrivals = torch.zeros(max_sequences * config.num_attention_heads, dtype=torch.int32, device=device)
         """Counters of the kernels that attend from one token of each sequence; between launches they are zeros. A
         cache has its own, because engines on streams of their own run at the same time."""
+        self.layers = tuple(
+            PagedKV(self.keys[layer], self.values[layer], self.angles, self.arrivals)
+            for layer in range(config.num_hidden_layers)
+        )
+        """The same layer by layer, as operations take it."""
 
     @property
     def block_size(self) -> int:
@@ -127,32 +132,27 @@ class Paged:
     """Whose adapter each token has; None where no token has any."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
-        keys, values, angles = self.cache.keys[layer], self.cache.values[layer], self.cache.angles
-        paged = angles, keys, values, self.cache.arrivals
+        cache = self.cache.layers[layer]
         N = self.blocks.shape[0]
         new, read = (q_THK[:N], k_THK[:N], v_THK[:N]), (q_THK[N:], k_THK[N:], v_THK[N:])
         if not self.chunk_lengths:
-            return ops.decode_attention(*new, self.positions, self.blocks, *paged)
+            return ops.decode_attention(*new, self.positions, self.blocks, cache)
         assert self.slots is not None and self.chunk_blocks is not None, "chunks need slots and blocks"
         # All chunks are written before any is read: one may begin with blocks that another one fills.
-        q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots[N:], angles, keys, values)
-        chunks = self.chunk_blocks, self.chunk_lengths, self.chunk_pasts, self.spans
-        out = ops.chunks_attention(q, k, read[2], keys, values, *chunks)
+        q, k = ops.rotate_and_cache(*read, self.positions[N:], self.slots[N:], cache)
+        chunks = Chunks(self.chunk_blocks, self.chunk_lengths, self.chunk_pasts, self.spans)
+        out = ops.chunks_attention(q, k, read[2], cache, chunks)
         if not N:
             return out
-        return torch.cat((ops.decode_attention(*new, self.positions[:N], self.blocks, *paged), out))
+        return torch.cat((ops.decode_attention(*new, self.positions[:N], self.blocks, cache), out))
 
     def attend_sampled(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
         """Remember keys and values of all tokens, but attend only from those that are sampled: ``(R, H, K)``."""
         assert self.sampled is not None and self.slots is not None, "the sampled tokens are not known"
         assert self.sampled_blocks is not None and self.sampled_lengths is not None, "nor where their sequences are"
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        q_THK, _ = ops.rotate_and_cache(
-            q_THK, k_THK, v_THK, self.positions, self.slots, self.cache.angles, keys, values
-        )  # fmt: skip
+        cache = self.cache.layers[layer]
+        q_THK, _ = ops.rotate_and_cache(q_THK, k_THK, v_THK, self.positions, self.slots, cache)
         q_RHK = q_THK.index_select(0, self.sampled)
         if not len(q_RHK):
             return q_RHK
-        return ops.paged_attention(
-            q_RHK, keys, values, self.sampled_blocks, self.sampled_lengths, self.cache.arrivals
-        )  # fmt: skip
+        return ops.paged_attention(q_RHK, cache, self.sampled_blocks, self.sampled_lengths)

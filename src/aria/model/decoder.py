@@ -5,6 +5,7 @@ T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, V voca
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from aria import ops
@@ -14,6 +15,7 @@ from aria.model.layers import RMSNorm, join
 from aria.model.lora import lora_linears
 from aria.model.moe import MoE
 from aria.model.multi_lora import AdapterBatch
+from aria.ops import MoEWeights
 
 
 class Attention(nn.Module):
@@ -47,6 +49,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config)
+        self._moe_weights: tuple[tuple[int, int], MoEWeights] | None = None
 
     def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
@@ -57,7 +60,7 @@ class DecoderLayer(nn.Module):
         """The same without gradients and without the router's logits, in three fused operations."""
         adapters = context.adapters if isinstance(context, Paged) else None
         attended_THK = context.attend(self.self_attn.layer, *self._project(x_TD, adapters))
-        return self._go_on(x_TD, attended_THK, adapters)
+        return self._finish_layer(x_TD, attended_THK, adapters)
 
     def infer_sampled(self, x_TD: Tensor, context: Paged) -> Tensor:
         """The last layer's :meth:`infer`: only the tokens that are sampled from come out, ``(R, D)``."""
@@ -65,7 +68,7 @@ class DecoderLayer(nn.Module):
         adapters = context.adapters
         attended_RHK = context.attend_sampled(self.self_attn.layer, *self._project(x_TD, adapters))
         sampled = None if adapters is None else adapters.at(context.sampled)
-        return self._go_on(x_TD.index_select(0, context.sampled), attended_RHK, sampled)
+        return self._finish_layer(x_TD.index_select(0, context.sampled), attended_RHK, sampled)
 
     def _project(self, x_TD: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, ...]:
         attention, norm = self.self_attn, self.input_layernorm
@@ -76,16 +79,25 @@ class DecoderLayer(nn.Module):
         heads = [weight.shape[0] // attention.head_dim for weight in weights]
         return qkv.unflatten(-1, (-1, attention.head_dim)).split(heads, dim=1)
 
-    def _go_on(self, x_TD: Tensor, attended_THK: Tensor, adapters: AdapterBatch | None) -> Tensor:
-        """From what attention gives to the layer's end."""
+    def _finish_layer(self, x_TD: Tensor, attended_THK: Tensor, adapters: AdapterBatch | None) -> Tensor:
+        """The layer from the output of attention on."""
         if not len(x_TD):
             return x_TD
-        moe, norm, layer = self.mlp, self.post_attention_layernorm, self.self_attn.layer
-        shared, attended_TD = moe.shared_experts, attended_THK.flatten(1)
+        layer, attended_TD = self.self_attn.layer, attended_THK.flatten(1)
         x_TD = ops.linear_add(attended_TD, self.self_attn.o_proj.weight, x_TD)
         if adapters is not None:
             x_TD = adapters.add(layer, "o", x_TD, attended_TD)
-        weights = (
+        experts = None if adapters is None else adapters.of_experts(layer)
+        return ops.moe_layer(x_TD, self.moe_weights(), experts)
+
+    def moe_weights(self) -> MoEWeights:
+        """The weights of the layer's second half as operations take them; kept where :meth:`lay_out` was called."""
+        kept, moe = self._moe_weights, self.mlp
+        places = moe.experts.fc1.weight.data_ptr(), moe.experts.fc2.weight.data_ptr()
+        if kept is not None and kept[0] == places:
+            return kept[1]
+        norm, shared = self.post_attention_layernorm, moe.shared_experts
+        return MoEWeights(
             norm.weight,
             norm.eps,
             moe.router.weight,
@@ -94,9 +106,14 @@ class DecoderLayer(nn.Module):
             (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
             moe.top_k,
         )
-        if adapters is not None and any(loras := adapters.of_experts(layer)):
-            return ops.multi_lora_moe_layer(x_TD, *weights, loras, adapters.adapter_ids)
-        return ops.moe_layer(x_TD, *weights)
+
+    def lay_out(self) -> None:
+        """See :meth:`Aria.lay_out`. Finds out which kernels can use the weights, so that calls need not."""
+        self._moe_weights = None
+        weights, experts = self.moe_weights(), self.mlp.experts
+        self._moe_weights = (experts.fc1.weight.data_ptr(), experts.fc2.weight.data_ptr()), weights
+        with torch.no_grad():
+            ops.moe_layer.resolve(weights.fc1, weights)
 
 
 class Decoder(nn.Module):

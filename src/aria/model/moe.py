@@ -13,7 +13,7 @@ from aria import ops
 from aria.config import TextConfig
 from aria.model.layers import join
 from aria.model.lora import LoRAModule, lora_linears
-from aria.ops import LoRA
+from aria.ops import ExpertWeights, LoRA
 
 
 class Router(nn.Module):
@@ -61,10 +61,8 @@ class Experts(nn.Module):
         self.fc2 = GroupedLinear(E, width, D)
 
     def forward(self, x_TD: Tensor, weights_TA: Tensor, index_TA: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        return ops.expert_mlp(
-            x_TD, fc1.weight, fc2.weight, weights_TA, index_TA, fc1_lora=fc1.lora(), fc2_lora=fc2.lora()
-        )
+        experts = ExpertWeights(self.fc1.weight, self.fc2.weight, self.fc1.lora(), self.fc2.lora())
+        return ops.expert_mlp(x_TD, experts, weights_TA, index_TA)
 
 
 class SharedExperts(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aria import ops
-from aria.ops import LoRA, MoEMultiLoRA, MultiLoRA
+from aria.ops import LoRA, MoEAdapters, MultiLoRA
 
 LAYERS = "language_model.model.layers"
 HEAD = "language_model.lm_head"
@@ -26,6 +26,8 @@ PARTS = {
     "gate_up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     "down": ("mlp.shared_experts.down_proj",),
 }
+EXPERT_PARTS = MoEAdapters._fields[1:]
+"""Parts of the mixture of experts."""
 
 
 class MultiLoRAWeights:
@@ -66,7 +68,7 @@ class MultiLoRAWeights:
     @property
     def on_experts(self) -> bool:
         """Whether any layer's mixture of experts is changed; fused kernels take that up to so many ranks and tokens."""
-        return any(part in MoEMultiLoRA._fields for _, part in self._loras)
+        return any(part in EXPERT_PARTS for _, part in self._loras)
 
     def of(self, layer: int, part: str) -> MultiLoRA | None:
         """The lora of a layer's part, or of the head, ``(-1, "head")``; None where no adapter changes it."""
@@ -90,9 +92,10 @@ class AdapterBatch:
         lora = self.loras.of(layer, part)
         return y_TO if lora is None else ops.multi_lora_linear_add(y_TO, x_TI, lora, self.adapter_ids)
 
-    def of_experts(self, layer: int) -> MoEMultiLoRA:
-        """What changes a layer's mixture of experts."""
-        return MoEMultiLoRA(**{part: self.loras.of(layer, part) for part in MoEMultiLoRA._fields})
+    def of_experts(self, layer: int) -> MoEAdapters | None:
+        """LoRA weights of a layer's mixture of experts; None where it has none."""
+        loras = {part: self.loras.of(layer, part) for part in EXPERT_PARTS}
+        return MoEAdapters(self.adapter_ids, **loras) if any(loras.values()) else None
 
     def head(self, logits_TV: Tensor, hidden_TD: Tensor) -> Tensor:
         """Scores with what each token's adapter adds to the head."""

@@ -1,30 +1,24 @@
-"""Packed attention: PyTorch's kernels, dense where lengths are equal, and one of our own for the vision encoder."""
+"""Attention by PyTorch's kernels: packed, dense where lengths are equal; and paged, for CPUs."""
 
 from __future__ import annotations
-
-import importlib
-import importlib.util
-from functools import cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.reference import cache_new
+from aria.ops.registry import Where
 from aria.ops.segments import Segments
+from aria.ops.weights import PagedKV
 
 
-def attention(
+@operations.attention.register(Where.ANYWHERE)
+def attention_torch(
     q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, queries: Segments, keys: Segments, *, causal: bool
 ) -> Tensor:
-    """See :func:`aria.ops.reference.attention`."""
+    """PyTorch's attention, dense where lengths are equal."""
     assert len(queries.lengths) == len(keys.lengths), "queries and keys have different numbers of segments"
-    # A kernel of our own for the heads of the vision encoder, which no library is made for; it has no gradients.
-    if q_THK.is_cuda and not causal and not torch.is_grad_enabled() and 64 < q_THK.shape[-1] <= 80:
-        kernel = _hopper_kernel()
-        if kernel is not None and kernel.fits(q_THK, k_SHK, v_SHK):
-            return kernel.attention(q_THK, k_SHK, v_SHK, queries, keys)
     square = queries.longest in (1, keys.longest)
     if queries.equal and keys.equal and (square or not causal):
         batch = len(queries.lengths)
@@ -48,43 +42,32 @@ def attention(
     return torch.cat([_one(q, k, v, causal) for q, k, v in pieces])
 
 
-def paged_attention(
-    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
-) -> Tensor:
-    """See :func:`aria.ops.reference.paged_attention`; each sequence reads its own blocks, however long others are."""
-    S, out_NHK = keys_BHSK.shape[2], torch.empty_like(q_NHK)
+def _on_cpu(q_NHK: Tensor, *_: object) -> bool:
+    # A GPU would have to wait for lengths to be read; the reference does not, and so can be part of a graph.
+    return not q_NHK.is_cuda
+
+
+@operations.paged_attention.register(Where.ANYWHERE, fits=_on_cpu)
+def paged_attention_per_sequence(q_NHK: Tensor, cache: PagedKV, blocks_NM: Tensor, lengths_N: Tensor) -> Tensor:
+    """Each sequence reads its own blocks, however long others are."""
+    S, out_NHK = cache.keys.shape[2], torch.empty_like(q_NHK)
     for q_HK, blocks_M, length, out_HK in zip(q_NHK, blocks_NM, lengths_N.tolist(), out_NHK, strict=True):
         used = blocks_M[: -(-length // S)]
         # (M, KV, S, K) -> (1, length, KV, K)
         k, v = (
-            cache.index_select(0, used).transpose(1, 2).flatten(0, 1)[None, :length]
-            for cache in (keys_BHSK, values_BHSK)
+            x.index_select(0, used).transpose(1, 2).flatten(0, 1)[None, :length] for x in (cache.keys, cache.values)
         )
         out_HK.copy_(_dense(q_HK[None, None], k, v, causal=False)[0, 0])
     return out_NHK
 
 
-def decode_attention(
-    q_NHK: Tensor,
-    k_NHK: Tensor,
-    v_NHK: Tensor,
-    positions_N: Tensor,
-    blocks_NM: Tensor,
-    angles_PK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
+@operations.decode_attention.register(Where.ANYWHERE, fits=_on_cpu)
+def decode_attention_per_sequence(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, cache: PagedKV
 ) -> Tensor:
-    """See :func:`aria.ops.reference.decode_attention`."""
-    q_NHK = cache_new(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
-    return paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, positions_N + 1)
-
-
-@cache
-def _hopper_kernel() -> ModuleType | None:
-    """The kernel for heads of 72, if there is a Triton that has what it is written in."""
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental.gluon") is None:
-        return None
-    return importlib.import_module("aria.ops.kernels.vision_attention")
+    """Write to the cache, then read sequence by sequence."""
+    q_NHK = cache_new(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, cache)
+    return paged_attention_per_sequence(q_NHK, cache, blocks_NM, positions_N + 1)
 
 
 def _one(q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, causal: bool) -> Tensor:

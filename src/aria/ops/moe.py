@@ -1,86 +1,146 @@
-"""Routed experts: tokens sorted by expert, so that each expert's weights are read once."""
+"""Routed experts in PyTorch: tokens sorted by expert, so that each expert's weights are read once.
+
+T tokens, D hidden, E experts, A experts per token, F expert width, P the rows sorted by expert: T * A, or fewer where
+experts are on other ranks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.lora import LoRA
+from aria.ops.multi_lora import MoEAdapters, MultiLoRA, mask_other_adapters
 from aria.ops.reference import expert_linear, rms_norm, route, swiglu
+from aria.ops.registry import Where
+from aria.ops.weights import ExpertWeights, MoEWeights
 
 
-def expert_mlp(
-    x_TD: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    weights_TA: Tensor,
-    index_TA: Tensor,
-    *,
-    fc1_lora: LoRA | None = None,
-    fc2_lora: LoRA | None = None,
-    present: int | None = None,
+def _graph_safe(x_TD: Tensor, experts: ExpertWeights, *_: object, **__: object) -> bool:
+    return not experts.products_wait(x_TD)
+
+
+@operations.expert_mlp.register(Where.ANYWHERE, graph_safe=_graph_safe)
+def expert_mlp_sorted(
+    x_TD: Tensor, experts: ExpertWeights, weights_TA: Tensor, index_TA: Tensor, *, present: int | None = None
 ) -> Tensor:
-    """See :func:`aria.ops.reference.expert_mlp`. Nothing waits for the host unless :func:`waits` says so."""
+    """Experts over sorted tokens. Nothing waits for the host unless :meth:`ExpertWeights.products_wait`."""
     T, A = index_TA.shape
-    experts, order = index_TA.flatten().sort(stable=True)
-    ends = torch.searchsorted(experts, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
+    fc1_EDF, fc2_EFD, *loras = experts
+    chosen, order = index_TA.flatten().sort(stable=True)
+    ends = torch.searchsorted(chosen, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     order = order[:present]
     source, place_TA = order // A, place.view(T, A)
     x = copy_rows(x_TD, source, place_TA)
-    adapters = (fc1_lora, fc2_lora)
-    if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in _sizes(fc1_EDF, fc2_EFD, *adapters)):
+    if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in _sizes(fc1_EDF, fc2_EFD, *loras)):
         offsets = ends.int()
-        hidden = swiglu(_grouped(x, fc1_EDF, fc1_lora, offsets))
-        y = _grouped(hidden, fc2_EFD, fc2_lora, offsets)
+        hidden = swiglu(_grouped(x, fc1_EDF, loras[0], offsets))
+        y = _grouped(hidden, fc2_EFD, loras[1], offsets)
     else:
-        y = _loop(x, fc1_EDF, fc2_EFD, ends.tolist(), *adapters)
+        y = _loop(x, experts, ends.tolist())
     return sum_rows(y * weights_TA.flatten().gather(0, order)[:, None], source, place_TA)
 
 
-def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *adapters: LoRA | None) -> list[int]:
-    """Sizes that grouped products step over in memory."""
-    return [*fc1_EDF.shape[1:], *fc2_EFD.shape[1:], *(adapter.a.shape[-1] for adapter in adapters if adapter)]
-
-
-def _grouped(x: Tensor, weight: Tensor, adapter: LoRA | None, offsets: Tensor) -> Tensor:
-    y = F.grouped_mm(x, weight, offs=offsets)
-    if adapter is None:
-        return y
-    a, b, scaling, dropout = adapter.to(x)
-    thin = F.grouped_mm(F.dropout(x, dropout) if dropout else x, a, offs=offsets) * scaling
-    return y + F.grouped_mm(thin, b, offs=offsets)
-
-
-def waits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
-    """Whether :func:`expert_mlp` asks the device how many tokens each expert has, which no CUDA graph may.
-
-    PyTorch's grouped product does so too, except on the two generations of data-centre GPUs that it has kernels for.
-    """
-    sizes = (*fc1_EDF.shape[1:], *fc2_EFD.shape[1:])
-    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16 or any(n % 8 for n in sizes):
-        return True
-    return torch.cuda.get_device_capability(x_TD.device)[0] not in (9, 10)
-
-
-def moe_layer(
-    x_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    router_ED: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor],
-    top_k: int,
+@operations.multi_lora_expert_mlp.register(Where.ANYWHERE, graph_safe=_graph_safe)
+def multi_lora_expert_mlp_sorted(
+    x_TD: Tensor, experts: ExpertWeights, weights_TA: Tensor, index_TA: Tensor, adapters: MoEAdapters
 ) -> Tensor:
-    """See :func:`aria.ops.reference.moe_layer`: operation by operation, for sizes that no kernel takes."""
-    gate, up, down = shared
-    normed = rms_norm(x_TD, norm_D, eps)
-    routed = expert_mlp(normed, fc1_EDF, fc2_EFD, *route(F.linear(normed, router_ED), top_k))
-    return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+    """The same with each token's own LoRA weights, without gradients."""
+    T, A = index_TA.shape
+    fc1_EDF, fc2_EFD, *_ = experts
+    chosen, order = index_TA.flatten().sort(stable=True)
+    ends = torch.searchsorted(chosen, torch.arange(fc1_EDF.shape[0], device=x_TD.device), right=True)
+    token_P = order // A
+    x_PD, ids_P = x_TD[token_P], adapters.adapter_ids[token_P]
+    if not experts.products_wait(x_TD):
+        offsets = ends.int()
+        hidden_PF = swiglu(_multi_lora_grouped(x_PD, fc1_EDF, adapters.fc1, ids_P, offsets))
+        y_PD = _multi_lora_grouped(hidden_PF, fc2_EFD, adapters.fc2, ids_P, offsets)
+    else:
+        y_PD = _multi_lora_loop(x_PD, experts, adapters, ids_P, ends.tolist())
+    y_TAD = torch.empty_like(y_PD).index_copy_(0, order, y_PD).view(T, A, -1)
+    return (y_TAD * weights_TA[:, :, None]).sum(1)
+
+
+def _layer_graph_safe(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> bool:
+    return not weights.experts.products_wait(x_TD)
+
+
+@operations.moe_layer.register(Where.ANYWHERE, graph_safe=_layer_graph_safe)
+def moe_layer_composed(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> Tensor:
+    """A layer operation by operation, for sizes and adapters that no kernel takes."""
+    gate, up, down = weights.shared
+    if adapters is None:
+        normed = rms_norm(x_TD, weights.norm, weights.eps)
+        chosen = route(F.linear(normed, weights.router), weights.top_k)
+        routed = expert_mlp_sorted(normed, weights.experts, *chosen)
+        return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+    def add(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA | None) -> Tensor:
+        return y_TO if lora is None else operations.multi_lora_linear_add(y_TO, x_TI, lora, adapters.adapter_ids)
+
+    normed = operations.rms_norm(x_TD, weights.norm, weights.eps)
+    chosen = operations.route(F.linear(normed, weights.router), weights.top_k)
+    routed = operations.multi_lora_expert_mlp(normed, weights.experts, *chosen, adapters)
+    gate_up = torch.cat((F.linear(normed, gate), F.linear(normed, up)), dim=-1)
+    hidden = swiglu(add(gate_up, normed, adapters.gate_up))
+    return x_TD + add(routed + F.linear(hidden, down), hidden, adapters.down)
+
+
+def _sizes(fc1_EDF: Tensor, fc2_EFD: Tensor, *loras: LoRA | None) -> list[int]:
+    """Sizes that grouped products step over in memory."""
+    return [*fc1_EDF.shape[1:], *fc2_EFD.shape[1:], *(lora.a.shape[-1] for lora in loras if lora)]
+
+
+def _grouped(x: Tensor, weight: Tensor, lora: LoRA | None, offsets: Tensor) -> Tensor:
+    y = F.grouped_mm(x, weight, offs=offsets)
+    if lora is None:
+        return y
+    a, b, scaling, dropout = lora.to(x)
+    narrow = F.grouped_mm(F.dropout(x, dropout) if dropout else x, a, offs=offsets) * scaling
+    return y + F.grouped_mm(narrow, b, offs=offsets)
+
+
+def _loop(x: Tensor, experts: ExpertWeights, ends: list[int]) -> Tensor:
+    fc1, fc2, fc1_lora, fc2_lora = experts
+    starts = [0, *ends[:-1]]
+    # Without any tokens the first expert still takes part, so that what trains has a gradient, of zeros.
+    used = [(e, *span) for e, span in enumerate(zip(starts, ends, strict=True)) if span[1] > span[0]] or [(0, 0, 0)]
+    pieces = []
+    for e, start, end in used:
+        hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_lora, e))
+        pieces.append(expert_linear(hidden, fc2[e], fc2_lora, e))
+    return torch.cat(pieces)
+
+
+def _multi_lora_grouped(x: Tensor, weight: Tensor, lora: MultiLoRA | None, ids: Tensor, offsets: Tensor) -> Tensor:
+    y = F.grouped_mm(x, weight, offs=offsets)
+    if lora is None:
+        return y
+    narrow = mask_other_adapters(F.grouped_mm(x, lora.a, offs=offsets), lora, ids)
+    return y.add_(F.grouped_mm(narrow, lora.b, offs=offsets))
+
+
+def _multi_lora_loop(
+    x: Tensor, experts: ExpertWeights, adapters: MoEAdapters, ids: Tensor, ends: Sequence[int]
+) -> Tensor:
+    def product(x: Tensor, weight: Tensor, lora: MultiLoRA | None, ids: Tensor, expert: int) -> Tensor:
+        y = x @ weight[expert]
+        return y if lora is None else y + mask_other_adapters(x @ lora.a[expert], lora, ids) @ lora.b[expert]
+
+    pieces = []
+    for expert, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+        if end > start:
+            own = ids[start:end]
+            hidden = swiglu(product(x[start:end], experts.fc1, adapters.fc1, own, expert))
+            pieces.append(product(hidden, experts.fc2, adapters.fc2, own, expert))
+    return torch.cat(pieces)
 
 
 def copy_rows(x_TD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
@@ -129,14 +189,3 @@ def _sum(y: Tensor, place: Tensor) -> Tensor:
     if (rows := len(y)) < place.numel():
         y, place = torch.cat((y, y.new_zeros(1, *y.shape[1:]))), place.clamp(max=rows)
     return y[place].sum(1)
-
-
-def _loop(x: Tensor, fc1: Tensor, fc2: Tensor, ends: list[int], fc1_lora: LoRA | None, fc2_lora: LoRA | None) -> Tensor:
-    starts = [0, *ends[:-1]]
-    # Without any tokens the first expert still takes part, so that what trains has a gradient, of zeros.
-    used = [(e, *span) for e, span in enumerate(zip(starts, ends, strict=True)) if span[1] > span[0]] or [(0, 0, 0)]
-    pieces = []
-    for e, start, end in used:
-        hidden = swiglu(expert_linear(x[start:end], fc1[e], fc1_lora, e))
-        pieces.append(expert_linear(hidden, fc2[e], fc2_lora, e))
-    return torch.cat(pieces)

@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aria.ops.lora import LoRA
+from aria.ops.multi_lora import MoEAdapters, MultiLoRA, mask_other_adapters
+from aria.ops.resize import PRECISION, taps_on
+from aria.ops.sampling import Settings, draw
 from aria.ops.segments import Segments
+from aria.ops.weights import Chunks, ExpertWeights, MoEWeights, PagedKV
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -121,55 +125,46 @@ def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
 
 
-def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LoRA) -> Tensor:
+def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, lora: LoRA) -> Tensor:
     """``x W^T + bias + scaling * dropout(x) A^T B^T``, ``(T, O)`` in the dtype of ``x_TI``."""
-    a, b, scaling, dropout = adapter.to(x_TI)
-    thin_TR = F.linear(F.dropout(x_TI, dropout) if dropout else x_TI, a) * scaling
+    a, b, scaling, dropout = lora.to(x_TI)
+    narrow_TR = F.linear(F.dropout(x_TI, dropout) if dropout else x_TI, a) * scaling
     y_TO = F.linear(x_TI, weight_OI, bias_O)
-    return torch.addmm(y_TO, thin_TR, b.t()) if x_TI.ndim == 2 else y_TO + F.linear(thin_TR, b)
+    return torch.addmm(y_TO, narrow_TR, b.t()) if x_TI.ndim == 2 else y_TO + F.linear(narrow_TR, b)
 
 
 def lora_linears(
-    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LoRA]
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], loras: Sequence[LoRA]
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear` of several weights and biases on one input; they may drop the same inputs."""
-    pairs = zip(layers, adapters, strict=True)
-    return tuple(lora_linear(x_TI, weight, bias, adapter) for (weight, bias), adapter in pairs)
+    pairs = zip(layers, loras, strict=True)
+    return tuple(lora_linear(x_TI, weight, bias, lora) for (weight, bias), lora in pairs)
 
 
-def expert_linear(x_TI: Tensor, weight_IO: Tensor, adapter: LoRA | None, expert: int) -> Tensor:
+def expert_linear(x_TI: Tensor, weight_IO: Tensor, lora: LoRA | None, expert: int) -> Tensor:
     """One expert's product with its part of an adapter of all experts, if there is one."""
     y_TO = x_TI @ weight_IO
-    if adapter is None:
+    if lora is None:
         return y_TO
-    a_IR, b_RO = adapter.a[expert].to(x_TI.dtype), adapter.b[expert].to(x_TI.dtype)
-    dropped = F.dropout(x_TI, adapter.dropout) if adapter.dropout else x_TI
-    return torch.addmm(y_TO, dropped @ a_IR * adapter.scaling, b_RO)
+    a_IR, b_RO = lora.a[expert].to(x_TI.dtype), lora.b[expert].to(x_TI.dtype)
+    dropped = F.dropout(x_TI, lora.dropout) if lora.dropout else x_TI
+    return torch.addmm(y_TO, dropped @ a_IR * lora.scaling, b_RO)
 
 
 def expert_mlp(
-    x_TD: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    weights_TA: Tensor,
-    index_TA: Tensor,
-    *,
-    fc1_lora: LoRA | None = None,
-    fc2_lora: LoRA | None = None,
-    present: int | None = None,
+    x_TD: Tensor, experts: ExpertWeights, weights_TA: Tensor, index_TA: Tensor, *, present: int | None = None
 ) -> Tensor:
-    """Weighted sum of the chosen experts' SwiGLU outputs; no capacity, no token dropped.
+    """Weighted sum of the chosen experts' SwiGLU outputs; no capacity limit, no token dropped.
 
     Args:
-        x_TD: tokens.
-        fc1_EDF: ``(E, D, 2F)``, gate in the first half of the last axis, up in the second.
-        fc2_EFD: ``(E, F, D)``.
-        weights_TA, index_TA: from :func:`route`.
-        fc1_lora, fc2_lora: low-rank adapters of all experts, added to the products; dropout is drawn for each
-            token and each of its experts apart.
-        present: how many of the choices are of these experts, at least 1; the others have the number E, stand for
-            experts that are elsewhere, and add nothing. None: all.
+        x_TD: Tokens.
+        experts: Weights of the experts, with LoRA weights or without; dropout is drawn separately for each token and
+            each of its experts.
+        weights_TA, index_TA: From :func:`route`.
+        present: How many of the choices are of these experts, at least 1; the others have the index E, stand for
+            experts on other ranks, and add nothing. None: all.
     """
+    fc1_EDF, fc2_EFD, fc1_lora, fc2_lora = experts
     out = torch.zeros_like(x_TD)
     for expert in index_TA[index_TA < len(fc1_EDF)].unique().tolist():
         token, place = torch.where(index_TA == expert)
@@ -179,29 +174,66 @@ def expert_mlp(
     return out
 
 
-def moe_layer(
-    x_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    router_ED: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor],
-    top_k: int,
-) -> Tensor:
+def moe_layer(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> Tensor:
     """The second half of a decoder layer: RMSNorm, router, routed and shared experts, residual.
 
     Args:
-        x_TD: the residual stream, before the norm.
-        router_ED: the router's weight.
-        fc1_EDF, fc2_EFD: the routed experts, see :func:`expert_mlp`.
-        shared: gate and up ``(W, D)`` and down ``(D, W)`` of the shared experts, W a multiple of F.
+        x_TD: The residual stream, before the norm.
+        weights: All weights of this half of the layer.
+        adapters: LoRA weights of several adapters, and each token's adapter id. None: the base model alone.
     """
-    gate, up, down = shared
-    normed = rms_norm(x_TD, norm_D, eps)
-    weights_TA, index_TA = route(F.linear(normed, router_ED), top_k)
-    routed = expert_mlp(normed, fc1_EDF, fc2_EFD, weights_TA, index_TA)
-    return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+    gate, up, down = weights.shared
+    normed = rms_norm(x_TD, weights.norm, weights.eps)
+    weights_TA, index_TA = route(F.linear(normed, weights.router), weights.top_k)
+    if adapters is None:
+        routed = expert_mlp(normed, weights.experts, weights_TA, index_TA)
+        return x_TD + routed + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+    routed = multi_lora_expert_mlp(normed, weights.experts, weights_TA, index_TA, adapters)
+    gate_up = torch.cat((F.linear(normed, gate), F.linear(normed, up)), dim=-1)
+    if adapters.gate_up is not None:
+        gate_up = multi_lora_linear_add(gate_up, normed, adapters.gate_up, adapters.adapter_ids)
+    hidden = swiglu(gate_up)
+    out = routed + F.linear(hidden, down)
+    if adapters.down is not None:
+        out = multi_lora_linear_add(out, hidden, adapters.down, adapters.adapter_ids)
+    return x_TD + out
+
+
+def multi_lora_linear_add(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor) -> Tensor:
+    """``y`` plus the product of ``x`` with each token's own LoRA weights, ``(T, O)``.
+
+    Args:
+        y_TO: The output of the linear layer, perhaps with a residual.
+        x_TI: The input of the linear layer.
+        lora: LoRA weights of all adapters.
+        adapter_ids_T: int32, each token's adapter id; 0 is the base model.
+    """
+    return torch.addmm(y_TO, mask_other_adapters(F.linear(x_TI, lora.a), lora, adapter_ids_T), lora.b.t())
+
+
+def multi_lora_expert_mlp(
+    x_TD: Tensor, experts: ExpertWeights, weights_TA: Tensor, index_TA: Tensor, adapters: MoEAdapters
+) -> Tensor:
+    """:func:`expert_mlp` in which each token has its own LoRA weights for ``fc1`` and ``fc2``.
+
+    Args:
+        x_TD, weights_TA, index_TA: See :func:`expert_mlp`.
+        experts: Weights of the experts, without LoRA weights.
+        adapters: LoRA weights of all adapters, and each token's adapter id.
+    """
+
+    def product(x: Tensor, weight_EIO: Tensor, lora: MultiLoRA | None, ids: Tensor, expert: int) -> Tensor:
+        y = x @ weight_EIO[expert]
+        return y if lora is None else y + mask_other_adapters(x @ lora.a[expert], lora, ids) @ lora.b[expert]
+
+    out = torch.zeros_like(x_TD)
+    for expert in index_TA.unique().tolist():
+        token, place = torch.where(index_TA == expert)
+        ids = adapters.adapter_ids[token]
+        hidden = swiglu(product(x_TD[token], experts.fc1, adapters.fc1, ids, expert))
+        y = product(hidden, experts.fc2, adapters.fc2, ids, expert)
+        out.index_add_(0, token, y * weights_TA[token, place, None])
+    return out
 
 
 def rope_angles(length: int, head_dim: int, theta: float, device: torch.device | str | None = None) -> Tensor:
@@ -212,58 +244,48 @@ def rope_angles(length: int, head_dim: int, theta: float, device: torch.device |
 
 
 def rotate_and_cache(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    angles_PK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, positions_T: Tensor, slots_T: Tensor, cache: PagedKV
 ) -> tuple[Tensor, Tensor]:
-    """Turn q and k by their positions and write k and v into their slots of the paged cache.
+    """Rotate q and k by their positions and write k and v into their slots of the paged cache.
 
     Args:
         q_THK, k_THK, v_THK: ``(T, H, K)``, ``(T, KV, K)`` twice; views of one fused projection, rows may be strided.
         positions_T: int32.
-        slots_T: int32; token t goes to offset ``slot % S`` of block ``slot // S``. No two are equal, but for block 0,
-            which takes what nobody reads.
-        angles_PK: see :func:`rope_angles`.
-        keys_BHSK, values_BHSK: one layer's cache, ``(B, KV, S, K)``; changed in place.
+        slots_T: int32; token t goes to offset ``slot % S`` of block ``slot // S``. No two are equal, except in block 0,
+            which holds what nobody reads.
+        cache: One layer's cache; changed in place.
 
     Returns:
-        The turned q ``(T, H, K)`` and k ``(T, KV, K)``, contiguous.
+        The rotated q ``(T, H, K)`` and k ``(T, KV, K)``, contiguous.
     """
-    cos, sin = angles_PK[positions_T.long()].to(torch.float32).chunk(2, dim=-1)
+    cos, sin = cache.angles[positions_T.long()].to(torch.float32).chunk(2, dim=-1)
     cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     q_THK, k_THK = (rotary(x.float(), cos, sin).to(x.dtype) for x in (q_THK, k_THK))
-    block, offset = slots_T.long() // keys_BHSK.shape[2], slots_T.long() % keys_BHSK.shape[2]
-    keys_BHSK[block, :, offset] = k_THK
-    values_BHSK[block, :, offset] = v_THK
+    S = cache.keys.shape[2]
+    block, offset = slots_T.long() // S, slots_T.long() % S
+    cache.keys[block, :, offset] = k_THK
+    cache.values[block, :, offset] = v_THK
     return q_THK, k_THK
 
 
-def paged_attention(
-    q_NHK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor, lengths_N: Tensor
-) -> Tensor:
+def paged_attention(q_NHK: Tensor, cache: PagedKV, blocks_NM: Tensor, lengths_N: Tensor) -> Tensor:
     """One query of each sequence against all its cached keys; softmax in float32.
 
     Args:
-        q_NHK: turned queries.
-        blocks_NM: int32, the blocks of each sequence in order; entries past its length are any valid block.
-        lengths_N: int32, keys of each sequence, the query's own included.
+        q_NHK: Rotated queries.
+        cache: One layer's cache.
+        blocks_NM: int32, the block table; entries past a sequence's length are any valid block.
+        lengths_N: int32, keys of each sequence, including the query's own.
 
     Returns:
         ``(N, H, K)``.
     """
     N, M = blocks_NM.shape
-    KV, S = keys_BHSK.shape[1:3]
+    KV, S = cache.keys.shape[1:3]
     # (N, M, KV, S, K) -> (N, KV, M * S, K)
-    keys, values = (
-        cache[blocks_NM.long()].transpose(1, 2).reshape(N, KV, M * S, -1) for cache in (keys_BHSK, values_BHSK)
-    )
+    keys, values = (x[blocks_NM.long()].transpose(1, 2).reshape(N, KV, M * S, -1) for x in (cache.keys, cache.values))
     mask = torch.arange(M * S, device=q_NHK.device) < lengths_N[:, None]
-    # Freed blocks keep what their last owner wrote, and a zero times its NaN would be NaN.
+    # Freed blocks keep what their last owner wrote, and zero times a NaN would be NaN.
     past = ~mask[:, None, :, None]
     for gathered in (keys, values):
         gathered.masked_fill_(past, 0)
@@ -274,82 +296,111 @@ def paged_attention(
 
 
 def cache_new(
-    q_NHK: Tensor,
-    k_NHK: Tensor,
-    v_NHK: Tensor,
-    positions_N: Tensor,
-    blocks_NM: Tensor,
-    angles_PK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, cache: PagedKV
 ) -> Tensor:
-    """The first half of :func:`decode_attention`: turns q and k, writes k and v at ``positions``; the turned q."""
-    S = keys_BHSK.shape[2]
+    """The first half of :func:`decode_attention`: rotate q and k, write k and v at ``positions``; the rotated q."""
+    S = cache.keys.shape[2]
     block = blocks_NM.gather(1, (positions_N.long() // S)[:, None])[:, 0]
-    slots = block * S + positions_N % S
-    q_NHK, _ = rotate_and_cache(q_NHK, k_NHK, v_NHK, positions_N, slots, angles_PK, keys_BHSK, values_BHSK)
+    q_NHK, _ = rotate_and_cache(q_NHK, k_NHK, v_NHK, positions_N, block * S + positions_N % S, cache)
     return q_NHK
 
 
 def decode_attention(
-    q_NHK: Tensor,
-    k_NHK: Tensor,
-    v_NHK: Tensor,
-    positions_N: Tensor,
-    blocks_NM: Tensor,
-    angles_PK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, cache: PagedKV
 ) -> Tensor:
-    """One new token of each sequence: turn q and k, write k and v at ``positions``, attend to all up to there.
+    """One new token of each sequence: rotate q and k, write k and v at ``positions``, attend to all up to there.
 
-    The arguments are those of :func:`rotate_and_cache` and :func:`paged_attention`. Rows that only fill up a batch
-    have position 0 and block 0.
+    The arguments are those of :func:`rotate_and_cache` and :func:`paged_attention`. Rows that only pad a batch have
+    position 0 and block 0.
 
     Returns:
         ``(N, H, K)``.
     """
-    q_NHK = cache_new(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, angles_PK, keys_BHSK, values_BHSK)
-    return paged_attention(q_NHK, keys_BHSK, values_BHSK, blocks_NM, positions_N + 1)
+    q_NHK = cache_new(q_NHK, k_NHK, v_NHK, positions_N, blocks_NM, cache)
+    return paged_attention(q_NHK, cache, blocks_NM, positions_N + 1)
 
 
-def chunk_attention(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
-    blocks_M: Tensor,
-    past: int,
-) -> Tensor:
+def chunk_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, blocks_M: Tensor, past: int) -> Tensor:
     """A chunk of one sequence's prompt: each token sees the cached past and the chunk up to itself.
 
     Args:
-        q_THK, k_THK, v_THK: the chunk, turned; its keys and values are already in the cache too.
+        q_THK, k_THK, v_THK: The chunk, rotated; its keys and values are already in the cache too.
+        cache: One layer's cache.
         blocks_M: int32, the sequence's blocks in order.
-        past: tokens of the sequence before the chunk.
+        past: Tokens of the sequence before the chunk.
 
     Returns:
         ``(T, H, K)``.
     """
-    KV, S, K = keys_BHSK.shape[1:]
+    KV, S, K = cache.keys.shape[1:]
     used = blocks_M[: -(-past // S)].long()
-    old_k, old_v = (x[used].transpose(1, 2).reshape(-1, KV, K)[:past] for x in (keys_BHSK, values_BHSK))
+    old_k, old_v = (x[used].transpose(1, 2).reshape(-1, KV, K)[:past] for x in (cache.keys, cache.values))
     keys, values = torch.cat((old_k, k_THK)), torch.cat((old_v, v_THK))
     queries, all_keys = Segments.of([q_THK.shape[0]]), Segments.of([keys.shape[0]])
     return attention(q_THK, keys, values, queries, all_keys, causal=True)
 
 
-def chunks_attention(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
-    blocks_NM: Tensor,
-    lengths: Sequence[int],
-    pasts: Sequence[int],
+def chunks_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, chunks: Chunks) -> Tensor:
+    """Chunks of N prompts, end to end: :func:`chunk_attention` of each."""
+    assert chunks.pasts is not None, "no kernel reads the spans of these chunks"
+    lengths = list(chunks.lengths)
+    parts = zip(*(x.split(lengths) for x in (q_THK, k_THK, v_THK)), chunks.blocks, chunks.pasts, strict=True)
+    return torch.cat([chunk_attention(q, k, v, cache, blocks, past) for q, k, v, blocks, past in parts])
+
+
+def sample(
+    logits_NV: Tensor,
+    rows_N: Tensor,
+    positions_N: Tensor,
+    table_RC: Tensor,
+    banned: Tensor,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Chunks of N prompts, end to end: :func:`chunk_attention` of each, over its own past of ``pasts`` tokens."""
-    pieces = zip(q_THK.split(lengths), k_THK.split(lengths), v_THK.split(lengths), blocks_NM, pasts, strict=True)
-    return torch.cat([chunk_attention(q, k, v, keys_BHSK, values_BHSK, *rest) for q, k, v, *rest in pieces])
+    """Draw a token for each sequence.
+
+    Temperature comes first, then the ``top_k`` likeliest, then the smallest set that holds ``top_p`` of what is left,
+    then those of at least ``min_p`` times the likeliest. Logits equal to the last one kept are kept too. V vocabulary,
+    R rows of the table.
+
+    Args:
+        logits_NV: Any floating dtype; not changed.
+        rows_N: int32, each sequence's row of the table.
+        positions_N: int32, each token's position in its sequence.
+        table_RC: int32, see :class:`aria.ops.sampling.Settings`.
+        banned: int64, ids that are never drawn.
+        arrivals: int32 counters of the kernel's programs, N or more, as in :class:`PagedKV`.
+
+    Returns:
+        int64 ``(N,)``.
+    """
+    logits = logits_NV.float().index_fill(-1, banned, float("-inf"))
+    settings = Settings.of(table_RC.index_select(0, rows_N))
+    warm = (settings.temperature > 0).nonzero()[:, 0]
+    if not len(warm):
+        return logits.argmax(-1)
+    if len(warm) == len(logits):
+        return draw(logits, positions_N, settings)
+    tokens = logits.argmax(-1)
+    tokens[warm] = draw(logits[warm], positions_N[warm], Settings(*(column[warm] for column in settings)))
+    return tokens
+
+
+def resample(images_YXH: Tensor, dim: int, target: int) -> Tensor:
+    """Resize one axis of images: one of the two passes of ``PIL.Image.resize`` with BICUBIC, bit for bit.
+
+    Args:
+        images_YXH: uint8 ``(..., Y, X, channels)``.
+        dim: -3 changes Y, -2 changes X.
+        target: The new length.
+    """
+    assert images_YXH.dtype == torch.uint8, f"images are {images_YXH.dtype}, not uint8"
+    source = images_YXH.shape[dim]
+    first, weights = taps_on(source, target, images_YXH.device)
+    shape = [1] * images_YXH.ndim
+    shape[dim] = target
+    total: Tensor | None = None
+    for tap, weight in enumerate(weights):
+        weighted = images_YXH.index_select(dim, (first + tap).clamp(max=source - 1)) * weight.view(shape)
+        total = weighted if total is None else total.add_(weighted)
+    assert total is not None, "every pixel has taps"
+    return total.add_(1 << (PRECISION - 1)).bitwise_right_shift_(PRECISION).clamp_(0, 255).to(torch.uint8)

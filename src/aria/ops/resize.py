@@ -54,24 +54,3 @@ def taps_on(source: int, target: int, device: torch.device) -> tuple[Tensor, Ten
         return both
     first, weights = (x.pin_memory().to(device, non_blocking=True) for x in both)
     return first, weights
-
-
-def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
-    """One axis of pictures in another length: one of the two passes of ``PIL.Image.resize`` with BICUBIC, bit by bit.
-
-    Args:
-        pictures_YXH: uint8 ``(..., Y, X, H)``.
-        dim: -3 changes Y, -2 changes X.
-        target: the new length.
-    """
-    assert pictures_YXH.dtype == torch.uint8, f"pictures are {pictures_YXH.dtype}, not uint8"
-    source = pictures_YXH.shape[dim]
-    first, weights = taps_on(source, target, pictures_YXH.device)
-    shape = [1] * pictures_YXH.ndim
-    shape[dim] = target
-    total: Tensor | None = None
-    for tap, weight in enumerate(weights):
-        weighted = pictures_YXH.index_select(dim, (first + tap).clamp(max=source - 1)) * weight.view(shape)
-        total = weighted if total is None else total.add_(weighted)
-    assert total is not None, "every pixel has taps"
-    return total.add_(1 << (PRECISION - 1)).bitwise_right_shift_(PRECISION).clamp_(0, 255).to(torch.uint8)

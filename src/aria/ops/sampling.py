@@ -45,35 +45,8 @@ class Settings(NamedTuple):
         return Settings(floats[0], words[1], floats[2], floats[3], words[4], words[5])
 
 
-def sample(logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor) -> Tensor:
-    """Draw a token for each sequence.
-
-    Temperature comes first, then the ``top_k`` likeliest, then the smallest set that holds ``top_p`` of what is left,
-    then those of at least ``min_p`` times the likeliest. Scores equal to the last one kept are kept too.
-
-    Args:
-        logits_NV: scores, any floating dtype; left as they are.
-        rows_N: int32, each sequence's row of the table.
-        positions_N: int32, where in its sequence each token will stand.
-        table_RC: int32, see :class:`Settings`.
-        banned: int64, ids that are never drawn.
-
-    Returns:
-        int64 ``(N,)``.
-    """
-    scores = logits_NV.float().index_fill(-1, banned, float("-inf"))
-    settings = Settings.of(table_RC.index_select(0, rows_N))
-    warm = (settings.temperature > 0).nonzero()[:, 0]
-    if not len(warm):
-        return scores.argmax(-1)
-    if len(warm) == len(scores):
-        return _draw(scores, positions_N, settings)
-    tokens = scores.argmax(-1)
-    tokens[warm] = _draw(scores[warm], positions_N[warm], Settings(*(column[warm] for column in settings)))
-    return tokens
-
-
-def _draw(scores_NV: Tensor, positions_N: Tensor, settings: Settings) -> Tensor:
+def draw(scores_NV: Tensor, positions_N: Tensor, settings: Settings) -> Tensor:
+    """A token of each sequence, int64 ``(N,)``, from float32 logits; temperatures are above 0."""
     least = thresholds(scores_NV, settings)
     noise = gumbel_noise(settings.seed_low, settings.seed_high, positions_N, scores_NV.shape[1])
     noisy = scores_NV / settings.temperature[:, None] + noise

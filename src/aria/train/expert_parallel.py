@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from aria import ops
 from aria.model.moe import Experts, GroupedLinear
-from aria.ops import LoRA
+from aria.ops import ExpertWeights, LoRA
 from aria.ops.moe import copy_rows, sum_rows
 from aria.train.shards import local
 
@@ -86,10 +86,8 @@ def _own_experts(
             torch.cat((x, x.new_zeros(1, x.shape[1]))) for x in (rows_ND, weights_NA, index_NA)
         )
         present = index_NA.numel()
-    out_ND = ops.expert_mlp(
-        rows_ND, fc1, fc2, weights_NA, index_NA,
-        fc1_lora=_lora(experts.fc1), fc2_lora=_lora(experts.fc2), present=present,
-    )  # fmt: skip
+    own = ExpertWeights(fc1, fc2, _lora(experts.fc1), _lora(experts.fc2))
+    out_ND = ops.expert_mlp(rows_ND, own, weights_NA, index_NA, present=present)
     return out_ND[:0] if nothing else out_ND
 
 

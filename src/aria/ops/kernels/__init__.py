@@ -1,1 +1,5 @@
-"""Triton kernels. Imported only by the operations that launch them, so that the package needs no Triton to import."""
+"""Kernels for CUDA, in Triton and Gluon. Nothing outside this folder imports Triton.
+
+Each module registers its kernels with the operations that they implement, and stands in the list
+:data:`aria.ops.registry.KERNELS`.
+"""

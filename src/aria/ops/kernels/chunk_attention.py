@@ -19,7 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from aria import private_api
+from aria.ops import operations
 from aria.ops.kernels.shared_memory import shared_memory
+from aria.ops.registry import Where
+from aria.ops.weights import Chunks, PagedKV
 
 _LOG2_E = 1.4426950408889634
 
@@ -147,59 +150,47 @@ _PIECE = 16384
 """Tokens of the past that are gathered at once."""
 
 
-def fits(q_THK: Tensor, keys_BHSK: Tensor) -> bool:
-    """Whether the kernel takes these widths: powers of two for a head, from 16 to 128, and for a block.
+def fits(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, *_: object) -> bool:
+    """Whether the kernel takes these sizes: powers of two for a head's width, from 16 to 128, and for a block.
 
     In float32 to 64: no tensor core multiplies that exactly, and wide heads are slow to compute and slow to compile.
     """
-    K, S = q_THK.shape[2], keys_BHSK.shape[2]
+    K, S = q_THK.shape[2], cache.keys.shape[2]
     widest = 64 if q_THK.is_cuda and q_THK.dtype == torch.float32 else 128
     return 16 <= K <= widest and all(size & (size - 1) == 0 for size in (K, S))
 
 
-def chunks_attention(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
-    blocks_NM: Tensor,
-    lengths: Sequence[int],
-    pasts: Sequence[int] | None,
-    spans_N3: Tensor | None = None,
-) -> Tensor:
-    """Chunks of prompts over their pasts in a paged cache; see :func:`aria.ops.reference.chunks_attention`.
-
-    Args:
-        pasts: None if only the device knows them, as when they change from one replay of a graph to the next.
-        spans_N3: int32, first token, length and past of each chunk; made here, at the price of a wait, if not given.
-    """
+@operations.chunks_attention.register(Where.INFERENCE, fits=fits)
+def chunks_attention_triton(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, chunks: Chunks) -> Tensor:
+    """One launch for chunks of all lengths; cuDNN for long ones whose pasts the host knows."""
+    blocks_NM, lengths, pasts, spans_N3 = chunks
     T, H, K = q_THK.shape
-    assert fits(q_THK, keys_BHSK), f"no kernel for queries {tuple(q_THK.shape)} and a cache {tuple(keys_BHSK.shape)}"
+    keys_BHSK, values_BHSK, *_ = cache
+    assert fits(q_THK, k_THK, v_THK, cache), f"no kernel for queries {tuple(q_THK.shape)}, cache {keys_BHSK.shape}"
     assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
     assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
     assert len(lengths) == len(blocks_NM) and sum(lengths) == T, "chunks and tokens differ"
     if pasts is None:
         assert spans_N3 is not None, "the pasts are unknown"
         out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
-        _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans_N3, max(lengths), 0, out)
+        _in_tiles(q_THK, k_THK, v_THK, cache, blocks_NM, spans_N3, max(lengths), 0, out)
         return out
     round_to = _ROUND if _cudnn(q_THK, k_THK) else 0
     even = [_even(length, past, round_to) for length, past in zip(lengths, pasts, strict=True)]
     if even == [T]:
-        return _in_parts(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM[0], pasts[0])
+        return _in_parts(q_THK, k_THK, v_THK, cache, blocks_NM[0], pasts[0])
     out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
     start = 0
     for chunk, (length, count) in enumerate(zip(lengths, even, strict=True)):
         if count:
             own = slice(start, start + count)
             q, k, v = q_THK[own], k_THK[own], v_THK[own]
-            out[own] = _in_parts(q, k, v, keys_BHSK, values_BHSK, blocks_NM[chunk], pasts[chunk])
+            out[own] = _in_parts(q, k, v, cache, blocks_NM[chunk], pasts[chunk])
         start += length
     rest = max(length - count for length, count in zip(lengths, even, strict=True))
     if rest:
         spans = _spans(lengths, pasts, q_THK.device) if spans_N3 is None else spans_N3
-        _in_tiles(q_THK, k_THK, v_THK, keys_BHSK, values_BHSK, blocks_NM, spans, rest, round_to, out)
+        _in_tiles(q_THK, k_THK, v_THK, cache, blocks_NM, spans, rest, round_to, out)
     return out
 
 
@@ -248,11 +239,10 @@ def _cudnn(q_THK: Tensor, k_THK: Tensor) -> bool:
     )
 
 
-def _in_parts(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_M: Tensor, past: int
-) -> Tensor:
+def _in_parts(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, blocks_M: Tensor, past: int) -> Tensor:
     """cuDNN on the chunk alone and on pieces of its past, merged."""
     T, H, K = q_THK.shape
+    keys_BHSK, values_BHSK, *_ = cache
     S = keys_BHSK.shape[2]
     q, k, v = (x.transpose(0, 1) for x in (q_THK, k_THK, v_THK))
     out_THK, lse_HT = _sdpa(q, k, v, causal=True)
@@ -284,11 +274,12 @@ def _tiles(q_THK: Tensor, tokens: int) -> tuple[int, int, int, int]:
 
 
 def _in_tiles(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, blocks_NM: Tensor,
-    spans_N3: Tensor, longest: int, round_to: int, out_THK: Tensor,
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, blocks_NM: Tensor, spans_N3: Tensor,
+    longest: int, round_to: int, out_THK: Tensor,
 ) -> None:  # fmt: skip
     """Our kernel, for what cuDNN does not take: at most ``longest`` tokens of a chunk."""
     _, H, K = q_THK.shape
+    keys_BHSK, values_BHSK, *_ = cache
     _, KV, S, _ = keys_BHSK.shape
     queries, keys, stages, warps = _tiles(q_THK, longest)
     _chunk_kernel[H, triton.cdiv(longest, queries), len(spans_N3)](

@@ -24,7 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels.pdl import overlap, release, wait
+from aria.ops.layout import adjacent, as_one
+from aria.ops.registry import Where
+from aria.ops.weights import MoEWeights
 
 
 @triton.jit
@@ -247,18 +251,6 @@ def _matvec(
     )  # fmt: skip
 
 
-def _joined(weights_OI: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Weights that lie one behind the other in one storage, as one."""
-    first = weights_OI[0]
-    end = first.storage_offset()
-    for weight in weights_OI:
-        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.storage_offset() != end:
-            return weights_OI
-        end += weight.numel()
-    rows = sum(weight.shape[0] for weight in weights_OI)
-    return (first.detach().as_strided((rows, first.shape[1]), first.stride()),)
-
-
 def fits_linear(x_TI: Tensor, *weights_OI: Tensor) -> bool:
     """Whether the linears of this file take these: one token, inputs a multiple of 16."""
     return (
@@ -269,46 +261,48 @@ def fits_linear(x_TI: Tensor, *weights_OI: Tensor) -> bool:
     )
 
 
-def norm_linear(x_1D: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
-    """:func:`aria.ops.reference.norm_linear` of one token; one launch if the weights lie in a row in memory, else one
-    each."""
-    assert fits_linear(x_1D, *weights_OD), "norm_linear: more than a token, or unfit sizes, dtypes or layout"
+def _fits_norm(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> bool:
+    return fits_linear(x_TD, *weights_OD)
+
+
+def _fits_add(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> bool:
+    return fits_linear(x_TI, weight_OI)
+
+
+@operations.norm_linear.register(Where.INFERENCE, fits=_fits_norm)
+def norm_linear_matvec(x_TD: Tensor, norm_D: Tensor, eps: float, *weights_OD: Tensor) -> Tensor:
+    """One token: one launch if the weights are adjacent in memory, else one each."""
+    assert fits_linear(x_TD, *weights_OD), "norm_linear: more than a token, or unfit sizes, dtypes or layout"
     sizes = [weight.shape[0] for weight in weights_OD]
-    out = x_1D.new_empty(1, sum(sizes))
-    joined = _joined(weights_OD)
+    out = x_TD.new_empty(1, sum(sizes))
+    joined = (as_one(weights_OD),) if adjacent(weights_OD) else weights_OD
     for weight, part in zip(joined, (out,) if len(joined) == 1 else out.split(sizes, dim=-1), strict=True):
-        _matvec(x_1D, weight, part, _MATVEC, norm_D, eps)
+        _matvec(x_TD, weight, part, _MATVEC, norm_D, eps)
     return out
 
 
-def linear_add(x_1I: Tensor, weight_OI: Tensor, residual_1O: Tensor) -> Tensor:
-    """:func:`aria.ops.reference.linear_add` of one token."""
-    assert fits_linear(x_1I, weight_OI), "linear_add: more than a token, or unfit sizes, dtypes or layout"
-    out = torch.empty_like(residual_1O)
-    _matvec(x_1I, weight_OI, out, _MATVEC_SMALL, residual_1O=residual_1O)
+@operations.linear_add.register(Where.INFERENCE, fits=_fits_add)
+def linear_add_matvec(x_TI: Tensor, weight_OI: Tensor, residual_TO: Tensor) -> Tensor:
+    """One token."""
+    assert fits_linear(x_TI, weight_OI), "linear_add: more than a token, or unfit sizes, dtypes or layout"
+    out = torch.empty_like(residual_TO)
+    _matvec(x_TI, weight_OI, out, _MATVEC_SMALL, residual_1O=residual_TO)
     return out
 
 
-def linear(x_1I: Tensor, weight_OI: Tensor) -> Tensor:
-    """:func:`aria.ops.reference.linear` of one token."""
-    assert fits_linear(x_1I, weight_OI), "linear: more than a token, or unfit sizes, dtypes or layout"
-    out = x_1I.new_empty(1, weight_OI.shape[0])
-    _matvec(x_1I, weight_OI, out, _MATVEC)
+@operations.linear.register(Where.INFERENCE, fits=fits_linear)
+def linear_matvec(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """One token."""
+    assert fits_linear(x_TI, weight_OI), "linear: more than a token, or unfit sizes, dtypes or layout"
+    out = x_TI.new_empty(1, weight_OI.shape[0])
+    _matvec(x_TI, weight_OI, out, _MATVEC)
     return out
 
 
-def moe_layer(
-    x_1D: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    router_ED: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor],
-    top_k: int,
-) -> Tensor:
-    """:func:`aria.ops.reference.moe_layer` of one token; experts laid out ``[E, out, in]``."""
-    gate_WD, up_WD, down_DW = shared
+def moe_one_token(x_1D: Tensor, weights: MoEWeights) -> Tensor:
+    """:func:`aria.ops.moe_layer` of one token without adapters, with the experts' memory laid out ``[E, out, in]``."""
+    norm_D, eps, router_ED, top_k = weights.norm, weights.eps, weights.router, weights.top_k
+    fc1_EDF, fc2_EFD, (gate_WD, up_WD, down_DW) = weights.fc1, weights.fc2, weights.shared
     (E, D), F, W = router_ED.shape, fc2_EFD.shape[1], gate_WD.shape[0]
     logits = x_1D.new_empty(E, dtype=torch.float32)
     index = x_1D.new_empty(top_k, dtype=torch.int32)

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels.shared_memory import Loop, first_within
 from aria.ops.lora import LoRA
+from aria.ops.registry import Where
 
 ROWS = 32
 """Rows of a tile: few, so that a linear layer's 8,192 tokens are two programs for each multiprocessor."""
@@ -194,10 +196,14 @@ def fits(rank: int, size: int, adapter_size: int, device: torch.device) -> bool:
     return _shrinking(*sizes) is not None and _expanding(*sizes) is not None
 
 
-def fits_linears(x: Tensor, adapters: Sequence[LoRA]) -> bool:
-    """Whether :func:`lora_linears` takes these: read together, their ranks add up."""
-    rank, size = sum(len(adapter.a) for adapter in adapters), max(adapter.a.element_size() for adapter in adapters)
-    return fits(rank, x.element_size(), size, x.device)
+def fits_linears(x: Tensor, _: object, loras: Sequence[LoRA]) -> bool:
+    """Whether these kernels take linear layers of one input: read together, their ranks add up."""
+    rank, size = sum(len(lora.a) for lora in loras), max(lora.a.element_size() for lora in loras)
+    return x.ndim == 2 and fits(rank, x.element_size(), size, x.device)
+
+
+def _fits_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, lora: LoRA) -> bool:
+    return fits_linears(x_TI, None, [lora])
 
 
 def gather(
@@ -361,21 +367,21 @@ def _thin(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.t() @ y).to(dtype)
 
 
-def lora_linears(
-    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], adapters: Sequence[LoRA]
+@operations.lora_linears.register(Where.TRAINING, fits=fits_linears)
+def lora_linears_train(
+    x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], loras: Sequence[LoRA]
 ) -> tuple[Tensor, ...]:
-    """See :func:`aria.ops.reference.lora_linears`; layers that count and drop alike are read together."""
-    if len({(adapter.scaling, adapter.dropout, adapter.a.dtype) for adapter in adapters}) > 1:
-        pairs = zip(layers, adapters, strict=True)
-        return tuple(lora_linears(x_TI, [layer], [adapter])[0] for layer, adapter in pairs)
+    """With gradients; layers of one scaling, dropout and dtype share one pass over the input."""
+    if len({(lora.scaling, lora.dropout, lora.a.dtype) for lora in loras}) > 1:
+        pairs = zip(layers, loras, strict=True)
+        return tuple(lora_linears_train(x_TI, [layer], [lora])[0] for layer, lora in pairs)
     matrices = [
-        matrix
-        for layer, adapter in zip(layers, adapters, strict=True)
-        for matrix in Layer(*layer, adapter.a, adapter.b)
-    ]
-    return _LoRALinears.apply(x_TI, adapters[0].scaling, adapters[0].dropout, *matrices)
+        matrix for layer, lora in zip(layers, loras, strict=True) for matrix in Layer(*layer, lora.a, lora.b)
+    ]  # fmt: skip
+    return _LoRALinears.apply(x_TI, loras[0].scaling, loras[0].dropout, *matrices)
 
 
-def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: LoRA) -> Tensor:
-    """See :func:`aria.ops.reference.lora_linear`."""
-    return lora_linears(x_TI, [(weight_OI, bias_O)], [adapter])[0]
+@operations.lora_linear.register(Where.TRAINING, fits=_fits_linear)
+def lora_linear_train(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, lora: LoRA) -> Tensor:
+    """With gradients."""
+    return lora_linears_train(x_TI, [(weight_OI, bias_O)], [lora])[0]

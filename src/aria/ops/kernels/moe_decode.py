@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels import gemv, multi_lora_decode
 from aria.ops.kernels.gemv import DTYPES, columns
-from aria.ops.kernels.multi_lora_decode import widen
+from aria.ops.kernels.multi_lora_decode import expand
 from aria.ops.kernels.pdl import overlap, release, wait
 from aria.ops.kernels.shared_memory import stages_within
-from aria.ops.multi_lora import NO_LORAS, MoEMultiLoRA, MultiLoRA
+from aria.ops.multi_lora import MoEAdapters, MultiLoRA
+from aria.ops.registry import Where
+from aria.ops.weights import MoEWeights
 
 
 @triton.jit
@@ -179,10 +182,10 @@ def _experts_up_kernel(
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         if R > 0 and part >= SHARED:
             b_ptrs = b_ptr + expert * (R * 2 * F) + line // HALF * F + column
-            product = widen(product, b_ptrs, 2 * F, h_ptr, row, live, T * A, R, R_BLOCK, PARTS)
+            product = expand(product, b_ptrs, 2 * F, h_ptr, row, live, T * A, R, R_BLOCK, PARTS)
         if SHARED_R > 0 and part < SHARED:
             b_ptrs = shared_b_ptr + (line // HALF * (S * F) + part * F + column) * SHARED_R
-            product = widen(product, b_ptrs, 1, shared_h_ptr, place, live, T, SHARED_R, SHARED_BLOCK, PARTS)
+            product = expand(product, b_ptrs, 1, shared_h_ptr, place, live, T, SHARED_R, SHARED_BLOCK, PARTS)
         for step in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             inner = step + tl.arange(0, BLOCK_D)
             w = _weights(w_ptrs, inner, D, BLOCK_D)
@@ -242,10 +245,10 @@ def _down_kernel(
         product = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         if R > 0 and part >= SHARED:
             b_ptrs = b_ptr + expert * (R * D) + tl.minimum(out, D - 1)
-            product = widen(product, b_ptrs, D, h_ptr, row, live, T * A, R, R_BLOCK, PARTS)
+            product = expand(product, b_ptrs, D, h_ptr, row, live, T * A, R, R_BLOCK, PARTS)
         if SHARED > 0 and SHARED_R > 0 and part == 0:
             b_ptrs = shared_b_ptr + tl.minimum(out, D - 1) * SHARED_R
-            product = widen(product, b_ptrs, 1, shared_h_ptr, place, live, T, SHARED_R, SHARED_BLOCK, PARTS)
+            product = expand(product, b_ptrs, 1, shared_h_ptr, place, live, T, SHARED_R, SHARED_BLOCK, PARTS)
         for step in tl.range(0, F, BLOCK_F, num_stages=STAGES):
             inner = step + tl.arange(0, BLOCK_F)
             w = _weights(w_ptrs, inner, F, BLOCK_F)
@@ -286,6 +289,8 @@ _DOWN = {"BLOCK_O": 64, "BLOCK_F": 128, "STAGES": 4, "num_warps": 4}
 _DOWN_WIDE = {"BLOCK_O": 128, "BLOCK_F": 128, "STAGES": 3, "num_warps": 8}
 _COMBINE = {"BLOCK_D": 512, "num_warps": 4}
 
+MOST_TOKENS = 256
+"""Above, experts are better multiplied as tiles (docs/lab/kernels.md)."""
 _WIDEST = 64
 """Tokens of a tile at most."""
 _TOGETHER = 16
@@ -310,15 +315,27 @@ def _fitted(tile: dict[str, int], tokens: int, inner: str, x: Tensor) -> dict[st
     return tile | {"STAGES": stages_within(tile["STAGES"], step, x.device)}
 
 
-def fits_moe(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, shared: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Whether :func:`moe_layer` takes these: experts laid out ``[E, out, in]``, sizes that are multiples of 16, and a
-    shared width that is a multiple of the experts'."""
+def serves(weights: MoEWeights) -> bool:
+    """Whether the kernels can use these weights: experts laid out ``[E, out, in]``, sizes that are multiples of 16, and
+    a shared width that is a multiple of the experts'."""
+    fc1_EDF, fc2_EFD, shared = weights.fc1, weights.fc2, weights.shared
     return (
-        x_TD.dtype in DTYPES
-        and all(w.is_contiguous() for w in (x_TD, *shared, fc1_EDF.transpose(1, 2), fc2_EFD.transpose(1, 2)))
-        and all(w.dtype == x_TD.dtype for w in (fc1_EDF, fc2_EFD, *shared))
-        and x_TD.shape[1] % 16 == fc2_EFD.shape[1] % 16 == 0
+        fc1_EDF.dtype in DTYPES
+        and all(w.is_contiguous() for w in (*shared, fc1_EDF.transpose(1, 2), fc2_EFD.transpose(1, 2)))
+        and all(w.dtype == fc1_EDF.dtype for w in (fc2_EFD, *shared))
+        and fc1_EDF.shape[1] % 16 == fc2_EFD.shape[1] % 16 == 0
         and shared[0].shape[0] % fc2_EFD.shape[1] == 0
+    )
+
+
+def fits(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> bool:
+    """Whether the kernels take these tokens: few enough that experts are better read as weights than multiplied as
+    tiles (docs/lab/kernels.md), with adapters that :func:`multi_lora_decode.fits`."""
+    return (
+        len(x_TD) <= MOST_TOKENS
+        and x_TD.dtype == weights.fc1.dtype
+        and x_TD.is_contiguous()
+        and (adapters is None or multi_lora_decode.fits(*adapters.loras))
     )
 
 
@@ -339,29 +356,19 @@ def _route(
     return scores, rows, counts, busy
 
 
-def moe_layer(
-    x_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    router_ED: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor],
-    top_k: int,
-    loras: MoEMultiLoRA = NO_LORAS,
-    adapter_ids_T: Tensor | None = None,
-) -> Tensor:
-    """:func:`aria.ops.reference.moe_layer` of one to some hundred tokens, without a wait for the host.
+@operations.moe_layer.register(Where.INFERENCE, serves=serves, fits=fits)
+def moe_layer_decode(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> Tensor:
+    """One to some hundred tokens, without a wait for the host.
 
     Args:
-        fc1_EDF, fc2_EFD: shapes ``(E, D, 2F)`` and ``(E, F, D)``, memory ``[E, out, in]``; see :func:`fits_moe`.
-        loras, adapter_ids_T: adapters that :func:`multi_lora_decode.fits`, and whose each token has; see
-            :func:`aria.ops.multi_lora_moe_layer`.
+        weights: Experts have shapes ``(E, D, 2F)`` and ``(E, F, D)`` and memory ``[E, out, in]``; see :func:`serves`.
+        adapters: See :func:`fits`.
     """
-    assert fits_moe(x_TD, fc1_EDF, fc2_EFD, shared), "moe_layer: unfit sizes, dtypes or layout of the experts"
-    if x_TD.shape[0] == 1 and adapter_ids_T is None:
-        return gemv.moe_layer(x_TD, norm_D, eps, router_ED, fc1_EDF, fc2_EFD, shared, top_k)
-    gate_WD, up_WD, down_DW = shared
+    assert weights.served(serves), "moe_layer: unfit sizes, dtypes or layout of the experts"
+    if x_TD.shape[0] == 1 and adapters is None:
+        return gemv.moe_one_token(x_TD, weights)
+    norm_D, eps, router_ED, top_k = weights.norm, weights.eps, weights.router, weights.top_k
+    fc1_EDF, fc2_EFD, (gate_WD, up_WD, down_DW) = weights.fc1, weights.fc2, weights.shared
     T, (E, D), F, A = x_TD.shape[0], router_ED.shape, fc2_EFD.shape[1], top_k
     S, options = gate_WD.shape[0] // F, overlap(x_TD.device)
     together = T <= _TOGETHER
@@ -374,22 +381,24 @@ def moe_layer(
 
     lists = _route(x_TD, norm_D, eps, router_ED, normed, A)
 
-    def thinned(
+    def shrunk(
         x: Tensor, lora: MultiLoRA | None, shared_x: Tensor, shared_lora: MultiLoRA | None
-    ) -> multi_lora_decode.Thin:
-        if adapter_ids_T is None:
+    ) -> multi_lora_decode.Shrunk:
+        if adapters is None:
             return multi_lora_decode.NOTHING
-        return multi_lora_decode.thin(
-            x, lora, shared_x, shared_lora, adapter_ids_T, lists[1:], A, experts=experts, block=block, options=options
-        )
+        return multi_lora_decode.shrink(
+            x, lora, shared_x, shared_lora, adapters.adapter_ids, lists[1:], A, experts=experts, block=block,
+            options=options,
+        )  # fmt: skip
 
-    thin_up = thinned(normed, loras.fc1, normed, loras.gate_up)
+    fc1_lora, fc2_lora, gate_up_lora, down_lora = (None,) * 4 if adapters is None else adapters.loras
+    shrunk_up = shrunk(normed, fc1_lora, normed, gate_up_lora)
 
     def up(tile: dict[str, int], block: int, beside: int, experts: int) -> None:
         tile = _fitted(tile, block, "BLOCK_D", normed)
         _experts_up_kernel[((beside + experts) * triton.cdiv(F, tile["BLOCK_O"] // 2),)](
             normed, fc1_EDF, gate_WD, up_WD, *lists, hidden, T,
-            A_POW2=triton.next_power_of_2(A), SHARED=beside, BLOCK_T=block, **thin_up.arguments(), **sizes, **tile,
+            A_POW2=triton.next_power_of_2(A), SHARED=beside, BLOCK_T=block, **shrunk_up.arguments(), **sizes, **tile,
             **options,
         )  # fmt: skip
 
@@ -398,15 +407,15 @@ def moe_layer(
     up(_UP if block < _WIDEST else _UP_WIDE, block, beside, experts)
     tile = _fitted(_DOWN if block < _WIDEST else _DOWN_WIDE, block, "BLOCK_F", hidden)
     of_shared = hidden[T * A :].view(T, S * F)
-    thin_down = thinned(hidden[: T * A], loras.fc2, of_shared, loras.down if together else None)
+    shrunk_down = shrunk(hidden[: T * A], fc2_lora, of_shared, down_lora if together else None)
     _down_kernel[((beside + experts) * triton.cdiv(D, tile["BLOCK_O"]),)](
-        hidden, fc2_EFD, down_DW, *lists[1:], parts, T, SHARED=beside, BLOCK_T=block, **thin_down.arguments(), **sizes,
-        **tile, **options,
+        hidden, fc2_EFD, down_DW, *lists[1:], parts, T, SHARED=beside, BLOCK_T=block, **shrunk_down.arguments(),
+        **sizes, **tile, **options,
     )  # fmt: skip
     if not together:
         down = torch.mm(of_shared, down_DW.t(), out=parts[T * A : T * A + T])
-        if loras.down is not None and adapter_ids_T is not None:
-            multi_lora_decode.linear_add(down, of_shared, loras.down, adapter_ids_T, out=down)
+        if down_lora is not None and adapters is not None:
+            multi_lora_decode.add_in_place(down, of_shared, down_lora, adapters.adapter_ids)
     _combine_kernel[(T, triton.cdiv(D, _COMBINE["BLOCK_D"]))](
         x_TD, parts, out, T, D=D, A=A, SHARED=beside or 1, **_COMBINE, **options
     )

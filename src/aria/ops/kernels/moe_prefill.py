@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels.grouped_gemm import Tiles, grouped
 from aria.ops.kernels.permute import combine, norm_route, permute, place
 from aria.ops.kernels.shared_memory import HOPPER, shared_memory
 from aria.ops.layout import adjacent, as_one
+from aria.ops.multi_lora import MoEAdapters
+from aria.ops.registry import Where
+from aria.ops.weights import MoEWeights
 
 # Up to 64 rows an expert reading weights is the time: tiles as low as the tensor cores allow, and expert after expert,
 # so that what is read together lies together. Above, multiplying is.
@@ -24,43 +28,42 @@ _LOW_SMALL = _LOW._replace(inputs=64)
 _HIGH_SMALL = _HIGH._replace(columns=64)
 
 
-def fits(x_TD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor) -> bool:
-    """Whether :func:`moe_layer` takes these: two-byte numbers on Hopper or later, experts in memory as
-    ``(E, out, in)``, widths that the copy engine can step over."""
+def serves(weights: MoEWeights) -> bool:
+    """Whether the kernels can use these weights: on Hopper or later, experts laid out ``[E, out, in]``, widths that the
+    copy engine can step over."""
+    fc1_EDF, fc2_EFD = weights.fc1, weights.fc2
     return (
-        x_TD.is_cuda
-        and x_TD.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(x_TD.device) >= (9, 0)
+        fc1_EDF.is_cuda
+        and torch.cuda.get_device_capability(fc1_EDF.device) >= (9, 0)
         and _laid_out(fc1_EDF, fc2_EFD)
         and fc1_EDF.shape[1] % 16 == 0
         and fc2_EFD.shape[1] % 8 == 0
     )
 
 
+def fits(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> bool:
+    """Whether the kernels take these tokens: 16-bit numbers, no adapters."""
+    return x_TD.dtype in (torch.bfloat16, torch.float16) and adapters is None
+
+
 def _laid_out(*weights: Tensor) -> bool:
     return all(weight.transpose(1, 2).is_contiguous() for weight in weights)
 
 
-def moe_layer(
-    x_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    router_ED: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor],
-    top_k: int,
-) -> Tensor:
-    """See :func:`aria.ops.reference.moe_layer`. Takes what :func:`fits`; nothing waits for the host."""
-    assert x_TD.is_contiguous(), "the tokens must lie one after another"
-    assert _laid_out(fc1_EDF, fc2_EFD), "the experts' weights must lie in memory as (E, out, in)"
+@operations.moe_layer.register(Where.INFERENCE, serves=serves, fits=fits)
+def moe_layer_prefill(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> Tensor:
+    """Any number of tokens; nothing waits for the host."""
+    assert adapters is None, "these kernels have no adapters"
+    fc1_EDF, fc2_EFD, top_k = weights.fc1, weights.fc2, weights.top_k
+    assert x_TD.is_contiguous(), "the tokens must be contiguous"
+    assert _laid_out(fc1_EDF, fc2_EFD), "the experts' weights must be laid out [E, out, in]"
     low, high = (_LOW, _HIGH) if shared_memory(x_TD.device) >= HOPPER else (_LOW_SMALL, _HIGH_SMALL)
     tiles = low if x_TD.shape[0] * top_k <= 64 * fc1_EDF.shape[0] else high
-    normed, weights_TA, index_TA, counts_NE = norm_route(x_TD, norm_D, eps, router_ED, top_k)
+    normed, weights_TA, index_TA, counts_NE = norm_route(x_TD, weights.norm, weights.eps, weights.router, top_k)
     position_TA, table = place(index_TA, counts_NE, tiles.rows)
     rows_PD = permute(normed, position_TA, (table.numel() - 1) * tiles.rows)
     y_PD = _experts(rows_PD, fc1_EDF, fc2_EFD, table, tiles)
-    return combine(x_TD, _shared(normed, *shared, tiles), y_PD, weights_TA, position_TA)
+    return combine(x_TD, _shared(normed, *weights.shared, tiles), y_PD, weights_TA, position_TA)
 
 
 def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, tiles: Tiles) -> Tensor:

@@ -18,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels import lora_train, swiglu
 from aria.ops.kernels.lora_train import NONE, Noise, expand, gather
 from aria.ops.lora import LoRA
+from aria.ops.registry import Where
+from aria.ops.weights import ExpertWeights
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -101,9 +104,14 @@ def _split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
     return x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
 
 
-def fits(x: Tensor, *adapters: LoRA | None) -> bool:
-    """Whether :func:`expert_mlp` takes these adapters: there is room for their ranks."""
-    ranks = [(adapter.a.shape[-1], adapter.a.element_size()) for adapter in adapters if adapter is not None]
+def fits(x_TD: Tensor, experts: ExpertWeights, *_: object, **__: object) -> bool:
+    """Whether these kernels take the LoRA weights of the experts: their ranks fit into shared memory."""
+    return fits_ranks(x_TD, experts.fc1_lora, experts.fc2_lora)
+
+
+def fits_ranks(x: Tensor, *loras: LoRA | None) -> bool:
+    """Whether the ranks of LoRA weights fit into shared memory."""
+    ranks = [(lora.a.shape[-1], lora.a.element_size()) for lora in loras if lora is not None]
     if not ranks:
         return True
     rank, size = (max(values) for values in zip(*ranks, strict=True))
@@ -206,36 +214,30 @@ def _outer_if(wanted: bool, x: Tensor | None, y: Tensor | None, ends: Tensor) ->
     return outer(x, y, ends)
 
 
-def expert_mlp(
-    x_TD: Tensor,
-    fc1_EDF: Tensor,
-    fc2_EFD: Tensor,
-    weights_TA: Tensor,
-    index_TA: Tensor,
-    *,
-    fc1_lora: LoRA | None = None,
-    fc2_lora: LoRA | None = None,
-    present: int | None = None,
+@operations.expert_mlp.register(Where.TRAINING, fits=fits)
+def expert_mlp_train(
+    x_TD: Tensor, experts: ExpertWeights, weights_TA: Tensor, index_TA: Tensor, *, present: int | None = None
 ) -> Tensor:
-    """See :func:`aria.ops.reference.expert_mlp`. With PyTorch's grouped products nothing waits for the host."""
+    """With gradients. With PyTorch's grouped products nothing waits for the host."""
+    fc1_EDF, fc2_EFD, fc1_lora, fc2_lora = experts
     both = fc1_lora, fc2_lora
-    rank = max((adapter.a.shape[-1] for adapter in both if adapter is not None), default=0)
+    rank = max((lora.a.shape[-1] for lora in both if lora is not None), default=0)
     rank = -(-rank // 8) * 8  # grouped products step over 16 bytes at a time
     a1, b1 = _matrices(fc1_lora, rank)
     a2, b2 = _matrices(fc2_lora, rank)
-    scaling_1, scaling_2 = (1.0 if adapter is None else adapter.scaling for adapter in both)
-    noise_1, noise_2 = (NONE if adapter is None else Noise(adapter.dropout) for adapter in both)
+    scaling_1, scaling_2 = (1.0 if lora is None else lora.scaling for lora in both)
+    noise_1, noise_2 = (NONE if lora is None else Noise(lora.dropout) for lora in both)
     adapters = _Adapters((scaling_1, scaling_2), (noise_1, noise_2))
     return _ExpertMLP.apply(
         x_TD, fc1_EDF, fc2_EFD, weights_TA.contiguous(), index_TA, a1, b1, a2, b2, adapters, present
     )  # fmt: skip
 
 
-def _matrices(adapter: LoRA | None, rank: int) -> tuple[Tensor | None, Tensor | None]:
-    """An adapter's two matrices, contiguous and filled up to ``rank`` with zeros."""
-    if adapter is None:
+def _matrices(lora: LoRA | None, rank: int) -> tuple[Tensor | None, Tensor | None]:
+    """The two matrices, contiguous and padded to ``rank`` with zeros."""
+    if lora is None:
         return None, None
-    a, b = adapter.a, adapter.b
+    a, b = lora.a, lora.b
     if more := rank - a.shape[-1]:
         a, b = F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more))
     return a.contiguous(), b.contiguous()

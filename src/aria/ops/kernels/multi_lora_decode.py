@@ -15,13 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels.pdl import overlap, release, wait
 from aria.ops.kernels.shared_memory import stages_within
 from aria.ops.multi_lora import MultiLoRA
+from aria.ops.registry import Where
 
 SPLIT = 4
 MOST_RANKS = 128
-"""What a program of these products holds at a time."""
+"""Ranks of all adapters that a program of these products can hold."""
+MOST_TOKENS = 64
+"""Tokens up to which these kernels are faster beside a linear layer (docs/lab/kernels.md)."""
 
 
 @triton.jit
@@ -42,7 +46,7 @@ def _part(
 
 
 @triton.jit
-def _thin_kernel(
+def _shrink_kernel(
     x_ptr, a_ptr, rank_ids_ptr, h_ptr, shared_x_ptr, shared_a_ptr, shared_rank_ids_ptr, shared_h_ptr,
     ids_ptr, rows_ptr, counts_ptr, busy_ptr, T,
     E: tl.constexpr, A: tl.constexpr, I: tl.constexpr, R: tl.constexpr, SHARED_I: tl.constexpr, SHARED_R: tl.constexpr,
@@ -119,7 +123,7 @@ def _store(sums, h_ptr, row, token, live, rank_ids_ptr, ids_ptr, R: tl.constexpr
 
 
 @triton.jit
-def widen(
+def expand(
     product, b_ptrs, stride, h_ptr, row, live, rows, R: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     """``product + b h`` of some rows of ``h``: ``(outputs, len(row))``.
@@ -168,12 +172,12 @@ def _add_kernel(
     at = token.to(tl.int64)[None, :] * O + out[:, None]
     product = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     b_ptrs = b_ptr + tl.minimum(out, O - 1) * R
-    product = widen(product, b_ptrs, 1, h_ptr, token, live, T, R, R_BLOCK, PARTS)
+    product = expand(product, b_ptrs, 1, h_ptr, token, live, T, R, R_BLOCK, PARTS)
     tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)
     release(PDL)
 
 
-class Thin(NamedTuple):
+class Shrunk(NamedTuple):
     """What widens to the adapters' part of a product over experts, routed and shared; None where there are none."""
 
     h: Tensor | None
@@ -191,15 +195,15 @@ class Thin(NamedTuple):
         }  # fmt: skip
 
 
-NOTHING = Thin(None, None, None, None)
+NOTHING = Shrunk(None, None, None, None)
 
 
 def fits(*loras: MultiLoRA | None) -> bool:
-    """Whether :func:`thin` and :func:`linear_add` take these adapters."""
+    """Whether these kernels take LoRA weights of so many ranks."""
     return all(lora is None or len(lora.adapter_ids) <= MOST_RANKS for lora in loras)
 
 
-def thin(
+def shrink(
     x: Tensor,
     lora: MultiLoRA | None,
     shared_x: Tensor,
@@ -211,7 +215,7 @@ def thin(
     experts: int,
     block: int,
     options: dict[str, bool],
-) -> Thin:
+) -> Shrunk:
     """Thin products of the routed and of the shared experts' inputs, in one launch.
 
     Args:
@@ -232,23 +236,34 @@ def thin(
     )
     E = len(lists[1])
     programs = (triton.cdiv(T, block) if shared else 0) + (experts if lora else 0)
-    _thin_kernel[(programs, SPLIT)](
+    _shrink_kernel[(programs, SPLIT)](
         x, lora and lora.a, lora and lora.adapter_ids, h, shared_x, shared and shared.a, shared and shared.adapter_ids,
         shared_h, adapter_ids_T, *lists, T,
         E=E, A=top_k, I=x.shape[1], R=R, SHARED_I=shared_x.shape[1], SHARED_R=SHARED_R, BY_ROW=len(x) > T,
         EVERY=experts == E, BLOCK_T=block, R_BLOCK=_block(R), SHARED_BLOCK=_block(SHARED_R), PARTS=SPLIT,
         **_tile(x, block, max(R, SHARED_R)), **options,
     )  # fmt: skip
-    return Thin(h, lora and lora.b, shared_h, shared and shared.b)
+    return Shrunk(h, lora and lora.b, shared_h, shared and shared.b)
 
 
-def linear_add(
-    y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor, *, out: Tensor | None = None
-) -> Tensor:
-    """See :func:`aria.ops.multi_lora.multi_lora_linear_add`. ``out`` may be ``y`` itself."""
+def _fits_linear(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor) -> bool:
+    return len(x_TI) <= MOST_TOKENS and x_TI.is_contiguous() and y_TO.is_contiguous() and fits(lora)
+
+
+@operations.multi_lora_linear_add.register(Where.INFERENCE, fits=_fits_linear)
+def multi_lora_linear_add_decode(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor) -> Tensor:
+    """Two launches."""
+    return _add(y_TO, x_TI, lora, adapter_ids_T, torch.empty_like(y_TO))
+
+
+def add_in_place(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor) -> Tensor:
+    """The same, written to ``y``."""
+    return _add(y_TO, x_TI, lora, adapter_ids_T, y_TO)
+
+
+def _add(y_TO: Tensor, x_TI: Tensor, lora: MultiLoRA, adapter_ids_T: Tensor, out_TO: Tensor) -> Tensor:
     (T, outputs), R, options = y_TO.shape, len(lora.adapter_ids), overlap(x_TI.device)
-    assert x_TI.is_contiguous() and y_TO.is_contiguous(), "rows lie one after another"
-    out = torch.empty_like(y_TO) if out is None else out
+    assert x_TI.is_contiguous() and y_TO.is_contiguous(), "rows must be contiguous"
     h = x_TI.new_empty(SPLIT, T, R, dtype=torch.float32)
     block, ranks = {"BLOCK_T": 16, "PARTS": SPLIT} | options, {"R": R, "R_BLOCK": _block(R)}
     tiles = triton.cdiv(T, 16)
@@ -256,9 +271,9 @@ def linear_add(
         x_TI, lora.a, lora.adapter_ids, h, adapter_ids_T, T, I=x_TI.shape[1], **ranks, **_tile(x_TI, 16, R), **block
     )
     _add_kernel[(triton.cdiv(outputs, 64), tiles)](
-        y_TO, h, lora.b, out, T, O=outputs, BLOCK_O=64, num_warps=4, **ranks, **block
+        y_TO, h, lora.b, out_TO, T, O=outputs, BLOCK_O=64, num_warps=4, **ranks, **block
     )
-    return out
+    return out_TO
 
 
 def _tile(x: Tensor, tokens: int, ranks: int) -> dict[str, int]:

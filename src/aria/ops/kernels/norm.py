@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
+from aria.ops.registry import Where
+
 
 @triton.jit
 def _norm_kernel(x_ptr, weight_ptr, out_ptr, eps, x_stride, D: tl.constexpr, WIDTH: tl.constexpr):
@@ -21,8 +24,9 @@ def _norm_kernel(x_ptr, weight_ptr, out_ptr, eps, x_stride, D: tl.constexpr, WID
     tl.store(out_ptr + token * D + column, normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight, mask=inside)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of each row; see :func:`aria.ops.reference.rms_norm`."""
+@operations.rms_norm.register(Where.INFERENCE)
+def rms_norm_triton(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """One pass over rows whose elements are contiguous."""
     T, D = x_TD.shape
     assert x_TD.stride(1) == 1 and weight_D.is_contiguous(), "rows are contiguous"
     out = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)

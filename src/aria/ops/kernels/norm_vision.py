@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
+from aria.ops.registry import Where
+
 _ROWS = 4
 """Rows of a program, and its warps."""
 
@@ -43,8 +46,11 @@ def _layer_norm_kernel(
     tl.store(out_ptr + row * D + tail[None, :], y, mask=exists & inside[None, :])
 
 
-def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, shift_D: Tensor | None = None) -> Tensor:
-    """LayerNorm of each row of ``x + shift``; see :func:`aria.ops.reference.layer_norm`."""
+@operations.layer_norm.register(Where.INFERENCE)
+def layer_norm_triton(
+    x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, shift_D: Tensor | None = None
+) -> Tensor:
+    """One pass over rows whose elements are contiguous."""
     T, D = x_TD.shape
     assert x_TD.stride(1) == 1, "rows are contiguous"
     assert shift_D is None or (shift_D.dtype == torch.float32 and shift_D.is_contiguous()), "the shift is in float32"

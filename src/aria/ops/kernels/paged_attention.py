@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels.pdl import overlap, release, wait
+from aria.ops.registry import Where
+from aria.ops.weights import PagedKV
 
 _LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that what has seen no key yet can be compared and rescaled."""
@@ -204,14 +207,14 @@ def _processors(device: torch.device) -> int:
 
 
 def _attend(
-    q_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor,
-    new: tuple[Tensor, Tensor, Tensor] | None, arrivals: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Launch; ``new`` are k, v and the angles of tokens that are not in the cache yet."""
+    q_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, cache: PagedKV, new: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Launch the kernel; ``new`` are k and v of tokens that are not in the cache yet."""
     N, H, K = q_NHK.shape
+    keys_BHSK, values_BHSK, angles, arrivals = cache
     _, KV, S, _ = keys_BHSK.shape
-    k, v, angles = new if new is not None else (q_NHK, q_NHK, q_NHK)
-    assert fits(q_NHK, keys_BHSK), f"no kernel for queries {tuple(q_NHK.shape)} and a cache {tuple(keys_BHSK.shape)}"
+    k, v = new if new is not None else (q_NHK, q_NHK)
+    assert fits(q_NHK, cache), f"no kernel for queries {tuple(q_NHK.shape)} and a cache {tuple(keys_BHSK.shape)}"
     assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
     assert all(x.stride()[1:] == (K, 1) for x in (q_NHK, k, v)), "heads of a token lie side by side"
     assert blocks_NM.stride(1) == 1, "block tables have rows"
@@ -238,44 +241,30 @@ def _attend(
     return out
 
 
-def fits(q_NHK: Tensor, keys_BHSK: Tensor) -> bool:
-    """Whether the kernel takes these widths: powers of two for a head and for a block."""
-    return all(8 <= size <= 256 and size & (size - 1) == 0 for size in (q_NHK.shape[2], keys_BHSK.shape[2]))
+def fits(q_NHK: Tensor, cache: PagedKV, *_: object) -> bool:
+    """Whether the kernel takes these sizes: powers of two for a head's width and for a block."""
+    return all(8 <= size <= 256 and size & (size - 1) == 0 for size in (q_NHK.shape[2], cache.keys.shape[2]))
 
 
-def paged_attention(
-    q_NHK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
-    blocks_NM: Tensor,
-    lengths_N: Tensor,
-    arrivals: Tensor | None = None,
+def _fits_decode(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, cache: PagedKV
+) -> bool:
+    return fits(q_NHK, cache)
+
+
+@operations.paged_attention.register(Where.INFERENCE, fits=fits)
+def paged_attention_triton(q_NHK: Tensor, cache: PagedKV, blocks_NM: Tensor, lengths_N: Tensor) -> Tensor:
+    """One query of each sequence against its cached keys."""
+    return _attend(q_NHK, lengths_N, blocks_NM, cache, None)
+
+
+@operations.decode_attention.register(Where.INFERENCE, fits=_fits_decode)
+def decode_attention_triton(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, positions_N: Tensor, blocks_NM: Tensor, cache: PagedKV
 ) -> Tensor:
-    """One query of each sequence against its cached keys; see :func:`aria.ops.reference.paged_attention`.
-
-    ``arrivals`` are counters as in :func:`decode_attention`.
-    """
-    return _attend(q_NHK, lengths_N, blocks_NM, keys_BHSK, values_BHSK, None, arrivals)
-
-
-def decode_attention(
-    q_NHK: Tensor,
-    k_NHK: Tensor,
-    v_NHK: Tensor,
-    positions_N: Tensor,
-    blocks_NM: Tensor,
-    angles_PK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
-    arrivals: Tensor | None = None,
-) -> Tensor:
-    """One new token of each sequence; see :func:`aria.ops.reference.decode_attention`.
+    """One new token of each sequence.
 
     Where the GPU allows it the kernel starts early and reads positions, tables and old keys while the kernel before it
     still runs: these must not be what that one writes.
-
-    Args:
-        arrivals: int32, N x H or more counters of programs that are done. They are zeros, and every launch leaves them
-            so; launches that may run at the same time need counters of their own. None: made for this launch.
     """
-    return _attend(q_NHK, positions_N, blocks_NM, keys_BHSK, values_BHSK, (k_NHK, v_NHK, angles_PK), arrivals)
+    return _attend(q_NHK, positions_N, blocks_NM, cache, (k_NHK, v_NHK))

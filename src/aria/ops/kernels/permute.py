@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
+from aria.ops.registry import Where
+
 
 def block_of(tokens: int) -> int:
     """Tokens that one program routes: few enough to fill the chip, for each program reads the router's weight."""
@@ -160,8 +163,9 @@ def _combine(
     tl.store(out_ptr + t * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See :func:`aria.ops.reference.route`; of equal logits the lower index wins."""
+@operations.route.register(Where.INFERENCE)
+def route_triton(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Of equal logits the lower index wins."""
     T, E = logits_TE.shape
     weights, index, counts, block = _outputs(logits_TE, E, top_k, index=torch.int64)
     _route[(counts.shape[0],)](

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels import permute
+from aria.ops.registry import Where
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -65,8 +67,9 @@ class _Rotary(torch.autograd.Function):
         return _turn(grads[0], cos, sin, -1.0), None, None
 
 
-def rotary(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """See :func:`aria.ops.reference.rotary`; angles have no gradients."""
+@operations.rotary.register(Where.TRAINING)
+def rotary_train(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Angles have no gradients."""
     return _Rotary.apply(x_THK, cos_TK.contiguous(), sin_TK.contiguous())
 
 
@@ -75,7 +78,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        weights, index = permute.route(logits, top_k)
+        weights, index = permute.route_triton(logits, top_k)
         ctx.save_for_backward(weights, index)
         ctx.experts = logits.shape[1]
         ctx.mark_non_differentiable(index)
@@ -90,6 +93,7 @@ class _Route(torch.autograd.Function):
         return logits.to(grads[0].dtype), None
 
 
-def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See :func:`aria.ops.reference.route`; of equal logits the lower index wins."""
+@operations.route.register(Where.TRAINING)
+def route_train(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Of equal logits the lower index wins."""
     return _Route.apply(logits_TE, top_k)

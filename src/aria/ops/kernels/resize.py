@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
+from aria.ops.registry import Where
 from aria.ops.resize import PRECISION, taps_on
 
 BLOCK = 1024
@@ -36,17 +38,18 @@ def _resample_kernel(
     tl.store(out + a * target * B + index, grey.to(tl.uint8), mask=inside)
 
 
-def resample(pictures_YXH: Tensor, dim: int, target: int) -> Tensor:
-    """See :func:`aria.ops.resize.resample`."""
-    assert pictures_YXH.dtype == torch.uint8, f"pictures are {pictures_YXH.dtype}, not uint8"
-    dim %= pictures_YXH.ndim
-    pictures_YXH = pictures_YXH.contiguous()
-    shape, source = list(pictures_YXH.shape), pictures_YXH.shape[dim]
-    first, weights = taps_on(source, target, pictures_YXH.device)
-    B = pictures_YXH[(0,) * (dim + 1)].numel()
-    A = pictures_YXH.numel() // (source * B)
-    out = torch.empty([*shape[:dim], target, *shape[dim + 1 :]], dtype=torch.uint8, device=pictures_YXH.device)
+@operations.resample.register(Where.GPU)
+def resample_triton(images_YXH: Tensor, dim: int, target: int) -> Tensor:
+    """One launch; every output is one thread's sum."""
+    assert images_YXH.dtype == torch.uint8, f"images are {images_YXH.dtype}, not uint8"
+    dim %= images_YXH.ndim
+    images_YXH = images_YXH.contiguous()
+    shape, source = list(images_YXH.shape), images_YXH.shape[dim]
+    first, weights = taps_on(source, target, images_YXH.device)
+    B = images_YXH[(0,) * (dim + 1)].numel()
+    A = images_YXH.numel() // (source * B)
+    out = torch.empty([*shape[:dim], target, *shape[dim + 1 :]], dtype=torch.uint8, device=images_YXH.device)
     _resample_kernel[(A, triton.cdiv(target * B, BLOCK))](
-        pictures_YXH, first, weights, out, source, target, B, len(weights), PRECISION=PRECISION, BLOCK=BLOCK
+        images_YXH, first, weights, out, source, target, B, len(weights), PRECISION=PRECISION, BLOCK=BLOCK
     )
     return out

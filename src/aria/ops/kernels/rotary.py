@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
+from aria.ops.registry import Where
+from aria.ops.weights import PagedKV
+
 
 # How many tokens there are and where a part of them begins is another thing in each step.
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
@@ -58,24 +62,19 @@ def _rotate_kernel(
 _TOKENS = 16
 
 
-def fits(q_THK: Tensor) -> bool:
-    """Whether the kernel takes this width of a head: a power of two."""
+def fits(q_THK: Tensor, *_: object) -> bool:
+    """Whether the kernel takes this head width: a power of two."""
     K = q_THK.shape[2]
     return 2 <= K <= 256 and K & (K - 1) == 0
 
 
-def rotate_and_cache(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    angles_PK: Tensor,
-    keys_BHSK: Tensor,
-    values_BHSK: Tensor,
+@operations.rotate_and_cache.register(Where.INFERENCE, fits=fits)
+def rotate_and_cache_triton(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, positions_T: Tensor, slots_T: Tensor, cache: PagedKV
 ) -> tuple[Tensor, Tensor]:
-    """Turn q and k, write k and v to the cache; see :func:`aria.ops.reference.rotate_and_cache`."""
+    """Rotate q and k and write k and v to the cache in one pass."""
     T, H, K = q_THK.shape
+    keys_BHSK, values_BHSK, angles_PK, _ = cache
     _, KV, S, _ = keys_BHSK.shape
     assert fits(q_THK), f"heads of {K} are no power of two"
     assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"

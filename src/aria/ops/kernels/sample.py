@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
+from aria.ops.registry import Where
 from aria.ops.sampling import GROUP, LANES
 
 BLOCK = 2048
@@ -410,7 +412,8 @@ def thresholds(
     return least, counts
 
 
-def sample(
+@operations.sample.register(Where.GPU)
+def sample_triton(
     logits_NV: Tensor,
     rows_N: Tensor,
     positions_N: Tensor,
@@ -418,12 +421,7 @@ def sample(
     banned: Tensor,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`aria.ops.sampling.sample`; nothing waits for the host, and shapes do not depend on the rows.
-
-    Args:
-        arrivals: int32, N or more counters of programs that are done. They are zeros, and every launch leaves them so;
-            launches that may run at the same time need counters of their own. None: made for this launch.
-    """
+    """Nothing waits for the host, and shapes do not depend on the rows."""
     N, V = logits_NV.shape
     assert logits_NV.stride(1) == 1, "each sequence's scores should lie together"
     assert table_RC.is_contiguous() and table_RC.dtype == torch.int32, "the table of settings is int32, row by row"

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aria.ops import operations
 from aria.ops.kernels.lora_train import NONE, ROWS, Noise, blocks, kept, rank_block, tile_of, tiles
 from aria.ops.kernels.shared_memory import Loop, first_within
+from aria.ops.registry import Where
 
 
 @triton.jit
@@ -297,6 +299,7 @@ class _Gated(torch.autograd.Function):
         return dgate, dup
 
 
-def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+@operations.gated.register(Where.TRAINING)
+def gated_train(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """See :func:`aria.ops.reference.gated`."""
     return _Gated.apply(gate_TF, up_TF)

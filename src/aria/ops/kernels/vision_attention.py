@@ -20,6 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from aria.ops import operations
+from aria.ops.registry import Where
 from aria.ops.segments import Segments
 
 _LOW, _HIGH = gl.constexpr(64), gl.constexpr(16)
@@ -320,10 +322,11 @@ def _multiprocessors(device: torch.device) -> int:
     return properties.multi_processor_count if properties.major == 9 else 0
 
 
-def fits(q_PHK: Tensor, k_PHK: Tensor, v_PHK: Tensor) -> bool:
-    """Whether :func:`attention` takes these: 16 bits on Hopper, heads alike on both sides, 16-byte steps in memory."""
+def fits(q_PHK: Tensor, k_PHK: Tensor, v_PHK: Tensor, *_: object, causal: bool) -> bool:
+    """Whether the kernel takes these: 16 bits on Hopper, heads alike on both sides, 16-byte steps in memory."""
     return (
-        q_PHK.shape[-1] in _WIDTHS
+        not causal
+        and q_PHK.shape[-1] in _WIDTHS
         and q_PHK.shape[1:] == k_PHK.shape[1:]
         and q_PHK.dtype in (torch.bfloat16, torch.float16)
         and all(_aligned(x) for x in (q_PHK, k_PHK, v_PHK))
@@ -335,12 +338,17 @@ def _aligned(x: Tensor) -> bool:
     return x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-def attention(q_PHK: Tensor, k_PHK: Tensor, v_PHK: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """Every query of a crop attends to all keys of that crop; see :func:`aria.ops.reference.attention`."""
-    P, H, K = q_PHK.shape
-    out = torch.empty(P, H, K, dtype=q_PHK.dtype, device=q_PHK.device)
-    if P:
-        grid, arguments, constants = _plan(q_PHK, k_PHK, v_PHK, out, queries, keys, _multiprocessors(q_PHK.device))
+@operations.attention.register(Where.INFERENCE, fits=fits)
+def attention_vision(
+    q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, queries: Segments, keys: Segments, *, causal: bool
+) -> Tensor:
+    """Every query of a crop attends to all keys of that crop."""
+    assert not causal, "the kernel has no causal mask"
+    assert len(queries.lengths) == len(keys.lengths), "queries and keys have different numbers of segments"
+    T, H, K = q_THK.shape
+    out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
+    if T:
+        grid, arguments, constants = _plan(q_THK, k_SHK, v_SHK, out, queries, keys, _multiprocessors(q_THK.device))
         _attention_kernel[grid](*arguments, **constants)
     return out
 
