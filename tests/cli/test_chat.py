@@ -18,7 +18,7 @@ from PIL import Image
 
 from aria import Engine, SamplingParams
 from aria.cli import conversation as module
-from aria.cli.conversation import Conversation, split_paths
+from aria.cli.conversation import ChatSession, split_paths
 from tests.helpers.made_media import clip, pdf
 from tests.helpers.repository import environment
 
@@ -46,7 +46,7 @@ def talk(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callab
     A line that is an exception is raised where it would be typed.
     """
 
-    def call(*typed: str | BaseException, **params: Any) -> tuple[Conversation, str, str]:
+    def call(*typed: str | BaseException, **params: Any) -> tuple[ChatSession, str, str]:
         lines = iter(typed)
 
         def read(_: str) -> str:
@@ -56,7 +56,7 @@ def talk(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callab
             return line
 
         monkeypatch.setattr(builtins, "input", read)
-        conversation = Conversation(None, {}, SamplingParams(**{"max_tokens": 4, **params}))
+        conversation = ChatSession(None, {}, SamplingParams(**{"max_tokens": 4, **params}))
         module.talk(engine, conversation)
         captured = capsys.readouterr()
         return conversation, captured.out, " ".join(captured.err.split())
@@ -64,7 +64,7 @@ def talk(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callab
     return call
 
 
-def contents(conversation: Conversation) -> list[Any]:
+def contents(conversation: ChatSession) -> list[Any]:
     return [
         message["content"] if isinstance(message["content"], str) else message["content"][-1]["text"]
         for message in conversation.messages

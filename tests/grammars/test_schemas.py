@@ -15,7 +15,7 @@ from aria.engine.grammar import Grammars
 from aria.engine.matcher import fill_masks
 from aria.grammars import numbers
 from aria.processor import AriaTokenizer
-from aria.serve import tools
+from aria.serve import tool_calls
 from tests.helpers import small_tokenizer
 
 TOKENIZER = AriaTokenizer(small_tokenizer.model())
@@ -122,7 +122,7 @@ def test_objects_that_name_nothing_are_maps():
 
 def test_a_function_without_parameters_takes_none():
     for parameters in (None, {"type": "object"}, {"description": "none"}, {"properties": {}}):
-        schema = tools.call_schema([{"name": "f", "parameters": parameters}])
+        schema = tool_calls.call_schema([{"name": "f", "parameters": parameters}])
         assert values(schema) == {'{"name":"f","arguments":{}}'}
 
 
@@ -153,7 +153,7 @@ def test_references_start_from_their_own_schema(parameters):
     parameters = {"type": "object", "required": ["n"], **parameters}
     assert values(parameters) == {'{"n":1}'}
     same = {**parameters, "required": []}
-    schema = tools.any_of([tools.call_schema([{"name": "f", "parameters": parameters},
+    schema = tool_calls.any_of([tool_calls.call_schema([{"name": "f", "parameters": parameters},
                                               {"name": "g", "parameters": same}]), parameters])  # fmt: skip
     found = {wander(schema, seed) for seed in range(24)}
     assert '{"name":"f","arguments":{"n":1}}' in found and '{"n":1}' in found
@@ -166,7 +166,7 @@ def test_values_that_look_like_schemas_are_values(value):
     told = {"default": value, "examples": [value], "description": "d"}
     schema = {"properties": {"n": {"const": value, **told}, "m": {"enum": [value]}}, "required": ["n", "m"]}
     text = json.dumps(value, separators=(",", ":"))
-    assert values(tools.call_schema([{"name": "f", "parameters": schema}])) == {
+    assert values(tool_calls.call_schema([{"name": "f", "parameters": schema}])) == {
         f'{{"name":"f","arguments":{{"n":{text},"m":{text}}}}}'
     }
 
@@ -200,7 +200,7 @@ def test_values_that_look_like_schemas_are_values(value):
 )  # fmt: skip
 def test_integers_beyond_doubles_keep_their_digits(schema, expected):
     assert values(schema, 30) == expected
-    call = tools.call_schema([{"name": "f", "parameters": {"properties": {"n": schema}, "required": ["n"]}}])
+    call = tool_calls.call_schema([{"name": "f", "parameters": {"properties": {"n": schema}, "required": ["n"]}}])
     if "$ref" not in schema:
         assert values(call, 30) == {f'{{"name":"f","arguments":{{"n":{text}}}}}' for text in expected}
 
@@ -293,7 +293,7 @@ def test_keywords_that_are_null_are_not_there():
     schema = {"type": "object", "properties": {"a": {"const": None, **nulls}}, "required": ["a"]}
     assert wander({**nulls, **schema}, 0) == '{"a":null}'
     for parameters in (nulls, {"type": None, **nulls}):
-        call = tools.call_schema([{"name": "f", "parameters": parameters}])
+        call = tool_calls.call_schema([{"name": "f", "parameters": parameters}])
         assert wander(call, 0) == '{"name":"f","arguments":{}}'
 
 

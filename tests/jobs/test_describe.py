@@ -11,7 +11,7 @@ from PIL import Image
 
 from aria import SamplingParams
 from aria.hub import NANO
-from aria.jobs import Describer, MediaFile, find_media
+from aria.jobs import Describer, MediaItem, find_media
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 MEDIA = Path(__file__).parents[2] / "docs" / "cookbook" / "media"
@@ -215,7 +215,7 @@ def test_what_is_asked_depends_on_the_kind():
     settings = {"max_image_size": 448, "num_frames": 8, "pages": "2-3"}
     describer = Describer("m", SamplingParams(), None, settings)
     parts = {
-        kind: describer.messages(MediaFile(f"a.{kind}", kind))[0]["content"] for kind in ("image", "video", "document")
+        kind: describer.messages(MediaItem(f"a.{kind}", kind))[0]["content"] for kind in ("image", "video", "document")
     }
     assert parts["image"][0] == {"type": "image", "path": "a.image", "max_image_size": 448}
     assert parts["video"][0] == {"type": "video", "path": "a.video", "max_image_size": 448, "num_frames": 8}

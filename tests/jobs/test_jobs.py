@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from aria.jobs import Job, Journal
-from aria.jobs.runner import HEAVY_AT_ONCE
+from aria.jobs import BatchJob, Journal
+from aria.jobs.runner import MAX_HEAVY_IN_FLIGHT
 
 if sys.platform != "win32":
     import resource
@@ -205,8 +205,8 @@ class Play:
         return record.get("changed")
 
 
-def do(play: Play, items, output: Memory, at_once: int = 4) -> Job:
-    job = Job(play, items, output)
+def do(play: Play, items, output: Memory, at_once: int = 4) -> BatchJob:
+    job = BatchJob(play, items, output)
     asyncio.run(job.run(None, at_once=at_once))  # type: ignore[arg-type]  (Play needs no engine)
     return job
 
@@ -218,7 +218,7 @@ def test_every_item_is_done_once_and_so_many_at_a_time():
     assert sorted(int(record["name"]) for record in output.records) == items
     assert set(play.attempts.values()) == {1}
     assert play.most == 7
-    assert play.most_heavy == HEAVY_AT_ONCE
+    assert play.most_heavy == MAX_HEAVY_IN_FLIGHT
     assert (job.tally.done, job.tally.before, job.tally.failed) == (len(items), 0, 0)
 
 
@@ -236,7 +236,7 @@ def test_items_that_have_changed_are_named_and_nothing_is_done():
     records += [{"name": "14", "failed": True, "changed": "the request"}, {"name": "15", "failed": False}]
     records += [{"name": "99", "failed": False, "changed": "the content"}]  # of an item that is no longer asked for
     with pytest.raises(ValueError, match=r"changed: the content of '1', .*'10' and 3 more; the request of '14'\. Name"):
-        Job(Play(), range(1, 21), Memory(*records))
+        BatchJob(Play(), range(1, 21), Memory(*records))
 
 
 def test_items_taken_along_by_a_failure_are_done_again_alone():

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from aria import cli
-from aria.serve.batch import Batch, find_lines
+from aria.serve.batch import BatchFile, find_lines
 from aria.serve.settings import ServerSettings
 
 COOKBOOK = Path(__file__).parents[2] / "docs" / "cookbook"
@@ -121,7 +121,7 @@ def test_the_batch_in_the_pages_is_one(tmp_path):
     asked, told = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "in.jsonl").write_text(asked)
     [line] = find_lines(tmp_path / "in.jsonl")
-    batch = Batch(tmp_path / "in.jsonl", ServerSettings(model_names=("Aria",)))
+    batch = BatchFile(tmp_path / "in.jsonl", ServerSettings(model_names=("Aria",)))
     assert batch.recognize(json.loads(told)) == (line.custom_id, False)
 
 

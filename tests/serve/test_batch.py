@@ -16,7 +16,7 @@ import pytest
 
 from aria import AsyncEngine
 from aria.hub import NANO
-from aria.serve.batch import Batch, _lines, find_lines
+from aria.serve.batch import BatchFile, _lines, find_lines
 from aria.serve.settings import ServerSettings
 from tests.helpers.signals import start_interrupted
 
@@ -207,7 +207,7 @@ def test_another_model_does_not_go_on_with_an_output(run, tmp_path):
 
 
 def test_responses_of_earlier_versions_count_as_they_are(tmp_path):
-    work = Batch(tmp_path / "in.jsonl", ServerSettings())
+    work = BatchFile(tmp_path / "in.jsonl", ServerSettings())
     [line] = find_lines(write(tmp_path / "in.jsonl", [request("a", ask("hello"))]))
     assert work.changed(line, {"id": "batch_req_0123456789abcdef0123456789abcdef", "custom_id": "a"}) is None
     assert work.changed(line, {"custom_id": "a"}) is None
@@ -215,7 +215,7 @@ def test_responses_of_earlier_versions_count_as_they_are(tmp_path):
 
 
 def test_a_line_without_end_is_refused_and_not_held(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("aria.serve.batch.MOST_BYTES", 1000)
+    monkeypatch.setattr("aria.serve.batch.MAX_LINE_BYTES", 1000)
     source = tmp_path / "in.jsonl"
     lines = [json.dumps(request("a", ask("hello"))), json.dumps(request("b", ask("x" * 3_000_000))), "{}"]
     source.write_text("\n".join(lines))
@@ -249,7 +249,7 @@ def test_an_input_that_changes_meanwhile_ends_the_batch(tmp_path, other):
     lines = find_lines(source)
     source.write_text("" if other is None else json.dumps(request(other, ask("hello"))))
     with (
-        contextlib.closing(Batch(source, ServerSettings())) as work,
+        contextlib.closing(BatchFile(source, ServerSettings())) as work,
         AsyncEngine() as engine,
         pytest.raises(OSError, match="was changed while it was being answered"),
     ):
@@ -257,7 +257,7 @@ def test_an_input_that_changes_meanwhile_ends_the_batch(tmp_path, other):
 
 
 def test_a_request_that_breaks_the_engine_is_a_500(tmp_path, caplog):
-    work = Batch(tmp_path / "in.jsonl", ServerSettings())
+    work = BatchFile(tmp_path / "in.jsonl", ServerSettings())
     [line] = find_lines(write(tmp_path / "in.jsonl", [request("a", ask("hello"))]))
     record = work.give_up(line, RuntimeError("a step failed"))
     assert work.recognize(record) == ("a", True)

@@ -15,7 +15,7 @@ import httpx2
 import openai
 import pytest
 
-from aria.serve import receive, traffic
+from aria.serve import active_requests, request_body
 from aria.serve.settings import ServerSettings
 from tests.helpers.raw_http import HEAD, dripping, refusal, response
 from tests.helpers.serving import HELLO, LONG, Live, error_of, idle, running, until
@@ -39,9 +39,9 @@ def begun(live: Live, size: int, sent: bytes = b"{", key: str = "none") -> socke
 
 def hold(live: Live, nbytes: int, key: str = "none") -> socket.socket:
     """The same, once it holds so many bytes."""
-    before = live.app.state.traffic.held_bytes
+    before = live.app.state.active_requests.held_bytes
     connection = begun(live, nbytes + 1000, b'{"prompt": "' + b"a" * nbytes, key)
-    until(lambda: live.app.state.traffic.held_bytes >= before + nbytes * 0.9)
+    until(lambda: live.app.state.active_requests.held_bytes >= before + nbytes * 0.9)
     return connection
 
 
@@ -51,15 +51,15 @@ def hold(live: Live, nbytes: int, key: str = "none") -> socket.socket:
 @pytest.mark.slow
 def test_slow_bodies_take_no_place_of_running_requests() -> None:
     with running(ServerSettings(max_queue=0, body_seconds=SECONDS)) as live, ExitStack() as stack:
-        count = live.app.state.traffic.places + 4
+        count = live.app.state.active_requests.capacity + 4
         slow = [stack.enter_context(begun(live, 13)) for _ in range(count)]
-        until(lambda: live.app.state.traffic.active == count)
-        assert live.app.state.traffic.running == 0
+        until(lambda: live.app.state.active_requests.active == count)
+        assert live.app.state.active_requests.running == 0
         assert live.chat(max_tokens=1).choices
         for one in slow:
             one.sendall(b'"prompt":""}')
             assert response(one)[0] in (200, 503)
-        until(lambda: live.app.state.traffic.active == live.app.state.traffic.held_bytes == 0)
+        until(lambda: live.app.state.active_requests.active == live.app.state.active_requests.held_bytes == 0)
 
 
 def test_a_body_has_a_deadline_that_a_drip_does_not_move() -> None:
@@ -67,14 +67,14 @@ def test_a_body_has_a_deadline_that_a_drip_does_not_move() -> None:
         for head in (b"Content-Length: 100000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
             with live.connect(HEAD + head) as slow, dripping(slow, b"1\r\n \r\n"):
                 assert refusal(slow) == (408, "body_timeout")
-        until(lambda: live.app.state.traffic.active == 0)
+        until(lambda: live.app.state.active_requests.active == 0)
 
 
 def test_a_body_that_stops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receive, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(request_body, "STALL_SECONDS", 0.3)
     with running() as live, begun(live, 9) as half:
         assert refusal(half) == (408, "body_timeout")
-        assert live.app.state.traffic.running == live.app.state.traffic.held_bytes == 0
+        assert live.app.state.active_requests.running == live.app.state.active_requests.held_bytes == 0
 
 
 def test_what_is_no_json_is_refused_before_its_body_is_read() -> None:
@@ -108,7 +108,7 @@ def test_a_refusal_reaches_a_client_that_still_sends() -> None:
 
 @pytest.fixture
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic, "ROOM_SECONDS", 0.3)
+    monkeypatch.setattr(active_requests, "MEMORY_WAIT_SECONDS", 0.3)
 
 
 def keyed(**fields: Any) -> ServerSettings:
@@ -133,7 +133,7 @@ def test_bodies_have_one_budget(short_wait: None) -> None:
                 assert error_of(response, 503)["code"] == "overloaded"
                 assert int(response.headers["retry-after"]) > 0 and response.headers["connection"] == "close"
             assert tokenize(live, "two", 1000).status_code != 503, "small ones pass"
-        until(lambda: live.app.state.traffic.held_bytes == 0)
+        until(lambda: live.app.state.active_requests.held_bytes == 0)
         assert tokenize(live, "two", 700_000).status_code != 503
 
 
@@ -142,13 +142,13 @@ def test_a_body_waits_for_others_to_free_their_memory() -> None:
         answers: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: answers.append(tokenize(live, "two", 700_000)))
         thread.start()
-        until(lambda: live.app.state.traffic.active == 3)
+        until(lambda: live.app.state.active_requests.active == 3)
         time.sleep(0.2)
         one.close()
         thread.join()
         assert answers[0].status_code != 503
         other.close()
-        until(lambda: live.app.state.traffic.held_bytes == 0)
+        until(lambda: live.app.state.active_requests.held_bytes == 0)
 
 
 def test_one_client_has_a_part_of_it(short_wait: None) -> None:
@@ -168,12 +168,12 @@ def test_a_body_that_can_never_be_held_is_too_large() -> None:
         response = live.http.post("/tokenize", content=content.encode(), headers={"content-type": "application/json"})
         error_of(response, 413)
         assert live.post("/tokenize", prompt="a" * 1000).status_code == 200
-        until(lambda: live.app.state.traffic.held_bytes == 0)
+        until(lambda: live.app.state.active_requests.held_bytes == 0)
 
 
 def test_memory_is_held_until_the_request_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as live:
-        entered, released, held = threading.Event(), threading.Event(), live.app.state.traffic
+        entered, released, held = threading.Event(), threading.Event(), live.app.state.active_requests
         encode = live.app.state.service.processor.tokenizer.encode
 
         def slow(text: str) -> list[int]:
@@ -208,10 +208,10 @@ def test_work_of_clients_that_left_counts_until_it_has_ended(monkeypatch: pytest
         body = json.dumps({"messages": HELLO}).encode()
         with begun(live, len(body), body):
             assert entered.wait(SECONDS)
-        until(lambda: live.app.state.traffic.active == 0)
+        until(lambda: live.app.state.active_requests.active == 0)
         error_of(live.post("/tokenize", prompt="hello"), 429)
         released.set()
-        until(lambda: live.app.state.traffic.running == 0)
+        until(lambda: live.app.state.active_requests.running == 0)
         assert live.post("/tokenize", prompt="hello").status_code == 200
 
 
@@ -231,7 +231,7 @@ def test_a_request_has_a_deadline() -> None:
         with begun(live, 9) as slow:
             assert refusal(slow)[0] == 504
         until(idle)
-        until(lambda: live.app.state.traffic.active == live.app.state.traffic.running == 0)
+        until(lambda: live.app.state.active_requests.active == live.app.state.active_requests.running == 0)
 
 
 def test_a_request_has_so_many_media() -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import httpx2
 import pytest
 
-from aria.serve.connections import MOST_HEADERS, MOST_PIPELINED
+from aria.serve.connections import MAX_HEADERS, MAX_PIPELINED
 from aria.serve.settings import ServerSettings
 from tests.helpers.raw_http import HEAD, dripping, is_closed, refusal, response
 from tests.helpers.serving import running, until
@@ -48,7 +48,7 @@ def test_headers_have_a_deadline_that_a_drip_does_not_move(begin: bytes, more: b
         b"GET / HTTP/1.1\r\n" + b"a" * 500_000,
         b"GET /" + b"a" * 500_000,
         b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"GET / HTTP/1.1\r\n" + b"A:a\r\n" * (MOST_HEADERS + 1) + b"\r\n",
+        b"GET / HTTP/1.1\r\n" + b"A:a\r\n" * (MAX_HEADERS + 1) + b"\r\n",
     ],
     ids=["header", "unfinished", "name", "address", "whole-address", "many"],
 )
@@ -61,16 +61,16 @@ def test_headers_have_a_largest_size(sent: bytes) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [b"1;" + b"a" * 500_000, b"0\r\nX: " + b"a" * 500_000, b"0\r\n" + b"A:a\r\n" * (MOST_HEADERS + 1)],
+    [b"1;" + b"a" * 500_000, b"0\r\nX: " + b"a" * 500_000, b"0\r\n" + b"A:a\r\n" * (MAX_HEADERS + 1)],
     ids=["extension", "trailer", "trailers"],
 )
 def test_so_has_what_is_sent_beside_a_body(sent: bytes) -> None:
     with running(ServerSettings(max_header_bytes=4096)) as live:
         with live.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
-            until(lambda: live.app.state.traffic.active)
+            until(lambda: live.app.state.active_requests.active)
             connection.sendall(sent)
             assert is_closed(connection)
-        until(lambda: not live.app.state.traffic.active)
+        until(lambda: not live.app.state.active_requests.active)
 
 
 def test_bodies_in_tiny_chunks_are_taken() -> None:
@@ -92,9 +92,9 @@ def test_large_headers_within_the_limit_are_taken() -> None:
 
 def test_pipelined_requests_are_answered_in_order_up_to_a_number() -> None:
     with running() as live:
-        asked = [b"GET /v1/models/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % i for i in range(MOST_PIPELINED)]
+        asked = [b"GET /v1/models/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % i for i in range(MAX_PIPELINED)]
         with live.connect(b"".join(asked)) as connection:
-            for i in range(MOST_PIPELINED):
+            for i in range(MAX_PIPELINED):
                 status, _, body = response(connection)
                 assert status == 404 and f"'{i}'" in json.loads(body)["error"]["message"]
         with live.connect(GET * 1000) as connection:
@@ -102,7 +102,7 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_number() -> None:
             received = b""
             while piece := connection.recv(1 << 16):
                 received += piece
-            assert received.count(b"HTTP/1.1 ") <= MOST_PIPELINED
+            assert received.count(b"HTTP/1.1 ") <= MAX_PIPELINED
 
 
 # Idle ones, and many
@@ -158,7 +158,7 @@ def test_the_longest_idle_connection_makes_way_for_a_new_one() -> None:
 def test_connections_in_use_have_a_largest_number() -> None:
     with running(ServerSettings(max_connections=3, body_seconds=LONG)) as live, ExitStack() as stack:
         busy = [stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n")) for _ in range(3)]
-        until(lambda: live.app.state.traffic.active == 3)
+        until(lambda: live.app.state.active_requests.active == 3)
         with live.connect(GET) as refused:
             status, headers, _ = response(refused)
             assert status == 503 and int(headers["retry-after"]) > 0 and is_closed(refused)
@@ -172,7 +172,7 @@ def test_one_address_has_a_number_of_its_own() -> None:
     settings = ServerSettings(max_connections_per_address=2, body_seconds=LONG)
     with running(settings) as live, ExitStack() as stack:
         busy = [stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n")) for _ in range(2)]
-        until(lambda: live.app.state.traffic.active == 2)
+        until(lambda: live.app.state.active_requests.active == 2)
         with live.connect(GET) as refused:
             assert response(refused)[0] == 503
         if other := from_another_address(live.port):
@@ -189,7 +189,7 @@ def test_one_address_has_a_number_of_its_own() -> None:
     with running(settings) as live, ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n"))
-        until(lambda: live.app.state.traffic.active == 4)
+        until(lambda: live.app.state.active_requests.active == 4)
 
 
 def from_another_address(port: int) -> socket.socket | None:
@@ -212,7 +212,7 @@ def test_an_answer_that_is_not_read_is_given_up() -> None:
             connection.connect(("127.0.0.1", live.port))
             with connection:
                 until(lambda: live.server.server_state.connections)
-                for _ in range(MOST_PIPELINED if asked is large else 1):
+                for _ in range(MAX_PIPELINED if asked is large else 1):
                     connection.sendall(asked)
                 until(lambda: not live.server.server_state.connections)
         assert live.http.get("/version").status_code == 200

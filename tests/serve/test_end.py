@@ -46,7 +46,7 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def end(live: Live) -> None:
     live.server.handle_exit(signal.SIGTERM, None)
-    until(lambda: live.app.state.traffic.draining)
+    until(lambda: live.app.state.active_requests.draining)
 
 
 @pytest.mark.parametrize("path", STREAMS)
@@ -61,7 +61,7 @@ def test_streams_that_are_cut_end_with_an_error(ending: None, path: str) -> None
             [error] = json.loads([*lines][-1].removeprefix("data: ")).values()
         assert (error["type"], error["code"]) == ("overloaded_error", "overloaded")
         assert "ends before this answer" in error["message"]
-        until(lambda: live.app.state.traffic.active == 0)
+        until(lambda: live.app.state.active_requests.active == 0)
         until(idle)
 
 
@@ -92,13 +92,13 @@ def test_whatever_waits_for_media_is_cut(ending: None) -> None:
                 [error] = json.loads(answered.text.rpartition("data: ")[2]).values()
                 assert error["code"] == "overloaded"
         over.set()
-        until(lambda: live.app.state.traffic.running == 0)
+        until(lambda: live.app.state.active_requests.running == 0)
 
 
 def test_bodies_on_their_way_are_refused_at_once(ending: None) -> None:
     with running(ServerSettings(drain_seconds=PATIENCE)) as live:
         with live.connect(HEAD + b"Content-Length: 100\r\n\r\n{") as slow:
-            until(lambda: live.app.state.traffic.active)
+            until(lambda: live.app.state.active_requests.active)
             end(live)
             status, headers, _ = response(slow)
             assert status == 503 and headers["retry-after"] and is_closed(slow)

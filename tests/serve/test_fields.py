@@ -11,12 +11,12 @@ from openai.types.chat.chat_completion_content_part_image_param import ImageURL
 from openai.types.responses import response_create_params
 from pydantic import BaseModel, ValidationError
 
-from aria.serve import bodies, protocol, responses_body
-from aria.serve.base import names_of
-from aria.serve.bodies import Defaults
+from aria.serve import generation_request, protocol, responses_protocol
 from aria.serve.errors import ApiError, from_validation
+from aria.serve.generation_request import Defaults
 from aria.serve.protocol import ChatRequest, CompletionRequest
-from aria.serve.responses_body import ResponsesRequest
+from aria.serve.protocol_base import names_of
+from aria.serve.responses_protocol import ResponsesRequest
 
 DEFAULTS = Defaults(sizes=(224, 448), max_model_len=100, variables=frozenset({"style"}))
 HELLO = [{"role": "user", "content": "hello"}]
@@ -97,7 +97,7 @@ def known(model: type) -> set[str]:
         (completion_create_params.CompletionCreateParamsBase, CompletionRequest),
         (response_create_params.ResponseCreateParamsBase, ResponsesRequest),
         (chat.ChatCompletionStreamOptionsParam, protocol.StreamOptions),
-        (response_create_params.StreamOptions, responses_body.ResponseStreamOptions),
+        (response_create_params.StreamOptions, responses_protocol.ResponseStreamOptions),
         (chat.ChatCompletionSystemMessageParam, protocol.SystemMessage),
         (chat.ChatCompletionDeveloperMessageParam, protocol.SystemMessage),
         (chat.ChatCompletionUserMessageParam, protocol.UserMessage),
@@ -106,25 +106,25 @@ def known(model: type) -> set[str]:
         (chat.ParsedChatCompletionMessage, protocol.AssistantMessage),
         (chat.ChatCompletionToolMessageParam, protocol.ToolMessage),
         (chat.ChatCompletionAllowedToolsParam, protocol.AllowedTools),
-        (responses.ToolChoiceAllowedParam, responses_body.FlatAllowedTools),
-        (responses.ParsedResponseOutputText, responses_body.OutputText),
+        (responses.ToolChoiceAllowedParam, responses_protocol.FlatAllowedTools),
+        (responses.ParsedResponseOutputText, responses_protocol.PriorOutputText),
         (chat.ChatCompletionContentPartTextParam, protocol.TextPart),
-        (chat.ChatCompletionContentPartImageParam, protocol.ImagePart),
+        (chat.ChatCompletionContentPartImageParam, protocol.ImageUrlPart),
         (chat.ChatCompletionContentPartRefusalParam, protocol.RefusalPart),
         (ImageURL, protocol.ImageUrl),
         (shared_params.FunctionDefinition, protocol.Function),
-        (responses.EasyInputMessageParam, responses_body.InputMessage),
-        (responses.ResponseOutputMessageParam, responses_body.InputMessage),
-        (responses.ResponseFunctionToolCallParam, responses_body.InputCall),
-        (responses.response_input_item_param.FunctionCallOutput, responses_body.InputResult),
-        (responses.ResponseReasoningItemParam, responses_body.InputReasoning),
-        (responses.ResponseInputTextParam, responses_body.InputText),
-        (responses.ResponseInputImageParam, responses_body.InputImage),
-        (responses.ResponseInputFileParam, responses_body.InputFile),
-        (responses.ResponseOutputTextParam, responses_body.OutputText),
-        (responses.FunctionToolParam, responses_body.FlatTool),
-        (responses.ResponseTextConfigParam, responses_body.TextSettings),
-        (shared_params.Reasoning, responses_body.Reasoning),
+        (responses.EasyInputMessageParam, responses_protocol.InputMessage),
+        (responses.ResponseOutputMessageParam, responses_protocol.InputMessage),
+        (responses.ResponseFunctionToolCallParam, responses_protocol.InputCall),
+        (responses.response_input_item_param.FunctionCallOutput, responses_protocol.InputResult),
+        (responses.ResponseReasoningItemParam, responses_protocol.InputReasoning),
+        (responses.ResponseInputTextParam, responses_protocol.InputText),
+        (responses.ResponseInputImageParam, responses_protocol.InputImage),
+        (responses.ResponseInputFileParam, responses_protocol.InputFile),
+        (responses.ResponseOutputTextParam, responses_protocol.PriorOutputText),
+        (responses.FunctionToolParam, responses_protocol.FlatTool),
+        (responses.ResponseTextConfigParam, responses_protocol.TextSettings),
+        (shared_params.Reasoning, responses_protocol.Reasoning),
     ],
 )
 def test_every_field_of_the_official_client_is_known(theirs, ours):
@@ -182,7 +182,7 @@ def answer(**fields) -> dict:
     ],
 )  # fmt: skip
 def test_what_changes_nothing_is_accepted_in_chats(fields):
-    bodies.chat(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
+    generation_request.chat(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
 
 
 def test_whole_numbers_may_have_a_point():
@@ -202,9 +202,9 @@ def test_some_of_the_tools_are_allowed(mode, flat):
         "tool_choice": {"type": "allowed_tools", **(allowed if flat else {"allowed_tools": allowed})},
     }
     if flat:
-        asked = responses_body.read(ResponsesRequest.model_validate({"input": "hello", **body}), DEFAULTS)
+        asked = responses_protocol.read(ResponsesRequest.model_validate({"input": "hello", **body}), DEFAULTS)
     else:
-        asked = bodies.chat(ChatRequest.model_validate({"messages": HELLO, **body}), DEFAULTS)
+        asked = generation_request.chat(ChatRequest.model_validate({"messages": HELLO, **body}), DEFAULTS)
     assert asked.functions == ("b", "c")
     assert '"name": "a"' not in asked.prompts[0][0]["content"]
     assert [bound.param[:8] for bound in asked.bound] == ["tools[1]", "tools[2]"]
@@ -214,7 +214,7 @@ def test_some_of_the_tools_are_allowed(mode, flat):
 def test_completions_follow_a_response_format():
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 1}}}
     body = CompletionRequest.model_validate({"prompt": "hello", "response_format": wanted})
-    assert bodies.completion(body, DEFAULTS).params.json_schema == {"const": 1}
+    assert generation_request.completion(body, DEFAULTS).params.json_schema == {"const": 1}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_completions_follow_a_response_format():
     ],
 )
 def test_what_changes_nothing_is_accepted_in_responses(fields):
-    assert responses_body.messages(ResponsesRequest.model_validate({"input": "hello", **fields}))
+    assert responses_protocol.messages(ResponsesRequest.model_validate({"input": "hello", **fields}))
 
 
 def test_included_log_probabilities_are_told_apart_from_what_is_never_there():
@@ -286,14 +286,14 @@ def test_what_would_change_the_answer_is_refused_by_name(model, fields, param, c
     ],
 )
 def test_how_a_prompt_ends(fields, opens, continues):
-    template = bodies.template(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
+    template = generation_request.template(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
     assert template == {"add_generation_prompt": opens, "continue_final_message": continues, "variables": {}}
 
 
 def test_variables_of_the_template_are_passed_on_and_others_are_refused():
     def template(**variables) -> dict:
         body = ChatRequest.model_validate({"messages": HELLO, "chat_template_kwargs": variables})
-        return bodies.template(body, DEFAULTS)
+        return generation_request.template(body, DEFAULTS)
 
     assert template(style="short", enable_thinking=False, documents=[], nothing=None)["variables"] == {"style": "short"}
     for variables, param, says in (
@@ -312,7 +312,7 @@ def test_variables_of_the_template_are_passed_on_and_others_are_refused():
 def test_two_endings_contradict_each_other():
     body = {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True}
     with pytest.raises(ApiError, match="set one of them to false"):
-        bodies.template(ChatRequest.model_validate(body), DEFAULTS)
+        generation_request.template(ChatRequest.model_validate(body), DEFAULTS)
 
 
 def test_fields_without_effect_are_in_the_description():

@@ -17,7 +17,7 @@ import httpx2
 import pytest
 
 from aria.serve import inflate
-from aria.serve.exchange import ACCESS_LOG
+from aria.serve.request_context import ACCESS_LOG
 from aria.serve.run import _log_config
 from aria.serve.settings import ServerSettings
 from tests.helpers.serving import Live, engine, error_of, running, until
@@ -306,8 +306,10 @@ def test_only_proxies_are_believed_whom_they_speak_for(monkeypatch, proxies, for
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # uvicorn's own setting
     with running(ServerSettings(trusted_proxies=proxies)) as live:
         seen = []
-        tokenize = live.app.state.traffic.work
-        monkeypatch.setattr(live.app.state.traffic, "work", lambda client: seen.append(client) or tokenize(client))
+        tokenize = live.app.state.active_requests.work
+        monkeypatch.setattr(
+            live.app.state.active_requests, "work", lambda client: seen.append(client) or tokenize(client)
+        )
         headers = {} if forwarded is None else {"X-Forwarded-For": forwarded, "X-Forwarded-Proto": "https"}
         assert live.http.post("/tokenize", json={"prompt": "a"}, headers=headers).status_code == 200
         assert seen == [client]

@@ -14,7 +14,7 @@ import pytest
 
 from aria.serve import json_reader
 from aria.serve.errors import ApiError
-from aria.serve.json_reader import MOST_CHARACTERS, MOST_VALUES, PIECE, JsonReader, parse
+from aria.serve.json_reader import MAX_CHARACTERS, MAX_VALUES, PIECE, JsonReader, parse
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"]
 LETTERS = ["a", '"', "\\", "\n", "é", "😀", "\u2028", "\x7f", "/", "\ud83d", "b" * 50]
@@ -89,14 +89,14 @@ def test_pairs_of_escapes_stay_together_wherever_they_are_cut() -> None:
 @pytest.mark.parametrize(
     ("document", "status", "says"),
     [
-        (b"[" + b"1," * MOST_VALUES + b"1]", 413, "commas and brackets"),
-        (b"[" * (MOST_VALUES + 1), 413, "commas and brackets"),
-        (b" " * (MOST_CHARACTERS + 1), 413, "characters beside"),
-        (b"1" * (MOST_CHARACTERS + 1), 413, "characters beside"),
+        (b"[" + b"1," * MAX_VALUES + b"1]", 413, "commas and brackets"),
+        (b"[" * (MAX_VALUES + 1), 413, "commas and brackets"),
+        (b" " * (MAX_CHARACTERS + 1), 413, "characters beside"),
+        (b"1" * (MAX_CHARACTERS + 1), 413, "characters beside"),
         (b"[" * 100_000, 400, "nested too deeply"),
         (b"1" * 5000, 400, "number that is too long"),
         (b'{"' + b"a" * 100_000 + b'": 1}', 400, "Name of more than"),
-        (('["' + "a" * json_reader.MOST_WIDE + 'é"]').encode(), 413, "not ASCII"),
+        (('["' + "a" * json_reader.MAX_NON_ASCII + 'é"]').encode(), 413, "not ASCII"),
         (b"", 400, "not JSON"),
     ],
     ids=["values", "brackets", "spaces", "digits", "depth", "number", "name", "wide", "empty"],
@@ -109,7 +109,7 @@ def test_what_would_take_too_long_or_too_much_is_refused(document: bytes, status
 
 def test_commas_and_brackets_count_as_what_they_are() -> None:
     """In strings they are text, however they are written."""
-    many = MOST_VALUES + 1
+    many = MAX_VALUES + 1
     for document in (
         b'["' + b",[" * many + b'"]',
         b'["' + b"\\u002c" * many + b'"]',

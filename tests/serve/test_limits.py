@@ -19,9 +19,9 @@ from typer.main import get_command
 
 from aria.cli import app
 from aria.serve import json_reader
-from aria.serve.answers import ROUTES
-from aria.serve.limits import open_to_strangers
-from aria.serve.page import FOLDER
+from aria.serve.admission import allows_anonymous_access
+from aria.serve.chat_page import FOLDER
+from aria.serve.endpoints import ENDPOINTS
 from aria.serve.protocol import DetokenizeRequest
 from aria.serve.settings import ServerSettings
 from tests.helpers.serving import HELLO, LONG, engine, error_of, idle, running, until
@@ -65,7 +65,7 @@ for _ in range(400):
         ({"temperature": True}, "temperature", "valid number"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
-        ({"n": 129}, "n", "129 answers.*128 are the most"),
+        ({"n": 129}, "n", "129 choices.*at most 128 are allowed"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "mean the same, but differ"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs goes with logprobs"),
@@ -261,7 +261,7 @@ def test_a_body_has_a_largest_size():
 
 
 def test_a_body_has_only_so_many_values(live):
-    values = {"tokens": [1] * (json_reader.MOST_VALUES + 1)}
+    values = {"tokens": [1] * (json_reader.MAX_VALUES + 1)}
     error = error_of(live.post("/detokenize", **values), 413)
     assert "commas and brackets" in error["message"]
     assert live.post("/detokenize", tokens=[1] * 5000).status_code == 200
@@ -281,7 +281,7 @@ def test_a_body_has_only_so_many_values(live):
     ],
 )
 def test_of_many_faults_one_is_looked_for(path, body):
-    kinds = {path: route.body for path, route in ROUTES.items()} | {"/detokenize": DetokenizeRequest}
+    kinds = {path: route.body for path, route in ENDPOINTS.items()} | {"/detokenize": DetokenizeRequest}
     with pytest.raises(ValidationError) as caught:
         kinds[path].model_validate(body)
     assert caught.value.error_count() == 1
@@ -337,18 +337,18 @@ def test_a_key_has_so_many_requests_at_a_time():
 
 def test_the_queue_has_an_end():
     with running(ServerSettings(max_queue=0)) as live:
-        places = live.app.state.traffic.places
+        places = live.app.state.active_requests.capacity
         with Busy(live, places):
             response = live.post("/v1/chat/completions", messages=HELLO)
             assert error_of(response, 503)["code"] == "overloaded"
             assert int(response.headers["retry-after"]) >= 1
             assert live.http.get("/health").json() == {"status": "ok"}
-        assert live.app.state.traffic.running == 0
+        assert live.app.state.active_requests.running == 0
         assert live.chat().choices
 
 
 def test_a_server_that_ends_takes_nothing_new(live):
-    traffic = live.app.state.traffic
+    traffic = live.app.state.active_requests
     assert live.http.get("/ready").json() == {"status": "ready"}
     traffic.draining = True
     try:
@@ -459,7 +459,7 @@ def test_health_tells_of_a_step_that_hangs_until_it_returns(live, monkeypatch):
 
     assert gauge("aria_healthy") == 1 and gauge("aria_step_seconds") == 0
     # By default it depends on the model and the device: nano on a CPU is quick.
-    assert service.longest_step == 4.0
+    assert service.max_step_seconds == 4.0
     monkeypatch.setattr(service, "settings", replace(service.settings, step_seconds=120.0))
     monkeypatch.setattr(engine().engine.core.runner, "launch", hangs)
     with ThreadPoolExecutor(1) as pool:
@@ -471,7 +471,7 @@ def test_health_tells_of_a_step_that_hangs_until_it_returns(live, monkeypatch):
             monkeypatch.setattr(service, "settings", replace(service.settings, step_seconds=1e-3))
             until(lambda: engine().step_seconds > 1e-3)
             error = error_of(live.http.get("/health"), 503)
-            assert error["code"] == "unhealthy" and "0.001 s (--step-seconds) is the most" in error["message"]
+            assert error["code"] == "unhealthy" and "at most 0.001 s are allowed (--step-seconds)" in error["message"]
             assert error_of(live.http.get("/ready"), 503)["code"] == "overloaded"
             assert gauge("aria_healthy") == 0 and gauge("aria_step_seconds") > 0
         finally:
@@ -517,6 +517,6 @@ def test_settings_within_their_limits_are_taken():
 
 
 def test_strangers_are_whoever_comes_from_elsewhere():
-    assert open_to_strangers("0.0.0.0", ())
-    assert not open_to_strangers("0.0.0.0", ("key",))
-    assert not open_to_strangers("127.0.0.1", ())
+    assert allows_anonymous_access("0.0.0.0", ())
+    assert not allows_anonymous_access("0.0.0.0", ("key",))
+    assert not allows_anonymous_access("127.0.0.1", ())

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from aria.serve.page import FOLDER
+from aria.serve.chat_page import FOLDER
 from aria.serve.settings import ServerSettings
 from tests.helpers.browser import CLIP, Keys, Page, driver, in_browser, live, page  # noqa: F401  (fixtures)
 from tests.helpers.serving import PICTURES, engine, idle, running, until
@@ -284,7 +284,7 @@ def test_a_key_is_asked_for_and_used(driver):
     with running(ServerSettings(api_keys=("right",)), key="right") as locked:
         page = Page(driver, locked.address)
         driver.get(locked.address)
-        for said, key in (("", "wrong"), ("The server says: the key is not one of this server's.", "right")):
+        for said, key in (("", "wrong"), ("The server says: the API key is wrong.", "right")):
             until(
                 lambda said=said: page.do("return document.querySelector('#locked[open] .note')?.textContent") == said
             )

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from aria.engine import SamplingParams, TokenLogprob
 from aria.media.open import Base64
-from aria.serve import bodies, responses_body
-from aria.serve.answers import answer
-from aria.serve.bodies import Asked, Defaults
+from aria.serve import generation_request, responses_protocol
+from aria.serve.choice_parser import ChoiceParser
+from aria.serve.endpoints import answer
+from aria.serve.generation_request import Defaults, GenerationRequest
 from aria.serve.protocol import ChatRequest
-from aria.serve.responses_body import ResponsesRequest
-from aria.serve.tools import Call, CallReader, WholeCall
-from aria.serve.turns import Turn
+from aria.serve.responses_protocol import ResponsesRequest
+from aria.serve.tool_calls import Call, CallReader, UntaggedCallReader
 from tests.helpers.serving import PICTURES, data_uri, engine, running, straight
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -169,7 +169,7 @@ def test_bodies_become_messages_and_parameters():
             "max_completion_tokens": 7,
         }
     )
-    asked = bodies.chat(body, DEFAULTS)
+    asked = generation_request.chat(body, DEFAULTS)
     [[message]] = asked.prompts
     assert message["content"] == [
         {"type": "image", "url": "a.png", "max_image_size": 224, "split_image": True},
@@ -188,7 +188,7 @@ def test_bodies_become_messages_and_parameters():
         {"input": [{"role": "user", "content": [{"type": "input_video", "video_url": "b.mp4", "fps": 2.0},
                                                 {"type": "input_file", "file_url": "https://a/c.pdf"}]}]}
     )  # fmt: skip
-    [[message]] = responses_body.read(new, DEFAULTS).prompts
+    [[message]] = responses_protocol.read(new, DEFAULTS).prompts
     assert message["content"] == [
         {"type": "video", "url": "b.mp4", "max_image_size": 224, "fps": 2.0},
         {"type": "document", "url": "https://a/c.pdf", "max_image_size": 448},
@@ -199,12 +199,12 @@ def test_functions_join_the_system_message_that_is_there():
     system = {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}
     function = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
     body = ChatRequest.model_validate({"messages": [system, *HELLO], "tools": [function]})
-    [[first, second]] = bodies.chat(body, DEFAULTS).prompts
+    [[first, second]] = generation_request.chat(body, DEFAULTS).prompts
     assert first["content"].startswith("Be brief.\n\nYou may call functions.")
     assert second["content"] == "hello"
-    assert bodies.chat(body, DEFAULTS).params.stop == ()
+    assert generation_request.chat(body, DEFAULTS).params.stop == ()
     one = body.model_copy(update={"parallel_tool_calls": False})
-    assert not bodies.chat(one, DEFAULTS).parallel and bodies.chat(body, DEFAULTS).parallel
+    assert not generation_request.chat(one, DEFAULTS).parallel and generation_request.chat(body, DEFAULTS).parallel
 
 
 # Calls, as they come
@@ -255,7 +255,7 @@ def test_a_call_may_lack_its_last_tag_at_the_end():
 
 
 def test_a_grammar_makes_a_call_or_text():
-    reader = WholeCall(["f"])
+    reader = UntaggedCallReader(["f"])
     assert reader.push('{"name":"f","arguments":{"a":{}') == []
     [call] = reader.push("}}")
     assert json.loads(call.arguments) == {"a": {}}
@@ -266,7 +266,7 @@ def test_a_grammar_makes_a_call_or_text():
 
 def test_logprobs_of_a_stop_text_are_kept_back():
     tokenizer = engine().engine.processor.tokenizer
-    turn = Turn(Asked([HELLO], SamplingParams(logprobs=0)), tokenizer)
+    turn = ChoiceParser(GenerationRequest([HELLO], SamplingParams(logprobs=0)), tokenizer)
     told = []
     # "He" is text, "y!" may be the beginning of a stop text, turns out to be none, and then "." comes with the end.
     for token, text, finish in (

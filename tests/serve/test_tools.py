@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from aria import SamplingParams
 from aria.processor import calls
-from aria.serve.bodies import Asked, Defaults, _answer, chat
+from aria.serve.choice_parser import ChoiceParser
+from aria.serve.generation_request import Defaults, GenerationRequest, _answer, chat
 from aria.serve.protocol import AssistantMessage, ChatRequest
-from aria.serve.tools import Call, CallReader, parse
-from aria.serve.turns import Turn
+from aria.serve.tool_calls import Call, CallReader, parse
 
 NESTED = json.dumps({"path": "a.md", "text": 'quote " and </tool_call> and <tool_call>{"name": "f"}</tool_call>\\'})
 SAID = f"Saved.\n{calls.format_call('f', NESTED)}\n{calls.format_call('f', '')}"
@@ -87,7 +87,7 @@ def test_an_earlier_call_stays_in_the_conversation_as_it_was(arguments):
 
 
 def test_one_call_alone_ends_the_answer_after_it():
-    turn = Turn(Asked([], SamplingParams(), functions=("f",), parallel=False), None)
+    turn = ChoiceParser(GenerationRequest([], SamplingParams(), functions=("f",), parallel=False), None)
     texts = [SAID[:70], SAID[70:], "more", ""]
     pieces = [SimpleNamespace(text=text, finish_reason=None) for text in texts]
     deltas = [turn.push(piece) for piece in pieces]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aria.serve import bodies
+from aria.serve import generation_request
 from aria.serve.protocol import ChatRequest
 from aria.train.data import DataSettings, questions
 from aria.train.data.encode import Encoder
@@ -72,7 +72,7 @@ def test_openais_format_is_read_as_the_server_reads_it():
     ]
     tools = [{"type": "function", "function": function}]
     body = ChatRequest.model_validate({"messages": messages, "tools": tools})
-    served = bodies.messages(body.messages, [function], (28, 56))
+    served = generation_request.messages(body.messages, [function], (28, 56))
     ours = read({"messages": messages, "tools": tools}).messages
     roles = {"developer": "system"}
     assert [roles.get(m["role"], m["role"]) for m in ours] == [m["role"] for m in served]
@@ -125,7 +125,7 @@ def test_answers_in_parts_read_as_the_server_reads_them():
         for more in ({"tool_calls": [call, call]}, {"refusal": "no"})
     ]
     messages = [said("user", "a"), *answers]
-    served = bodies.messages(ChatRequest.model_validate({"messages": messages}).messages, [], (28, 56))
+    served = generation_request.messages(ChatRequest.model_validate({"messages": messages}).messages, [], (28, 56))
     assert [one["content"] for one in read({"messages": messages}).messages] == [one["content"] for one in served]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aria.cli.conversation import Conversation, say, talk
+from aria.cli.conversation import ChatSession, say, talk
 from aria.cli.options import (
     MEDIA_WORKERS,
     SAMPLING,
@@ -64,7 +64,7 @@ def chat(
         "document": sizes if pages is None else {**sizes, "pages": pages},
     }
     adapters = read_adapters([adapter] if adapter else ())
-    conversation = Conversation(system, settings, params, next(iter(adapters), None))
+    conversation = ChatSession(system, settings, params, next(iter(adapters), None))
     media_settings = MediaSettings(**media)
     if image or video or document:
         # Before the weights are loaded, which may take minutes.

@@ -45,7 +45,7 @@ _WARM = 0.7
 """Temperature of another answer where the first was greedy: it would be the same again."""
 
 
-class Conversation:
+class ChatSession:
     """Messages so far, and the media that the next question brings.
 
     Args:
@@ -187,7 +187,7 @@ class Conversation:
         return {**message, "content": parts}
 
 
-def talk(engine: Engine, conversation: Conversation) -> None:
+def talk(engine: Engine, conversation: ChatSession) -> None:
     """Questions and commands from the terminal, until /quit or the end of input."""
     read = _reader()
     while True:
@@ -230,7 +230,7 @@ def _is_command(line: str) -> bool:
     return word[1:].lower() in _COMMANDS or word == "/" or not _is_file(word)
 
 
-def _command(engine: Engine, conversation: Conversation, line: str) -> bool:
+def _command(engine: Engine, conversation: ChatSession, line: str) -> bool:
     """Do what a line that begins with a slash says; whether the conversation continues."""
     name, rest = [*line[1:].split(None, 1), "", ""][:2]
     name = name.lower()

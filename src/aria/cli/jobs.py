@@ -63,7 +63,7 @@ def describe(
     """Describe images, videos and PDFs as JSON Lines. Rerun to resume."""
     from aria.engine import Engine, SamplingParams
     from aria.hub import model_name
-    from aria.jobs import Describer, Job, find_media
+    from aria.jobs import BatchJob, Describer, find_media
     from aria.media.limits import MediaSettings
 
     files, others = find_media(paths)
@@ -78,7 +78,7 @@ def describe(
     }
     describer = Describer(name or model_name(model), params, prompt, settings, name, weights)
     with _output(out_file) as output:
-        job = Job(describer, files, output)
+        job = BatchJob(describer, files, output)
 
         def load() -> Engine:
             engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
@@ -107,12 +107,12 @@ def batch(
 ) -> None:
     """Answer a file of requests as the server would, one line each. Rerun to resume."""
     try:
-        from aria.serve.batch import Batch, find_lines
+        from aria.serve.batch import BatchFile, find_lines
     except ImportError as error:
         raise ValueError(f"{error}; batches need more packages: pip install 'aria-moe[serve]'") from error
     from aria.engine import Engine
     from aria.hub import model_name
-    from aria.jobs import Job, Journal
+    from aria.jobs import BatchJob, Journal
     from aria.media.limits import MediaSettings
     from aria.serve.settings import ServerSettings
 
@@ -129,11 +129,11 @@ def batch(
         return engine
 
     places = {name: _place(folder) for name, folder in adapters.items()}
-    work = Batch(
+    work = BatchFile(
         requests, ServerSettings(model_names=names, media=settings), base=_base(model, revision), adapters=places
     )
     with Journal(responses) as output, contextlib.closing(work):
-        _run_job(Job(work, lines, output), "answering", load, at_once)
+        _run_job(BatchJob(work, lines, output), "answering", load, at_once)
 
 
 def _base(model: str | None, revision: str | None) -> str:
@@ -150,9 +150,9 @@ def _place(path_or_repo_id: str) -> str:
 
 def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:
     """Where records go: a file that is gone on with, or standard output."""
-    from aria.jobs import Journal, Stream
+    from aria.jobs import Journal, RecordStream
 
-    return contextlib.nullcontext(Stream(sys.stdout.buffer)) if file is None else Journal(file)
+    return contextlib.nullcontext(RecordStream(sys.stdout.buffer)) if file is None else Journal(file)
 
 
 def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None, *, passed_over: int = 0) -> None:

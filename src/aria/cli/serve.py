@@ -75,7 +75,7 @@ def serve(
     from aria.hub import model_name
     from aria.media.limits import MediaSettings
     from aria.media.read import shared_workers
-    from aria.serve.limits import open_to_strangers
+    from aria.serve.admission import allows_anonymous_access
 
     keys = list(api_key or ())
     if api_key_file is not None:
@@ -91,7 +91,7 @@ def serve(
         **limits,
     )
     adapters = read_adapters(adapter or (), taken=settings.model_names)
-    if open_to_strangers(host, keys):
+    if allows_anonymous_access(host, keys):
         err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
     engine = Engine(
         model, revision=revision, dtype=dtype, device=device, memory_utilization=memory_utilization,

@@ -1,7 +1,7 @@
-"""Long lists of work on the engine, written down record by record: a job that was killed goes on where it was."""
+"""Long-running jobs on the engine: each record is on disk before it counts, so that an interrupted job can resume."""
 
-from aria.jobs.describe import Describer, MediaFile, find_media
-from aria.jobs.journal import Journal, Stream
-from aria.jobs.runner import Job, Tally, Work
+from aria.jobs.describe import Describer, MediaItem, find_media
+from aria.jobs.journal import Journal, RecordStream
+from aria.jobs.runner import BatchJob, JobCounts, JobTask
 
-__all__ = ["Describer", "Job", "Journal", "MediaFile", "Stream", "Tally", "Work", "find_media"]
+__all__ = ["BatchJob", "Describer", "JobCounts", "JobTask", "Journal", "MediaItem", "RecordStream", "find_media"]

@@ -39,7 +39,7 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True)
-class MediaFile:
+class MediaItem:
     """A file to tell of."""
 
     path: str
@@ -48,7 +48,7 @@ class MediaFile:
     """image, video or document, by the end of its name."""
 
 
-def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[MediaFile], int]:
+def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[MediaItem], int]:
     """Pictures, clips and documents among files and in folders, and how many other files were passed over.
 
     Folders are walked to the bottom, in the order of names. What begins with a dot is neither taken nor counted there;
@@ -58,7 +58,7 @@ def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[MediaFile]
         FileNotFoundError: there is nothing at one of the paths.
         OSError: a folder cannot be read.
     """
-    media: dict[str, MediaFile] = {}
+    media: dict[str, MediaItem] = {}
     others = 0
     for path in map(Path, paths):
         if not path.exists():
@@ -68,7 +68,7 @@ def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[MediaFile]
             if kind is None:
                 others += 1
             else:
-                media.setdefault(str(file), MediaFile(str(file), kind))
+                media.setdefault(str(file), MediaItem(str(file), kind))
     return list(media.values()), others
 
 
@@ -97,15 +97,15 @@ class Describer:
     weights: Mapping[str, str | None] = field(default_factory=dict)
     """Where ``base`` and ``adapter`` lie, for the records: trained adapters lie in folders of one name."""
 
-    def name(self, medium: MediaFile) -> str:
+    def name(self, medium: MediaItem) -> str:
         """Its path."""
         return medium.path
 
-    def heavy(self, medium: MediaFile) -> bool:
+    def heavy(self, medium: MediaItem) -> bool:
         """Clips and documents are many pictures each."""
         return medium.kind != "image"
 
-    async def do(self, engine: AsyncEngine, medium: MediaFile) -> dict[str, Any]:
+    async def do(self, engine: AsyncEngine, medium: MediaItem) -> dict[str, Any]:
         """The medium's record; a file that cannot be read or does not fit has the reason under ``error``.
 
         Raises:
@@ -122,11 +122,11 @@ class Describer:
         fault = ValueError("the schema's grammar grew beyond its limits") if result.finish_reason == "error" else None
         return self._record(medium, seconds, content=content, result=result, shown=prepared.media[0], error=fault)
 
-    def give_up(self, medium: MediaFile, error: Exception) -> dict[str, Any]:
+    def give_up(self, medium: MediaItem, error: Exception) -> dict[str, Any]:
         """The record of a medium that the engine failed at."""
         return self._record(medium, 0.0, error=error)
 
-    def messages(self, medium: MediaFile) -> list[dict[str, Any]]:
+    def messages(self, medium: MediaItem) -> list[dict[str, Any]]:
         """The question about a medium. Frames and pages end with a newline themselves; a picture gets one."""
         settings = {name: self.settings[name] for name in _SETTINGS[medium.kind] if name in self.settings}
         part = {"type": medium.kind, "path": medium.path, **settings}
@@ -143,7 +143,7 @@ class Describer:
         if not isinstance(path, str) or kind not in PROMPTS or "error" not in record:
             raise ValueError(f"the output holds {str(record)[:80]}, no record of this kind; name another file")
         now = {
-            "prompt": self._asked(MediaFile(path, kind)),
+            "prompt": self._asked(MediaItem(path, kind)),
             "model": self.model,
             **self.weights,
             "settings": self._settings(kind),
@@ -158,7 +158,7 @@ class Describer:
                 )
         return path, record["error"] is not None
 
-    def changed(self, medium: MediaFile, record: Mapping[str, Any]) -> str | None:
+    def changed(self, medium: MediaItem, record: Mapping[str, Any]) -> str | None:
         """Whether a file's content is another one than the record tells of.
 
         Raises:
@@ -189,7 +189,7 @@ class Describer:
 
     def _record(
         self,
-        medium: MediaFile,
+        medium: MediaItem,
         seconds: float,
         *,
         content: Mapping[str, Any] | None = None,
@@ -212,7 +212,7 @@ class Describer:
             "content": content,
         }
 
-    def _asked(self, medium: MediaFile) -> str:
+    def _asked(self, medium: MediaItem) -> str:
         return PROMPTS[medium.kind] if self.prompt is None else self.prompt
 
 

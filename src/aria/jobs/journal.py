@@ -142,7 +142,7 @@ class Journal:
         self.close()
 
 
-class Stream:
+class RecordStream:
     """Output that is never read back, such as standard output; every record is flushed."""
 
     def __init__(self, file: BinaryIO):

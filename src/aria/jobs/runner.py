@@ -12,21 +12,21 @@ from aria.engine import AsyncEngine
 Item = TypeVar("Item", contravariant=True)
 Record = dict[str, Any]
 
-HEAVY_AT_ONCE = 4
+MAX_HEAVY_IN_FLIGHT = 4
 """Clips and documents in flight: a clip of 256 frames holds 180 MB until it has been encoded."""
 
-MOST_NAMED = 10
+MAX_NAMED = 10
 """Items that an error names."""
 
 
-class Work(Protocol[Item]):
+class JobTask(Protocol[Item]):
     """What is done with an item, and how its record is known again."""
 
     def name(self, item: Item) -> str:
         """The item's name, by which its record is found."""
 
     def heavy(self, item: Item) -> bool:
-        """Whether it is one of those of which only :data:`HEAVY_AT_ONCE` are in flight."""
+        """Whether it is one of those of which only :data:`MAX_HEAVY_IN_FLIGHT` are in flight."""
 
     async def do(self, engine: AsyncEngine, item: Item) -> Record:
         """The item's record. What is wrong with the item belongs into it: an exception means that the engine failed."""
@@ -41,7 +41,7 @@ class Work(Protocol[Item]):
         """What of an item is no longer as it was when its record was made, such as ``its content``; None: nothing."""
 
 
-class Output(Protocol):
+class RecordSink(Protocol):
     """Where records are kept."""
 
     def read(self) -> Iterator[Record]:
@@ -52,7 +52,7 @@ class Output(Protocol):
 
 
 @dataclass
-class Tally:
+class JobCounts:
     """Items counted; each is one of the three."""
 
     before: int = 0
@@ -63,7 +63,7 @@ class Tally:
     """By any run."""
 
 
-class Job:
+class BatchJob:
     """Items to do, less those whose records are in the output already.
 
     Args:
@@ -75,8 +75,8 @@ class Job:
         ValueError: the output holds something else, or records of items that have changed since.
     """
 
-    def __init__(self, work: Work[Item], items: Collection[Item], output: Output):
-        self._work: Work[Any] = work
+    def __init__(self, work: JobTask[Item], items: Collection[Item], output: RecordSink):
+        self._work: JobTask[Any] = work
         self._output = output
         by_name = {work.name(item): item for item in items}
         known: dict[str, bool] = {}
@@ -90,7 +90,7 @@ class Job:
             raise ValueError(_told(changed))
         self.todo: Sequence[Any] = [item for item in items if work.name(item) not in known]
         failed = sum(known.get(work.name(item), False) for item in items)
-        self.tally = Tally(before=len(items) - len(self.todo) - failed, failed=failed)
+        self.tally = JobCounts(before=len(items) - len(self.todo) - failed, failed=failed)
 
     async def run(self, engine: AsyncEngine, *, at_once: int, progress: Callable[[], None] = lambda: None) -> None:
         """Do what is to be done; records come in the order in which items are finished.
@@ -108,7 +108,7 @@ class Job:
             Exception: what the engine failed with, too often.
         """
         waiting = iter(self.todo)
-        heavy = asyncio.Semaphore(HEAVY_AT_ONCE)
+        heavy = asyncio.Semaphore(MAX_HEAVY_IN_FLIGHT)
         again: list[Any] = []
 
         async def keep(record: Record) -> None:
@@ -156,8 +156,8 @@ def _told(changed: Mapping[str, Sequence[str]]) -> str:
     """What to say of items that have changed, by what of them has."""
     parts = []
     for what, names in changed.items():
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        parts.append(f"{what} of {', '.join(repr(name[-200:]) for name in names[:MOST_NAMED])}{more}")
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        parts.append(f"{what} of {', '.join(repr(name[-200:]) for name in names[:MAX_NAMED])}{more}")
     return (
         f"since the output was begun, there have changed: {'; '.join(parts)}. Name another output, or delete their "
         "lines in it to have them done anew"

@@ -1,4 +1,4 @@
-"""Adapters that clients load and unload while the server runs, by vLLM's routes."""
+"""Loading and unloading of adapters at run time, by vLLM's routes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from aria.serve import fields
-from aria.serve.base import Body
+from aria.serve import field_rules
 from aria.serve.errors import ApiError
+from aria.serve.protocol_base import Body
 from aria.serve.service import Service
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
@@ -19,28 +19,28 @@ class LoadAdapterRequest(Body):
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    """A folder of the server, or a Hub repository, in PEFT's format."""
+    """A folder on the server or a Hub repository, in PEFT's format."""
     load_inplace: bool = False
-    """Whether it may take the place of an adapter of this name."""
-    known: ClassVar[fields.Rules] = fields.LOAD_ADAPTER
+    """Whether to replace an adapter of the same name."""
+    known: ClassVar[field_rules.FieldRules] = field_rules.LOAD_ADAPTER
 
 
 class UnloadAdapterRequest(Body):
     """Body of ``POST /v1/unload_lora_adapter``."""
 
     lora_name: Name
-    known: ClassVar[fields.Rules] = fields.UNLOAD_ADAPTER
+    known: ClassVar[field_rules.FieldRules] = field_rules.UNLOAD_ADAPTER
 
 
 async def load(service: Service, body: LoadAdapterRequest) -> str:
-    """Load an adapter; requests may name it from then on.
+    """Load an adapter, which requests may then select by name.
 
     Raises:
-        ApiError: 400, the name is taken or the adapter does not fit; 404, there is no such folder or repository.
+        ApiError: 400, the name is taken or the adapter does not fit the model; 404, no such folder or repository.
     """
     name = body.lora_name
     if name in service.settings.model_names:
-        raise ApiError(400, f"{name!r} is the name of the model; give the adapter another", param="lora_name")
+        raise ApiError(400, f"{name!r} is the name of the model; choose another for the adapter", param="lora_name")
     async with service.adapters_lock:
         if service.adapter(name) is not None and not body.load_inplace:
             message = f"The lora adapter {name!r} has already been loaded; set load_inplace to replace it"
@@ -55,10 +55,10 @@ async def load(service: Service, body: LoadAdapterRequest) -> str:
 
 
 async def unload(service: Service, body: UnloadAdapterRequest) -> str:
-    """Let no more requests name an adapter; those that do are answered to their end.
+    """Unload an adapter; requests that use it are still finished.
 
     Raises:
-        ApiError: 404, there is no such adapter.
+        ApiError: 404, no such adapter.
     """
     name = body.lora_name
     async with service.adapters_lock:

@@ -18,16 +18,16 @@ from typing import Any, BinaryIO
 
 from aria.engine import AsyncEngine
 from aria.grammars.limits import check_json
-from aria.serve.answers import ROUTES, answer
+from aria.serve.endpoints import ENDPOINTS, answer
 from aria.serve.errors import unexpected
 from aria.serve.service import Service
 from aria.serve.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
-MOST_TOLD = 10
+MAX_REPORTED = 10
 """Faults of an input file that are told at once."""
-MOST_BYTES = 256 << 20
+MAX_LINE_BYTES = 256 << 20
 """Of a line, as the server has it for bodies."""
 _KEYS = ("custom_id", "method", "url", "body")
 _HEAVY = ("video_url", "file", "input_file")
@@ -66,8 +66,8 @@ def find_lines(path: str | os.PathLike[str]) -> list[Line]:
     with Path(path).open("rb") as file:
         for number, (content, size) in enumerate(_lines(file), 1):
             try:
-                if size > MOST_BYTES:
-                    raise ValueError(f"it has {size:,} bytes; at most {MOST_BYTES:,} are read")
+                if size > MAX_LINE_BYTES:
+                    raise ValueError(f"it has {size:,} bytes; at most {MAX_LINE_BYTES:,} are read")
                 if content.strip():
                     request = _read(content)
                     custom_id = request["custom_id"]
@@ -86,16 +86,16 @@ def find_lines(path: str | os.PathLike[str]) -> list[Line]:
                 faults.append(f"line {number}: {error}")
             start += size
     if faults:
-        more = f"; and {len(faults) - MOST_TOLD} more" if len(faults) > MOST_TOLD else ""
-        raise ValueError(f"{path} is not a batch that can be run; {'; '.join(faults[:MOST_TOLD])}{more}")
+        more = f"; and {len(faults) - MAX_REPORTED} more" if len(faults) > MAX_REPORTED else ""
+        raise ValueError(f"{path} is not a batch that can be run; {'; '.join(faults[:MAX_REPORTED])}{more}")
     return list(lines.values())
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Lines, each with its size; of one that is too long only the beginning."""
-    while content := file.readline(MOST_BYTES + 1):
+    while content := file.readline(MAX_LINE_BYTES + 1):
         size, end = len(content), content[-1:]
-        while size > MOST_BYTES and end != b"\n" and (rest := file.readline(1 << 20)):
+        while size > MAX_LINE_BYTES and end != b"\n" and (rest := file.readline(1 << 20)):
             size, end = size + len(rest), rest[-1:]
         yield content, size
 
@@ -118,8 +118,8 @@ def _read(content: bytes) -> dict[str, Any]:
         raise ValueError(f"custom_id is {request['custom_id']!r:.80}; expected a text that is not empty")
     if request["method"] != "POST":
         raise ValueError(f"method is {request['method']!r:.80}; expected 'POST'")
-    if request["url"] not in ROUTES:
-        raise ValueError(f"url is {request['url']!r:.80}; expected one of {', '.join(ROUTES)}")
+    if request["url"] not in ENDPOINTS:
+        raise ValueError(f"url is {request['url']!r:.80}; expected one of {', '.join(ENDPOINTS)}")
     if not isinstance(request["body"], dict):
         raise ValueError(f"body is {request['body']!r:.80}; expected an object")
     return request
@@ -138,7 +138,7 @@ def _parts(body: Mapping[str, Any]) -> Iterator[Any]:
             yield from content if isinstance(content, list) else ()
 
 
-class Batch:
+class BatchFile:
     """Answers the lines of an input file as the server would, each in the line of an output file.
 
     Args:
@@ -225,7 +225,7 @@ class Batch:
     def _request(self, line: Line) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(line.start)
-            content = file.readline(MOST_BYTES)
+            content = file.readline(MAX_LINE_BYTES)
         with contextlib.suppress(ValueError):
             request = _read(content)
             if _digest(request["custom_id"], request["url"], request["body"])[:24] == line.digest:

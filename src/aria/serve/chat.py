@@ -9,19 +9,19 @@ from contextlib import aclosing
 from typing import Any
 
 from aria.media.progress import Progress
+from aria.serve.choice_parser import ChoiceDelta, ChoiceParser, logprob_object
 from aria.serve.protocol import ChatRequest
-from aria.serve.replies import ChatCompletion
+from aria.serve.response_models import ChatCompletion
 from aria.serve.service import Run
 from aria.serve.streaming import DONE, event
-from aria.serve.tools import Call
-from aria.serve.turns import Delta, Turn, logprob_object
+from aria.serve.tool_calls import Call
 
 
-async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
+async def complete(run: Run, body: ChatRequest) -> ChatCompletion:
     """The answer once it is finished."""
-    n = run.asked.params.n
-    turns = [Turn(run.asked, run.tokenizer) for _ in range(n)]
-    deltas: list[list[Delta]] = [[] for _ in range(n)]
+    n = run.request.params.n
+    turns = [ChoiceParser(run.request, run.tokenizer) for _ in range(n)]
+    deltas: list[list[ChoiceDelta]] = [[] for _ in range(n)]
     tokens: list[list[int]] = [[] for _ in range(n)]
     async with aclosing(run.read()) as pieces:
         async for _, piece in pieces:
@@ -38,18 +38,18 @@ async def whole(run: Run, body: ChatRequest) -> ChatCompletion:
             "system_fingerprint": run.fingerprint,
             "choices": [_choice(run, i, deltas[i], tokens[i]) for i in range(n)],
             "usage": run.usage(),
-            "prompt_token_ids": run.prompt_ids[0] if run.asked.token_ids else None,
+            "prompt_token_ids": run.prompt_ids[0] if run.request.token_ids else None,
             "prompt_logprobs": await run.prompt_logprobs(0),
         }
     )
 
 
-def _choice(run: Run, index: int, deltas: list[Delta], tokens: list[int]) -> dict[str, Any]:
+def _choice(run: Run, index: int, deltas: list[ChoiceDelta], tokens: list[int]) -> dict[str, Any]:
     parts = [part for delta in deltas for part in delta.parts]
     text = "".join(part for part in parts if isinstance(part, str))
     calls = [_call(part) for part in parts if isinstance(part, Call)]
     logprobs = None
-    if run.asked.params.logprobs is not None:
+    if run.request.params.logprobs is not None:
         told = [logprob_object(one, run.tokenizer) for delta in deltas for one in delta.logprobs]
         logprobs = {"content": told, "refusal": None}
     finish = next(delta.finish_reason for delta in reversed(deltas) if delta.finish_reason is not None)
@@ -59,7 +59,7 @@ def _choice(run: Run, index: int, deltas: list[Delta], tokens: list[int]) -> dic
         "message": message,
         "logprobs": logprobs,
         "finish_reason": finish,
-        "token_ids": tokens if run.asked.token_ids else None,
+        "token_ids": tokens if run.request.token_ids else None,
     }
 
 
@@ -67,10 +67,10 @@ def _call(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
+async def stream(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The answer as events: a role, what each token adds, why it ended, and the usage if that is asked for."""
-    n, include_usage = run.asked.params.n, body.wants_usage
-    turns = [Turn(run.asked, run.tokenizer) for _ in range(n)]
+    n, include_usage = run.request.params.n, body.wants_usage
+    turns = [ChoiceParser(run.request, run.tokenizer) for _ in range(n)]
     calls = [0] * n
     continuous = body.wants_usage_of_chunks
     no_usage = ',"usage":null' if include_usage else ""
@@ -96,12 +96,12 @@ async def chunks(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
         return f'{head}{{"index":{index},{rest[1:]}]{more}{usage()}}}\n\n'.encode("ascii")
 
     async with aclosing(run.read()) as pieces:
-        prompt = f',"prompt_token_ids":{json.dumps(run.prompt_ids[0])}' if run.asked.token_ids else ""
+        prompt = f',"prompt_token_ids":{json.dumps(run.prompt_ids[0])}' if run.request.token_ids else ""
         for index in range(n):
             yield chunk(index, {"role": "assistant", "content": "", "refusal": None}, more="" if index else prompt)
         async for _, piece in pieces:
             index = piece.choice
-            if run.asked.token_ids and not turns[index].finished:
+            if run.request.token_ids and not turns[index].finished:
                 yield chunk(index, {}, token_ids=[piece.token_id])
             delta = turns[index].push(piece)
             if len(delta.parts) == 1 and isinstance(delta.parts[0], str) and not delta.logprobs:
@@ -129,7 +129,7 @@ def progress_chunk(id: str, model: str, progress: Progress) -> bytes:
     return event({**head, "progress": progress._asdict()})
 
 
-def _deltas(delta: Delta, calls: list[int], index: int) -> list[dict[str, Any]]:
+def _deltas(delta: ChoiceDelta, calls: list[int], index: int) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for part in delta.parts:
         if isinstance(part, Call):

@@ -9,7 +9,7 @@ from typing import Any
 
 from aria.engine import Piece, TokenLogprob
 from aria.serve.protocol import CompletionRequest
-from aria.serve.replies import Completion
+from aria.serve.response_models import CompletionObject
 from aria.serve.service import Run
 from aria.serve.streaming import DONE, event
 
@@ -20,8 +20,8 @@ class _Text:
 
     def __init__(self, run: Run, prompt: int):
         self._run, self._prompt = run, prompt
-        self._echo = run.asked.echo
-        self._wanted = run.asked.params.logprobs
+        self._echo = run.request.echo
+        self._wanted = run.request.params.logprobs
         self._offset = 0
         # Counts characters whose bytes come in several tokens.
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
@@ -34,14 +34,14 @@ class _Text:
             self._echo = False
             text = self._echoed() + text
             if self._wanted is not None:
-                known += await self._run.scores(self._prompt)
+                known += await self._run.token_logprobs(self._prompt)
         if self._wanted is None:
             return text, None
         known += [piece.logprob] if piece.token_id is not None else []
         return text, self._logprobs(known)
 
     def _echoed(self) -> str:
-        prompt = self._run.asked.prompts[self._prompt]
+        prompt = self._run.request.prompts[self._prompt]
         if isinstance(prompt, str):
             return prompt
         return self._run.tokenizer.decode(prompt)
@@ -93,10 +93,10 @@ async def _pieces(run: Run) -> AsyncGenerator[tuple[int, Piece], None]:
                     yield prompt, one
 
 
-async def whole(run: Run, body: CompletionRequest) -> Completion:
+async def complete(run: Run, body: CompletionRequest) -> CompletionObject:
     """The answers once they are finished, those to the first prompt first."""
-    n = run.asked.params.n
-    texts = [_Text(run, i // n) for i in range(len(run.asked.prompts) * n)]
+    n = run.request.params.n
+    texts = [_Text(run, i // n) for i in range(len(run.request.prompts) * n)]
     choices: list[dict[str, Any]] = [{"index": i, "text": "", "logprobs": None} for i in range(len(texts))]
     async with aclosing(_pieces(run)) as pieces:
         async for prompt, piece in pieces:
@@ -104,7 +104,7 @@ async def whole(run: Run, body: CompletionRequest) -> Completion:
             text, logprobs = await texts[choice["index"]].push(piece)
             choice["text"] += text
             choice["finish_reason"] = piece.finish_reason
-            if run.asked.token_ids:
+            if run.request.token_ids:
                 choice.setdefault("prompt_token_ids", run.prompt_ids[prompt])
                 choice.setdefault("token_ids", []).extend(_ids(piece))
             if logprobs is not None:
@@ -114,13 +114,13 @@ async def whole(run: Run, body: CompletionRequest) -> Completion:
     for choice in choices:
         choice["prompt_logprobs"] = await run.prompt_logprobs(choice["index"] // n)
     head = {"id": run.id, "created": run.created, "model": run.model, "system_fingerprint": run.fingerprint}
-    return Completion.model_validate({**head, "choices": choices, "usage": run.usage()})
+    return CompletionObject.model_validate({**head, "choices": choices, "usage": run.usage()})
 
 
-async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
+async def stream(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """The answers as events: what each token adds, why each ended, and the usage if that is asked for."""
-    n = run.asked.params.n
-    texts = [_Text(run, i // n) for i in range(len(run.asked.prompts) * n)]
+    n = run.request.params.n
+    texts = [_Text(run, i // n) for i in range(len(run.request.prompts) * n)]
     include_usage = body.wants_usage
     head = {
         "id": run.id,
@@ -136,9 +136,9 @@ async def chunks(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, Non
             index = prompt * n + piece.choice
             text, logprobs = await texts[index].push(piece)
             finish = piece.finish_reason
-            if text or finish or logprobs or run.asked.token_ids:
+            if text or finish or logprobs or run.request.token_ids:
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-                if run.asked.token_ids:
+                if run.request.token_ids:
                     choice["token_ids"] = _ids(piece)
                     choice["prompt_token_ids"] = None if index in begun else run.prompt_ids[prompt]
                     begun.add(index)

@@ -1,7 +1,7 @@
-"""`Connection`: uvicorn's HTTP connection within limits of time, size and number.
+"""`Connection`: uvicorn's HTTP connection with limits on time, size and number.
 
-uvicorn waits for ever for a first request, for the rest of its headers, and for a client to read its answer, and keeps
-whatever comes until then.
+uvicorn by itself waits forever for the first request, for the rest of its headers and for the client to read the
+response, and buffers whatever arrives until then.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from aria.serve.active_requests import client_of
 from aria.serve.errors import ApiError, overloaded
 from aria.serve.settings import ServerSettings
-from aria.serve.traffic import client_of
 
-MOST_HEADERS = 128
-"""Of one request; each takes far more memory than its bytes."""
-MOST_PIPELINED = 16
-"""Requests that a client may send before it has the answer to an earlier one."""
+MAX_HEADERS = 128
+"""Maximum number of headers of one request; each takes far more memory than its bytes."""
+MAX_PIPELINED = 16
+"""Maximum number of pipelined requests."""
 LINGER_SECONDS = 5.0
-"""For which what a client still sends is read and dropped after a refusal, which it would lose otherwise."""
+"""How long input is read and dropped after a refusal. Closing at once would lose the response."""
 _SLICE = 1 << 14
-"""Bytes that are parsed at a time outside of bodies; the limit on headers is that much larger for unfinished ones."""
+"""Bytes parsed at a time outside of bodies; the limit on unfinished headers is that much larger."""
 _FRAMING = 8
-"""Bytes beside each one of a body that is sent in chunks; smaller chunks there are none."""
+"""Bytes of framing per byte of a chunked body, for the smallest chunks."""
 
 
 class Connections:
     """The open connections of one server.
 
     Args:
-        settings: their limits.
-        most: of them at a time, where the process cannot have as many as the settings allow.
+        settings: Limits on connections.
+        most: Maximum number of connections, if the process cannot have as many as the settings allow.
     """
 
     def __init__(self, settings: ServerSettings, most: int | None = None):
@@ -45,7 +45,7 @@ class Connections:
         self._most = settings.max_connections if most is None else most
         self._open: set[Connection] = set()
         self._by_client: Counter[str] = Counter()
-        # Those without a complete request, in the order in which they began to wait for one.
+        # Connections without a complete request, in the order in which they began to wait for one.
         self._waiting: dict[Connection, None] = {}
         self._proxies = [ip_network(proxy, strict=False) for proxy in settings.trusted_proxies]
 
@@ -53,7 +53,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: Connection) -> bool:
-        """Count a new one; False where there are too many already, and all of them are in use."""
+        """Add a connection; returns False if there are too many and all are in use."""
         most = self.settings.max_connections_per_address
         own = self._by_client[connection.peer]
         room = (own < most or self._is_proxy(connection) or self._close_waiting(connection.peer)) and (
@@ -64,7 +64,7 @@ class Connections:
         return room
 
     def remove(self, connection: Connection) -> None:
-        """It is closed."""
+        """Remove a closed connection."""
         if connection in self._open:
             self._open.discard(connection)
             self._by_client[connection.peer] -= 1
@@ -73,13 +73,13 @@ class Connections:
         self._waiting.pop(connection, None)
 
     def set_waiting(self, connection: Connection, waits: bool) -> None:
-        """Whether it waits for a request, or the rest of one's headers."""
+        """Set whether a connection waits for a request or the rest of its headers."""
         self._waiting.pop(connection, None)
         if waits:
             self._waiting[connection] = None
 
     def _close_waiting(self, peer: str | None = None) -> bool:
-        """Close the one that has waited longest, of those from an address."""
+        """Close the connection that has waited longest, of all or of those from one address."""
         oldest = next((one for one in self._waiting if peer in (None, one.peer)), None)
         if oldest is not None:
             del self._waiting[oldest]
@@ -95,16 +95,16 @@ class Connections:
 
 
 class Connection(HttpToolsProtocol):
-    """One of them. It closes itself
+    """A connection that closes itself
 
-    - without a request for ``idle_seconds``, also before the first;
-    - when a request's headers have not come within ``header_seconds``, or are larger than ``max_header_bytes``;
-    - when what is written to it is not read for ``write_seconds``;
-    - when an answer is complete and the rest of the request's body does not come.
+    - after ``idle_seconds`` without a request, also before the first;
+    - if a request's headers take longer than ``header_seconds`` or are larger than ``max_header_bytes``;
+    - if the client does not read its output for ``write_seconds``;
+    - if the response is complete and the rest of the request's body does not arrive.
 
     Args:
-        connections: all of the server's.
-        kwargs: as uvicorn gives them.
+        connections: All connections of the server.
+        kwargs: Arguments from uvicorn.
     """
 
     def __init__(self, connections: Connections, **kwargs: Any):
@@ -116,7 +116,7 @@ class Connection(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._fault: ApiError | None = None
         self._refused = False
-        self._message = False  # whether one has begun and is not complete
+        self._message = False  # whether a request has begun and is incomplete
         self._headers_complete = True
         self._began = False
         self._header_count = self._header_bytes = 0
@@ -128,7 +128,7 @@ class Connection(HttpToolsProtocol):
         if self._all.add(self):
             self._wait()
         else:
-            self._refuse(overloaded("too many connections are open; come again", wait=5))
+            self._refuse(overloaded("too many connections are open; try again later", wait=5))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -137,25 +137,25 @@ class Connection(HttpToolsProtocol):
         self._all.remove(self)
 
     def close(self, seconds: float) -> None:
-        """Close it when what is written has been read, at the latest after some seconds."""
+        """Close it once the client has read all output, at the latest after some seconds."""
         self.transport.close()
         self._arm(self.transport.abort, seconds)
 
     def linger(self) -> None:
-        """Close it, but first read and drop what is still on its way."""
+        """Close it, but first read and drop what the client is still sending."""
         self._refused = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._arm(self.transport.abort, LINGER_SECONDS)
 
     def close_answered(self) -> None:
-        """Close it behind an answer."""
+        """Close it after a response."""
         if self._message:
             self.linger()
         else:
             self.transport.close()
 
-    # What comes in
+    # Input
 
     def data_received(self, data: bytes) -> None:
         start = 0
@@ -179,7 +179,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_count += 1
         self._header_bytes += len(name) + len(value) + 4
-        if self._header_count > MOST_HEADERS or self._header_bytes + len(self.url) > self._settings.max_header_bytes:
+        if self._header_count > MAX_HEADERS or self._header_bytes + len(self.url) > self._settings.max_header_bytes:
             self._fail(self._too_large())
         super().on_header(name, value)
 
@@ -191,8 +191,8 @@ class Connection(HttpToolsProtocol):
         self._all.set_waiting(self, False)
         super().on_headers_complete()
         self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
-        if len(self.pipeline) > MOST_PIPELINED:
-            self._fail(ApiError(400, "too many requests were sent before the answer to the first"))
+        if len(self.pipeline) > MAX_PIPELINED:
+            self._fail(ApiError(400, "too many requests were sent before the response to the first"))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -204,7 +204,7 @@ class Connection(HttpToolsProtocol):
         if self.cycle.response_complete and not self.transport.is_closing():
             self._wait()
 
-    # What goes out
+    # Output
 
     def on_response_complete(self) -> None:
         if self._refused:
@@ -234,22 +234,22 @@ class Connection(HttpToolsProtocol):
     # Limits
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(self._fault or ApiError(400, "this is no HTTP request that this server reads", code="bad_http"))
+        self._refuse(self._fault or ApiError(400, "this is not a valid HTTP request", code="bad_http"))
 
     def _fail(self, error: ApiError) -> None:
-        """End parsing: what a callback of the parser raises comes back as :meth:`send_400_response`."""
+        """Stop parsing: an exception in a callback of the parser leads to :meth:`send_400_response`."""
         self._fault = error
         raise error
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer with an error and close."""
+        """Respond with an error and close."""
         if self._refused:
             return
         self._refused = True
         self._all.set_waiting(self, False)
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy or (self._message and self._headers_complete) or self.transport.is_closing():
-            self.close(LINGER_SECONDS)  # a request has an answer already, or gets one
+            self.close(LINGER_SECONDS)  # the request has a response already, or gets one
             return
         body = json.dumps(error.body()).encode("ascii")
         headers = {
@@ -263,30 +263,30 @@ class Connection(HttpToolsProtocol):
         self.linger()
 
     def _late(self) -> None:
-        if self.flow.read_paused:  # it is us who do not read
+        if self.flow.read_paused:  # the server itself does not read
             self._arm(self._late, self._settings.header_seconds)
             return
         late = f"the headers took longer than {self._settings.header_seconds:g} s (--header-seconds)"
         self._refuse(ApiError(408, late, code="header_timeout"))
 
     def _too_large(self) -> ApiError:
-        most = f"{self._settings.max_header_bytes:,} bytes (--max-header-bytes) or {MOST_HEADERS} lines"
+        most = f"{self._settings.max_header_bytes:,} bytes (--max-header-bytes) or {MAX_HEADERS} lines"
         return ApiError(431, f"the request's headers are larger than {most}", code="headers_too_large")
 
     def _wait(self) -> None:
-        """For the next request."""
+        """Wait for the next request."""
         self._all.set_waiting(self, True)
         self._arm(lambda: self.close(self._settings.write_seconds), self._settings.idle_seconds)
 
     def _arm(self, then: Callable[[], None] | None, seconds: float = math.inf) -> None:
-        """Have something happen later, and nothing else."""
+        """Replace the timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if then is None or math.isinf(seconds) else self.loop.call_later(seconds, then)
 
 
 class _Lingering:
-    """The transport of an answer, which may be out before its request is in."""
+    """The transport of a response, which may be complete before its request."""
 
     def __init__(self, connection: Connection):
         self._connection = connection

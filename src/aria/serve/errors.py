@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from aria.engine import ContextLengthError, ParameterError
-from aria.serve import fields
+from aria.serve import field_rules
 
 _KINDS = {
     401: "authentication_error",
@@ -156,7 +156,7 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
     if kind == "union_tag_invalid":
         expected = context["expected_tags"].replace("<", "").replace(">", "")
         got = context["tag"].strip("<>")
-        why = f" ({fields.KINDS[got]})" if got in fields.KINDS else ""
+        why = f" ({field_rules.KINDS[got]})" if got in field_rules.KINDS else ""
         return f"{field} is {got!r}, which is not supported{why}; expected one of {expected}"
     if kind == "union_tag_not_found":
         if isinstance(error.get("input"), dict):

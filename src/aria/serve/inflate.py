@@ -1,4 +1,4 @@
-"""Compressed request bodies, inflated as they come."""
+"""Gzip request bodies, decompressed as they arrive."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from starlette.types import Message, Receive
 from aria.serve.errors import ApiError
 
 PIECE = 1 << 16
-"""Most bytes of one message: a body of zeros inflates a thousandfold, and other requests want their turn."""
+"""Maximum size of one message: zeros expand a thousandfold, and other requests must run in between."""
 _GZIP = 16 + zlib.MAX_WBITS
 _ENCODINGS = {"gzip": True, "x-gzip": True, "identity": False, "": False}
 
 
 def is_compressed(headers: Headers) -> bool:
-    """Whether a body is gzip.
+    """Whether a body is compressed with gzip.
 
     Raises:
-        ApiError: 415, it is in another encoding.
+        ApiError: 415, it has another encoding.
     """
     encodings = [one.strip().lower() for value in headers.getlist("content-encoding") for one in value.split(",")]
     if unknown := [one for one in encodings if one not in _ENCODINGS]:
@@ -37,9 +37,9 @@ def _refused(message: str) -> ApiError:
 
 
 def inflated(receive: Receive) -> Receive:
-    """``receive`` of a gzip body as one of its content, in messages of at most :data:`PIECE` bytes.
+    """``receive`` of the decompressed body, in messages of at most :data:`PIECE` bytes.
 
-    It raises an :class:`ApiError`, 400, where the body is not gzip or stops before its end.
+    It raises an :class:`ApiError`, 400, if the body is not gzip or is truncated.
     """
     stream = zlib.decompressobj(_GZIP)
     waiting, full, more, over = b"", False, True, False
@@ -53,7 +53,7 @@ def inflated(receive: Receive) -> Receive:
             if message["type"] != "http.request":
                 return message
             waiting, more = message.get("body", b""), message.get("more_body", False)
-        if stream.eof and waiting:  # a file may be several of them, one after the other
+        if stream.eof and waiting:  # a gzip file may have several members
             stream = zlib.decompressobj(_GZIP)
         try:
             piece = stream.decompress(waiting, PIECE)
@@ -62,7 +62,7 @@ def inflated(receive: Receive) -> Receive:
         waiting, full = (stream.unused_data, False) if stream.eof else (stream.unconsumed_tail, len(piece) == PIECE)
         over = not (waiting or full or more)
         if over and not stream.eof:
-            raise ApiError(400, "the gzip body stops before its end", code="bad_gzip")
+            raise ApiError(400, "the gzip body is truncated", code="bad_gzip")
         await asyncio.sleep(0)
         return {"type": "http.request", "body": piece, "more_body": not over}
 

@@ -21,11 +21,11 @@ from aria.serve.errors import ApiError
 
 PIECE = 1 << 16
 """Bytes that are taken at a time: one or two milliseconds of work."""
-MOST_VALUES = 1 << 19
+MAX_VALUES = 1 << 19
 """In a document, more or less: its commas and opening brackets."""
-MOST_CHARACTERS = 4 << 20
+MAX_CHARACTERS = 4 << 20
 """Of a document without its long strings. Prompts and media are long strings; all else is far smaller."""
-MOST_WIDE = 8 << 20
+MAX_NON_ASCII = 8 << 20
 """Characters of a long string that is not ASCII, far more than any prompt may have: with the first such character all
 that came before it changes its width in memory, at once."""
 _QUICK = 1 << 19
@@ -33,7 +33,7 @@ _QUICK = 1 << 19
 _VALUE_BYTES = 256
 """Of memory for each comma and bracket, once the document is made of Python's objects."""
 _RUN, _ESCAPES = 256, 128
-_MOST_SHORT = (_RUN + 2) * (_ESCAPES + 1) + 2
+_MAX_SHORT = (_RUN + 2) * (_ESCAPES + 1) + 2
 # A string is short if it has few escapes, and few characters between them: that is decided in one pass, without going
 # back. Whatever comes before the first string that is long or not complete:
 _SHORT = re.compile(rf'[^"]*+(?:"[^"\\]{{0,{_RUN}}}+(?:\\.[^"\\]{{0,{_RUN}}}+){{0,{_ESCAPES}}}+"[^"]*+)*+', re.DOTALL)
@@ -70,7 +70,7 @@ class JsonReader:
     @property
     def parsed_nbytes(self) -> int:
         """Memory that is held from :meth:`parse` on, by the document and its objects; an estimate from above."""
-        return self._nbytes + _VALUE_BYTES * min(self._values, MOST_VALUES)
+        return self._nbytes + _VALUE_BYTES * min(self._values, MAX_VALUES)
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes, at most :data:`PIECE` of them.
@@ -127,8 +127,8 @@ class JsonReader:
             self._splitter.send(text)
         if final:
             self._splitter.send("")
-        if self._length > MOST_CHARACTERS:
-            raise _too_large(f"the body has more than {MOST_CHARACTERS:,} characters beside its long strings")
+        if self._length > MAX_CHARACTERS:
+            raise _too_large(f"the body has more than {MAX_CHARACTERS:,} characters beside its long strings")
 
     def _split(self) -> Generator[None, str, None]:
         """Receives the document piece by piece, and an empty one at its end; takes long strings out."""
@@ -137,7 +137,7 @@ class JsonReader:
             end = _SHORT.match(piece, at).end()  # type: ignore[union-attr]  # it matches nothing, too
             self._add(piece[at:end])
             at = end
-            if at == len(piece) or (len(piece) - at <= _MOST_SHORT and not _end(piece, at + 1)[1]):
+            if at == len(piece) or (len(piece) - at <= _MAX_SHORT and not _end(piece, at + 1)[1]):
                 more = yield
                 if not more:
                     self._add(piece[at:])  # of a string that does not end; the parser says so
@@ -156,8 +156,10 @@ class JsonReader:
                     # The escape of half a pair; that of the other half may be on its way.
                     said, end = said[:-1], end - 6
                 text += said
-                if not text.isascii() and len(text) > MOST_WIDE:
-                    raise _too_large(f"the body has a string of more than {MOST_WIDE:,} characters that are not ASCII")
+                if not text.isascii() and len(text) > MAX_NON_ASCII:
+                    raise _too_large(
+                        f"the body has a string of more than {MAX_NON_ASCII:,} characters that are not ASCII"
+                    )
                 self._nbytes += sys.getsizeof(text) - size
                 size = sys.getsizeof(text)
                 at = end
@@ -186,7 +188,7 @@ class TooLargeError(ValueError):
 
 
 def parse(text: str, texts: Mapping[int, str] | None = None) -> Any:
-    """A document of at most :data:`MOST_CHARACTERS` characters. Other threads run meanwhile.
+    """A document of at most :data:`MAX_CHARACTERS` characters. Other threads run meanwhile.
 
     Args:
         text: JSON.
@@ -197,11 +199,11 @@ def parse(text: str, texts: Mapping[int, str] | None = None) -> Any:
         ValueError: it is no JSON.
         RecursionError: it is nested too deeply.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise TooLargeError(f"has more than {MOST_CHARACTERS:,} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise TooLargeError(f"has more than {MAX_CHARACTERS:,} characters")
     # What stands in strings is left out only where it matters.
-    if _count(text) > MOST_VALUES and _count(_STRING.sub("", text)) > MOST_VALUES:
-        raise TooLargeError(f"has more than {MOST_VALUES:,} commas and brackets, which this server does not take")
+    if _count(text) > MAX_VALUES and _count(_STRING.sub("", text)) > MAX_VALUES:
+        raise TooLargeError(f"has more than {MAX_VALUES:,} commas and brackets, which this server does not take")
     if not texts and len(text) <= _QUICK:
         return json.loads(text)
     return _Decoder(texts or {}).decode(text)

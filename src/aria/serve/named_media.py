@@ -1,5 +1,4 @@
-"""`NamedMedia`: images and clips that a client names by a uuid of its own, kept so that later requests may name them
-without sending them again."""
+"""`NamedMedia`: images and videos that clients name by uuid, kept so that later requests can reference them."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ _FORGOTTEN = "media_not_cached"
 
 
 class NamedMedia:
-    """Media by client, kind and uuid; the least recently used go first. Any thread may use it.
+    """LRU cache of media by client, kind and uuid. Thread-safe.
 
-    Clients are kept apart: nobody can name what another one has sent.
+    Clients cannot reference each other's media.
 
     Args:
-        capacity: most bytes of all of them, as they were sent: neither decoded nor in base64.
+        capacity: Maximum size of all media in bytes, before decoding and without base64.
     """
 
     def __init__(self, capacity: int):
@@ -34,11 +33,11 @@ class NamedMedia:
     def resolve(
         self, client: bytes, messages: Sequence[Mapping[str, Any]], settings: MediaSettings
     ) -> list[Mapping[str, Any]]:
-        """Messages whose media with a ``uuid`` are there: those that bring an address are opened and kept.
+        """Replace media that have a ``uuid`` by their content; those that come with a URL are opened and kept.
 
         Raises:
-            ApiError: 400, nothing is kept under a uuid.
-            ValueError, OSError: a medium cannot be had, see :func:`aria.media.open.open_media`.
+            ApiError: 400, no medium is kept under a uuid.
+            ValueError, OSError: A medium cannot be read, see :func:`aria.media.open.open_media`.
         """
         return [self._message(client, message, settings) for message in messages]
 
@@ -78,7 +77,7 @@ class NamedMedia:
 
 
 def _size(key: tuple[bytes, str, str], medium: bytes | Path | None) -> int:
-    """Bytes that an entry takes, its key included; a file of the server stays where it is."""
+    """Size of an entry in bytes, key included; files of the server are not held in memory."""
     if medium is None:
         return 0
     return 512 + len(key[2]) + (len(medium) if isinstance(medium, bytes) else 0)

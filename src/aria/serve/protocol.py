@@ -6,29 +6,29 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from aria.serve import fields
-from aria.serve.base import (
-    MOST_PARTS,
+from aria.serve import field_rules
+from aria.serve.output_formats import ResponseFormat, StructuredOutputs
+from aria.serve.protocol_base import (
+    MAX_PARTS,
     Arguments,
     Body,
     Description,
     Json,
-    Many,
+    ListOf,
     Source,
     Text,
     at_most,
+    discriminated_by,
+    discriminated_by_field,
+    field_error,
     json_type,
-    kind_of,
-    misfit,
-    told_by,
 )
-from aria.serve.formats import ResponseFormat, StructuredOutputs
 
-MOST_STOPS = 32
-MOST_STOP_CHARACTERS = 1024
-MOST_MESSAGES = 16_384
+MAX_STOPS = 32
+MAX_STOP_CHARACTERS = 1024
+MAX_MESSAGES = 16_384
 """Each takes at least four tokens."""
-MOST_BIASES = 1024
+MAX_BIASES = 1024
 """Every row of a batch has room for as many as the most that any asks for."""
 
 
@@ -41,7 +41,7 @@ class WithoutEffect(Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    known: ClassVar[fields.Rules] = fields.REQUEST
+    known: ClassVar[field_rules.FieldRules] = field_rules.REQUEST
 
 
 # Content of messages
@@ -54,7 +54,7 @@ largest."""
 class TextPart(Body):
     type: Literal["text"]
     text: Text
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
 
 Uuid = Annotated[str, Field(min_length=1, max_length=256)]
@@ -75,15 +75,15 @@ def _check_source(field: str, url: str | None, uuid: str | None) -> None:
         raise ValueError(f"{field}.url is missing; give it, or the uuid of a medium that was sent before")
 
 
-class ImagePart(Body):
+class ImageUrlPart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl = ImageUrl()
     """Null, or without a url, where a uuid names an image that was sent before."""
     uuid: Uuid | None = None
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
     @model_validator(mode="after")
-    def _has_source(self) -> ImagePart:
+    def _has_source(self) -> ImageUrlPart:
         _check_source("image_url", self.image_url.url, self.uuid)
         return self
 
@@ -98,22 +98,22 @@ class VideoUrl(Body):
     timestamps: bool | None = None
 
 
-class VideoPart(Body):
+class VideoUrlPart(Body):
     """Extension, spelled as in vLLM."""
 
     type: Literal["video_url"]
     video_url: VideoUrl = VideoUrl()
     uuid: Uuid | None = None
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
     @model_validator(mode="after")
-    def _has_source(self) -> VideoPart:
+    def _has_source(self) -> VideoUrlPart:
         _check_source("video_url", self.video_url.url, self.uuid)
         return self
 
 
 class FileData(Body):
-    known: ClassVar[fields.Rules] = fields.FILE
+    known: ClassVar[field_rules.FieldRules] = field_rules.FILE
     file_data: Source | None = None
     """A PDF as a data: URI or in base64."""
     file_url: Source | None = None
@@ -134,31 +134,31 @@ class FileData(Body):
 class FilePart(Body):
     type: Literal["file"]
     file: FileData
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
 
 class RefusalPart(Body):
     type: Literal["refusal"]
     refusal: Text
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
 
 UserPart = Annotated[
     Annotated[TextPart, Tag("<text>")]
-    | Annotated[ImagePart, Tag("<image_url>")]
-    | Annotated[VideoPart, Tag("<video_url>")]
+    | Annotated[ImageUrlPart, Tag("<image_url>")]
+    | Annotated[VideoUrlPart, Tag("<video_url>")]
     | Annotated[FilePart, Tag("<file>")],
-    kind_of("type"),
+    discriminated_by_field("type"),
 ]
 AssistantPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], kind_of("type")
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], discriminated_by_field("type")
 ]
-_parts = told_by(json_type, "a string or a list of parts")
-_some = Field(max_length=MOST_PARTS)
-Texts = Annotated[Annotated[Text, Tag("<string>")] | Annotated[Many[TextPart], _some, Tag("<list>")], _parts]
-UserContent = Annotated[Annotated[Text, Tag("<string>")] | Annotated[Many[UserPart], _some, Tag("<list>")], _parts]
+_parts = discriminated_by(json_type, "a string or a list of parts")
+_some = Field(max_length=MAX_PARTS)
+Texts = Annotated[Annotated[Text, Tag("<string>")] | Annotated[ListOf[TextPart], _some, Tag("<list>")], _parts]
+UserContent = Annotated[Annotated[Text, Tag("<string>")] | Annotated[ListOf[UserPart], _some, Tag("<list>")], _parts]
 AssistantContent = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[Many[AssistantPart], _some, Tag("<list>")], _parts
+    Annotated[Text, Tag("<string>")] | Annotated[ListOf[AssistantPart], _some, Tag("<list>")], _parts
 ]
 
 
@@ -169,34 +169,34 @@ class FunctionCall(Body):
     name: str
     arguments: Arguments = "{}"
     """JSON, as a string; what is cut off or otherwise no JSON stands in the conversation as it is."""
-    known: ClassVar[fields.Rules] = fields.CALLED_FUNCTION
+    known: ClassVar[field_rules.FieldRules] = field_rules.CALLED_FUNCTION
 
 
 class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    known: ClassVar[fields.Rules] = fields.TOOL_CALL
+    known: ClassVar[field_rules.FieldRules] = field_rules.TOOL_CALL
 
 
 class SystemMessage(Body):
     role: Literal["system", "developer"]
     content: Texts
-    known: ClassVar[fields.Rules] = fields.MESSAGE
+    known: ClassVar[field_rules.FieldRules] = field_rules.MESSAGE
 
 
 class UserMessage(Body):
     role: Literal["user"]
     content: UserContent
-    known: ClassVar[fields.Rules] = fields.MESSAGE
+    known: ClassVar[field_rules.FieldRules] = field_rules.MESSAGE
 
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
     content: AssistantContent | None = None
-    tool_calls: Many[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     refusal: Text | None = None
-    known: ClassVar[fields.Rules] = fields.ASSISTANT
+    known: ClassVar[field_rules.FieldRules] = field_rules.ASSISTANT
 
 
 class ToolMessage(Body):
@@ -204,7 +204,7 @@ class ToolMessage(Body):
     content: UserContent
     tool_call_id: str
     name: str | None = None
-    known: ClassVar[fields.Rules] = fields.MESSAGE
+    known: ClassVar[field_rules.FieldRules] = field_rules.MESSAGE
 
 
 Message = Annotated[
@@ -213,7 +213,7 @@ Message = Annotated[
     | Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[ToolMessage, Tag("<tool>")],
-    kind_of("role"),
+    discriminated_by_field("role"),
 ]
 
 
@@ -223,13 +223,13 @@ class Function(Body):
     parameters: Json | None = None
     strict: bool | None = None
     """Where a call is demanded, arguments always follow the schema, strict or not."""
-    known: ClassVar[fields.Rules] = fields.TOOL
+    known: ClassVar[field_rules.FieldRules] = field_rules.TOOL
 
 
 class Tool(Body):
     type: Literal["function"] = "function"
     function: Function
-    known: ClassVar[fields.Rules] = fields.TOOL
+    known: ClassVar[field_rules.FieldRules] = field_rules.TOOL
 
 
 class NamedFunction(Body):
@@ -243,7 +243,7 @@ class NamedTool(Body):
 
 class AllowedTools(Body):
     mode: Literal["auto", "required"]
-    tools: Annotated[Many[NamedTool], Field(min_length=1)]
+    tools: Annotated[ListOf[NamedTool], Field(min_length=1)]
 
 
 class AllowedToolsChoice(Body):
@@ -255,12 +255,12 @@ class AllowedToolsChoice(Body):
 
 ChosenTools = Annotated[
     Annotated[NamedTool, Tag("<function>")] | Annotated[AllowedToolsChoice, Tag("<allowed_tools>")],
-    kind_of("type", default="function"),
+    discriminated_by_field("type", default="function"),
 ]
 ToolMode = Literal["none", "auto", "required"]
 ToolChoice = Annotated[
     Annotated[ToolMode, Tag("<string>")] | Annotated[ChosenTools, Tag("<object>")],
-    told_by(json_type, "a string or an object"),
+    discriminated_by(json_type, "a string or an object"),
 ]
 
 
@@ -273,13 +273,13 @@ class StreamOptions(Body):
     """Extension of vLLM: with include_usage, every chunk has the tokens so far."""
     include_progress: bool | None = None
     """Extension of ours: chunks without choices tell how far the media have been read."""
-    known: ClassVar[fields.Rules] = fields.STREAM
+    known: ClassVar[field_rules.FieldRules] = field_rules.STREAM
 
 
-_StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+_StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
-    Annotated[_StopText, Tag("<string>")] | Annotated[Many[_StopText], Field(max_length=MOST_STOPS), Tag("<list>")],
-    told_by(json_type, "a string or a list of strings"),
+    Annotated[_StopText, Tag("<string>")] | Annotated[ListOf[_StopText], Field(max_length=MAX_STOPS), Tag("<list>")],
+    discriminated_by(json_type, "a string or a list of strings"),
 ]
 
 
@@ -298,7 +298,7 @@ class Sampling(WithoutEffect):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            at_most(MOST_BIASES),
+            at_most(MAX_BIASES),
         ]
         | None
     ) = None
@@ -312,7 +312,7 @@ class Sampling(WithoutEffect):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[Many[Annotated[int, Field(ge=0)]], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[ListOf[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -331,9 +331,9 @@ class ChoicesRequest(Sampling):
     @model_validator(mode="after")
     def _streams(self) -> ChoicesRequest:
         if self.stream_options is not None and not self.stream:
-            raise misfit("stream_options", "goes with stream: true only")
+            raise field_error("stream_options", "goes with stream: true only")
         if self.prompt_logprobs is not None and self.stream:
-            raise misfit("prompt_logprobs", "goes with stream: false only; /v1/completions streams them with echo")
+            raise field_error("prompt_logprobs", "goes with stream: false only; /v1/completions streams them with echo")
         return self
 
     @property
@@ -368,23 +368,23 @@ class ChatRequest(ChoicesRequest, Templated):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str | None = None
-    messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Many[Tool] | None = None
+    tools: ListOf[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    known: ClassVar[fields.Rules] = fields.CHAT
+    known: ClassVar[field_rules.FieldRules] = field_rules.CHAT
 
     @model_validator(mode="after")
-    def _together(self) -> ChatRequest:
+    def _merge(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise misfit("top_logprobs", "goes with logprobs: true only")
+            raise field_error("top_logprobs", "goes with logprobs: true only")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise misfit("max_tokens", "and max_completion_tokens mean the same, but differ; give one of them")
+            raise field_error("max_tokens", "and max_completion_tokens mean the same, but differ; give one of them")
         return self
 
 
@@ -397,13 +397,13 @@ def _prompt_kind(value: Any) -> str | None:
     return "<lists of ids>" if isinstance(first, list) else "<ids>"
 
 
-TokenIds = Annotated[Many[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[ListOf[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[Many[Text], Tag("<strings>")]
+    | Annotated[ListOf[Text], Tag("<strings>")]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[Many[TokenIds], Tag("<lists of ids>")],
-    told_by(_prompt_kind, "a string, a list of token ids, or a list of either"),
+    | Annotated[ListOf[TokenIds], Tag("<lists of ids>")],
+    discriminated_by(_prompt_kind, "a string, a list of token ids, or a list of either"),
 ]
 
 
@@ -419,7 +419,7 @@ class CompletionRequest(ChoicesRequest):
     """Whether text and log-probabilities begin with those of the prompt."""
     response_format: ResponseFormat | None = None
     """Extension of vLLM."""
-    known: ClassVar[fields.Rules] = fields.COMPLETION
+    known: ClassVar[field_rules.FieldRules] = field_rules.COMPLETION
 
 
 class TokenizeRequest(Templated):
@@ -427,15 +427,15 @@ class TokenizeRequest(Templated):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[Many[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    tools: Many[Tool] | None = None
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: ListOf[Tool] | None = None
     return_token_strs: bool | None = None
     # Extensions of ours.
     return_previews: bool | None = None
     """Whether each medium comes with a small picture of it."""
     stream: bool | None = None
     """Whether the answer is a stream of events: how far the media have been read, then the answer itself."""
-    known: ClassVar[fields.Rules] = fields.TOKENIZE
+    known: ClassVar[field_rules.FieldRules] = field_rules.TOKENIZE
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
@@ -448,4 +448,4 @@ class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None
-    tokens: Many[Annotated[int, Field(ge=0)]]
+    tokens: ListOf[Annotated[int, Field(ge=0)]]

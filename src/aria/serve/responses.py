@@ -8,17 +8,17 @@ from contextlib import aclosing
 from typing import Any
 
 from aria.engine import Piece
-from aria.serve.replies import ResponseObject
-from aria.serve.responses_body import ResponsesRequest
+from aria.serve.choice_parser import ChoiceParser, logprob_object
+from aria.serve.response_models import ResponseObject
+from aria.serve.responses_protocol import ResponsesRequest
 from aria.serve.service import Run
 from aria.serve.streaming import event
-from aria.serve.tools import Call
-from aria.serve.turns import Turn, logprob_object
+from aria.serve.tool_calls import Call
 
 Event = dict[str, Any]
 
 
-async def whole(run: Run, body: ResponsesRequest) -> ResponseObject:
+async def complete(run: Run, body: ResponsesRequest) -> ResponseObject:
     """The answer once it is finished."""
     output = _Output(run)
     async with aclosing(run.read()) as pieces:
@@ -30,7 +30,7 @@ async def whole(run: Run, body: ResponsesRequest) -> ResponseObject:
     return _response(run, body, output)
 
 
-async def chunks(run: Run, body: ResponsesRequest) -> AsyncGenerator[bytes, None]:
+async def stream(run: Run, body: ResponsesRequest) -> AsyncGenerator[bytes, None]:
     """The answer as events of OpenAI's names, numbered."""
     output = _Output(run)
     number = 0
@@ -57,7 +57,7 @@ class _Output:
 
     def __init__(self, run: Run):
         self._run = run
-        self._turn = Turn(run.asked, run.tokenizer)
+        self._turn = ChoiceParser(run.request, run.tokenizer)
         self.items: list[Event] = []
         self.finish_reason: str | None = None
 
@@ -128,7 +128,7 @@ class _Output:
 
 def _response(run: Run, body: ResponsesRequest, output: _Output) -> ResponseObject:
     """The object that stands for the whole, with the settings it was made by."""
-    params = run.asked.params
+    params = run.request.params
     status = {None: "in_progress", "length": "incomplete"}.get(output.finish_reason, "completed")
     usage = run.usage()
     told = body.model_dump(mode="json", by_alias=True, include={"text", "tools", "tool_choice"}, exclude_none=True)

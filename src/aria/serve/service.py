@@ -1,4 +1,4 @@
-"""`Service`: an engine under a server's settings; prompts prepared off the event loop, answers counted."""
+"""`Service`: an engine with a server's settings. Prepares prompts off the event loop and counts tokens."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.processor.image_inputs import Prepared
 from aria.processor.template import variables_of
-from aria.serve import bodies
-from aria.serve.bodies import Asked, Defaults
+from aria.serve import generation_request
+from aria.serve.active_requests import RequestThreadPool, current_request
 from aria.serve.errors import ApiError, context_length, invalid_request, overloaded
-from aria.serve.exchange import Exchange
-from aria.serve.metrics import Metrics
+from aria.serve.generation_request import Defaults, GenerationRequest
+from aria.serve.metrics import ServerMetrics
 from aria.serve.named_media import NamedMedia
+from aria.serve.request_context import RequestContext
 from aria.serve.settings import ServerSettings
-from aria.serve.traffic import WorkThreads, current_work
 from aria.serve.truncation import prepare_latest
 from aria.workers import BusyError
 from aria.workers.cancellation import run_cancellable
@@ -37,31 +37,31 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GRAMMAR_THREADS = 16
-"""Requests with a schema or another grammar that are checked at a time."""
+"""Maximum number of requests whose schemas or grammars are checked at a time."""
 STEP_SECONDS = 120.0
-"""The longest that a step may take by default: first ones compile kernels for up to a minute on a GPU, and large models
-are slow on a CPU."""
+"""Default time limit of a step: first steps compile kernels for up to a minute on a GPU, and large models are slow on a
+CPU."""
 QUICK_MODEL = 100_000_000
-"""Active parameters under which a step takes less than a second on a CPU, where nothing is compiled either."""
+"""Number of active parameters below which a step takes less than a second on a CPU."""
 QUICK_STEP_SECONDS = 4.0
-"""The longest that a step of such a model may take by default."""
+"""Default time limit of a step of such a model on a CPU."""
 LARGE_BODY = 1 << 17
-"""Bytes of memory from which on reading a body takes more than a millisecond or two."""
+"""Size in memory above which parsing a body takes more than a millisecond or two."""
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
-"""Errors of the system that are no request's fault."""
+"""System errors that are not the fault of a request."""
 PROBE_SECONDS = 4.0
-"""For one token, when the model's last step failed; who asks after the server's health waits no longer."""
+"""Time limit of the health check, which generates one token if the model's last step failed."""
 
 
 class Service:
-    """An engine under a server's settings.
+    """An engine with a server's settings.
 
     Args:
-        engine: answers; the caller closes it.
-        settings: limits and names.
+        engine: Runs the model; the caller closes it.
+        settings: Names and limits.
 
     Raises:
-        ValueError: an adapter has a name of the model.
+        ValueError: An adapter has a name of the model.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings):
@@ -69,14 +69,14 @@ class Service:
             raise ValueError(f"{both[0]!r} is the name of the model and of an adapter; give one of them another")
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(engine, lambda: not (engine.failing or self.hanging))
+        self.metrics = ServerMetrics(engine, lambda: not (engine.failing or self.hanging))
         self.created = int(time.time())
         self.fingerprint = _fingerprint(engine.model)
-        # Text never waits behind somebody's slow download.
-        self._texts = WorkThreads(2, "aria-text")
-        # Most of them wait for a process that tries a schema, which may take seconds.
-        self._grammars = WorkThreads(GRAMMAR_THREADS, "aria-grammar")
-        self._media = WorkThreads(settings.media_threads, "aria-media")
+        # Text-only requests never wait for slow downloads.
+        self._texts = RequestThreadPool(2, "aria-text")
+        # They mostly wait for a worker process that compiles a schema, which may take seconds.
+        self._grammars = RequestThreadPool(GRAMMAR_THREADS, "aria-grammar")
+        self._media = RequestThreadPool(settings.media_threads, "aria-media")
         self._named_media = NamedMedia(settings.named_media_bytes)
         self.adapters_lock = asyncio.Lock()
         """Held while adapters are loaded or unloaded."""
@@ -88,7 +88,7 @@ class Service:
 
     @cached_property
     def defaults(self) -> Defaults:
-        """What bodies leave open."""
+        """Values of fields that bodies leave out."""
         temperature = self.settings.temperature
         if temperature is None:
             temperature = default_temperature(self.engine.generation_config)
@@ -101,18 +101,18 @@ class Service:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that requests may ask for: those of the model, then its adapters."""
+        """Names that requests may use: those of the model, then its adapters."""
         return (*self.settings.model_names, *self.engine.adapters)
 
     def adapter(self, model: str) -> str | None:
-        """The adapter that answers under a name, None where it is the model itself."""
+        """The adapter of a model name; None for the model itself."""
         return model if model in self.engine.adapters else None
 
     def model(self, name: str | None) -> str:
-        """The name to answer under.
+        """Resolve the model name of a request.
 
         Raises:
-            ApiError: 404, no model has this name.
+            ApiError: 404, no such model.
         """
         names = self.models
         if name is None:
@@ -120,7 +120,7 @@ class Service:
         if name not in names:
             raise ApiError(
                 404,
-                f"there is no model {name!r:.200} here; there are {', '.join(names)}",
+                f"there is no model {name!r:.200}; available are {', '.join(names)}",
                 param="model",
                 code="model_not_found",
             )
@@ -128,7 +128,7 @@ class Service:
 
     @cached_property
     def _token_characters(self) -> int:
-        """Most characters of one token: a prompt with more of them for each place cannot fit, without tokenizing it."""
+        """Maximum number of characters per token: a bound on a prompt's length without tokenizing it."""
         tokenizer = self.processor.tokenizer
         return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
@@ -138,35 +138,35 @@ class Service:
         Raises:
             ContextLengthError: it has more characters than all of its tokens could.
         """
-        if (characters := bodies.characters(prompt)) > self._token_characters * self.defaults.max_model_len:
+        if (characters := generation_request.characters(prompt)) > self._token_characters * self.defaults.max_model_len:
             tokens = f"at least {-(-characters // self._token_characters)} tokens"
             raise ContextLengthError(self.defaults.max_model_len, tokens, "shorten it")
 
     def check_media(self, count: int, param: str) -> None:
-        """Refuse more media than one request may have.
+        """Refuse requests with too many media.
 
         Raises:
             ApiError: 400.
         """
         if count > self.settings.max_media:
-            most = f"{self.settings.max_media} are the most (--max-media)"
-            raise ApiError(400, f"there are {count} images, clips and documents, and {most}", param=param)
+            most = f"at most {self.settings.max_media} are allowed (--max-media)"
+            raise ApiError(400, f"there are {count} images, videos and documents; {most}", param=param)
 
-    def named(self, prompt: Sequence[Any], exchange: Exchange) -> Sequence[Any]:
-        """A conversation with the media that it names by uuid. This may take as long as fetching them.
+    def named(self, prompt: Sequence[Any], context: RequestContext) -> Sequence[Any]:
+        """Insert the media that a conversation references by uuid. Media with a URL are fetched.
 
         Raises:
-            ApiError: 400, nothing is kept under a uuid.
+            ApiError: 400, no medium is kept under a uuid.
         """
-        return self._named_media.resolve(exchange.client, prompt, self.processor.media)
+        return self._named_media.resolve(context.client, prompt, self.processor.media)
 
-    def _prepare(self, prompt: Any, asked: Asked, exchange: Exchange) -> Prepared:
-        """A conversation as tokens and pictures."""
-        messages = self.named(prompt, exchange)
+    def _prepare(self, prompt: Any, request: GenerationRequest, context: RequestContext) -> Prepared:
+        """Prepare a conversation: tokens and images."""
+        messages = self.named(prompt, context)
 
         def prepare(part: Sequence[Any]) -> Prepared:
             self.check_length(part)
-            return self.engine.prepare_blocking(part, **asked.template)
+            return self.engine.prepare_blocking(part, **request.template)
 
         def measure(part: Sequence[Any]) -> int:
             self.check_length(part)
@@ -175,17 +175,17 @@ class Service:
         try:
             return prepare(messages)
         except ContextLengthError:
-            if not asked.truncate:
+            if not request.truncate:
                 raise
         most = self.defaults.max_model_len
-        return prepare_latest(messages, prepare, measure, room=most - min(asked.params.max_tokens, most // 4))
+        return prepare_latest(messages, prepare, measure, room=most - min(request.params.max_tokens, most // 4))
 
     async def off_loop(
         self, work: Callable[[], T], *, media: bool = False, param: str | None = None, grammar: bool = False
     ) -> T:
-        """Do what takes time in a thread, which stops when the client leaves; the request counts until it has.
+        """Run blocking work in a thread, which is cancelled when the client disconnects.
 
-        What is wrong with the request's messages or media becomes a 400.
+        The request is counted until the thread has stopped. Errors in its messages or media become a 400.
         """
         pool = self._media if media else self._grammars if grammar else self._texts
         try:
@@ -194,52 +194,53 @@ class Service:
             raise context_length(error, param) from error
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in _OURS:
-                raise overloaded(f"the server has too little of something ({error.strerror}); try again") from error
+                raise overloaded(f"the server is short of a resource ({error.strerror}); try again") from error
             raise ApiError(400, str(error), param=param) from error
         except BusyError as error:
             raise overloaded(str(error)) from error
 
     async def read(self, work: Callable[[], T]) -> T:
-        """Make something of a request's body, in a thread where that is large. The work raises nothing but
-        :class:`ApiError` for what is wrong with it."""
-        request = current_work()
+        """Process a request body, in a thread if it is large. The work raises only :class:`ApiError` for its faults."""
+        request = current_request()
         return await self.off_loop(work) if request is not None and request.nbytes > LARGE_BODY else work()
 
-    async def start(self, asked: Asked, *, id: str, model: str | None, param: str, exchange: Exchange) -> Run:
-        """Begin to answer, and wait for the first token: until then whatever is wrong can be told by a status.
+    async def start(
+        self, request: GenerationRequest, *, id: str, model: str | None, param: str, context: RequestContext
+    ) -> Run:
+        """Start generating and wait for the first token, so that earlier errors can be reported by status.
 
         Args:
-            asked: what a body asks for.
-            id: of the answer.
-            model: the name in the body.
-            param: the field that prompts come from, for errors.
-            exchange: counts the tokens.
+            request: What to generate.
+            id: Id of the response.
+            model: The model name in the body.
+            param: The field that holds the prompt, for errors.
+            context: Receives token counts.
 
         Raises:
-            ApiError: 400, 404: the request cannot be answered.
+            ApiError: 400 or 404, the request cannot be fulfilled.
         """
         name = self.model(model)
-        wanted = len(asked.prompts) * asked.params.n
+        wanted = len(request.prompts) * request.params.n
         if wanted > self.settings.max_choices:
             raise ApiError(
-                400, f"{wanted} answers are asked for, and {self.settings.max_choices} are the most", param="n"
+                400, f"{wanted} choices are requested; at most {self.settings.max_choices} are allowed", param="n"
             )
-        self.check_media(media := asked.media, param)
+        self.check_media(media := request.media, param)
         began = time.perf_counter()
 
         def work() -> list[Prepared]:
             if param != "prompt":
-                return [self._prepare(prompt, asked, exchange) for prompt in asked.prompts]
-            for prompt in asked.prompts:
+                return [self._prepare(prompt, request, context) for prompt in request.prompts]
+            for prompt in request.prompts:
                 self.check_length(prompt)
-            return [self.engine.prepare_text_blocking(prompt) for prompt in asked.prompts]  # type: ignore[arg-type]
+            return [self.engine.prepare_text_blocking(prompt) for prompt in request.prompts]  # type: ignore[arg-type]
 
-        if asked.params.constraint is not None:
-            # Otherwise the engine's thread would do it, while everybody's answers wait.
-            await self.off_loop(lambda: self._compile(asked), grammar=True)
+        if request.params.constraint is not None:
+            # Otherwise the engine's thread would compile it, and block all requests.
+            await self.off_loop(lambda: self._compile(request), grammar=True)
         prepared = await self.off_loop(work, media=media > 0, param=param)
-        exchange.prompt_tokens = sum(len(one.ids) for one in prepared)
-        run = Run(self, asked, prepared, id, name, began, exchange)
+        context.prompt_tokens = sum(len(one.ids) for one in prepared)
+        run = Run(self, request, prepared, id, name, began, context)
         try:
             await run.begin()
         except ContextLengthError as error:
@@ -249,8 +250,8 @@ class Service:
         return run
 
     @property
-    def longest_step(self) -> float:
-        """Seconds that a step of the model may take."""
+    def max_step_seconds(self) -> float:
+        """Time limit of a step of the model, in seconds."""
         if self.settings.step_seconds is not None:
             return self.settings.step_seconds
         engine = self.engine
@@ -259,33 +260,33 @@ class Service:
 
     @property
     def hanging(self) -> bool:
-        """Whether a step of the model takes longer than it may."""
-        return self.engine.step_seconds > self.longest_step
+        """Whether the current step exceeds its time limit."""
+        return self.engine.step_seconds > self.max_step_seconds
 
     @property
-    def ailment(self) -> str:
-        """What is wrong where :meth:`healthy` is false."""
+    def unhealthy_reason(self) -> str:
+        """Why :meth:`healthy` is false."""
         if self.hanging:
             return (
-                f"a step of the model has taken {self.engine.step_seconds:.0f} s, and {self.longest_step:g} s "
-                "(--step-seconds) is the most"
+                f"a step of the model has taken {self.engine.step_seconds:.0f} s; at most {self.max_step_seconds:g} s "
+                "are allowed (--step-seconds)"
             )
-        return "the model fails at every step; the server's log tells why"
+        return "the model fails at every step; see the server's log"
 
-    def _compile(self, asked: Asked) -> None:
-        """Compile what the answer follows.
+    def _compile(self, request: GenerationRequest) -> None:
+        """Compile the request's grammar.
 
         Raises:
-            ApiError: 400, it cannot be followed; the error names the field at fault.
+            ApiError: 400, it cannot be compiled; the error names the field at fault.
         """
         grammars = self.engine.grammars
-        constraint = asked.params.constraint
+        constraint = request.params.constraint
         assert constraint is not None, "there is nothing to compile"
         try:
             grammars.compile(constraint)
         except ValueError as error:
-            # The whole may be made of several tools and a schema: each alone tells whose fault it is.
-            for part in asked.bound:
+            # The grammar may combine several tools and a schema: check each alone to find the fault.
+            for part in request.bound:
                 try:
                     grammars.check(part.constraint)
                 except ValueError as own:
@@ -295,10 +296,10 @@ class Service:
             raise ApiError(400, str(error), code="invalid_schema") from error
 
     async def healthy(self) -> bool:
-        """Whether the model answers. It is asked for a token only where its last step failed: that may have been the
-        fault of one request, and nobody else may come whose answer would show it."""
+        """Whether the model responds. If its last step failed, which may have been the fault of one request, this
+        generates a token to find out."""
         if self.engine.failing and not self.hanging:
-            # All who ask meanwhile wait for the same token, and one of them that leaves ends nothing.
+            # Concurrent checks share one probe, and cancelling one of them does not cancel it.
             if self._probe is None or self._probe.done():
                 self._probe = asyncio.create_task(self._ask_for_a_token())
             await asyncio.shield(self._probe)
@@ -309,44 +310,44 @@ class Service:
             async with asyncio.timeout(PROBE_SECONDS):
                 await self.engine.chat(await self.engine.prepare_text("Aria"), SamplingParams(max_tokens=1))
         except Exception as error:
-            logger.error("the model does not answer: %r", error, exc_info=error)
+            logger.error("the model does not respond: %r", error, exc_info=error)
 
     def close(self) -> None:
-        """End the threads; the engine stays."""
+        """Shut down the threads; the engine stays open."""
         self._texts.shutdown(wait=False, cancel_futures=True)
         self._grammars.shutdown(wait=False, cancel_futures=True)
         self._media.shutdown(wait=False, cancel_futures=True)
 
 
 class Run:
-    """One request while it is answered.
+    """A generation in progress.
 
     Attributes:
-        id, created, model, fingerprint: what answers and chunks tell of themselves.
-        asked: what was asked for.
-        prompt_ids: the tokens of each prompt.
+        id, created, model, fingerprint: Fields of responses and chunks.
+        request: What is generated.
+        prompt_ids: Token ids of each prompt.
     """
 
     def __init__(
         self,
         service: Service,
-        asked: Asked,
+        request: GenerationRequest,
         prepared: Sequence[Prepared],
         id: str,
         model: str,
         began: float,
-        exchange: Exchange,
+        context: RequestContext,
     ):
         self.id = id
         self.created = int(time.time())
         self.model = model
         self.fingerprint = service.fingerprint
-        self.asked = asked
+        self.request = request
         self.tokenizer = service.processor.tokenizer
         self._metrics = service.metrics
         self._began = began
         self.prompt_ids = [list(one.ids) for one in prepared]
-        self._exchange = exchange
+        self._context = context
         self._prompt_tokens = sum(len(one.ids) for one in prepared)
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}
@@ -354,7 +355,7 @@ class Run:
         self._answers: dict[int, Answer] = {}
         self._off_loop = service.off_loop
         adapter = service.adapter(model)
-        self._pieces = _together([service.engine.pieces(one, asked.params, adapter=adapter) for one in prepared])
+        self._pieces = _merge([service.engine.pieces(one, request.params, adapter=adapter) for one in prepared])
 
     async def begin(self) -> None:
         """Wait for the first token."""
@@ -362,8 +363,8 @@ class Run:
         self._metrics.first_token.observe(time.perf_counter() - self._began)
 
     async def read(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Each token as it comes, with the number of its prompt. Closing this cancels what is not finished."""
-        assert self._first is not None, "a run begins before it is read"
+        """Yield tokens as they come, each with the index of its prompt. Closing this cancels what is unfinished."""
+        assert self._first is not None, "call begin() before read()"
         first_at = time.perf_counter()
         try:
             async with aclosing(self._pieces) as pieces:
@@ -372,7 +373,7 @@ class Run:
                     yield self._count(one)
         finally:
             now = time.perf_counter()
-            choices = len(self._cached) * self.asked.params.n
+            choices = len(self._cached) * self.request.params.n
             per_choice = self._completion_tokens / max(choices, 1)
             self._metrics.finished(
                 model=self.model,
@@ -388,34 +389,31 @@ class Run:
 
     def _count(self, one: tuple[int, Piece]) -> tuple[int, Piece]:
         if one[1].finish_reason == "error":
-            raise ApiError(
-                500, "the answer broke off: to follow its schema took more work than is allowed", code="grammar"
-            )
+            raise ApiError(500, "generation stopped: following the schema exceeded its limits", code="grammar")
         self._completion_tokens += one[1].token_id is not None
-        self._exchange.completion_tokens = self._completion_tokens
+        self._context.completion_tokens = self._completion_tokens
         self._cached.setdefault(one[0], one[1].answer.cached_tokens)
         self._answers[one[0]] = one[1].answer
         return one
 
-    async def scores(self, prompt: int) -> Sequence[TokenLogprob | None]:
-        """Log-probabilities of a prompt's tokens, which were asked for; the first has none. Known once its first choice
-        has a piece."""
-        told = await self._off_loop(self._answers[prompt].prompt_logprobs)
-        assert told is not None, "nobody asked for log-probabilities of prompts"
-        return told
+    async def token_logprobs(self, prompt: int) -> Sequence[TokenLogprob | None]:
+        """Log-probabilities of a prompt's tokens; the first has none. Available after the first token of a choice."""
+        logprobs = await self._off_loop(self._answers[prompt].prompt_logprobs)
+        assert logprobs is not None, "log-probabilities of prompts were not requested"
+        return logprobs
 
     async def prompt_logprobs(self, prompt: int) -> list[dict[str, Any] | None] | None:
-        """The same as vLLM's ``prompt_logprobs``; None where the body has no such field."""
-        k = self.asked.prompt_logprobs
+        """The same in vLLM's format, for ``prompt_logprobs``; None if it was not requested."""
+        k = self.request.prompt_logprobs
         if k is None:
             return None
         return [
             None if one is None else {str(other.token_id): prompt_logprob(other) for other in (one, *one.top[:k])}
-            for one in await self.scores(prompt)
+            for one in await self.token_logprobs(prompt)
         ]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far."""
+        """Token counts so far, in OpenAI's format."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
@@ -425,7 +423,7 @@ class Run:
 
 
 def _fingerprint(model: Aria) -> str:
-    """Changes with all that answers depend on beside the request: program, weights, dtype and device."""
+    """A hash of everything besides the request that determines its response: program, weights, dtype and device."""
     weight = model.language_model.lm_head.weight.detach()
     parts = version("aria-moe"), torch.__version__, model.config, weight.dtype, weight.device.type
     sample = weight[0].float().cpu().numpy().tobytes()
@@ -433,12 +431,12 @@ def _fingerprint(model: Aria) -> str:
 
 
 def prompt_logprob(one: TokenLogprob) -> dict[str, Any]:
-    """A token of a prompt, or another that was likely in its place, in vLLM's form."""
+    """A prompt token, or a likely alternative to it, in vLLM's format."""
     return {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.token}
 
 
-async def _together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Pieces of several answers as they come."""
+async def _merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Merge several streams, in order of arrival."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for piece in only:
@@ -457,13 +455,13 @@ async def _together(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGene
 
     readers = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
     try:
-        growing = len(readers)
-        while growing:
+        unfinished = len(readers)
+        while unfinished:
             i, one = await inbox.get()
             if isinstance(one, BaseException):
                 raise one
             if one is None:
-                growing -= 1
+                unfinished -= 1
             else:
                 yield i, one
     finally:

@@ -1,4 +1,4 @@
-"""Server-sent events, and work that ends when its client is gone."""
+"""Server-sent events, and cancellation when the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from aria.serve.active_requests import current_request
 from aria.serve.errors import ApiError, unexpected
-from aria.serve.traffic import current_work
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+class ClientDisconnectError(Exception):
+    """The client closed its connection."""
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work, which is cancelled as soon as the client has closed the connection.
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await work, and cancel it as soon as the client disconnects.
 
     Raises:
-        ClientGoneError: the client went first.
+        ClientDisconnectError: The client disconnected before the work was done.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request.receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGoneError
+            raise ClientDisconnectError
         return task.result()
     finally:
         await _cancel(task, gone)
@@ -52,19 +52,19 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(Response):
-    """A response of server-sent events, which end as soon as the client is gone.
+    """A response of server-sent events that stops as soon as the client disconnects.
 
-    Starlette's own learns of that only when it sends, which may be long after.
+    Starlette's StreamingResponse notices that only on its next send, which may be much later.
 
     Args:
-        events: each is sent as it comes.
-        close: called at the end, also if no event was ever asked for.
+        events: Encoded events, sent as they come.
+        close: Called at the end, even if no event was consumed.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]):
-        # The second header asks nginx to pass events on one by one.
+        # The second header disables buffering in nginx.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -74,8 +74,8 @@ class EventStream(Response):
         started = False
 
         async def end(error: Exception | None = None) -> None:
-            # The status is out already: what went wrong comes as the last event.
-            last = b"" if error is None else _last(error, scope["state"]["exchange"].request_id)
+            # The status has been sent already, so the error is the last event.
+            last = b"" if error is None else _last(error, scope["state"]["context"].request_id)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
         async def answer() -> None:
@@ -97,11 +97,11 @@ class EventStream(Response):
             if task.done():
                 task.result()
         except asyncio.CancelledError:
-            work = current_work()
-            if work is None or not work.over or task.done() or not started:
+            request = current_request()
+            if request is None or not request.expired or task.done() or not started:
                 raise
             await _cancel(task)
-            await end(work.reason)
+            await end(request.reason)
         finally:
             await _cancel(task, gone)
             await self._close()
@@ -109,13 +109,13 @@ class EventStream(Response):
 
 def _last(error: Exception, request_id: str) -> bytes:
     if not isinstance(error, ApiError):
-        logger.error("request %s failed in the middle of its stream", request_id, exc_info=error)
+        logger.error("request %s failed while streaming", request_id, exc_info=error)
         error = unexpected(request_id)
     return event(error.body())
 
 
 def event(data: Any, name: str | None = None) -> bytes:
-    """One event."""
+    """Encode one event."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode("ascii")
 

@@ -1,4 +1,4 @@
-"""Conversations that are too long, without their oldest messages: ``truncation: "auto"`` of `/v1/responses`."""
+"""Dropping the oldest messages of conversations that are too long: ``truncation: "auto"`` of `/v1/responses`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from aria.processor.image_inputs import Prepared
 Messages = Sequence[Mapping[str, Any]]
 
 _STAY = ("system", "developer")
-"""Roles of messages that are never dropped."""
+"""Roles whose messages are never dropped."""
 
 
 def prepare_latest(
     messages: Messages, prepare: Callable[[Messages], Prepared], measure: Callable[[Messages], int], room: int
 ) -> Prepared:
-    """Prepare a conversation without as many of its oldest messages as it takes to fit.
+    """Prepare a conversation, dropping as many of its oldest messages as necessary.
 
-    System messages stay, and so does the last message; results of a call are dropped together with the call.
+    System messages and the last message stay; results of a call are dropped together with the call.
 
     Args:
-        messages: a conversation that does not fit as a whole.
-        prepare: raises a :class:`ContextLengthError` where messages do not fit.
-        measure: tokens of some messages, or the same error.
-        room: tokens that the prompt should have at most.
+        messages: A conversation that does not fit.
+        prepare: Raises :class:`ContextLengthError` if messages do not fit.
+        measure: Number of tokens of some messages; raises the same error.
+        room: Maximum number of prompt tokens.
 
     Raises:
-        ContextLengthError: what has to stay does not fit either.
+        ContextLengthError: The messages that must stay do not fit either.
     """
     head = [message for message in messages if message["role"] in _STAY]
     rest = [message for message in messages if message["role"] not in _STAY]
-    # A conversation does not begin with the result of a call.
+    # A conversation cannot start with the result of a call.
     starts = [i for i, message in enumerate(rest) if message["role"] != "tool"]
     if len(starts) < 2:
         return prepare(messages)
@@ -48,7 +48,7 @@ def prepare_latest(
         first = i
     for start in starts[:-1]:
         if start >= first:
-            # Tokens of the parts may be fewer than those of the whole.
+            # The parts may have fewer tokens than the whole.
             with suppress(ContextLengthError):
                 return prepare([*head, *rest[start:]])
     return prepare([*head, *rest[starts[-1] :]])

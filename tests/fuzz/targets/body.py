@@ -14,16 +14,16 @@ from aria.engine import SamplingParams
 from aria.processor import AriaTokenizer
 from aria.processor.chat import Prompt
 from aria.serve.adapters import LoadAdapterRequest
-from aria.serve.answers import ROUTES
-from aria.serve.bodies import Asked, Defaults
+from aria.serve.endpoints import ENDPOINTS
 from aria.serve.errors import ApiError, from_validation, invalid_request
+from aria.serve.generation_request import Defaults, GenerationRequest
 from aria.serve.protocol import DetokenizeRequest, TokenizeRequest
 from tests.fuzz.draw import Draw, spoiled
 from tests.fuzz.made_bodies import BODIES, WORDS
 
 LONGEST = 512
 DEFAULTS = Defaults(sizes=(224, 448), max_model_len=1000)
-_MODELS = {path: route.body for path, route in ROUTES.items()} | {
+_MODELS = {path: route.body for path, route in ENDPOINTS.items()} | {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/v1/load_lora_adapter": LoadAdapterRequest,
@@ -44,7 +44,7 @@ def fuzz(data: bytes) -> None:
     except ApiError as error:
         _check_error(error)
         return
-    if not isinstance(asked, Asked):
+    if not isinstance(asked, GenerationRequest):
         return
     assert isinstance(asked.params, SamplingParams)
     assert asked.prompts
@@ -59,10 +59,10 @@ def _read(path: str, body: Any) -> Any:
         read = _MODELS[path].model_validate(body)
     except ValidationError as error:
         raise from_validation(error.errors(include_url=False)) from error
-    if path not in ROUTES:
+    if path not in ENDPOINTS:
         return read
     try:
-        return ROUTES[path].read(read, DEFAULTS)
+        return ENDPOINTS[path].parse(read, DEFAULTS)
     except ApiError:
         raise
     except ValueError as error:

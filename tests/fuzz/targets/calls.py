@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 from aria.processor import calls
-from aria.serve.tools import Call, CallReader, WholeCall
+from aria.serve.tool_calls import Call, CallReader, UntaggedCallReader
 from tests.fuzz.draw import Draw
 
 LONGEST = 1024
@@ -45,11 +45,11 @@ def fuzz(data: bytes) -> None:
     pieces = [text[start:end] for start, end in zip([0, *cut], [*cut, len(text)], strict=True)]
     assert _read(CallReader(NAMES), pieces) == whole, "other calls in other pieces"
     _check_kept(text, whole)
-    _read(WholeCall(NAMES), pieces)
+    _read(UntaggedCallReader(NAMES), pieces)
     _check_written(draw)
 
 
-def _read(reader: CallReader | WholeCall, pieces: list[str]) -> list[str | tuple[str, str]]:
+def _read(reader: CallReader | UntaggedCallReader, pieces: list[str]) -> list[str | tuple[str, str]]:
     """Texts, those that follow each other joined, and calls."""
     found: list[str | tuple[str, str]] = []
     for part in [*(part for piece in pieces for part in reader.push(piece)), *reader.flush()]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from starlette.datastructures import Headers
 
+from aria.serve.active_requests import client_of
+from aria.serve.admission import AllowedHosts, ApiKeys
 from aria.serve.errors import ApiError
 from aria.serve.inflate import is_compressed
-from aria.serve.limits import Hosts, Keys
-from aria.serve.traffic import client_of
 
 LONGEST = 300
 WORDS = (
@@ -32,7 +32,7 @@ WORDS = (
     ",",
 )
 NAMES = ("aria.example", "*.inner.example")
-HOSTS, KEYS = Hosts(NAMES), Keys(["secret", "clé"])
+HOSTS, KEYS = AllowedHosts(NAMES), ApiKeys(["secret", "clé"])
 
 
 def fuzz(data: bytes) -> None:

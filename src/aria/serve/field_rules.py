@@ -16,7 +16,7 @@ _LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
-class Rule:
+class FieldRule:
     """What happens to a known field that is not implemented."""
 
     reason: str = ""
@@ -40,19 +40,19 @@ class Rule:
         return {"enum": [None, *self.values], "description": "Accepted with these values, which have no effect."}
 
 
-Rules = dict[str, Rule]
+FieldRules = dict[str, FieldRule]
 
 
-def _ignored(*names: str) -> dict[str, Rule]:
-    return dict.fromkeys(names, Rule())
+def _ignored(*names: str) -> dict[str, FieldRule]:
+    return dict.fromkeys(names, FieldRule())
 
 
-def _only(*values: Any, reason: str) -> Rule:
-    return Rule(reason, values)
+def _only(*values: Any, reason: str) -> FieldRule:
+    return FieldRule(reason, values)
 
 
-def _refused(reason: str) -> Rule:
-    return Rule(reason, ())
+def _refused(reason: str) -> FieldRule:
+    return FieldRule(reason, ())
 
 
 _NO_BEAMS = "there is no beam search; use n"
@@ -65,7 +65,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 _FOUR = "use temperature, top_p, top_k or min_p"
 _SLOTS = "there are no slots; requests share the prefix cache"
-LLAMA_CPP: Rules = {
+LLAMA_CPP: FieldRules = {
     **_ignored("min_keep", "n_cache_reuse", "parse_tool_calls", "reasoning_format", "thinking_forced_open"),
     "n_predict": _refused("use max_tokens"),
     "t_max_predict_ms": _only(0, -1, reason="use max_tokens"),
@@ -91,7 +91,7 @@ LLAMA_CPP: Rules = {
     "grammar": _refused('use structured_outputs: {"grammar": ...}'),
     "json_schema": _refused("use response_format"),
 }
-REQUEST: Rules = {
+REQUEST: FieldRules = {
     **LLAMA_CPP,
     **_ignored("prompt_cache_retention", "prompt_cache_options", "session_id", "thinking_token_budget"),
     **_ignored("include_reasoning", "spaces_between_special_tokens", "truncation_side", "stream_interval"),
@@ -123,11 +123,11 @@ REQUEST: Rules = {
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), _refused("use structured_outputs")),
     "structural_tag": _refused('use structured_outputs: {"structural_tag": ...}'),
 }
-STRUCTURED: Rules = {
+STRUCTURED: FieldRules = {
     **_ignored("disable_fallback", "disable_any_whitespace", "disable_additional_properties"),
     "whitespace_pattern": _refused("there is no white space outside of strings"),
 }
-CHAT: Rules = REQUEST | {
+CHAT: FieldRules = REQUEST | {
     **_ignored("prediction"),
     "reasoning_effort": _only(*EFFORTS, reason=f"expected one of {', '.join(EFFORTS)}"),
     "verbosity": _only("medium", reason="say in a message how long the answer should be"),
@@ -143,14 +143,14 @@ CHAT: Rules = REQUEST | {
     "chat_template": _refused("the model's own template is used"),
     "echo": _only(False, reason="put the text of the last message before the answer"),
 }
-COMPLETION: Rules = REQUEST | {
+COMPLETION: FieldRules = REQUEST | {
     "messages": _refused("send conversations to /v1/chat/completions"),
     "max_completion_tokens": _refused("use max_tokens"),
     "suffix": _only("", reason="the model cannot fill in the middle"),
     "best_of": _only(1, reason="use n"),
     "prompt_embeds": _refused("send text or token ids"),
 }
-RESPONSES: Rules = REQUEST | {
+RESPONSES: FieldRules = REQUEST | {
     **_ignored("max_tool_calls"),
     "messages": _refused("use input"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), _refused("use max_output_tokens")),
@@ -167,7 +167,7 @@ RESPONSES: Rules = REQUEST | {
     "access_programs": _only([], reason="there are none here"),
     "image": _refused("the model draws no images"),
 }
-TOKENIZE: Rules = {
+TOKENIZE: FieldRules = {
     "content": _refused("use prompt"),
     "with_pieces": _only(False, reason="use return_token_strs"),
     **_ignored("add_special_tokens"),
@@ -175,42 +175,42 @@ TOKENIZE: Rules = {
     "mm_processor_kwargs": REQUEST["mm_processor_kwargs"],
     "media_io_kwargs": REQUEST["media_io_kwargs"],
 }
-TEMPLATE: Rules = {
+TEMPLATE: FieldRules = {
     **_ignored("enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "clear_thinking"),
     **_ignored("reasoning_effort"),
     "documents": CHAT["documents"],
     "tools": _refused("use tools of the request"),
 }
-PART: Rules = _ignored("cache_control", "prompt_cache_breakpoint")
-FILE: Rules = PART | {"file_id": _refused("no files are kept here; send the data or an address")}
-MESSAGE: Rules = _ignored("name", "cache_control")
-ASSISTANT: Rules = MESSAGE | {
+PART: FieldRules = _ignored("cache_control", "prompt_cache_breakpoint")
+FILE: FieldRules = PART | {"file_id": _refused("no files are kept here; send the data or an address")}
+MESSAGE: FieldRules = _ignored("name", "cache_control")
+ASSISTANT: FieldRules = MESSAGE | {
     **_ignored("parsed", "reasoning", "reasoning_content", "reasoning_details", "thinking_blocks", "annotations"),
     **_ignored("provider_specific_fields", "phase"),
     "audio": _refused(_NO_AUDIO),
     "function_call": _refused(_TOOL_CALLS),
 }
-TOOL_CALL: Rules = _ignored("index", "cache_control", "provider_specific_fields", "extra_content")
+TOOL_CALL: FieldRules = _ignored("index", "cache_control", "provider_specific_fields", "extra_content")
 """A call's place in its stream, and what other providers' models ask clients to send back."""
-CALLED_FUNCTION: Rules = _ignored("parsed_arguments", "provider_specific_fields")
-TOOL: Rules = {**_ignored("cache_control"), "defer_loading": _only(False, reason="all tools are in the prompt")}
-FLAT_TOOL: Rules = TOOL | {
+CALLED_FUNCTION: FieldRules = _ignored("parsed_arguments", "provider_specific_fields")
+TOOL: FieldRules = {**_ignored("cache_control"), "defer_loading": _only(False, reason="all tools are in the prompt")}
+FLAT_TOOL: FieldRules = TOOL | {
     **_ignored("allowed_callers", "output_schema"),
     "async": _only(False, reason="an answer ends with its calls"),
 }
-ITEM: Rules = {
+ITEM: FieldRules = {
     **_ignored("phase", "caller", "name", "async", "created_by", "parsed_arguments"),
     "namespace": _refused("tools have no namespaces"),
 }
-OUTPUT_TEXT: Rules = PART | _ignored("parsed")
-REASONING: Rules = _ignored("context", "mode", "generate_summary")
-TEXT: Rules = {"verbosity": CHAT["verbosity"]}
-STREAM: Rules = {"include_obfuscation": _only(False, reason="events are not padded")}
-LOAD_ADAPTER: Rules = {
+OUTPUT_TEXT: FieldRules = PART | _ignored("parsed")
+REASONING: FieldRules = _ignored("context", "mode", "generate_summary")
+TEXT: FieldRules = {"verbosity": CHAT["verbosity"]}
+STREAM: FieldRules = {"include_obfuscation": _only(False, reason="events are not padded")}
+LOAD_ADAPTER: FieldRules = {
     **_ignored("base_model_name"),
     "is_3d_lora_weight": _only(False, reason="adapters are in PEFT's format"),
 }
-UNLOAD_ADAPTER: Rules = _ignored("lora_int_id")
+UNLOAD_ADAPTER: FieldRules = _ignored("lora_int_id")
 
 _REMOTE = "the server runs no tools; offer functions, and run them yourself"
 KINDS: dict[str, str] = {

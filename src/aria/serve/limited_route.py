@@ -1,4 +1,4 @@
-"""`WorkRoute`: routes that do work, each request within its limits from its headers to the last byte of its answer."""
+"""`LimitedRoute`: routes whose requests are limited from their headers to the last byte of the response."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from starlette.types import Receive, Scope, Send
 
 from aria.serve.errors import ApiError, from_validation
 from aria.serve.json_reader import JsonReader
-from aria.serve.receive import receive_json
-from aria.serve.streaming import ClientGoneError
+from aria.serve.request_body import receive_json
+from aria.serve.streaming import ClientDisconnectError
 
 
-class WorkRoute(APIRoute):
-    """A route whose requests have a JSON body. The state of the app has its settings, traffic and service."""
+class LimitedRoute(APIRoute):
+    """A route whose requests have a JSON body. It needs ``service`` and ``active_requests`` in the state of the app."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)
             return
@@ -29,25 +29,25 @@ class WorkRoute(APIRoute):
         settings = state.service.settings
         received = False
         try:
-            with state.traffic.work(scope["state"]["exchange"].client) as work:
-                async with work.within(settings.request_seconds):
-                    reader = await receive_json(Headers(scope=scope), receive, settings, work)
+            with state.active_requests.admit(scope["state"]["context"].client) as request:
+                async with request.deadline(settings.request_seconds):
+                    reader = await receive_json(Headers(scope=scope), receive, settings, request)
                     received = True
-                    work.start()
+                    request.start()
                     scope["state"]["reader"] = reader
                     await super().handle(scope, receive, send)
-        except ClientGoneError:
+        except ClientDisconnectError:
             return
         except ApiError as error:
             if not received:
-                # Nobody reads the rest of it.
+                # The rest of the body is not read.
                 error.headers = {**(error.headers or {}), "Connection": "close"}
             raise
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's own, for a body that has been received."""
+        """FastAPI's handler, given a body that has already been received."""
         handler = super().get_route_handler()
-        assert self.body_field is not None, "a route of work has a body"
+        assert self.body_field is not None, "a limited route has a body"
         kind: Any = self.body_field.field_info.annotation
 
         async def handle(request: Request) -> Response:
@@ -57,18 +57,18 @@ class WorkRoute(APIRoute):
 
 
 class _Received(Request):
-    """A request whose body was received by :meth:`WorkRoute.handle`; it is given as the model that it is read as."""
+    """A request whose body was received by :meth:`LimitedRoute.handle`; its JSON is an instance of the model."""
 
     def __init__(self, request: Request, kind: type[BaseModel]):
         super().__init__(request.scope, request.receive)
         self._kind = kind
 
     async def body(self) -> bytes:
-        """Stands for the body."""
+        """A placeholder for the body."""
         return b"{}"
 
     async def json(self) -> Any:
-        """The body, read as its model."""
+        """The body as an instance of its model."""
         reader: JsonReader = self.scope["state"].pop("reader")
 
         def read() -> BaseModel:

@@ -143,7 +143,7 @@ class CallReader:
         return tag + len(before) - len(before.rstrip())
 
 
-class WholeCall:
+class UntaggedCallReader:
     """The same for an answer that a grammar makes one call without tags, or else text."""
 
     def __init__(self, names: Collection[str]):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
-from aria.serve import fields, json_reader
-from aria.serve.base import Arguments, Body, Description, Json, Many, kind_of
+from aria.serve import field_rules, json_reader
+from aria.serve.protocol_base import Arguments, Body, Description, Json, ListOf, discriminated_by_field
 
 
 class TextFormat(Body):
@@ -45,8 +45,8 @@ class StructuralTagFormat(Body):
     """Extension of vLLM, whose server calls an answer's parts that follow a schema so."""
 
     type: Literal["structural_tag"]
-    structures: Many[Json] | None = None
-    triggers: Many[str] | None = None
+    structures: ListOf[Json] | None = None
+    triggers: ListOf[str] | None = None
     format: Json | None = None
 
     @property
@@ -60,7 +60,7 @@ ResponseFormat = Annotated[
     | Annotated[JsonObjectFormat, Tag("<json_object>")]
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
     | Annotated[StructuralTagFormat, Tag("<structural_tag>")],
-    kind_of("type"),
+    discriminated_by_field("type"),
 ]
 
 
@@ -86,12 +86,12 @@ class StructuredOutputs(Body):
 
     json_schema: Annotated[JsonText | None, Field(alias="json")] = None
     regex: Arguments | None = None
-    choice: Annotated[Many[str], Field(min_length=1)] | None = None
+    choice: Annotated[ListOf[str], Field(min_length=1)] | None = None
     grammar: Annotated[Arguments, Field(min_length=1)] | None = None
     """Lark as llguidance has it, or GBNF."""
     json_object: bool | None = None
     structural_tag: JsonText | None = None
-    known: ClassVar[fields.Rules] = fields.STRUCTURED
+    known: ClassVar[field_rules.FieldRules] = field_rules.STRUCTURED
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:

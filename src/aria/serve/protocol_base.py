@@ -11,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic_core import PydanticCustomError
 
 from aria.grammars.limits import check_json
-from aria.serve import fields
+from aria.serve import field_rules
 
 Item = TypeVar("Item")
-Many = Annotated[list[Item], Field(fail_fast=True)]
+ListOf = Annotated[list[Item], Field(fail_fast=True)]
 """A list that reports its first wrong item only: a million of them would take minutes and gigabytes."""
 
 Text = Annotated[str, Field(max_length=1 << 24)]
@@ -26,12 +26,12 @@ Arguments = Annotated[str, Field(max_length=1 << 20)]
 Description = Annotated[str, Field(max_length=1 << 16)]
 """What a function is for."""
 
-MOST_CHARACTERS = 4096
+MAX_CHARACTERS = 4096
 """Of all other strings, which are names."""
-MOST_PARTS = 16_384
+MAX_PARTS = 16_384
 """Of one message."""
-MOST_FIELDS = 100
-MOST_NAME = 256
+MAX_FIELDS = 100
+MAX_NAME = 256
 """Characters of an unknown field's name that an error repeats."""
 
 
@@ -65,7 +65,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def kind_of(key: str, default: str | None = None) -> Discriminator:
+def discriminated_by_field(key: str, default: str | None = None) -> Discriminator:
     """Tells the members of a union by the value of a field; tags stand in brackets, see `errors`."""
 
     def tell(value: Any) -> str | None:
@@ -77,7 +77,7 @@ def kind_of(key: str, default: str | None = None) -> Discriminator:
     return Discriminator(tell)
 
 
-def told_by(tell: Callable[[Any], str | None], expected: str) -> Discriminator:
+def discriminated_by(tell: Callable[[Any], str | None], expected: str) -> Discriminator:
     """Tells the members of a union by a function, which gives None where a value is not what was ``expected``."""
     return Discriminator(tell, custom_error_type="wrong_type", custom_error_message=f"should be {expected}")
 
@@ -89,7 +89,7 @@ def json_type(value: Any) -> str | None:
     return "<list>" if isinstance(value, list) else "<object>" if isinstance(value, dict | BaseModel) else None
 
 
-def misfit(field: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
+def field_error(field: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
     """An error of one field that a validator of the whole object found; `errors` adds the field to its place.
 
     Args:
@@ -97,7 +97,7 @@ def misfit(field: str, message: str, kind: str = "invalid_value") -> PydanticCus
         message: what follows the field's name.
         kind: the code that clients read.
     """
-    told = {"field": _whole(field[:MOST_NAME]), "message": _whole(message)}
+    told = {"field": _whole(field[:MAX_NAME]), "message": _whole(message)}
     return PydanticCustomError(kind, "{message}", told)  # type: ignore[arg-type]
 
 
@@ -116,10 +116,10 @@ class Body(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        str_max_length=MOST_CHARACTERS,
+        str_max_length=MAX_CHARACTERS,
         json_schema_extra=_with_ignored,
     )
-    known: ClassVar[fields.Rules] = {}
+    known: ClassVar[field_rules.FieldRules] = {}
     """Fields of OpenAI's or vLLM's interface that are not implemented."""
 
     @model_validator(mode="before")
@@ -127,7 +127,7 @@ class Body(BaseModel):
     def _drop_ignored(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if len(value) > MOST_FIELDS:  # each would be a fault of its own
+        if len(value) > MAX_FIELDS:  # each would be a fault of its own
             raise ValueError(f"an object of {len(value):,} fields, most of which cannot be known here")
         names, kept = names_of(cls), {}
         if (kind := value.get("type")) is not None and (kinds := kinds_of(cls)) and kind not in kinds:
@@ -166,6 +166,6 @@ def _check_known(model: type[Body], name: str, value: Any) -> None:
     if rule is not None:
         message = f"is not supported{' with this value' if rule.values else ''}: {rule.reason}"
     else:
-        like = fields.nearest(name, [*names_of(model), *model.known])
+        like = field_rules.nearest(name, [*names_of(model), *model.known])
         message = f"is not supported; {f'did you mean {like}?' if like else 'leave it out'}"
-    raise misfit(name, message, kind)
+    raise field_error(name, message, kind)

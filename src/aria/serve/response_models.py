@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 T = TypeVar("T")
-Asked = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+OmittedIfNone = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 """A field of vLLM's beside OpenAI's, left out where it was not asked for."""
 
 
@@ -25,26 +25,26 @@ class PromptDetails(Reply):
     """Tokens of the prompt that were there from earlier requests."""
 
 
-class Usage(Reply):
+class UsageObject(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
 
 
-class TopLogprob(Reply):
+class TopLogprobObject(Reply):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
+class LogprobObject(TopLogprobObject):
+    top_logprobs: list[TopLogprobObject]
 
 
 class ChoiceLogprobs(Reply):
-    content: list[TokenLogprob] | None = None
-    refusal: list[TokenLogprob] | None = None
+    content: list[LogprobObject] | None = None
+    refusal: list[LogprobObject] | None = None
 
 
 class CalledFunction(Reply):
@@ -70,7 +70,7 @@ class ChatChoice(Reply):
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
-    token_ids: Asked[list[int]] = None
+    token_ids: OmittedIfNone[list[int]] = None
     """All tokens that were generated, the end included."""
 
 
@@ -92,9 +92,9 @@ class ChatCompletion(Reply):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: Asked[list[int]] = None
-    prompt_logprobs: Asked[PromptLogprobs] = None
+    usage: UsageObject
+    prompt_token_ids: OmittedIfNone[list[int]] = None
+    prompt_logprobs: OmittedIfNone[PromptLogprobs] = None
 
 
 class CompletionLogprobs(Reply):
@@ -109,19 +109,19 @@ class CompletionChoice(Reply):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"]
-    token_ids: Asked[list[int]] = None
-    prompt_token_ids: Asked[list[int]] = None
-    prompt_logprobs: Asked[PromptLogprobs] = None
+    token_ids: OmittedIfNone[list[int]] = None
+    prompt_token_ids: OmittedIfNone[list[int]] = None
+    prompt_logprobs: OmittedIfNone[PromptLogprobs] = None
 
 
-class Completion(Reply):
+class CompletionObject(Reply):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: UsageObject
 
 
 class ModelCard(Reply):
@@ -151,9 +151,9 @@ class MediaCost(Reply):
     """Frames taken of a clip, pages of a document, 1 for a picture."""
     crops: int
     tokens: int
-    total: Asked[int] = None
+    total: OmittedIfNone[int] = None
     """Pages of the whole document."""
-    preview: Asked[str] = None
+    preview: OmittedIfNone[str] = None
     """Its first picture, 320 pixels wide or high at most, as a data: URI."""
 
 
@@ -171,7 +171,7 @@ class Detokenized(Reply):
     prompt: str
 
 
-class Status(Reply):
+class StatusObject(Reply):
     status: str
 
 
@@ -191,15 +191,15 @@ class Version(Reply):
     version: str
 
 
-class ErrorBody(Reply):
+class ErrorDetails(Reply):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class Error(Reply):
-    error: ErrorBody
+class ErrorObject(Reply):
+    error: ErrorDetails
 
 
 class OutputDetails(Reply):
@@ -214,11 +214,11 @@ class ResponseUsage(Reply):
     total_tokens: int
 
 
-class OutputText(Reply):
+class OutputTextPart(Reply):
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
-    logprobs: list[TokenLogprob]
+    logprobs: list[LogprobObject]
 
 
 class OutputMessage(Reply):
@@ -226,7 +226,7 @@ class OutputMessage(Reply):
     id: str
     status: Literal["in_progress", "completed", "incomplete"]
     role: Literal["assistant"]
-    content: list[OutputText]
+    content: list[OutputTextPart]
 
 
 class OutputCall(Reply):

@@ -9,12 +9,12 @@ from typing import Any
 
 from aria.engine import Piece, TokenLogprob
 from aria.processor import AriaTokenizer
-from aria.serve.bodies import Asked
-from aria.serve.tools import Call, CallReader, WholeCall
+from aria.serve.generation_request import GenerationRequest
+from aria.serve.tool_calls import Call, CallReader, UntaggedCallReader
 
 
 @dataclass(slots=True)
-class Delta:
+class ChoiceDelta:
     """What a token made certain."""
 
     parts: list[str | Call]
@@ -25,23 +25,23 @@ class Delta:
     """With the last one: stop, length or tool_calls."""
 
 
-class Turn:
+class ChoiceParser:
     """Reads one choice."""
 
-    def __init__(self, asked: Asked, tokenizer: AriaTokenizer):
-        names = asked.functions
-        self._calls = None if not names else WholeCall(names) if asked.untagged else CallReader(names)
-        params = asked.params
-        self._ledger = None if params.logprobs is None else _Ledger(tokenizer, params.skip_special_tokens)
-        self._parallel = asked.parallel
+    def __init__(self, request: GenerationRequest, tokenizer: AriaTokenizer):
+        names = request.functions
+        self._calls = None if not names else UntaggedCallReader(names) if request.untagged else CallReader(names)
+        params = request.params
+        self._ledger = None if params.logprobs is None else _LogprobBuffer(tokenizer, params.skip_special_tokens)
+        self._parallel = request.parallel
         self._called = False
         self.finished = False
         """Nothing more comes, though the engine may still write."""
 
-    def push(self, piece: Piece) -> Delta:
+    def push(self, piece: Piece) -> ChoiceDelta:
         """The choice's next token."""
         if self.finished:
-            return Delta([], [], None)
+            return ChoiceDelta([], [], None)
         text, finish = piece.text, piece.finish_reason
         parts: list[str | Call]
         if self._calls is None:
@@ -56,10 +56,10 @@ class Turn:
                 parts, finish = parts[: first + 1], "stop"
         logprobs = [] if self._ledger is None else list(self._ledger.push(piece))
         self.finished = finish is not None
-        return Delta(parts, logprobs, "tool_calls" if finish == "stop" and self._called else finish)
+        return ChoiceDelta(parts, logprobs, "tool_calls" if finish == "stop" and self._called else finish)
 
 
-class _Ledger:
+class _LogprobBuffer:
     """Holds the log-probability of a token back until its text is certain; those of a stop text never come."""
 
     def __init__(self, tokenizer: AriaTokenizer, skip_special_tokens: bool):

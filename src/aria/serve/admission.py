@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: the name that it calls the server by, and a key."""
+"""`AdmissionMiddleware`: host name and API key of every request, checked before any route."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aria.serve.active_requests import client_of
 from aria.serve.errors import ApiError, unexpected
-from aria.serve.exchange import CLIENT_GONE, Exchange
-from aria.serve.metrics import Metrics
+from aria.serve.metrics import ServerMetrics
+from aria.serve.request_context import CLIENT_DISCONNECTED, RequestContext
 from aria.serve.settings import ServerSettings
-from aria.serve.traffic import client_of
 
 logger = logging.getLogger(__name__)
 
-KEYED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
-"""Beginnings of the routes that need a key, where there are keys."""
+PROTECTED_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/metrics")
+"""Prefixes of the paths that require a key, if keys are set."""
 _HOST_HEADER = re.compile(r"(\[[0-9a-z:.%]+\]|[^\[\]:/@?#\s]+)(?::\d{0,5})?", re.IGNORECASE)
 
 
-class Keys:
-    """The keys that open the server. Digests are compared, in constant time, so that nothing is learned from time."""
+class ApiKeys:
+    """The server's API keys. Their digests are compared in constant time."""
 
     def __init__(self, keys: Iterable[str]):
         self._digests = [_digest(key) for key in keys]
@@ -35,22 +35,25 @@ class Keys:
         return bool(self._digests)
 
     def check(self, authorization: str | None) -> bytes:
-        """The digest of the key in an ``Authorization`` header.
+        """Check the key in an ``Authorization`` header.
+
+        Returns:
+            Its digest.
 
         Raises:
-            ApiError: 401, there is none, or it is not one of ours.
+            ApiError: 401, the key is missing or wrong.
         """
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise _locked("this server asks for a key; send it as Authorization: Bearer KEY")
+            raise _unauthorized("this server requires an API key; send it as Authorization: Bearer KEY")
         digest = _digest(key.strip())
-        # All of them are compared, so that the time does not tell which.
+        # All are compared, so that the time does not reveal which one matched.
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
-            raise _locked("the key is not one of this server's")
+            raise _unauthorized("the API key is wrong")
         return digest
 
 
-def _locked(message: str) -> ApiError:
+def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -58,34 +61,33 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-class Hosts:
-    """Names that a server may be called by. A page of another site may make its own name lead here (DNS rebinding), and
-    its browser takes the server for that site then; an address is nobody's to make so.
+class AllowedHosts:
+    """Host names that requests may use. A page of another site can point its own name at this server (DNS rebinding),
+    and the browser then takes the server for that site; IP addresses cannot be abused in this way.
 
     Args:
-        names: beside ``localhost``, names under it, and addresses: ``aria.example``, ``*.example``, ``*``.
+        names: Names besides ``localhost``, its subdomains and IP addresses: ``aria.example``, ``*.example``, ``*``.
     """
 
     def __init__(self, names: Iterable[str]):
         self._names = {name.lower().rstrip(".") for name in ("localhost", "*.localhost", *names)}
 
     def check(self, headers: Headers) -> None:
-        """Look at a request's ``Host``.
+        """Check a request's ``Host`` header.
 
         Raises:
-            ApiError: 421, it is none of the names; 400, there is none or several.
+            ApiError: 421, the name is not allowed; 400, the header is missing, repeated or malformed.
         """
         given = headers.getlist("host")
         if len(given) != 1 or not (match := _HOST_HEADER.fullmatch(given[0])):
-            said = f"is {given[0]!r:.100}" if len(given) == 1 else "is missing" if not given else "is there twice"
-            raise ApiError(400, f"the header Host {said}; expected the name that the server is called by")
+            problem = f"is {given[0]!r:.100}" if len(given) == 1 else "is missing" if not given else "is repeated"
+            raise ApiError(400, f"the header Host {problem}; expected the server's host name")
         name = match[1].lower().rstrip(".")
         parents = (f"*.{name[dot + 1 :]}" for dot, letter in enumerate(name) if letter == ".")
         if self._names.isdisjoint(("*", name, *parents)) and not _is_address(name):
             raise ApiError(
                 421,
-                f"{name!r:.100} is not a name of this server (header Host); whoever runs it can allow it with "
-                "--allowed-hosts",
+                f"{name!r:.100} is not an allowed host name of this server (header Host); --allowed-hosts allows it",
                 code="host_not_allowed",
             )
 
@@ -98,26 +100,26 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class Gate:
-    """ASGI middleware around the routes, inside of :class:`~aria.serve.exchange.ExchangeMiddleware`.
+class AdmissionMiddleware:
+    """ASGI middleware around the routes, inside of :class:`~aria.serve.request_context.RequestContextMiddleware`.
 
     Args:
-        app: what is behind it.
-        settings: keys and host names.
-        metrics: counts what comes out.
+        app: The routes.
+        settings: API keys and allowed host names.
+        metrics: Counts responses.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics):
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: ServerMetrics):
         self._app = app
         self._metrics = metrics
-        self._keys = Keys(settings.api_keys)
-        self._hosts = None if settings.api_keys and not settings.allowed_hosts else Hosts(settings.allowed_hosts)
+        self._keys = ApiKeys(settings.api_keys)
+        self._hosts = None if settings.api_keys and not settings.allowed_hosts else AllowedHosts(settings.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange: Exchange = scope["state"]["exchange"]
+        context: RequestContext = scope["state"]["context"]
         scope = _normalized(scope)
         status = 0
 
@@ -125,47 +127,47 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif exchange.method == "HEAD":
+            elif context.method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self._enter(scope, exchange, receive, watched)
+            await self._enter(scope, context, receive, watched)
         except ApiError as error:
             await error.response()(scope, receive, watched)
         except Exception:
-            logger.exception("request %s failed: %s %s", exchange.request_id, scope["method"], scope["path"])
+            logger.exception("request %s failed: %s %s", context.request_id, scope["method"], scope["path"])
             if status:
-                raise  # the client sees the connection break: half an answer is none
-            await unexpected(exchange.request_id).response()(scope, receive, watched)
+                raise  # the response has begun: the connection is closed
+            await unexpected(context.request_id).response()(scope, receive, watched)
         finally:
-            self._metrics.requests.labels(_route(scope), str(status or CLIENT_GONE)).inc()
+            self._metrics.requests.labels(_route(scope), str(status or CLIENT_DISCONNECTED)).inc()
 
-    async def _enter(self, scope: Scope, exchange: Exchange, receive: Receive, send: Send) -> None:
+    async def _enter(self, scope: Scope, context: RequestContext, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if self._hosts is not None:
             self._hosts.check(headers)
-        keyed = scope["path"].startswith(KEYED)
+        keyed = scope["path"].startswith(PROTECTED_PREFIXES)
         client = client_of((scope.get("client") or ("",))[0]).encode()
-        # A browser asks for permission (OPTIONS) without a key.
+        # Browsers send preflight requests (OPTIONS) without a key.
         if keyed and self._keys and scope["method"] != "OPTIONS":
             client = self._keys.check(headers.get("authorization"))
-        exchange.client = client
+        context.client = client
         await self._app(scope, receive, send)
 
 
 def _normalized(scope: Scope) -> Scope:
-    """The scope of the same request without a slash at the end of its path, and of GET in place of HEAD."""
+    """The scope without a trailing slash in its path, and with GET in place of HEAD."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     return {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
 
 
 def _route(scope: Scope) -> str:
-    """The route's path, never the client's own: names of metrics are kept for ever."""
+    """The route's path template, never the client's path: labels of metrics are never dropped."""
     route = scope.get("route")
     return getattr(route, "path", "other")
 
 
-def open_to_strangers(host: str, keys: Sequence[str]) -> bool:
-    """Whether a server at this address answers strangers without a key."""
+def allows_anonymous_access(host: str, keys: Sequence[str]) -> bool:
+    """Whether other machines can use a server at this address without a key."""
     return not keys and host not in ("127.0.0.1", "localhost", "::1")

@@ -7,24 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from aria.serve import bodies, fields
-from aria.serve.base import (
-    MOST_PARTS,
-    Arguments,
-    Body,
-    Description,
-    Json,
-    Many,
-    Source,
-    Text,
-    json_type,
-    kind_of,
-    told_by,
-)
-from aria.serve.bodies import Asked, Defaults
-from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, TextFormat
+from aria.serve import field_rules, generation_request
+from aria.serve.generation_request import Defaults, GenerationRequest
+from aria.serve.output_formats import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from aria.serve.protocol import (
-    MOST_MESSAGES,
+    MAX_MESSAGES,
     AllowedTools,
     AllowedToolsChoice,
     AssistantMessage,
@@ -33,8 +20,8 @@ from aria.serve.protocol import (
     FilePart,
     Function,
     FunctionCall,
-    ImagePart,
     ImageUrl,
+    ImageUrlPart,
     Message,
     NamedFunction,
     NamedTool,
@@ -46,25 +33,38 @@ from aria.serve.protocol import (
     ToolMessage,
     ToolMode,
     UserMessage,
-    VideoPart,
     VideoUrl,
+    VideoUrlPart,
+)
+from aria.serve.protocol_base import (
+    MAX_PARTS,
+    Arguments,
+    Body,
+    Description,
+    Json,
+    ListOf,
+    Source,
+    Text,
+    discriminated_by,
+    discriminated_by_field,
+    json_type,
 )
 
 
 class InputText(Body):
     type: Literal["input_text"]
     text: Text
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
 
-class OutputText(Body):
+class PriorOutputText(Body):
     """What an earlier answer said, as it came."""
 
     type: Literal["output_text"]
     text: Text
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
-    known: ClassVar[fields.Rules] = fields.OUTPUT_TEXT
+    known: ClassVar[field_rules.FieldRules] = field_rules.OUTPUT_TEXT
 
 
 class OutputRefusal(Body):
@@ -78,13 +78,13 @@ class InputImage(Body):
     detail: Detail = "auto"
     split: bool | None = None
     """Extension: cut the picture into tiles."""
-    known: ClassVar[fields.Rules] = fields.FILE
+    known: ClassVar[field_rules.FieldRules] = field_rules.FILE
 
 
 class InputVideo(Body):
     """Extension: a clip."""
 
-    known: ClassVar[fields.Rules] = fields.PART
+    known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
     type: Literal["input_video"]
     video_url: Source
@@ -104,7 +104,7 @@ class InputFile(Body):
     """Extension: such as ``1-3,7``."""
     detail: Detail = "auto"
     split: bool | None = None
-    known: ClassVar[fields.Rules] = fields.FILE
+    known: ClassVar[field_rules.FieldRules] = field_rules.FILE
 
     @model_validator(mode="after")
     def _one(self) -> InputFile:
@@ -118,13 +118,13 @@ InputPart = Annotated[
     | Annotated[InputImage, Tag("<input_image>")]
     | Annotated[InputVideo, Tag("<input_video>")]
     | Annotated[InputFile, Tag("<input_file>")]
-    | Annotated[OutputText, Tag("<output_text>")]
+    | Annotated[PriorOutputText, Tag("<output_text>")]
     | Annotated[OutputRefusal, Tag("<refusal>")],
-    kind_of("type"),
+    discriminated_by_field("type"),
 ]
 Content = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[Many[InputPart], Field(max_length=MOST_PARTS), Tag("<list>")],
-    told_by(json_type, "a string or a list of parts"),
+    Annotated[Text, Tag("<string>")] | Annotated[ListOf[InputPart], Field(max_length=MAX_PARTS), Tag("<list>")],
+    discriminated_by(json_type, "a string or a list of parts"),
 ]
 
 
@@ -141,7 +141,7 @@ class InputMessage(Body):
     content: Content
     id: str | None = None
     status: str | None = None
-    known: ClassVar[fields.Rules] = fields.ITEM
+    known: ClassVar[field_rules.FieldRules] = field_rules.ITEM
 
     @model_validator(mode="after")
     def _fits(self) -> InputMessage:
@@ -163,7 +163,7 @@ class InputCall(Body):
     arguments: Arguments
     id: str | None = None
     status: str | None = None
-    known: ClassVar[fields.Rules] = fields.ITEM
+    known: ClassVar[field_rules.FieldRules] = field_rules.ITEM
 
 
 class InputResult(Body):
@@ -174,7 +174,7 @@ class InputResult(Body):
     output: Content
     id: str | None = None
     status: str | None = None
-    known: ClassVar[fields.Rules] = fields.ITEM
+    known: ClassVar[field_rules.FieldRules] = field_rules.ITEM
 
 
 class InputReasoning(Body):
@@ -193,12 +193,12 @@ Item = Annotated[
     | Annotated[InputCall, Tag("<function_call>")]
     | Annotated[InputResult, Tag("<function_call_output>")]
     | Annotated[InputReasoning, Tag("<reasoning>")],
-    kind_of("type", default="message"),
+    discriminated_by_field("type", default="message"),
 ]
 Items = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[Many[Item], Field(min_length=1, max_length=MOST_MESSAGES), Tag("<list>")],
-    told_by(json_type, "a string or a list of items"),
+    | Annotated[ListOf[Item], Field(min_length=1, max_length=MAX_MESSAGES), Tag("<list>")],
+    discriminated_by(json_type, "a string or a list of items"),
 ]
 
 
@@ -217,16 +217,16 @@ class TextSettings(Body):
             Annotated[TextFormat, Tag("<text>")]
             | Annotated[JsonObjectFormat, Tag("<json_object>")]
             | Annotated[FlatSchema, Tag("<json_schema>")],
-            kind_of("type"),
+            discriminated_by_field("type"),
         ]
         | None
     ) = None
-    known: ClassVar[fields.Rules] = fields.TEXT
+    known: ClassVar[field_rules.FieldRules] = field_rules.TEXT
 
 
 class FlatTool(Function):
     type: Literal["function"] = "function"
-    known: ClassVar[fields.Rules] = fields.FLAT_TOOL
+    known: ClassVar[field_rules.FieldRules] = field_rules.FLAT_TOOL
 
 
 class Reasoning(Body):
@@ -234,7 +234,7 @@ class Reasoning(Body):
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
-    known: ClassVar[fields.Rules] = fields.REASONING
+    known: ClassVar[field_rules.FieldRules] = field_rules.REASONING
 
 
 class FlatChoice(Body):
@@ -247,16 +247,16 @@ class FlatAllowedTools(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[Many[FlatChoice], Field(min_length=1)]
+    tools: Annotated[ListOf[FlatChoice], Field(min_length=1)]
 
 
 FlatChosen = Annotated[
     Annotated[FlatChoice, Tag("<function>")] | Annotated[FlatAllowedTools, Tag("<allowed_tools>")],
-    kind_of("type", default="function"),
+    discriminated_by_field("type", default="function"),
 ]
 FlatToolChoice = Annotated[
     Annotated[ToolMode, Tag("<string>")] | Annotated[FlatChosen, Tag("<object>")],
-    told_by(json_type, "a string or an object"),
+    discriminated_by(json_type, "a string or an object"),
 ]
 
 
@@ -275,7 +275,7 @@ Include = Literal[
 
 
 class ResponseStreamOptions(Body):
-    known: ClassVar[fields.Rules] = fields.STREAM
+    known: ClassVar[field_rules.FieldRules] = field_rules.STREAM
 
 
 class ResponsesRequest(Sampling):
@@ -286,23 +286,23 @@ class ResponsesRequest(Sampling):
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextSettings | None = None
-    tools: Many[FlatTool] | None = None
+    tools: ListOf[FlatTool] | None = None
     tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: Many[Include] | None = None
+    include: ListOf[Include] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
     """auto: the oldest messages of a conversation that does not fit are dropped."""
     stream_options: ResponseStreamOptions | None = None
-    known: ClassVar[fields.Rules] = fields.RESPONSES
+    known: ClassVar[field_rules.FieldRules] = field_rules.RESPONSES
 
     @property
     def wants_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
 
 
-def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
+def read(body: ResponsesRequest, defaults: Defaults) -> GenerationRequest:
     """What a body asks for.
 
     Raises:
@@ -313,12 +313,14 @@ def read(body: ResponsesRequest, defaults: Defaults) -> Asked:
     asked_for: Any = wanted
     if isinstance(wanted, FlatSchema):
         asked_for = JsonSchemaFormat.model_validate({"type": "json_schema", "schema": wanted.json_schema})
-    form = bodies.form_of(asked_for, body.structured_outputs)
+    form = generation_request.output_constraint(asked_for, body.structured_outputs)
     form = replace(form, param=form.param.replace("response_format", "text.format"))
-    return bodies.conversation(
+    return generation_request.conversation(
         body,
         messages(body),
-        bodies.read_tools(given, _choice(body.tool_choice), body.parallel_tool_calls, "tools[{}].parameters"),
+        generation_request.read_tools(
+            given, _choice(body.tool_choice), body.parallel_tool_calls, "tools[{}].parameters"
+        ),
         form,
         defaults,
         max_tokens=body.max_output_tokens or defaults.max_model_len,
@@ -377,12 +379,12 @@ def _renamed(video: InputVideo) -> dict[str, Any]:
     return {"url": video.video_url, **fields}
 
 
-def _part(part: Any) -> TextPart | ImagePart | VideoPart | FilePart:
+def _part(part: Any) -> TextPart | ImageUrlPart | VideoUrlPart | FilePart:
     if isinstance(part, InputImage):
         image = ImageUrl(url=part.image_url, detail=part.detail, split=part.split)
-        return ImagePart(type="image_url", image_url=image)
+        return ImageUrlPart(type="image_url", image_url=image)
     if isinstance(part, InputVideo):
-        return VideoPart(type="video_url", video_url=VideoUrl(**_renamed(part)))
+        return VideoUrlPart(type="video_url", video_url=VideoUrl(**_renamed(part)))
     if isinstance(part, InputFile):
         fields = part.model_dump(include={"file_data", "file_url", "filename", "pages", "split"})
         return FilePart(type="file", file=FileData(**fields, detail=part.detail))

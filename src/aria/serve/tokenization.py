@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from aria.processor.image_inputs import Prepared
-from aria.serve import bodies
+from aria.serve import generation_request
 from aria.serve.errors import ApiError
-from aria.serve.exchange import Exchange
+from aria.serve.media_progress import TaskWithProgress
 from aria.serve.protocol import DetokenizeRequest, TokenizeRequest
-from aria.serve.reading import Reading
-from aria.serve.replies import Detokenized, MediaCost, TokenizerInfo, Tokens
+from aria.serve.request_context import RequestContext
+from aria.serve.response_models import Detokenized, MediaCost, TokenizerInfo, Tokens
 from aria.serve.service import Service
 from aria.serve.streaming import DONE, EventStream, event
 
@@ -24,7 +24,7 @@ PREVIEW_SIDE = 320
 """Pixels of a preview's longer side, at most."""
 
 
-async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> Tokens:
+async def count(service: Service, body: TokenizeRequest, context: RequestContext) -> Tokens:
     """Tokens of a prompt, also of one that leaves no room for an answer.
 
     Raises:
@@ -44,29 +44,31 @@ async def count(service: Service, body: TokenizeRequest, exchange: Exchange) -> 
         messages = body.messages
 
         def read() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-            offered = bodies.read_tools(body.tools, None, None).told
-            return bodies.messages(messages, offered, defaults.sizes), bodies.template(body, defaults)
+            offered = generation_request.read_tools(body.tools, None, None).told
+            return generation_request.messages(messages, offered, defaults.sizes), generation_request.template(
+                body, defaults
+            )
 
         said, template = await service.read(read)
 
         def prepare() -> tuple[list[int], list[MediaCost]]:
             service.check_length(said)
-            prepared = processor.prepare(service.named(said, exchange), **template)
+            prepared = processor.prepare(service.named(said, context), **template)
             return prepared.ids, _costs(prepared, previews=bool(body.return_previews))
 
-        service.check_media(shown := bodies.count_media(said), "messages")
+        service.check_media(shown := generation_request.count_media(said), "messages")
         ids, media = await service.off_loop(prepare, media=shown > 0, param="messages")
     named = processor.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=defaults.max_model_len, tokens=ids, token_strs=named, media=media)
 
 
-async def stream(service: Service, body: TokenizeRequest, exchange: Exchange) -> EventStream:
+async def stream(service: Service, body: TokenizeRequest, context: RequestContext) -> EventStream:
     """The same as events: progress while media are read, then what :func:`count` gives.
 
     Raises:
         ApiError: as :func:`count`, if it is known before any progress.
     """
-    reading = Reading(count(service, body, exchange))
+    reading = TaskWithProgress(count(service, body, context))
     await reading.begin()
 
     async def events() -> AsyncGenerator[bytes, None]:

@@ -1,4 +1,4 @@
-"""Bodies on their way in: received within their time, size and memory, before they take one of the places of work."""
+"""Request bodies, received within limits on time, size and memory before their requests start."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import math
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
+from aria.serve.active_requests import ActiveRequest
 from aria.serve.errors import ApiError
 from aria.serve.inflate import inflated, is_compressed
 from aria.serve.json_reader import PIECE, JsonReader
 from aria.serve.settings import ServerSettings
-from aria.serve.streaming import ClientGoneError
-from aria.serve.traffic import Work
+from aria.serve.streaming import ClientDisconnectError
 
 STALL_SECONDS = 30.0
-"""Without a byte of a body, before it is given up."""
+"""Time without a byte after which a body is given up."""
 
 
-async def receive_json(headers: Headers, receive: Receive, settings: ServerSettings, work: Work) -> JsonReader:
-    """The body of a request, received and not yet parsed. Its memory is held by the work.
+async def receive_json(
+    headers: Headers, receive: Receive, settings: ServerSettings, request: ActiveRequest
+) -> JsonReader:
+    """Receive the body of a request without parsing it. Its memory counts towards the request.
 
     Raises:
-        ApiError: 400, 408, 413, 415 or 503; it is no JSON, does not come in time, is too large, or there is no memory.
-        ClientGoneError: the client left in its middle.
+        ApiError: 400, 408, 413, 415 or 503: the body is not JSON, too slow or too large, or memory is short.
+        ClientDisconnectError: The client disconnected before the end of the body.
     """
     _check_type(headers)
     announced = headers.get("content-length", "0")
@@ -37,19 +39,19 @@ async def receive_json(headers: Headers, receive: Receive, settings: ServerSetti
     while more:
         message = await receive()
         if message["type"] != "http.request":
-            raise ClientGoneError
+            raise ClientDisconnectError
         body, more = memoryview(message.get("body", b"")), message.get("more_body", False)
         for start in range(0, len(body), PIECE):
             reader.feed(bytes(body[start : start + PIECE]))
-            await work.hold(reader.nbytes)
-            # Others want their turn between two pieces.
+            await request.hold(reader.nbytes)
+            # Let other requests run between two pieces.
             await asyncio.sleep(0)
-    await work.hold(reader.parsed_nbytes)
+    await request.hold(reader.parsed_nbytes)
     return reader
 
 
 def _check_type(headers: Headers) -> None:
-    """Refuse a body that is not announced as JSON: pages of any origin may have a browser send others."""
+    """Refuse bodies of other types than JSON, which browsers send for pages of any origin."""
     kind = headers.get("content-type", "none")
     essence = kind.partition(";")[0].strip().lower()
     if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
@@ -58,7 +60,7 @@ def _check_type(headers: Headers) -> None:
 
 
 def _timed(receive: Receive, seconds: float) -> Receive:
-    """``receive`` that gives up a body which stops, or which is not complete in time."""
+    """``receive`` with time limits on the whole body and on pauses within it."""
     end = math.inf
 
     async def timed() -> Message:
@@ -72,14 +74,14 @@ def _timed(receive: Receive, seconds: float) -> Receive:
                 return await receive()
         except TimeoutError:
             late = f"took longer than {seconds:g} s (--body-seconds)"
-            said = "stopped in the middle" if rest == STALL_SECONDS else late
-            raise ApiError(408, f"the body {said}", code="body_timeout") from None
+            problem = "stopped in the middle" if rest == STALL_SECONDS else late
+            raise ApiError(408, f"the body {problem}", code="body_timeout") from None
 
     return timed
 
 
 def _measured(receive: Receive, most: int) -> Receive:
-    """``receive`` that ends at a body's largest size in bytes."""
+    """``receive`` with a limit on the size of the body, in bytes."""
     taken = 0
 
     async def measured() -> Message:

@@ -1,4 +1,4 @@
-"""Work that reads media, and its progress for a client that waits."""
+"""Tasks that read media and report their progress to a waiting client."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from aria.media.progress import Progress, listen
 T = TypeVar("T")
 
 
-class Reading(Generic[T]):
-    """A task, and the progress of the media that it reads.
+class TaskWithProgress(Generic[T]):
+    """A task and the progress of the media that it reads.
 
     Args:
-        work: what the task does.
+        work: The coroutine that the task runs.
     """
 
     def __init__(self, work: Coroutine[Any, Any, T]):
         loop = asyncio.get_running_loop()
-        # None follows the last progress.
+        # None marks the end of the task.
         self._inbox: asyncio.Queue[Progress | None] = asyncio.Queue()
         self._first: Progress | None = None
         context = contextvars.copy_context()
@@ -30,10 +30,10 @@ class Reading(Generic[T]):
         self._task.add_done_callback(lambda _: self._inbox.put_nowait(None))
 
     async def begin(self) -> None:
-        """Wait for the first progress, or for the end of work that reads no media.
+        """Wait for the first progress, or for the end of a task that reads no media.
 
         Raises:
-            Exception: what the work raised before any progress; a response can still have its status.
+            Exception: What the task raised before any progress, when the response can still have a status.
         """
         try:
             self._first = await self._inbox.get()
@@ -44,23 +44,23 @@ class Reading(Generic[T]):
             raise
 
     async def progress(self) -> AsyncGenerator[Progress, None]:
-        """Progress as it comes, up to the end of the work. To be called once, after :meth:`begin`."""
+        """Yield progress until the task ends. Call it once, after :meth:`begin`."""
         one = self._first
         while one is not None:
             yield one
             one = await self._inbox.get()
 
     async def result(self) -> T:
-        """The work's result, or what it raised."""
+        """The result of the task, or what it raised."""
         return await self._task
 
     @property
     def finished(self) -> T | None:
-        """The work's result if it has one by now."""
+        """The result of the task, or None if it has none yet."""
         done = self._task.done() and not self._task.cancelled() and self._task.exception() is None
         return self._task.result() if done else None
 
     async def aclose(self) -> None:
-        """Cancel the work if it is not finished."""
+        """Cancel the task if it is unfinished."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""`Exchange`: one request and its response, and `ExchangeMiddleware`, which names it and writes the access log."""
+"""`RequestContext`: id, client and token counts of a request; its middleware sets the id and writes the access log."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ACCESS_LOG = "aria.access"
-"""Name of the logger that has a line for each request, at the level INFO."""
-CLIENT_GONE = 499
-"""Status of a request whose client left before the response; nobody but logs and metrics see it."""
+"""Logger of one line per request, at level INFO."""
+CLIENT_DISCONNECTED = 499
+"""Status of a request whose client disconnected before the response, in logs and metrics only."""
 _logger = logging.getLogger(ACCESS_LOG)
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 @dataclass
-class Exchange:
-    """One HTTP request while it is answered. Whoever knows more about it writes it here."""
+class RequestContext:
+    """An HTTP request while it is answered; handlers add what they learn about it."""
 
     method: str = ""
     path: str = ""
     request_id: str = ""
     client: bytes = b""
-    """Digest of the key; the address, where no keys are asked for."""
+    """Digest of the API key, or the address if no keys are required."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     began: float = field(default_factory=time.perf_counter)
 
     def log(self, status: int) -> None:
-        """The line of the access log. It has nothing of bodies, queries, keys and headers.
+        """Write the access log line, without bodies, queries, keys or headers.
 
         Args:
-            status: of the response, or :data:`CLIENT_GONE`.
+            status: Status of the response, or :data:`CLIENT_DISCONNECTED`.
         """
         if not _logger.isEnabledFor(logging.INFO):
             return
@@ -46,7 +46,7 @@ class Exchange:
             for name, count in (("prompt", self.prompt_tokens), ("completion", self.completion_tokens))
             if count is not None
         ]
-        # Quoted, because a path may hold line ends.
+        # Quoted, since a path may contain newlines.
         _logger.info(
             "%s %s %d %.3fs%s id=%s",
             self.method, quote(self.path[:200]), status, time.perf_counter() - self.began, "".join(tokens),
@@ -54,9 +54,9 @@ class Exchange:
         )  # fmt: skip
 
 
-class ExchangeMiddleware:
-    """ASGI middleware around everything else: ``scope["state"]["exchange"]``, the header ``X-Request-Id``, which is the
-    client's own if it is harmless, and the access log."""
+class RequestContextMiddleware:
+    """Outermost ASGI middleware: ``scope["state"]["context"]``, the access log, and the header ``X-Request-Id``, which
+    repeats the client's own if it is well-formed."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -65,10 +65,10 @@ class ExchangeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("x-request-id", "")
-        name = asked if _ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
-        exchange = Exchange(scope["method"], scope["path"], name)
-        status = CLIENT_GONE
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        context = RequestContext(scope["method"], scope["path"], name)
+        status = CLIENT_DISCONNECTED
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -78,6 +78,6 @@ class ExchangeMiddleware:
             await send(message)
 
         try:
-            await self._app({**scope, "state": {**scope.get("state", {}), "exchange": exchange}}, receive, named)
+            await self._app({**scope, "state": {**scope.get("state", {}), "context": context}}, receive, named)
         finally:
-            exchange.log(status)
+            context.log(status)

@@ -9,9 +9,15 @@ from typing import Any, NamedTuple
 from aria.engine import SamplingParams, grammar
 from aria.media.open import Base64
 from aria.processor import calls
-from aria.serve import fields, tools
+from aria.serve import field_rules, tool_calls
 from aria.serve.errors import ApiError
-from aria.serve.formats import JsonObjectFormat, JsonSchemaFormat, StructuralTagFormat, StructuredOutputs, TextFormat
+from aria.serve.output_formats import (
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    StructuralTagFormat,
+    StructuredOutputs,
+    TextFormat,
+)
 from aria.serve.protocol import (
     AllowedToolsChoice,
     AssistantMessage,
@@ -19,16 +25,16 @@ from aria.serve.protocol import (
     CompletionRequest,
     FileData,
     FilePart,
-    ImagePart,
     ImageUrl,
+    ImageUrlPart,
     Message,
     NamedTool,
     Templated,
     TextPart,
     Tool,
     ToolMessage,
-    VideoPart,
     VideoUrl,
+    VideoUrlPart,
     WithoutEffect,
 )
 
@@ -59,7 +65,7 @@ class Defaults:
     """Of the chat template."""
 
 
-class Bound(NamedTuple):
+class ConstraintPart(NamedTuple):
     """A schema or grammar of a body."""
 
     param: str
@@ -70,7 +76,7 @@ class Bound(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """What a body asks the engine for."""
 
     prompts: Sequence[Sequence[Mapping[str, Any]] | str | Sequence[int]]
@@ -92,7 +98,7 @@ class Asked:
     """How many of the likeliest tokens are returned beside each token of a prompt; None: nothing of prompts is."""
     echo: bool = False
     """Whether an answer begins with its prompt."""
-    bound: tuple[Bound, ...] = ()
+    bound: tuple[ConstraintPart, ...] = ()
     """What the answer follows, part by part, for errors."""
 
     @property
@@ -118,7 +124,7 @@ class Tools:
         return tuple(tool["name"] for tool in self.told)
 
 
-def chat(body: ChatRequest, defaults: Defaults) -> Asked:
+def chat(body: ChatRequest, defaults: Defaults) -> GenerationRequest:
     """A chat body.
 
     Raises:
@@ -128,7 +134,7 @@ def chat(body: ChatRequest, defaults: Defaults) -> Asked:
         body,
         body.messages,
         read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
-        form_of(body.response_format, body.structured_outputs),
+        output_constraint(body.response_format, body.structured_outputs),
         defaults,
         max_tokens=body.max_completion_tokens or body.max_tokens or defaults.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -136,7 +142,7 @@ def chat(body: ChatRequest, defaults: Defaults) -> Asked:
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputConstraint:
     """What an answer follows: a schema (True: any object), a grammar, or nothing."""
 
     schema: Any = None
@@ -145,12 +151,12 @@ class Form:
     """The field that says so."""
 
     @property
-    def bound(self) -> tuple[Bound, ...]:
+    def bound(self) -> tuple[ConstraintPart, ...]:
         constraint = self.grammar if self.schema is None else self.schema
-        return () if constraint is None else (Bound(self.param, self.param, constraint),)
+        return () if constraint is None else (ConstraintPart(self.param, self.param, constraint),)
 
 
-def form_of(response_format: Any, structured: StructuredOutputs | None = None) -> Form:
+def output_constraint(response_format: Any, structured: StructuredOutputs | None = None) -> OutputConstraint:
     """What bodies ask an answer to follow.
 
     Raises:
@@ -162,34 +168,41 @@ def form_of(response_format: Any, structured: StructuredOutputs | None = None) -
             raise ApiError(400, "give response_format or structured_outputs, and not both", param="structured_outputs")
         return _structured(structured)
     if isinstance(wanted, StructuralTagFormat):
-        return Form(grammar=grammar.from_structural_tag(wanted.tag), param="response_format")
+        return OutputConstraint(grammar=grammar.from_structural_tag(wanted.tag), param="response_format")
     if isinstance(wanted, JsonObjectFormat):
-        return Form(True if wanted.json_schema is None else wanted.json_schema, param="response_format.schema")
+        return OutputConstraint(
+            True if wanted.json_schema is None else wanted.json_schema, param="response_format.schema"
+        )
     if isinstance(wanted, JsonSchemaFormat):
         given = wanted.json_schema.json_schema if wanted.json_schema else wanted.bare_schema
         param = "response_format.json_schema.schema" if wanted.json_schema else "response_format.schema"
-        return Form(True if given is None else given, param=param)
-    return Form()
+        return OutputConstraint(True if given is None else given, param=param)
+    return OutputConstraint()
 
 
-def _structured(wanted: StructuredOutputs) -> Form:
+def _structured(wanted: StructuredOutputs) -> OutputConstraint:
     if wanted.json_schema is not None:
-        return Form(wanted.json_schema, param="structured_outputs.json")
+        return OutputConstraint(wanted.json_schema, param="structured_outputs.json")
     if wanted.json_object:
-        return Form(True, param="structured_outputs.json_object")
+        return OutputConstraint(True, param="structured_outputs.json_object")
     if wanted.structural_tag is not None:
         tag = grammar.from_structural_tag(wanted.structural_tag)
-        return Form(grammar=tag, param="structured_outputs.structural_tag")
+        return OutputConstraint(grammar=tag, param="structured_outputs.structural_tag")
     if wanted.regex is not None:
-        return Form(grammar=grammar.from_regex(wanted.regex), param="structured_outputs.regex")
+        return OutputConstraint(grammar=grammar.from_regex(wanted.regex), param="structured_outputs.regex")
     if wanted.choice is not None:
-        return Form(grammar=grammar.from_choices(wanted.choice), param="structured_outputs.choice")
-    return Form(grammar=wanted.grammar, param="structured_outputs.grammar")
+        return OutputConstraint(grammar=grammar.from_choices(wanted.choice), param="structured_outputs.choice")
+    return OutputConstraint(grammar=wanted.grammar, param="structured_outputs.grammar")
 
 
 def conversation(
-    body: WithoutEffect, said: Sequence[Message], offered: Tools, form: Form, defaults: Defaults, **fields: Any
-) -> Asked:
+    body: WithoutEffect,
+    said: Sequence[Message],
+    offered: Tools,
+    form: OutputConstraint,
+    defaults: Defaults,
+    **fields: Any,
+) -> GenerationRequest:
     """What is asked for by messages, functions and the form of the answer; see :func:`sampling`.
 
     Raises:
@@ -199,16 +212,18 @@ def conversation(
     if offered.told and form.grammar is not None:
         raise ApiError(400, f"{form.param} cannot be followed beside tools; leave them out", param=form.param)
     bound = [
-        Bound(place, f"the parameters of {tool['name']!r}", tools.parameters(tool))
+        ConstraintPart(place, f"the parameters of {tool['name']!r}", tool_calls.parameters(tool))
         for place, tool in zip(offered.places, offered.told, strict=True)
     ]
     bound += form.bound
     if offered.demanded:
-        schema = tools.call_schema(offered.demanded)
+        schema = tool_calls.call_schema(offered.demanded)
     elif offered.told and schema is not None:
         # Either a call or an answer of the form that was asked for.
-        schema = tools.any_of([tools.call_schema(offered.told), {"type": "object"} if schema is True else schema])
-    return Asked(
+        schema = tool_calls.any_of(
+            [tool_calls.call_schema(offered.told), {"type": "object"} if schema is True else schema]
+        )
+    return GenerationRequest(
         prompts=[messages(said, offered.told, defaults.sizes)],
         params=sampling(body, defaults, json_schema=schema, grammar=form.grammar, **fields),
         functions=offered.names,
@@ -222,14 +237,14 @@ def conversation(
     )
 
 
-def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
+def completion(body: CompletionRequest, defaults: Defaults) -> GenerationRequest:
     """A body of plain text or token ids."""
     prompt = body.prompt
     several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
     prompts: Any = prompt if several else [prompt]
     echoed = body.logprobs if body.echo else None
     wanted = [count for count in (echoed, body.prompt_logprobs) if count is not None]
-    form = form_of(body.response_format, body.structured_outputs)
+    form = output_constraint(body.response_format, body.structured_outputs)
     params = sampling(
         body,
         defaults,
@@ -239,7 +254,7 @@ def completion(body: CompletionRequest, defaults: Defaults) -> Asked:
         logprobs=body.logprobs,
         prompt_logprobs=max(wanted, default=None),
     )
-    return Asked(
+    return GenerationRequest(
         prompts=prompts,
         params=params,
         token_ids=bool(body.return_token_ids),
@@ -289,11 +304,11 @@ def template(body: Templated, defaults: Defaults) -> dict[str, Any]:
         )
         raise ApiError(400, message, param="continue_final_message", code="invalid_value")
     for name in given.keys() - defaults.variables:
-        rule = fields.TEMPLATE.get(name)
+        rule = field_rules.TEMPLATE.get(name)
         if rule is not None and rule.accepts(given[name]):
             del given[name]  # a variable of other models' templates, which changes nothing here
             continue
-        like = fields.nearest(name, [*_ENDINGS, *defaults.variables, *fields.TEMPLATE])
+        like = field_rules.nearest(name, [*_ENDINGS, *defaults.variables, *field_rules.TEMPLATE])
         advice = rule.reason if rule is not None else f"did you mean {like}?" if like else "leave it out"
         message = f"chat_template_kwargs.{name:.80} is not a variable of the chat template; {advice}"
         raise ApiError(400, message, param=f"chat_template_kwargs.{name:.80}", code="unsupported_field")
@@ -324,7 +339,7 @@ def read_tools(
         raise ApiError(400, "two tools have the same name", param="tools")
     for place, tool in told.items():
         try:
-            tools.parameters(tool)
+            tool_calls.parameters(tool)
         except ValueError as error:
             raise ApiError(400, str(error), param=place) from None
     chosen = [choice] if isinstance(choice, NamedTool) else []
@@ -397,9 +412,9 @@ def _answer(message: AssistantMessage) -> str:
 def _part(part: Any, sizes: Sequence[int]) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
-    if isinstance(part, ImagePart):
+    if isinstance(part, ImageUrlPart):
         return _image(part.image_url, sizes) | _given(uuid=part.uuid)
-    if isinstance(part, VideoPart):
+    if isinstance(part, VideoUrlPart):
         return _video(part.video_url, sizes) | _given(uuid=part.uuid)
     assert isinstance(part, FilePart), "the protocol lets no other part through"
     return _document(part.file, sizes)

@@ -1,4 +1,4 @@
-"""The chat page's files, under headers that keep it from loading or telling anything elsewhere."""
+"""The chat page's files, served with headers that keep it from loading or sending anything elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-# What Windows' registry says of these differs from machine to machine, and browsers run no module of another type.
+# On Windows the registry's types differ between machines, and browsers reject modules of a wrong type.
 TYPES = {
     ".css": "text/css",
     ".html": "text/html",
@@ -37,8 +37,8 @@ TYPES = {
 _TEXT = ("text/", "application/json", "application/manifest")
 
 
-class Page(StaticFiles):
-    """What answers where no route does: a file of the page, or 404."""
+class ChatPage(StaticFiles):
+    """The fallback of all routes: a file of the page, or 404."""
 
     def __init__(self, folder: Path = FOLDER):
         super().__init__(directory=folder, html=True)
