@@ -76,7 +76,7 @@ def test_models_are_the_base_and_then_its_adapters(live):
     ]
     assert live.openai.models.retrieve("words").model_dump() == cards[1]
     with pytest.raises(
-        openai.NotFoundError, match="no model 'other' here; there are aria-nano, words, experts"
+        openai.NotFoundError, match="no model 'other' here; available are aria-nano, words, experts"
     ) as told:
         live.chat(model="other")
     assert told.value.code == "model_not_found" and told.value.param == "model"

@@ -240,7 +240,7 @@ def test_a_request_has_so_many_media() -> None:
         body = {"messages": [{"role": "user", "content": [word] * 2}] * 2}
         for path in (CHAT, "/tokenize"):
             error = error_of(live.post(path, **body), 400)
-            assert error["param"] == "messages" and "4 images, clips and documents" in error["message"]
+            assert error["param"] == "messages" and "4 images, videos and documents" in error["message"]
         shown = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,x"}] * 4}]
         assert error_of(live.post("/v1/responses", input=shown), 400)["param"] == "input"
 

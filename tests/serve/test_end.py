@@ -60,7 +60,7 @@ def test_streams_that_are_cut_end_with_an_error(ending: None, path: str) -> None
             assert error_of(refused, 503)["code"] == "overloaded" and refused.headers["retry-after"]
             [error] = json.loads([*lines][-1].removeprefix("data: ")).values()
         assert (error["type"], error["code"]) == ("overloaded_error", "overloaded")
-        assert "ends before this answer" in error["message"]
+        assert "shutting down" in error["message"]
         until(lambda: live.app.state.active_requests.active == 0)
         until(idle)
 

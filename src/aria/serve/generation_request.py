@@ -1,4 +1,4 @@
-"""Bodies of requests -> messages and sampling parameters. Pure: no server and no model is needed."""
+"""Request bodies -> `GenerationRequest`: messages and sampling parameters. Needs neither a server nor a model."""
 
 from __future__ import annotations
 
@@ -39,96 +39,96 @@ from aria.serve.protocol import (
 )
 
 COMPLETION_TOKENS = 16
-"""Of a completion that says nothing about its length, as OpenAI's interface has it."""
+"""Default of ``max_tokens`` in ``/v1/completions``, as in OpenAI's interface."""
 
-_ALIKE = (
+_SAME_NAMES = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("seed", "n", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs"),
     *("include_stop_str_in_output", "skip_special_tokens"),
 )
-"""Fields that bodies and `SamplingParams` call by the same names."""
+"""Fields that have the same names in bodies and in `SamplingParams`."""
 
 _ENDINGS = ("add_generation_prompt", "continue_final_message")
-"""Fields of a body that may also stand among the variables of the chat template."""
+"""Fields of a body that may also be given as variables of the chat template."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What bodies leave to the model and its server."""
+    """Values of fields that bodies leave out."""
 
     sizes: Sequence[int]
-    """Sides of crops that the model knows, in pixels."""
+    """Crop sizes of the model, in pixels."""
     max_model_len: int
-    """Stands for an unlimited answer; the engine gives the room that is left."""
+    """Default of ``max_tokens``; the engine reduces it to what fits."""
     temperature: float = 1.0
     variables: frozenset[str] = frozenset()
-    """Of the chat template."""
+    """Variables of the chat template."""
 
 
 class ConstraintPart(NamedTuple):
-    """A schema or grammar of a body."""
+    """A schema or grammar in a body."""
 
     param: str
     """The field that holds it."""
     name: str
-    """For people."""
+    """Name for error messages."""
     constraint: Any
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a body asks the engine for."""
+    """What a request asks the engine to generate."""
 
     prompts: Sequence[Sequence[Mapping[str, Any]] | str | Sequence[int]]
-    """Conversations, texts, or token ids. Each is answered ``params.n`` times."""
+    """Conversations, texts or token ids. Each gets ``params.n`` choices."""
     params: SamplingParams
     functions: tuple[str, ...] = ()
-    """Names that the answer may call."""
+    """Names of functions that the response may call."""
     untagged: bool = False
-    """A grammar makes the answer one call without tags, or one JSON value."""
+    """Whether a grammar forces one call without tags, or one JSON value."""
     parallel: bool = True
-    """An answer may hold several calls; otherwise it ends with its first."""
+    """Whether a response may hold several calls; otherwise it ends with the first."""
     token_ids: bool = False
-    """Whether the ids of prompts and answers are returned."""
+    """Whether to return the token ids of prompts and responses."""
     truncate: bool = False
-    """Whether the oldest messages may be dropped where a conversation does not fit."""
+    """Whether to drop the oldest messages of a conversation that does not fit."""
     template: Mapping[str, Any] = field(default_factory=dict)
-    """How conversations are written, see :meth:`aria.engine.Engine.prepare`."""
+    """Options of the chat template, see :meth:`aria.engine.Engine.prepare`."""
     prompt_logprobs: int | None = None
-    """How many of the likeliest tokens are returned beside each token of a prompt; None: nothing of prompts is."""
+    """Number of most likely tokens to return for each prompt token; None returns no prompt log-probabilities."""
     echo: bool = False
-    """Whether an answer begins with its prompt."""
+    """Whether a response begins with its prompt."""
     bound: tuple[ConstraintPart, ...] = ()
-    """What the answer follows, part by part, for errors."""
+    """Parts of the constraint on the response, for errors."""
 
     @property
     def media(self) -> int:
-        """Images, clips and documents of the prompts, which take more to read than text."""
+        """Number of images, videos and documents in the prompts."""
         return sum(count_media(prompt) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What a request says of functions."""
+class OfferedTools:
+    """The functions of a request."""
 
-    told: tuple[dict[str, Any], ...] = ()
-    """Name, description and parameters of those that may be called."""
-    demanded: tuple[dict[str, Any], ...] = ()
-    """One of these has to be called."""
+    offered: tuple[dict[str, Any], ...] = ()
+    """Name, description and parameters of functions that may be called."""
+    required: tuple[dict[str, Any], ...] = ()
+    """One of these must be called."""
     parallel: bool = True
-    places: tuple[str, ...] = ()
-    """The fields of the functions' parameters."""
+    params: tuple[str, ...] = ()
+    """The fields that hold the functions' parameters, for errors."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(tool["name"] for tool in self.told)
+        return tuple(tool["name"] for tool in self.offered)
 
 
 def chat(body: ChatRequest, defaults: Defaults) -> GenerationRequest:
-    """A chat body.
+    """Read a body of ``/v1/chat/completions``.
 
     Raises:
-        ApiError: 400, it contradicts itself.
+        ApiError: 400, its fields contradict each other.
     """
     return conversation(
         body,
@@ -143,12 +143,12 @@ def chat(body: ChatRequest, defaults: Defaults) -> GenerationRequest:
 
 @dataclass(frozen=True)
 class OutputConstraint:
-    """What an answer follows: a schema (True: any object), a grammar, or nothing."""
+    """A constraint on a response: a schema (True: any object), a grammar, or none."""
 
     schema: Any = None
     grammar: str | None = None
     param: str = ""
-    """The field that says so."""
+    """The field that holds it."""
 
     @property
     def bound(self) -> tuple[ConstraintPart, ...]:
@@ -157,10 +157,10 @@ class OutputConstraint:
 
 
 def output_constraint(response_format: Any, structured: StructuredOutputs | None = None) -> OutputConstraint:
-    """What bodies ask an answer to follow.
+    """The constraint that a body puts on the response.
 
     Raises:
-        ApiError: 400, both say something.
+        ApiError: 400, both arguments give one.
     """
     wanted = None if isinstance(response_format, TextFormat) else response_format
     if structured is not None:
@@ -197,38 +197,38 @@ def _structured(wanted: StructuredOutputs) -> OutputConstraint:
 
 def conversation(
     body: WithoutEffect,
-    said: Sequence[Message],
-    offered: Tools,
+    given: Sequence[Message],
+    functions: OfferedTools,
     form: OutputConstraint,
     defaults: Defaults,
     **fields: Any,
 ) -> GenerationRequest:
-    """What is asked for by messages, functions and the form of the answer; see :func:`sampling`.
+    """Combine messages, functions and a constraint on the response; see :func:`sampling`.
 
     Raises:
-        ApiError: 400, functions beside a grammar.
+        ApiError: 400, functions together with a grammar.
     """
     schema = form.schema
-    if offered.told and form.grammar is not None:
-        raise ApiError(400, f"{form.param} cannot be followed beside tools; leave them out", param=form.param)
+    if functions.offered and form.grammar is not None:
+        raise ApiError(400, f"{form.param} cannot be combined with tools; leave them out", param=form.param)
     bound = [
         ConstraintPart(place, f"the parameters of {tool['name']!r}", tool_calls.parameters(tool))
-        for place, tool in zip(offered.places, offered.told, strict=True)
+        for place, tool in zip(functions.params, functions.offered, strict=True)
     ]
     bound += form.bound
-    if offered.demanded:
-        schema = tool_calls.call_schema(offered.demanded)
-    elif offered.told and schema is not None:
-        # Either a call or an answer of the form that was asked for.
+    if functions.required:
+        schema = tool_calls.call_schema(functions.required)
+    elif functions.offered and schema is not None:
+        # Either a call, or a response that follows the constraint.
         schema = tool_calls.any_of(
-            [tool_calls.call_schema(offered.told), {"type": "object"} if schema is True else schema]
+            [tool_calls.call_schema(functions.offered), {"type": "object"} if schema is True else schema]
         )
     return GenerationRequest(
-        prompts=[messages(said, offered.told, defaults.sizes)],
+        prompts=[messages(given, functions.offered, defaults.sizes)],
         params=sampling(body, defaults, json_schema=schema, grammar=form.grammar, **fields),
-        functions=offered.names,
+        functions=functions.names,
         untagged=schema is not None,
-        parallel=offered.parallel,
+        parallel=functions.parallel,
         token_ids=bool(getattr(body, "return_token_ids", None)),
         truncate=getattr(body, "truncation", None) == "auto",
         template=template(body, defaults) if isinstance(body, Templated) else {},
@@ -238,7 +238,7 @@ def conversation(
 
 
 def completion(body: CompletionRequest, defaults: Defaults) -> GenerationRequest:
-    """A body of plain text or token ids."""
+    """Read a body of ``/v1/completions``."""
     prompt = body.prompt
     several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
     prompts: Any = prompt if several else [prompt]
@@ -265,14 +265,14 @@ def completion(body: CompletionRequest, defaults: Defaults) -> GenerationRequest
 
 
 def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> SamplingParams:
-    """How tokens are chosen.
+    """Sampling parameters of a body.
 
     Args:
-        body: its fields of the same names count.
-        defaults: for fields that it leaves out.
-        fields: those whose names differ between bodies.
+        body: Provides the fields whose names are the same.
+        defaults: Values of fields that it leaves out.
+        fields: Fields whose names differ between bodies.
     """
-    given = {name: value for name in _ALIKE if (value := getattr(body, name, None)) is not None}
+    given = {name: value for name in _SAME_NAMES if (value := getattr(body, name, None)) is not None}
     if given.get("top_k") == -1:
         given["top_k"] = 0
     own = getattr(body, "stop", None) or ()
@@ -285,10 +285,10 @@ def sampling(body: WithoutEffect, defaults: Defaults, **fields: Any) -> Sampling
 
 
 def template(body: Templated, defaults: Defaults) -> dict[str, Any]:
-    """How a conversation is written, as :meth:`aria.processor.AriaProcessor.prepare` takes it.
+    """Options of the chat template, for :meth:`aria.processor.AriaProcessor.prepare`.
 
     Raises:
-        ApiError: 400, a variable that the template does not read, or two endings.
+        ApiError: 400, a variable that the template does not read, or contradicting options.
     """
     given = {name: value for name, value in (body.chat_template_kwargs or {}).items() if value is not None}
     endings = {name: getattr(body, name) for name in _ENDINGS}
@@ -299,14 +299,12 @@ def template(body: Templated, defaults: Defaults) -> dict[str, Any]:
     continues = bool(endings["continue_final_message"])
     opens = not continues if endings["add_generation_prompt"] is None else endings["add_generation_prompt"]
     if opens and continues:
-        message = (
-            "add_generation_prompt opens a new turn and continue_final_message the last one; set one of them to false"
-        )
+        message = "add_generation_prompt and continue_final_message exclude each other; set one of them to false"
         raise ApiError(400, message, param="continue_final_message", code="invalid_value")
     for name in given.keys() - defaults.variables:
         rule = field_rules.TEMPLATE.get(name)
         if rule is not None and rule.accepts(given[name]):
-            del given[name]  # a variable of other models' templates, which changes nothing here
+            del given[name]  # a variable of other models' templates, without effect here
             continue
         like = field_rules.nearest(name, [*_ENDINGS, *defaults.variables, *field_rules.TEMPLATE])
         advice = rule.reason if rule is not None else f"did you mean {like}?" if like else "leave it out"
@@ -320,24 +318,24 @@ def read_tools(
     choice: str | NamedTool | AllowedToolsChoice | None,
     parallel: bool | None,
     where: str = "tools[{}].function.parameters",
-) -> Tools:
-    """Functions, and whether one has to be called.
+) -> OfferedTools:
+    """Read functions and ``tool_choice``.
 
     Raises:
-        ApiError: 400, a choice without functions or of one that is not among them, or arguments that are no object.
+        ApiError: 400, a choice without functions or of an unknown one, or parameters that are not an object.
     """
     if choice == "none" or (not offered and choice in (None, "auto")):
-        return Tools()
+        return OfferedTools()
     if not offered:
         raise ApiError(400, "tool_choice asks for a call, but tools is empty", param="tool_choice")
-    told = {
+    described = {
         where.format(i): tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
         for i, tool in enumerate(offered)
     }
-    names = [tool["name"] for tool in told.values()]
+    names = [tool["name"] for tool in described.values()]
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name", param="tools")
-    for place, tool in told.items():
+    for place, tool in described.items():
         try:
             tool_calls.parameters(tool)
         except ValueError as error:
@@ -349,38 +347,38 @@ def read_tools(
     if unknown := [name for name in wanted if name not in names]:
         raise ApiError(400, f"tool_choice names {unknown[0]!r}, which is not in tools", param="tool_choice")
     if isinstance(choice, AllowedToolsChoice):
-        told = {place: tool for place, tool in told.items() if tool["name"] in wanted}
+        described = {place: tool for place, tool in described.items() if tool["name"] in wanted}
         choice = choice.allowed_tools.mode
-    demanded: list[dict[str, Any]] = []
+    required: list[dict[str, Any]] = []
     if choice not in (None, "auto"):
-        demanded = [tool for tool in told.values() if choice == "required" or tool["name"] in wanted]
-    return Tools(tuple(told.values()), tuple(demanded), parallel is not False, tuple(told))
+        required = [tool for tool in described.values() if choice == "required" or tool["name"] in wanted]
+    return OfferedTools(tuple(described.values()), tuple(required), parallel is not False, tuple(described))
 
 
 def messages(
-    said: Sequence[Message], offered: Sequence[Mapping[str, Any]], sizes: Sequence[int]
+    given: Sequence[Message], offered: Sequence[Mapping[str, Any]], sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Messages as the processor takes them.
+    """Convert messages to the processor's format.
 
     Args:
-        said: OpenAI's messages.
-        offered: functions that the model is told of.
-        sizes: sides of crops that the model knows, in pixels.
+        given: OpenAI's messages.
+        offered: Functions to describe to the model.
+        sizes: Crop sizes of the model, in pixels.
     """
-    told = [_message(message, sizes) for message in said]
+    converted = [_message(message, sizes) for message in given]
     if not offered:
-        return told
-    return calls.add_instructions(told, offered)
+        return converted
+    return calls.add_instructions(converted, offered)
 
 
 def count_media(prompt: Sequence[Any]) -> int:
-    """Images, clips and documents of a conversation; other prompts have none."""
+    """Number of images, videos and documents in a conversation; 0 for other prompts."""
     contents = (message["content"] for message in prompt if isinstance(message, Mapping))
     return sum(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
 
 
 def characters(prompt: str | Sequence[Any]) -> int:
-    """Of a text, or of all texts of a conversation; token ids have none."""
+    """Number of characters of a text, or of all texts in a conversation; 0 for token ids."""
     if isinstance(prompt, str):
         return len(prompt)
     contents = (message["content"] for message in prompt if isinstance(message, Mapping))
@@ -401,7 +399,7 @@ def _message(message: Message, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _answer(message: AssistantMessage) -> str:
-    """What the model said before, with its calls as it writes them."""
+    """Text of an earlier response, with its calls in the model's own format."""
     content = message.content or ""
     if not isinstance(content, str):
         content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
@@ -416,7 +414,7 @@ def _part(part: Any, sizes: Sequence[int]) -> dict[str, Any]:
         return _image(part.image_url, sizes) | _given(uuid=part.uuid)
     if isinstance(part, VideoUrlPart):
         return _video(part.video_url, sizes) | _given(uuid=part.uuid)
-    assert isinstance(part, FilePart), "the protocol lets no other part through"
+    assert isinstance(part, FilePart), "the protocol allows no other part"
     return _document(part.file, sizes)
 
 

@@ -44,7 +44,7 @@ async def count(service: Service, body: TokenizeRequest, context: RequestContext
         messages = body.messages
 
         def read() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-            offered = generation_request.read_tools(body.tools, None, None).told
+            offered = generation_request.read_tools(body.tools, None, None).offered
             return generation_request.messages(messages, offered, defaults.sizes), generation_request.template(
                 body, defaults
             )
