@@ -69,7 +69,7 @@ $(CLIENTS)/bin/python: | $(VENV)/.developed
 
 # The documentation as a site in build/site; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.documented
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 docs-serve: $(VENV)/.documented
 	$(BIN)/python -m mkdocs serve

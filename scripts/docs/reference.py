@@ -8,13 +8,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import typer.main
 
@@ -41,9 +42,14 @@ def pages() -> dict[str, str]:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, with pipes in cells escaped."""
+    """A Markdown table without its empty columns. Pipes are escaped, except in code, which would show the escape."""
+    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_cell(line[n]) for n in kept) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in re.split(r"(`[^`]*`)", text))
 
 
 def prose(text: str | None) -> str:
@@ -127,19 +133,23 @@ def _default(field: Any, instance: object | None) -> str:
 
 
 def fields_table(kind: type, instance: object | None = None) -> str:
-    """The fields of a dataclass: name, type, default, meaning."""
-    meanings = documented(kind)
-    rows = [
-        (code(one.name), code(_type(one.type)), _default(one, instance), meanings.get(one.name, ""))
-        for one in dataclasses.fields(kind)
-        if not dataclasses.is_dataclass(getattr(instance, one.name, None))
-    ]
-    return table(("key", "type", "default", "meaning"), rows)
+    """The fields of a dataclass: name, type, default, command-line option if it has one, meaning."""
+    below, hints, rows = documented(kind), get_type_hints(kind, include_extras=True), []
+    for one in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(getattr(instance, one.name, None)):
+            continue
+        notes = [note for note in getattr(hints[one.name], "__metadata__", ()) if hasattr(note, "help")]
+        option = "".join(code(note.option) for note in notes if getattr(note, "option", None))
+        meaning = " ".join([prose(note.help) for note in notes] + [below.get(one.name, "")]).strip()
+        rows.append((code(one.name), code(_type(hints[one.name])), _default(one, instance), option, meaning))
+    return table(("key", "type", "default", "option", "meaning"), rows)
 
 
-def _type(annotation: object) -> str:
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    return text.replace("typing.", "")
+def _type(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return re.sub(r"\b(?:typing|collections\.abc|pathlib(?:\._local)?)\.", "", text)
 
 
 def recipe_keys() -> str:
@@ -154,14 +164,26 @@ def recipe_keys() -> str:
     sections = [one for one in dataclasses.fields(Recipe) if dataclasses.is_dataclass(getattr(recipe, one.name))]
     plain = [one for one in dataclasses.fields(Recipe) if one not in sections]
     meanings = documented(Recipe)
-    rows = [(code(one.name), code(_type(one.type)), _default(one, recipe), meanings.get(one.name, "")) for one in plain]
+    rows = [
+        (
+            code(one.name),
+            code(_type(get_type_hints(Recipe)[one.name])),
+            _default(one, recipe),
+            meanings.get(one.name, ""),
+        )
+        for one in plain
+    ]
     parts += ["## At the top", table(("key", "type", "default", "meaning"), rows)]
     for one in sections:
         settings = getattr(recipe, one.name)
         about = re.sub(r"^\S+?``\[\w+\]``[^:]*:\s*|^``\[\w+\]``[^:.]*[:.]?\s*", "", type(settings).__doc__ or "")
-        parts += [f"## [{one.name}]", prose(about.partition("\n\n")[0])]
+        parts += [f"## [{one.name}]", _capital(prose(about.partition("\n\n")[0]))]
         parts.append(fields_table(type(settings), settings))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def server_settings() -> str:
@@ -189,7 +211,7 @@ def routes() -> str:
     from aria.serve.app import create_app
     from aria.serve.settings import ServerSettings
 
-    with AsyncEngine(device="cpu", cache_tokens=1024, max_batch=1) as engine:
+    with AsyncEngine(device="cpu", max_model_len=1024, max_batch=1) as engine:
         described = create_app(engine, ServerSettings(allow_adapter_updates=True)).openapi()
     schemas = described["components"]["schemas"]
     parts = [
@@ -197,20 +219,32 @@ def routes() -> str:
         "Generated from the server's OpenAPI description, which a running server has at `/openapi.json`. "
         "[Serving](../serving.md) explains how the fields are used.",
     ]
+    named: dict[str, None] = {}
     for path, methods in described["paths"].items():
         for method, route in methods.items():
             parts += [f"## {method.upper()} {path}", prose(route.get("description"))]
             body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-            properties = schemas.get(_name(body), {})
-            rows = [
-                (code(name), _kind(one), _shown(name, one, properties), prose(one.get("description")))
-                for name, one in properties.get("properties", {}).items()
-            ]
-            if rows:
-                parts.append(table(("field", "type", "default", "meaning"), rows))
+            parts.append(_properties(schemas.get(_name(body), {}), named))
             others = sorted(status for status in route["responses"] if status != "200")
             parts.append("Errors: " + ", ".join(others) + ".")
+    parts += ["## Types", "What fields above are made of."]
+    shown: set[str] = set()
+    while left := [name for name in named if name in schemas and name not in shown]:
+        for name in left:
+            parts += [f"### {name}", prose(schemas[name].get("description")), _properties(schemas[name], named)]
+        shown.update(left)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _properties(schema: dict[str, Any], named: dict[str, None]) -> str:
+    """A table of an object's fields; the names of the types that they refer to are added to ``named``."""
+    properties = schema.get("properties", {})
+    named.update(dict.fromkeys(re.findall(r"#/components/schemas/(\w+)", json.dumps(properties))))
+    rows = [
+        (code(name), _kind(one), _shown(name, one, schema), prose(one.get("description")))
+        for name, one in properties.items()
+    ]
+    return table(("field", "type", "default", "meaning"), rows) if rows else ""
 
 
 def _name(schema: dict[str, Any]) -> str:

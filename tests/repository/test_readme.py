@@ -1,4 +1,4 @@
-"""What a newcomer copies out of README runs as it stands, with what the package itself installs."""
+"""Code that new users copy from README and the quick start runs as it is, with what the package itself installs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ import pytest
 from aria.hub import NANO
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-)
+BLOCKS = [
+    (page, code)
+    for page in ("README.md", "docs/quickstart.md")
+    for code in re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+]
+
+
+def test_both_pages_have_code():
+    assert [page for page, _ in BLOCKS] == ["README.md", "docs/quickstart.md"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_code_in_the_readme_runs(number, monkeypatch, capsys):
-    code = BLOCKS[number]
+@pytest.mark.parametrize(("page", "code"), BLOCKS, ids=[page for page, _ in BLOCKS])
+def test_code_runs(page, code, monkeypatch, capsys):
     names = {"pillow": "PIL"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed = {re.split(r"[^\w-]", line)[0].lower() for line in project["dependencies"]}
@@ -31,5 +38,5 @@ def test_code_in_the_readme_runs(number, monkeypatch, capsys):
         for module in modules:
             assert module.split(".")[0] in installed, f"the block imports {module}, which the package does not install"
     monkeypatch.chdir(ROOT)
-    exec(compile(code.replace('"rhymes-ai/Aria"', repr(str(NANO))), "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code.replace('"rhymes-ai/Aria"', repr(str(NANO))), page, "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
