@@ -12,7 +12,7 @@ from aria import ops
 from aria.config import TextConfig
 from aria.model.context import Context, Paged
 from aria.model.layers import RMSNorm, join
-from aria.model.lora import lora_linears
+from aria.model.lora import apply_linears
 from aria.model.moe import MoE
 from aria.model.multi_lora import AdapterBatch
 from aria.ops import MoEWeights
@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in lora_linears(x_TD, self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim)) for y in apply_linears(x_TD, self.q_proj, self.k_proj, self.v_proj)
         )
         return self.o_proj(context.attend(self.layer, q, k, v).flatten(1))
 

@@ -85,7 +85,7 @@ class LoRALinear(nn.Linear):
         return ops.lora_linear(x, self.weight, self.bias, self.adapter.lora())
 
 
-def lora_linears(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+def apply_linears(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """Linear layers of one input; if all have adapters, these read it once, and may drop the same of it."""
     adapted = [linear for linear in linears if isinstance(linear, LoRALinear)]
     if len(adapted) < len(linears):

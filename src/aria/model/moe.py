@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aria import ops
 from aria.config import TextConfig
 from aria.model.layers import join
-from aria.model.lora import LoRAModule, lora_linears
+from aria.model.lora import LoRAModule, apply_linears
 from aria.ops import ExpertWeights, LoRA
 
 
@@ -79,7 +79,7 @@ class SharedExperts(nn.Module):
         join(self.gate_proj, self.up_proj)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(ops.gated(*lora_linears(x_TD, self.gate_proj, self.up_proj)))
+        return self.down_proj(ops.gated(*apply_linears(x_TD, self.gate_proj, self.up_proj)))
 
 
 class MoE(nn.Module):
