@@ -1,7 +1,7 @@
-"""A step's plan -> tensors -> tokens: the device's state by row, and CUDA graphs for decoding.
+"""Runs a step's plan on the device: inputs -> logits -> tokens, with per-row state and CUDA graphs.
 
-R rows (places for running requests), N sequences that decode, T tokens of a step, M blocks of a block table,
-V vocabulary, Q image tokens, D hidden.
+R rows (places for running requests), N sequences that decode, C chunks of prompts, T tokens of a step, M blocks of a
+block table, V vocabulary, Q image tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from aria.engine.prompt_logprobs import ScoredTokens
 from aria.engine.request import Request
 from aria.engine.sampler import SamplerState, mask_logits
 from aria.engine.scheduler import Chunk, Plan
+from aria.engine.step_inputs import Columns, RowTracker, RowUpdates, StepInputs, aligned, row_of
 from aria.model import Aria, Paged, PagedCache
 from aria.model.decoder import DecoderLayer
 from aria.model.multi_lora import AdapterBatch
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 256
 GRAPH_TOKENS = 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048
-"""Prompts that are alone run as graphs, filled up to the next of these sizes."""
+"""A prefill of one prompt alone runs as a CUDA graph, padded to the next of these sizes."""
 
 
 LogitsProcessor = Callable[[Sequence[Request], Tensor, Tensor], Tensor]
@@ -45,7 +46,7 @@ previous step are known."""
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms of probabilities at one place, before temperature and truncation."""
+    """Natural logarithms of probabilities at one position, before temperature and truncation."""
 
     chosen: float
     likeliest: list[tuple[int, float]]
@@ -57,22 +58,22 @@ class Launched:
 
     plan: Plan
     requests: Sequence[Request]
-    """Those that get a token."""
+    """Requests that get a token."""
     failed: list[tuple[Request, int, Exception]] = field(default_factory=list)
-    """Requests with an image that could not be encoded, from which place on they are wrong, and why."""
+    """Requests with an image that could not be encoded, the position from which they are wrong, and the error."""
     _computed: _Computed | None = None
-    """Until tokens are drawn from it."""
+    """What tokens are drawn from; None once they are."""
     logits: Tensor | None = None
-    """``(len(requests), V)``, before penalties; None where a graph did not keep it, overwritten by the next step."""
+    """``(len(requests), V)``, before penalties; the next step overwrites them. None if a CUDA graph dropped them."""
     scored: list[tuple[Request, int, ScoredTokens]] = field(default_factory=list)
-    """Tokens of prompts: whose they are, the first of them, and what is known of them once :meth:`wait` is over."""
+    """Log-probabilities of prompts: the request, the first token, and the values, valid after :meth:`wait`."""
     _tokens: Tensor | None = None
     _logprobs: tuple[Tensor, ...] | None = None
     _done: torch.cuda.Event | None = None
 
     @property
     def drawn(self) -> bool:
-        """Whether its tokens are chosen already, or on their way. If not, `Runner.draw` wants to be called."""
+        """Whether its tokens are drawn, or will be by queued work. If not, call `Runner.draw` next."""
         return not self.requests or self._tokens is not None
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -93,27 +94,27 @@ class Launched:
 
 
 class _Computed(NamedTuple):
-    """What a step gives of each of the N requests that sample."""
+    """Results of a step for the N requests that sample."""
 
     rows: Tensor
     positions: Tensor
-    """Of the last tokens read."""
+    """Of the last token that each of them has read."""
     logits: Tensor | None
     tokens: Tensor | None
-    """None where they are still to be drawn."""
+    """None if they are yet to be drawn."""
     extras: bool = False
     """Whether any of them has penalties or biases."""
 
 
 class Runner:
-    """Keeps what the device has to know of each running request, and runs plans.
+    """Holds the device's state of running requests, one row each, and runs plans.
 
     Args:
         model: in evaluation mode, laid out for inference.
-        cache: the paged cache; its last index into a block table is ``max_model_len``.
-        encoder: of images.
-        adapters: that requests may name.
-        max_rows: the most requests that run together.
+        cache: the paged KV cache.
+        encoder: encodes images.
+        adapters: those that requests may name.
+        max_rows: maximum number of concurrent requests.
         max_model_len: tokens of the longest sequence.
     """
 
@@ -133,38 +134,44 @@ class Runner:
         self.encoder = encoder
         self._model, self._cache, self._adapters = model, cache, adapters
         self._vocab_size = vocabulary
-        self._scratch_row = max_rows
+        self._padding_row = max_rows
+        """One more row, for the padding of CUDA graphs."""
         blocks = -(-max_model_len // cache.block_size)
-        # One more row, for the places that fill up a graph's batch.
         self._blocks = torch.zeros(max_rows + 1, blocks, dtype=torch.int32, device=device)
+        """Block table ``(R + 1, M)``."""
         self._tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
-        self._owners: list[tuple[int, int] | None] = [None] * max_rows
-        self._known_blocks = [0] * max_rows
+        """Last token of each row ``(R + 1,)``, which the host may not know yet."""
+        self._rows = RowTracker(max_rows, blocks)
         self._sampler = SamplerState(max_rows + 1, vocabulary, device, (model.config.image_token_index,))
         self._can: dict[tuple[int, bool, bool], bool] = {}
         self.logits_processor: LogitsProcessor | None = None
         kv = cache.layers[0]
         with torch.inference_mode():
             self._graphs = Graphs(device, MOST_GRAPHS) if ops.inference_kernels(weight) else None
-            # Kernels read of a table what a sequence has; plain operations all of it.
+            # Kernels read as much of a block table as a sequence uses; plain operations read all of it.
             self._narrow = not (ops.chunks_are_graph_safe(kv.keys[0], kv) and ops.paged_kernel(kv.keys[0], kv))
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Returns at once on CUDA, where work is queued on the current stream.
 
-        With a grammar or a :attr:`logits_processor`, tokens are not sampled yet, because both depend on the tokens of
+        With a grammar or a :attr:`logits_processor`, tokens are not drawn yet, because both depend on the tokens of
         the previous step: call :meth:`draw` once these are known.
         """
-        self._update_rows(plan.requests)
-        sampling = [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]
-        places = [request.computed for request in sampling]
-        extras = self._sampler.extras([_row(request) for request in sampling], places)
+        updates = self._rows.update(plan.requests)
+        self._update_rows(updates)
+        sampling = plan.sampling
+        extras = self._sampler.extras([row_of(one) for one in sampling], [one.computed for one in sampling])
         late = self.logits_processor is not None or any(request.matcher is not None for request in sampling)
         # Penalties, grammars and log-probabilities need the logits, so sampling then stays out of the graph.
         draw = not extras and not late and all(request.params.logprobs is None for request in sampling)
+        adapter_ids = [self._adapters.number(request.adapter) for request in plan.requests]
+        inputs = StepInputs.of(
+            plan, updates, adapter_ids, self._cache.block_size,
+            padded=self._padded_size(plan, any(adapter_ids)), padding_row=self._padding_row,
+        )  # fmt: skip
         launched = Launched(plan, sampling)
-        computed = self._prefill_step(launched) if plan.chunks else self._decode_step(plan.decodes, draw)
+        computed = self._prefill_step(launched, inputs) if plan.chunks else self._decode_step(inputs, draw)
         launched._computed = computed._replace(extras=extras)
         if launched.scored and self.device.type == "cuda":
             launched.scored = [(one, first, ScoredTokens(*map(_fetch, of))) for one, first, of in launched.scored]
@@ -176,134 +183,99 @@ class Runner:
 
     @torch.inference_mode()
     def draw(self, launched: Launched) -> None:
-        """Choose the tokens of a step that waited for the ones before. Requests that have ended since may get any."""
+        """Draw the tokens of a step that waited for those of the previous one; requests that have ended get any."""
         places = [i for i, request in enumerate(launched.requests) if request.matcher is not None and not request.over]
         matchers = [matcher for i in places if (matcher := launched.requests[i].matcher) is not None]
         self._sample(launched, (places, fill_masks(matchers, self._vocab_size)) if places else None)
 
     def restore(self, plan: Plan) -> None:
-        """Make ready to launch a plan again that failed on its way, all tokens before which are known by now."""
+        """Prepare to launch a failed plan again, once all tokens before it are known."""
         for request in plan.requests:
             if request.row is not None:
-                self._owners[request.row] = None
+                self._rows.forget(request.row)
         decodes = [request for request in plan.decodes if not request.over]
         if decodes:
-            rows, tokens = self._upload([_row(one) for one in decodes], [one.outputs[-1] for one in decodes])
+            rows, tokens = self._upload([row_of(one) for one in decodes], [one.outputs[-1] for one in decodes])
             self._tokens.index_copy_(0, rows.long(), tokens.long())
 
-    def _decode_step(self, decodes: Sequence[Request], draw: bool) -> _Computed:
-        """A step in which every request decodes, filled up to a size that there is a graph for."""
-        N = len(decodes)
-        places = [request.computed - 1 for request in decodes]
-        width = self._width(max(places))
-        size = batch_size(N, self._scratch_row) if self._graphs else N
-        adapter_ids = self._adapter_ids_of(decodes)
-        table = np.zeros((3, _aligned(size)), dtype=np.int32)
-        table[0] = self._scratch_row
-        table[:, :N] = [_row(request) for request in decodes], places, adapter_ids
+    def _padded_size(self, plan: Plan, adapted: bool) -> int:
+        """Tokens that a step is padded to, to run as a CUDA graph; 0 if it is not padded."""
+        if self._graphs is None:
+            return 0
+        if not plan.chunks:
+            return batch_size(len(plan.decodes), self._padding_row)
+        # Launching the operations of a short prompt takes longer than they do. Other prefills have too many shapes.
+        if plan.decodes or len(plan.chunks) > 1 or _unscored(plan.chunks[0]):
+            return 0
+        size = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
+        return size if size and self._capturable(size, chunks=True, adapted=adapted) else 0
 
-        def work(table: Tensor) -> tuple[Tensor | None, ...]:
-            rows_N, positions_N, adapter_ids_N = table[:, :size]
-            adapters = self._adapters.step(adapter_ids_N) if any(adapter_ids) else None
+    def _decode_step(self, inputs: StepInputs, draw: bool) -> _Computed:
+        """A step in which every request decodes. With ``draw``, tokens are drawn within the CUDA graph."""
+        columns, adapted, N, width = inputs.columns, inputs.adapted, inputs.decodes, self._width(inputs.decode_length)
+
+        def work(flat: Tensor) -> tuple[Tensor | None, ...]:
+            rows_N, positions_N = flat[columns.decode_rows], flat[columns.positions]
+            adapters = self._adapters.step(flat[columns.adapter_ids]) if adapted else None
             blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
             context = Paged(self._cache, positions_N, blocks_NM, adapters=adapters)
             hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
             logits_NV = self._logits(hidden_ND, adapters)
             tokens_N = self._draw(logits_NV, rows_N, positions_N) if draw else None
-            # Scores that nobody asks for are not kept, so that graphs may share their memory.
-            return table, None if draw and self._graphs else logits_NV, tokens_N
+            # Logits that nobody asks for are not kept, so that graphs can share their memory.
+            return flat, None if draw and self._graphs else logits_NV, tokens_N
 
-        key = (
-            ("decode", size, width, draw, any(adapter_ids))
-            if self._capturable(size, adapted=any(adapter_ids))
-            else None
-        )
-        used, logits, tokens = self._run(key, work, torch.from_numpy(table))
-        assert used is not None, "the table comes back"
-        return _Computed(*used[:2, :N], *(None if x is None else x[:N] for x in (logits, tokens)))
+        size = inputs.tokens
+        key = ("decode", size, width, draw, adapted) if self._capturable(size, adapted=adapted) else None
+        flat, logits, tokens = self._run(key, work, torch.from_numpy(inputs.flat))
+        assert flat is not None, "the inputs come back"
+        rows, positions = flat[columns.decode_rows][:N], flat[columns.positions][:N]
+        logits, tokens = (None if x is None else x[:N] for x in (logits, tokens))
+        return _Computed(rows, positions, logits, tokens)
 
-    def _prefill_step(self, launched: Launched) -> _Computed:
-        """A step with chunks of prompts: decodes and chunks in one pass. Notes which prompts it scored, and which have
-        images that could not be encoded."""
-        plan, sampling = launched.plan, launched.requests
-        chunks, N = plan.chunks, len(plan.decodes)
-        # A short prompt alone runs as a graph, because launching its operations takes longer than they do.
-        filled = next((size for size in GRAPH_TOKENS if size >= plan.tokens), 0)
-        reading = [*plan.decodes, *(chunk.request for chunk in chunks)]
-        adapter_ids = self._adapter_ids_of(reading)
-        adapted = any(adapter_ids)
+    def _prefill_step(self, launched: Launched, inputs: StepInputs) -> _Computed:
+        """A step with chunks of prompts: decodes and chunks in one forward pass.
+
+        Adds to ``launched`` the prompts' log-probabilities, and the requests whose images could not be encoded.
+        """
+        chunks, columns, adapted = launched.plan.chunks, inputs.columns, inputs.adapted
         scoring = any(_unscored(chunk) for chunk in chunks)
-        alone = (
-            filled > 0
-            and not N
-            and not scoring
-            and len(chunks) == 1
-            and self._capturable(filled, chunks=True, adapted=adapted)
-        )
-        T = filled if alone else plan.tokens
-        ends = list(accumulate((chunk.count for chunk in chunks), initial=N))
-        last = {id(chunk.request): end - 1 for chunk, end in zip(chunks, ends[1:], strict=True)}
-        last.update((id(request), i) for i, request in enumerate(plan.decodes))
-        decoding = [request.computed - 1 for request in plan.decodes]
-        places = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
-        # One by one, because all blocks of a long answer would have to become an array for the sake of the last.
-        slots = [self._slot(request, place) for request, place in zip(plan.decodes, decoding, strict=True)]
-        chunk_slots = [self._slots(chunk.request, p) for chunk, p in zip(chunks, places, strict=True)]
-        # What fills up stands at place 0, in slot 0 of the block that is nobody's.
-        fill = np.zeros(T - plan.tokens, dtype=np.int64)
-        lengths = [T] if alone else [chunk.count for chunk in chunks]
-        ids, slots_T, positions_T, index, rows_N, rows_C, spans, rows, positions, adapter_ids_T = self._upload(
-            np.concatenate([*(c.request.tokens(c.start, c.start + c.count) for c in chunks), fill]),
-            np.concatenate([np.array(slots, dtype=np.int64), *chunk_slots, fill]),
-            np.concatenate([np.array(decoding, dtype=np.int64), *places, fill]),
-            [last[id(request)] for request in sampling],
-            [_row(request) for request in plan.decodes],
-            [_row(chunk.request) for chunk in chunks],
-            [x for c, first, T in zip(chunks, ends, lengths, strict=False) for x in (first - N, T, c.start)],
-            [_row(request) for request in sampling],
-            [request.computed - 1 for request in sampling],
-            np.concatenate([np.repeat(adapter_ids, [1] * N + [len(p) for p in places]), fill]) if adapted else [],
-        )
-        x_TD = self._model.embed(torch.cat([self._tokens.index_select(0, rows_N), ids.long()]))
-        self._place_images(x_TD, launched, ends)
-        width = self._width(max(decoding, default=0))
-        most = self._width(max(chunk.start + chunk.count for chunk in chunks) - 1)
-        widest = max(width, most)
-        pasts = None if alone else [chunk.start for chunk in chunks]
+        flat = self._send(torch.from_numpy(inputs.flat))
+        decoded = self._tokens.index_select(0, flat[columns.decode_rows])
+        x_TD = self._model.embed(torch.cat([decoded, flat[columns.ids].long()]))
+        self._place_images(x_TD, launched, inputs.starts)
+        widths = self._width(inputs.decode_length), self._width(inputs.chunk_length)
+        lengths, pasts = inputs.chunk_lengths, inputs.chunk_pasts
 
-        def work(
-            x_TD: Tensor, positions_T: Tensor, slots: Tensor, index: Tensor, *rest: Tensor
-        ) -> tuple[Tensor | None, ...]:
-            rows_N, rows_C, rows, positions, spans, adapter_ids_T = rest
-            blocks_NM = self._blocks[:, :width].index_select(0, rows_N)
-            blocks_CM = self._blocks[:, :most].index_select(0, rows_C)
-            sampled_blocks = self._blocks[:, :widest].index_select(0, rows)
-            adapters = self._adapters.step(adapter_ids_T) if adapted else None
+        def work(x_TD: Tensor, flat: Tensor) -> tuple[Tensor | None, ...]:
+            part = Columns(*(flat[column] for column in columns))
+            blocks_NM = self._blocks[:, : widths[0]].index_select(0, part.decode_rows)
+            blocks_CM = self._blocks[:, : widths[1]].index_select(0, part.chunk_rows)
+            sampled_blocks = self._blocks[:, : max(widths)].index_select(0, part.sampled_rows)
+            adapters = self._adapters.step(part.adapter_ids) if adapted else None
             context = Paged(
-                self._cache, positions_T, blocks_NM, slots, blocks_CM, lengths, pasts, spans.view(-1, 3),
-                None if scoring else index, sampled_blocks, positions + 1, adapters,
+                self._cache, part.positions, blocks_NM, part.slots, blocks_CM, lengths, pasts, part.spans.view(-1, 3),
+                None if scoring else part.sampled, sampled_blocks, part.sampled_positions + 1, adapters,
             )  # fmt: skip
-            sampled = None if adapters is None else adapters.at(index)
+            sampled = None if adapters is None else adapters.at(part.sampled)
             hidden = self._model.decode(x_TD, context).hidden
-            hidden_RD = hidden.index_select(0, index) if scoring else hidden
+            hidden_RD = hidden.index_select(0, part.sampled) if scoring else hidden
             return self._logits(hidden_RD, sampled), hidden if scoring else None
 
-        key = ("read", T, most, len(sampling), adapted) if alone else None
-        inputs = x_TD, positions_T, slots_T, index, rows_N, rows_C, rows, positions, spans, adapter_ids_T
-        logits, hidden_TD = self._run(key, work, *inputs)
+        key = ("prefill", inputs.tokens, widths[1], inputs.samples, adapted) if pasts is None else None
+        logits, hidden_TD = self._run(key, work, x_TD, flat)
         if hidden_TD is not None:
-            for chunk, start in zip(chunks, ends[:-1], strict=True):
+            adapter_ids_T = flat[columns.adapter_ids] if adapted else None
+            for chunk, start in zip(chunks, inputs.starts, strict=True):
                 if count := _unscored(chunk):
                     place = slice(start, start + count)
-                    adapter_ids_N = adapter_ids_T[place] if adapted else None
-                    launched.scored.append(
-                        (chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], adapter_ids_N))
-                    )
-        return _Computed(rows, positions, logits, None)
+                    ids = None if adapter_ids_T is None else adapter_ids_T[place]
+                    launched.scored.append((chunk.request, chunk.start + 1, self._score(chunk, hidden_TD[place], ids)))
+        return _Computed(flat[columns.sampled_rows], flat[columns.sampled_positions], logits, None)
 
     def _score(self, chunk: Chunk, hidden_ND: Tensor, adapter_ids_N: Tensor | None) -> ScoredTokens:
-        """The tokens of a prompt that come behind the first N of a chunk, some at a time: the logits of a long prompt
-        would not fit into memory."""
+        """Log-probabilities of the prompt's tokens that follow the first N of a chunk, in portions: the logits of a
+        long prompt would not fit into memory."""
         k = chunk.request.params.prompt_logprobs
         assert k is not None, "nobody asks for log-probabilities of this prompt"
         [tokens_N] = self._upload(chunk.request.prompt[chunk.start + 1 : chunk.start + 1 + len(hidden_ND)])
@@ -315,39 +287,36 @@ class Runner:
         return ScoredTokens.cat(parts)
 
     def _run(self, key: Hashable | None, work: Work, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-        """By a graph, where there are graphs and the work has a key."""
+        """Run work as a CUDA graph if it has a key."""
         if self._graphs is not None and key is not None:
             return self._graphs.run(key, work, *(x if x.is_cuda else x.pin_memory() for x in inputs))
         return work(*(x.to(self.device) for x in inputs))
 
     @torch.inference_mode()
     def plan_attention(self, step_tokens: int, max_model_len: int) -> None:
-        """Let cuDNN plan the attention of all chunks up to ``step_tokens``, where it is used."""
+        """Let cuDNN, where it is used, plan the attention of all chunks up to ``step_tokens``."""
         config, kv = self._model.config.text, self._cache.layers[0]
         if ops.chunks_are_graph_safe(kv.keys[0], kv):
             ops.plan_chunks(kv, config.num_attention_heads, min(step_tokens, max_model_len), max_model_len)
 
     def forget_graphs(self) -> None:
-        """Drop the graphs of steps and images: they hold adapters that may be gone."""
+        """Drop the CUDA graphs of steps and of the encoder, which hold adapters that may be unloaded."""
         self._can.clear()
         if self._graphs is not None:
             self._graphs.clear()
         self.encoder.forget_graphs()
-
-    def _adapter_ids_of(self, requests: Sequence[Request]) -> list[int]:
-        """The number of each request's adapter, 0 for none."""
-        return [self._adapters.number(request.adapter) for request in requests]
 
     def _logits(self, hidden_ND: Tensor, adapters: AdapterBatch | None) -> Tensor:
         logits_NV = self._model.logits(hidden_ND)
         return logits_NV if adapters is None else adapters.head(logits_NV, hidden_ND)
 
     def _capturable(self, tokens: int, *, chunks: bool = False, adapted: bool = False) -> bool:
-        """Whether a step of so many tokens can be a graph: older GPUs and unusual widths have operations that wait."""
+        """Whether a step of so many tokens can be a CUDA graph. On older GPUs, and with unusual widths, some operations
+        wait for the host."""
         if self._graphs is None:
             return False
         decoder = self._model.language_model.model
-        # Experts with adapters, a step's or the model's own, may pass the fused kernels by: many ranks, many tokens.
+        # Adapters on experts, a step's or the model's own, may bypass the fused kernels: many ranks, many tokens.
         key = tokens, chunks, decoder.has_lora or (adapted and self._adapters.loras.on_experts)
         if key not in self._can:
             layer, kv = decoder.layers[0], self._cache.layers[0]
@@ -365,9 +334,9 @@ class Runner:
         return tokens_N
 
     def _place_images(self, x_TD: Tensor, launched: Launched, starts: Sequence[int]) -> None:
-        """Put image tokens over the embeddings of their places, as far as the chunks reach."""
+        """Write image tokens over the embeddings at their positions, as far as the chunks reach."""
         wanted: list[tuple[Chunk, ImageSpan, int, int, int]] = []
-        for chunk, at in zip(launched.plan.chunks, starts[:-1], strict=True):
+        for chunk, at in zip(launched.plan.chunks, starts, strict=True):
             for image in chunk.request.images_between(chunk.start, chunk.start + chunk.count):
                 low = max(image.start, chunk.start)
                 high = min(image.end, chunk.start + chunk.count)
@@ -382,7 +351,7 @@ class Runner:
                     x_TD[place : place + count] = features_QD[first : first + count]
 
     def _encode(self, images: Sequence[ImageSpan], adapter: str | None) -> Sequence[Tensor | Exception]:
-        """Image tokens of each, or why there are none: one that fails must not fail the others."""
+        """Image tokens of each image, or its error: one that fails must not fail the others."""
         try:
             return self.encoder.features(images, adapter)
         except Exception as error:
@@ -399,7 +368,7 @@ class Runner:
             return error
 
     def _sample(self, launched: Launched, masks: tuple[Sequence[int], np.ndarray] | None = None) -> None:
-        """Draw tokens from what was computed. ``masks``: places in the step, and what each of them allows."""
+        """Draw tokens from the logits. ``masks``: indices into the step's requests, and the tokens that each allows."""
         assert launched._computed is not None, "tokens were drawn already"
         rows, positions, logits, tokens, extras = launched._computed
         sampling = launched.requests
@@ -427,54 +396,32 @@ class Runner:
             launched._done = torch.cuda.Event()
             launched._done.record()
 
-    def _update_rows(self, requests: Sequence[Request]) -> None:
-        """Tell the device of requests that are new in their rows, and of blocks that were added."""
-        places: list[int] = []
-        values: list[int] = []
-        for request in requests:
-            row = _row(request)
-            # A request that lost its blocks and came back, be it to the same row, is a new one here.
-            # By number: a row should not keep the images of one that is over.
-            owner = (request.id, request.runs)
-            if self._owners[row] != owner:
-                self._owners[row] = owner
-                self._known_blocks[row] = 0
-                self._sampler.set_row(
-                    row, request.params, request.seed, request.prompt, request.outputs,
-                    end_ids=request.end_token_ids, end_text=request.end_text,
-                )  # fmt: skip
-                if request.end_text is not None:
-                    self._tokens[row] = request.tokens(request.known - 1, request.known)[0]
-            fresh = request.blocks[self._known_blocks[row] :]
-            start = row * self._blocks.shape[1] + self._known_blocks[row]
-            places += range(start, start + len(fresh))
-            values += fresh
-            self._known_blocks[row] += len(fresh)
-        if places:
-            index, blocks = self._upload(places, values)
+    def _update_rows(self, updates: RowUpdates) -> None:
+        """Upload the settings of requests that are new in their rows, and blocks that were allocated."""
+        for request in updates.requests:
+            row = row_of(request)
+            self._sampler.set_row(
+                row, request.params, request.seed, request.prompt, request.outputs,
+                end_ids=request.end_token_ids, end_text=request.end_text,
+            )  # fmt: skip
+            if request.end_text is not None:
+                self._tokens[row] = request.tokens(request.known - 1, request.known)[0]
+        if updates.places:
+            index, blocks = self._upload(updates.places, updates.blocks)
             self._blocks.view(-1).index_copy_(0, index.long(), blocks)
 
-    def _slot(self, request: Request, place: int) -> int:
-        size = self._cache.block_size
-        return request.blocks[place // size] * size + place % size
-
-    def _slots(self, request: Request, places: np.ndarray) -> np.ndarray:
-        size = self._cache.block_size
-        return np.array(request.blocks)[places // size] * size + places % size
-
-    def _width(self, position: int) -> int:
-        """Blocks of the tables for sequences up to ``position``: few values, because graphs are made by it."""
+    def _width(self, tokens: int) -> int:
+        """Blocks of a table for sequences of up to so many tokens: one of few values, because graphs depend on it."""
         if not self._narrow:
             return self._blocks.shape[1]
-        needed, width = position // self._cache.block_size + 1, 16
+        needed, width = -(-tokens // self._cache.block_size), 16
         while width < needed:
             width *= 4
         return min(width, self._blocks.shape[1])
 
-    def _upload(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """Whole numbers as int32 tensors on the device, sent in one piece. Each begins on a multiple of 16 bytes: where
-        it does not, Triton compiles another kernel."""
-        sizes = [_aligned(len(column)) for column in columns]
+    def _upload(self, *columns: Sequence[int]) -> list[Tensor]:
+        """Numbers as int32 tensors on the device, copied in one piece; each begins on a multiple of 16 bytes."""
+        sizes = [aligned(len(column)) for column in columns]
         flat = np.zeros(sum(sizes), dtype=np.int32)
         for column, start in zip(columns, accumulate(sizes, initial=0), strict=False):
             flat[start : start + len(column)] = column
@@ -482,22 +429,12 @@ class Runner:
         return [part[: len(column)] for part, column in zip(parts, columns, strict=True)]
 
     def _send(self, x: Tensor) -> Tensor:
-        """To the device, without waiting for it."""
+        """Copy to the device without waiting for it."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
 
-def _aligned(count: int) -> int:
-    """Numbers of four bytes that fill up 16 bytes."""
-    return -(-count // 4) * 4
-
-
-def _row(request: Request) -> int:
-    assert request.row is not None, f"request {request.id} runs without a row"
-    return request.row
-
-
 def _unscored(chunk: Chunk) -> int:
-    """Leading tokens of a chunk from which the prompt's next ones are to be scored."""
+    """Leading tokens of a chunk from which the prompt's next ones are yet to be scored."""
     logprobs = chunk.request.prompt_logprobs
     if logprobs is None or logprobs.complete:
         return 0

@@ -55,6 +55,11 @@ class Plan:
     def requests(self) -> list[Request]:
         return [*self.decodes, *(chunk.request for chunk in self.chunks)]
 
+    @property
+    def sampling(self) -> list[Request]:
+        """Requests that get a token: all that decode, and those whose prompt ends with their chunk."""
+        return [*self.decodes, *(chunk.request for chunk in self.chunks if chunk.samples)]
+
     def halves(self, block_size: int) -> list[Plan]:
         """The same as two steps of about as many tokens, to be launched in this order, or as one where a block is all
         there is. Requests that have ended since are left out."""
