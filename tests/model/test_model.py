@@ -10,7 +10,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 from aria import ops
 from aria.config import AriaConfig
 from aria.model import Aria, Packed, pack_patches
-from aria.model.vision import position_buckets
+from aria.model.patches import position_buckets
 from aria.ops import Segments
 from aria.pretrained import AriaForConditionalGeneration
 from tests.helpers.model_inputs import CASES, TOLERANCE, crops, ids, left_padded

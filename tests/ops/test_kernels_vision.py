@@ -15,8 +15,9 @@ import torch
 from aria import ops
 from aria.config import ProjectorConfig, VisionConfig
 from aria.model import vision
+from aria.model.patches import pack_patches
 from aria.model.projector import Projector
-from aria.model.vision import VisionTower, pack_patches
+from aria.model.vision import VisionTower
 from aria.ops import reference
 
 VISION = VisionConfig(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.config import TextConfig, VisionConfig
-from aria.model.vision import PackedPatches, position_buckets
+from aria.model.patches import PackedPatches, cut_patches, position_buckets
 from aria.ops import Segments
 
 
@@ -105,7 +105,7 @@ def fixed_patches(pixels_C: Tensor, valid_C2: Tensor, config: VisionConfig) -> F
     real_CGG = (place < rows[:, None])[:, :, None] & (place < columns[:, None])[:, None, :]
     order = (~real_CGG).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
     positions = (table[rows][:, :, None] * side + table[columns][:, None, :]).flatten(1)
-    patches = pixels_C.unflatten(2, (G, p)).unflatten(4, (G, p)).permute(0, 2, 4, 1, 3, 5).reshape(C * G * G, -1)
+    patches = cut_patches(pixels_C, p).flatten(0, 1)
     real_C, start_C = rows * columns, torch.arange(C, device=device) * (G * G)
     cu_seqlens = nn.functional.pad(torch.stack((start_C, start_C + real_C), dim=1).flatten(), (0, 1), value=C * G * G)
     packed = PackedPatches(

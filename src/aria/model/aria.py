@@ -16,8 +16,9 @@ from aria.config import AriaConfig
 from aria.model.context import Context
 from aria.model.decoder import LanguageModel
 from aria.model.lora import LoRALinear
+from aria.model.patches import PackedPatches
 from aria.model.projector import Projector
-from aria.model.vision import PackedPatches, VisionTower
+from aria.model.vision import VisionTower
 
 
 class Output(NamedTuple):

@@ -6,8 +6,7 @@ before the first layer. There is no final LayerNorm: the projector reads the las
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from aria import ops
 from aria.config import VisionConfig
 from aria.model.layers import join
+from aria.model.patches import PackedPatches
 from aria.ops import Segments
 
 MLP_PATCHES = 30_000
@@ -24,93 +24,6 @@ MLP_PATCHES = 30_000
 
 CUT_ROUNDS = 4
 """Whole rounds of tiles after which :func:`_add_product` cuts; with more, the last matters less (docs/kernels.md)."""
-
-
-@dataclass(frozen=True)
-class PackedPatches:
-    """The valid patches of some crops, row by row, crop after crop."""
-
-    pixels: Tensor
-    """``(P, channels * patch * patch)``."""
-    positions: Tensor
-    """int64 ``(P,)``: rows of the learned position table."""
-    segments: Segments
-    """Valid patches of each crop."""
-    grid_patches: tuple[int, ...]
-    """Patches of each crop with its padding; this decides how many queries stand for it."""
-
-
-@lru_cache(maxsize=1024)
-def position_buckets(patches: int, per_side: int) -> tuple[int, ...]:
-    """Which of ``per_side`` learned rows stands for each of ``patches`` rows that cover the same extent.
-
-    Ideally ``floor(per_side * i / patches)``; the weights were trained with float32 fractions against float32
-    boundaries, which fall one short in a few places (25, 49, 50 and 55 patches of 70), and so this computes in float32.
-    """
-    boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side)
-    fractions = torch.arange(patches, dtype=torch.float32) * (1.0 / torch.tensor(patches))
-    return tuple(torch.bucketize(fractions.clamp(max=1.0 - 1e-6), boundaries, right=True).tolist())
-
-
-def pack_patches(pixel_values: Tensor, pixel_mask: Tensor | None, config: VisionConfig) -> PackedPatches:
-    """Cut crops into patches and keep those in which any pixel is real.
-
-    Args:
-        pixel_values: ``(C, channels, S, S)``.
-        pixel_mask: bool ``(C, S, S)``, True on real pixels; None means all are.
-
-    Raises:
-        ValueError: the shapes do not fit each other or the patch size, or a crop has no real pixel.
-    """
-    p = config.patch_size
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-        raise ValueError(
-            f"pixel_values should be (crops, {config.num_channels}, S, S), but is {tuple(pixel_values.shape)}"
-        )
-    C, _, height, width = pixel_values.shape
-    rows, columns = height // p, width // p
-    if rows * p != height or columns * p != width or max(rows, columns) > config.patches_per_side:
-        raise ValueError(
-            f"crops of {height} x {width} pixels: sides should be multiples of {p}, at most {config.image_size}"
-        )
-    if pixel_mask is None:
-        mask = torch.ones(C, rows, columns, dtype=torch.bool)
-    else:
-        if pixel_mask.shape != (C, height, width):
-            raise ValueError(
-                f"pixel_mask should be {(C, height, width)} as pixel_values, but is {tuple(pixel_mask.shape)}"
-            )
-        mask = pixel_mask.bool().view(C, rows, p, columns, p).any(4).any(2).cpu()
-    lengths = mask.flatten(1).sum(1).tolist()
-    if not all(lengths):
-        raise ValueError(f"crop {lengths.index(0)} has no real pixel; every crop needs at least one")
-    device = pixel_values.device
-    patches = pixel_values.view(C, -1, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(C * rows * columns, -1)
-    if not all(n == rows * columns for n in lengths):
-        patches = patches[mask.flatten().nonzero()[:, 0].to(device)]
-    return PackedPatches(
-        pixels=patches,
-        positions=_positions(mask, config.patches_per_side).to(device),
-        segments=Segments.of(lengths, device),
-        grid_patches=(rows * columns,) * C,
-    )
-
-
-def _positions(mask: Tensor, per_side: int) -> Tensor:
-    """Position row of every valid patch of the masks ``(C, rows, columns)``, on the host."""
-    positions = []
-    for crop in mask:
-        # The extent is read off the first column and the first row, as the authors' encoder does.
-        row_bucket, column_bucket = (
-            torch.zeros(crop.shape[0], dtype=torch.long),
-            torch.zeros(crop.shape[1], dtype=torch.long),
-        )
-        for bucket, count in ((row_bucket, int(crop[:, 0].sum())), (column_bucket, int(crop[0].sum()))):
-            known = torch.tensor(position_buckets(max(count, 1), per_side))
-            bucket[:count] = known[:count]
-            bucket[count:] = per_side - 1
-        positions.append((row_bucket[:, None] * per_side + column_bucket)[crop])
-    return torch.cat(positions)
 
 
 @cache
