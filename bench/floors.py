@@ -36,20 +36,6 @@ def expected_experts(text: TextConfig, tokens: int) -> float:
     return text.moe_num_experts * (1 - (1 - text.moe_topk / text.moe_num_experts) ** tokens)
 
 
-def _attention_parameters(text: TextConfig) -> int:
-    return 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
-
-
-def _dense_parameters(text: TextConfig) -> int:
-    """Of one layer, all that every token multiplies with: attention, router, shared experts."""
-    D = text.hidden_size
-    return _attention_parameters(text) + text.moe_num_experts * D + 3 * D * text.shared_size
-
-
-def _expert_parameters(text: TextConfig) -> int:
-    return 3 * text.hidden_size * text.intermediate_size
-
-
 def decode_step(text: TextConfig, tokens: int, context: float, experts: float, itemsize: int = 2) -> Work:
     """One new token of each of ``tokens`` sequences.
 
@@ -60,22 +46,22 @@ def decode_step(text: TextConfig, tokens: int, context: float, experts: float, i
         experts: experts that a layer's tokens touch together, the mean over layers.
         itemsize: bytes of a weight and of a cached number.
     """
-    head = text.vocab_size * text.hidden_size
-    weights = text.num_hidden_layers * (_dense_parameters(text) + experts * _expert_parameters(text)) + head
+    head = text.head_weights
+    weights = text.num_hidden_layers * (text.dense_weights + experts * text.expert_weights) + head
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * context * tokens
-    products = text.num_hidden_layers * (_dense_parameters(text) + text.moe_topk * _expert_parameters(text)) + head
+    products = text.num_hidden_layers * (text.dense_weights + text.moe_topk * text.expert_weights) + head
     scores = 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * context
     return Work((weights + cached) * itemsize, 2.0 * tokens * (products + scores))
 
 
 def prompt(text: TextConfig, tokens: int, past: int = 0, itemsize: int = 2) -> Work:
     """Reading ``tokens`` tokens of a prompt after ``past`` others, and the scores of the token that follows."""
-    layer = _dense_parameters(text) + text.moe_topk * _expert_parameters(text)
+    layer = text.dense_weights + text.moe_topk * text.expert_weights
     pairs = tokens * past + tokens * tokens / 2
     attention = 4.0 * text.num_attention_heads * text.head_dim * pairs
-    head = text.vocab_size * text.hidden_size
-    experts = expected_experts(text, tokens) * _expert_parameters(text)
-    weights = text.num_hidden_layers * (_dense_parameters(text) + experts) + head
+    head = text.head_weights
+    experts = expected_experts(text, tokens) * text.expert_weights
+    weights = text.num_hidden_layers * (text.dense_weights + experts) + head
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (tokens + past)
     flops = text.num_hidden_layers * (2.0 * tokens * layer + attention) + 2.0 * head
     return Work((weights + cache) * itemsize, flops)
@@ -93,8 +79,8 @@ def picture(config: AriaConfig, patches: int, grid_patches: int | None = None, i
     vision, projector = config.vision, config.projector
     D, P = vision.hidden_size, patches
     Q, O = projector.queries_for(grid_patches or patches), projector.output_size
-    layer = P * (4 * D * D + 2 * D * vision.intermediate_size) + 2 * P * P * D
-    embedding = P * vision.num_channels * vision.patch_size**2 * D
+    layer = P * vision.layer_weights + 2 * P * P * D
+    embedding = P * vision.patch_weights
     # Keys and values are projected twice, the queries twice; then the output, one more linear layer, and the MLP.
     resampler = 4 * P * D * D + Q * (4 * D * D + D * O + O * O) + 2 * Q * P * D
     weights = vision.num_parameters() + projector.num_parameters()

@@ -83,11 +83,21 @@ class VisionConfig:
         """Side of the learned position grid."""
         return self.image_size // self.patch_size
 
+    @property
+    def patch_weights(self) -> int:
+        """Weights of the patch embedding, which each patch multiplies with."""
+        return self.num_channels * self.patch_size**2 * self.hidden_size
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer that each patch multiplies with: attention's projections and the MLP."""
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+
     def num_parameters(self) -> int:
         D, F = self.hidden_size, self.intermediate_size
-        patch = self.num_channels * self.patch_size**2 * D + D
-        layer = 4 * (D * D + D) + 2 * D * F + D + F + 4 * D
-        return patch + self.patches_per_side**2 * D + self.num_hidden_layers * layer
+        biases_and_norms = 4 * D + D + F + 4 * D
+        layers = self.num_hidden_layers * (self.layer_weights + biases_and_norms)
+        return self.patch_weights + D + self.patches_per_side**2 * D + layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,20 +164,33 @@ class TextConfig:
         """Width of the shared experts, which are one SwiGLU MLP."""
         return self.intermediate_size * self.moe_num_shared_experts
 
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one routed expert."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def dense_weights(self) -> int:
+        """Weights of one layer that each token multiplies with: attention, router and shared experts."""
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        return self.hidden_size * (attention + self.moe_num_experts + 3 * self.shared_size)
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the language head, as many as the embedding table has."""
+        return self.vocab_size * self.hidden_size
+
     def _layer_parameters(self, experts: int) -> int:
-        D, H, KV, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        attention = 2 * D * H * K + 2 * D * KV * K
-        router = self.moe_num_experts * D
-        return attention + router + (experts * self.intermediate_size + self.shared_size) * 3 * D + 2 * D
+        return self.dense_weights + experts * self.expert_weights + 2 * self.hidden_size
 
     def num_parameters(self) -> int:
-        D = self.hidden_size
-        return 2 * self.vocab_size * D + self.num_hidden_layers * self._layer_parameters(self.moe_num_experts) + D
+        layers = self.num_hidden_layers * self._layer_parameters(self.moe_num_experts)
+        return 2 * self.head_weights + layers + self.hidden_size
 
     def active_parameters(self) -> int:
         """Parameters that one token multiplies with: layers, final norm and head, without the embedding table."""
-        D = self.hidden_size
-        return self.vocab_size * D + self.num_hidden_layers * self._layer_parameters(self.moe_topk) + D
+        layers = self.num_hidden_layers * self._layer_parameters(self.moe_topk)
+        return self.head_weights + layers + self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,9 +322,8 @@ class AriaConfig:
 
     def parameters_by_part(self) -> dict[str, int]:
         """Parameters of each organ; they add up to :meth:`num_parameters`."""
-        embedding = self.text.vocab_size * self.text.hidden_size
-        text = self.text
-        experts = text.num_hidden_layers * text.moe_num_experts * text.intermediate_size * 3 * text.hidden_size
+        text, embedding = self.text, self.text.head_weights
+        experts = text.num_hidden_layers * text.moe_num_experts * text.expert_weights
         return {
             "vision encoder": self.vision.num_parameters(),
             "projector": self.projector.num_parameters(),

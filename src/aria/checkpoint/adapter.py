@@ -29,6 +29,7 @@ from aria.hub import ADAPTER_NAME, read_json, resolve, write_json
 from aria.model.aria import Aria
 from aria.model.lora import LoRASettings, attach_lora, lora_modules, lora_targets
 from aria.ops import LoRA
+from aria.ops.lora import check_lora
 
 Number = TypeVar("Number", int, float)
 
@@ -391,21 +392,13 @@ def _differing(shapes: set[LoRASettings]) -> str:
 
 
 def _check(name: str, a: Tensor, b: Tensor, weight: tuple[int, ...], rank: int, path: Path) -> None:
-    if len(weight) == 2:
-        expected = (rank, weight[1]), (weight[0], rank)
-    else:
-        expected = (weight[0], weight[1], rank), (weight[0], rank, weight[2])  # type: ignore[assignment]
-    came = tuple(a.shape), tuple(b.shape)
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise ValueError(f"{path}: the tensors of {name} are {a.dtype} and {b.dtype}, which are no floating numbers")
-    if came != expected:
-        raise ValueError(
-            f"{path} does not fit this model: {name} has tensors of {came[0]} and {came[1]}, and rank {rank} beside "
-            f"its weight asks for {expected[0]} and {expected[1]}; it is for another model or rank"
-        )
+    try:
+        check_lora(name, a, b, weight, rank)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this model: {error}; it is for another model or rank") from None
     # Served beside others, a zero times what is not finite would spoil theirs, too.
     if wrong := [half for half, tensor in (("A", a), ("B", b)) if not tensor.isfinite().all()]:
         raise ValueError(
-            f"{path}: lora_{wrong[0]} of {name} holds inf or NaN; its training went astray: delete the newest "
+            f"{path}: lora_{wrong[0]} of {name} holds inf or NaN; its training diverged: delete the newest "
             "of its run's checkpoints and export again, or train with a lower learning rate"
         )

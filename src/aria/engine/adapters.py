@@ -18,6 +18,7 @@ from aria.model import Aria
 from aria.model.lora import LoRASettings, attach_lora, lora_modules
 from aria.model.multi_lora import AdapterBatch, MultiLoRAWeights
 from aria.ops import LoRA
+from aria.ops.lora import check_lora
 from aria.private_api import share_modules
 
 Changes = Mapping[str, LoRA]
@@ -159,11 +160,7 @@ def _twin(model: Aria, changes: Changes) -> Aria:
     for name, lora in changes.items():
         rank = lora.a.shape[0]
         adapter = attach_lora(twin, name, LoRASettings(rank=rank, alpha=lora.scaling * rank, dropout=0.0))
-        if (adapter.a.shape, adapter.b.shape) != (lora.a.shape, lora.b.shape):
-            raise ValueError(
-                f"{name} has the shapes {tuple(lora.a.shape)} and {tuple(lora.b.shape)}; expected "
-                f"{tuple(adapter.a.shape)} and {tuple(adapter.b.shape)}"
-            )
+        check_lora(name, lora.a, lora.b, model.get_parameter(f"{name}.weight").shape, rank)
         adapter.a.copy_(lora.a)
         adapter.b.copy_(lora.b)
         adapter.requires_grad_(False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aria import ops
 from aria.ops import LoRA
+from aria.ops.lora import lora_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,8 @@ class LoRAModule(nn.Module):
         """Beside a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts; ``dtype`` None: the weight's."""
         super().__init__()
         self.settings, self.scaling, self.dropout = settings, settings.scaling, settings.dropout
-        R = settings.rank
-        shapes: tuple[tuple[int, ...], tuple[int, ...]]
-        if weight.ndim == 2:
-            out, size = weight.shape
-            shapes = (R, size), (out, R)
-        else:
-            E, size, out = weight.shape
-            shapes = (E, size, R), (E, R, out)
-        bound = 1 / math.sqrt(size)
+        bound = 1 / math.sqrt(weight.shape[1])
+        shapes = lora_shapes(weight.shape, settings.rank)
         a, b = (weight.new_zeros(shape, dtype=dtype, requires_grad=False) for shape in shapes)
         self.a, self.b = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from aria import ops
 from aria.ops import LoRA, MoEAdapters, MultiLoRA
+from aria.ops.lora import check_lora
 
 LAYERS = "language_model.model.layers"
 HEAD = "language_model.lm_head"
@@ -49,7 +49,7 @@ class MultiLoRAWeights:
             for name, lora in changes.items():
                 if name not in places:
                     raise ValueError(f"an adapter changes {name!r:.200}, which is no linear or expert of the decoder")
-                _check(name, modules[name].weight, lora)
+                check_lora(name, lora.a, lora.b, modules[name].weight.shape)
                 layer, part, first = places[name]
                 parts.setdefault((layer, part), []).append((adapter_id, first, lora))
         self._loras: dict[tuple[int, str], MultiLoRA] = {}
@@ -118,18 +118,3 @@ def _places(model: nn.Module) -> dict[str, tuple[int, str, int]]:
 def _sizes(weight: Tensor) -> tuple[int, int]:
     """Inputs and outputs of a linear's weight ``(out, in)`` or of grouped experts' ``(E, in, out)``."""
     return (weight.shape[1], weight.shape[0]) if weight.ndim == 2 else (weight.shape[1], weight.shape[2])
-
-
-def _check(name: str, weight: Tensor, lora: LoRA) -> None:
-    """A low-rank change fits a weight."""
-    size, out = _sizes(weight)
-    a, b = tuple(lora.a.shape), tuple(lora.b.shape)
-    if weight.ndim == 2:
-        fits = len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == (size, out)
-        expected = f"(R, {size}) and ({out}, R)"
-    else:
-        E = weight.shape[0]
-        fits = len(a) == len(b) == 3 and a[2] == b[1] and (a[0], a[1], b[0], b[2]) == (E, size, E, out)
-        expected = f"({E}, {size}, R) and ({E}, R, {out})"
-    if not fits or not all(torch.is_floating_point(x) for x in (lora.a, lora.b)):
-        raise ValueError(f"the adapter of {name} has the shapes {a} and {b}; expected {expected}, as its weight is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,3 +25,37 @@ class LoRA(NamedTuple):
     def to(self, like: Tensor) -> LoRA:
         """The same in the dtype of ``like``; gradients come back in the adapter's own."""
         return self._replace(a=self.a.to(like.dtype), b=self.b.to(like.dtype))
+
+
+def lora_shapes(weight: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of ``a`` and ``b`` for a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts."""
+    if len(weight) == 2:
+        out, size = weight
+        return (rank, size), (out, rank)
+    experts, size, out = weight
+    return (experts, size, rank), (experts, rank, out)
+
+
+def check_lora(name: str, a: Tensor, b: Tensor, weight: Sequence[int], rank: int | None = None) -> None:
+    """Check that two matrices are the LoRA of a weight.
+
+    Args:
+        name: Name of the adapted module, for errors.
+        a, b: The matrices.
+        weight: Shape of the weight.
+        rank: Expected rank; None accepts any rank that both matrices share.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    shapes = tuple(a.shape), tuple(b.shape)
+    if rank is None:
+        rank = 0 if not a.ndim else shapes[0][0] if len(weight) == 2 else shapes[0][-1]
+    expected = lora_shapes(weight, rank)
+    if shapes != expected:
+        raise ValueError(
+            f"the LoRA of {name} has the shapes {shapes[0]} and {shapes[1]}; its weight, with rank {rank}, needs "
+            f"{expected[0]} and {expected[1]}"
+        )
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"the LoRA of {name} has the dtypes {a.dtype} and {b.dtype}; expected floating-point numbers")

@@ -75,7 +75,7 @@ def _products(config: AriaConfig, trained: Trained) -> tuple[float, float]:
     """FLOPs of a token's products with the weights of the layers, and with those of the head."""
     text = config.text
     *layers, last = trained.decoder_passes(config)
-    head = text.vocab_size * text.hidden_size
+    head = text.head_weights
     return 2.0 * (text.active_parameters() - head) * sum(layers) / len(layers), 2.0 * head * last
 
 
@@ -108,9 +108,7 @@ def _vision_flops(config: AriaConfig, trained: Trained, crops: Iterable[Crops]) 
     vision, projector = config.vision, config.projector
     p = vision.patch_size
     D = vision.hidden_size
-    per_patch = vision.num_channels * p * p * D + vision.num_hidden_layers * (
-        4 * D * D + 2 * D * vision.intermediate_size
-    )
+    per_patch = vision.patch_weights + vision.num_hidden_layers * vision.layer_weights
     patches, squares, queries, crossed = 0, 0, 0, 0
     for picture in crops:
         grid = (picture.pixels.shape[-1] // p) ** 2
