@@ -103,6 +103,6 @@ def test_the_id_of_a_run_that_a_stranger_made_is_checked(tmp_path, monkeypatch):
     assert len(set(begun)) == 1 and len(begun[0]) == 16
     for odd in ("../../../other", "", "a b", "x" * 65):
         (tmp_path / "wandb-id").write_text(odd)
-        with pytest.raises(ValueError, match="is no id of a run of wandb; delete it"):
+        with pytest.raises(ValueError, match="is not the id of a wandb run; delete it"):
             Wandb(tmp_path, "project", {})
     assert len(begun) == 2

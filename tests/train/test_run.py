@@ -136,7 +136,7 @@ def test_a_finished_run_is_not_evaluated_again(command, recipe, tmp_path, data, 
     capsys.readouterr()
     assert command("train", file, "--out", out) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "this training is finished, with step 2; raise [budget]" in told and "going on" not in told
+    assert "this training is finished, at step 2; raise [budget]" in told and "resuming" not in told
     assert " of training" not in told.split("done:")[1], "no step was made"
     assert before == [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
 
@@ -249,7 +249,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     process = start_interrupted(logged, 3, signal.SIGTERM, "train", file, "--out", broken)
     _, told = process.communicate()
     assert process.returncode == 0, told.decode()
-    assert b"going on after step" in told and b"terminated" in told
+    assert b"resuming from step" in told and b"terminated" in told
     saved = max(int(folder.name[5:]) for folder in (broken / "checkpoints").iterdir())
     assert f"saved at step {saved} in {broken}; rerun to resume".encode() in told
     assert export_checkpoint(broken) == broken / "export"
@@ -282,7 +282,7 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     sets = ("budget.steps=4", "optimizer.learning_rate=1e-6", "schedule.max_skipped=1", "objective.picture_bytes=9999")
     assert command("train", file, "--out", out, "--resume", *(x for one in sets for x in ("--set", one))) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "warning: the learning rate goes on at 5e-07, where the run before would have had 0 (" in told
+    assert "warning: the learning rate continues at 5e-07, where the run before would have had 0 (" in told
     assert "budget.steps: 2 -> 4" in told and "optimizer.learning_rate: 5e-05 -> 1e-06" in told
     assert "warning: a step" not in told
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]

@@ -49,13 +49,11 @@ def check_lora(name: str, a: Tensor, b: Tensor, weight: Sequence[int], rank: int
         ValueError: Shapes or dtypes do not fit.
     """
     shapes = tuple(a.shape), tuple(b.shape)
-    if rank is None:
-        rank = 0 if not a.ndim else shapes[0][0] if len(weight) == 2 else shapes[0][-1]
-    expected = lora_shapes(weight, rank)
-    if shapes != expected:
+    shared = 0 if not a.ndim else shapes[0][0] if len(weight) == 2 else shapes[0][-1]
+    if shapes != lora_shapes(weight, shared if rank is None else rank):
+        needs = [str(shape).replace("-1", "R") for shape in lora_shapes(weight, -1 if rank is None else rank)]
         raise ValueError(
-            f"the LoRA of {name} has the shapes {shapes[0]} and {shapes[1]}; its weight, with rank {rank}, needs "
-            f"{expected[0]} and {expected[1]}"
+            f"the LoRA of {name} has the shapes {shapes[0]} and {shapes[1]}; expected {needs[0]} and {needs[1]}"
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise ValueError(f"the LoRA of {name} has the dtypes {a.dtype} and {b.dtype}; expected floating-point numbers")

@@ -16,18 +16,18 @@ from aria.processor.image_inputs import Crops
 from aria.train.loss import IGNORE_INDEX
 
 FILLER_PIECE = 1024
-"""Filler comes in sequences of at most so many tokens: attention over it costs next to nothing."""
+"""Maximum length of a filler sequence: attention over short ones costs next to nothing."""
 
 
 class Sample(NamedTuple):
     """One sequence, ready to be packed with others."""
 
     input_ids: Tensor
-    """int64 ``(T,)``, with as many image ids at a picture's place as it has tokens."""
+    """int64 ``(T,)``, with one image id for each image token."""
     targets: Tensor
-    """int64 ``(T,)``: the id to predict after each token, :data:`~aria.train.loss.IGNORE_INDEX` where none is."""
+    """int64 ``(T,)``: the id to predict after each token, :data:`~aria.train.loss.IGNORE_INDEX` where there is none."""
     crops: tuple[Crops, ...] = ()
-    """Of its pictures, in the order of their places."""
+    """Crops of its images, in the order of their places."""
 
     @property
     def tokens(self) -> int:
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
         return sum(len(crops.extents) for crops in self.crops)
 
     def patches(self, side: int) -> int:
-        """Of its pictures, those alone left out that are only padding; ``side`` is a patch's, in pixels."""
+        """Number of patches that are not padding; ``side`` is the side of a patch in pixels."""
         extents = [extent for crops in self.crops for extent in crops.extents]
         return sum(-(-height // side) * -(-width // side) for height, width in extents)
 
@@ -50,19 +50,19 @@ class Batch:
     input_ids: Tensor
     """int64 ``(T,)``."""
     targets: Tensor
-    """int64 ``(T,)``: the id to predict after each token, :data:`~aria.train.loss.IGNORE_INDEX` where none is."""
+    """int64 ``(T,)``: the id to predict after each token, :data:`~aria.train.loss.IGNORE_INDEX` where there is none."""
     lengths: tuple[int, ...]
-    """Of the sequences, filler included; their sum is T."""
+    """Lengths of the sequences, filler included; their sum is T."""
     filler: int = 0
-    """Tokens at the end that only fill up: sequences of their own, without targets, not counted by router losses."""
+    """Filler tokens at the end: separate sequences without targets, which router losses do not count."""
     crops: tuple[Crops, ...] = ()
-    """uint8 crops of each picture, in the order of their places."""
+    """uint8 crops of each image, in the order of their places."""
     labels: int = 0
     """Number of targets."""
 
     @classmethod
     def pack(cls, samples: Sequence[Sample], tokens: int, filler_id: int) -> Batch:
-        """Sequences end to end, filled up to exactly ``tokens`` with ``filler_id``."""
+        """Pack sequences end to end, and fill up to exactly ``tokens`` with ``filler_id``."""
         filler = tokens - sum(sample.tokens for sample in samples)
         assert filler >= 0, f"{tokens - filler} tokens do not fit into a batch of {tokens}"
         targets = torch.cat([*(sample.targets for sample in samples), torch.full((filler,), IGNORE_INDEX)])
@@ -77,11 +77,11 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on a device; from pinned memory the copies do not wait."""
+        """The batch on a device; copies from pinned memory are asynchronous."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin(self) -> Batch:
-        """The same batch in memory that CUDA copies from while it works."""
+        """The batch in pinned memory."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,4 +1,4 @@
-"""What a person reads of a run: where its numbers go, and what came of it."""
+"""The console output of a run: where its metrics go, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from aria.train.settings import as_table
 from aria.train.trainer import Trainer
 
 EXPORT = "export"
-"""Folder in the run's: the adapter, or the whole model with its processor."""
+"""Folder inside the run's folder, with the adapter, or the whole model with its processor."""
 
 
 def rounded_epochs(recipe: Recipe, stream: Any) -> list[str]:
-    """What to say where a budget of epochs is no whole number of rows."""
+    """A line about a budget of epochs that is not a whole number of rows."""
     epochs = recipe.budget.epochs
     if epochs is None or not isinstance(stream, DataStream) or math.isclose(epochs * stream.rows, stream.rows_in_all):
         return []
@@ -33,7 +33,7 @@ def make_reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Rep
         sinks.append(TensorBoard(out))
     if recipe.log.wandb is not None:
         if not step:
-            # Begun anew, it is another run than one that was in this folder before.
+            # A run that starts over is another wandb run.
             (out / WANDB_ID_NAME).unlink(missing_ok=True)
         sinks.append(Wandb(out, recipe.log.wandb, as_table(recipe)))
     return Reporter(sinks, console)
@@ -42,7 +42,7 @@ def make_reporter(recipe: Recipe, out: Path, console: Console, step: int) -> Rep
 def say_end(
     reporter: Reporter, reason: str, trainer: Trainer, report: Any, out: Path, *, beside: ModelSettings | None
 ) -> None:
-    """Say what came of it; ``beside``: the model that an adapter was trained beside."""
+    """Print how a run ended; ``beside`` is the base model of an adapter."""
     position, stream = trainer.position, trainer.stream
     passes = f", {stream.epochs:.4g} epochs of {stream.rows:,} rows" if isinstance(stream, DataStream) else ""
     steps = f"{position.step} step{'s' if position.step != 1 else ''}"
@@ -53,7 +53,7 @@ def say_end(
     if reason in ("done", "data ended"):
         use = f"-m {out / EXPORT}"
         if beside is not None:
-            # Chat's own default is nano, which other models' adapters do not fit.
+            # The default model of `aria chat` is nano, which adapters of other models do not fit.
             base = ("-m", beside.path), ("--revision", beside.revision), ("--adapter", out / EXPORT)
             use = " ".join(f"{option} {value}" for option, value in base if value is not None)
         reporter.say(f"written to {out / EXPORT}; to talk to it: aria chat {use}")

@@ -1,7 +1,7 @@
-"""What training costs, by arithmetic: FLOPs of a batch, and bytes that a step keeps for its backward pass.
+"""FLOPs of training, computed from the shapes.
 
 T tokens, D hidden, H heads, K head width, E experts, A experts per token, F expert width, V vocabulary, L layers,
-P patches, R rank of an adapter.
+P patches.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from aria.train.objective import trains
 
 @dataclass(frozen=True)
 class Trained:
-    """Which parts of a model get gradients; for adapters, their part counts as passed through, not as trained."""
+    """Which parts of a model get gradients. With adapters, gradients pass through a part and train no weights of it."""
 
     vision: bool
     """Whether gradients flow into the vision encoder."""
     projector: bool
     decoder: bool
     full: bool
-    """Whether weights themselves train, so that there are products for their gradients too."""
+    """Whether the weights themselves train, which needs products for their gradients too."""
     passes: tuple[float, ...] | None = None
-    """Of each layer of the decoder, and last of its head: products of a weight for each of its inputs. 1 where no
-    gradient comes, 2 where gradients pass through, and up to 3 by the share of the weights that train. None: alike."""
+    """Products per weight and input token, for each decoder layer and last for the head: 1 without gradients, 2 where
+    gradients pass through, up to 3 by the fraction of the weights that train. None: the same for all layers."""
 
     @classmethod
     def of(cls, aria: Aria, *, full: bool) -> Trained:
-        """What gets gradients in a model: everything after the first part that trains."""
+        """The parts of a model that get gradients: everything after the first part that trains."""
         vision = trains(aria.vision_tower)
         projector = vision or trains(aria.multi_modal_projector)
         language, decoder = aria.language_model, aria.language_model.model
@@ -43,13 +43,13 @@ class Trained:
             reached = reached or trains(layer)
             passes.append(1 + reached + (_share(layer, active) if full else 0.0))
         reached = reached or trains(decoder.norm)
-        # An adapter beside the head counts as passed through, as everywhere.
+        # With an adapter beside the head, gradients pass through it, as everywhere.
         through = reached or not full
         passes.append(1 + through + (_share(language.lm_head, active) if full else 0.0))
         return cls(vision, projector, projector or trains(language), full, tuple(passes))
 
     def decoder_passes(self, config: AriaConfig) -> tuple[float, ...]:
-        """``passes``, or what the other fields say where there are none."""
+        """``passes``, or the values that follow from the other fields where it is None."""
         if self.passes is not None:
             return self.passes
         alike = _passes(self.decoder or self.projector or self.vision, self.full and self.decoder)
@@ -57,7 +57,7 @@ class Trained:
 
 
 def _share(module: nn.Module, active: float) -> float:
-    """Of the weights that a token multiplies with, the part that trains; of experts it meets ``active`` of all."""
+    """Fraction of the weights used by a token that train; a token uses the fraction ``active`` of the experts."""
     trained = whole = 0.0
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
@@ -67,12 +67,12 @@ def _share(module: nn.Module, active: float) -> float:
 
 
 def token_flops(config: AriaConfig, trained: Trained) -> float:
-    """FLOPs of training on a token of text that is a target, attention left out."""
+    """FLOPs of training on one text token with a target, without attention."""
     return sum(_products(config, trained))
 
 
 def _products(config: AriaConfig, trained: Trained) -> tuple[float, float]:
-    """FLOPs of a token's products with the weights of the layers, and with those of the head."""
+    """FLOPs of one token's products with the weights of the layers, and with those of the head."""
     text = config.text
     *layers, last = trained.decoder_passes(config)
     head = text.head_weights
@@ -82,21 +82,22 @@ def _products(config: AriaConfig, trained: Trained) -> tuple[float, float]:
 def batch_flops(
     config: AriaConfig, trained: Trained, lengths: Sequence[int], labels: int, crops: Iterable[Crops] = ()
 ) -> float:
-    """FLOPs of one forward and backward pass over a batch, as MFU counts them: nothing computed twice is counted.
+    """FLOPs of one forward and backward pass over a batch, as MFU counts them: recomputation does not count.
 
-    A product with a weight is 2 FLOPs a parameter and token forward, 2 backward where gradients pass through it, and 2
-    more where the weight itself trains. Low-rank products and everything that is no product of matrices are left out.
+    A product with a weight is 2 FLOPs per parameter and token in the forward pass, 2 in the backward pass where
+    gradients pass through it, and 2 more where the weight itself trains. LoRA products and everything that is not a
+    matrix product are left out.
 
     Args:
-        config: of the model.
-        trained: which parts get gradients.
-        lengths: tokens of each packed sequence.
-        labels: targets; the head is computed for them alone.
-        crops: the pictures.
+        config: Configuration of the model.
+        trained: Which parts get gradients.
+        lengths: Tokens of each packed sequence.
+        labels: Number of targets; the head is computed for these tokens only.
+        crops: Crops of the images.
     """
     text = config.text
     layers, head = _products(config, trained)
-    # Causal attention reads half of each sequence on average; two products of 2 FLOPs, and their backward costs twice.
+    # Causal attention reads half of each sequence on average: two products of 2 FLOPs; backward costs twice as much.
     width = text.num_attention_heads * text.head_dim
     attended = sum(n * n for n in lengths) / 2
     times = sum(3 if passes > 1 else 1 for passes in trained.decoder_passes(config)[:-1])
@@ -110,15 +111,15 @@ def _vision_flops(config: AriaConfig, trained: Trained, crops: Iterable[Crops]) 
     D = vision.hidden_size
     per_patch = vision.patch_weights + vision.num_hidden_layers * vision.layer_weights
     patches, squares, queries, crossed = 0, 0, 0, 0
-    for picture in crops:
-        grid = (picture.pixels.shape[-1] // p) ** 2
-        for height, width in picture.extents:
+    for image in crops:
+        grid = (image.pixels.shape[-1] // p) ** 2
+        for height, width in image.extents:
             real = -(-height // p) * -(-width // p)
             patches, squares = patches + real, squares + real * real
             queries, crossed = queries + projector.queries_for(grid), crossed + projector.queries_for(grid) * real
     seen = _passes(trained.vision, trained.vision and trained.full)
     made = _passes(trained.vision or trained.projector, trained.projector and trained.full)
-    # Attention's backward is twice its forward.
+    # The backward pass of attention costs twice its forward pass.
     attention = 4.0 * squares * D * vision.num_hidden_layers * (3 if seen > 1 else 1)
     outside = 4.0 * crossed * D * (3 if made > 1 else 1)
     # k and v are projected twice for each patch; for each query there are out_proj, linear and the feed-forward.
@@ -133,5 +134,5 @@ def _vision_flops(config: AriaConfig, trained: Trained, crops: Iterable[Crops]) 
 
 
 def _passes(through: bool, weights: bool) -> int:
-    """Products of a weight for each of its inputs: forward, gradient of the input, gradient of the weight."""
+    """Products per weight and input: forward, gradient of the input, gradient of the weight."""
     return 1 + int(through) + int(through and weights)

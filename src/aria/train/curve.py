@@ -13,17 +13,17 @@ from typing import Any
 from aria.hub import write_file
 from aria.train.progress import read_lines
 
-TABLE_NAME, PICTURE_NAME = "loss.tsv", "loss.png"
+TABLE_NAME, IMAGE_NAME = "loss.tsv", "loss.png"
 COLUMNS = ("step", "loss", "held-out loss", "learning rate")
 EVERY = 300.0
-"""Seconds between drawings while a run goes on."""
+"""Seconds between drawings during a run."""
 
 
 class LossCurve:
-    """A sink of log lines that draws the curve anew from ``log.jsonl``: at the end, and now and then before.
+    """A sink that redraws the curve from ``log.jsonl``: every :data:`EVERY` seconds, and at the end.
 
     Args:
-        log: file of JSON lines, which another sink writes.
+        log: File of JSON lines, which another sink writes.
     """
 
     def __init__(self, log: Path):
@@ -35,20 +35,20 @@ class LossCurve:
             self._draw()
 
     def close(self) -> str | None:
-        """Write both files, if anything was logged; gives a line about them."""
+        """Write both files, if anything was logged. Returns a line about them."""
         return self._draw()
 
     def _draw(self) -> str | None:
         self._drawn = time.monotonic()
         if not self._log.is_file() or not (rows := read_losses(self._log)):
             return None
-        written, picture = self._log.with_name(TABLE_NAME), self._log.with_name(PICTURE_NAME)
+        written, image = self._log.with_name(TABLE_NAME), self._log.with_name(IMAGE_NAME)
         table = ["\t".join(COLUMNS), *("\t".join(str(row.get(name, "")) for name in COLUMNS) for row in rows)]
         write_file(written, "\n".join(table) + "\n")
         try:
             figures = importlib.import_module("matplotlib.figure")
         except ImportError as error:
-            return f"loss curve: {written}; no {PICTURE_NAME}, because {error}: pip install matplotlib"
+            return f"loss curve: {written}; no {IMAGE_NAME}, because {error}: pip install matplotlib"
         figure = figures.Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss")
         for name, mark in (("loss", ""), ("held-out loss", "o")):
@@ -59,18 +59,18 @@ class LossCurve:
         axes.legend()
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=120, format="png")
-        write_file(picture, drawn.getvalue())
-        return f"loss curve: {picture} and {written}"
+        write_file(image, drawn.getvalue())
+        return f"loss curve: {image} and {written}"
 
 
 def read_losses(log: Path) -> list[dict[str, Any]]:
-    """What a log has of :data:`COLUMNS`, a row for each step, in the order of steps."""
+    """The :data:`COLUMNS` of a log, one row per step, in the order of steps."""
     rows: dict[int, dict[str, Any]] = {}
     for text in read_lines(log):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
-            continue  # cut short by a crash
+            continue  # incomplete after a crash
         found = {name: line[name] for name in COLUMNS if line.get(name) is not None}
         if "loss" in found or "held-out loss" in found:
             rows.setdefault(int(line["step"]), {}).update(found)

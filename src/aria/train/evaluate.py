@@ -1,4 +1,4 @@
-"""Held-out data: their loss, and answers that the model writes to them."""
+"""Evaluation on held-out data: their loss, and the model's answers to some of them."""
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ from aria.train.trainer import Position
 from aria.train.update import ParameterUpdate
 
 SAMPLES_NAME = "samples.jsonl"
-_OF_ANOTHER = "held-out data of another process failed; its own message says at what"
+_OF_ANOTHER = "held-out data of another process failed; see its own message"
 
 Sampler = Callable[[Aria, AriaProcessor, Sequence[Any], int], list[str]]
-"""``(model, processor, conversations that end before an answer, max_tokens) -> answers``; the command line's."""
+"""``(model, processor, conversations without their last answer, max_tokens) -> answers``."""
 
 
 class Evaluation:
-    """``[evaluate]`` of a recipe, ready to be run at any step.
+    """``[evaluate]`` of a recipe, which can run at any step.
 
     Args:
-        model: what is evaluated, with its averaged weights if there are any.
-        objective: of the training; router losses are left out of what is told.
-        update: lends the averaged weights.
-        out: folder of the run, where samples go.
-        position: where the training is.
-        sampler: writes answers; None writes none.
+        model: The model, evaluated with its averaged weights if there are any.
+        objective: The training objective; its router losses are not reported.
+        recipe: The recipe.
+        processor: Processor of the model.
+        ranks: The processes that train together.
+        update: Provides the averaged weights.
+        out: Folder of the run, for the samples.
+        position: Where the training is.
+        sampler: Writes answers; None writes none.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Evaluation:
         self._model, self._objective, self._recipe, self._processor = model, objective, recipe, processor
         self._ranks, self._update, self._out, self._sampler = ranks, update, out, sampler
         self._position = position
-        # Open for as long as the run: every evaluation sees the same rows, or fails where a file was changed.
+        # Open during the whole run: every evaluation sees the same rows, or fails where a file was changed.
         evaluates = bool(recipe.evaluate.data)
         self._stream = held_out_stream(recipe, processor, model.config, ranks) if evaluates else None
         self._rows: int | None = None
@@ -71,14 +74,17 @@ class Evaluation:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Held-out loss (a mean over targets), accuracy, rows that cannot be used. Every call sees the same rows.
+        """Compute held-out loss (a mean over targets) and accuracy, on the same rows at every call.
 
-        Random states are left as they were. An error of one rank's data is an error on all ranks.
+        Random states stay as they are. An error in the data of one rank is raised on all ranks.
+
+        Returns:
+            Metrics to log, with the rows that could not be used.
         """
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
-            # Steps after an evaluation draw what they would have drawn without it.
+            # Later steps draw the same random numbers with and without an evaluation.
             with preserved_random_states(), self._update.averaged():
                 found = self._loss()
                 found |= self._write_samples()
@@ -89,7 +95,7 @@ class Evaluation:
 
     def _loss(self) -> dict[str, Any]:
         recipe, ranks, stream = self._recipe, self._ranks, self._stream
-        assert stream is not None, "there are held-out data"
+        assert stream is not None, "held-out data exist"
         failed: Exception | None = None
         if self._rows is None and recipe.evaluate.batches is not None:
             try:
@@ -107,14 +113,14 @@ class Evaluation:
                     batch = next(batches, None)
                 except Exception as error:
                     batch, failed = None, error
-                # Ranks compute together: one that has no more computes filler, and all end where one fails.
+                # Ranks compute together: a rank without more data computes filler, and all stop where one fails.
                 most = ranks.max(2 * int(failed is not None) + int(batch is not None))
                 if most >= 2:
                     raise failed or RuntimeError(_OF_ANOTHER)
                 if not most:
                     break
                 batch = (stream.filler() if batch is None else batch).to(ranks.device)
-                # Divided by one, shares of a step are sums.
+                # With a denominator of one, losses are sums.
                 metrics = self._objective(batch, Step(1.0, 1, 1.0)).metrics
                 if missing := [name for name in ("loss", "accuracy") if name not in metrics]:
                     raise ValueError(
@@ -123,7 +129,7 @@ class Evaluation:
                         f"{', '.join(metrics) or 'nothing'}"
                     )
                 sums += torch.tensor([metrics["loss"].item(), metrics["accuracy"].item(), batch.labels])
-        mine = _told(stream.report, "held-out")
+        mine = _skipped(stream.report, "held-out")
         skipped = mine.get("held-out rows skipped", 0)
         counts = torch.tensor([stream.report.rows, skipped], dtype=torch.float64)
         total = ranks.sum(torch.cat([sums, counts]).to(ranks.device))
@@ -134,15 +140,15 @@ class Evaluation:
         found["held-out rows"] = f"{round(rows - unused):,} of {stream.rows:,} rows"
         if unused:
             found["held-out rows skipped"] = round(unused)
-            # Of this rank's: examples of other ranks could cross a checkpoint that is being written.
+            # This rank's examples only: gathering others could collide with a checkpoint that is being written.
             found["held-out problems"] = mine.get("held-out problems", [])
         return found
 
     def _write_samples(self) -> dict[str, Any]:
-        """The model's answers beside the true ones, a line each. Every rank answers: all hold parts of the weights.
+        """Write the model's answers beside the true ones. Every rank computes them: all hold parts of the weights.
 
         Returns:
-            What to log of rows that were passed over.
+            What to log about rows that were skipped.
         """
         recipe, count = self._recipe, self._recipe.evaluate.samples
         if self._sampler is None or not count:
@@ -158,7 +164,7 @@ class Evaluation:
             try:
                 [answer] = self._sampler(self._model, self._processor, [messages], recipe.evaluate.max_tokens)
             except ValueError as error:
-                # Such as pictures of several sizes, which are learnt but not generated from.
+                # Such as images of several sizes, which can be trained on but not generated from.
                 report.skip("not answered", f"sample {number}, whose answer is {truth!r:.60}: {error}")
                 continue
             line = {"step": self._position.step, "messages": messages, "truth": truth, "answer": answer}
@@ -168,11 +174,11 @@ class Evaluation:
                 append_lines(self._out / SAMPLES_NAME, lines)
             except OSError as error:
                 report.skip("not written", f"{SAMPLES_NAME} could not be written: {error}")
-        return _told(report, "sample")
+        return _skipped(report, "sample")
 
 
-def _told(report: Report, what: str) -> dict[str, Any]:
-    """Lines of the log about rows that could not be used; none if all could."""
+def _skipped(report: Report, what: str) -> dict[str, Any]:
+    """Log entries about rows that could not be used; empty if all could."""
     if not report.skipped:
         return {}
     return {
@@ -182,18 +188,17 @@ def _told(report: Report, what: str) -> dict[str, Any]:
 
 
 def held_out(recipe: Recipe) -> DataSettings:
-    """``[data]`` of a recipe, but for the held-out conversations: each once, in an order that the seed draws."""
+    """``[data]`` of a recipe, for the held-out conversations: each once, in a random order given by the seed."""
     evaluate = recipe.evaluate
     return dataclasses.replace(recipe.data, paths=evaluate.data, mixer={}, split=evaluate.split, shuffle=True)
 
 
 def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> Look:
-    """Look at this rank's share of some held-out rows, and whether any row can be used, before a training that would
-    end with them.
+    """Read this rank's share of some held-out rows before training, and find at least one that can be used.
 
     Raises:
-        FileNotFoundError: there are no such data.
-        ValueError: no row has targets that fit into a batch.
+        FileNotFoundError: The data do not exist.
+        ValueError: No row has targets that fit into a batch.
     """
     settings = held_out(recipe)
     sources = Sources(settings.weights, settings.split)
@@ -209,7 +214,7 @@ def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig,
 
 
 def held_out_stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> DataStream:
-    """Held-out batches of one rank, as often as this is called the same ones."""
+    """Held-out batches of one rank, the same at every call."""
     return make_stream(
         held_out(recipe),
         processor,

@@ -13,15 +13,15 @@ from torch import Tensor
 IGNORE_INDEX = -100
 Z_COEFFICIENT = 1e-5
 BALANCE_COEFFICIENT = 1e-4
-"""Coefficients of all recipes that the authors published."""
+"""Coefficients of all the authors' published recipes."""
 
 
 class CrossEntropy(NamedTuple):
-    """What :func:`linear_cross_entropy` gives; both are float32 scalars."""
+    """Result of :func:`linear_cross_entropy`; both are float32 scalars."""
 
     loss: Tensor
     accuracy: Tensor
-    """Share of the labels (by their weights) that the largest score hits; carries no gradient."""
+    """Fraction of the labels, by weight, with the largest logit; carries no gradient."""
 
 
 def linear_cross_entropy(
@@ -35,25 +35,25 @@ def linear_cross_entropy(
     lora: tuple[Tensor, Tensor] | None = None,
     chunk_elements: int = 2**25,
 ) -> CrossEntropy:
-    """Cross-entropy of a linear head, without ever holding the scores of all tokens.
+    """Cross-entropy of a linear head that never holds the logits of all tokens.
 
-    Scores are made chunk by chunk, and their gradient with them, so memory is one chunk's whatever T x V is. Gradients
-    are made only for what requires them.
+    Logits and their gradient are computed chunk by chunk, so memory is that of one chunk for any T x V. Gradients are
+    computed only for inputs that require them.
 
     Args:
-        hidden_TD: inputs of the head, any float dtype; products run in it, the softmax in float32.
-        weight_VD, bias_V: the head.
+        hidden_TD: Inputs of the head, any float dtype; products run in it, the softmax in float32.
+        weight_VD, bias_V: The head.
         labels_T: int64; ``IGNORE_INDEX`` leaves a token out.
-        weights_T: float32 weight of each label, one where None.
-        denominator: what the weighted sum of losses is divided by; None means the sum of the weights, so that the loss
-            is their mean (and zero without any label). Parts of one batch add up to it if all are given its number.
-        lora: ``(T, R)`` and ``(V, R)``, whose product is added to the scores: an adapter of the head.
-        chunk_elements: scores held at a time.
+        weights_T: float32 weight of each label; None means 1.
+        denominator: Divisor of the weighted sum of losses; None means the sum of the weights, so that the loss is a
+            mean (zero without labels). Parts of one batch with a common denominator add up to the loss of the batch.
+        lora: ``(T, R)`` and ``(V, R)``, whose product is added to the logits: the LoRA of the head.
+        chunk_elements: Logits held at a time.
     """
     if labels_T.shape != hidden_TD.shape[:1]:
         raise ValueError(f"labels {tuple(labels_T.shape)} do not fit hidden states {tuple(hidden_TD.shape)}")
     weights_T = (labels_T != IGNORE_INDEX).float() if weights_T is None else weights_T.masked_fill(labels_T < 0, 0.0)
-    # A sum below one is only ever zero in practice; the clamp keeps an empty batch at loss zero.
+    # In practice a sum below one is zero; the clamp keeps the loss of an empty batch at zero.
     weights_T = weights_T / (weights_T.sum().clamp(min=1e-6) if denominator is None else denominator)
     low_TR, low_VR = lora or (None, None)
     chunk = max(1, chunk_elements // weight_VD.shape[0])
@@ -64,7 +64,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward computes the gradients as well: softmax minus one-hot is at hand while the chunk's scores exist."""
+    """Computes gradients in the forward pass: softmax minus one-hot is available while a chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accuracy = torch.zeros_like(loss)
         inputs: Any = (hidden_TD, weight_VD, bias_V, low_TR, low_VR)
         needed = [x is not None and need for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)]
-        # Rows are each written once, in their own dtype; what all rows add to is summed in float32.
+        # Each row is written once, in its own dtype; sums over rows are in float32.
         grad_hidden, grad_low = (torch.empty_like(inputs[i]) if needed[i] else None for i in (0, 3))
         grad_weight, grad_bias, grad_low_weight = (
             torch.zeros_like(inputs[i], dtype=torch.float32) if needed[i] else None for i in (1, 2, 4)
@@ -90,17 +90,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden, labels, weights = hidden_TD[rows], labels_T[rows, None], weights_T[rows, None]
-            # Bound by bytes: as few passes over the scores as there can be, each in the narrowest dtype that will do.
-            scores = torch.nn.functional.linear(hidden, weight_VD, bias_V)
+            # Memory-bound: as few passes over the logits as possible, each in the narrowest sufficient dtype.
+            logits = torch.nn.functional.linear(hidden, weight_VD, bias_V)
             if low_TR is not None and low_VR is not None:
-                scores.addmm_(low_TR[rows], low_VR.t())
-            accuracy += ((scores.argmax(-1, keepdim=True) == labels) * weights).sum()
-            log_shares = torch.log_softmax(scores, -1, dtype=torch.float32)
+                logits.addmm_(low_TR[rows], low_VR.t())
+            accuracy += ((logits.argmax(-1, keepdim=True) == labels) * weights).sum()
+            log_shares = torch.log_softmax(logits, -1, dtype=torch.float32)
             loss -= (log_shares.gather(1, labels) * weights).sum()
             if not any(needed):
                 continue
             excess = log_shares.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
-            grad = torch.mul(excess, weights, out=scores)
+            grad = torch.mul(excess, weights, out=logits)
             if grad_hidden is not None:
                 torch.mm(grad, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
-    """``sums += x @ y`` with ``sums`` in float32; on CUDA in the product's own pass, and unrounded."""
+    """``sums += x @ y`` with ``sums`` in float32; on CUDA fused into the product, without rounding it."""
     if x.is_cuda and x.dtype != torch.float32:
         torch.addmm(sums, x, y, out_dtype=torch.float32, out=sums)
     else:
@@ -135,11 +135,11 @@ def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def next_token_labels(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Labels that lie on their own tokens -> labels on the token before, never across two packed sequences.
+    """Shift labels from their own token to the token before, never across two packed sequences.
 
     Args:
-        labels_T: int64, ``IGNORE_INDEX`` where nothing is to be learned.
-        cu_seqlens: ``(N + 1,)``, where each sequence starts, and T at the end.
+        labels_T: int64, ``IGNORE_INDEX`` where nothing is to be predicted.
+        cu_seqlens: ``(N + 1,)``, the start of each sequence, then T.
     """
     shifted = torch.full_like(labels_T, IGNORE_INDEX)
     shifted[:-1] = labels_T[1:]
@@ -152,7 +152,7 @@ class RouterLosses(NamedTuple):
     z: Tensor
     balance: Tensor
     load: Tensor
-    """Share of the assignments that each expert took; carries no gradient."""
+    """``(E,)``: fraction of the assignments that each expert took; carries no gradient."""
 
 
 def router_losses(
@@ -167,15 +167,16 @@ def router_losses(
     """z-loss and load-balance loss of one layer's router, as in the authors' code.
 
     z = c_z mean(logsumexp(logits)^2); balance = c_a G / (T k) sum_g(mean probability of g x assignments to g), where g
-    is one of G groups of experts that follow each other and probability is the softmax over all experts. A group is one
-    expert in the authors' code and eight in the paper's pre-training (section 2.2). Perfect balance gives exactly c_a.
+    is one of G groups of consecutive experts and probability is the softmax over all experts. A group is one expert in
+    the authors' code and eight in the paper's pre-training (section 2.2). Perfect balance gives exactly c_a.
     Both in float32.
 
     Args:
-        logits_TE: raw scores of the router.
-        top_k: experts per token.
-        balance_group: experts of a group; it divides E.
-        counted_T: bool, False on tokens that only pad the stream.
+        logits_TE: Logits of the router.
+        top_k: Experts per token.
+        z_coefficient, balance_coefficient: c_z and c_a.
+        balance_group: Experts in a group; divides E.
+        counted_T: bool, False on filler tokens.
     """
     logits_TE = logits_TE.float()
     T, E = logits_TE.shape

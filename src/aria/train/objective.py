@@ -1,6 +1,6 @@
-"""What a step descends: next-token cross-entropy over packed conversations, and the routers' auxiliary losses.
+"""The training objective: next-token cross-entropy over packed conversations, and the routers' auxiliary losses.
 
-T tokens, D hidden, V vocabulary, Q picture tokens, C crops, L layers, E experts, R rank of an adapter.
+T tokens, D hidden, V vocabulary, Q image tokens, C crops, L layers, E experts, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class ObjectiveSettings:
     """``[objective]`` of a recipe."""
 
     factory: str | None = None
-    """``package.module:callable``, called with the model, the recipe and the :class:`Ranks`; gives an objective of the
-    recipe's own. The other settings are then for it to read."""
+    """``package.module:callable``, called with the model, the recipe and the :class:`~aria.train.ranks.Ranks`; returns
+    a custom objective, which may read the other settings."""
     z_coefficient: float = Z_COEFFICIENT
-    """Of the routers' z-loss; 0 leaves it out."""
+    """Coefficient of the routers' z-loss; 0 leaves it out."""
     balance_coefficient: float = BALANCE_COEFFICIENT
-    """Of the load-balance loss; 0 leaves it out."""
+    """Coefficient of the load-balance loss; 0 leaves it out."""
     balance_group: int = 1
     """Experts that are balanced together: 1 as in the authors' fine-tuning code, 8 as in their pre-training."""
     vision_chunk: int = 4
     """Crops that go through the vision encoder at a time."""
     picture_bytes: int = 0
-    """Memory of the host, on each rank, for picture tokens: where neither encoder nor projector trains, a picture is
-    encoded once and not in every epoch and every evaluation. The least recently used go first."""
+    """Host memory of each rank for a cache of image tokens: if encoder and projector are frozen, an image is encoded
+    once, not in every epoch and evaluation. The least recently used are evicted first."""
 
     def __post_init__(self) -> None:
         for name in ("z_coefficient", "balance_coefficient", "picture_bytes"):
@@ -61,32 +61,32 @@ class ObjectiveSettings:
 
 
 class Step(NamedTuple):
-    """What a micro-batch is a part of."""
+    """The optimizer step that a micro-batch belongs to."""
 
     labels: float
-    """Targets of the whole optimizer step: all micro-batches of all ranks."""
+    """Targets of the whole step: all micro-batches of all ranks."""
     micro_batches: int
-    """Micro-batches of the step, of all ranks that have data of their own."""
+    """Micro-batches of the step over all ranks with data of their own."""
     progress: float
-    """Share of the whole training that is done, 0 to 1."""
+    """Fraction of the training that is done, 0 to 1."""
 
 
 class Losses(NamedTuple):
-    """What a micro-batch adds to a step; summed over all its micro-batches, everything is the step's."""
+    """What a micro-batch adds to a step; the sum over its micro-batches is the step's loss and metrics."""
 
     total: Tensor
-    """To be backwarded."""
+    """Scalar to call ``.backward()`` on."""
     metrics: Mapping[str, Tensor]
     """Scalars without gradients."""
     loads: Tensor | None = None
-    """float32 ``(L, E)``: share of the tokens' assignments that each expert took."""
+    """float32 ``(L, E)``: fraction of the assignments that each expert took."""
 
 
 class Objective:
     """The loss of :class:`aria.model.Aria` on a :class:`~aria.train.batch.Batch`.
 
-    Cross-entropy is a sum over targets, divided by the targets of the whole step, so that a step has one gradient
-    however it is cut into micro-batches and spread over ranks. Router losses are means over a micro-batch's tokens,
+    Cross-entropy is a sum over targets, divided by the targets of the whole step, so that the gradient of a step is the
+    same however it is split into micro-batches and over ranks. Router losses are means over a micro-batch's tokens,
     divided by the number of micro-batches, as the authors trained.
     """
 
@@ -99,12 +99,12 @@ class Objective:
         std: Sequence[float] = (0.5, 0.5, 0.5),
         ranks: Ranks | None = None,
     ):
-        """``mean`` and ``std`` normalise pictures, as the processor's do; ``ranks`` None means there is one process."""
+        """``mean`` and ``std`` normalize images, as in the processor; ``ranks`` None means one process."""
         self.model, self.settings, self.ranks = model, settings or ObjectiveSettings(), ranks
         self._mean, self._std = mean, std
         self._kept = ImageCache(self.settings.picture_bytes)
         self.encoded: Sequence[Crops] = ()
-        """Of the last batch, what the vision encoder was run on: all pictures but those that were kept."""
+        """Images of the last batch that the vision encoder ran on: all except those in the cache."""
         text = model.config.text
         if text.moe_num_experts % self.settings.balance_group:
             raise ValueError(
@@ -113,15 +113,15 @@ class Objective:
             )
         if self._kept.capacity and self._sees():
             raise ValueError(
-                f"[objective] picture_bytes is {self._kept.capacity:,}, but what the vision encoder or the projector "
-                "gives changes while they train: set picture_bytes = 0, or freeze_vit and freeze_projector to true"
+                f"[objective] picture_bytes is {self._kept.capacity:,}, but the outputs of the vision encoder and "
+                "projector change while they train: set picture_bytes = 0, or freeze_vit and freeze_projector to true"
             )
 
     def __call__(self, batch: Batch, step: Step) -> Losses:
-        """Losses of a batch that lies on the model's device."""
+        """Losses of a batch on the model's device."""
         model = self.model
         features_QD, tie = self._see(batch.crops)
-        # Tied to the first of all tensors, so that gradients reach the encoder after the decoder, on every rank alike.
+        # Tied to the first tensor of all, so that on every rank gradients reach the encoder after the decoder.
         x_TD = model.embed(batch.input_ids, features_QD) + tie
         segments = _segments(batch.lengths, x_TD.device)
         targets_T, counted_T = batch.targets, None
@@ -148,7 +148,7 @@ class Objective:
         self, router_logits: Sequence[Tensor], counted_T: Tensor | None, step: Step
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         settings, top_k = self.settings, self.model.config.text.moe_topk
-        # With a sequence over several ranks, each has a part of the tokens, and all parts count alike.
+        # Ranks that share a sequence each have a part of its tokens; all parts count equally.
         parts = step.micro_batches * (self.ranks.sequence if self.ranks is not None else 1)
         layers = [
             router_losses(
@@ -169,17 +169,17 @@ class Objective:
         return total, metrics, torch.stack([layer.load for layer in layers]) / parts
 
     def _see(self, crops: Sequence[Crops]) -> tuple[Tensor | None, Tensor | float]:
-        """Picture tokens ``(Q, D)`` in the order of the crops, and a zero that ties what else was run to the loss.
+        """Image tokens ``(Q, D)`` in the order of the crops, and a zero that ties dummy runs to the loss.
 
-        Every rank runs the same number of chunks, on a grey crop where it has no more of its own: a rank that did not
-        call a module whose weights are spread over all ranks would let the others wait for ever. What trains runs once
-        at least, so that there is always a gradient, be it zero.
+        Every rank runs the same number of chunks, on a grey crop where it has no more of its own: the others would wait
+        forever for a rank that does not call a sharded module. Trained parts run at least once, so that they always
+        have a gradient, even if zero.
         """
-        kept = {picture.key: known for picture in crops if (known := self._kept.get(picture.key)) is not None}
-        self.encoded = [picture for picture in crops if picture.key not in kept]
-        # What is kept must not depend on what happened to be beside it, or a run that goes on would depart from one
-        # that was never stopped: such pictures are encoded by themselves.
-        portions = [[picture] for picture in self.encoded] if self._kept.capacity else [self.encoded]
+        kept = {image.key: known for image in crops if (known := self._kept.get(image.key)) is not None}
+        self.encoded = [image for image in crops if image.key not in kept]
+        # Cached results must not depend on the other images of a chunk, or a resumed run would differ from one that
+        # was never stopped: with a cache, images are encoded one by one.
+        portions = [[image] for image in self.encoded] if self._kept.capacity else [self.encoded]
         chunks = [chunk for portion in portions for chunk in _chunks(portion, self.settings.vision_chunk)]
         least = max(len(chunks), int(self._sees()))
         most = least if self.ranks is None else self.ranks.max(least)
@@ -196,30 +196,30 @@ class Objective:
     def _joined(
         self, crops: Sequence[Crops], kept: Mapping[bytes | None, Tensor], features: Sequence[Tensor]
     ) -> Iterator[Tensor]:
-        """Picture tokens of each picture: those that were kept, and those of the chunks, which are kept from now on."""
+        """Image tokens of each image: cached ones, and new ones, which are put into the cache."""
         made = iter(torch.cat(list(features)).split([self._places(p) for p in self.encoded]) if features else ())
         device = self.model.multi_modal_projector.query.device
-        for picture in crops:
-            if picture.key in kept:
-                yield kept[picture.key].to(device, non_blocking=True)
+        for image in crops:
+            if image.key in kept:
+                yield kept[image.key].to(device, non_blocking=True)
                 continue
             features_QD = next(made)
-            if picture.key is not None:
-                self._kept.put(picture.key, _on_host(features_QD))
+            if image.key is not None:
+                self._kept.put(image.key, _on_host(features_QD))
             yield features_QD
 
-    def _places(self, picture: Crops) -> int:
-        """Picture tokens of a picture."""
+    def _places(self, image: Crops) -> int:
+        """Number of image tokens of an image."""
         config = self.model.config
-        grid = (picture.pixels.shape[-1] // config.vision.patch_size) ** 2
-        return len(picture.extents) * config.projector.queries_for(grid)
+        grid = (image.pixels.shape[-1] // config.vision.patch_size) ** 2
+        return len(image.extents) * config.projector.queries_for(grid)
 
     def _sees(self) -> bool:
-        """Whether anything trains that picture tokens depend on."""
+        """Whether anything trains that image tokens depend on."""
         return trains(self.model.vision_tower) or trains(self.model.multi_modal_projector)
 
     def _encode(self, crops: Crops) -> Tensor:
-        """Crops of one size -> their picture tokens; a part that is frozen keeps nothing for gradients."""
+        """Encode crops of one size to image tokens; frozen parts keep nothing for gradients."""
         model = self.model
         weight = model.vision_tower.embeddings.patch_embedding.weight
         patches = pack_crops(
@@ -238,7 +238,7 @@ class Objective:
             return projector(hidden, patches.segments, patches.grid_patches)
 
     def _dummy(self) -> Crops:
-        """One grey crop of the smallest size that the model knows, one patch of it real."""
+        """One grey crop of the model's smallest size, with one patch that is not padding."""
         vision = self.model.config.vision
         side = min(self.model.config.image_sizes())
         pixels = torch.full((1, vision.num_channels, side, side), 128, dtype=torch.uint8)
@@ -246,25 +246,25 @@ class Objective:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of a module asks for gradients."""
+    """Whether any parameter of a module requires gradients."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, denominator: float, labels: int | None) -> Any:
-    """Cross-entropy of the language head, computed for tokens with a target only.
+    """Cross-entropy of the language head, computed only for tokens with a target.
 
     Args:
-        head: a linear layer without a bias, with a low-rank adapter or without.
-        hidden_TD, targets_T: of all tokens.
-        denominator: what the sum over targets is divided by.
-        labels: number of targets where it is known; None computes all tokens.
+        head: Linear layer without a bias, with or without LoRA.
+        hidden_TD, targets_T: Hidden states and targets of all tokens.
+        denominator: Divisor of the sum over targets.
+        labels: Number of targets if known; None computes all tokens.
     """
     if labels is not None and labels < len(targets_T):
-        # Sorting finds the rows without the host, where a boolean mask would wait for their number.
+        # Sorting needs no wait for the host; a boolean mask would wait for the number of rows.
         rows = (targets_T == IGNORE_INDEX).to(torch.uint8).argsort(stable=True)[:labels]
         hidden_TD, targets_T = hidden_TD.index_select(0, rows), targets_T.index_select(0, rows)
     weight_VD = head.weight
-    assert isinstance(weight_VD, Tensor), "the head has a weight"
+    assert isinstance(weight_VD, Tensor), "the head has no weight"
     lora = None
     if isinstance(head, LoRALinear):
         adapter = head.adapter.lora().to(hidden_TD)
@@ -273,7 +273,7 @@ def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, denominator
 
 
 def _segments(lengths: Sequence[int], device: torch.device) -> Segments:
-    """Segments of host lengths, sent to the device without waiting for it."""
+    """Segments on a device, copied from the host asynchronously."""
     cu_seqlens = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
     if device.type == "cuda":
         cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
@@ -281,17 +281,17 @@ def _segments(lengths: Sequence[int], device: torch.device) -> Segments:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that nobody waits for: whoever sends it back does so on the same stream."""
+    """An asynchronous copy on the host; it is sent back on the same stream, after the copy."""
     if not tensor.is_cuda:
         return tensor.clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _chunks(crops: Sequence[Crops], most: int) -> Iterator[Crops]:
-    """The same crops in the same order, in pieces of at most ``most`` and of one size each."""
-    for _, alike in groupby(crops, lambda picture: picture.pixels.shape[-1]):
-        pictures = list(alike)
-        extents = [extent for picture in pictures for extent in picture.extents]
-        pixels = torch.cat([picture.pixels for picture in pictures])
+    """The same crops in the same order, in chunks of at most ``most`` crops of one size."""
+    for _, alike in groupby(crops, lambda image: image.pixels.shape[-1]):
+        images = list(alike)
+        extents = [extent for image in images for extent in image.extents]
+        pixels = torch.cat([image.pixels for image in images])
         for start in range(0, len(extents), most):
             yield Crops(pixels[start : start + most], tuple(extents[start : start + most]))

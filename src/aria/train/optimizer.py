@@ -1,7 +1,7 @@
-"""How weights descend: AdamW, AdamW with moments in 8 bits, or Muon; weights in bf16 too.
+"""Optimizers for float32 and bf16 weights: AdamW, AdamW with 8-bit moments, and Muon.
 
-E experts. Everything is computed on this rank's parts of tensors (:mod:`aria.train.shards`), and every state dict has
-whole tensors by the names of parameters, so that another number of ranks can go on with it.
+Everything is computed on this rank's shards (:mod:`aria.train.shards`). State dicts have global tensors by the names of
+parameters, so that any number of ranks can resume from them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from aria import private_api
 from aria.train.shards import copies, local, spread_as
 
 AWAY_FROM_MUON = ("*embed*", "*head*", "*router*", "*.query", "*.adapter.*")
-"""What Muon leaves to AdamW although it has rows and columns: tables, heads, routers, adapters."""
+"""Matrices that AdamW updates although the kind is Muon: embedding tables, heads, routers, adapters."""
 CHUNK_ELEMENTS = 2**26
-"""Elements that an optimizer's step works on at once, where no parameter alone has more."""
+"""Elements that an optimizer step processes at once, unless a single parameter has more."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the iteration that makes singular values near to one (Keller Jordan's; PyTorch has the same)."""
+"""Coefficients of the Newton-Schulz iteration (Keller Jordan's, as in PyTorch)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +35,22 @@ class OptimizerSettings:
     """``[optimizer]`` of a recipe."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """``adamw8bit`` keeps moments in 8 bits (torchao); ``muon`` makes the steps of matrices orthogonal, each expert's
-    for itself, and leaves the rest to AdamW at the same rate."""
+    """``adamw8bit`` keeps moments in 8 bits (torchao); ``muon`` orthogonalizes the updates of matrices, each expert's
+    separately, and leaves the rest to AdamW at the same rate."""
     learning_rate: float = 5e-5
-    """At its peak."""
+    """Peak learning rate."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Pattern for names of parameters -> share of the learning rate that they have; the first that fits."""
+    """Pattern of parameter names -> multiplier of the learning rate; the first match counts."""
     weight_decay: float = 0.1
-    """Of matrices; norms and biases have none."""
+    """Weight decay of matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
-    """Muon's."""
+    """Momentum of Muon."""
     clip_norm: float = 1.0
-    """Most that the norm of all gradients together may be."""
+    """Maximum norm of all gradients together."""
     rounding: Literal["masters", "stochastic", "nearest"] = "masters"
-    """How weights in bf16 keep small steps: by float32 masters (4 bytes a weight), by rounding up or down by chance (no
+    """How bf16 weights keep small updates: with float32 masters (4 bytes per weight), by stochastic rounding (no
     memory), or not at all. ``adamw8bit`` has no masters: ``masters`` means ``stochastic`` there."""
 
     def __post_init__(self) -> None:
@@ -68,14 +68,14 @@ class OptimizerSettings:
 
 
 def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> Optimizer:
-    """An optimizer over what trains.
+    """The optimizer of a recipe.
 
     Args:
-        named: parameters by name, spread over ranks or not.
+        named: Trained parameters by name, sharded or not.
         settings: ``[optimizer]``.
 
     Raises:
-        ValueError: a pattern of ``rates`` fits no parameter, or torchao is needed and not installed.
+        ValueError: A pattern of ``rates`` matches no parameter, or torchao is needed and not installed.
     """
     parameters = dict(named)
     for pattern in settings.rates:
@@ -90,9 +90,9 @@ Group = Mapping[str, Any]
 
 
 class Rule:
-    """How one kind of parameter is updated. A rule owns its state: how it is allocated, stepped and saved.
+    """How one kind of parameter is updated. A rule owns its state: allocation, step and saved form.
 
-    What is saved has the same names and shapes on every rank, also on those whose part of a parameter is empty.
+    The saved form has the same names and shapes on every rank, also where a rank's shard of a parameter is empty.
     """
 
     moments: tuple[str, ...]
@@ -102,7 +102,7 @@ class Rule:
         self.settings = settings
 
     def allocate(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Fresh state for this rank's part of a parameter: ``step``, moments, and a master if one is kept."""
+        """New state for this rank's shard of a parameter: ``step``, moments, and a master if one is kept."""
         part = local(parameter.detach())
         state = {"step": torch.zeros((), dtype=torch.float32, device=part.device)}
         state |= {name: torch.zeros_like(part, dtype=torch.float32) for name in self.moments}
@@ -111,16 +111,16 @@ class Rule:
         return state
 
     def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
-        """Update parameters that all have a gradient, in place, at the ``lr`` and ``weight_decay`` of their group."""
+        """Update parameters that all have a gradient in place, with ``lr`` and ``weight_decay`` of their group."""
         raise NotImplementedError
 
     def saved(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state as checkpoints hold it, spread over the ranks as the parameter is; it shares the state's memory."""
+        """The state as checkpoints hold it, sharded like the parameter; shares the state's memory."""
         return {name: spread_as(tensor, parameter) if tensor.ndim else tensor for name, tensor in state.items()}
 
     @contextmanager
     def _in_float32(self, parameters: Parameters, states: States) -> Iterator[list[Tensor]]:
-        """The weights' float32 selves, wherever those are; what is done to them inside reaches the weights."""
+        """The weights in float32, masters where they exist; changes inside the ``with`` block reach the weights."""
         parts = [local(parameter.detach()) for parameter in parameters]
         wide = [state.get("master", part).float() for part, state in zip(parts, states, strict=True)]
         yield wide
@@ -160,7 +160,7 @@ class AdamW(Rule):
 
 
 class AdamW8bit(Rule):
-    """torchao's. A moment is uint8 codes of the parameter's shape, and a float32 scale for each block of a row."""
+    """torchao's 8-bit AdamW. A moment is uint8 codes of the parameter's shape and float32 scales of blocks of a row."""
 
     moments = ("exp_avg", "exp_avg_sq")
 
@@ -188,7 +188,7 @@ class AdamW8bit(Rule):
             part = local(parameter.detach())
             if not part.numel():
                 continue
-            # Compiled, a step is one pass, and moments are never whole in float32.
+            # Compiled, a step is one pass, and moments never exist in float32 as a whole.
             change = torch.compile(step, fullgraph=True, dynamic=False) if part.is_cuda else step
             with private_api.unlimited_recompiles():
                 change(
@@ -207,7 +207,7 @@ class AdamW8bit(Rule):
                 )
 
     def _moment(self, state: Mapping[str, Tensor], name: str, *, signed: bool) -> Tensor:
-        """A moment as torchao's step takes it; what is written to it reaches the state."""
+        """A moment as torchao's step takes it; writes to it reach the state."""
         if name in state:
             return state[name]
         codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
@@ -219,13 +219,13 @@ class AdamW8bit(Rule):
 
 
 class Muon(Rule):
-    """Momentum whose matrices are made orthogonal, each expert's for itself."""
+    """Orthogonalized momentum (Muon); each expert's matrix is orthogonalized separately."""
 
     moments = ("momentum",)
 
     def step(self, parameters: Parameters, states: States, group: Group, found_inf: Tensor | None) -> None:
         gradients, buffers = _gradients(parameters, found_inf), [state["momentum"] for state in states]
-        # As the fused AdamW does: nothing changes where a gradient is not finite, and the host need not know.
+        # As in the fused AdamW: nothing changes where a gradient is not finite, without a wait for the host.
         keep: Tensor | float = 1.0 if found_inf is None else 1.0 - found_inf
         private_api.foreach_add([state["step"] for state in states], keep)
         changes = private_api.foreach_sub(gradients, buffers)
@@ -233,7 +233,7 @@ class Muon(Rule):
         private_api.foreach_add(buffers, changes)
         private_api.foreach_lerp(gradients, buffers, self.settings.momentum)
         updates = _orthogonal_parts(gradients, parameters)
-        # A step of the size that AdamW's have, so that both share one rate (Moonlight, arXiv 2502.16982).
+        # Updates of AdamW's size, so that both share one learning rate (Moonlight, arXiv 2502.16982).
         rates = [-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])) for parameter in parameters]
         private_api.foreach_mul(updates, rates)
         private_api.foreach_mul(updates, keep)
@@ -246,11 +246,11 @@ RULES: dict[str, type[Rule]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "muon": 
 
 
 class Optimizer(torch.optim.Optimizer):
-    """All parameters, each by its rule; see :func:`make_optimizer`.
+    """Updates each parameter by its rule; see :func:`make_optimizer`.
 
     Attributes:
-        found_inf: float32 scalar on the device; where one, a step of AdamW or Muon changes nothing, and nothing waits
-            for the host to say so.
+        found_inf: float32 scalar on the device; where 1, a step of AdamW or Muon changes nothing, without a wait for
+            the host.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], settings: OptimizerSettings):
@@ -268,14 +268,14 @@ class Optimizer(torch.optim.Optimizer):
                 {"params": members, "rule": rule, "lr": settings.learning_rate * rate, "weight_decay": decay}
                 for (rule, rate, decay), members in groups.items()
             ],
-            # What the loop asks, of this as of PyTorch's own, before it sets `found_inf`.
+            # The loop checks this, here and for PyTorch's optimizers, before it sets `found_inf`.
             {"fused": settings.kind != "adamw8bit"},
         )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Change every parameter that has a gradient."""
-        assert closure is None, "no rule here evaluates the loss again"
+        """Update every parameter that has a gradient."""
+        assert closure is None, "no rule here reevaluates the loss"
         for group in self.param_groups:
             rule = self._rules[group["rule"]]
             for parameters in _chunks(parameter for parameter in group["params"] if parameter.grad is not None):
@@ -283,7 +283,7 @@ class Optimizer(torch.optim.Optimizer):
                 rule.step(parameters, states, group, self.found_inf)
 
     def masters(self) -> dict[str, Tensor]:
-        """float32 masters by name, of those parameters that have one."""
+        """float32 masters by name, for the parameters that have one."""
         found = {}
         for parameter, _, state in self._states():
             if "master" in state:
@@ -302,21 +302,21 @@ class Optimizer(torch.optim.Optimizer):
         return self.state[parameter]
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Tensors by parameter and kind, whole or spread as the parameter is; they share memory with the optimizer."""
+        """Tensors by parameter and kind, sharded like the parameter; they share memory with the optimizer."""
         state = {self.names[id(parameter)]: rule.saved(parameter, kept) for parameter, rule, kept in self._states()}
         return {"kind": self.settings.kind, "state": state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, here or on other ranks.
+        """Load what :meth:`state_dict` returned, here or on another number of ranks.
 
         Raises:
-            ValueError: it is another optimizer's, or lacks what this one needs.
+            ValueError: It is the state of another kind of optimizer, or lacks tensors that this one needs.
         """
         if state_dict["kind"] != self.settings.kind:
             raise ValueError(
                 f"the state is that of {state_dict['kind']}, but [optimizer] kind is {self.settings.kind}; resume with "
-                "the same kind, or start anew from the exported weights"
+                "the same kind, or start over from the exported weights"
             )
         for name, kinds in self.state_dict()["state"].items():
             saved = state_dict["state"].get(name, {})
@@ -335,7 +335,7 @@ def _rule(name: str, parameter: nn.Parameter, settings: OptimizerSettings) -> st
 
 
 def _chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters by the chunk: many small ones share their launches, a large one has its own copies in float32."""
+    """Parameters in chunks: small ones share kernel launches, a large one gets float32 copies of its own."""
     chunk: list[nn.Parameter] = []
     for parameter in parameters:
         if chunk and sum(p.numel() for p in chunk) + parameter.numel() > CHUNK_ELEMENTS:
@@ -347,9 +347,9 @@ def _chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def _gradients(parameters: list[nn.Parameter], found_inf: Tensor | None = None) -> list[Tensor]:
-    """This rank's parts as float32 copies, which the caller may change; zeros where ``found_inf`` is one."""
+    """Gradients of this rank's shards as float32 copies that the caller may change; zeros where ``found_inf`` is 1."""
     found = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    # One allocation: hundreds of small ones cost the host more than the step costs the device.
+    # One allocation: hundreds of small ones take the host longer than the step takes the device.
     flat = torch.empty(sum(gradient.numel() for gradient in found), dtype=torch.float32, device=found[0].device)
     pieces = flat.split([gradient.numel() for gradient in found])
     wide = [piece.view(gradient.shape) for piece, gradient in zip(pieces, found, strict=True)]
@@ -360,13 +360,13 @@ def _gradients(parameters: list[nn.Parameter], found_inf: Tensor | None = None) 
 
 
 def _block(parameter: nn.Parameter) -> int:
-    """Elements of a moment in 8 bits that share a scale; 0: the moment is in float32, for it takes next to nothing.
+    """Elements of an 8-bit moment that share a scale; 0: the moment is in float32, because it is small.
 
-    Blocks are parts of rows, so that ranks hold whole ones, and the same ones, however many share the rows.
+    Blocks are parts of rows, so that any number of ranks that share the rows hold whole blocks, and the same ones.
     """
     last = parameter.ndim - 1
-    apart = isinstance(parameter, DTensor) and any(place.is_shard(last) for place in parameter.placements)
-    block = 0 if last < 1 or apart else math.gcd(parameter.shape[last], 256)
+    split = isinstance(parameter, DTensor) and any(place.is_shard(last) for place in parameter.placements)
+    block = 0 if last < 1 or split else math.gcd(parameter.shape[last], 256)
     return block if block >= 16 and parameter.numel() >= 4096 else 0
 
 
@@ -380,9 +380,9 @@ def _torchao_adam() -> private_api.Adam8bit:
 
 
 def stochastic_round(wide: Tensor) -> Tensor:
-    """float32 -> bf16, up with the probability that makes the mean of many roundings the number itself.
+    """Round float32 to bf16 stochastically: the mean of many roundings is the number itself.
 
-    What is not finite stays what it is.
+    Values that are not finite stay as they are.
     """
     bits = wide.view(torch.int32)
     noise = torch.randint_like(bits, 1 << 16)
@@ -391,9 +391,9 @@ def stochastic_round(wide: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with singular values near one, of each ``(..., rows, columns)``, in bf16.
+    """Orthogonalize each matrix of ``(..., rows, columns)``; the result is bf16.
 
-    Newton-Schulz iterations, as :class:`torch.optim.Muon` does for one matrix; singular values end between 0.7 and 1.2.
+    Newton-Schulz iterations, as in :class:`torch.optim.Muon` for one matrix; singular values end between 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16().reshape(-1, *matrices.shape[-2:])
@@ -402,14 +402,14 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        # Sums within the products: most matrices are small, and launches would cost more than arithmetic.
+        # Sums are fused into the products: most matrices are small, and launches would cost more than arithmetic.
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.mT if tall else x
     return x.reshape(matrices.shape)
 
 
 def _orthogonal_parts(parts: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
-    """This rank's parts of the orthogonal steps, in float32; matrices of one shape are made orthogonal together."""
+    """This rank's shards of the orthogonal updates, in float32; matrices of one shape are processed together."""
     made = list(parts)
     alike: dict[torch.Size, list[int]] = {}
     for n, parameter in enumerate(parameters):
@@ -426,7 +426,7 @@ def _orthogonal_parts(parts: list[Tensor], parameters: list[nn.Parameter]) -> li
 
 
 def _orthogonal_part(part: Tensor, parameter: DTensor) -> Tensor:
-    """This rank's part of one. Matrices have to be whole for it; experts may stay where they are."""
+    """This rank's shard of one update. Matrices are gathered for it; experts stay where they are."""
     spread = DTensor.from_local(
         part.bfloat16(),
         parameter.device_mesh,
@@ -435,27 +435,28 @@ def _orthogonal_part(part: Tensor, parameter: DTensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-    apart = [
+    gathered_as = [
         placement if parameter.ndim == 3 and placement == Shard(0) else Replicate()
         for placement in parameter.placements
     ]
-    made = orthogonal(spread.redistribute(placements=apart).to_local())
+    made = orthogonal(spread.redistribute(placements=gathered_as).to_local())
     shape, stride = parameter.shape, parameter.stride()
-    gathered = DTensor.from_local(made, parameter.device_mesh, apart, run_check=False, shape=shape, stride=stride)
+    gathered = DTensor.from_local(made, parameter.device_mesh, gathered_as, run_check=False, shape=shape, stride=stride)
     return gathered.redistribute(placements=parameter.placements).to_local()
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Scale gradients in place so that their norm, over all parameters and ranks, is at most ``most``.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their norm, over all parameters and ranks, is at most ``max_norm``.
 
     Returns:
-        The norm before, float32 on the device; the same on every rank. Gradients are left alone where it is not finite.
+        The norm before, a float32 scalar on the device, equal on every rank. If it is not finite, gradients stay as
+        they are.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    assert gradients, "there is a gradient"
+    assert gradients, "no parameter has a gradient"
     parts = [local(gradient) for gradient in gradients]
-    # Squares of each dtype at once; an element that several ranks hold counts once.
+    # An element that several ranks hold counts once.
     squares = torch.stack(_norms(parts)).square()
     shares = [1.0 / copies(gradient) for gradient in gradients]
     if any(share != 1.0 for share in shares):
@@ -464,12 +465,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         dist.all_reduce(total)
     norm = total.sqrt()
-    share = (most / (norm + 1e-6)).clamp(max=1.0)
+    share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     share = torch.where(norm.isfinite(), share, torch.ones_like(share))
     private_api.foreach_mul(parts, share)
     return norm
 
 
 def _norms(parts: list[Tensor]) -> list[Tensor]:
-    """Norms in float32, whatever the dtype."""
+    """Norms in float32, for any dtype."""
     return list(private_api.foreach_norm(parts, 2.0, dtype=torch.float32))

@@ -27,25 +27,25 @@ from aria.hub import read_text, write_file
 
 LOG_NAME = "log.jsonl"
 WANDB_ID_NAME = "wandb-id"
-"""In the folder of a run: what wandb knows it by."""
+"""File in the run's folder with the id of its wandb run."""
 _WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
-"""wandb makes paths and addresses of it."""
+"""wandb makes paths and URLs from it."""
 
 
 class Metrics:
-    """Sums of scalars on the device, read by the host once a log line."""
+    """Sums of scalars on the device, which the host reads once per log line."""
 
     def __init__(self) -> None:
-        # One vector for each set of names: dozens of scalars would cost a kernel each.
+        # One vector per set of names: dozens of scalars would cost a kernel launch each.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], int] = {}
         self._loads: Tensor | None = None
         self._load_steps = 0
         self.steps = 0
-        """Since the last drain."""
+        """Steps since the last drain."""
 
     def add(self, scalars: Mapping[str, Tensor], *, count: int = 1) -> None:
-        """Add scalars. Parts of one step are added with ``count`` 0, but for the last of them."""
+        """Add scalars. Micro-batches of one step have ``count`` 0, except the last."""
         names = tuple(scalars)
         values = torch.stack([value.detach().float() for value in scalars.values()])
         self._sums[names] = self._sums[names] + values if names in self._sums else values
@@ -53,7 +53,7 @@ class Metrics:
         self.steps = max(self._counts.values())
 
     def add_loads(self, loads_LE: Tensor, *, count: int = 1) -> None:
-        """Add shares of the assignments that each expert took."""
+        """Add the fraction of assignments that each expert took."""
         self._loads = loads_LE if self._loads is None else self._loads + loads_LE
         self._load_steps += count
 
@@ -66,7 +66,7 @@ class Metrics:
         """Means over the steps since the last call.
 
         Args:
-            total: sums a tensor over the ranks that have data of their own.
+            total: Sums a tensor over the ranks with data of their own.
         """
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
@@ -85,11 +85,11 @@ def load_report(loads_LE: Tensor) -> dict[str, Any]:
     """How evenly experts are used.
 
     Args:
-        loads_LE: share of each layer's assignments that each expert took.
+        loads_LE: Fraction of each layer's assignments that each expert took.
 
     Returns:
-        ``load entropy N`` of each layer, 1 where all experts take alike and 0 where one takes all, and
-        ``dead experts``, those that took nothing, by layer.
+        ``load entropy N`` for each layer, 1 if all experts take equally many and 0 if one takes all, and ``dead
+        experts``, those without any assignment, by layer.
     """
     loads_LE = loads_LE.float().cpu()
     entropies = torch.special.entr(loads_LE).sum(1) / math.log(max(2, loads_LE.shape[1]))
@@ -100,9 +100,9 @@ def load_report(loads_LE: Tensor) -> dict[str, Any]:
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product of matrices on the device, measured now: what MFU is a share of."""
+    """FLOP/s of a large matrix product on the device, measured now: the base of MFU."""
     size = 8192 if device.type == "cuda" else 512
-    # A generator of its own: the global one is a part of a training's state.
+    # Its own generator: the state of the global one is part of a run's state.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = math.inf
@@ -121,17 +121,17 @@ def _wait(device: torch.device) -> None:
 
 
 class Sink(Protocol):
-    """Takes a line of numbers."""
+    """Takes log lines."""
 
     def write(self, line: Mapping[str, Any]) -> None: ...
 
     def close(self) -> str | None:
-        """Finish; gives a line for the person who watches, or nothing."""
+        """Finish. Returns a line to print, or None."""
         ...
 
 
 class JsonLines:
-    """``log.jsonl``: a line of JSON each. Lines of steps that a resumed run does again are dropped first."""
+    """``log.jsonl``. Lines of steps that a resumed run repeats are dropped first."""
 
     def __init__(self, file: Path, step: int):
         self._file = file
@@ -146,24 +146,23 @@ class JsonLines:
 
 
 def append_lines(file: Path, lines: Sequence[str]) -> None:
-    """Append lines to a file, all of them or none. The beginning of a line at its end, left by a write that could not
-    be taken back, is cut away first.
+    """Append lines to a file, all of them or none. An incomplete line at its end, left by a crash, is removed first.
 
     Raises:
-        OSError: they could not be written.
+        OSError: They could not be written.
     """
     data = "".join(f"{line}\n" for line in lines).encode()
     with file.open("a+b", buffering=0) as out:
         before = _whole(out)
         out.truncate(before)
-        # On a disk that fills up, a part is written without an error.
+        # A disk that fills up writes a part without an error.
         if (written := out.write(data)) < len(data):
             out.truncate(before)
             raise OSError(errno.ENOSPC, f"only {written:,} of {len(data):,} bytes could be written", str(file))
 
 
 def _whole(file: BinaryIO) -> int:
-    """Bytes of whole lines."""
+    """Length in bytes of the complete lines."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 4096)
@@ -175,7 +174,7 @@ def _whole(file: BinaryIO) -> int:
 
 
 def drop_after(file: Path, step: int) -> None:
-    """Drop the lines of later steps than ``step``, and one that was cut short, from a file of JSON lines."""
+    """Remove lines of steps after ``step``, and an incomplete one, from a file of JSON lines."""
     if not file.is_file():
         return
     kept = [line for line in read_lines(file) if _step_of(line) <= step]
@@ -185,22 +184,22 @@ def drop_after(file: Path, step: int) -> None:
 def read_lines(file: Path) -> list[bytes]:
     """The lines of a file of JSON lines, each with its ``\\n``.
 
-    As bytes, because texts in JSON may hold U+2028, U+2029 and U+0085, at which ``str.splitlines`` cuts too, and a line
-    that a crash cut short may end within a character.
+    Bytes, because JSON strings may contain U+2028, U+2029 and U+0085, where ``str.splitlines`` splits too, and an
+    incomplete line may end inside a character.
     """
     with file.open("rb") as opened:
         return [line.removesuffix(b"\n") + b"\n" for line in opened]
 
 
 def last_evaluated(file: Path) -> int:
-    """The last step of a log that has a held-out loss; -1 where none has."""
+    """The last step in a log with a held-out loss; -1 if there is none."""
     lines = read_lines(file) if file.is_file() else []
     steps = (_step_of(line) for line in lines if b'"held-out loss"' in line)
     return max((int(step) for step in steps if math.isfinite(step)), default=-1)
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; a line that a crash cut short belongs to no step."""
+    """The step of a line; infinite for an incomplete line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -214,7 +213,7 @@ def _rounded(value: Any) -> Any:
 
 
 class TensorBoard:
-    """TensorBoard's files, in ``tensorboard`` in the run's folder."""
+    """TensorBoard files in ``tensorboard/`` of the run's folder."""
 
     def __init__(self, folder: Path):
         try:
@@ -233,7 +232,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases. Its id is drawn once and kept in the run's folder, where a resumed run finds it."""
+    """A Weights & Biases run. Its id is drawn once and kept in the run's folder, where a resumed run finds it."""
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]):
         try:
@@ -246,7 +245,7 @@ class Wandb:
         name = read_text(file, 1 << 10).strip()
         if not _WANDB_ID.fullmatch(name):
             raise ValueError(
-                f"{file} holds {name!r:.40}, which is no id of a run of wandb; delete it to begin a new one"
+                f"{file} holds {name!r:.40}, which is not the id of a wandb run; delete it to start a new one"
             )
         self._run = module.init(
             project=project,
@@ -265,9 +264,9 @@ class Wandb:
 
 
 class Reporter:
-    """Everything that is told: lines to all sinks, and a bar where there is a terminal. On one rank only.
+    """Writes log lines to all sinks, and shows a progress bar on a terminal. On rank 0 only.
 
-    None of it may cost a training: a sink that fails is a warning, and a console that is gone says nothing more.
+    It never ends a training: a sink that fails is a warning, and a closed console is silent.
     """
 
     def __init__(self, sinks: Sequence[Sink], console: Console | None = None):
@@ -278,7 +277,7 @@ class Reporter:
         self._task: Any = None
 
     def start(self, done: float) -> None:
-        """Show the bar, at this share of the training."""
+        """Show the bar, at this fraction of the training."""
         if self.console.is_terminal:
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
@@ -291,7 +290,7 @@ class Reporter:
             self._bar.update(self._task, completed=done)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Log a line, which names its ``step``."""
+        """Log a line with its ``step``."""
         for sink in self._sinks:
             try:
                 sink.write(line)
@@ -303,11 +302,11 @@ class Reporter:
             self.say(f"step {line['step']}: {summary(line)}{_ahead(line)}")
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line."""
         print_line(self.console, text)
 
     def _warn(self, text: str) -> None:
-        """Say what went wrong, once."""
+        """Print a warning once."""
         if text not in self._warned:
             self._warned.add(text)
             self.say(f"warning: {text}")
@@ -329,7 +328,7 @@ class Reporter:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line as it is. A console that is gone, as a terminal that was closed, says nothing more."""
+    """Print a line without markup. A closed console, such as a closed terminal, is silent from then on."""
     with _may_be_gone(console):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -339,7 +338,7 @@ def _may_be_gone(console: Console) -> Iterator[None]:
     try:
         yield
     except (OSError, SystemExit):
-        # Rich ends the process where the reader of a pipe has left.
+        # Rich exits the process when the reader of a pipe is gone.
         console.quiet = True
 
 
@@ -348,14 +347,14 @@ def _of_total(line: Mapping[str, Any]) -> str:
 
 
 def _ahead(line: Mapping[str, Any]) -> str:
-    """How far a training is and how long it will take, where a line says so."""
+    """Total steps and time left, if the line has them."""
     parts = [f"{line['step']}/{line['total steps']} steps"] if "total steps" in line else []
     parts += [f"{duration(line['seconds left'])} left"] if "seconds left" in line else []
     return "".join(f", {part}" for part in parts)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds, formatted."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes = seconds / 60
@@ -363,12 +362,12 @@ def duration(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes for people."""
+    """Bytes, formatted."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def summary(line: Mapping[str, Any]) -> str:
-    """The few numbers of a line that a bar has room for."""
+    """The few numbers of a line that fit beside a bar."""
     parts = []
     for name, form in (
         ("loss", "loss {:.4f}"),

@@ -1,4 +1,4 @@
-"""What a run saves and takes up again, and what a person should know where a resumed one takes another course."""
+"""The state that a run saves and resumes from, and warnings where a resumed run differs from the one before."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from aria.train.trainer import Position
 
 
 class Saved:
-    """All that a resumed run needs.
+    """The state that a checkpoint holds.
 
     Args:
-        module: what trains is saved of it.
-        optimizer: over what trains.
-        average: moving averages of what trains, by name.
-        stream: this rank's batches.
-        position: where the training is.
+        module: The module; its trained parameters are saved.
+        optimizer: Optimizer over them.
+        average: Their moving averages, by name.
+        stream: This rank's batches.
+        position: Where the training is.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Saved:
         for name, value in state["position"].items():
             setattr(self.position, name, value)
         random = state["random"]
-        # Earlier versions saved PyTorch's states alone, and CUDA's beside.
+        # Earlier versions saved the CPU state alone, and CUDA's under a key of its own.
         restore_random_states({"cpu": random, "cuda": state.get("cuda")} if isinstance(random, Tensor) else random)
 
 
 def about(recipe: Recipe) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it; see :func:`course`."""
+    """Description of the run, stored in each checkpoint; :func:`course` reads it."""
     return {"recipe": recipe.to_toml()}
 
 
@@ -74,12 +74,12 @@ def make_budget(recipe: Recipe, stream: Any, seconds: Callable[[], float]) -> Bu
     """``[budget]`` of a recipe.
 
     Args:
-        recipe: of the training.
-        stream: its batches, whose ``epochs`` count.
-        seconds: of training so far.
+        recipe: The recipe.
+        stream: Its batches, which count ``epochs``.
+        seconds: Returns the seconds of training so far.
 
     Raises:
-        ValueError: epochs are asked for, and the stream does not count them.
+        ValueError: The budget is in epochs, and the stream does not count them.
     """
     budget = recipe.budget
     if budget.steps is not None:
@@ -111,22 +111,22 @@ def schedule_of(recipe: Recipe) -> dict[str, Any]:
 def course(
     meta: Mapping[str, Any], recipe: Recipe, parallel: Parallel, budget: Callable[[Recipe], Budget], step: int
 ) -> list[str]:
-    """What to say when a run resumes: where it is, and what of its course is not that of the run before.
+    """Lines to print when a run resumes: where it resumes from, and warnings about tokens per step and learning rate.
 
-    The schedule spans the budget. With another budget the rate therefore jumps: were the old schedule kept, steps that
-    are added to a cosine's end would train at a rate of zero.
+    The schedule spans the budget, so another budget makes the rate jump: if the old schedule were kept, steps added
+    after the end of a cosine would train at a rate of zero.
 
     Args:
-        meta: what the checkpoint says of itself, and its folder.
-        recipe: of this run.
-        parallel: its ranks.
-        budget: makes a recipe's.
-        step: that was saved.
+        meta: What the checkpoint says of itself, and its folder.
+        recipe: Recipe of this run.
+        parallel: Ranks of this run.
+        budget: Makes the budget of a recipe.
+        step: Step of the checkpoint.
     """
     now = budget(recipe).progress(step)
     if now >= 1.0:
-        return [f"this training is finished, with step {step}; raise [budget] to train on from there"]
-    lines = [f"going on after step {step}, {now:.1%} of the training, from {meta['folder']}"]
+        return [f"this training is finished, at step {step}; raise [budget] to continue from there"]
+    lines = [f"resuming from step {step}, {now:.1%} of the training, from {meta['folder']}"]
     before = Recipe.from_table(parse_toml(meta["recipe"], "the checkpoint's recipe")) if "recipe" in meta else recipe
     seen, sees = (
         one.batch.tokens * one.batch.accumulate * ranks
@@ -147,7 +147,7 @@ def course(
     if abs(old - new) > 0.01 * max(old, new):
         changed = changes(before, recipe, only=("budget", "optimizer", "schedule"))
         lines.append(
-            f"warning: the learning rate goes on at {new:.3g}, where the run before would have had {old:.3g} "
+            f"warning: the learning rate continues at {new:.3g}, where the run before would have had {old:.3g} "
             f"({'; '.join(changed)}): the schedule spans the whole budget"
         )
     return lines

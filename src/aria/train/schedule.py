@@ -1,4 +1,4 @@
-"""How far a training is, and the learning rate there."""
+"""How far a training is, and its learning rate."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal, Protocol
 
 
 class Budget(Protocol):
-    """How far training is."""
+    """Measures progress."""
 
     def progress(self, step: int) -> float:
-        """Share of the whole training that is done before ``step``, 0 to 1."""
+        """Fraction of the training that is done before ``step``, 0 to 1."""
         ...
 
 
 @dataclass(frozen=True)
 class StepBudget:
-    """So many steps, however long they take."""
+    """A number of steps."""
 
     steps: int
 
@@ -28,7 +28,7 @@ class StepBudget:
 
 
 class ShareBudget:
-    """So much of what ``done`` measures: passes over the data, or seconds spent."""
+    """A total of what ``done`` measures: passes over the data, or seconds."""
 
     def __init__(self, total: float, done: Callable[[], float]):
         self._total, self._done = total, done
@@ -38,7 +38,7 @@ class ShareBudget:
 
 
 class TimeBudget:
-    """From progress ``start`` to ``until`` in so many seconds, whatever the speed: the schedule always finishes."""
+    """From progress ``start`` to ``until`` in a number of seconds, whatever the speed: the schedule always finishes."""
 
     def __init__(
         self, seconds: float, *, start: float = 0.0, until: float = 1.0, clock: Callable[[], float] = time.monotonic
@@ -63,20 +63,20 @@ def lr_factor(
     final: float = 0.0,
     reached: float | None = None,
 ) -> float:
-    """Share of the peak learning rate: a linear warm-up, then the schedule down to ``final`` at progress 1.
+    """Fraction of the peak learning rate: a linear warm-up, then a decay to ``final`` at progress 1.
 
     Args:
-        step: optimizer steps that were made.
-        progress: share of the training that is done, 0 to 1.
-        kind: the curve; cosine and linear run over the whole training, of which the warm-up hides the beginning.
-        warmup: share of the training that the rate rises over.
-        warmup_steps: the same in steps, instead.
-        final: share of the peak rate at the end.
-        reached: progress when the step is done, where it is known; a warm-up by ``warmup`` goes by it, so that the
-            first step has a rate too.
+        step: Optimizer steps made so far.
+        progress: Fraction of the training that is done, 0 to 1.
+        kind: Shape of the decay, which spans the whole training and is multiplied by the warm-up.
+        warmup: Fraction of the training that the warm-up takes.
+        warmup_steps: Steps that the warm-up takes, in place of ``warmup``.
+        final: Fraction of the peak rate at the end.
+        reached: Progress after this step, where it is known. ``warmup`` counts up to it, so that the first step has a
+            rate above zero.
     """
     if warmup_steps is not None:
-        # The first step has a rate too.
+        # The first step has a rate above zero.
         warm = min(1.0, (step + 1) / max(1, warmup_steps))
     else:
         warm = min(1.0, (progress if reached is None else reached) / warmup) if warmup > 0 else 1.0

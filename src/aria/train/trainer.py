@@ -1,6 +1,7 @@
-"""The training loop: one for adapters and full weights, one process and many, and for any objective.
+"""The training loop: one for adapters and full weights, one process or many, and any objective.
 
-It knows no files and no formats; :mod:`aria.train.run` puts model, data, optimizer and checkpoints into it.
+It knows nothing of files and formats: :mod:`aria.train.assemble` gives it model, data, optimizer and checkpoints, and
+:mod:`aria.train.run` what happens before and after it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ Objective = Callable[[Any, Step], Losses]
 
 
 class Stream(Protocol):
-    """Batches of one rank. Its state is that of the last batch it gave.
+    """Batches of one rank, with the state after the last batch.
 
-    It is asked for before every step, and must stay as it was then; where the data of any rank fail, it is given back.
-    One that ends may have a method ``filler``, which gives a batch without targets: where one rank's data end before
-    another's, it takes part in the last steps with such batches. Without it, all ranks end with the first.
+    ``state_dict`` is called before every step, and what it returns must not change later: it is loaded again where the
+    data of any rank fail. A stream that ends may have a method ``filler``, which returns a batch without targets: a
+    rank whose data end before another's takes part in the last steps with such batches. Without it, all ranks end with
+    the first.
     """
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -44,7 +46,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What the loop reads of a recipe."""
+    """What the loop needs from a recipe."""
 
     accumulate: int = 1
     log_every: int = 10
@@ -53,21 +55,21 @@ class LoopSettings:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of :func:`aria.train.schedule.lr_factor`."""
     stop_after: float | None = None
-    """Seconds after which this run saves and stops, wherever the training is."""
+    """Seconds after which this run saves and stops."""
     rate: float | None = None
-    """FLOP/s of matrix products that MFU is a share of; None tells no MFU."""
+    """Measured FLOP/s of matrix products, the base of MFU; None reports no MFU."""
 
 
 @dataclass
 class Position:
-    """Where a training is; saved with it."""
+    """Progress of a training; saved in its checkpoints."""
 
     step: int = 0
     progress: float = 0.0
     seconds: float = 0.0
-    """Spent on steps, by all runs of this training together, but for the first step of each, which may compile."""
+    """Time of training steps over all runs, without the first step of each run, which may compile."""
     tokens: int = 0
-    """Seen by all ranks, filler included."""
+    """Tokens seen by all ranks, filler included."""
 
 
 class Session(NamedTuple):
@@ -78,26 +80,27 @@ class Session(NamedTuple):
 
 
 class Trainer:
-    """Descends an objective over the batches of a stream until the budget is spent.
+    """Minimizes an objective over the batches of a stream until the budget is spent.
 
     Args:
-        objective: gives the losses of a batch.
-        stream: this rank's batches.
-        descent: what is descended, and how.
-        budget: how far a training is.
-        settings: of the loop.
-        ranks: the processes that train together.
-        position: where the training is; a resumed one goes on there.
-        save: called to save everything, with whether to wait until it is on disk, and whether older checkpoints may go;
-            it is asked once more at every end.
-        due: whether it is time to save, asked after each step.
-        evaluate: called at its interval, gives what to log.
-        reporter: of the rank that tells; None elsewhere.
-        flops: FLOPs of a batch as MFU counts them.
-        evaluated: the step of the last evaluation, which is not made again.
+        objective: Computes the losses of a batch.
+        stream: This rank's batches.
+        update: Updates the parameters from their gradients.
+        budget: Says how far the training is.
+        settings: Settings of the loop.
+        ranks: The processes that train together.
+        position: Where the training is; resuming continues from there.
+        clock: Time of training so far; None starts one.
+        data_ranks: Number of ranks with data of their own.
+        save: ``save(wait, prune)`` writes a checkpoint: ``wait`` until it is on disk, ``prune`` older ones.
+        due: ``due(step)`` says whether to save after this step.
+        evaluate: Evaluates, and returns what to log.
+        reporter: Logs and shows progress on rank 0; None on other ranks.
+        flops: FLOPs of a batch, for MFU.
+        evaluated: Step of the last evaluation, which is not repeated.
 
     Attributes:
-        finished: whether the training came to its end, whatever happens to what is done after the last step.
+        finished: Whether the training reached its end, whatever happens after the last step.
     """
 
     def __init__(
@@ -132,8 +135,7 @@ class Trainer:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """Everything a run needs while it lasts: the rank's device is current, signals are noted instead of ending the
-        process, and the stream is closed at the end, however the run ends."""
+        """Make the rank's device current, catch signals, and close the stream at the end, however the run ends."""
         batches = iter(self.stream)
         with current(self.ranks.device), Termination() as termination, _closing(batches):
             yield Session(batches, termination)
@@ -141,7 +143,7 @@ class Trainer:
     def train(self, session: Session) -> str:
         """Train until the budget is spent, the data end, a signal arrives or ``stop_after`` has passed.
 
-        Logs, evaluates and saves at their intervals. What follows the last step is :func:`aria.train.run.run_to_end`'s.
+        Logs, evaluates and saves at their intervals. :func:`aria.train.run.run_to_end` does what follows the last step.
 
         Returns:
             ``"done"``, ``"data ended"``, ``"terminated"`` or ``"time is up"``.
@@ -191,7 +193,7 @@ class Trainer:
             self._run_evaluation(self._evaluate)
 
     def _agreed_end(self, termination: Termination) -> str:
-        """Why to stop before the next step, or nothing; every rank comes to the same."""
+        """Why to stop before the next step, or an empty string; the same on every rank."""
         position = self.position
         position.seconds = self.clock.seconds
         # Clocks differ between ranks, and a signal may reach only some of them.
@@ -203,13 +205,13 @@ class Trainer:
         return "terminated" if asked >= 2 else "time is up" if asked else ""
 
     def _agreed_progress(self, step: int) -> float:
-        """Of the rank that is the least far: it still has rows that count."""
+        """Progress of the rank that is least far: it still has rows to train on."""
         return -self.ranks.max(-round(self.budget.progress(step) * 10**9)) / 10**9
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
-        """The micro-batches of a step: as many on every rank, on the device.
+        """The micro-batches of a step, as many on every rank, on the device.
 
-        Where the data of any rank fail, all of them save what was before this step, and end with an error.
+        Where the data of any rank fail, all ranks save the state before this step and raise an error.
         """
         wanted, before = self.settings.accumulate, self.stream.state_dict()
         failed: Exception | None = None
@@ -221,7 +223,7 @@ class Trainer:
         missing = self.ranks.max(wanted - len(micro) if failed is None else wanted + 1)
         if missing > wanted:
             if failed is None:
-                failed = RuntimeError("the data of another process failed; its own message says at what")
+                failed = RuntimeError("the data of another process failed; see its own message")
             self._log()
             raise self._saved_before(failed, stream=before)
         if missing and (filler := getattr(self.stream, "filler", None)) is not None:
@@ -231,20 +233,20 @@ class Trainer:
         return [self._sent(batch) for batch in micro]
 
     def _saved_before(self, error: Exception, *, stream: dict[str, Any] | None = None) -> Exception:
-        """Save the steps that were made before an error; gives it, or one that also says that saving failed."""
+        """Save the steps before an error. Returns the error, or one that also says that saving failed."""
         try:
             if stream is not None:
                 self.stream.load_state_dict(stream)
             if self.position.step:
                 self._save(True, False)
         except Exception as unsaved:
-            both = RuntimeError(f"{error}. Nor could the steps before it be saved: {unsaved}")
+            both = RuntimeError(f"{error}. The steps before it could not be saved either: {unsaved}")
             both.__cause__ = error
             return both
         return error
 
     def _sent(self, batch: Any) -> Any:
-        """A batch on the device; from pinned memory the copy does not wait for the work before it."""
+        """The batch on the device, copied from pinned memory without a wait for earlier work."""
         device = self.ranks.device
         if device.type == "cuda" and hasattr(batch, "pin"):
             batch = batch.pin()
@@ -259,22 +261,22 @@ class Trainer:
         for number, batch in enumerate(micro):
             losses = self.objective(batch, step)
             losses.total.backward()
-            # Parts add up to the step, which counts once.
+            # Micro-batches add up to one step.
             last = int(number == len(micro) - 1)
             self._metrics.add(losses.metrics, count=last)
             if losses.loads is not None:
                 self._metrics.add_loads(losses.loads, count=last)
             self._interval.add(batch, self._flops(batch) if self._flops is not None else 0.0)
-        # The rows of this step are read: data of less than a step would be learnt at no rate at all without them.
+        # Includes the rows of this step: data of less than one step would otherwise have a learning rate of zero.
         reached = self._agreed_progress(position.step + 1)
         factor = lr_factor(position.step, position.progress, reached=reached, **self.settings.schedule)
         made = self.update.step(position.step, factor)
-        # The same on every rank, where the others are parts of a sum.
+        # These are equal on every rank; other metrics are summed over ranks.
         self._metrics.add({name: value / self._data_ranks for name, value in made.items()})
         position.step, position.progress = position.step + 1, reached
         position.tokens += self._interval.last_tokens * len(micro) * self._data_ranks
         if not self.clock.running:
-            # The first step may have compiled what all others use; neither budget nor speed should count that.
+            # The first step may compile kernels, which neither the budget nor the throughput should count.
             self.clock.start()
             self._first = (position.step, position.progress)
             self._interval.restart(self.ranks.device)
@@ -282,7 +284,7 @@ class Trainer:
             self._reporter.advance(position.progress)
 
     def _log(self) -> None:
-        """Write a line, and stop if too many steps were skipped."""
+        """Write a log line, and stop if too many steps were skipped."""
         steps = self._metrics.steps
         if not steps:
             return
@@ -307,18 +309,18 @@ class Trainer:
             )
         self._interval.restart(self.ranks.device)
         if skipped > self.settings.max_skipped:
-            # The weights may have gone astray before: run again and again, it would leave none from before that.
+            # Keeps older checkpoints: the weights may have diverged before, and reruns must not delete all good ones.
             raise self._saved_before(
                 FloatingPointError(
                     f"{skipped} of the last {steps} steps before step {position.step} had a gradient that is not "
-                    "finite; none of them changed a weight, and the weights are saved. Rerun to resume behind them: "
-                    "with --set optimizer.learning_rate at something lower, or schedule.max_skipped for data that do "
-                    "this now and then; to resume from older weights, delete the newest folder of checkpoints first"
+                    "finite; they changed no weight, and the weights are saved. Rerun to resume after them, with a "
+                    "lower --set optimizer.learning_rate, or with schedule.max_skipped for data that cause this now "
+                    "and then; to resume from older weights, first delete the newest checkpoint"
                 )
             )
 
     def _left(self) -> dict[str, float]:
-        """Steps in all, and, from this run's second step on, seconds to come."""
+        """Total steps, and, from this run's second step on, seconds left."""
         position, (step, progress) = self.position, self._first
         if not position.progress > progress:
             return {"total steps": round(position.step / position.progress)} if position.progress else {}
@@ -329,7 +331,7 @@ class Trainer:
         }
 
     def _refuse_skipped(self) -> None:
-        """What is saved in mid-interval must not let a resumed run forget steps that were skipped."""
+        """Log before a save or an evaluation in mid-interval if too many steps were skipped, which raises an error."""
         if self._metrics.peek("skipped") * self._data_ranks > self.settings.max_skipped + 0.5:
             self._log()
 
@@ -355,7 +357,7 @@ class Trainer:
 
 @contextmanager
 def _closing(batches: Iterator[Any]) -> Iterator[None]:
-    """Let a generator end its workers at once, however the loop ends."""
+    """Close a generator, which ends its workers, however the loop ends."""
     try:
         yield
     finally:
@@ -364,7 +366,7 @@ def _closing(batches: Iterator[Any]) -> Iterator[None]:
 
 
 class Clock:
-    """Seconds of training: from a run's second step on, evaluations left out, added to those of runs before."""
+    """Seconds of training over all runs: from each run's second step on, without evaluations."""
 
     def __init__(self, before: float):
         self._before, self._left_out, self._left_out_before = before, 0.0, 0.0
@@ -376,29 +378,29 @@ class Clock:
         return self._began is not None
 
     def start(self) -> None:
-        """The first step is made."""
+        """Start counting, after the first step."""
         self._began, self._left_out_before = time.monotonic(), self._left_out
 
     @property
     def counted(self) -> float:
-        """Of this run, from its second step on."""
+        """Seconds of this run, from its second step on."""
         if self._began is None:
             return 0.0
         return time.monotonic() - self._began - (self._left_out - self._left_out_before)
 
     @property
     def seconds(self) -> float:
-        """Of all runs of this training."""
+        """Seconds of all runs of this training."""
         return self._before + self.counted
 
     @property
     def spent(self) -> float:
-        """As ``seconds``, with this run's first step."""
+        """``seconds`` plus this run's first step."""
         return self._before + self.this_run - self._left_out
 
     @property
     def this_run(self) -> float:
-        """Seconds since this run's loop was made, everything counted."""
+        """Wall time of this run."""
         return time.monotonic() - self._started
 
     @contextmanager
@@ -409,7 +411,7 @@ class Clock:
 
 
 class _Interval:
-    """Speed since the last line."""
+    """Throughput since the last log line."""
 
     def __init__(self) -> None:
         self.last_tokens = 0
@@ -429,7 +431,7 @@ class _Interval:
         self._began, self._tokens, self._flops = time.monotonic(), 0, 0.0
 
     def report(self, device: torch.device, data_ranks: int, rate: float | None) -> dict[str, float]:
-        """Tokens a second of all ranks, MFU and peak memory in bytes of this one; nothing of a run's first step."""
+        """Tokens per second of all ranks, MFU and peak memory (bytes) of this rank, without a run's first step."""
         found: dict[str, float] = {}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -443,10 +445,9 @@ class _Interval:
 
 
 class Termination:
-    """Notes SIGTERM, Ctrl-C and a terminal that is closed (SIGHUP) instead of dying of them, so that the loop can save;
-    a second Ctrl-C does not wait.
+    """Catches SIGTERM, Ctrl-C and SIGHUP (a closed terminal), so that the loop can save; a second Ctrl-C interrupts.
 
-    Only the main thread may listen, and what the process was started to ignore stays ignored.
+    Only the main thread can handle signals. Signals that the process was started to ignore stay ignored.
     """
 
     def __init__(self) -> None:
