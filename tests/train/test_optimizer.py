@@ -246,5 +246,5 @@ def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_is_tried_again_aft
     for rank in seen:
         assert rank["due"] and rank["whole"] == "step-00000002"
         [line] = rank["lines"]
-        assert "could not be written: rank 0: no space left" in line and "trying once more" in line
+        assert "could not be written: rank 0: no space left" in line and "trying again" in line
     assert RunState.latest_in(ranks / "failing").name == "step-00000002"

@@ -291,7 +291,7 @@ def test_only_exact_names_are_checkpoints(checkpoint: Path) -> None:
     run, state = Run(), state_of(out, keep=1)
     state._report = said.append
     assert state.load(run)["folder"] == checkpoint
-    assert len(said) == 1 and said[0].startswith("step-00000001 is taken; ") and "step-00000009.bak" in said[0]
+    assert len(said) == 1 and said[0].startswith("step-00000001 is loaded; ") and "step-00000009.bak" in said[0]
     for _ in range(2):
         run.step()
         state.save(run, wait=True)

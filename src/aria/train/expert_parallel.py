@@ -1,6 +1,7 @@
-"""Experts spread over ranks: each computes some, for the tokens of all.
+"""Expert parallelism: each rank computes some experts, for the tokens of all ranks.
 
-A token travels once to each rank that has any of its experts, which weighs what they give and sends one row back.
+A token is sent once to each rank that has any of its experts. That rank sums their weighted outputs and sends one row
+back.
 
 T tokens of this rank, S rows that it sends, N rows that arrive here, D hidden, E experts, A experts per token, R ranks
 of the group.
@@ -24,11 +25,11 @@ from aria.train.shards import local
 
 
 def spread_experts(experts: Experts, mesh: DeviceMesh) -> None:
-    """Keep E / R of the experts, adapters included, and send tokens to those of others; in place.
+    """Keep E / R of the experts, LoRA included, and send tokens to those on other ranks; in place.
 
     Args:
-        experts: all of them, the same on every rank.
-        mesh: one axis, the ranks of the group. E has to divide by R.
+        experts: All experts, the same on every rank.
+        mesh: One axis, the ranks of the group. R must divide E.
     """
     here, ranks = mesh.get_local_rank(), mesh.size()
     for module in experts.modules():
@@ -54,7 +55,7 @@ def _expert_mlp(
     wanted_TR = chosen_TAR.any(1)
     sent_R2 = torch.stack((wanted_TR.sum(0), chosen_TAR.sum((0, 1))), 1)
     arrived_R2 = _exchange(sent_R2, [1] * ranks, [1] * ranks, group)
-    # One wait for the host: it has to know how much memory arriving rows take.
+    # One wait for the host, which must know how many rows arrive.
     (sends, _), (receives, present) = torch.stack((sent_R2.t(), arrived_R2.t())).tolist()
 
     source_S, place_TR = _rank_by_rank(wanted_TR, sum(sends))
@@ -67,8 +68,12 @@ def _expert_mlp(
 
 
 def _rank_by_rank(wanted_TR: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """int64 ``(S,)``: the token of each row that is sent, rank after rank; ``(T, R)``: where each token's rows are
-    among them, and S where a rank does not want it."""
+    """Order rows by the rank that they are sent to.
+
+    Returns:
+        int64 ``(S,)``: the token of each row that is sent; int64 ``(T, R)``: the places of each token's rows, S where
+        a rank does not need the token.
+    """
     T, R = wanted_TR.shape
     wanted = wanted_TR.t().flatten()
     place = (wanted.cumsum(0) - 1).where(wanted, rows)
@@ -81,7 +86,7 @@ def _own_experts(
 ) -> Tensor:
     nothing = not len(rows_ND)
     if nothing:
-        # A row of zeros, so that weights have a gradient here too: the other ranks wait for it.
+        # A row of zeros, so that weights get a gradient on this rank too: the other ranks wait for it.
         rows_ND, weights_NA, index_NA = (
             torch.cat((x, x.new_zeros(1, x.shape[1]))) for x in (rows_ND, weights_NA, index_NA)
         )
@@ -97,7 +102,7 @@ def _lora(linear: GroupedLinear) -> LoRA | None:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to the ranks of a group, as many to each as ``sends`` says; gradients go the way back."""
+    """All-to-all of rows, ``sends`` rows to each rank; gradients go back the same way."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -1,7 +1,7 @@
-"""One model on many GPUs, from outside: weights in shards, experts and sequences spread, layers computed again.
+"""One model on many GPUs: FSDP2, expert parallelism, sequence parallelism and activation checkpointing.
 
-T tokens of a batch, S ranks that share them, D hidden, E experts, A experts per token, V vocabulary. The model's code
-knows one device and no ranks; modules are changed in place here, and parameters keep their names and (whole) shapes.
+T tokens of a batch, S ranks that share them. The model's code knows one device and no ranks: modules are changed in
+place here, and parameters keep their names and global shapes.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """``[parallel]`` of a recipe. With one process only ``checkpointing`` changes anything."""
+    """``[parallel]`` of a recipe. With one process only ``checkpointing`` has an effect."""
 
     expert: int = 1
-    """Ranks over which the experts of a layer are spread; tokens travel to them. 1: all ranks compute all experts, and
-    their weights travel, as those of other parts do."""
+    """Expert-parallel ranks: the experts of a layer are spread over them, and tokens are sent to them. 1: all ranks
+    compute all experts, and weights are gathered, as those of other parts are."""
     sequence: int = 1
-    """Ranks that share the tokens of one batch, for long contexts; inside attention they share the heads."""
+    """Sequence-parallel ranks: they share the tokens of one batch, for long contexts, and the heads in attention."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Layers that keep only their input and are computed again for gradients: none, every other one, or all."""
+    """Layers that keep only their input and are recomputed in the backward pass: none, every other one, or all."""
     timeout: float = 600.0
-    """Seconds that a rank waits for the others before it gives up."""
+    """Seconds that a rank waits for the others before it raises an error."""
 
     def __post_init__(self) -> None:
         for name in ("expert", "sequence"):
@@ -58,14 +58,7 @@ class ParallelSettings:
 
 
 class Parallel:
-    """The processes that train together; :meth:`start` makes it, once in a process.
-
-    Attributes:
-        rank, world: of this process, and how many there are.
-        device: this process computes here.
-        data_rank, data_world: of those that have data of their own: ranks that share sequences have the same.
-        sequence: ranks that share the tokens of one batch.
-    """
+    """The processes that train together (:class:`~aria.train.ranks.Ranks`). :meth:`start` makes it once per process."""
 
     def __init__(self, settings: ParallelSettings, rank: int, world: int, device: torch.device):
         self.settings, self.rank, self.world, self.device = settings, rank, world, device
@@ -82,17 +75,17 @@ class Parallel:
         if world > 1:
             grid = init_device_mesh(device.type, (self.data_world, self.sequence), mesh_dim_names=("data", "sequence"))
             self._data, self._sequence = grid.get_group("data"), grid.get_group("sequence")
-            # Checkpoints are written by a thread of their own, whose messages must not mix with the loop's.
+            # Checkpoints are written by another thread, whose collectives must not mix with the loop's.
             self.saving: dist.ProcessGroup | None = dist.new_group(backend="gloo")
         else:
             self.saving = None
 
     @classmethod
     def start(cls, settings: ParallelSettings | None = None) -> Parallel:
-        """Join the processes that torchrun started; without it this is the only one.
+        """Join the processes that torchrun started; without torchrun there is one process.
 
         Raises:
-            ValueError: the settings do not fit the number of processes, or there are fewer GPUs than that.
+            ValueError: The settings do not fit the number of processes, or there are fewer GPUs than processes.
         """
         settings = settings or ParallelSettings()
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -108,7 +101,7 @@ class Parallel:
             device = torch.device("cuda", number)
             torch.cuda.set_device(device)
         if world > 1:
-            # Numbers of the host go by gloo, so that nobody waits for a GPU to tell them.
+            # Host numbers go over gloo, so that no rank waits for a GPU to exchange them.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend,
@@ -121,15 +114,15 @@ class Parallel:
         return cls(settings, rank, world, device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks that have data of their own."""
+        """Sum over the ranks with data of their own."""
         return self._reduced(tensor, self._data)
 
     def join(self, tensor: Tensor) -> Tensor:
-        """Over the ranks that share the tokens of one batch."""
+        """Sum over the ranks that share the tokens of one batch."""
         return self._reduced(tensor, self._sequence)
 
     def max(self, value: int) -> int:
-        """The largest value of all ranks; the device is not waited for."""
+        """Largest value over all ranks; does not wait for the device."""
         if self.world == 1:
             return value
         found = torch.tensor(value, dtype=torch.int64)
@@ -137,7 +130,7 @@ class Parallel:
         return int(found)
 
     def collect(self, thing: Any) -> list[Any]:
-        """What every rank that has data of its own brings. All ranks have to call it together, while none is saving."""
+        """Objects of all ranks with data of their own. All ranks call it together, while none is saving."""
         if self.world == 1:
             return [thing]
         found: list[Any] = [None] * self.world
@@ -149,9 +142,9 @@ class Parallel:
         self.max(0)
 
     def close(self) -> None:
-        """Leave the other processes. Where this one fails, they notice: their next exchange raises an error.
+        """Leave the process group. If this process fails, the next collective of the others raises an error.
 
-        On GPUs a failing process leaves by ending: NCCL would first wait for exchanges that nobody finishes.
+        On GPUs a failing process leaves by exiting: NCCL would first wait for collectives that never finish.
         """
         failing = sys.exc_info()[0] is not None
         if self.world > 1 and dist.is_initialized() and not (failing and self.device.type == "cuda"):
@@ -165,16 +158,16 @@ class Parallel:
         return tensor
 
     def context(self, config: TextConfig, segments: Segments) -> Context:
-        """Attention over sequences of which every rank of this group has its part of the tokens.
+        """Attention context of sequences whose tokens are split over this rank's group.
 
         Raises:
-            ValueError: the tokens do not divide among the ranks.
+            ValueError: The tokens do not divide among the ranks.
         """
         self._check_tokens(segments.total)
         return HeadsForTokens(config, segments, cast(dist.ProcessGroup, self._sequence))
 
     def shard(self, x_T: Tensor) -> Tensor:
-        """This rank's part of the tokens: the first of S is the first rank's."""
+        """This rank's part of the tokens, in the order of ranks."""
         self._check_tokens(len(x_T))
         return x_T.chunk(self.sequence)[self.rank % self.sequence]
 
@@ -183,29 +176,29 @@ class Parallel:
             raise ValueError(f"[batch] tokens is {tokens}, which does not divide among {self.sequence} sequence ranks")
 
     def apply(self, model: M, settings: ParallelSettings | None = None) -> M:
-        """Spread a model over the ranks, in place; every rank brings it whole. Parameters that train start as rank 0's.
+        """Shard a model over the ranks in place; every rank passes all of it. Trained parameters start as rank 0's.
 
         Args:
-            model: an :class:`~aria.model.Aria`, its adapters attached and its frozen parts frozen; or, with one
-                process, any module that holds one.
-            settings: None means those of the start.
+            model: An :class:`~aria.model.Aria` with adapters attached and frozen parts frozen; or, with one process,
+                any module that contains one.
+            settings: None means the settings of the start.
 
         Returns:
-            The same model. Its parameters are DTensors where there is more than one rank.
+            The same model. With more than one rank its parameters are DTensors.
 
         Raises:
-            ValueError: heads or experts do not divide among the ranks, or there are parameters of no known part.
+            ValueError: Heads or experts do not divide among the ranks.
         """
         settings = settings or self.settings
         arias = [module for module in model.modules() if isinstance(module, Aria)]
         if self.world > 1:
             if not isinstance(model, Aria):
                 raise ValueError(
-                    f"a {type(model).__name__} cannot be spread over {self.world} processes, only a plain Aria; train "
-                    "it with one"
+                    f"a {type(model).__name__} cannot be sharded over {self.world} processes, only a plain Aria; "
+                    "train it with one"
                 )
             self._check(model, settings)
-            _start_alike(model)
+            _broadcast_trained(model)
             if settings.expert > 1:
                 self._spread_experts(model, settings.expert)
         for aria in arias:
@@ -238,31 +231,31 @@ class Parallel:
         return self._experts
 
     def _shard_weights(self, model: Aria, settings: ParallelSettings) -> None:
-        """FSDP2, a layer at a time. A vision encoder that is frozen stays whole: it is small, and read often."""
+        """FSDP2, one layer at a time. A frozen vision encoder stays unsharded: it is small, and read often."""
         mesh = init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("shard",))
         layers = _decoder_layers(model)
         tower, decoder = model.vision_tower, model.language_model.model
         towers = [*tower.encoder.layers, tower] if any(p.requires_grad for p in tower.parameters()) else []
-        # The embeddings are read before the decoder is called, and the head's weights outside of its `forward`.
-        _whole_where_read(decoder.embed_tokens, mesh)
-        _whole_where_read(model.language_model.lm_head, mesh)
-        apart = set(decoder.embed_tokens.parameters())
+        # Embeddings are read before the decoder is called, and the head's weights outside its `forward`.
+        _gather_when_read(decoder.embed_tokens, mesh)
+        _gather_when_read(model.language_model.lm_head, mesh)
+        ignored = set(decoder.embed_tokens.parameters())
         if settings.expert > 1:
             rest = self._expert_mesh(settings.expert)["expert_shard"]
             for experts in (layer.mlp.experts for layer in layers):
                 if rest.size() > 1:
                     _fully_shard(experts, rest, _rows_within_experts(rest.size()))
                 else:
-                    apart |= set(experts.parameters())  # no other rank has them: nothing to gather, nothing to sum
+                    ignored |= set(experts.parameters())  # on no other rank: nothing to gather or to sum
         for module in (*towers, model.multi_modal_projector, *layers, decoder):
-            _fully_shard(module, mesh, ignored=apart)
+            _fully_shard(module, mesh, ignored=ignored)
         _prefetch(layers)
 
 
 def _store_of_this_attempt() -> dist.Store | None:
-    """Where processes find each other; None means as PyTorch does it.
+    """The store for the rendezvous of a restarted run; None means PyTorch's default.
 
-    torchrun keeps one store for a run and all its restarts, with the addresses of processes that are dead.
+    torchrun keeps one store for all restarts of a run, with the addresses of dead processes.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -276,8 +269,8 @@ def _decoder_layers(model: Aria) -> list[DecoderLayer]:
 
 
 @torch.no_grad()
-def _start_alike(model: nn.Module) -> None:
-    """Fresh adapters may have been drawn differently on each rank."""
+def _broadcast_trained(model: nn.Module) -> None:
+    """Broadcast trained parameters: fresh adapters may have been drawn differently on each rank."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             dist.broadcast(parameter.data, 0)
@@ -289,7 +282,7 @@ def _fully_shard(
     placement: Callable[[nn.Parameter], Shard | None] | None = None,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
-    """Gradients are summed, in float32: the loss is divided by the whole step's targets already."""
+    """FSDP2 with gradients summed in float32: the loss is already divided by the targets of the whole step."""
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     fully_shard(
         module,
@@ -300,12 +293,12 @@ def _fully_shard(
         ignored_params=ignored,
     )
     cast(FSDPModule, module).set_gradient_divide_factor(1.0)
-    # As a plain sum, which every backend has.
+    # A plain sum, which every backend supports.
     cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
 
 
 def _rows_within_experts(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Experts are spread along their first axis already; the second one is cut where it divides."""
+    """Shard the second axis where it divides: experts are spread along the first one already."""
 
     def placement(parameter: nn.Parameter) -> Shard | None:
         return Shard(1) if parameter.ndim > 1 and parameter.shape[1] % ranks == 0 else None
@@ -314,7 +307,7 @@ def _rows_within_experts(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
 
 
 def _prefetch(layers: list[DecoderLayer]) -> None:
-    """The next layer's weights travel while a layer computes, in either direction."""
+    """Gather the next layer's weights while a layer computes, forward and backward."""
     for here, after in pairwise(layers):
         cast(FSDPModule, here).set_modules_to_forward_prefetch(_shards_of(after))
         cast(FSDPModule, after).set_modules_to_backward_prefetch(_shards_of(here))
@@ -324,8 +317,8 @@ def _shards_of(layer: DecoderLayer) -> list[FSDPModule]:
     return [module for module in (layer, layer.mlp.experts) if isinstance(module, FSDPModule)]
 
 
-class _Whole(torch.autograd.Function):
-    """A spread parameter, gathered; its gradient is summed over the ranks in float32 and cut up again."""
+class _Gathered(torch.autograd.Function):
+    """Gathers a sharded parameter; its gradient is summed over the ranks in float32 and sharded again."""
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
@@ -338,14 +331,14 @@ class _Whole(torch.autograd.Function):
         return parts.redistribute(placements=ctx.placements).to(ctx.dtype)
 
 
-def _whole_where_read(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread the parameters of a module whose weights others read, not its ``forward``: reading one gathers it."""
+def _gather_when_read(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard parameters that are read outside their module's ``forward``: reading one gathers it."""
     for inner in module.modules():
         names = [name for name, parameter in own_parameters(inner).items() if parameter is not None]
         for name in names:
             parameter = cast(nn.Parameter, own_parameters(inner)[name])
-            spread = nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)]), parameter.requires_grad)
-            inner.register_parameter(name, spread)
+            sharded = nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)]), parameter.requires_grad)
+            inner.register_parameter(name, sharded)
         if names:
             kind = type(inner)
             readers = {name: property(_reader(name)) for name in names}
@@ -353,11 +346,11 @@ def _whole_where_read(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor]:
-    return lambda module: _Whole.apply(own_parameters(module)[name])  # type: ignore[no-untyped-call]
+    return lambda module: _Gathered.apply(own_parameters(module)[name])  # type: ignore[no-untyped-call]
 
 
 def _change_layers(model: Aria, settings: ParallelSettings) -> None:
-    """Keep less of layers for gradients, as the settings say."""
+    """Activation checkpointing, as the settings say."""
     towers, layers = list(model.vision_tower.encoder.layers), _decoder_layers(model)
     every = {"none": 0, "selective": 2, "full": 1}[settings.checkpointing]
     for stack in (towers, layers):
@@ -366,7 +359,7 @@ def _change_layers(model: Aria, settings: ParallelSettings) -> None:
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that keeps its inputs only. All of it is computed again, so that all ranks exchange the same again."""
+    """A forward that keeps only its inputs. All of it is recomputed, so that all ranks repeat the same collectives."""
 
     @wraps(forward)
     def wrapped(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sequences spread over ranks (DeepSpeed Ulysses, arXiv 2309.14509): tokens outside of attention, heads inside.
+"""Sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509): ranks split tokens outside attention, heads inside.
 
 T tokens of all ranks of a group, S ranks, H heads, KV key/value heads, K head width.
 """
@@ -17,21 +17,21 @@ from aria.ops import Segments
 
 
 class HeadsForTokens:
-    """A context for T / S tokens of every rank: attention sees all tokens and H / S heads.
+    """Attention context with T / S tokens on each rank; attention itself sees all tokens and H / S heads.
 
     Args:
-        config: of the decoder; H and KV have to divide by S.
-        segments: of all T tokens.
-        group: the S ranks, in the order of their tokens.
+        config: Configuration of the decoder; S must divide H and KV.
+        segments: Segments of all T tokens.
+        group: The S ranks, in the order of their tokens.
     """
 
     def __init__(self, config: TextConfig, segments: Segments, group: dist.ProcessGroup):
         self._packed, self._group = Packed(config, segments), group
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
-        """From ``(T / S, H, K)`` to ``(T / S, H, K)``; see :class:`aria.model.context.Context`."""
+        """Attention output ``(T / S, H, K)``; see :class:`aria.model.context.Context`."""
         S = self._group.size()
-        # One exchange for all three: rank s gets the s-th share of the heads of each.
+        # One all-to-all for all three: rank s gets the s-th part of the heads of each.
         shares = [x.unflatten(1, (S, -1)) for x in (q_THK, k_THK, v_THK)]
         mixed = _ToHeads.apply(torch.cat(shares, dim=2).flatten(1, 2), self._group)
         q, k, v = mixed.split([share.shape[2] for share in shares], dim=1)

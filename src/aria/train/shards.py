@@ -1,6 +1,6 @@
-"""Parts of tensors that several ranks hold together: what this rank has of one, and one made of such parts.
+"""Shards of tensors: this rank's shard of a DTensor, and a DTensor from shards.
 
-A tensor that is not spread is its own part, so that code over parts serves one process and many.
+A tensor that is not sharded is its own shard, so that the same code serves one process and many.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part; it shares the tensor's memory."""
+    """This rank's shard; shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def spread_as(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose part on this rank is ``part``, spread as ``like`` is; it shares the part's memory.
+    """The tensor whose shard on this rank is ``part``, sharded like ``like``; shares the shard's memory.
 
-    Its rows may have another length than those of ``like``, where no rank has less than whole rows.
+    Its rows may have another length than those of ``like`` if every rank holds whole rows.
     """
     if not isinstance(like, DTensor):
         return part
@@ -33,7 +33,7 @@ def spread_as(part: Tensor, like: Tensor) -> Tensor:
 
 
 def copies(tensor: Tensor) -> int:
-    """How many ranks hold each element."""
+    """Number of ranks that hold each element."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size() if dist.is_initialized() else 1
     mesh = tensor.device_mesh
@@ -42,5 +42,5 @@ def copies(tensor: Tensor) -> int:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every rank; all ranks have to ask for it together."""
+    """The global tensor, on every rank; all ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

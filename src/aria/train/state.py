@@ -1,9 +1,9 @@
-"""What a run leaves on disk so that it can go on: folders of checkpoints that are whole or not there.
+"""Checkpoints that a run resumes from. Each is complete or absent.
 
-A checkpoint is a folder ``checkpoints/step-N``. While it is written it is called ``step-N.partial``; its new name is
-the mark that it is whole, so that a crash at any moment leaves the one before. Tensors are in the format of
-``torch.distributed.checkpoint``, which another number of ranks can read; of the weights only those that train are in
-it. What belongs to one rank (its place in the data, its random numbers) lies beside them in ``rank-R.pt``.
+A checkpoint is a folder ``checkpoints/step-N``. While it is written it is called ``step-N.partial``; the rename marks
+it as complete, so that a crash at any moment leaves the one before. Tensors are in the format of
+``torch.distributed.checkpoint``, which any number of ranks can read; of the weights only trained ones are stored. The
+state of one rank (its position in the data, its random states) is in ``rank-R.pt`` beside them.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from aria.train.shards import whole
 from aria.train.stored import Planner, Reader, read_value, refusal, write_value
 
 FOLDER = "checkpoints"
-"""In the folder of a run."""
+"""Folder inside the run's folder."""
 PARTIAL = ".partial"
 _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(PARTIAL)})?", re.ASCII)
-"""Other folders beside checkpoints, such as somebody's copies of them, are left alone."""
+"""Other folders, such as copies of checkpoints, are ignored."""
 META = "run.json"
 OF_RANK = ("stream", "random")
-"""Entries of a state that belong to one rank."""
+"""Entries of a state that are separate for each rank."""
 _CUT_SHORT = re.compile(r"\[enforce fail at inline_container.*unexpected pos.*")
-"""What PyTorch says where a disk filled up in the middle of a file."""
+"""PyTorch's message when a disk fills up in the middle of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """``[checkpoint]`` of a recipe. A training that ends, or is asked to, saves in any case."""
+    """``[checkpoint]`` of a recipe. A run that ends, or is stopped, saves in any case."""
 
     every_steps: int | None = None
     every_minutes: float | None = 15.0
-    """With ``every_steps``: whichever comes first."""
+    """With ``every_steps``, whichever comes first."""
     keep: int = 2
-    """Checkpoints that stay; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_minutes", "keep"):
@@ -64,7 +64,7 @@ class CheckpointSettings:
 
 
 class Saved(Protocol):
-    """All of a run that is saved. ``position.step`` names the checkpoint; ``optimizer`` fills its state in itself."""
+    """The state of a run. ``position.step`` names the checkpoint."""
 
     position: Any
 
@@ -74,26 +74,25 @@ class Saved(Protocol):
 
 
 class MisfitError(ValueError):
-    """A checkpoint that is whole, but of another training."""
+    """A complete checkpoint of another training."""
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written. Raised on every rank, whichever of them failed."""
+    """A checkpoint could not be written. Raised on every rank, whichever failed."""
 
 
 class RunState:
     """The checkpoints of one run.
 
     Args:
-        out: folder of the run; on several machines, one that all of them see.
+        out: Folder of the run, shared by all machines.
         settings: ``[checkpoint]``.
-        ranks: the processes that train together.
+        ranks: The processes that train together.
         about: JSON values that are stored in each checkpoint, and returned when it is loaded.
-        report: gets a line about a background write that failed, on each rank whose part failed, and about folders that
-            are passed over.
+        report: Gets a line about a failed background write, on each rank whose part failed, and about ignored folders.
 
     Attributes:
-        failed: whether the last checkpoint that was asked for could not be written, even when tried again.
+        failed: Whether the last requested checkpoint could not be written, even when tried again.
     """
 
     def __init__(
@@ -117,16 +116,16 @@ class RunState:
 
     @staticmethod
     def latest_in(out: str | Path) -> Path | None:
-        """The newest whole checkpoint of a run's folder."""
+        """The newest complete checkpoint in a run's folder."""
         return next(reversed(_checkpoints(Path(out) / FOLDER)), None)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; what is being written does not count."""
+        """The newest complete checkpoint."""
         return self.latest_in(self.folder.parent)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after this step: by settings, by this rank's clock, or because the last
-        one failed in the background."""
+        """Whether to write a checkpoint after this step: by the settings and this rank's clock, or because the last one
+        failed in the background."""
         settings, writing = self._settings, self._writing
         if writing is not None and writing.done() and writing.exception() is not None:
             return True
@@ -135,18 +134,18 @@ class RunState:
         return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
     def save(self, saved: Saved, *, wait: bool = False, prune: bool = True) -> None:
-        """Write a checkpoint of all ranks, in the background: only the copy from the devices is waited for.
+        """Write a checkpoint of all ranks in the background; only the copy from the devices is waited for.
 
-        The one before is finished first. Where that failed, this is reported, and the new one is waited for: a disk
-        that is full for good ends the run now, and not when hours more are lost.
+        The previous write is finished first. If it failed, this is reported, and the new write is waited for: a full
+        disk ends the run now, before more hours are lost.
 
         Args:
-            saved: the run.
-            wait: until it is on disk.
-            prune: delete the oldest ones beyond those that are to be kept.
+            saved: The state of the run.
+            wait: Wait until it is on disk.
+            prune: Delete the oldest checkpoints beyond ``keep``.
 
         Raises:
-            CheckpointError: it could not be written. What was written of it is deleted.
+            CheckpointError: It could not be written. The incomplete checkpoint is deleted.
         """
         step = saved.position.step
         if self._ranks.max(int(self._lost())):
@@ -163,7 +162,7 @@ class RunState:
             state.update(saved.state_dict())
             if self._ranks.rank == 0:
                 self._drop_partial()
-                # With the folders above it, should someone have deleted them.
+                # With its parent folders, in case they were deleted.
                 partial.mkdir(parents=True)
                 meta = self._about | {
                     "step": step,
@@ -182,7 +181,7 @@ class RunState:
                 state, checkpoint_id=partial, process_group=self._ranks.saving, no_dist=self._ranks.world == 1
             )
             if self._ranks.rank == 0:
-                # Rank 0 is done when all are: it writes last what the others told it they wrote.
+                # Rank 0 is done when all are: it writes the metadata of all ranks last.
                 done: Future[Any] = Future()
                 writing.add_done_callback(lambda future: self._complete(future, partial, final, done, prune))
                 writing = done
@@ -197,7 +196,7 @@ class RunState:
         self.failed = False
 
     def _together(self, work: Callable[[], None]) -> None:
-        """Do this rank's part of a checkpoint; where the part of any rank fails, all of them raise an error."""
+        """Do this rank's part of a checkpoint; if any rank fails, all raise an error."""
         failed: BaseException | None = None
         try:
             work()
@@ -206,37 +205,37 @@ class RunState:
         if self._ranks.max(int(failed is not None)):
             self._step = -1
             if self._ranks.rank == 0:
-                # Its room may be what an export needs.
+                # The export may need its disk space.
                 self._drop_partial()
-            why = "another process failed; its own message says why" if failed is None else _reasons(failed)
+            why = "another process failed; see its own message" if failed is None else _reasons(failed)
             raise CheckpointError(f"the checkpoint in {self.folder} could not be written: {why}") from failed
 
     def _lost(self) -> bool:
-        """Wait for what is being written, and report it if it failed on this rank."""
+        """Wait for the write in progress, and report it if it failed on this rank."""
         try:
             self._finish()
         except (Exception, CheckpointException) as error:
-            self._report(f"the checkpoint in {self.folder} could not be written: {_reasons(error)}; trying once more")
+            self._report(f"the checkpoint in {self.folder} could not be written: {_reasons(error)}; trying again")
             return True
         return False
 
     def _drop_partial(self) -> None:
-        """Delete what was left of checkpoints that are not whole."""
+        """Delete incomplete checkpoints."""
         for left in _checkpoints(self.folder, partial=True):
             shutil.rmtree(left)
 
     def load(self, saved: Saved, folder: Path | None = None) -> dict[str, Any]:
-        """Put a run back to where it was at its newest checkpoint, or at that of a folder.
+        """Load the newest checkpoint of the run, or the one in a folder.
 
-        It may be a stranger's: nothing in it is executed, see :mod:`aria.train.stored`.
+        It may be untrusted: nothing in it is executed, see :mod:`aria.train.stored`.
 
         Returns:
-            What the checkpoint says of itself: ``step``, ``world``, ``data_world``, ``torch``, and ``about`` as it was
-            saved; and ``folder``, which was read.
+            Its description: ``step``, ``world``, ``data_world``, ``torch``, and ``about`` as it was saved; and
+            ``folder``, which was read.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it does not fit the run, or cannot be read.
+            FileNotFoundError: There is none.
+            ValueError: It does not fit the run, or cannot be read.
         """
         self._finish()
         folder = folder or self.latest()
@@ -246,7 +245,7 @@ class RunState:
             path.name for path in folder.parent.glob("step-*") if not _NAME.fullmatch(path.name) and path.is_dir()
         )
         if others and self._ranks.rank == 0:
-            self._report(f"{folder.name} is taken; {', '.join(others)} beside it are not called as checkpoints are")
+            self._report(f"{folder.name} is loaded; {', '.join(others)} beside it are ignored: no names of checkpoints")
         state = saved.state_dict()
         with _readable(folder):
             meta = self._read(folder, state)
@@ -254,11 +253,11 @@ class RunState:
         try:
             saved.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{folder} does not hold what this run needs: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{folder} lacks what this run needs: {type(error).__name__}: {error}") from error
         return {**meta, "folder": folder}
 
     def _read(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-        """Fill a state with what a checkpoint has; gives what it says of itself."""
+        """Fill a state from a checkpoint. Returns the description of the checkpoint."""
         own = {name: state.pop(name) for name in OF_RANK if name in state}
         reader = Reader(folder)
         known = reader.read_metadata().state_dict_metadata
@@ -284,19 +283,19 @@ class RunState:
         there = [self._ranks.rank] if same else range(meta["world"])
         files = [read_value(folder / f"rank-{rank}.pt", f"rank-{rank}.pt") for rank in there]
         if not all(isinstance(file, dict) and "stream" in file for file in files):
-            raise ValueError("the place in the data is missing")
+            raise ValueError("the position in the data is missing")
         if same:
             state |= files[0]
         else:
-            # A stream is told where all of them were. The same random numbers twice would be worse than new ones.
+            # A stream gets the positions of all ranks. Random states are not restored: two ranks must not share one.
             state |= {**own, "stream": [file["stream"] for file in files]}
         return meta
 
     def close(self) -> None:
-        """Wait for what is being written.
+        """Wait for the write in progress.
 
         Raises:
-            CheckpointError: it could not be written. While another error is on its way, this is only reported.
+            CheckpointError: It failed. While another exception is being handled, this is only reported.
         """
         other_error = sys.exc_info()[0] is not None
         try:
@@ -308,13 +307,13 @@ class RunState:
             self._report(said)
 
     def _finish(self) -> None:
-        """Wait for what is being written; raises what went wrong."""
+        """Wait for the write in progress; raises its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def _complete(self, writing: Future[Any], partial: Path, final: Path, done: Future[Any], prune: bool) -> None:
-        """Name a checkpoint that is written whole, and delete old ones."""
+        """Rename a completely written checkpoint, and delete old ones."""
         try:
             writing.result()
             for file in partial.iterdir():
@@ -322,7 +321,7 @@ class RunState:
             partial.rename(final)
             sync(self.folder)
             for old in _checkpoints(self.folder)[: -self._settings.keep] if prune else ():
-                # Half deleted, it must not look whole.
+                # A half deleted checkpoint must not look complete.
                 shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
             done.set_result(None)
         except BaseException as error:
@@ -330,14 +329,14 @@ class RunState:
 
 
 def _checkpoints(folder: Path, *, partial: bool = False) -> list[Path]:
-    """Those that are whole, or those that are not, in the order of steps."""
+    """Complete checkpoints, or incomplete ones, in the order of steps."""
     names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
     found = [(int(name[1]), path) for name, path in names if name and bool(name[2]) == partial and path.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 def _meta(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
+    """The description of a checkpoint."""
     meta = read_json(folder / META)
     for name, least in (("step", 0), ("world", 1), ("data_world", 1)):
         value = meta.get(name)
@@ -349,7 +348,7 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 
 def _entries(state: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Names under which a nested state is saved, and what goes there."""
+    """Entries of a nested state with the names under which they are saved."""
     for name, value in state.items():
         if isinstance(value, Mapping) and value:
             yield from _entries(value, f"{prefix}{name}.")
@@ -359,23 +358,23 @@ def _entries(state: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Inside, what fails for a damaged checkpoint says so; those of ``torch.distributed`` are no plain exceptions."""
+    """Raise errors of a damaged checkpoint as ValueError; ``CheckpointException`` is not an Exception."""
     try:
         yield
     except MisfitError:
         raise
     except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{folder} cannot be read: {_reasons(error)}. If it is damaged, delete that folder, and the one before it "
-            "is taken"
+            f"{folder} cannot be read: {_reasons(error)}. If it is damaged, delete that folder to resume from the "
+            "checkpoint before it"
         ) from error
 
 
 def _reasons(error: BaseException) -> str:
-    """What went wrong, by ranks where several say it; the first line of each."""
+    """The first line of each error, by rank if there are several."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
-    told = [f"rank {rank}: {_reason(failed)}" for rank, (failed, _) in failures.items()] or [_reason(error)]
-    lines = [_CUT_SHORT.sub("a file was cut short; is the disk full?", one.strip().partition("\n")[0]) for one in told]
+    found = [f"rank {rank}: {_reason(failed)}" for rank, (failed, _) in failures.items()] or [_reason(error)]
+    lines = [_CUT_SHORT.sub("a file was cut short; is the disk full?", one.strip().partition("\n")[0]) for one in found]
     return "; ".join(lines) or type(error).__name__
 
 
@@ -384,17 +383,17 @@ def _reason(error: BaseException) -> str:
 
 
 def trained_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The weights that train as a checkpoint has them, whole, on the CPU; their average if there is one.
+    """The trained weights of a checkpoint on the CPU; their moving average if there is one.
 
     Args:
-        folder: of a run, whose newest checkpoint is taken, or of a checkpoint.
+        folder: Folder of a run, whose newest checkpoint is read, or of a checkpoint.
 
     Returns:
-        By the names of parameters, in the dtype of training; averages in float32.
+        Global tensors by the names of parameters, in the dtype of training; averages in float32.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: it cannot be read.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It cannot be read.
     """
     folder = Path(folder)
     found = folder if (folder / ".metadata").is_file() else RunState.latest_in(folder)
@@ -409,9 +408,9 @@ def trained_weights(folder: str | Path) -> dict[str, Tensor]:
                 for name, entry in metadata.items()
                 if name.startswith(f"{kind}.") and isinstance(entry, TensorStorageMetadata)
             }
-            told = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())
-            if told > reader.room():
-                raise ValueError(f"its weights would have {told:,} bytes, and its files have {reader.room():,}")
+            declared = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())
+            if declared > reader.room():
+                raise ValueError(f"its weights would have {declared:,} bytes, and its files have {reader.room():,}")
             if entries:
                 wanted = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in entries.items()}
                 dcp.load(wanted, storage_reader=reader, planner=Planner(), no_dist=True)
@@ -421,11 +420,11 @@ def trained_weights(folder: str | Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gathered(model: nn.Module, *, trained: bool = False) -> dict[str, Tensor]:
-    """A spread model's weights, whole, on rank 0's CPU; nothing on other ranks. All ranks have to call it together.
+    """Gather a model's weights on rank 0's CPU; empty on other ranks. All ranks call it together.
 
     Args:
-        model: spread over the ranks, or whole.
-        trained: only what trains.
+        model: The model, sharded or not.
+        trained: Gather only trained parameters.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     found = {}
