@@ -101,8 +101,8 @@ def test_modules_by_end_of_name_and_by_pattern() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"modules": ("qproj",)}, r"nothing that can have an adapter is called 'qproj'; near to it are q_proj"),
-    ({"modules": ("experts",)}, r"is called 'experts'; near to it are experts\.fc"),
+    ({"modules": ("qproj",)}, r"nothing that can have an adapter is called 'qproj'; similar names are q_proj"),
+    ({"modules": ("experts",)}, r"is called 'experts'; similar names are experts\.fc"),
     ({"modules": ("router",)}, r"nothing that can have an adapter is called 'router'"),
     ({"modules": ("q_proj", "linear_in")}, r"all that is called 'linear_in' is frozen"),
     ({"freeze_llm": True}, r"everything that could have an adapter is frozen"),

@@ -1,8 +1,8 @@
-"""What a training takes: memory part by part, steps, time, and what to change if it does not fit.
+"""What a training takes: memory by part, steps, time, and what to change if it does not fit.
 
-Weights, gradients and optimizer state are counted on a model without memory. What a layer keeps for its backward pass
-is measured, on one layer of the real widths over a few tokens on the CPU, so that it cannot fall behind the code; only
-for the decoder on CUDA, where kernels keep less, it is a sum.
+Weights, gradients and optimizer state are counted on the meta device. The activations that a layer keeps for backward
+are measured on the CPU, on one layer of the real widths over a few tokens, so that the number always matches the code;
+only for the decoder on CUDA, whose kernels keep less, they are computed.
 
 T tokens, D hidden, V vocabulary, L layers, P patches.
 """
@@ -33,13 +33,13 @@ from aria.train.recipe import Recipe
 from aria.train.storage import Storage
 
 RESERVE = 2 << 30
-"""Bytes on CUDA for the runtime, kernels' workspaces and what the allocator cannot use; on the CPU a tenth of it."""
-CHUNK_SCORES = 2**25
-"""Scores that the head's loss holds at a time (:func:`aria.train.loss.linear_cross_entropy`)."""
+"""Bytes on CUDA for the runtime, kernel workspaces and fragmentation; a tenth of it on the CPU."""
+CHUNK_LOGITS = 2**25
+"""Logits that the head's loss holds at a time (:func:`aria.train.loss.linear_cross_entropy`)."""
 SHORTEST = 512
-"""Tokens of a micro-batch that are not worth going below."""
+"""Smallest micro-batch that is suggested, in tokens."""
 SHARE_OF_RATE = {"cuda": 0.35, "cpu": 0.3}
-"""Of the measured rate of matrix products, what a training is estimated to reach."""
+"""Fraction of the measured rate of matrix products that a training is estimated to reach."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Memory:
     average: int
     activations: int
     working: int
-    """One layer computed again and its backward pass, or a chunk of pictures, whichever is more."""
+    """One recomputed layer and its backward pass, or a chunk of images, whichever is more."""
     logits: int
     pictures: int
-    """Those that are kept encoded; none where the host has memory of its own for them."""
+    """Cache of image tokens; 0 where it is in host memory."""
     reserve: int
     saving: int = 0
-    """The copy that a save makes of what it writes, where the device's memory is the host's."""
+    """The copy that a save makes of the state, on the CPU."""
     whole: int = 0
-    """Not a part, but before all others: the model and the reserve on a rank that has read it and not yet spread it."""
+    """Not a part: the unsharded model and the reserve on a rank that has just read the weights."""
 
     @property
     def parts(self) -> dict[str, int]:
-        """What is held together while it trains; nothing that takes nothing."""
+        """The parts that are in memory during training, without empty ones."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value and name != "whole"}
 
     @property
@@ -74,16 +74,16 @@ class Memory:
 
     @property
     def most(self) -> int:
-        """At any time: while it trains, or before."""
+        """Peak memory, during training or before."""
         return max(self.total, self.whole)
 
 
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Inside, tensors that autograd keeps for backward are counted, each storage once, without the parameters.
+    """Count tensors that autograd keeps for backward, each storage once, without the parameters.
 
     Yields:
-        A function that gives the bytes so far.
+        A function that returns the bytes so far.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
@@ -95,17 +95,16 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
         kept.append(tensor)
         return tensor
 
-    # As long as they live no other tensor can take their place in memory and be taken for one of them.
+    # Kept alive, so that no other tensor can reuse their memory and be mistaken for one of them.
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(found.values())
 
 
 def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a token that one decoder layer keeps, and bytes a patch that one layer of the vision encoder keeps.
+    """Bytes per token that one decoder layer keeps, and bytes per patch that one layer of the vision encoder keeps.
 
-    The layers have the real widths but only as many experts as a token goes to: what is kept does not depend on the
-    others.
+    The layers have the real widths but only as many experts as a token is routed to: the others keep nothing.
     """
     text = dataclasses.replace(
         config.text, num_hidden_layers=1, moe_num_experts=config.text.moe_topk, vocab_size=config.image_token_index + 1
@@ -118,8 +117,8 @@ def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    model.lay_out()  # in the order of checkpoints products of 16-bit numbers take many CPUs ten times as long
-    _apply_alike(model, chosen)
+    model.lay_out()  # in the checkpoint's layout, 16-bit products take ten times as long on many CPUs
+    _apply_uniformly(model, chosen)
     model.train()
     counts = (16, 48)
     decoder = [_decoder_bytes(model, n) for n in counts]
@@ -129,10 +128,10 @@ def layer_bytes(config: AriaConfig, chosen: targets.Targets, dtype: torch.dtype)
 
 
 def kernel_bytes(config: AriaConfig, dtype: torch.dtype) -> float:
-    """Bytes a token that a decoder layer keeps where the kernels with gradients run, which is on CUDA.
+    """Bytes per token that a decoder layer keeps with the training kernels, which run on CUDA.
 
-    Eight rows of D (what either norm reads and gives, q, k and v as they are attended, and what attention gives), the
-    first product of A experts, and of the shared experts gate, up and their product.
+    Eight rows of D (inputs and outputs of both norms, q, k, v and the output of attention), the first product of A
+    experts, and gate, up and their product of the shared experts.
     """
     text = config.text
     heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
@@ -140,8 +139,8 @@ def kernel_bytes(config: AriaConfig, dtype: torch.dtype) -> float:
     return (4 * text.hidden_size + heads + experts) * dtype.itemsize
 
 
-def _apply_alike(model: Aria, chosen: targets.Targets) -> None:
-    """Targets on a model of one layer; what they say of single layers may fit nothing there, and then all is alike."""
+def _apply_uniformly(model: Aria, chosen: targets.Targets) -> None:
+    """Apply targets to a model of one layer; patterns for single layers may match nothing there, and are dropped."""
     chosen = dataclasses.replace(chosen, freeze_llm_layers=())
     try:
         targets.apply(model, chosen)
@@ -172,7 +171,7 @@ def _vision_bytes(model: Aria, patches: int) -> int:
 
 
 def state_bytes(settings: OptimizerSettings, dtype: torch.dtype) -> float:
-    """Bytes of optimizer state a parameter, masters included: those of a small matrix."""
+    """Bytes of optimizer state per parameter, masters included, measured on a small matrix."""
     weight = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
     optimizer = make_optimizer([("layer.weight", weight)], dataclasses.replace(settings, rates={}))
     found = {}
@@ -195,7 +194,7 @@ def state_bytes(settings: OptimizerSettings, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class _Counts:
-    """What a choice of targets makes of a model; recipes that share it need not count again."""
+    """Sizes of a model with some targets, shared by recipes with the same targets."""
 
     base: int
     adapters: int
@@ -209,30 +208,30 @@ class _Counts:
 
 
 class Estimator:
-    """Memory of trainings of one model on one kind of device."""
+    """Estimates the memory of training one model on one kind of device."""
 
     def __init__(self, config: AriaConfig, device: torch.device):
         self.config, self._device = config, device
         self._counted: dict[str, _Counts] = {}
 
     def memory(self, recipe: Recipe, world: int = 1, density: float | None = None) -> Memory:
-        """What one of ``world`` ranks takes.
+        """Memory of one of ``world`` ranks.
 
         Args:
-            recipe: of the training.
-            world: ranks.
-            density: most patches of pictures for each token that a row of the data has; None: as many as there can be.
+            recipe: The recipe.
+            world: World size.
+            density: Maximum image patches per token of any row of the data; None: as many as possible.
         """
         config, text = self.config, self.config.text
         dtype = weights_dtype(recipe, config, self._device)
         counts = self._count(recipe.targets, dtype)
-        # All ranks hold a part, and whole the layer that is computed and the next one, which comes ahead.
-        # A vision encoder that is frozen stays whole (aria.train.parallel).
-        apart = 0 if world == 1 or counts.per_patch else config.vision.num_parameters() * dtype.itemsize
-        weights = (counts.base - apart) / world + apart + (2 * counts.layer if world > 1 else 0)
+        # Each rank holds its shard, and unsharded the current layer and the prefetched next one.
+        # A frozen vision encoder is not sharded (aria.train.parallel).
+        unsharded = 0 if world == 1 or counts.per_patch else config.vision.num_parameters() * dtype.itemsize
+        weights = (counts.base - unsharded) / world + unsharded + (2 * counts.layer if world > 1 else 0)
         state = _state(recipe, counts)
         T, inputs = recipe.batch.tokens, text.hidden_size * dtype.itemsize
-        # Embeddings and pictures are made of all tokens on every rank; layers and head have this rank's part of them.
+        # Embeddings and image tokens cover all tokens on every rank; layers and head only this rank's part.
         own = T / recipe.parallel.sequence
         recomputed = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.parallel.checkpointing]
         kept = own * text.num_hidden_layers * (inputs + (1 - recomputed) * counts.per_token)
@@ -243,9 +242,9 @@ class Estimator:
             seen += patches * vision.num_hidden_layers * width
         chunk = min(patches, recipe.objective.vision_chunk * vision.patches_per_side**2)
         wide = (vision.intermediate_size * dtype.itemsize + 6 * width) * chunk
-        # Backward of a layer holds what forward kept, and gradients of about as much.
+        # The backward pass of a layer holds what forward kept, and gradients of about the same size.
         again = max(2.0 * own * counts.per_token, 2.0 * chunk * counts.per_patch)
-        scores = min(CHUNK_SCORES, own * text.vocab_size) * (2 * dtype.itemsize + 8) + 4 * counts.head
+        logits = min(CHUNK_LOGITS, own * text.vocab_size) * (2 * dtype.itemsize + 8) + 4 * counts.head
         reserve = RESERVE if self._device.type == "cuda" else RESERVE // 10
         return Memory(
             weights=round(weights),
@@ -255,22 +254,22 @@ class Estimator:
             average=round(state.average / world),
             activations=round(kept + seen + 2 * inputs * T),
             working=round(max(again, wide)),
-            logits=round(scores),
+            logits=round(logits),
             pictures=recipe.objective.picture_bytes if self._device.type == "cpu" else 0,
             reserve=reserve,
             saving=round(state.all / world) if self._device.type == "cpu" else 0,
-            # Every rank reads the model onto its device, and adapters are attached, before anything is spread.
+            # Every rank reads the model onto its device, and adapters are attached, before anything is sharded.
             whole=counts.base + counts.adapters + reserve if world > 1 else 0,
         )
 
     def crops(self, recipe: Recipe, density: float | None = None) -> int:
-        """Crops of a batch at most, if the vision encoder keeps what it computes of them; else 0."""
+        """Maximum crops of a batch if the vision encoder keeps activations of them; else 0."""
         if not self._count(recipe.targets, weights_dtype(recipe, self.config, self._device)).per_patch:
             return 0
         return _patches(recipe, self.config, density) // max(self.config.projector.patch_to_query)
 
     def storage(self, recipe: Recipe, world: int = 1, out: Path | None = None) -> Storage:
-        """What checkpoints and the export take beside the devices; ``out`` is the run's folder."""
+        """Host memory and disk space of checkpoints and the export; ``out`` is the run's folder."""
         counts = self._count(recipe.targets, weights_dtype(recipe, self.config, self._device))
         state = _state(recipe, counts)
         return Storage.of(
@@ -312,7 +311,7 @@ class Estimator:
 
 
 class _State(NamedTuple):
-    """Bytes of what a checkpoint holds, of all ranks together."""
+    """Bytes of a checkpoint, over all ranks."""
 
     weights: float
     optimizer: float
@@ -332,14 +331,14 @@ def _state(recipe: Recipe, counts: _Counts) -> _State:
 
 
 def weights_dtype(recipe: Recipe, config: AriaConfig, device: torch.device) -> torch.dtype:
-    """What the model's weights will have."""
+    """Dtype of the model's weights."""
     if recipe.model.dtype != "auto":
         return parse_dtype(recipe.model.dtype)
     return config.dtype if device.type == "cuda" else torch.float32
 
 
 def _patches(recipe: Recipe, config: AriaConfig, density: float | None) -> int:
-    """Patches of a micro-batch that is full of pictures, or of the row that has most for a token, if that is known."""
+    """Maximum patches of a micro-batch: by the densest row of the data if known, else full of images."""
     crops = {patches: recipe.batch.tokens // queries for patches, queries in config.projector.patch_to_query.items()}
     most = recipe.data.max_crops
     full = max(patches * (count if most is None else min(count, most)) for patches, count in crops.items())
@@ -347,7 +346,7 @@ def _patches(recipe: Recipe, config: AriaConfig, density: float | None) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of the device that is free now."""
+    """Free memory of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -355,12 +354,12 @@ def available_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a few batches of the data are like."""
+    """Averages over a few batches of the data."""
 
     batches: float
-    """Micro-batches of one rank in a pass over the data."""
+    """Micro-batches of one rank in an epoch."""
     flops: float
-    """Of one of them."""
+    """FLOPs of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -371,13 +370,13 @@ class Plan:
     available: int
     step_tokens: int
     steps: int | None
-    """None where only the data or a clock can tell."""
+    """None if it depends on the data or the time."""
     seconds: float | None
     device: str
     storage: Storage
 
     def table(self) -> Table:
-        """For a person."""
+        """The plan as a table."""
         table = Table("part", "memory", title=f"One rank on {self.device}", title_justify="left")
         table.columns[1].justify = "right"
         for name, value in self.memory.parts.items():
@@ -412,28 +411,28 @@ def check(
     density: float | None = None,
     out: Path | None = None,
 ) -> Plan:
-    """Say what a training takes, and refuse one that cannot fit.
+    """Estimate what a training takes, and refuse one that does not fit.
 
     Args:
-        recipe: of the training.
-        config: of the model.
-        device: that it runs on.
-        world: ranks.
-        available: bytes that are free; None asks the device.
+        recipe: The recipe.
+        config: Configuration of the model.
+        device: Device of a rank.
+        world: World size.
+        available: Free bytes of a device; None asks the device.
         flops_rate: FLOP/s of matrix products on the device, for the estimate of time.
-        sampled: what the data are like, for steps of epochs and FLOPs of pictures; None: full batches of text.
-        density: most patches of pictures for each token that a row of the data has; None: as many as there can be.
-        out: folder of the run, for the room on its disk.
+        sampled: Averages over the data, for steps per epoch and FLOPs of images; None: full batches of text.
+        density: Maximum image patches per token of any row of the data; None: as many as possible.
+        out: Folder of the run, for its free disk space.
 
     Raises:
-        ValueError: it does not fit; the nearest settings that do are named.
+        ValueError: It does not fit; the nearest settings that do are named.
     """
     free = available_bytes(device) if available is None else available
     estimator = Estimator(config, device)
     memory = estimator.memory(recipe, world, density)
     if memory.most > free:
         ways = list(_ways(recipe, estimator, device, world, free, density))
-        said = "; ".join(ways) if ways else "nothing that was tried; take a device with more memory, or more devices"
+        said = "; ".join(ways) if ways else "nothing that was tried; use a device with more memory, or more devices"
         parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items())
         if memory.whole > free:
             parts += f"; before, every rank reads the whole model onto its device, which takes {size(memory.whole)}"
@@ -466,7 +465,7 @@ def _token_flops(recipe: Recipe, config: AriaConfig) -> float:
 def _ways(
     recipe: Recipe, estimator: Estimator, device: torch.device, world: int, free: int, density: float | None
 ) -> Iterator[str]:
-    """The nearest settings that fit, one of each kind, in the words of ``--set``; pairs only if no single one does."""
+    """The nearest settings that fit, one of each kind, as ``--set`` takes them; pairs only if no single one fits."""
     batch, changed = recipe.batch, dataclasses.replace
     shorter = [
         (
@@ -478,8 +477,8 @@ def _ways(
     ]
     again = ("parallel.checkpointing=full", {"parallel": changed(recipe.parallel, checkpointing="full")})
     adapters = ("targets.method=lora", {"targets": changed(recipe.targets, method="lora")})
-    # Fewer ranks have data of their own then, and more micro-batches make up for it. No pairs: others change the same
-    # sections.
+    # Fewer ranks then have data of their own, which more micro-batches make up for. Not in pairs: others change the
+    # same sections.
     parallel, text = recipe.parallel, estimator.config.text
     shared = [
         (
@@ -516,7 +515,7 @@ def _ways(
         try:
             return estimator.memory(changed(recipe, **settings), ranks, density).most
         except ValueError:
-            # These do not go together with others of the recipe.
+            # Not valid with other settings of the recipe.
             return math.inf
 
     found = False

@@ -1,4 +1,4 @@
-"""A training in one TOML file: what is trained, on what, how far, and what is kept of it."""
+"""The recipe: one training as a TOML file."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from aria.train.state import CheckpointSettings
 from aria.train.targets import Targets
 
 FILE_NAME = "recipe.toml"
-"""The resolved recipe in the folder of a run."""
+"""File of the resolved recipe in a run's folder."""
 _MOST_BYTES = 1 << 20
 _DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
-"""A dotted key of 32 parts: the time that reading one takes grows with their square."""
+"""A dotted key of 32 parts: parsing takes quadratic time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """``[model]``: what training starts from."""
+    """``[model]``: the base model."""
 
     path: str | None = None
-    """Folder or Hub repository; none is the packaged nano model."""
+    """Folder or Hub repository; None is the packaged nano model."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the weights; auto is the checkpoint's on CUDA and float32 on CPU."""
+    """Dtype of the weights; auto is the checkpoint's on CUDA and float32 on the CPU."""
     random: bool = False
-    """Start from random weights of this shape instead of its weights."""
+    """Start from random weights of this shape."""
     rope_theta: float | None = None
-    """Another base of the rotary positions than the checkpoint's, to train longer contexts."""
+    """RoPE base in place of the checkpoint's, to train longer contexts."""
     max_position_embeddings: int | None = None
-    """Another longest context than the checkpoint's."""
+    """Maximum context in place of the checkpoint's."""
     adapter: str | None = None
-    """Folder or Hub repository of an adapter to train on from, in place of a fresh one; its rank is ``[targets]``'s."""
+    """Folder or Hub repository of an adapter to continue from; its modules and rank must be those of ``[targets]``."""
     factory: str | None = None
-    """``package.module:callable`` from the recipe to a module to train; its attribute ``aria`` is what is exported."""
+    """``package.module:callable``, called with the recipe; returns a module whose attribute ``aria`` is exported."""
 
     def __post_init__(self) -> None:
         for name in ("rope_theta", "max_position_embeddings"):
@@ -56,7 +56,7 @@ class ModelSettings:
                 raise ValueError(f"{name} should be above 0, but is {value}")
 
     def configure(self, config: AriaConfig) -> AriaConfig:
-        """The checkpoint's configuration with what these settings change."""
+        """Apply these settings to the checkpoint's configuration."""
         changed = {
             name: value
             for name in ("rope_theta", "max_position_embeddings")
@@ -67,12 +67,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """``[batch]``: how much one optimizer step sees."""
+    """``[batch]``: the size of an optimizer step."""
 
     tokens: int = 8192
-    """Of one micro-batch of one rank; every micro-batch has exactly so many."""
+    """Tokens of one micro-batch of one rank; every micro-batch has exactly this many."""
     accumulate: int = 1
-    """Micro-batches of one rank whose gradients make one step."""
+    """Gradient accumulation: micro-batches of one rank in one step."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "accumulate"):
@@ -82,12 +82,12 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSettings:
-    """``[budget]``: how far to train, in exactly one of these measures."""
+    """``[budget]``: how long to train, in exactly one of these units."""
 
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
-    """Of training itself; time spent by runs that were interrupted counts. The schedule always finishes."""
+    """Minutes of training, over all runs. The schedule always finishes."""
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -100,19 +100,20 @@ class BudgetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """``[schedule]``: the learning rate over a training."""
+    """``[schedule]``: the learning rate during a training."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up; cosine and linear fall to ``final``."""
+    """Shape of the decay after the warm-up; cosine and linear fall to ``final``."""
     warmup: float = 0.01
-    """Share of the training over which the rate rises; in steps where ``warmup_steps`` is set."""
+    """Fraction of the training that the warm-up takes."""
     warmup_steps: int | None = None
+    """Steps that the warm-up takes, in place of ``warmup``."""
     final: float = 0.0
-    """Share of the peak rate that is left at the end."""
+    """Fraction of the peak rate at the end."""
     average: float | None = None
-    """Decay of an exponential moving average of what trains, which is then what is exported and evaluated."""
+    """Decay of an exponential moving average of the trained weights, which is exported and evaluated in their place."""
     max_skipped: int = 0
-    """Steps with a gradient that is not finite that one log interval forgives. They change no weight in any case."""
+    """Steps with a gradient that is not finite that one log interval allows. They never change a weight."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "final"):
@@ -128,13 +129,13 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """``[log]``: ``log.jsonl`` in the run's folder is always written."""
+    """``[log]``: where metrics go. ``log.jsonl`` in the run's folder is always written."""
 
     every: int = 10
-    """Steps of one line; its numbers are means over them."""
+    """Steps per log line; its numbers are means over them."""
     tensorboard: bool = False
     wandb: str | None = None
-    """Project to log to."""
+    """Weights & Biases project."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -146,18 +147,18 @@ class EvaluateSettings:
     """``[evaluate]``: held-out loss and samples, at intervals and at the end."""
 
     data: tuple[str, ...] = ()
-    """Files or folders of held-out conversations, read as ``[data]`` reads its own; none evaluates nothing."""
+    """Held-out data sets, in the formats of ``[data] paths``; empty means no evaluation."""
     split: str = "test"
     """Which file of a folder, and which split of a Hugging Face data set."""
     every: int | None = None
-    """Steps between evaluations; none is at the end only."""
+    """Steps between evaluations; None evaluates at the end only."""
     batches: int | None = None
-    """A random sample of the held-out rows is used, with as many tokens as so many micro-batches have, of all ranks
-    together. The seed draws it; it is the same at each evaluation and on any number of ranks. None: all rows."""
+    """Evaluate on a random sample of the rows with the tokens of this many micro-batches of all ranks. The seed draws
+    it; it is the same at each evaluation and for any number of ranks. None: all rows."""
     samples: int = 0
-    """Held-out conversations whose last answer is written by the model into ``samples.jsonl``, beside the true one."""
+    """Number of held-out conversations whose last answer the model writes to ``samples.jsonl``, beside the true one."""
     max_tokens: int = 128
-    """Of a sample."""
+    """Maximum tokens of a sample."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("batches", 1), ("samples", 0), ("max_tokens", 1)):
@@ -190,18 +191,18 @@ class Recipe:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed should be from 0 to {2**32 - 1}, but is {self.seed}")
         if self.model.adapter is not None and self.targets.method != "lora":
-            raise ValueError('[model] adapter is trained on with targets.method = "lora"; merge it to train weights')
+            raise ValueError('[model] adapter needs targets.method = "lora"; merge it to train weights')
         names = ("rope_theta", "max_position_embeddings", "random")
         lost = [name for name in names if getattr(self.model, name) not in (None, False)]
         if lost and self.targets.method == "lora":
             raise ValueError(
-                f"[model] {', '.join(lost)}: an adapter's folder cannot hold that, so it would go beside "
-                'another base; set targets.method = "full", or export a base with it first and name that as model.path'
+                f"[model] {', '.join(lost)}: an adapter's folder cannot hold that, so it would not fit "
+                'its base; set targets.method = "full", or export a base with it first and name that as model.path'
             )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Recipe:
-        """Check and fill in a table as TOML gives it; see :func:`aria.train.settings.build` for the errors."""
+        """Make a recipe from a TOML table; see :func:`aria.train.settings.build` for the errors."""
         return build(cls, table)
 
     @classmethod
@@ -209,12 +210,12 @@ class Recipe:
         """Read a recipe.
 
         Args:
-            file: TOML. Paths in it count from the folder that training is started in.
-            overrides: ``section.key=value``, the value in TOML; text without quotes is taken as it stands.
+            file: TOML file. Paths in it are relative to the working directory.
+            overrides: ``section.key=value`` with a TOML value; text without quotes is a string.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: what does not fit, with the file's name.
+            FileNotFoundError: There is no such file.
+            ValueError: Something does not fit; the message names the file.
         """
         path = Path(file)
         if not path.is_file():
@@ -228,15 +229,15 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from error
 
     def to_toml(self) -> str:
-        """The whole recipe, defaults spelled out; :meth:`read` gives the same again."""
+        """The whole recipe with all defaults; :meth:`read` returns an equal one."""
         return to_toml(as_table(self))
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
-    """The table that a text in TOML holds; ``name`` is what errors call it.
+    """Parse TOML; ``name`` is used in errors.
 
     Raises:
-        ValueError: it is not TOML, or deeper than any recipe.
+        ValueError: It is not TOML, or nested deeper than any recipe.
     """
     try:
         if deep := _DEEP.search(text):
@@ -265,14 +266,14 @@ def _override(table: dict[str, Any], override: str) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ValueError(f"--set {override!r}: {section} is not a table")
-    # A budget is one measure; naming another one replaces it.
+    # A budget has one unit; another one replaces it.
     if sections == ["budget"]:
         table.clear()
     table[last] = value
 
 
 def _keys(name: str) -> list[str]:
-    """The parts of a dotted key of TOML, in which quotes hold dots together; nothing if it is none."""
+    """The parts of a dotted TOML key, which may be quoted; empty if it is not a key."""
     try:
         table: Any = parse_toml(f"{name} = 0", "--set")
     except ValueError:
@@ -285,14 +286,14 @@ def _keys(name: str) -> list[str]:
 
 
 def load_object(name: str, setting: str) -> Callable[..., Any]:
-    """What ``package.module:callable`` names.
+    """Import what ``package.module:callable`` names.
 
     Args:
-        name: as a recipe gives it.
-        setting: where it stands, for errors.
+        name: The name in the recipe.
+        setting: Name of the setting, for errors.
 
     Raises:
-        ValueError: there is no such module or name, or it cannot be called.
+        ValueError: There is no such module or name, or it cannot be called.
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
@@ -314,13 +315,13 @@ _FREE = {
     "log": None,
     "evaluate": None,
     "batch": {"accumulate"},
-    # Data are known by what they hold, wherever they lie; the stream refuses others.
+    # Data are identified by their contents, not their paths; the stream refuses others.
     "data": {"workers", "media_workers", "prefetch", "on_error", "paths"},
     "objective": {"picture_bytes"},
     "optimizer": {"learning_rate", "clip_norm"},
     "schedule": {"max_skipped"},
 }
-"""Sections, or keys of sections, that may differ when a run is gone on with."""
+"""Sections, or keys of sections, that may differ when a run is resumed."""
 
 
 def refuse_changes(file: Path, before: Recipe, now: Recipe) -> None:
@@ -337,11 +338,11 @@ def refuse_changes(file: Path, before: Recipe, now: Recipe) -> None:
 
 
 def changes(before: Recipe, now: Recipe, *, only: Sequence[str] = ()) -> list[str]:
-    """What of two recipes differs that a run cannot change half-way, as ``section.key: before -> now``.
+    """Differences between two recipes that a resumed run may not have, as ``section.key: before -> now``.
 
     Args:
-        before, now: recipes.
-        only: names of sections, to give all that differs in these.
+        before, now: The recipes.
+        only: Names of sections, to return all differences in these.
     """
     old, new = as_table(before), as_table(now)
     for table in () if only else (old, new):

@@ -1,4 +1,4 @@
-"""TOML tables -> frozen dataclasses, with an error for everything that does not fit, and back to TOML."""
+"""TOML tables to frozen dataclasses and back, with an error for everything that does not fit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def build(kind: type[S], table: Mapping[str, Any], where: str = "") -> S:
     """Make a settings dataclass from a table.
 
     Args:
-        kind: a dataclass whose fields are bools, numbers, texts, paths, literals, tuples, mappings, unions of these,
-            or dataclasses again.
-        table: as read from TOML or JSON.
-        where: the table's name in errors, such as ``schedule``; empty at the top.
+        kind: A dataclass whose fields are bools, numbers, strings, paths, literals, tuples, mappings, unions of these,
+            or dataclasses.
+        table: A table from TOML or JSON.
+        where: Name of the table in errors, such as ``schedule``; empty at the top.
 
     Raises:
-        ValueError: a key that the dataclass does not have (the nearest one is named), a value of another type, or one
-            that the dataclass itself refuses.
+        ValueError: An unknown key (the nearest one is named), a value of another type, or one that the dataclass
+            refuses.
     """
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def _warn(text: str) -> None:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """A value of TOML as the type that a field asks for; whole numbers pass as numbers, lists become tuples."""
+    """Convert a TOML value to the type of a field; integers pass as floats, lists become tuples."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -129,7 +129,7 @@ def _any_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and len(kinds) < len(hints):
         return None
     errors = []
-    # What the value is already comes before what it could be made into: 3 for `float | int` stays whole.
+    # The type that the value already has comes first: 3 for `float | int` stays an int.
     for hint in sorted(kinds, key=lambda hint: type(value) is not hint):
         try:
             return convert(hint, value, where)
@@ -157,7 +157,7 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def as_table(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as plain tables, lists and values; fields that are None are left out, as TOML has none."""
+    """A settings dataclass as plain tables, lists and values, without fields that are None: TOML has no null."""
     return {
         field.name: _as_plain(value)
         for field in dataclasses.fields(settings)
@@ -201,5 +201,5 @@ def _toml_value(value: Any) -> str:
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_key(k)} = {_toml_value(v)}' for k, v in value.items())}}}"
-    # A float needs a point or an exponent in TOML, which repr always gives; JSON's other values are TOML's.
+    # A TOML float needs a point or an exponent, which repr always writes; other JSON values are valid TOML.
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

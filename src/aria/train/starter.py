@@ -1,4 +1,4 @@
-"""A first recipe for data of one's own, with comments: what ``aria train --init`` writes."""
+"""A first recipe with comments, which ``aria train --init`` writes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from aria.train.data.sources import Sources
 from aria.train.recipe import Recipe, parse_toml
 
 SMALL = 100_000_000
-"""Active parameters under which a model trains on a CPU, in batches that its data are measured for."""
+"""Active parameters below which a model trains on a CPU, with a batch size measured on the data."""
 MOST_ROWS = 100
-"""That are measured."""
+"""Rows that are measured."""
 EPOCHS = 3
 STEPS = 30
-"""That a training of a small model should have at least, if its data are enough for batches of so many."""
+"""Minimum steps of a small model's training, if the data are enough."""
 HELD_OUT = ("test", "validation")
-"""Splits of a folder that are evaluated on, if there are any: the first of these."""
+"""Splits of a folder for evaluation; the first that exists is used."""
 
 
 class _Numbers(NamedTuple):
@@ -40,20 +40,20 @@ PUBLISHED = {
     "lora": _Numbers(4096, 8, 5e-5, 0.05, 1, 10, "none"),
     "full": _Numbers(8192, 4, 5e-6, 0.0, 1, 10, "full"),
 }
-"""Of the authors, for Aria."""
+"""The authors' settings for Aria."""
 
 
 def starter_recipe(method: Literal["lora", "full"], data: Sequence[str], model: str | None = None) -> str:
-    """A recipe in TOML that trains as it stands.
+    """A TOML recipe that works as it is.
 
     Args:
-        method: adapters, or all weights of projector and decoder.
-        data: data sets, as ``[data] paths`` takes them.
-        model: folder or Hub repository; None is the packaged nano model.
+        method: LoRA, or all weights of projector and decoder.
+        data: Data sets, as in ``[data] paths``.
+        model: Folder or Hub repository; None is the packaged nano model.
 
     Raises:
-        FileNotFoundError: there is no such data set.
-        ValueError: a data set of no known kind, or one of which no row can be used.
+        FileNotFoundError: There is no such data set.
+        ValueError: A data set is of an unknown kind, or none of its rows can be used.
     """
     sources = Sources(list(data))
     numbers = PUBLISHED[method]
@@ -78,7 +78,7 @@ def starter_recipe(method: Literal["lora", "full"], data: Sequence[str], model: 
 def _measured(
     method: str, data: Sequence[str], sources: Sources, processor: AriaProcessor, config: AriaConfig
 ) -> _Numbers:
-    """Batches that hold the longest of the rows that are read, and give enough steps."""
+    """A batch size that fits the longest row read, and gives enough steps."""
     encoder = Encoder(processor, config, DataSettings(paths=tuple(data)), config.text.max_position_embeddings)
     lengths, problem = [], ""
     for row in range(min(MOST_ROWS, len(sources))):
@@ -110,27 +110,27 @@ def _quoted(text: str) -> str:
 
 
 _TEMPLATE = """\
-# {what} trained on data of your own. docs/training.md explains every section, docs/data.md the formats of rows.
+# {what} trained on your own data. docs/training.md explains every section, docs/data.md the formats of rows.
 #
 #   aria train THIS_FILE --dry-run    what it takes, and whether it fits
-#   aria train THIS_FILE              train; run again, it resumes
+#   aria train THIS_FILE              train; rerun to resume
 
 [model]
 # Folder or Hub repository; without it, the packaged nano model.
 {model}
 
 [data]
-# {rows} rows. Paths count from the folder that training is started in.
+# {rows} rows. Paths are relative to the working directory.
 paths = [{paths}]
-# Conversations that are longer than a batch are skipped; "drop_first" or "drop_last" leave out turns instead.
+# Conversations longer than a batch are skipped; "drop_first" or "drop_last" drop turns instead.
 too_long = "skip"
-# Bounds the memory that pictures take, where the vision encoder trains too.
+# Limits the memory of images, if the vision encoder trains too.
 # max_crops = 32
 
 [batch]
-# Tokens of a micro-batch; conversations are packed into it. Less takes less memory.
+# Tokens of a micro-batch, into which conversations are packed. Fewer take less memory.
 tokens = {tokens}
-# Micro-batches that make one optimizer step.
+# Micro-batches of one optimizer step (gradient accumulation).
 accumulate = {accumulate}
 
 [targets]
@@ -138,12 +138,12 @@ method = {method}
 {targets}
 
 [optimizer]
-# The first thing to try others of: too low learns little, too high forgets what the model knew.
+# Tune this first: too low learns little, too high forgets what the model knew.
 learning_rate = {learning_rate}
 weight_decay = 0.1
 
 [schedule]
-# The rate rises over this share of the training, and falls to zero at its end.
+# The rate rises over this fraction of the training, and falls to zero at its end.
 kind = "cosine"
 warmup = 0.05
 
@@ -152,7 +152,7 @@ warmup = 0.05
 epochs = {epochs}
 
 [parallel]
-# "full" computes layers again for gradients: slower, and far less memory.
+# "full" recomputes layers in the backward pass: slower, with far less memory.
 checkpointing = "{checkpointing}"
 
 [checkpoint]
@@ -160,14 +160,14 @@ every_minutes = 15.0
 keep = 2
 
 [log]
-# Steps of one line; log.jsonl, loss.tsv and loss.png lie in the run's folder.
+# Steps per log line; log.jsonl, loss.tsv and loss.png are in the run's folder.
 every = {log_every}
 
-# Held-out loss, at the end and every so many steps.
+# Held-out loss, at the end and optionally every N steps.
 {evaluate}
 """
 _LORA = """\
-# Adapters beside every linear and all experts of the decoder. Higher ranks learn more and take more memory.
+# LoRA on every linear layer and all experts of the decoder. Higher ranks learn more and take more memory.
 rank = 8
 alpha = 32.0
 dropout = {dropout}"""

@@ -1,4 +1,4 @@
-"""What checkpoints and the export take: memory of the host, into which a save copies the state, and disk space."""
+"""Host memory and disk space that checkpoints and the export take."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from aria.train.progress import size
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes, of all ranks together where nothing else is said.
+    """Bytes, over all ranks unless stated otherwise.
 
     Attributes:
-        checkpoint: of one: what trains, the optimizer's state, and averages.
-        export: of the adapter, or of the whole model.
-        keep: checkpoints that stay.
-        host: of this host's memory, at most: the copy that a save makes of its ranks' state, or what is exported.
-        host_free: of this host's memory, now.
-        there: of checkpoints that are in the run's folder already.
-        disk_free: of the disk that the run's folder is on; None where the folder is not known.
+        checkpoint: One checkpoint: trained parameters, optimizer state, and averages.
+        export: The adapter, or the whole model.
+        keep: Number of checkpoints to keep.
+        host: Peak memory of this host: the copy that a save makes of its ranks' state, or the exported weights.
+        host_free: Free memory of this host.
+        there: Checkpoints that the run's folder already holds.
+        disk_free: Free space on the disk of the run's folder; None if the folder is unknown.
     """
 
     checkpoint: int
@@ -50,11 +50,11 @@ class Storage:
         """Measure what is free.
 
         Args:
-            checkpoint, export, keep: see the attributes.
-            gathered: bytes that the first rank gathers to export them.
-            pictures: bytes of a rank's encoded pictures that are kept in the host's memory.
-            world: ranks; torchrun says how many of them this host has.
-            out: folder of the run.
+            checkpoint, export, keep: See the attributes.
+            gathered: Bytes that rank 0 gathers for the export.
+            pictures: Bytes of a rank's cache of image tokens in host memory.
+            world: World size; torchrun sets how many of the ranks are on this host.
+            out: Folder of the run.
         """
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         host = max(checkpoint / world * here, gathered) + pictures * here
@@ -67,11 +67,11 @@ class Storage:
 
     @property
     def disk(self) -> int:
-        """What a run takes on the disk: the checkpoints that stay, the one that is being written, and the export."""
+        """Disk space of a run: the kept checkpoints, the one being written, and the export."""
         return (self.keep + 1) * self.checkpoint + self.export
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """For a table."""
+        """Rows of a table."""
         yield "host, a save's copy", size(self.host)
         yield "host, free", size(self.host_free)
         yield f"disk, {self.keep + 1} checkpoints and export", size(self.disk)
@@ -79,15 +79,15 @@ class Storage:
             yield "disk, free", size(self.disk_free + self.there)
 
     def warnings(self) -> Iterator[str]:
-        """What will fail hours later, with what helps."""
+        """Warnings about what would fail hours later, with what helps."""
         if self.host > self.host_free:
             yield (
                 f"a save copies {size(self.host)} of state into this host's memory, of which {size(self.host_free)} is "
-                "free, and may end the run; optimizer.kind=adamw8bit or targets.method=lora make it smaller"
+                "free, and may end the run; optimizer.kind=adamw8bit or targets.method=lora need less"
             )
         if self.disk_free is not None and self.disk > self.disk_free + self.there:
             yield (
-                f"{self.keep} checkpoints, one more while it is written, and the export take {size(self.disk)} on the "
+                f"{self.keep} checkpoints, one more being written, and the export take {size(self.disk)} on the "
                 f"disk (a checkpoint {size(self.checkpoint)}, the export {size(self.export)}), and "
-                f"{size(self.disk_free + self.there)} is free; make room, name another --out, or lower checkpoint.keep"
+                f"{size(self.disk_free + self.there)} is free; free space, name another --out, or lower checkpoint.keep"
             )

@@ -1,8 +1,8 @@
-"""Checkpoints of runs, which may be a stranger's, as they are read: nothing in them is executed.
+"""Reading untrusted checkpoints of runs: nothing in them is executed.
 
-``torch.distributed.checkpoint`` unpickles its ``.metadata`` and every value that is no tensor, which runs whatever they
-say. Here ``.metadata`` goes through a machine that can call nothing, and what it says is checked before PyTorch sees
-it; everything else is read as PyTorch reads weights alone.
+``torch.distributed.checkpoint`` unpickles its ``.metadata`` and every value that is not a tensor, which can run any
+code. Here ``.metadata`` is read by a pickle machine that cannot call anything, and its contents are checked before
+PyTorch sees them; everything else is read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from aria import private_api
 from aria.checkpoint.pickles import Calls, Machine, Named, Record, RefusedError
 
 _MOST_STEPS = 1 << 24
-"""Operations in ``.metadata``: some 150 for a tensor, and 60 more for each part of it that a rank has."""
+"""Maximum operations in ``.metadata``: about 150 per tensor, and 60 more for each shard of it."""
 _MOST_VALUE = 64 << 20
-"""Bytes of what is no tensor: a rank's place in the data and its random numbers."""
+"""Maximum bytes of values that are not tensors: a rank's position in the data and its random states."""
 _MOST_AXES = 16
 _FILE = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
 _GLOBAL = re.compile(r"GLOBAL (\S+)|function (\S.*)|got (<class .*?>)")
-"""How PyTorch names what it refuses."""
+"""Where PyTorch's messages name what they refuse."""
 
 _STORAGE_INFO = private_api.storage_info()
 _METADATA = "torch.distributed.checkpoint.metadata."
@@ -57,7 +57,7 @@ _CALLS: Calls = {
     "torch.distributed.checkpoint.filesystem._StorageInfo": lambda: Record("_StorageInfo"),
     **dict.fromkeys(_DTYPES),
     "torch.Size": lambda sizes: sizes,
-    # Nothing of these is used: memory formats, and where the checkpoint lay when it was written.
+    # Not used: memory formats, and the path where the checkpoint was written.
     "torch.serialization._get_layout": lambda name: None,
     _METADATA + "_MEM_FORMAT_ENCODING": lambda number: None,
     **{
@@ -77,10 +77,10 @@ class Reader(dcp.FileSystemReader):
         self._known: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the checkpoint holds.
+        """Description of the checkpoint's tensors.
 
         Raises:
-            ValueError: it asks for anything but that, or is damaged.
+            ValueError: It asks for something else, or is damaged.
         """
         if self._known is None:
             file = self._folder / ".metadata"
@@ -97,12 +97,12 @@ class Reader(dcp.FileSystemReader):
         return super()._slice_file(file, sinfo)
 
     def room(self) -> int:
-        """Bytes of all files of tensors, which no tensors can go beyond."""
+        """Bytes of all files of tensors: an upper bound for the tensors."""
         return sum(file.stat().st_size for file in self._folder.glob("*.distcp"))
 
 
 class _Part(io.RawIOBase):
-    """Some bytes of a file as a file; the views of PyTorch cannot be read from their ends."""
+    """A part of a file as a file; PyTorch's views do not support seeking from the end."""
 
     def __init__(self, file: IO[bytes], offset: int, nbytes: int):
         self._file, self._offset, self._nbytes, self._at = file, offset, nbytes, 0
@@ -129,10 +129,10 @@ class _Part(io.RawIOBase):
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """Puts what is read into a state."""
+    """Loads what is read into a state."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        # PyTorch's own method unpickles: it gets what was read safely, written anew.
+        # PyTorch's method unpickles: give it the safely read value, saved again.
         again = io.BytesIO()
         torch.save(read_value(value, read_item.dest_index.fqn), again)
         again.seek(0)
@@ -143,8 +143,8 @@ def write_value(value: Any, file: Path) -> None:
     """Write plain values and tensors for :func:`read_value`.
 
     Raises:
-        ValueError: it holds something else, and could not be read again.
-        OSError: it cannot be written.
+        ValueError: It holds something else, and could not be read again.
+        OSError: It cannot be written.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -152,17 +152,17 @@ def write_value(value: Any, file: Path) -> None:
         read_value(buffer, file.name)
     except ValueError as error:
         raise ValueError(
-            f"what a stream's state_dict gives is saved as plain values and tensors, but it could not be read again: "
+            f"state_dict() of a stream may hold only plain values and tensors, but its result could not be read again: "
             f"{error}"
         ) from error
     file.write_bytes(buffer.getbuffer())
 
 
 def read_value(file: Path | IO[bytes], name: str) -> Any:
-    """Plain values and tensors as ``torch.save`` has written them.
+    """Read plain values and tensors that ``torch.save`` wrote.
 
     Raises:
-        ValueError: it holds something else, which is named, or is damaged.
+        ValueError: It holds something else, which is named, or is damaged.
     """
     try:
         if isinstance(file, Path):
@@ -175,20 +175,20 @@ def read_value(file: Path | IO[bytes], name: str) -> Any:
         with torch.serialization.safe_globals(_NUMPY):
             return _plain(torch.load(file, map_location="cpu", weights_only=True))
     except RecursionError:
-        raise ValueError(f"{name} holds values in each other without end") from None
+        raise ValueError(f"{name} holds values that are nested too deeply") from None
     except pickle.UnpicklingError as error:
         raise ValueError(f"{name} {refusal(error)}") from error
 
 
 def refusal(error: pickle.UnpicklingError) -> str:
-    """What PyTorch refused to read; it says itself how to read it all the same, which nobody should."""
+    """What PyTorch refused to read, without its advice to disable the check."""
     found = _GLOBAL.search(str(error))
-    asks = f"asks for {next(filter(None, found.groups()))}" if found else "is no pickle of plain values"
+    asks = f"asks for {next(filter(None, found.groups()))}" if found else "is not a pickle of plain values"
     return f"{asks}; only plain values and tensors are read, and nothing was run"
 
 
 def _check_archive(file: Any, size: int, name: str) -> None:
-    """Refuse what ``torch.save`` does not write: other formats, and archives that grow when they are read."""
+    """Refuse what ``torch.save`` does not write: other formats and compressed archives."""
     try:
         file.seek(0)
         with zipfile.ZipFile(file) as archive:
@@ -201,7 +201,7 @@ def _check_archive(file: Any, size: int, name: str) -> None:
 
 
 class _Array:
-    """What becomes of ``numpy.ndarray``: in earlier versions' checkpoints NumPy's random numbers are one."""
+    """Stand-in for ``numpy.ndarray``, which holds NumPy's random state in checkpoints of earlier versions."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, _, dtype, _, data = state
@@ -211,7 +211,7 @@ class _Array:
 
 
 class _DType:
-    """What becomes of ``numpy.dtype``."""
+    """Stand-in for ``numpy.dtype``."""
 
     def __init__(self, code: str, *_: Any):
         self.code = code
@@ -231,11 +231,11 @@ _NUMPY: list[Any] = [
     (_Array, "numpy.ndarray"),
     (_DType, "numpy.dtype"),
 ]
-"""Stand-ins: NumPy's own can be given states that make it read memory it does not own."""
+"""Stand-ins, because NumPy's own classes accept states that make them read memory out of bounds."""
 
 
 def _plain(value: Any) -> Any:
-    """A value in which arrays are lists of numbers."""
+    """The value with lists of numbers in place of arrays."""
     if isinstance(value, _Array):
         return value.values
     if isinstance(value, dict):
@@ -246,7 +246,7 @@ def _plain(value: Any) -> Any:
 
 
 def _metadata(found: Any) -> Metadata:
-    """PyTorch's description of a checkpoint, every part of it checked."""
+    """PyTorch's description of a checkpoint, with every part checked."""
     if not isinstance(found, Record) or found.kind != "Metadata":
         raise RefusedError("something else than a description of tensors")
     try:

@@ -1,4 +1,4 @@
-"""What trains: the weights themselves, or low-rank adapters beside them, and which parts stay as they are."""
+"""What trains: the weights or LoRA, and which parts are frozen."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ PARTS = {
     "language_model.lm_head.": "head",
     "language_model.": "decoder",
 }
-"""What names of parameters begin with -> what that part is called; the first that fits."""
+"""Prefix of parameter names -> name of the part; the first match counts."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "model": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """``[targets]`` of a recipe. The names of what is frozen are the authors'."""
+    """``[targets]`` of a recipe. The freeze settings have the authors' names."""
 
     method: Literal["lora", "full"] = "lora"
-    """``lora``: adapters beside frozen weights; ``full``: the weights."""
+    """``lora``: LoRA on frozen weights; ``full``: the weights."""
     modules: tuple[str, ...] | None = None
-    """With ``lora``: which modules get adapters, by the end of their names (``q_proj``, ``experts.fc1``) or by a
-    pattern for all of it (``*.layers.1?.mlp.*``). None: every linear layer and all experts that are not frozen."""
+    """With ``lora``: modules that get LoRA, by the end of a name (``q_proj``, ``experts.fc1``) or a pattern for the
+    whole name (``*.layers.1?.mlp.*``). None: every linear layer and all experts that are not frozen."""
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.05
     rslora: bool = False
-    """Scale by ``alpha / sqrt(rank)`` and not by ``alpha / rank``."""
+    """Scale by ``alpha / sqrt(rank)`` in place of ``alpha / rank``."""
     dtype: Literal["float32", "bfloat16", "model"] = "float32"
-    """Of adapters; ``model``: that of the weights beside them."""
+    """Dtype of LoRA; ``model``: the dtype of the weights."""
     freeze_vit: bool = True
     freeze_projector: bool = True
     freeze_llm: bool = False
     freeze_llm_layers: tuple[int, ...] = ()
-    """Layers of the decoder that stay as they are; with ``full`` too, where the authors' code trains them anyway."""
+    """Frozen decoder layers; with ``full`` too, where the authors' code trains them anyway."""
     freeze: tuple[str, ...] = ()
-    """More that stays, by patterns for names of parameters (``*.router.weight``)."""
+    """Further frozen parameters, by patterns of names (``*.router.weight``)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -64,7 +64,7 @@ class Targets:
 
     @property
     def lora(self) -> LoRASettings:
-        """The shape of the adapters."""
+        """Settings of the LoRA modules."""
         return LoRASettings(rank=self.rank, alpha=self.alpha, dropout=self.dropout, rslora=self.rslora)
 
 
@@ -79,20 +79,20 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Trainable:
-    """What trains, for people to read before it starts."""
+    """What trains, shown before it starts."""
 
     parts: list[Part]
     whole: int
-    """Parameters of the model without adapters."""
+    """Parameters of the model without LoRA."""
     adapters: list[str] = field(default_factory=list)
-    """Modules that have one."""
+    """Modules with LoRA."""
 
     @property
     def parameters(self) -> int:
         return sum(part.parameters for part in self.parts)
 
     def table(self) -> Table:
-        """A row a part."""
+        """One row per part."""
         table = Table("part", "dtype", "tensors", "parameters", title="What trains")
         for column in table.columns[2:]:
             column.justify = "right"
@@ -105,12 +105,12 @@ class Trainable:
 
 
 def apply(model: Aria, targets: Targets) -> Trainable:
-    """Freeze what does not train, and attach fresh adapters where they go.
+    """Freeze what does not train, and attach new LoRA modules.
 
-    Works on a model on the meta device too. Adapters start by PyTorch's global generator.
+    Works on the meta device too. LoRA is initialized with PyTorch's global generator.
 
     Raises:
-        ValueError: a name or pattern that fits nothing, a layer that there is not, or nothing left to train.
+        ValueError: A name or pattern matches nothing, a layer does not exist, or nothing is left to train.
     """
     whole = sum(p.numel() for p in model.parameters())
     last = model.config.text.num_hidden_layers - 1
@@ -159,7 +159,7 @@ def _is(name: str, target: str) -> bool:
 
 
 def _frozen(name: str, targets: Targets) -> bool:
-    """Whether a parameter of this name stays as it is."""
+    """Whether a parameter of this name is frozen."""
     by_part = {
         "vision_tower.": targets.freeze_vit,
         "multi_modal_projector.": targets.freeze_projector,
@@ -187,7 +187,7 @@ def _parts(model: Aria) -> list[Part]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """What may have been meant."""
+    """Similar names, for errors."""
     tails = sorted({".".join(one.split(".")[-n:]) for one in names for n in (1, 2)} | {*names})
     near = difflib.get_close_matches(name, tails, n=3, cutoff=0.5)
-    return f"; near to it are {', '.join(near)}" if near else f"; there are {', '.join(tails[:8])}, ..."
+    return f"; similar names are {', '.join(near)}" if near else f"; there are {', '.join(tails[:8])}, ..."
