@@ -170,7 +170,7 @@ def test_numpy_is_not_sent_beyond_its_numbers(position: int) -> None:
     """It checks nothing, and would read other memory."""
     states = random_states()
     kind, keys, _, *rest = states["numpy"]
-    with pytest.raises(ValueError, match=f"random numbers is at {position} of 624"):
+    with pytest.raises(ValueError, match=f"generator is at {position} of 624"):
         restore_random_states({**states, "numpy": (kind, keys, position, *rest)})
 
 
@@ -265,7 +265,7 @@ def test_descriptions_have_a_limit(checkpoint: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_stream_state_that_could_not_be_read_again_is_refused_when_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"plain values and tensors, but it could not be read again: rank-0\.pt asks for"
+        ValueError, match=r"plain values and tensors, but its result could not be read again: rank-0\.pt asks for"
     ):
         write_value({"stream": Call(os.mkdir, str(tmp_path / "made"))}, tmp_path / "rank-0.pt")
     assert not list(tmp_path.iterdir())
