@@ -77,7 +77,7 @@ def test_what_is_not_in_the_cache_is_one_clear_error(offline, name):
 @pytest.mark.parametrize("revision", ["../../../etc/passwd", "/etc/passwd", "a/../b", "a\0", "", "a b"])
 def test_a_revision_leads_nowhere_else(revision):
     """An adapter's folder names one; the Hub's cache makes a path of it."""
-    with pytest.raises(ValueError, match="is not the name of a branch or tag, nor a commit"):
+    with pytest.raises(ValueError, match="is not a branch, tag or commit"):
         resolve("somebody/aria", revision=revision)
 
 

@@ -30,7 +30,7 @@ __all__ = [
     "SamplingParams",
 ]
 
-# Looked up on first use, so that `aria --help` need not wait for PyTorch.
+# Imported on first use, so that `aria --help` does not import PyTorch.
 _EXPORTS = {
     "AriaConfig": "aria.config",
     "AriaForConditionalGeneration": "aria.pretrained",

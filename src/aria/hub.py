@@ -1,7 +1,6 @@
-"""Where a model's files are, be it a local path, a Hub repository, or the nano model that ships with the package, and
-how its small files are read and written.
+"""Locate the files of a model (local path, Hub repository, or the packaged nano model), and read and write small files.
 
-Whoever publishes a model writes its files, so JSON is read within limits, and what does not fit is named.
+Model files are untrusted, so JSON is parsed within limits, and errors say what is wrong.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 NANO = Path(__file__).parent / "nano"
-"""Folder of the packaged small model, the default wherever a model is asked for."""
+"""Folder of the packaged small model, the default wherever a model is expected."""
 
 ADAPTER_NAME = "adapter_config.json"
-"""What makes a folder an adapter."""
+"""A folder with this file is an adapter."""
 
 MAX_JSON_BYTES = 16 << 20
-"""Of a JSON file. The largest of a published Aria, the index of 5,800 tensors, takes 0.6 MB."""
+"""Maximum size of a JSON file. The largest of a published Aria, the index of 5,800 tensors, has 0.6 MB."""
 MAX_JSON_DEPTH = 100
-"""Of objects and lists in each other."""
+"""Maximum nesting of objects and lists."""
 _MAX_NUMBER = 1e300
-"""Numbers beyond it do not survive arithmetic."""
+"""Larger numbers overflow in arithmetic."""
 
 _REVISION = re.compile(r"\w[\w./+-]*")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,16 +40,16 @@ def resolve(
     revision: str | None = None,
     allow_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """Local path of a model's files.
+    """Return the local path of a model's files, downloading them from the Hub if necessary.
 
     Args:
-        path_or_repo_id: a folder or file on disk, a Hub repository such as ``rhymes-ai/Aria``, or None for nano.
-        revision: branch, tag or commit of a Hub repository.
-        allow_patterns: glob patterns of the files needed from a Hub repository; None means all.
+        path_or_repo_id: A folder or file on disk, a Hub repository such as ``rhymes-ai/Aria``, or None for nano.
+        revision: Branch, tag or commit of a Hub repository.
+        allow_patterns: Glob patterns of the files needed from a Hub repository; None means all.
 
     Raises:
-        FileNotFoundError: nothing on disk has this path and it cannot be fetched from the Hub either.
-        ValueError: ``revision`` is given for a local path, or can be none.
+        FileNotFoundError: Not a path on disk, and not available from the Hub either.
+        ValueError: ``revision`` is given for a local path, or is malformed.
     """
     if path_or_repo_id is None:
         return NANO
@@ -67,7 +66,7 @@ def resolve(
             f"no file or folder {name!r}, and it is not a Hub repository id (owner/name); check the path"
         )
     if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
-        raise ValueError(f"revision={revision!r:.100} is not the name of a branch or tag, nor a commit")
+        raise ValueError(f"revision={revision!r:.100} is not a branch, tag or commit")
     patterns = list(allow_patterns) if allow_patterns is not None else None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -81,31 +80,31 @@ def resolve(
 
 
 def model_name(path_or_repo_id: str | os.PathLike[str] | None = None) -> str:
-    """What a model is called where people name it: the last part of its path or repository, or ``aria-nano``."""
+    """The display name of a model: the last part of its path or repository, or ``aria-nano``."""
     if path_or_repo_id is None:
         return "aria-nano"
     return Path(path_or_repo_id).expanduser().resolve().name
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that holds an object.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: see :func:`parse_json`.
+        FileNotFoundError: There is no such file.
+        ValueError: See :func:`parse_json`.
     """
     if not file.is_file():
         adapter = (file.parent / ADAPTER_NAME).is_file()
-        mend = "it is an adapter: name the model, and this as --adapter" if adapter else "a model folder needs one"
-        raise FileNotFoundError(f"{file.parent} has no {file.name}; {mend}")
+        hint = "it is an adapter: pass it as --adapter, beside the model" if adapter else "a model folder needs one"
+        raise FileNotFoundError(f"{file.parent} has no {file.name}; {hint}")
     return parse_json(read_bytes(file, MAX_JSON_BYTES), file)
 
 
 def read_bytes(file: Path, most: int) -> bytes:
-    """All of a file that has at most so many bytes.
+    """Read a file of at most ``most`` bytes.
 
     Raises:
-        ValueError: it has more.
+        ValueError: The file is larger.
     """
     with file.open("rb") as opened:
         data = opened.read(most + 1)
@@ -115,10 +114,10 @@ def read_bytes(file: Path, most: int) -> bytes:
 
 
 def read_text(file: Path, most: int) -> str:
-    """A text in UTF-8 of at most so many bytes.
+    """Read a UTF-8 text file of at most ``most`` bytes.
 
     Raises:
-        ValueError: it has more, or is not UTF-8.
+        ValueError: The file is larger or not UTF-8.
     """
     try:
         return read_bytes(file, most).decode("utf-8")
@@ -127,11 +126,11 @@ def read_text(file: Path, most: int) -> str:
 
 
 def parse_json(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object that JSON in UTF-8 holds; ``name`` is what errors call it.
+    """Parse a JSON object in UTF-8; ``name`` is used in error messages.
 
     Raises:
-        ValueError: it is not JSON, not an object, deeper than :data:`MAX_JSON_DEPTH`, has a key twice, or holds a
-            number that is not finite.
+        ValueError: Not JSON, not an object, nested deeper than :data:`MAX_JSON_DEPTH`, a duplicate key, or a number
+            that is not finite.
     """
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
@@ -146,7 +145,7 @@ def parse_json(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse keys that stand twice: readers differ in which one counts."""
+    """Reject duplicate keys: parsers differ in which one they use."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
@@ -169,10 +168,10 @@ def _check_values(found: dict[str, Any]) -> None:
 
 
 def write_file(file: Path, data: str | bytes) -> None:
-    """Write a file, texts in UTF-8; it has its name only once it is whole.
+    """Write a file atomically, text as UTF-8.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: It could not be written. An existing file is left unchanged.
     """
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -186,20 +185,20 @@ def write_file(file: Path, data: str | bytes) -> None:
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write an object as JSON, the same bytes on every system, making the folder if needed; see :func:`write_file`."""
+    """Write an object as JSON atomically, with the same bytes on every system. Creates the folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk itself."""
-    if os.name == "nt":  # which syncs no folders, and only files that are open for writing
+    """Flush a file, or the entries of a folder, to disk."""
+    if os.name == "nt":  # cannot sync folders, and only files open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        # Some network file systems cannot; they write in order.
+        # Some network file systems do not support it; they write in order.
         pass
     finally:
         os.close(descriptor)

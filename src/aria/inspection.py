@@ -1,4 +1,4 @@
-"""What a model is and where it fits: the report behind ``aria inspect``."""
+"""The report of ``aria inspect``: what a model is and on which devices it fits."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import resolve
 
 BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
-"""Of the weights themselves; the scales of quantised formats add 1 to 6 % to the last two."""
+"""Weights only; the scales of quantised formats add 1 to 6 % to int8 and int4."""
 RESERVE = 2**30
-"""Bytes kept free for activations and the runtime."""
+"""Bytes reserved for activations and the runtime."""
 _WEIGHTS = (".safetensors", ".pdparams", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 def inspect_model(path_or_repo_id: str | os.PathLike[str] | None, *, revision: str | None = None) -> dict[str, Any]:
-    """What a model is, as values that JSON can hold.
+    """Describe a model as JSON-serialisable values.
 
-    Weights that are here, or whose headers the Hub shows, are checked as loading checks them. Without them the
-    configuration and the index of shards still tell size, context and what fits.
+    Local weights, and those on the Hub by their headers, are checked as when loading. Without weights, the
+    configuration and the shard index still give size, context length and what fits.
 
     Args:
-        path_or_repo_id: a folder, a file of weights, ``config.json`` or an index of shards with ``config.json`` beside
-            it, a Hub repository, of whose weights only the headers are fetched, or None for the packaged nano model.
-        revision: branch, tag or commit of a Hub repository.
+        path_or_repo_id: A folder, a weights file, ``config.json`` or a shard index with ``config.json`` beside it, a
+            Hub repository (of which only the headers of the weights are fetched), or None for the packaged nano model.
+        revision: Branch, tag or commit of a Hub repository.
 
     Returns:
-        ``layout`` (name and description, None where the weights do not tell), ``dtype``, ``weights`` (``complete``,
-        and a ``note`` on what is missing), ``experts``, ``image_sizes`` (side in pixels -> tokens), ``context`` in
-        tokens, ``parameters`` by part with ``total`` and ``active``, ``cache_bytes_per_token`` in bfloat16, and
-        ``devices``: ``name``, ``free_bytes`` and ``tokens`` of context that fit beside the weights in each format.
+        ``layout`` (name and description, or None if unknown), ``dtype``, ``weights`` (``complete``, and a ``note`` on
+        what is missing), ``experts``, ``image_sizes`` (side in pixels -> tokens), ``context`` in tokens, ``parameters``
+        by part with ``total`` and ``active``, ``cache_bytes_per_token`` in bfloat16, and ``devices``: ``name``,
+        ``free_bytes``, and the context in ``tokens`` that fits beside the weights in each format.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: it is not a checkpoint of Aria.
+        FileNotFoundError: There is no such model.
+        ValueError: Not an Aria checkpoint.
     """
-    # Weights on the Hub are looked at there, unless they were fetched before; the index tells whether they all were.
+    # Weights on the Hub are inspected there, unless all of them (by the index) are in the local cache.
     local = path_or_repo_id is None or Path(path_or_repo_id).expanduser().exists()
     path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME, "*.safetensors.index.json"])
     if path.is_file() and path.name == CONFIG_NAME:
@@ -55,7 +55,7 @@ def inspect_model(path_or_repo_id: str | os.PathLike[str] | None, *, revision: s
     if not path.is_dir() and not path.name.endswith(_WEIGHTS):
         raise ValueError(
             f"{path} is not a model; expected a folder with {CONFIG_NAME} and weights, a .safetensors or .pdparams "
-            "file, an index of shards (.index.json), or a Hub repository"
+            "file, a shard index (.index.json), or a Hub repository"
         )
     config = AriaConfig.from_pretrained(path if path.is_dir() else path.parent)
     shapes = parameter_shapes(config)
@@ -84,10 +84,10 @@ def inspect_model(path_or_repo_id: str | os.PathLike[str] | None, *, revision: s
 def _local(
     path: Path, config: AriaConfig, shapes: Mapping[str, Shape]
 ) -> tuple[Layout | None, torch.dtype, str | None]:
-    """Layout and dtype of weights on this machine, and what is missing of them."""
+    """Layout and dtype of local weights, and a note if they are incomplete."""
     try:
         find_weights(path)
-    except (FileNotFoundError, ValueError) as error:  # none, some, or pickles, which are not read
+    except (FileNotFoundError, ValueError) as error:  # missing, incomplete, or pickles, which are not supported
         names = read_index(path)
         return detect(dict.fromkeys(names, ()), shapes) if names else None, config.dtype, str(error)
     checkpoint = Checkpoint(path, shapes)
@@ -95,7 +95,7 @@ def _local(
 
 
 def report(found: Mapping[str, Any], console: Console) -> None:
-    """Print what :func:`inspect_model` found; on a narrow console no number is cut."""
+    """Print the result of :func:`inspect_model`. Numbers are never truncated, even on a narrow console."""
     layout, experts, parameters = found["layout"], found["experts"], dict(found["parameters"])
     total, active = parameters.pop("total"), parameters.pop("active")
     origin = "" if found["weights"]["complete"] else " (by its config)"
@@ -128,7 +128,7 @@ def report(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, or one value a line where it is wider than the console."""
+    """Print a table, or one value per line if the table is wider than the console."""
     table = Table(*header, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -147,7 +147,7 @@ def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequ
 
 
 def _is_cached(snapshot: Path) -> bool:
-    """Whether all the weights of a Hub repository were fetched before."""
+    """Whether all weights of a Hub repository are in the local cache."""
     try:
         return bool(find_weights(snapshot))
     except (FileNotFoundError, ValueError):  # none, some, or only an index of pickles beside safetensors on the Hub
@@ -155,7 +155,7 @@ def _is_cached(snapshot: Path) -> bool:
 
 
 def _fits(config: AriaConfig) -> list[dict[str, Any]]:
-    """For each device of this machine: how many tokens of bf16 cache are left beside the weights."""
+    """For each device of this machine: how many tokens of bf16 KV cache fit beside the weights."""
     fits = []
     for name, free in _devices():
         tokens = {}

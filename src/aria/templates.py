@@ -1,7 +1,7 @@
-"""Chat templates in Jinja, rendered in a sandbox and, where there are worker processes, in one of these.
+"""Render Jinja chat templates in Jinja's sandbox and, if there are worker processes, in one of them.
 
-Whoever publishes a model writes its template. The sandbox keeps that from what Python can do, and not from running
-without end or filling all memory; a process can be limited and killed.
+Templates come with a model and are untrusted. The sandbox keeps them from accessing Python, but not from running
+forever or exhausting memory; a worker process can be limited and killed.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from aria.workers import LocalJob, Workers
 
 RENDER_SECONDS = 10.0
 MAX_CHARACTERS = 64 << 20
-"""Of what a template writes."""
+"""Maximum length of the rendered text."""
 NAME = "the chat template"
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Code points that Unicode keeps free of characters for ever; they pass through templates as they are."""
+"""Code points that Unicode reserves as noncharacters. They pass through templates unchanged."""
 
 
 def render(template: str, values: Mapping[str, Any], workers: Workers | None = None) -> str:
-    """What a template writes.
+    """Render a template.
 
     Args:
-        template: in Jinja, as ``tokenizer_config.json`` has it.
-        values: of its variables, as JSON has them; other objects become text.
-        workers: where it runs; None: in this process, where nothing stops it.
+        template: A Jinja template, as in ``tokenizer_config.json``.
+        values: Values of its variables, JSON-serialisable; other objects become strings.
+        workers: Worker processes to render in; None: render in this process, without limits.
 
     Raises:
-        ValueError: it cannot be parsed or rendered, or takes too long, too much memory or too much text.
+        ValueError: It cannot be parsed or rendered, or exceeds the limits on time, memory or length.
     """
     return str(_run(_render, template, values, workers))
 
 
 def variables_of(template: str, workers: Workers | None = None) -> frozenset[str]:
-    """Names that a template reads.
+    """Names of the variables that a template uses.
 
     Raises:
-        ValueError: it cannot be parsed.
+        ValueError: It cannot be parsed.
     """
     if template not in _known:
         if len(_known) >= 32:
@@ -73,10 +73,10 @@ def _render(job: Any) -> str:
         text = program.render(values)
     except MemoryError:
         raise ValueError(f"{NAME} takes more memory than there is") from None
-    except Exception as error:  # it is a program, and raises what it likes
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"{NAME} cannot be rendered: {error}") from None
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{NAME} writes {len(text):,} characters; at most {MAX_CHARACTERS:,} are taken")
+        raise ValueError(f"{NAME} produces {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed")
     return text
 
 
@@ -87,7 +87,7 @@ def _variables(job: Any) -> list[str]:
 
 @lru_cache(maxsize=32)
 def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """A template and the variables that it reads."""
+    """Compile a template; returns it and the names of its variables."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -98,14 +98,14 @@ def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
         return environment.from_string(template), frozenset(known)
     except MemoryError:
         raise ValueError(f"{NAME} takes more memory than there is") from None
-    except Exception as error:  # constants in it are computed
+    except Exception as error:  # constant expressions are evaluated
         raise ValueError(f"{NAME} cannot be parsed: {error}") from None
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, around what an assistant said: rendered as if it were not there."""
+    """The ``{% generation %}`` block around answers of the assistant, rendered as if it were absent."""
 
-    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 reads it only
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only reads it
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -121,7 +121,7 @@ def _now(form: str) -> str:
 
 
 def _json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-    """The filter ``tojson`` as transformers has it, which writes characters as they are and not as HTML."""
+    """The ``tojson`` filter of transformers, which does not escape characters for HTML."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, **settings)
     if ensure_ascii:
         for free in NONCHARACTERS:

@@ -331,7 +331,7 @@ def test_what_is_no_adapter_folder(base: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_is_no_model(base: Path, tmp_path: Path) -> None:
     save_adapter(trained(base), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"it is an adapter: name the model, and this as --adapter"):
+    with pytest.raises(FileNotFoundError, match=r"it is an adapter: pass it as --adapter"):
         AriaForConditionalGeneration.from_pretrained(tmp_path)
 
 

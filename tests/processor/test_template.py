@@ -229,7 +229,7 @@ def test_hostile_templates_are_ended(name: str, workers: Workers, monkeypatch: p
 
 def test_what_a_template_writes_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "MAX_CHARACTERS", 10)
-    with pytest.raises(ValueError, match="the chat template writes 11 characters; at most 10 are taken"):
+    with pytest.raises(ValueError, match="the chat template produces 11 characters; at most 10 are allowed"):
         render_template("{{ 'x' * 11 }}", [])
 
 

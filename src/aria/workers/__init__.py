@@ -1,4 +1,4 @@
-"""Work that is limited and can be stopped: threads that notice that nobody waits for them, and child processes."""
+"""Work with limits that can be cancelled: cancellable threads, and sandboxed worker processes."""
 
 from aria.workers.pool import LocalJob, NotReady, Workers, retry_until_ready
 from aria.workers.process import BusyError, WorkerError

@@ -1,4 +1,4 @@
-"""Cancelling work in threads: downloads, decoding and drawing stop when nobody waits for their result any more."""
+"""Cancellation of work in threads: downloads, decoding and rendering stop when their caller is cancelled."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 POLL_SECONDS = 0.25
-"""Most seconds that a wait for something outside (a socket, a drawing library) lasts before it checks again."""
+"""Maximum seconds to block (on a socket, in a rendering library) before checking for cancellation."""
 
 _cancelled: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("cancelled", default=None)
 
 
 class Cancelled(BaseException):
-    """The caller has gone. Not an ``Exception``, so that handlers of damaged files and lost connections let it pass."""
+    """The caller was cancelled. Not an ``Exception``, so that handlers of other errors let it pass."""
 
 
 def check_cancelled() -> None:
-    """Called between pieces of work, and at least every :data:`POLL_SECONDS` while waiting.
+    """To be called between pieces of work, and at least every :data:`POLL_SECONDS` while waiting.
 
     Raises:
-        Cancelled: the coroutine that waits for this thread was cancelled.
+        Cancelled: The coroutine that awaits this thread was cancelled.
     """
     event = _cancelled.get()
     if event is not None and event.is_set():
@@ -33,11 +33,11 @@ def check_cancelled() -> None:
 
 
 async def run_cancellable(executor: Executor | None, work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread; cancelling this coroutine also makes :func:`check_cancelled` raise there.
+    """Run ``work`` in a thread. Cancelling this coroutine makes :func:`check_cancelled` raise in the thread.
 
     Args:
-        executor: a pool of threads; None: the event loop's own.
-        work: called without arguments.
+        executor: Thread pool; None: the default executor of the event loop.
+        work: Called without arguments.
     """
     event = threading.Event()
     context = contextvars.copy_context()
@@ -49,7 +49,7 @@ async def run_cancellable(executor: Executor | None, work: Callable[[], T]) -> T
 
 
 def map_in_context(executor: Executor, function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-    """``executor.map`` whose threads are cancelled with the calling one. The first error in order is raised."""
+    """Like ``executor.map``, but the threads are cancelled with the calling one. Raises the first error in order."""
     futures = [
         executor.submit(contextvars.copy_context().run, function, *call) for call in zip(*arguments, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Messages and open files between two processes, over a socket."""
+"""Messages and file descriptors between two processes, over a socket."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from collections import deque
 from collections.abc import Sequence
 
 PASSES_FILES = hasattr(socket, "send_fds")
-"""Whether open files travel with messages; elsewhere, on Windows, they are named."""
+"""Whether descriptors can be sent with messages. On Windows files are passed by path instead."""
 _LENGTH = struct.Struct("<I")
 
 
 class ChannelClosedError(Exception):
-    """The other side has ended."""
+    """The other side has closed the connection or broken the protocol."""
 
 
 class Channel:
-    """One side of a connection that carries whole messages, in order.
+    """One side of a connection that transports length-prefixed messages.
 
     Args:
-        connection: a connected stream socket, which this object closes.
-        most: bytes of the longest message that :meth:`receive` takes.
-        takes_files: whether files may come with messages; else they are dropped.
+        connection: A connected stream socket, which this object closes.
+        max_bytes: Maximum size of a message that :meth:`receive` accepts.
+        takes_files: Whether to accept descriptors sent with messages.
     """
 
-    def __init__(self, connection: socket.socket, most: int, *, takes_files: bool = False):
+    def __init__(self, connection: socket.socket, max_bytes: int, *, takes_files: bool = False):
         self._socket = connection
         self._socket.setblocking(True)
-        self._most = most
+        self._max_bytes = max_bytes
         self._buffer = bytearray()
         self._takes_files = takes_files
         self._files: deque[int] = deque()
 
     def send(self, message: bytes, files: Sequence[int] = ()) -> None:
-        """Send a message, and descriptors of open files with it.
+        """Send a message, with descriptors of open files.
 
         Raises:
-            ChannelClosedError: nobody can receive it.
+            ChannelClosedError: The other side has closed the connection.
         """
         data = _LENGTH.pack(len(message)) + message
         try:
@@ -50,15 +50,15 @@ class Channel:
             raise ChannelClosedError from error
 
     def receive(self, seconds: float | None = None) -> bytes | None:
-        """The next message; None if there is none within ``seconds``.
+        """Receive the next message; None if there is none within ``seconds``.
 
         Raises:
-            ChannelClosedError: the other side has ended, or sends what is no message.
+            ChannelClosedError: The other side has closed the connection or sent an invalid message.
         """
         while True:
             if len(self._buffer) >= _LENGTH.size:
                 (size,) = _LENGTH.unpack_from(self._buffer)
-                if size > self._most:
+                if size > self._max_bytes:
                     raise ChannelClosedError(f"a message of {size:,} bytes")
                 end = _LENGTH.size + size
                 if len(self._buffer) >= end:
@@ -70,7 +70,7 @@ class Channel:
             self._fill()
 
     def take_file(self) -> int:
-        """The descriptor of the next file that came with the messages received so far."""
+        """Return the next descriptor received with the messages so far."""
         if not self._files:
             raise ChannelClosedError("a file is missing")
         return self._files.popleft()
@@ -79,7 +79,7 @@ class Channel:
         self._socket.close()
 
     def _readable(self, seconds: float | None) -> bool:
-        if hasattr(select, "poll"):  # select() knows descriptors up to 1,023 only
+        if hasattr(select, "poll"):  # select() is limited to descriptors below 1,024
             poll = select.poll()
             poll.register(self._socket, select.POLLIN)
             return bool(poll.poll(None if seconds is None else seconds * 1000))

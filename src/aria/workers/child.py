@@ -1,4 +1,4 @@
-"""What runs in the processes of :mod:`aria.workers`: a fork server that starts workers by forking, and the workers.
+"""The code that runs in the processes of :mod:`aria.workers`: the fork server and the workers.
 
 The fork server imports the decoders once and never reads untrusted input, so that a new worker takes milliseconds.
 Where processes cannot be forked safely (macOS, Windows), each worker is started as a process of its own.
@@ -35,49 +35,51 @@ PRELOADED = (
     *("aria.templates", "aria.grammars.trial"),
 )
 OPTIONAL = ("llguidance",)
-"""The same for what need not be installed."""
+"""Modules to preload if they are installed."""
 SANDBOX_LIBRARIES = ("py_landlock", "pyseccomp")
-"""Loaded before anything is given up: the second runs a program that finds its library."""
+"""Loaded before entering the sandbox: pyseccomp runs a program to find its library."""
 NICE = 5
-"""How much the priority of all workers is lowered: answers come before what is decoded for later ones."""
+"""Niceness of all workers: generation takes precedence over decoding."""
 MAX_REQUEST = 1 << 30
-"""Bytes of a message from the parent, which is trusted."""
+"""Maximum bytes of a message from the parent, which is trusted."""
 _PR_SET_PDEATHSIG = 1
 _SPARE_BYTES = 1 << 20
-"""Given up when memory runs out, so that this can still be reported."""
+"""Memory freed when a job runs out of memory, so that this can still be reported."""
 
 
 class Job:
-    """What a function that runs in a worker can do beside computing.
+    """What a function that runs in a worker gets to communicate with the parent.
 
     Args:
-        channel: to the parent.
-        inputs: the files that it may read.
+        channel: The connection to the parent.
+        inputs: The files that the job may read.
     """
 
     remote = True
-    """It runs in another process than its caller."""
+    """Whether the job runs in another process than its caller."""
 
     def __init__(self, channel: Channel, inputs: Sequence[SharedFile]):
         self._channel, self._inputs = channel, inputs
         self._lock = threading.Lock()
 
     def file(self, index: int = 0) -> BinaryIO:
-        """An input, open for reading at its beginning; every call gives one with a position of its own."""
+        """Open an input file at position 0. Each call returns a file object with its own position."""
         return open_reader(self._inputs[index])
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the parent's. Arguments and result are what JSON holds.
+        """Call a function of the parent. Arguments and result are JSON values.
 
         Raises:
-            ValueError: what the parent's function raised.
+            ValueError: Raised by the function of the parent.
         """
         with self._lock:
             return self._call(name, arguments)
 
     def array(self, shape: Sequence[int]) -> np.ndarray:
-        """A new array of zeros, uint8, that the parent gets with the result, in the order of these calls. It has to be
-        filled before the next one is asked for."""
+        """Make a zeroed uint8 array that the parent receives with the result, in the order of these calls.
+
+        It must be filled before the next one is made.
+        """
         with self._lock:
             path = self._call("array", list(shape))
             descriptor = self._channel.take_file() if path is None else os.open(path, os.O_RDWR | _BINARY)
@@ -109,12 +111,12 @@ def main() -> None:
         connection = socket.socket(fileno=int(sys.argv[3]))
     else:
         connection = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]  # there on Windows
-    warnings.simplefilter("ignore")  # what is wrong with a file is said by an error
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
+    warnings.simplefilter("ignore")  # problems with a file are reported as errors
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
     for name in PRELOADED:
         importlib.import_module(name)
     for name in (*OPTIONAL, *SANDBOX_LIBRARIES):
-        with contextlib.suppress(Exception):  # not installed, or without its library: a worker reports that
+        with contextlib.suppress(Exception):  # missing, or its library is: a worker reports that
             importlib.import_module(name)
     if hasattr(os, "nice"):
         os.nice(NICE)
@@ -136,7 +138,7 @@ def _channel(connection: socket.socket) -> Channel:
 
 
 def _fork_workers(channel: Channel, memory_bytes: int, scratch: Path) -> None:
-    """Fork a worker for each connection that comes."""
+    """Fork a worker for each connection received."""
     while True:
         channel.receive()
         connection = socket.socket(fileno=channel.take_file())
@@ -164,7 +166,7 @@ def _reap() -> None:
 
 
 def _watch_parent() -> None:
-    """End with the process that started this one, in the middle of work too."""
+    """Exit as soon as the parent process ends, even during a job."""
     import psutil
 
     parent = psutil.Process(os.getppid())
@@ -177,7 +179,7 @@ def _watch_parent() -> None:
 
 
 def _work(channel: Channel, memory_bytes: int, scratch: Path) -> None:
-    """Do what is asked for, one after the other."""
+    """Enter the sandbox and run jobs one after another."""
     tempfile.tempdir = str(scratch)
     missing = enter_sandbox(memory_bytes, scratch)
     channel.send(json.dumps({"ready": missing}).encode())

@@ -1,4 +1,4 @@
-"""`Workers`: functions run in child processes that are limited, scheduled and killed."""
+"""`Workers`: a pool of sandboxed worker processes with scheduling, deadlines and memory limits."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from aria.workers.shared import SharedFile, open_reader
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-"""Most seconds between two looks at whether a job's caller has left, and whose turn it is."""
+"""Maximum seconds between two checks for cancellation and scheduling."""
 MAX_JOBS = 64
-"""Jobs that have begun, running or paused; more wait for one of them to end."""
+"""Maximum number of jobs in progress, running or paused. Further jobs wait."""
 MAX_ARRAYS = 10_000
-"""Of one job."""
+"""Maximum number of arrays of one job."""
 JOBS_OF_A_WORKER = 500
-"""After which its process is replaced: what it has leaked goes with it."""
+"""Number of jobs after which a worker process is replaced, in case it leaks memory."""
 
 Calls = Mapping[str, Callable[..., Any]]
 
 
 class Workers:
-    """Processes for functions that read what strangers send. They are started when they are first needed.
+    """A pool of worker processes for functions that read untrusted input. Processes are started on demand.
 
     Args:
-        count: jobs that run at a time; what runs long is paused for what comes new.
-        memory_bytes: of address space that a process may take beyond its start.
+        count: Number of jobs that run at a time. Long-running jobs are paused in favour of new ones.
+        memory_bytes: Address space that a worker may use beyond what it starts with.
     """
 
     def __init__(self, count: int, memory_bytes: int):
@@ -64,24 +64,24 @@ class Workers:
         """Call ``function(job, *arguments)`` in a worker, with a :class:`~aria.workers.child.Job`.
 
         Args:
-            function: of a module's top level.
-            arguments: anything that can be pickled.
-            name: what errors call the thing that is worked on.
-            seconds: after which the process is killed, counted from now; three times as many where others' jobs, or
-                the machine's, left it less than half of them.
-            files: what ``job.file(index)`` opens.
-            calls: what ``job.call`` reaches. They run in this thread; a ValueError that one raises is raised in the
-                worker, and any other exception ends the job and is raised here. The process may be in the hands of
-                whoever made the files, so that arguments can be any JSON.
+            function: A function at the top level of a module.
+            arguments: Picklable values.
+            name: Name of the input for error messages.
+            seconds: Time limit from now, after which the worker is killed. Three times as long if the job got less than
+                half of this as CPU time because of other load.
+            files: The files that ``job.file(index)`` opens.
+            calls: The functions that ``job.call`` can call. They run in this thread. A ValueError is raised in the
+                worker; any other exception ends the job and is raised here. A worker may be compromised by its input,
+                so arguments can be any JSON.
 
         Returns:
-            What the function returned, as JSON has it, and the arrays that it made with ``job.array``.
+            The return value of the function as JSON, and the arrays made with ``job.array``.
 
         Raises:
-            ValueError: the function raised one, took too long or too much memory, or its process ended.
-            BusyError: others' jobs left it no time or no memory.
-            WorkerError: no process can be started.
-            Cancelled: the caller has left, see :mod:`aria.workers.cancellation`.
+            ValueError: The function raised one, took too long or too much memory, or its process died.
+            BusyError: Other jobs left no time or memory.
+            WorkerError: No worker process can be started.
+            Cancelled: The caller was cancelled, see :mod:`aria.workers.cancellation`.
         """
         deadline = _JobDeadline(seconds)
         with contextlib.ExitStack() as held:
@@ -106,10 +106,10 @@ class Workers:
                 return result
             except ChannelClosedError as error:
                 if self._closed:
-                    raise WorkerError("the workers of this process were ended") from error
+                    raise WorkerError("the worker pool is closed") from error
                 raise ValueError(
-                    f"{name} cannot be read: the process that read it crashed, as damaged and hostile input makes it; "
-                    "send something else"
+                    f"{name} cannot be read: the process that read it crashed, probably because it is damaged or "
+                    "malicious; send something else"
                 ) from error
             except _InputError as fault:
                 healthy = True
@@ -121,19 +121,19 @@ class Workers:
 
     @property
     def busy(self) -> int:
-        """Processes that have a job."""
+        """Number of workers that have a job."""
         return len(self._busy)
 
     def warm_up(self) -> None:
-        """Start a process now, so that the first job need not wait for it.
+        """Start a worker now, so that the first job need not wait for it.
 
         Raises:
-            WorkerError: it cannot be started.
+            WorkerError: It cannot be started.
         """
         self._give_back(self._take(), healthy=True)
 
     def close(self) -> None:
-        """End all processes; jobs that run fail."""
+        """Kill all workers. Running jobs fail."""
         with self._lock:
             self._closed = True
             workers = [*self._idle, *self._busy]
@@ -143,17 +143,17 @@ class Workers:
         self._fork_server.close()
 
     def bound_memory(self, worker: Worker, *, paused: bool) -> None:
-        """Give up a paused job if all that are paused hold more memory than one process may, and it the most.
+        """Abort a paused job if all paused jobs together exceed the memory limit of one worker and it holds the most.
 
         Raises:
-            BusyError: it is given up.
+            BusyError: The job is aborted.
         """
         held = worker.resident_bytes() if paused else 0
         with self._lock:
             self._paused[worker] = held
             together, most = sum(self._paused.values()), max(self._paused.values())
         if together > self.memory_bytes and held == most:
-            raise BusyError("too many media take much memory; try again later")
+            raise BusyError("media being read use too much memory; try again later")
 
     def _take(self) -> Worker:
         with self._lock:
@@ -166,7 +166,7 @@ class Workers:
             self._busy.add(worker)
             first, self._reported = not self._reported, True
         if first and worker.missing:
-            logger.warning("media are read in processes of their own, which here lack %s", "; ".join(worker.missing))
+            logger.warning("the sandbox of worker processes is incomplete here: %s", "; ".join(worker.missing))
         return worker
 
     def _give_back(self, worker: Worker, healthy: bool) -> None:
@@ -189,11 +189,11 @@ class Workers:
             self._places.release()
 
     def _wait(self, ready: Callable[[], bool], deadline: _JobDeadline) -> None:
-        """Until something is so.
+        """Wait for a condition.
 
         Raises:
-            BusyError: the time is up.
-            Cancelled: the caller has left.
+            BusyError: The time is up.
+            Cancelled: The caller was cancelled.
         """
         while not ready():
             check_cancelled()
@@ -204,11 +204,11 @@ class Workers:
 
 
 class NotReady(Exception):  # noqa: N818
-    """Raised by a function that a worker calls: it is called again until it returns or the job ends."""
+    """Raised by a callback of a job that has to wait. It is called again until it returns or the job ends."""
 
 
 def retry_until_ready(function: Callable[..., Any], arguments: Sequence[Any], check: Callable[[], None]) -> Any:
-    """What a function returns, called until it no longer raises :class:`NotReady`; ``check`` may end that."""
+    """Call a function until it no longer raises :class:`NotReady`. ``check`` is called in between and may raise."""
     while True:
         with contextlib.suppress(NotReady):
             return function(*arguments)
@@ -217,7 +217,7 @@ def retry_until_ready(function: Callable[..., Any], arguments: Sequence[Any], ch
 
 
 class _JobDeadline:
-    """When a job is given up: after some seconds, or after three times as many if it could not work meanwhile."""
+    """Time limit of a job: ``end`` if it got enough CPU time, otherwise ``last``, after three times as long."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -226,11 +226,11 @@ class _JobDeadline:
 
 
 class _InputError(Exception):
-    """What is wrong with a job's input, found by its function: its process is as good as before."""
+    """The function of a job raised a ValueError about its input. The worker can be reused."""
 
 
 class _JobSession:
-    """A job as its caller follows it: calls answered, arrays made, the result received."""
+    """The parent's side of a running job: answers calls, makes arrays and receives the result."""
 
     def __init__(
         self, workers: Workers, worker: Worker, turn: JobSlot, name: str, calls: Calls, deadline: _JobDeadline
@@ -261,8 +261,8 @@ class _JobSession:
                 return message["result"], self._arrays
             elif "memory" in message:
                 raise ValueError(
-                    f"{self._name} cannot be read: that takes more than the {self._workers.memory_bytes:,} bytes of "
-                    "memory that are allowed; make it smaller"
+                    f"{self._name} cannot be read: it takes more than the {self._workers.memory_bytes:,} bytes of "
+                    "memory allowed; make it smaller"
                 )
             elif "error" in message:
                 raise _InputError(str(message["error"]))
@@ -273,12 +273,12 @@ class _JobSession:
     def _check_memory(self) -> None:
         check_cancelled()
         if self._deadline.last < time.monotonic():
-            raise BusyError("too many media are being read for the memory that they may take; try again later")
+            raise BusyError("too many media are being read for the memory available; try again later")
 
     def _check(self) -> None:
         check_cancelled()
         now, seconds = time.monotonic(), self._deadline.seconds
-        # Who was kept from working by others is not at fault.
+        # A job that got too little CPU time because of others gets more time.
         if self._deadline.end < now and self._worker.cpu_seconds() - self._used >= seconds / 2:
             raise ValueError(f"reading {self._name} took longer than {seconds:g} s; send a smaller or shorter one")
         if self._deadline.last < now:
@@ -300,7 +300,7 @@ class _JobSession:
             self._worker.reply(str(error), error=True)
 
     def _result_of(self, function: Callable[..., Any], arguments: Any) -> Any:
-        """What a function of the parent returns, once it can."""
+        """Call a function of the parent, waiting until it is ready."""
         try:
             return function(*arguments)
         except NotReady:
@@ -319,7 +319,7 @@ class _JobSession:
             raise ChannelClosedError(f"an array of {size:,} bytes after {len(self._arrays)} others")
         self._take_array()
         file = SharedFile.of_size(max(size, 1))
-        # A file with a name (Windows) has to be there until the worker has opened it.
+        # A named file (Windows) must exist until the worker has opened it.
         self._files.callback(file.close)
         memory = file.map()
         self._worker.reply_file(file)
@@ -328,14 +328,14 @@ class _JobSession:
         self._shared = np.frombuffer(memory, np.uint8, size).reshape(shape)
 
     def _take_array(self) -> None:
-        """Copy the array that was made last: its mapping keeps a descriptor open, and the process could write to it."""
+        """Copy the last array: its mapping keeps a descriptor open, and the worker could still write to it."""
         if self._shared is not None:
             self._arrays.append(np.array(self._shared))
             self._shared = None
 
 
 class LocalJob:
-    """The same for functions that run in this process: nothing limits them but what they check themselves."""
+    """The interface of :class:`~aria.workers.child.Job` for functions that run in this process, without limits."""
 
     remote = False
 

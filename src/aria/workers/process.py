@@ -1,4 +1,4 @@
-"""Worker processes as their parent sees them: started, paused, ended, and spoken to."""
+"""Worker processes as seen by the parent: starting, pausing, killing and communicating."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ from aria.workers.shared import SharedFile
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER = 8 << 20
-"""Bytes of a message from a worker, which may be in the hands of whoever made the file that it reads."""
+"""Maximum bytes of a message from a worker, which may be compromised by the file that it reads."""
 START_SECONDS = 60.0
 FORKS = sys.platform == "linux" and hasattr(os, "pidfd_open")
-"""Whether workers are forked by the fork server. On macOS libraries that forked processes use may fail."""
+"""Whether workers are forked by a fork server. On macOS some libraries fail in forked processes."""
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP",
                    "TMP", "SYSTEMROOT", "PATHEXT", "FONTCONFIG_PATH")  # fmt: skip
-"""Of the environment; the rest may hold keys."""
+"""Environment variables passed on to workers. Others may hold secrets."""
 _NICE = 10
 _KEPT_BYTES = 32 << 20
 
 
 class WorkerError(RuntimeError):
-    """A worker process cannot be started, or ended by no fault of its input."""
+    """A worker process cannot be started, or ended for reasons other than its input."""
 
 
 class BusyError(WorkerError):
-    """A job's time passed before it could begin, or while it waited for memory: others' jobs had it."""
+    """A job timed out because other jobs used the workers or the memory."""
 
 
 class Worker:
-    """A process that does one job at a time.
+    """A process that runs one job at a time.
 
     Args:
-        channel: to it.
-        pid: its number.
-        child: what was started, where it was not forked by the fork server.
+        channel: The connection to it.
+        pid: Its process id.
+        child: The process object, unless the process was forked by the fork server.
 
     Attributes:
-        jobs: how many it has been given.
-        slow: its priority was lowered, which cannot be undone.
-        missing: what it could not give up, and why.
+        jobs: Number of jobs it was given.
+        slow: Whether its priority was lowered, which cannot be undone.
+        missing: Parts of the sandbox that are missing, and why.
 
     Raises:
-        ChannelClosedError: it ended before it was ready.
+        ChannelClosedError: The process ended before it was ready.
     """
 
     def __init__(self, channel: Channel, pid: int, child: subprocess.Popen[bytes] | None = None):
         self._channel, self._child = channel, child
         self.jobs = 0
         self.slow = False
-        # A number may be another process's one day; this descriptor always means the same.
+        # A pid can be reused by another process; this descriptor cannot.
         self._handle = os.pidfd_open(pid) if child is None else None
         try:
             self._process = psutil.Process(pid)
@@ -77,10 +77,10 @@ class Worker:
             raise
 
     def start(self, function: str, arguments: Sequence[Any], inputs: Sequence[SharedFile], cpu_seconds: float) -> None:
-        """Give it a job: a function by ``module:name``, and what it is called with.
+        """Start a job: a function, as ``module:name``, and its arguments.
 
         Raises:
-            ChannelClosedError: it has ended.
+            ChannelClosedError: The process has ended.
         """
         self.jobs += 1
         request = {
@@ -92,10 +92,10 @@ class Worker:
         self._channel.send(pickle.dumps(request), [one.descriptor for one in inputs] if PASSES_FILES else ())
 
     def receive(self, seconds: float) -> dict[str, Any] | None:
-        """Its next message, None if there is none within ``seconds``.
+        """Receive the next message; None if there is none within ``seconds``.
 
         Raises:
-            ChannelClosedError: it has ended, or sends what no worker sends.
+            ChannelClosedError: The process has ended or sent an invalid message.
         """
         message = self._channel.receive(seconds)
         if message is None:
@@ -105,48 +105,48 @@ class Worker:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ChannelClosedError("a message that is no JSON object")
+            raise ChannelClosedError("a message that is not a JSON object")
         return value
 
     def reply(self, value: Any, *, error: bool = False) -> None:
-        """Answer a call."""
+        """Reply to a call."""
         self._channel.send(pickle.dumps(("error" if error else "value", value)))
 
     def reply_file(self, file: SharedFile) -> None:
-        """Answer a call with a file."""
+        """Reply to a call with a file."""
         path, files = (None, [file.descriptor]) if PASSES_FILES else (file.path, [])
         self._channel.send(pickle.dumps(("value", path)), files)
 
     def cpu_seconds(self) -> float:
-        """Processor time that it has used; infinity where that cannot be known."""
+        """CPU time used by the process; infinity if unknown."""
         try:
             return sum(self._process.cpu_times()[:2])
         except (psutil.Error, OSError):
             return math.inf
 
     def resident_bytes(self) -> int:
-        """Memory that it holds; 0 where that cannot be known."""
+        """Resident memory of the process; 0 if unknown."""
         try:
             return int(self._process.memory_info().rss)
         except (psutil.Error, OSError):
             return 0
 
     def pause(self) -> None:
-        """Stop its work until :meth:`resume`."""
+        """Suspend the process until :meth:`resume`."""
         self._signal("SIGSTOP", lambda process: process.suspend())
 
     def resume(self) -> None:
         self._signal("SIGCONT", lambda process: process.resume())
 
     def lower_priority(self) -> None:
-        """For good: let every other process go first."""
+        """Permanently lower the priority of the process below all others."""
         self.slow = True
         with contextlib.suppress(psutil.Error, OSError):
             nice = psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else min(self._process.nice() + _NICE, 19)
             self._process.nice(nice)
 
     def kill(self) -> None:
-        """End it at once, in whatever it does."""
+        """Kill the process."""
         self._signal("SIGKILL", lambda process: process.kill())
         self._channel.close()
         handle, self._handle = self._handle, None
@@ -164,10 +164,10 @@ class Worker:
 
 
 class ForkServer:
-    """Starts workers. Nothing runs before the first is asked for.
+    """Starts workers. The server process itself is started with the first one.
 
     Args:
-        memory_bytes: of address space that each worker may take beyond its start.
+        memory_bytes: Address space that each worker may use beyond what it starts with.
     """
 
     def __init__(self, memory_bytes: int):
@@ -178,20 +178,20 @@ class ForkServer:
         self._closed = False
 
     def worker(self) -> Worker:
-        """A new worker that is ready.
+        """Start a worker and wait until it is ready.
 
         Raises:
-            WorkerError: it cannot be started.
+            WorkerError: It cannot be started.
         """
         try:
             with self._lock:
                 if self._closed:
-                    raise WorkerError("the workers of this process were ended")
+                    raise WorkerError("the worker pool is closed")
                 ours, child = (self._forked if FORKS else self._started)()
             return Worker(Channel(ours, MAX_ANSWER), *child)
         except (OSError, ChannelClosedError, psutil.Error) as error:
             reason = str(error) or "it ended at once"
-            raise WorkerError(f"a process that reads media cannot be started: {reason}") from error
+            raise WorkerError(f"cannot start a worker process: {reason}") from error
 
     def close(self) -> None:
         """End the fork server; workers that it forked end with it."""
@@ -201,7 +201,7 @@ class ForkServer:
 
     def _end(self) -> None:
         if self._channel is not None:
-            self._channel.close()  # which it notices, and removes its scratch folder
+            self._channel.close()  # the process notices and removes its scratch folder
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(2)
@@ -238,16 +238,16 @@ class ForkServer:
 
 
 def _launch(role: str, memory_bytes: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """A Python process that runs :mod:`aria.workers.child`, and the connection to it."""
+    """Start a Python process that runs :mod:`aria.workers.child`; returns the connection to it and the process."""
     ours, theirs = socket.socketpair()
-    # As this process finds modules, and without running anything of the user's program.
+    # Use the module search path of this process, without running the user's main program.
     setup = f"import sys; sys.path[:] = {sys.path!r}; from aria.workers.child import main; main()"
     command = [sys.executable, "-c", setup, role, str(memory_bytes)]
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    # Threads would make forking unsafe; and memory that is kept for each of them counts.
+    # Threads would make forking unsafe, and take memory each.
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment |= {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
-    # Memory of one image serves the next, up to what most take.
+    # Let malloc reuse the memory of one image for the next.
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(_KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(2 * _KEPT_BYTES)}
     try:
         with theirs:

@@ -1,7 +1,7 @@
-"""What a worker process gives up for good before it reads anything of a stranger's: memory, files, network, programs.
+"""The sandbox of worker processes, entered before reading untrusted input: memory, files, network, system calls.
 
-Resource limits hold on every Unix. Landlock and seccomp are asked for through the packages py-landlock and pyseccomp,
-where they are installed and the kernel has them; each part that is missing is reported by name.
+Resource limits apply on every Unix. Landlock and seccomp are set up through the packages py-landlock and pyseccomp if
+they are installed and the kernel supports them. Each missing part is reported by name.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import psutil
 
 OPEN_FILES = 256
 SCRATCH_BYTES = 64 << 20
-"""Of one file in the scratch folder."""
+"""Maximum size of a file in the scratch folder."""
 _READABLE = ("/usr/share/fonts", "/usr/local/share/fonts", "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/fonts")
-"""Folders of the system that decoders read: fonts of PDFs, and libraries that are loaded when they are first needed."""
+"""System folders that decoders read: fonts for PDFs, and libraries loaded on first use."""
 _DENIED = (
     *("socket", "connect", "bind", "listen", "accept", "accept4"),
     *("execve", "execveat", "fork", "vfork"),
@@ -33,14 +33,14 @@ _CLONE_THREAD = 0x00010000
 
 
 def enter_sandbox(memory_bytes: int, scratch: Path) -> list[str]:
-    """Give up all that decoding does not need.
+    """Irrevocably drop all permissions that workers do not need.
 
     Args:
-        memory_bytes: of address space, beyond what the process has now.
-        scratch: the only folder where files may be written.
+        memory_bytes: Limit of the address space, on top of its present size.
+        scratch: The only writable folder.
 
     Returns:
-        What could not be given up here, and why.
+        The parts of the sandbox that are missing on this system, and why.
     """
     steps = (
         ("limits of memory and open files", lambda: _limit(memory_bytes)),
@@ -51,13 +51,13 @@ def enter_sandbox(memory_bytes: int, scratch: Path) -> list[str]:
     for name, step in steps:
         try:
             step()
-        except Exception as error:  # each library has errors of its own, and import errors count too
+        except Exception as error:  # each library has its own errors, and imports may fail
             missing.append(f"{name}: {str(error) or type(error).__name__}")
     return missing
 
 
 def limit_cpu(seconds: float) -> None:
-    """Let the process use so many seconds of CPU time from now on, over all of its threads; then it is killed."""
+    """Limit the CPU time of the process, all threads together, from now on; the kernel kills it at the limit."""
     if os.name != "posix":
         return
     import resource
@@ -73,7 +73,7 @@ def _limit(memory_bytes: int) -> None:
     import resource
 
     with contextlib.suppress(OSError):
-        # If the machine runs out of memory all the same, this process goes before the one that it works for.
+        # If the machine runs out of memory anyway, the kernel should kill this process before its parent.
         Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
@@ -91,13 +91,13 @@ def _restrict_files(scratch: Path) -> None:
         raise OSError(f"{sys.platform} has none")
     from py_landlock import Landlock
 
-    # No rule about ports: none may be bound or connected to, from the kernel's fourth version of Landlock on.
+    # Without rules for ports, Landlock (version 4 and later) denies binding and connecting to any.
     rules = Landlock(strict=False)
     rules.allow_read(*_folders()).allow_read_write(scratch).apply()
 
 
 def _folders() -> Iterator[Path]:
-    """Where modules and libraries are loaded from, and fonts."""
+    """Folders of Python modules, libraries and fonts."""
     candidates = [*sys.path, sys.prefix, sys.base_prefix, *_READABLE]
     for folder in {Path(one).resolve() for one in candidates if one}:
         if folder.exists() and folder != Path("/"):
@@ -112,15 +112,15 @@ def _restrict_system_calls() -> None:
     denied = pyseccomp.ERRNO(errno.EPERM)
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for name in _DENIED:
-        # Some do not exist on every architecture.
+        # Some system calls do not exist on every architecture.
         with contextlib.suppress(OSError):
             rules.add_rule(denied, name)
-    # Threads may be started, processes may not. What clone3 is to start lies in memory, where no filter sees it; the C
-    # library falls back on clone.
+    # Threads may be started, processes may not. The flags of clone3 are in memory, where filters cannot read them; when
+    # it fails with ENOSYS, the C library falls back to clone.
     rules.add_rule(denied, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
-    # Sending without an address goes to the parent.
+    # Sending without an address uses the existing connection to the parent.
     rules.add_rule(denied, "sendto", pyseccomp.Arg(4, pyseccomp.NE, 0))
-    # Signals to its own threads alone.
+    # Signals only to its own threads.
     rules.add_rule(denied, "tgkill", pyseccomp.Arg(0, pyseccomp.NE, os.getpid()))
     rules.load()

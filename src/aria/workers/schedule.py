@@ -1,4 +1,4 @@
-"""Which of many jobs may run now: the one that has run least goes first, so that long ones cost nobody else."""
+"""Scheduling of jobs: those that have run least go first, so that long jobs do not delay others."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import time
 from aria.workers.process import Worker
 
 QUANTUM = 0.25
-"""Seconds for which a new job runs before all others; each level after the first lasts twice as long."""
+"""Seconds for which a new job has the highest priority. Each further level lasts twice as long."""
 SLICE = 0.1
-"""Seconds that what is chosen runs in any case."""
+"""Minimum seconds for which a chosen job runs."""
 SLOW_LEVEL = 1
-"""From which level on a job's process is given less of the processors than everything else on the machine."""
+"""Level from which the process of a job gets a lower priority than everything else on the machine."""
 
 
 class JobSlot:
-    """A job's place among the others.
+    """The scheduling state of a job.
 
     Attributes:
-        worker: its process, once it has one.
-        runs: set while it may run.
-        waits: it needs no processor now.
+        worker: Its worker process, once assigned.
+        runs: Set while the job may run.
+        waits: The job is waiting for something other than a CPU.
     """
 
     def __init__(self, number: int):
@@ -36,12 +36,12 @@ class JobSlot:
         self._paused = time.monotonic()
 
     def level(self, now: float) -> int:
-        """How long it has run; 0 for less than a quantum."""
+        """Priority level by running time; 0 for less than a quantum."""
         spent = self._spent + (now - self._since if self._since is not None else 0.0)
         return int(math.log2(1 + spent / QUANTUM))
 
     def rank(self, now: float) -> int:
-        """Its level, less the seconds that it has waited for: a stream of new jobs stops nobody for good."""
+        """The level minus the seconds spent waiting, so that a stream of new jobs starves nobody. Lowest goes first."""
         if self._since is None:
             return max(self.level(now) - int(now - self._paused), 0)
         return -1 if now - self._since < SLICE else self.level(now)
@@ -53,7 +53,7 @@ class JobSlot:
         self.runs.set()
 
     def stop(self, now: float) -> None:
-        assert self._since is not None, "only what runs can be stopped"
+        assert self._since is not None, "only a running job can be stopped"
         self._spent += now - self._since
         self._since, self._paused = None, now
         self.runs.clear()
@@ -62,9 +62,9 @@ class JobSlot:
 
 
 class JobSchedule:
-    """Runs ``count`` jobs at a time, those that have run least; the processes of all others are paused.
+    """Runs ``count`` jobs at a time, those that have run least, and pauses the processes of all others.
 
-    Among jobs of one rank those that run stay, then whoever came first.
+    Jobs of the same rank: running ones stay, then first come, first served.
     """
 
     def __init__(self, count: int):
@@ -74,7 +74,7 @@ class JobSchedule:
         self._lock = threading.Lock()
 
     def enter(self) -> JobSlot:
-        """A new job."""
+        """Add a job."""
         with self._lock:
             turn = JobSlot(next(self._numbers))
             self._turns.append(turn)
@@ -82,25 +82,25 @@ class JobSchedule:
         return turn
 
     def update(self) -> None:
-        """To be called every now and then by whoever waits for a job."""
+        """Reschedule. To be called regularly while waiting for a job."""
         with self._lock:
             self._update()
 
     def set_waiting(self, turn: JobSlot, waits: bool) -> None:
-        """Whether a job waits for something else than a processor."""
+        """Record whether a job is waiting for something other than a CPU."""
         with self._lock:
             turn.waits = waits
             self._update()
 
     def set_worker(self, turn: JobSlot, worker: Worker) -> None:
-        """A job has a process, which is running."""
+        """Assign a running worker process to a job."""
         with self._lock:
             turn.worker = worker
             if not turn.runs.is_set():
                 worker.pause()
 
     def leave(self, turn: JobSlot) -> None:
-        """A job is over; its process is running."""
+        """Remove a finished job. Its process is left running."""
         with self._lock:
             self._turns.remove(turn)
             if turn.worker is not None and not turn.runs.is_set():

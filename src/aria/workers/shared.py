@@ -1,4 +1,4 @@
-"""Files without a name that two processes share: what is decoded, and the pixels that come of it."""
+"""Anonymous files shared between two processes: encoded input and decoded pixels."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PIECE = 1 << 26
 
 
 class SharedFile(NamedTuple):
-    """An open file that another process can be given."""
+    """An open file that can be passed to another process."""
 
     descriptor: int
     size: int
-    """Bytes."""
+    """Size in bytes."""
     path: str | None = None
-    """Its name, where descriptors cannot be passed to other processes (Windows)."""
+    """Path of the file on systems that cannot pass descriptors (Windows)."""
 
     @classmethod
     def of_size(cls, size: int) -> SharedFile:
-        """Zeros in memory, of a size that stays: neither side can make the other's mapping invalid."""
+        """Zeroed memory of fixed size: neither side can invalidate the mapping of the other by truncating it."""
         descriptor, path = _unnamed()
         try:
             os.ftruncate(descriptor, size)
@@ -40,7 +40,7 @@ class SharedFile(NamedTuple):
 
     @classmethod
     def of_bytes(cls, data: bytes) -> SharedFile:
-        """A copy of bytes."""
+        """A file with a copy of the bytes."""
         descriptor, path = _unnamed()
         try:
             rest = memoryview(data)
@@ -52,26 +52,25 @@ class SharedFile(NamedTuple):
         return cls(descriptor, len(data), path)
 
     def map(self) -> mmap.mmap:
-        """Its bytes, which stay as long as somebody holds the mapping. It must not be empty."""
+        """Map the file, which must not be empty. The memory stays valid as long as the mapping is referenced."""
         return map_shared(self.descriptor, self.size)
 
     def close(self) -> None:
         os.close(self.descriptor)
         if self.path is not None:
-            with contextlib.suppress(OSError):  # Windows keeps what is map_shared
+            with contextlib.suppress(OSError):  # Windows cannot delete mapped files
                 Path(self.path).unlink()
 
 
 def map_shared(descriptor: int, size: int) -> mmap.mmap:
-    """The first bytes of a file as memory that both sides write to, all of it there at once: a page at a time takes
-    several times as long."""
+    """Map the first bytes of a file as shared memory, prefaulted: faulting page by page takes several times as long."""
     if hasattr(mmap, "MAP_POPULATE"):
         return mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
     return mmap.mmap(descriptor, size)
 
 
 def _unnamed() -> tuple[int, str | None]:
-    """The descriptor of a new empty file, and its path where it cannot do without one."""
+    """Create an empty file; returns its descriptor, and its path on systems without anonymous files."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("aria", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), None
     if os.name == "posix":
@@ -81,18 +80,18 @@ def _unnamed() -> tuple[int, str | None]:
 
 
 def open_reader(source: bytes | SharedFile) -> BinaryIO:
-    """Bytes or a file, open for reading at the beginning; each has a position of its own."""
+    """Open bytes or a shared file for reading, at position 0. Each call returns an object with its own position."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     return io.BufferedReader(PositionedReader(source.descriptor, source.size), 1 << 16)  # type: ignore[return-value]
 
 
 class PositionedReader(io.RawIOBase):
-    """A file read through a descriptor, at a position of its own: others may read through the same one.
+    """A reader with its own position on a descriptor that others may share.
 
     Args:
-        descriptor: of a regular file; who opened it keeps it open and closes it.
-        size: bytes of the file.
+        descriptor: Descriptor of a regular file. The caller keeps it open and closes it.
+        size: Size of the file in bytes.
     """
 
     def __init__(self, descriptor: int, size: int):
