@@ -251,7 +251,7 @@ def test_logprobs_are_those_before_the_grammar(engine):
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "schema.json"),
         ({"items": {"type": "integer", "minimum": 3, "maximum": 1}, "minItems": 1}, "said at #/items contradicts"),
         ({"enum": []}, "cannot be followed"),
-        ({"$ref": "#"}, "no JSON value fits it"),
+        ({"$ref": "#"}, "no JSON value matches it"),
         ({"$ref": "#/$defs/a", "$defs": {"a": closed(b={"$ref": "#/$defs/a"})}}, "Too many items"),
         ({"not": {}, "x-guidance": {"lenient": True}}, "not"),
         ({"minimum": float("nan")}, "is not JSON"),

@@ -85,9 +85,9 @@ def holding(depth: int) -> Any:
         ({"patternProperties": {f"^{n}": {} for n in range(101)}}, "101 patterns in patternProperties; .* 100: join"),
         ({"items": {"pattern": "a" * 10_001}}, "10,001 characters in a pattern; .* 10,000: shorten it, at #/items"),
         ({"type": "integer", "multipleOf": 1_048_577}, "multipleOf is 1048577; expected at most 100,000, not counting"),
-        (aliases(300), "over 200 references lead from one to the next; refer to the last, at #/\\$defs/d"),
+        (aliases(300), "a chain of over 200 references; refer to the last directly, at #/\\$defs/d"),
         ({"allOf": [{"pattern": f"a{n}"} for n in range(9)]}, "9 patterns and formats of one text; .* at most 8"),
-        (linked(1700), "references lead over 5,000 levels deep"),
+        (linked(1700), "references are nested over 5,000 levels deep"),
     ],
 )  # fmt: skip
 def test_schemas_beyond_a_limit_are_told_which(unaided, schema, says):
@@ -105,7 +105,7 @@ def test_schemas_beyond_a_limit_are_told_which(unaided, schema, says):
         ("root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "nested too deeply"),
         ('{"grammars": [{"json_schema": {"type": "null"}}]}', "neither Lark.*nor GBNF"),
         (from_regex("a" * 10_001), "10,001 characters in a pattern"),
-        (from_choices(["a"] * 20_001), "20,001 texts to choose from; expected at most 20,000"),
+        (from_choices(["a"] * 20_001), "20,001 choices; expected at most 20,000"),
         (from_choices(["a" * 2_000_000]), "characters; expected at most 2,000,000"),
         (from_structural_tag({"format": {"type": "json_schema", "json_schema": nested(120)}}), "nested too deeply"),
         (from_structural_tag({"format": {"type": "regex", "pattern": "a" * 10_001}}), "characters in a pattern"),
@@ -203,8 +203,8 @@ def test_a_compiler_that_crashes_or_hangs_does_it_elsewhere(grammars, monkeypatc
     ("constraint", "says"),
     [
         (remainders(100), "compiling it takes over 2 s"),
-        ({"anyOf": [{"const": {"a": [n] * 40}} for n in range(2000)]}, "it is too large, or the compiler fails at it"),
-        (crossed(32), "finding what may come next takes .* too many of its alternatives fit the same text"),
+        ({"anyOf": [{"const": {"a": [n] * 40}} for n in range(2000)]}, "it is too large, or the compiler fails on it"),
+        (crossed(32), "computing the allowed tokens takes .* too many of its alternatives match the same text"),
     ],
 )
 def test_what_takes_too_much_is_ended(grammars, constraint, says):

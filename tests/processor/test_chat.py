@@ -81,7 +81,7 @@ def test_image_parts_carry_their_source_and_settings() -> None:
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
-        ({"role": "wizard", "content": "x"}, "message 0 has the role 'wizard'; known are system, developer, user"),
+        ({"role": "wizard", "content": "x"}, "message 0 has the role 'wizard'; supported are system, developer, user"),
         ({"content": "x"}, "the role None"),
         ({"role": "user"}, "message 0 has no content"),
         ({"role": "user", "content": "x", "name": "Ann"}, "message 0 has unknown keys: name"),
@@ -90,12 +90,12 @@ def test_image_parts_carry_their_source_and_settings() -> None:
         ({"role": "user", "content": [{"type": "audio"}]}, "has the type 'audio'; supported are text, image"),
         ({"role": "user", "content": [{"text": "x"}]}, "has the type None"),
         ({"role": "user", "content": [{"type": "text"}]}, "text of part 0 of message 0 should be a string"),
-        ({"role": "user", "content": [{"type": "image", "src": "x"}]}, "unknown keys: src; image parts know type"),
-        ({"role": "user", "content": [{"type": "text", "text": "a", "url": "b"}]}, "keys: url; text parts know type"),
-        ({"role": "user", "content": [{"type": "image", "url": "a", "path": "b"}]}, "under path and url; use one"),
+        ({"role": "user", "content": [{"type": "image", "src": "x"}]}, "unknown keys: src; image parts support type"),
+        ({"role": "user", "content": [{"type": "text", "text": "", "url": "b"}]}, "keys: url; text parts support type"),
+        ({"role": "user", "content": [{"type": "image", "url": "a", "path": "b"}]}, "as path and url; use one"),
         ({"role": "user", "content": [{"type": "image", "url": object()}]}, "objects go under image"),
         ({"role": "user", "content": [{"type": "image", "path": 3}]}, "should be a string or Path"),
-        ({"role": "user", "content": [{"type": "image", "max_image_size": "490"}]}, "should be a int, but is '490'"),
+        ({"role": "user", "content": [{"type": "image", "max_image_size": "490"}]}, "should be an int, but is '490'"),
         ({"role": "user", "content": [{"type": "image", "split_image": "no"}]}, "should be a bool, but is 'no'"),
         ("hello", "message 0 should be a mapping"),
     ],
@@ -160,9 +160,9 @@ def test_slices_keep_whole_places_and_never_halves() -> None:
     assert isinstance(tail, Prompt) and tail.parts[0].source is picture
     assert tail == str(prompt)[7:] and prompt[-1] == "d"
     for cut in (slice(10, None), slice(None, 12), slice(11, 13)):
-        with pytest.raises(ValueError, match="end inside an image's place, 9 to 16"):
+        with pytest.raises(ValueError, match="end inside an image slot, 9 to 16"):
             prompt[cut]
-    with pytest.raises(ValueError, match="end inside an image's place"):
+    with pytest.raises(ValueError, match="end inside an image slot"):
         Prompt.of(f"{IMAGE_TOKEN}a").strip("<|")
 
 
@@ -181,7 +181,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("operation", PLAIN.values(), ids=PLAIN)
 def test_no_operation_makes_places_of_text(operation: Callable[[Any], Any]) -> None:
     literal = render([{"role": "user", "content": f"what is {IMAGE_TOKEN}?"}])
-    with pytest.raises(ValueError, match="is just text, and would become an image's place"):
+    with pytest.raises(ValueError, match="here plain text, would become an image slot"):
         operation(literal)
     for part in ({}, {"path": "a.png"}):
         prompt = render([{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what?"}]}])

@@ -154,11 +154,11 @@ def test_plain_strings_and_clips(processor: AriaProcessor) -> None:
     text = [processor.decode([i for i in row if i != processor.tokenizer.image_token_id], skip_special_tokens=False)
             for row in inputs.input_ids.tolist()]  # fmt: skip
     assert text[0].endswith("[00:01]<fim_prefix><fim_suffix>\na") and text[1].endswith("[00:01]\nb")
-    with pytest.raises(ValueError, match="does not tell which"):
+    with pytest.raises(ValueError, match="does not say which"):
         processor(text=SLOT * 2, images=PICTURE, videos=CLIP)
-    with pytest.raises(ValueError, match=r"the prompts have 1 clip places .* but 2 clips were given"):
+    with pytest.raises(ValueError, match=r"the prompts have 1 clip slots .* but 2 clips were given"):
         processor(text=SLOT, videos=[CLIP, CLIP])
-    with pytest.raises(ValueError, match=r"2 image places .* but 0 images"):
+    with pytest.raises(ValueError, match=r"2 image slots .* but 0 images"):
         processor(text=SLOT * 2)
 
 
@@ -185,14 +185,14 @@ def test_pictures_and_clips_in_one_batch_share_a_size(processor: AriaProcessor) 
     ({"type": "video", "num_frames": 0}, "num_frames of part 0 of message 0 should be a whole number above 0"),
     ({"type": "video", "num_frames": True}, "num_frames of part 0"),
     ({"type": "video", "num_frames": 4, "fps": 1}, "gives num_frames and fps"),
-    ({"type": "video", "max_frames": 4}, "max_frames of part 0 of message 0 goes with fps"),
+    ({"type": "video", "max_frames": 4}, "max_frames of part 0 of message 0 requires fps"),
     ({"type": "video", "fps": float("inf")}, "fps of part 0 of message 0 should be a number above 0"),
     ({"type": "video", "fps": float("nan")}, "fps of part 0"),
     ({"type": "video", "timestamps": 1}, "timestamps of part 0 of message 0 should be a bool"),
-    ({"type": "video", "pages": "1"}, "unknown keys: pages; video parts know type, video, path, url, num_frames"),
-    ({"type": "video", "video": b"", "url": "a"}, "gives its video under video and url"),
+    ({"type": "video", "pages": "1"}, "unknown keys: pages; video parts support type, video, path, url, num_frames"),
+    ({"type": "video", "video": b"", "url": "a"}, "gives its video as video and url"),
     ({"type": "video", "url": b"abc"}, "objects go under video"),
-    ({"type": "document"}, "names no document"),
+    ({"type": "document"}, "has no source"),
     ({"type": "document", "path": "a", "pages": 3}, 'pages of part 0 of message 0 should be text such as "1-3,7"'),
     ({"type": "document", "path": "a", "pages": [1.0]}, "pages of part 0"),
     ({"type": "document", "document": PDF, "video": CLIP}, "unknown keys: video"),

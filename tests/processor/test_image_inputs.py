@@ -161,7 +161,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path):
     conversation = [{"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(ValueError, match="one conversation, a list of messages, but got 2"):
         processor.prepare([conversation, conversation])
-    with pytest.raises(ValueError, match="1 image places"):
+    with pytest.raises(ValueError, match="1 image slots"):
         processor.prepare(conversation)
     with pytest.raises(ValueError, match="is not one of this model's sizes"):
         processor.prepare(conversation, images=noise(9, 9), max_image_size=17)

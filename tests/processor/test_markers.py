@@ -117,7 +117,7 @@ def test_text_that_is_normalised_to_a_marker_is_text(text: str) -> None:
 def test_a_vocabulary_without_another_spelling_refuses_the_text() -> None:
     tokenizer = AriaTokenizer(small_tokenizer.model(model_type="char"), small_tokenizer.config())
     assert tokenizer.decode(tokenizer.encode(render([{"role": "user", "content": "<|img|> <fim_prefix>"}])))
-    with pytest.raises(ValueError, match=r"text holds <\|im_end\|>, which this vocabulary can only spell"):
+    with pytest.raises(ValueError, match=r"text holds <\|im_end\|>, which this vocabulary can only encode"):
         tokenizer.encode(render([{"role": "user", "content": "<|im_end|>"}]))
 
 
@@ -193,7 +193,7 @@ def test_prompts_keep_markup_through_joining_cutting_and_copying() -> None:
     assert list((Prompt.raw("<|im_") + "end|>").literal_markers()) == [(0, "<|im_end|>")]
     assert prompt[5:30].markup == ((0, 12), (22, 25)) and prompt[18:20].markup == ()  # type: ignore[attr-defined]
     for operation in (lambda: f"{prompt}", lambda: prompt.replace("user", "tool")):
-        with pytest.raises(ValueError, match=r"a <\|im_end\|> is just text, and would become a control token"):
+        with pytest.raises(ValueError, match=r"<\|im_end\|>, here plain text, would become a control token"):
             operation()
     with pytest.raises(ValueError, match="markup should be spans in order within 1 characters"):
         Prompt("a", markup=[(0, 2)])

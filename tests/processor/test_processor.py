@@ -68,10 +68,10 @@ def test_split_pictures_have_their_own_counts(processor: AriaProcessor) -> None:
 @pytest.mark.parametrize(
     ("text", "count", "message"),
     [
-        (SLOT, 0, "1 image places .* but 0 images"),
-        (SLOT, 2, "1 image places .* but 2 images"),
-        ("hello", 1, "0 image places .* but 1 images"),
-        ([SLOT, SLOT], 1, "2 image places .* but 1 images"),
+        (SLOT, 0, "1 image slots .* but 0 images"),
+        (SLOT, 2, "1 image slots .* but 2 images"),
+        ("hello", 1, "0 image slots .* but 1 images"),
+        ([SLOT, SLOT], 1, "2 image slots .* but 1 images"),
     ],
 )
 def test_counts_that_differ(processor: AriaProcessor, text: Any, count: int, message: str) -> None:
@@ -81,7 +81,7 @@ def test_counts_that_differ(processor: AriaProcessor, text: Any, count: int, mes
 
 def test_lists_of_lists_are_checked_prompt_by_prompt(processor: AriaProcessor) -> None:
     one = picture()
-    with pytest.raises(ValueError, match=r"prompt 1 has 1 image places .* but 2 images"):
+    with pytest.raises(ValueError, match=r"prompt 1 has 1 image slots .* but 2 images"):
         processor([SLOT, SLOT], [[one], [one, one]])
     with pytest.raises(ValueError, match="1 lists for 2 prompts"):
         processor([SLOT, SLOT], [[one]])
@@ -96,7 +96,7 @@ def test_literal_image_tokens_of_users_take_no_picture(processor: AriaProcessor)
     assert image_runs(inputs.input_ids[0]) == [128]
     decoded = processor.decode(inputs.input_ids[0])
     assert decoded.replace("<|img|>" * 128, "<|img|>") == prompt
-    with pytest.raises(ValueError, match="2 image places"):
+    with pytest.raises(ValueError, match="2 image slots"):
         processor(str(prompt), picture())
     assert processor(Prompt("<|img|>"), return_tensors="pt").input_ids.shape[1] > 1
 
@@ -147,7 +147,7 @@ def test_messages_bring_their_own_pictures(processor: AriaProcessor, tmp_path) -
     assert torch.equal(inputs.pixel_values, all_given.pixel_values)
     assert torch.equal(inputs.input_ids, all_given.input_ids)
     assert processor.decode(inputs.input_ids[0]).endswith("compare<|im_end|>\n<|im_start|>assistant\n")
-    with pytest.raises(ValueError, match=r"3 image places .*\(2 of them name their own\), but 2 images"):
+    with pytest.raises(ValueError, match=r"3 image slots .*\(2 of them with a source\), but 2 images"):
         processor(prompt, [first, second])
     greeting: list[Any] = [{"role": "user", "content": "hi"}]
     batch = processor.apply_chat_template([messages, greeting], images=[second], **options)
@@ -175,7 +175,7 @@ def test_image_parts_carry_size_and_splitting(processor: AriaProcessor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"text": SLOT, "videos": [[]]}, ValueError, "1 clip places"),
+        ({"text": SLOT, "videos": [[]]}, ValueError, "1 clip slots"),
         ({"text": None}, ValueError, "should be a prompt"),
         ({"text": []}, ValueError, "should be a prompt"),
         ({"text": "a", "return_tensors": "tf"}, ValueError, "'tf' is not known"),
@@ -226,7 +226,7 @@ def test_a_model_with_other_sizes(processor: AriaProcessor, tmp_path) -> None:
     for loaded, tokens in ((without_config, 128), (with_config, 100)):
         assert image_runs(loaded(SLOT, picture(), return_tensors="pt").input_ids[0]) == [64]
         assert image_runs(loaded(SLOT, picture(), max_image_size=448, return_tensors="pt").input_ids[0]) == [tokens]
-    with pytest.raises(ValueError, match=r"sizes \[490, 980\], but the image processor makes \[224, 448\]"):
+    with pytest.raises(ValueError, match=r"sizes \[490, 980\], but the image processor has \[224, 448\]"):
         AriaProcessor(small.image_processor, processor.tokenizer)
 
 

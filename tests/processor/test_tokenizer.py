@@ -119,7 +119,7 @@ def test_ids_that_are_none(tokenizer: AriaTokenizer) -> None:
             tokenizer.decode(wrong)
     with pytest.raises(ValueError, match="batch_decode"):
         tokenizer.decode(torch.zeros(2, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="half of a surrogate pair"):
+    with pytest.raises(ValueError, match="a lone surrogate"):
         tokenizer.encode("a\ud83d")
     with pytest.raises(ValueError, match="should be a string"):
         tokenizer.encode(3)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def test_calling_pads_on_the_left_and_truncates_on_the_right(tokenizer: AriaToke
         ({"padding": "left"}, "padding='left' is not known"),
         ({"truncation": True}, "need max_length"),
         ({"padding": "max_length"}, "need max_length"),
-        ({"padding": "max_length", "max_length": 1}, "does not fit into max_length=1"),
+        ({"padding": "max_length", "max_length": 1}, "exceeds max_length=1"),
         ({"padding": True, "max_length": 0}, "at least 1"),
     ],
 )

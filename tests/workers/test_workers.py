@@ -189,7 +189,7 @@ def test_closing_ends_all_processes() -> None:
     workers.close()
     thread.join(10)
     assert isinstance(errors[0], WorkerError) and is_gone(pids[0])
-    with pytest.raises(WorkerError, match="were ended"):
+    with pytest.raises(WorkerError, match="pool is closed"):
         run(workers, tasks.double, 1, files=[b""])
 
 

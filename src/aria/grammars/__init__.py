@@ -1,1 +1,1 @@
-"""JSON schemas, and grammars as text: read within limits, and made into what llguidance compiles. Without PyTorch."""
+"""Convert JSON schemas and text grammars, within limits, to grammars that llguidance compiles. Without PyTorch."""

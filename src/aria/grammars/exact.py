@@ -1,7 +1,7 @@
-"""Plain schemas with patterns of numbers -> grammars in llguidance's Lark, as JSON schemas cannot hold such patterns.
+"""Convert normalized schemas with patterns of numbers to llguidance's Lark, since JSON schemas cannot express these.
 
-Only what leads to such a number is spelled out; all else stays a JSON schema within the grammar. Terminals are those
-that llguidance makes of JSON schemas, as it reads a text by the longest terminal that may come.
+Only the parts that contain such a number become rules; the rest stays embedded JSON schemas. The terminals are those
+that llguidance makes for JSON schemas, because its lexer takes the longest match.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 from aria.grammars.shape import children
 
 MAX_CHARACTERS = 4_000_000
-"""Of such a grammar: what several of its JSON schemas refer to stands in each."""
+"""Maximum size of such a grammar: shared definitions are repeated in each embedded JSON schema."""
 _TEXT = r'/"([^"\\\x00-\x1F\x7F]|\\["\\bfnrt])*"/'
 
 
 def lark(schema: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """A grammar of the values that fit a plain schema, None where no pattern of numbers makes one necessary.
+    """Return a Lark grammar for a schema, or None if it has no patterns of numbers.
 
     Args:
-        schema: of :func:`aria.grammars.schemas.normalize`.
-        settings: llguidance's ``x-guidance`` for the JSON schemas in it.
+        schema: A schema from :func:`aria.grammars.schemas.normalize`.
+        settings: The ``x-guidance`` settings for embedded JSON schemas.
 
     Raises:
-        ValueError: a pattern of numbers stands where none can be followed.
+        ValueError: A pattern of numbers in an unsupported place.
     """
     writer = _SchemaWriter(schema.get("$defs", {}), settings)
     root = {key: value for key, value in schema.items() if key != "$defs"}
@@ -39,7 +39,7 @@ class _SchemaWriter:
         self._rules: list[str] = []
         self._size = 0
         self._exact = {name for name, definition in definitions.items() if _has_numbers(definition)}
-        """Definitions that have or lead to patterns of numbers."""
+        """Definitions that contain patterns of numbers, directly or by reference."""
         leading: dict[str, list[str]] = {}
         for name, definition in definitions.items() if self._exact else ():
             for other in _references(definition):
@@ -57,7 +57,7 @@ class _SchemaWriter:
         return "\n".join([f"start: {start}", *self._rules])
 
     def is_exact(self, schema: Any) -> bool:
-        """Whether there are patterns of numbers in a schema or in what it refers to."""
+        """Whether a schema contains patterns of numbers, directly or by reference."""
         return _has_numbers(schema) or any(name in self._exact for name in _references(schema))
 
     def _reachable(self, schema: Any) -> set[str]:
@@ -73,12 +73,12 @@ class _SchemaWriter:
     def _rule(self, body: str) -> str:
         self._size += len(body)
         if self._size > MAX_CHARACTERS:
-            raise ValueError("it is too large beside numbers beyond 2^53")
+            raise ValueError("it is too large for a schema with numbers beyond 2^53")
         self._rules.append(f"r{len(self._rules)}: {body}")
         return f"r{len(self._rules) - 1}"
 
     def value(self, schema: Any) -> str:
-        """An expression of the values that fit a schema."""
+        """A Lark expression for the values of a schema."""
         if not self.is_exact(schema):
             return self._rule(f"%json {self._json(schema)}")
         if "x-number" in schema:
@@ -136,7 +136,7 @@ class _SchemaWriter:
     def _comma_separated_prefix(
         self, items: Sequence[tuple[str, bool]], rest: tuple[str, int, int | None] | None
     ) -> str:
-        """Items of which one may be missing where all behind it are, then others, with commas between them."""
+        """Comma-separated items, where an item may only be missing if all later ones are, then repeated others."""
         tail = ""
         if rest is not None and rest[2] != 0:
             tail = _repeated(f'"," {rest[0]}', rest[1], rest[2]) if items else _several(rest)
@@ -147,7 +147,7 @@ class _SchemaWriter:
         return tail
 
     def _comma_separated(self, members: Sequence[tuple[str, bool]], rest: tuple[str, int, int | None] | None) -> str:
-        """Members of which any that may be missing may, then others, with commas between them."""
+        """Comma-separated members, where any optional one may be missing, then repeated others."""
         later = first = ""
         if rest is not None and rest[2] != 0:
             later, first = _repeated(f'"," {rest[0]}', rest[1], rest[2]), _several(rest)
@@ -179,7 +179,7 @@ def _has_numbers(schema: Any) -> bool:
 
 
 def _references(schema: Any) -> Iterator[str]:
-    """Names of the definitions that a schema refers to."""
+    """Names of the definitions that a schema references."""
     if isinstance(schema, dict):
         if "$ref" in schema:
             yield schema["$ref"].rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Alternatives of ``oneOf``. Grammars cannot say "and none of the others", so they have to exclude each other."""
+"""Alternatives of ``oneOf``. Grammars cannot express "and none of the others", so alternatives must be disjoint."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
 MAX_COMPARED = 128
 _DEPTH = 3
 _TYPES = {"NoneType": "null", "bool": "boolean", "str": "string", "list": "array", "object": "object"}
-"""Of the keys of `keywords.equality_key`; numbers are distinguished by their value."""
+"""Types by the keys of `keywords.equality_key`; numbers are distinguished by their value."""
 
 
 def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[list[Any]]:
-    """The alternatives, with what makes them exclude each other.
+    """The alternatives that can match, made disjoint.
 
     Raises:
-        SchemaError: a value may fit two of them.
+        SchemaError: A value may match two of them.
     """
     possible = [(branch, parts) for branch in given if (parts := reader.parts(branch)) is not None]
     if len(possible) < 2:
         return [branch for branch, _ in possible]
     if (tag := _tag(reader, [parts for _, parts in possible])) is not None:
-        # A tag with a default may be missing: values with it are still of one alternative alone.
+        # A tag with a default may be optional. Requiring it makes the alternatives disjoint.
         needed = {"required": [tag]}
         reader.resources.add(needed, place)
         return [[*branch, needed] for branch, _ in possible]
     if len(possible) > MAX_COMPARED or not all(
         _are_disjoint(reader, a, b, _DEPTH) for i, (_, a) in enumerate(possible) for _, b in possible[:i]
     ):
-        raise keywords.SchemaError(place, "oneOf is supported where its alternatives exclude each other, such as by a "
-                                          "property with another const in each; anyOf has no such limit")  # fmt: skip
+        raise keywords.SchemaError(place, "oneOf is supported if its alternatives are disjoint, such as by a property "
+                                          "with a different const in each; anyOf has no such limit")  # fmt: skip
     return [branch for branch, _ in possible]
 
 
 def _tag(reader: Reader, alternatives: Sequence[Sequence[Part]]) -> str | None:
-    """A property that has other values in each alternative, all of which are objects."""
+    """A property with different values in each alternative, if all are objects."""
     if any(reader.types(parts) != {"object"} for parts in alternatives):
         return None
     for name in {name: None for part in alternatives[0] for name in part.get("properties", ())}:
@@ -56,14 +56,14 @@ def _tag(reader: Reader, alternatives: Sequence[Sequence[Part]]) -> str | None:
 
 
 def _values(parts: Sequence[Part]) -> set[Any] | None:
-    """Those of const and enum; None: there are others."""
+    """The values allowed by const and enum; None if there are neither."""
     sets = [{keywords.equality_key(part.get("const"))} for part in parts if part.has("const")]
     sets += [set(map(keywords.equality_key, part.get("enum"))) for part in parts if part.has("enum")]
     return set.intersection(*sets) if sets else None
 
 
 def _are_disjoint(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: int) -> bool:
-    """Whether no value fits both, as far as it is easily known."""
+    """Whether no value matches both, as far as this is easy to tell."""
     reader.work(len(one) + len(other))
     types = reader.types([*one, *other])
     if not types:
@@ -96,7 +96,7 @@ def _are_disjoint(reader: Reader, one: Sequence[Part], other: Sequence[Part], de
 
 
 def _is_of(value: Any, types: set[str]) -> bool:
-    """Whether a value, as `keywords.equality_key` tells it, is of one of these types."""
+    """Whether a value, given by its `keywords.equality_key`, has one of the types."""
     name, content = value
     if name == "number":
         return "number" in types or ("integer" in types and content.denominator == 1)

@@ -1,4 +1,4 @@
-"""Keywords of JSON Schema: their shapes, where they hold other schemas, what says nothing and what is not supported."""
+"""Keywords of JSON Schema: the form of their values, subschemas, references, no-ops and unsupported ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 MAX_NAMES = 64
-"""Names of a pattern that are taken one by one."""
+"""Maximum number of property names to enumerate from a pattern."""
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 UNSUPPORTED_FORMATS = (
     *("idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template"),
     *("json-pointer", "relative-json-pointer", "regex"),
 )
-"""JSON Schema's own. A format that it does not know is an annotation."""
+"""Formats defined by JSON Schema. Unknown formats are annotations."""
 
 
 class SchemaError(ValueError):
-    """A schema that cannot be followed, and where."""
+    """A schema that is not supported, with the place in it."""
 
     def __init__(self, place: str, message: str):
         super().__init__(f"{message}, at {place}")
@@ -59,7 +59,7 @@ _SCHEMAS = (_are_schemas, "a list of schemas")
 _NAMED = (_are_named, "an object of schemas")
 _NUMBER = (_is_number, "a number")
 _COUNT = (_is_count, "a whole number, 0 or more")
-_TEXT = (lambda value: isinstance(value, str), "a text")
+_TEXT = (lambda value: isinstance(value, str), "a string")
 _LIST = (lambda value: isinstance(value, list) and value, "a list that is not empty")
 _BOUND = (lambda value: isinstance(value, bool) or _is_number(value), "a number")
 
@@ -76,13 +76,13 @@ SHAPES: dict[str, tuple[Callable[[Any], Any], str]] = {
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
     **dict.fromkeys(("minContains", "maxContains"), _COUNT),
     **dict.fromkeys(("$ref", "pattern", "format"), _TEXT),
-    "required": (_are_texts, "a list of texts"),
+    "required": (_are_texts, "a list of strings"),
     "enum": _LIST,
     "uniqueItems": (lambda value: isinstance(value, bool), "true or false"),
     "dependentRequired": (lambda value: isinstance(value, dict), "an object of lists"),
     "dependencies": (lambda value: isinstance(value, dict), "an object"),
 }
-"""What values of keywords have to be."""
+"""Check and description of the value of each keyword."""
 
 KEYWORD_TYPES = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"),
@@ -91,17 +91,17 @@ KEYWORD_TYPES = {
     **dict.fromkeys(("properties", "patternProperties", "additionalProperties", "required"), "object"),
     **dict.fromkeys(("minProperties", "maxProperties", "unevaluatedProperties"), "object"),
 }
-"""Keywords that speak of values of one type and leave others alone."""
+"""Keywords that apply to values of one type only."""
 CONSTRAINING = {*KEYWORD_TYPES, "type", "const", "enum", "anyOf", "oneOf"}
-"""Those and others that are left of a subschema once ``allOf`` and ``$ref`` were followed."""
+"""Keywords that constrain values, apart from ``allOf`` and ``$ref``."""
 
 
 _NULLABLE = {*SHAPES, "type"}
-"""Keywords that may be null, which programs write for those that are not there. A null const is a value."""
+"""Keywords for which null means absent, as some programs write it. A null const is a value."""
 
 
 def is_unconstrained(schema: Any) -> bool:
-    """Whether every value fits, as far as keywords tell without looking into them."""
+    """Whether a schema obviously allows every value."""
     if isinstance(schema, bool):
         return schema
     return all(name not in SHAPES and name not in CONSTRAINING and name not in _UNSUPPORTED for name in schema)
@@ -109,7 +109,7 @@ def is_unconstrained(schema: Any) -> bool:
 
 _NO_EFFECT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "uniqueItems": lambda node: not node["uniqueItems"] or node.get("maxItems", 2) <= 1,
-    "maxLength": lambda node: node["maxLength"] >= 2**31,  # which patterns cannot count, nor answers reach
+    "maxLength": lambda node: node["maxLength"] >= 2**31,  # beyond what grammars count and outputs reach
     "minItems": lambda node: node["minItems"] == 0,
     "minLength": lambda node: node["minLength"] == 0,
     "minProperties": lambda node: node["minProperties"] == 0,
@@ -125,7 +125,7 @@ _NO_EFFECT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "not": lambda node: node["not"] is False,
     "if": lambda node: all(is_unconstrained(node.get(name, True)) for name in ("then", "else")),
 }
-"""Keywords that say nothing in some cases."""
+"""Cases in which a keyword has no effect."""
 _UNSUPPORTED = (
     *(
         "uniqueItems",
@@ -138,7 +138,7 @@ _UNSUPPORTED = (
     ),
     *("dependencies", "not", "if", "$dynamicRef", "$recursiveRef"),
 )
-"""Keywords that are not supported where they say something."""
+"""Keywords that are not supported unless they have no effect."""
 
 
 def _is_any_text(schema: Any) -> bool:
@@ -148,7 +148,7 @@ def _is_any_text(schema: Any) -> bool:
 
 
 def children(node: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:
-    """The schemas that a schema holds, and where."""
+    """The direct subschemas of a schema, with their places."""
     for name, value in node.items():
         shape = SHAPES.get(name)
         if shape is _SCHEMA or (name == "items" and not isinstance(value, list)):
@@ -162,47 +162,47 @@ def children(node: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:
 
 
 class Resources:
-    """A schema with what it refers to. What ``const``, ``enum``, ``default`` and ``examples`` hold is no schema.
+    """Resolves references within a schema. The values of ``const``, ``enum``, ``default`` and ``examples`` are data.
 
     Args:
-        root: JSON in which no object stands at two places.
+        root: Parsed JSON in which every object occurs once.
 
     Raises:
-        SchemaError: a keyword has a value that it cannot have.
+        SchemaError: A keyword has an invalid value.
     """
 
     def __init__(self, root: Any):
         self._homes: dict[int, dict[str, Any]] = {}
-        """Of a schema: the root of its resource."""
+        """Maps a schema to the root of its resource."""
         self._bases: dict[int, str] = {}
-        """Of such a root: its address."""
+        """Maps the root of a resource to its base URI."""
         self._places: dict[int, str] = {}
         self._roots: dict[str, dict[str, Any]] = {}
         self._anchors: dict[tuple[int, str], dict[str, Any]] = {}
         self._cleaned: set[int] = set()
         self._patterns: dict[str, LLMatcher] = {}
         self._added: list[dict[str, Any]] = []
-        """Kept alive: schemas are distinguished by their identity."""
+        """Keeps schemas alive, because they are identified by ``id()``."""
         self._read(root, None, "#")
 
     def place(self, node: dict[str, Any]) -> str:
-        """Where a schema stands, as a JSON pointer."""
+        """The JSON pointer of a schema."""
         return self._places[id(node)]
 
     def _read(self, root: Any, home: dict[str, Any] | None, place: str) -> None:
-        """Take in a schema and those that it holds."""
+        """Register a schema and all of its subschemas."""
         waiting = [(root, home, place)]
         while waiting:
             node, home, place = waiting.pop()
             if not _is_schema(node):
-                raise SchemaError(place, f"a schema is an object, true or false, but this is {node!r:.60}")
+                raise SchemaError(place, f"a schema must be an object, true or false, but this is {node!r:.60}")
             if isinstance(node, bool) or id(node) in self._places:
                 continue
             home = self._note(node, home, place)
             waiting += [(child, home, where) for where, child in reversed([*children(node, place)])]
 
     def _note(self, node: dict[str, Any], home: dict[str, Any] | None, place: str) -> dict[str, Any]:
-        """Note where a schema stands, and by what names it is referred to; the root of its resource."""
+        """Register the place, ``$id`` and anchors of a schema; returns the root of its resource."""
         self._places[id(node)] = place
         for keyword in [name for name, value in node.items() if value is None and name in _NULLABLE]:
             del node[keyword]
@@ -224,18 +224,18 @@ class Resources:
         return home
 
     def target(self, node: dict[str, Any]) -> Any:
-        """The schema that a ``$ref`` leads to."""
+        """The schema that a ``$ref`` refers to."""
         reference, place = node["$ref"], self.place(node)
         home = self._homes[id(node)]
         address, _, fragment = reference.partition("#")
         if address and (full := urljoin(self._bases[id(home)], address)) != self._bases[id(home)]:
             if full not in self._roots:
-                raise SchemaError(place, f"$ref {reference!r:.120} leads to another document, which is not read")
+                raise SchemaError(place, f"$ref {reference!r:.120} refers to another document, which is not loaded")
             home = self._roots[full]
         fragment = unquote(fragment)
         if fragment and not fragment.startswith("/"):
             if (id(home), fragment) not in self._anchors:
-                raise SchemaError(place, f"$ref {reference!r:.120} leads to no $anchor")
+                raise SchemaError(place, f"$ref {reference!r:.120} refers to a missing $anchor")
             return self._anchors[id(home), fragment]
         found: Any = home
         for step in fragment.split("/")[1:]:
@@ -243,16 +243,16 @@ class Resources:
             try:
                 found = found[int(step) if isinstance(found, list) else step]
             except (LookupError, TypeError, ValueError):
-                raise SchemaError(place, f"$ref {reference!r:.120} leads to nothing") from None
-        # It may lie under a keyword that JSON Schema does not know, such as components.
+                raise SchemaError(place, f"$ref {reference!r:.120} cannot be resolved") from None
+        # It may be under a keyword that is not part of JSON Schema, such as components.
         self._read(found, home, f"{self.place(home)}{fragment}")
         return found
 
     def clean(self, node: dict[str, Any]) -> None:
-        """Take out of a schema what says nothing, and bring older drafts' spellings to today's.
+        """Remove keywords without effect from a schema, and convert keywords of older drafts.
 
         Raises:
-            SchemaError: it has a keyword that is not supported.
+            SchemaError: An unsupported keyword.
         """
         if id(node) in self._cleaned:
             return
@@ -269,7 +269,7 @@ class Resources:
                 raise SchemaError(place, f"{name} is not supported")
         form = node.get("format")
         if form in UNSUPPORTED_FORMATS:
-            raise SchemaError(place, f"format {form!r} is not supported; a pattern would be")
+            raise SchemaError(place, f"format {form!r} is not supported; use a pattern")
         if form is not None and form not in FORMATS:
             del node["format"]
         if isinstance(node.get("items"), list):  # up to draft 2019-09
@@ -295,10 +295,10 @@ class Resources:
                 raise SchemaError(place, f"Invalid type: {name!s:.60}; expected {', '.join(TYPES)}")
 
     def matches(self, pattern: str, name: str, place: str) -> bool:
-        """Whether a pattern of patternProperties holds for a name, as grammars read patterns.
+        """Whether a pattern of patternProperties matches a name, by the regular expressions of llguidance.
 
         Raises:
-            SchemaError: it is no pattern, or has what no grammar can follow.
+            SchemaError: Not a regular expression, or an unsupported one.
         """
         from llguidance import LLMatcher, LLTokenizer
 
@@ -313,7 +313,7 @@ class Resources:
         return bool(matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting())
 
     def add(self, node: dict[str, Any], place: str) -> None:
-        """Take in a schema that stands beside those at a place."""
+        """Register an additional schema at a place."""
         self._places[id(node)] = place
         self._added.append(node)
 
@@ -324,7 +324,7 @@ _CHARACTER = re.compile(
 
 
 def enumerate_names(pattern: str) -> list[str] | None:
-    """The names that a pattern such as ``^(a|b)[0-9]$`` holds for; None where these are many or it is not as simple."""
+    """The names that a simple pattern such as ``^(a|b)[0-9]$`` matches; None if too many or too complex."""
     if not (pattern.startswith("^") and pattern.endswith("$")):
         return None
     found, place = [""], 1
@@ -346,7 +346,7 @@ def enumerate_names(pattern: str) -> list[str] | None:
 
 
 def equality_key(value: Any) -> Any:
-    """A key that is equal for values that JSON Schema calls equal."""
+    """A hashable key that is equal for values that are equal in JSON Schema."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return type(value).__name__, value
     if isinstance(value, int | float):

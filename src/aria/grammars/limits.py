@@ -1,8 +1,8 @@
-"""Limits on what strangers send as JSON, schemas and grammars. JSON is walked without recursion, so depth does no harm.
+"""Limits on untrusted JSON, schemas and grammars. JSON is walked iteratively, so deep nesting is safe.
 
-llguidance follows references and rules by recursion, and compares patterns for as long as it takes. What passes here
-costs it a bounded depth; what it costs in time and memory is tried in another process first, see :mod:`.trial`.
-The figures below are those of one core of the machine that they were measured on.
+llguidance follows references and rules recursively, and compares patterns for as long as it takes. Input that passes
+here has bounded depth; its cost in time and memory is tested in another process first, see :mod:`.trial`. The figures
+below were measured on one core.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_DEPTH = 100
-"""Lists and objects inside each other. What reads and writes JSON recurses, and llguidance refuses more than 127."""
+"""Nesting of lists and objects. JSON parsers recurse, and llguidance rejects more than 127 levels."""
 MAX_VALUES = 100_000
-"""Values in one piece of JSON. Of schemas llguidance takes up to 50,000 subschemas."""
+"""Values in a JSON document. llguidance accepts up to 50,000 subschemas."""
 MAX_CHARACTERS = 2_000_000
 """Characters of a schema as JSON."""
 MAX_PROPERTIES = 5_000
-"""Properties of one object. Where all may be missing, the time grows with the square of their number: 1.6 s."""
+"""Properties of an object. If all are optional, time grows with the square of their number: 1.6 s."""
 MAX_NAME_PATTERNS = 100
-"""Members of one patternProperties, each compared with all others: 0.1 s, and for 1,000 more than a minute."""
+"""Members of a patternProperties, each compared with all others: 0.1 s; 1,000 take more than a minute."""
 MAX_LISTED = 20_000
-"""Values in all lists of enum together: 0.1 s."""
+"""Values in all enums together: 0.1 s."""
 MAX_PATTERN = 10_000
-"""Characters of a pattern."""
+"""Characters of a regular expression."""
 MAX_DIVISOR = 100_000
-"""A whole number as multipleOf, without factors of ten: so many remainders are told apart, in 1.3 s and 50 MB."""
+"""An integer multipleOf, without factors of ten: the number of remainders to distinguish, in 1.3 s and 50 MB."""
 MAX_GRAMMAR = 200_000
-"""Characters of a grammar as text."""
+"""Characters of a text grammar."""
 MAX_RULES = 1_000
-"""Rules of a grammar as text. Each that leads to the next, from within groups, takes up to 50 KB of stack."""
+"""Rules of a text grammar. A chain of rules through nested groups takes up to 50 KB of stack per rule."""
 MAX_MADE_RULES = 5_000
-"""The same for grammars that are made here, whose rules are plain: up to 7 KB."""
+"""Rules of a generated grammar, which are flat and take up to 7 KB of stack each."""
 
 _RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w.-]*[ \t]*(\[[^\]\n]*\][ \t]*)?(::=|:)", re.MULTILINE)
 
@@ -40,33 +40,33 @@ Pointer = Callable[[], str]
 
 
 def check_json(value: Any, most: float = MAX_VALUES) -> None:
-    """Refuse JSON that is nested too deeply for the programs that read and write it, or too large.
+    """Reject JSON that is nested too deeply or too large.
 
     Args:
-        value: mappings, lists, texts and numbers.
-        most: how many values it may have.
+        value: Parsed JSON: dicts, lists, strings and numbers.
+        most: Maximum number of values.
 
     Raises:
-        ValueError: it is, or contains itself.
+        ValueError: Too deep (or circular), or too large.
     """
     for _ in _containers(value, most):
         pass
 
 
 def check_schema(schema: Any) -> None:
-    """Refuse a schema that is too large, before anything else reads it.
+    """Reject a schema that is too large, before any other code reads it.
 
     Raises:
-        ValueError: the message has the limit, what was found, where, and what to do.
+        ValueError: Over a limit. The message has the limit, the value found, its place and advice.
     """
     listed = characters = 0
     for node, place in _containers(schema, MAX_VALUES):
         texts = node if isinstance(node, list | tuple) else [*node, *node.values()]
         characters += sum(len(text) for text in texts if isinstance(text, str))
-        _check(characters, MAX_CHARACTERS, "characters", place, "split it into several questions")
+        _check(characters, MAX_CHARACTERS, "characters", place, "split it into several requests")
         if not isinstance(node, dict):
             continue
-        # Where these are names of properties, or data, their values are of other types or as harmless.
+        # If these are names of properties or part of data, their values have other types or are as harmless.
         if isinstance(values := node.get("enum"), list):
             listed += len(values)
             _check(listed, MAX_LISTED, "values in enum", place, "describe them by a pattern")
@@ -86,29 +86,29 @@ def check_schema(schema: Any) -> None:
 
 
 def check_pattern(pattern: str, place: Pointer = lambda: "") -> None:
-    """Refuse a regular expression that is too long.
+    """Reject a regular expression that is too long.
 
     Raises:
-        ValueError: it is.
+        ValueError: It is too long.
     """
     _check(len(pattern), MAX_PATTERN, "characters in a pattern", place, "shorten it")
 
 
 def check_grammar(text: str) -> None:
-    """Refuse a grammar as text that is too long.
+    """Reject a text grammar that is too long or has too many rules.
 
     Raises:
-        ValueError: it is.
+        ValueError: Over a limit.
     """
     _check(len(text), MAX_GRAMMAR, "characters", lambda: "", "shorten it")
     check_rules(text)
 
 
 def check_rules(text: str, most: int = MAX_RULES) -> None:
-    """Refuse a grammar in Lark or GBNF with too many rules.
+    """Reject a grammar in Lark or GBNF with too many rules.
 
     Raises:
-        ValueError: it has more than ``most``.
+        ValueError: More than ``most`` rules.
     """
     _check(len(_RULE.findall(text)), most, "rules", lambda: "", "use fewer")
 
@@ -120,7 +120,7 @@ def _check(found: int, most: int, what: str, place: Pointer, advice: str) -> Non
 
 
 def _without_tens(divisor: float) -> int:
-    """A whole number without its factors of ten, 0 for any other."""
+    """An integer without its factors of ten; 0 for any other number."""
     if divisor != divisor or abs(divisor) == float("inf") or divisor != int(divisor):
         return 0
     left = abs(int(divisor))
@@ -130,7 +130,7 @@ def _without_tens(divisor: float) -> int:
 
 
 def _containers(value: Any, most: float) -> Iterator[tuple[Any, Pointer]]:
-    """The objects and lists of JSON, and where each stands as a JSON pointer."""
+    """Iterate over the objects and lists of a JSON document, each with a function that returns its JSON pointer."""
     waiting: list[tuple[Any, Any, int]] = [(value, None, 1)]
     count = 1
     while waiting:

@@ -1,4 +1,4 @@
-"""Numbers of JSON schemas with all their digits: grammars count in doubles, which have 53 bits."""
+"""Exact bounds of numbers in JSON schemas: grammars compute with doubles, which have 53 bits."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from fractions import Fraction
 from typing import Any
 
 EXACT = 2**53
-"""Up to here each integer is a double."""
+"""Up to this value every integer is exact as a double."""
 MAX_DIGITS = 40
-"""Of bounds that patterns spell out."""
+"""Maximum digits of a bound that becomes a pattern."""
 MAX_MULTIPLES = 1024
 _LARGEST_DIVISOR = 2**32 - 1
 
 
 def numeric(keywords: Sequence[dict[str, Any]], integer: bool) -> Any:
-    """The numbers that bounds and divisors leave.
+    """Return a schema of the numbers within bounds and multiples of divisors.
 
     Args:
-        keywords: ``minimum``, ``maximum``, ``exclusiveMinimum``, ``exclusiveMaximum``, ``multipleOf``; all hold.
-        integer: of integers only.
+        keywords: Sets of ``minimum``, ``maximum``, ``exclusiveMinimum``, ``exclusiveMaximum`` and ``multipleOf``, which
+            all apply.
+        integer: Integers only.
 
     Returns:
-        A schema: of a number, ``x-number`` with a pattern, ``anyOf`` these, or False.
+        A schema of a number, ``x-number`` with a pattern, ``anyOf`` these, or False.
 
     Raises:
-        ValueError: a bound has too many digits, or the multiples are too many to list.
+        ValueError: A bound has too many digits, or there are too many multiples to list.
     """
     low = max((_low(one, integer) for one in keywords), default=None, key=_order(-1))
     high = min((_high(one, integer) for one in keywords), default=None, key=_order(1))
@@ -47,18 +48,18 @@ def numeric(keywords: Sequence[dict[str, Any]], integer: bool) -> Any:
 
 
 Bound = tuple[Fraction | None, bool]
-"""A number that is no bound if it is None, and whether it is itself left out."""
+"""A number, None for unbounded, and whether it is excluded itself."""
 
 
 def _is_empty(low: Bound, high: Bound) -> bool:
-    """Whether no number is between two bounds."""
+    """Whether there is no number between two bounds."""
     if low[0] is None or high[0] is None:
         return False
     return low[0] > high[0] or (low[0] == high[0] and (low[1] or high[1]))
 
 
 def _within(bound: Bound, outward: int) -> Bound:
-    """A bound of no more digits than patterns have, or a closer one."""
+    """Tighten a bound to the number of digits that patterns support."""
     number, most = bound[0], Fraction(10**MAX_DIGITS)
     if number is None or abs(number) <= most:
         return bound
@@ -84,7 +85,7 @@ def _high(one: dict[str, Any], integer: bool) -> Bound:
 
 
 def _whole(bound: Bound, rounded: Callable[[Fraction], int], step: int) -> int | None:
-    """The integer next to a bound on its inner side."""
+    """The closest integer within a bound."""
     number, exclusive = bound
     if number is None:
         return None
@@ -106,20 +107,18 @@ def _plain(integer: bool, low: Bound, high: Bound, divisors: Sequence[Any] = ())
 
 
 def _multiples(divisors: Sequence[Fraction], first: int | None, last: int | None, integer: bool) -> Any:
-    """Multiples within large bounds are listed: grammars count their divisors in 32 bits."""
+    """List the multiples within large bounds: grammars support divisors of 32 bits."""
     if not integer and any(divisor.denominator > 1 for divisor in divisors):
-        raise ValueError("multipleOf with a fraction cannot be followed beside bounds beyond 2^53")
+        raise ValueError("a fractional multipleOf is not supported with bounds beyond 2^53")
     divisor = math.lcm(*(one.numerator for one in divisors))
     if first is None or last is None or (last - first) // divisor >= MAX_MULTIPLES:
-        raise ValueError(
-            f"multipleOf beyond 32 bits, or beside bounds beyond 2^53, leaves over {MAX_MULTIPLES} numbers"
-        )
+        raise ValueError(f"multipleOf beyond 32 bits, or with bounds beyond 2^53, allows over {MAX_MULTIPLES} numbers")
     found = range(-(-first // divisor) * divisor, last + 1, divisor)
     return {"x-number": "|".join(map(str, found))} if found else False
 
 
 def _split(low: Bound, high: Bound, first: int | None, last: int | None) -> Any:
-    """Numbers of any kind: doubles where these have all integers; beyond, they have no fractions."""
+    """Split a range of numbers: exact doubles up to 2^53, integers beyond."""
     below: Bound = low if low[0] is not None and low[0] >= -EXACT else (Fraction(-EXACT), False)
     above: Bound = high if high[0] is not None and high[0] <= EXACT else (Fraction(EXACT), False)
     options: list[dict[str, Any]] = []
@@ -135,7 +134,7 @@ def _split(low: Bound, high: Bound, first: int | None, last: int | None) -> Any:
 
 
 def integers(first: int | None, last: int | None) -> str:
-    """A pattern of the integers of two bounds and between; None is no bound.
+    """A pattern that matches the integers from ``first`` to ``last``; None is unbounded.
 
     >>> integers(-1, 12)
     '-(1)|0|[1-9]|1[0-2]'
@@ -150,7 +149,7 @@ def integers(first: int | None, last: int | None) -> str:
 
 
 def _digits(first: int, last: int | None) -> str:
-    """The same for numbers that are not negative, without a sign."""
+    """The same for non-negative numbers, without a sign."""
     length = len(str(first))
     if last is not None and len(str(last)) == length:
         return "|".join(_same_length(str(first), str(last)))

@@ -1,9 +1,9 @@
-"""JSON schemas -> plain ones: all that a schema says of a value stands at one place.
+"""Normalize JSON schemas: all constraints on a value are merged in one place.
 
-A schema may spread what it says of one value over ``allOf``, ``$ref``, ``anyOf`` and their siblings. Here it is brought
-together, value by value, so that it is known which properties an object has: objects are closed, that is, have no
-properties but those that the schema names, unless it says otherwise (`docs/structured-output.md`). The result says the
-same as the schema or more, so whatever fits it fits the schema.
+A schema can spread the constraints on a value over ``allOf``, ``$ref``, ``anyOf`` and their siblings. Here they are
+merged, value by value, so that the properties of each object are known: objects are closed, that is, have no properties
+beyond those that the schema names, unless it says otherwise (`docs/structured-output.md`). The result is equivalent to
+the schema or stricter, so every value that matches it matches the schema.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from aria.grammars.numbers import EXACT, numeric
 from aria.grammars.trampoline import Steps, run
 
 MAX_STEPS = 500_000
-"""Of the work for a schema, about a microsecond each: alternatives of alternatives multiply."""
+"""Units of work for one schema, about a microsecond each: nested alternatives multiply."""
 MAX_SELECTIONS = 512
-"""Selections of optional properties among which minProperties and maxProperties choose."""
+"""Combinations of optional properties to enumerate for minProperties and maxProperties."""
 MAX_CHAIN = 200
-"""References and ``allOf`` that lead from one to the next without saying anything of a value."""
+"""Length of a chain of references and ``allOf``."""
 MAX_PATTERNS = 8
-"""Patterns and formats that one text follows at a time: whether any text does takes exponential time to tell."""
+"""Patterns and formats on one string: finding out whether any string matches all takes exponential time."""
 _INLINE = 16
-"""Values inside each other that stand where they are; deeper ones become definitions, as JSON readers have a limit."""
+"""Nesting depth of inline values. Deeper ones become definitions, because JSON parsers limit nesting."""
 
 
 class Part(NamedTuple):
-    """What one subschema says of a value, but for keywords that were dealt with."""
+    """The constraints of one subschema on a value, without the keywords that are already handled."""
 
     node: dict[str, Any]
     without: frozenset[str] = frozenset()
@@ -53,29 +53,28 @@ class Part(NamedTuple):
 
 
 def normalize(schema: Any) -> Any:
-    """A plain schema of the values that a schema allows, with closed objects.
+    """Normalize a schema, with closed objects.
 
     Args:
-        schema: JSON that was read just now; it is changed.
+        schema: Freshly parsed JSON, which is modified.
 
     Returns:
-        True, or a schema of ``anyOf``, ``$ref`` to its ``$defs``, ``enum``, ``x-number`` (a pattern of numbers;
-        see :mod:`aria.grammars.numbers`), or one ``type`` with its own keywords. Some of one type have ``allOf``.
+        True, or a schema made of ``anyOf``, ``$ref`` to its ``$defs``, ``enum``, ``x-number`` (a pattern of numbers;
+        see :mod:`aria.grammars.numbers`), or one ``type`` with its own keywords. Some with a type also have ``allOf``.
 
     Raises:
-        ValueError: it is no JSON schema, has a keyword that cannot be followed (it says which and where), or no value
-            fits it.
+        ValueError: Not a JSON schema, an unsupported keyword (named with its place), or no value matches it.
     """
     reader = Reader(Resources(schema))
     found = run(reader.value([schema]))
     if found is False:
-        where = f"; what is said at {reader.unfit} contradicts itself" if reader.unfit else ""
-        raise ValueError(f"no JSON value fits it{where}")
+        where = f"; the constraints at {reader.unfit} contradict each other" if reader.unfit else ""
+        raise ValueError(f"no JSON value matches it{where}")
     return found if found is True else {**found, "$defs": reader.definitions}
 
 
 class Reader:
-    """Reads the values of one schema."""
+    """Normalizes the values of one schema."""
 
     def __init__(self, resources: Resources):
         self.resources = resources
@@ -85,11 +84,11 @@ class Reader:
         self._names_within: dict[int, set[str]] = {}
         self._steps = 0
         self.unfit: str | None = None
-        """The first place where nothing fits."""
+        """The first place that no value matches."""
         self.definitions: dict[str, Any] = {}
 
     def value(self, schemas: Sequence[Any]) -> Steps:
-        """The plain schema of a value of which all of these hold; for :func:`aria.grammars.trampoline.run`."""
+        """Normalize a value constrained by all of these schemas; for :func:`aria.grammars.trampoline.run`."""
         parts = self.parts(schemas)
         if parts is None:
             return False
@@ -99,7 +98,7 @@ class Reader:
         if key in self._active or self._names.get(key) in self.definitions:
             return self._reference(key)
         if key in self._found:
-            return self._shared(key)  # alternatives of alternatives come to the same value again and again
+            return self._shared(key)  # nested alternatives often lead to the same value
         self.work(8 * len(parts))
         deep = len(self._active) % _INLINE == _INLINE - 1
         self._active.add(key)
@@ -108,12 +107,12 @@ class Reader:
         if found is False and self.unfit is None:
             self.unfit = self.resources.place(parts[0].node)
         self._found[key] = found
-        # What stands behind a reference may lead back to itself, or be needed at many places.
+        # The target of a reference may be recursive, or used in many places.
         behind_reference = any(isinstance(schema, dict) and "$ref" in schema for schema in schemas)
         return self._shared(key) if key in self._names or behind_reference or deep else found
 
     def _shared(self, key: Any) -> Any:
-        """What was found for a value, as a reference if it is larger than one."""
+        """The result for a value, as a reference if it is larger than a reference."""
         found = self._found[key]
         if key not in self._names and not (isinstance(found, dict) and found.keys() & {"anyOf", "type", "allOf"}):
             return found
@@ -122,20 +121,20 @@ class Reader:
         return reference
 
     def work(self, steps: int) -> None:
-        """Count what is done.
+        """Count units of work.
 
         Raises:
-            ValueError: it is more than a schema may take.
+            ValueError: Over the limit.
         """
         self._steps += steps
         if self._steps > MAX_STEPS:
-            raise ValueError("it is too large: what it says of single values takes too long to bring together")
+            raise ValueError("it is too complex: merging the constraints on its values takes too long")
 
     def _reference(self, key: Any) -> dict[str, str]:
         return {"$ref": f"#/$defs/{self._names.setdefault(key, f'd{len(self._names)}')}"}
 
     def parts(self, schemas: Iterable[Any]) -> list[Part] | None:
-        """All that is said of one value but in alternatives; None: that nothing fits."""
+        """All constraints on a value outside of alternatives; None if no value matches."""
         found: dict[Any, Part] = {}
         nothing: frozenset[int] = frozenset()
         waiting = [(schema, nothing) for schema in schemas][::-1]
@@ -149,14 +148,14 @@ class Reader:
             key = id(part.node), part.without
             self.resources.clean(part.node)
             if id(part.node) in above:
-                raise SchemaError(self.resources.place(part.node), "$ref leads back to itself: no JSON value fits it")
+                raise SchemaError(self.resources.place(part.node), "$ref is circular: no JSON value matches it")
             if key in found:
                 continue
             found[key] = part
             above |= {id(part.node)}
             if len(above) > MAX_CHAIN:
                 place = self.resources.place(part.node)
-                raise SchemaError(place, f"over {MAX_CHAIN} references lead from one to the next; refer to the last")
+                raise SchemaError(place, f"a chain of over {MAX_CHAIN} references; refer to the last directly")
             if part.has("$ref"):
                 waiting.append((self.resources.target(part.node), above))
             if part.has("allOf"):
@@ -164,7 +163,7 @@ class Reader:
         return [part for part in found.values() if any(part.has(name) for name in part.node if name in CONSTRAINING)]
 
     def types(self, parts: Sequence[Part]) -> set[str]:
-        """Types that are left; integers go without saying among numbers."""
+        """Types that are allowed; "number" implies "integer"."""
         left = set(TYPES)
         for part in parts:
             if (said := part.get("type")) is not None:
@@ -199,21 +198,21 @@ class Reader:
         return [part for part in parts if part.has(*names)]
 
     def _alternatives(self, parts: list[Part], at: Part, name: str) -> Steps:
-        # allOf and $ref were followed.
+        # allOf and $ref are already expanded.
         rest = [Part(part.node, part.without | {"allOf", "$ref"} | ({name} if part is at else set())) for part in parts]
         branches = [[branch] for branch in at.node[name]]
         if name == "oneOf":
             branches = exclusive.branches(self, branches, self.resources.place(at.node))
         keys = list(at.node)
         first = "properties" not in keys or keys.index(name) < keys.index("properties")
-        # Properties come in the order of the schema.
+        # Keep properties in the order of the schema.
         options = []
         for branch in branches:
             options.append((yield self.value([*branch, *rest] if first else [*rest, *branch])))
         return any_of(options)
 
     def _enumerated(self, parts: list[Part], types: set[str]) -> Steps:
-        """Values of const and enum that fit all else."""
+        """Values of const and enum that match all other constraints."""
         lists = [[part.get("const")] if part.has("const") else part.get("enum") for part in parts
                  if part.has("const", "enum")]  # fmt: skip
         lists += [part.get("enum") for part in parts if part.has("const") and part.has("enum")]
@@ -305,7 +304,7 @@ class Reader:
             if (few := enumerate_names(pattern)) is not None:
                 names |= dict.fromkeys(few)
                 del patterns[pattern]
-        names |= required  # once each: what is read twice at every depth takes exponential time
+        names |= required  # once each: reading twice at every level would take exponential time
         self.work(len(parts) * len(names))
         properties = {}
         for name in names:
@@ -330,7 +329,7 @@ class Reader:
         return self._counted(found, sizes, parts) if sizes else found
 
     def property_schemas(self, parts: Sequence[Part], name: str, *, is_pattern: bool = False) -> list[Any]:
-        """All that is said of a property, or of those that a pattern names."""
+        """All schemas that apply to a property, or to those that match a pattern."""
         said = []
         self.work(len(parts))
         for part in parts:
@@ -353,7 +352,7 @@ class Reader:
         return said
 
     def _names_of(self, schema: dict[str, Any]) -> set[str]:
-        """Properties and patterns that a schema names, also in what it is made of."""
+        """Properties and patterns that a schema names, including through allOf, anyOf, oneOf and $ref."""
         if id(schema) in self._names_within:
             return self._names_within[id(schema)]
         found: set[str] = set()
@@ -375,7 +374,7 @@ class Reader:
         return found
 
     def _counted(self, found: dict[str, Any], sizes: dict[str, int], parts: Sequence[Part]) -> Any:
-        """With as many properties as minProperties and maxProperties say."""
+        """Apply minProperties and maxProperties."""
         place = self.resources.place(parts[0].node)
         properties, required = found["properties"], found["required"]
         optional = [name for name in properties if name not in required]
@@ -387,23 +386,22 @@ class Reader:
             if optional:
                 raise SchemaError(
                     place,
-                    "minProperties and maxProperties are not supported where some properties may be missing and others "
-                    "have no names",
+                    "minProperties and maxProperties are not supported with both optional and additional properties",
                 )
             if least > 1:
                 raise SchemaError(
-                    place, "minProperties is supported up to one property without a name, as names may repeat"
+                    place, "minProperties is supported up to one additional property, because names may repeat"
                 )
             return found | sizes
         if least > len(optional):
             return False
         if least == 0 and most >= len(optional):
             return found
-        # Each selection stands for those that begin with it, unless there is a most.
+        # Without a maximum, each combination stands for all that begin with it.
         counts = [least] if most >= len(optional) else list(range(least, int(most) + 1))
         if sum(math.comb(len(optional), count) for count in counts) > MAX_SELECTIONS:
             raise SchemaError(
-                place, f"minProperties and maxProperties leave over {MAX_SELECTIONS} selections of properties"
+                place, f"minProperties and maxProperties allow over {MAX_SELECTIONS} combinations of properties"
             )
         options = []
         for count in counts:
@@ -417,7 +415,7 @@ class Reader:
 
 
 def any_of(options: Iterable[Any]) -> Any:
-    """What fits one of these."""
+    """The union of schemas."""
     left: list[Any] = []
     for option in options:
         if option is True:
@@ -428,7 +426,7 @@ def any_of(options: Iterable[Any]) -> Any:
 
 
 def type_of(value: Any) -> str:
-    """The type of a value; integer for 1.0 too."""
+    """The type of a value; 1.0 is an integer."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "integer" if value == int(value) else "number"
     kinds = {bool: "boolean", str: "string", list: "array", dict: "object"}
@@ -442,7 +440,7 @@ def _is_large(value: Any) -> bool:
 
 
 def _constant(value: Any) -> dict[str, Any]:
-    """A schema of one value."""
+    """A schema that matches one value."""
     if not _is_large(value):
         return {"enum": [value]}
     if isinstance(value, list):
@@ -455,7 +453,7 @@ def _constant(value: Any) -> dict[str, Any]:
 
 
 def _sizes(parts: Sequence[Part], least: str, most: str) -> dict[str, int]:
-    """The closest of the sizes that are said."""
+    """The tightest of the size limits."""
     found = {}
     if low := [int(part.get(least)) for part in parts if part.has(least)]:
         found[least] = max(low)

@@ -1,7 +1,8 @@
-"""What a plain schema is like: how deep it leads, and how long a text it may leave no choice about.
+"""Measure normalized schemas: their depth, and the longest text that they force.
 
-Where only one text is possible llguidance finds it byte by byte to its end, before the next token is chosen: 100 KB
-take 0.15 s and 40 MB. Where it could be long, a grammar says ``no_forcing``, and each token is allowed for itself.
+If only one continuation is possible, llguidance computes it byte by byte before the next token is sampled: 100 KB take
+0.15 s and 40 MB. Grammars that could force long texts are compiled with ``no_forcing``, which allows one token at a
+time.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from typing import Any
 from aria.grammars.trampoline import Steps, run
 
 MAX_FORCED = 10_000
-"""Bytes that a grammar may force at a time: 10 ms."""
+"""Bytes that a grammar may force at once: 10 ms."""
 MAX_LEVELS = 5_000
-"""Subschemas on the way from one to the next that llguidance follows by recursion, in up to 10 KB of stack each."""
+"""Nesting of subschemas, through references too. llguidance recurses, with up to 10 KB of stack per level."""
 _UNBOUNDED = 10**12
 
 
 def max_forced_length(schema: Mapping[str, Any]) -> int:
-    """About the most characters of any text that a plain schema forces at a time.
+    """Estimate the longest text, in characters, that a schema forces at once.
 
-    What depends on a choice counts as if it were chosen, and what leads back to itself once: there is a choice in every
-    circle, as values are finite.
+    Every alternative counts as if it were the only one, and a recursive reference counts once: since values are finite,
+    every cycle contains a choice.
 
     Args:
-        schema: of :func:`aria.grammars.schemas.normalize`.
+        schema: A schema from :func:`aria.grammars.schemas.normalize`.
     """
     return int(run(_Lengths(schema.get("$defs", {})).of(schema)))
 
@@ -81,13 +82,13 @@ _STEP = re.compile(
 
 
 def max_literal_length(pattern: str) -> int:
-    """Characters of the longest alternatives of a pattern, with whatever repeats as often as it has to.
+    """Length in characters of the longest alternatives of a regular expression, with minimal repetitions.
 
     >>> max_literal_length("(ab{3}|[cd]?){10,20}x+y*")
     41
     """
     above: list[tuple[int, int]] = []
-    """Of the groups that are open, outside of the innermost one: the longest alternative, and what is read of this."""
+    """For each open group: the length of its longest alternative so far, and of the current one."""
     longest = length = last = 0
     for step in _STEP.finditer(pattern):
         kind = step.lastgroup
@@ -110,21 +111,21 @@ def max_literal_length(pattern: str) -> int:
 
 
 def check_levels(schema: Mapping[str, Any]) -> None:
-    """Refuse a plain schema that leads too deep, through its definitions too.
+    """Reject a normalized schema that is nested too deeply, including its definitions.
 
     Raises:
-        ValueError: it does.
+        ValueError: Too deep.
     """
     definitions = schema.get("$defs", {})
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     seen: set[str] = set()
     while waiting:
-        # Each definition is read where it first comes, as llguidance does.
+        # Each definition is visited at its first reference, as in llguidance.
         node, depth = waiting.pop()
         if depth > MAX_LEVELS:
             raise ValueError(
-                f"its references lead over {MAX_LEVELS:,} levels deep, from one definition into the next; expected "
-                "less: remove some of them"
+                f"its references are nested over {MAX_LEVELS:,} levels deep, from one definition into the next; remove "
+                "some of them"
             )
         if isinstance(node, dict) and "$ref" in node:
             name = node["$ref"].rpartition("/")[2]
@@ -135,7 +136,7 @@ def check_levels(schema: Mapping[str, Any]) -> None:
 
 
 def children(schema: Any) -> Iterator[Any]:
-    """The schemas that a plain one holds, in their order, without its definitions."""
+    """The direct subschemas of a normalized schema, in order, without its definitions."""
     if not isinstance(schema, dict):
         return
     for key, value in schema.items():

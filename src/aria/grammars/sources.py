@@ -1,4 +1,4 @@
-"""Schemas, patterns, texts to choose from, structural tags, Lark and GBNF -> grammars as llguidance reads them."""
+"""Convert JSON schemas, regular expressions, choices, structural tags, Lark and GBNF to llguidance grammars."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _SETTINGS = {
     "lenient": False,
 }
 _ESCAPES = 'nrbtf\\"'
-"""Without those by number: halves of surrogate pairs are no text, and a name has one way to be spelled."""
+"""Allowed escapes, without ``\\u``: lone surrogates are not text, and each name should have one spelling."""
 _CONTROL = re.compile(r"\\u00[01][0-9a-f]|\\u007f")
-"""Characters that have no other escape; in a schema that holds one, all escapes are allowed."""
+"""Characters that need a ``\\u`` escape. In a schema with one of them, all escapes are allowed."""
 _OURS = re.compile(r'\{"(regex|choices|structural_tag)": ?')
-"""What the functions below make of patterns, texts and tags: it becomes a grammar when it is compiled."""
+"""The internal form of regular expressions, choices and tags, which becomes a grammar when it is compiled."""
 _LARK = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:)", re.MULTILINE)
 _JSON = re.compile(r"%json\s*")
 _UNFORCED = '\n%llguidance {"no_forcing": true}\n'
-"""At the end, so that places in errors are those of the grammar as it came. Of two such lines both hold."""
+"""Appended at the end, so that positions in errors are those of the original grammar. May occur twice."""
 
 
 def from_regex(pattern: str) -> str:
-    """The grammar of texts that a pattern matches from end to end."""
+    """The grammar of texts that fully match a regular expression."""
     return json.dumps({"regex": pattern})
 
 
 def from_choices(texts: Sequence[str]) -> str:
-    """The grammar of some texts."""
+    """The grammar that allows exactly the given texts."""
     return json.dumps({"choices": [*texts]})
 
 
@@ -57,18 +57,18 @@ def from_structural_tag(tag: Mapping[str, Any]) -> str:
 
 
 def of_schema(text: str) -> str:
-    """The grammar of a JSON schema.
+    """Return the llguidance grammar of a JSON schema.
 
     Args:
-        text: JSON that :func:`aria.grammars.limits.check_schema` let pass.
+        text: JSON that passed :func:`aria.grammars.limits.check_schema`.
 
     Raises:
-        ValueError: it is no JSON schema, it has a keyword that cannot be followed, or no value fits it.
+        ValueError: Not a JSON schema, an unsupported keyword, or no value matches it.
     """
     from llguidance import LLMatcher
 
     found, settings = _plain(json.loads(text))
-    # All settings are given: a schema may carry some of its own under "x-guidance".
+    # Pass all settings, because a schema may contain its own under "x-guidance".
     exact = exact_lark(found, settings)
     if exact is not None:
         check_rules(exact, MAX_MADE_RULES)
@@ -80,10 +80,10 @@ def of_schema(text: str) -> str:
 
 
 def of_grammar(text: str) -> str:
-    """The grammar of a text: Lark, GBNF, or what the functions above made.
+    """Return the llguidance grammar of a text: Lark, GBNF, or the internal form made by the functions above.
 
     Raises:
-        ValueError: it is too large, or none of these. That it can be compiled is not known yet.
+        ValueError: Too large, or none of these. Whether it compiles is not checked here.
     """
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -97,9 +97,9 @@ def of_grammar(text: str) -> str:
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         except Exception as error:
-            raise ValueError(f"it is neither Lark, which has a rule start, nor GBNF: {error}") from None
+            raise ValueError(f"it is neither Lark, which has a start rule, nor GBNF: {error}") from None
     _check_schemas(text)
-    # Rules that repeat others double a text with each: nobody knows how long one may be that is forced.
+    # Nested repetitions grow exponentially, so the length of forced text is unknown.
     return LLMatcher.grammar_from_lark(text + _UNFORCED)
 
 
@@ -114,8 +114,8 @@ def _of_ours(kind: str, text: str) -> str:
         return _forced(f"start: {_regex(value)}", max_literal_length(value))
     if kind == "choices":
         if len(value) > MAX_LISTED:
-            raise ValueError(f"it has {len(value):,} texts to choose from; expected at most {MAX_LISTED:,}")
-        # One token of the grammar: each rule would be followed for itself.
+            raise ValueError(f"it has {len(value):,} choices; expected at most {MAX_LISTED:,}")
+        # One terminal: the parser would follow each rule separately.
         texts = " | ".join(json.dumps(one, ensure_ascii=False) for one in value)
         return _forced(f"start: TEXT\nTEXT: {texts}", max(map(len, value), default=0))
     check_schema(value)
@@ -138,7 +138,7 @@ def _of_ours(kind: str, text: str) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """An expression of Lark for what a regular expression matches."""
+    """The Lark expression of a regular expression."""
     from llguidance import LLMatcher
 
     check_pattern(pattern)
@@ -147,12 +147,12 @@ def _regex(pattern: str) -> str:
 
 
 def _forced(grammar: str, length: int) -> str:
-    """A grammar that forces texts of up to a length."""
+    """Disable forcing for a grammar that may force long texts."""
     return grammar if length <= MAX_FORCED else grammar + _UNFORCED
 
 
 def _plain(schema: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The plain schema of one that may be changed, and llguidance's settings for it."""
+    """Normalize a schema, which is modified; returns it with the llguidance settings for it."""
     settings = {**_SETTINGS, **({} if _CONTROL.search(json.dumps(schema)) else {"json_allowed_escapes": _ESCAPES})}
     found = normalize(schema)
     found = {} if found is True else found
@@ -161,7 +161,7 @@ def _plain(schema: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_schemas(grammar: str) -> None:
-    """Check the JSON schemas in a grammar as schemas of their own."""
+    """Apply the limits of schemas to the JSON schemas embedded in a grammar."""
     place = 0
     while (found := _JSON.search(grammar, place)) is not None:
         place = found.end()
@@ -170,5 +170,5 @@ def _check_schemas(grammar: str) -> None:
         except RecursionError:
             raise ValueError("a JSON schema in it is nested too deeply") from None
         except ValueError:
-            continue  # llguidance says why
+            continue  # llguidance reports the error
         check_schema(schema)

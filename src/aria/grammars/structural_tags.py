@@ -1,7 +1,7 @@
-"""Structural tags, as vLLM and xgrammar have them: text in which parts between tags follow a schema -> Lark.
+"""Convert structural tags, as in vLLM and xgrammar, to Lark: free text in which tagged parts follow a schema.
 
-The older form lists ``structures`` (``begin``, ``schema``, ``end``) and the ``triggers`` that begin one in free text;
-the newer one has a ``format`` of parts within parts.
+The older form lists ``structures`` (``begin``, ``schema``, ``end``) and the ``triggers`` that start one in free text.
+The newer one has a nested ``format``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ ANY = r"/(.|\n)*/"
 
 
 def lark(tag: Mapping[str, Any], of_schema: Callable[[Any], str], of_pattern: Callable[[str], str]) -> str:
-    """The grammar of a structural tag.
+    """Return the Lark grammar of a structural tag.
 
     Args:
         tag: ``structures`` and ``triggers``, or ``format``.
-        of_schema: a JSON schema -> an expression of Lark.
-        of_pattern: a regular expression -> the same.
+        of_schema: Converts a JSON schema to a Lark expression.
+        of_pattern: Converts a regular expression to a Lark expression.
 
     Raises:
-        ValueError: it is no structural tag, or has a part that is not supported; the message says where.
+        ValueError: Not a structural tag, or an unsupported part (named with its place).
     """
     if ("structures" in tag) == ("format" in tag):
-        raise ValueError("a structural tag has structures and triggers, or format")
+        raise ValueError("a structural tag must have structures and triggers, or format")
     form = tag.get("format")
     if form is None:
         parts = [
@@ -49,7 +49,7 @@ class _TagWriter:
         return f"p{len(self.rules) - 1}"
 
     def part(self, form: Any, place: str) -> str:
-        """An expression of a part."""
+        """The Lark expression of a part."""
         kind = form.get("type") if isinstance(form, Mapping) else None
         if kind == "const_string":
             return _text(_field(form, "value", place))
@@ -69,20 +69,20 @@ class _TagWriter:
         if kind == "tags_with_separator":
             return self._separated(form, place)
         raise ValueError(
-            f"{place} is of the type {kind!r:.40}, or has excludes; expected const_string, json_schema, regex, "
+            f"{place} has the type {kind!r:.40}, or has excludes; expected const_string, json_schema, regex, "
             "any_text, sequence, or, tag, triggered_tags or tags_with_separator, without excludes"
         )
 
     def _rest(self, form: Mapping[str, Any], place: str) -> str:
-        """What comes behind the beginning of a tag."""
+        """The Lark expression of the content and end of a tag."""
         ends = form.get("end")
         ends = [ends] if isinstance(ends, str) else ends
         if not isinstance(ends, list) or not ends or not all(isinstance(end, str) for end in ends):
-            raise ValueError(f"{place}.end should be a text, or a list of them, but is {ends!r:.60}")
+            raise ValueError(f"{place}.end should be a string or a list of strings, but is {ends!r:.60}")
         content = form.get("content")
         end = " | ".join(_text(one) for one in ends)
         if isinstance(content, Mapping) and content.get("type") == "any_text" and all(ends):
-            # Lazy: the first end that comes is the end.
+            # Lazy: stops at the first end.
             return self._rule(f"ANY ({end})", "[lazy]")
         return f"{self.part(content, f'{place}.content')} ({end})"
 
@@ -93,7 +93,7 @@ class _TagWriter:
             begin = _field(tag, "begin", f"{place}.tags[{i}]")
             trigger = next((one for one in triggers if isinstance(one, str) and one and begin.startswith(one)), None)
             if trigger is None:
-                raise ValueError(f"{place}.tags[{i}].begin is {begin!r:.60}, which none of the triggers begins")
+                raise ValueError(f"{place}.tags[{i}].begin is {begin!r:.60}, which starts with none of the triggers")
             head = self._rule(f"ANY {_text(trigger)}", "[lazy]")
             first = _text(begin[len(trigger) :])
             tags.append(self._rule(f"{head} {first} {self._rest(tag, f'{place}.tags[{i}]')}"))
@@ -113,14 +113,14 @@ class _TagWriter:
 def _listed(form: Mapping[str, Any], name: str, place: str) -> Sequence[Any]:
     found = form.get(name)
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{place}.{name} should be a list that is not empty, but is {found!r:.60}")
+        raise ValueError(f"{place}.{name} should be a non-empty list, but is {found!r:.60}")
     return found
 
 
 def _field(form: Any, name: str, place: str) -> str:
     found = form.get(name) if isinstance(form, Mapping) else None
     if not isinstance(found, str):
-        raise ValueError(f"{place}.{name} should be a text, but is {found!r:.60}")
+        raise ValueError(f"{place}.{name} should be a string, but is {found!r:.60}")
     return found
 
 

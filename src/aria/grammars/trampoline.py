@@ -1,4 +1,4 @@
-"""Work that leads to more of its kind, without recursion: how deep it leads costs memory, and no stack."""
+"""A trampoline: recursive generators run without recursion, so that depth takes heap memory and not stack."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Generator
 from typing import Any
 
 Steps = Generator[Any, Any, Any]
-"""A generator that yields others of its kind, is sent their results, and returns its own."""
+"""A generator that yields other generators of this kind, is sent their results, and returns its own."""
 
 
 def run(steps: Steps) -> Any:
-    """The result of a generator.
+    """Run a generator and return its result.
 
     >>> def count(pairs):
     ...     return 1 + (yield count(pairs[1])) if pairs else 0

@@ -1,4 +1,4 @@
-"""Compiling what strangers send: in a process that may die of it first, and on a stack that is large enough here."""
+"""Compile untrusted grammars: first as a trial in a worker process that may die, then here on a large enough stack."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STACK_BYTES = 256 << 20
-"""Of threads that compile. What is not used takes no memory."""
+"""Stack size of compiling threads. Unused stack takes no memory."""
 TRIAL_STACK_BYTES = STACK_BYTES // 2
-"""In a trial: what fits there fits here, whatever else differs."""
+"""Stack size in a trial: half, so that anything that passes there fits here."""
 MAX_SECONDS = 2.0
-"""Of CPU time for a trial. 5,000 properties, or enums of 20,000 values, take less than one."""
+"""CPU time of a trial. 5,000 properties, or enums of 20,000 values, take less than one second."""
 MAX_BYTES = 256 << 20
-"""Of memory. The same take 70 MB."""
+"""Memory of a trial. The same take 70 MB."""
 TRIAL_SECONDS = 10.0
-"""For a trial with all waiting for others."""
+"""Time limit of a trial, including waiting for a worker."""
 MAX_TOKEN_SECONDS = 0.02
-"""Of CPU time until it is known what may come at one place, in a trial and with its vocabulary of 840 tokens. With
-100,000 tokens ambiguous grammars take five times as long; 500 properties that may be missing take 1.5 ms here."""
-_MAX_TOLD = 400
-"""Characters of the beginning and of the end of an error, which may repeat all of a grammar."""
+"""CPU time to compute the tokens allowed at one position in a trial, with its vocabulary of 840 tokens. With 100,000
+tokens ambiguous grammars take five times as long; 500 optional properties take 1.5 ms here."""
+_MAX_SHOWN = 400
+"""Characters shown of the beginning and of the end of an error, which may repeat the whole grammar."""
 _STEPS = 48
 _POLL_SECONDS = 0.02
 _STACK_LOCK = threading.Lock()
 
 
 class TrialError(Exception):
-    """A trial was ended."""
+    """A trial was aborted."""
 
 
 def grammar(name: str, text: str) -> str:
-    """What llguidance compiles for a constraint.
+    """Return the llguidance grammar of a constraint.
 
     Args:
         name: ``json_schema`` or ``grammar``.
-        text: JSON, or a grammar as text.
+        text: JSON, or a text grammar.
 
     Raises:
-        ValueError: it cannot be followed; the message says why, and begins with the name.
+        ValueError: Not supported; the message begins with the name and says why.
     """
     try:
         return sources.of_schema(text) if name == "json_schema" else sources.of_grammar(text)
@@ -63,20 +63,20 @@ def grammar(name: str, text: str) -> str:
 
 
 def compiled(name: str, source: str, tokenizer: LLTokenizer) -> LLMatcher:
-    """A matcher at the beginning of a grammar. To be called with a stack of :data:`STACK_BYTES`.
+    """Compile a grammar to a matcher in its initial state. Must run with a stack of :data:`STACK_BYTES`.
 
     Args:
-        name: of the constraint, for errors.
-        source: of :func:`grammar`.
-        tokenizer: the vocabulary; what is compiled is the same for all.
+        name: Name of the constraint for errors.
+        source: A grammar from :func:`grammar`.
+        tokenizer: The vocabulary. The compiled grammar does not depend on it.
 
     Raises:
-        ValueError: it cannot be followed.
+        ValueError: It cannot be compiled.
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    # Grammars that need more work than this for a token give up: no schema should hold up the answers of others. Those
-    # as text may be ambiguous, and what a row of them takes grows with its square.
+    # Grammars that need more work per token fail: no schema should delay other requests. Text grammars may be
+    # ambiguous, and their cost grows with the square of the row size.
     rows = (2_000, 20_000) if name == "json_schema" else (1_000, 10_000)
     limits = LLParserLimits(
         max_items_in_row=rows[0], step_max_items=rows[1], step_lexer_fuel=200_000, max_lexer_states=50_000,
@@ -89,15 +89,15 @@ def compiled(name: str, source: str, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def check_beginning(name: str, matcher: LLMatcher) -> None:
-    """Take the first steps: they find schemas that no value fits, or only endless ones.
+    """Take the first steps, which detects schemas that no finite value matches.
 
     Raises:
-        ValueError: there is no way from the beginning.
+        ValueError: No token is possible at the beginning.
     """
     probe = matcher.deep_copy()
     probe.compute_bitmask()
     if probe.is_stopped() and reason(probe.get_error()) in ("", "NoExtensionBias"):
-        what = "cannot be followed: no JSON value fits it" if name == "json_schema" else "matches nothing"
+        what = "cannot be followed: no JSON value matches it" if name == "json_schema" else "matches nothing"
         raise ValueError(f"{name} {what}")
     if probe.consume_tokens(probe.compute_ff_tokens()) and not probe.is_stopped():
         probe.compute_bitmask()
@@ -110,20 +110,20 @@ def _refused(name: str, error: str) -> ValueError:
 
 
 def reason(error: str) -> str:
-    """What went wrong, without llguidance's state."""
+    """The error message of llguidance, without its state dump."""
     found = error.partition("\n<")[0].strip()
     _, of_schema, why = found.partition("failed to compile JSON schema: ")
     if of_schema:
-        found = why.partition("\n   1 | ")[0]  # without the grammar that stands around it
+        found = why.partition("\n   1 | ")[0]  # without the surrounding grammar
     if found.startswith("panic"):
-        found = f"it is too large, or the compiler fails at it ({found})"
-    if len(found) > 2 * _MAX_TOLD:
-        found = f"{found[:_MAX_TOLD]} ... {found[-_MAX_TOLD:]}"
+        found = f"it is too large, or the compiler fails on it ({found})"
+    if len(found) > 2 * _MAX_SHOWN:
+        found = f"{found[:_MAX_SHOWN]} ... {found[-_MAX_SHOWN:]}"
     return "it is nested too deeply" if found.startswith("recursion limit") else found
 
 
 def on_stack(size: int, work: Callable[[], T]) -> Future[T]:
-    """Do work in a thread with a stack of so many bytes."""
+    """Run ``work`` in a thread with a stack of ``size`` bytes."""
     outcome: Future[T] = Future()
 
     def run() -> None:
@@ -133,7 +133,7 @@ def on_stack(size: int, work: Callable[[], T]) -> Future[T]:
             outcome.set_exception(error)
 
     with _STACK_LOCK:
-        # It is a setting of the process. Another thread that starts now gets such a stack, too, and does not use it.
+        # A process-wide setting. Another thread started at this moment gets such a stack too, which is harmless.
         before = threading.stack_size(size)
         try:
             threading.Thread(target=run, name="aria-grammar", daemon=True).start()
@@ -146,19 +146,21 @@ def on_stack(size: int, work: Callable[[], T]) -> Future[T]:
 
 
 def trial(job: Any, name: str, text: str) -> dict[str, Any]:
-    """Compile a constraint where crashing, hanging and growing do no harm. Runs in a worker.
+    """Job: compile a constraint in a worker process, where crashes, hangs and memory growth do no harm.
 
-    Compiling does not depend on the vocabulary, so a small one does: measured with 100,352 tokens, times and memory
-    are the same, and those tokens take 0.2 s and 30 MB in each worker to lay out.
+    Compiling does not depend on the vocabulary, so a small one is used: with 100,352 tokens, time and memory are the
+    same, but setting up that vocabulary would take 0.2 s and 30 MB in each worker.
 
     Args:
-        job: see :class:`aria.workers.child.Job`; ``end`` is called when it takes too much, which kills the worker.
+        job: See :class:`aria.workers.child.Job`. ``end`` is called when a limit is exceeded, which kills the worker.
+        name: ``json_schema`` or ``grammar``.
+        text: JSON, or a text grammar.
 
     Returns:
-        ``source`` for :func:`compiled`, and the ``seconds`` that this took.
+        ``source`` for :func:`compiled`, and the ``seconds`` of CPU time used.
 
     Raises:
-        ValueError: it cannot be followed.
+        ValueError: It cannot be compiled.
     """
     began, size = time.process_time(), _memory()
 
@@ -182,11 +184,11 @@ def trial(job: Any, name: str, text: str) -> dict[str, Any]:
 
 
 def _memory() -> int:
-    """Bytes that this process holds."""
+    """Memory used by this process."""
     try:
         return int(psutil.Process().memory_info().rss)
     except (psutil.Error, OSError):
-        # Workers on Linux cannot read what the kernel says of them.
+        # Sandboxed workers on Linux cannot read /proc.
         words = ctypes.c_size_t * 10
         heap = ctypes.CDLL(None).mallinfo2
         heap.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": [("words", words)]})
@@ -199,7 +201,7 @@ def _walk_randomly(name: str, matcher: LLMatcher) -> None:
     """Follow a grammar for some random tokens.
 
     Raises:
-        ValueError: what may come next takes too long to find, as where many rules or subschemas fit the same text.
+        ValueError: Computing the allowed tokens takes too long, such as when many rules match the same text.
     """
     choice = random.Random(0)
     for _ in range(_STEPS):
@@ -209,13 +211,13 @@ def _walk_randomly(name: str, matcher: LLMatcher) -> None:
         if seconds > MAX_TOKEN_SECONDS:
             raise _refused(
                 name,
-                f"finding what may come next takes {seconds:.2g} s; expected at most {MAX_TOKEN_SECONDS:g} s: too "
-                "many of its alternatives fit the same text",
+                f"computing the allowed tokens takes {seconds:.2g} s; expected at most {MAX_TOKEN_SECONDS:g} s: too "
+                "many of its alternatives match the same text",
             )
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(_VOCABULARY), bitorder="little")
         if matcher.is_error() or matcher.is_stopped() or not bits.any():
             return
-        # Where they may, values go on within each other.
+        # Prefer tokens that nest values deeper.
         inner = bits & _OPENING
         [allowed] = (inner if inner.any() else bits).nonzero()
         matcher.consume_token(int(choice.choice(allowed)))
@@ -229,14 +231,14 @@ _OPENING = np.array([token[-1:] in (b"[", b"{", b"(") for token in _VOCABULARY],
 
 @cache
 def _tokenizer() -> LLTokenizer:
-    """Each byte, and what JSON is made of in runs."""
+    """A small vocabulary: every byte, and short runs of JSON punctuation."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     return LLTokenizer(TokenizerWrapper(_Vocabulary()), n_vocab=len(_VOCABULARY) + 1)
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer interface that llguidance expects."""
 
     bos_token_id = None
     eos_token_id = len(_VOCABULARY)

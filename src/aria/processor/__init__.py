@@ -1,4 +1,4 @@
-"""Messages, text and images to tensors, and ids back to text."""
+"""Convert messages, text and images to model inputs, and token ids back to text."""
 
 from aria.media.limits import MediaSettings
 from aria.media.read import load_image

@@ -1,4 +1,4 @@
-"""What the processor hands to the model: a mapping of tensors that can move between devices in place."""
+"""`BatchFeature`: the model inputs made by the processor, a dict of tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 TENSOR_KINDS = ("pt", "pd", "np")
-"""Accepted ``return_tensors``; "pd", as in the model card's snippet, gives torch tensors too."""
+"""Accepted values of ``return_tensors``. "pd", as in the snippet of the model card, also gives torch tensors."""
 
 
 class BatchFeature(dict[str, Any]):
-    """Model inputs by name, e.g. ``input_ids``; also readable as attributes and unpackable with ``**``.
+    """Model inputs by name, such as ``input_ids``, also readable as attributes.
 
     Attributes:
-        num_crops: how many crops stand for each image, in order; not a key, because it is no input of the model.
+        num_crops: Number of crops of each image, in order. Not a key, because it is not a model input.
     """
 
     num_crops: list[int]
@@ -34,13 +34,13 @@ class BatchFeature(dict[str, Any]):
     def to(
         self, *args: Any, device: Any = None, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> BatchFeature:
-        """Move every tensor to a device and cast the floating ones, in place; returns itself.
+        """Move all tensors to a device and cast floating-point ones, in place. Returns itself.
 
         Args:
-            args: a device, a dtype, or both in any order, as for ``Tensor.to``.
-            device: the same by name.
-            dtype: the same by name; ids and masks keep their own dtype.
-            non_blocking: passed on to ``Tensor.to``.
+            args: A device, a dtype, or both in any order, as for ``Tensor.to``.
+            device: The device.
+            dtype: The dtype of floating-point tensors. Ids and masks keep theirs.
+            non_blocking: Passed to ``Tensor.to``.
         """
         for arg in args:
             if isinstance(arg, torch.dtype):
@@ -55,7 +55,7 @@ class BatchFeature(dict[str, Any]):
 
 
 def check_tensor_kind(return_tensors: str | None) -> None:
-    """Refuse any ``return_tensors`` other than None and :data:`TENSOR_KINDS`."""
+    """Reject values of ``return_tensors`` other than None and :data:`TENSOR_KINDS`."""
     if return_tensors is not None and return_tensors not in TENSOR_KINDS:
         raise ValueError(
             f"return_tensors={return_tensors!r} is not known; use 'pt' (torch), 'np' (numpy) or None (lists)"
@@ -63,7 +63,7 @@ def check_tensor_kind(return_tensors: str | None) -> None:
 
 
 def to_tensors(rows: list[list[int]], return_tensors: str | None) -> Any:
-    """Rows of equal length -> ``(B, S)`` int64 of the wanted kind; None leaves the lists as they are."""
+    """Convert rows of equal length to a ``(B, S)`` int64 tensor or array. None: keep the lists."""
     check_tensor_kind(return_tensors)
     if return_tensors is None:
         return rows

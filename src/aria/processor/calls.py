@@ -1,6 +1,6 @@
-"""Calls of functions as the model writes them, in answers that it learns from and in those that it gives.
+"""The text format of tool calls, for training and generation.
 
-Aria has no format of its own for them. This one is widespread among open models: a call is
+Aria has no format of its own. This one is common among open models:
 ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``.
 """
 
@@ -18,10 +18,10 @@ _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What the model is told of the functions.
+    """The text that describes the available functions to the model.
 
     Args:
-        tools: ``name``, and ``description`` and ``parameters`` (JSON Schema) where they are known.
+        tools: Mappings with ``name``, and optionally ``description`` and ``parameters`` (JSON Schema).
     """
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
@@ -32,11 +32,11 @@ def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def add_instructions(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose system message ends with :func:`instructions`; where they begin with none, one is put first.
+    """Append :func:`instructions` to the system message, adding one if there is none.
 
     Args:
-        messages: as :func:`aria.processor.chat.render` takes them, at least one. Media in the system message stay.
-        tools: as for :func:`instructions`.
+        messages: At least one message, as for :func:`aria.processor.chat.render`. Media in the system message are kept.
+        tools: As for :func:`instructions`.
     """
     text = instructions(tools)
     first, *rest = messages
@@ -49,17 +49,17 @@ def add_instructions(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping
 
 
 def text_or_parts(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The content of a message as one string, if it is text alone; with media it stays a list of parts."""
+    """The content of a message as one string if it is only text; otherwise the list of parts."""
     if isinstance(content, str) or any(part["type"] != "text" for part in content):
         return content
     return "".join(part["text"] for part in content)
 
 
 def format_call(name: str, arguments: str) -> str:
-    """A call as it stands in the conversation.
+    """Format a call for the conversation.
 
     Raises:
-        ValueError: the arguments are not JSON; NaN, Infinity and lone surrogates are none.
+        ValueError: The arguments are not strict JSON (no NaN, Infinity or lone surrogates).
     """
     try:
         parsed = json.loads(arguments or "{}", parse_constant=_refuse)
@@ -71,9 +71,9 @@ def format_call(name: str, arguments: str) -> str:
 
 
 def format_past_call(name: str, arguments: str) -> str:
-    """The same for a call that the model made before, whose arguments may be cut off or otherwise no JSON.
+    """Format a past call of the model, whose arguments may be truncated or invalid.
 
-    They stand as they came then: the model sees what it wrote, next to the error that its client reports.
+    Invalid arguments are kept verbatim: the model sees what it wrote, next to the error reported by the client.
     """
     try:
         return format_call(name, arguments)
@@ -82,16 +82,16 @@ def format_past_call(name: str, arguments: str) -> str:
 
 
 def parse_call(text: str) -> tuple[str, str]:
-    """The function that a call names, and its arguments as the model spelled them.
+    """Parse a call: the function name, and the arguments verbatim.
 
     Raises:
-        ValueError: it is no call, or not JSON; NaN, Infinity and lone surrogates are none.
+        ValueError: Not a call, or not strict JSON (no NaN, Infinity or lone surrogates).
     """
     said = _DECODER.decode(text)
     if not isinstance(said, dict) or not isinstance(said.get("name"), str):
-        raise ValueError("a call is an object with a name")
+        raise ValueError("a call must be an object with a name")
     if not isinstance(said.get("arguments", {}), dict):
-        raise ValueError("the arguments of a call are an object")
+        raise ValueError("the arguments of a call must be an object")
     json.dumps(said, ensure_ascii=False).encode()
     arguments = "{}"
     place = _skip(text, text.index("{") + 1)
@@ -108,12 +108,12 @@ def parse_call(text: str) -> tuple[str, str]:
 
 
 def end_of_call(text: str, start: int, seen: int = 0) -> int:
-    """The place of the tag that closes a call whose JSON begins at ``start``, or -1; tags inside strings are text.
+    """Find the closing tag of a call whose JSON begins at ``start``; -1 if there is none. Tags in strings are text.
 
     Args:
-        text: what the model wrote.
-        start: behind :data:`OPEN`.
-        seen: no tag begins before this place.
+        text: Output of the model.
+        start: Offset after :data:`OPEN`.
+        seen: Offset before which there is no closing tag.
     """
     place = text.find(CLOSE, max(start, seen))
     while place >= 0 and '"' in _STRINGS.sub("", text[start:place]):
@@ -126,9 +126,9 @@ def _refuse(constant: str) -> None:
 
 
 def _skip(text: str, place: int) -> int:
-    """The first place that is not white space."""
+    """The offset of the next character that is not white space."""
     found = _WHITE.match(text, place)
-    assert found is not None, "it matches nothing, too"
+    assert found is not None, "the pattern also matches the empty string"
     return found.end()
 
 

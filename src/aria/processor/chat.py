@@ -1,4 +1,4 @@
-"""Messages to prompt: Aria's chat format, with what the template writes kept apart from text that looks like it."""
+"""Render messages to prompts in Aria's chat format, keeping control tokens apart from text that looks like them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from aria.processor import calls
 IMAGE_TOKEN = "<|img|>"
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
-"""Ends a message; ordinary text of several tokens in Aria's vocabulary, so an answer is searched for it as text."""
+"""Ends a message. It is text of several tokens in Aria's vocabulary, so it is used as a stop string."""
 IMAGE_WRAPPING = ("<fim_prefix>", "<fim_suffix>")
-"""What stands around the image tokens of one image."""
-# Pieces 0 to 18 of Aria's vocabulary. Only rhymes-ai/Aria's tokenizer_config.json lists them; the vocabulary of the
-# other published repositories is the same, and so they are special there too.
+"""The text before and after the image tokens of an image."""
+# Pieces 0 to 18 of Aria's vocabulary. Only the tokenizer_config.json of rhymes-ai/Aria lists them. Other published
+# repositories have the same vocabulary, so they are special there too.
 SPECIAL_TOKENS = (
     *("<unk>", "<|startoftext|>", "<|endoftext|>", "<|Human|>", "<|Assistant|>"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", IMAGE_TOKEN),
     *(f"<|reserved{i:03}|>" for i in range(9)),
 )
 MARKERS = (*SPECIAL_TOKENS, START_OF_TURN, END_OF_TURN, *IMAGE_WRAPPING)
-"""Texts that steer the model where the template writes them, and are just text where a user does."""
+"""Control tokens if written by the template, plain text if written by a user."""
 CHAT_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The published template, in Jinja, as it stands in ``tokenizer_config.json``; :func:`render` writes the same text."""
+"""The published Jinja template, as in ``tokenizer_config.json``. :func:`render` produces the same text."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
@@ -59,12 +59,12 @@ Conversation = Sequence[Message]
 
 @dataclass(frozen=True)
 class MediaPart:
-    """What a message says about one medium; fields that are None are decided by the call that prepares it.
+    """A media part of a message. Fields that are None are decided by the call that prepares it.
 
     Attributes:
-        source: the medium, path or address, as :mod:`aria.media.open` takes it; None: the call gives it.
-        max_image_size: side of its crops in pixels.
-        split_image: whether its images are split.
+        source: The data, path or address, as for :mod:`aria.media.open`; None: given by the call.
+        max_image_size: Side of its crops in pixels.
+        split_image: Whether its images are split.
     """
 
     source: Any = None
@@ -74,18 +74,18 @@ class MediaPart:
 
 @dataclass(frozen=True)
 class ImagePart(MediaPart):
-    """An image."""
+    """An image part of a message."""
 
 
 @dataclass(frozen=True)
 class VideoPart(MediaPart):
-    """A clip: as many images as frames are taken of it, see :func:`aria.media.read.read_clip`.
+    """A clip, which becomes one image per sampled frame, see :func:`aria.media.read.read_clip`.
 
     Attributes:
-        num_frames: how many.
-        fps: or how many a second.
-        max_frames: with ``fps``.
-        timestamps: whether ``[MM:SS]`` stands before each.
+        num_frames: Number of frames.
+        fps: Frames per second, instead of ``num_frames``.
+        max_frames: Limit for ``fps``.
+        timestamps: Whether to write ``[MM:SS]`` before each frame.
     """
 
     num_frames: int | None = None
@@ -96,37 +96,36 @@ class VideoPart(MediaPart):
 
 @dataclass(frozen=True)
 class DocumentPart(MediaPart):
-    """A document: as many images as pages are taken of it.
+    """A document, which becomes one image per page.
 
     Attributes:
-        pages: see :func:`aria.media.read.read_document`.
+        pages: See :func:`aria.media.read.read_document`.
     """
 
     pages: str | tuple[int, ...] | None = None
 
 
 class Prompt(str):
-    """Text that knows which of its markers were written by the template; all others are just text.
+    """A string that knows which of its markers were written by the template. All others are plain text.
 
-    Two things are kept apart: ``slots``, the ``<|img|>`` that are places for media, and ``markup``, the spans in which
-    ``<|im_start|>``, ``<|im_end|>`` and the other :data:`MARKERS` are control tokens. A marker anywhere else is
-    tokenised as the text that it is, to ids that the template never gives. A clip or document has one place; the
-    processor opens it into a place for each frame or page.
+    It has ``slots``, the offsets of ``<|img|>`` that stand for media, and ``markup``, the spans in which
+    ``<|im_start|>``, ``<|im_end|>`` and the other :data:`MARKERS` are control tokens. A marker anywhere else is encoded
+    as plain text, to other ids. A clip or document has one slot, which the processor expands to one per frame or page.
 
-    It is an ordinary string for everybody else. A plain ``str`` given to the processor or tokenizer is read as
-    transformers reads it: an image at every ``<|img|>``, and every marker a control token, whoever wrote it.
-    ``Prompt(text)`` has neither, however the text reads; ``Prompt.raw(text)`` has markers but no images.
+    For all other code it is an ordinary string. A plain ``str`` passed to the processor or tokenizer is treated as in
+    transformers: every ``<|img|>`` is an image, and every marker a control token, whoever wrote it. ``Prompt(text)``
+    has neither; ``Prompt.raw(text)`` has control tokens but no images.
 
-    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep places and markup; what a plain string adds
-    is just text. Every other method of ``str`` that makes text (``replace``, ``split``, f-strings, ``%``, ...) gives a
-    plain ``str``, and raises ValueError where a marker is just text and would become a control token. A plain
-    ``str`` knows nothing of what messages say of their images; the processor then asks for them. ``str(prompt)`` asks
-    for the plain text by name; ``"".join`` and ``re.sub`` do too, because they read the characters and never ask.
+    ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep slots and markup; plain strings that are
+    added are plain text. All other ``str`` methods that return text (``replace``, ``split``, f-strings, ``%``, ...)
+    return a plain ``str``, and raise ValueError if a marker that is plain text would become a control token. A plain
+    ``str`` loses the media parts of the messages, so the processor requires them as arguments. ``str(prompt)`` returns
+    the plain text without this check, and so do ``"".join`` and ``re.sub``, which cannot be intercepted.
 
     Attributes:
-        slots: offsets of the ``<|img|>`` that are places for media.
-        parts: what is known about the medium of each slot.
-        markup: ``(start, end)`` of the spans that the template wrote, in order and without touching each other.
+        slots: Offsets of the ``<|img|>`` that stand for media.
+        parts: The media part of each slot.
+        markup: ``(start, end)`` of the spans written by the template, in order and not touching.
     """
 
     slots: tuple[int, ...]
@@ -155,7 +154,7 @@ class Prompt(str):
 
     @classmethod
     def of(cls, text: str) -> Prompt:
-        """The prompt itself, or a plain string read as transformers does: all markup, a slot at every ``<|img|>``."""
+        """Return a prompt unchanged; read a plain string as transformers does: all markup, all ``<|img|>`` slots."""
         if isinstance(text, Prompt):
             return text
         lengths = [len(segment) for segment in text.split(IMAGE_TOKEN)]
@@ -164,12 +163,12 @@ class Prompt(str):
 
     @classmethod
     def raw(cls, text: str) -> Prompt:
-        """Text in which every marker is a control token, but no ``<|img|>`` is a place for an image."""
+        """Make a prompt in which every marker is a control token, without image slots."""
         return cls(text, markup=[(0, len(text))] if text else ())
 
     @classmethod
     def concat(cls, pieces: Iterable[str]) -> Prompt:
-        """Pieces end to end; those that are plain strings are just text."""
+        """Concatenate pieces. Plain strings are plain text."""
         texts: list[str] = []
         slots: list[int] = []
         parts: list[MediaPart] = []
@@ -187,16 +186,16 @@ class Prompt(str):
         return cls("".join(texts), slots, parts, markup)
 
     def with_parts(self, parts: Sequence[MediaPart]) -> Prompt:
-        """The same prompt with something else known about its media."""
+        """The same prompt with other media parts."""
         return Prompt(str(self), self.slots, parts, self.markup)
 
     def segments(self) -> list[Prompt]:
-        """Text around the slots: one piece more than there are slots."""
+        """The text around the slots: one piece more than there are slots."""
         starts = [0, *(slot + len(IMAGE_TOKEN) for slot in self.slots)]
         return [self._cut(start, end) for start, end in zip(starts, [*self.slots, len(self)], strict=True)]
 
     def literal_markers(self, markers: Iterable[str] = MARKERS) -> Iterator[tuple[int, str]]:
-        """Offset and text of each marker that is just text, a marker at a time."""
+        """Offset and text of each marker that is plain text, grouped by marker."""
         text, ends = str(self), [end for _, end in self.markup]
         for marker in markers:
             at = text.find(marker)
@@ -208,15 +207,15 @@ class Prompt(str):
                 at = text.find(marker, at + 1)
 
     def __add__(self, other: str) -> Prompt:
-        """Joined text; what a plain string adds is just text."""
+        """Concatenate. A plain string is plain text."""
         return Prompt.concat([self, other]) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> Prompt:
-        """A plain string with this after it; Python asks here first, because this class is the narrower one."""
+        """Prepend a plain string. Python calls this before ``str.__add__``, because this is a subclass."""
         return Prompt.concat([other, self]) if isinstance(other, str) else NotImplemented
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
-        """One character, or a slice with its places. A slice that begins or ends inside a place is a ValueError."""
+        """A character, or a slice with its slots. A slice that begins or ends inside a slot raises ValueError."""
         if not isinstance(key, slice):
             return str(self)[key]
         start, stop, step = key.indices(len(self))
@@ -226,15 +225,15 @@ class Prompt(str):
         return self._cut(start, max(start, stop))
 
     def strip(self, chars: str | None = None, /) -> Prompt:
-        """As of a string, with the places that stay."""
+        """Like ``str.strip``, keeping slots and markup."""
         return self.lstrip(chars).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> Prompt:
-        """As of a string, with the places that stay."""
+        """Like ``str.lstrip``, keeping slots and markup."""
         return self._cut(len(self) - len(str(self).lstrip(chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> Prompt:
-        """As of a string, with the places that stay."""
+        """Like ``str.rstrip``, keeping slots and markup."""
         return self._cut(0, len(str(self).rstrip(chars)))
 
     def _cut(self, start: int, stop: int) -> Prompt:
@@ -242,24 +241,24 @@ class Prompt(str):
         for slot in (*self.slots[max(first - 1, 0) : first], *self.slots[max(last - 1, first) : last]):
             end = slot + len(IMAGE_TOKEN)
             if start < stop and (slot < start < end or slot < stop < end):
-                raise ValueError(f"characters {start} to {stop} end inside an image's place, {slot} to {end}")
+                raise ValueError(f"characters {start} to {stop} begin or end inside an image slot, {slot} to {end}")
         touching = self.markup[bisect_right([end for _, end in self.markup], start) :]
         markup = [(max(a, start) - start, min(b, stop) - start) for a, b in touching if a < stop and start < stop]
         slots = [slot - start for slot in self.slots[first:last]]
         return Prompt(str(self)[start:stop], slots, self.parts[first:last], markup)
 
     def _check_plain(self, operation: str) -> None:
-        """Refuse an operation that gives a plain string where a plain string would be tokenised to something else."""
+        """Reject an operation that returns a plain string, if that would be encoded differently."""
         for _, marker in self.literal_markers():
-            became = "an image's place" if marker == IMAGE_TOKEN else "a control token"
+            became = "an image slot" if marker == IMAGE_TOKEN else "a control token"
             raise ValueError(
-                f"{operation} makes a plain string of this prompt: here a {marker} is just text, and would become "
-                f"{became}; +, strip and slices keep them apart, str(prompt) gives the plain text"
+                f"{operation} returns a plain string, in which {marker}, here plain text, would become {became}; +, "
+                "strip and slices keep them apart, str(prompt) returns the plain text"
             )
 
 
 def _checked(name: str) -> Callable[..., Any]:
-    """A method of ``str`` that asks the prompt first whether a plain string may stand for it."""
+    """Wrap a method of ``str`` so that it first checks whether the prompt may become a plain string."""
     method = getattr(str, name)
 
     @functools.wraps(method)
@@ -286,27 +285,28 @@ def render(
     continue_final_message: bool = False,
     tools: Sequence[Any] | None = None,
 ) -> Prompt:
-    """One conversation as the text that Aria was trained on.
+    """Render a conversation to the text format of Aria's training.
 
     Args:
-        messages: mappings with ``role`` (system, developer, user, assistant, tool; developer is written as system) and
+        messages: Mappings with ``role`` (system, developer, user, assistant, tool; developer is written as system) and
             ``content``: a string, None (empty), or a list of parts ``{"type": "text", "text": ...}``,
-            ``{"type": "image", ...}``, ``{"type": "video", ...}`` and ``{"type": "document", ...}``. The medium stands
-            under the name of its type (an object in memory; clips and documents: bytes), ``path`` or ``url`` (an
-            address, a data: URI or a local path), or under none of them: then it is the next of ``images=`` or
-            ``videos=``. All of them may carry ``max_image_size`` and ``split_image``; videos ``num_frames``, or
-            ``fps`` with ``max_frames``, and ``timestamps``; documents ``pages``. Keys whose value is None count as
-            absent. Messages of the assistant may have ``tool_calls`` as OpenAI's API has them, those of tools the
-            tool's ``name``; both are written into the text. ``tool_call_id`` is not, because results follow in order.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        continue_final_message: leave the last message open, to be continued.
-        tools: functions that may be called, as OpenAI's API has them, named in the system message.
+            ``{"type": "image", ...}``, ``{"type": "video", ...}`` and ``{"type": "document", ...}``. The source of a
+            media part is given under the name of its type (an object in memory; bytes for clips and documents), as
+            ``path`` or as ``url`` (an address, a data: URI or a local path). Without a source it is the next item of
+            ``images=`` or ``videos=``. All media parts may have ``max_image_size`` and ``split_image``; videos
+            ``num_frames``, or ``fps`` with ``max_frames``, and ``timestamps``; documents ``pages``. Keys with the value
+            None count as absent. Messages of the assistant may have ``tool_calls`` as in OpenAI's API, and those of
+            tools the ``name`` of the tool; both are written to the text. ``tool_call_id`` is not, because results
+            follow in order.
+        add_generation_prompt: End with the start of an assistant message.
+        continue_final_message: Leave the last message open, to be continued.
+        tools: Functions that may be called, as in OpenAI's API, described in the system message.
 
     Raises:
-        ValueError: an unknown role, key or part type, by name and place; no message to continue; both options at once.
+        ValueError: An unknown role, key or part type (named with its place), no message to continue, or both options.
     """
     if continue_final_message and add_generation_prompt:
-        raise ValueError("add_generation_prompt opens a new turn and continue_final_message the last one; use one")
+        raise ValueError("add_generation_prompt and continue_final_message exclude each other; use one")
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
     if continue_final_message and not messages:
@@ -336,12 +336,12 @@ _PLACE = Prompt.of(IMAGE_TOKEN.join(IMAGE_WRAPPING))
 
 
 def is_batch(conversation: Any) -> bool:
-    """Whether this is a list of conversations rather than one."""
+    """Whether this is a list of conversations rather than one conversation."""
     return isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
 
 
 def read_media(message: Any, where: str) -> list[MediaPart]:
-    """The media of a message, whatever else stands in it."""
+    """The media parts of a message. Other content is not checked."""
     content = message.get("content") if isinstance(message, Mapping) else None
     parts = content if isinstance(content, list | tuple) else ()
     media = [
@@ -353,16 +353,16 @@ def read_media(message: Any, where: str) -> list[MediaPart]:
 
 
 def _read_message(message: Any, where: str) -> tuple[str, list[str | MediaPart]]:
-    """The role as it is written, and the texts and media of a message."""
+    """Parse a message: the role to write, and its texts and media parts."""
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} should be a mapping with role and content, but is {message!r:.100}")
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
-        raise ValueError(f"{where} has the role {role!r}; known are {', '.join(_ROLES)}")
+        raise ValueError(f"{where} has the role {role!r}; supported are {', '.join(_ROLES)}")
     known = ("role", "content", *_MORE_KEYS.get(role, ()))
     if unknown := sorted(str(key) for key in message if key not in known and message[key] is not None):
         raise ValueError(
-            f"{where} has unknown keys: {', '.join(unknown)}; known are {', '.join(known[:-1])} and {known[-1]}"
+            f"{where} has unknown keys: {', '.join(unknown)}; supported are {', '.join(known[:-1])} and {known[-1]}"
         )
     if "content" not in message and not message.get("tool_calls"):
         raise ValueError(f"{where} has no content; give a string or a list of parts")
@@ -412,7 +412,7 @@ def _read_part(part: Any, where: str) -> str | MediaPart:
     given = {key: value for key, value in part.items() if value is not None}
     if unknown := sorted(str(key) for key in given if key not in _PART_KEYS[kind]):
         raise ValueError(
-            f"{where} has unknown keys: {', '.join(unknown)}; {kind} parts know {', '.join(_PART_KEYS[kind])}"
+            f"{where} has unknown keys: {', '.join(unknown)}; {kind} parts support {', '.join(_PART_KEYS[kind])}"
         )
     if kind == "text":
         if not isinstance(given.get("text"), str):
@@ -421,9 +421,9 @@ def _read_part(part: Any, where: str) -> str | MediaPart:
     return _read_medium(kind, given, where)
 
 
-# Key -> what its values should be.
+# Check and description of the value of each setting.
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_image_size": (lambda value: type(value) is int, "a int"),
+    "max_image_size": (lambda value: type(value) is int, "an int"),
     "split_image": (lambda value: type(value) is bool, "a bool"),
     "num_frames": (lambda value: type(value) is int and value >= 1, "a whole number above 0"),
     "fps": (lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
@@ -447,15 +447,14 @@ def _read_medium(kind: str, given: Mapping[str, Any], where: str) -> MediaPart:
     if "fps" in given and "num_frames" in given:
         raise ValueError(f"{where} gives num_frames and fps; use one of them")
     if "max_frames" in given and "fps" not in given:
-        raise ValueError(f"max_frames of {where} goes with fps; num_frames says how many frames there are")
+        raise ValueError(f"max_frames of {where} requires fps; use num_frames for a fixed number")
     sources = [key for key in (kind, *_ADDRESSES) if key in given]
     if len(sources) > 1:
-        noun = "image" if kind == "image" else kind
-        raise ValueError(f"{where} gives its {noun} under {' and '.join(sources)}; use one of them")
+        raise ValueError(f"{where} gives its {kind} as {' and '.join(sources)}; use one of them")
     source = _read_source(sources[0], given[sources[0]], kind, where) if sources else None
     if kind == "document":
         if source is None:
-            raise ValueError(f"{where} names no document; give it under document (bytes), path or url")
+            raise ValueError(f"{where} has no source; give it as document (bytes), path or url")
         if isinstance(settings.get("pages"), list):
             settings["pages"] = tuple(settings["pages"])
         return DocumentPart(source, **settings)
@@ -468,5 +467,5 @@ def _read_source(key: str, value: Any, kind: str, where: str) -> Any:
     if key == "path":
         if not isinstance(value, str | os.PathLike):
             raise ValueError(f"path of {where} should be a string or Path, but is a {type(value).__name__}")
-        return Path(value)  # never an address, however it is spelled
+        return Path(value)  # never an address
     return value

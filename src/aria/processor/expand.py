@@ -1,4 +1,4 @@
-"""Clips and documents in a prompt, opened into the images they consist of, with the text that goes around each."""
+"""Expand clips and documents in a prompt into their frames and pages, with the text around each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aria.processor.chat import IMAGE_TOKEN, IMAGE_WRAPPING, DocumentPart, Image
 from aria.processor.image import AriaImageProcessor, NeededSizes
 
 NUM_FRAMES = 128
-"""Frames of a clip whose part does not say how many, as in the authors' cookbook."""
+"""Default number of frames of a clip, as in the authors' cookbook."""
 
 
 Needed = Callable[[MediaPart], NeededSizes]
@@ -23,50 +23,50 @@ Read = TypeVar("Read", Frame, Page)
 
 
 class MediaOrigin(NamedTuple):
-    """A medium that images of a prompt come from."""
+    """The media part that some images of a prompt come from."""
 
     kind: str
-    """image, video or document."""
+    """"image", "video" or "document"."""
     images: int
-    """How many are its own."""
+    """Number of images."""
     total: int | None
-    """Pages of the whole document."""
+    """Number of pages in the document."""
 
 
 class Expanded(NamedTuple):
-    """A prompt with places for images alone."""
+    """A prompt whose slots are all for images."""
 
     prompt: Prompt
     media: list[MediaOrigin]
-    """In the order of their images."""
+    """The media parts, in order."""
 
 
 class _Place(NamedTuple):
-    """An image and the text on both sides of it."""
+    """An image and the text around it."""
 
     before: str
     part: ImagePart
     after: str
     total: int | None = None
-    """Pages of the document that it is of."""
+    """Number of pages in the document."""
 
 
 def resolve_defaults(
     prompt: Prompt, processor: AriaImageProcessor, *, max_image_size: int | None = None, split_image: bool | None = None
 ) -> Prompt:
-    """The prompt with sizes and splitting decided for every medium.
+    """Decide crop size and splitting for every part of a prompt.
 
-    What a part says comes first, then the arguments, then the custom of its kind: images as the processor's settings
-    say, clips in the smallest crops and whole, documents split.
+    The settings of a part take precedence, then the arguments, then the defaults of its kind: the processor's settings
+    for images, the smallest crops without splitting for clips, splitting for documents.
     """
-    customs: dict[type[MediaPart], tuple[int, bool]] = {
+    defaults: dict[type[MediaPart], tuple[int, bool]] = {
         ImagePart: (processor.max_image_size, processor.split_image),
         VideoPart: (processor.sizes[0], False),
         DocumentPart: (processor.max_image_size, True),
     }
     parts = []
     for part in prompt.parts:
-        size, split = customs[type(part)]
+        size, split = defaults[type(part)]
         size = size if max_image_size is None else max_image_size
         split = split if split_image is None else split_image
         parts.append(
@@ -91,15 +91,15 @@ def expand(
 
     The prompt went through :func:`resolve_defaults`, and all of its parts have sources.
 
-    Of a clip each frame stands as ``[MM:SS]``, image, newline; without timestamps the frames stand side by side with
-    one newline at the end. Of a document each page stands as ``Page N: ``, image, newline. What ``cache`` has is not
-    read again. Frames and pages are taken from the ``budget`` before they are decoded.
+    Each frame becomes ``[MM:SS]``, image, newline; without timestamps all frames follow each other, with one newline at
+    the end. Each page becomes ``Page N: ``, image, newline. Media in ``cache`` are not read again. Frames and pages are
+    counted against ``budget`` before they are decoded.
 
-    ``needed`` gives, for a clip or document, the sizes that its images' crops are made from. The sources of parts for
-    frames and pages then are :class:`~aria.media.read.ScaledImage`, and without it arrays.
+    ``needed`` returns the sizes from which the crops of a clip or document are made. With it the sources of the parts
+    for frames and pages are :class:`~aria.media.read.ScaledImage`, without it arrays.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: a medium that cannot be read, see :mod:`aria.media.open`.
+        FileNotFoundError, TypeError, ValueError: A media file cannot be read, see :mod:`aria.media.open`.
     """
     at = 0
     pieces: list[str] = []
@@ -127,7 +127,7 @@ def _kind(part: MediaPart) -> str:
 
 
 class _Reader(NamedTuple):
-    """What clips and documents are read with."""
+    """The settings and resources for reading clips and documents."""
 
     processor: AriaImageProcessor
     settings: MediaSettings
@@ -136,7 +136,7 @@ class _Reader(NamedTuple):
     needed: Needed | None
 
     def read(self, key: tuple[object, ...], part: MediaPart, read: Callable[..., Sequence[Read]]) -> Sequence[Read]:
-        """What the cache has of a medium, or else what ``read(spend=..., sizes=...)`` gives."""
+        """Return the images of a clip or document from the cache, or by calling ``read(spend=..., sizes=...)``."""
         spent = False
 
         def spend(pixels: int) -> None:
@@ -152,7 +152,7 @@ class _Reader(NamedTuple):
         return images
 
     def image(self, image: ScaledImage, part: MediaPart) -> ImagePart:
-        """An image that a medium holds, as a part of its own."""
+        """Make an image part of a frame or page."""
         return ImagePart(image if self.needed else image.arrays[0], part.max_image_size, part.split_image)
 
 
@@ -175,7 +175,7 @@ def _frames(part: VideoPart, reader: _Reader) -> Iterator[_Place]:
     assert size is not None, "expand takes prompts that are resolved"
 
     def fit(width: int, height: int) -> tuple[int, int]:
-        # As the crop will have it, so that frames never lie in memory in full. Smaller ones are left to the encoder.
+        # Decode at the size of the crop, so that full frames are never in memory. Smaller ones are scaled up later.
         return (width, height) if split or max(width, height) <= size else processor.fit((width, height), size)
 
     num_frames = part.num_frames or (min(NUM_FRAMES, settings.max_frames) if part.fps is None else None)

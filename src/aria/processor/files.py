@@ -1,4 +1,4 @@
-"""The processor's JSON files: their names, reading, and the table of crop sizes they hold."""
+"""The JSON files of the processor: names, reading, and the table of crop sizes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_MODEL = "tokenizer.model"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SIZE_CONVERSION: dict[int, int] = {490: 128, 980: 256}
-"""Published crop sizes in pixels, with the tokens that stand for one crop."""
+"""Published crop sizes: side in pixels -> tokens per crop."""
 
 
 def read_size_conversion(folder: Path) -> dict[int, int]:
-    """Crop sizes -> tokens a crop, from ``config.json``, else ``processor_config.json``, else the published table."""
+    """Read crop size -> tokens per crop, from ``config.json``, ``processor_config.json`` or the published table."""
     if (folder / CONFIG_NAME).is_file():
         return AriaConfig.from_pretrained(folder).image_sizes()
     file = folder / PROCESSOR_CONFIG
@@ -35,10 +35,10 @@ def read_size_conversion(folder: Path) -> dict[int, int]:
 
 
 def read_image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """``preprocessor_config.json``, or what transformers 5 writes instead: a part of ``processor_config.json``.
+    """Read ``preprocessor_config.json``, or the part of ``processor_config.json`` that transformers 5 writes instead.
 
     Returns:
-        The file that the settings stand in, for messages, and the settings.
+        The file, for messages, and the settings.
     """
     file = folder / PROCESSOR_CONFIG
     if not (folder / PREPROCESSOR_CONFIG).is_file() and file.is_file():

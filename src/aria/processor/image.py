@@ -1,4 +1,4 @@
-"""Images to square crops and masks, by the rules that Aria was trained with.
+"""Convert images to square crops and masks, by the rules of Aria's training.
 
 Shape letters: C crops (of all images of a call), S side of a crop in pixels.
 """
@@ -29,7 +29,7 @@ from aria.processor.files import (
 
 SPLIT_MODES = ("authors", "pad")
 
-# The grids an image can be split into, as the authors list them; the order decides ties.
+# The grids for splitting an image, as listed by the authors; the order decides ties.
 _GRIDS = (
     *((1, n) for n in range(2, 9)),
     *((2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)),
@@ -38,27 +38,28 @@ _GRIDS = (
 
 
 class TilePlan(NamedTuple):
-    """An image drawn in some size onto black, and the pieces of it that become crops. Sizes are (width, height)."""
+    """A plan for crops of an image: resize it, paste it onto black, cut pieces. Sizes are (width, height)."""
 
     drawn: tuple[int, int]
-    """What the image is resized to."""
+    """Size to resize the image to."""
     size: tuple[int, int]
+    """Size of the canvas."""
     offset: tuple[int, int]
-    """Where the image's corner lies on the sheet."""
+    """Position of the image on the canvas."""
     pieces: tuple[tuple[int, int, int, int], ...]
-    """Left, top, right and bottom of each; each is then resized to its crop."""
+    """(left, top, right, bottom) of each piece, which is then resized to its crop."""
 
     @property
     def is_whole(self) -> bool:
-        """The image itself, as one piece."""
+        """Whether the whole image is the only piece, without a canvas."""
         return self.drawn == self.size and self.pieces == ((0, 0, *self.size),)
 
 
 class NeededSizes:
-    """The sizes that an image's crops are made from, by its own.
+    """Maps the size of an image to the sizes from which its crops are made.
 
     Args:
-        processor: makes crops.
+        processor: The image processor.
         settings: ``max_image_size``, ``split_image`` and ``split_mode`` of a call, for one image.
     """
 
@@ -70,7 +71,7 @@ class NeededSizes:
         )  # fmt: skip
 
     def __call__(self, width: int, height: int) -> list[tuple[int, int]]:
-        """(width, height) for each of its tile plans; none where its own pixels are fewer."""
+        """(width, height) for each tile plan; empty if the original image has fewer pixels."""
         size = self._settings.get("max_image_size") or self._processor.max_image_size
         tile_plans = self._processor.tile_plans((width, height), **self._settings)
         needed = [self._processor.fit(sheet.drawn, size) if sheet.is_whole else sheet.drawn for sheet in tile_plans]
@@ -78,17 +79,18 @@ class NeededSizes:
 
 
 class AriaImageProcessor:
-    """Images -> ``pixel_values``, ``pixel_mask`` and ``num_crops``.
+    """Converts images to ``pixel_values``, ``pixel_mask`` and ``num_crops``.
 
-    Without splitting every image is one crop: resized (bicubic) so that its longer side is S, its shorter side never
-    under ``min_image_size`` (which distorts long images, as in training), padded with black at the right and bottom,
-    scaled to 0..1 and normalised. With splitting an image is cut into a grid of crops that fits its shape:
+    Without splitting, every image is one crop: resized (bicubic) so that its longer side is S and its shorter side at
+    least ``min_image_size`` (which distorts elongated images, as in training), padded with black at the right and
+    bottom, scaled to 0..1 and normalized. With splitting, an image is cut into a grid of crops:
 
-    * ``split_mode="authors"``: the grid of nearest aspect ratio, the image stretched to it, and the whole image put
-      first as an overview.
-    * ``split_mode="pad"``: transformers' rule; least wasted area, aspect ratio kept, centred on black, no overview.
+    * ``split_mode="authors"``: the grid of nearest aspect ratio, to which the image is stretched, after the whole image
+      as an overview.
+    * ``split_mode="pad"``: as in transformers: least wasted area, aspect ratio kept, centred on black, no overview.
 
-    Source: the authors' vision processor; transformers' ``AriaImageProcessorPil`` gives the same bits unsplit.
+    Source: the authors' vision processor. Without splitting, transformers' ``AriaImageProcessorPil`` gives identical
+    bits.
     """
 
     def __init__(
@@ -106,15 +108,15 @@ class AriaImageProcessor:
     ) -> None:
         """
         Args:
-            max_image_size: side S of a crop where a call does not name one.
-            min_image_size: least length of the shorter side after resizing.
-            image_mean: per channel, of values in 0..1.
-            image_std: the same.
-            split_image: whether to split where a call does not say.
+            max_image_size: Default side S of a crop.
+            min_image_size: Minimum length of the shorter side after resizing.
+            image_mean: Mean per channel of values in 0..1.
+            image_std: Standard deviation per channel of values in 0..1.
+            split_image: Whether to split by default.
             split_mode: "authors" or "pad".
-            sizes: the sides S that the model's projector has queries for.
+            sizes: The sides S for which the projector of the model has queries.
             split_resolutions: (height, width) pairs for "pad"; by default every grid times the smallest size.
-            do_convert_rgb: False refuses images in memory that are not RGB; files are always read as RGB.
+            do_convert_rgb: False rejects images in memory that are not RGB. Files are always read as RGB.
         """
         self.sizes = tuple(sorted(int(size) for size in sizes))
         if not self.sizes or self.sizes[0] < 1:
@@ -144,11 +146,11 @@ class AriaImageProcessor:
     def from_pretrained(
         cls, path_or_repo_id: str | os.PathLike[str] | None = None, *, revision: str | None = None
     ) -> AriaImageProcessor:
-        """Read ``preprocessor_config.json``; the allowed sizes come from ``config.json`` where the folder has one.
+        """Read ``preprocessor_config.json``, and the allowed sizes from ``config.json`` if the folder has one.
 
         Raises:
-            FileNotFoundError: no such folder, repository or file.
-            ValueError: the file asks for arithmetic that Aria does not have.
+            FileNotFoundError: No such folder, repository or file.
+            ValueError: The file has unsupported preprocessing settings.
         """
         patterns = [PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, CONFIG_NAME]
         folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
@@ -160,15 +162,15 @@ class AriaImageProcessor:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **changes: Any) -> AriaImageProcessor:
-        """From the object of a ``preprocessor_config.json``, with changes by name; the reverse of :meth:`to_dict`.
+        """Make a processor from a ``preprocessor_config.json`` object; the inverse of :meth:`to_dict`.
 
         Args:
-            data: settings as transformers or the authors write them; what they call by other names has no effect.
-            changes: settings that are put over them; ``sizes`` too.
+            data: Settings as written by transformers or the authors. Unknown keys are ignored.
+            changes: Settings that override those of ``data``, also ``sizes``.
 
         Raises:
-            ValueError: a setting of the wrong type or that Aria does not have.
-            TypeError: a change that is no setting.
+            ValueError: A setting with the wrong type or an unsupported value.
+            TypeError: A change with an unknown name.
         """
         if unknown := sorted(changes.keys() - {*_STEPS, *_ARITHMETIC, *_KINDS, "rescale_factor", "sizes"}):
             raise TypeError(f"the image processor has no {', '.join(unknown)}; it has {', '.join(_KINDS)}")
@@ -177,11 +179,11 @@ class AriaImageProcessor:
         return cls(**{key: data[key] for key in (*_KINDS, "sizes") if data.get(key) is not None})
 
     def changed(self, **changes: Any) -> AriaImageProcessor:
-        """One with other settings, see :meth:`from_dict`; itself if there are none."""
+        """A copy with some settings changed, see :meth:`from_dict`; itself without changes."""
         return type(self).from_dict(self.to_dict(), sizes=self.sizes, **changes) if changes else self
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of ``preprocessor_config.json``; transformers' ``from_dict`` takes it too."""
+        """The object of ``preprocessor_config.json``, also accepted by transformers' ``from_dict``."""
         return {
             "image_processor_type": "AriaImageProcessor",
             "processor_class": "AriaProcessor",
@@ -199,7 +201,7 @@ class AriaImageProcessor:
         }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``preprocessor_config.json``, which transformers and vLLM read too; the folder is made if needed."""
+        """Write ``preprocessor_config.json``, which transformers and vLLM can read. Creates the folder if needed."""
         write_json(Path(folder) / PREPROCESSOR_CONFIG, self.to_dict())
 
     def __call__(
@@ -212,24 +214,24 @@ class AriaImageProcessor:
         return_tensors: str | None = "pt",
         **settings: Any,
     ) -> BatchFeature:
-        """Prepare one image or a list of images, of any kind that :func:`~aria.media.read.load_image` takes.
+        """Prepare one image or a list of images, of any kind that :func:`~aria.media.read.load_image` accepts.
 
         Args:
-            images: one image, or a list of them; lists in it and arrays of several images, ``(N, H, W, C)`` or
-                ``(N, C, H, W)``, count as the images in them, in order.
-            max_image_size: side S of the crops; None: this processor's own.
-            split_image: for all images, or one value an image; None: this processor's own.
-            split_mode: "authors" or "pad"; None: this processor's own.
+            images: One image or a list. Nested lists and arrays of several images, ``(N, H, W, C)`` or
+                ``(N, C, H, W)``, are flattened.
+            max_image_size: Side S of the crops; None: the processor's default.
+            split_image: Whether to split, for all images or per image; None: the processor's default.
+            split_mode: "authors" or "pad"; None: the processor's default.
             return_tensors: "pt" (default) or "np"; None: "pt", with ``num_crops`` as a list.
-            settings: other settings of :meth:`from_dict` for this call, such as ``min_image_size``.
+            settings: Other settings of :meth:`from_dict` for this call, such as ``min_image_size``.
 
         Returns:
-            ``pixel_values`` (C, 3, S, S) float32, ``pixel_mask`` (C, S, S) bool, True where the image is and False
-            where padding is, and ``num_crops`` (images,) int64, which is also an attribute, there a list.
+            ``pixel_values`` (C, 3, S, S) float32; ``pixel_mask`` (C, S, S) bool, True for pixels of the image and False
+            for padding; ``num_crops`` (images,) int64, also as an attribute, a list.
 
         Raises:
-            ValueError: a size that the model has no queries for, no images, an image that cannot be read, or a
-                setting that Aria does not have.
+            ValueError: A size without queries in the model, no images, an image that cannot be read, or an unsupported
+                setting.
         """
         if settings:
             return self.changed(**settings)(
@@ -276,7 +278,7 @@ class AriaImageProcessor:
         return int(size)
 
     def fit(self, image_size: tuple[int, int], size: int) -> tuple[int, int]:
-        """(width, height) of a piece in its crop of side ``size``: the longer side fills it."""
+        """(width, height) of an image in a crop of side ``size``, which its longer side fills."""
         width, height = image_size
         scale = size / max(width, height)
         if width >= height:
@@ -290,9 +292,9 @@ class AriaImageProcessor:
         split_image: bool | None = None,
         split_mode: str | None = None,
     ) -> list[TilePlan]:
-        """How an image of (width, height) becomes crops, known before any of its pixels is touched.
+        """Plan the crops of an image of (width, height), without its pixels.
 
-        The other arguments are those of a call, for one image. There are as many crops as pieces.
+        The other arguments are those of a call, for one image. Each piece of a plan becomes a crop.
         """
         size = self.max_image_size if max_image_size is None else self._check_size(max_image_size)
         mode = self.split_mode if split_mode is None else _check_mode(split_mode)
@@ -335,7 +337,7 @@ class AriaImageProcessor:
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """Images in one list: of lists and of arrays of several images the images in them."""
+    """Flatten nested lists and arrays of several images to one list of images."""
     if isinstance(images, list | tuple):
         return [image for one in images for image in flatten_images(one)]
     several = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
@@ -343,7 +345,7 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def require_rgb(image: Any) -> None:
-    """Refuse an image in memory that would have to be converted to RGB."""
+    """Reject an image in memory that is not RGB."""
     if isinstance(image, Image.Image):
         holds, came = image.mode == "RGB", f"of mode {image.mode}"
     elif isinstance(image, np.ndarray | torch.Tensor):
@@ -354,7 +356,7 @@ def require_rgb(image: Any) -> None:
         raise ValueError(f"do_convert_rgb is false, but an image is {came}; leave do_convert_rgb out, or convert it")
 
 
-# Steps as transformers' settings name them: Aria takes those that are true, and no other.
+# Steps as named by transformers. Aria performs those that are true here, and no others.
 _STEPS = {"do_resize": True, "do_pad": True, "do_rescale": True, "do_normalize": True}
 _ARITHMETIC = {"resample": 3, "data_format": "channels_first"}
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -381,7 +383,7 @@ def _is_list(value: Any, length: int) -> bool:
 
 
 def _check_settings(data: Mapping[str, Any]) -> None:
-    """Refuse settings of the wrong type, and arithmetic that Aria does not have."""
+    """Reject settings with the wrong type and unsupported preprocessing."""
     present = {key: value for key, value in data.items() if value is not None}
     for key, value in present.items():
         if key in _KINDS:
@@ -409,7 +411,7 @@ def _check_mode(mode: str) -> str:
 
 
 def _nearest_grid(image_size: tuple[int, int], size: int) -> tuple[int, int]:
-    """(columns, rows) of nearest aspect ratio; on a tie a later, larger grid wins if the image has pixels for it."""
+    """(columns, rows) of nearest aspect ratio. On ties a later, larger grid wins if the image has enough pixels."""
     width, height = image_size
     best, least = _GRIDS[0], math.inf
     for columns, rows in _GRIDS:
@@ -420,7 +422,7 @@ def _nearest_grid(image_size: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def _least_waste(image_size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(height, width) that keeps most of the image's pixels, then wastes least; earlier entries win ties."""
+    """(height, width) that keeps most pixels of the image, then wastes least. Earlier entries win ties."""
     width, height = image_size
 
     def fit(resolution: tuple[int, int]) -> tuple[int, int]:
@@ -432,7 +434,7 @@ def _least_waste(image_size: tuple[int, int], resolutions: Sequence[tuple[int, i
 
 
 def _inside(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The largest (width, height) of the image's shape inside the target's."""
+    """The largest (width, height) with the aspect ratio of the image that fits in the target."""
     width, height = target
     by_width, by_height = width / image_size[0], height / image_size[1]
     if by_width < by_height:

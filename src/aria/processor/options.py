@@ -1,4 +1,4 @@
-"""Arguments of a call of the processor, which may come by name or in groups, as transformers has them."""
+"""Arguments of the processor, given by name or in groups (``text_kwargs`` and the like), as in transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class TextOptions(NamedTuple):
-    """How prompts become rows of ids."""
+    """How prompts are tokenized and batched."""
 
     padding: bool | str = True
     padding_side: str | None = None
@@ -18,10 +18,10 @@ class TextOptions(NamedTuple):
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> TextOptions:
-        """From arguments by name.
+        """Make options from a mapping.
 
         Raises:
-            TypeError: one of them does not exist.
+            TypeError: An unknown argument.
         """
         if unknown := sorted(given.keys() - set(cls._fields)):
             raise TypeError(
@@ -31,15 +31,15 @@ class TextOptions(NamedTuple):
 
 
 def merge_options(name: str, alone: Mapping[str, Any], group: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments by name, with those of a group; without those that nobody gave.
+    """Merge arguments given by name with those of a group; arguments that are not given are left out.
 
     Args:
-        name: of the group, for messages.
-        alone: values by name; None, and what :class:`TextOptions` has by default, count as not given.
-        group: the same in a mapping.
+        name: Name of the group for messages.
+        alone: Arguments by name. None and the defaults of :class:`TextOptions` count as not given.
+        group: The arguments of the group.
 
     Raises:
-        ValueError: an argument comes both ways, with different values.
+        ValueError: An argument is given both ways with different values.
     """
     defaults = TextOptions._field_defaults
     given = {key: value for key, value in alone.items() if value is not None and value is not defaults.get(key)}

@@ -1,4 +1,4 @@
-"""Messages or prompts, and images, to everything the model takes: `AriaProcessor`."""
+"""`AriaProcessor`: converts messages or prompts with media to model inputs."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _PIXELS = ("pixel_values", "pixel_mask")
 
 
 class AriaProcessor:
-    """Tokenizer and image processor together.
+    """Tokenizer and image processor combined.
 
-    Every image's place ``<|img|>`` in a prompt becomes one image id per query token of each of its crops; the crops
-    of all images, in the order of the places, are ``pixel_values``. Clips and documents are opened into images
-    before (:mod:`aria.processor.expand`).
+    Each image slot ``<|img|>`` in a prompt becomes one image id per query token of each of its crops. The crops of all
+    images, in the order of the slots, are ``pixel_values``. Clips and documents are expanded to images first
+    (:mod:`aria.processor.expand`).
 
     Attributes:
-        tokenizer: :class:`AriaTokenizer`.
-        image_processor: :class:`AriaImageProcessor`.
-        size_conversion: side of a crop in pixels -> tokens that stand for it.
-        media: :class:`~aria.media.open.MediaSettings`, limits on what is read and where from; may be replaced.
+        tokenizer: The :class:`AriaTokenizer`.
+        image_processor: The :class:`AriaImageProcessor`.
+        size_conversion: Side of a crop in pixels -> tokens per crop.
+        media: Limits and permissions for media, a :class:`~aria.media.limits.MediaSettings`; may be replaced.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class AriaProcessor:
         self.size_conversion = {int(size): int(tokens) for size, tokens in table.items()}
         if set(self.size_conversion) != set(image_processor.sizes):
             raise ValueError(
-                f"size_conversion has tokens for the sizes {sorted(self.size_conversion)}, but the image processor "
-                f"makes {list(image_processor.sizes)}"
+                f"size_conversion has the sizes {sorted(self.size_conversion)}, but the image processor has "
+                f"{list(image_processor.sizes)}"
             )
 
     @property
@@ -81,7 +81,7 @@ class AriaProcessor:
 
     @property
     def chat_template(self) -> str:
-        """The tokenizer's; may be replaced."""
+        """The chat template of the tokenizer; may be replaced."""
         return self.tokenizer.chat_template
 
     @chat_template.setter
@@ -90,12 +90,12 @@ class AriaProcessor:
 
     @property
     def workers(self) -> Workers | None:
-        """The processes that ``media`` asks for, where the model's chat template runs too; None: this one."""
+        """The worker processes of ``media``, which also render chat templates; None: this process."""
         return shared_workers(self.media)
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of all that a call may give."""
+        """Names of all possible model inputs."""
         return ["input_ids", "attention_mask", "pixel_values", "pixel_mask"]
 
     @classmethod
@@ -108,18 +108,18 @@ class AriaProcessor:
         trust_remote_code: bool | None = None,
         use_fast: bool | None = None,
     ) -> AriaProcessor:
-        """Read the processor's files of a folder, a Hub repository, or (None) the packaged nano model.
+        """Load a processor from a folder, a Hub repository, or (None) the packaged nano model.
 
         Args:
-            path_or_repo_id: folder, Hub repository, or None for the packaged nano model.
-            revision: branch, tag or commit of a Hub repository.
-            chat_template: a Jinja template in place of the files' own.
-            trust_remote_code, use_fast: taken for code written for transformers and without effect: no remote code is
-                ever run, and there is one tokenizer.
+            path_or_repo_id: Folder, Hub repository, or None for the packaged nano model.
+            revision: Branch, tag or commit of a Hub repository.
+            chat_template: A Jinja template to use instead of that of the files.
+            trust_remote_code, use_fast: Accepted for compatibility with transformers, without effect: remote code is
+                never run, and there is one tokenizer.
 
         Raises:
-            FileNotFoundError: no such folder or repository, or a file is missing.
-            ValueError: a file is damaged or is not Aria's.
+            FileNotFoundError: No such folder or repository, or a file is missing.
+            ValueError: A file is damaged or not Aria's.
         """
         patterns = [
             PREPROCESSOR_CONFIG,
@@ -138,7 +138,7 @@ class AriaProcessor:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.model and three JSON files (tokenizer_, preprocessor_, processor_config), as on the Hub."""
+        """Write tokenizer.model, tokenizer_config.json, preprocessor_config.json and processor_config.json."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         table = {str(size): tokens for size, tokens in self.size_conversion.items()}
@@ -167,38 +167,36 @@ class AriaProcessor:
         """Prepare one prompt or several with their images.
 
         Args:
-            text: a prompt or a list of them. In a plain string every ``<|img|>`` is an image's place (a clip's, if
-                only videos are given); in a :class:`~aria.processor.chat.Prompt`, as ``apply_chat_template`` gives,
-                only those of image, video and document parts are places, each for its kind. The same holds for
-                ``<|im_end|>`` and the other markers: control tokens in a plain string, whoever wrote them, and in a
-                prompt only where the template did. None: images alone.
-            images: one image, a list in the order of the places, or a list of lists, one a prompt. They fill every
-                place; where the messages name some images themselves, it is enough to give the others. An array of
-                four axes counts as a list.
-            videos: the same for clips: paths, bytes, data: URIs or addresses.
-            max_image_size: side of all crops; None: what the parts or the preprocessor's settings say, and the
-                smallest size for clips alone. All images of one call share one size, because their crops are one
-                tensor.
-            split_image: the same, for splitting into crops; this may differ between images.
-            split_mode: "authors" (overview first) or "pad" (transformers' rule).
-            do_convert_rgb: False refuses images in memory that are not RGB.
+            text: A prompt or a list of prompts. In a plain string every ``<|img|>`` is an image slot (or a video slot,
+                if only videos are given). In a :class:`~aria.processor.chat.Prompt`, from ``apply_chat_template``, only
+                those of media parts are slots, each for its kind. Likewise ``<|im_end|>`` and the other markers are
+                always control tokens in a plain string, but in a prompt only where the template wrote them. None:
+                images only.
+            images: One image, a list in the order of the slots, or a list of lists, one per prompt. They fill all
+                slots, or only those without a source in the messages. A four-dimensional array counts as a list.
+            videos: The same for clips: paths, bytes, data: URIs or addresses.
+            max_image_size: Side of all crops; None: from the parts or the settings of the image processor, and the
+                smallest size for clips alone. All images of a call share one size, because their crops are one tensor.
+            split_image: Whether to split images into crops; None: as above. May differ between images.
+            split_mode: "authors" (overview first) or "pad" (as in transformers).
+            do_convert_rgb: False rejects images in memory that are not RGB.
             padding: True or "longest", "max_length", or False.
-            padding_side: "left" or "right"; None: the tokenizer's ``padding_side``, which is left.
-            truncation: cut prompts on the right at ``max_length``; never into or before an image.
-            max_length: for truncation and padding="max_length".
-            add_special_tokens: without effect: Aria's tokenizer puts none before or after a prompt.
+            padding_side: "left" or "right"; None: ``padding_side`` of the tokenizer, which is "left".
+            truncation: Truncate prompts on the right to ``max_length``. Truncating images is an error.
+            max_length: For truncation and ``padding="max_length"``.
+            add_special_tokens: No effect: Aria's tokenizer adds none.
             return_tensors: "pt" (also "pd"), "np", or None: ids as lists, pixels as torch tensors.
-            text_kwargs, images_kwargs, common_kwargs: the same arguments in groups, as transformers has them;
-                ``images_kwargs`` may hold any setting of :meth:`AriaImageProcessor.from_dict`.
+            text_kwargs, images_kwargs, common_kwargs: The same arguments in groups, as in transformers.
+                ``images_kwargs`` may have any setting of :meth:`AriaImageProcessor.from_dict`.
 
         Returns:
             ``input_ids`` and ``attention_mask`` (B, S) int64; with images also ``pixel_values`` (C, 3, S, S) float32
-            and ``pixel_mask`` (C, S, S) bool. ``.num_crops`` has one count an image.
+            and ``pixel_mask`` (C, S, S) bool. The attribute ``num_crops`` has the number of crops of each image.
 
         Raises:
-            ValueError: counts of places and images differ, sizes differ, truncation would cut an image, or an
-                argument is given twice.
-            TypeError: a group has an argument that does not exist.
+            ValueError: Numbers of slots and images differ, sizes differ, truncation would cut an image, or an argument
+                is given twice.
+            TypeError: A group has an unknown argument.
         """
         flat_text = {
             "padding": padding,
@@ -257,7 +255,7 @@ class AriaProcessor:
             tokens = [crops * self.size_conversion[size] for crops in pixels.num_crops]
         rows = self._expand(prompts, tokens)
         if text_options.truncation:
-            assert text_options.max_length is not None, "check_length lets no other through"
+            assert text_options.max_length is not None, "checked by check_length"
             rows = [self._truncate(row, text_options.max_length) for row in rows]
         ids = self.tokenizer.pad(
             rows,
@@ -286,26 +284,26 @@ class AriaProcessor:
         processor_kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
-        """Messages to a prompt, or to everything the model takes.
+        """Convert messages to a prompt, or to model inputs.
 
         Args:
-            conversation: a list of messages (see :func:`aria.processor.chat.render`), or a list of such lists.
-            chat_template: a Jinja template in place of Aria's; what stands in messages is text in it too.
-            images: images for image parts that name none.
-            videos: clips for video parts that name none.
-            tools: functions that the model may call, as OpenAI's API has them; Aria's template names them in the system
-                message, in the form that training and the server use.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            continue_final_message: leave the last message open, to be continued.
-            sanitize_control_tokens: may be True, because markers in messages are always text here; ``str(prompt)`` is
-                tokenised as transformers does it without.
-            tokenize: False gives the :class:`~aria.processor.chat.Prompt` (a list of them for several conversations).
-            return_dict: with ``tokenize``, the whole of what calling the processor gives; False: ``input_ids`` alone.
-            processor_kwargs: arguments of calling the processor; each may also be given by its own name.
-            more: arguments of calling the processor, and variables that ``chat_template`` reads.
+            conversation: A list of messages (see :func:`aria.processor.chat.render`), or a list of such lists.
+            chat_template: A Jinja template instead of Aria's. Markers in messages are text in it too.
+            images: Images for image parts without a source.
+            videos: Clips for video parts without a source.
+            tools: Functions that the model may call, as in OpenAI's API. Aria's template describes them in the system
+                message, in the form used by training and the server.
+            add_generation_prompt: End with the start of an assistant message.
+            continue_final_message: Leave the last message open, to be continued.
+            sanitize_control_tokens: May be True, since markers in messages are always text. For the behaviour of
+                transformers without it, use ``str(prompt)``.
+            tokenize: False returns the :class:`~aria.processor.chat.Prompt` (or a list of them).
+            return_dict: With ``tokenize``, return all model inputs; False: only ``input_ids``.
+            processor_kwargs: Arguments for calling the processor, which may also be given by name.
+            more: Arguments for calling the processor, and variables of ``chat_template``.
 
         Raises:
-            ValueError: as for a call, or a template that cannot be rendered.
+            ValueError: As for a call, or a template that cannot be rendered.
         """
         check_sanitized(sanitize_control_tokens)
         options = {name: more.pop(name) for name in list(more) if name in _CALL_OPTIONS}
@@ -336,22 +334,22 @@ class AriaProcessor:
         split_image: bool | None = None,
         split_mode: str | None = None,
     ) -> Prepared:
-        """One conversation to token ids and images, for the engine: no image is resized before it has to be.
+        """Convert a conversation to token ids and images for the engine. Images are resized only when encoded.
 
         Args:
-            conversation: a list of messages, see :func:`aria.processor.chat.render`.
-            images: images for image parts that name none.
-            videos: clips for video parts that name none.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            continue_final_message: leave the last message open, to be continued; without ``add_generation_prompt``.
-            variables: what else a chat template other than Aria's reads.
-            max_image_size: side of the crops of media whose parts do not say; here sizes may differ. None: the
-                preprocessor's for images and documents, the smallest for clips.
-            split_image: the same, for splitting into crops.
+            conversation: A list of messages, see :func:`aria.processor.chat.render`.
+            images: Images for image parts without a source.
+            videos: Clips for video parts without a source.
+            add_generation_prompt: End with the start of an assistant message.
+            continue_final_message: Leave the last message open, to be continued; without ``add_generation_prompt``.
+            variables: Variables of a chat template other than Aria's.
+            max_image_size: Side of the crops of media parts without their own, which may differ here. None: that of the
+                image processor for images and documents, the smallest for clips.
+            split_image: Whether to split media parts without their own setting into crops.
             split_mode: "authors" or "pad".
 
         Raises:
-            ValueError: as for a call, and for several conversations.
+            ValueError: As for a call, and for several conversations.
         """
         prompt = self.tokenizer.render(
             conversation,
@@ -392,17 +390,17 @@ class AriaProcessor:
         return Prepared(ids, placed, media, stop=(END_OF_TURN,))
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:
-        """The tokenizer's ``decode``."""
+        """Decode token ids, see :meth:`AriaTokenizer.decode`."""
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **more)
 
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False, **more: Any) -> list[str]:
-        """The tokenizer's ``batch_decode``."""
+        """Decode several sequences, see :meth:`AriaTokenizer.batch_decode`."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **more)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Iterable[Any], skip_special_tokens: bool = True, **more: Any
     ) -> list[str]:
-        """Texts of what ``generate`` gives, as transformers names it."""
+        """Decode the output of ``generate``; the name is that of transformers."""
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **more)
 
     def _common_size(self, parts: Sequence[MediaPart], max_image_size: int | None) -> int:
@@ -410,17 +408,17 @@ class AriaProcessor:
         others = [part for part in parts if not isinstance(part, VideoPart)]
         if any(part.max_image_size is None for part in others) or not (sizes or parts):
             sizes.add(max_image_size or self.image_processor.max_image_size)
-        if not sizes:  # clips that do not say; among others they go along with those
+        if not sizes:  # only clips without a size
             sizes.add(self.image_processor.sizes[0])
         if len(sizes) > 1:
             raise ValueError(
-                f"images of one call ask for crops of {' and '.join(map(str, sorted(sizes)))} pixels, but share one "
+                f"images of one call need crops of {' and '.join(map(str, sorted(sizes)))} pixels, but share one "
                 "tensor; give all parts the same max_image_size"
             )
         return sizes.pop()
 
     def _expand(self, prompts: Sequence[Prompt], tokens: Sequence[int]) -> list[list[int]]:
-        """Ids of each prompt, with as many image ids at each place as its image has tokens."""
+        """Encode each prompt, with as many image ids at each slot as its image has tokens."""
         counts = iter(tokens)
         rows = []
         for prompt in prompts:
@@ -440,7 +438,7 @@ class AriaProcessor:
         return row[:max_length]
 
 
-# Arguments of calling the processor; what else apply_chat_template is given are variables of the template.
+# Arguments of calling the processor. Other arguments of apply_chat_template are variables of the template.
 _CALL_OPTIONS = frozenset(inspect.signature(AriaProcessor.__call__).parameters) - {"self", "text", "images", "videos"}
 
 
@@ -448,15 +446,14 @@ def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(one, str) for one in texts):
         raise ValueError(
-            f"text should be a prompt or a list of prompts, but is {text!r:.100}; "
-            "for images alone call .image_processor"
+            f"text should be a prompt or a list of prompts, but is {text!r:.100}; for images only call .image_processor"
         )
     if videos is None or all(isinstance(one, Prompt) for one in texts):
         return [Prompt.of(one) for one in texts]
     if images is not None:
         raise ValueError(
-            f"a plain string does not tell which {IMAGE_TOKEN} are images and which are clips; pass what "
-            "apply_chat_template gives, unchanged"
+            f"a plain string does not say which {IMAGE_TOKEN} are images and which are clips; pass the prompt from "
+            "apply_chat_template unchanged"
         )
     prompts = [Prompt.of(one) for one in texts]
     return [
@@ -466,7 +463,7 @@ def _prompts(text: Any, images: Any, videos: Any) -> list[Prompt]:
 
 
 def _match(prompts: Sequence[Prompt], images: Any, videos: Any) -> list[Prompt]:
-    """The prompts with a medium at every place."""
+    """Assign a source to every slot."""
     return _place(_place(prompts, images, ImagePart, "images", "image"), videos, VideoPart, "videos", "clip")
 
 
@@ -483,7 +480,7 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
     elif not all(isinstance(one, list | tuple) for one in given):
         raise ValueError(f"{argument} should be one {noun}, a list of {noun}s or a list of lists, not a mixture")
     elif len(given) != len(prompts):
-        raise ValueError(f"{argument} has {len(given)} lists for {len(prompts)} prompts; give one list a prompt")
+        raise ValueError(f"{argument} has {len(given)} lists for {len(prompts)} prompts; give one list per prompt")
     else:
         pairs = enumerate(zip(own, map(flatten_images, given), strict=True))
         sources = iter([one for i, (parts, some) in pairs for one in _fill(parts, some, f"prompt {i} has", noun)])
@@ -496,15 +493,15 @@ def _place(prompts: Sequence[Prompt], media: Any, kind: type[MediaPart], argumen
 
 
 def _fill(parts: Sequence[MediaPart], given: list[Any], subject: str, noun: str) -> list[Any]:
-    # Callers of transformers name media in messages and pass all of them too: then those passed are taken.
+    # Code for transformers names media in messages and passes all of them as well; then those passed are used.
     if len(given) == len(parts):
         return given
     bare = sum(part.source is None for part in parts)
     if len(given) == bare:
         rest = iter(given)
         return [next(rest) if part.source is None else part.source for part in parts]
-    named = f" ({len(parts) - bare} of them name their own)" if bare < len(parts) else ""
+    named = f" ({len(parts) - bare} of them with a source)" if bare < len(parts) else ""
     raise ValueError(
-        f"{subject} {len(parts)} {noun} places {IMAGE_TOKEN}{named}, but {len(given)} {noun}s were "
-        "given; each place takes one"
+        f"{subject} {len(parts)} {noun} slots {IMAGE_TOKEN}{named}, but {len(given)} {noun}s were given; each slot "
+        "takes one"
     )

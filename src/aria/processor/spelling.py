@@ -1,4 +1,4 @@
-"""Markers in people's text, tokenised as the text that they are: to ids that the template's markers never have."""
+"""Tokenize markers in message text as plain text: to ids that differ from the control tokens of the template."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from itertools import pairwise
 
 from aria.processor.chat import Prompt
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # the space symbol of SentencePiece
 
 
 class MarkerSpeller:
-    """Encodes text between images with its markers as control tokens where the template wrote them, and nowhere else.
+    """Encodes text between images. Markers are control tokens only where the template wrote them.
 
     Args:
-        encode: ids of a text whose markers are all control tokens.
-        token_bytes: what an id contributes to the decoded text, in UTF-8.
-        byte_ids: ids of the pieces that stand for single bytes, or None where the vocabulary has none.
-        normalize: how SentencePiece reads a text.
-        markers: all markers, the longest first.
-        special: ids that no text may have.
+        encode: Encodes a text, with all markers as control tokens.
+        token_bytes: The UTF-8 bytes that an id contributes to the decoded text.
+        byte_ids: The ids of byte pieces for some bytes; None if the vocabulary has no byte pieces.
+        normalize: SentencePiece's text normalization.
+        markers: All markers, longest first.
+        special: Ids that plain text must never have.
     """
 
     def __init__(
@@ -37,32 +37,32 @@ class MarkerSpeller:
         self._spellings: dict[str, list[int]] = {}
 
     def encode(self, segment: Prompt) -> list[int]:
-        """Ids of a prompt without places for images.
+        """Encode a prompt without image slots.
 
         Raises:
-            ValueError: text with a marker that the vocabulary can only spell as the template does.
+            ValueError: A marker in text that the vocabulary can only encode as control tokens.
         """
         segment = self._normalized(segment)
         text = str(segment)
         ids: list[int] = []
         done = 0
         for start, marker in sorted(segment.literal_markers(self._markers)):
-            if start >= done:  # else it lies in one that is spelled already
+            if start >= done:  # otherwise it overlaps one that is already encoded
                 ids += self._encode(text[done:start]) + self._spelled(marker)
                 done = start + len(marker)
         return ids + self._encode(text[done:])
 
     def _spelled(self, marker: str) -> list[int]:
-        """A marker as text: ids that decode to it and are not those that the template's has in any surroundings.
+        """Encode a marker as text: ids that decode to it but differ from its control tokens in any context.
 
-        Where it has several pieces, cutting it between two of them would change nothing. It is cut inside one.
+        A marker of several pieces is split inside a piece, since splitting between two would change nothing.
         """
         if marker not in self._spellings:
             usual = self._encode(marker)
             self._spellings[marker] = next((ids for ids in self._other_spellings(marker, usual) if ids != usual), [])
         if not self._spellings[marker]:
             raise ValueError(
-                f"text holds {marker}, which this vocabulary can only spell as the template does; remove it, or use a "
+                f"text holds {marker}, which this vocabulary can only encode as a control token; remove it, or use a "
                 "vocabulary with byte pieces"
             )
         return self._spellings[marker]
@@ -70,7 +70,7 @@ class MarkerSpeller:
     def _other_spellings(self, marker: str, usual: Sequence[int]) -> Iterator[list[int]]:
         at, cuts = 0, []
         for i, size in enumerate(len(self._token_bytes(index)) for index in usual):
-            # The first and last pieces may be others where text around the marker merges with them.
+            # The first and last pieces can differ if surrounding text merges with them: split them last.
             cuts += [(i in (0, len(usual) - 1), -size, at + inner) for inner in range(1, size)]
             at += size
         for *_, cut in sorted(cuts):
@@ -83,7 +83,7 @@ class MarkerSpeller:
                 yield [*usual[:place], *spelled, *usual[place + 1 :]]
 
     def _normalized(self, segment: Prompt) -> Prompt:
-        """The segment, with text that SentencePiece would normalise to a marker normalised already, to be found."""
+        """Normalize text that SentencePiece would normalize to a marker, so that the marker is found."""
         if not self._normalizes or segment.markup == Prompt.raw(segment).markup:
             return segment
         edges = [0, *(edge for span in segment.markup for edge in span), len(segment)]
@@ -96,7 +96,7 @@ class MarkerSpeller:
 
     @cached_property
     def _normalizes(self) -> bool:
-        """Whether SentencePiece reads any character as another one."""
+        """Whether SentencePiece normalizes any character to another."""
         codes = (*range(1, 32), *range(33, 0x3000), *range(0xF900, 0x10000))
         text = "a".join(chr(code) for code in codes if chr(code) != _SPACE)
         return self._normalize(text) != text

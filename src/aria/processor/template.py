@@ -1,7 +1,7 @@
-"""Chat templates: Aria's own, and others in Jinja; text of messages stays text in all of them.
+"""Render chat templates: Aria's own, and others in Jinja. Markers in message text stay plain text in all of them.
 
-A template may trim, cut and join what it is given, so spans of text cannot be followed through it. Markers in the text
-are broken up by a character that occurs nowhere else before rendering, and found and put together again after it.
+A template may trim, cut and join its input, so spans of text cannot be tracked through it. Before rendering, markers in
+the text are broken up with a character that occurs nowhere else; afterwards they are located by it and restored.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ def render_template(
     constants: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
 ) -> Prompt:
-    """One conversation as a Jinja template writes it; Aria's own is written by :func:`aria.processor.chat.render`.
+    """Render a conversation with a Jinja template. Aria's own is rendered by :func:`aria.processor.chat.render`.
 
     Args:
-        template: as in ``tokenizer_config.json``; it knows ``messages``, ``tools``, ``add_generation_prompt``,
-            ``raise_exception`` and ``strftime_now``, as with transformers.
-        messages: mappings with a role and whatever else the template reads.
-        add_generation_prompt: what it means is up to the template.
-        continue_final_message: end with the last text of the last message.
+        template: As in ``tokenizer_config.json``, with ``messages``, ``tools``, ``add_generation_prompt``,
+            ``raise_exception`` and ``strftime_now`` as in transformers.
+        messages: Mappings with a role and whatever else the template reads.
+        add_generation_prompt: Passed to the template.
+        continue_final_message: End with the last text of the last message.
         tools: JSON Schemas of functions.
-        variables: what else the template reads, from the caller.
-        constants: the same, from the tokenizer; the template need not read them.
-        workers: where a template runs that is not Aria's; None: in this process.
+        variables: Other variables of the template, from the caller.
+        constants: Other variables, from the tokenizer. The template need not use them.
+        workers: Worker processes in which other templates than Aria's run; None: this process.
 
     Returns:
-        A prompt in which all is markup but the markers that stood in messages, tools and variables. Every ``<|img|>``
-        that the template writes is the place of the next medium of the messages.
+        A prompt in which everything is markup except markers from messages, tools and variables. Every ``<|img|>``
+        written by the template is the slot of the next media part of the messages.
 
     Raises:
-        ValueError: a template that cannot be parsed or rendered, variables that it does not read, or other numbers of
-            places and media.
+        ValueError: A template that cannot be parsed or rendered, variables that it does not use, or different numbers
+            of slots and media parts.
     """
     if not isinstance(template, str):
         raise ValueError(f"chat_template should be a Jinja template, but is {template!r:.100}")
@@ -54,7 +54,7 @@ def render_template(
         raise ValueError("tools should be JSON Schemas of functions, not functions; describe each as a mapping")
     if is_default_template(template):
         if unknown := sorted(name for name, value in (variables or {}).items() if value is not None):
-            raise ValueError(f"unknown arguments: {', '.join(unknown)}; Aria's chat template reads none")
+            raise ValueError(f"unknown arguments: {', '.join(unknown)}; Aria's chat template has no variables")
         return render(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -62,11 +62,11 @@ def render_template(
             tools=tools,
         )
     if add_generation_prompt and continue_final_message:
-        raise ValueError("add_generation_prompt opens a new turn and continue_final_message the last one; use one")
+        raise ValueError("add_generation_prompt and continue_final_message exclude each other; use one")
     known = templates.variables_of(template, workers)
     variables = {name: value for name, value in (variables or {}).items() if value is not None}
     if unknown := sorted(variables.keys() - known):
-        raise ValueError(f"the chat template reads no {', '.join(unknown)}; it reads {', '.join(sorted(known))}")
+        raise ValueError(f"the chat template has no variables {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f"messages should be a list of mappings with role and content, but is {messages!r:.100}")
     media = [part for i, message in enumerate(messages) for part in read_media(message, f"message {i}")]
@@ -79,35 +79,35 @@ def render_template(
     text = templates.render(template, values, workers)
     if continue_final_message:
         if end not in text:
-            raise ValueError("the chat template leaves out the final message, which should be continued")
+            raise ValueError("the chat template omits the final message, which should be continued")
         text, _, rest = text.rpartition(end)
-        # A template that trims has cut off the space behind the mark, and would have trimmed the text itself.
+        # If the template trimmed the space after the mark, it would have trimmed the text itself.
         text = text if rest.startswith(" ") else text.rstrip()
     return _read(text.replace(end, ""), cut, media)
 
 
 def _unused(text: str) -> tuple[str, str]:
-    """Two characters that stand nowhere in a text."""
+    """Two characters that do not occur in a text."""
     unused = [free for free in templates.NONCHARACTERS if free not in text]
     if len(unused) < 2:
-        raise ValueError("the messages hold nearly all of Unicode's noncharacters (U+FDD0 to U+FDEF); remove them")
+        raise ValueError("the messages contain nearly all Unicode noncharacters (U+FDD0 to U+FDEF); remove them")
     return unused[0], unused[1]
 
 
 def is_default_template(template: str) -> bool:
-    """Whether a chat template is the published one, which is not rendered with Jinja."""
+    """Whether a chat template is Aria's published one, which is not rendered with Jinja."""
     return str(template).strip() == CHAT_TEMPLATE.strip()
 
 
 def variables_of(template: str, workers: Workers | None = None) -> frozenset[str]:
-    """Names that a template reads beside those of :func:`render_template`'s own arguments; Aria's reads none."""
+    """Names of the variables of a template, without the arguments of :func:`render_template`. Aria's has none."""
     if is_default_template(template):
         return frozenset()
     return templates.variables_of(template, workers) - {"messages", "tools", "add_generation_prompt"}
 
 
 def _shown(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as the template sees it: of media that they are there, and not what they are."""
+    """A message as the template sees it, without the sources of media."""
     content = message.get("content")
     if isinstance(content, list | tuple):
         content = [
@@ -117,12 +117,12 @@ def _shown(message: Mapping[str, Any]) -> dict[str, Any]:
             for part in content
         ]
     shown = _plain({**message, "content": content} if "content" in message else message)
-    assert isinstance(shown, dict), "a mapping stays one"
+    assert isinstance(shown, dict), "a mapping becomes a dict"
     return shown
 
 
 def _plain(value: Any) -> Any:
-    """Mappings, lists and strings as JSON has them, so that a template sees no object of ours or the caller's."""
+    """Convert mappings, lists and strings to plain JSON types, so that a template sees no other objects."""
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Mapping):
@@ -131,7 +131,7 @@ def _plain(value: Any) -> Any:
 
 
 def _guarded(value: Any, cut: str, key: str = "") -> Any:
-    """The same with ``cut`` inside every marker of its texts, and in what begins or ends one at their edges."""
+    """Insert ``cut`` inside every marker in strings, and inside partial markers at their beginning and end."""
     if isinstance(value, dict):
         return {name: _guarded(one, cut, name) for name, one in value.items()}
     if isinstance(value, list):
@@ -160,7 +160,7 @@ def _mark_end(messages: list[dict[str, Any]], mark: str) -> None:
 
 
 def _read(text: str, cut: str, media: Sequence[MediaPart]) -> Prompt:
-    """The prompt in a rendered text: markers with a cut inside were not written by the template."""
+    """Make a prompt of a rendered text. Markers with a cut inside were not written by the template."""
     pieces = text.split(cut)
     plain, cuts, at = "".join(pieces), set(), 0
     for piece in pieces[:-1]:
@@ -174,7 +174,7 @@ def _read(text: str, cut: str, media: Sequence[MediaPart]) -> Prompt:
             typed.append((start, start + len(marker)))
     if len(slots) != len(media):
         raise ValueError(
-            f"the chat template writes {len(slots)} places {IMAGE_TOKEN} for the {len(media)} media of the messages"
+            f"the chat template writes {IMAGE_TOKEN} {len(slots)} times for {len(media)} media parts of the messages"
         )
     edges = [0, *(edge for span in typed for edge in span), len(plain)]
     markup = [span for span in list(pairwise(edges))[::2] if span[0] < span[1]]

@@ -1,4 +1,4 @@
-"""SentencePiece as the authors ran it: added tokens first, no start token, no space that the text does not have."""
+"""`AriaTokenizer`: SentencePiece as used by the authors: added tokens first, no BOS token, no added spaces."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from aria.processor.spelling import MarkerSpeller
 from aria.processor.template import render_template
 from aria.workers import Workers
 
-# Listed by some published files with ids beyond the embedding, and used by nothing: they are never encoded.
+# Listed in some published files with ids beyond the embedding, and unused: they are never encoded.
 _PLACEHOLDERS = frozenset({"<s>", "</s>", "<pad>"})
 _MAX_MODEL_BYTES, _MAX_TEMPLATE_BYTES = 64 << 20, 1 << 20
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # the space symbol of SentencePiece
 # Appended to a SentencePiece model, this protobuf fragment is merged into its normalizer_spec (field 3):
-# add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) become false, so that text comes back as it went in.
+# add_dummy_prefix (field 3) and remove_extra_whitespaces (field 4) become false, so that decoding restores the text.
 _KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
 class AriaTokenizer:
-    """Text <-> ids, in the shape of a transformers tokenizer.
+    """Converts text to ids and back, with the interface of a transformers tokenizer.
 
-    The longest added token (``<|img|>``, ``<fim_prefix>``, newline, digits, ...) is split off first wherever it stands,
-    then SentencePiece reads what lies between. Nothing is prepended or appended, white space is kept, and
-    ``decode(encode(text)) == text`` where the vocabulary has byte pieces or knows every character.
+    Added tokens (``<|img|>``, ``<fim_prefix>``, newline, digits, ...) are split off first, longest match first, and
+    SentencePiece encodes the text in between. Nothing is prepended or appended, white space is kept, and
+    ``decode(encode(text)) == text`` if the vocabulary has byte pieces or contains every character.
     """
 
-    padding_side = "left"  # for generation; training may set "right"
+    padding_side = "left"  # for generation; set to "right" for training
     image_token = IMAGE_TOKEN
 
     def __init__(self, model: bytes, config: Mapping[str, Any] | None = None) -> None:
         """
         Args:
-            model: the bytes of ``tokenizer.model``.
-            config: the object in ``tokenizer_config.json``; None: what Aria's vocabulary implies.
+            model: The bytes of ``tokenizer.model``.
+            config: The object in ``tokenizer_config.json``; None: defaults for Aria's vocabulary.
 
         Raises:
-            ValueError: the two do not belong together, or the vocabulary has no ``<|img|>``.
+            ValueError: The two do not match, or the vocabulary has no ``<|img|>``.
         """
         self._model = bytes(model)
         self._config = dict(config or {})
@@ -96,7 +96,7 @@ class AriaTokenizer:
                 has = repr(self._pieces.id_to_piece(index)) if index < self.vocab_size else "no such id"
                 raise ValueError(
                     f"{TOKENIZER_CONFIG} says that id {index} is {content!r}, but {TOKENIZER_MODEL} has {has}; "
-                    "the two files do not belong together"
+                    "the two files do not match"
                 )
             added[content] = index
             if token.get("special"):
@@ -117,15 +117,13 @@ class AriaTokenizer:
         """Read ``tokenizer.model`` and ``tokenizer_config.json`` of a folder, a Hub repository, or (None) of nano.
 
         Raises:
-            FileNotFoundError: no such folder or repository, or it has no ``tokenizer.model``.
-            ValueError: the files are damaged or do not belong together.
+            FileNotFoundError: No such folder or repository, or it has no ``tokenizer.model``.
+            ValueError: The files are damaged or do not match.
         """
         patterns = [TOKENIZER_MODEL, TOKENIZER_CONFIG, CHAT_TEMPLATE_FILE]
         folder = resolve(path_or_repo_id, revision=revision, allow_patterns=patterns)
         if not (folder / TOKENIZER_MODEL).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {TOKENIZER_MODEL}; take it from the model that this one comes from"
-            )
+            raise FileNotFoundError(f"{folder} has no {TOKENIZER_MODEL}; copy it from the base model")
         config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
         if (folder / CHAT_TEMPLATE_FILE).is_file():
             config["chat_template"] = read_text(folder / CHAT_TEMPLATE_FILE, _MAX_TEMPLATE_BYTES)
@@ -134,8 +132,8 @@ class AriaTokenizer:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.model``, ``tokenizer_config.json`` and the chat template.
 
-        transformers' LlamaTokenizer reads them too and then gives the same ids, because ``add_prefix_space`` is written
-        as false: with the Hub's true it puts a space before the text and after every added token.
+        transformers' LlamaTokenizer can read them and gives the same ids, because ``add_prefix_space`` is written as
+        false. With true, as in the published files, it inserts a space before the text and after every added token.
         """
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         tokens = sorted(self._added.items(), key=lambda item: item[1])
@@ -163,7 +161,7 @@ class AriaTokenizer:
         }
         write_json(Path(folder) / TOKENIZER_CONFIG, config)
         write_file(Path(folder) / TOKENIZER_MODEL, self._model)
-        # transformers 5 looks for a processor's template in this file only.
+        # transformers 5 looks for the template of a processor only in this file.
         write_file(Path(folder) / CHAT_TEMPLATE_FILE, str(self.chat_template))
 
     def __len__(self) -> int:
@@ -171,7 +169,7 @@ class AriaTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids that ``skip_special_tokens`` leaves out; 0 to 18 in Aria."""
+        """Ids omitted by ``skip_special_tokens``; 0 to 18 in Aria."""
         return sorted(self._special)
 
     @property
@@ -180,13 +178,13 @@ class AriaTokenizer:
 
     @cached_property
     def pad_token_id(self) -> int:
-        """The config's ``pad_token``; where that is null ``<unk>``, as the authors' code has it."""
+        """The id of ``pad_token`` of the config; ``<unk>`` if it is null, as in the authors' code."""
         token = _content(self._config, "pad_token")
         return self.unk_token_id if token is None else self._known_or(token, self.unk_token_id)
 
     @cached_property
     def eos_token_id(self) -> int | None:
-        """The config's ``eos_token`` if the vocabulary has it, else ``<|endoftext|>``; None if it has neither."""
+        """The id of ``eos_token`` of the config, otherwise of ``<|endoftext|>``; None if the vocabulary has neither."""
         fallback = self._known_or("<|endoftext|>", None)
         token = _content(self._config, "eos_token")
         return fallback if token is None else self._known_or(token, fallback)
@@ -208,20 +206,20 @@ class AriaTokenizer:
         return index if self._pieces.id_to_piece(index) == token else default
 
     def encode(self, text: str, *, add_special_tokens: bool | None = None, return_tensors: str | None = None) -> Any:
-        """Ids of a text, as a list or (1, S).
+        """Encode a text as a list of ids, or as (1, S).
 
-        A plain string gives the ids that transformers gives: each marker in it is a control token. In a
-        :class:`~aria.processor.chat.Prompt` only what the template wrote is; a marker in other text is spelled in
-        other pieces, which decode to the same text.
+        For a plain string the ids are those of transformers: every marker is a control token. In a
+        :class:`~aria.processor.chat.Prompt`, only markers written by the template are; a marker in other text is
+        encoded as different pieces that decode to the same text.
 
         Args:
-            text: the text.
-            add_special_tokens: without effect: Aria's tokenizer puts none before or after a text.
+            text: The text.
+            add_special_tokens: No effect: Aria's tokenizer adds none.
             return_tensors: None, "pt" or "np".
 
         Raises:
-            ValueError: text that cannot be tokenised, or (only in a vocabulary of single characters without bytes) a
-                marker as text.
+            ValueError: Text that cannot be encoded, or (only in a vocabulary of single characters without byte pieces)
+                a marker as text.
         """
         first, *rest = self.encode_segments(text)
         for segment in rest:
@@ -229,7 +227,7 @@ class AriaTokenizer:
         return first if return_tensors is None else to_tensors([first], return_tensors)
 
     def encode_segments(self, text: str) -> list[list[int]]:
-        """Ids of the text around each image's place: one list more than there are places, none with the image id."""
+        """Encode the text around the image slots: one list more than there are slots, without image ids."""
         if not isinstance(text, str):
             raise ValueError(f"text should be a string, but is a {type(text).__name__}")
         return [self._speller.encode(segment) for segment in Prompt.of(text).segments()]
@@ -258,11 +256,11 @@ class AriaTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text holds {text[error.start]!r}, half of a surrogate pair, which is no character"
+                f"text contains {text[error.start]!r}, a lone surrogate, which is not a character"
             ) from None
         if _SPACE not in text or self._space_bytes is None:
             return self._pieces.encode(text)
-        # SentencePiece would read this character as a space and lose it.
+        # SentencePiece would decode this character as a space.
         first, *rest = (self._pieces.encode(part) for part in text.split(_SPACE))
         for part in rest:
             first += [*self._space_bytes, *part]
@@ -273,13 +271,13 @@ class AriaTokenizer:
         return self._bytes(_SPACE.encode())
 
     def _bytes(self, data: bytes) -> list[int] | None:
-        """Ids of the pieces that stand for single bytes, or None where the vocabulary has none."""
+        """Ids of byte pieces, or None if the vocabulary has none."""
         ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in data]
         return ids if all(self._pieces.is_byte(i) for i in ids) else None
 
     @cached_property
     def _vocabulary(self) -> list[bytes]:
-        """What each id contributes to the decoded UTF-8."""
+        """The UTF-8 bytes that each id contributes to decoded text."""
         added = set(self._added.values())
         table = []
         for i, piece in enumerate(self._pieces.id_to_piece(list(range(self.vocab_size)))):
@@ -292,7 +290,7 @@ class AriaTokenizer:
         return table
 
     def token_bytes(self, index: int, *, skip_special_tokens: bool = False) -> bytes:
-        """What one id contributes to the decoded text, in UTF-8; possibly only a part of a character."""
+        """The UTF-8 bytes that an id contributes to decoded text, possibly only a part of a character."""
         if not 0 <= index < self.vocab_size:
             raise ValueError(f"id {index} is not in the vocabulary of {self.vocab_size}")
         return b"" if skip_special_tokens and index in self._special else self._vocabulary[index]
@@ -300,12 +298,12 @@ class AriaTokenizer:
     def decode(
         self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> str:
-        """Text of ids (a list, array or tensor of one axis, or one id). Bytes that are no UTF-8 become U+FFFD.
+        """Decode ids (a one-dimensional list, array or tensor, or one id). Invalid UTF-8 becomes U+FFFD.
 
-        ``clean_up_tokenization_spaces`` would change the text and is refused; Aria's configuration has it off.
+        ``clean_up_tokenization_spaces=True`` would change the text and is rejected; it is off in Aria's configuration.
         """
         if clean_up_tokenization_spaces:
-            raise ValueError("clean_up_tokenization_spaces=True is not offered: it would change the text; leave it out")
+            raise ValueError("clean_up_tokenization_spaces=True is not supported: it would change the text; omit it")
         data = b"".join(self.token_bytes(i, skip_special_tokens=skip_special_tokens) for i in _flat(ids))
         return data.decode("utf-8", errors="replace")
 
@@ -315,24 +313,24 @@ class AriaTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
-        """Texts of several sequences, e.g. the rows of a (B, S) tensor."""
+        """Decode several sequences, such as the rows of a (B, S) tensor."""
         return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """One id -> its piece; several -> a list of pieces."""
+        """Convert an id to its piece, or several ids to a list of pieces."""
         if isinstance(ids, int):
-            self.token_bytes(ids)  # refuses ids that are not in the vocabulary
+            self.token_bytes(ids)  # rejects ids that are not in the vocabulary
             return self._pieces.id_to_piece(ids)
         return [self.convert_ids_to_tokens(i) for i in _flat(ids)]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """One piece -> its id, ``<unk>``'s if there is none; several -> a list of ids."""
+        """Convert a piece to its id (that of ``<unk>`` if unknown), or several pieces to a list of ids."""
         if isinstance(tokens, str):
             return self._pieces.piece_to_id(tokens)
         return [self._pieces.piece_to_id(token) for token in tokens]
 
     def tokenize(self, text: str) -> list[str]:
-        """Pieces of a text, for people to look at."""
+        """Split a text into pieces."""
         return self.convert_ids_to_tokens(self.encode(text))
 
     def __call__(
@@ -346,15 +344,15 @@ class AriaTokenizer:
         add_special_tokens: bool | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """``input_ids`` and ``attention_mask`` of one text or several.
+        """Make ``input_ids`` and ``attention_mask`` of one text or several.
 
         Args:
-            text: one text or a list; a single text with ``return_tensors=None`` gives flat lists, all else ``(B, S)``.
-            padding: True or "longest", "max_length", or False; pads on ``padding_side``.
-            truncation: cut on the right at ``max_length``.
+            text: A text or a list. A single text with ``return_tensors=None`` gives flat lists, otherwise ``(B, S)``.
+            padding: True or "longest", "max_length", or False.
             padding_side: "left" or "right"; None: the tokenizer's.
-            max_length: for truncation and for padding="max_length".
-            add_special_tokens: without effect, see :meth:`encode`.
+            truncation: Truncate on the right to ``max_length``.
+            max_length: For truncation and ``padding="max_length"``.
+            add_special_tokens: No effect, see :meth:`encode`.
             return_tensors: "pt", "np" or None.
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -378,9 +376,9 @@ class AriaTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Rows of ids -> ``input_ids`` and ``attention_mask`` (0 on padding), (B, S).
+        """Pad rows of ids to ``input_ids`` and ``attention_mask`` (0 for padding), (B, S).
 
-        They are padded on the left or right; None: on the tokenizer's ``padding_side``.
+        ``padding_side`` None means that of the tokenizer.
         """
         side = self.padding_side if padding_side is None else padding_side
         check_tensor_kind(return_tensors)
@@ -388,10 +386,10 @@ class AriaTokenizer:
         longest = max(map(len, rows), default=0)
         width = 0 if padding is False else longest
         if padding == "max_length":
-            assert max_length is not None, "check_length lets no other through"
+            assert max_length is not None, "checked by check_length"
             if longest > max_length:
                 raise ValueError(
-                    f"a prompt of {longest} tokens does not fit into max_length={max_length}; truncate or raise it"
+                    f"a prompt of {longest} tokens exceeds max_length={max_length}; truncate it or raise max_length"
                 )
             width = max_length
         if side not in ("left", "right"):
@@ -417,16 +415,16 @@ class AriaTokenizer:
         variables: Mapping[str, Any] | None = None,
         workers: Workers | None = None,
     ) -> Any:
-        """Conversation (or list of conversations) to a :class:`~aria.processor.chat.Prompt` (or a list of them).
+        """Render a conversation (or a list of them) to a :class:`~aria.processor.chat.Prompt` (or a list of them).
 
         Args:
-            conversation: see :func:`aria.processor.chat.render`.
-            chat_template: a Jinja template; None: the tokenizer's.
+            conversation: See :func:`aria.processor.chat.render`.
+            chat_template: A Jinja template; None: the tokenizer's.
 
         The other arguments are those of :func:`aria.processor.template.render_template`.
 
         Raises:
-            ValueError: a bad message, or a template that cannot be rendered.
+            ValueError: An invalid message, or a template that cannot be rendered.
         """
         template = self.chat_template if chat_template is None else chat_template
         names = ("unk_token", "eos_token", "pad_token", "image_token")
@@ -461,10 +459,10 @@ class AriaTokenizer:
         return_dict: bool = True,
         **variables: Any,
     ) -> Any:
-        """Messages to text (``tokenize=False``), inputs, or (``return_dict=False``) ids; an image stays one id.
+        """Render messages to text (``tokenize=False``), inputs, or ids (``return_dict=False``). An image is one id.
 
         The arguments are those of :meth:`render` and of calling the tokenizer. Markers in messages are always text, so
-        ``sanitize_control_tokens`` may be True; ``str(prompt)`` is tokenised as transformers does it without.
+        ``sanitize_control_tokens`` can only be True. For the behaviour of transformers without it, use ``str(prompt)``.
         """
         check_sanitized(sanitize_control_tokens)
         prompt = self.render(
@@ -489,7 +487,7 @@ class AriaTokenizer:
 
 
 class TextStream:
-    """Ids in, text out, as they come; never half a character, and all together what ``decode`` gives."""
+    """Incremental decoder: never returns part of a character, and in total gives the same text as ``decode``."""
 
     def __init__(self, tokenizer: AriaTokenizer, *, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -497,37 +495,37 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, index: int) -> str:
-        """Text that this id completes; empty while a character is still coming."""
+        """Decode the next id; returns the text that it completes, empty within a character."""
         return self._decoder.decode(self._tokenizer.token_bytes(int(index), skip_special_tokens=self._skip))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if a character stayed incomplete. The stream can then be used anew."""
+        """Return the rest at the end (U+FFFD for an incomplete character) and reset the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def check_length(padding: bool | str, truncation: bool, max_length: int | None) -> None:
-    """Refuse settings of length that contradict each other or would do nothing."""
+    """Reject settings of padding and truncation that contradict each other or have no effect."""
     if padding not in (True, False, "longest", "max_length"):
         raise ValueError(f"padding={padding!r} is not known; use True, False, 'longest' or 'max_length'")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length should be at least 1, but is {max_length}")
     if max_length is None and (truncation or padding == "max_length"):
-        raise ValueError("truncation and padding='max_length' need max_length; the tokenizer itself has no limit")
+        raise ValueError("truncation and padding='max_length' need max_length; the tokenizer has no default")
 
 
 def check_sanitized(sanitize_control_tokens: bool | None) -> None:
-    """Refuse to read markers in messages as control tokens."""
+    """Reject ``sanitize_control_tokens=False``."""
     if sanitize_control_tokens is False:
         raise ValueError(
-            "sanitize_control_tokens=False is not offered: markers in messages are always text; str(prompt) gives the "
-            "plain string, in which they are control tokens"
+            "sanitize_control_tokens=False is not supported: markers in messages are always text; use str(prompt) to "
+            "encode them as control tokens"
         )
 
 
 def _compile(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for the leftmost, then longest token, grouped by first character, which is several times faster."""
+    """A pattern for the leftmost, then longest token. Grouping by first character makes it several times faster."""
     groups: dict[str, list[str]] = {}
     for token in tokens:
         groups.setdefault(token[0], []).append(token[1:])
@@ -539,7 +537,7 @@ def _compile(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _content(config: Mapping[str, Any], key: str) -> str | None:
-    """A token of the config: null, its text, or an object that holds it."""
+    """Read a token of the config: null, a string, or an object with ``content``."""
     token = config.get(key)
     content = token.get("content") if isinstance(token, Mapping) else token
     if token is not None and not isinstance(content, str):
@@ -548,7 +546,7 @@ def _content(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def _default_template(given: Any) -> str:
-    """The config's chat template; of several the one named default."""
+    """The chat template of the config; if there are several, the one named "default"."""
     if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
         given = {one.get("name"): one.get("template") for one in given}.get("default")
     if given is not None and not isinstance(given, str):
@@ -560,5 +558,5 @@ def _flat(ids: Any) -> list[int]:
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     values = [values] if isinstance(values, int) else list(values)
     if any(not hasattr(i, "__index__") for i in values):
-        raise ValueError("ids should be whole numbers along one axis; for several sequences use batch_decode")
+        raise ValueError("ids should be a one-dimensional list of integers; for several sequences use batch_decode")
     return [int(i) for i in values]
