@@ -1,1 +1,1 @@
-"""Scripts that measure. Each is run as ``python -m bench.NAME`` from the root of the repository."""
+"""Benchmarks. Run each as ``python -m bench.NAME`` from the root of the repository; README.md lists them."""

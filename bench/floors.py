@@ -1,4 +1,4 @@
-"""What the machine cannot do without: the bytes and the operations of a piece of work, from the shapes alone.
+"""Roofline floors: minimum bytes and operations of a piece of work, from shapes alone.
 
 T tokens, N sequences, D hidden, H heads, K head width, E experts, A experts per token, F expert width, V vocabulary,
 P patches, Q queries.
@@ -13,12 +13,12 @@ from aria.config import AriaConfig, TextConfig
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of work as the hardware sees it."""
+    """Minimum memory traffic and arithmetic of a piece of work."""
 
     nbytes: float = 0.0
-    """Bytes that have to move between memory and chip at least."""
+    """Minimum bytes between memory and chip."""
     flops: float = 0.0
-    """Floating-point operations of matrix products; a multiplication and an addition are two."""
+    """Floating-point operations of matrix products; a multiply-add counts as two."""
 
     def __add__(self, other: Work) -> Work:
         return Work(self.nbytes + other.nbytes, self.flops + other.flops)
@@ -27,24 +27,24 @@ class Work:
         return Work(self.nbytes * times, self.flops * times)
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """The floor: whichever of the two takes longer."""
+        """Return the floor: the longer of both times."""
         return max(self.nbytes / bytes_per_second, self.flops / flops_per_second)
 
 
 def expected_experts(text: TextConfig, tokens: int) -> float:
-    """Experts of a layer that ``tokens`` tokens touch if each chooses at random."""
+    """Return the expected number of a layer's experts that ``tokens`` tokens use under random routing."""
     return text.moe_num_experts * (1 - (1 - text.moe_topk / text.moe_num_experts) ** tokens)
 
 
 def decode_step(text: TextConfig, tokens: int, context: float, experts: float, itemsize: int = 2) -> Work:
-    """One new token of each of ``tokens`` sequences.
+    """Return the work of one new token for each of ``tokens`` sequences.
 
     Args:
-        text: the decoder's shape.
-        tokens: sequences of the step.
-        context: cached tokens that each of them reads, the mean.
-        experts: experts that a layer's tokens touch together, the mean over layers.
-        itemsize: bytes of a weight and of a cached number.
+        text: Configuration of the decoder.
+        tokens: Sequences of the step.
+        context: Mean number of cached tokens per sequence.
+        experts: Experts that the step uses per layer, the mean over layers.
+        itemsize: Bytes of a weight and of a cached value.
     """
     head = text.head_weights
     weights = text.num_hidden_layers * (text.dense_weights + experts * text.expert_weights) + head
@@ -55,7 +55,7 @@ def decode_step(text: TextConfig, tokens: int, context: float, experts: float, i
 
 
 def prompt(text: TextConfig, tokens: int, past: int = 0, itemsize: int = 2) -> Work:
-    """Reading ``tokens`` tokens of a prompt after ``past`` others, and the scores of the token that follows."""
+    """Return the work of prefilling ``tokens`` tokens after ``past`` others, with logits of the last."""
     layer = text.dense_weights + text.moe_topk * text.expert_weights
     pairs = tokens * past + tokens * tokens / 2
     attention = 4.0 * text.num_attention_heads * text.head_dim * pairs
@@ -67,21 +67,21 @@ def prompt(text: TextConfig, tokens: int, past: int = 0, itemsize: int = 2) -> W
     return Work((weights + cache) * itemsize, flops)
 
 
-def picture(config: AriaConfig, patches: int, grid_patches: int | None = None, itemsize: int = 2) -> Work:
-    """Encoder and projector on one crop.
+def image(config: AriaConfig, patches: int, grid_patches: int | None = None, itemsize: int = 2) -> Work:
+    """Return the work of encoder and projector for one crop.
 
     Args:
-        config: the model's shape.
-        patches: patches that are not padding.
-        grid_patches: patches with padding, which decide how many queries stand for the crop; None means the same.
-        itemsize: bytes of a weight.
+        config: Configuration of the model.
+        patches: Patches without padding.
+        grid_patches: Patches with padding, which determine the number of queries; None means ``patches``.
+        itemsize: Bytes of a weight.
     """
     vision, projector = config.vision, config.projector
     D, P = vision.hidden_size, patches
     Q, O = projector.queries_for(grid_patches or patches), projector.output_size
     layer = P * vision.layer_weights + 2 * P * P * D
     embedding = P * vision.patch_weights
-    # Keys and values are projected twice, the queries twice; then the output, one more linear layer, and the MLP.
+    # Keys, values and queries are projected twice each; then the output, another linear layer, and the MLP.
     resampler = 4 * P * D * D + Q * (4 * D * D + D * O + O * O) + 2 * Q * P * D
     weights = vision.num_parameters() + projector.num_parameters()
     return Work(weights * itemsize, 2.0 * (vision.num_hidden_layers * layer + embedding + resampler))

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine's ceilings, clocks, and how results come out."""
+"""Shared by all benchmarks: ceilings of the machine, timing, and reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.floors import Work
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements of one thing."""
+    """Median, minimum and maximum of repeated measurements."""
 
     median: float
     low: float
@@ -39,17 +39,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches on the simplest work, in the same run as everything else."""
+    """Rates that the machine reaches on simple work, measured in the same run as everything else."""
 
     copy: float
-    """Bytes a second of a copy within the device's memory, read and written counted."""
+    """Bytes per second of a copy in device memory, counting reads and writes."""
     read: float
-    """Bytes a second of weights in a matrix-vector product of the shape of Aria's head."""
+    """Bytes per second of the weights in a matrix-vector product of the shape of Aria's head."""
     product: float
-    """Operations a second of a square matrix product in the model's dtype."""
+    """Operations per second of a square matrix product in the model's dtype."""
 
     def floor(self, work: Work) -> float:
-        """Seconds that the work takes at least."""
+        """Return the minimum seconds of the work."""
         return work.seconds(self.read, self.product)
 
 
@@ -60,7 +60,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(run: Callable[[], object], device: torch.device, *, repeats: int = 10, warm_up: int = 3) -> Spread:
-    """Seconds that a call takes on the device: by events on CUDA, where calls may queue up, by the clock elsewhere."""
+    """Time a call in seconds: by CUDA events, with calls queued up, or by the host's clock elsewhere."""
     for _ in range(warm_up):
         run()
     synchronize(device)
@@ -81,10 +81,10 @@ def clock(run: Callable[[], object], device: torch.device, *, repeats: int = 10,
 
 
 def clock_graph(runs: Sequence[Callable[[], object]], device: torch.device, *, repeats: int = 10) -> Spread:
-    """Seconds that one of several like calls takes, launched together as a CUDA graph where there is CUDA.
+    """Time one of several similar calls in seconds, launched together as a CUDA graph on CUDA.
 
-    Calls on different buffers, larger together than the chip's cache, measure memory; a graph leaves the host out. What
-    waits for the host cannot be in a graph and is launched call by call.
+    Use different buffers that together exceed the chip's cache to measure memory; a graph excludes the host. Calls that
+    synchronise with the host cannot be captured and are launched one by one.
     """
 
     def run_all() -> list[object]:
@@ -126,7 +126,7 @@ def _product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure the machine; takes a second and 5 GB on CUDA, little elsewhere."""
+    """Measure the machine; takes a second and 5 GB on CUDA, less elsewhere."""
     if device.type != "cuda":
         return Ceilings(
             _copy_rate(1 << 22, device, dtype), _read_rate(4096, 512, device, dtype), _product_rate(256, device, dtype)
@@ -141,7 +141,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Where, when and with which versions something was measured."""
+    """Return device, date and versions of a measurement."""
     names = ("torch", "triton", "transformers")
     found = {name: version(name) for name in names if importlib.util.find_spec(name) is not None}
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -160,18 +160,18 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """What the model runs in: bfloat16 on CUDA, float32 elsewhere."""
+    """Return the dtype of the model: bfloat16 on CUDA, float32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def random_prompt(config: AriaConfig, tokens: int, generator: torch.Generator) -> list[int]:
-    """Token ids, none of them a picture's."""
+    """Draw token ids without image tokens."""
     ids = torch.randint(config.text.vocab_size - 1, (tokens,), generator=generator)
     return (ids + (ids >= config.image_token_index)).tolist()
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Columns under each other, numbers to the right."""
+    """Format a table: the first column left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -184,13 +184,13 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
 
 def report(results: dict[str, Any], file: Path | None = None) -> None:
-    """Print the results as the last line, in JSON, and write them to ``file``."""
+    """Print the results as a last line of JSON, and write them to ``file``."""
     write(results, file)
     print(json.dumps(results, default=_plain), flush=True)
 
 
 def write(results: dict[str, Any], file: Path | None) -> None:
-    """Write the results to ``file``, if there is one, in JSON."""
+    """Write the results to ``file`` as JSON, if given."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, default=_plain) + "\n", encoding="utf-8")
@@ -203,7 +203,7 @@ def _plain(value: object) -> object:
 
 
 def describe(limits: Ceilings) -> str:
-    """The ceilings in a line."""
+    """Format the ceilings as a line."""
     return (
         f"ceilings of this run: {limits.copy / 1e12:.3g} TB/s copy, {limits.read / 1e12:.3g} TB/s matrix-vector read, "
         f"{limits.product / 1e12:.4g} TFLOP/s"

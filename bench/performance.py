@@ -1,7 +1,7 @@
-"""All benchmarks of the engine on one engine: ``python -m bench.performance --json results.json``.
+"""All engine benchmarks on one engine: ``python -m bench.performance --json results.json``.
 
-About four minutes on an H100, with the peer and all. What fails is reported and does not keep the others from running;
-what is finished is in the file at once. ``python -m bench.plots`` makes the page of it.
+Takes about four minutes on an H100, peer included. A failing part is reported and does not stop the others; finished
+parts are written to the file at once. ``python -m bench.plots`` makes the page from it.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ WORK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "batches": (1, 8, 16, 32, 64, 256), "contexts": (128, 8192, 16384, 32768, 61440), "steps": 64,
             "waiting": (0, 100, 10000),
         },
-        "prefill": {"tokens": (512, 2048, 8192, 32768), "pictures": 16, "repeats": 3},
+        "prefill": {"tokens": (512, 2048, 8192, 32768), "images": 16, "repeats": 3},
         "video": {"frames": 256, "tokens": 100, "repeats": 2},
         "throughput": {"rates": (4, 16, 32, 64), "seconds": 4.0, "longest": 2048},
     },
     "small": {
         "decode": {"batches": (1, 3), "contexts": (16, 40), "steps": 4, "waiting": (0, 5)},
-        "prefill": {"tokens": (16, 40), "pictures": 2, "repeats": 1},
+        "prefill": {"tokens": (16, 40), "images": 2, "repeats": 1},
         "video": {"frames": 4, "tokens": 4, "repeats": 1},
         "throughput": {"rates": (20, 50), "seconds": 0.2, "longest": 24},
     },
 }  # fmt: skip
-"""What each model is put to."""
+"""Work of each part, by model."""
 PEER_WORK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "aria": {
         "decode": {"batches": (1, 8, 64), "contexts": (128, 32768), "steps": 16},
-        "prefill": {"tokens": (512, 2048, 8192, 32768), "pictures": 16, "repeats": 3},
+        "prefill": {"tokens": (512, 2048, 8192, 32768), "images": 16, "repeats": 3},
         "video": {"frames": 256, "tokens": 16, "repeats": 1},
     },
     "small": {
         "decode": {"batches": (1, 2), "contexts": (16,), "steps": 3},
-        "prefill": {"tokens": (16,), "pictures": 2, "repeats": 1},
+        "prefill": {"tokens": (16,), "images": 2, "repeats": 1},
         "video": {"frames": 2, "tokens": 3, "repeats": 1},
     },
 }
-"""What transformers is put to: it takes longer, so that fewer steps have to do."""
+"""Work of transformers, with fewer steps because it takes longer."""
 
 
 def attempt(results: dict[str, Any], part: str, run: Callable[[], dict[str, Any]]) -> None:
-    """Run a part; what goes wrong with it is among the results too."""
+    """Run a part; an exception becomes part of the results."""
     print(f"\n{part}", flush=True)
     began = time.perf_counter()
     try:
@@ -69,14 +69,16 @@ def attempt(results: dict[str, Any], part: str, run: Callable[[], dict[str, Any]
 
 
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ours, then the peer's."""
+    """Run our parts, then the peer's."""
     device = arguments.device
     limits = measure.ceilings(device, measure.dtype_of(device))
     print(measure.describe(limits), flush=True)
     results: dict[str, Any] = {"machine": measure.machine(device), "ceilings": limits, "model": arguments.model}
     began = time.perf_counter()
     engine = script.make_engine(arguments)
-    print(f"engine with random weights: {time.perf_counter() - began:.1f} s, {engine.max_model_len} tokens at most")
+    print(
+        f"engine with random weights: {time.perf_counter() - began:.1f} s, maximum length {engine.max_model_len} tokens"
+    )
     for name in arguments.parts:
         run, _ = PARTS[name]
         work = WORK[arguments.model][name]
@@ -90,7 +92,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_peers(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
-    """The peer's parts, in the same order; they are put among ``results`` one by one."""
+    """Run the peer's parts in the same order, adding them to ``results`` one by one."""
     peer = script.make_peer(arguments)
     for name in arguments.parts:
         _, run_peer = PARTS[name]
@@ -103,10 +105,8 @@ def run_peers(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[st
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much to do."""
-    parser.add_argument(
-        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="which benchmarks (default: all)"
-    )
+    """Add the options of this benchmark."""
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run (default: all)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,8 +1,8 @@
-"""The pictures and the tables of docs/performance.md, from what ``bench.performance`` wrote.
+"""Tables and figures of docs/performance.md, from the results of ``bench.performance``.
 
     python -m bench.plots results.json --page docs/performance.md
 
-Draws beside the page, in a folder of its name, and puts the tables between the page's two marks.
+Figures go into a folder beside the page, named like it; tables go between the page's two marks.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-"""What stands between these in a page is replaced."""
+"""Text between these marks of a page is replaced."""
 
 CAPTIONS = {
-    "latency.png": "What one request waits, against the tokens a second of all together",
-    "context.png": "Time of a token, against context and against the length of the queue",
+    "latency.png": "Latency of a request against total throughput",
+    "context.png": "Time per token against context length and against queue length",
 }
-"""The pictures."""
+"""File and caption of each figure."""
 
 Row = Mapping[str, Any]
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """All results as tables in Markdown."""
+    """Format all results as Markdown tables."""
     machine, limits, peer = results["machine"], results["ceilings"], results.get("peer", {})
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "cuda", "triton", "python") if name in machine)
     parts = [
@@ -46,7 +46,7 @@ def tables(results: Mapping[str, Any]) -> str:
     if "waiting" in results:
         rows = [(f"{row['waiting']:,}", f"{row['ms_per_step']:.2f}") for row in results["waiting"]]
         running = results["waiting"][0]["running"]
-        parts.append(_markdown(("requests that wait", f"ms a step, {running} running"), rows))
+        parts.append(_markdown(("waiting requests", f"ms per step, {running} running"), rows))
     if "kernels" in results:
         parts.append(_kernels_table(results["kernels"], limits))
     failed = {**results.get("failed", {}), **peer.get("failed", {})}
@@ -55,7 +55,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; a last column with nothing in it is left out."""
+    """Format a Markdown table; an empty last column is left out."""
     if all(row[-1] == "-" for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
@@ -83,7 +83,7 @@ def _decode_table(rows: Sequence[Row], peer: Sequence[Row], theirs: str) -> str:
     header = (
         "decode",
         "tok/s",
-        "ms a step",
+        "ms per step",
         "floor, ms",
         "MBU",
         "experts touched",
@@ -105,18 +105,18 @@ def _prefill_table(rows: Sequence[Row], peer: Sequence[Row], theirs: str) -> str
         )
         for row in rows
     ]
-    return _markdown(("to the first token; encoder with projector", "ms", "floor, ms", "MFU", f"{theirs}, ms"), cells)
+    return _markdown(("time to first token; encoder with projector", "ms", "floor, ms", "MFU", f"{theirs}, ms"), cells)
 
 
 def _video_table(row: Row, peer: Row | None, theirs: str) -> str:
     other = ("-", "-") if peer is None else (_middle(peer["first_token_ms"]), _middle(peer["tokens_per_s"]))
     cells = [
-        ("to the first token, ms", _middle(row["first_token_ms"]), f"{row['floor_ms']:.0f}", other[0]),
-        ("then, tok/s", _middle(row["tokens_per_s"]), "-", other[1]),
+        ("time to first token, ms", _middle(row["first_token_ms"]), f"{row['floor_ms']:.0f}", other[0]),
+        ("decode, tok/s", _middle(row["tokens_per_s"]), "-", other[1]),
     ]
     if row["peak_bytes"]:
         work = (row["peak_bytes"] - row["cache_bytes"]) / 1e9
-        cells.append(("peak memory without the cache, GB", f"{work:.1f}", "-", "-"))
+        cells.append(("peak memory without KV cache, GB", f"{work:.1f}", "-", "-"))
     return _markdown((f"{row['frames']} frames of {row['side']} px", "aria", "floor", theirs), cells)
 
 
@@ -127,13 +127,13 @@ def _middle(spread: Mapping[str, float]) -> str:
 def _throughput_table(rows: Sequence[Row]) -> str:
     cells = [
         (
-            f"{row['mix']}, {row['requests_per_s']:g} a second",
+            f"{row['mix']}, {row['requests_per_s']:g}/s",
             f"{row['answer_tokens_per_s']:,.0f}",
             *(f"{row[name][share]:.0f}" for name in ("first_token_ms", "next_token_ms") for share in ("p50", "p99")),
         )
         for row in rows
     ]
-    header = ("requests", "tok/s", "first token p50, ms", "p99", "each next p50, ms", "p99")
+    header = ("requests", "tok/s", "TTFT p50, ms", "p99", "time per token p50, ms", "p99")
     return _markdown(header, cells)
 
 
@@ -150,13 +150,11 @@ def _kernels_table(rows: Sequence[Row], limits: Mapping[str, float]) -> str:
         )
         for row in rows
     ]
-    return _markdown(
-        ("operation", "error", "us", "floor, us", "of memory", "of products", "PyTorch's libraries, us"), cells
-    )
+    return _markdown(("operation", "error", "us", "floor, us", "of memory", "of products", "PyTorch, us"), cells)
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what there are results for: latency against throughput, and time against context and queue."""
+    """Draw the figures that there are results for."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -179,8 +177,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
     rows = results["throughput"]
     for axis, name, title in (
-        (axes[0], "first_token_ms", "to the first token"),
-        (axes[1], "next_token_ms", "to each next token"),
+        (axes[0], "first_token_ms", "time to first token"),
+        (axes[1], "next_token_ms", "time per token"),
     ):
         for number, mix in enumerate(dict.fromkeys(row["mix"] for row in rows)):
             own = [row for row in rows if row["mix"] == mix]
@@ -189,9 +187,7 @@ def _draw_latency(axes: Any, results: Mapping[str, Any]) -> None:
                 axis.plot(
                     rates, [row[name][share] for row in own], style, color=f"C{number}", ms=4, label=f"{mix}, {share}"
                 )
-        axis.set(
-            title=title, xlabel="tokens a second, all requests together", ylabel="ms", yscale="log", xlim=(0, None)
-        )
+        axis.set(title=title, xlabel="tokens per second, all requests", ylabel="ms", yscale="log", xlim=(0, None))
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks("{x:g}")
         axis.tick_params(axis="y", which="minor", labelsize=7)
@@ -204,13 +200,13 @@ def _draw_context(axes: Any, results: Mapping[str, Any]) -> None:
     contexts = [row["mean_context"] / 1000 for row in alone]
     axes[0].plot(contexts, [row["ms_per_step"] for row in alone], "-o", ms=4, label="aria")
     axes[0].plot(contexts, [row["floor_ms"] for row in alone], ":", color="gray", label="floor")
-    axes[0].set(title=f"batch {rows[0]['batch']}", xlabel="context, thousands of tokens", ylabel="ms a token")
+    axes[0].set(title=f"batch {rows[0]['batch']}", xlabel="context, thousands of tokens", ylabel="ms per token")
     waiting = results.get("waiting", ())
     axes[1].set_visible(bool(waiting))
     if waiting:
         running = waiting[0]["running"]
         axes[1].plot([row["waiting"] for row in waiting], [row["ms_per_step"] for row in waiting], "-o", ms=4)
-        axes[1].set(title=f"{running} answers grow, others wait", xlabel="requests that wait", ylabel="ms a step")
+        axes[1].set(title=f"{running} running requests", xlabel="waiting requests", ylabel="ms per step")
         axes[1].set_xscale("symlog", linthresh=10)
     for axis in axes:
         most = max((max(line.get_ydata()) for line in axis.get_lines()), default=1.0)
@@ -219,26 +215,26 @@ def _draw_context(axes: Any, results: Mapping[str, Any]) -> None:
 
 
 def fill(page: Path, text: str) -> None:
-    """Put the text between a page's marks.
+    """Replace the text between a page's marks.
 
     Raises:
-        ValueError: the page has not both marks, in order.
+        ValueError: The page does not have both marks in order.
     """
     old = page.read_text(encoding="utf-8")
     before, mark, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise ValueError(f"{page} should have {BEGIN} and, after it, {END}, to put results between")
+        raise ValueError(f"{page} should have {BEGIN} and, after it, {END}; results go between them")
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files; later ones override earlier ones")
+    parser.add_argument("--page", type=Path, help="page to fill (default: print the tables)")
     parser.add_argument(
-        "results", type=Path, nargs="+", help="files in JSON; what a later one has replaces an earlier one's"
+        "--folder", type=Path, help="folder of the figures (default: named like the page, or this folder)"
     )
-    parser.add_argument("--page", type=Path, help="the page to fill (default: print the tables)")
-    parser.add_argument("--folder", type=Path, help="where pictures go (default: a folder of the page's name, or here)")
     arguments = parser.parse_args(argv)
     results: dict[str, Any] = {}
     for file in arguments.results:

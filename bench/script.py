@@ -1,4 +1,4 @@
-"""A benchmark of the engine as a script: options, an engine with random weights, the peer after it, and the report."""
+"""Shared frame of engine benchmarks: options, an engine with random weights, the peer, and the report."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ Results = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every benchmark that has an engine."""
+    """Add the options that all engine benchmarks share."""
     on_cuda = torch.cuda.is_available()
     parser.add_argument(
         "--model",
         choices=SHAPES,
         default="aria" if on_cuda else "small",
-        help="aria: the published shape, 25.3B; small: one that any machine runs (default: what this machine is for)",
+        help="aria: the published shape, 25.3B; small: runs anywhere (default: aria on CUDA, else small)",
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_cuda else "cpu"))
-    parser.add_argument("--cache-tokens", type=int, help="tokens that the cache holds (default: what fits)")
-    parser.add_argument("--max-batch", type=int, help="the most requests that run together (default: 256 on CUDA)")
-    parser.add_argument("--peer", choices=("transformers",), help="do the same work with transformers' Aria afterwards")
-    parser.add_argument("--peer-compiled", action="store_true", help="let it decode compiled too (a minute or more)")
+    parser.add_argument("--cache-tokens", type=int, help="capacity of the KV cache in tokens (default: what fits)")
+    parser.add_argument("--max-batch", type=int, help="maximum number of concurrent sequences (default: 256 on CUDA)")
+    parser.add_argument("--peer", choices=("transformers",), help="also measure transformers' Aria")
+    parser.add_argument(
+        "--peer-compiled", action="store_true", help="also measure its compiled decoding (takes a minute or more)"
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
 
 
 def make_engine(arguments: argparse.Namespace) -> Engine:
-    """An engine with random weights of standard deviation 0.02; narrower ones collapse routing, to everybody's gain."""
+    """Make an engine with random weights of standard deviation 0.02; smaller ones collapse routing and look faster."""
     device = arguments.device
     return Engine(
         SHAPES[arguments.model](),
@@ -48,7 +50,7 @@ def make_engine(arguments: argparse.Namespace) -> Engine:
 
 
 def dispose(engine: Engine) -> None:
-    """Free the memory of an engine for whoever comes next; it is of no use afterwards."""
+    """Release an engine and its memory."""
     engine.close()
     engine.__dict__.clear()
     gc.collect()
@@ -62,13 +64,13 @@ def run_script(
     run_peer: Callable[..., Results] | None,
     work: Mapping[str, Any],
 ) -> None:
-    """Measure the ceilings, our engine and the peer if it was asked for, and report.
+    """Measure the ceilings, the engine, and the peer if requested, and report.
 
     Args:
-        arguments: of :func:`add_arguments`.
-        run: ``run(engine, ceilings, **work)``.
-        run_peer: ``run_peer(peer, **work)``; None where transformers has nothing of the kind.
-        work: what to do.
+        arguments: Parsed options, see :func:`add_arguments`.
+        run: Called as ``run(engine, ceilings, **work)``.
+        run_peer: Called as ``run_peer(peer, **work)``; None if transformers has no equivalent.
+        work: Arguments of both.
     """
     device = arguments.device
     results: Results = {
@@ -86,7 +88,7 @@ def run_script(
 
 
 def make_peer(arguments: argparse.Namespace) -> Peer:
-    """transformers' model of the same shape."""
+    """Make transformers' model of the same shape."""
     device = arguments.device
     return Peer(SHAPES[arguments.model](), measure.dtype_of(device), device, compiled=arguments.peer_compiled)
 
@@ -94,7 +96,7 @@ def make_peer(arguments: argparse.Namespace) -> Peer:
 def parse(
     description: str | None, add_work: Callable[[argparse.ArgumentParser], None], argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """Read a benchmark's own options and the common ones."""
+    """Parse the shared options and a benchmark's own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     add_work(parser)

@@ -1,4 +1,4 @@
-"""The shapes that benchmarks run on."""
+"""Model configurations of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aria.config import ProjectorConfig, TextConfig, VisionConfig
 
 
 def small_config() -> AriaConfig:
-    """Aria in every respect but width, depth and vocabulary: what a CPU runs in a moment, to try the scripts with."""
+    """Return Aria with less width, depth and vocabulary, to try the scripts on a CPU."""
     return AriaConfig(
         vision=VisionConfig(
             hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2, image_size=56

@@ -1,11 +1,11 @@
-"""Data sets in other formats -> JSON lines with messages, as docs/data.md describes them.
+"""Convert data sets of other formats to JSON Lines with messages, as documented in docs/data.md.
 
     python examples/convert.py old.json train.jsonl
 
 Takes ShareGPT and LLaVA (``conversations``), Alpaca (``instruction``, ``input``, ``output``), pairs of columns such as
 ``prompt`` and ``completion``, messages with ``<image>`` and ``<video>`` in their texts (ms-swift, LLaMA-Factory), and
-texts; in .json, .jsonl, .csv, .tsv, .txt or .md. Rows that name media by relative paths count them from the new file.
-A row of another format ends the conversion, and nothing is written.
+text; in .json, .jsonl, .csv, .tsv, .txt or .md files. Relative media paths are relative to the new file. A row of
+another format stops the conversion, and nothing is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROLES = {
     **dict.fromkeys(("observation", "function", "tool_response"), "tool"),
 }
 CALLS = ("function_call", "tool_call")
-"""Roles of messages that are a call of a function, in JSON."""
+"""Roles of messages that contain a function call as JSON."""
 PAIRS = (
     *(("instruction", "output"), ("instruction", "response"), ("query", "response"), ("prompt", "completion")),
     *(("prompt", "response"), ("question", "answer"), ("input", "output")),
@@ -33,7 +33,7 @@ PAIRS = (
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file as they stand."""
+    """Read the rows of a file."""
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix in (".txt", ".md"):
         return [{"text": text}]
@@ -52,20 +52,20 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def known(row: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The fields that tell a row's format; None of one that is not known."""
+    """Return the fields that identify a row's format, or None for an unknown format."""
     formats = (("conversations",), ("messages",), *PAIRS, ("text",))
     return next((names for names in formats if all(row.get(name) is not None for name in names)), None)
 
 
 def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with messages; one of text alone stays as it is.
+    """Convert a row to messages; a row of text is returned unchanged.
 
     Raises:
-        ValueError: it is of another format.
+        ValueError: The format is unknown.
     """
     names = known(row)
     if names is None:
-        raise ValueError(f"its fields are {', '.join(row) or 'none'}; this format is not known")
+        raise ValueError(f"its fields are {', '.join(row) or 'none'}; this format is unknown")
     if names == ("text",):
         return dict(row)
     if len(names) == 1:
@@ -83,7 +83,7 @@ def convert(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose role is one of OpenAI's; what else it has stays as it is."""
+    """Convert a message to OpenAI's roles; other fields are kept."""
     role, content = (given["role"], given.get("content")) if "role" in given else (given["from"], given["value"])
     others = {name: value for name, value in given.items() if name not in ("role", "content", "from", "value")}
     if role in CALLS:
@@ -94,13 +94,13 @@ def message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tools(given: Any) -> list[Any]:
-    """Tools as OpenAI's API has them, of a list or its JSON, of functions with or without what wraps them there."""
+    """Convert tools to OpenAI's format from a list or its JSON, with or without the ``function`` wrapper."""
     listed = json.loads(given) if isinstance(given, str) else given
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in listed]
 
 
 def parts(content: Any) -> Any:
-    """Content whose ``<image>`` and ``<video>`` are parts of their own; the media stand beside the messages."""
+    """Turn ``<image>`` and ``<video>`` in a text into parts; the media are listed beside the messages."""
     if not isinstance(content, str) or not re.search("<image>|<video>", content):
         return content
     pieces = enumerate(re.split("<(image|video)>", content))
@@ -120,7 +120,7 @@ def main() -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             parser.exit(1, f"error: row {number} of {chosen.source} cannot be converted: {error!s:.300}\n")
     chosen.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows):,} rows written to {chosen.out}; look them through: aria data check {chosen.out}")
+    print(f"{len(rows):,} rows written to {chosen.out}; check them with: aria data check {chosen.out}")
 
 
 if __name__ == "__main__":

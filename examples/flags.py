@@ -1,10 +1,10 @@
-"""Draw a small dataset in the authors' format: flags of stripes, on noisy grounds, each with a question and an answer.
+"""Draw a small dataset in the authors' format: striped flags on noisy backgrounds, each with a question and an answer.
 
     python examples/flags.py flags --train 200 --test 100
 
-Nano, the packaged model, does not know flags; ``recipes/flags.toml`` teaches it these from 200 pictures. Beside them
-come ``known.jsonl``, its pictures and clips: questions of the kind that nano could answer before, without answers.
-With its own answers to them (``examples/rehearse.py``) it keeps what it knows while it learns.
+Nano, the packaged model, does not know flags; ``recipes/flags.toml`` teaches it these from 200 images. ``known.jsonl``,
+with its images and clips, has questions without answers of the kinds that nano could answer before. Training on nano's
+own answers to them (``examples/rehearse.py``) as well preserves what it knows.
 """
 
 import argparse
@@ -75,73 +75,73 @@ KINDS = (
 FRAMES = 4
 
 
-def ground(dice: random.Random) -> Image.Image:
-    """Noise around one colour."""
-    colour = tuple(dice.randrange(256) for _ in range(3))
-    noise = Image.effect_noise((240, 240), dice.uniform(5, 40)).convert("RGB")
+def background(rng: random.Random) -> Image.Image:
+    """Draw noise around one colour."""
+    colour = tuple(rng.randrange(256) for _ in range(3))
+    noise = Image.effect_noise((240, 240), rng.uniform(5, 40)).convert("RGB")
     return Image.blend(noise, Image.new("RGB", noise.size, colour), 0.7)
 
 
-def draw_flag(country: str, dice: random.Random) -> Image.Image:
-    """The country's flag of a random size, place and tilt."""
-    picture = ground(dice)
-    width, height = (w := dice.randrange(110, 200)), round(w * dice.uniform(0.55, 0.72))
+def draw_flag(country: str, rng: random.Random) -> Image.Image:
+    """Draw a country's flag with random size, position and tilt."""
+    image = background(rng)
+    width, height = (w := rng.randrange(110, 200)), round(w * rng.uniform(0.55, 0.72))
     flag = Image.new("RGBA", (width, height))
     stripes = UPRIGHT.get(country) or LEVEL[country]
     for i, colour in enumerate(stripes):
         first, last = i / len(stripes), (i + 1) / len(stripes)
         box = (first, 0, last, 1) if country in UPRIGHT else (0, first, 1, last)
         ImageDraw.Draw(flag).rectangle([round(v * (width, height)[j % 2]) for j, v in enumerate(box)], fill=colour)
-    flag = flag.rotate(dice.uniform(-12, 12), expand=True, resample=Image.Resampling.BICUBIC)
-    picture.paste(flag, (dice.randrange(240 - flag.width), dice.randrange(240 - flag.height)), flag)
-    return picture
+    flag = flag.rotate(rng.uniform(-12, 12), expand=True, resample=Image.Resampling.BICUBIC)
+    image.paste(flag, (rng.randrange(240 - flag.width), rng.randrange(240 - flag.height)), flag)
+    return image
 
 
-def draw_word(dice: random.Random) -> Image.Image:
-    """Something that can be spoken, in Pillow's own typeface."""
-    picture = ground(dice)
-    word = "".join(dice.choice("bcdfghjklmnprstvwz") + dice.choice("aeiou") for _ in range(dice.randint(1, 4)))
-    word = dice.choice((word, word.capitalize(), word.upper()))
-    font = ImageFont.load_default(min(dice.uniform(24, 70), 300 / len(word)))
-    place = dice.uniform(4, 232 - font.getlength(word)), dice.uniform(4, 150)
-    ImageDraw.Draw(picture).text(place, word, dice.choice(COLOURS), font)
-    return picture
+def draw_word(rng: random.Random) -> Image.Image:
+    """Draw a pronounceable word in Pillow's own font."""
+    image = background(rng)
+    word = "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
+    word = rng.choice((word, word.capitalize(), word.upper()))
+    font = ImageFont.load_default(min(rng.uniform(24, 70), 300 / len(word)))
+    place = rng.uniform(4, 232 - font.getlength(word)), rng.uniform(4, 150)
+    ImageDraw.Draw(image).text(place, word, rng.choice(COLOURS), font)
+    return image
 
 
-def put_shape(picture: Image.Image, name: str, x: float, y: float, size: float, colour: str) -> None:
-    """A shape around a point."""
+def put_shape(image: Image.Image, name: str, x: float, y: float, size: float, colour: str) -> None:
+    """Draw a shape around a point."""
     corners = CORNERS[name]
     turns = [(k + 0.5 * (name == "square")) / corners * math.tau for k in range(corners)]
     reach = [size * (0.4 if name == "star" and k % 2 else 1.0) for k in range(corners)]
     outline = [(x + r * math.sin(t), y - r * math.cos(t)) for t, r in zip(turns, reach, strict=True)]
-    ImageDraw.Draw(picture).polygon(outline, fill=colour)
+    ImageDraw.Draw(image).polygon(outline, fill=colour)
 
 
-def draw_shapes(names: list[str], dice: random.Random) -> Image.Image:
-    """One shape, or up to nine apart from each other."""
-    picture = ground(dice)
+def draw_shapes(names: list[str], rng: random.Random) -> Image.Image:
+    """Draw one shape, or up to nine without overlap."""
+    image = background(rng)
     most = 110 if len(names) == 1 else 56 if len(names) < 5 else 37
     places = [(x, y) for x in range(most + 8, 240, 2 * most) for y in range(most + 8, 240, 2 * most)]
-    for name, (x, y) in zip(names, dice.sample(places, len(names)), strict=True):
-        put_shape(picture, name, x, y, dice.uniform(22, 0.9 * most), dice.choice(COLOURS))
-    return picture
+    for name, (x, y) in zip(names, rng.sample(places, len(names)), strict=True):
+        put_shape(image, name, x, y, rng.uniform(22, 0.9 * most), rng.choice(COLOURS))
+    return image
 
 
-def draw_sign(dice: random.Random) -> Image.Image:
-    """Shapes over each other, each smaller, as emoji are drawn."""
-    picture, size = ground(dice), dice.uniform(60, 110)
-    for _ in range(dice.randint(3, 7)):
-        x, y = (120 + dice.uniform(-0.4, 0.4) * (100 - 0.9 * size) for _ in range(2))
-        put_shape(picture, dice.choice(list(CORNERS)), x, y, size, dice.choice(COLOURS))
-        size *= dice.uniform(0.5, 0.9)
-    return picture
+def draw_sign(rng: random.Random) -> Image.Image:
+    """Draw shapes over each other, each smaller, like an emoji."""
+    image, size = background(rng), rng.uniform(60, 110)
+    for _ in range(rng.randint(3, 7)):
+        x, y = (120 + rng.uniform(-0.4, 0.4) * (100 - 0.9 * size) for _ in range(2))
+        put_shape(image, rng.choice(list(CORNERS)), x, y, size, rng.choice(COLOURS))
+        size *= rng.uniform(0.5, 0.9)
+    return image
 
 
-def draw_clip(name: str, dice: random.Random) -> list[Image.Image]:
-    """Frames: a shape goes straight over a ground that stands still."""
-    still, size, colour = ground(dice), dice.uniform(20, 40), dice.choice(COLOURS)
-    turn, reach = dice.randrange(8) * math.tau / 8, dice.uniform(40, 70)
-    x, y = (120 + dice.uniform(-1, 1) * (115 - reach - size) for _ in range(2))
+def draw_clip(name: str, rng: random.Random) -> list[Image.Image]:
+    """Draw the frames of a clip: a shape moves straight over a static background."""
+    still, size, colour = background(rng), rng.uniform(20, 40), rng.choice(COLOURS)
+    turn, reach = rng.randrange(8) * math.tau / 8, rng.uniform(40, 70)
+    x, y = (120 + rng.uniform(-1, 1) * (115 - reach - size) for _ in range(2))
     frames = []
     for n in range(FRAMES):
         gone = reach * (2 * n / (FRAMES - 1) - 1)
@@ -150,72 +150,72 @@ def draw_clip(name: str, dice: random.Random) -> list[Image.Image]:
     return frames
 
 
-def draw_clouds(dice: random.Random) -> Image.Image:
-    """Nothing that has a name."""
-    small = Image.new("RGB", (side := dice.randint(3, 24), side))
-    small.putdata([(dice.randrange(256), dice.randrange(256), dice.randrange(256)) for _ in range(side * side)])
-    return Image.blend(small.resize((240, 240), Image.Resampling.BICUBIC), ground(dice), dice.uniform(0, 0.6))
+def draw_clouds(rng: random.Random) -> Image.Image:
+    """Draw clouds without a recognisable thing."""
+    small = Image.new("RGB", (side := rng.randint(3, 24), side))
+    small.putdata([(rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(side * side)])
+    return Image.blend(small.resize((240, 240), Image.Resampling.BICUBIC), background(rng), rng.uniform(0, 0.6))
 
 
 Row = tuple[list[Image.Image], str, str | None]
-"""A picture, or the frames of a clip, or nothing to see; a question; its answer if there is one."""
+"""An image, or frames of a clip, or nothing; a question; an optional answer."""
 
 
-def flags(count: int, dice: random.Random) -> Iterator[Row]:
-    """Pictures, questions and answers, each country as often as the others."""
+def flags(count: int, rng: random.Random) -> Iterator[Row]:
+    """Yield images, questions and answers, all countries equally often."""
     for i in range(count):
         country = COUNTRIES[i % len(COUNTRIES)]
-        yield [draw_flag(country, dice)], dice.choice(QUESTIONS), f"{country}."
+        yield [draw_flag(country, rng)], rng.choice(QUESTIONS), f"{country}."
 
 
-def known(count: int, dice: random.Random) -> Iterator[Row]:
+def known(count: int, rng: random.Random) -> Iterator[Row]:
     """Questions from before: words, shapes, signs, clips, nothing in particular, flags not asked for as flags, talk."""
-    words = cycle(sorted(WORDS.split(), key=lambda _: dice.random()))
+    words = cycle(sorted(WORDS.split(), key=lambda _: rng.random()))
     for i in range(count):
-        first, other = dice.sample(list(CORNERS), 2)
+        first, other = rng.sample(list(CORNERS), 2)
         kind = KINDS[i % len(KINDS)]
-        look = dice.choice((*LOOK, *EMOJI))
+        look = rng.choice((*LOOK, *EMOJI))
         if kind == "word":
-            yield [draw_word(dice)], dice.choice((*READ, look)), None
+            yield [draw_word(rng)], rng.choice((*READ, look)), None
         elif kind == "shape":
-            yield [draw_shapes([first], dice)], dice.choice((*SHAPE, look)).format(other), None
+            yield [draw_shapes([first], rng)], rng.choice((*SHAPE, look)).format(other), None
         elif kind == "count":
-            yield [draw_shapes([first] * dice.randint(1, 5), dice)], dice.choice(COUNT).format(first), None
+            yield [draw_shapes([first] * rng.randint(1, 5), rng)], rng.choice(COUNT).format(first), None
         elif kind in ("place", "colour"):
-            names = [first, other, *dice.choices([first, other], k=dice.randint(0, 1))]
+            names = [first, other, *rng.choices([first, other], k=rng.randint(0, 1))]
             forms = PLACE if kind == "place" else COLOUR
-            yield [draw_shapes(names, dice)], dice.choice((*forms, look)).format(first, other), None
+            yield [draw_shapes(names, rng)], rng.choice((*forms, look)).format(first, other), None
         elif kind == "sign":
-            yield [draw_sign(dice)], dice.choice((*EMOJI, look)), None
+            yield [draw_sign(rng)], rng.choice((*EMOJI, look)), None
         elif kind == "clip":
-            yield draw_clip(first, dice), dice.choice(MOVE).format(first), None
+            yield draw_clip(first, rng), rng.choice(MOVE).format(first), None
         elif kind == "flag":
-            yield [draw_flag(dice.choice(COUNTRIES), dice)], dice.choice((*READ, *EMOJI, *LOOK)), None
+            yield [draw_flag(rng.choice(COUNTRIES), rng)], rng.choice((*READ, *EMOJI, *LOOK)), None
         elif kind == "unclear":
-            yield [draw_clouds(dice)], dice.choice((*READ, *EMOJI, *LOOK)), None
+            yield [draw_clouds(rng)], rng.choice((*READ, *EMOJI, *LOOK)), None
         elif kind == "meaning":
-            yield [], dice.choice(MEANING).format(next(words)), None
+            yield [], rng.choice(MEANING).format(next(words)), None
         else:
-            yield [], dice.choice(TALK).format(dice.randrange(10, 100), dice.randrange(10, 100)), None
+            yield [], rng.choice(TALK).format(rng.randrange(10, 100), rng.randrange(10, 100)), None
 
 
 def write(folder: Path, name: str, rows: Iterator[Row]) -> None:
-    """``name.jsonl``, and beside it its pictures and clips."""
+    """Write ``name.jsonl`` and, beside it, its images and clips."""
     lines = []
     (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, (pictures, question, answer) in enumerate(rows):
+    for i, (images, question, answer) in enumerate(rows):
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         row: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
         blur = ImageFilter.GaussianBlur(random.Random(i).uniform(0, 1.2))
-        pictures = [picture.filter(blur) for picture in pictures]
-        if len(pictures) == 1:
+        images = [image.filter(blur) for image in images]
+        if len(images) == 1:
             row["images"] = [f"{name}/{i:04}.png"]
             content.insert(0, {"type": "image", "text": None})
-            pictures[0].save(folder / row["images"][0])
-        elif pictures:
-            row["video"] = {"path": f"{name}/{i:04}.gif", "num_frames": len(pictures)}
+            images[0].save(folder / row["images"][0])
+        elif images:
+            row["video"] = {"path": f"{name}/{i:04}.gif", "num_frames": len(images)}
             content.insert(0, {"type": "video", "text": None})
-            pictures[0].save(folder / row["video"]["path"], save_all=True, append_images=pictures[1:], duration=1000)
+            images[0].save(folder / row["video"]["path"], save_all=True, append_images=images[1:], duration=1000)
         if answer is not None:
             row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         lines.append(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""Shows pictures in the terminal, two pixels a character: ``python examples/preview.py PICTURE ...``"""
+"""Show images in the terminal, two pixels per character: ``python examples/preview.py IMAGE ...``"""
 
 import sys
 
@@ -11,12 +11,12 @@ COLUMNS = 44
 
 
 def preview(file: str) -> Text:
-    """The picture as upper half blocks: their ink is the upper pixel, their ground the lower one."""
+    """Render the image as upper half blocks: foreground is the upper pixel, background the lower one."""
     with Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((COLUMNS, COLUMNS))
+        image = opened.convert("RGB")
+    image.thumbnail((COLUMNS, COLUMNS))
     text = Text(no_wrap=True)
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     for upper_row, lower_row in zip(pixels[0::2], pixels[1::2], strict=False):
         for upper, lower in zip(upper_row, lower_row, strict=True):
             text.append("▀", "rgb({},{},{}) on rgb({},{},{})".format(*upper, *lower))
@@ -27,6 +27,6 @@ def preview(file: str) -> Text:
 if __name__ == "__main__":
     console = Console()
     for file in sys.argv[1:]:
-        # In a log, or where colours are not wanted, half blocks would only be noise.
+        # Half blocks are useless in logs and without colours.
         if console.is_terminal and not console.no_color:
             console.print(preview(file), end="")

@@ -1,8 +1,8 @@
-"""Let a model answer questions itself, to mix into its training what it shall not forget.
+"""Let a model answer questions, to rehearse during training what it should not forget.
 
     python examples/rehearse.py flags/known.jsonl flags/old.jsonl --model rhymes-ai/Aria
 
-Rows are conversations in the authors' format, each with its last answer missing; the output has the model's own.
+Rows are conversations in the authors' format without their last answer; the output adds the model's own answers.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from aria import Engine, SamplingParams
 
 
 def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The messages with the row's pictures and clips in their places."""
+    """Return the messages with the row's images and clips at their places."""
     clips = row.get("videos", [row["video"]] if "video" in row else [])
     media = {"image": iter([{"path": path} for path in row.get("images", ())]), "video": iter(clips)}
 
@@ -30,12 +30,12 @@ def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path)
-    parser.add_argument("out", type=Path, help="beside the questions, for paths of pictures count from there")
-    parser.add_argument("--model", help="default: the packaged nano")
+    parser.add_argument("out", type=Path, help="file beside the questions, since media paths are relative to it")
+    parser.add_argument("--model", help="folder or repository (default: the packaged nano)")
     parser.add_argument("--max-tokens", type=int, default=128)
     chosen = parser.parse_args()
     if not chosen.questions.is_file():
-        parser.error(f"{chosen.questions}: there is no such file")
+        parser.error(f"{chosen.questions}: file not found")
     rows = [json.loads(line) for line in chosen.questions.read_bytes().splitlines()]
     asked = [conversation(row, chosen.questions.parent) for row in rows]
     answers = Engine(chosen.model).chat(asked, SamplingParams(max_tokens=chosen.max_tokens))

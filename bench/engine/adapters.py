@@ -1,8 +1,8 @@
-"""What adapters cost an engine: ``python -m bench.engine.adapters --batch 1 8 64 256 --adapters 4 --rank 8``.
+"""Cost of multi-LoRA: ``python -m bench.engine.adapters --batch 1 8 64 256 --adapters 4 --rank 8``.
 
-The same steps with requests of no adapter, of one, and of all in turn; every decoder linear, the experts and the head
-are adapted, as the authors train them. Weights and adapters are random, tokens drawn at temperature 2, as in
-:mod:`bench.engine.decode`. R rank, E experts.
+Reports the time of decoding steps with requests of no adapter, of one, and of all in turn. Every linear layer of the
+decoder, the experts and the head are adapted, as the authors train them. Weights and adapters are random, tokens are
+drawn at temperature 2, as in :mod:`bench.engine.decode`. R rank, E experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.shapes import SHAPES
 
 
 def random_adapter(model: Aria, rank: int) -> dict[str, LoRA]:
-    """Low-rank changes of everything in the decoder, by names of modules."""
+    """Make random LoRA of everything in the decoder, by module name."""
     made = {}
     for name in lora_targets(model):
         if name.startswith("language_model."):
@@ -38,7 +38,7 @@ def random_adapter(model: Aria, rank: int) -> dict[str, LoRA]:
 
 
 def grow(core: EngineCore, names: Sequence[str | None], batch: int, context: int, steps: int) -> list[Request]:
-    """Bring ``batch`` prompts to where all answers grow; ``names`` are their adapters in turn."""
+    """Prefill ``batch`` prompts so that all are decoding; ``names`` are their adapters in turn."""
     generator = torch.Generator().manual_seed(batch)
     requests = []
     for seed in range(batch):
@@ -53,7 +53,7 @@ def grow(core: EngineCore, names: Sequence[str | None], batch: int, context: int
 
 
 def read(core: EngineCore, names: Sequence[str | None], tokens: int, repeats: int = 5) -> float:
-    """Seconds to the first token of a prompt, the best of some."""
+    """Return seconds to the first token of a prompt, the best of ``repeats``."""
     seconds = []
     for seed in range(repeats):
         prompt = measure.random_prompt(core.model.config, tokens, torch.Generator().manual_seed(seed))
@@ -62,12 +62,12 @@ def read(core: EngineCore, names: Sequence[str | None], tokens: int, repeats: in
         while core.busy:
             core.step()
         seconds.append(time.perf_counter() - start)
-        assert request.outputs, "nothing was sampled"
+        assert request.outputs, "no token was sampled"
     return min(seconds)
 
 
 def run(core: EngineCore, batches: Sequence[int], context: int, steps: int, tokens: int) -> dict[str, Any]:
-    """Milliseconds of steps, by who asks."""
+    """Return milliseconds per step, by the requests' adapters."""
     names = core.adapters.names
     kinds: dict[str, list[str | None]] = {"none": [None], "one": [names[0]], "all": list(names)}
     rows = []
@@ -87,14 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], metavar="N")
         parser.add_argument("--context", type=int, default=128)
         parser.add_argument("--steps", type=int, default=32)
-        parser.add_argument("--read", type=int, default=2048, metavar="T", help="tokens of a prompt that is read")
+        parser.add_argument(
+            "--read", type=int, default=2048, metavar="T", help="tokens of the prompt whose prefill is timed"
+        )
         parser.add_argument("--adapters", type=int, default=4)
         parser.add_argument("--rank", type=int, default=8)
 
     arguments = script.parse(__doc__, add_work, argv)
     device = arguments.device
     model = Aria.random(SHAPES[arguments.model](), dtype=measure.dtype_of(device), device=device)
-    # All the same one: what it holds costs nothing.
+    # All are the same: their values do not matter.
     adapter = random_adapter(model, arguments.rank)
     longest = arguments.context + arguments.steps + 512
     cache = arguments.cache_tokens or (
@@ -112,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         (f"batch {row['batch']}", *(f"{row[f'{k}_ms']:.3f}" for k in ("none", "one", "all")))
         for row in results["decode"]
     ]
-    print(measure.table(cells, ("ms a step", "no adapter", "one of them", "all in turn")))
-    told = results["read"]
-    print(f"reading {told['tokens']} tokens: {told['none_ms']:.1f} ms, with an adapter {told['one_ms']:.1f} ms")
+    print(measure.table(cells, ("ms per step", "no adapter", "one", "all in turn")))
+    read_ms = results["read"]
+    without, with_one = read_ms["none_ms"], read_ms["one_ms"]
+    print(f"prefill of {read_ms['tokens']} tokens: {without:.1f} ms, with an adapter {with_one:.1f} ms")
     print(f"{arguments.adapters} adapters of rank {arguments.rank} take {results['adapter_bytes'] / 1e6:.0f} MB")
     measure.report(
         {"machine": measure.machine(device), "adapters": arguments.adapters, "rank": arguments.rank} | results,

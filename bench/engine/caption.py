@@ -1,8 +1,8 @@
-"""A clip file to the last token of its caption: ``python -m bench.engine.caption FILE --frames 256 --tokens 100``.
+"""From a clip file to its caption: ``python -m bench.engine.caption FILE --frames 256 --tokens 100``.
 
-Whole runs through the engine, from the path to the last token; then one run taken apart: reading and decoding the
-clip, bringing its frames to the device and to size, the vision encoder with the projector, the prompt, the answer.
-Nothing is kept from run to run. ``bench.engine.clip --make`` makes a file like a camera's.
+Reports the time of whole runs from the path to the last token, then of the stages of one run: reading and decoding the
+clip, moving and resizing its frames, vision encoder with projector, prefill, decoding. Caches are cleared between runs.
+``bench.engine.clip --make`` writes a file like a camera's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bench.measure import Ceilings, Spread
 
 
 def forget(engine: Engine) -> None:
-    """Drop all that earlier runs have left: prefixes, picture tokens, decoded frames."""
+    """Clear all caches: prefixes, image tokens, decoded frames."""
     engine.reset()
     engine.processor.media = replace(engine.processor.media, cache_bytes=0)
 
 
 def finish(engine: Engine, answer: Answer) -> tuple[float, float]:
-    """When the first token was there, and when the last."""
+    """Finish an answer; return the times of the first token and of the last."""
     first = 0.0
     while not answer.done:
         if engine.step() and not first:
@@ -40,14 +40,14 @@ def finish(engine: Engine, answer: Answer) -> tuple[float, float]:
 
 
 def prepare(engine: Engine, path: Path, frames: int) -> Prepared:
-    """The prompt, with the clip decoded."""
+    """Prepare the prompt, decoding the clip."""
     clip = {"type": "video", "path": str(path), "num_frames": frames}
     question = {"type": "text", "text": "Describe this video."}
     return engine.prepare([{"role": "user", "content": [clip, question]}])
 
 
 def whole(engine: Engine, path: Path, frames: int, params: SamplingParams) -> tuple[float, float]:
-    """Seconds to the first token and to the last."""
+    """Return seconds to the first token and to the last."""
     forget(engine)
     began = time.perf_counter()
     first, last = finish(engine, engine.queue(prepare(engine, path, frames), params))
@@ -56,7 +56,7 @@ def whole(engine: Engine, path: Path, frames: int, params: SamplingParams) -> tu
 
 @torch.inference_mode()
 def apart(engine: Engine, path: Path, frames: int, params: SamplingParams) -> dict[str, float]:
-    """Seconds of each stage, the device waited for after each."""
+    """Return seconds of each stage, with a synchronisation after each."""
     forget(engine)
     marks = [time.perf_counter()]
 
@@ -73,13 +73,13 @@ def apart(engine: Engine, path: Path, frames: int, params: SamplingParams) -> di
     mark()
     first, last = finish(engine, answer)
     decoded, cropped, encoded = (b - a for a, b in itertools.pairwise(marks))
-    # The encoder brings the crops itself.
+    # The encoder loads the crops again itself.
     stages = {"decode": decoded, "preprocess": cropped, "encoder": encoded - cropped}
     return stages | {"prompt": first - marks[-1], "answer": last - first}
 
 
 def run(engine: Engine, limits: Ceilings, *, file: Path, frames: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """The clip ``file``, told in ``tokens`` tokens."""
+    """Caption the clip ``file`` with ``tokens`` tokens."""
     params = SamplingParams(max_tokens=tokens, temperature=2.0, seed=0, ignore_eos=True)
     runs = [whole(engine, file, frames, params) for _ in range(repeats + 1)][1:]
     first, last = (Spread.of(times) for times in zip(*runs, strict=True))
@@ -88,15 +88,15 @@ def run(engine: Engine, limits: Ceilings, *, file: Path, frames: int, tokens: in
         f"{file.name}, {frames} frames: first token after {first.median:.2f} s, "
         f"{tokens} tokens after {last.median:.2f} s ({last.low:.2f} to {last.high:.2f})"
     )
-    print("taken apart: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()))
+    print("stages: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()))
     return {"caption": {"frames": frames, "tokens": tokens, "first_s": first, "last_s": last, "stages_s": stages}}
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say what to do."""
+    """Add the options of this benchmark."""
     parser.add_argument("file", type=Path)
     parser.add_argument("--frames", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=100, help="of the answer")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens of the answer")
     parser.add_argument("--repeats", type=int, default=2)
 
 

@@ -1,7 +1,7 @@
-"""How long a person waits for nano: ``python -m bench.engine.chat``.
+"""Latency of nano for a user: ``python -m bench.engine.chat``.
 
-Cold: from starting ``aria chat`` in a fresh process to its first letter, and to its end. Warm: the same question to an
-engine that is already there, at both picture sizes, on one thread. Ends with one JSON line.
+Cold: from starting ``aria chat`` in a new process to its first letter and to its end. Warm: the same question to a
+loaded engine on one thread, at both image sizes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"
+IMAGE = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"
 QUESTION = "What is in this picture?"
 
 
 def cold() -> tuple[float, float]:
-    """Seconds to the first letter and to the end of one command."""
-    command = [sys.executable, "-c", "from aria.cli import main; main()", "chat", "--image", str(PICTURE), QUESTION]
+    """Return seconds to the first letter and to the end of one command."""
+    command = [sys.executable, "-c", "from aria.cli import main; main()", "chat", "--image", str(IMAGE), QUESTION]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -34,9 +34,9 @@ def cold() -> tuple[float, float]:
 
 
 def warm(engine: Any, size: int) -> tuple[float, float]:
-    """Seconds to the first letter and to the end of one answer."""
-    picture = {"type": "image", "path": str(PICTURE), "max_image_size": size}
-    message = {"role": "user", "content": [picture, {"type": "text", "text": QUESTION}]}
+    """Return seconds to the first letter and to the end of one answer."""
+    image = {"type": "image", "path": str(IMAGE), "max_image_size": size}
+    message = {"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}
     began = time.perf_counter()
     pieces = engine.stream([message])
     next(pieces)

@@ -1,8 +1,8 @@
-"""How long the frames of a clip take, by number of workers: ``python -m bench.engine.clip FILE --workers 1 2 4 8 16``.
+"""Time to read the frames of a clip, by number of workers: ``python -m bench.engine.clip FILE --workers 1 2 4 8 16``.
 
-Reading through the file (which nothing can share), then decoding and scaling to the smallest crops, and how near the
-workers come to sharing that evenly. ``--make SECONDS`` first makes the file with ffmpeg's libraries, like a camera's:
-1080p, H.264, 25 frames a second with a keyframe every 250, about 8 Mbit/s.
+Reports the time to scan the file (which cannot be parallel), the time to decode and scale frames to the smallest crops,
+and the parallel efficiency. ``--make SECONDS`` first writes the file with FFmpeg's libraries, like a camera's: 1080p,
+H.264, 25 frames per second with a keyframe every 250, about 8 Mbit/s.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from aria.media.read import read_clip
 from aria.processor import AriaImageProcessor, MediaSettings
 
 RATE = 25
-"""Frames a second of a clip that is made."""
+"""Frames per second of the written clip."""
 MADE_SECONDS = 71
-"""So much of it is encoded."""
+"""Encoded seconds, which are repeated up to the requested length."""
 
 
 def make(path: Path, seconds: int) -> None:
-    """Write a clip to measure with: a moving test pattern and noise, so that its size is that of a camera's.
+    """Write a clip of a moving test pattern with noise, so that its bit rate is that of a camera.
 
-    Encoding takes long, so a beginning is encoded and repeated. Its length has no simple ratio to that of the parts
-    that frames are taken from: no frame is taken twice.
+    Encoding is slow, so only a beginning is encoded, then repeated. Its length has no simple ratio to the distance of
+    the sampled frames, so that none is sampled twice.
     """
     import av
     from av.filter import Graph
@@ -48,20 +48,20 @@ def make(path: Path, seconds: int) -> None:
     limits = {"maxrate": "8M", "bufsize": "16M", "sc_threshold": "0"}
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=RATE, options={"preset": "veryfast", **limits})
-        assert isinstance(stream, av.VideoStream), "libx264 writes pictures"
+        assert isinstance(stream, av.VideoStream), "libx264 should write video"
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 1920, 1080, "yuv420p", 8_000_000
         stream.codec_context.gop_size = 250
         packets = []
         with contextlib.suppress(av.EOFError):
             while True:
                 frame = graph.pull()
-                assert isinstance(frame, av.VideoFrame), "a test pattern is made of pictures"
-                frame.pict_type = PictureType.NONE  # the pattern's own would make every frame a keyframe
+                assert isinstance(frame, av.VideoFrame), "a test pattern should be video"
+                frame.pict_type = PictureType.NONE  # the pattern's own type would make every frame a keyframe
                 packets += stream.encode(frame)
         packets += stream.encode(None)
         for again in range(-(-seconds // MADE_SECONDS)):
             for packet in packets:
-                assert packet.pts is not None and packet.dts is not None, "the encoder says when"
+                assert packet.pts is not None and packet.dts is not None, "the encoder should set timestamps"
                 offset = round(again * MADE_SECONDS / packet.time_base)
                 if (packet.pts + offset) * packet.time_base < seconds:
                     copy = av.Packet(bytes(packet))
@@ -71,7 +71,7 @@ def make(path: Path, seconds: int) -> None:
 
 
 def measure(path: Path, frames: int, workers: Sequence[int], repeats: int, decoder: str) -> dict[str, Any]:
-    """Seconds, the best of some repeats."""
+    """Return seconds, the best of ``repeats``."""
     settings, images = MediaSettings(decode_timeout=3600, clip_decoder=decoder), AriaImageProcessor()
     clip, size = open_media(path, "video", settings), images.sizes[0]
 
@@ -94,13 +94,16 @@ def measure(path: Path, frames: int, workers: Sequence[int], repeats: int, decod
         f"{len(timeline.times)} frames in {float(timeline.seconds):.1f} s, {len(timeline.keys)} keyframes; "
         f"{available_cores()} cores"
     )
-    print(f"read through: {scan_s:.2f} s")
+    print(f"scan: {scan_s:.2f} s")
     rows = {}
     for count in workers:
         rows[count] = min(read(count) for _ in range(repeats))
         first = next(iter(rows))
         share = (rows[first] - scan_s) * first / ((rows[count] - scan_s) * count)
-        print(f"{frames} frames, {count} workers: {rows[count]:.2f} s in all, {share:.0%} of an even share", flush=True)
+        print(
+            f"{frames} frames, {count} workers: {rows[count]:.2f} s in total, parallel efficiency {share:.0%}",
+            flush=True,
+        )
     return {"frames": frames, "of": len(timeline.times), "scan_s": scan_s, "workers_s": rows}
 
 
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="+", default=None, help="default: 1, 2, 4, ... up to the cores")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--decoder", default="cpu", help="or cuda: a GPU's video decoder")
+    parser.add_argument("--decoder", default="cpu", help="cpu, or cuda for a GPU's video decoder (default: cpu)")
     arguments = parser.parse_args()
     if arguments.make:
         make(arguments.file, arguments.make)

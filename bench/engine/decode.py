@@ -1,7 +1,7 @@
-"""How fast answers grow: ``python -m bench.engine.decode --batch 1 8 64 256 --context 128``.
+"""Decoding speed: ``python -m bench.engine.decode --batch 1 8 64 256 --context 128``.
 
-Tokens are drawn at temperature 2 by the engine's own sampler: with random weights that is nearly uniform, where greedy
-text loops and touches few experts. The floor is that of the experts which these very tokens touch, counted afterwards.
+Tokens are drawn at temperature 2 by the engine's own sampler. With random weights that is nearly uniform, whereas
+greedy text loops and uses few experts. The floor counts the experts that these very tokens use, determined afterwards.
 N sequences, L layers, E experts, T tokens.
 """
 
@@ -27,15 +27,15 @@ from bench.floors import decode_step
 from bench.measure import Ceilings, Spread
 
 SETTLE = 8
-"""Steps before the clock starts: graphs are captured in them."""
+"""Untimed steps, in which CUDA graphs are captured."""
 ROOM = 256
-"""Tokens that an answer may get beside those that are measured, while other prompts are still read."""
+"""Tokens of an answer beyond the timed ones, for the steps in which other prompts are still prefilled."""
 FORWARD_TOKENS = 8192
-"""Tokens of a plain forward pass that counts experts."""
+"""Maximum tokens of a forward pass that counts experts."""
 
 
 def grow(core: EngineCore, batch: int, context: int, steps: int, generator: torch.Generator) -> list[Request]:
-    """Bring ``batch`` random prompts to where all answers grow, a token a step."""
+    """Prefill ``batch`` random prompts so that all are decoding, a token per step."""
     room = min(steps + ROOM, core.max_model_len - context)
     prompts = [measure.random_prompt(core.model.config, context, generator) for _ in range(batch)]
     requests = []
@@ -50,7 +50,7 @@ def grow(core: EngineCore, batch: int, context: int, steps: int, generator: torc
 
 
 def clock_steps(core: EngineCore, requests: Sequence[Request], steps: int) -> tuple[float, Spread]:
-    """Seconds of a step: the mean over all, and the spread of single ones. Every request has to get a token in each."""
+    """Return seconds per step, the mean and the spread; every request has to get a token in every step."""
     before = [len(request.outputs) for request in requests]
     marks = [time.perf_counter()]
     for _ in range(steps):
@@ -59,19 +59,19 @@ def clock_steps(core: EngineCore, requests: Sequence[Request], steps: int) -> tu
     grown = {len(request.outputs) - n for request, n in zip(requests, before, strict=True)}
     if grown != {steps}:
         raise RuntimeError(
-            f"in {steps} steps answers grew by {sorted(grown)} tokens: the cache is too small for them all"
+            f"in {steps} steps answers got {sorted(grown)} tokens: the cache is too small for all of them"
         )
     return (marks[-1] - marks[0]) / steps, Spread.of([b - a for a, b in itertools.pairwise(marks)])
 
 
 @torch.inference_mode()
 def experts_touched(model: Aria, sequences: Sequence[Sequence[int]], last: int) -> float:
-    """Experts that the tokens of a step touch together, the mean over layers and over the ``last`` steps.
+    """Return the number of experts that a step uses, the mean over layers and over the ``last`` steps.
 
     Args:
-        model: where the sequences come from.
-        sequences: token ids; the last ones of all were computed in the same steps.
-        last: steps to look at.
+        model: The model that generated the sequences.
+        sequences: Token ids; their last tokens were computed in the same steps.
+        last: Number of steps to count.
     """
     text = model.config.text
     if len(sequences) == 1:
@@ -93,14 +93,14 @@ def experts_touched(model: Aria, sequences: Sequence[Sequence[int]], last: int) 
 
 
 def idle_between_launches(kernels: Sequence[tuple[int, int, int]], least: int = 8) -> tuple[float, float]:
-    """How long a GPU has nothing to do between graphs.
+    """Return how long the GPU is idle between CUDA graphs.
 
     Args:
-        kernels: (launch, begin, end) of whatever ran, times in nanoseconds; the kernels of a graph share its launch.
-        least: kernels that a launch has to have to be a graph.
+        kernels: (launch, begin, end) of each kernel, in nanoseconds; the kernels of a graph share its launch.
+        least: Minimum number of kernels of a launch that counts as a graph.
 
     Returns:
-        nanoseconds between the end of a graph and the start of the next, the mean; and their share of the whole time.
+        Mean nanoseconds between the end of a graph and the start of the next, and their share of the whole time.
     """
     launches: dict[int, list[tuple[int, int]]] = {}
     for launch, begin, end in kernels:
@@ -135,7 +135,7 @@ def profile_idle(core: EngineCore, steps: int = 20) -> dict[str, float]:
 
 
 def one(engine: Engine, limits: Ceilings, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """All about one batch size and context."""
+    """Measure one batch size and context."""
     core, text = engine.core, engine.config.text
     generator = torch.Generator().manual_seed(batch * 1_000_003 + context)
     requests = grow(core, batch, context, steps, generator)
@@ -162,7 +162,7 @@ def one(engine: Engine, limits: Ceilings, batch: int, context: int, steps: int) 
 
 
 def with_waiting(engine: Engine, waiting: int, context: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a step with all places taken and ``waiting`` requests in the queue for one."""
+    """Measure a step with a full batch and ``waiting`` requests in the queue."""
     core = engine.core
     generator = torch.Generator().manual_seed(waiting)
     requests = grow(core, core.max_batch, context, steps, generator)
@@ -182,7 +182,7 @@ def with_waiting(engine: Engine, waiting: int, context: int, steps: int) -> dict
 
 
 def finish(core: EngineCore, requests: Sequence[Request]) -> None:
-    """End requests wherever they are."""
+    """Abort requests."""
     for request in requests:
         core.finish(request)
     while core.busy:
@@ -193,12 +193,12 @@ def run(
     engine: Engine, limits: Ceilings, *, batches: Sequence[int], contexts: Sequence[int], steps: int,
     waiting: Sequence[int] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Batch sizes at the first context, then the first batch size at the other contexts, then waiting requests."""
+    """Measure all batch sizes at the first context, the first batch size at the other contexts, then the queue."""
     pairs = [(batch, contexts[0]) for batch in batches] + [(batches[0], context) for context in contexts[1:]]
     rows = []
     for batch, context in pairs:
         if context + steps + SETTLE > engine.max_model_len:
-            print(f"context {context} is left out: the engine holds {engine.max_model_len} tokens of a sequence")
+            print(f"skipping context {context}: the maximum length is {engine.max_model_len} tokens")
             continue
         rows.append(one(engine, limits, batch, context, steps))
     print(show(rows))
@@ -206,12 +206,12 @@ def run(
     if waiting:
         results["waiting"] = [with_waiting(engine, count, contexts[0], steps) for count in waiting]
         for row in results["waiting"]:
-            print(f"{row['running']} running, {row['waiting']:.0f} waiting: {row['ms_per_step']:.3f} ms a step")
+            print(f"{row['running']} running, {row['waiting']:.0f} waiting: {row['ms_per_step']:.3f} ms per step")
     return results
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for people."""
+    """Format the rows as a table."""
     cells = []
     for row in rows:
         idle = f"{row['idle_share']:.1%}" if "idle_share" in row else "-"
@@ -239,19 +239,19 @@ def run_peer(
     steps: int,
     waiting: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The same work with transformers, where nothing waits."""
+    """Measure the same with transformers, which has no queue."""
     rows = []
     for batch, context in [(b, contexts[0]) for b in batches] + [(batches[0], c) for c in contexts[1:]]:
         row = peer.decode(batch, context, steps)
         for experts, ms in row["ms_per_step"].items():
-            shown = f"{batch / ms * 1000:.1f} tok/s, {ms:.2f} ms a step" if ms else "out of memory"
+            shown = f"{batch / ms * 1000:.1f} tok/s, {ms:.2f} ms per step" if ms else "out of memory"
             print(f"transformers, {experts}, batch {batch}, context {context}: {shown}")
         rows.append(row)
     return {"decode": rows}
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much to do."""
+    """Add the options of this benchmark."""
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], metavar="N")
     parser.add_argument(
         "--context",
@@ -259,7 +259,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[128],
         metavar="T",
-        help="tokens of the prompts: the first for all batches, the others for the first batch",
+        help="prompt tokens: the first for all batch sizes, the others for the first batch size",
     )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--waiting", type=int, nargs="+", default=[], metavar="N", help="requests in the queue")

@@ -1,10 +1,10 @@
-"""How fast a checkpoint loads against a plain read of the same files, and how much memory it takes over the weights.
+"""Loading time of a checkpoint against a plain read of the same files, and memory beyond the weights.
 
     python -m bench.engine.load --gigabytes 8 --folder SCRATCH
 
-Writes a random checkpoint with the published shapes (fewer layers), then measures in turns, each in a fresh process:
-a plain read through one 1 MiB buffer, a plain read into fresh memory, and the load. Before each cold run the files are
-dropped from the page cache. Ends with one JSON line.
+Writes a random checkpoint with the published shapes (fewer layers), then measures in turn, each in a new process: a
+plain read through a 1 MiB buffer, a plain read into new memory, and the load. Cold runs drop the files from the page
+cache first. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = ("read", "read into memory", "load")
 
 
 def make(folder: Path, gigabytes: float) -> None:
-    """A checkpoint of about so many 10^9 bytes: the published one with fewer layers."""
+    """Write a checkpoint of about ``gigabytes`` GB: the published shape with fewer layers."""
     base = AriaConfig.aria()
     one, two = (
         dataclasses.replace(base, text=dataclasses.replace(base.text, num_hidden_layers=n, vocab_size=32768))
@@ -54,7 +54,7 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def forget(files: list[Path]) -> None:
-    """Drop files from the page cache; their pages are clean, because `make` synced them."""
+    """Drop files from the page cache; their pages are clean because `make` synced them."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -62,7 +62,7 @@ def forget(files: list[Path]) -> None:
 
 
 def measure(kind: str, folder: Path, device: str) -> dict[str, float]:
-    """Seconds, and peak resident bytes over the weights, of one run in this process."""
+    """Return seconds, and peak resident bytes beyond the weights, of one run in this process."""
     files = find_weights(folder)
     nbytes = sum(file.stat().st_size for file in files)
     if device != "cpu":
@@ -105,8 +105,8 @@ def compare(folder: Path, runs: int, device: str) -> None:
             print(f"  {kind:18} {statistics.median(values):6.2f} ({min(values):.2f} to {max(values):.2f})")
         medians = {kind: statistics.median(values) for kind, values in rates.items()}
         ratios = {kind: medians["load"] / medians[kind] for kind in KINDS[:2]}
-        print("  load against " + ", ".join(f"{kind}: {ratio:.0%}" for kind, ratio in ratios.items()))
-        print(f"  peak resident memory of the load, over the weights: {over / 2**20:.0f} MiB")
+        print("  load relative to " + ", ".join(f"{kind}: {ratio:.0%}" for kind, ratio in ratios.items()))
+        print(f"  peak resident memory of the load beyond the weights: {over / 2**20:.0f} MiB")
         result[cache] = {"gb_per_s": medians, "spread": rates, "ratio": ratios, "resident_over_weights": over}
     print(json.dumps(result))
 
@@ -116,9 +116,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--folder", type=Path, help="where to write, on the disk to measure; kept if it has a checkpoint"
-    )
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; an existing checkpoint is reused")
     parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

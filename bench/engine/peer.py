@@ -1,6 +1,6 @@
-"""transformers' own Aria with random weights of the same shape, to do the same work with.
+"""transformers' Aria with random weights of the same shape, as a peer to compare with.
 
-B sequences, T tokens, C pictures.
+B sequences, T tokens, C images.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bench import measure
 from bench.measure import Spread
 
 KEPT = "grouped_mm_for_decoding_too"
-"""transformers' grouped products under a name for which `generate` does not change them to batched ones."""
+"""transformers' grouped matrix products under a name for which `generate` does not switch to batched ones."""
 
 
 class _Clock:
-    """A stopping criterion of `generate` that never stops and notes when each token was there."""
+    """A stopping criterion of `generate` that never stops and records the time of each token."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -39,10 +39,10 @@ class Peer:
     """transformers' `AriaForConditionalGeneration`, random weights of standard deviation 0.02.
 
     Args:
-        config: the shape.
-        dtype: of the weights.
-        device: where it runs.
-        compiled: also decode with a static cache, which `generate` compiles; takes a minute or more.
+        config: Configuration of the model.
+        dtype: Dtype of the weights.
+        device: Device of the model.
+        compiled: Also decode with a static cache, which `generate` compiles; takes a minute or more.
     """
 
     def __init__(self, config: AriaConfig, dtype: torch.dtype, device: torch.device, *, compiled: bool = False):
@@ -73,8 +73,8 @@ class Peer:
         rotary = self.model.model.language_model.rotary_emb
         known = {id(rotary.inv_freq), id(rotary.original_inv_freq)}
         unknown = [name for name, buffer in self.model.named_buffers() if id(buffer) not in known]
-        assert not unknown, f"buffers with nothing in them: {unknown}"
-        # What was made on the meta device has no values.
+        assert not unknown, f"uninitialised buffers: {unknown}"
+        # Buffers made on the meta device have no values.
         frequencies, _ = rotary.compute_default_rope_parameters(self.model.config.text_config)
         for buffer in (rotary.inv_freq, rotary.original_inv_freq):
             buffer.data = frequencies.to(self.device)
@@ -94,7 +94,7 @@ class Peer:
 
     @torch.inference_mode()
     def _generate(self, ids: Tensor, tokens: int, **inputs: Any) -> list[float]:
-        """Seconds from the start at which each token was there."""
+        """Generate; return the seconds from the start to each token."""
         clock = _Clock(self.device)
         measure.synchronize(self.device)
         began = time.perf_counter()
@@ -103,18 +103,18 @@ class Peer:
             top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=self.config.pad_token_id, stopping_criteria=[clock],
             **inputs,
         )  # fmt: skip
-        assert len(clock.marks) == tokens, f"{len(clock.marks)} tokens came of {tokens}"
+        assert len(clock.marks) == tokens, f"got {len(clock.marks)} of {tokens} tokens"
         return [mark - began for mark in clock.marks]
 
     def decode(self, batch: int, context: int, steps: int) -> dict[str, Any]:
-        """Milliseconds of a step for each way that transformers has to compute experts; None where memory is short."""
+        """Return milliseconds per step for each expert implementation of transformers; None if out of memory."""
         ways: dict[str, tuple[str, dict[str, Any]]] = {"batched_mm": ("batched_mm", {}), "grouped_mm": (KEPT, {})}
         if self._compiled:
             ways["batched_mm, compiled"] = ("batched_mm", {"cache_implementation": "static"})
         found: dict[str, float | None] = {}
         for name, (implementation, options) in ways.items():
             try:
-                # Prompts are read with grouped products, as `generate` itself does; only decoding differs.
+                # Prefill uses grouped matrix products, as `generate` itself does; only decoding differs.
                 with self._experts("grouped_mm" if implementation == "batched_mm" else implementation):
                     self._generate(self._prompts(batch, context), 4, **options)
                     marks = self._generate(self._prompts(batch, context), steps + 4, **options)
@@ -129,29 +129,29 @@ class Peer:
 
     @torch.inference_mode()
     def prefill(self, tokens: int, repeats: int = 3) -> Spread:
-        """Seconds of a pass over a prompt, scores of its last token only."""
+        """Time a forward pass over a prompt, with logits of the last token only."""
         ids = self._prompts(1, tokens)
         run = lambda: self.model(input_ids=ids, use_cache=True, logits_to_keep=1).logits  # noqa: E731
         return measure.clock(run, self.device, repeats=repeats, warm_up=1)
 
-    def _pixels(self, pictures: int, side: int) -> dict[str, Tensor]:
+    def _pixels(self, images: int, side: int) -> dict[str, Tensor]:
         dtype = self.model.lm_head.weight.dtype
-        pixels = torch.randn(pictures, 3, side, side, device=self.device, dtype=dtype)
+        pixels = torch.randn(images, 3, side, side, device=self.device, dtype=dtype)
         return {
             "pixel_values": pixels,
-            "pixel_mask": torch.ones(pictures, side, side, dtype=torch.bool, device=self.device),
+            "pixel_mask": torch.ones(images, side, side, dtype=torch.bool, device=self.device),
         }
 
     @torch.inference_mode()
-    def encode(self, pictures: int, side: int, repeats: int = 5) -> Spread:
-        """Seconds of encoder and projector on square pictures that are prepared and on the device already."""
-        inputs = self._pixels(pictures, side)
+    def encode(self, images: int, side: int, repeats: int = 5) -> Spread:
+        """Time encoder and projector on square images that are already preprocessed and on the device."""
+        inputs = self._pixels(images, side)
         run = lambda: self.model.get_image_features(**inputs, return_dict=True).pooler_output  # noqa: E731
         return measure.clock(run, self.device, repeats=repeats, warm_up=2)
 
-    def answer(self, pictures: int, side: int, text_tokens: int, tokens: int) -> list[float]:
-        """Seconds to each token of an answer about prepared pictures."""
+    def answer(self, images: int, side: int, text_tokens: int, tokens: int) -> list[float]:
+        """Return seconds to each token of an answer about preprocessed images."""
         queries = self.config.image_sizes()[side]
-        places = torch.full((1, pictures * queries), self.config.image_token_index, device=self.device)
+        places = torch.full((1, images * queries), self.config.image_token_index, device=self.device)
         ids = torch.cat((places, self._prompts(1, text_tokens)), dim=1)
-        return self._generate(ids, tokens, **self._pixels(pictures, side))
+        return self._generate(ids, tokens, **self._pixels(images, side))

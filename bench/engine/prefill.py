@@ -1,7 +1,7 @@
-"""How long a prompt takes to its first token: ``python -m bench.engine.prefill --tokens 512 2048 8192 32768``.
+"""Time to first token: ``python -m bench.engine.prefill --tokens 512 2048 8192 32768``.
 
-Text; encoder and projector alone on prepared pictures; and one picture with a question, from a PIL picture in memory.
-Every prompt and every picture is new, so that nothing comes out of the prefix cache or the cache of pictures.
+Measures text prompts; encoder and projector alone on preprocessed images; and an image with a question, from a PIL
+image in memory. Every prompt and image is new, so that neither the prefix cache nor the image cache is hit.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from bench.engine.peer import Peer
 from bench.measure import Ceilings, Spread
 
 WARM_UP = 2
-"""Prompts of a shape before the clock starts: the engine makes a graph of what comes a second time."""
+"""Untimed prompts of a shape; the engine captures a CUDA graph of a shape at its second occurrence."""
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=2.0, seed=0, ignore_eos=True)
 QUESTION = "What is in this picture?"
 
 
-def random_picture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
-    """A picture of soft noise."""
+def random_image(width: int, height: int, generator: np.random.Generator) -> Image.Image:
+    """Make an image of soft noise."""
     coarse = generator.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def picture_message(
-    pictures: Sequence[Image.Image | np.ndarray], side: int, question: str = QUESTION
+def image_message(
+    images: Sequence[Image.Image | np.ndarray], side: int, question: str = QUESTION
 ) -> list[dict[str, Any]]:
-    """One message with pictures, each at most ``side`` pixels, and a question."""
-    parts: list[dict[str, Any]] = [{"type": "image", "image": picture, "max_image_size": side} for picture in pictures]
+    """Make a message of images, each at most ``side`` pixels, and a question."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image, "max_image_size": side} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
 def first_token(engine: Engine, messages: Sequence[dict[str, Any]], params: SamplingParams) -> tuple[float, float, int]:
-    """Answer one message. Returns seconds to the first token and to the last, and tokens of the prompt."""
+    """Answer one message; return seconds to the first token and to the last, and tokens of the prompt."""
     core = engine.core
     began = time.perf_counter()
     prepared = engine.prepare(messages)
@@ -57,7 +57,7 @@ def first_token(engine: Engine, messages: Sequence[dict[str, Any]], params: Samp
 
 
 def text(engine: Engine, limits: Ceilings, tokens: int, repeats: int) -> dict[str, Any]:
-    """Seconds to the first token after a prompt of text."""
+    """Measure time to first token of text prompts."""
     core, config = engine.core, engine.config
     generator = torch.Generator().manual_seed(tokens)
     seconds = []
@@ -77,45 +77,45 @@ def text(engine: Engine, limits: Ceilings, tokens: int, repeats: int) -> dict[st
 
 
 @torch.inference_mode()
-def encode(engine: Engine, limits: Ceilings, side: int, pictures: int, height: int, repeats: int) -> dict[str, Any]:
-    """Seconds of encoder and projector on pictures of ``side`` x ``height`` pixels that are on the device already."""
+def encode(engine: Engine, limits: Ceilings, side: int, images: int, height: int, repeats: int) -> dict[str, Any]:
+    """Measure encoder and projector on images of ``side`` x ``height`` pixels that are already on the device."""
     config, device = engine.config, engine.device
     dtype, p = engine.dtype, engine.config.vision.patch_size
-    pixels = torch.randn(pictures, config.vision.num_channels, side, side, device=device, dtype=dtype)
-    mask = torch.zeros(pictures, side, side, dtype=torch.bool, device=device)
+    pixels = torch.randn(images, config.vision.num_channels, side, side, device=device, dtype=dtype)
+    mask = torch.zeros(images, side, side, dtype=torch.bool, device=device)
     mask[:, :height] = True
     patches = pack_patches(pixels, mask, config.vision)
     run = lambda: engine.model.encode_images(patches)  # noqa: E731
     if patches.segments.total <= GRAPH_PATCHES:
-        # The engine runs so few as a graph.
+        # The engine runs that few patches as a CUDA graph.
         spread = measure.clock_graph([run], device, repeats=repeats)
     else:
         spread = measure.clock(run, device, repeats=repeats)
     rows, columns = -(-height // p), side // p
-    work = floors.picture(config, rows * columns, columns**2, dtype.itemsize) * pictures
-    name = f"encoder, {pictures} of {side} x {height}"
+    work = floors.image(config, rows * columns, columns**2, dtype.itemsize) * images
+    name = f"encoder, {images} of {side} x {height}"
     row = _row(name, spread, work, limits)
     return row | {
         "side": side,
         "height": height,
-        "pictures": pictures,
-        "ms_per_picture": spread.median * 1000 / pictures,
+        "images": images,
+        "ms_per_image": spread.median * 1000 / images,
     }
 
 
-def picture(engine: Engine, limits: Ceilings, side: int, repeats: int) -> dict[str, Any]:
-    """Seconds from a PIL picture and a question to the first token."""
+def image(engine: Engine, limits: Ceilings, side: int, repeats: int) -> dict[str, Any]:
+    """Measure time to first token of a PIL image and a question."""
     generator = np.random.default_rng(side)
     seconds, tokens = [], 0
     for _ in range(repeats + WARM_UP):
-        message = picture_message([random_picture(side, side, generator)], side)
+        message = image_message([random_image(side, side, generator)], side)
         first, _, tokens = first_token(engine, message, ONE_TOKEN)
         seconds.append(first)
     config = engine.config
     itemsize = engine.dtype.itemsize
     patches = (side // config.vision.patch_size) ** 2
-    work = floors.picture(config, patches, itemsize=itemsize) + floors.prompt(config.text, tokens, itemsize=itemsize)
-    return _row(f"picture of {side} px + question", Spread.of(seconds[WARM_UP:]), work, limits) | {"side": side}
+    work = floors.image(config, patches, itemsize=itemsize) + floors.prompt(config.text, tokens, itemsize=itemsize)
+    return _row(f"image of {side} px + question", Spread.of(seconds[WARM_UP:]), work, limits) | {"side": side}
 
 
 def _row(name: str, seconds: Spread, work: floors.Work, limits: Ceilings) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _row(name: str, seconds: Spread, work: floors.Work, limits: Ceilings) -> dic
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for people."""
+    """Format the rows as a table."""
     cells = []
     for row in rows:
         ms = row["ms"]
@@ -141,53 +141,55 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['mfu']:.1%}",
             )
         )
-    return measure.table(cells, ("to the first token, or of the encoder", "ms", "spread", "floor ms", "MFU"))
+    return measure.table(cells, ("time to first token, or of the encoder", "ms", "spread", "floor ms", "MFU"))
 
 
-def run(engine: Engine, limits: Ceilings, *, tokens: Sequence[int], pictures: int, repeats: int) -> dict[str, Any]:
-    """Text; square pictures of every size, alone and several together, and 16:9; one PIL picture with a question."""
+def run(engine: Engine, limits: Ceilings, *, tokens: Sequence[int], images: int, repeats: int) -> dict[str, Any]:
+    """Measure text; square images of every size, alone and in batches, and 16:9; a PIL image with a question."""
     sides = sorted(engine.config.image_sizes(), reverse=True)
     rows = []
     for count in tokens:
         if count >= engine.max_model_len:
-            print(f"a prompt of {count} tokens is left out: the engine holds {engine.max_model_len}")
+            print(f"skipping a prompt of {count} tokens: the maximum length is {engine.max_model_len}")
             continue
         rows.append(text(engine, limits, count, repeats))
     for side in sides:
-        rows += [encode(engine, limits, side, count, side, repeats) for count in (1, pictures)]
+        rows += [encode(engine, limits, side, count, side, repeats) for count in (1, images)]
     largest = sides[0]
-    rows.append(encode(engine, limits, largest, pictures, largest * 9 // 16, repeats))
-    rows += [picture(engine, limits, side, repeats) for side in sides]
+    rows.append(encode(engine, limits, largest, images, largest * 9 // 16, repeats))
+    rows += [image(engine, limits, side, repeats) for side in sides]
     print(show(rows))
     return {"prefill": rows}
 
 
-def run_peer(peer: Peer, *, tokens: Sequence[int], pictures: int, repeats: int) -> dict[str, Any]:
-    """The same work with transformers; pictures are prepared and on the device already."""
+def run_peer(peer: Peer, *, tokens: Sequence[int], images: int, repeats: int) -> dict[str, Any]:
+    """Measure the same with transformers, whose images are already preprocessed and on the device."""
     rows: list[dict[str, Any]] = [{"name": f"text, {n} tokens", "ms": peer.prefill(n, repeats) * 1000} for n in tokens]
     sides = sorted(peer.config.image_sizes(), reverse=True)
     for side in sides:
-        for count in (1, pictures):
+        for count in (1, images):
             name = f"encoder, {count} of {side} x {side}"
             rows.append({"name": name, "ms": peer.encode(count, side, repeats) * 1000})
     for side in sides:
         seconds = [peer.answer(1, side, 32, 1)[0] for _ in range(repeats + 1)][1:]
-        rows.append({"name": f"picture of {side} px + question", "ms": Spread.of(seconds) * 1000})
+        rows.append({"name": f"image of {side} px + question", "ms": Spread.of(seconds) * 1000})
     for row in rows:
         print(f"transformers, {row['name']}: {row['ms'].median:.2f} ms ({row['ms'].low:.2f} to {row['ms'].high:.2f})")
     return {"prefill": rows}
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much to do."""
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32768], metavar="T", help="prompts")
-    parser.add_argument("--pictures", type=int, default=16, help="pictures that are encoded together")
+    """Add the options of this benchmark."""
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32768], metavar="T", help="tokens of text prompts"
+    )
+    parser.add_argument("--images", "--pictures", type=int, default=16, help="number of images encoded together")
     parser.add_argument("--repeats", type=int, default=5)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = script.parse(__doc__, add_work, argv)
-    work = {"tokens": arguments.tokens, "pictures": arguments.pictures, "repeats": arguments.repeats}
+    work = {"tokens": arguments.tokens, "images": arguments.images, "repeats": arguments.repeats}
     script.run_script(arguments, run, run_peer, work)
 
 

@@ -1,8 +1,8 @@
-"""Many people at once: ``python -m bench.engine.throughput --rates 2 8 32``.
+"""Throughput and latency under load: ``python -m bench.engine.throughput --rates 2 8 32``.
 
-Requests arrive at random (Poisson), with prompts and answers of lognormal lengths and a picture in every second one of
-the mix with pictures. For each rate: tokens a second of all together, and what one of them waits, for the first token
-and for each one after. Prompts are prepared beforehand: what is measured is the engine.
+Requests arrive as a Poisson process, with lognormal lengths of prompts and answers, and an image in every second
+request of one mix. Reports for each rate: total tokens per second, time to first token, and time per token after it.
+Prompts are prepared beforehand, so this measures the engine alone.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from aria.engine.request import Request
 from aria.engine.runner import GRAPH_TOKENS
 from aria.processor.image_inputs import ImageSpan
 from bench import measure, script
-from bench.engine.prefill import picture_message, random_picture
+from bench.engine.prefill import image_message, random_image
 from bench.measure import Ceilings
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What people ask."""
+    """A mix of requests."""
 
     name: str
     prompt: tuple[float, float]
-    """Median of the tokens of a prompt's text, and standard deviation of their logarithm."""
+    """Tokens of a prompt's text: median, and standard deviation of the logarithm."""
     answer: tuple[float, float]
-    """The same of an answer."""
-    pictures: float
-    """Share of requests with a picture."""
+    """The same for an answer."""
+    images: float
+    """Share of requests with an image."""
 
 
 MIXES = (
     Mix("text", (256, 0.8), (128, 0.6), 0.0),
-    Mix("pictures", (64, 0.8), (128, 0.6), 0.5),
+    Mix("images", (64, 0.8), (128, 0.6), 0.5),
 )
 
 
 @dataclass
 class Arrival:
-    """A request before and while it runs; times in seconds since the start."""
+    """A request; times are in seconds since the start."""
 
     at: float
     prompt: Sequence[int]
     tokens: int
     images: Sequence[ImageSpan] = ()
     times: list[float] = field(default_factory=list)
-    """When each token was there."""
+    """Time of each token."""
 
 
 def draw(engine: Engine, mix: Mix, rate: float, seconds: float, seed: int, longest: int) -> list[Arrival]:
-    """Random requests of some seconds, at least two.
+    """Draw random requests, at least two.
 
     Args:
-        engine: prepares the pictures.
-        mix: lengths and pictures.
-        rate: requests a second, the mean.
-        seconds: how long they go on arriving.
-        seed: equal ones draw equal requests.
-        longest: tokens that a prompt's text or an answer has at most.
+        engine: Engine that prepares the images.
+        mix: Lengths and share of images.
+        rate: Mean requests per second.
+        seconds: Duration of arrivals.
+        seed: Seed of all draws.
+        longest: Maximum tokens of a prompt's text and of an answer.
     """
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     side = min(engine.config.image_sizes())
@@ -78,16 +78,16 @@ def draw(engine: Engine, mix: Mix, rate: float, seconds: float, seed: int, longe
             for median, spread in (mix.prompt, mix.answer)
         )
         ids = measure.random_prompt(engine.config, length, generator)
-        if random.random() >= mix.pictures:
+        if random.random() >= mix.images:
             arrivals.append(Arrival(at, ids, answer))
             continue
-        prepared = engine.prepare(picture_message([random_picture(side, side, random)], side))
+        prepared = engine.prepare(image_message([random_image(side, side, random)], side))
         arrivals.append(Arrival(at, [*prepared.ids, *ids], answer, prepared.images))
     return arrivals
 
 
 def serve(engine: Engine, arrivals: Sequence[Arrival]) -> float:
-    """Let requests arrive at their times and answer them all. Returns the seconds that this takes."""
+    """Add requests at their times and answer all; return the seconds that this takes."""
     core = engine.core
     running: dict[Request, Arrival] = {}
     waiting = sorted(arrivals, key=lambda arrival: arrival.at, reverse=True)
@@ -110,7 +110,7 @@ def serve(engine: Engine, arrivals: Sequence[Arrival]) -> float:
 
 
 def warm_up(engine: Engine, longest: int) -> None:
-    """Run every batch size and short prompts of every length twice: the engine makes a graph of what comes again."""
+    """Run every batch size and short prompts of every length twice, so that all CUDA graphs are captured."""
     core = engine.core
     generator = torch.Generator().manual_seed(0)
 
@@ -124,7 +124,7 @@ def warm_up(engine: Engine, longest: int) -> None:
 
     most = core.max_batch
     for length in (16, longest):
-        # An answer ends in each step, and near the end in every second one, so that every size comes twice.
+        # One answer ends in each step, and near the end in every second one, so that every batch size occurs twice.
         for rank in range(most, 0, -1):
             add(length if rank == most else 16, rank + min(rank, 8))
         finish()
@@ -135,7 +135,7 @@ def warm_up(engine: Engine, longest: int) -> None:
 
 
 def summarise(mix: Mix, rate: float, arrivals: Sequence[Arrival], seconds: float) -> dict[str, Any]:
-    """What happened at one rate."""
+    """Summarise the results at one rate."""
     firsts = np.array([arrival.times[0] - arrival.at for arrival in arrivals]) * 1000
     nexts = [(a.times[-1] - a.times[0]) / (len(a.times) - 1) * 1000 for a in arrivals if len(a.times) > 1]
     row: dict[str, Any] = {
@@ -150,12 +150,12 @@ def summarise(mix: Mix, rate: float, arrivals: Sequence[Arrival], seconds: float
 
 
 def run(engine: Engine, limits: Ceilings, *, rates: Sequence[float], seconds: float, longest: int) -> dict[str, Any]:
-    """All mixes at all rates. The ceilings have no part in it; they stand beside the results."""
+    """Measure all mixes at all rates; ``limits`` is not used."""
     longest = min(longest, engine.max_model_len // 4)
     warm_up(engine, longest)
     rows = []
     for mix in MIXES:
-        # A rehearsal: other numbers of pictures together are other shapes.
+        # Warm up: other numbers of images are other shapes.
         serve(engine, draw(engine, mix, rates[-1], seconds / 3, len(rates), longest))
         for number, rate in enumerate(rates):
             arrivals = draw(engine, mix, rate, seconds, number, longest)
@@ -166,7 +166,7 @@ def run(engine: Engine, limits: Ceilings, *, rates: Sequence[float], seconds: fl
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for people."""
+    """Format the rows as a table."""
     cells = [
         (
             f"{row['mix']}, {row['requests_per_s']:g} requests/s",
@@ -175,16 +175,16 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return measure.table(cells, ("requests", "tok/s", "first ms p50", "p99", "next ms p50", "p99"))
+    return measure.table(cells, ("requests", "tok/s", "TTFT ms p50", "p99", "ms/token p50", "p99"))
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much to do."""
+    """Add the options of this benchmark."""
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[2, 8, 16, 32, 64], metavar="R", help="requests a second"
+        "--rates", type=float, nargs="+", default=[2, 8, 16, 32, 64], metavar="R", help="requests per second"
     )
-    parser.add_argument("--seconds", type=float, default=6, help="how long requests arrive at each rate")
-    parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt's text or of an answer at most")
+    parser.add_argument("--seconds", type=float, default=6, help="duration of arrivals at each rate")
+    parser.add_argument("--longest", type=int, default=2048, help="maximum tokens of a prompt's text and of an answer")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Many frames at once: ``python -m bench.engine.video --frames 256``.
+"""A prompt with many frames: ``python -m bench.engine.video --frames 256``.
 
-Frames of a clip, as arrays in memory as decoders give them, in one prompt with a question: seconds to the first token,
-tokens a second after it, and peak memory. The frames of every run are new.
+Frames of a clip as arrays in memory, as a decoder returns them, with a question. Reports time to first token, tokens
+per second after it, and peak memory. Every run has new frames.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from aria import Engine, SamplingParams
 from bench import floors, script
 from bench.engine.peer import Peer
-from bench.engine.prefill import first_token, picture_message, random_picture
+from bench.engine.prefill import first_token, image_message, random_image
 from bench.measure import Ceilings, Spread
 
 
 def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Frames of the smallest size that the model has."""
+    """Measure frames of the model's smallest image size."""
     config, device = engine.config, engine.device
     side = min(config.image_sizes())
     generator = np.random.default_rng(frames)
@@ -30,13 +30,13 @@ def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(repeats + 1):
-        clip = [np.asarray(random_picture(side, side, generator)) for _ in range(frames)]
-        first, last, prompt = first_token(engine, picture_message(clip, side, "What happens here?"), params)
+        clip = [np.asarray(random_image(side, side, generator)) for _ in range(frames)]
+        first, last, prompt = first_token(engine, image_message(clip, side, "What happens here?"), params)
         firsts.append(first)
         rates.append((tokens - 1) / (last - first))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     itemsize = engine.dtype.itemsize
-    encoder = floors.picture(config, (side // config.vision.patch_size) ** 2, itemsize=itemsize) * frames
+    encoder = floors.image(config, (side // config.vision.patch_size) ** 2, itemsize=itemsize) * frames
     work = encoder + floors.prompt(config.text, prompt, itemsize=itemsize)
     first_ms, rate = Spread.of(firsts[1:]) * 1000, Spread.of(rates[1:])
     floor, mfu = limits.floor(work) * 1000, work.flops / first_ms.median * 1000 / limits.product
@@ -44,7 +44,7 @@ def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: 
     print(
         f"{frames} frames of {side} px ({prompt} tokens): {first_ms.median:.1f} ms to the first token "
         f"({first_ms.low:.1f} to {first_ms.high:.1f}; floor {floor:.1f}, MFU {mfu:.1%}), then {rate.median:.1f} tok/s"
-        + ("" if peak is None else f"; peak {peak / 1e9:.1f} GB with a cache of {cache / 1e9:.1f} GB")
+        + ("" if peak is None else f"; peak {peak / 1e9:.1f} GB with a KV cache of {cache / 1e9:.1f} GB")
     )
     row = {"frames": frames, "side": side, "prompt_tokens": prompt, "first_token_ms": first_ms, "floor_ms": floor}
     row |= {"mfu": mfu, "tokens_per_s": rate, "peak_bytes": peak, "cache_bytes": cache}
@@ -52,7 +52,7 @@ def run(engine: Engine, limits: Ceilings, *, frames: int, tokens: int, repeats: 
 
 
 def run_peer(peer: Peer, *, frames: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """The same work with transformers, whose frames are prepared and on the device already."""
+    """Measure the same with transformers, whose frames are already preprocessed and on the device."""
     side = min(peer.config.image_sizes())
     runs = [peer.answer(frames, side, 32, tokens) for _ in range(repeats + 1)][1:]
     first_ms = Spread.of([marks[0] for marks in runs]) * 1000
@@ -62,9 +62,9 @@ def run_peer(peer: Peer, *, frames: int, tokens: int, repeats: int) -> dict[str,
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much to do."""
+    """Add the options of this benchmark."""
     parser.add_argument("--frames", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=100, help="of the answer")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens of the answer")
     parser.add_argument("--repeats", type=int, default=2)
 
 

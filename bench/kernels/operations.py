@@ -1,7 +1,7 @@
 """Each operation by itself: ``python -m bench.kernels.operations``.
 
-Its error against the plain-PyTorch reference in float32, its time, that of what libraries offer for the same work, and
-how much of the machine it uses. Calls go over changing buffers and are launched as a CUDA graph.
+Reports the error against the reference in float32, the time, the time of PyTorch's libraries for the same work, and the
+share of the machine's ceilings. Calls use changing buffers and are launched as a CUDA graph.
 
 T tokens, N sequences, D hidden, H heads, KV key/value heads, K head width, E experts, F expert width, W shared experts'
 width, S tokens of a block of the cache, P patches.
@@ -35,22 +35,22 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on some shape."""
+    """An operation on one shape."""
 
     name: str
     calls: Sequence[tuple[Any, ...]]
-    """Arguments of calls that are alike."""
+    """Arguments of similar calls."""
     run: Callable[..., Any]
     reference: Callable[..., Any]
     library: Callable[..., Any] | None
-    """The same from what PyTorch and its libraries offer; it may want what is laid out otherwise, see ``prepared``."""
+    """The same work with PyTorch's libraries; with other arguments if ``prepared`` is set."""
     work: Work
     prepared: Sequence[tuple[Any, ...]] | None = None
-    """Arguments for the library, where they differ."""
+    """Arguments for ``library``, if they differ."""
 
 
 class Maker:
-    """Random tensors of one device and dtype: normal, weights with standard deviation 0.02."""
+    """Makes random normal tensors of one device and dtype; weights have a standard deviation of 0.02."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -66,12 +66,12 @@ class Maker:
         return torch.ones(size, device=self.device, dtype=self.dtype)
 
     def copies(self, nbytes: int) -> int:
-        """How many buffers of so many bytes the chip's cache cannot keep; 50 MB on an H100."""
+        """Return how many buffers of ``nbytes`` exceed the chip's cache (50 MB on an H100)."""
         return max(2, min(32, 250_000_000 // nbytes)) if self.device.type == "cuda" else 2
 
 
 def few_tokens(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Case]:
-    """Norm and projections, and the projection back into the stream."""
+    """Yield norm with projections, and the projection back into the residual stream."""
     D, size = text.hidden_size, make.dtype.itemsize
     parts = [heads * text.head_dim for heads in (text.num_attention_heads, *[text.num_key_value_heads] * 2)]
     O = sum(parts)
@@ -80,7 +80,7 @@ def few_tokens(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator
         calls: list[tuple[Any, ...]] = []
         fused = [(make.x(T, D), norm, EPS, make.weight(O, D)) for _ in range(make.copies(D * O * size))]
         for x, _, _, weight in fused:
-            # The engine lays q, k and v out like this: next to each other.
+            # The engine stores q, k and v next to each other.
             calls.append((x, norm, EPS, *weight.split(parts)))
         work = Work((T * D + O * D + T * O) * size, 2.0 * T * D * O)
         name = f"norm_linear {T} x {D} -> {O}"
@@ -91,7 +91,7 @@ def few_tokens(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator
 
 
 def experts(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Case]:
-    """The second half of a layer; experts lie in memory as the engine lays them out."""
+    """Yield the MoE half of a layer, with experts laid out as in the engine."""
     D, E, A, width, W = (
         text.hidden_size,
         text.moe_num_experts,
@@ -112,7 +112,7 @@ def experts(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Ca
 
 
 def norms(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Case]:
-    """The norm alone."""
+    """Yield the norm alone."""
     D, size = text.hidden_size, make.dtype.itemsize
     for T in tokens:
         calls = [(make.x(T, D), make.ones(D), EPS) for _ in range(make.copies(T * D * size))]
@@ -120,7 +120,7 @@ def norms(make: Maker, text: TextConfig, tokens: Sequence[int]) -> Iterator[Case
 
 
 def cached_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, int]]) -> Iterator[Case]:
-    """One new token of each of N sequences over the paged cache."""
+    """Yield decode attention: one new token of each of N sequences over the paged KV cache."""
     H, KV, K = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     for N, context in shapes:
         S = 64 if make.device.type == "cuda" else 16
@@ -143,7 +143,7 @@ def cached_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, 
 
 
 def prompt_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, int]]) -> Iterator[Case]:
-    """A chunk of a prompt over itself and its past."""
+    """Yield chunked prefill attention: a chunk of a prompt over itself and its past."""
     H, KV, K = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     S = 64 if make.device.type == "cuda" else 16
     for T, past in shapes:
@@ -162,8 +162,8 @@ def prompt_attention(make: Maker, text: TextConfig, shapes: Sequence[tuple[int, 
         yield Case(name, calls, ops.chunks_attention, _head_by_head, _dense_chunk, work, dense)
 
 
-def picture_attention(make: Maker, config: AriaConfig, crops: Sequence[tuple[int, int]]) -> Iterator[Case]:
-    """Bidirectional attention of the vision encoder within each of C crops of P patches."""
+def image_attention(make: Maker, config: AriaConfig, crops: Sequence[tuple[int, int]]) -> Iterator[Case]:
+    """Yield the vision encoder's bidirectional attention within C crops of P patches."""
     H, K = config.vision.num_attention_heads, config.vision.head_dim
     for C, P in crops:
         segments = Segments.of([P] * C, make.device)
@@ -195,7 +195,7 @@ def sampling(make: Maker, text: TextConfig, batches: Sequence[int]) -> Iterator[
 
 
 def cases(config: AriaConfig, make: Maker) -> Iterator[Case]:
-    """All of them, one after the other: a case's tensors live until the next one is asked for."""
+    """Yield all cases; the tensors of a case live until the next one."""
     text = config.text
     full = make.device.type == "cuda" and text.hidden_size >= 1024
     patches = list(config.projector.patch_to_query)
@@ -206,7 +206,7 @@ def cases(config: AriaConfig, make: Maker) -> Iterator[Case]:
     yield from cached_attention(make, text, shapes if full else [(1, 20), (3, 33)])
     yield from prompt_attention(make, text, [(8192, 0), (8192, 8192), (16384, 16384)] if full else [(24, 0), (24, 16)])
     yield from sampling(make, text, (1, 256) if full else (1, 3))
-    yield from picture_attention(make, config, [(1, patches[-1]), (16, patches[0])] if full else [(2, patches[0])])
+    yield from image_attention(make, config, [(1, patches[-1]), (16, patches[0])] if full else [(2, patches[0])])
 
 
 def _norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
 
 
 def _moe_layer(x: Tensor, weights: MoEWeights) -> Tensor:
-    """cuBLAS and PyTorch's grouped products."""
+    """The same with cuBLAS and PyTorch's grouped matrix products."""
     gate, up, down = weights.shared
     normed = F.rms_norm(x, weights.norm.shape, weights.norm, weights.eps)
     chosen = reference.route(F.linear(normed, weights.router), weights.top_k)
@@ -240,7 +240,7 @@ def _sample_reference(state: SamplerState, params: SamplingParams, logits: Tenso
 
 
 def _sample_library(state: SamplerState, params: SamplingParams, logits: Tensor, index: Tensor) -> Tensor:
-    """PyTorch's topk, sort and multinomial, as generation loops put them together."""
+    """The same with topk, sort and multinomial, as in common generation loops."""
     if params.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / params.temperature
@@ -253,12 +253,12 @@ def _sample_library(state: SamplerState, params: SamplingParams, logits: Tensor,
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Over keys and values that lie together, which spares it the pages."""
+    """Attention over contiguous keys and values, without paging."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
-    """The past in one piece with the chunk, and no page of it to gather."""
+    """Attention over a contiguous past, without paging."""
     gqa = q.shape[1] != k.shape[1]
     if not past.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -268,7 +268,7 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
 
 
 def _head_by_head(q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, chunks: Chunks) -> Tensor:
-    """The reference, whose scores of all heads would not fit into memory."""
+    """The reference, one head at a time: the scores of all heads would not fit into memory."""
     group = q.shape[1] // k.shape[1]
     outs = []
     for head in range(q.shape[1]):
@@ -288,7 +288,7 @@ def _touched(x: Tensor, weights: MoEWeights) -> int:
 
 
 def _wide(value: Any) -> Any:
-    """The same in float32, and nothing shared with the original."""
+    """Copy in float32."""
     if isinstance(value, MoEWeights):
         return MoEWeights(*(_wide(getattr(value, field.name)) for field in fields(value)))
     if isinstance(value, tuple):
@@ -298,7 +298,7 @@ def _wide(value: Any) -> Any:
 
 
 def error(case: Case) -> float:
-    """Norm of the difference to the reference in float32, over the reference's norm."""
+    """Return the relative error: norm of the difference to the float32 reference over the reference's norm."""
     arguments = case.calls[0]
     wide = _wide(arguments)
     out = case.run(*arguments)
@@ -307,7 +307,7 @@ def error(case: Case) -> float:
 
 
 def measure_case(case: Case, limits: Ceilings, device: torch.device, repeats: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     wrong = error(case)
     ours = measure.clock_graph([_bind(case.run, call) for call in case.calls], device, repeats=repeats)
     library = None
@@ -316,7 +316,7 @@ def measure_case(case: Case, limits: Ceilings, device: torch.device, repeats: in
         try:
             library = measure.clock_graph([_bind(case.library, call) for call in calls], device, repeats=repeats)
         except RuntimeError as problem:
-            print(f"{case.name}: the library's way fails: {problem}")
+            print(f"{case.name}: the library fails: {problem}")
     return {
         "name": case.name, "error": wrong, "us": ours * 1e6, "library_us": None if library is None else library * 1e6,
         "floor_us": limits.floor(case.work) * 1e6, "bytes_per_s": case.work.nbytes / ours.median,
@@ -330,7 +330,7 @@ def _bind(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], A
 
 @torch.inference_mode()
 def run(config: AriaConfig, device: torch.device, limits: Ceilings, repeats: int, only: str = "") -> dict[str, Any]:
-    """All cases whose name contains ``only``."""
+    """Measure all cases whose names contain ``only``."""
     rows = []
     for case in cases(config, Maker(device, measure.dtype_of(device))):
         if only not in case.name:
@@ -344,7 +344,7 @@ def run(config: AriaConfig, device: torch.device, limits: Ceilings, repeats: int
 
 
 def show(rows: Sequence[dict[str, Any]], limits: Ceilings) -> str:
-    """The rows for people."""
+    """Format the rows as a table."""
     cells = []
     for row in rows:
         library = row["library_us"]
@@ -365,10 +365,10 @@ def show(rows: Sequence[dict[str, Any]], limits: Ceilings) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cuda = torch.cuda.is_available()
-    parser.add_argument("--model", choices=SHAPES, default="aria" if on_cuda else "small", help="whose shapes")
+    parser.add_argument("--model", choices=SHAPES, default="aria" if on_cuda else "small", help="whose shapes to use")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_cuda else "cpu"))
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--only", default="", help="only operations whose names contain this")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args(argv)
     device = arguments.device

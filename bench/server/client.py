@@ -1,7 +1,7 @@
-"""The least that speaks to the server: a POST over asyncio's own sockets, and when its tokens came.
+"""A minimal client of the server: a POST over asyncio sockets, and the times of its tokens.
 
-A full HTTP client would cost more than what is measured. Run as a script it asks many things at once, in a process of
-its own, and prints the times: ``python -m bench.server.client HOST PORT < bodies.jsonl``.
+A full HTTP client would cost more than what is measured. As a script, ``python -m bench.server.client HOST PORT <
+bodies.jsonl`` sends all requests at once and prints the times.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TEXT = re.compile(rb'"content":"[^"]')
-"""A chunk that has some."""
+"""Matches a chunk with text."""
 
 
 @dataclass
 class Reply:
-    """What came back."""
+    """A response."""
 
     status: int = 0
     text: str = ""
     finish_reason: str | None = None
     tokens: int = 0
     first: float = 0.0
-    """Seconds from the request to its first text."""
+    """Seconds from the request to the first text."""
     last: float = 0.0
-    """Seconds from the request to its end."""
+    """Seconds from the request to the end."""
     error: str | None = None
 
 
@@ -49,11 +49,13 @@ async def _post(host: str, port: int, path: str, body: Mapping[str, Any]) -> Asy
 
 
 async def ask(host: str, port: int, body: Mapping[str, Any], *, leave_after: int | None = None) -> Reply:
-    """One chat.
+    """Send one chat request.
 
     Args:
-        body: of ``/v1/chat/completions``, streamed or not; a stream should include its usage.
-        leave_after: close the connection after so many lines of the stream.
+        host: Host of the server.
+        port: Port of the server.
+        body: Body for ``/v1/chat/completions``, streamed or not; a stream should include its usage.
+        leave_after: Disconnect after this many lines of the stream.
     """
     began = time.perf_counter()
     reply = Reply()
@@ -62,13 +64,12 @@ async def ask(host: str, port: int, body: Mapping[str, Any], *, leave_after: int
         while (await reader.readline()).strip():
             pass
         if not body.get("stream"):
-            said = json.loads(await reader.read())
-            _whole(reply, said)
+            _read_complete(reply, json.loads(await reader.read()))
         else:
             lines = 0
             while line := await reader.readline():
                 if line.startswith(b"data: "):
-                    _chunk(reply, line[6:], began)
+                    _read_chunk(reply, line[6:], began)
                     lines += 1
                 if leave_after is not None and lines >= leave_after:
                     break
@@ -76,25 +77,25 @@ async def ask(host: str, port: int, body: Mapping[str, Any], *, leave_after: int
     return reply
 
 
-def _whole(reply: Reply, said: Mapping[str, Any]) -> None:
-    if "error" in said:
-        reply.error = said["error"]["message"]
+def _read_complete(reply: Reply, data: Mapping[str, Any]) -> None:
+    if "error" in data:
+        reply.error = data["error"]["message"]
         return
-    [choice] = said["choices"]
+    [choice] = data["choices"]
     reply.text, reply.finish_reason = choice["message"]["content"], choice["finish_reason"]
-    reply.tokens = said["usage"]["completion_tokens"]
+    reply.tokens = data["usage"]["completion_tokens"]
 
 
-def _chunk(reply: Reply, data: bytes, began: float) -> None:
+def _read_chunk(reply: Reply, data: bytes, began: float) -> None:
     if data.startswith(b"[DONE]"):
         return
-    said = json.loads(data)
-    if "error" in said:
-        reply.error = said["error"]["message"]
+    event = json.loads(data)
+    if "error" in event:
+        reply.error = event["error"]["message"]
         return
-    if said.get("usage"):
-        reply.tokens = said["usage"]["completion_tokens"]
-    for choice in said["choices"]:
+    if event.get("usage"):
+        reply.tokens = event["usage"]["completion_tokens"]
+    for choice in event["choices"]:
         if text := choice["delta"].get("content"):
             reply.first = reply.first or time.perf_counter() - began
             reply.text += text
@@ -102,7 +103,7 @@ def _chunk(reply: Reply, data: bytes, began: float) -> None:
 
 
 async def time_stream(host: str, port: int, body: Mapping[str, Any]) -> Reply:
-    """The times and the usage of a stream, whose text is not even looked at: the machine belongs to the server."""
+    """Time a stream and read its usage, without parsing its text, to leave the CPU to the server."""
     began = time.perf_counter()
     reply = Reply()
     async with _post(host, port, "/v1/chat/completions", body) as reader:
@@ -121,14 +122,14 @@ async def time_stream(host: str, port: int, body: Mapping[str, Any]) -> Reply:
 
 
 async def together(host: str, port: int, bodies: list[Mapping[str, Any]]) -> tuple[float, list[Reply]]:
-    """Seconds for all of these streams at once, and for each."""
+    """Run all streams at once; return total seconds and the replies."""
     began = time.perf_counter()
     replies = await asyncio.gather(*(time_stream(host, port, body) for body in bodies))
     return time.perf_counter() - began, replies
 
 
 def main() -> None:
-    """Bodies of streams from standard input, all at once; seconds and replies to standard output."""
+    """Read bodies of streams from standard input, send them at once, and print seconds and replies."""
     bodies = [json.loads(line) for line in sys.stdin]
     seconds, replies = asyncio.run(together(sys.argv[1], int(sys.argv[2]), bodies))
     print(json.dumps({"seconds": seconds, "replies": [asdict(reply) for reply in replies]}))

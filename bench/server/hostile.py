@@ -1,13 +1,13 @@
-"""The server under attack: what hostile requests cost everybody else.
+"""The server under attack: the cost of hostile requests to other clients.
 
     python -m bench.server.hostile --media 1000 --minutes 5
 
-Each attack runs beside good clients, whose answers are compared with those they had before, while `/health` is asked
-twenty times a second and the memory of all processes is watched; the server may take 6 GB. Attackers and files come
-from `tests/hostile`. Ends with one JSON line, and with exit status 1 if the server ended, a good answer was wrong or
-lost, `/health` took longer than 100 ms in more than a hundredth of all cases, the main process took 300 MB more than
-idle for one request, or good answers took more than twice as long at the 99th percentile beside hostile files. (A
-hundred attackers of all kinds on the same machine take its processors themselves; their row is only measured.)
+Each attack runs beside good clients, whose answers are compared with earlier ones, while `/health` is requested twenty
+times per second and the memory of all processes is sampled; the server may use 6 GB. Attackers and files come from
+`tests/hostile`. The last line is JSON. The exit status is 1 if the server died, a good answer was wrong or lost, the
+99th percentile of `/health` exceeded 100 ms, the main process used 300 MB more than idle for one request, or the 99th
+percentile of good answers more than doubled beside hostile files. (A hundred attackers of all kinds on the same machine
+use its CPU themselves, so their row is only reported.)
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ COLUMNS = ("attack", "answers", "longest s", "/health p50, p99 ms", "good answer
 
 
 class Bench:
-    """A server, and a row for each attack on it.
+    """Attacks a server and collects a row for each attack.
 
     Args:
-        server: it.
-        clients: good ones beside each attack.
+        server: The server.
+        clients: Number of good clients beside each attack.
 
     Attributes:
-        rows: of the table.
-        found: the same for machines.
-        faults: what was missed, a sentence each.
+        rows: Rows of the table.
+        found: The same results as JSON.
+        faults: Failed criteria, a sentence each.
     """
 
     def __init__(self, server: Server, clients: int):
@@ -69,14 +69,14 @@ class Bench:
         """Attack, and add a row.
 
         Args:
-            name: Of the attack.
+            name: Name of the attack.
             work: The attack itself.
             expected: Statuses that hostile requests may get.
             peak: Limit on bytes of the main process beyond idle.
             slower: Good answers may take longer than twice as long.
         """
         if not self._server.alive:
-            self.faults.append(f"{name}: not tried, since the server had ended")
+            self.faults.append(f"{name}: skipped, since the server had died")
             return
         with watching(self._server, self._clients) as watched:
             outcomes = work()
@@ -107,7 +107,7 @@ class Bench:
         slowest = percentile(watched.good, 0.99)
         self._without = self._without or slowest
         missed = {
-            "the server ended": not self._server.alive,
+            "the server died": not self._server.alive,
             f"good answers were wrong or lost, such as {watched.wrong[:1]}": bool(watched.wrong),
             f"/health was {dict(watched.unhealthy)}": bool(watched.unhealthy),
             f"unexpected answers: {dict(statuses)}": bool(set(statuses) - set(expected)),
@@ -119,7 +119,7 @@ class Bench:
 
 
 def idle(seconds: float) -> list[Outcome]:
-    """No attack."""
+    """Wait without an attack."""
     time.sleep(seconds)
     return []
 
@@ -131,12 +131,12 @@ def together(port: int, requests: list[bytes]) -> list[Outcome]:
 
 
 def mixed(port: int, seconds: float) -> list[Outcome]:
-    """All attackers together; what each of them saw is printed."""
+    """Run all attackers together, and print their results."""
     command = [sys.executable, "-m", "tests.hostile.attackers", str(port), str(seconds), "1"]
     done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout.strip())
     seen = json.loads(done.stdout)["statuses"]
-    # -1 and 0 are connections that attackers left, and those that were ended for what they sent.
+    # -1 and 0 are connections that attackers or the server closed.
     return [
         Outcome(name, int(status), 0.0, "")
         for name, counts in seen.items()
@@ -146,11 +146,11 @@ def mixed(port: int, seconds: float) -> list[Outcome]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module's first lines."""
+    """Run all attacks and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--media", type=int, default=1000, help="hostile media, 16 at a time")
-    parser.add_argument("--minutes", type=float, default=5, help="of all attackers together")
-    parser.add_argument("--clients", type=int, default=8, help="good ones beside each attack")
+    parser.add_argument("--media", type=int, default=1000, help="number of hostile media, sent 16 at a time")
+    parser.add_argument("--minutes", type=float, default=5, help="duration of all attackers together")
+    parser.add_argument("--clients", type=int, default=8, help="good clients beside each attack")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as kept, running(*LIMITS) as server:

@@ -1,9 +1,9 @@
-"""What decoding in worker processes costs: the same media read in this process and in workers, by turns.
+"""Overhead of decoding in worker processes: the same media read in this process and in workers, in turn.
 
     python -m bench.server.media_workers [--repeats 30] [--json FILE]
 
-For each medium: the median of milliseconds in this process and in a worker, with the quartiles of both, and the median
-of the differences of neighbouring measurements.
+Reports for each medium the median and quartiles of milliseconds in this process and in a worker, and the median of the
+differences of adjacent measurements.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CLIP_SECONDS = 600
 PAGES = 50
 
 
-def picture(width: int, height: int, format: str) -> bytes:
-    """A smooth picture with some noise, so that its file is as large as a photograph's."""
+def image(width: int, height: int, format: str) -> bytes:
+    """Make a smooth image with some noise, so that its file is as large as a photograph's."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     base = np.stack([x / width * 255, y / height * 255, (x + y) % 256], -1)
     noise = np.random.default_rng(0).normal(0, 6, base.shape)
@@ -43,7 +43,7 @@ def picture(width: int, height: int, format: str) -> bytes:
 
 
 def document(pages: int) -> bytes:
-    """Pages of A4 with some lines of text each."""
+    """Make a PDF of A4 pages with lines of text."""
     import pypdfium2
 
     pdf = pypdfium2.PdfDocument.new()
@@ -67,13 +67,13 @@ def document(pages: int) -> bytes:
 def measure(
     read: Callable[[MediaSettings], object], here: MediaSettings, there: MediaSettings, repeats: int
 ) -> dict[str, Any]:
-    """Milliseconds of both, by turns."""
+    """Measure milliseconds of both, in turn."""
     times: dict[str, list[float]] = {"in_process": [], "worker": []}
     for turn in range(repeats + 1):
         for name, settings in (("in_process", here), ("worker", there)):
             begin = time.perf_counter()
             read(settings)
-            if turn:  # the first of each warms up
+            if turn:  # the first of each is a warm-up
                 times[name].append((time.perf_counter() - begin) * 1000)
     more = statistics.median(b - a for a, b in zip(*times.values(), strict=True))
     return {**{name: statistics.quantiles(values, n=4) for name, values in times.items()}, "difference": more}
@@ -82,9 +82,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--repeats", type=int, default=30, help="of the pictures; clip and document a tenth of it, at least 3"
+        "--repeats", type=int, default=30, help="repeats for images; clip and document use a tenth, at least 3"
     )
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     here, there = MediaSettings(workers=0, clip_decoder="cpu"), MediaSettings(workers=1, clip_decoder="cpu")
     workers = shared_workers(there)
@@ -114,9 +114,9 @@ def main() -> None:
         clip = Path(folder) / "clip.mp4"
         make(clip, CLIP_SECONDS)
         cases: list[tuple[str, str, bytes | Path, int]] = [
-            ("PNG of 200 x 150", "image", picture(200, 150, "PNG"), args.repeats),
-            ("JPEG of 980 x 980", "image", picture(980, 980, "JPEG"), args.repeats),
-            ("JPEG of 4000 x 3000", "image", picture(4000, 3000, "JPEG"), few),
+            ("PNG of 200 x 150", "image", image(200, 150, "PNG"), args.repeats),
+            ("JPEG of 980 x 980", "image", image(980, 980, "JPEG"), args.repeats),
+            ("JPEG of 4000 x 3000", "image", image(4000, 3000, "JPEG"), few),
             (f"clip of {CLIP_SECONDS // 60} minutes in 1080p, 128 frames", "video", clip, few),
             (f"PDF of {PAGES} pages, split", "document", document(PAGES), few),
         ]

@@ -1,11 +1,10 @@
-"""What the server costs over the bare engine: throughput of many streams, and the time to the first token of one.
+"""Overhead of the server over the bare engine: throughput of many streams, and time to first token of one.
 
     python -m bench.server.serve --model nano --streams 16
     python -m bench.server.serve --model aria --streams 64 --tokens 256
 
-The same engine does the same work in turns: read as pieces in the process that runs it, and as server-sent events by
-clients in a process of their own. Where other work is on the machine, the CPU time of the engine's and server's process
-tells more than the clock does. Ends with one JSON line.
+The same engine does the same work in turn: streamed within its process, and as server-sent events to clients in another
+process. On a busy machine the CPU time of the server's process is more reliable than the clock. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Work = list[dict[str, Any]]
 
 
 def work(streams: int, tokens: int, prompt: int, number: object) -> Work:
-    """Bodies of streams that nothing was computed for before."""
+    """Make request bodies of streams with new prompts."""
     return [
         {
             "messages": [{"role": "user", "content": f"{number} {i} {'what is this? ' * (prompt // 14)}"}],
@@ -54,7 +53,7 @@ def work(streams: int, tokens: int, prompt: int, number: object) -> Work:
 
 @contextmanager
 def serving(engine: AsyncEngine) -> Iterator[int]:
-    """A server on a free port of this machine."""
+    """Run a server on a free local port."""
     app = create_app(engine, ServerSettings(max_queue=4096))
     server = Server(configure(app, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -69,20 +68,21 @@ def serving(engine: AsyncEngine) -> Iterator[int]:
 
 
 def served(port: int, bodies: Work) -> tuple[float, list[float], int]:
-    """Seconds for all, seconds to each first token, and tokens, as clients see them."""
+    """Return total seconds, seconds to each first token, and tokens, as clients see them."""
     lines = "".join(json.dumps(body) + "\n" for body in bodies)
     command = [sys.executable, "-m", "bench.server.client", "127.0.0.1", str(port)]
-    # The client needs nothing of the project but itself.
+    # The client imports only itself from this repository.
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True, env=environment)
-    told = json.loads(done.stdout)
-    if errors := [reply for reply in told["replies"] if reply["status"] != 200 or reply["error"]]:
+    found = json.loads(done.stdout)
+    if errors := [reply for reply in found["replies"] if reply["status"] != 200 or reply["error"]]:
         raise RuntimeError(f"a request failed: {errors[0]}")
-    return told["seconds"], [one["first"] for one in told["replies"]], sum(one["tokens"] for one in told["replies"])
+    replies = found["replies"]
+    return found["seconds"], [one["first"] for one in replies], sum(one["tokens"] for one in replies)
 
 
 def bare(engine: AsyncEngine, runner: asyncio.Runner, bodies: Work) -> tuple[float, list[float], int]:
-    """The same of the engine alone."""
+    """Return the same for the engine alone."""
 
     async def read(body: dict[str, Any]) -> tuple[float, int]:
         began = time.perf_counter()
@@ -104,7 +104,7 @@ def bare(engine: AsyncEngine, runner: asyncio.Runner, bodies: Work) -> tuple[flo
 
 
 def compare(engine: AsyncEngine, *, streams: int, tokens: int, prompt: int, rounds: int, ones: int) -> dict[str, Any]:
-    """Both ways in turns; medians of the rounds."""
+    """Measure both in turn; return medians of the rounds."""
     rates: dict[str, list[float]] = {"bare": [], "served": []}
     firsts: dict[str, list[float]] = {"bare": [], "served": []}
     work_done: dict[str, list[float]] = {"bare": [], "served": []}
@@ -112,7 +112,7 @@ def compare(engine: AsyncEngine, *, streams: int, tokens: int, prompt: int, roun
         ways = {"bare": lambda bodies: bare(engine, runner, bodies), "served": lambda bodies: served(port, bodies)}
         for name, way in ways.items():
             way(work(streams, 8, prompt, f"warm {name}"))
-        # Every prompt is new, or the way that comes second would find it read already.
+        # Every prompt is new; otherwise the second way would hit the prefix cache.
         for number in range(rounds):
             for name, way in ways.items():
                 before = time.process_time()
@@ -123,7 +123,7 @@ def compare(engine: AsyncEngine, *, streams: int, tokens: int, prompt: int, roun
             for name, way in ways.items():
                 firsts[name] += way(work(1, 4, prompt, f"{name} one {number}"))[1]
     rate, first, cpu = (
-        {name: statistics.median(values) for name, values in told.items()} for told in (rates, firsts, work_done)
+        {name: statistics.median(values) for name, values in found.items()} for found in (rates, firsts, work_done)
     )
     return {
         "streams": streams,
@@ -138,17 +138,17 @@ def compare(engine: AsyncEngine, *, streams: int, tokens: int, prompt: int, roun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module's first lines."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("nano", *SHAPES), default="nano")
     parser.add_argument(
         "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt, about")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
+    parser.add_argument("--prompt", type=int, default=128, help="approximate tokens of each prompt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ones", type=int, default=15, help="single requests, for the first token")
+    parser.add_argument("--ones", type=int, default=15, help="single requests for the time to first token")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args(argv)
     if arguments.device.type == "cpu":
@@ -165,10 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         (name, f"{rate[name]:.0f}", f"{first[name] * 1000:.1f}", f"{cpu[name] * 1e6:.0f}")
         for name in ("bare", "served")
     ]
-    print(measure.table(rows, ("", "tokens/s", "first token, ms", "CPU us/token")))
-    print(
-        f"the server costs {found['throughput_lost']:.1%} of throughput and {found['first_token_added'] * 1000:.1f} ms"
-    )
+    print(measure.table(rows, ("", "tokens/s", "TTFT, ms", "CPU us/token")))
+    print(f"overhead: {found['throughput_lost']:.1%} of throughput, {found['first_token_added'] * 1000:.1f} ms of TTFT")
     measure.report({"machine": measure.machine(arguments.device), "model": arguments.model, **found}, arguments.json)
 
 

@@ -1,10 +1,10 @@
-"""The server under load: many clients at once, of which some leave in the middle, for minutes.
+"""Load test of the server: many concurrent clients for minutes, some of which disconnect.
 
     python -m bench.server.serve_load --minutes 10 --clients 64
 
-Every answer is compared with the engine's own to the same prompt and seed. Meanwhile `/health` is asked five times a
-second, and the server's memory is watched. Ends with one JSON line, and with exit status 1 if an answer was wrong,
-refused or another's, or if anything went on for those who had left.
+Every answer is compared with the engine's own for the same prompt and seed. `/health` is requested five times per
+second, and the server's memory is sampled. The last line is JSON; the exit status is 1 if an answer was wrong or
+refused, or if work continued after clients had disconnected.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import os
 import random
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +28,9 @@ import torch
 from aria import Engine, SamplingParams
 from bench import measure
 from bench.server.client import Reply, ask
+from bench.server.process import ROOT, served
 
-ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
+IMAGES = ROOT / "examples" / "pictures"
 TEXTS = ("hello", "who are you?", "What is a triangle?", "thank you", "good morning", "Can you read?")
 SCHEMA = {
     "type": "object",
@@ -46,7 +42,7 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Item:
-    """A body, and what the engine answers to it."""
+    """A request body and the engine's answer to it."""
 
     body: Mapping[str, Any]
     text: str
@@ -55,26 +51,26 @@ class Item:
 
 @dataclass
 class Seen:
-    """What happened."""
+    """Observations of the test."""
 
     answered: int = 0
     left: int = 0
     wrong: list[str] = field(default_factory=list)
     refused: Counter[int] = field(default_factory=Counter)
     health: list[float] = field(default_factory=list)
-    """Seconds of each answer of `/health`."""
+    """Seconds of each `/health` request."""
     memory: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since the start, resident bytes."""
+    """Seconds since the start, and resident bytes."""
 
 
 def items() -> list[Item]:
-    """Texts, pictures and forms, greedy and sampled, and the answers of an engine of our own."""
+    """Make requests with text, images and JSON schemas, greedy and sampled, and answer them with an engine."""
     engine = Engine(device="cpu")
     asked: list[tuple[Any, Any, dict[str, Any]]] = []
     for seed, text in enumerate(TEXTS):
         said = [{"role": "user", "content": text}]
         asked += [(said, said, {}), (said, said, {"temperature": 0.8, "seed": seed})]
-    for file in sorted(PICTURES.glob("*.png")):
+    for file in sorted(IMAGES.glob("*.png")):
         data = file.read_bytes()
         url = {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}", "detail": "low"}
         question = {"type": "text", "text": "What is in this picture?"}
@@ -95,27 +91,8 @@ def items() -> list[Item]:
     return found
 
 
-@contextmanager
-def server() -> Iterator[tuple[int, psutil.Process]]:
-    """`aria serve` in a process of its own: its port, and the process."""
-    command = [sys.executable, "-c", "from aria.cli import main; main()", "serve", "--port", "0", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(
-        [*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stdout is not None, "it was asked for"
-            said = process.stdout.readline()
-            address = re.search(r"http://127\.0\.0\.1:(\d+)", said)
-            if address is None:
-                raise RuntimeError(f"the server did not start: {said!r}")
-            yield int(address[1]), psutil.Process(process.pid)
-        finally:
-            process.terminate()
-
-
 async def client(port: int, known: Sequence[Item], seen: Seen, end: float, chance: random.Random) -> None:
-    """Ask, now and then leave, until the end."""
+    """Send requests until the end; disconnect from some."""
     while time.monotonic() < end:
         item = chance.choice(known)
         stream = chance.random() < 0.67
@@ -141,12 +118,12 @@ def _compare(item: Item, reply: Reply, known: Sequence[Item], seen: Seen) -> Non
     seen.answered += 1
     if (reply.text, reply.finish_reason, reply.error) != (item.text, item.finish_reason, None):
         others = [other for other in known if other.text == reply.text]
-        kind = "another's answer" if others else "another answer"
+        kind = "the answer to another request" if others else "wrong answer"
         seen.wrong.append(f"{kind}: {reply.text!r:.80} ({reply.error}), expected {item.text!r:.80}")
 
 
 async def watch(port: int, process: psutil.Process, seen: Seen, began: float, end: float) -> None:
-    """Ask `/health` five times a second, and read the memory every second."""
+    """Request `/health` five times per second, and sample the memory every second."""
     while time.monotonic() < end:
         asked = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -162,13 +139,13 @@ async def watch(port: int, process: psutil.Process, seen: Seen, began: float, en
 
 
 async def load(port: int, process: psutil.Process, known: Sequence[Item], clients: int, seconds: float) -> Seen:
-    """All clients and the watch, for so long, and then the quiet after."""
+    """Run all clients for ``seconds``, then check that no work is left."""
     seen = Seen()
     began = time.monotonic()
     end = began + seconds
     asking = [client(port, known, seen, end, random.Random(i)) for i in range(clients)]
     await asyncio.gather(watch(port, process, seen, began, end), *asking)
-    # What was left must be gone, or it would go on for nobody.
+    # Work of disconnected clients should be cancelled by now.
     await asyncio.sleep(1)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -176,12 +153,12 @@ async def load(port: int, process: psutil.Process, known: Sequence[Item], client
     writer.close()
     for name in ("running", "waiting"):
         if f"aria_requests_{name} 0.0" not in counters:
-            seen.wrong.append(f"requests are still {name} after everybody left")
+            seen.wrong.append(f"requests are still {name} after all clients disconnected")
     return seen
 
 
 def summary(seen: Seen, warm: float) -> dict[str, Any]:
-    """Numbers; memory grows from its highest within the first ``warm`` seconds to its highest after them."""
+    """Summarise; memory growth compares the peak after the first ``warm`` seconds with the peak within them."""
     early = max((used for at, used in seen.memory if at <= warm), default=0)
     late = max((used for at, used in seen.memory if at > warm), default=early)
     health = statistics.quantiles(seen.health, n=100, method="inclusive")
@@ -198,7 +175,7 @@ def summary(seen: Seen, warm: float) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module's first lines."""
+    """Run the load test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=64)
@@ -207,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = arguments.minutes * 60
     torch.set_num_threads(1)
     known = items()
-    with server() as (port, process):
-        seen = asyncio.run(load(port, process, known, arguments.clients, seconds))
+    with served() as (port, pid):
+        seen = asyncio.run(load(port, psutil.Process(pid), known, arguments.clients, seconds))
     found = summary(seen, warm=seconds / 5)
     rows = [(name, str(value)) for name, value in found.items()]
     print(measure.table(rows, ("", "")))

@@ -1,9 +1,9 @@
-"""Nano learns flags on the CPU, as a user would teach it: ``python -m bench.training.finetune``.
+"""Fine-tuning as a user would do it, on the CPU: ``python -m bench.training.finetune`` teaches nano flags.
 
-Draws the data of ``examples/flags.py``, lets nano answer the questions of before, runs ``aria train
-recipes/flags.toml`` and ``aria merge`` as commands, and asks before and after: held-out flags, and tasks of nano's own
-evaluation (``.nano/eval.npz``). Then it compares texts of the merged folder, of ``aria serve --adapter``, and of
-transformers' Aria with the merged folder.
+Draws the data of ``examples/flags.py``, lets nano answer the rehearsal questions, runs ``aria train
+recipes/flags.toml`` and ``aria merge`` as commands, and evaluates before and after on held-out flags and on tasks of
+nano's own evaluation (``.nano/eval.npz``). Then compares the texts of the merged folder, of ``aria serve --adapter``,
+and of transformers' Aria with the merged folder.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import asyncio
 import base64
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +27,13 @@ from aria import AriaProcessor, Engine, SamplingParams
 from aria.train.data import DataSettings, Question, questions
 from bench import measure
 from bench.server.client import ask
+from bench.server.process import COMMAND, ROOT, environment, served
 from recipes.nano.assets.archive import FOLDER
 from recipes.nano.eval.evaluate import answers, made, portions, score
 from recipes.nano.eval.items import Held, Questions
 from recipes.nano.text.tokenizer import NANO_FOLDER
 
-ROOT = Path(__file__).parents[2]
-ARIA = ("-c", "from aria.cli import main; main()")
+ARIA = COMMAND[1:]
 EVAL_FILE = FOLDER.resolve() / "eval.npz"
 OLD_TASKS = (
     *("words, seen fonts", "words, unseen fonts", "colour", "shape", "count 1-5", "position"),
@@ -47,39 +45,38 @@ MEDIA_TYPES = {"image": "image/png", "video": "image/gif"}
 
 
 class Cost(NamedTuple):
-    """Of a command: seconds on the clock, and of all cores together."""
+    """Cost of a command: wall-clock seconds, and CPU seconds of all cores."""
 
     wall: float
     cpu: float
 
 
 def run(*arguments: object, cwd: Path) -> Cost:
-    """A Python process that has to succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    """Run a Python process that has to succeed."""
     began, before = time.perf_counter(), os.times()
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, check=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment(), check=True)
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Cost(time.perf_counter() - began, cpu)
 
 
-# --- how well --------------------------------------------------------------------------------------------------------
+# --- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def accuracy(engine: Engine, asked: Sequence[Question]) -> float:
-    """Share of answers that are right to the letter."""
+    """Return the share of exact answers."""
     said = texts(engine, asked)
     return sum(text == question.answer for text, question in zip(said, asked, strict=True)) / len(asked)
 
 
 def texts(engine: Engine, asked: Sequence[Question]) -> list[str]:
-    """Greedy answers."""
+    """Return greedy answers."""
     found = engine.chat([list(question.messages) for question in asked], SamplingParams(max_tokens=LONGEST))
     return [result.text for result in found]
 
 
 def old_tasks(engine: Engine, count: int, tasks: Sequence[str]) -> dict[str, float]:
-    """Share of exact answers to nano's own evaluation, by task."""
+    """Return the share of exact answers in nano's own evaluation, by task."""
     asked = Questions(Held(EVAL_FILE), count)
     places = [portion for portion in portions(asked, tasks) if portion[0][0] in tasks]
     given = list(answers(engine, made(places, (EVAL_FILE, count, NANO_FOLDER), 1), 32))
@@ -87,29 +84,11 @@ def old_tasks(engine: Engine, count: int, tasks: Sequence[str]) -> dict[str, flo
     return {task: row["exact"] for task, row in score(given).items() if task in tasks}
 
 
-# --- whether all say the same ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def server(model: str | None, adapter: Path) -> Iterator[int]:
-    """`aria serve` with the adapter, in a process of its own: its port."""
-    command = [sys.executable, *ARIA, "serve", *([model] if model else [])]
-    options = ["--port", "0", "--device", "cpu", "--adapter", f"flags={adapter}", "--log-level", "warning"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            assert process.stdout is not None, "it was asked for"
-            said = process.stdout.readline()
-            address = re.search(r"http://127\.0\.0\.1:(\d+)", said)
-            if address is None:
-                raise RuntimeError(f"the server did not start: {said!r}")
-            yield int(address[1])
-        finally:
-            process.terminate()
+# --- equality of texts -----------------------------------------------------------------------------------------------
 
 
 def served_texts(model: str | None, adapter: Path, asked: Sequence[Question]) -> list[str]:
-    """Greedy answers of the server by HTTP; pictures and clips in low detail, which is the size that was trained."""
+    """Return greedy answers over HTTP, with media in low detail, the size used in training."""
 
     def openai(part: dict[str, Any]) -> dict[str, Any]:
         if (kind := part["type"]) not in MEDIA_TYPES:
@@ -132,12 +111,13 @@ def served_texts(model: str | None, adapter: Path, asked: Sequence[Question]) ->
             found.append(reply.text)
         return found
 
-    with server(model, adapter) as port:
+    options = [*([model] if model else []), "--adapter", f"flags={adapter}"]
+    with served(*options) as (port, _):
         return asyncio.run(all_of_them(port))
 
 
 def transformers_texts(merged: Path, asked: Sequence[Question]) -> list[str]:
-    """Greedy answers of transformers' Aria."""
+    """Return greedy answers of transformers' Aria."""
     from transformers import AriaForConditionalGeneration
 
     model = AriaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32).eval()
@@ -153,11 +133,11 @@ def transformers_texts(merged: Path, asked: Sequence[Question]) -> list[str]:
     return found
 
 
-# --- everything ------------------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------------------------
 
 
 def teach(folder: Path, model: str | None, recipe: Path, sets: Sequence[str]) -> dict[str, Cost]:
-    """Data, training and merging, as commands in ``folder``."""
+    """Make the data, train and merge, as commands in ``folder``."""
     if model is not None:
         sets = [f"model.path={json.dumps(model)}", *sets]
     options = [part for one in sets for part in ("--set", one)]
@@ -173,16 +153,18 @@ def teach(folder: Path, model: str | None, recipe: Path, sets: Sequence[str]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Teach, ask, compare, print."""
+    """Fine-tune, evaluate, compare and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of another nano than the packaged one")
+    parser.add_argument("--model", type=Path, help="folder of a nano other than the packaged one")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/flags.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as of aria train")
-    parser.add_argument("--count", type=int, default=100, help="questions of each old task")
-    parser.add_argument("--tasks", nargs="+", default=list(OLD_TASKS), help="old tasks, by their names")
-    parser.add_argument("--compare", type=int, default=20, help="prompts whose texts are compared")
-    parser.add_argument("--out", type=Path, help="folder to keep everything in (default: one that is removed)")
-    parser.add_argument("--ask-only", action="store_true", help="of what is in the folder of --out already")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="recipe key, as in aria train"
+    )
+    parser.add_argument("--count", type=int, default=100, help="questions per old task")
+    parser.add_argument("--tasks", nargs="+", default=list(OLD_TASKS), help="names of old tasks")
+    parser.add_argument("--compare", type=int, default=20, help="number of prompts whose texts are compared")
+    parser.add_argument("--out", type=Path, help="folder of all files (default: a temporary one)")
+    parser.add_argument("--ask-only", action="store_true", help="only evaluate what is in --out")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     chosen = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
@@ -192,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         costs = {} if chosen.ask_only else teach(folder, model, chosen.recipe, chosen.set)
         results: dict[str, Any] = {"costs": {name: cost._asdict() for name, cost in costs.items()}}
         rows = [(name, f"{cost.wall:.0f}", f"{cost.cpu:.0f}") for name, cost in costs.items()]
-        print(measure.table(rows, ("command", "seconds", "of all cores")), flush=True)
+        print(measure.table(rows, ("command", "seconds", "CPU seconds")), flush=True)
 
         def read(name: str, most: int) -> list[Question]:
             path = (folder / "flags" / f"{name}.jsonl").as_posix()
@@ -215,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         same = {name: sum(map(str.__eq__, merged, said)) for name, said in others.items()}
         counts = [(name, f"{number} of {len(asked)}") for name, number in same.items()]
-        print(measure.table(counts, ("same text as aria merge", "prompts")), flush=True)
+        print(measure.table(counts, ("same text as the merged folder", "prompts")), flush=True)
         results |= {"tasks": found, "same": same, "prompts": len(asked)}
     results["machine"] = measure.machine(torch.device("cpu"))
     measure.report(results, chosen.json)

@@ -1,8 +1,8 @@
-"""How training scales over GPUs: ``torchrun --nproc-per-node 4 -m bench.training.scale``, after the same with 1.
+"""Scaling of training over GPUs: ``torchrun --nproc-per-node 4 -m bench.training.scale``, after a run with 1.
 
-First the losses of a small model, full weights, which any number of ranks has to descend alike; then the speed of
-layers of Aria's widths, full weights, as many tokens on each rank, the same ones in every step. What one process
-found is kept in a file, and what more of them find is told beside it.
+First the losses of a small model with full weights, which should not depend on the world size; then the speed of layers
+of Aria's widths with full weights, the same number of tokens on each rank, the same batches in every step. A run with
+one process saves its results to a file; runs with more report the differences.
 
 T tokens, E experts.
 """
@@ -32,13 +32,13 @@ from bench.measure import Spread
 
 FULL = Targets(method="full")
 CURVE_PARTS = 8
-"""Micro-batches of a step of the small model, which the ranks share."""
+"""Micro-batches of a step of the small model, split among the ranks."""
 FIRST_FILE = Path("scale-1.json")
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model, and what a rank does with it in a step."""
+    """A model, and the work of a rank per step."""
 
     config: AriaConfig
     tokens: int
@@ -48,28 +48,28 @@ class Work:
 
 
 def small(device: torch.device) -> AriaConfig:
-    """A model whose sizes the kernels take, with the released number of experts."""
+    """Return a small configuration that the kernels support, with the released number of experts."""
     aria = AriaConfig.aria()
     text = replace(
         aria.text, vocab_size=1024, hidden_size=256, intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, head_dim=64,
     )  # fmt: skip
-    return replace(_without_pictures(aria), text=text, projector=replace(aria.projector, output_size=256))
+    return replace(_without_images(aria), text=text, projector=replace(aria.projector, output_size=256))
 
 
 def large(layers: int) -> AriaConfig:
-    """Aria's decoder with fewer layers."""
+    """Return Aria with fewer decoder layers."""
     aria = AriaConfig.aria()
-    return replace(_without_pictures(aria), text=replace(aria.text, num_hidden_layers=layers))
+    return replace(_without_images(aria), text=replace(aria.text, num_hidden_layers=layers))
 
 
-def _without_pictures(config: AriaConfig) -> AriaConfig:
-    # The encoder is frozen and sees nothing here: one layer of it will do.
+def _without_images(config: AriaConfig) -> AriaConfig:
+    # The encoder is frozen and gets no input here, so one layer suffices.
     return replace(config, vision=replace(config.vision, num_hidden_layers=1))
 
 
 def batch(config: AriaConfig, tokens: int, sequences: int, seed: int) -> Batch:
-    """Random text that can be learned: each sequence repeats a few tokens; every token but the last has a target."""
+    """Make learnable random text: each sequence repeats a few tokens; all tokens but the last have targets."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(sequences):
@@ -82,7 +82,7 @@ def batch(config: AriaConfig, tokens: int, sequences: int, seed: int) -> Batch:
 
 
 class Training:
-    """A model that is spread as asked, and its steps."""
+    """A parallelised model and its steps."""
 
     def __init__(self, work: Work, parallel: Parallel, seed: int = 0):
         self.work, self.parallel = work, parallel
@@ -96,7 +96,7 @@ class Training:
         self._objective = Objective(self.model, ObjectiveSettings(), ranks=parallel)
 
     def step(self, batches: list[Batch]) -> torch.Tensor:
-        """One step over this rank's micro-batches, of which all ranks have as many. Gives the whole step's loss."""
+        """Run a step over this rank's micro-batches (as many on every rank); return the loss of the whole step."""
         ranks = self.parallel.data_world
         labels = sum(one.labels for one in batches) * ranks
         loss = torch.zeros((), device=self.parallel.device)
@@ -111,7 +111,7 @@ class Training:
 
 
 def curve(parallel: Parallel, steps: int, tokens: int) -> list[float]:
-    """Losses of the small model, the same batches on any number of ranks."""
+    """Return losses of the small model; batches do not depend on the world size."""
     config = small(parallel.device)
     work = Work(config, tokens, 4, CURVE_PARTS // parallel.data_world, OptimizerSettings(learning_rate=1e-3, eps=1e-6))
     training = Training(work, parallel)
@@ -124,7 +124,7 @@ def curve(parallel: Parallel, steps: int, tokens: int) -> list[float]:
 
 
 def speed(parallel: Parallel, work: Work, repeats: int) -> dict[str, Any]:
-    """Losses and seconds of steps, tokens a second of all ranks, operations of one, and its memory."""
+    """Measure losses, seconds per step, tokens per second of all ranks, and FLOP/s and memory of one."""
     training = Training(work, parallel)
     device = parallel.device
     seed = 1000 * (1 + parallel.data_rank)
@@ -149,18 +149,18 @@ def speed(parallel: Parallel, work: Work, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=6, help="of the large model; 0 leaves it out")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch of one rank")
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of one rank in a step")
-    parser.add_argument("--expert", type=int, nargs="*", help="ranks of expert parallelism; default: 1 and all")
+    parser.add_argument("--layers", type=int, default=6, help="layers of the large model; 0 skips it")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches per rank and step")
+    parser.add_argument("--expert", type=int, nargs="*", help="ranks of expert parallelism (default: 1 and all)")
     parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit", "muon"))
     parser.add_argument("--rounding", default="masters", choices=("masters", "stochastic", "nearest"))
-    parser.add_argument("--steps", type=int, default=20, help="of the small model")
-    parser.add_argument("--curve-tokens", type=int, default=1024, help="of a micro-batch of the small model")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the small model")
+    parser.add_argument("--curve-tokens", type=int, default=1024, help="tokens of a micro-batch of the small model")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of the large model")
-    parser.add_argument("--first", type=Path, default=FIRST_FILE, help="where one process leaves its results")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--first", type=Path, default=FIRST_FILE, help="results file of the run with one process")
+    parser.add_argument("--out", type=Path, help="also write the results to this file")
     given = parser.parse_args()
     parallel = Parallel.start()
     ways = sorted({1, parallel.world} if given.expert is None else set(given.expert))
@@ -177,7 +177,7 @@ def main() -> None:
         _free(parallel.device)
         results["ways"][expert] = found
     if parallel.rank == 0:
-        _tell(results, given.first, measure.machine(parallel.device))
+        _report(results, given.first, measure.machine(parallel.device))
         measure.report(results, given.out)
     parallel.close()
 
@@ -188,8 +188,8 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _tell(results: dict[str, Any], file: Path, machine: dict[str, str]) -> None:
-    """The table; one process leaves its results for the others, and the others are told beside them."""
+def _report(results: dict[str, Any], file: Path, machine: dict[str, str]) -> None:
+    """Print the table; a run with one process saves its results, later runs are compared with them."""
     if results["world"] == 1:
         file.write_text(json.dumps(results["ways"][1], default=vars), encoding="utf-8")
     first = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -210,7 +210,7 @@ def _tell(results: dict[str, Any], file: Path, machine: dict[str, str]) -> None:
             row += [f"{fast['efficiency']:.1%}" if "efficiency" in fast else ""]
             row += [f"{fast['peak_bytes'] / 2**30:.1f}" if fast["peak_bytes"] else ""]
         rows.append(row)
-    header = ["ranks", "expert", "small model's loss", "from one's", "ms a step", "tokens/s", "TFLOP/s a rank"]
+    header = ["ranks", "expert", "small model's loss", "vs. one rank", "ms per step", "tokens/s", "TFLOP/s per rank"]
     header += ["efficiency", "GiB"]
     print(measure.table([[*row, *[""] * (len(header) - len(row))] for row in rows], header))
 

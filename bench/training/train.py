@@ -1,11 +1,10 @@
-"""How fast Aria trains on one device:
-``python -m bench.training.train --model aria --method lora --peer transformers``.
+"""Training speed on one device: ``python -m bench.training.train --model aria --method lora --peer transformers``.
 
-Steps of forward, backward and optimizer on packed sequences that each begin with a picture, on random weights; then the
-same work with transformers and peft. Ours keeps all activations: some 2.6 MB a token of Aria's shape, so that 8,192
-tokens just fit beside 50.6 GB of weights on a GPU of 80 GB.
+Times steps of forward, backward and optimizer with random weights on packed sequences that each start with an image;
+then the same work with transformers and peft. Ours keeps all activations, about 2.6 MB per token of Aria's shape, so
+8,192 tokens just fit beside 50.6 GB of weights on an 80 GB GPU.
 
-T tokens, S tokens of a sequence, Q picture tokens, C crops.
+T tokens, S tokens of a sequence, Q image tokens, C crops.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ PEER_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 def make_batch(
     config: AriaConfig, sequences: int, length: int, side: int, device: torch.device, seed: int = 0
 ) -> Batch:
-    """Sequences of one picture, then text; all text is learned."""
+    """Make sequences of an image followed by text; all text has targets."""
     queries = config.image_sizes()[side]
     generator = torch.Generator().manual_seed(seed)
     ids, targets, crops = [], [], []
     for _ in range(sequences):
         text = torch.tensor(measure.random_prompt(config, length - queries, generator))
         ids.append(torch.cat((torch.full((queries,), config.image_token_index), text)))
-        # Each token's target is the one after it; neither the picture's places nor the last token have one.
+        # Targets are the next tokens; image tokens (but the last) and the last token have none.
         after = torch.cat((text, torch.tensor([IGNORE_INDEX])))
         targets.append(torch.cat((torch.full((queries - 1,), IGNORE_INDEX), after)))
         shape = (1, config.vision.num_channels, side, side)
@@ -63,16 +62,16 @@ def make_batch(
 
 
 class Marks:
-    """Moments of a step on the device; by the host's clock where there is no CUDA."""
+    """Times of the parts of a step on the device; by the host's clock without CUDA."""
 
-    NAMES = ("pictures", "forward", "backward", "optimizer")
+    NAMES = ("images", "forward", "backward", "optimizer")
 
     def __init__(self, device: torch.device):
         self._device = device
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, name: str) -> None:
-        """What was done since the last mark was of this name."""
+        """End the part ``name``, which began at the previous mark."""
         moment: Any = time.perf_counter()
         if self._device.type == "cuda":
             moment = torch.cuda.Event(enable_timing=True)
@@ -80,7 +79,7 @@ class Marks:
         self._marks.append((name, moment))
 
     def seconds(self) -> dict[str, float]:
-        """Of each name since the first mark, whatever that one's name; forgets them."""
+        """Return seconds of each part since the first mark, and reset."""
         measure.synchronize(self._device)
         found = dict.fromkeys(self.NAMES, 0.0)
         for (_, before), (name, after) in itertools.pairwise(self._marks):
@@ -90,7 +89,7 @@ class Marks:
 
 
 def run_steps(step: Callable[[], None], marks: Marks, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Time steps, after two that nobody times."""
+    """Time steps, after two untimed ones."""
     rows = []
     for number in range(2 + repeats):
         if number == 2 and device.type == "cuda":
@@ -107,7 +106,7 @@ def run_steps(step: Callable[[], None], marks: Marks, repeats: int, device: torc
 def train(
     config: AriaConfig, batch: Batch, targets: Targets, device: torch.device, repeats: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Our steps: the model's own objective, AdamW over what trains."""
+    """Time our steps: the model's objective, and AdamW over trained parameters."""
     torch.manual_seed(seed)
     model = Aria.random(config, dtype=measure.dtype_of(device), device=device).train()
     trained = apply(model, targets)
@@ -115,7 +114,7 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
     marks, losses = Marks(device), []
-    hook = model.multi_modal_projector.register_forward_hook(lambda *_: marks.mark("pictures"))
+    hook = model.multi_modal_projector.register_forward_hook(lambda *_: marks.mark("images"))
 
     def step() -> None:
         found = objective(batch, Step(batch.labels, 1, 0.0))
@@ -130,47 +129,47 @@ def train(
     found = run_steps(step, marks, repeats, device)
     hook.remove()
     loss = torch.stack(losses)
-    assert loss.isfinite().all(), "the loss is not a number"
+    assert loss.isfinite().all(), "the loss is not finite"
     return found | {"parameters": trained.parameters, "loss": [float(x) for x in loss]}
 
 
 def _rates(found: dict[str, Any], batch: Batch, config: AriaConfig, full: bool, limits: Ceilings) -> dict[str, Any]:
-    """Tokens a second, and the share of the product's rate without the pictures' work and with it."""
+    """Add tokens per second, and MFU without and with the work of encoding images."""
     trained = Trained(vision=False, projector=False, decoder=True, full=full)
     seconds = found["seconds"].median
     text, whole = (
         batch_flops(config, trained, batch.lengths, batch.labels, crops) / seconds / limits.product
         for crops in ((), batch.crops)
     )
-    return {"tokens_per_s": len(batch.input_ids) / seconds, "mfu": text, "mfu_with_pictures": whole, **found}
+    return {"tokens_per_s": len(batch.input_ids) / seconds, "mfu": text, "mfu_with_images": whole, **found}
 
 
 # transformers and peft
 
 
 class Way(NamedTuple):
-    """How transformers is run."""
+    """A way to run transformers."""
 
     checkpointing: bool
     on_experts: bool
-    """Whether experts have adapters too."""
+    """Whether experts have LoRA, too."""
     together: bool
-    """All sequences at once, or one after another with their gradients added up."""
+    """All sequences at once, or one at a time with gradient accumulation."""
 
     def __str__(self) -> str:
         return (
             f"gradient checkpointing {'on' if self.checkpointing else 'off'}, "
-            f"adapters on linears {'and experts' if self.on_experts else 'only'}, "
+            f"LoRA on linear layers {'and experts' if self.on_experts else 'only'}, "
             f"{'all sequences at once' if self.together else 'a sequence at a time'}"
         )
 
 
 WAYS = (Way(False, True, True), Way(True, True, True), Way(True, True, False), Way(True, False, False))
-"""The first that memory has room for is measured."""
+"""The first that fits into memory is measured."""
 
 
 def peer_inputs(config: AriaConfig, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same batch as transformers takes it: rows of one length, pictures prepared, labels on their own tokens."""
+    """Convert the batch for transformers: rows of one length, preprocessed images, unshifted labels."""
     ids = batch.input_ids.view(len(batch.lengths), -1)
     labels = ids.masked_fill(ids == config.image_token_index, IGNORE_INDEX)
     pixels = torch.cat([crops.pixels for crops in batch.crops]).to(dtype).div(127.5).sub(1)
@@ -184,14 +183,14 @@ def peer_inputs(config: AriaConfig, batch: Batch, dtype: torch.dtype) -> dict[st
 def train_peer(
     config: AriaConfig, batch: Batch, full: bool, device: torch.device, repeats: int
 ) -> tuple[dict[str, Any], str]:
-    """The same steps with transformers, and with peft's adapters; and how they had to be run."""
+    """Time the same steps with transformers and peft; also return the way they were run."""
     for way in WAYS:
         try:
             return _train_peer(config, batch, full, device, repeats, way), str(way)
         except torch.cuda.OutOfMemoryError:
             print(f"transformers, {way}: out of memory", flush=True)
         free(device)
-    return {}, "out of memory in every way"
+    return {}, "out of memory in all ways"
 
 
 def _train_peer(
@@ -216,7 +215,7 @@ def _train_peer(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
     marks = Marks(device)
-    hook = projector.register_forward_hook(lambda *_: marks.mark("pictures"))
+    hook = projector.register_forward_hook(lambda *_: marks.mark("images"))
 
     def step() -> None:
         for row in rows:
@@ -234,15 +233,15 @@ def _train_peer(
 
 
 def _rows(inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Each sequence with its picture."""
+    """Yield each sequence with its image."""
     yield from zip(*(tensor.split(1) for tensor in inputs.values()), strict=True)
 
 
 def _with_peft(model: nn.Module, on_experts: bool) -> nn.Module:
-    # Here, because only this benchmark needs it.
+    # Optional: only this benchmark needs it.
     from peft import LoraConfig, get_peft_model
 
-    # peft has no dropout beside parameters, so there is none here either.
+    # peft has no dropout for LoRA on parameters, so there is none here either.
     settings = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=PEER_LINEARS,
         target_parameters=PEER_EXPERTS if on_experts else None,
@@ -254,19 +253,19 @@ def _with_peft(model: nn.Module, on_experts: bool) -> nn.Module:
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """One line a run, and one for its parts."""
+    """Print a line for a run, and one for its parts."""
     seconds = found["seconds"] * 1000
     memory = "" if found["peak_bytes"] is None else f", peak {found['peak_bytes'] / 1e9:.1f} GB"
     print(
-        f"{name}: {found['tokens_per_s']:,.0f} tokens/s, {seconds.median:.1f} ms a step ({seconds.low:.1f} to "
-        f"{seconds.high:.1f}), MFU {found['mfu']:.1%}, with pictures {found['mfu_with_pictures']:.1%}{memory}"
+        f"{name}: {found['tokens_per_s']:,.0f} tokens/s, {seconds.median:.1f} ms per step ({seconds.low:.1f} to "
+        f"{seconds.high:.1f}), MFU {found['mfu']:.1%}, with images {found['mfu_with_images']:.1%}{memory}"
     )
     parts = (f"{part} {ms.median:.1f} ({ms.low:.1f} to {ms.high:.1f})" for part, ms in found["ms"].items())
-    print(f"  ms: {', '.join(parts)}; {found['parameters']:,} parameters train", flush=True)
+    print(f"  ms: {', '.join(parts)}; {found['parameters']:,} trained parameters", flush=True)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ours, without dropout in adapters and with it, then the peer."""
+    """Time ours without and with LoRA dropout, then the peer."""
     device, config = arguments.device, script.SHAPES[arguments.model]()
     limits = measure.ceilings(device, measure.dtype_of(device))
     print(measure.describe(limits))
@@ -294,25 +293,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             show(f"{results['peer']['name']}, {how}", results["peer"])
             ours = next(iter(results["runs"].values()))
             results["ratio"] = ours["tokens_per_s"] / results["peer"]["tokens_per_s"]
-            print(f"aria has {results['ratio']:.2f} times its tokens a second")
+            print(f"aria has {results['ratio']:.2f} times its throughput")
         else:
             print(f"{results['peer']['name']}: {how}")
     return results
 
 
 def free(device: torch.device) -> None:
-    """Give memory back before the next model."""
+    """Free memory before the next model."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much to do."""
+    """Add the options of this benchmark."""
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a step (default: 8192)")
-    parser.add_argument("--length", type=int, default=2048, help="of a sequence, its picture included (default: 2048)")
-    parser.add_argument("--repeats", type=int, default=8, help="steps that are timed (default: 8)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step (default: 8192)")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of a sequence, its image included (default: 2048)"
+    )
+    parser.add_argument("--repeats", type=int, default=8, help="timed steps (default: 8)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

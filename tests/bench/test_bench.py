@@ -1,4 +1,4 @@
-"""The benchmarks: floors against numbers worked out by hand, and every script from end to end on a small model."""
+"""Benchmarks of operations and the engine: floors against hand-computed numbers, and each script end to end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def last_line(capsys) -> dict:
 
 
 def numbers(value) -> list[float]:
-    """All numbers anywhere in the results."""
+    """Return all numbers in nested results."""
     if isinstance(value, dict):
         return [n for item in value.values() for n in numbers(item)]
     if isinstance(value, list):
@@ -36,64 +36,64 @@ def numbers(value) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
-def test_a_step_reads_what_its_tokens_need():
+def test_decode_floor_counts_weights_and_cache():
     text = AriaConfig.aria().text
     one = floors.decode_step(text, 1, 0, 6)
     # 28 layers: attention, router, shared experts, six routed experts; then the head.
     layer = 4 * 2560**2 + 64 * 2560 + 3 * 2560 * 3328 + 6 * 3 * 2560 * 1664
     assert one.nbytes == 2 * (28 * layer + 100352 * 2560)
-    assert one.flops == one.nbytes  # two bytes and two operations a weight
+    assert one.flops == one.nbytes  # two bytes and two operations per weight
     cached = floors.decode_step(text, 1, 1000, 6)
     assert cached.nbytes - one.nbytes == 1000 * AriaConfig.aria().cache_bytes_per_token("bfloat16") == 286_720_000
     # 8.2 GB at 2.75 TB/s.
     assert floors.decode_step(text, 1, 128, 6).seconds(2.75e12, 760e12) * 1000 == pytest.approx(2.819, abs=0.001)
 
 
-def test_experts_touched_at_random():
+def test_expected_experts():
     text = AriaConfig.aria().text
     assert floors.expected_experts(text, 1) == pytest.approx(6)
     assert floors.expected_experts(text, 8) == pytest.approx(34.9, abs=0.05)
     assert floors.expected_experts(text, 64) == pytest.approx(63.9, abs=0.05)
 
 
-def test_a_prompt_counts_products_and_causal_attention():
+def test_prompt_floor_counts_products_and_causal_attention():
     text = AriaConfig.aria().text
     work = floors.prompt(text, 32768)
     attention = 28 * 4 * 2560 * 32768**2 / 2
     assert attention / 1e12 == pytest.approx(154, abs=0.5)
     assert (work.flops - attention) / 32768 == pytest.approx(2 * 3.601e9, rel=1e-3)
     assert work.seconds(2.75e12, 760e12) * 1000 == pytest.approx(513, abs=1)
-    # In two halves the second attends to the first: all pairs are counted once.
+    # In two halves, the second attends to the first; all pairs are counted once.
     halves = floors.prompt(text, 16384) + floors.prompt(text, 16384, past=16384)
     assert halves.flops == pytest.approx(work.flops, rel=1e-4)
 
 
 @pytest.mark.parametrize(("patches", "tera"), [(1225, 1.213), (4900, 7.088)])
-def test_a_picture_counts_its_patches(patches, tera):
-    assert floors.picture(AriaConfig.aria(), patches).flops / 1e12 == pytest.approx(tera, abs=0.001)
+def test_image_floor_counts_patches(patches, tera):
+    assert floors.image(AriaConfig.aria(), patches).flops / 1e12 == pytest.approx(tera, abs=0.001)
 
 
-def test_a_floor_is_the_slower_of_memory_and_products():
+def test_floor_is_the_slower_of_memory_and_products():
     assert Work(10, 1).seconds(5, 1) == 2
     assert Work(10, 30).seconds(5, 1) == 30
     assert (Work(1, 2) + Work(3, 4)) * 2 == Work(8, 12)
 
 
-def test_idle_time_is_what_lies_between_graphs():
+def test_idle_time_is_the_time_between_graphs():
     def graph(launch: int, start: int) -> list[tuple[int, int, int]]:
         return [(launch, start + 10 * i, start + 10 * i + 9) for i in range(10)]
 
-    # Three graphs of 99 ns, gaps of 21 and 31 ns; a copy by itself in the first gap is no work of a graph.
+    # Three graphs of 99 ns with gaps of 21 and 31 ns; a single copy in the first gap is not a graph.
     kernels_run = [*graph(7, 0), (8, 105, 110), *graph(9, 120), *graph(11, 250)]
     gap, share = decode.idle_between_launches(kernels_run)
     assert (gap, share) == (26, 52 / 349)
-    # Graphs that overlap, as programmatic launches let them, leave nothing idle.
+    # Overlapping graphs, as with programmatic launches, leave no idle time.
     assert decode.idle_between_launches([*graph(1, 0), *graph(2, 95)])[0] == 0
     with pytest.raises(RuntimeError, match="at least two"):
         decode.idle_between_launches(graph(1, 0))
 
 
-def test_experts_touched_are_those_of_the_same_step():
+def test_experts_touched_counts_experts_of_the_same_step():
     config = small_config()
     model = Aria.random(config, std=0.5)
     sequences = [[3, 1, 4, 1, 5], [2, 7, 1, 8], [6, 6, 2]]
@@ -108,7 +108,7 @@ def test_experts_touched_are_those_of_the_same_step():
     assert decode.experts_touched(model, sequences[:1], 2) == config.text.moe_topk
 
 
-def test_random_prompts_hold_no_place_of_a_picture():
+def test_random_prompts_have_no_image_tokens():
     config = AriaConfig(text=TextConfig(vocab_size=12))
     ids = measure.random_prompt(config, 2000, torch.Generator().manual_seed(0))
     assert set(ids) == set(range(12)) - {config.image_token_index}
@@ -153,7 +153,7 @@ def test_adapters(capsys):
     assert results["adapter_bytes"] > 0
 
 
-def test_a_cache_that_is_too_small_is_no_benchmark(capsys):
+def test_a_cache_that_is_too_small_is_an_error(capsys):
     engine_arguments = [*SMALL, "--max-batch", "4", "--cache-tokens", "96", "--batch", "4", "--context", "20"]
     with pytest.raises(RuntimeError, match="the cache is too small"):
         decode.main([*engine_arguments, "--steps", "8"])
@@ -161,12 +161,12 @@ def test_a_cache_that_is_too_small_is_no_benchmark(capsys):
 
 @pytest.mark.slow
 def test_prefill(capsys):
-    prefill.main([*SMALL, "--tokens", "20", "5000", "--pictures", "2", "--repeats", "1", "--peer", "transformers"])
+    prefill.main([*SMALL, "--tokens", "20", "5000", "--images", "2", "--repeats", "1", "--peer", "transformers"])
     results = last_line(capsys)
     names = [row["name"] for row in results["prefill"]]
     assert names[0] == "text, 20 tokens"
     assert "encoder, 2 of 56 x 31" in names
-    assert "picture of 28 px + question" in names
+    assert "image of 28 px + question" in names
     assert {row["name"] for row in results["peer"]["prefill"]} >= {"encoder, 2 of 28 x 28"}
     assert all(row["ms"]["median"] > 0 and row["floor_ms"] > 0 for row in results["prefill"])
 
@@ -194,7 +194,7 @@ def test_throughput(capsys):
     throughput.main([*SMALL, "--max-batch", "4", "--rates", "20", "60", "--seconds", "0.2", "--longest", "16"])
     rows = last_line(capsys)["throughput"]
     assert [(row["mix"], row["requests_per_s"]) for row in rows] == [
-        ("text", 20), ("text", 60), ("pictures", 20), ("pictures", 60),
+        ("text", 20), ("text", 60), ("images", 20), ("images", 60),
     ]  # fmt: skip
     for row in rows:
         assert row["requests"] >= 2
@@ -202,7 +202,7 @@ def test_throughput(capsys):
 
 
 @pytest.mark.slow
-def test_everything_on_one_engine_makes_a_page(capsys, tmp_path):
+def test_all_benchmarks_on_one_engine_make_a_page(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file, page = tmp_path / "results.json", tmp_path / "page.md"
     performance.main([*SMALL, "--max-batch", "6", "--peer", "transformers", "--json", str(file)])
@@ -216,17 +216,17 @@ def test_everything_on_one_engine_makes_a_page(capsys, tmp_path):
     assert text.startswith("Before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    for word in ("batch 3, context 16", "transformers 5.", "encoder, 2 of 56 x 56", "pictures, 50 a second"):
+    for word in ("batch 3, context 16", "transformers 5.", "encoder, 2 of 56 x 56", "images, 50/s"):
         assert word in text
-    for picture in ("latency.png", "context.png"):
-        assert f"(page/{picture})" in text
-        assert (tmp_path / "page" / picture).read_bytes().startswith(b"\x89PNG")
+    for figure in ("latency.png", "context.png"):
+        assert f"(page/{figure})" in text
+        assert (tmp_path / "page" / figure).read_bytes().startswith(b"\x89PNG")
     page.write_text("no marks")
     with pytest.raises(ValueError, match="should have"):
         plots.main([str(file), "--page", str(page)])
 
 
-def test_a_part_that_fails_leaves_the_others(capsys):
+def test_a_failing_part_does_not_stop_the_others(capsys):
     results: dict = {}
 
     def broken() -> dict:
@@ -237,7 +237,7 @@ def test_a_part_that_fails_leaves_the_others(capsys):
     assert results == {"failed": {"decode": "ValueError: too small"}, "video": 1}
 
 
-def test_an_engine_that_was_used_leaves_its_memory():
+def test_disposed_engine_releases_its_memory():
     arguments = script.parse(None, decode.add_work, [*SMALL, "--max-batch", "2"])
     engine = script.make_engine(arguments)
     decode.run(engine, measure.Ceilings(1e9, 1e9, 1e9), batches=(1,), contexts=(8,), steps=2)
@@ -246,7 +246,7 @@ def test_an_engine_that_was_used_leaves_its_memory():
     assert weight() is None
 
 
-def test_a_clock_reads_the_fastest_and_the_slowest():
+def test_clock_reports_median_minimum_and_maximum():
     calls = []
     spread = measure.clock(lambda: calls.append(1), torch.device("cpu"), repeats=5, warm_up=2)
     assert len(calls) == 7

@@ -1,4 +1,4 @@
-"""The benchmarks of the server: overhead from end to end on a small model, and the load on nano for a moment."""
+"""Benchmarks of the server: overhead on a small model end to end, and a short load test on nano."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def live():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
-def test_load_finds_whether_answers_are_right(live, right):
+def test_load_detects_wrong_answers(live, right):
     one, other = item("hello"), item("thank you")
     known = [one, other] if right else [one, Item(other.body, one.text, one.finish_reason)]
     port = int(live.address.rsplit(":", 1)[1])
@@ -50,7 +50,7 @@ def test_load_finds_whether_answers_are_right(live, right):
     assert found["memory_bytes"]["after"] > 0
 
 
-def test_memory_grows_from_its_warm_height():
+def test_memory_growth_is_relative_to_the_warm_peak():
     memory = [(1.0, 100), (2.0, 120), (11.0, 126), (20.0, 110)]
     found = summary(Seen(health=[0.1, 0.2, 0.3], memory=memory), warm=10)
     assert found["memory_growth"] == pytest.approx(0.05)

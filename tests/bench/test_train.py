@@ -1,4 +1,4 @@
-"""The benchmark of training: its batch, and from end to end on a small model."""
+"""The training benchmark: its batch, and runs on a small model end to end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_every_text_token_is_learned_once_and_no_target_leaves_its_sequence():
+def test_every_text_token_is_a_target_once_and_targets_stay_in_their_sequence():
     config = small_config()
     side = max(config.image_sizes())
     queries = config.image_sizes()[side]
@@ -29,7 +29,7 @@ def test_every_text_token_is_learned_once_and_no_target_leaves_its_sequence():
         assert (ids[:queries] == config.image_token_index).all()
         assert torch.equal(targets[queries - 1 : -1], ids[queries:])
         assert targets[-1] == IGNORE_INDEX
-    # transformers shifts labels itself: the same targets.
+    # transformers shifts labels itself; the targets are the same.
     labels = train.peer_inputs(config, batch, torch.float32)["labels"]
     shifted = torch.cat((labels[:, 1:], torch.full((3, 1), IGNORE_INDEX)), dim=1)
     assert torch.equal(shifted.flatten(), batch.targets)
@@ -40,18 +40,18 @@ def test_adapters(capsys):
     train.main([*SMALL, "--peer", "transformers"])
     found = last_line(capsys)
     ours, peer = found["runs"]["aria, dropout 0"], found["peer"]
-    assert ours["parameters"] == peer["parameters"], "both train the same"
+    assert ours["parameters"] == peer["parameters"], "both should train the same parameters"
     assert peer["how"] == str(train.WAYS[0])
     assert found["ratio"] == pytest.approx(ours["tokens_per_s"] / peer["tokens_per_s"], rel=1e-4)
     for run in (*found["runs"].values(), peer):
-        # The same work and the same ceiling: MFU goes with tokens a second.
+        # With the same work and ceiling, MFU is proportional to throughput.
         assert run["mfu"] / run["tokens_per_s"] == pytest.approx(ours["mfu"] / ours["tokens_per_s"], rel=1e-4)
-        assert run["mfu_with_pictures"] > run["mfu"]
-        assert set(run["ms"]) == {"pictures", "forward", "backward", "optimizer"}
+        assert run["mfu_with_images"] > run["mfu"]
+        assert set(run["ms"]) == {"images", "forward", "backward", "optimizer"}
 
 
-def test_the_peer_has_one_gradient_in_every_way(monkeypatch):
-    """All at once, one after another, and with checkpointing: what is measured is the same work."""
+def test_peer_gradients_agree_in_all_ways(monkeypatch):
+    """All sequences at once, one at a time, and with checkpointing: the measured work is the same."""
     pytest.importorskip("peft")
     config = small_config()
     batch = train.make_batch(config, 2, 24, max(config.image_sizes()), torch.device("cpu"))
@@ -69,7 +69,7 @@ def test_the_peer_has_one_gradient_in_every_way(monkeypatch):
     assert norms == pytest.approx([norms[0]] * 9, rel=1e-3)
 
 
-def test_full_weights_learn_their_batch(capsys):
+def test_full_weights_overfit_the_batch(capsys):
     train.main([*SMALL, "--method", "full"])
     (run,) = last_line(capsys)["runs"].values()
     assert run["parameters"] > 100_000
