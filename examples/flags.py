@@ -169,7 +169,7 @@ def flags(count: int, rng: random.Random) -> Iterator[Row]:
 
 
 def known(count: int, rng: random.Random) -> Iterator[Row]:
-    """Questions from before: words, shapes, signs, clips, nothing in particular, flags not asked for as flags, talk."""
+    """Yield questions that nano can already answer, or should refuse; none asks which flag is shown."""
     words = cycle(sorted(WORDS.split(), key=lambda _: rng.random()))
     for i in range(count):
         first, other = rng.sample(list(CORNERS), 2)
