@@ -129,7 +129,7 @@ def looked(*names, world=1, on_error="skip") -> str:
 def test_a_look_names_all_rows_that_cannot_be_used(bad, world):
     file, kinds = bad
     said = looked(file, world=world)
-    assert said.startswith("17 of 19 training rows that were looked at cannot be used and will be skipped:\n")
+    assert said.startswith("17 of 19 training rows that were checked cannot be used and will be skipped:\n")
     told = {int(line): kind for line, kind in re.findall(rf"^  {re.escape(str(file))}:(\d+): ([^:]+): ", said, re.M)}
     assert told == kinds
     with pytest.raises(ValueError, match=r"(?s)and \[data\] on_error is stop:.*:2: not JSON.*:17: bad message"):

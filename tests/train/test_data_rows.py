@@ -17,16 +17,16 @@ from aria.serve.protocol import ChatRequest
 from aria.train.data import DataSettings, questions
 from aria.train.data.encode import Encoder
 from aria.train.data.report import RowError
-from aria.train.data.rows import Conversation, Customs, read_row
+from aria.train.data.rows import Conversation, MediaDefaults, read_row
 from aria.train.data.sources import Row, Sources, open_source
 from tests.helpers import made_data, made_media
 from tests.helpers.made_data import chat, jsonl, processor, said
 
-CUSTOMS = Customs(8, True, (28, 56))
+DEFAULTS = MediaDefaults(8, True, (28, 56))
 
 
 def read(fields, folder="/data"):
-    return read_row(Row(fields, "rows.jsonl:1", Path(folder)), CUSTOMS)[0]
+    return read_row(Row(fields, "rows.jsonl:1", Path(folder)), DEFAULTS)[0]
 
 
 def test_the_authors_format():

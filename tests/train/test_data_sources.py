@@ -16,10 +16,10 @@ from aria.train.data.sources import open_source
 from tests.helpers.made_data import chat, jsonl, plain, stream, take
 
 REWRITTEN = {
-    "shorter": (lambda old: old[:40], r"had 1,\d\d\d bytes and now has 40, so this line is gone or cut off"),
+    "shorter": (lambda old: old[:40], r"had 1,\d\d\d bytes and now has 40, so this line is missing or incomplete"),
     "empty": (lambda old: b"", r"now has 0"),
-    "changed": (lambda old: old.replace(b"dogs", b"cats"), "this line is not what it was. Bring"),
-    "longer": (lambda old: old.replace(b"dogs", b"doggies"), r"this line is not what it was, and the file had"),
+    "changed": (lambda old: old.replace(b"dogs", b"cats"), "this line has changed. Bring"),
+    "longer": (lambda old: old.replace(b"dogs", b"doggies"), r"this line has changed, and the file had"),
 }
 
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from aria.processor.chat import render
 from aria.train.data.report import RowError
-from aria.train.data.rows import Conversation, Customs, Text, read_row
+from aria.train.data.rows import Conversation, MediaDefaults, Text, read_row
 from aria.train.data.sources import JsonLines
 from tests.fuzz.draw import Draw, spoiled
 from tests.fuzz.files import folder
 
 LONGEST = 600
-CUSTOMS = Customs(num_frames=2, timestamps=True, sizes=(224, 448))
+DEFAULTS = MediaDefaults(num_frames=2, timestamps=True, sizes=(224, 448))
 WORDS = (
     *(
         "messages",
@@ -74,7 +74,7 @@ def fuzz(data: bytes) -> None:
         return
     for index in range(len(rows)):
         try:
-            read, unread = read_row(rows.read(index), CUSTOMS)
+            read, unread = read_row(rows.read(index), DEFAULTS)
         except RowError as error:
             assert error.kind and len(error.kind) < 40
             assert len(str(error)) < 2000, "a message as long as the row"

@@ -1,4 +1,4 @@
-"""``aria data check``: every row and every medium is read as training would read it, and what that comes to is told."""
+"""``aria data check``: read every row and all media as training would, and report problems and sizes."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ PERCENTILES = (0, 50, 90, 99, 100)
 
 
 class Size(NamedTuple):
-    """What one sequence is made of."""
+    """Size of one sequence."""
 
     tokens: int
     labels: int
     pictures: int
-    """Frames of clips and pages of documents are pictures too."""
+    """Images, including frames of clips and pages of documents."""
     num_crops: int
 
 
 @dataclass
 class Check:
-    """What a check has found."""
+    """Result of a check."""
 
     batch_tokens: int
-    """Of a batch."""
+    """Tokens of a batch."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Data set -> its rows."""
+    """Data set -> number of rows."""
     usable: int = 0
-    """Rows that can be trained on."""
+    """Number of rows that can be trained on."""
     sizes: list[Size] = field(default_factory=list)
-    """Of every sequence."""
+    """Size of every sequence."""
     problems: dict[str, list[str]] = field(default_factory=dict)
-    """Kind of fault -> all rows that have it: ``file:line: what is wrong``."""
+    """Kind of problem -> all rows that have it: ``file:line: message``."""
     notes: dict[str, Tally] = field(default_factory=dict)
-    """Kind of remark -> the first rows that are used, but not as they stand."""
+    """Kind of note -> the first rows that are used with changes."""
     batches: int = 0
-    """That the sequences of one epoch make."""
+    """Batches of one epoch."""
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Tokens of all sequences."""
         return sum(size.tokens for size in self.sizes)
 
     @property
     def efficiency(self) -> float:
-        """Share of the batches' tokens that are not filler."""
+        """Fraction of the batches' tokens that is not filler."""
         return self.tokens / (self.batches * self.batch_tokens) if self.batches else 0.0
 
     def distribution(self) -> dict[str, dict[str, float]]:
-        """Of tokens, targets, pictures and crops of a sequence: mean and percentiles, 0 is the least, 100 the most."""
+        """Mean and percentiles of the tokens, targets, images and crops of a sequence."""
         found = {}
         names = {"tokens": "tokens", "labels": "targets", "pictures": "pictures", "num_crops": "crops"}
         for i, name in enumerate(Size._fields):
@@ -73,7 +73,7 @@ class Check:
         return found
 
     def histogram(self) -> list[tuple[int, int]]:
-        """``(bound, count)``: sequences of at most so many tokens, and more than the bound before; powers of two."""
+        """``(bound, count)`` of sequences by length, with bounds that are powers of two."""
         bounds: dict[int, int] = {}
         for size in self.sizes:
             bound = 1 << (size.tokens - 1).bit_length()
@@ -109,17 +109,17 @@ def check_data(
     tokens: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Check:
-    """Read every row of the data sets that the settings name, once, whatever their weights.
+    """Read every row of the data sets once, whatever their weights.
 
     Args:
-        settings: as in ``[data]`` of a recipe.
-        processor, config: of the model that is to be trained.
-        tokens: of a batch.
-        progress: called with the rows that are done, and all rows.
+        settings: ``[data]`` of a recipe.
+        processor, config: Processor and configuration of the model to train.
+        tokens: Tokens of a batch.
+        progress: Called with the number of rows read and of all rows.
 
     Raises:
-        FileNotFoundError: there is no such data set.
-        ValueError: a data set of no known kind, or settings that do not fit the model.
+        FileNotFoundError: There is no such data set.
+        ValueError: A data set is of an unknown kind, or the settings do not fit the model.
     """
     sources = Sources(settings.weights, settings.split)
     encoder = Encoder(processor, config, settings, tokens)
@@ -144,7 +144,7 @@ def check_data(
                 check.usable += 1
                 check.sizes += sizes
                 for note in notes:
-                    check.notes.setdefault(note.kind, Tally()).add(f"{where}: {note.said}")
+                    check.notes.setdefault(note.kind, Tally()).add(f"{where}: {note.message}")
             if progress is not None:
                 progress(row + 1, len(sources))
     finally:
@@ -154,7 +154,7 @@ def check_data(
 
 
 def count_batches(sizes: Sequence[Size], tokens: int, max_crops: int | None, lookahead: int) -> int:
-    """How many batches the sequences make, in an order that is as good as any."""
+    """Number of batches of the sequences, in a random order."""
     packer: Packer[Size] = Packer(tokens, max_crops, lookahead)
     batches = 0
     for i in permutation(len(sizes), 0):

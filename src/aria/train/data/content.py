@@ -1,7 +1,7 @@
-"""What a table of Hugging Face's ``datasets`` holds, as a few characters: equal rows give equal ones.
+"""A content hash of a table of Hugging Face's ``datasets``.
 
-However they are stored: a copy of the files, another cache, other chunks, or another version of the library change
-nothing.
+Equal rows have equal hashes, however they are stored: a copy of the files, another cache, other chunks or another
+version of the library change nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 from aria.train.data.order import permutation
 
 WINDOW = 256
-"""Rows that are hashed together."""
+"""Rows per window."""
 MOST_BYTES = 8 << 30
-"""Of content that is hashed: some ten seconds. A larger data set is sampled."""
+"""Bytes that are hashed at most, which takes about ten seconds. A larger data set is sampled."""
 
 
 def content_hash(rows: Any, most_bytes: int = MOST_BYTES) -> str:
     """A hash of a data set's columns.
 
     Args:
-        rows: a ``datasets.Dataset``.
-        most_bytes: once so many have been hashed, the remaining windows of rows are left out. Windows come in a fixed
-            order that mixes the whole data set, so two that differ in most rows differ here too; a change in a few
-            rows of a data set that is larger may go unseen.
+        rows: A ``datasets.Dataset``.
+        most_bytes: After this many bytes, the remaining windows of rows are left out. Windows come in a fixed order
+            that is spread over the data set, so data sets that differ in most rows have different hashes; a change in
+            a few rows of a larger data set may be missed.
 
     Returns:
         32 hexadecimal digits, after ``sampled`` if rows were left out.
@@ -43,7 +43,7 @@ def content_hash(rows: Any, most_bytes: int = MOST_BYTES) -> str:
 
 
 class _Digest:
-    """A hash of Arrow arrays by their values: offsets, padding and what lies under nulls do not count."""
+    """A hash of Arrow arrays by value: offsets, padding and bytes under nulls do not count."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -55,14 +55,14 @@ class _Digest:
         return self._hash.hexdigest()
 
     def add(self, data: Any) -> None:
-        """Bytes, with their number before them."""
+        """Hash the length of the bytes and the bytes."""
         view = memoryview(data).cast("B")
         self._hash.update(len(view).to_bytes(8, "little"))
         self._hash.update(view)
         self.size += len(view)
 
     def array(self, array: Any) -> None:
-        """All values of an array, in order."""
+        """Hash all values of an array, in order."""
         arrow, compute, types = self._arrow, self._compute, self._arrow.types
         if isinstance(array, arrow.ChunkedArray):
             array = arrow.concat_arrays(array.chunks) if array.num_chunks else arrow.array([], array.type)
@@ -96,5 +96,5 @@ class _Digest:
         self.add(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
 
     def _lengths(self, array: Any, lengths: Any) -> None:
-        """Of each value; -1 of one that is null."""
+        """Hash the length of each value; -1 for null."""
         self.add(lengths.cast(self._arrow.int64()).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())

@@ -1,7 +1,4 @@
-"""Conversations -> tokens and targets, by the processor's own machinery, so that they are those of inference.
-
-T tokens, C crops.
-"""
+"""Conversations to tokens and targets, with the processor's own code, so that tokens are those of inference."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from aria.processor.image_inputs import Crops, ImageInput, read_image_inputs
 from aria.processor.template import is_default_template
 from aria.train.batch import Sample
 from aria.train.data.report import RowError
-from aria.train.data.rows import Conversation, Customs, Text, read_row
+from aria.train.data.rows import Conversation, MediaDefaults, Text, read_row
 from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Row
 from aria.train.loss import IGNORE_INDEX
@@ -33,26 +30,26 @@ _NEWLINE = "\n"
 
 
 class Note(NamedTuple):
-    """A row was used, but not as it stands."""
+    """A row was used with changes."""
 
     kind: str
-    said: str
+    message: str
 
 
 class Encoded(NamedTuple):
-    """What a row came to."""
+    """An encoded row."""
 
     samples: list[Sample]
-    """One of a conversation; one or more of a text."""
+    """One for a conversation; one or more for a text."""
     notes: list[Note]
 
 
 class Turn(NamedTuple):
-    """One message in tokens."""
+    """One message as tokens."""
 
     ids: list[int]
     learnt: list[bool]
-    """Of each token whether it is to be predicted."""
+    """For each token whether it is predicted."""
     pictures: list[ImageInput]
     role: str
 
@@ -62,23 +59,23 @@ class Turn(NamedTuple):
 
 
 class Encoder:
-    """Rows -> sequences. Several threads may call it.
+    """Encodes rows as sequences. Thread-safe.
 
     Args:
-        processor: of the model that is trained.
-        config: of the model.
-        settings: how.
-        tokens: of a batch; no sequence may be longer, nor longer than the model's context.
+        processor: Processor of the model.
+        config: Configuration of the model.
+        settings: ``[data]``.
+        tokens: Tokens of a batch. No sequence is longer than that, nor than the model's context.
 
     Raises:
-        ValueError: model, processor and settings do not fit together.
+        ValueError: Model, processor and settings do not fit together.
     """
 
     def __init__(self, processor: AriaProcessor, config: AriaConfig, settings: DataSettings, tokens: int):
         self._processor, self._settings = processor, settings
         self.patch_size = config.vision.patch_size
         images = processor.image_processor
-        self._customs = Customs(settings.num_frames, settings.timestamps, images.sizes)
+        self._defaults = MediaDefaults(settings.num_frames, settings.timestamps, images.sizes)
         self.max_length = min(settings.max_length or tokens, tokens, config.text.max_position_embeddings)
         if config.image_token_index != processor.tokenizer.image_token_id:
             raise ValueError(
@@ -87,7 +84,7 @@ class Encoder:
             )
         if not is_default_template(processor.tokenizer.chat_template):
             raise ValueError(
-                "the tokenizer brings a chat template of its own, but turns are learnt as Aria's template writes them; "
+                "the tokenizer brings a chat template of its own, but training uses Aria's template; "
                 "remove it from tokenizer_config.json and chat_template.jinja"
             )
         if settings.max_image_size is not None and settings.max_image_size not in images.sizes:
@@ -108,7 +105,7 @@ class Encoder:
         return replace(self._processor.media, workers=workers)
 
     def _newline_splits(self) -> bool:
-        """Whether what stands before and after a newline is tokenised independently."""
+        """Whether text before and after a newline is tokenized independently."""
         encode = self._processor.tokenizer.encode
         before, after = f"{START_OF_TURN}assistant{_NEWLINE}", f"yes{END_OF_TURN}{_NEWLINE}"
         parted = encode(before) + encode(after) + encode(before)
@@ -118,10 +115,10 @@ class Encoder:
         """The sequences of a row.
 
         Raises:
-            RowError: it cannot be used, and why.
+            RowError: It cannot be used.
         """
-        read, unread = read_row(row, self._customs)
-        notes = [Note("unread fields", f"nothing reads {', '.join(unread)}")] if unread else []
+        read, unread = read_row(row, self._defaults)
+        notes = [Note("unread fields", f"unknown fields are ignored: {', '.join(unread)}")] if unread else []
         if isinstance(read, Text):
             with _faults("text", "bad text"):
                 samples, more = self._text(read.text)
@@ -130,12 +127,12 @@ class Encoder:
         return Encoded(samples, notes + more)
 
     def _text(self, text: str) -> tuple[list[Sample], list[Note]]:
-        """Text is learnt from its second token to the end-of-text token after it; markers in it are just text."""
+        """Encode text. Targets are its tokens from the second to the end-of-text token; markers in it are just text."""
         tokenizer, most = self._processor.tokenizer, self.max_length
         ids = tokenizer.encode(Prompt(text))
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        # A piece of one token would have nothing to predict, so that the last two share if need be.
+        # A piece of one token would have no target: then it takes a token from the one before.
         starts = list(range(0, len(ids), most))
         if len(starts) > 1 and len(ids) - starts[-1] == 1:
             starts[-1] -= 1
@@ -153,8 +150,8 @@ class Encoder:
         kept = self._fitted(turns)
         notes = []
         if len(kept) < len(turns):
-            said = f"{len(turns) - len(kept)} of {len(turns)} messages left out: {self._size(turns)}"
-            notes.append(Note("trimmed", said))
+            message = f"{len(turns) - len(kept)} of {len(turns)} messages left out: {self._size(turns)}"
+            notes.append(Note("trimmed", message))
         ids = [index for turn in kept for index in turn.ids]
         learnt = [one for turn in kept for one in turn.learnt]
         crops = tuple(picture.load() for turn in kept for picture in turn.pictures)
@@ -173,7 +170,7 @@ class Encoder:
         return turns
 
     def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[ImageInput]]:
-        """The content with places for pictures alone, and these."""
+        """The content with clips and documents expanded to images, and the images."""
         settings, images, media = self._settings, self._processor.image_processor, self._media
         content = resolve_defaults(
             content, images, max_image_size=settings.max_image_size, split_image=settings.split_image
@@ -188,12 +185,12 @@ class Encoder:
         return content, read_image_inputs([part.source for part in content.parts], images, own, media, budget)
 
     def _turn(self, role: str, content: Prompt, pictures: list[ImageInput], learnt: bool) -> Turn:
-        """A message in tokens. Its text, the end of the turn and the newline after it are what is learnt."""
+        """Encode a message. Targets are its text, the end of the turn and the newline after it."""
         tokenizer = self._processor.tokenizer
         headers: tuple[str, ...] = (START_OF_TURN, role, _NEWLINE)
         ends: tuple[str, ...] = (END_OF_TURN, _NEWLINE)
         if self._settings.labels == "joint":
-            # The newlines at the ends of header and message part what is tokenised, so that turns may be joined.
+            # Newlines end both header and message and split tokenization there, so that encoded turns can be joined.
             content += Prompt.raw("".join(ends))
             headers, ends = ("".join(headers),), ()
         head = [index for text in headers for index in tokenizer.encode(text)]
@@ -206,7 +203,7 @@ class Encoder:
     def _filled(
         self, first: list[int], rest: Iterable[list[int]], pictures: Sequence[ImageInput]
     ) -> tuple[list[int], list[bool]]:
-        """Ids with every picture's places, and which may be learnt: neither those nor the marks around them."""
+        """Ids with image tokens, and which ids may be targets: neither image tokens nor the markers around them."""
         tokenizer = self._processor.tokenizer
         marks = tuple(tokenizer.convert_tokens_to_ids(mark) for mark in IMAGE_WRAPPING)
         ids, counts = list(first), [True] * len(first)
@@ -221,7 +218,7 @@ class Encoder:
         return ids, counts
 
     def _fitted(self, turns: list[Turn]) -> list[Turn]:
-        """What is kept of turns that are too many: system messages at the beginning, and whole exchanges."""
+        """The turns that fit: system messages at the beginning, and whole exchanges."""
         if self._fits(turns):
             return turns
         limit = f"{self.max_length:,} tokens"
@@ -238,7 +235,7 @@ class Encoder:
                 kept.pop()
             if any(any(turn.learnt) for turn in kept) and self._fits(kept):
                 return kept
-        raise RowError("too long", f"{self._size(turns)}, {limit} fit, and no whole turns that do have an answer")
+        raise RowError("too long", f"{self._size(turns)}, {limit} fit, and no whole turns that fit have an answer")
 
     def _fits(self, turns: Sequence[Turn]) -> bool:
         most = self._settings.max_crops
@@ -252,17 +249,17 @@ class Encoder:
 
 
 def rendered(message: dict[str, Any]) -> tuple[str, Prompt]:
-    """The role of a message as it is written, and what stands between the header and the end of the turn."""
+    """The role of a message in the prompt, and the text between the header and the end of the turn."""
     prompt = render([message])
     role = str(prompt).partition(_NEWLINE)[0].removeprefix(START_OF_TURN)
     content = prompt[len(START_OF_TURN + role + _NEWLINE) : len(prompt) - len(END_OF_TURN + _NEWLINE)]
-    assert isinstance(content, Prompt), "a slice of a prompt is one"
+    assert isinstance(content, Prompt), "a slice of a prompt is not a prompt"
     return role, content
 
 
 @contextmanager
 def _faults(where: str, kind: str) -> Iterator[None]:
-    """Tells what is wrong with a message as a fault of its row."""
+    """Turn errors of a message into :class:`RowError`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -272,7 +269,7 @@ def _faults(where: str, kind: str) -> Iterator[None]:
 
 
 def _exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Turns in groups that each begin with the user's."""
+    """Group turns into exchanges that begin with the user."""
     groups: list[list[Turn]] = []
     for before, turn in zip([None, *turns], turns, strict=False):
         if before is None or (turn.role == "user" and before.role != "user"):
@@ -282,7 +279,7 @@ def _exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
 
 
 def _sample(ids: Sequence[int], learnt: Sequence[bool], crops: tuple[Crops, ...] = ()) -> Sample:
-    """A sequence; what is learnt of a token is predicted after the one before it."""
+    """A sequence whose targets are shifted to the token before."""
     input_ids, counts = torch.tensor(ids), torch.tensor(learnt)
     targets = torch.full_like(input_ids, IGNORE_INDEX)
     targets[:-1] = torch.where(counts[1:], input_ids[1:], IGNORE_INDEX)

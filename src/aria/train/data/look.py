@@ -1,4 +1,4 @@
-"""Some rows of each data set, read as training would read them, before anything large is loaded."""
+"""Read some rows of each data set as training would, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from aria.train.data.sources import Sources
 from aria.train.data.stream import Reader
 
 MOST_ROWS = 100
-"""Of all data sets together."""
+"""Rows of all data sets together."""
 LEAST_ROWS = 10
-"""Of each data set, however many there are."""
+"""Minimum rows of each data set."""
 
 
 @dataclass
 class Look:
-    """What was found."""
+    """Result for some rows."""
 
     rows: Counter[str] = field(default_factory=Counter)
-    """Data set -> rows that were read."""
+    """Data set -> number of rows read."""
     usable: Counter[str] = field(default_factory=Counter)
-    """Data set -> those of them that can be trained on."""
+    """Data set -> number of them that can be trained on."""
     problems: list[tuple[str, int, str]] = field(default_factory=list)
-    """File, line and what is wrong there, of each of the others."""
+    """File, line and message of each row that cannot."""
     density: float = 0.0
-    """Patches of pictures for each token, of the row that has most of them."""
+    """Maximum image patches per token of any row."""
 
 
 def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: int = 0, world: int = 1) -> Look:
-    """Read this rank's share of the rows that are looked at.
+    """Read this rank's part of the rows to check.
 
     Raises:
-        ValueError: a file was changed.
+        ValueError: A file was changed.
     """
     share, start, chosen = max(LEAST_ROWS, MOST_ROWS // len(sources.names)), 0, {}
     for name, count in zip(sources.names, sources.counts, strict=True):
@@ -64,15 +64,15 @@ def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: in
 
 
 def judge(looks: Iterable[Look], what: str, on_error: Literal["skip", "stop"]) -> str:
-    """What to tell of the looks of all ranks; nothing if all rows can be used.
+    """A message about rows that cannot be used; empty if all can.
 
     Args:
-        looks: of each rank.
-        what: the rows are, such as ``training rows``.
+        looks: Results of all ranks.
+        what: Kind of rows, such as ``training rows``.
         on_error: ``[data] on_error``.
 
     Raises:
-        ValueError: training would stop at such a row, or no row of a data set can be used. All of them are named.
+        ValueError: Training would stop at such a row, or no row of a data set can be used. All are named.
     """
     rows: Counter[str] = Counter()
     usable: Counter[str] = Counter()
@@ -80,13 +80,13 @@ def judge(looks: Iterable[Look], what: str, on_error: Literal["skip", "stop"]) -
     for one in looks:
         rows += one.rows
         usable += one.usable
-        for file, line, said in one.problems:
-            lines.setdefault((file, said), []).append(line)
+        for file, line, message in one.problems:
+            lines.setdefault((file, message), []).append(line)
     if not lines:
         return ""
-    told = sorted((file, sorted(numbers), said) for (file, said), numbers in lines.items())
-    listed = "\n".join(f"  {file}:{', '.join(map(str, numbers))}: {said}" for file, numbers, said in told)
-    begin = f"{rows.total() - usable.total()} of {rows.total()} {what} that were looked at cannot be used"
+    found = sorted((file, sorted(numbers), message) for (file, message), numbers in lines.items())
+    listed = "\n".join(f"  {file}:{', '.join(map(str, numbers))}: {message}" for file, numbers, message in found)
+    begin = f"{rows.total() - usable.total()} of {rows.total()} {what} that were checked cannot be used"
     if useless := [name for name in rows if not usable[name]]:
         raise ValueError(f"{begin}, and none of {', '.join(useless)}:\n{listed}")
     if on_error == "stop":
@@ -95,7 +95,7 @@ def judge(looks: Iterable[Look], what: str, on_error: Literal["skip", "stop"]) -
 
 
 def _some(count: int, most: int) -> list[int]:
-    """So many numbers below ``count``: half of them the first ones, the others spread evenly over the rest."""
+    """``most`` numbers below ``count``: half of them the first ones, the others spread evenly over the rest."""
     if count <= most:
         return list(range(count))
     first = most // 2

@@ -1,4 +1,4 @@
-"""Which row comes when: mixing, shuffling and dealing rows to ranks, all of it a function of seed and number.
+"""The order of rows: mixing and shuffling as a function of seed and row index.
 
 N rows of an epoch.
 """
@@ -17,7 +17,7 @@ _MOST = 0xFFFFFFFFFFFFFFFF
 
 
 def noise(count: int, *keys: int) -> np.ndarray:
-    """uint64 ``(count,)``, drawn by the keys; SplitMix64, so that no library's change of version changes a run."""
+    """uint64 ``(count,)`` drawn by the keys, with SplitMix64, so that no library version changes a run."""
     state = np.zeros(1, dtype=_UNITS)
     for key in keys:
         state = _mix(state + _UNITS(key & _MOST) + _STEP)
@@ -31,19 +31,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permutation(count: int, *keys: int) -> np.ndarray:
-    """int64 ``(count,)``: 0 to count - 1 in an order that the keys draw."""
+    """int64 ``(count,)``: 0 to count - 1 in a random order given by the keys."""
     return np.argsort(noise(count, *keys), kind="stable")
 
 
 class Order:
-    """An endless sequence of rows: epoch after epoch, each with every row as often as its data set's weight says.
+    """An infinite sequence of rows: epoch after epoch, each row as often as the weight of its data set says.
 
     Args:
-        counts: rows of each data set.
-        weights: of each: 1.5 takes every row once and a random half of them, rounded to whole rows, a second time.
-        seed: of all that is random.
-        shuffle: False leaves rows in the order of their data sets.
-        resample: draw the random parts anew in each epoch.
+        counts: Rows of each data set.
+        weights: Weight of each: 1.5 takes every row once and a random half, rounded to whole rows, twice.
+        seed: Seed of all random choices.
+        shuffle: False keeps rows in the order of their data sets.
+        resample: Draw the random parts again in each epoch.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class Order:
         """N."""
         if not self.size:
             raise ValueError("the weights of [data] mixer leave no row; raise them")
-        # An epoch's end and the next one's beginning are asked for in turns, and by several threads.
+        # Requests alternate between the end of an epoch and the beginning of the next, from several threads.
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         self._turn = threading.Lock()
 
-    def row(self, number: int) -> int:
-        """The row at a place of the endless sequence."""
-        epoch, place = divmod(number, self.size)
+    def row(self, row_index: int) -> int:
+        """The row at an index of the infinite sequence."""
+        epoch, place = divmod(row_index, self.size)
         with self._turn:
             return int(self.epoch(epoch)[place])
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """int64 ``(N,)``: the rows of an epoch in their order."""
+        """int64 ``(N,)``: the rows of an epoch in order."""
         rows = []
         for number, (start, count, wholes, rest) in enumerate(self._parts):
             rows += [np.arange(start, start + count)] * wholes

@@ -1,4 +1,4 @@
-"""What of the data could not be used, and why; nothing is passed over without a line here."""
+"""Report of rows that could not be used, and why; no row is skipped silently."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 MOST_EXAMPLES = 5
 CONVERT = "convert it: python examples/convert.py OLD NEW.jsonl (docs/data.md)"
-"""What helps with data in a format that is not read."""
+"""Advice for data in an unsupported format."""
 
 
 class RowError(ValueError):
     """A row that cannot be used.
 
     Attributes:
-        kind: a few words that are the same for all rows with this fault, such as ``not JSON``.
+        kind: A few words that are the same for all rows with this problem, such as ``not JSON``.
     """
 
-    def __init__(self, kind: str, said: str):
-        super().__init__(said)
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
         self.kind = kind
 
 
 @dataclass
 class Tally:
-    """One kind of fault or remark."""
+    """One kind of problem or note."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
-    """The first ones: ``file:line: what is wrong``."""
+    """The first ones: ``file:line: message``."""
 
     def add(self, example: str, count: int = 1) -> None:
-        """Count it, and keep the example if it is among the first."""
+        """Count an example, and keep it if it is among the first."""
         self.count += count
         if len(self.examples) < MOST_EXAMPLES and example not in self.examples:
             self.examples.append(example)
@@ -40,33 +40,33 @@ class Tally:
 
 @dataclass
 class Report:
-    """What a stream gave, and what it did not. Rows count each time they come up, which is once an epoch or more."""
+    """What a stream used and skipped. Rows count each time they are read."""
 
     rows: int = 0
     """Rows that were read."""
     sequences: int = 0
     batches: int = 0
     tokens: int = 0
-    """Of sequences in batches, filler not counted."""
+    """Tokens of sequences in batches, without filler."""
     filler: int = 0
     labels: int = 0
     crops: int = 0
     skipped: dict[str, Tally] = field(default_factory=dict)
-    """Kind of fault -> rows that were passed over."""
+    """Kind of problem -> rows that were skipped."""
     notes: dict[str, Tally] = field(default_factory=dict)
-    """Kind of remark -> rows that were used, but not as they are: trimmed, with fields that nothing reads, ..."""
+    """Kind of note -> rows that were used with changes: trimmed, with unknown fields, ..."""
 
     @property
     def efficiency(self) -> float:
-        """Share of the batches' tokens that are not filler; 1.0 before the first batch."""
+        """Fraction of the batches' tokens that is not filler; 1.0 before the first batch."""
         return self.tokens / (self.tokens + self.filler) if self.tokens else 1.0
 
     def skip(self, kind: str, example: str) -> None:
-        """A row that is passed over."""
+        """Count a skipped row."""
         self.skipped.setdefault(kind, Tally()).add(example)
 
     def note(self, kind: str, example: str) -> None:
-        """A row that is used, but not as it is."""
+        """Count a row that is used with changes."""
         self.notes.setdefault(kind, Tally()).add(example)
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,32 +79,32 @@ class Report:
         return {**vars(self), **plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where another report was."""
+        """Continue from the state of another report."""
         for name, value in state.items():
             tallies = name in ("skipped", "notes")
             setattr(self, name, {kind: Tally(**_copied(one)) for kind, one in value.items()} if tallies else value)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Report:
-        """The report whose state it is."""
+        """The report with a state."""
         report = cls()
         report.load_state_dict(state)
         return report
 
     @classmethod
     def joined(cls, reports: Iterable[Report]) -> Report:
-        """What several streams gave together."""
-        together = cls()
+        """The sum of several reports."""
+        joined = cls()
         for report in reports:
             for name, value in vars(report).items():
                 if name not in ("skipped", "notes"):
-                    setattr(together, name, getattr(together, name) + value)
+                    setattr(joined, name, getattr(joined, name) + value)
                     continue
                 for kind, one in value.items():
-                    tally = getattr(together, name).setdefault(kind, Tally())
+                    tally = getattr(joined, name).setdefault(kind, Tally())
                     tally.count += one.count
                     tally.examples = list(dict.fromkeys([*tally.examples, *one.examples]))[:MOST_EXAMPLES]
-        return together
+        return joined
 
     def __str__(self) -> str:
         lines = [

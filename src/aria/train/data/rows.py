@@ -1,4 +1,4 @@
-"""Rows of every format that is taken -> conversations as the processor takes them, and which turns are learnt."""
+"""Rows of every supported format to conversations for the processor, and which turns are trained on."""
 
 from __future__ import annotations
 
@@ -28,49 +28,52 @@ _OTHERS = {
     ("question", "answer"): "a question and an answer",
     ("input", "output"): "an input and an output",
 }
-"""Fields by which formats that are not read are known."""
+"""Fields that identify unsupported formats."""
 _OTHER_ROLES = ("human", "gpt", "chatgpt", "model", "bot", "observation", "function", "function_call", "tool_call")
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>")
-"""Of media, in texts for ms-swift, LLaMA-Factory and LLaVA."""
+"""Placeholders of media in texts for ms-swift, LLaMA-Factory and LLaVA."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Text that is learnt as a whole."""
+    """Plain text, trained on as a whole."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, with their media named in them."""
+    """Messages that name their media."""
 
     messages: tuple[dict[str, Any], ...]
-    """As :func:`aria.processor.chat.render` takes them."""
+    """Messages for :func:`aria.processor.chat.render`."""
     learnt: tuple[bool, ...]
-    """Of each message whether it is learnt: answers are, unless their ``weight`` is 0."""
+    """For each message whether it is trained on: answers are, unless their ``weight`` is 0."""
 
 
 @dataclass(frozen=True)
-class Customs:
-    """What holds where a row does not say."""
+class MediaDefaults:
+    """Defaults for media settings that a row leaves out."""
 
     num_frames: int
     timestamps: bool
     sizes: tuple[int, ...]
-    """Sides of crops that the model knows, smallest first."""
+    """Sides of the model's crops in pixels, smallest first."""
 
 
-def read_row(row: Row, customs: Customs) -> tuple[Text | Conversation, list[str]]:
-    """A row, and the names of its fields that nothing reads.
+def read_row(row: Row, defaults: MediaDefaults) -> tuple[Text | Conversation, list[str]]:
+    """Read a row.
+
+    Returns:
+        Its text or conversation, and the names of unknown fields.
 
     Raises:
-        RowError: it cannot be learnt from.
+        RowError: It cannot be trained on.
     """
     fields = {key: value for key, value in row.fields.items() if value is not None}
     kind = "messages" if "messages" in fields else "text"
     if kind not in fields:
-        if other := next((said for names, said in _OTHERS.items() if fields.keys() >= set(names)), None):
+        if other := next((name for names, name in _OTHERS.items() if fields.keys() >= set(names)), None):
             raise RowError("other format", f"the row is in {other}, not in messages; {CONVERT}")
         known = ", ".join(sorted(fields)) or "none"
         raise RowError("no messages", f"expected a row with messages (a conversation) or text; its fields are {known}")
@@ -79,16 +82,16 @@ def read_row(row: Row, customs: Customs) -> tuple[Text | Conversation, list[str]
         if not isinstance(fields["text"], str) or not fields["text"].strip():
             raise RowError("empty text", f"text should be a string that is not blank, but is {fields['text']!r:.60}")
         return Text(fields["text"]), others
-    return _conversation(fields, row.folder, customs), others
+    return _conversation(fields, row.folder, defaults), others
 
 
-def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> Conversation:
-    said = _listed(fields["messages"], "messages")
-    if not said:
+def _conversation(fields: Mapping[str, Any], folder: Path, defaults: MediaDefaults) -> Conversation:
+    listed = _listed(fields["messages"], "messages")
+    if not listed:
         raise RowError("bad message", "messages is an empty list")
-    given = _Given(fields, folder, customs)
+    given = _Given(fields, folder, defaults)
     messages, learnt = [], []
-    for i, message in enumerate(said):
+    for i, message in enumerate(listed):
         read, weight = _message(message, f"message {i}", given)
         messages.append(read)
         learnt.append(read["role"] == "assistant" and weight)
@@ -97,17 +100,17 @@ def _conversation(fields: Mapping[str, Any], folder: Path, customs: Customs) -> 
     given.finish()
     if fields.get("tools"):
         messages = add_instructions(messages, _functions(fields["tools"]))
-        # Where no system message was there, one has been put first.
+        # A system message may have been inserted at the beginning.
         learnt = [False] * (len(messages) - len(learnt)) + learnt
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(message["role"] for message in messages)
-        raise RowError("no answer", f"no message is the assistant's; roles are {roles:.60}")
+        raise RowError("no answer", f"no message is from the assistant; roles are {roles:.60}")
     if not any(learnt):
         raise RowError("nothing to learn", "every answer has weight 0")
     for i, (message, counts) in enumerate(zip(messages, learnt, strict=True)):
         if counts and not _text(message["content"]).strip():
-            raise RowError("empty answer", f"message {i} is the assistant's and says nothing; weight 0 leaves it out")
+            raise RowError("empty answer", f"message {i} is an empty answer; weight 0 leaves it out")
     return Conversation(tuple(messages), tuple(learnt))
 
 
@@ -116,13 +119,13 @@ def _text(content: str | list[dict[str, Any]]) -> str:
 
 
 def _check_placeholders(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse texts with places for media as other formats have them, which would be learnt as text."""
+    """Refuse texts with placeholders of other formats, which would be trained on as text."""
     texts = "".join(_text(message["content"]) for message in messages)
     if found := [placeholder for placeholder in _PLACEHOLDERS if placeholder in texts]:
         raise RowError(
             "other format",
-            f"{found[0]} in a text is the place of a medium for ms-swift, LLaMA-Factory and LLaVA; here it is a part "
-            f"of the message's content; {CONVERT}",
+            f"{found[0]} in a text is a placeholder of ms-swift, LLaMA-Factory and LLaVA; here media are parts of the "
+            f"message's content; {CONVERT}",
         )
 
 
@@ -135,8 +138,8 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
 class _Given:
     """Media that stand beside the messages, as the authors' format has them, dealt to the parts that name none."""
 
-    def __init__(self, fields: Mapping[str, Any], folder: Path, customs: Customs):
-        self.folder, self.customs = folder, customs
+    def __init__(self, fields: Mapping[str, Any], folder: Path, defaults: MediaDefaults):
+        self.folder, self.defaults = folder, defaults
         videos = fields.get("videos", [])
         if "video" in fields:
             if "videos" in fields:
@@ -146,24 +149,24 @@ class _Given:
         self._used = {"image": 0, "video": 0}
 
     def next(self, kind: str, where: str) -> Any:
-        """What the next place takes."""
+        """The medium for the next place."""
         if kind not in self._media:
-            raise RowError("bad message", f"{where} names no {kind}; give it under path or url")
+            raise RowError("bad message", f"{where} names no {kind}; set path or url")
         used = self._used[kind]
         self._used[kind] += 1
-        # Those that are too many are counted too, so that the message tells both numbers.
+        # Surplus places count too, so that the error has both numbers.
         return self._media[kind][used] if used < len(self._media[kind]) else None
 
     @property
     def complete(self) -> bool:
-        """Whether there are as many places as media."""
+        """Whether the numbers of places and media are equal."""
         return all(self._used[kind] == len(media) for kind, media in self._media.items())
 
     def finish(self) -> None:
-        """Refuse a row whose places and media are not as many."""
+        """Refuse a row with different numbers of places and media."""
         for kind, media in self._media.items():
             if self._used[kind] != len(media):
-                noun = "picture" if kind == "image" else "clip"
+                noun = "image" if kind == "image" else "clip"
                 raise RowError(
                     "media count", f"messages have {self._used[kind]} places for {noun}s, but the row has {len(media)}"
                 )
@@ -194,26 +197,26 @@ def _message(message: Any, where: str, given: _Given) -> tuple[dict[str, Any], b
     if role == "assistant":
         content = _with_calls(content, fields, where)
     elif role == "tool" and "name" in fields:
-        # As the server tells the model whose result it is.
+        # As the server marks whose result it is.
         named = f"{fields['name']}: "
         content = named + content if isinstance(content, str) else [{"type": "text", "text": named}, *content]
     return {"role": role, "content": content}, bool(weight)
 
 
 def _functions(tools: Any) -> list[dict[str, Any]]:
-    """Name, description and parameters of each of a row's tools, as the server tells them."""
-    told = []
+    """Name, description and parameters of each of a row's tools, as the server passes them."""
+    functions = []
     for tool in _listed(tools, "tools"):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("bad message", f"tools should be a list of functions with names: {tool!r:.60}")
         named = ("name", "description", "parameters")
-        told.append({key: function[key] for key in named if function.get(key) is not None})
-    return told
+        functions.append({key: function[key] for key in named if function.get(key) is not None})
+    return functions
 
 
 def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
-    """What the assistant said, with its calls of functions as the model writes them."""
+    """An answer, with its tool calls as the model writes them."""
     refusal = fields.get("refusal", "")
     if not isinstance(refusal, str):
         raise RowError("bad message", f"refusal of {where} should be a string, but is {refusal!r:.60}")
@@ -225,7 +228,7 @@ def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
             raise RowError("bad message", f"tool_calls of {where} should hold functions with names: {call!r:.60}")
         try:
             given = function.get("arguments") or "{}"
-            # OpenAI's API has them in a string; many data sets do not.
+            # A string in OpenAI's API; an object in many data sets.
             calls.append(format_call(function["name"], given if isinstance(given, str) else json.dumps(given)))
         except (TypeError, ValueError) as error:
             raise RowError("bad message", f"tool_calls of {where}: {error}") from None
@@ -237,7 +240,7 @@ def _with_calls(content: Any, fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _part(part: Any, where: str, given: _Given) -> dict[str, Any]:
-    """A part as the processor takes it, its medium found."""
+    """A part for the processor, with its medium resolved."""
     if not isinstance(part, Mapping):
         raise RowError("bad message", f"{where} should be an object with type, but is {part!r:.60}")
     kind, fields = part.get("type"), {key: value for key, value in part.items() if value is not None}
@@ -249,13 +252,13 @@ def _part(part: Any, where: str, given: _Given) -> dict[str, Any]:
             raise RowError("bad message", f"{kind} of {where} should be a string, but is {text!r:.60}")
         return {"type": "text", "text": text}
     if kind in _OPENAI:
-        fields = _from_openai(kind, fields, where, given.customs)
+        fields = _from_openai(kind, fields, where, given.defaults)
     elif kind not in ("image", "video", "document"):
         known = ", ".join(("text", "image", "video", "document", *_OPENAI))
         raise RowError("bad message", f"{where} has the type {kind!r:.40}; known are {known}")
     kind = fields["type"]
     named = [key for key in (kind, "path", "url") if key in fields]
-    # The authors' files write "text": null, or "", into every part.
+    # The authors' files have "text": null, or "", in every part.
     if kind in ("image", "video") and fields.pop("text", ""):
         raise RowError("bad message", f"{where} is a {kind} and has text; give the text a part of its own")
     if len(named) > 1:
@@ -265,15 +268,15 @@ def _part(part: Any, where: str, given: _Given) -> dict[str, Any]:
         if isinstance(source, Mapping):
             fields = {**_frames_of(source, where), **fields}
             source = source.get("path")
-        fields = {**({} if "fps" in fields else {"num_frames": given.customs.num_frames}), **fields}
-        fields = {"timestamps": given.customs.timestamps, **fields}
+        fields = {**({} if "fps" in fields else {"num_frames": given.defaults.num_frames}), **fields}
+        fields = {"timestamps": given.defaults.timestamps, **fields}
     if source is None:
-        return fields  # of a row whose media are too few, which is told when all are counted
+        return fields  # the row has too few media, which is an error once all are counted
     return {**fields, kind: _located(source, given.folder, where)}
 
 
 def _frames_of(video: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What the authors' ``video`` says of its frames; numbers that are not positive say nothing there."""
+    """Frames in the authors' ``video`` object; numbers that are not positive mean the default."""
     if unknown := sorted(key for key in video if key not in ("path", "num_frames") and video[key] is not None):
         raise RowError("bad message", f"the video of {where} has unknown fields: {', '.join(unknown)}")
     count = video.get("num_frames")
@@ -281,26 +284,26 @@ def _frames_of(video: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _located(source: Any, folder: Path, where: str) -> Any:
-    """A medium; paths count from the folder of their file."""
-    if isinstance(source, Mapping):  # a picture that the package datasets has not decoded
+    """A medium; paths are relative to the folder of their file."""
+    if isinstance(source, Mapping):  # an image that datasets has not decoded
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
         if not source.strip():
-            raise RowError("missing medium", f"{where} names its medium by an empty text")
+            raise RowError("missing medium", f"{where} names its medium by an empty string")
         return source if _ADDRESS.match(source) else folder / source
     if source is None:
         raise RowError("missing medium", f"{where} names no medium")
     return source
 
 
-def _from_openai(kind: str, fields: Mapping[str, Any], where: str, customs: Customs) -> dict[str, Any]:
-    """A part of OpenAI's chat format in the processor's words, with the extensions of the server."""
+def _from_openai(kind: str, fields: Mapping[str, Any], where: str, defaults: MediaDefaults) -> dict[str, Any]:
+    """A part of OpenAI's chat format, with the server's extensions, as a part for the processor."""
     inner = fields.get(kind)
     inner = {"url": inner} if isinstance(inner, str) else inner
     if not isinstance(inner, Mapping):
         raise RowError("bad message", f"{kind} of {where} should be an object, but is {inner!r:.60}")
     inner = {key: value for key, value in inner.items() if value is not None}
-    part = {"type": _OPENAI[kind], **dict(_settings(inner, kind, customs, where))}
+    part = {"type": _OPENAI[kind], **dict(_settings(inner, kind, defaults, where))}
     if kind != "file":
         part["url"] = inner.get("url", "")
         return part
@@ -310,7 +313,7 @@ def _from_openai(kind: str, fields: Mapping[str, Any], where: str, customs: Cust
     return {**part, "url": data}
 
 
-def _settings(inner: Mapping[str, Any], kind: str, customs: Customs, where: str) -> Iterator[tuple[str, Any]]:
+def _settings(inner: Mapping[str, Any], kind: str, defaults: MediaDefaults, where: str) -> Iterator[tuple[str, Any]]:
     named = ("file_url", "file_data", "filename") if kind == "file" else ("url",)
     alike = {
         "image_url": {"split": "split_image"},
@@ -322,7 +325,7 @@ def _settings(inner: Mapping[str, Any], kind: str, customs: Customs, where: str)
             if value not in ("auto", "low", "high"):
                 raise RowError("bad message", f"detail of {where} should be auto, low or high, but is {value!r:.40}")
             if value != "auto":
-                yield "max_image_size", customs.sizes[0 if value == "low" else -1]
+                yield "max_image_size", defaults.sizes[0 if value == "low" else -1]
         elif key in alike:
             yield alike[key], value
         elif key not in named:

@@ -1,4 +1,4 @@
-"""Data sets on the disk: how many rows they have, and any row of them, without loading the others."""
+"""Data sets on disk, with random access to their rows."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from aria.train.data.report import CONVERT, RowError
 HUGGING_FACE = "hf:"
 _PIECE = 1 << 20
 _BLANK = b"\xef\xbb\xbf \t\r\n"
-"""Bytes of lines that are no rows: white space, and the mark with which some editors begin a file."""
+"""Bytes of blank lines: white space, and the byte order mark that some editors write."""
 MOST_LINE = 256 << 20
-"""Bytes of a row. A medium in it, in base64, is a third larger than its file."""
+"""Maximum bytes of a row. Base64 media in it are a third larger than their files."""
 MOST_VALUES = 4_000_000
-"""Commas, colons and brackets of a row, each of which may be a value of a hundred bytes in memory."""
+"""Maximum commas, colons and brackets of a row, each of which may become a value of a hundred bytes in memory."""
 
 
 class Row(NamedTuple):
-    """A row as it stands in its data set."""
+    """A row of a data set."""
 
     fields: Mapping[str, Any]
     where: str
-    """``file:line``, counted from 1, or what is nearest to it."""
+    """``file:line``, counted from 1, or the closest equivalent."""
     folder: Path
-    """What paths in the row count from."""
+    """Folder that paths in the row are relative to."""
 
 
 class Source(Protocol):
@@ -47,48 +47,48 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def where(self, index: int) -> str:
-        """The place of a row, for messages."""
+        """The location of a row, for messages."""
         ...
 
     def read(self, index: int) -> Row:
         """A row.
 
         Raises:
-            RowError: it is not UTF-8, not JSON, or not an object.
-            ValueError: the file has been changed since it was opened.
+            RowError: It is not UTF-8, not JSON, or not an object.
+            ValueError: The file was changed since it was opened.
         """
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the rows do, and only then: a copy of the files has the same."""
+        """Changes if and only if the rows change; a copy of the files has the same."""
         ...
 
     @property
     def former_fingerprint(self) -> str:
-        """What earlier versions wrote in its place."""
+        """The fingerprint of earlier versions."""
         ...
 
 
 class JsonLines:
-    """A JSONL file. Of each line its offset, its number and a checksum are kept in memory; blank lines are no rows.
+    """A JSONL file. Offset, number and checksum of each line are in memory; blank lines are not rows.
 
-    The file is read, not mapped into memory: a mapped file that another program makes shorter ends the process.
+    The file is read, not memory-mapped: a mapped file that another program truncates kills the process.
     """
 
     def __init__(self, file: Path):
         self.file = file
-        # Offsets of all lines with the end; numbers and checksums of those that are rows.
+        # Offsets of all lines and of the end; numbers and checksums of rows.
         self._starts, self._lines, self._checksums = array("q", [0]), array("q"), array("I")
         self._checksum = 0
-        # Open for as long as this is used, so that a file that is replaced, and not rewritten, is read to its end.
+        # Kept open, so that a file that is replaced by renaming stays readable.
         self._opened, self._reading = file.open("rb", buffering=0), threading.Lock()
         lines = io.BufferedReader(self._opened)
         number = 0
         while line := lines.readline(MOST_LINE):
             size, checksum, blank = len(line), zlib.crc32(line), not line.strip(_BLANK)
             self._checksum = zlib.crc32(line, self._checksum)
-            while not line.endswith(b"\n") and (line := lines.readline(_PIECE)):  # the rest of a long one
+            while not line.endswith(b"\n") and (line := lines.readline(_PIECE)):  # the rest of a long line
                 size, checksum, blank = size + len(line), zlib.crc32(line, checksum), blank and not line.strip(_BLANK)
                 self._checksum = zlib.crc32(line, self._checksum)
             self._starts.append(self._starts[-1] + size)
@@ -114,7 +114,7 @@ class JsonLines:
 
     @property
     def _size(self) -> int:
-        """Bytes of the file when it was opened."""
+        """Size of the file when it was opened, in bytes."""
         return self._starts[-1]
 
     def where(self, index: int) -> str:
@@ -134,7 +134,7 @@ class JsonLines:
         if sum(map(data.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
             raise RowError("too many values", f"it has more than {MOST_VALUES:,} commas, colons and brackets")
         try:
-            # Files that were put together have byte order marks within.
+            # Concatenated files have byte order marks inside.
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RowError("not UTF-8", f"byte {error.start} of the line is {data[error.start]:#04x}") from None
@@ -151,7 +151,7 @@ class JsonLines:
         return self._starts[line + 1] - self._starts[line]
 
     def _bytes(self, index: int) -> bytes:
-        """A line as it was when the file was opened."""
+        """A line, which must be as it was when the file was opened."""
         start, length = self._starts[self._lines[index]], self._length(index)
         try:
             with self._reading:
@@ -163,13 +163,13 @@ class JsonLines:
         if zlib.crc32(data) == self._checksums[index]:
             return data
         if len(data) < length:
-            changed = f"the file had {self._size:,} bytes and now has {size:,}, so this line is gone or cut off"
+            changed = f"the file had {self._size:,} bytes and now has {size:,}, so this line is missing or incomplete"
         else:
             other = "" if size == self._size else f", and the file had {self._size:,} bytes and now has {size:,}"
-            changed = f"this line is not what it was{other}"
+            changed = f"this line has changed{other}"
         raise ValueError(
-            f"{self.where(index)}: the file was changed while it was in use: {changed}. Bring the old content back to "
-            "go on with it; write new data under another name"
+            f"{self.where(index)}: the file was changed while it was in use: {changed}. Restore the old content to "
+            "resume; write new data under another name"
         )
 
 
@@ -177,15 +177,15 @@ class HuggingFace:
     """A data set of Hugging Face's ``datasets``: Arrow in its own cache, mapped into memory and read row by row.
 
     Args:
-        name: what messages call it.
-        rows: a ``datasets.Dataset``.
-        folder: what paths in rows count from.
+        name: Name in messages.
+        rows: A ``datasets.Dataset``.
+        folder: Folder that paths in rows are relative to.
     """
 
     def __init__(self, name: str, rows: Any, folder: Path):
         self._name, self._rows, self._folder = name, rows, folder
         self.former: str = rows._fingerprint
-        """What ``datasets`` knows it by, drawn from times of change."""
+        """Fingerprint of ``datasets``, which depends on modification times."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -195,7 +195,7 @@ class HuggingFace:
 
     @cached_property
     def fingerprint(self) -> str:
-        # Files are known by their last names, as those of JSON lines are.
+        # Files are identified by name without folders, as JSONL files are.
         name = self._name if self._name.startswith(HUGGING_FACE) else Path(self._name).name
         return f"{name}, {len(self):,} rows, content {content_hash(self._rows)}"
 
@@ -206,23 +206,23 @@ class HuggingFace:
     def read(self, index: int) -> Row:
         try:
             fields = self._rows[index]
-        except Exception as error:  # decoders of columns raise what they like
+        except Exception as error:  # decoders of columns raise any exception
             raise RowError("not readable", f"{type(error).__name__}: {error}") from error
         return Row({key: value for key, value in fields.items() if value is not None}, self.where(index), self._folder)
 
 
 def open_source(name: str, split: str = "train") -> Source:
-    """A data set by its name.
+    """Open a data set.
 
     Args:
-        name: a ``.jsonl`` file, a folder with ``<split>.jsonl``, a ``.parquet`` file, a folder that ``datasets`` has
-            saved, or ``hf:owner/name`` or ``hf:owner/name:config``.
-        split: of a folder or a data set of ``datasets``.
+        name: A ``.jsonl`` file, a folder with ``<split>.jsonl``, a ``.parquet`` file, a folder that ``datasets`` saved,
+            or ``hf:owner/name`` or ``hf:owner/name:config``.
+        split: Split of a folder or a data set of ``datasets``.
 
     Raises:
-        FileNotFoundError: there is none of that name.
-        ValueError: it is of no known kind, or empty.
-        ImportError: it needs ``datasets``, which is not installed.
+        FileNotFoundError: It does not exist.
+        ValueError: It is of an unknown kind, or empty.
+        ImportError: It needs ``datasets``, which is not installed.
     """
     if name.startswith(HUGGING_FACE):
         repository, _, config = name.removeprefix(HUGGING_FACE).partition(":")
@@ -246,7 +246,7 @@ def open_source(name: str, split: str = "train") -> Source:
 
 
 def _other_format(file: Path) -> str:
-    """What helps with a file that is not read as it is."""
+    """Advice for a file of an unsupported format."""
     kind = file.suffix.lower()
     if kind == ".json":
         try:
@@ -264,7 +264,7 @@ def _other_format(file: Path) -> str:
     if kind in (".gz", ".zst", ".xz", ".bz2", ".zip"):
         return "; this is compressed: unpack it first"
     if kind == ".arrow":
-        return "; name the folder that datasets saved, which this file is a part of"
+        return "; name the folder that datasets saved, which contains this file"
     return ""
 
 
@@ -280,19 +280,19 @@ def _folder(folder: Path, split: str) -> Source:
     if (folder / "state.json").is_file():
         return _saved(folder, folder)
     others = sorted(file for pattern in ("*.jsonl", "*.parquet") for file in folder.glob(pattern))
-    there = f"there are {', '.join(file.name for file in others[:5])}: name the file itself"
+    hint = f"there are {', '.join(file.name for file in others[:5])}: name the file itself"
     if not others:
-        there = "there is no .jsonl file at all"
+        hint = "there is no .jsonl file at all"
         found = (file for kind in ("json", "txt", "md", "csv", "tsv") for file in sorted(folder.glob(f"*.{kind}")))
         if (file := next(found, None)) is not None:
-            there += f", only {file.name}{_other_format(file)}"
-    raise FileNotFoundError(f"{folder} has no {split}.jsonl; {there}")
+            hint += f", only {file.name}{_other_format(file)}"
+    raise FileNotFoundError(f"{folder} has no {split}.jsonl; {hint}")
 
 
 def _saved(folder: Path, part: Path) -> HuggingFace:
-    """What ``datasets`` has saved in a folder, by way of its cache: the files themselves may be written anew."""
+    """A folder that ``datasets`` saved, read through its cache, because the files themselves may be rewritten."""
     if not (part / "state.json").is_file():
-        raise FileNotFoundError(f"{part} has no state.json; expected a folder that datasets has saved")
+        raise FileNotFoundError(f"{part} has no state.json; expected a folder that datasets saved")
     state = read_json(part / "state.json")
     try:
         names = [str(file["filename"]) for file in state["_data_files"]]
@@ -330,13 +330,13 @@ class Sources:
 
     def __init__(self, names: Mapping[str, Any] | list[str], split: str = "train"):
         if not names:
-            raise ValueError("[data] names no data set; set paths or mixer, or factory for a stream of your own")
+            raise ValueError("[data] names no data set; set paths or mixer, or factory for a custom stream")
         self.names = list(names)
         self._all = [open_source(name, split) for name in self.names]
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each."""
+        """Number of rows of each."""
         return [len(source) for source in self._all]
 
     @cached_property
@@ -351,7 +351,7 @@ class Sources:
         return self._all[number], index - int(self._starts[number])
 
     def where(self, index: int) -> str:
-        """The place of a row."""
+        """The location of a row."""
         source, own = self._find(index)
         return source.where(own)
 
@@ -361,11 +361,11 @@ class Sources:
         return source.read(own)
 
     def fingerprint(self) -> list[str]:
-        """Of each."""
+        """Fingerprint of each."""
         return [source.fingerprint for source in self._all]
 
     def has(self, fingerprints: Sequence[str]) -> bool:
-        """Whether these are the rows that had such fingerprints, also where an earlier version wrote them."""
+        """Whether the fingerprints, which an earlier version may have written, are those of these rows."""
         pairs = zip(self._all, fingerprints, strict=False)
         return len(self._all) == len(fingerprints) and all(
             saved in (source.former_fingerprint, source.fingerprint) for source, saved in pairs
