@@ -113,7 +113,7 @@ def test_a_file_that_is_cut_while_it_is_checked_is_an_error_by_its_line(tmp_path
         if done == 2:
             os.truncate(file, 100)
 
-    with pytest.raises(ValueError, match=r"a\.jsonl:3: the file was changed .* gone or cut off"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: the file was changed .* missing or incomplete"):
         check_data(settings, processor(), config(), tokens=512, progress=cut)
 
 
@@ -180,7 +180,7 @@ def test_sizes_and_cost(tmp_path):
     alone = [processor().prepare(located(row["messages"], tmp_path), add_generation_prompt=False) for row in rows]
     joint = check(tmp_path / "a.jsonl", tokens=128, labels="joint")
     assert [size.tokens for size in joint.sizes] == [len(one.ids) for one in alone]
-    assert [size.pictures for size in joint.sizes] == [len(one.pictures) for one in alone]
+    assert [size.images for size in joint.sizes] == [len(one.images) for one in alone]
     assert found.notes["text cut"].count == 1
     assert found.tokens == sum(size.tokens for size in found.sizes) <= found.batches * 128
     assert found.efficiency > 0.8

@@ -18,7 +18,7 @@ from tests.helpers.made_data import chat, jsonl, plain, stream, take
 REWRITTEN = {
     "shorter": (lambda old: old[:40], r"had 1,\d\d\d bytes and now has 40, so this line is missing or incomplete"),
     "empty": (lambda old: b"", r"now has 0"),
-    "changed": (lambda old: old.replace(b"dogs", b"cats"), "this line has changed. Bring"),
+    "changed": (lambda old: old.replace(b"dogs", b"cats"), "this line has changed. Restore"),
     "longer": (lambda old: old.replace(b"dogs", b"doggies"), r"this line has changed, and the file had"),
 }
 

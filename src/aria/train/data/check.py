@@ -27,7 +27,7 @@ class Size(NamedTuple):
 
     tokens: int
     labels: int
-    pictures: int
+    images: int
     """Images, including frames of clips and pages of documents."""
     num_crops: int
 
@@ -64,7 +64,7 @@ class Check:
     def distribution(self) -> dict[str, dict[str, float]]:
         """Mean and percentiles of the tokens, targets, images and crops of a sequence."""
         found = {}
-        names = {"tokens": "tokens", "labels": "targets", "pictures": "pictures", "num_crops": "crops"}
+        names = {"tokens": "tokens", "labels": "targets", "images": "pictures", "num_crops": "crops"}
         for i, name in enumerate(Size._fields):
             values = np.array([size[i] for size in self.sizes])
             points = np.percentile(values, PERCENTILES, method="higher") if self.sizes else [0] * len(PERCENTILES)
