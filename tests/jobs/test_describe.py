@@ -87,13 +87,13 @@ def test_every_file_is_told_of(run, folder):
         assert record["usage"]["media"] == {"count": 1, "crops": 1, "tokens": 128}
         assert record["usage"]["prompt_tokens"] > 64 < record["usage"]["total_tokens"]
         assert record["seconds"] > 0
-    assert err == "3 done, 1 passed over\n"
+    assert err == "3 done, 1 skipped\n"
 
 
 @pytest.mark.slow
 def test_clips_and_documents_are_told_of(run):
     code, told, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
-    assert (code, err) == (0, "4 done, 1 passed over\n")
+    assert (code, err) == (0, "4 done, 1 skipped\n")
     by_name = {Path(record["path"]).name: record for record in told}
     assert {name: record["kind"] for name, record in by_name.items()} == {
         "chart.png": "image", "clip.mp4": "video", "pages.pdf": "document", "receipt.png": "image",
@@ -132,7 +132,7 @@ def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
     assert "torn.png" in by_name["torn.png"]["error"] and by_name["torn.png"]["text"] is None
     assert "empty.jpg" in by_name["empty.jpg"]["error"]
     assert by_name["word.png"]["text"] == TOLD["word.png"]
-    assert err == "3 done, 2 failed, 1 passed over\n"
+    assert err == "3 done, 2 failed, 1 skipped\n"
 
 
 @pytest.mark.slow
@@ -143,14 +143,14 @@ def test_a_run_goes_on_where_another_was_stopped(run, folder, tmp_path):
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1][:-30])
     code, _, err = run("describe", folder, "-o", out)
-    assert (code, err) == (0, "2 done, 1 done before, 1 passed over\n")
+    assert (code, err) == (0, "2 done, 1 done before, 1 skipped\n")
     assert out.read_bytes().startswith(lines[0])
     again = records(out)
     assert len(again) == 3
     assert {r["path"]: r["text"] for r in again} == {r["path"]: r["text"] for r in whole}
     # Nothing is left to do, so no model is loaded.
     code, _, err = run("describe", folder, "-o", out, "--device", "cuda:99")
-    assert (code, err) == (0, "0 done, 3 done before, 1 passed over\n")
+    assert (code, err) == (0, "0 done, 3 done before, 1 skipped\n")
 
 
 @pytest.mark.slow
@@ -159,12 +159,12 @@ def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
     run("describe", folder, "-o", out)
     before = out.read_bytes()
     code, _, err = run("describe", folder, "-o", out, "--prompt", "What colour is it?")
-    assert code == 2 and "with the prompt 'Describe this picture.', and now it is 'What colour is it?'" in err
+    assert code == 2 and "with the prompt 'Describe this picture.', but now it is 'What colour is it?'" in err
     code, _, err = run("describe", folder, "-o", out, "--model", "someone/other")
-    assert code == 2 and "with the model 'aria-nano', and now it is 'other'" in err
+    assert code == 2 and "with the model 'aria-nano', but now it is 'other'" in err
     shutil.copytree(NANO, tmp_path / "aria-nano")
     code, _, err = run("describe", folder, "-o", out, "--model", tmp_path / "aria-nano")
-    assert code == 2 and f"with the base 'aria-nano', and now it is '{tmp_path / 'aria-nano'}'" in err
+    assert code == 2 and f"with the base 'aria-nano', but now it is '{tmp_path / 'aria-nano'}'" in err
     assert out.read_bytes() == before
     code, _, err = run("describe", folder, "-o", folder / "notes.txt")
     assert code == 2 and "notes.txt is not a JSON object" in err

@@ -219,7 +219,7 @@ def test_every_item_is_done_once_and_so_many_at_a_time():
     assert set(play.attempts.values()) == {1}
     assert play.most == 7
     assert play.most_heavy == MAX_HEAVY_IN_FLIGHT
-    assert (job.tally.done, job.tally.before, job.tally.failed) == (len(items), 0, 0)
+    assert (job.counts.done, job.counts.before, job.counts.failed) == (len(items), 0, 0)
 
 
 def test_what_is_in_the_output_is_not_done_again():
@@ -228,7 +228,7 @@ def test_what_is_in_the_output_is_not_done_again():
     job = do(play, range(1, 9), output)
     assert sorted(play.attempts) == [1, 2, 4, 6, 7, 8]
     # What others wrote of items that are not asked for is nobody's business.
-    assert (job.tally.done, job.tally.before, job.tally.failed) == (6, 1, 1)
+    assert (job.counts.done, job.counts.before, job.counts.failed) == (6, 1, 1)
 
 
 def test_items_that_have_changed_are_named_and_nothing_is_done():
@@ -245,7 +245,7 @@ def test_items_taken_along_by_a_failure_are_done_again_alone():
     records = {int(record["name"]): record for record in output.records}
     assert sorted(records) == list(range(1, 20))
     assert records[2]["alone"] and records[3]["alone"]
-    assert job.tally.failed == 0
+    assert job.counts.failed == 0
 
 
 def test_an_item_that_breaks_the_engine_twice_is_given_up():
@@ -254,7 +254,7 @@ def test_an_item_that_breaks_the_engine_twice_is_given_up():
     [bad] = [record for record in output.records if record["failed"]]
     assert bad == {"name": "2", "failed": True, "error": "the engine fails at 2"}
     assert play.attempts[2] == 2
-    assert (job.tally.done, job.tally.failed) == (18, 1)
+    assert (job.counts.done, job.counts.failed) == (18, 1)
 
 
 def test_a_broken_engine_ends_the_job_and_gives_nothing_up():

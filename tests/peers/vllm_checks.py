@@ -30,7 +30,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     refused("server", "embeddings", ("/v1/embeddings", {"input": "a"}), reason="makes no embeddings", status=404),
     refused("server", "scores and ranks", ("/rerank", {"query": "a"}), reason="makes no scores", status=404),
-    refused("server", "speech", ("/v1/audio/transcriptions", {}), reason="neither hears nor speaks", status=404),
+    refused("server", "speech", ("/v1/audio/transcriptions", {}), reason="has no audio input or output", status=404),
     refused("server", "sleep mode", ("/sleep", {}), reason="weights stay in memory", status=404),
     refused(
         "server",
@@ -114,7 +114,7 @@ CHECKS: tuple[Check, ...] = (
         chat(chat_template="{{ messages }}"),
         reason="the model's own template is used",
     ),
-    refused("chat", "echo", chat(echo=True), reason="put the text of the last message before the answer"),
+    refused("chat", "echo", chat(echo=True), reason="prepend the text of the last message to the response"),
     refused("chat", "documents for retrieval", chat(documents=[{"text": "a"}]), reason="put documents into messages"),
     passes("chat", "request_id", chat(request_id="mine"), right=lambda r: r.json["id"] == "chatcmpl-mine"),
     passes("chat", "unknown field", chat(max_token=3), right=lambda r: "max_tokens" in r.error["message"], status=400),

@@ -179,13 +179,13 @@ CHECKS: tuple[Check, ...] = (
         "media",
         "audio",
         chat([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]),
-        reason="the model neither hears nor speaks",
+        reason="the model has no audio input or output",
     ),
     refused(
         "media",
         "embeddings of images",
         chat([{"type": "image_embeds", "image_embeds": ""}]),
-        reason="send media as addresses or data: URIs",
+        reason="send media as URLs or data: URIs",
     ),
     refused("media", "mm_processor_kwargs", chat(mm_processor_kwargs={"num_crops": 4}), reason="set detail, split"),
     # Responses
@@ -211,7 +211,7 @@ CHECKS: tuple[Check, ...] = (
         "responses",
         "earlier answers by id",
         responses("Hello", previous_response_id="resp_1"),
-        reason="nothing is kept between requests",
+        reason="nothing is stored between requests",
     ),
     refused(
         "responses",
@@ -226,7 +226,10 @@ CHECKS: tuple[Check, ...] = (
         reason="the server runs no tools",
     ),
     refused(
-        "responses", "in the background", responses("Hello", background=True), reason="nothing is kept between requests"
+        "responses",
+        "in the background",
+        responses("Hello", background=True),
+        reason="nothing is stored between requests",
     ),
     # Tokens
     passes(

@@ -75,9 +75,7 @@ def test_models_are_the_base_and_then_its_adapters(live):
         ("experts", "aria-nano", "aria-nano"),
     ]
     assert live.openai.models.retrieve("words").model_dump() == cards[1]
-    with pytest.raises(
-        openai.NotFoundError, match="no model 'other' here; available are aria-nano, words, experts"
-    ) as told:
+    with pytest.raises(openai.NotFoundError, match="no model 'other'; available are aria-nano, words, experts") as told:
         live.chat(model="other")
     assert told.value.code == "model_not_found" and told.value.param == "model"
 

@@ -169,7 +169,7 @@ def test_files_are_not_mixed_up(run, tmp_path):
     assert code == 2 and "is the input" in err
     other = write(tmp_path / "other.jsonl", [{"text": "something else"}])
     code, err = run(source, other)
-    assert code == 2 and "no response of a batch" in err
+    assert code == 2 and "not a response of a batch" in err
     code, err = run(tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl")
     assert code == 2 and "nowhere.jsonl" in err
     assert source.read_bytes() == before and len(read(other)) == 1
@@ -284,7 +284,7 @@ def test_a_killed_batch_loses_nothing_and_does_nothing_twice(run, tmp_path):
         _, err = process.communicate()
         if kill == signal.SIGINT:
             assert process.returncode == 130
-            assert b"stopped, the same command goes on" in err and b"Traceback" not in err
+            assert b"stopped, rerun to resume" in err and b"Traceback" not in err
         else:
             assert process.returncode == -signal.SIGKILL
         whole = [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

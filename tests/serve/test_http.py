@@ -37,7 +37,7 @@ def live():
 
 
 def test_paths_and_methods_that_are_not_there(live):
-    assert "nothing at '/v1/nothing'" in error_of(live.http.get("/v1/nothing"), 404)["message"]
+    assert "no route '/v1/nothing'" in error_of(live.http.get("/v1/nothing"), 404)["message"]
     error_of(live.http.post("/v1/nothing", json={}), 404)
     error_of(live.http.get("/../pyproject.toml"), 404)
     error_of(live.http.get("/%2e%2e/app.py"), 404)
@@ -51,8 +51,8 @@ def test_paths_and_methods_that_are_not_there(live):
 @pytest.mark.parametrize(
     ("path", "says"),
     [("/v1/embeddings", "no embeddings"), ("/v1/files", "aria batch"), ("/v1/batches/b_1", "aria batch"),
-     ("/v1/responses/resp_1", "nothing is kept"), ("/v1/images/generations", "draws nothing"),
-     ("/v1/audio/speech", "neither hears"), ("/rerank", "no scores"), ("/v1/threads/t/runs", "nothing is kept")],
+     ("/v1/responses/resp_1", "nothing is stored"), ("/v1/images/generations", "generates no images"),
+     ("/v1/audio/speech", "no audio"), ("/rerank", "no scores"), ("/v1/threads/t/runs", "nothing is stored")],
 )  # fmt: skip
 def test_routes_of_other_servers_are_refused_with_the_reason(live, path, says):
     for response in (live.http.get(path), live.http.post(path, json={})):
@@ -306,9 +306,9 @@ def test_only_proxies_are_believed_whom_they_speak_for(monkeypatch, proxies, for
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # uvicorn's own setting
     with running(ServerSettings(trusted_proxies=proxies)) as live:
         seen = []
-        tokenize = live.app.state.active_requests.work
+        tokenize = live.app.state.active_requests.admit
         monkeypatch.setattr(
-            live.app.state.active_requests, "work", lambda client: seen.append(client) or tokenize(client)
+            live.app.state.active_requests, "admit", lambda client: seen.append(client) or tokenize(client)
         )
         headers = {} if forwarded is None else {"X-Forwarded-For": forwarded, "X-Forwarded-Proto": "https"}
         assert live.http.post("/tokenize", json={"prompt": "a"}, headers=headers).status_code == 200

@@ -1,4 +1,4 @@
-"""The command line: what stands behind ``aria chat``, ``aria serve`` and the other commands."""
+"""The command line: ``aria chat``, ``aria serve`` and the other commands."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 
 from rich.markup import escape
 
-from aria.cli import chat, data, jobs, models, serve, train  # noqa: F401  (each adds its commands)
+from aria.cli import chat, data, jobs, models, serve, train  # noqa: F401  (each registers its commands)
 from aria.cli.options import app, err
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Entry point of ``aria``: an error is one line and exit code 2; ``--debug`` shows where it came from."""
+    """Entry point of ``aria``. Errors are one line and exit code 2; ``--debug`` shows the traceback."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -21,6 +21,6 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        err.print(f"[red]error:[/red] {escape(said)}", soft_wrap=True)
+        message = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""``python -m aria.cli``: the program ``aria``, for launchers such as ``torchrun`` that take a module."""
+"""``python -m aria.cli``: runs ``aria``, for launchers such as ``torchrun`` that take a module."""
 
 from aria.cli import main
 

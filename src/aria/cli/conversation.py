@@ -1,4 +1,4 @@
-"""A conversation at the terminal: what is said, the files that come with it, and its slash commands."""
+"""Conversations at the terminal: messages, their media, and slash commands."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
     from aria.processor import AriaProcessor
 
 HELP = """\
-/image FILE      show an image with the next question (also an http(s) address)
-/video FILE      show a clip
+/image FILE      show an image with the next question (also an http(s) URL)
+/video FILE      show a video
 /document FILE   show a PDF
 /system [TEXT]   show or change the system prompt; - removes it
 /set [NAME VALUE]  show or change sampling options, such as: /set temperature 0.7
-/regenerate      answer the last question again
+/regenerate      replace the last answer by a new one
 /save FILE       write the conversation: .json with all messages, otherwise Markdown
 /reset           start a new conversation
 /help            this list
-/quit            leave (also Ctrl-D)
+/quit            exit (also Ctrl-D)
 
-Several lines: begin and end with \"\"\", or press Alt-Enter. Ctrl-C stops an answer."""
+Multiple lines: enclose them in \"\"\", or press Alt-Enter. Ctrl-C stops an answer."""
 
 KINDS = ("image", "video", "document")
 _COMMANDS = frozenset(re.findall(r"^/(\w+)", HELP, re.MULTILINE))
 _ADDRESS = re.compile(r"[a-z]+://|data:", re.IGNORECASE)
 _FENCE = '"""'
-_WARM = 0.7
-"""Temperature of another answer where the first was greedy: it would be the same again."""
+_REGENERATE_TEMPERATURE = 0.7
+"""Temperature of /regenerate after a greedy answer, which would otherwise repeat itself."""
 
 
 class ChatSession:
-    """Messages so far, and the media that the next question brings.
+    """The messages of a conversation, and the media of the next question.
 
     Args:
-        system: the system prompt; None: none.
-        settings: of every medium by kind, such as ``{"video": {"num_frames": 8}}``.
-        params: how answers are sampled.
-        adapter: the name of the adapter that answers.
+        system: System prompt, if any.
+        settings: Options of media by kind, such as ``{"video": {"num_frames": 8}}``.
+        params: Sampling parameters.
+        adapter: Name of the adapter to use, if any.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class ChatSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the messages; the system prompt and the sampling options stay."""
+        """Clear the messages; the system prompt and the sampling options stay."""
         self.messages: list[dict[str, Any]] = []
         self._media: list[dict[str, Any]] = []
         self._names: dict[int, str] = {}
 
     def show(self, kind: str, source: str, processor: AriaProcessor) -> str:
-        """Take a medium along with the next question. It is read now, so that a wrong one is refused at once.
+        """Add a medium to the next question. It is read now, to refuse an invalid one at once.
 
-        Images stay as they are now; clips and documents that are files are read again with each question.
+        Images are kept as they are now; video and document files are read again for each question.
 
         Returns:
-            What it is to the model, such as ``8 frames, 512 tokens``.
+            Its cost, such as ``8 frames, 512 tokens``.
 
         Raises:
-            FileNotFoundError, ValueError: it cannot be read as this kind.
+            FileNotFoundError, ValueError: It cannot be read as this kind.
         """
         from aria.media.open import open_media
         from aria.processor import load_image
@@ -97,25 +97,25 @@ class ChatSession:
         return ", ".join(text for text in (count, _plural(cost.tokens, "token")) if text)
 
     def ask(self, engine: Engine, question: str) -> Iterable[str]:
-        """The answer, piece by piece. What fails or is interrupted leaves the messages as they were.
+        """Stream the answer. If that fails or is interrupted, the messages stay as they were.
 
-        The files of a question that fails do not stay for the next one, which would fail as well.
+        The media of a failed question are dropped, since they would make the next one fail as well.
         """
         asked = {"role": "user", "content": [*self._media, {"type": "text", "text": question}]}
         self._media = []
         yield from self._answer(engine, asked, self.params)
 
     def again(self, engine: Engine) -> Iterable[str]:
-        """Another answer to the last question, in place of the one it has.
+        """Stream another answer to the last question, to replace the first.
 
         Raises:
-            ValueError: nothing was asked.
+            ValueError: There is no question.
         """
         if not self.messages:
-            raise ValueError("nothing was asked yet")
+            raise ValueError("there is no question yet")
         asked = self.messages[-2]
-        # Greedy answers repeat themselves, and so do those of a seed.
-        warm = replace(self.params, temperature=self.params.temperature or _WARM, seed=None)
+        # Greedy and seeded answers would repeat themselves.
+        warm = replace(self.params, temperature=self.params.temperature or _REGENERATE_TEMPERATURE, seed=None)
         before, self.messages = self.messages, self.messages[:-2]
         try:
             yield from self._answer(engine, asked, warm)
@@ -135,12 +135,12 @@ class ChatSession:
         """Change a sampling option.
 
         Raises:
-            ValueError: there is no such option, or the value does not fit.
+            ValueError: Unknown option or invalid value.
         """
         known = [field.name for field in fields(self.params) if field.name not in ("n", "json_schema", "logit_bias")]
         name = name.replace("-", "_")
         if name not in known:
-            raise ValueError(f"no sampling option is called {name}; there are {', '.join(known)}")
+            raise ValueError(f"unknown sampling option {name}; known are {', '.join(known)}")
         try:
             parsed = json.loads(value)
         except ValueError:
@@ -148,7 +148,7 @@ class ChatSession:
         self.params = replace(self.params, **{name: parsed})
 
     def options(self) -> str:
-        """The sampling options that are not at their defaults, or ``defaults``."""
+        """The sampling options that differ from their defaults, or ``defaults``."""
         changed = [
             f"{field.name} {getattr(self.params, field.name)}"
             for field in fields(self.params)
@@ -157,11 +157,11 @@ class ChatSession:
         return ", ".join(changed) or "defaults"
 
     def save(self, file: Path) -> None:
-        """Write the conversation, media by their names.
+        """Write the conversation to a file, with the names of its media.
 
         Raises:
-            ValueError: the file is there and was not written by this conversation.
-            OSError: it cannot be written.
+            ValueError: The file exists and was not written by this conversation.
+            OSError: It cannot be written.
         """
         from aria.hub import write_file
 
@@ -188,13 +188,13 @@ class ChatSession:
 
 
 def talk(engine: Engine, conversation: ChatSession) -> None:
-    """Questions and commands from the terminal, until /quit or the end of input."""
+    """Read questions and commands from the terminal, until /quit or end of input."""
     read = _reader()
     while True:
         try:
             line = _lines(read).strip()
         except KeyboardInterrupt:
-            err.print("[dim](/quit or Ctrl-D leaves)[/dim]")
+            err.print("[dim](/quit or Ctrl-D to exit)[/dim]")
             continue
         except EOFError:
             err.print()
@@ -214,7 +214,7 @@ def talk(engine: Engine, conversation: ChatSession) -> None:
 
 
 def say(pieces: Iterable[str]) -> None:
-    """Print an answer as it comes."""
+    """Print an answer as it arrives."""
     for piece in pieces:
         out.file.write(piece)
         out.file.flush()
@@ -222,16 +222,16 @@ def say(pieces: Iterable[str]) -> None:
 
 
 def _is_command(line: str) -> bool:
-    """Whether a line is a command, known or mistyped, and no question that begins with a path."""
+    """Whether a line is a command, known or mistyped, rather than a question that begins with a path."""
     if not line.startswith("/") or "\n" in line:
         return False
     word = line.split()[0]
-    # Known ones first: on macOS /system is also the folder /System.
+    # Known commands first: on macOS /system is also the folder /System.
     return word[1:].lower() in _COMMANDS or word == "/" or not _is_file(word)
 
 
 def _command(engine: Engine, conversation: ChatSession, line: str) -> bool:
-    """Do what a line that begins with a slash says; whether the conversation continues."""
+    """Run a slash command; returns whether the conversation continues."""
     name, rest = [*line[1:].split(None, 1), "", ""][:2]
     name = name.lower()
     if name in ("quit", "exit", "bye", "q"):
@@ -240,7 +240,7 @@ def _command(engine: Engine, conversation: ChatSession, line: str) -> bool:
         err.print(f"[dim]{escape(HELP)}[/dim]")
     elif name in ("reset", "new", "clear"):
         conversation.reset()
-        err.print("[dim]a new conversation[/dim]")
+        err.print("[dim]new conversation[/dim]")
     elif name in KINDS:
         if not rest:
             raise ValueError(f"which {name}? /{name} FILE")
@@ -259,10 +259,10 @@ def _command(engine: Engine, conversation: ChatSession, line: str) -> bool:
         say(conversation.again(engine))
     elif name == "save":
         if not rest:
-            raise ValueError("where to? /save FILE")
+            raise ValueError("which file? /save FILE")
         [file] = split_paths(rest)[:1]
         conversation.save(Path(file))
-        err.print(f"[dim]saved in {escape(file)}[/dim]", soft_wrap=True)
+        err.print(f"[dim]saved to {escape(file)}[/dim]", soft_wrap=True)
     else:
         err.print(escape(f"unknown command /{name}; /help lists them"))
     return True
@@ -276,21 +276,21 @@ def _two(rest: str) -> tuple[str, str]:
 
 
 def split_paths(text: str) -> list[str]:
-    """Paths and addresses as people type, paste and drop them.
+    """Split paths and URLs that were typed, pasted or dropped.
 
-    A text that is a file's name as it stands is that one, whatever spaces it has. Otherwise it is read as a shell
-    would: with quotes, and backslashes before spaces. ``file://`` addresses become paths.
+    If the whole text is the name of an existing file, that is the only path. Otherwise it is split as in a shell, with
+    quotes and backslashes. ``file://`` URLs become paths.
     """
     if _is_file(text):
         return [text]
     try:
         # On Windows backslashes separate folders.
         parts = shlex.split(text, posix=True) if sys.platform != "win32" else [text.strip("\"'")]
-    except ValueError:  # a quote without its end, as in a name with an apostrophe
+    except ValueError:  # an unmatched quote, such as an apostrophe in a name
         return [text]
     parts = [_from_address(part) for part in parts]
     if not any(_is_file(part) or _ADDRESS.match(part) for part in parts) and (len(parts) > 1 or "\\" in text):
-        return [text.strip("\"'")]  # of no file that is there, and maybe from Windows: errors show it as it was typed
+        return [text.strip("\"'")]  # no existing file, and maybe a Windows path: errors should show it as typed
     return parts
 
 
@@ -308,7 +308,7 @@ def _from_address(text: str) -> str:
 
 
 def _lines(read: Callable[[str], str]) -> str:
-    """One entry: a line, or all lines between two times three quotation marks."""
+    """Read one entry: a line, or all lines between triple quotes."""
     line = read("> ")
     if not line.lstrip().startswith(_FENCE):
         return line
@@ -319,7 +319,7 @@ def _lines(read: Callable[[str], str]) -> str:
 
 
 def _reader() -> Callable[[str], str]:
-    """What asks for a line: with editing, history and completion at a terminal, plain elsewhere."""
+    """A function that reads a line: with editing and history at a terminal, plain otherwise."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
     from prompt_toolkit import PromptSession
@@ -336,7 +336,7 @@ def _reader() -> Callable[[str], str]:
 
 
 def _history() -> Any:
-    """Lines of earlier conversations, for the user alone; in memory where they cannot be kept."""
+    """History of earlier sessions, readable by the user only; in memory if it cannot be stored."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     file = Path(typer.get_app_dir("aria")) / "chat-history"

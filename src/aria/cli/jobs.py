@@ -74,7 +74,7 @@ def describe(
     name = next(iter(adapters), None)
     weights = {
         "base": _base(model, revision),
-        "adapter": None if name is None else _place(adapters[name]),
+        "adapter": None if name is None else _location(adapters[name]),
     }
     describer = Describer(name or model_name(model), params, prompt, settings, name, weights)
     with _output(out_file) as output:
@@ -87,7 +87,7 @@ def describe(
                 engine.grammars.compile(params.json_schema)  # an unusable schema is not the fault of a file
             return engine
 
-        _run_job(job, "describing", load, at_once, passed_over=others)
+        _run_job(job, "describing", load, at_once, skipped=others)
 
 
 @app.command()
@@ -128,7 +128,7 @@ def batch(
         engine.processor.media = settings
         return engine
 
-    places = {name: _place(folder) for name, folder in adapters.items()}
+    places = {name: _location(folder) for name, folder in adapters.items()}
     work = BatchFile(
         requests, ServerSettings(model_names=names, media=settings), base=_base(model, revision), adapters=places
     )
@@ -137,26 +137,26 @@ def batch(
 
 
 def _base(model: str | None, revision: str | None) -> str:
-    """Where a model lies, and its revision."""
-    place = "aria-nano" if model is None else _place(model)
+    """Path or repository of a model, with its revision."""
+    place = "aria-nano" if model is None else _location(model)
     return place if revision is None else f"{place}@{revision}"
 
 
-def _place(path_or_repo_id: str) -> str:
-    """Where a model or an adapter lies, the same from every folder; a Hub repository as it is called."""
+def _location(path_or_repo_id: str) -> str:
+    """Absolute path of a model or an adapter, or the name of its Hub repository."""
     path = Path(path_or_repo_id).expanduser()
     return str(path.resolve()) if path.exists() else path_or_repo_id
 
 
 def _output(file: Path | None) -> contextlib.AbstractContextManager[Any]:
-    """Where records go: a file that is gone on with, or standard output."""
+    """The output: a file that is resumed, or standard output."""
     from aria.jobs import Journal, RecordStream
 
     return contextlib.nullcontext(RecordStream(sys.stdout.buffer)) if file is None else Journal(file)
 
 
-def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None, *, passed_over: int = 0) -> None:
-    """Do what is left of a job under a progress bar; exit code 1 if any item failed, now or in an earlier run."""
+def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None, *, skipped: int = 0) -> None:
+    """Run the rest of a job with a progress bar; exit code 1 if any item failed, now or in an earlier run."""
     import asyncio
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -178,11 +178,11 @@ def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None,
                 asyncio.run(job.run(running, at_once=most, progress=lambda: progress.advance(task)))
             except KeyboardInterrupt:
                 stopped = True
-    tally = job.tally
-    counts = {"done": tally.done, "done before": tally.before, "failed": tally.failed, "passed over": passed_over}
-    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
-    err.print(f"{said}; stopped, the same command goes on" if stopped else said)
+    finished = job.counts
+    counts = {"done": finished.done, "done before": finished.before, "failed": finished.failed, "skipped": skipped}
+    summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
+    err.print(f"{summary}; stopped, rerun to resume" if stopped else summary)
     if stopped:
         raise typer.Exit(130)
-    if tally.failed:
+    if finished.failed:
         raise typer.Exit(1)

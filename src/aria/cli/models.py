@@ -1,4 +1,4 @@
-"""``aria inspect``, ``aria convert`` and ``aria merge``: what a model's files are, and their rewriting."""
+"""``aria inspect``, ``aria convert`` and ``aria merge``: examine and rewrite model files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inspect(
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a model is: layout, parameters by part, memory, and what fits on this machine."""
+    """Show a model's layout, parameters by part, memory use, and what fits on this machine."""
     from aria.inspection import inspect_model, report
 
     found = inspect_model(model, revision=revision)
@@ -32,26 +32,26 @@ def inspect(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, weights file or Hub repository, any layout.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; weights that it holds are replaced.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; existing weights are replaced.")],
     revision: Revision = None,
 ) -> None:
-    """Rewrite a model of any layout in today's Hub layout, weights a tensor at a time, and what the processor reads."""
+    """Convert a model and its processor from any layout to today's Hub layout, one tensor at a time."""
     done = _rewrite("converting", source, target, revision=revision)
-    _tell(f"{target}: {done.tensors} tensors, {done.layout} layout rewritten as today's Hub layout")
-    _tell(f"beside them: {', '.join(done.companions) or 'nothing'}")
+    _print_line(f"{target}: {done.tensors} tensors, {done.layout} layout converted to today's Hub layout")
+    _print_line(f"other files: {', '.join(done.companions) or 'none'}")
     _complete(target)
 
 
-def _tell(line: str) -> None:
-    """Print a line that holds people's paths as it is."""
+def _print_line(line: str) -> None:
+    """Print a line without wrapping or markup, since it contains paths."""
     out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _complete(target: Path) -> None:
-    """Write the files of a processor again: those of the original repositories lack what transformers asks for."""
+    """Rewrite the processor's files: those of the original repositories lack entries that transformers needs."""
     needed = ("tokenizer.model", "preprocessor_config.json")
     if missing := [name for name in needed if not (target / name).is_file()]:
-        out.print(f"the processor still needs {' and '.join(missing)}; copy them there")
+        out.print(f"the processor needs {' and '.join(missing)}; copy them there")
         return
     from aria.processor import AriaProcessor
 
@@ -86,17 +86,17 @@ def _rewrite(
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub repository in PEFT's format.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; weights that it holds are replaced.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; existing weights are replaced.")],
     model: Annotated[
-        str | None, typer.Option(help="What the adapter was trained beside; default: what its folder names, else nano.")
+        str | None, typer.Option(help="Base model of the adapter; default: the one that its folder names, else nano.")
     ] = None,
     revision: Revision = None,
 ) -> None:
-    """Write a model with an adapter merged into its weights, in today's Hub layout, a tensor at a time."""
+    """Write a model with an adapter merged into its weights, in today's Hub layout, one tensor at a time."""
     from aria.checkpoint.adapter import base_of
 
-    # A revision is of one base: what the folder tells says nothing about another.
+    # The revision in the folder belongs to the base model in the folder.
     base, trained_at = (model, None) if model is not None else base_of(adapter)
     done = _rewrite("merging", base, target, revision=revision or trained_at, adapter=adapter)
-    _tell(f"{target}: {done.tensors} tensors of {base or 'nano'}, those that {adapter} changes with it added")
+    _print_line(f"{target}: {done.tensors} tensors of {base or 'nano'} with {adapter} merged")
     _complete(target)

@@ -1,4 +1,4 @@
-"""What all commands share: the program, its two consoles, options with one meaning everywhere."""
+"""What commands share: the program, its consoles, common options, and options made from settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aria.settings import Field, Setting, fields_of
 
 
 class _Parameters:
-    """Flags take no value, so help shows none behind them."""
+    """Shows no value type after flags in help."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the class that this is mixed into
@@ -40,7 +40,7 @@ class _Group(_Parameters, TyperGroup):
 
 
 class Commands(typer.Typer):
-    """A group of commands, with the same help everywhere."""
+    """A group of commands with uniform help."""
 
     def __init__(self, **settings: Any):
         shared = {"help_option_names": ["-h", "--help"]}
@@ -59,7 +59,7 @@ out = Console()
 err = Console(stderr=True)
 
 SMALL_MODEL = 100_000_000
-"""Active parameters under which one core of a CPU does all the work."""
+"""Number of active parameters below which one CPU core is fastest."""
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub repository; default: packaged nano.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
@@ -205,8 +205,8 @@ ALL_MEDIA = Options(MediaSettings, changes=_UNTRUSTED, panel="Media")
 """Each with the defaults for untrusted input."""
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         out.print(version("aria-moe"))
         raise typer.Exit
 
@@ -214,18 +214,18 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
 ) -> None:
-    """Options of all commands; :func:`main` takes ``--debug`` out of the arguments wherever it stands."""
+    """Options of the program; :func:`main` accepts ``--debug`` anywhere on the command line."""
 
 
 def read_schema(file: Path | None) -> dict[str, Any] | None:
-    """The JSON schema in a file; None where there is no file.
+    """Read a JSON schema; None without a file.
 
     Raises:
-        FileNotFoundError, ValueError: it cannot be read, or holds no object.
+        FileNotFoundError, ValueError: The file cannot be read, or is not a JSON object.
     """
     from aria.hub import read_json
 
@@ -237,11 +237,11 @@ def read_schema(file: Path | None) -> dict[str, Any] | None:
 
 
 def read_keys(file: Path) -> list[str]:
-    """The API keys in a file, one a line.
+    """Read API keys from a file, one per line.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds none, with which anybody could use the server, or what no client can send.
+        FileNotFoundError: No such file.
+        ValueError: The file holds no key, or one that cannot be sent in a header.
     """
     from aria.hub import read_text
 
@@ -249,26 +249,31 @@ def read_keys(file: Path) -> list[str]:
         raise FileNotFoundError(f"no file of API keys at {str(file)!r}; check the path")
     keys = [line.strip() for line in read_text(file, 1 << 20).removeprefix("\ufeff").split("\n") if line.strip()]
     if not keys:
-        raise ValueError(f"{file} holds no API key, so that anybody could use the server; write one a line")
+        raise ValueError(f"{file} holds no API key, so that anybody could use the server; write one key per line")
     for number, key in enumerate(keys, 1):
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError(
-                f"{file}: key {number} holds a character that no header carries; use letters, digits and signs of "
-                "ASCII, one key a line"
+                f"{file}: key {number} holds a character that is not allowed in a header; use printable ASCII without "
+                "spaces, one key per line"
             )
     return keys
 
 
 def read_adapters(named: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
-    """``NAME=FOLDER`` -> folders by name; a folder alone is called as it is, also one with ``=`` in its path.
+    """Parse ``NAME=FOLDER`` arguments; without a name, the adapter is named after its folder.
+
+    An existing folder with ``=`` in its path is taken as a folder.
 
     Args:
-        named: what was given as ``--adapter``.
-        taken: names of the model.
+        named: Values of ``--adapter``.
+        taken: Names of the model.
+
+    Returns:
+        Folders by name.
 
     Raises:
-        FileNotFoundError: a folder is not there, or holds no adapter; told here, before a model is read for minutes.
-        ValueError: no name, no folder, one name twice, or one of the model's.
+        FileNotFoundError: A folder does not exist or holds no adapter. Checked before the model is loaded.
+        ValueError: A name or folder is missing, or a name is used twice.
     """
     from aria.checkpoint.adapter import base_of
     from aria.hub import model_name
@@ -291,9 +296,9 @@ def read_adapters(named: Iterable[str], taken: Iterable[str] = ()) -> dict[str, 
 
 
 def share_work(engine: Any) -> None:
-    """On the CPU a small model runs on one core: its steps are over before two have agreed on them.
+    """Limit small models on the CPU to one core: their steps are too short to share.
 
-    Measured on nano, 2 cores: 0.28 s an answer on one; on both 0.3 s at best, 4 s while something else runs.
+    Measured with nano on 2 cores: 0.28 s per answer on one core; on both 0.3 s at best, and 4 s on a busy machine.
     """
     import torch
 

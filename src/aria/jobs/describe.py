@@ -1,4 +1,4 @@
-"""Folders of pictures, clips and documents, each told of by itself: the work behind ``aria describe``."""
+"""Describing folders of images, videos and documents, one record per file, for ``aria describe``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = {
     "video": "Describe what happens in this clip.",
     "document": "Summarize this document.",
 }
-"""What is asked where nothing else is said."""
+"""Default prompts by kind."""
 
 _SUFFIXES = {
     "image": "jpg jpeg jpe jfif mpo png apng gif webp bmp dib tif tiff avif jp2 j2k jpx pbm pgm ppm pnm tga ico",
@@ -30,33 +30,36 @@ _SUFFIXES = {
     "document": "pdf",
 }
 _KINDS = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
-_PICTURE_SETTINGS = ("max_image_size", "split_image")
+_IMAGE_SETTINGS = ("max_image_size", "split_image")
 _SETTINGS = {
-    "image": _PICTURE_SETTINGS,
-    "video": (*_PICTURE_SETTINGS, "num_frames"),
-    "document": (*_PICTURE_SETTINGS, "pages"),
+    "image": _IMAGE_SETTINGS,
+    "video": (*_IMAGE_SETTINGS, "num_frames"),
+    "document": (*_IMAGE_SETTINGS, "pages"),
 }
 
 
 @dataclass(frozen=True)
 class MediaItem:
-    """A file to tell of."""
+    """A file to describe."""
 
     path: str
-    """As it was found: below the folder that was named."""
+    """Its path as it was found, relative to the given folder."""
     kind: str
-    """image, video or document, by the end of its name."""
+    """image, video or document, by its suffix."""
 
 
 def find_media(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[MediaItem], int]:
-    """Pictures, clips and documents among files and in folders, and how many other files were passed over.
+    """Find images, videos and documents in files and folders.
 
-    Folders are walked to the bottom, in the order of names. What begins with a dot is neither taken nor counted there;
-    links to folders are not followed. A file that is found twice is taken once.
+    Folders are searched recursively, in alphabetical order. Names that begin with a dot are ignored, and links to
+    folders are not followed. A file that is found twice is listed once.
+
+    Returns:
+        The media files, and the number of other files.
 
     Raises:
-        FileNotFoundError: there is nothing at one of the paths.
-        OSError: a folder cannot be read.
+        FileNotFoundError: A path does not exist.
+        OSError: A folder cannot be read.
     """
     media: dict[str, MediaItem] = {}
     others = 0
@@ -83,98 +86,98 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Describer:
-    """Makes one record of each medium: what was asked, what was answered, and what it cost."""
+    """Makes a record of each file: prompt, answer and cost."""
 
     model: str
-    """Its name, for the records."""
+    """Name of the model, for the records."""
     params: SamplingParams
     prompt: str | None = None
-    """None means :data:`PROMPTS`."""
+    """None: :data:`PROMPTS`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of content parts: ``max_image_size`` and ``split_image``, ``num_frames`` of clips, ``pages`` of documents."""
+    """Options of content parts: ``max_image_size``, ``split_image``, ``num_frames`` (videos), ``pages`` (documents)."""
     adapter: str | None = None
-    """The name, in the engine, of the adapter that answers."""
+    """The engine's name of the adapter to use."""
     weights: Mapping[str, str | None] = field(default_factory=dict)
-    """Where ``base`` and ``adapter`` lie, for the records: trained adapters lie in folders of one name."""
+    """Paths of ``base`` and ``adapter``, for the records, since folders of adapters often have the same name."""
 
     def name(self, medium: MediaItem) -> str:
-        """Its path."""
+        """The path."""
         return medium.path
 
     def heavy(self, medium: MediaItem) -> bool:
-        """Clips and documents are many pictures each."""
+        """Videos and documents consist of many images."""
         return medium.kind != "image"
 
     async def do(self, engine: AsyncEngine, medium: MediaItem) -> dict[str, Any]:
-        """The medium's record; a file that cannot be read or does not fit has the reason under ``error``.
+        """Make a file's record; if it cannot be read or does not fit, the reason is under ``error``.
 
         Raises:
-            Exception: the engine failed, which says nothing about the file.
+            Exception: The engine failed, which is not the fault of the file.
         """
         start = time.perf_counter()
         try:
             prepared = await engine.prepare(self.messages(medium))
-            content = await asyncio.to_thread(_content, medium.path)  # of what could be read, which has limits
+            content = await asyncio.to_thread(_content, medium.path)  # after preparing, which checks limits
         except (ValueError, OSError) as error:
             return self._record(medium, time.perf_counter() - start, error=error)
         result = await engine.chat(prepared, self.params, adapter=self.adapter)
         seconds = time.perf_counter() - start
-        fault = ValueError("the schema's grammar grew beyond its limits") if result.finish_reason == "error" else None
+        fault = ValueError("following the schema exceeded its limits") if result.finish_reason == "error" else None
         return self._record(medium, seconds, content=content, result=result, shown=prepared.media[0], error=fault)
 
     def give_up(self, medium: MediaItem, error: Exception) -> dict[str, Any]:
-        """The record of a medium that the engine failed at."""
+        """The record of a file on which the engine failed."""
         return self._record(medium, 0.0, error=error)
 
     def messages(self, medium: MediaItem) -> list[dict[str, Any]]:
-        """The question about a medium. Frames and pages end with a newline themselves; a picture gets one."""
+        """The question about a file. Frames and pages end with a newline by themselves; an image gets one."""
         settings = {name: self.settings[name] for name in _SETTINGS[medium.kind] if name in self.settings}
         part = {"type": medium.kind, "path": medium.path, **settings}
-        text = "\n" * (medium.kind == "image") + self._asked(medium)
+        text = "\n" * (medium.kind == "image") + self._prompt(medium)
         return [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
 
     def recognize(self, record: Mapping[str, Any]) -> tuple[str, bool]:
-        """Path and failure of a record that answers the same question.
+        """Path of a record's file, and whether it failed.
 
         Raises:
-            ValueError: it is no record of this kind, or of another question, or other weights answered.
+            ValueError: Not a record of this kind, or one of another prompt, other settings or another model.
         """
         path, kind = record.get("path"), record.get("kind")
         if not isinstance(path, str) or kind not in PROMPTS or "error" not in record:
-            raise ValueError(f"the output holds {str(record)[:80]}, no record of this kind; name another file")
+            raise ValueError(f"the output holds {str(record)[:80]}, not a record of this kind; name another file")
         now = {
-            "prompt": self._asked(MediaItem(path, kind)),
+            "prompt": self._prompt(MediaItem(path, kind)),
             "model": self.model,
             **self.weights,
             "settings": self._settings(kind),
         }
         for name, value in now.items():
-            # Records of old tell neither base, adapter nor settings: the model's name stands for the first.
+            # Older records lack base, adapter and settings: the model's name stands for the first.
             before = record.get(name, value if name in ("base", "settings") else None)
             if before != value:
                 raise ValueError(
-                    f"the output tells of {path!r} with the {name} {before!r:.200}, and now it is {value!r:.200}; "
+                    f"the output describes {path!r} with the {name} {before!r:.200}, but now it is {value!r:.200}; "
                     f"name another file, or use the same {name}"
                 )
         return path, record["error"] is not None
 
     def changed(self, medium: MediaItem, record: Mapping[str, Any]) -> str | None:
-        """Whether a file's content is another one than the record tells of.
+        """Whether a file's content has changed since its record was made.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: The file cannot be read.
         """
-        told = record.get("content")
-        if not isinstance(told, Mapping):  # a record of old, or of what could not be read
+        recorded = record.get("content")
+        if not isinstance(recorded, Mapping):  # an older record, or one of a file that could not be read
             return None
         found = Path(medium.path).stat()
-        if (found.st_size, found.st_mtime_ns) == (told.get("bytes"), told.get("modified")):
+        if (found.st_size, found.st_mtime_ns) == (recorded.get("bytes"), recorded.get("modified")):
             return None
-        same = found.st_size == told.get("bytes") and _digest(medium.path) == told.get("blake2b")
+        same = found.st_size == recorded.get("bytes") and _digest(medium.path) == recorded.get("blake2b")
         return None if same else "the content"
 
     def _settings(self, kind: str) -> dict[str, Any]:
-        """What is asked for besides the prompt, where it is no default."""
+        """Media options and sampling parameters that differ from their defaults."""
         shown = {name: self.settings[name] for name in _SETTINGS[kind] if name in self.settings}
         params = {
             field.name: getattr(self.params, field.name)
@@ -200,7 +203,7 @@ class Describer:
         return {
             "path": medium.path,
             "kind": medium.kind,
-            "prompt": self._asked(medium),
+            "prompt": self._prompt(medium),
             "text": None if result is None else result.text,
             "finish_reason": None if result is None else result.finish_reason,
             "usage": None if result is None or shown is None else _usage(result.usage, shown),
@@ -212,14 +215,14 @@ class Describer:
             "content": content,
         }
 
-    def _asked(self, medium: MediaItem) -> str:
+    def _prompt(self, medium: MediaItem) -> str:
         return PROMPTS[medium.kind] if self.prompt is None else self.prompt
 
 
 def _content(path: str) -> dict[str, Any]:
-    """What a file is known again by.
+    """Size, modification time and digest of a file.
 
-    The time of its last change saves reading it where it is the same, and a copy has another one.
+    If size and time are unchanged, the file need not be read again; copies have other times.
     """
     found = Path(path).stat()
     return {"bytes": found.st_size, "modified": found.st_mtime_ns, "blake2b": _digest(path)}

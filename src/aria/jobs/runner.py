@@ -1,4 +1,4 @@
-"""A job: many items through the engine, a bounded number at once, each one's record kept before it counts as done."""
+"""`BatchJob`: many items through the engine, with bounded concurrency and a durable record of each."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ Item = TypeVar("Item", contravariant=True)
 Record = dict[str, Any]
 
 MAX_HEAVY_IN_FLIGHT = 4
-"""Clips and documents in flight: a clip of 256 frames holds 180 MB until it has been encoded."""
+"""Maximum number of videos and documents in flight: a video of 256 frames holds 180 MB until it is encoded."""
 
 MAX_NAMED = 10
-"""Items that an error names."""
+"""Maximum number of items that an error names."""
 
 
 class JobTask(Protocol[Item]):
-    """What is done with an item, and how its record is known again."""
+    """Processes items, and recognizes their records."""
 
     def name(self, item: Item) -> str:
-        """The item's name, by which its record is found."""
+        """Name of an item, which identifies its record."""
 
     def heavy(self, item: Item) -> bool:
-        """Whether it is one of those of which only :data:`MAX_HEAVY_IN_FLIGHT` are in flight."""
+        """Whether an item counts towards :data:`MAX_HEAVY_IN_FLIGHT`."""
 
     async def do(self, engine: AsyncEngine, item: Item) -> Record:
-        """The item's record. What is wrong with the item belongs into it: an exception means that the engine failed."""
+        """Process an item and return its record, which holds the item's own errors; exceptions are the engine's."""
 
     def give_up(self, item: Item, error: Exception) -> Record:
-        """The record of an item that made the engine fail twice."""
+        """The record of an item on which the engine failed twice."""
 
     def recognize(self, record: Mapping[str, Any]) -> tuple[str, bool]:
-        """Name of the item that a record is of, and whether that failed; ValueError for what is no such record."""
+        """Name of the item of a record, and whether it failed; raises ValueError for other records."""
 
     def changed(self, item: Item, record: Mapping[str, Any]) -> str | None:
-        """What of an item is no longer as it was when its record was made, such as ``its content``; None: nothing."""
+        """What has changed about an item since its record was made, such as ``the content``; None if nothing has."""
 
 
 class RecordSink(Protocol):
-    """Where records are kept."""
+    """Stores records."""
 
     def read(self) -> Iterator[Record]:
-        """Those of earlier runs."""
+        """Records of earlier runs."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Keep one for good."""
+        """Store a record durably."""
 
 
 @dataclass
 class JobCounts:
-    """Items counted; each is one of the three."""
+    """Numbers of finished items."""
 
     before: int = 0
     """Done by earlier runs."""
     done: int = 0
-    """Done by this one."""
+    """Done by this run."""
     failed: int = 0
-    """By any run."""
+    """Failed in any run."""
 
 
 class BatchJob:
-    """Items to do, less those whose records are in the output already.
+    """A list of items; those whose records are in the output already are skipped.
 
     Args:
-        work: what is done with each.
-        items: all of them; their names differ.
-        output: read at once, to the end.
+        work: Processes each item.
+        items: All items, with unique names.
+        output: Read to its end at once.
 
     Raises:
-        ValueError: the output holds something else, or records of items that have changed since.
+        ValueError: The output holds other records, or records of items that have changed since.
     """
 
     def __init__(self, work: JobTask[Item], items: Collection[Item], output: RecordSink):
@@ -87,36 +87,36 @@ class BatchJob:
             if name in by_name and (what := work.changed(by_name[name], record)) is not None:
                 changed.setdefault(what, []).append(name)
         if changed:
-            raise ValueError(_told(changed))
+            raise ValueError(_describe_changes(changed))
         self.todo: Sequence[Any] = [item for item in items if work.name(item) not in known]
         failed = sum(known.get(work.name(item), False) for item in items)
-        self.tally = JobCounts(before=len(items) - len(self.todo) - failed, failed=failed)
+        self.counts = JobCounts(before=len(items) - len(self.todo) - failed, failed=failed)
 
     async def run(self, engine: AsyncEngine, *, at_once: int, progress: Callable[[], None] = lambda: None) -> None:
-        """Do what is to be done; records come in the order in which items are finished.
+        """Process the remaining items. Records are written in the order in which items are finished.
 
-        A failure of the engine takes along whatever is in flight. Such items are done again at the end, one by one, and
-        only those that fail then are given up. When more fail than one item can take along, the job ends instead.
+        A failure of the engine affects all items in flight. They are retried at the end, one by one, and only those
+        that fail again are given up. If more fail than one item can affect, the job ends with the error.
 
         Args:
-            engine: answers.
-            at_once: items in flight.
-            progress: called after each item.
+            engine: Runs the model.
+            at_once: Maximum number of items in flight.
+            progress: Called after each item.
 
         Raises:
-            OSError: an item could not be read, or its record not be kept.
-            Exception: what the engine failed with, too often.
+            OSError: An item cannot be read or its record cannot be written.
+            Exception: The engine failed too often.
         """
         waiting = iter(self.todo)
         heavy = asyncio.Semaphore(MAX_HEAVY_IN_FLIGHT)
         again: list[Any] = []
 
         async def keep(record: Record) -> None:
-            # In a thread: a disk takes its time, and answers need not wait for it.
+            # In a thread, so that generation does not wait for the disk.
             await asyncio.to_thread(self._output.write, record)
             _, failed = self._work.recognize(record)
-            self.tally.failed += failed
-            self.tally.done += not failed
+            self.counts.failed += failed
+            self.counts.done += not failed
             progress()
 
         async def worker() -> None:
@@ -128,7 +128,7 @@ class BatchJob:
                     else:
                         record = await self._work.do(engine, item)
                 except OSError:
-                    raise  # the machine's trouble, which no second try ends
+                    raise  # a problem of the machine, which a retry does not solve
                 except Exception:
                     again.append(item)
                     if len(again) > 2 * at_once:
@@ -152,13 +152,13 @@ class BatchJob:
             await keep(record)
 
 
-def _told(changed: Mapping[str, Sequence[str]]) -> str:
-    """What to say of items that have changed, by what of them has."""
+def _describe_changes(changed: Mapping[str, Sequence[str]]) -> str:
+    """An error message about changed items, by what has changed."""
     parts = []
     for what, names in changed.items():
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         parts.append(f"{what} of {', '.join(repr(name[-200:]) for name in names[:MAX_NAMED])}{more}")
     return (
-        f"since the output was begun, there have changed: {'; '.join(parts)}. Name another output, or delete their "
-        "lines in it to have them done anew"
+        f"since the output was written these have changed: {'; '.join(parts)}. Name another output, or delete their "
+        "lines in it to process them again"
     )

@@ -1,4 +1,4 @@
-"""OpenAI's batch format on the engine: a file of requests to a file of responses, the work behind ``aria batch``."""
+"""OpenAI's batch format: a file of requests -> a file of responses, for ``aria batch``."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ from aria.serve.settings import ServerSettings
 _log = logging.getLogger(__name__)
 
 MAX_REPORTED = 10
-"""Faults of an input file that are told at once."""
-MAX_LINE_BYTES = 256 << 20
-"""Of a line, as the server has it for bodies."""
+"""Maximum number of errors about an input file that are reported."""
+MAX_LINE_BYTES = ServerSettings.max_body
+"""Maximum size of a line."""
 _KEYS = ("custom_id", "method", "url", "body")
 _HEAVY = ("video_url", "file", "input_file")
-"""Content parts that are many pictures each."""
+"""Types of content parts that hold many images each."""
 _ID = re.compile(r"batch_req_([0-9a-f]{24})([0-9a-f]{16})", re.ASCII)
-"""The ``id`` of a response: digests of the request and of the weights that answered. Those of earlier versions, which
-say nothing, are shorter."""
+"""The ``id`` of a response: digests of the request and of the weights. Ids of earlier versions are shorter and carry no
+digests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A request of the input, which stays on the disk until its turn comes."""
+    """A request of the input file, whose body is read only when it is answered."""
 
     custom_id: str
     start: int
-    """Its first byte in the file."""
+    """Offset of its first byte in the file."""
     heavy: bool
-    """Whether it brings clips or documents."""
+    """Whether it contains videos or documents."""
     digest: str
-    """Of the request, however its JSON is written."""
+    """Digest of the request, independent of JSON formatting."""
     model: str | None
-    """Whom it asks."""
+    """The model that it names."""
 
 
 def find_lines(path: str | os.PathLike[str]) -> list[Line]:
-    """All requests of an input file; their bodies are looked into only when they are answered. Empty lines are skipped.
+    """List the requests of an input file; bodies are validated only when they are answered. Empty lines are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: lines that are not requests, or one ``custom_id`` twice, with the numbers of the first such lines.
+        FileNotFoundError: No such file.
+        ValueError: Invalid lines or repeated ``custom_id``s; the message has the numbers of the first such lines.
     """
     lines: dict[str, Line] = {}
     numbers: dict[str, int] = {}
@@ -92,7 +92,7 @@ def find_lines(path: str | os.PathLike[str]) -> list[Line]:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Lines, each with its size; of one that is too long only the beginning."""
+    """Lines and their sizes; lines that are too long are truncated."""
     while content := file.readline(MAX_LINE_BYTES + 1):
         size, end = len(content), content[-1:]
         while size > MAX_LINE_BYTES and end != b"\n" and (rest := file.readline(1 << 20)):
@@ -115,7 +115,7 @@ def _read(content: bytes) -> dict[str, Any]:
     if unknown := sorted(request.keys() - set(_KEYS)):
         raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(_KEYS)}")
     if not isinstance(request["custom_id"], str) or not request["custom_id"]:
-        raise ValueError(f"custom_id is {request['custom_id']!r:.80}; expected a text that is not empty")
+        raise ValueError(f"custom_id is {request['custom_id']!r:.80}; expected a non-empty string")
     if request["method"] != "POST":
         raise ValueError(f"method is {request['method']!r:.80}; expected 'POST'")
     if request["url"] not in ENDPOINTS:
@@ -130,7 +130,7 @@ def _is_heavy(body: Mapping[str, Any]) -> bool:
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[Any]:
-    """Content parts of a body that nobody has checked yet."""
+    """Content parts of an unvalidated body."""
     for key in ("messages", "input"):
         messages = body.get(key)
         for message in messages if isinstance(messages, list) else ():
@@ -139,13 +139,13 @@ def _parts(body: Mapping[str, Any]) -> Iterator[Any]:
 
 
 class BatchFile:
-    """Answers the lines of an input file as the server would, each in the line of an output file.
+    """Answers the lines of an input file as the server would.
 
     Args:
-        path: the input.
-        settings: of the server; of its limits those on single requests hold.
-        base: where the model lies, by which an output that another one began is known.
-        adapters: the same of adapters, by the names that requests ask for.
+        path: The input file.
+        settings: Settings of the server; only limits on single requests apply.
+        base: Path or repository of the model, to detect outputs of other models.
+        adapters: The same for adapters, by name.
     """
 
     def __init__(
@@ -162,32 +162,32 @@ class BatchFile:
         self._service: Service | None = None
 
     def name(self, line: Line) -> str:
-        """Its custom_id."""
+        """The ``custom_id``."""
         return line.custom_id
 
     def heavy(self, line: Line) -> bool:
-        """Whether it brings clips or documents."""
+        """Whether it contains videos or documents."""
         return line.heavy
 
     async def do(self, engine: AsyncEngine, line: Line) -> dict[str, Any]:
-        """The line's response, refusals included.
+        """The response to a line, which may be an error of the request.
 
         Raises:
-            OSError: the input is not what it was.
-            Exception: the engine or the program failed.
+            OSError: The input file has changed.
+            Exception: The engine failed.
         """
         if self._service is None:
             self._service = Service(engine, self._settings)
-        request = await asyncio.to_thread(self._request, line)  # media in it may be large
+        request = await asyncio.to_thread(self._request, line)  # it may contain large media
         return self._record(line, *await answer(self._service, request["url"], request["body"]))
 
     def close(self) -> None:
-        """End the threads that read media."""
+        """Shut down the threads that read media."""
         if self._service is not None:
             self._service.close()
 
     def give_up(self, line: Line, error: Exception) -> dict[str, Any]:
-        """The response to a line that the engine failed at."""
+        """The response to a line on which the engine failed."""
         record = self._record(line, 500, {})
         request_id = record["response"]["request_id"]
         record["response"]["body"] = unexpected(request_id).body()
@@ -195,24 +195,24 @@ class BatchFile:
         return record
 
     def recognize(self, record: Mapping[str, Any]) -> tuple[str, bool]:
-        """custom_id and failure of a response.
+        """``custom_id`` of a response, and whether it failed.
 
         Raises:
-            ValueError: it is no line of a batch's output.
+            ValueError: Not a line of a batch's output.
         """
         custom_id, response = record.get("custom_id"), record.get("response")
         if not isinstance(custom_id, str) or not isinstance(response, dict) or "error" not in record:
-            raise ValueError(f"the output holds {str(record)[:80]}, no response of a batch; name another file")
+            raise ValueError(f"the output holds {str(record)[:80]}, not a response of a batch; name another file")
         return custom_id, record["error"] is not None or response.get("status_code") != 200
 
     def changed(self, line: Line, record: Mapping[str, Any]) -> str | None:
-        """Whether a response answers another request than the line is now, or other weights gave it."""
-        told = _ID.fullmatch(str(record.get("id")))
-        if told is None:
+        """What has changed since a line was answered: the request, the model, or nothing (None)."""
+        found = _ID.fullmatch(str(record.get("id")))
+        if found is None:
             return None
-        if told[1] != line.digest:
+        if found[1] != line.digest:
             return "the request"
-        return "the model" if told[2] != self._weights(line) else None
+        return "the model" if found[2] != self._weights(line) else None
 
     def _weights(self, line: Line) -> str:
         return _digest(self._base, self._adapters.get(line.model or ""))[:16]
@@ -230,10 +230,10 @@ class BatchFile:
             request = _read(content)
             if _digest(request["custom_id"], request["url"], request["body"])[:24] == line.digest:
                 return request
-        raise OSError(f"{self.path} was changed while it was being answered; run the same command again")
+        raise OSError(f"{self.path} changed while it was being answered; rerun the command")
 
 
 def _digest(*values: Any) -> str:
-    """Of JSON values, whatever white space and order of keys they were written in."""
+    """Digest of JSON values, independent of whitespace and the order of keys."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

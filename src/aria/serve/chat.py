@@ -1,4 +1,4 @@
-"""Answers of ``/v1/chat/completions``, whole and in chunks."""
+"""Responses of ``/v1/chat/completions``, complete and streamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aria.serve.tool_calls import Call
 
 
 async def complete(run: Run, body: ChatRequest) -> ChatCompletion:
-    """The answer once it is finished."""
+    """The response, once it is finished."""
     n = run.request.params.n
     turns = [ChoiceParser(run.request, run.tokenizer) for _ in range(n)]
     deltas: list[list[ChoiceDelta]] = [[] for _ in range(n)]
@@ -50,8 +50,8 @@ def _choice(run: Run, index: int, deltas: list[ChoiceDelta], tokens: list[int]) 
     calls = [_call(part) for part in parts if isinstance(part, Call)]
     logprobs = None
     if run.request.params.logprobs is not None:
-        told = [logprob_object(one, run.tokenizer) for delta in deltas for one in delta.logprobs]
-        logprobs = {"content": told, "refusal": None}
+        tokens_logprobs = [logprob_object(one, run.tokenizer) for delta in deltas for one in delta.logprobs]
+        logprobs = {"content": tokens_logprobs, "refusal": None}
     finish = next(delta.finish_reason for delta in reversed(deltas) if delta.finish_reason is not None)
     message = {"content": text or None if calls else text, "tool_calls": calls or None}
     return {
@@ -68,13 +68,13 @@ def _call(call: Call) -> dict[str, Any]:
 
 
 async def stream(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
-    """The answer as events: a role, what each token adds, why it ended, and the usage if that is asked for."""
+    """The response as events: the role, a delta per token, the finish reason, and the usage if requested."""
     n, include_usage = run.request.params.n, body.wants_usage
     turns = [ChoiceParser(run.request, run.tokenizer) for _ in range(n)]
     calls = [0] * n
     continuous = body.wants_usage_of_chunks
     no_usage = ',"usage":null' if include_usage else ""
-    # Most chunks are a word of text: only the word is encoded anew.
+    # Most chunks differ by one word of text, so only that is encoded.
     head = (
         f'data: {{"id":"{run.id}","object":"chat.completion.chunk","created":{run.created},'
         f'"model":{json.dumps(run.model)},"system_fingerprint":"{run.fingerprint}","choices":['
@@ -112,8 +112,8 @@ async def stream(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
                     yield chunk(index, made)
                 if delta.logprobs:
                     text = "".join(part for part in delta.parts if isinstance(part, str))
-                    told = [logprob_object(one, run.tokenizer) for one in delta.logprobs]
-                    yield chunk(index, {"content": text}, {"content": told, "refusal": None})
+                    tokens_logprobs = [logprob_object(one, run.tokenizer) for one in delta.logprobs]
+                    yield chunk(index, {"content": text}, {"content": tokens_logprobs, "refusal": None})
             if delta.finish_reason is not None:
                 yield chunk(index, {}, finish=delta.finish_reason)
             if all(turn.finished for turn in turns):
@@ -124,7 +124,7 @@ async def stream(run: Run, body: ChatRequest) -> AsyncGenerator[bytes, None]:
 
 
 def progress_chunk(id: str, model: str, progress: Progress) -> bytes:
-    """An event before the first chunk: how far a prompt's media have been read."""
+    """An event before the first chunk: how far the prompt's media have been read."""
     head = {"id": id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model, "choices": []}
     return event({**head, "progress": progress._asdict()})
 

@@ -1,4 +1,4 @@
-"""One choice of an answer as it grows: tokens of the engine -> text, calls and log-probabilities that are certain."""
+"""`ChoiceParser`: the engine's tokens -> text, tool calls and log-probabilities of one choice, incrementally."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from aria.serve.tool_calls import Call, CallReader, UntaggedCallReader
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """What a token made certain."""
+    """What a token adds to a choice."""
 
     parts: list[str | Call]
-    """Text and calls in their order."""
+    """Text and calls, in order."""
     logprobs: list[TokenLogprob]
-    """Of the tokens that the text is made of."""
+    """Log-probabilities of the tokens of the text."""
     finish_reason: str | None
-    """With the last one: stop, length or tool_calls."""
+    """Set by the last token: stop, length or tool_calls."""
 
 
 class ChoiceParser:
-    """Reads one choice."""
+    """Parses the tokens of one choice."""
 
     def __init__(self, request: GenerationRequest, tokenizer: AriaTokenizer):
         names = request.functions
@@ -36,10 +36,10 @@ class ChoiceParser:
         self._parallel = request.parallel
         self._called = False
         self.finished = False
-        """Nothing more comes, though the engine may still write."""
+        """Whether the choice is complete, though the engine may still generate."""
 
     def push(self, piece: Piece) -> ChoiceDelta:
-        """The choice's next token."""
+        """Add the next token."""
         if self.finished:
             return ChoiceDelta([], [], None)
         text, finish = piece.text, piece.finish_reason
@@ -60,7 +60,7 @@ class ChoiceParser:
 
 
 class _LogprobBuffer:
-    """Holds the log-probability of a token back until its text is certain; those of a stop text never come."""
+    """Holds back the log-probability of a token until its text is final; tokens of a stop text are dropped."""
 
     def __init__(self, tokenizer: AriaTokenizer, skip_special_tokens: bool):
         self._tokenizer = tokenizer
@@ -70,8 +70,8 @@ class _LogprobBuffer:
         self._certain = 0
 
     def push(self, piece: Piece) -> Iterable[TokenLogprob]:
-        assert piece.logprob is not None, "log-probabilities were asked for"
-        assert piece.token_id is not None, "answers of messages have a token at least"
+        assert piece.logprob is not None, "log-probabilities were requested"
+        assert piece.token_id is not None, "responses to messages have at least one token"
         self._held.append((self._read, piece.logprob))
         self._read += len(self._tokenizer.token_bytes(piece.token_id, skip_special_tokens=self._skip))
         self._certain += len(piece.text.encode())
@@ -80,7 +80,7 @@ class _LogprobBuffer:
         while self._held:
             start, logprob = self._held[0]
             end = self._held[1][0] if len(self._held) > 1 else self._read
-            # A token that a stop text begins in the middle of is partly text; others wait until they are wholly so.
+            # A token in whose middle a stop text begins is partly text; others wait until all of their text is final.
             certain = start < self._certain if piece.finish_reason else end <= self._certain and end > start
             if not certain:
                 return
@@ -89,7 +89,7 @@ class _LogprobBuffer:
 
 
 def logprob_object(logprob: TokenLogprob, tokenizer: AriaTokenizer) -> dict[str, Any]:
-    """A token with its log-probability and the likeliest others, as OpenAI tells them."""
+    """A token with its log-probability and the most likely alternatives, in OpenAI's format."""
     return {**_token(logprob, tokenizer), "top_logprobs": [_token(other, tokenizer) for other in logprob.top]}
 
 

@@ -1,4 +1,4 @@
-"""Answers of ``/v1/completions``, whole and in chunks."""
+"""Responses of ``/v1/completions``, complete and streamed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from aria.serve.streaming import DONE, event
 
 
 class _Text:
-    """One choice, with its prompt before it where that is echoed. Every token has its log-probability, also one that
-    ends the answer and is no part of the text."""
+    """One choice, after its prompt if that is echoed. Every token has a log-probability, including the end token, which
+    is not part of the text."""
 
     def __init__(self, run: Run, prompt: int):
         self._run, self._prompt = run, prompt
         self._echo = run.request.echo
         self._wanted = run.request.params.logprobs
         self._offset = 0
-        # Counts characters whose bytes come in several tokens.
+        # Counts characters whose bytes are spread over several tokens.
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     async def push(self, piece: Piece) -> tuple[str, dict[str, Any] | None]:
-        """A token -> text and log-probabilities."""
+        """Text and log-probabilities of the next token."""
         text = piece.text
         known: list[TokenLogprob | None] = []
         if self._echo:
@@ -50,7 +50,7 @@ class _Text:
         tokens, values, likeliest, offsets = [], [], [], []
         for one in known:
             token_id = self._run.prompt_ids[self._prompt][0] if one is None else one.token_id
-            # The first token of a prompt has nothing before it to be likely after.
+            # The first token of a prompt has no log-probability.
             tokens.append(self._first() if one is None else one.token)
             values.append(None if one is None else one.logprob)
             likeliest.append(None if one is None else self._likeliest(one))
@@ -60,13 +60,13 @@ class _Text:
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": likeliest, "text_offset": offsets}
 
     def _length(self, text: str, token_id: int) -> int:
-        """Characters that a token adds to the text: of one in several tokens, all with its last."""
+        """Number of characters that a token adds to the text; one that spans several tokens counts with the last."""
         data = self._run.tokenizer.token_bytes(token_id)
         try:
             data.decode()
         except UnicodeDecodeError:
             return len(self._characters.decode(data))
-        # Bytes before this token that never became a character stand in the text as one that says so.
+        # Bytes before this token that form no character are a replacement character in the text.
         self._offset += len(self._characters.decode(b"", final=True))
         self._characters.reset()
         return len(text)
@@ -75,15 +75,15 @@ class _Text:
         return self._run.tokenizer.decode([self._run.prompt_ids[self._prompt][0]])
 
     def _likeliest(self, one: TokenLogprob) -> dict[str, float]:
-        told: dict[str, float] = {}
-        # Of tokens that read alike, such as parts of characters, the likeliest counts.
+        logprobs: dict[str, float] = {}
+        # Of tokens with the same text, such as parts of characters, the most likely one counts.
         for other in (*one.top[: self._wanted], one) if self._wanted else ():
-            told.setdefault(other.token, other.logprob)
-        return told
+            logprobs.setdefault(other.token, other.logprob)
+        return logprobs
 
 
 async def _pieces(run: Run) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Pieces as they come, but none before its prompt's log-probabilities are known, if they are asked for."""
+    """Tokens as they come, held back until requested log-probabilities of their prompt are known."""
     held: dict[int, list[Piece]] = {}
     async with aclosing(run.read()) as pieces:
         async for prompt, piece in pieces:
@@ -94,7 +94,7 @@ async def _pieces(run: Run) -> AsyncGenerator[tuple[int, Piece], None]:
 
 
 async def complete(run: Run, body: CompletionRequest) -> CompletionObject:
-    """The answers once they are finished, those to the first prompt first."""
+    """The response, once it is finished; choices are in the order of the prompts."""
     n = run.request.params.n
     texts = [_Text(run, i // n) for i in range(len(run.request.prompts) * n)]
     choices: list[dict[str, Any]] = [{"index": i, "text": "", "logprobs": None} for i in range(len(texts))]
@@ -118,7 +118,7 @@ async def complete(run: Run, body: CompletionRequest) -> CompletionObject:
 
 
 async def stream(run: Run, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
-    """The answers as events: what each token adds, why each ended, and the usage if that is asked for."""
+    """The response as events: a delta per token, finish reasons, and the usage if requested."""
     n = run.request.params.n
     texts = [_Text(run, i // n) for i in range(len(run.request.prompts) * n)]
     include_usage = body.wants_usage

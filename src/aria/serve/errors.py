@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` with the status that fits."""
+"""Errors in OpenAI's format: ``{"error": {"message", "type", "param", "code"}}`` with a fitting status."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _KINDS = {
     503: "overloaded_error",
 }
 _TAG = re.compile(r"<.*>|\[key\]")
-"""What the unions of `protocol` call their members, and pydantic a key: no part of a field's place in the body."""
+"""Tags of union members in `protocol`, and pydantic's name of a key: not part of a field's path in the body."""
 
-_STATELESS = "nothing is kept between requests"
-_FILES = "no files are kept here; send media and documents in messages, and run batch files with `aria batch`"
-_UPDATES = "adapters are loaded at the start; allow clients to load them with --allow-adapter-updates"
+_STATELESS = "nothing is stored between requests"
+_FILES = "no files are stored here; send media and documents in messages, and run batch files with `aria batch`"
+_UPDATES = "adapters are loaded at startup; --allow-adapter-updates lets clients load them"
 _TRAINING = "train with `aria train`"
 _ELSEWHERE = {
-    **dict.fromkeys(("/v1/embeddings", "/pooling", "/classify"), "the model answers, it makes no embeddings"),
+    **dict.fromkeys(("/v1/embeddings", "/pooling", "/classify"), "the model makes no embeddings"),
     **dict.fromkeys(("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), "the model makes no scores"),
-    **dict.fromkeys(("/v1/images", "/v1/videos"), "the model draws nothing"),
-    **dict.fromkeys(("/v1/audio", "/v1/realtime"), "the model neither hears nor speaks"),
+    **dict.fromkeys(("/v1/images", "/v1/videos"), "the model generates no images or videos"),
+    **dict.fromkeys(("/v1/audio", "/v1/realtime"), "the model has no audio input or output"),
     **dict.fromkeys(("/v1/files", "/v1/uploads", "/v1/batches"), _FILES),
     **dict.fromkeys(("/v1/fine_tuning", "/v1/evals"), _TRAINING),
     **dict.fromkeys(("/v1/assistants", "/v1/threads", "/v1/vector_stores", "/v1/conversations"), _STATELESS),
@@ -43,37 +43,37 @@ _ELSEWHERE = {
     **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _UPDATES),
     "/v1/moderations": "nothing is moderated here",
     "/v1/messages": "use /v1/chat/completions",
-    "/embeddings": "the model answers, it makes no embeddings",
+    "/embeddings": "the model makes no embeddings",
     **dict.fromkeys(("/reranking", "/v1/reranking"), "the model makes no scores"),
     **dict.fromkeys(
         ("/invocations", "/completion", "/chat/completions"), "use /v1/chat/completions or /v1/completions"
     ),
     **dict.fromkeys(("/ping", "/server_info"), "use /health and /version"),
     **dict.fromkeys(("/sleep", "/wake_up", "/is_sleeping"), "weights stay in memory"),
-    "/slots": "requests share the prefix cache, there are no slots",
+    "/slots": "there are no slots; requests share the prefix cache",
     **dict.fromkeys(("/props", "/models"), "use /v1/models"),
     "/infill": "the model cannot fill in the middle",
     "/apply-template": "use /tokenize and /detokenize",
     "/lora-adapters": "name an adapter in the field model",
 }
-"""Beginnings of paths that OpenAI's, vLLM's or llama.cpp's servers have, and why they are not here."""
+"""Path prefixes of OpenAI's, vLLM's and llama.cpp's servers, and why they do not exist here."""
 _REPR = reprlib.Repr()
-"""Of values in bodies, which may be of any size: they are cut before they are written, not after."""
+"""Shortens values of bodies in messages. They may be of any size, so they are cut before they are formatted."""
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 _REPR.maxlevel = 2
 _BY_NAME = ("unsupported_field", "unsupported_value", "invalid_value")
-"""Errors of a field by its name, which bodies raise as a whole; see `base.misfit`."""
+"""Errors of one field that a validator of the whole object raises; see `protocol_base.field_error`."""
 
 
 class ApiError(HTTPException):
-    """Something to tell a client, with the HTTP status that goes with it.
+    """An error response.
 
     Args:
         status: HTTP status, 400 or more.
-        message: a sentence for people.
-        param: the field of the body that it is about, such as ``messages[0].content``.
-        code: a word for programs, such as ``model_not_found``; without it a 400 has ``invalid_value``.
-        headers: more headers of the response.
+        message: A sentence for people.
+        param: The field of the body at fault, such as ``messages[0].content``.
+        code: A code for programs, such as ``model_not_found``; default: ``invalid_value`` for a 400.
+        headers: Additional headers of the response.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        # FastAPI lets its own kind of error alone through while it reads a body.
+        # While it reads a body, FastAPI only passes on exceptions of this type.
         super().__init__(status, message, headers)
         self.status = status
         self.message = message
@@ -96,49 +96,49 @@ class ApiError(HTTPException):
         return self.message
 
     def body(self) -> dict[str, Any]:
-        """What the client reads."""
+        """The JSON body of the response."""
         kind = _KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The same as an HTTP response."""
-        # Escapes keep half a surrogate pair of somebody's field name from becoming an error of ours.
+        """The HTTP response."""
+        # ASCII with escapes: field names may hold lone surrogates, which cannot be encoded.
         content = json.dumps(self.body()).encode("ascii")
         return Response(content, self.status, headers=self.headers, media_type="application/json")
 
 
 def unexpected(request_id: str) -> ApiError:
-    """What a client is told of an error of ours: nothing but where to find it in the log."""
-    return ApiError(500, f"the server failed on this request; its log tells why under {request_id}", code="internal")
+    """An internal error, which only reveals its request id in the log."""
+    return ApiError(500, f"the server failed on this request; see its log under {request_id}", code="internal")
 
 
 def overloaded(message: str, *, status: int = 503, wait: int = 1) -> ApiError:
-    """A refusal that holds for now only."""
+    """A temporary refusal, with Retry-After."""
     code = "rate_limit_exceeded" if status == 429 else "overloaded"
     return ApiError(status, message, code=code, headers={"Retry-After": str(wait)})
 
 
 def context_length(error: ContextLengthError, param: str | None) -> ApiError:
-    """A prompt that is too long, by the code that clients look for before they shorten a conversation."""
+    """A prompt that is too long, with the code that clients look for to shorten a conversation."""
     return ApiError(400, str(error), param=param, code="context_length_exceeded")
 
 
 def invalid_request(error: ValueError) -> ApiError:
-    """What the engine found wrong with a request, by the name of the field if it knows that."""
+    """An error of the engine's, with the field at fault if it names one."""
     return ApiError(400, str(error), param=error.name if isinstance(error, ParameterError) else None)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found wrong with a body, by the name of the first field."""
+    """The most helpful of pydantic's errors about a body."""
     if not errors:
-        return ApiError(400, "the body is not what this route takes")
-    # A field that nobody knows is the clearest of several complaints about one place.
+        return ApiError(400, "the body is not valid for this route")
+    # An unknown field is the clearest of several errors about one object.
     error = next((one for one in errors if one["type"] in _BY_NAME), errors[0])
     place = (*error["loc"], error["ctx"]["field"]) if error["type"] in _BY_NAME else tuple(error["loc"])
     if place[:1] == ("body",):
         place = place[1:]
     if error["type"].startswith("union_tag") and isinstance(error.get("input"), dict):
-        place = (*place, error["ctx"]["discriminator"].removesuffix("()"))  # the field that tells
+        place = (*place, error["ctx"]["discriminator"].removesuffix("()"))  # the discriminating field
     param = _name(tuple(part for part in place if not (isinstance(part, str) and _TAG.fullmatch(part))))
     return ApiError(400, _sentence(error, param or "the body"), param=param or None, code=_code(error["type"]))
 
@@ -181,10 +181,10 @@ def _name(place: Sequence[str | int]) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Give every error of the app this shape."""
+    """Install exception handlers that give all errors of the app this format."""
 
     @app.exception_handler(ApiError)
-    async def told(_: Request, error: ApiError) -> Response:
+    async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
@@ -195,18 +195,18 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 400 and error.__cause__ is not None:
-            raise error.__cause__  # FastAPI takes all that goes wrong while a body is read for a fault of the body
+            raise error.__cause__  # FastAPI reports every exception while a body is read as an invalid body
         if error.status_code == 404:
             return not_found(path).response()
         if error.status_code == 405:
             allowed = Headers(error.headers or {}).get("allow", "another method")
-            message = f"{request.method} is not what {path!r:.200} takes; it takes {allowed}"
+            message = f"{request.method} is not allowed for {path!r:.200}; allowed are {allowed}"
             return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
 
 def not_found(path: str) -> ApiError:
-    """There is no such path; of routes that other servers have, the message says what to do instead."""
+    """A 404; for routes of other servers, the message says what to use instead."""
     reason = next((reason for prefix, reason in _ELSEWHERE.items() if path.startswith(prefix)), None)
     more = f": {reason}" if reason else ""
-    return ApiError(404, f"there is nothing at {path!r:.200}{more}", code="unknown_url")
+    return ApiError(404, f"no route {path!r:.200}{more}", code="unknown_url")

@@ -1,7 +1,7 @@
-"""Fields of OpenAI's, vLLM's and llama.cpp's interfaces that no code here reads.
+"""Fields of OpenAI's, vLLM's and llama.cpp's interfaces that are not implemented.
 
-They are accepted where they change nothing, and refused by name with the reason where they would change the answer. The
-models of `protocol` and `responses_body` have the fields that are implemented.
+They are accepted if they have no effect, and refused by name, with the reason, if they would change the response. The
+models in `protocol` and `responses_protocol` have the fields that are implemented.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from typing import Any
 
 _LONGEST_NAME = 64
-"""Characters of a client's field name that are compared with known names; the cost grows with their square."""
+"""Maximum number of characters of a name that are compared with known names; the cost is quadratic."""
 
 
 @dataclass(frozen=True)
 class FieldRule:
-    """What happens to a known field that is not implemented."""
+    """How to treat a known field that is not implemented."""
 
     reason: str = ""
     """Why other values are refused, and what to use instead."""
     values: tuple[Any, ...] | None = None
-    """Values without effect here; None: whatever it holds."""
+    """Values that are accepted, since they have no effect; None: any."""
 
     def accepts(self, value: Any) -> bool:
-        """Whether the value changes nothing. True is not 1."""
+        """Whether a value has no effect. True does not equal 1."""
         if self.values is None:
             return True
         return any(isinstance(value, bool) == isinstance(known, bool) and value == known for known in self.values)
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """JSON schema of the values that are accepted; None: there are none but null."""
+        """JSON schema of accepted values; None if only null is accepted."""
         if self.values is None:
             return {"description": "Accepted without effect."}
         if not self.values:
@@ -58,10 +58,10 @@ def _refused(reason: str) -> FieldRule:
 _NO_BEAMS = "there is no beam search; use n"
 _MEDIA = "set detail, split, num_frames or pages on the content part"
 _TOOL_CALLS = "functions are deprecated; use tools, tool_choice and tool_calls"
-_NO_AUDIO = "the model neither hears nor speaks"
-_STATELESS = "nothing is kept between requests; send the whole conversation"
+_NO_AUDIO = "the model has no audio input or output"
+_STATELESS = "nothing is stored between requests; send the whole conversation"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-"""Levels of reasoning effort. The model answers without reasoning first, so that all of them are the same."""
+"""Levels of reasoning effort. The model does not reason before it responds, so they have no effect."""
 
 _FOUR = "use temperature, top_p, top_k or min_p"
 _SLOTS = "there are no slots; requests share the prefix cache"
@@ -70,7 +70,7 @@ LLAMA_CPP: FieldRules = {
     "n_predict": _refused("use max_tokens"),
     "t_max_predict_ms": _only(0, -1, reason="use max_tokens"),
     "n_indent": _only(0, reason="use a grammar"),
-    **dict.fromkeys(("n_keep", "n_discard"), _only(0, reason="a prompt is never shortened")),
+    **dict.fromkeys(("n_keep", "n_discard"), _only(0, reason="prompts are never truncated")),
     "cache_prompt": _only(True, reason="prompts are always cached"),
     "id_slot": _only(-1, reason=_SLOTS),
     "samplers": _refused("temperature, top_k, top_p and min_p apply in this order"),
@@ -85,8 +85,8 @@ LLAMA_CPP: FieldRules = {
     "n_probs": _only(0, reason="use logprobs"),
     "post_sampling_probs": _only(False, reason="use logprobs"),
     "return_tokens": _only(False, reason="use return_token_ids"),
-    "response_fields": _only([], reason="answers are whole"),
-    **dict.fromkeys(("timings_per_token", "return_progress"), _only(False, reason="/metrics has times")),
+    "response_fields": _only([], reason="responses are complete"),
+    **dict.fromkeys(("timings_per_token", "return_progress"), _only(False, reason="/metrics has timings")),
     "lora": _only([], reason="name an adapter in the field model"),
     "grammar": _refused('use structured_outputs: {"grammar": ...}'),
     "json_schema": _refused("use response_format"),
@@ -100,7 +100,7 @@ REQUEST: FieldRules = {
     "cache_salt": _refused("the prefix cache is shared by all requests of an adapter"),
     "kv_transfer_params": _only({}, reason="prefill and decode run in one process"),
     "ec_transfer_params": _only({}, reason="encoder and decoder run in one process"),
-    "vllm_xargs": _only({}, reason="there are no extensions that would read it"),
+    "vllm_xargs": _only({}, reason="there are no such extensions"),
     "logits_processors": _only([], reason="use logit_bias"),
     "mm_processor_kwargs": _only({}, reason=_MEDIA),
     "media_io_kwargs": _only({}, reason=_MEDIA),
@@ -110,12 +110,12 @@ REQUEST: FieldRules = {
     "allowed_token_ids": _refused("use logit_bias, or a schema"),
     "bad_words": _only([], reason="use logit_bias"),
     "logprob_token_ids": _refused("use top_logprobs"),
-    "watermarking": _only(False, reason="answers carry no watermark"),
+    "watermarking": _only(False, reason="responses are not watermarked"),
     "return_tokens_as_token_ids": _only(False, reason="use return_token_ids"),
     "return_prompt_text": _only(False, reason="/tokenize and /detokenize give the prompt's text"),
     "return_token_offsets": _only(False, reason="/tokenize gives the prompt's tokens"),
     "repetition_detection": _refused("use repetition_penalty or stop"),
-    "moderation": _refused("answers are not moderated"),
+    "moderation": _refused("responses are not moderated"),
     **{
         f"guided_{name}": _refused(f'use structured_outputs: {{"{name}": ...}}')
         for name in ("json", "regex", "choice", "grammar")
@@ -125,23 +125,23 @@ REQUEST: FieldRules = {
 }
 STRUCTURED: FieldRules = {
     **_ignored("disable_fallback", "disable_any_whitespace", "disable_additional_properties"),
-    "whitespace_pattern": _refused("there is no white space outside of strings"),
+    "whitespace_pattern": _refused("there is no whitespace outside of strings"),
 }
 CHAT: FieldRules = REQUEST | {
     **_ignored("prediction"),
     "reasoning_effort": _only(*EFFORTS, reason=f"expected one of {', '.join(EFFORTS)}"),
-    "verbosity": _only("medium", reason="say in a message how long the answer should be"),
+    "verbosity": _only("medium", reason="ask in a message for the length that you want"),
     "audio": _refused(_NO_AUDIO),
-    "modalities": _only(["text"], reason="answers are text"),
+    "modalities": _only(["text"], reason="responses are text"),
     "functions": _only([], reason=_TOOL_CALLS),
     "function_call": _only("none", "auto", reason=_TOOL_CALLS),
-    "web_search_options": _refused("the server searches nothing"),
+    "web_search_options": _refused("the server does not search the web"),
     "documents": _only([], reason="put documents into messages"),
     "prompt": _refused("use messages, or send texts to /v1/completions"),
     "input": _refused("use messages, or send items to /v1/responses"),
     "max_output_tokens": _refused("use max_completion_tokens"),
     "chat_template": _refused("the model's own template is used"),
-    "echo": _only(False, reason="put the text of the last message before the answer"),
+    "echo": _only(False, reason="prepend the text of the last message to the response"),
 }
 COMPLETION: FieldRules = REQUEST | {
     "messages": _refused("send conversations to /v1/chat/completions"),
@@ -164,8 +164,8 @@ RESPONSES: FieldRules = REQUEST | {
     "prompt": _refused("no prompts are stored here; use instructions and input"),
     "context_management": _only([], reason='use truncation: "auto"'),
     "enable_response_messages": _only(False, reason="/tokenize gives the prompt's tokens"),
-    "access_programs": _only([], reason="there are none here"),
-    "image": _refused("the model draws no images"),
+    "access_programs": _only([], reason="there are no access programs"),
+    "image": _refused("the model generates no images"),
 }
 TOKENIZE: FieldRules = {
     "content": _refused("use prompt"),
@@ -182,7 +182,7 @@ TEMPLATE: FieldRules = {
     "tools": _refused("use tools of the request"),
 }
 PART: FieldRules = _ignored("cache_control", "prompt_cache_breakpoint")
-FILE: FieldRules = PART | {"file_id": _refused("no files are kept here; send the data or an address")}
+FILE: FieldRules = PART | {"file_id": _refused("no files are stored here; send the data or a URL")}
 MESSAGE: FieldRules = _ignored("name", "cache_control")
 ASSISTANT: FieldRules = MESSAGE | {
     **_ignored("parsed", "reasoning", "reasoning_content", "reasoning_details", "thinking_blocks", "annotations"),
@@ -191,12 +191,12 @@ ASSISTANT: FieldRules = MESSAGE | {
     "function_call": _refused(_TOOL_CALLS),
 }
 TOOL_CALL: FieldRules = _ignored("index", "cache_control", "provider_specific_fields", "extra_content")
-"""A call's place in its stream, and what other providers' models ask clients to send back."""
+"""A call's index in its stream, and fields that other providers expect back."""
 CALLED_FUNCTION: FieldRules = _ignored("parsed_arguments", "provider_specific_fields")
 TOOL: FieldRules = {**_ignored("cache_control"), "defer_loading": _only(False, reason="all tools are in the prompt")}
 FLAT_TOOL: FieldRules = TOOL | {
     **_ignored("allowed_callers", "output_schema"),
-    "async": _only(False, reason="an answer ends with its calls"),
+    "async": _only(False, reason="a response ends with its calls"),
 }
 ITEM: FieldRules = {
     **_ignored("phase", "caller", "name", "async", "created_by", "parsed_arguments"),
@@ -212,20 +212,20 @@ LOAD_ADAPTER: FieldRules = {
 }
 UNLOAD_ADAPTER: FieldRules = _ignored("lora_int_id")
 
-_REMOTE = "the server runs no tools; offer functions, and run them yourself"
+_REMOTE = "the server runs no tools; offer functions and run them yourself"
 KINDS: dict[str, str] = {
     "item_reference": _STATELESS + " (clients do so with store: false)",
     **dict.fromkeys(("input_audio", "audio_url"), _NO_AUDIO),
-    **dict.fromkeys(("image_embeds", "audio_embeds", "prompt_embeds"), "send media as addresses or data: URIs"),
+    **dict.fromkeys(("image_embeds", "audio_embeds", "prompt_embeds"), "send media as URLs or data: URIs"),
     "custom": "use tools of the type function",
     **dict.fromkeys(("web_search", "web_search_preview", "file_search", "code_interpreter"), _REMOTE),
     **dict.fromkeys(
         ("image_generation", "computer_use_preview", "mcp", "local_shell", "shell", "apply_patch"), _REMOTE
     ),
 }
-"""Types of content, items and tools of OpenAI's and vLLM's interfaces that are refused, and why."""
+"""Refused types of content, items and tools of OpenAI's and vLLM's interfaces, and why."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that an unknown one most looks like, None where it looks like none."""
+    """The known name that is most similar to an unknown one, if any is."""
     return next(iter(difflib.get_close_matches(name[:_LONGEST_NAME], known, 1)), None)

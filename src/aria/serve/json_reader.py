@@ -1,8 +1,8 @@
-"""`JsonReader`: JSON read as it arrives, with nothing that keeps the interpreter for long.
+"""`JsonReader`: incremental JSON parsing that never holds the interpreter lock for long.
 
-CPython's own parser holds the interpreter's lock from the first character to the last, a second or more for a few
-hundred megabytes. Here long strings, which are nearly all of such a body, are taken out and decoded a piece at a time
-as they arrive, and what is left is parsed by a scanner that lets other threads run.
+CPython's own parser holds the lock from the first character to the last, a second or more for a few hundred megabytes.
+Here long strings, which make up nearly all of such a body, are taken out and decoded piece by piece as they arrive, and
+the rest is parsed by a scanner that lets other threads run.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from typing import Any
 from aria.serve.errors import ApiError
 
 PIECE = 1 << 16
-"""Bytes that are taken at a time: one or two milliseconds of work."""
+"""Bytes processed at a time: one or two milliseconds of work."""
 MAX_VALUES = 1 << 19
-"""In a document, more or less: its commas and opening brackets."""
+"""Approximate maximum number of values: counts commas and opening brackets."""
 MAX_CHARACTERS = 4 << 20
-"""Of a document without its long strings. Prompts and media are long strings; all else is far smaller."""
+"""Maximum number of characters besides long strings, which hold prompts and media."""
 MAX_NON_ASCII = 8 << 20
-"""Characters of a long string that is not ASCII, far more than any prompt may have: with the first such character all
-that came before it changes its width in memory, at once."""
+"""Maximum number of characters of a non-ASCII string, far more than any prompt has: the first such character widens all
+characters before it in memory, at once."""
 _QUICK = 1 << 19
-"""Characters that CPython's own parser reads in a few milliseconds."""
+"""Number of characters that CPython's own parser reads in a few milliseconds."""
 _VALUE_BYTES = 256
-"""Of memory for each comma and bracket, once the document is made of Python's objects."""
+"""Estimated memory per comma and bracket once the document is parsed."""
 _RUN, _ESCAPES = 256, 128
 _MAX_SHORT = (_RUN + 2) * (_ESCAPES + 1) + 2
-# A string is short if it has few escapes, and few characters between them: that is decided in one pass, without going
-# back. Whatever comes before the first string that is long or not complete:
+# A string is short if it has few escapes and few characters between them, which one pass without backtracking decides.
+# This matches everything before the first string that is long or incomplete:
 _SHORT = re.compile(rf'[^"]*+(?:"[^"\\]{{0,{_RUN}}}+(?:\\.[^"\\]{{0,{_RUN}}}+){{0,{_ESCAPES}}}+"[^"]*+)*+', re.DOTALL)
 _INSIDE = re.compile(r'(?:[^"\\]++|\\(?:[^u]|u.{4}))*+', re.DOTALL)
-"""Of a string, up to its end or an escape that is not complete."""
+"""The inside of a string, up to its end or an incomplete escape."""
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 class JsonReader:
-    """One document. :meth:`feed` it as it arrives, then :meth:`parse` it, which any thread may do.
+    """A JSON document. :meth:`feed` it as it arrives, then :meth:`parse` it, in any thread.
 
     Attributes:
-        received: bytes.
+        received: Number of bytes received.
     """
 
     def __init__(self) -> None:
@@ -64,19 +64,19 @@ class JsonReader:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held."""
+        """Memory in use, in bytes."""
         return self._nbytes
 
     @property
     def parsed_nbytes(self) -> int:
-        """Memory that is held from :meth:`parse` on, by the document and its objects; an estimate from above."""
+        """Upper estimate of the memory in use after :meth:`parse`, for the document and its objects."""
         return self._nbytes + _VALUE_BYTES * min(self._values, MAX_VALUES)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes, at most :data:`PIECE` of them.
+        """Add the next bytes, at most :data:`PIECE`.
 
         Raises:
-            ApiError: 400, they are no JSON; 413, it is too large.
+            ApiError: 400, not JSON; 413, too large.
         """
         self.received += len(data)
         if self._decoder is None:
@@ -88,10 +88,10 @@ class JsonReader:
         self._decode(data)
 
     def parse(self) -> Any:
-        """The whole document.
+        """Parse the complete document.
 
         Raises:
-            ApiError: 400, it is no JSON; 413, it has too many values.
+            ApiError: 400, not JSON; 413, too many values.
         """
         if self._decoder is None:
             self._begin()
@@ -107,7 +107,7 @@ class JsonReader:
             raise _too_large(f"the body {error}") from None
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply", code="bad_json") from None
-        except ValueError as error:  # of JSON's values, only whole numbers have a limit
+        except ValueError as error:  # only integers have a limit on their length
             message = f"the body has a number that is too long: {str(error).partition(';')[0]}"
             raise ApiError(400, message, code="bad_json") from None
 
@@ -131,31 +131,31 @@ class JsonReader:
             raise _too_large(f"the body has more than {MAX_CHARACTERS:,} characters beside its long strings")
 
     def _split(self) -> Generator[None, str, None]:
-        """Receives the document piece by piece, and an empty one at its end; takes long strings out."""
-        piece, at, offset = "", 0, 0  # `offset` is where the piece begins in the document
+        """Receives the document piece by piece, then an empty piece; takes long strings out."""
+        piece, at, offset = "", 0, 0  # `offset` is the position of the piece in the document
         while True:
-            end = _SHORT.match(piece, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            end = _SHORT.match(piece, at).end()  # type: ignore[union-attr]  # it also matches the empty string
             self._add(piece[at:end])
             at = end
             if at == len(piece) or (len(piece) - at <= _MAX_SHORT and not _end(piece, at + 1)[1]):
                 more = yield
                 if not more:
-                    self._add(piece[at:])  # of a string that does not end; the parser says so
+                    self._add(piece[at:])  # of an unterminated string; the parser reports it
                     yield
                 piece, offset, at = piece[at:] + more, offset + at, 0
                 continue
             at += 1
             self._add('"')
             begin, place = offset + at, self._length
-            # Python appends in place only to a local variable.
+            # Python appends in place to local variables only.
             text, size = "", 0
             while True:
                 end, closed = _end(piece, at)
-                said = _decoded(piece[at:end], offset + at)
-                if not closed and "\ud800" <= said[-1:] <= "\udbff" and said[-1] != piece[end - 1]:
-                    # The escape of half a pair; that of the other half may be on its way.
-                    said, end = said[:-1], end - 6
-                text += said
+                decoded = _decoded(piece[at:end], offset + at)
+                if not closed and "\ud800" <= decoded[-1:] <= "\udbff" and decoded[-1] != piece[end - 1]:
+                    # The first half of a surrogate pair; the escape of the second may still arrive.
+                    decoded, end = decoded[:-1], end - 6
+                text += decoded
                 if not text.isascii() and len(text) > MAX_NON_ASCII:
                     raise _too_large(
                         f"the body has a string of more than {MAX_NON_ASCII:,} characters that are not ASCII"
@@ -171,7 +171,7 @@ class JsonReader:
                 piece, offset, at = piece[at:] + more, offset + at, 0
             self._texts[place] = text
             self._cuts.append((place, offset + at - begin))
-            del text, said
+            del text, decoded
             self._add('"')
             at += 1
 
@@ -180,28 +180,28 @@ class JsonReader:
             self._parts.append(text)
             self._length += len(text)
             self._values += _count(text)
-            self._nbytes += 2 * sys.getsizeof(text)  # once more when they are joined
+            self._nbytes += 2 * sys.getsizeof(text)  # twice, since they will be joined
 
 
 class TooLargeError(ValueError):
-    """A document with more values or characters than are read; the message begins with a verb."""
+    """A document with too many values or characters; the message begins with a verb."""
 
 
 def parse(text: str, texts: Mapping[int, str] | None = None) -> Any:
-    """A document of at most :data:`MAX_CHARACTERS` characters. Other threads run meanwhile.
+    """Parse a document of at most :data:`MAX_CHARACTERS` characters, letting other threads run.
 
     Args:
         text: JSON.
-        texts: strings that stand in it as empty ones, by the index behind their opening quotes. They may not be names.
+        texts: Strings that are empty in ``text``, by the index after their opening quotes. They cannot be keys.
 
     Raises:
-        TooLargeError: it has too many characters or values.
-        ValueError: it is no JSON.
-        RecursionError: it is nested too deeply.
+        TooLargeError: Too many characters or values.
+        ValueError: Not JSON.
+        RecursionError: Nested too deeply.
     """
     if len(text) > MAX_CHARACTERS:
         raise TooLargeError(f"has more than {MAX_CHARACTERS:,} characters")
-    # What stands in strings is left out only where it matters.
+    # Commas and brackets inside strings are excluded only if that matters.
     if _count(text) > MAX_VALUES and _count(_STRING.sub("", text)) > MAX_VALUES:
         raise TooLargeError(f"has more than {MAX_VALUES:,} commas and brackets, which this server does not take")
     if not texts and len(text) <= _QUICK:
@@ -210,7 +210,7 @@ def parse(text: str, texts: Mapping[int, str] | None = None) -> Any:
 
 
 class _Decoder(json.JSONDecoder):
-    """Python's own decoder in Python, which has a place to put long strings."""
+    """The standard library's decoder in pure Python, which inserts the long strings."""
 
     def __init__(self, texts: Mapping[int, str]):
         super().__init__()
@@ -235,8 +235,8 @@ class _Decoder(json.JSONDecoder):
 
 
 def _end(text: str, start: int) -> tuple[int, bool]:
-    """Where a string ends whose content begins at ``start``, and whether it does: otherwise it goes on behind ``text``,
-    from there."""
+    """The end of a string whose content begins at ``start``, and whether it is complete; otherwise it continues after
+    ``text``, from there."""
     end = text.find('"', start)
     if end < 0:
         end = len(text)
@@ -246,12 +246,12 @@ def _end(text: str, start: int) -> tuple[int, bool]:
 
 
 def _count(text: str) -> int:
-    """Commas and opening brackets."""
+    """Number of commas and opening brackets."""
     return text.count(",") + text.count("[") + text.count("{")
 
 
 def _decoded(raw: str, offset: int) -> str:
-    """Part of a string without its escapes."""
+    """Decode the escapes of part of a string."""
     try:
         return scanstring(raw + '"', 0, True)[0]
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""What answers can be asked to follow: OpenAI's response_format, and vLLM's structured_outputs."""
+"""Structured output in requests: OpenAI's `response_format` and vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TextFormat(Body):
 class JsonObjectFormat(Body):
     type: Literal["json_object"]
     json_schema: Annotated[Json | None, Field(alias="schema")] = None
-    """Extension, as in llama.cpp."""
+    """Extension of llama.cpp."""
 
 
 class JsonSchema(Body):
@@ -25,14 +25,14 @@ class JsonSchema(Body):
     description: Description | None = None
     json_schema: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
-    """Answers always follow the schema, strict or not."""
+    """Without effect: responses always follow the schema."""
 
 
 class JsonSchemaFormat(Body):
     type: Literal["json_schema"]
     json_schema: JsonSchema | None = None
     bare_schema: Annotated[Json | None, Field(alias="schema")] = None
-    """Extension, as in llama.cpp: the schema itself in place of ``json_schema``."""
+    """Extension of llama.cpp: the schema itself, in place of ``json_schema``."""
 
     @model_validator(mode="after")
     def _one(self) -> JsonSchemaFormat:
@@ -42,7 +42,7 @@ class JsonSchemaFormat(Body):
 
 
 class StructuralTagFormat(Body):
-    """Extension of vLLM, whose server calls an answer's parts that follow a schema so."""
+    """Extension of vLLM: parts of a response between tags follow schemas."""
 
     type: Literal["structural_tag"]
     structures: ListOf[Json] | None = None
@@ -51,7 +51,7 @@ class StructuralTagFormat(Body):
 
     @property
     def tag(self) -> dict[str, Any]:
-        """As `aria.grammars.structural_tags` reads it."""
+        """The tag in the format of `aria.grammars.structural_tags`."""
         return self.model_dump(exclude_none=True)
 
 
@@ -65,7 +65,7 @@ ResponseFormat = Annotated[
 
 
 def _parsed(value: Any) -> Any:
-    """JSON that came as text."""
+    """Decode JSON that was sent as a string."""
     if not isinstance(value, str):
         return value
     try:
@@ -82,13 +82,13 @@ JsonText = Annotated[Json, BeforeValidator(_parsed)]
 
 
 class StructuredOutputs(Body):
-    """Extension, spelled as in vLLM: what the answer follows."""
+    """Extension of vLLM: a constraint on the response."""
 
     json_schema: Annotated[JsonText | None, Field(alias="json")] = None
     regex: Arguments | None = None
     choice: Annotated[ListOf[str], Field(min_length=1)] | None = None
     grammar: Annotated[Arguments, Field(min_length=1)] | None = None
-    """Lark as llguidance has it, or GBNF."""
+    """In llguidance's Lark syntax or GBNF."""
     json_object: bool | None = None
     structural_tag: JsonText | None = None
     known: ClassVar[field_rules.FieldRules] = field_rules.STRUCTURED
@@ -102,5 +102,5 @@ class StructuredOutputs(Body):
 
     @property
     def given(self) -> list[str]:
-        """Names of what is asked for."""
+        """Names of the constraints that are set."""
         return [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]

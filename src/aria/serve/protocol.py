@@ -1,4 +1,4 @@
-"""OpenAI's request bodies as this server takes them. Fields that no code reads are in the tables of `fields`."""
+"""Request bodies of OpenAI's interface. `field_rules` lists the fields that are not implemented."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from aria.serve.protocol_base import (
 MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
 MAX_MESSAGES = 16_384
-"""Each takes at least four tokens."""
+"""Each message takes at least four tokens."""
 MAX_BIASES = 1024
-"""Every row of a batch has room for as many as the most that any asks for."""
+"""Every sequence of a batch has room for the largest number in the batch."""
 
 
 class WithoutEffect(Body):
-    """Fields that clients send and that mean nothing here: nothing is stored, billed or cached by name."""
+    """Fields that have no meaning here: nothing is stored, billed or cached by name."""
 
     user: str | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
@@ -47,8 +47,7 @@ class WithoutEffect(Body):
 # Content of messages
 
 Detail = Literal["auto", "low", "high", "original"]
-"""Of pictures, frames and pages: low is the smallest size of crops that the model knows, high and original are the
-largest."""
+"""Crop size of images, frames and pages: low is the model's smallest, high and original its largest."""
 
 
 class TextPart(Body):
@@ -58,16 +57,16 @@ class TextPart(Body):
 
 
 Uuid = Annotated[str, Field(min_length=1, max_length=256)]
-"""Extension of vLLM: a name that the client gives to a medium. Later requests may send it in place of the medium."""
+"""Extension of vLLM: a client's name of a medium, which later requests may send in place of the medium."""
 
 
 class ImageUrl(Body):
     url: Source | None = None
-    """http(s) address, data: URI, or a path in a folder that the server allows."""
+    """http(s) URL, data: URI, or a path in an allowed folder."""
     detail: Detail = "auto"
     """auto: the largest size."""
     split: bool | None = None
-    """Extension: cut the picture into tiles, for fine print. Without it the model's own setting holds."""
+    """Extension: split the image into tiles, for fine print. Default: the model's setting."""
 
 
 def _check_source(field: str, url: str | None, uuid: str | None) -> None:
@@ -78,7 +77,7 @@ def _check_source(field: str, url: str | None, uuid: str | None) -> None:
 class ImageUrlPart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl = ImageUrl()
-    """Null, or without a url, where a uuid names an image that was sent before."""
+    """Null or without a url if a uuid references an image that was sent before."""
     uuid: Uuid | None = None
     known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
@@ -99,7 +98,7 @@ class VideoUrl(Body):
 
 
 class VideoUrlPart(Body):
-    """Extension, spelled as in vLLM."""
+    """Extension of vLLM."""
 
     type: Literal["video_url"]
     video_url: VideoUrl = VideoUrl()
@@ -117,7 +116,7 @@ class FileData(Body):
     file_data: Source | None = None
     """A PDF as a data: URI or in base64."""
     file_url: Source | None = None
-    """Extension: its address, in place of the data."""
+    """Extension: its URL, in place of the data."""
     filename: str | None = None
     pages: str | None = None
     """Extension: such as ``1-3,7``."""
@@ -168,7 +167,7 @@ AssistantContent = Annotated[
 class FunctionCall(Body):
     name: str
     arguments: Arguments = "{}"
-    """JSON, as a string; what is cut off or otherwise no JSON stands in the conversation as it is."""
+    """JSON, as a string; truncated or invalid JSON appears in the conversation as it is."""
     known: ClassVar[field_rules.FieldRules] = field_rules.CALLED_FUNCTION
 
 
@@ -222,7 +221,7 @@ class Function(Body):
     description: Description | None = None
     parameters: Json | None = None
     strict: bool | None = None
-    """Where a call is demanded, arguments always follow the schema, strict or not."""
+    """Without effect: if a call is required, its arguments always follow the schema."""
     known: ClassVar[field_rules.FieldRules] = field_rules.TOOL
 
 
@@ -247,7 +246,7 @@ class AllowedTools(Body):
 
 
 class AllowedToolsChoice(Body):
-    """Some of the tools, of which the model may call one, or has to."""
+    """The tools that the model may or must call."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -270,9 +269,9 @@ ToolChoice = Annotated[
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """Extension of vLLM: with include_usage, every chunk has the tokens so far."""
+    """Extension of vLLM: with include_usage, every chunk has the token counts so far."""
     include_progress: bool | None = None
-    """Extension of ours: chunks without choices tell how far the media have been read."""
+    """Extension: chunks without choices report how far the media have been read."""
     known: ClassVar[field_rules.FieldRules] = field_rules.STREAM
 
 
@@ -284,11 +283,11 @@ Stop = Annotated[
 
 
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
-"""Extension of vLLM: the id of the answer, behind the prefix of its kind."""
+"""Extension of vLLM: the id of the response, after its prefix."""
 
 
 class Sampling(WithoutEffect):
-    """How tokens are chosen and when answers end, in all interfaces."""
+    """Sampling and stopping, in all interfaces."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -305,7 +304,7 @@ class Sampling(WithoutEffect):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
     stream: bool | None = None
-    # Extensions, spelled as in vLLM.
+    # Extensions of vLLM.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """0 and -1 keep all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -320,48 +319,48 @@ class Sampling(WithoutEffect):
 
 
 class ChoicesRequest(Sampling):
-    """The two interfaces that answer with choices."""
+    """Fields of the two interfaces that respond with choices."""
 
     n: Annotated[int, Field(ge=1)] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    """Extension of vLLM: whether choices bring the ids of their tokens, and those of the prompt."""
+    """Extension of vLLM: whether to return the token ids of choices and the prompt."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> ChoicesRequest:
         if self.stream_options is not None and not self.stream:
-            raise field_error("stream_options", "goes with stream: true only")
+            raise field_error("stream_options", "requires stream: true")
         if self.prompt_logprobs is not None and self.stream:
-            raise field_error("prompt_logprobs", "goes with stream: false only; /v1/completions streams them with echo")
+            raise field_error("prompt_logprobs", "requires stream: false; /v1/completions streams them with echo")
         return self
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the tokens counted."""
+        """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def wants_progress(self) -> bool:
-        """Whether a stream tells how far the media have been read."""
+        """Whether a stream reports how far the media have been read."""
         return bool(self.stream_options and self.stream_options.include_progress)
 
     @property
     def wants_usage_of_chunks(self) -> bool:
-        """Whether each chunk has the tokens so far."""
+        """Whether each chunk has the token counts so far."""
         return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class Templated(Body):
-    """How a conversation is written. Extensions, spelled as in vLLM."""
+    """Options of the chat template, extensions of vLLM."""
 
     add_generation_prompt: bool | None = None
-    """Whether the prompt ends with the opening of the assistant's turn; the default, unless the last message is
+    """Whether the prompt ends with the start of the assistant's turn. Default: true, unless the last message is
     continued."""
     continue_final_message: bool | None = None
-    """Whether the last message stays open, so that the answer continues it."""
+    """Whether the response continues the last message."""
     chat_template_kwargs: Json | None = None
-    """Variables of the chat template, and the two fields above, which come from here first."""
+    """Variables of the chat template, or the two fields above, over which they take precedence."""
 
 
 class ChatRequest(ChoicesRequest, Templated):
@@ -382,9 +381,9 @@ class ChatRequest(ChoicesRequest, Templated):
     @model_validator(mode="after")
     def _merge(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise field_error("top_logprobs", "goes with logprobs: true only")
+            raise field_error("top_logprobs", "requires logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise field_error("max_tokens", "and max_completion_tokens mean the same, but differ; give one of them")
+            raise field_error("max_tokens", "and max_completion_tokens mean the same but differ; give one of them")
         return self
 
 
@@ -413,10 +412,10 @@ class CompletionRequest(ChoicesRequest):
     model: str | None = None
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """0 generates nothing, for the log-probabilities of prompts."""
+    """0 generates nothing, for log-probabilities of prompts."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    """Whether text and log-probabilities begin with those of the prompt."""
+    """Whether the response begins with the prompt's text and log-probabilities."""
     response_format: ResponseFormat | None = None
     """Extension of vLLM."""
     known: ClassVar[field_rules.FieldRules] = field_rules.COMPLETION
@@ -430,11 +429,11 @@ class TokenizeRequest(Templated):
     messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: ListOf[Tool] | None = None
     return_token_strs: bool | None = None
-    # Extensions of ours.
+    # Extensions of this server.
     return_previews: bool | None = None
-    """Whether each medium comes with a small picture of it."""
+    """Whether to return a small image of each medium."""
     stream: bool | None = None
-    """Whether the answer is a stream of events: how far the media have been read, then the answer itself."""
+    """Whether to stream progress of reading media, then the response."""
     known: ClassVar[field_rules.FieldRules] = field_rules.TOKENIZE
 
     @model_validator(mode="after")

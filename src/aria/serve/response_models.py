@@ -1,4 +1,4 @@
-"""What the server answers with: OpenAI's objects, and vLLM's of tokens."""
+"""Response bodies: OpenAI's objects, and vLLM's for tokenization."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 T = TypeVar("T")
 OmittedIfNone = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
-"""A field of vLLM's beside OpenAI's, left out where it was not asked for."""
+"""A field of vLLM's, left out unless requested."""
 
 
 class Reply(BaseModel):
-    """What a client gets."""
+    """Base of response bodies."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class PromptDetails(Reply):
     cached_tokens: int = 0
-    """Tokens of the prompt that were there from earlier requests."""
+    """Prompt tokens found in the prefix cache."""
 
 
 class UsageObject(Reply):
@@ -71,18 +71,18 @@ class ChatChoice(Reply):
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
     token_ids: OmittedIfNone[list[int]] = None
-    """All tokens that were generated, the end included."""
+    """All generated tokens, including the end token."""
 
 
 class PromptLogprob(Reply):
     logprob: float
     rank: int
-    """1 where no token was likelier."""
+    """1 for the most likely token."""
     decoded_token: str
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""Of each token of a prompt but the first: by id, the token and the likeliest in its place."""
+"""For each prompt token but the first: the token and the most likely alternatives, by id."""
 
 
 class ChatCompletion(Reply):
@@ -130,11 +130,11 @@ class ModelCard(Reply):
     created: int
     owned_by: str = "aria"
     root: str
-    """The model whose weights answer."""
+    """The base model."""
     parent: str | None = None
-    """Of an adapter: the model that it goes beside."""
+    """The base model of an adapter."""
     max_model_len: int
-    """Tokens of the longest prompt and its answer together."""
+    """Maximum number of tokens of prompt and response."""
 
 
 class ModelList(Reply):
@@ -143,25 +143,25 @@ class ModelList(Reply):
 
 
 class MediaCost(Reply):
-    """What one picture, clip or document of a prompt takes."""
+    """The cost of one image, video or document in a prompt."""
 
     kind: str
     """image, video or document."""
     count: int
-    """Frames taken of a clip, pages of a document, 1 for a picture."""
+    """Number of frames of a video or pages of a document; 1 for an image."""
     crops: int
     tokens: int
     total: OmittedIfNone[int] = None
     """Pages of the whole document."""
     preview: OmittedIfNone[str] = None
-    """Its first picture, 320 pixels wide or high at most, as a data: URI."""
+    """Its first image, at most 320 pixels a side, as a data: URI."""
 
 
 class Tokens(Reply):
     count: int
     max_model_len: int
     tokens: list[int]
-    """With one id for each token of a picture."""
+    """With one id per image token."""
     token_strs: list[str] | None = None
     media: list[MediaCost]
     """In the order of the messages."""
@@ -176,7 +176,7 @@ class StatusObject(Reply):
 
 
 class TokenizerInfo(Reply):
-    """What programs need that count and template on their own, named as in transformers' tokenizer_config.json."""
+    """What programs need to tokenize and apply the template, named as in transformers' tokenizer_config.json."""
 
     tokenizer_class: str
     bos_token: str | None
@@ -243,7 +243,7 @@ class IncompleteDetails(Reply):
 
 
 class ResponseObject(Reply):
-    """What a request was answered with, and the settings it was made by. It is not kept."""
+    """A response and the settings of its request. It is not stored."""
 
     id: str
     object: Literal["response"] = "response"

@@ -1,4 +1,4 @@
-"""Answers of ``/v1/responses``, whole and as events: a list of items, messages and calls, as they grow."""
+"""Responses of ``/v1/responses``, complete and streamed: a list of items, which are messages and calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Event = dict[str, Any]
 
 
 async def complete(run: Run, body: ResponsesRequest) -> ResponseObject:
-    """The answer once it is finished."""
+    """The response, once it is finished."""
     output = _Output(run)
     async with aclosing(run.read()) as pieces:
         async for _, piece in pieces:
@@ -31,29 +31,29 @@ async def complete(run: Run, body: ResponsesRequest) -> ResponseObject:
 
 
 async def stream(run: Run, body: ResponsesRequest) -> AsyncGenerator[bytes, None]:
-    """The answer as events of OpenAI's names, numbered."""
+    """The response as numbered events, named as in OpenAI's interface."""
     output = _Output(run)
     number = 0
 
-    def told(kind: str, fields: Event) -> bytes:
+    def numbered(kind: str, fields: Event) -> bytes:
         nonlocal number
         number += 1
         return event({"type": kind, "sequence_number": number - 1, **fields}, kind)
 
     async with aclosing(run.read()) as pieces:
         for kind in ("response.created", "response.in_progress"):
-            yield told(kind, {"response": _response(run, body, output).model_dump(mode="json")})
+            yield numbered(kind, {"response": _response(run, body, output).model_dump(mode="json")})
         async for _, piece in pieces:
             for kind, fields in output.push(piece):
-                yield told(kind, fields)
+                yield numbered(kind, fields)
             if output.finish_reason is not None:
                 break
     last = _response(run, body, output)
-    yield told(f"response.{last.status}", {"response": last.model_dump(mode="json")})
+    yield numbered(f"response.{last.status}", {"response": last.model_dump(mode="json")})
 
 
 class _Output:
-    """Items of an answer; what becomes of them is told as it happens."""
+    """Items of a response, and the events of their progress."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -62,7 +62,7 @@ class _Output:
         self.finish_reason: str | None = None
 
     def push(self, piece: Piece) -> Iterator[tuple[str, Event]]:
-        """The next token: names of events and their fields."""
+        """Add the next token; yields names of events and their fields."""
         delta = self._turn.push(piece)
         logprobs = [logprob_object(one, self._run.tokenizer) for one in delta.logprobs]
         for part in delta.parts:
@@ -104,7 +104,7 @@ class _Output:
         yield "response.output_text.delta", self._place(content_index=0, delta=text, logprobs=logprobs)
 
     def _close(self) -> Iterator[tuple[str, Event]]:
-        """The last item is a message that is complete, if it was not before."""
+        """Complete the last item, if it is an unfinished message."""
         if not self.items or self.items[-1]["status"] != "in_progress":
             return
         item = self.items[-1]
@@ -127,11 +127,11 @@ class _Output:
 
 
 def _response(run: Run, body: ResponsesRequest, output: _Output) -> ResponseObject:
-    """The object that stands for the whole, with the settings it was made by."""
+    """The response object, with the settings of the request."""
     params = run.request.params
     status = {None: "in_progress", "length": "incomplete"}.get(output.finish_reason, "completed")
     usage = run.usage()
-    told = body.model_dump(mode="json", by_alias=True, include={"text", "tools", "tool_choice"}, exclude_none=True)
+    given = body.model_dump(mode="json", by_alias=True, include={"text", "tools", "tool_choice"}, exclude_none=True)
     return ResponseObject.model_validate(
         {
             "id": run.id,
@@ -146,9 +146,9 @@ def _response(run: Run, body: ResponsesRequest, output: _Output) -> ResponseObje
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_logprobs": params.logprobs or 0,
-            "text": told.get("text", {"format": {"type": "text"}}),
-            "tools": told.get("tools", []),
-            "tool_choice": told.get("tool_choice", "auto"),
+            "text": given.get("text", {"format": {"type": "text"}}),
+            "tools": given.get("tools", []),
+            "tool_choice": given.get("tool_choice", "auto"),
             "truncation": body.truncation,
             "reasoning": {
                 "effort": body.reasoning.effort if body.reasoning else None,

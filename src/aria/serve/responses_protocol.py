@@ -1,4 +1,4 @@
-"""Bodies of ``/v1/responses``, OpenAI's newer interface, and what they ask for. Nothing is kept between requests."""
+"""Request bodies of ``/v1/responses``, and their conversion to `GenerationRequest`. Nothing is stored."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class InputText(Body):
 
 
 class PriorOutputText(Body):
-    """What an earlier answer said, as it came."""
+    """Text of an earlier response, as it was received."""
 
     type: Literal["output_text"]
     text: Text
@@ -77,12 +77,12 @@ class InputImage(Body):
     image_url: Source
     detail: Detail = "auto"
     split: bool | None = None
-    """Extension: cut the picture into tiles."""
+    """Extension: split the image into tiles."""
     known: ClassVar[field_rules.FieldRules] = field_rules.FILE
 
 
 class InputVideo(Body):
-    """Extension: a clip."""
+    """Extension: a video."""
 
     known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
@@ -132,7 +132,7 @@ _KINDS = {
     "user": ("input_text", "input_image", "input_video", "input_file"),
     "assistant": ("output_text", "refusal", "input_text"),
 }
-"""Types of content by role; other roles have text only."""
+"""Content types by role; other roles have text only."""
 
 
 class InputMessage(Body):
@@ -155,7 +155,7 @@ class InputMessage(Body):
 
 
 class InputCall(Body):
-    """A call that the model made before."""
+    """An earlier call by the model."""
 
     type: Literal["function_call"]
     call_id: str
@@ -167,7 +167,7 @@ class InputCall(Body):
 
 
 class InputResult(Body):
-    """What the function gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -178,7 +178,7 @@ class InputResult(Body):
 
 
 class InputReasoning(Body):
-    """Reasoning of another model; the prompt does not contain it."""
+    """Reasoning of another model; left out of the prompt."""
 
     type: Literal["reasoning"]
     id: str | None = None
@@ -208,7 +208,7 @@ class FlatSchema(Body):
     json_schema: Annotated[Json, Field(alias="schema")]
     description: Description | None = None
     strict: bool | None = None
-    """Answers always follow the schema, strict or not."""
+    """Without effect: responses always follow the schema."""
 
 
 class TextSettings(Body):
@@ -230,7 +230,7 @@ class FlatTool(Function):
 
 
 class Reasoning(Body):
-    """Settings of reasoning models. Aria answers without reasoning first, so that none has an effect."""
+    """Settings of reasoning models, without effect: Aria does not reason before it responds."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -243,7 +243,7 @@ class FlatChoice(Body):
 
 
 class FlatAllowedTools(Body):
-    """Some of the tools, of which the model may call one, or has to."""
+    """The tools that the model may or must call."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -263,7 +263,7 @@ FlatToolChoice = Annotated[
 LOGPROBS = "message.output_text.logprobs"
 Include = Literal[
     "message.output_text.logprobs",
-    # Nothing of these kinds is in an answer.
+    # Responses never contain these.
     "reasoning.encrypted_content",
     "message.input_image.image_url",
     "file_search_call.results",
@@ -303,10 +303,10 @@ class ResponsesRequest(Sampling):
 
 
 def read(body: ResponsesRequest, defaults: Defaults) -> GenerationRequest:
-    """What a body asks for.
+    """Convert a body to a generation request.
 
     Raises:
-        ApiError: 400, it contradicts itself.
+        ApiError: 400, its fields contradict each other.
     """
     given = [Tool(function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()]
     wanted = body.text.format if body.text else None
@@ -329,7 +329,7 @@ def read(body: ResponsesRequest, defaults: Defaults) -> GenerationRequest:
 
 
 def _choice(given: str | FlatChoice | FlatAllowedTools | None) -> Any:
-    """The choice in the form of chats."""
+    """``tool_choice`` in the format of chat completions."""
     if isinstance(given, FlatAllowedTools):
         named = [_choice(tool) for tool in given.tools]
         return AllowedToolsChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=given.mode, tools=named))
@@ -337,31 +337,31 @@ def _choice(given: str | FlatChoice | FlatAllowedTools | None) -> Any:
 
 
 def messages(body: ResponsesRequest) -> list[Message]:
-    """Input items as messages; calls that follow each other are one turn's."""
-    said: list[Message] = []
+    """Convert input items to messages; consecutive calls form one turn."""
+    found: list[Message] = []
     if body.instructions:
-        said.append(SystemMessage(role="system", content=body.instructions))
+        found.append(SystemMessage(role="system", content=body.instructions))
     if isinstance(body.input, str):
-        return [*said, UserMessage(role="user", content=body.input)]
+        return [*found, UserMessage(role="user", content=body.input)]
     for item in body.input:
         if isinstance(item, InputCall):
             call = ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
-            last = said[-1] if said else None
+            last = found[-1] if found else None
             if isinstance(last, AssistantMessage):
-                said[-1] = last.model_copy(update={"tool_calls": [*(last.tool_calls or ()), call]})
+                found[-1] = last.model_copy(update={"tool_calls": [*(last.tool_calls or ()), call]})
             else:
-                said.append(AssistantMessage(role="assistant", tool_calls=[call]))
+                found.append(AssistantMessage(role="assistant", tool_calls=[call]))
         elif isinstance(item, InputReasoning):
             continue
         elif isinstance(item, InputResult):
-            said.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))
+            found.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))
         elif item.role == "user":
-            said.append(UserMessage(role="user", content=_content(item.content)))
+            found.append(UserMessage(role="user", content=_content(item.content)))
         elif item.role == "assistant":
-            said.append(AssistantMessage(role="assistant", content=_text(item.content)))
+            found.append(AssistantMessage(role="assistant", content=_text(item.content)))
         else:
-            said.append(SystemMessage(role=item.role, content=_text(item.content)))
-    return said
+            found.append(SystemMessage(role=item.role, content=_text(item.content)))
+    return found
 
 
 def _text(content: str | list[Any]) -> str:

@@ -1,4 +1,4 @@
-"""``/tokenize`` and ``/detokenize``, as vLLM has them, and what each medium of a conversation costs."""
+"""``/tokenize`` and ``/detokenize`` as in vLLM, with the token count of each medium."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from aria.serve.service import Service
 from aria.serve.streaming import DONE, EventStream, event
 
 PREVIEW_SIDE = 320
-"""Pixels of a preview's longer side, at most."""
+"""Maximum length of a preview's longer side, in pixels."""
 
 
 async def count(service: Service, body: TokenizeRequest, context: RequestContext) -> Tokens:
-    """Tokens of a prompt, also of one that leaves no room for an answer.
+    """Tokenize a prompt, even one that leaves no room for a response.
 
     Raises:
-        ApiError: 400, the messages or their media are not what was expected.
+        ApiError: 400, invalid messages or media.
     """
     processor, defaults = service.processor, service.defaults
     media: list[MediaCost] = []
@@ -49,24 +49,24 @@ async def count(service: Service, body: TokenizeRequest, context: RequestContext
                 body, defaults
             )
 
-        said, template = await service.read(read)
+        converted, template = await service.read(read)
 
         def prepare() -> tuple[list[int], list[MediaCost]]:
-            service.check_length(said)
-            prepared = processor.prepare(service.named(said, context), **template)
+            service.check_length(converted)
+            prepared = processor.prepare(service.named(converted, context), **template)
             return prepared.ids, _costs(prepared, previews=bool(body.return_previews))
 
-        service.check_media(shown := generation_request.count_media(said), "messages")
+        service.check_media(shown := generation_request.count_media(converted), "messages")
         ids, media = await service.off_loop(prepare, media=shown > 0, param="messages")
     named = processor.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=defaults.max_model_len, tokens=ids, token_strs=named, media=media)
 
 
 async def stream(service: Service, body: TokenizeRequest, context: RequestContext) -> EventStream:
-    """The same as events: progress while media are read, then what :func:`count` gives.
+    """The same as events: progress while media are read, then the result of :func:`count`.
 
     Raises:
-        ApiError: as :func:`count`, if it is known before any progress.
+        ApiError: As :func:`count`, for errors before any progress.
     """
     reading = TaskWithProgress(count(service, body, context))
     await reading.begin()
@@ -106,16 +106,16 @@ def _preview(rgb: np.ndarray) -> str:
 
 
 async def text(service: Service, body: DetokenizeRequest) -> Detokenized:
-    """The text of tokens.
+    """Decode tokens to text.
 
     Raises:
-        ApiError: 400, a token that the vocabulary does not have.
+        ApiError: 400, a token is outside of the vocabulary.
     """
     tokenizer = service.processor.tokenizer
     if outside := [token for token in body.tokens if token >= tokenizer.vocab_size]:
         raise ApiError(400, f"token {outside[0]} is not in the vocabulary of {tokenizer.vocab_size}", param="tokens")
-    said = await service.off_loop(lambda: tokenizer.decode(body.tokens), param="tokens")
-    return Detokenized(prompt=said)
+    converted = await service.off_loop(lambda: tokenizer.decode(body.tokens), param="tokens")
+    return Detokenized(prompt=converted)
 
 
 def info(service: Service) -> TokenizerInfo:
@@ -123,7 +123,7 @@ def info(service: Service) -> TokenizerInfo:
     tokenizer = service.processor.tokenizer
     return TokenizerInfo(
         tokenizer_class=type(tokenizer).__name__,
-        bos_token=None,  # prompts begin with none
+        bos_token=None,  # prompts do not begin with one
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
         unk_token=tokenizer.unk_token,

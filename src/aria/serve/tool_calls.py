@@ -1,4 +1,4 @@
-"""Calls of functions in what the model writes, read back; :mod:`aria.processor.calls` has their format."""
+"""Parsing of tool calls in generated text; :mod:`aria.processor.calls` defines their format."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NAMING = {
     *("properties", "patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames", "required"),
     *("minProperties", "$ref", "allOf", "anyOf", "oneOf", "const", "enum"),
 }
-"""Keywords that say something of an object's properties."""
+"""Keywords that constrain an object's properties."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function and what it is called with."""
+    """A call of a function."""
 
     id: str
     name: str
@@ -28,7 +28,7 @@ class Call:
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """JSON Schema of one call of any of the functions."""
+    """JSON schema of one call of any of the functions."""
     return any_of(
         [
             {
@@ -43,10 +43,10 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON Schema of a function's arguments, which are an object; a function that names none takes none.
+    """JSON schema of a function's arguments, an object; a function without parameters takes none.
 
     Raises:
-        ValueError: its parameters allow no object.
+        ValueError: Its parameters do not allow an object.
     """
     given = tool.get("parameters") or {}
     types = given.get("type") or "object"
@@ -55,7 +55,7 @@ def parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
             f"the parameters of {tool['name']!r} are of the type {types!r:.60}; expected object, as arguments have "
             "names"
         )
-    # An address of its own, so that references within it start from it wherever it stands.
+    # An id of its own, so that its references resolve within it wherever it is embedded.
     own = given.get("$id")
     address = own if isinstance(own, str) and not own.startswith("#") else f"urn:parameters:{tool['name']}"
     schema = {**given, "$id": address, "type": "object"}
@@ -63,14 +63,14 @@ def parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The schema of what follows one of these."""
+    """A schema that allows what any of these allows."""
     if len(schemas) == 1:
         return dict(schemas[0])
     return {"anyOf": [{"$id": f"urn:choice:{i}", **schema} for i, schema in enumerate(schemas)]}
 
 
 def parse(text: str, names: Collection[str]) -> Call | None:
-    """The call that a text is, or None: not JSON, not a call, or of a function that is not offered."""
+    """Parse a call; None if the text is not JSON, not a call, or names a function that is not offered."""
     try:
         name, arguments = calls.parse_call(text)
     except (ValueError, RecursionError):
@@ -79,22 +79,22 @@ def parse(text: str, names: Collection[str]) -> Call | None:
 
 
 class CallReader:
-    """Finds calls in text that comes in pieces; what may yet become a tag is held back.
+    """Finds calls in text that arrives in pieces; what may become a tag is held back.
 
     Args:
-        names: functions that are offered; calls of others stay text, as does what is no call between the tags.
+        names: Offered functions; calls of others and invalid calls remain text.
     """
 
     def __init__(self, names: Collection[str]):
         self._names = names
         self._held = ""
         self._seen = 0
-        """No tag that closes the held call begins before this place."""
+        """No closing tag of the held call begins before this position."""
         self._behind_call = False
-        """Nothing but white space came since a call; it belongs to neither side, as does that before one."""
+        """Only whitespace followed the last call; whitespace around calls is dropped."""
 
     def push(self, piece: str) -> list[str | Call]:
-        """The next piece of text; what became certain with it, in order."""
+        """Add a piece of text; returns what became final, in order."""
         self._held += piece
         if self._behind_call:
             self._held = self._held.lstrip()
@@ -102,7 +102,7 @@ class CallReader:
         return self._read(last=False)
 
     def flush(self) -> list[str | Call]:
-        """No more text comes: what was held back. A call may lack its last tag, where the answer stopped at it."""
+        """End of the text: returns what was held back. A call may lack its closing tag, if generation stopped there."""
         found = self._read(last=True)
         held, self._held = self._held, ""
         before, tag, inside = held.partition(OPEN)
@@ -116,7 +116,7 @@ class CallReader:
             inside = start + len(OPEN)
             end = calls.end_of_call(self._held, inside, self._seen)
             if end < 0 and last:
-                end = self._held.find(CLOSE, inside)  # quotes do not match, so this is no call
+                end = self._held.find(CLOSE, inside)  # the quotes do not match, so this is not a call
             if end < 0:
                 break
             call = parse(self._held[inside:end], self._names)
@@ -128,7 +128,7 @@ class CallReader:
                 end += len(self._held[end:]) - len(self._held[end:].lstrip())
             self._held, self._seen = self._held[end:], 0
             self._behind_call = call is not None and not self._held
-        # White space before a call belongs to neither, and is held back with the tag.
+        # Whitespace before a call is dropped, so it is held back with the tag.
         keep = len(self._held[:start].rstrip()) if start >= 0 else len(self._held) - self._open_end()
         found.append(self._held[:keep])
         self._held = self._held[keep:]
@@ -136,7 +136,7 @@ class CallReader:
         return [one for one in found if one]
 
     def _open_end(self) -> int:
-        """Length of the longest end that begins a tag, and of the white space before it."""
+        """Length of the longest suffix that may begin a tag, and of the whitespace before it."""
         longest = min(len(self._held), len(OPEN) - 1)
         tag = next((n for n in range(longest, 0, -1) if OPEN.startswith(self._held[-n:])), 0)
         before = self._held[: len(self._held) - tag]
@@ -144,14 +144,14 @@ class CallReader:
 
 
 class UntaggedCallReader:
-    """The same for an answer that a grammar makes one call without tags, or else text."""
+    """The same for responses that a grammar forces to be one call without tags, or text."""
 
     def __init__(self, names: Collection[str]):
         self._names = names
         self._text = ""
 
     def push(self, piece: str) -> list[str | Call]:
-        """Nothing before the call is whole."""
+        """Add a piece of text; returns the call once it is complete."""
         self._text += piece
         call = parse(self._text, self._names) if self._text.endswith("}") else None
         if call is None:
@@ -160,6 +160,6 @@ class UntaggedCallReader:
         return [call]
 
     def flush(self) -> list[str | Call]:
-        """What was no call, or is left of one that was cut short."""
+        """End of the text: returns text that was no call, or an incomplete call."""
         held, self._text = self._text, ""
         return [held] if held else []
