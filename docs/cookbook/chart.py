@@ -17,17 +17,17 @@ ROW = {
     "additionalProperties": False,
 }
 engine = Engine(*sys.argv[1:])
-# Fine print: the chart is split into tiles, each read at full size, behind an overview of the whole.
-picture = {"type": "image", "path": CHART, "split_image": True}
+# Fine print: the chart is split into tiles at full size, after an overview of the whole.
+image = {"type": "image", "path": CHART, "split_image": True}
 
 
 def ask(text: str, **settings: object) -> str:
-    messages = [{"role": "user", "content": [picture, {"type": "text", "text": f"\n{text}"}]}]
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": f"\n{text}"}]}]
     return engine.chat([messages], SamplingParams(max_tokens=1000, **settings))[0].text
 
 
-print(ask("What does this chart show, and on which day was most sold?"))
-# Let the model read and Python count: a table first, then sums that cannot be wrong.
+print(ask("What does this chart show, and on which day was the most sold?"))
+# Let the model read and Python calculate: first a table, then exact sums.
 table = ask("Give the values of all bars as JSON.", json_schema={"type": "array", "items": ROW, "maxItems": 12})
 rows = json.loads(table)
-print(rows, "in all:", sum(row["sold"] for row in rows))
+print(rows, "total:", sum(row["sold"] for row in rows))

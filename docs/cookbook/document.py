@@ -10,7 +10,7 @@ engine = Engine(*sys.argv[1:])
 
 
 def ask(question: str, **settings: object) -> str:
-    """Pages become "Page 1: ", a picture in tiles, and a newline; the question comes last."""
+    """Pages become "Page 1: ", an image in tiles, and a newline; the question comes last."""
     parts = [{"type": "document", "path": PAPER, **settings}, {"type": "text", "text": question}]
     prepared = engine.prepare([{"role": "user", "content": parts}])
     print(f"{question} (tokens: {len(prepared.ids)})")

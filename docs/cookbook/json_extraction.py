@@ -1,4 +1,4 @@
-"""Get JSON out of a picture: ``python docs/cookbook/json_extraction.py [MODEL]``. Nano guesses, but keeps the form."""
+"""Extract JSON from an image: ``python docs/cookbook/json_extraction.py [MODEL]``. Nano guesses, in valid JSON."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SCHEMA = {
     "required": list(PROPERTIES),
     "additionalProperties": False,
 }
-# The grammar sees to the form, not to the meaning: say in words what is wanted, too.
+# The grammar ensures the form, not the meaning, so also describe it in words.
 QUESTION = f"\nRead this receipt and answer in JSON with {', '.join(PROPERTIES)}."
 
 engine = Engine(*sys.argv[1:])

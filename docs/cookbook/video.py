@@ -1,4 +1,4 @@
-"""Ask about a clip: ``python docs/cookbook/video.py [MODEL]``. Without a model, nano answers."""
+"""Ask about a video: ``python docs/cookbook/video.py [MODEL]``. Without a model, nano answers."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ engine = Engine(*sys.argv[1:])
 
 
 def ask(question: str, **settings: object) -> str:
-    """Frames become "[MM:SS]", a small picture, and a newline; the question comes last."""
+    """Frames become "[MM:SS]", a small image, and a newline; the question comes last."""
     parts = [{"type": "video", "path": CLIP, **settings}, {"type": "text", "text": question}]
     prepared = engine.prepare([{"role": "user", "content": parts}])
     print(f"{question} (frames: {len(prepared.images)}, tokens: {len(prepared.ids)})")

@@ -37,9 +37,9 @@ def play(monkeypatch, capsys, tmp_path):
 @pytest.mark.slow
 def test_a_picture(play):
     assert play("single_picture.py").splitlines() == [
-        "Welcome (167 tokens asked, 8 answered)",
-        "A red circle. (189 tokens asked, 14 answered)",
-        "octopus (106 tokens asked, 8 answered)",
+        "Welcome (167 prompt tokens, 8 generated)",
+        "A red circle. (189 prompt tokens, 14 generated)",
+        "octopus (106 prompt tokens, 8 generated)",
         "A red circle to the left of a blue square.",
     ]
 

@@ -146,7 +146,7 @@ def test_more_lines_may_come_and_files_may_be_allowed(run, tmp_path):
         (["[]"], "line 1: expected an object with custom_id, method, url, body"),
         ([{"custom_id": "a", "method": "POST", "url": CHAT}], "line 1: body missing"),
         ([{**request("a", {}), "when": "now"}], "line 1: unknown when"),
-        ([request("", {})], "line 1: custom_id is ''; expected a text that is not empty"),
+        ([request("", {})], "line 1: custom_id is ''; expected a non-empty string"),
         ([{**request("a", {}), "method": "GET"}], "line 1: method is 'GET'; expected 'POST'"),
         ([request("a", {}, "/v1/embeddings")], "line 1: url is '/v1/embeddings'; expected one of"),
         ([request("a", []), request("b", {}), "", request("b", {})], "line 4: the custom_id 'b' is line 2's already"),  # type: ignore[arg-type]
@@ -251,7 +251,7 @@ def test_an_input_that_changes_meanwhile_ends_the_batch(tmp_path, other):
     with (
         contextlib.closing(BatchFile(source, ServerSettings())) as work,
         AsyncEngine() as engine,
-        pytest.raises(OSError, match="was changed while it was being answered"),
+        pytest.raises(OSError, match="changed while it was being answered"),
     ):
         asyncio.run(work.do(engine, lines[0]))
 

@@ -44,7 +44,7 @@ def test_paths_and_methods_that_are_not_there(live):
     response = live.http.get("/v1/chat/completions")
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
-    assert "it takes POST" in response.json()["error"]["message"]
+    assert "allowed are POST" in response.json()["error"]["message"]
     error_of(live.http.delete("/v1/models"), 405)
 
 

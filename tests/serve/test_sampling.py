@@ -200,7 +200,7 @@ def test_log_probabilities_of_prompts_come_in_vllms_form(live):
         ({"skip_special_tokens": "yes"}, "skip_special_tokens"),
         ({"top_k": -2}, "top_k"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
-        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs goes with stream: false"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs requires stream: false"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(live, fields, says):
