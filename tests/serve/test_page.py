@@ -68,7 +68,7 @@ def test_a_picture_is_uploaded_and_its_answer_grows(page, slow):
     assert len(seen) > 1
     assert all("Welcome".startswith(text) for text in seen)
     assert re.search(
-        r"[\d.]+ tokens/s · first token after [\d.]+ s · \d+ tokens read( \(\d+ remembered\))?, 8 written",
+        r"[\d.]+ tokens/s · first token after [\d.]+ s · \d+ prompt tokens( \(\d+ cached\))?, 8 generated",
         page.texts(".stats")[0],
     )
     assert page.one(".shown img").get_attribute("alt") == "word.png"
@@ -123,7 +123,7 @@ def test_what_was_refused_does_not_spoil_later_questions(page):
     page.say("hello")
     assert page.answered()
     assert len(page.all(".trouble")) == 1
-    read = int(re.search(r"(\d+) tokens read", page.texts(".stats")[-1])[1])
+    read = int(re.search(r"(\d+) prompt tokens", page.texts(".stats")[-1])[1])
     assert read < 128, "the picture was not sent again"
     # The browser itself notes the refused request.
     assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
@@ -136,7 +136,7 @@ def test_an_answer_is_stopped_and_asked_for_again(page, slow):
     page.one("#question").send_keys(Keys.ESCAPE)
     until(lambda: "Stopped." in page.texts(".hers .note"))
     until(idle)
-    until(lambda: re.search(r"first token after .* tokens written", page.texts(".stats")[0]))
+    until(lambda: re.search(r"first token after .* tokens generated", page.texts(".stats")[0]))
     page.one(".hers .retry").click()
     until(lambda: page.all(".growing"))
     page.one("#stop").click()
@@ -265,7 +265,7 @@ def test_settings_are_sent_and_refusals_are_read_in_place(page):
     page.one("#settings button.strong").click()
     page.say("hello")
     page.answered()
-    assert "2 written" in page.texts(".stats")[0]
+    assert "2 generated" in page.texts(".stats")[0]
     assert any("most tokens" in note for note in page.texts(".hers .note"))
     page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 9}))")
     page.new()
@@ -302,4 +302,4 @@ def test_a_server_that_is_gone_is_told(driver):
         page = Page(driver, live.address).open()
     page.say("hello")
     until(lambda: page.all(".trouble"))
-    assert "does not answer" in page.one(".trouble p").text
+    assert "does not respond" in page.one(".trouble p").text

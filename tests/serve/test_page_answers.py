@@ -246,9 +246,9 @@ def test_counts_of_one_have_no_plural(page):  # noqa: F811
     assert page.driver.execute_async_script(script) == [
         "1 page, 1 token",
         "2 tokens",
-        "1 token read, 1 written",
-        "1 token written",
-        "1,200 tokens written",
+        "1 prompt token, 1 generated",
+        "1 token generated",
+        "1,200 tokens generated",
     ]
 
 
@@ -416,7 +416,7 @@ def test_the_message_of_a_server_that_is_away_can_be_closed_and_leaves(page, fas
     for close in (True, False):
         page.driver.get(page.address)
         until(lambda: page.all("#banner button"))
-        assert "does not answer" in page.one("#banner p").text
+        assert "does not respond" in page.one("#banner p").text
         if close:
             page.all("#banner button")[-1].click()
             assert not page.one("#banner").is_displayed()

@@ -47,7 +47,7 @@ async function request(path, options = {}) {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer. It may have been stopped, or the network is away.", 0);
+    throw new ServerError("The server does not respond. It may have been stopped, or the network is down.", 0);
   }
   if (response.ok) return response;
   const why = await reason(response);
@@ -119,7 +119,7 @@ async function* pieces(response) {
     if (piece.error) throw new ServerError(piece.error.message, piece.error.type === "invalid_request_error" ? 400 : 500);
     yield piece;
   }
-  if (!ended) throw new ServerError("The connection broke before the answer was whole.", 0);
+  if (!ended) throw new ServerError("The connection was lost before the answer was complete.", 0);
 }
 
 /** The data of server-sent events, as they come: events end with an empty line, lines with LF or CRLF. */
@@ -144,7 +144,7 @@ async function* events(body) {
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The connection broke before the answer was whole.", 0);
+    throw new ServerError("The connection was lost before the answer was complete.", 0);
   } finally {
     reader.cancel().catch(() => {});  // What has ended or broken needs no cancelling.
   }

@@ -16,7 +16,7 @@ import { plural } from "./words.js";
 const EXAMPLES = [
   { picture: "samples/word.png", question: "What does it say?", about: "Read a word" },
   { picture: "samples/shapes.png", question: "What is to the left of the square?", about: "Name a shape" },
-  { picture: "samples/emoji.png", question: "Which emoji is this?", about: "Know an emoji" },
+  { picture: "samples/emoji.png", question: "Which emoji is this?", about: "Recognize an emoji" },
 ];
 const COME_BACK = 4000; // ms between questions whether a server that was away is back
 
@@ -129,7 +129,7 @@ async function remove(conversation) {
   await deleteConversation(conversation);
   if (conversation === current) open(newConversation());
   else refresh();
-  say("The conversation is deleted.");
+  say("Conversation deleted.");
 }
 
 function titleOf({ text, media }) {
@@ -395,7 +395,7 @@ async function start() {
   try {
     conversations = await loadAll();
   } catch (error) {
-    tell(`This browser keeps no conversations for this page: ${error.message}`);
+    tell(`This browser cannot store conversations for this page: ${error.message}`);
   }
   const last = sessionStorage.getItem("aria-open");
   const found = conversations.find(({ id }) => id === last);

@@ -8,7 +8,7 @@ const NAME = "aria-settings";
 const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 const NAMES = ["system", ...NUMBERS];
 const LABELS = {
-  system: "System prompt", temperature: "Temperature", top_p: "Top p", top_k: "Top k", max_tokens: "Most tokens", seed: "Seed",
+  system: "System prompt", temperature: "Temperature", top_p: "Top p", top_k: "Top k", max_tokens: "Max tokens", seed: "Seed",
 };
 
 function kept() {
@@ -101,13 +101,13 @@ export async function openSettings(conversation, stored) {
     conversation.settings = {};
     fill();
     stored();
-    say("New conversations begin with these settings.");
+    say("New conversations start with these settings.");
   };
   $("#forget-key").hidden = !key.get();
   $("#forget-key").onclick = () => {
     key.forget();
     $("#forget-key").hidden = true;
-    say("The key is forgotten.");
+    say("The key was forgotten.");
   };
   fill();
   await opened(dialog);

@@ -92,7 +92,7 @@ export class Sidebar {
   }
 
   async remove(conversation) {
-    const sure = await ask(`Delete \u201c${conversation.title}\u201d? It cannot be brought back.`, "Delete");
+    const sure = await ask(`Delete \u201c${conversation.title}\u201d? This cannot be undone.`, "Delete");
     if (sure !== null) await this.actions.remove(conversation);
   }
 }

@@ -11,7 +11,7 @@ import { progressText, sizeText, statsText } from "./words.js";
 const REDRAW = 60; // ms between drawings of an answer that grows
 const ENDINGS = {
   stopped: "Stopped.",
-  interrupted: "Interrupted: the page was closed before the answer was whole.",
+  interrupted: "Interrupted: the page was closed before the answer was complete.",
 };
 
 export class Turns {
@@ -114,13 +114,13 @@ export class Turns {
       return make("div.trouble", { role: "alert" }, make("p", {}, turn.error),
         make("button.quiet", { type: "button", click: () => this.actions.retry(turn) }, icon("retry"), "Try again"));
     }
-    if (turn.reason === "length") return make("p.note", {}, "The answer ends here because it reached the most tokens allowed.");
+    if (turn.reason === "length") return make("p.note", {}, "The answer ends here because it reached the token limit.");
     return ENDINGS[turn.state] ? make("p.note", {}, ENDINGS[turn.state]) : null;
   }
 
   doings(turn) {
     const copyButton = iconButton("copy", "Copy the answer", () => copy(copyButton, turn.text), "small");
-    const retry = iconButton("retry", "Answer again", () => this.actions.retry(turn), "small", "retry");
+    const retry = iconButton("retry", "Regenerate the answer", () => this.actions.retry(turn), "small", "retry");
     const words = turn.text || turn.state !== "failed";
     if (!words && versionOf(turn).count === 1) return null;
     return make("div.doings", {}, this.versions(turn), turn.text ? copyButton : null, words ? retry : null,

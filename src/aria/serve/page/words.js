@@ -21,18 +21,18 @@ export function costText(kind, { count, tokens }) {
 
 /** Such as "Reading page 2 of 3". */
 export function progressText({ kind, done, total }) {
-  return `Reading ${PIECES[kind] ?? "picture"} ${Math.min(done + 1, total)} of ${total}`;
+  return `Reading ${PIECES[kind] ?? "image"} ${Math.min(done + 1, total)} of ${total}`;
 }
 
-/** Such as "12 tokens/s, first token after 0.31 s, 84 tokens read, 9 written", with dots between. */
+/** Such as "12 tokens/s, first token after 0.31 s, 84 prompt tokens, 9 generated", with dots between. */
 export function statsText(stats) {
   const said = [];
   if (stats.rate) said.push(`${stats.rate < 10 ? stats.rate.toFixed(1) : Math.round(stats.rate)} tokens/s`);
   if (stats.first !== undefined) said.push(`first token after ${stats.first.toFixed(2)} s`);
   if (stats.prompt !== undefined) {
-    const cached = stats.cached ? ` (${stats.cached.toLocaleString()} remembered)` : "";
-    said.push(`${plural(stats.prompt, "token")} read${cached}, ${stats.completion.toLocaleString()} written`);
+    const cached = stats.cached ? ` (${stats.cached.toLocaleString()} cached)` : "";
+    said.push(`${plural(stats.prompt, "prompt token")}${cached}, ${stats.completion.toLocaleString()} generated`);
   }
-  if (stats.prompt === undefined && stats.completion) said.push(`${plural(stats.completion, "token")} written`);
+  if (stats.prompt === undefined && stats.completion) said.push(`${plural(stats.completion, "token")} generated`);
   return said.join(" \u00b7 ");
 }
