@@ -18,6 +18,7 @@ from aria.checkpoint import Checkpoint, Layout, detect, find_weights, parameter_
 from aria.checkpoint.layouts import Shape
 from aria.config import CONFIG_NAME, AriaConfig
 from aria.hub import resolve
+from aria.wording import format_bytes
 
 BYTES_PER_PARAMETER = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 """Weights only; the scales of quantised formats add 1 to 6 % to int8 and int4."""
@@ -116,12 +117,12 @@ def report(found: Mapping[str, Any], console: Console) -> None:
     console.print()
     formats = BYTES_PER_PARAMETER
     rows = [
-        (part, f"{count:,}", *(_size(count * width) for width in formats.values()))
+        (part, f"{count:,}", *(format_bytes(count * width) for width in formats.values()))
         for part, count in [*parameters.items(), ("all", total)]
     ]
     _print_table(console, "Parameters", ("part", "parameters", *formats), rows)
     rows = [
-        (one["name"], _size(one["free_bytes"]), *(f"{n:,}" if n else "no" for n in one["tokens"].values()))
+        (one["name"], format_bytes(one["free_bytes"]), *(f"{n:,}" if n else "no" for n in one["tokens"].values()))
         for one in found["devices"]
     ]
     _print_table(console, "Fits here, with so many tokens of context", ("device", "free", *formats), rows)
@@ -175,7 +176,3 @@ def _devices() -> list[tuple[str, int]]:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

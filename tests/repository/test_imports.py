@@ -23,7 +23,7 @@ FLOORS = (
     ("ops",),
     ("config",),
     ("media", "templates", "grammars"),
-    ("workers", "hub", "settings", "private_api"),
+    ("workers", "hub", "settings", "wording", "private_api"),
 )
 """Rooms of the package from the top down. A room imports from the floors under its own, and from itself."""
 LONGEST_FILE = 600

@@ -6,13 +6,11 @@ models in `protocol` and `responses_protocol` have the fields that are implement
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST_NAME = 64
-"""Maximum number of characters of a name that are compared with known names; the cost is quadratic."""
+from aria.wording import similar_names
 
 
 @dataclass(frozen=True)
@@ -228,4 +226,4 @@ KINDS: dict[str, str] = {
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most similar to an unknown one, if any is."""
-    return next(iter(difflib.get_close_matches(name[:_LONGEST_NAME], known, 1)), None)
+    return next(iter(similar_names(name, known, cutoff=0.6)), None)

@@ -28,9 +28,10 @@ from aria.ops import Segments
 from aria.train import targets
 from aria.train.cost import Trained, token_flops
 from aria.train.optimizer import OptimizerSettings, make_optimizer
-from aria.train.progress import duration, size
+from aria.train.progress import duration
 from aria.train.recipe import Recipe
 from aria.train.storage import Storage
+from aria.wording import format_bytes as size
 
 RESERVE = 2 << 30
 """Bytes on CUDA for the runtime, kernel workspaces and fragmentation; a tenth of it on the CPU."""

@@ -361,11 +361,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def size(number: float) -> str:
-    """Bytes, formatted."""
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
-
-
 def summary(line: Mapping[str, Any]) -> str:
     """The few numbers of a line that fit beside a bar."""
     parts = []

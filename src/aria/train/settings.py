@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -11,6 +10,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from aria.wording import similar_names
 
 S = TypeVar("S")
 
@@ -142,7 +143,7 @@ def _any_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _unknown(name: str, known: Iterable[str], where: str) -> str:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = similar_names(name, known)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
     return f"unknown key {name!r} in {f'[{where}]' if where else 'the recipe'}; {hint}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from aria.train.progress import size
+from aria.wording import format_bytes as size
 
 
 @dataclass(frozen=True)

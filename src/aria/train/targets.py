@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from aria.model import Aria
 from aria.model.lora import LoRAModule, LoRASettings, attach_lora, lora_targets
+from aria.wording import similar_names
 
 PARTS = {
     "vision_tower.": "vision tower",
@@ -189,5 +189,5 @@ def _parts(model: Aria) -> list[Part]:
 def _nearest(name: str, names: list[str]) -> str:
     """Similar names, for errors."""
     tails = sorted({".".join(one.split(".")[-n:]) for one in names for n in (1, 2)} | {*names})
-    near = difflib.get_close_matches(name, tails, n=3, cutoff=0.5)
+    near = similar_names(name, tails, most=3)
     return f"; similar names are {', '.join(near)}" if near else f"; there are {', '.join(tails[:8])}, ..."
