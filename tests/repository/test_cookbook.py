@@ -75,7 +75,7 @@ def test_a_clip(play):
 @pytest.mark.slow
 def test_a_chart(play):
     *_, table = play("chart.py").splitlines()
-    assert re.fullmatch(r"\[.*\] in all: -?\d+", table)
+    assert re.fullmatch(r"\[.*\] total: -?\d+", table)
 
 
 @pytest.mark.slow
