@@ -28,7 +28,7 @@ from bench.measure import Ceilings, Spread
 
 SETTLE = 8
 """Untimed steps, in which CUDA graphs are captured."""
-ROOM = 256
+EXTRA_TOKENS = 256
 """Tokens of an answer beyond the timed ones, for the steps in which other prompts are still prefilled."""
 FORWARD_TOKENS = 8192
 """Maximum tokens of a forward pass that counts experts."""
@@ -36,11 +36,11 @@ FORWARD_TOKENS = 8192
 
 def grow(core: EngineCore, batch: int, context: int, steps: int, generator: torch.Generator) -> list[Request]:
     """Prefill ``batch`` random prompts so that all are decoding, a token per step."""
-    room = min(steps + ROOM, core.max_model_len - context)
+    max_tokens = min(steps + EXTRA_TOKENS, core.max_model_len - context)
     prompts = [measure.random_prompt(core.model.config, context, generator) for _ in range(batch)]
     requests = []
     for seed, prompt in enumerate(prompts):
-        params = SamplingParams(max_tokens=room, temperature=2.0, seed=seed, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, temperature=2.0, seed=seed, ignore_eos=True)
         requests += core.add(prompt, params)
     while not all(request.outputs for request in requests):
         core.step()

@@ -13,7 +13,7 @@ from recipes.nano.scenes.shape_questions import side_of
 MIN_SIDE = 56  # the minimum in the packaged preprocessor_config.json
 MIN_EM = 19.0  # capitals of about 14 px
 LINE_HEIGHT = 1.3
-MIN_SHAPE = 13.0  # half-width; smaller shapes cannot be told apart
+MIN_SHAPE = 13.0  # half-width; smaller shapes look alike
 CLEAR_CHARACTERS = {  # for meaningless strings, without characters that many faces draw alike: l, I, 1 and |, O and 0
     "lower": "abcdefghijkmnopqrstuvwxyz",
     "upper": "ABCDEFGHJKLMNPQRSTUVWXYZ",
@@ -79,8 +79,8 @@ class SceneBuilder:
                 best, distance = candidate, nearest
             if distance >= contrast:
                 break
-        room = max(0.0, min(0.35, distance - contrast))
-        second = tuple(min(1.0, max(0.0, c + rng.uniform(-1, 1) * room * 0.58)) for c in best)
+        slack = max(0.0, min(0.35, distance - contrast))
+        second = tuple(min(1.0, max(0.0, c + rng.uniform(-1, 1) * slack * 0.58)) for c in best)
         weights = (0.85, 0.1, 0.05, 0, 0) if calm else (0.45, 0.2, 0.1, 0.17, 0.08)
         kind = rng.choices((0, 1, 2, 3, 4), weights)[0]
         return (float(kind), *best, *second, rng.uniform(0, math.tau), rng.uniform(1, 9), rng.uniform(0, math.tau))
@@ -164,17 +164,17 @@ class SceneBuilder:
         rng = self.rng
         angle = 0.0 if rng.random() < 0.6 else max(-0.14, min(0.14, rng.gauss(0, 0.05)))
         spacing = 0.0 if rng.random() < 0.7 else rng.uniform(-0.03, 0.1)
-        room_w, room_h = scene.width * 0.95, scene.height * 0.95
-        texts = texts[: max(1, int(room_h / (MIN_EM * LINE_HEIGHT)))]
-        texts = [self._cut(text, face, spacing, room_w / MIN_EM * 0.97) for text in texts]
+        max_width, max_height = scene.width * 0.95, scene.height * 0.95
+        texts = texts[: max(1, int(max_height / (MIN_EM * LINE_HEIGHT)))]
+        texts = [self._cut(text, face, spacing, max_width / MIN_EM * 0.97) for text in texts]
         widths = [self.advances(text, face, spacing).sum() for text in texts]
         wide, high = max(widths), LINE_HEIGHT * len(texts)
         turned_w = wide * math.cos(angle) + high * abs(math.sin(angle))
         turned_h = high * math.cos(angle) + wide * abs(math.sin(angle))
-        largest = min(room_w / turned_w, room_h / turned_h, 0.55 * self.size)
+        largest = min(max_width / turned_w, max_height / turned_h, 0.55 * self.size)
         if largest < MIN_EM:
             angle, turned_w, turned_h = 0.0, wide, high
-            largest = max(MIN_EM, min(room_w / wide, room_h / high))
+            largest = max(MIN_EM, min(max_width / wide, max_height / high))
         em = MIN_EM + (largest - MIN_EM) * rng.random() ** 1.2
         free_w, free_h = scene.width - turned_w * em, scene.height - turned_h * em
         middle_x = scene.width / 2 + (rng.random() - 0.5) * max(free_w, 0.0)
@@ -206,9 +206,9 @@ class SceneBuilder:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 32
         return self.metrics[face, codes] + spacing
 
-    def _cut(self, text: str, face: int, spacing: float, room: float) -> str:
+    def _cut(self, text: str, face: int, spacing: float, max_width: float) -> str:
         ends = np.cumsum(self.advances(text, face, spacing))
-        return text[: max(1, int(np.searchsorted(ends, room)))].rstrip()
+        return text[: max(1, int(np.searchsorted(ends, max_width)))].rstrip()
 
     # --- shapes -------------------------------------------------------------------------------------------------------
 
@@ -275,9 +275,9 @@ class SceneBuilder:
         cell = scene.width / count
         for n, sprite in enumerate(sprites):
             size = min(cell, scene.height) / 2 * rng.uniform(0.6, 1.0)
-            room_x, room_y = max(cell / 2 - size, 0.0), max(scene.height / 2 - size, 0.0)
-            x = cell * (n + 0.5) + rng.uniform(-room_x, room_x)
-            y = scene.height / 2 + rng.uniform(-room_y, room_y)
+            free_x, free_y = max(cell / 2 - size, 0.0), max(scene.height / 2 - size, 0.0)
+            x = cell * (n + 0.5) + rng.uniform(-free_x, free_x)
+            y = scene.height / 2 + rng.uniform(-free_y, free_y)
             angle = rng.gauss(0, 0.1) if rng.random() < 0.4 else 0.0
             label = self.assets.emoji[sprite % len(self.assets.emoji)]["label"]
             stretch = rng.uniform(0.92, 1.08) if rng.random() < 0.3 else 1.0

@@ -143,7 +143,7 @@ def _values(builder: SceneBuilder, count: int) -> list[int]:
 def _names(builder: SceneBuilder, style: Style, count: int, scene: Scene) -> list[str]:
     """Draw different names that fit: a slot of a vertical chart, a third of the width of a horizontal one."""
     rng = builder.rng
-    room = scene.width * 0.86 / count * 0.92 if style.upright else scene.width * 0.34
+    max_width = scene.width * 0.86 / count * 0.92 if style.upright else scene.width * 0.34
     kind = rng.random()
     if kind < 0.12:
         start = rng.randrange(12)
@@ -158,13 +158,13 @@ def _names(builder: SceneBuilder, style: Style, count: int, scene: Scene) -> lis
         start = rng.randrange(20)
         names = [chr(65 + start + n) for n in range(count)]
     else:
-        return _words(builder, style, count, room)
-    if max(builder.advances(name, style.face, 0.0).sum() for name in names) * style.em > room:
+        return _words(builder, style, count, max_width)
+    if max(builder.advances(name, style.face, 0.0).sum() for name in names) * style.em > max_width:
         names = [chr(65 + n) for n in range(count)]
     return names
 
 
-def _words(builder: SceneBuilder, style: Style, count: int, room: float) -> list[str]:
+def _words(builder: SceneBuilder, style: Style, count: int, max_width: float) -> list[str]:
     rng = builder.rng
     names: list[str] = []
     capital = rng.random() < 0.7
@@ -175,7 +175,7 @@ def _words(builder: SceneBuilder, style: Style, count: int, room: float) -> list
             word = word[: max(1, 4 - tries // 120)]
         if word.lower() in (name.lower() for name in names):
             continue
-        if builder.advances(word, style.face, 0.0).sum() * style.em <= room:
+        if builder.advances(word, style.face, 0.0).sum() * style.em <= max_width:
             names.append(word)
             if len(names) == count:
                 return names
@@ -222,12 +222,12 @@ def _frame(builder: SceneBuilder, scene: Scene, chart: Chart, style: Style) -> t
     return left, top, right, bottom
 
 
-def _title(builder: SceneBuilder, face: int, room: float) -> str:
+def _title(builder: SceneBuilder, face: int, max_width: float) -> str:
     rng = builder.rng
     for _ in range(50):
         words = [rng.choice(builder.assets.words) for _ in range(rng.choice((1, 1, 2, 3)))]
         title = " ".join([words[0].capitalize(), *words[1:]])
-        if len(title) <= 32 and builder.advances(title, face, 0.0).sum() <= room:
+        if len(title) <= 32 and builder.advances(title, face, 0.0).sum() <= max_width:
             return title
     return "Sum"
 

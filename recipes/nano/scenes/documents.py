@@ -115,24 +115,26 @@ def place(builder: SceneBuilder, scene: Scene, texts: list[str], sizes: list[flo
     leading = rng.uniform(1.2, 1.6)
     angle = 0.0 if rng.random() < 0.75 else max(-0.07, min(0.07, rng.gauss(0, 0.03)))
     cos, sin = math.cos(angle), math.sin(angle)
-    room_w, room_h = scene.width * 0.95, scene.height * 0.95
+    max_width, max_height = scene.width * 0.95, scene.height * 0.95
     count = len(texts)
-    while count > 1 and sum(sizes[:count]) * leading * SMALLEST_EM > room_h:
+    while count > 1 and sum(sizes[:count]) * leading * SMALLEST_EM > max_height:
         count -= 1
     cut = []
     for text, size, own in zip(texts[:count], sizes, faces, strict=False):
         text = text[:LONGEST]
-        while len(text) > 1 and builder.advances(text, own, 0.0).sum() * size * SMALLEST_EM > room_w * 0.96:
+        while len(text) > 1 and builder.advances(text, own, 0.0).sum() * size * SMALLEST_EM > max_width * 0.96:
             text = text[:-1].rstrip()
         cut.append(text)
     widths = [
         float(builder.advances(text, own, 0.0).sum()) * size for text, size, own in zip(cut, sizes, faces, strict=False)
     ]
     wide, high = max(widths), sum(sizes[:count]) * leading
-    largest = min(room_w / (wide * cos + high * abs(sin)), room_h / (high * cos + wide * abs(sin)), 0.3 * scene.size)
+    largest = min(
+        max_width / (wide * cos + high * abs(sin)), max_height / (high * cos + wide * abs(sin)), 0.3 * scene.size
+    )
     if largest < SMALLEST_EM:
         angle, cos, sin = 0.0, 1.0, 0.0
-        largest = max(SMALLEST_EM, min(room_w / wide, room_h / high))
+        largest = max(SMALLEST_EM, min(max_width / wide, max_height / high))
     em = SMALLEST_EM + (largest - SMALLEST_EM) * rng.random() ** 1.5
     turned_w, turned_h = (wide * cos + high * abs(sin)) * em, (high * cos + wide * abs(sin)) * em
     x0 = scene.width / 2 + (rng.random() - 0.5) * max(scene.width - turned_w, 0.0)

@@ -144,7 +144,7 @@ def _path(
         path = [(x + step_x * length * (s - 0.5), y + step_y * length * (s - 0.5)) for s in shares]
         if _settle(builder, scene, things, path):
             return path
-    # No room beside the path.
+    # The others do not fit beside the path.
     return _fallback(scene, things, (dx, dy), frames)
 
 

@@ -34,15 +34,15 @@ def haystack(
     numbers = {owner: _number(rng, held_out) for owner in rng.sample(owners, min(len(owners), 2 + length // 600))}
     turns = [(rng.choice(ASK).format(owner), f"{number}.") for owner, number in list(numbers.items())[:questions]]
     needle, *lines = [NEEDLE.format(owner, number) for owner, number in numbers.items()]
-    room = length - sum(MARKERS + len(question) + len(answer) for question, answer in turns)
-    room -= len(needle) + 1 + sum(len(line) + 1 for line in lines)
+    remaining = length - sum(MARKERS + len(question) + len(answer) for question, answer in turns)
+    remaining -= len(needle) + 1 + sum(len(line) + 1 for line in lines)
     known = glosses.read().definitions
     words = list(known)
     while True:
         word = rng.choice(words)
         line = f"{word}: {known[word]}."
-        room -= len(line) + 1
-        if room < 0:
+        remaining -= len(line) + 1
+        if remaining < 0:
             break
         lines.append(line)
     rng.shuffle(lines)

@@ -169,7 +169,7 @@ def make_batch(
     planner = Planner(assets, shape.size, rng)
     talks = images // plan.talk_every
     most, fillers = -(-images // shape.images[0]), max(4, images // PICTURES_PER_FILLER)
-    room = images * shape.tokens
+    capacity = images * shape.tokens
     planned = [_story(planner, count, shares, grown) for count in deal(images, shape.images, rng)]
     sequences = [tokens(story.turns, shape.size) for story in planned]
     sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
@@ -177,7 +177,7 @@ def make_batch(
     # one that exceeds its share most: a conversation about many images is always long.
     lengths = np.array([len(ids) for ids, _ in sequences])
     shares_of = np.array([shape.tokens * len(story.scenes) for story in planned] + [0] * talks)
-    while lengths.sum() > room or lengths.max() > shape.longest:
+    while lengths.sum() > capacity or lengths.max() > shape.longest:
         longest = int((lengths if lengths.max() > shape.longest else lengths - shares_of).argmax())
         if longest < len(planned):
             planned[longest] = _story(planner, len(planned[longest].scenes), shares, grown)
@@ -187,13 +187,13 @@ def make_batch(
         lengths[longest] = len(sequences[longest][0])
     # The number of pieces does not depend on the number of conversations.
     pieces = fillers + most + talks - len(sequences)
-    filler = np.diff(np.linspace(0, room - lengths.sum(), pieces + 1).astype(np.int64))
+    filler = np.diff(np.linspace(0, capacity - lengths.sum(), pieces + 1).astype(np.int64))
     assert filler.max() <= shape.longest, f"{filler.max()} tokens of filler in a piece, room for {shape.longest}"
     all_lengths = np.concatenate([lengths, filler])
     starts = np.concatenate([[0], np.cumsum(all_lengths)])
     used = int(lengths.sum())
-    input_ids = np.full(room, tokenizer.PAD_TOKEN_ID, np.int64)
-    labels = np.full(room, -100, np.int64)
+    input_ids = np.full(capacity, tokenizer.PAD_TOKEN_ID, np.int64)
+    labels = np.full(capacity, -100, np.int64)
     input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
     labels[:used] = np.concatenate([wanted for _, wanted in sequences])
     task = [(*TASKS, *STORIES).index(story.task) for story in planned for _ in story.scenes]
@@ -201,7 +201,7 @@ def make_batch(
         "input_ids": input_ids,
         "labels": labels,
         "weights": answer_weights(labels),
-        "positions": np.arange(room) - np.repeat(starts[:-1], all_lengths),
+        "positions": np.arange(capacity) - np.repeat(starts[:-1], all_lengths),
         "cu_seqlens": starts.astype(np.int32),
         "task": np.array(task, np.int64),
         **commands.pack([scene for story in planned for scene in story.scenes], assets),

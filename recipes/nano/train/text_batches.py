@@ -82,18 +82,18 @@ class TextBatches(IterableDataset):
 
 def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
     """Pack sequences until the next does not fit; filler and empty sequences give batches one shape."""
-    room, found = texts.tokens, list[tuple[Any, Any]]()
+    remaining, found = texts.tokens, list[tuple[Any, Any]]()
     fillers = -(-texts.tokens // 256)  # maximum number of filler pieces of 256 tokens
     while len(found) < texts.sequences - fillers:
         ids, labels = _sequence(texts, rng)
-        if len(ids) > room:
+        if len(ids) > remaining:
             break
         found.append((ids, labels))
-        room -= len(ids)
-    lengths = np.array([len(ids) for ids, _ in found] + _filler(room), np.int64)
+        remaining -= len(ids)
+    lengths = np.array([len(ids) for ids, _ in found] + _filler(remaining), np.int64)
     lengths = np.pad(lengths, (0, texts.sequences - len(lengths)))
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    used = texts.tokens - room
+    used = texts.tokens - remaining
     input_ids = np.full(texts.tokens, tokenizer.PAD_TOKEN_ID, np.int64)
     labels = np.full(texts.tokens, -100, np.int64)
     input_ids[:used] = np.concatenate([ids for ids, _ in found])
@@ -111,9 +111,9 @@ def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
     }
 
 
-def _filler(room: int) -> list[int]:
-    """Split the remaining room into pieces of at most 256 tokens."""
-    return [256] * (room // 256) + ([room % 256] if room % 256 else [])
+def _filler(remaining: int) -> list[int]:
+    """Split the remaining tokens into pieces of at most 256 tokens."""
+    return [256] * (remaining // 256) + ([remaining % 256] if remaining % 256 else [])
 
 
 def _sequence(texts: Texts, rng: Random) -> Sequence:
