@@ -1,6 +1,7 @@
-"""Clients that people use, in an environment of their own, against ``aria serve`` on nano: ``make test-clients``.
+"""Common clients in their own environment against ``aria serve`` with nano: ``make test-clients``.
 
-Each script in ``scripts/`` makes the client ask, compares its answers with nano's, and prints the outcomes as JSON.
+Each script in ``scripts/`` sends requests with its client, compares the answers with nano's, and prints outcomes as
+JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ pytestmark = pytest.mark.clients
 
 @pytest.fixture(scope="module")
 def address():
-    """Of a server that answers greedily."""
+    """Address of a server that answers greedily."""
     command = [sys.executable, "-m", "aria.cli", "serve", "--port", "0", "--api-key", KEY, "--default-temperature", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()
-            assert line.startswith("chat at http"), f"the server said {line!r}"
+            assert line.startswith("chat at http"), f"the server printed {line!r}"
             yield line.split()[2].rstrip(",")
         finally:
             server.send_signal(signal.SIGTERM)
@@ -40,7 +41,7 @@ def address():
 
 
 def interpreter(client: Client) -> str:
-    """What runs the client's script."""
+    """Return the interpreter of the client's script."""
     if client.script.endswith(".mjs"):
         node = shutil.which("node")
         if node is None:
@@ -57,7 +58,7 @@ def interpreter(client: Client) -> str:
 )
 def test_client(client, address):
     command = [interpreter(client), str(HERE / "scripts" / client.script), address, KEY]
-    # Nothing of the person who runs the tests: neither keys nor addresses, and no paths of this environment.
+    # A minimal environment, without the user's keys and addresses and without this environment's paths.
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGING_SECONDS)
     assert done.returncode == 0, done.stderr

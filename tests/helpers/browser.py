@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 CLIP = CLIPS / "cut.mp4"
 ANSWERS = ".hers .markdown"
-# Every text that the last answer has shown, so that a test sees how it grew.
+# Records every text that the last answer has shown, so that tests see how it was streamed.
 WATCH = """
 window.seen = [];
 new MutationObserver(() => {
@@ -33,7 +33,7 @@ new MutationObserver(() => {
 
 
 class Page:
-    """The page in a browser, found by what people find it by."""
+    """The page in a browser."""
 
     def __init__(self, driver: webdriver.Chrome, address: str):
         self.driver = driver
@@ -64,7 +64,7 @@ class Page:
         self.one("#new").click()
 
     def attach(self, *files: Path) -> list[str]:
-        """Uploads files; returns what each costs, once that is known."""
+        """Upload files; return the displayed token costs."""
         self.one("#files").send_keys("\n".join(str(file) for file in files))
         until(lambda: len(self.texts(".price")) == len(files) and "\u2026" not in self.texts(".price"))
         return self.texts(".price")
@@ -73,7 +73,7 @@ class Page:
         self.one("#question").send_keys(text, Keys.ENTER)
 
     def answered(self) -> str:
-        """The last answer, once it is whole."""
+        """Wait for the last answer to complete, and return it."""
         until(lambda: self.all(".hers") and not self.all(".growing") and self.one("#send").is_displayed())
         return self.texts(ANSWERS)[-1]
 
@@ -102,7 +102,7 @@ def live():
 
 @pytest.fixture
 def page(driver, live):
-    """The open page; afterwards nothing was loaded from elsewhere, and the console is empty."""
+    """The open page; afterwards checks that nothing was loaded from other hosts and that the console is empty."""
     page = Page(driver, live.address)
     page.open().new()
     page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 0, max_tokens: 64}))")

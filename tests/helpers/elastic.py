@@ -1,4 +1,4 @@
-"""A training that saves, dies on request, and resumes: ``torchrun -m tests.helpers.elastic FOLDER STEPS [KIND]``."""
+"""A training that saves, fails on request, and resumes: ``torchrun -m tests.helpers.elastic FOLDER STEPS [KIND]``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASE = TWO["experts"]
 
 
 class Saved:
-    """A run; its stream is nothing but its step."""
+    """A run without a data stream; its position is its step."""
 
     def __init__(self, model, optimizer):
         self.model, self.optimizer, self.position = model, optimizer, SimpleNamespace(step=0)

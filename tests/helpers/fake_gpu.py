@@ -1,9 +1,9 @@
-"""A GPU that is not there: tensors without memory, and kernels that are compiled for it but never run.
+"""A fake GPU: tensors without memory, and kernels that are compiled for it but never run.
 
-Programs run on PyTorch's fake tensors, whose device is any GPU and whose values nobody knows; Triton's launches are
-noted down. So a machine without a GPU can tell which kernels a program needs, on which device it launches them, and how
-much shared memory they take on a GPU of any generation. Triton must not be in its interpreter's mode, as it is in the
-tests' own process: programs that use this run in a process of their own.
+Programs run on PyTorch's fake tensors, on any GPU and without values; Triton's launches are recorded. A machine without
+a GPU can so determine which kernels a program needs, on which device it launches them, and how much shared memory they
+take on a GPU of any generation. Triton must not be in interpreter mode, as it is in the tests' process, so programs
+that use this run in a separate process.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ KB = 1024
 
 
 class GPU(NamedTuple):
-    """What programs ask of a GPU."""
+    """Properties of a GPU."""
 
     capability: tuple[int, int]
     shared: int
-    """Bytes of shared memory that one program may have."""
+    """Maximum bytes of shared memory per program."""
     processors: int = 100
 
 
@@ -53,7 +53,7 @@ GPUS = {
 
 
 class Launch(NamedTuple):
-    """A kernel in one variant."""
+    """A launched variant of a kernel."""
 
     kernel: Any
     key: str
@@ -66,13 +66,13 @@ class Launch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What is compiled in, by name; ``num_warps`` and ``num_stages`` with it."""
+        """Compile-time constants by name, with ``num_warps`` and ``num_stages``."""
         _, constants, _, options = self.arguments
         names = {self.kernel.arg_names[path[0]]: value for path, value in constants.items()}
         return names | {"num_warps": options.num_warps, "num_stages": options.num_stages}
 
     def shared(self, gpu: GPU) -> int:
-        """Bytes of shared memory that a program takes: compiled up to where Triton has shared it out."""
+        """Return the bytes of shared memory of a program, compiling up to Triton's allocation of it."""
         signature, constants, attributes, options = self.arguments
         source = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
         major, minor = gpu.capability
@@ -84,7 +84,7 @@ class Launch(NamedTuple):
             )
         except _SharedOut as out:
             return out.bytes
-        raise AssertionError("compiled past the stage that shares memory out")
+        raise AssertionError("compiled past the allocation of shared memory")
 
 
 class _SharedOut(Exception):  # noqa: N818 (it ends a compilation that succeeded)
@@ -93,7 +93,7 @@ class _SharedOut(Exception):  # noqa: N818 (it ends a compilation that succeeded
 
 
 def _share_out(self: Any, source: Any, metadata: Any, options: Any, capability: int) -> None:
-    """In place of the compiler's stage from Triton's representation to LLVM's: its first passes, and no more."""
+    """Replace the compiler's stage from Triton's IR to LLVM's: run only its first passes."""
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.nvidia.compiler import get_ptx_version_from_options
 
@@ -109,7 +109,7 @@ def _share_out(self: Any, source: Any, metadata: Any, options: Any, capability: 
 
 
 class _Driver:
-    """What Triton's launches ask of a driver."""
+    """The driver interface that Triton's launches use."""
 
     def __init__(self, machine: Machine):
         self._machine = machine
@@ -130,7 +130,7 @@ class _Driver:
 
 
 class _OnTheGPU(TorchDispatchMode):
-    """Fakes what is on a GPU; what is on the CPU alone is computed."""
+    """Fakes operations on a GPU; operations on the CPU alone are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,21 +162,21 @@ class Machine:
     def __init__(self, gpu: GPU):
         self.gpu = gpu
         self.current = 0
-        """The number of the current device."""
+        """Index of the current device."""
         self._binders: dict[Any, tuple[Any, ...]] = {}
         self.launches: dict[tuple[str, str], Launch] = {}
-        """Each variant of each kernel that was launched."""
+        """Launched variants of kernels."""
         self.misplaced: list[str] = []
-        """Kernels that were launched while another device than their tensors' was current."""
+        """Kernels launched while the current device was not that of their tensors."""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Until the block ends, this is the machine: of one process, which goes back to no other."""
+        """Make this the process's machine until the block ends; the process cannot use the real one afterwards."""
         triton.runtime.driver.set_active(_Driver(self))
         JITFunction.run = lambda kernel, *args, grid, warmup, **options: self._note(kernel, args, options)
         CUDABackend.make_llir = _share_out
-        self._stand_in()
-        _let_devices_be()
+        self._replace_driver_calls()
+        _use_cpu_device_guard()
         _forget()
         with warnings.catch_warnings(), _OnTheGPU():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -194,13 +194,13 @@ class Machine:
             parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
             launch = Launch(kernel, key, (signature, constants, attributes, parsed))
             self.launches[kernel.__name__, key] = launch
-        tensors = (getattr(x, "base", x) for x in bound.values())  # of a descriptor, what it describes
+        tensors = (getattr(x, "base", x) for x in bound.values())  # of a descriptor, the tensor it describes
         used = {x.device.index for x in tensors if isinstance(x, torch.Tensor)}
         if used != {self.current}:
             self.misplaced.append(f"{kernel.__name__} on {self.current}, its tensors on {sorted(used)}")
 
-    def _stand_in(self) -> None:
-        """Answer for PyTorch's functions that would ask a driver."""
+    def _replace_driver_calls(self) -> None:
+        """Replace functions of PyTorch that would call a driver."""
         machine = self
 
         class Current:
@@ -225,7 +225,7 @@ class Machine:
         properties = Properties("a GPU", *self.gpu.capability, self.gpu.processors, self.gpu.shared)
 
         class Anything:
-            """An event, a stream, or a graph, which runs while it is captured."""
+            """Stands in for events, streams and graphs."""
 
             def __getattr__(self, name: str) -> Any:
                 return lambda *_, **__: None
@@ -256,7 +256,7 @@ class Machine:
             setattr(torch.cuda, name, answer)
         torch.backends.cudnn.is_available = lambda: True
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
-        # Numbers that nobody knows are ones, and what is asked about them is so.
+        # Unknown numbers are one, and unknown conditions are true.
         FakeTensor.tolist = lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
         FakeTensor.numpy = lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype).numpy()
         FakeTensor.item = FakeTensor.__int__ = lambda tensor: 1
@@ -266,16 +266,16 @@ class Machine:
         )
 
 
-def _let_devices_be() -> None:
-    """Give PyTorch's core what it has for the CPU in place of its ways to choose a GPU, which ask a driver."""
+def _use_cpu_device_guard() -> None:
+    """Use the CPU's device guard in PyTorch's core for GPUs, whose own guard calls a driver."""
     core = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 2).in_dll(core, "_ZN3c104impl26device_guard_impl_registryE")
     guards[1] = guards[0]  # by c10::DeviceType: CPU, CUDA
-    torch._C._set_only_lift_cpu_tensors(True)  # values of new tensors reach a GPU in a step of its own
+    torch._C._set_only_lift_cpu_tensors(True)  # copy values of new tensors to a GPU in a separate step
 
 
 def _forget() -> None:
-    """Drop what the package has kept of another machine's GPUs."""
+    """Clear the package's caches about another machine's GPUs."""
     for name, module in list(sys.modules.items()):
         if name.startswith("aria."):
             for value in vars(module).values():

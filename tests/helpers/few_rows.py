@@ -1,8 +1,8 @@
 """Optimizers over parameters with fewer rows than ranks: ``python -m tests.helpers.few_rows FOLDER``.
 
 One interpreter is forked into six processes, which train with each optimizer on six ranks, then on five and on three,
-each time resuming the checkpoint of the ranks before. ``FOLDER/KIND.pt`` gets the weights at the end. On three ranks,
-checkpoints then fail in several ways, and ``FOLDER/failures.pt`` gets what each rank saw.
+each time resuming the previous checkpoint. ``FOLDER/KIND.pt`` gets the final weights. On three ranks, checkpoints then
+fail in several ways, and ``FOLDER/failures.pt`` gets the observations of each rank.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from aria.train.state import CheckpointError, CheckpointSettings, RunState, gath
 
 WORLDS = (6, 5, 3)
 STEPS = 2
-"""On each number of ranks."""
+"""Steps per world size."""
 KINDS = {"adamw": torch.bfloat16, "muon": torch.bfloat16}
 if importlib.util.find_spec("torchao"):
     importlib.import_module("torchao.optim")
     KINDS["adamw8bit"] = torch.float32
 
 
-class Thin(nn.Module):
-    """Two rows of everything: a matrix, experts, an adapter and a norm, of sizes whose moments may have 8 bits."""
+class FewRows(nn.Module):
+    """Parameters of two rows: a matrix, experts, an adapter and a norm, large enough for 8-bit moments."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -47,10 +47,10 @@ class Thin(nn.Module):
 
 
 class Training:
-    """A model, its optimizer, and gradients that are the same on any number of ranks."""
+    """A model, its optimizer, and gradients that do not depend on the world size."""
 
     def __init__(self, kind: str, world: int):
-        self.model = Thin(KINDS[kind])
+        self.model = FewRows(KINDS[kind])
         if world > 1:
             _fully_shard(self.model, init_device_mesh("cpu", (world,), mesh_dim_names=("shard",)))
         self.named = dict(self.model.named_parameters())
@@ -81,7 +81,7 @@ class Training:
 
 
 def run(folder: Path, parallel: Parallel) -> None:
-    """Each optimizer for :data:`STEPS` steps, from the newest checkpoint if there is one."""
+    """Run each optimizer for :data:`STEPS` steps, from the newest checkpoint if it exists."""
     for kind in KINDS:
         training = Training(kind, parallel.world)
         state = RunState(folder / kind, CheckpointSettings(), parallel)
@@ -96,7 +96,7 @@ def run(folder: Path, parallel: Parallel) -> None:
 
 
 def fail(folder: Path, parallel: Parallel) -> None:
-    """Checkpoints that fail on one rank: while they are prepared, and in the background."""
+    """Make checkpoints fail on one rank: during preparation, and in the background."""
     training, lines = Training("adamw", parallel.world), []
     state = RunState(folder, CheckpointSettings(every_minutes=None), parallel, report=lines.append)
     seen: dict[str, Any] = {"lines": lines}
@@ -112,7 +112,7 @@ def fail(folder: Path, parallel: Parallel) -> None:
             seen["prepared"] = str(error)
     seen["left"] = [] if parallel.rank else [path.name for path in state.folder.iterdir()]
     with patch.object(Path, "rename", full):
-        # In the background: nothing is raised here.
+        # It fails in the background, so nothing is raised here.
         state.save(training)
         if state._writing is not None:
             state._writing.exception()
@@ -141,7 +141,7 @@ def main(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    # What is imported is shared; PyTorch has started no threads yet.
+    # Children share imported modules; PyTorch has not started threads yet.
     children = []
     for rank in range(max(WORLDS)):
         if not (child := os.fork()):

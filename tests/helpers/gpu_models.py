@@ -9,7 +9,7 @@ import torch
 from aria.config import AriaConfig, ProjectorConfig, TextConfig, VisionConfig
 from aria.processor.image_inputs import ImageSpan
 
-# Aria's own widths, so that the kernels for them run; fewer layers and words, so that float32 fits beside it.
+# Aria's widths, which its kernels support, with fewer layers and words, so that a float32 copy fits into memory.
 WIDE = AriaConfig(text=TextConfig(num_hidden_layers=3, vocab_size=4096, max_position_embeddings=8192))
 
 

@@ -1,4 +1,4 @@
-"""What :mod:`test_gpus` asks of machines that are not there: run as a script, which prints its findings as JSON.
+"""Programs for fake GPUs, run as a script that prints results as JSON; see :mod:`tests.helpers.fake_gpu`.
 
 python gpu_programs.py QUESTION [ARGUMENT ...]
 """
@@ -25,7 +25,7 @@ from aria.ops.kernels import chunk_attention, lora_train, moe_train, pointwise, 
 from tests.helpers.fake_gpu import GPU, GPUS, KB, Launch, Machine
 
 ARIA = AriaConfig.aria()
-# Layers are alike.
+# All layers are alike.
 CONFIG = replace(
     ARIA, text=replace(ARIA.text, num_hidden_layers=2), vision=replace(ARIA.vision, num_hidden_layers=1)
 )  # fmt: skip
@@ -38,7 +38,7 @@ def model(dtype: torch.dtype, device: torch.device) -> Aria:
 
 
 def adapter(rank: int) -> Any:
-    """One of everything in the decoder, as it is read from a folder."""
+    """Make LoRA of everything in the decoder, as read from an adapter folder."""
     text, new = CONFIG.text, torch.empty
     D, F, E, V = text.hidden_size, text.intermediate_size, text.moe_num_experts, text.vocab_size
     W = F * text.moe_num_shared_experts
@@ -55,16 +55,16 @@ def adapter(rank: int) -> Any:
 
 
 def engine(dtype: torch.dtype, rank: int = 0, device: str = "cuda:0", max_batch: int = 20) -> Engine:
-    """Of Aria's widths, on a machine that runs; with an adapter named "a" if it has a rank."""
+    """Make an engine of Aria's widths on a running machine; with an adapter "a" if ``rank`` is not 0."""
     engine_module.load_model = lambda *_, **__: model(dtype, torch.device(device))
     engine_module.read_adapter = lambda *_: adapter(rank)
-    # How many rows each expert has nobody knows: the first has all.
+    # The number of rows per expert is unknown: give all to the first.
     moe_train._split = lambda x, ends: x.split([len(x), *[0] * (len(ends) - 1)])
     return Engine(CONFIG, device=device, max_batch=max_batch, adapters={"a": "."} if rank else None)
 
 
 def train(dtype: torch.dtype, rank: int) -> None:
-    """Launch the kernels with gradients, both ways. Adapters are float32, as LoRA trains them."""
+    """Launch the training kernels, forward and backward, with LoRA in float32."""
     text, device, noise = CONFIG.text, torch.device("cuda:0"), lora_train.Noise(0.1)
     D, F, E, A, T = text.hidden_size, text.intermediate_size, text.moe_num_experts, text.moe_topk, 300
 
@@ -89,7 +89,7 @@ def train(dtype: torch.dtype, rank: int) -> None:
 
 
 def needs(launches: Iterable[Launch], gpu: GPU) -> dict[str, int]:
-    """The most bytes of shared memory that each kernel takes, of variants that differ in what is compiled in."""
+    """Return the maximum bytes of shared memory of each kernel over its variants."""
     distinct = {(launch.name, str(launch.constants)): launch for launch in launches}
     found: dict[str, int] = {}
     for launch in distinct.values():
@@ -98,7 +98,7 @@ def needs(launches: Iterable[Launch], gpu: GPU) -> dict[str, int]:
 
 
 def shared(capability: str, dtype: str, rank: str, only: str = "") -> dict[str, int]:
-    """Bytes by kernel of all that an engine and a training launch; of those kernels alone whose names have ``only``."""
+    """Return shared memory of the kernels that an engine and a training launch, if their names contain ``only``."""
     machine = Machine(GPUS[capability])
     with machine.running():
         engine(getattr(torch, dtype), int(rank)).warm_up()
@@ -109,7 +109,7 @@ def shared(capability: str, dtype: str, rank: str, only: str = "") -> dict[str, 
 
 
 def warmed(capability: str, rank: str) -> dict[str, Any]:
-    """What an engine that was warmed up still has to compile or plan, and the tuned constants of what it compiled."""
+    """Return what an engine still compiles or plans after warm-up, and the tuned constants of compiled kernels."""
     machine = Machine(GPUS[capability])
     chunk_attention._sdpa = lambda q, k, v, causal: _plan(machine, q, k, v, causal)
     choice = random.Random(0)
@@ -141,14 +141,14 @@ def warmed(capability: str, rank: str) -> dict[str, Any]:
 
 
 def _plan(machine: Machine, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Any:
-    """In place of cuDNN's attention, which plans what is new in any of these."""
+    """Replace cuDNN's attention, which plans once per distinct arguments."""
     made_by = [(list(x.shape), x.stride()) for x in (q, k, v)]
     machine.launches["plan", f"{made_by} {causal}"] = None
     return q.new_empty(q.shape[1], len(q), q.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def tiles(launches: Iterable[Launch | None]) -> dict[str, list[dict[str, Any]]]:
-    """Constants by kernel that were tuned."""
+    """Return tuned constants by kernel."""
     tuned = "STAGES", "HELD", "QUERIES", "KEYS", "GROUP", "TILE", "num_warps", "num_stages"
     found: dict[str, list[dict[str, Any]]] = {}
     for launch in launches:
@@ -161,7 +161,7 @@ def tiles(launches: Iterable[Launch | None]) -> dict[str, list[dict[str, Any]]]:
 
 
 def unfit() -> dict[str, Any]:
-    """An engine on a GPU that is too old for kernels."""
+    """Run an engine on a GPU that is too old for the kernels."""
     machine, heard = Machine(GPU((7, 5), 64 * KB)), []
     logging.getLogger("aria.ops.device").addHandler(handler := logging.Handler())
     handler.emit = lambda record: heard.append(record.getMessage())
@@ -180,7 +180,7 @@ def unfit() -> dict[str, Any]:
 
 
 def placed() -> dict[str, Any]:
-    """Everything that launches kernels, on the second GPU of two."""
+    """Launch all kernels on the second of two GPUs."""
     machine, device = Machine(GPUS["9.0"]), torch.device("cuda:1")
     by_entry: dict[str, int] = {}
 
@@ -195,7 +195,7 @@ def placed() -> dict[str, Any]:
         made.close()
         count("steps")
         whole = AriaForConditionalGeneration(model(torch.bfloat16, device))
-        whole._encode = lambda *_: None  # which counts image tokens, whose number nobody knows
+        whole._encode = lambda *_: None  # it counts image tokens, whose number is unknown
         ids = torch.ones(1, 1, dtype=torch.int64)
         whole(ids.to(device))
         count("forward")

@@ -1,6 +1,6 @@
-"""Schemas and grammars that crash, hang or grow, and a server, a batch and a description that are asked to follow them.
+"""Schemas and grammars that crash, hang or use too much memory, and a server, a batch and a description that get them.
 
-Run as a program, each in a process of its own: what is wrong here ends the process.
+Each runs as a program in its own process, since a fault here kills the process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ Schema = dict[str, Any]
 
 
 def aliases(length: int) -> Schema:
-    """References, each of which leads to the next and to nothing else."""
+    """A chain of references."""
     definitions: Schema = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(length)}
     return {"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{length}": {"type": "null"}}}
 
 
 def linked(length: int) -> Schema:
-    """A list: definitions that lead from one to the next by a property that may be null."""
+    """A linked list: each definition has an optional property with the next."""
     definitions: Schema = {
         f"d{n}": {
             "type": "object",
@@ -33,7 +33,7 @@ def linked(length: int) -> Schema:
 
 
 def doubled(length: int) -> Schema:
-    """Definitions that use the next one twice."""
+    """Definitions that each use the next one twice."""
     definitions: Schema = {
         f"d{n}": {"type": "object", "properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key in "ab"}}
         for n in range(length)
@@ -49,7 +49,7 @@ def nested(depth: int) -> Schema:
 
 
 def crossed(count: int) -> Schema:
-    """Lists of lists, any of which may be any of many kinds: the number of ways to read ``[[[`` grows with each."""
+    """Nested lists of many kinds each, so that the number of ways to parse ``[[[`` grows exponentially."""
     return {
         "$ref": "#/$defs/k0",
         "$defs": {
@@ -63,23 +63,23 @@ def crossed(count: int) -> Schema:
 
 
 def remainders(count: int) -> Schema:
-    """Multiples of many numbers, which are told apart digit by digit."""
+    """Multiples of many numbers, which are distinguished digit by digit."""
     return {"anyOf": [{"type": "integer", "multipleOf": n} for n in range(1000 - count, 1000)]}
 
 
 def parentheses(rules: int) -> str:
-    """Rules that lead from one to the next, from within 25 groups: up to 50 KB of stack each."""
+    """A chain of rules within 25 groups each: up to 50 KB of stack per rule."""
     lines = [f"r{n}: {'(' * 25}'b' r{n + 1}{')?' * 25}".replace("'", '"') for n in range(rules)]
     return "\n".join(["start: r0", *lines, f'r{rules}: "a"'])
 
 
 def doubled_terminals(count: int) -> str:
-    """One text of 2^count letters, without a choice."""
+    """A single text of 2^count letters."""
     return "\n".join(["start: T0", *(f"T{n}: T{n + 1} T{n + 1}" for n in range(count)), f'T{count}: "a"'])
 
 
 def large(sections: int, properties: int) -> Schema:
-    """As descriptions of interfaces have it: sections, with properties of all kinds, defined once each."""
+    """A large schema like those of APIs: sections with properties of all kinds."""
     kinds: list[Schema] = [
         {"type": "string", "maxLength": 255}, {"type": "integer", "minimum": 0}, {"enum": ["red", "green", "blue"]},
         {"type": "string", "format": "date-time"}, {"type": "array", "items": {"type": "number"}}, {"type": "boolean"},
@@ -95,7 +95,7 @@ def large(sections: int, properties: int) -> Schema:
 
 
 def _requests() -> dict[str, dict[str, Any]]:
-    """Fields of chats that were the end of a server, or of one of its threads."""
+    """Fields of chat requests that once killed a server or one of its threads."""
     chain = aliases(4000)
     function = {"type": "function", "function": {"name": "f", "parameters": chain}}
     return {
@@ -113,7 +113,7 @@ def _requests() -> dict[str, dict[str, Any]]:
 
 
 def serve() -> None:
-    """Ask a server for each, one after the other; then whether it still answers."""
+    """Send all of them to a server, one by one; then check that it still answers."""
     from tests.helpers.serving import running
 
     with running() as live:
@@ -127,7 +127,7 @@ def serve() -> None:
 
 
 def batch(folder: Path) -> None:
-    """Answer a file of requests, one of which is a chain of references."""
+    """Answer a batch file with a chain of references in one request."""
     from aria.cli import main
 
     bodies = [{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}]
@@ -142,7 +142,7 @@ def batch(folder: Path) -> None:
 
 
 def describe(folder: Path) -> None:
-    """Describe a picture by a chain of references."""
+    """Describe an image with a chain of references as the schema."""
     from aria.cli import main
 
     (folder / "schema.json").write_text(json.dumps(aliases(4000)))
@@ -152,7 +152,7 @@ def describe(folder: Path) -> None:
 
 
 def here() -> None:
-    """Without workers: what the limits let pass does no harm, on a thread whose own stack is small."""
+    """Without workers: what passes the limits is harmless, even on a thread with a small stack."""
     import threading
 
     from aria.engine.grammar import Grammars

@@ -1,8 +1,8 @@
-"""Triton's interpreter, which runs kernels on the CPU. Import before any kernel; where there is no Triton, the
-test file that does is skipped.
+"""Triton's interpreter, which runs kernels on the CPU. Import this before any kernel; without Triton, the importing
+test file is skipped.
 
-Triton 3.6 takes the bound of a loop, read from memory, for an array of one element, which NumPy 2.4 no longer turns
-into an integer; here it does.
+In Triton 3.6 the bound of a loop that is read from memory is an array of one element, which NumPy 2.4 no longer
+converts to an integer; this module adds the conversion.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"  # Triton looks once, when it is first imported
+os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is first imported
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""Data sets made for tests, and a processor with Aria's rules, a small vocabulary and small pictures."""
+"""Generated data sets, and a processor with Aria's rules, a small vocabulary and small images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.tiny import tiny_config
 SIZES = {28: 4, 56: 9}
 """Side of a crop -> tokens."""
 TOKENS = 160
-"""Of a batch of :func:`stream`."""
+"""Tokens of a batch of :func:`stream`."""
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def config() -> AriaConfig:
 
 
 def picture(folder: Path, name: str, size: tuple[int, int] = (60, 40), shade: int = 0) -> str:
-    """Writes a picture into a folder and gives its name."""
+    """Write an image into a folder and return its name."""
     array = np.random.default_rng(shade).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(folder / name)
@@ -51,7 +51,7 @@ def clip(folder: Path, name: str = "clip.mp4", frames: int = 50) -> str:
 
 
 def jsonl(file: Path, rows: Iterable[Any]) -> Path:
-    """Rows as lines; bytes and texts stand as they are."""
+    """Write rows as lines; bytes and strings are written unchanged."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
              for row in rows)  # fmt: skip
@@ -64,7 +64,7 @@ def said(role: str, text: str, **more: Any) -> dict[str, Any]:
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
-    """A row of one question and one answer."""
+    """Make a row of one question and one answer."""
     return {"messages": [said("user", question), said("assistant", answer)], **more}
 
 

@@ -1,4 +1,4 @@
-"""Clips and PDFs made for tests; each frame and page tells its number."""
+"""Generated clips and PDFs; each frame and page shows its number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, HEIGHT, CELL = 128, 96, 32
 
 
 def drawing(number: int) -> np.ndarray:
-    """A frame that shows its number in cells of black and white, with grey below."""
+    """Draw a frame that shows its number in black and white cells, with grey below."""
     picture = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
     for bit in range(8):
         row, column = divmod(bit, 4)
@@ -44,7 +44,7 @@ def clip(
     prepare: Any = lambda stream: None,
     **options: str,
 ) -> bytes:
-    """A clip of ``count`` drawings; ``times`` in ``unit`` where frames do not come at a constant rate."""
+    """Make a clip of ``count`` frames; ``times`` in ``unit`` give a variable frame rate."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -66,7 +66,7 @@ def authors(total: int, count: int) -> list[int]:
 
 
 def pdf(*sizes: tuple[float, float], text: str = "") -> bytes:
-    """A PDF with a page of each size in points; page N has a black bar of N x 10 points at the top, and the text."""
+    """Make a PDF with a page per size in points; page N has a black bar of N x 10 points at the top, and the text."""
     document = pypdfium2.PdfDocument.new()
     for number, (width, height) in enumerate(sizes, 1):
         page = document.new_page(width, height)

@@ -1,4 +1,4 @@
-"""A web server on the loopback for the tests of addresses, and names that resolve as a test wants."""
+"""A local web server for tests of URLs, and host names that resolve as a test defines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answer = tuple[int, Mapping[str, str], bytes]
 
 @contextlib.contextmanager
 def site(answer: Callable[[http.server.BaseHTTPRequestHandler], Answer | None]) -> Iterator[str]:
-    """Address of a server that answers every GET with (status, headers, body), or as the function writes it itself."""
+    """Run a server that answers GET with (status, headers, body), or lets the function write the response."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -27,7 +27,7 @@ def site(answer: Callable[[http.server.BaseHTTPRequestHandler], Answer | None]) 
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            # A client that has seen enough hangs up.
+            # Clients may disconnect early.
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(body)
 
@@ -45,9 +45,9 @@ def site(answer: Callable[[http.server.BaseHTTPRequestHandler], Answer | None]) 
 
 
 class Resolver:
-    """Stands in for ``socket.getaddrinfo``: each name has a list of answers, used up one after the other.
+    """Replaces ``socket.getaddrinfo``: each name has a list of answers, used in order; the last one repeats.
 
-    The last one stays. Addresses in numbers and names that are not listed are left to the system.
+    Numeric addresses and unlisted names are resolved by the system.
     """
 
     def __init__(self, names: Mapping[str, Sequence[Sequence[str]]]):

@@ -8,7 +8,7 @@ TOLERANCE = 1e-5
 
 
 def crops(side: int, extents: list[tuple[int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random crops whose real pixels are the top left (height, width)."""
+    """Make random crops whose real pixels are the top left (height, width)."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.rand(len(extents), 3, side, side, generator=generator) * 2 - 1
     mask = torch.zeros(len(extents), side, side, dtype=torch.bool)
@@ -18,7 +18,7 @@ def crops(side: int, extents: list[tuple[int, int]], seed: int = 0) -> dict[str,
 
 
 def ids(*parts: int | list[int], seed: int = 0) -> list[int]:
-    """A prompt: a number is so many words, a list holds the picture tokens of one picture."""
+    """Make a prompt: a number stands for that many words, a list has the number of image tokens of an image."""
     generator = torch.Generator().manual_seed(seed)
     out: list[int] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""Nano's drawing material from what Pillow itself carries: one face, three emoji, three photographs, eight words."""
+"""Assets for nano's images from Pillow alone: one face, three emoji, three photographs, eight words."""
 
 import io
 from typing import Any

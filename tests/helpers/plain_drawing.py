@@ -1,6 +1,6 @@
-"""Nano's training pictures drawn the plain way: one scene at a time, every step over the whole picture.
+"""Nano's training images drawn in the simplest way: one scene at a time, every step over the whole image.
 
-The renderer must draw the same in its groups, rows and windows. Random numbers come from the caller.
+The renderer has to draw the same in groups and windows. Random numbers come from the caller.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from recipes.nano.scenes.scene import LAYERS, Box, Line, Mark, Scene
 
 
 def draw(scene: Scene, renderer: Renderer, assets: Assets, grains: Tensor, noise: Tensor) -> Tensor:
-    """``pixel_values`` (3, S, S); ``grains`` (9, 9) shape the clouds, ``noise`` (3, S, S) is added as it is."""
+    """Return ``pixel_values`` (3, S, S); ``grains`` (9, 9) shape the clouds, ``noise`` (3, S, S) is added unchanged."""
     image = _background(scene, grains)
     if scene.photo:
         image = _photo(scene, renderer)
@@ -59,12 +59,12 @@ def _background(scene: Scene, grains: Tensor) -> Tensor:
 
 
 def _sample(texture: Tensor, u: Tensor, v: Tensor, padding: str) -> Tensor:
-    """A texture (C, h, w) at places that count from -1 to 1."""
+    """Sample a texture (C, h, w) at coordinates from -1 to 1."""
     return F.grid_sample(texture[None], torch.stack([u, v], -1)[None], padding_mode=padding, align_corners=False)[0]
 
 
 def _turn_hue(image: Tensor, angle: float) -> Tensor:
-    """Rodrigues' rotation of each colour about the grey axis."""
+    """Rotate each colour about the grey axis with Rodrigues' formula."""
     axis = torch.full((3,), 3**-0.5)
     cos, sin = np.cos(angle), np.sin(angle)
     crossed = torch.linalg.cross(axis[:, None, None].expand_as(image), image, dim=0)
@@ -84,7 +84,7 @@ def _photo(scene: Scene, renderer: Renderer) -> Tensor:
 
 
 def _boxes(image: Tensor, boxes: list[Box]) -> Tensor:
-    """Each pixel is mixed by the parts of its area that the rectangles cover, which do not overlap."""
+    """Mix each pixel by the covered share of its area; the rectangles do not overlap."""
     x, y = _places(image.shape[-1])
     share, colour = torch.zeros_like(x), torch.zeros_like(image)
     for box in boxes:
@@ -142,7 +142,7 @@ def _line(image: Tensor, line: Line, renderer: Renderer, assets: Assets) -> Tens
     em = EM_SIZES[commands.atlas_for(line.em)]
     tiles, tops = renderer.glyphs[em]
     strip = torch.zeros(4 * em, 60 * em)
-    pen, baseline, margin = np.float32(0), 2 * em, 2 * em  # in ems, rounded as the renderer does it
+    pen, baseline, margin = np.float32(0), 2 * em, 2 * em  # in ems, rounded as in the renderer
     for character in line.text:
         code = ord(character) - 32
         if code:

@@ -1,4 +1,4 @@
-"""The published layouts made from our parameters, written down by hand, so that the tables under test have a check."""
+"""Published checkpoint layouts made from our parameters by independent code, to check the tables under test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 def hub(state: State) -> State:
-    """With the dead final norm, which would change everything if it were used."""
+    """Add the unused final norm, which would change everything if it were applied."""
     size = state["vision_tower.encoder.layers.0.layer_norm1.bias"].shape
     filler = {f"vision_tower.post_layernorm.{kind}": torch.zeros(size) for kind in ("weight", "bias")}
     return {**state, **filler}
@@ -105,16 +105,16 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
     "paddle": ("paddle", paddle),
     "paddle, early names": ("paddle", paddle_early),
 }
-"""What a test calls it: the name that ours should find, and how it is made."""
+"""Name in tests -> (name that should be detected, function that makes it)."""
 
 
 def to_paddle_array(tensor: Tensor) -> np.ndarray:
-    """bfloat16 becomes the bits of uint16, as Paddle has it."""
+    """Convert a tensor; bfloat16 becomes uint16 bits, as in Paddle."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def write_layout(name: str, state: State, config: AriaConfig, folder: Path, *, shards: int = 1) -> Path:
-    """A checkpoint folder in a layout of :data:`LAYOUTS`; Paddle's are pickles, the others safetensors."""
+    """Write a checkpoint folder in a layout of :data:`LAYOUTS`; Paddle's are pickles, the others safetensors."""
     published = LAYOUTS[name][1](state)
     config.save_pretrained(folder)
     is_paddle = name.startswith("paddle")

@@ -12,8 +12,8 @@ HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application
 
 
 def response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of a response, which may have any length."""
-    # Without a buffer: it would take the beginning of the next response along.
+    """Read status, headers and body of a response of any length."""
+    # Unbuffered: a buffer would consume the start of the next response.
     with connection.makefile("rb", buffering=0) as file:
         status = int(file.readline().split()[1])
         headers = {}
@@ -29,7 +29,7 @@ def response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
 
 
 def refusal(connection: socket.socket) -> tuple[int, str]:
-    """Status and code of an error, behind which the connection is closed."""
+    """Read status and code of an error after which the connection is closed."""
     status, headers, body = response(connection)
     assert headers["connection"] == "close" and headers["content-type"] == "application/json"
     [error] = json.loads(body).values()
@@ -39,7 +39,7 @@ def refusal(connection: socket.socket) -> tuple[int, str]:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side ends it, which is waited for."""
+    """Wait until the other side closes the connection; return whether it does."""
     try:
         return connection.recv(1) == b""
     except ConnectionError:
@@ -48,7 +48,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 @contextmanager
 def dripping(connection: socket.socket, piece: bytes, pause: float = 0.05) -> Iterator[None]:
-    """Something is sent again and again meanwhile."""
+    """Send ``piece`` repeatedly while the block runs."""
     over = threading.Event()
 
     def drip() -> None:

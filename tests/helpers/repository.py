@@ -1,4 +1,4 @@
-"""Where files of this repository are, and the environment of processes that import from it."""
+"""Paths of this repository, and the environment of child processes that import from it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ DOCS = ROOT / "docs"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a child process that imports ``aria``, ``tests``, ``recipes`` and ``bench`` from this checkout."""
+    """Return the environment of a child process that imports from this checkout."""
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}

@@ -14,7 +14,7 @@ from aria.train.state import CheckpointSettings, RunState
 
 
 class Counter:
-    """A stream's stand-in: its state is how often it was asked."""
+    """Stands in for a data stream; its state is a counter."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -27,7 +27,7 @@ class Counter:
 
 
 class Run:
-    """A model of two layers in a state of training, to be saved."""
+    """A model of two layers with the state of its training."""
 
     def __init__(self, kind: str = "adamw", seed: int = 0):
         torch.manual_seed(seed)

@@ -16,7 +16,7 @@ def scheduler(blocks: int = 100, **settings) -> Scheduler:
 
 
 def request(prompt: int | tuple[int, ...], max_tokens: int = 8, **settings) -> Request:
-    """A number stands for a prompt of so many tokens that is like no other."""
+    """Make a request; a number stands for a unique prompt of that many tokens."""
     if isinstance(prompt, int):
         request.unique += 1
         prompt = tuple(1000 * request.unique + i for i in range(prompt))
@@ -27,7 +27,7 @@ request.unique = 0
 
 
 def step(scheduler: Scheduler, token: int = 7) -> Plan:
-    """Plan, and read back at once what it samples."""
+    """Plan a step and append sampled tokens at once."""
     plan = scheduler.plan()
     for one in [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]:
         scheduler.append(one, token)

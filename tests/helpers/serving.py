@@ -1,4 +1,4 @@
-"""A real server on a loopback port, in a thread, with nano behind it: what the tests of `aria.serve` ask."""
+"""A server with nano on a local port, in a thread, and clients of it, for the tests of `aria.serve`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 
 @functools.cache
 def engine() -> AsyncEngine:
-    """Nano, once for all tests of a run."""
+    """Nano, shared by all tests of a run."""
     return AsyncEngine(max_batch=8, cache_tokens=16_384, device="cpu")
 
 
 class Live:
-    """A server that runs, and clients of it."""
+    """A running server and clients of it."""
 
     def __init__(self, app: FastAPI, server: Server, key: str):
         self.app = app
@@ -43,17 +43,17 @@ class Live:
         self.openai = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
 
     def connect(self, sent: bytes = b"") -> socket.socket:
-        """A bare connection, on which something was sent."""
+        """Open a bare connection and send ``sent``."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sendall(sent)
         return connection
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
-        """A body as it is, past the client's own checks."""
+        """Post a body without a client's own checks."""
         return self.http.post(path, json=body)
 
     def chat(self, content: Any = "hello", **fields: Any) -> Any:
-        """One question, answered greedily."""
+        """Ask one question, answered greedily."""
         said = [{"role": "user", "content": content}]
         return self.openai.chat.completions.create(
             **{"model": "aria-nano", "messages": said, "temperature": 0, "max_tokens": 64, **fields}
@@ -62,7 +62,7 @@ class Live:
 
 @contextmanager
 def running(settings: ServerSettings | None = None, key: str = "none") -> Iterator[Live]:
-    """A server until the block ends. The engine belongs to all of them: what it may read is as before afterwards."""
+    """Run a server until the block ends. Servers share the engine, so its media settings are restored afterwards."""
     media = engine().engine.processor.media
     app = create_app(engine(), settings)
     server = Server(configure(app, log_level="error"))
@@ -78,26 +78,26 @@ def running(settings: ServerSettings | None = None, key: str = "none") -> Iterat
 
 
 def until(holds: Any, seconds: float = 120.0) -> None:
-    """Wait for something that happens in another thread; after ``seconds`` it counts as hung."""
+    """Wait until a condition holds, at most ``seconds``."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.01)
 
 
 def idle() -> bool:
-    """Whether the engine has nothing left to do, and no memory of the cache is held."""
+    """Return whether the engine has no requests."""
     stats = engine().stats()
     return stats.running == stats.waiting == 0
 
 
 def straight(messages: list[dict[str, Any]], **params: Any) -> Result:
-    """What the engine itself answers."""
+    """Return the engine's own answer."""
     return asyncio.run(engine().chat(messages, SamplingParams(**{"max_tokens": 64, **params})))
 
 
 def data_uri(data: bytes, kind: str = "image/png") -> str:
-    """A medium as clients send it."""
+    """Return a data: URI, as clients send media."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -106,7 +106,7 @@ LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "temperature"
 
 
 def error_of(response, status: int) -> dict:
-    """The error object; its shape is OpenAI's."""
+    """Return the error object after checking its format."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]

@@ -1,4 +1,4 @@
-"""Commands that interrupt themselves: a signal arrives right after an event, however busy the machine is."""
+"""Commands that send themselves a signal right after an event, independent of the machine's load."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ main()
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """``aria`` with ``arguments`` on one thread."""
+    """Start ``aria`` with ``arguments`` on one thread."""
     return _start("import torch; torch.set_num_threads(1); from aria.cli import main; main()", arguments)
 
 
 def start_interrupted(event: str, count: int, number: int, *arguments: object) -> subprocess.Popen[bytes]:
-    """``aria`` with ``arguments``, which gets signal ``number`` once ``event`` has returned ``count`` times.
+    """Start ``aria`` with ``arguments``; it gets signal ``number`` once ``event`` has returned ``count`` times.
 
     ``event`` names a method, ``"aria.jobs.journal:Journal.write"``.
     """

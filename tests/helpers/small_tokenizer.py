@@ -1,4 +1,4 @@
-"""A small SentencePiece vocabulary, trained in a moment, whose first ids are Aria's (the real one is not shipped)."""
+"""A small, quickly trained SentencePiece vocabulary whose first ids are Aria's (the real one is not shipped)."""
 
 import functools
 import io
@@ -17,10 +17,10 @@ ADDED = [
     *"０１２３４５６７８９",
     *("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"),
     *(f"<mark{i}>" for i in range(43, 105)),
-    "<mark4",  # begins others: the longest must win
+    "<mark4",  # a prefix of others: the longest has to win
     *("```", "\b", "\r", "\n"),
 ]
-"""Ids 0 to 109, where Aria has them (43 to 105 under other names)."""
+"""Ids 0 to 109, as in Aria (43 to 105 under other names)."""
 
 _WORDS = (
     "the quick brown fox jumps over a lazy dog what is shown in this image answer questions please describe it . ? ! "
@@ -37,7 +37,7 @@ def model(
     dummy_prefix: bool = False,
     normalization: str = "identity",
 ) -> bytes:
-    """Bytes of a trained ``tokenizer.model``; ``controls``: ids 3 to 18 are control pieces, not user-defined ones."""
+    """Train a ``tokenizer.model``; with ``controls``, ids 3 to 18 are control pieces, not user-defined ones."""
     rng = random.Random(0)
     words = _WORDS.split()
     lines = (
@@ -69,7 +69,7 @@ def model(
 
 
 def config(**changes: object) -> dict[str, object]:
-    """A ``tokenizer_config.json`` as rhymes-ai/Aria's: every added token listed."""
+    """Return a ``tokenizer_config.json`` like rhymes-ai/Aria's: every added token is listed."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     listed = {str(i): {"content": token, **flags, "special": token in SPECIAL} for i, token in enumerate(ADDED)}
     return {"added_tokens_decoder": listed, "bos_token": None, "eos_token": None, "unk_token": "<unk>",
@@ -77,4 +77,4 @@ def config(**changes: object) -> dict[str, object]:
 
 
 ONLY_UNK = {"added_tokens_decoder": {"0": {"content": "<unk>", "special": True}}, "pad_token": None}
-"""What matters in the other published repositories' file: nothing listed but ``<unk>``, no padding token."""
+"""As in the other published repositories: only ``<unk>`` is listed, and there is no padding token."""

@@ -26,24 +26,24 @@ from aria.train.targets import Targets
 from tests.helpers.tiny import tiny_config, tiny_model
 
 PARTS = 4
-"""Micro-batches of a step, which the ranks share."""
+"""Micro-batches of a step, split among the ranks."""
 TOKENS = 64
 FULL = Targets(method="full", freeze_vit=False, freeze_projector=False)
-# Adam's first steps are signs of gradients, also of those that are only rounding; with a large eps they are not.
+# Adam's first steps are signs of gradients, even of rounding errors; a large eps avoids that.
 ADAMW = OptimizerSettings(learning_rate=0.02, eps=1e-2, clip_norm=0.5)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train."""
+    """One configuration of training."""
 
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     targets: Targets = FULL
     optimizer: OptimizerSettings = ADAMW
     pictures: tuple[int, ...] = (0, 3)
-    """Micro-batches of each step that have pictures; with two ranks the second has none in the first half."""
-    lonely: bool = False
-    """Let every token choose the first experts, so that a rank with the last ones gets none."""
+    """Micro-batches of each step with images; of two ranks, the second has none in the first half."""
+    one_sided: bool = False
+    """Route every token to the first experts, so that a rank with the last ones gets none."""
     dtype: torch.dtype = torch.float32
     steps: int = 4
 
@@ -52,7 +52,7 @@ TWO = {
     "shards": Case(),
     "experts": Case(ParallelSettings(expert=2)),
     "experts, recomputed": Case(ParallelSettings(expert=2, checkpointing="full")),
-    "experts, lonely": Case(ParallelSettings(expert=2), replace(FULL, freeze=("*.router.weight",)), lonely=True),
+    "experts, one_sided": Case(ParallelSettings(expert=2), replace(FULL, freeze=("*.router.weight",)), one_sided=True),
     "adapters": Case(ParallelSettings(checkpointing="selective"), Targets(dropout=0.0)),
     "adapters, experts": Case(
         ParallelSettings(expert=2, checkpointing="full"), Targets(dropout=0.0, freeze_vit=False, freeze_projector=False)
@@ -69,16 +69,16 @@ FOUR = {
     "sequence, shards of experts": Case(ParallelSettings(sequence=2, expert=2)),
 }
 CASES = {2: TWO, 4: FOUR}
-"""By the number of ranks."""
+"""Cases by world size."""
 
 
 def small_config() -> AriaConfig:
-    """Pictures of one crop of 56 px, 8 tokens each; nothing that ranks share divides evenly but heads and experts."""
+    """Return a configuration with images of 56 px and 8 tokens; only heads and experts divide evenly among ranks."""
     return tiny_config(vocab_size=301, image_size=56, table={16: 8})
 
 
 def batches(step: int, pictures: tuple[int, ...], config: AriaConfig) -> list[Batch]:
-    """The micro-batches of a step: sequences, filler, pictures in some. Every other step has the same."""
+    """Make the micro-batches of a step: sequences, filler, images in some; every other step has the same."""
     generator = torch.Generator().manual_seed(1000 + step % 2)
     made = []
     for part in range(PARTS):
@@ -98,7 +98,7 @@ def batches(step: int, pictures: tuple[int, ...], config: AriaConfig) -> list[Ba
 
 
 def model_of(case: Case, device: torch.device, config: AriaConfig | None = None) -> Aria:
-    """The model before it is spread: the same on every rank."""
+    """Make the model before it is parallelised, the same on every rank."""
     model = tiny_model(config or small_config())
     torch.manual_seed(7)
     targets.apply(model, case.targets)
@@ -106,15 +106,15 @@ def model_of(case: Case, device: torch.device, config: AriaConfig | None = None)
         for name, parameter in model.named_parameters():
             if name.endswith("adapter.b"):
                 parameter.normal_(0, 0.05)
-            if case.lonely and name.endswith("router.weight"):
+            if case.one_sided and name.endswith("router.weight"):
                 parameter.zero_()
     return model.to(device, case.dtype).train()
 
 
 def train(case: Case, parallel: Parallel) -> dict[str, Any]:
-    """Train; gives losses, norms of gradients, and the weights that trained (on rank 0 only)."""
+    """Train; return losses, gradient norms, and trained weights (on rank 0 only)."""
     model = parallel.apply(model_of(case, parallel.device), case.parallel)
-    # Router losses are means over the tokens that a rank looks at, and parts of a sequence make other ones.
+    # Router losses are means over a rank's tokens, which depend on how sequences are split.
     apart = {"z_coefficient": 0.0, "balance_coefficient": 0.0} if case.parallel.sequence > 1 else {}
     settings = ObjectiveSettings(**apart)
     objective = Objective(model, settings, ranks=parallel)

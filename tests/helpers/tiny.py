@@ -1,4 +1,4 @@
-"""Small random Arias for tests, and the same weights in transformers' own Aria."""
+"""Small random Arias, and the same weights in transformers' own Aria."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aria.model import Aria
 def tiny_config(
     *, vocab_size: int = 300, image_size: int = 980, table: dict[int, int] | None = None, key_value_heads: int = 4
 ) -> AriaConfig:
-    """Aria in every respect but width and depth; the picture sizes are the real ones unless said otherwise."""
+    """Return Aria with less width and depth; image sizes are the real ones by default."""
     return AriaConfig(
         vision=VisionConfig(
             hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=image_size
@@ -38,7 +38,7 @@ def tiny_config(
 
 
 def tiny_model(config: AriaConfig, seed: int = 0) -> Aria:
-    """Random weights wide enough apart that routing and attention matter, norms and biases random too."""
+    """Make a model with weights large enough that routing and attention matter; norms and biases are random, too."""
     model = Aria.random(config, dtype=torch.float32, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def tiny_model(config: AriaConfig, seed: int = 0) -> Aria:
 
 
 def transformers_twin(folder) -> transformers.AriaForConditionalGeneration:
-    """transformers' Aria from a folder that we wrote; every key must find its place."""
+    """Load transformers' Aria from a folder that we wrote; every key has to match."""
     twin, info = transformers.AriaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )

@@ -38,7 +38,7 @@ def with_image(before: int, tokens: int, after: int, seed: int) -> tuple[list[in
 
 
 def work(seed: int) -> tuple[list[int], list[ImageSpan]]:
-    """A prompt of some kind: short, long, with an image, or with a beginning that others share."""
+    """Make a short prompt, a long one, one with an image, or one with a shared prefix."""
     choice = random.Random(seed)
     kind = seed % 4
     if kind == 0:
@@ -52,7 +52,7 @@ def work(seed: int) -> tuple[list[int], list[ImageSpan]]:
 
 @torch.no_grad()
 def plain_logits(ids: list[int], images: list[ImageSpan]) -> torch.Tensor:
-    """Scores after each token by one plain pass over the whole sequence."""
+    """Return the logits after each token from one forward pass over the whole sequence."""
     features = torch.cat([image.data for image in images]) if images else None
     context = Packed(model().config.text, Segments.of([len(ids)]))
     return model().logits(model()(torch.tensor(ids), context, features).hidden)

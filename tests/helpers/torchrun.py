@@ -9,7 +9,7 @@ from tests.helpers.repository import environment
 
 
 def torchrun(*arguments: object, ranks: int = 2, restarts: int = 0, **variables: str):
-    """Processes that torchrun starts, and their end."""
+    """Run a program with torchrun and wait for its end."""
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),

@@ -1,4 +1,4 @@
-"""A model, a stream and an objective of a recipe's own, as factories name them."""
+"""A custom model, stream and objective, for recipes that name factories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.tiny import tiny_config, tiny_model
 
 
 class Aided(nn.Module):
-    """A tiny Aria with a head that only training needs."""
+    """A tiny Aria with an auxiliary head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Aided(nn.Module):
 
 
 class Numbers:
-    """Batches that are plain mappings, numbered; the state is the next number."""
+    """A stream of numbered batches that are plain mappings; its state is the next number."""
 
     def __init__(self, batch: int):
         self._batch, self.next = batch, 0

@@ -28,18 +28,18 @@ def fill(job: Any, count: int) -> int:
 
 
 def count_files(job: Any, count: int) -> list[int]:
-    """Descriptors that the parent has open, while arrays are made."""
+    """Return the parent's numbers of open descriptors while arrays are made."""
     return [job.array((1,)) is not None and job.call("files") for _ in range(count)]
 
 
 def spin(job: Any) -> None:
-    """Compute without a look at anything, as a decoder does that holds the interpreter."""
+    """Compute without releasing the interpreter, like some decoders."""
     job.call("began", os.getpid())
     pow(3, 10**10)
 
 
 def hold(job: Any, count: int) -> None:
-    """Compute with much memory."""
+    """Compute with a large amount of memory."""
     held = bytearray(count)
     for at in range(0, count, 4096):
         held[at] = 1
@@ -48,12 +48,12 @@ def hold(job: Any, count: int) -> None:
 
 
 def sleep(job: Any) -> None:
-    """The same, without computing."""
+    """Sleep without releasing the interpreter."""
     ctypes.PyDLL(None).sleep(1000)
 
 
 def compute(job: Any, seconds: float) -> float:
-    """Take so much processor time."""
+    """Use ``seconds`` of CPU time."""
     begin = time.process_time()
     while time.process_time() - begin < seconds:
         pass
@@ -152,7 +152,7 @@ def _attempt(function: Any) -> str:
 
 
 def crash_trial(job: Any, name: str, text: str) -> None:
-    """In place of a trial of a grammar."""
+    """Replaces the trial of a grammar."""
     crash(job)
 
 

@@ -1,4 +1,4 @@
-"""What a check of another server's interface is: requests to ours, and what has to come back."""
+"""Checks of other servers' interfaces: requests to our server, and the expected replies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 Request = tuple[str, dict[str, Any] | None]
-"""A path and a body, which is sent with POST; None: GET."""
+"""A path, and a body to POST; None sends GET."""
 HELLO = [{"role": "user", "content": "Hello"}]
 GREETING = "Hello! Show me a picture."
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back."""
+    """A reply of the server."""
 
     status: int
     text: str
@@ -28,7 +28,7 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """Of a stream, without the last, which has to be [DONE]."""
+        """Events of a stream without the last, which has to be [DONE]."""
         *lines, last = [line.removeprefix("data: ") for line in self.text.splitlines() if line]
         assert last == "[DONE]", last
         return [json.loads(line) for line in lines]
@@ -39,12 +39,12 @@ class Reply:
 
     @property
     def answers(self) -> list[str | None]:
-        """Texts of the choices."""
+        """Texts of all choices."""
         return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in self.choices]
 
     @property
     def answer(self) -> str:
-        """The text of the first choice, or of a stream's."""
+        """Text of the first choice, streamed or not."""
         if self.text.startswith("data: "):
             first = [choice for event in self.events for choice in event["choices"] if choice["index"] == 0]
             return "".join((one["text"] if "text" in one else one["delta"].get("content")) or "" for one in first)
@@ -58,7 +58,7 @@ class Reply:
 
     @property
     def calls(self) -> list[tuple[str, Any]]:
-        """Functions that the first choice calls, with their arguments."""
+        """Function calls of the first choice, with arguments."""
         calls = [call["function"] for call in self.choices[0]["message"]["tool_calls"] or ()]
         return [(call["name"], json.loads(call["arguments"])) for call in calls]
 
@@ -73,17 +73,17 @@ class Reply:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that another server's own tests look at."""
+    """A check that another server's own tests make."""
 
     area: str
     what: str
     requests: tuple[Request, ...]
     right: Callable[..., bool] | None = None
-    """Whether the replies are as they should be; None where the last request is refused."""
+    """Returns whether the replies are right; None if the last request is refused."""
     refused: str = ""
-    """Part of the message of the refusal, which says why."""
+    """Part of the error message that gives the reason."""
     status: int = 200
-    """Of the last reply."""
+    """Status of the last reply."""
 
 
 def passes(area: str, what: str, *requests: Request, right: Callable[..., bool], status: int = 200) -> Check:
@@ -95,7 +95,7 @@ def refused(area: str, what: str, *requests: Request, reason: str, status: int =
 
 
 def chat(content: Any = "Hello", **fields: Any) -> Request:
-    """One question, answered greedily unless the fields say otherwise; ``messages`` replaces it."""
+    """Make a chat request, greedy unless fields override it; ``messages`` replaces ``content``."""
     said = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 32}
     return "/v1/chat/completions", said | fields
 
@@ -109,13 +109,13 @@ def responses(said: Any, **fields: Any) -> Request:
 
 
 def picture(name: str, **part: Any) -> dict[str, Any]:
-    """One of examples/pictures as a part of a message."""
+    """Make a message part from a file of examples/pictures."""
     data = (Path(__file__).parents[2] / "examples" / "pictures" / name).read_bytes()
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}, **part}
 
 
 def function(name: str, properties: dict[str, Any], **schema: Any) -> dict[str, Any]:
-    """A tool whose parameters are all required."""
+    """Make a tool whose parameters are all required."""
     parameters = {"type": "object", "properties": properties, "required": list(properties), **schema}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}

@@ -1,6 +1,6 @@
 """The tables of docs/compatibility.md as data.
 
-``python tests/peers/compatibility.py`` writes them into the page; tests compare the page with them.
+``python -m tests.peers.compatibility`` writes them into the page; a test compares the page with them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ CHECKS = ("chat", "stream", "image", "tools", "structured", "errors", "usage")
 
 @dataclass(frozen=True)
 class Client:
-    """A client that tests/clients runs against a server."""
+    """A client that tests/clients runs against the server."""
 
     name: str
     script: str
-    """In tests/clients/scripts."""
+    """File in tests/clients/scripts."""
     packages: tuple[str, ...]
-    """Their pinned versions are what was tried."""
+    """Packages whose pinned versions are tested."""
     note: str = ""
-    """What a user of the client has to know."""
+    """Notes for users of the client."""
     lacks: tuple[str, ...] = ()
-    """Checks for which the client has no form."""
+    """Checks that the client does not support."""
     more: tuple[str, ...] = ()
-    """Checks that no other client has."""
+    """Checks of this client alone."""
 
     @property
     def fast(self) -> bool:
@@ -44,7 +44,7 @@ class Client:
 
     @property
     def checks(self) -> tuple[str, ...]:
-        """What its script reports."""
+        """Checks that its script reports."""
         return tuple(check for check in CHECKS if check not in self.lacks) + self.more
 
 
@@ -60,14 +60,14 @@ CLIENTS = (
         "LangChain",
         "langchain_client.py",
         ("langchain-openai",),
-        "`ChatOpenAI`, also with `use_responses_api`; too long a prompt is its `ContextOverflowError`",
+        "`ChatOpenAI`, also with `use_responses_api`; a prompt that is too long raises `ContextOverflowError`",
     ),
     Client(
         "instructor",
         "instructor_client.py",
         ("instructor",),
         "the modes `TOOLS`, `TOOLS_STRICT` and `JSON_SCHEMA`. `JSON` asks for any JSON and describes the schema "
-        "in the prompt: whether it is followed is the model's matter, and nano is too small for it",
+        "in the prompt: following it is up to the model, and nano is too small for it",
     ),
     Client(
         "llm",
@@ -79,8 +79,8 @@ CLIENTS = (
         "LiteLLM",
         "litellm_client.py",
         ("litellm",),
-        "the providers `openai`, `hosted_vllm` and `litellm_proxy`, also `responses` and `text_completion`; too long a "
-        "prompt is its `ContextWindowExceededError`",
+        "the providers `openai`, `hosted_vllm` and `litellm_proxy`, also `responses` and `text_completion`; a "
+        "prompt that is too long raises `ContextWindowExceededError`",
     ),
     Client(
         "LiteLLM's proxy",
@@ -105,14 +105,14 @@ CLIENTS = (
         "openai-agents",
         "openai_agents.py",
         ("openai-agents",),
-        "`OpenAIChatCompletionsModel` and `OpenAIResponsesModel`; conversations as lists, since the server keeps none",
+        "`OpenAIChatCompletionsModel` and `OpenAIResponsesModel`; conversations as lists, as the server stores none",
     ),
     Client(
         "lm-eval",
         "lm_eval_client.py",
         ("lm_eval",),
         "`local-completions`, with loglikelihood, its rolling form and `generate_until`, and `local-chat-completions`; "
-        "the tokenizer is the server's own, which lm-eval finds by `/tokenizer_info` (give it a key as `auth_token`)",
+        "it loads the server's tokenizer from `/tokenizer_info` (give it a key as `auth_token`)",
         lacks=("stream", "image", "tools", "structured", "usage"),
         more=("loglikelihood", "rolling", "generate_until"),
     ),
@@ -121,13 +121,13 @@ CLIENTS = (
         "ai_sdk.mjs",
         ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai"),
         "`createOpenAICompatible` needs `supportsStructuredOutputs: true` and `includeUsage: true`; "
-        "`createOpenAI` needs `providerOptions: {openai: {store: false}}` for conversations: the server keeps none",
+        "`createOpenAI` needs `providerOptions: {openai: {store: false}}` for conversations, as the server stores none",
     ),
 )
 
 
 def _pins(name: str) -> dict[str, str]:
-    """Versions by package in a file of requirements, and in those that it includes."""
+    """Return versions by package of a requirements file and of those it includes."""
     pins = {}
     for line in (PINS / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
@@ -138,7 +138,7 @@ def _pins(name: str) -> dict[str, str]:
 
 
 def version(client: Client) -> str:
-    """What was tried, such as ``2.54.0``."""
+    """Return the tested version, such as ``2.54.0``."""
     npm = json.loads((PINS / "package.json").read_text(encoding="utf-8"))["dependencies"]
     pins = npm if client.script.endswith(".mjs") else _pins("all.txt")
     first, *others = client.packages
@@ -151,7 +151,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def clients_table() -> str:
-    """A row for each client."""
+    """Format a row per client."""
     rows = [
         [
             client.name,
@@ -166,7 +166,7 @@ def clients_table() -> str:
 
 
 def checks_table(checks: Sequence[Check]) -> str:
-    """A row for each area."""
+    """Format a row per area."""
     rows = []
     for area in dict.fromkeys(check.area for check in checks):
         mine = [check for check in checks if check.area == area]
@@ -177,7 +177,7 @@ def checks_table(checks: Sequence[Check]) -> str:
                 "; ".join(f"{check.what} ({check.refused})" for check in mine if check.refused),
             ]
         )
-    return _table(["area", "passes", "refused by design, and what the error says"], rows)
+    return _table(["area", "passes", "refused by design, and the error message"], rows)
 
 
 TABLES = {
@@ -188,13 +188,13 @@ TABLES = {
 
 
 def rendered(page: str) -> str:
-    """The page with its tables as the data has them."""
+    """Return the page with its tables replaced."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = page.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise ValueError(f"{PAGE} has no place for {name}; expected {begin.strip()} ... {end}")
+            raise ValueError(f"{PAGE} has no marks for {name}; expected {begin.strip()} ... {end}")
         page = f"{before}{begin}{table()}{end}{after}"
     return page
 

@@ -1,4 +1,4 @@
-"""What the checks against transformers stand on; helpers are in ``tests/helpers``."""
+"""Fixtures of the comparisons with transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """A tiny random Aria, and transformers' own loaded from what ours saved."""
+    """A tiny random Aria, and transformers' Aria loaded from its checkpoint."""
     ours = AriaForConditionalGeneration(tiny_model(tiny_config())).eval()
     folder = tmp_path_factory.mktemp("pair")
     ours.save_pretrained(folder)

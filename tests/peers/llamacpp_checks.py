@@ -1,4 +1,4 @@
-"""What the tests of llama.cpp's server look at, as requests of our own."""
+"""Checks of llama.cpp's server tests, as our own requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def two_numbers(reply: Any) -> bool:
 
 
 CHECKS: tuple[Check, ...] = (
-    # What is there
+    # Routes
     passes("server", "health", ("/health", None), right=lambda r: r.json["status"] == "ok"),
     passes("server", "list of models", ("/v1/models", None), right=lambda r: r.json["data"][0]["id"] == "aria-nano"),
     passes("server", "metrics", ("/metrics", None), right=lambda r: "# HELP" in r.text),
@@ -52,7 +52,7 @@ CHECKS: tuple[Check, ...] = (
     refused("server", "the prompt as text", ("/apply-template", {}), reason="use /tokenize", status=404),
     refused(
         "server",
-        "scales of adapters",
+        "adapter scales",
         ("/lora-adapters", None),
         reason="name an adapter in the field model",
         status=404,
@@ -60,7 +60,7 @@ CHECKS: tuple[Check, ...] = (
     refused("server", "Anthropic's messages", ("/v1/messages", {}), reason="use /v1/chat/completions", status=404),
     passes(
         "server",
-        "body that is no JSON object",
+        "body that is not a JSON object",
         ("/v1/chat/completions", []),
         right=lambda r: "object" in r.error["message"],
         status=400,
@@ -74,7 +74,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "chat",
-        "limit of tokens",
+        "token limit",
         chat(max_tokens=4),
         right=lambda r: r.usage["completion_tokens"] == 4 and r.finish == "length",
     ),
@@ -104,7 +104,7 @@ CHECKS: tuple[Check, ...] = (
     passes("chat", "images", chat([WORD, READ]), right=lambda r: r.answer == "Welcome"),
     passes(
         "chat",
-        "several requests one after another share a prefix",
+        "successive requests share a prefix",
         chat("Tell me. " * 9),
         chat("Tell me. " * 9),
         right=lambda _, r: r.usage["prompt_tokens_details"]["cached_tokens"] > 60,
@@ -113,16 +113,16 @@ CHECKS: tuple[Check, ...] = (
     passes("completions", "text", completion(), right=lambda r: r.answer != "" and r.usage["completion_tokens"] == 8),
     passes(
         "completions",
-        "stream as the whole",
+        "stream equals the whole answer",
         completion(),
         completion(stream=True),
         right=lambda one, two: one.answer == two.answer,
     ),
-    passes("completions", "prompts of ids", completion([43, 72]), right=lambda r: r.usage["prompt_tokens"] == 2),
+    passes("completions", "prompts of token ids", completion([43, 72]), right=lambda r: r.usage["prompt_tokens"] == 2),
     passes("completions", "stop words", chat(stop=["Show"]), right=lambda r: r.answer == "Hello! "),
     passes(
         "completions",
-        "one seed, one text",
+        "the same seed gives the same text",
         completion(seed=3, temperature=2),
         completion(seed=3, temperature=2),
         right=lambda one, two: one.answer == two.answer,
@@ -130,18 +130,18 @@ CHECKS: tuple[Check, ...] = (
     refused("completions", "n_predict", completion(n_predict=8), reason="use max_tokens"),
     refused(
         "completions",
-        "parts of prompts mixed from text and ids",
+        "prompts mixed from text and ids",
         completion([43, "Hello"]),
         reason="input should be a valid integer",
     ),
-    # Fields of its own
+    # Extensions
     passes(
         "extensions", "cache_prompt, which is always on", chat(cache_prompt=True), right=lambda r: r.answer == GREETING
     ),
     refused("extensions", "cache_prompt off", chat(cache_prompt=False), reason="prompts are always cached"),
     passes(
         "extensions",
-        "samplers at values that do nothing",
+        "samplers with neutral values",
         chat(typical_p=1, mirostat=0, dynatemp_range=0, xtc_probability=0, dry_multiplier=0, top_n_sigma=-1),
         right=lambda r: r.answer == GREETING,
     ),
@@ -162,17 +162,17 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "extensions",
-        "min_p, top_k and repeat_penalty's twin",
+        "min_p, top_k and repetition_penalty",
         chat(min_p=0.1, top_k=40, repetition_penalty=1),
         right=lambda r: r.answer == GREETING,
     ),
     refused("extensions", "repeat_penalty", chat(repeat_penalty=1.1), reason="use repetition_penalty"),
-    # Forms of answers
+    # Structured output
     passes("structured", "json_object with a schema", form(type="json_object", schema=NAMED), right=is_json({"a": 1})),
     passes("structured", "json_schema with a bare schema", form(type="json_schema", schema=NUMBERS), right=two_numbers),
     passes(
         "structured",
-        "json_schema in OpenAI's form",
+        "json_schema in OpenAI's format",
         form(type="json_schema", json_schema={"schema": NUMBERS}),
         right=two_numbers,
     ),
@@ -201,7 +201,7 @@ CHECKS: tuple[Check, ...] = (
     refused(
         "structured", "json_schema outside of response_format", chat(json_schema=NAMED), reason="use response_format"
     ),
-    # Functions
+    # Tools
     passes(
         "tools",
         "required",
@@ -222,7 +222,7 @@ CHECKS: tuple[Check, ...] = (
     # Log-probabilities
     passes(
         "logprobs",
-        "of chats",
+        "chats",
         chat(logprobs=True, top_logprobs=2),
         right=lambda r: all(
             one["logprob"] <= 0 and len(one["top_logprobs"]) == 2 for one in r.choices[0]["logprobs"]["content"]

@@ -1,4 +1,4 @@
-"""Checks that come with vLLM's and llama.cpp's servers, against ours on nano; docs/compatibility.md lists them."""
+"""Checks of vLLM's and llama.cpp's servers against ours with nano; docs/compatibility.md lists them."""
 
 from __future__ import annotations
 

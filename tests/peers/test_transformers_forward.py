@@ -16,7 +16,7 @@ PADDED = "text, left-padded batch"
 
 
 def same_where_real(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> None:
-    """Equal on tokens; on padding ours are zeros, and transformers' are whatever padding came to."""
+    """Check equality on tokens; on padding ours are zeros, and transformers' are arbitrary."""
     assert got.shape == expected.shape
     assert torch.allclose(got[mask], expected[mask], atol=TOLERANCE, rtol=TOLERANCE)
     assert not got[~mask].any()
@@ -56,19 +56,19 @@ def test_logits_to_keep(pair, name, with_labels) -> None:
 
 
 @pytest.mark.parametrize("keep", [-1, True, 1.0, torch.tensor(3), torch.tensor([1.0])])
-def test_positions_that_are_none(pair, keep) -> None:
+def test_invalid_logits_to_keep_is_refused(pair, keep) -> None:
     with pytest.raises(ValueError, match="logits_to_keep should be"):
         pair[0](**CASES[PADDED](), logits_to_keep=keep)
 
 
-def test_embeddings_are_where_transformers_has_them(pair) -> None:
+def test_embeddings_equal_transformers(pair) -> None:
     ours, theirs = pair
     ids = CASES[PADDED]()["input_ids"]
     assert torch.equal(ours.get_input_embeddings()(ids), theirs.get_input_embeddings()(ids))
     assert torch.equal(ours.get_output_embeddings().weight, theirs.get_output_embeddings().weight)
 
 
-def test_configuration_has_the_names_of_transformers(pair) -> None:
+def test_configuration_has_transformers_names(pair) -> None:
     ours, theirs = pair[0].config, pair[1].config
     for name in ("model_type", "image_token_id", "image_token_index", "pad_token_id", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -88,7 +88,7 @@ def test_configuration_has_the_names_of_transformers(pair) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"labels": True}, {"labels": True, "output_hidden_states": True}])
-def test_outputs_are_read_alike(pair, more) -> None:
+def test_outputs_are_accessed_as_in_transformers(pair, more) -> None:
     inputs = CASES["text only"]()
     if "labels" in more:
         more = {**more, "labels": inputs["input_ids"]}
@@ -106,7 +106,7 @@ def test_outputs_are_read_alike(pair, more) -> None:
         got["router_logits"]
 
 
-def test_accelerate_makes_outputs_again_from_mappings(pair) -> None:
+def test_accelerate_rebuilds_outputs_from_mappings(pair) -> None:
     ours, _ = pair
     inputs = CASES["text only"]()
     labels = inputs["input_ids"]

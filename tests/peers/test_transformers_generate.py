@@ -24,11 +24,11 @@ IMAGE = 9
 ONE = left_padded([ids(9)])
 EVEN = left_padded([ids(12), ids(12, seed=1), ids(12, seed=2)])
 PADDED = left_padded([ids(5), ids(31, seed=1), ids(1, seed=2)])
-PICTURES = left_padded([ids(3, [128], 5), ids(7, seed=1)]) | crops(490, [(490, 490)])
+IMAGES = left_padded([ids(3, [128], 5), ids(7, seed=1)]) | crops(490, [(490, 490)])
 
 
 class Upwards(LogitsProcessor):
-    """Needs the whole batch: no two sequences may choose the same next token, and none its last one."""
+    """Needs the whole batch: no two sequences may choose the same next token, nor any last token."""
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
@@ -39,7 +39,7 @@ class Upwards(LogitsProcessor):
 
 
 class AfterTwice(StoppingCriteria):
-    """Ends a sequence once a token comes twice in what is new."""
+    """Ends a sequence once a new token repeats."""
 
     def __init__(self, prompt: int):
         self.prompt = prompt
@@ -50,7 +50,7 @@ class AfterTwice(StoppingCriteria):
 
 
 def end_of(pair, inputs, at: int) -> int:
-    """A token that the first sequence reaches."""
+    """Return a token that the first sequence generates."""
     new = pair[0].generate(**inputs, max_new_tokens=at + 1, eos_token_id=None)
     return int(new[0, inputs["input_ids"].shape[1] + at])
 
@@ -61,7 +61,7 @@ MATRIX = {
     "max_length, padded": (PADDED, {"max_length": 36}),
     "max_new_tokens over max_length": (EVEN, {"max_length": 3 * S, "max_new_tokens": 4}),
     "repetition_penalty": (EVEN, {"repetition_penalty": 1.7}),
-    "repetition_penalty, pictures": (PICTURES, {"repetition_penalty": 0.8}),
+    "repetition_penalty, pictures": (IMAGES, {"repetition_penalty": 0.8}),
     "no_repeat_ngram_size": (EVEN, {"no_repeat_ngram_size": 2}),
     "no_repeat_ngram_size of 1": (PADDED, {"no_repeat_ngram_size": 1}),
     "bad_words_ids": (EVEN, {"bad_words_ids": [[46], [20, 21], [200]]}),
@@ -87,7 +87,7 @@ MATRIX = {
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_tokens_are_transformers(pair, name) -> None:
+def test_tokens_equal_transformers(pair, name) -> None:
     ours, theirs = pair
     inputs, settings = MATRIX[name]
     common = {"eos_token_id": None, "pad_token_id": 2} if "generation_config" not in settings else {}
@@ -106,7 +106,7 @@ def test_tokens_are_transformers(pair, name) -> None:
 @pytest.mark.filterwarnings("ignore:at least", "ignore:Unfeasible length")
 @pytest.mark.parametrize("inputs", [EVEN, PADDED], ids=["even", "padded"])
 @pytest.mark.parametrize("least", [{}, {"min_new_tokens": 8}, {"min_length": 38}], ids=str)
-def test_ends_are_transformers(pair, inputs, least) -> None:
+def test_end_tokens_equal_transformers(pair, inputs, least) -> None:
     ours, theirs = pair
     end = end_of(pair, inputs, 3)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 77, **least}
@@ -124,7 +124,7 @@ def test_ends_are_transformers(pair, inputs, least) -> None:
 @pytest.mark.parametrize(
     "value", ["<|im_end|>", True, [2, False], 2.0, [2.5], torch.tensor([1.0]), torch.tensor([True])]
 )
-def test_ends_that_are_no_token_ids_are_refused(pair, value) -> None:
+def test_end_tokens_that_are_not_ids_are_refused(pair, value) -> None:
     with pytest.raises(ValueError, match=r"eos_token_id is .*; expected a token id or a list of them"):
         pair[0].generate(**ONE, max_new_tokens=2, eos_token_id=value)
     with pytest.raises(ValueError, match="pad_token_id is "):
@@ -132,14 +132,14 @@ def test_ends_that_are_no_token_ids_are_refused(pair, value) -> None:
 
 
 @pytest.mark.parametrize("value", [10**6, -1, [2, 300]])
-def test_ends_outside_the_vocabulary_are_refused(pair, value) -> None:
+def test_end_tokens_outside_the_vocabulary_are_refused(pair, value) -> None:
     with pytest.raises(ValueError, match=r"eos_token_id holds .*expected ids from 0 to 299, or None to continue"):
         pair[0].generate(**ONE, max_new_tokens=2, eos_token_id=value)
 
 
 SCORED = {
     "greedy": (PADDED, {}),
-    "pictures": (PICTURES, {}),
+    "pictures": (IMAGES, {}),
     "penalty": (EVEN, {"repetition_penalty": 1.7}),
     "least": (EVEN, {"min_new_tokens": 4}),
     "renormalized": (EVEN, {"renormalize_logits": True}),
@@ -148,7 +148,7 @@ SCORED = {
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_scores_and_logits_are_transformers(pair, name) -> None:
+def test_scores_and_logits_equal_transformers(pair, name) -> None:
     ours, theirs = pair
     inputs, settings = SCORED[name]
     settings = {**settings, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2, "suppress_tokens": [IMAGE]}
@@ -179,7 +179,7 @@ def test_scores_and_logits_are_transformers(pair, name) -> None:
     ],
     ids=str,
 )
-def test_what_may_be_drawn_is_transformers(pair, settings) -> None:
+def test_sampling_distribution_equals_transformers(pair, settings) -> None:
     settings = {"top_k": 0, **settings, "max_new_tokens": 1, "do_sample": True, "suppress_tokens": [IMAGE]}
     settings |= {"return_dict_in_generate": True, "output_scores": True}
     got, expected = (model.generate(**PADDED, **settings).scores[0] for model in pair)
@@ -188,17 +188,17 @@ def test_what_may_be_drawn_is_transformers(pair, settings) -> None:
     assert (expected.gather(1, drawn) > float("-inf")).all()
 
 
-def test_a_dict_without_scores(pair) -> None:
+def test_dict_output_without_scores(pair) -> None:
     got = pair[0].generate(**EVEN, max_new_tokens=4, return_dict_in_generate=True)
     assert torch.equal(got.sequences, pair[0].generate(**EVEN, max_new_tokens=4))
     assert got.scores is None and got.logits is None and list(got) == ["sequences"]
     plain = pair[0].generate(**EVEN, max_new_tokens=4, output_scores=True)
     assert torch.equal(plain, got.sequences), (
-        "without return_dict_in_generate it is the tokens alone, as in transformers"
+        "without return_dict_in_generate only tokens are returned, as in transformers"
     )
 
 
-def test_sequences_that_do_not_begin_together_see_the_same(pair, monkeypatch) -> None:
+def test_callbacks_see_the_same_if_prefills_end_at_different_steps(pair, monkeypatch) -> None:
     ours, _ = pair
     settings = {
         "max_new_tokens": 8,
@@ -219,13 +219,13 @@ def test_sequences_that_do_not_begin_together_see_the_same(pair, monkeypatch) ->
     monkeypatch.setattr(AriaForConditionalGeneration, "_engine", slow)
     monkeypatch.setattr(Lockstep, "_ids_at", lambda self, step: ahead.append(step > self.new) or ids_at(self, step))
     apart = ours.generate(**PADDED, **settings)
-    assert any(ahead), "some came further than others"
+    assert any(ahead), "some sequences should be ahead of others"
     assert torch.equal(apart.sequences, together.sequences)
     for one, other in zip(apart.scores, together.scores, strict=True):
         torch.testing.assert_close(one[0], other[0])
 
 
-def test_a_callback_that_fails_is_the_callers_error(pair) -> None:
+def test_callback_errors_are_raised_to_the_caller(pair) -> None:
     def fails(input_ids, scores):
         raise KeyError("mine")
 
@@ -234,7 +234,7 @@ def test_a_callback_that_fails_is_the_callers_error(pair) -> None:
             pair[0].generate(**ONE, max_new_tokens=4, **settings)
 
 
-def test_a_streamer_beside_callbacks(pair) -> None:
+def test_streamer_with_callbacks(pair) -> None:
     class Streamer:
         def __init__(self):
             self.tokens, self.ended = [], False
@@ -270,6 +270,6 @@ def test_a_streamer_beside_callbacks(pair) -> None:
         ({"prefix_allowed_tokens_fn": lambda row, ids: []}, "allows no token for sequence 0"),
     ],
 )
-def test_what_is_not_offered_is_refused_by_name(pair, settings, message) -> None:
+def test_unsupported_settings_are_refused_by_name(pair, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         pair[0].generate(**ONE, **settings)

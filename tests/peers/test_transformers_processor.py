@@ -1,7 +1,7 @@
 """The processor's arguments, against transformers' own AriaProcessor on the same files.
 
-Each case is data: arguments for both. What they give is compared key by key, bit by bit; what is not offered has to be
-refused by name.
+Each case has arguments for both. Outputs are compared key by key, bit by bit; unsupported arguments have to be refused
+by name.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_offered_is_refused_in_one_line(processors, name: str) -> None:
+def test_unsupported_arguments_are_refused_in_one_line(processors, name: str) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         processors[0](**REFUSED[name])
     assert "\n" not in str(error.value) and error.value.__cause__ is None
@@ -171,7 +171,7 @@ def test_chat_templates_give_the_same_text_and_ids(processors, name: str) -> Non
     if name == "several":
         assert [processors[0].tokenizer.encode(one) for one in got] == processors[1].tokenizer(expected)["input_ids"]
         return
-    # The string keeps transformers' ids.
+    # The string has transformers' ids.
     assert isinstance(got, Prompt)
     assert processors[0].tokenizer.encode(got) == processors[0].tokenizer.encode(str(got))
     assert processors[0].tokenizer.encode(str(got)) == processors[1].tokenizer(expected)["input_ids"]
@@ -200,7 +200,7 @@ def test_a_string_keeps_transformers_ids_and_a_prompt_protects_text(processors, 
     assert runs == ([4, 2] if template is None else [2, 0])
 
 
-def test_settings_of_the_image_processor_travel_in_dictionaries(processors) -> None:
+def test_image_processor_settings_round_trip_through_dictionaries(processors) -> None:
     ours, theirs = processors[0].image_processor, processors[1].image_processor
     back = AriaImageProcessor.from_dict(theirs.to_dict())
     assert back.to_dict() == {**ours.to_dict(), "split_mode": "authors"}
@@ -222,7 +222,7 @@ def test_the_image_processor_counts_crops(processors, kind: str | None) -> None:
         got = ours(pictures, split_image=True, split_mode="pad", return_tensors=kind)
         assert list(got) == list(expected)
         assert np.array_equal(np.asarray(got["pixel_values"]), np.asarray(expected["pixel_values"]))
-        # Theirs is one number for all, the largest; ours is one a picture.
+        # Theirs is one number for all images, the largest; ours is one per image.
         assert set(map(int, got["num_crops"])) == {int(expected["num_crops"])} and len(got.num_crops) == len(
             got["num_crops"]
         )

@@ -1,4 +1,4 @@
-"""What the tests of vLLM's OpenAI server look at, as requests of our own: routes, sampling, log-probabilities, ends."""
+"""Checks of vLLM's server tests, as our own requests: routes, chats, sampling, log-probabilities, stopping."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.peers.checks import GREETING, HELLO, Check, chat, completion, passes,
 
 
 def entries(reply: Any) -> list[Any]:
-    """Log-probabilities of a chat's tokens."""
+    """Return the log-probabilities of a chat's tokens."""
     return reply.choices[0]["logprobs"]["content"]
 
 
 CHECKS: tuple[Check, ...] = (
-    # What is there
+    # Routes
     passes("server", "health", ("/health", None), right=lambda r: True),
     passes("server", "version", ("/version", None), right=lambda r: bool(r.json["version"])),
     passes("server", "metrics for Prometheus", ("/metrics", None), right=lambda r: "# TYPE" in r.text),
@@ -80,7 +80,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "chat",
-        "too long a prompt",
+        "a prompt that is too long",
         chat("x" * 5000),
         right=lambda r: r.error["code"] == "context_length_exceeded",
         status=400,
@@ -198,7 +198,7 @@ CHECKS: tuple[Check, ...] = (
     # Log-probabilities
     passes(
         "logprobs",
-        "of chats, with the likeliest",
+        "chats, with the most likely tokens",
         chat(logprobs=True, top_logprobs=3),
         right=lambda r: all(len(one["top_logprobs"]) == 3 and one["logprob"] <= 0 for one in entries(r)),
     ),
@@ -208,7 +208,7 @@ CHECKS: tuple[Check, ...] = (
         chat(logprobs=True, top_logprobs=0),
         right=lambda r: entries(r)[0]["top_logprobs"] == [],
     ),
-    passes("logprobs", "not asked for", chat(), right=lambda r: r.choices[0]["logprobs"] is None),
+    passes("logprobs", "not requested", chat(), right=lambda r: r.choices[0]["logprobs"] is None),
     passes(
         "logprobs",
         "too many",
@@ -225,7 +225,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "logprobs",
-        "streamed as in the whole answer",
+        "streamed log-probabilities equal the whole answer's",
         chat(logprobs=True),
         chat(logprobs=True, stream=True),
         right=lambda whole, parts: (
@@ -239,7 +239,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "logprobs",
-        "of completions",
+        "completions",
         completion(logprobs=2),
         right=lambda r: len(r.choices[0]["logprobs"]["tokens"]) == 8 == len(r.choices[0]["logprobs"]["text_offset"]),
     ),
@@ -273,10 +273,10 @@ CHECKS: tuple[Check, ...] = (
         completion(return_tokens_as_token_ids=True),
         reason="use return_token_ids",
     ),
-    # Choice of tokens, and the end
+    # Sampling and stopping
     passes(
         "sampling",
-        "one seed, one answer",
+        "the same seed gives the same answer",
         completion(seed=7, temperature=2),
         completion(seed=7, temperature=2),
         completion(seed=8, temperature=2),
@@ -315,7 +315,7 @@ CHECKS: tuple[Check, ...] = (
     refused("sampling", "priority", chat(priority=1), reason="requests are scheduled in the order of their arrival"),
     passes(
         "stop",
-        "text of a stop is cut off",
+        "stop text is cut off",
         chat(stop="Show"),
         right=lambda r: (r.answer, r.finish) == ("Hello! ", "stop"),
     ),

@@ -1,4 +1,4 @@
-"""What the tests of vLLM's OpenAI server look at: forms, functions, media, tokens, adapters and responses."""
+"""Checks of vLLM's server tests: structured output, tools, media, responses, tokens and adapters."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def structured(**kind: Any) -> Any:
 
 
 def follows(reply: Any) -> bool:
-    """Whether an answer is an object of SCHEMA."""
+    """Return whether an answer follows SCHEMA."""
     found = json.loads(reply.answer)
     return list(found) == ["colour"] and found["colour"] in COLOURS
 
 
 CHECKS: tuple[Check, ...] = (
-    # Forms of answers
+    # Structured output
     passes("structured", "json", structured(json=SCHEMA), right=follows),
     passes("structured", "json as text", structured(json=json.dumps(SCHEMA)), right=follows),
     passes("structured", "choice", structured(choice=COLOURS), right=lambda r: r.answer in COLOURS),
@@ -69,7 +69,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "structured",
-        "a regex that is none",
+        "an invalid regex",
         structured(regex="("),
         right=lambda r: "structured_outputs" in r.error["param"],
         status=400,
@@ -81,9 +81,9 @@ CHECKS: tuple[Check, ...] = (
         right=lambda r: r.answer in COLOURS,
     ),
     refused(
-        "structured", "guided_json and the other older names", chat(guided_json=SCHEMA), reason="use structured_outputs"
+        "structured", "guided_json and other older names", chat(guided_json=SCHEMA), reason="use structured_outputs"
     ),
-    # Functions
+    # Tools
     passes(
         "tools",
         "required: a call of one of them",
@@ -92,7 +92,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "tools",
-        "a function by name",
+        "a named function",
         chat(tools=[PAINT, COUNT], tool_choice={"type": "function", "function": {"name": "count"}}, max_tokens=200),
         right=lambda r: r.calls[0][0] == "count" and 0 <= r.calls[0][1]["number"] <= 9,
     ),
@@ -111,7 +111,7 @@ CHECKS: tuple[Check, ...] = (
     passes("tools", "none", chat(tools=[PAINT], tool_choice="none"), right=lambda r: not r.calls),
     passes(
         "tools",
-        "tool_choice of a function that is not there",
+        "tool_choice of an unknown function",
         chat(tools=[PAINT], tool_choice={"type": "function", "function": {"name": "other"}}),
         right=lambda r: "other" in r.error["message"],
         status=400,
@@ -163,14 +163,14 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "media",
-        "a uuid that nobody sent",
+        "an unknown uuid",
         chat([{"type": "image_url", "image_url": None, "uuid": "unsent"}, READ]),
         right=lambda r: r.error["code"] == "media_not_cached",
         status=400,
     ),
     passes(
         "media",
-        "an image that is none",
+        "data that is not an image",
         chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm8gaW1hZ2U="}}, READ]),
         right=lambda r: r.error["type"] == "invalid_request_error",
         status=400,
@@ -221,7 +221,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     refused(
         "responses",
-        "tools that the server would run",
+        "tools run by the server",
         responses("Hello", tools=[{"type": "web_search_preview"}]),
         reason="the server runs no tools",
     ),
@@ -234,21 +234,21 @@ CHECKS: tuple[Check, ...] = (
     # Tokens
     passes(
         "tokens",
-        "a text there and back",
+        "round trip of a text",
         ("/tokenize", {"prompt": "Hello"}),
         ("/detokenize", {"tokens": [43, 72, 79]}),
         right=lambda there, back: there.json["count"] == len(there.json["tokens"]) and len(back.json["prompt"]) == 3,
     ),
     passes(
         "tokens",
-        "a conversation costs what its usage says",
+        "counts of a conversation equal its usage",
         ("/tokenize", {"messages": HELLO}),
         chat(),
         right=lambda tokens, answer: tokens.json["count"] == answer.usage["prompt_tokens"],
     ),
     passes(
         "tokens",
-        "with tools, and the tokens' texts",
+        "with tools, and texts of tokens",
         ("/tokenize", {"messages": HELLO, "tools": [PAINT], "return_token_strs": True}),
         right=lambda r: len(r.json["token_strs"]) == r.json["count"] > 100,
     ),
@@ -266,7 +266,7 @@ CHECKS: tuple[Check, ...] = (
     # Adapters
     passes(
         "adapters",
-        "a folder that is not there",
+        "a folder that does not exist",
         ("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "/nowhere/adapter"}),
         right=lambda r: "/nowhere/adapter" in r.error["message"],
         status=404,
@@ -280,7 +280,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     passes(
         "adapters",
-        "unload one that is not there",
+        "unload an unknown adapter",
         ("/v1/unload_lora_adapter", {"lora_name": "new"}),
         right=lambda r: "new" in r.error["message"],
         status=404,

@@ -1,4 +1,4 @@
-// What the scripts for Node.js share; check.py says what it is.
+// Shared by the scripts for Node.js; check.py documents it.
 import { readFileSync } from "node:fs";
 import { isDeepStrictEqual } from "node:util";
 

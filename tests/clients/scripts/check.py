@@ -1,4 +1,4 @@
-"""What the scripts share: where the server is, what is asked, and how outcomes are reported.
+"""Shared by the scripts: the server's address, questions, and the report of outcomes.
 
 A script is run as ``python SCRIPT ADDRESS KEY`` and prints one line of JSON.
 """
@@ -21,16 +21,16 @@ WORD = _PICTURES / "word.png"
 SHAPES = _PICTURES / "shapes.png"
 
 GREETING = "Hello! Show me a picture."
-"""What nano answers to "Hello"."""
+"""Nano's answer to "Hello"."""
 THANKS = "Thank you."
 WELCOME = "You are welcome."
-"""What nano answers to `THANKS`, also where functions are offered and after their results."""
+"""Nano's answer to `THANKS`, also with tools and after their results."""
 READ = "What does it say?"
-"""Of `WORD`, which says Welcome."""
+"""Question about `WORD`, which says Welcome."""
 CIRCLE = "What colour is the circle?"
-"""Of `SHAPES`. It is red."""
+"""Question about `SHAPES`; the circle is red."""
 TOO_LONG = "x" * 5000
-"""More tokens than nano's 4,096."""
+"""Text of more tokens than nano's 4,096."""
 
 
 def base64_of(picture: Path) -> str:
@@ -42,13 +42,13 @@ def uri(picture: Path) -> str:
 
 
 def equal(found: object, expected: object) -> None:
-    """Check a value; the error shows both."""
+    """Check that values are equal; the error shows both."""
     if found != expected:
         raise AssertionError(f"{found!r}; expected {expected!r}")
 
 
 def raises(kinds: type[Exception] | tuple[type[Exception], ...], call: Callable[[], object]) -> Exception:
-    """The error that a call ends with, which has to be one of these."""
+    """Return the error that a call raises, which has to be of one of these types."""
     try:
         result = call()
     except kinds as error:
@@ -57,13 +57,13 @@ def raises(kinds: type[Exception] | tuple[type[Exception], ...], call: Callable[
 
 
 def report(*checks: Callable[[], None]) -> None:
-    """Run the checks, and print their outcomes by name: "passes", or how they failed."""
+    """Run the checks and print their outcomes by name: "passes", or the error."""
     outcomes = {}
     for check in checks:
         try:
             check()
             outcomes[check.__name__] = "passes"
-        except Exception as error:  # whatever a client raises is the outcome
+        except Exception as error:  # any error of a client is an outcome
             traceback.print_exc()
             outcomes[check.__name__] = f"{type(error).__name__}: {error}"
     print(json.dumps(outcomes))

@@ -33,7 +33,7 @@ def chat():
 
 def stream():
     *_, last = client.create_partial(model=MODEL, messages=about(SHAPES, CIRCLE), response_model=Paint)
-    assert last.colour in COLOURS  # null is allowed in partial models, so that the model sees another schema
+    assert last.colour in COLOURS  # partial models allow null, so the schema differs
 
 
 def image():
@@ -47,7 +47,7 @@ def tools():
 
 
 def structured():
-    # Mode.JSON sends no schema that a grammar could hold nano to.
+    # Mode.JSON sends no schema that could constrain nano.
     asked = instructor.from_openai(raw, mode=Mode.JSON_SCHEMA)
     equal(asked.create(model=MODEL, messages=about(SHAPES, CIRCLE), response_model=Paint).colour, "red")
 

@@ -3,7 +3,7 @@
 import os
 from typing import Literal
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing is fetched
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # do not fetch anything
 
 import litellm
 from check import (

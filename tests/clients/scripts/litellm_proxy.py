@@ -42,7 +42,7 @@ PAINT = {"name": "paint", "description": "Report a colour.", "input_schema": SCH
 
 @contextmanager
 def running():
-    """The proxy, until the block ends; gives its address."""
+    """Run the proxy until the block ends; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -146,7 +146,7 @@ def usage():
     *_, last = client.chat.completions.create(
         model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}
     )
-    # Anthropic counts what was cached apart.
+    # Anthropic counts cached tokens separately.
     read = counted.input_tokens + (counted.cache_read_input_tokens or 0)
     equal(last.usage.total_tokens, read + counted.output_tokens)
 

@@ -67,7 +67,7 @@ def tools():
     answer = model.chat_with_tools([tool], chat_history=[about(SHAPES, CIRCLE)], tool_required=True)
     [call] = model.get_tool_calls_from_response(answer)
     equal(call.tool_name, "paint")
-    Paint.model_validate(call.tool_kwargs)  # which colour depends on how the function is described
+    Paint.model_validate(call.tool_kwargs)  # the colour depends on the function's description
     result = ChatMessage(role="tool", content="Noted.", additional_kwargs={"tool_call_id": call.tool_id})
     again = [about(SHAPES, CIRCLE), answer.message, result, ChatMessage(role="user", content=THANKS)]
     equal(model.chat_with_tools([tool], chat_history=again).message.content, WELCOME)

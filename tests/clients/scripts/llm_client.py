@@ -20,7 +20,7 @@ MODELS = f"""
 
 
 def llm(*arguments):
-    from llm.cli import cli  # reads where its files are when it is imported
+    from llm.cli import cli  # reads the paths of its files at import
 
     return click.testing.CliRunner().invoke(cli, [str(one) for one in arguments])
 
@@ -45,7 +45,7 @@ def image():
 
 
 def tools():
-    # Whether to call stays with the model here: the functions and the answer have to come through.
+    # The model decides whether to call; tools and answer have to be passed on.
     equal(ask(THANKS, "-T", "llm_version", "-T", "llm_time"), WELCOME)
 
 

@@ -14,7 +14,7 @@ ROWS = [
     {"question": "What is 47 + 38?", "choices": ["85.", "blue", "a dog"], "answer": 0},
     {"question": "Hello", "choices": ["xqzw", "Hello! Show me a picture.", "No"], "answer": 1},
 ]
-# The template of nano's turns, as a completion's prompt has it.
+# Nano's chat template, as the prompt of a completion.
 TURN = "<|im_start|>user\n{{question}}<|im_end|>\n<|im_start|>assistant\n"
 COMMON = """
 dataset_path: json
@@ -47,7 +47,7 @@ metric_list: [{metric: exact_match}]
 
 
 def evaluate(kind, path, task, **arguments):
-    """Its first metric, by lm-eval with its own default tokenizer: the server's, asked for by /tokenizer_info."""
+    """Return the first metric, with lm-eval's default tokenizer: the server's, from /tokenizer_info."""
     from lm_eval import simple_evaluate  # reads the environment
     from lm_eval.tasks import TaskManager
 
@@ -79,7 +79,7 @@ def rolling():
 
 def generate_until():
     equal(evaluate("local-completions", "/v1/completions", "generate", auth_token=KEY), 1.0)
-    # The same with no tokenizer at all.
+    # The same without a tokenizer.
     equal(evaluate("local-completions", "/v1/completions", "generate", tokenizer_backend=None), 1.0)
 
 

@@ -41,7 +41,7 @@ def chat():
     answer = client.chat.completions.create(model=MODEL, messages=HELLO)
     equal(answer.choices[0].message.content, GREETING)
     equal(answer.choices[0].finish_reason, "stop")
-    # The answer goes back into the conversation as the client's own object.
+    # Append the answer to the conversation as the client's own object.
     again = [*HELLO, answer.choices[0].message, {"role": "user", "content": THANKS}]
     equal(client.chat.completions.create(model=MODEL, messages=again).choices[0].message.content, WELCOME)
     equal(client.responses.create(model=MODEL, input="Hello").output_text, GREETING)
@@ -75,7 +75,7 @@ def tools():
     [call] = parsed.choices[0].message.tool_calls
     equal(call.function.parsed_arguments, Paint(colour="red"))
     equal(parsed.choices[0].finish_reason, "tool_calls")
-    # The client's parsed message and the result of its call go back.
+    # Append the client's parsed message and the result of its call.
     messages += [parsed.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "Noted."}]
     messages += [{"role": "user", "content": THANKS}]
     answer = client.chat.completions.create(model=MODEL, messages=messages, tools=[tool])

@@ -69,7 +69,7 @@ def tools():
     for agent in agents(output_type=ToolOutput(Paint)):
         result = agent.run_sync(about(SHAPES, CIRCLE))
         equal(result.output, Paint(colour="red"))
-        # The call and its result go back.
+        # Send back the call and its result.
         equal(type(agent.run_sync(CIRCLE, message_history=result.all_messages()).output), Paint)
     for agent in agents():
 
