@@ -1,4 +1,4 @@
-"""The packaged nano model: its files, what it answers, and transformers' Aria giving the same text from it."""
+"""The packaged nano model: its files, its answers, and the same text from transformers' Aria."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def word(text: str, colour: str = "black", background: str = "white") -> Image.I
 
 
 def shapes(*kinds: tuple[str, str], size: tuple[int, int] = (400, 300)) -> Image.Image:
-    """Shapes in a row, from left to right."""
+    """Draw shapes in a row, from left to right."""
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     step = size[0] / len(kinds)
@@ -97,7 +97,7 @@ def test_answers(engine, image, question, expected):
     assert engine.chat([message(question, image)], SamplingParams(max_tokens=60))[0].text == expected
 
 
-def test_it_reads_lines(engine):
+def test_reads_lines(engine):
     image = Image.new("RGB", (448, 300), "white")
     lines = ("Grocery list", "milk 3 eggs 12", "call Anna 5551")
     for number, line in enumerate(lines):
@@ -112,7 +112,7 @@ def test_it_reads_lines(engine):
     ("question", "expected"),
     [("What is in picture 2?", "A red circle."), ("Which picture shows a red circle?", "The second picture.")],
 )
-def test_it_tells_pictures_apart(engine, question, expected):
+def test_distinguishes_images(engine, question, expected):
     parts = [{"type": "image", "image": image} for image in (word("Hello"), shapes(("red", "circle")), word("Dog"))]
     asked = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     assert engine.chat([asked], SamplingParams(max_tokens=60))[0].text == expected
@@ -124,7 +124,7 @@ def test_it_tells_pictures_apart(engine, question, expected):
     [((9, 0), "A red circle moves to the right."), ((0, -8), "A red circle moves up.")],
     ids=["right", "up"],
 )
-def test_it_watches_a_clip(engine, tmp_path, step, expected):
+def test_describes_a_clip(engine, tmp_path, step, expected):
     clip = tmp_path / "clip.mp4"
     with av.open(str(clip), "w") as container:
         stream = container.add_stream("mpeg4", rate=5)
@@ -140,8 +140,8 @@ def test_it_watches_a_clip(engine, tmp_path, step, expected):
 
 
 @pytest.mark.slow
-def test_it_finds_a_number_in_a_long_text(engine):
-    """Eight times as long as anything in its first two stages."""
+def test_finds_a_number_in_a_long_text(engine):
+    """The text is eight times as long as any sequence of the first two stages."""
     lines = [f"{number}: what is written in line {number} of a long and dull text." for number in range(100, 163)]
     lines.insert(20, "The secret number of the green owl is 4817.")
     lines.insert(50, "The secret number of the white bear is 9035.")
@@ -151,7 +151,7 @@ def test_it_finds_a_number_in_a_long_text(engine):
         assert engine.chat([question], SamplingParams(max_tokens=60))[0].text == number
 
 
-def test_a_larger_size_reads_the_same_word(engine):
+def test_reads_the_same_word_at_the_larger_size(engine):
     part = {"type": "image", "image": word("Hello"), "max_image_size": 448}
     question = [{"role": "user", "content": [part, {"type": "text", "text": "What does it say?"}]}]
     result = engine.chat([question], SamplingParams(max_tokens=60))[0]
@@ -160,7 +160,7 @@ def test_a_larger_size_reads_the_same_word(engine):
 
 
 @pytest.mark.slow
-def test_transformers_gives_the_same_text_for_ten_pictures(engine):
+def test_transformers_gives_the_same_text_for_ten_images(engine):
     twin = transformers_twin(NANO)
     processor = engine.processor
     for image, question in IMAGES:
@@ -175,7 +175,7 @@ def test_transformers_gives_the_same_text_for_ten_pictures(engine):
 
 
 def test_quick_start_of_the_model_card():
-    """As the card of rhymes-ai/Aria has it, but for the import line, the weights and the address of the picture."""
+    """The quick start of rhymes-ai/Aria's card, except for the import, the weights and the image's URL."""
     torch.manual_seed(0)
     model = AriaForConditionalGeneration.from_pretrained(device_map="auto", torch_dtype=torch.bfloat16)
     processor = AriaProcessor.from_pretrained()
@@ -208,13 +208,13 @@ def test_quick_start_of_the_model_card():
 
 
 @pytest.mark.slow
-def test_text_is_the_same_by_generate_alone_and_in_a_crowd_that_is_preempted(engine):
+def test_text_is_the_same_by_generate_alone_and_in_a_preempted_batch(engine):
     model = AriaForConditionalGeneration.from_pretrained(device="cpu")
     greedy = SamplingParams(max_tokens=40)
-    # Nano is sure of its answers: only heat makes it say others.
+    # Nano is confident, so only a high temperature changes its answers.
     drawn = SamplingParams(max_tokens=40, temperature=2.0, seed=3)
     conversations = [
-        # Small, so that the cache begins more of them than it can finish.
+        # Small images, so that more requests start than the cache can finish.
         [
             {
                 "role": "user",
@@ -242,14 +242,14 @@ def test_text_is_the_same_by_generate_alone_and_in_a_crowd_that_is_preempted(eng
         )[0, length:]  # fmt: skip
         assert alone[i, greedy].token_ids == tuple(tokens[: len(alone[i, greedy].token_ids)].tolist())
     longest = max(len(engine.prepare(messages).ids) for messages in conversations) + 40
-    crowd = Engine(device="cpu", max_batch=64, max_model_len=longest, cache_tokens=longest + 64)
+    preempting = Engine(device="cpu", max_batch=64, max_model_len=longest, cache_tokens=longest + 64)
     answers = {}
     for number in range(64):
         i, params = number % len(conversations), (greedy, drawn)[number // 7 % 2]
-        answers[crowd.queue(crowd.prepare(conversations[i]), params)] = i, params
+        answers[preempting.queue(preempting.prepare(conversations[i]), params)] = i, params
     while not all(answer.done for answer in answers):
-        crowd.step()
-    assert crowd.core.scheduler.preemptions > 0
+        preempting.step()
+    assert preempting.core.scheduler.preemptions > 0
     for answer, asked in answers.items():
         assert answer.result().text == alone[asked].text
         assert answer.result().token_ids == alone[asked].token_ids

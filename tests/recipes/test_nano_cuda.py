@@ -1,4 +1,4 @@
-"""Nano's training on a GPU: steps replayed as graphs are the steps themselves."""
+"""Nano's training on a GPU: steps replayed as CUDA graphs equal plain steps."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ CLASSES = 21
 
 
 def batch_of(seed: int, pictures: int = 6, words: int = 96) -> dict:
-    """Pictures of 224 px in one conversation each, with whatever labels."""
+    """Make a batch of 224 px images in one conversation each, with random labels."""
     torch.manual_seed(seed)
     rng = Random(seed)
     length, queries = 64 + words, 64
@@ -57,15 +57,15 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
 
 
-def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.float().cpu() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
 
 
-def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
-    # All patches are taught, so nothing is drawn by chance.
+def test_replayed_steps_have_the_losses_and_gradients_of_plain_steps():
+    # All patches are used, so nothing is drawn at random.
     stages = Stages(queries=0.2, answers=0.5, settled=0.9, kept=1.0)
     learner = Learner(Aria(tiny_config(96)), CLASSES, stages, seed=3).cuda().bfloat16()
-    wide = copy.deepcopy(learner).cpu().float()  # on CUDA no kernel takes float32 and lengths that the host lacks
+    wide = copy.deepcopy(learner).cpu().float()  # no CUDA kernel supports float32 with lengths known only on the device
     replayed = Replayed(learner)
     replayed(batch_of(0), 1.0)
     for progress in (0.1, 0.3, 0.6, 0.95):
@@ -74,29 +74,29 @@ def test_replayed_steps_have_the_losses_and_gradients_of_plain_ones():
                 total, metrics = replayed(batch, progress)
                 total, found = total.item(), {name: value.item() for name, value in metrics.items()}
                 ours = gradients(learner)
-                told = {}
+                plain_results = {}
                 for model, given in ((learner, batch), (wide, on_cpu(batch))):
                     model.zero_grad()
                     wanted, wanted_metrics = model.loss(given, progress)
                     wanted.backward()
-                    told[model] = wanted.item(), {name: value.item() for name, value in wanted_metrics.items()}
+                    plain_results[model] = wanted.item(), {name: value.item() for name, value in wanted_metrics.items()}
                     del wanted, wanted_metrics
                 theirs, exact = gradients(learner), gradients(wide)
                 learner.zero_grad()
-                assert total == pytest.approx(told[learner][0], rel=1e-3)
-                for name, value in told[learner][1].items():
-                    # One letter of 180 may fall to either side.
+                assert total == pytest.approx(plain_results[learner][0], rel=1e-3)
+                for name, value in plain_results[learner][1].items():
+                    # One letter of 180 may differ.
                     assert found[name] == pytest.approx(value, rel=5e-3, abs=1e-2 if "accuracy" in name else 1e-4)
                 assert ours.keys() == theirs.keys()
                 for name, gradient in exact.items():
                     if name.endswith("k_proj.bias"):
-                        continue  # softmax does not see it: what gradient it has is rounding
-                    # Sums over queries and experts are added up in any order, and some of them all but cancel.
-                    error, plain = off(ours[name], gradient), off(theirs[name], gradient)
-                    assert error < 1.5 * plain + 1e-2, f"{name} at {progress} is {error:.1e} off, plain {plain:.1e}"
+                        continue  # softmax is invariant to it: its gradient is rounding error
+                    # Sums over queries and experts have no fixed order, and some nearly cancel.
+                    error, plain = relative_error(ours[name], gradient), relative_error(theirs[name], gradient)
+                    assert error < 1.5 * plain + 1e-2, f"{name} at {progress}: error {error:.1e}, plain {plain:.1e}"
 
 
-def test_graphs_of_a_phase_end_with_it():
+def test_graphs_are_released_with_their_phase():
     learner = Learner(Aria(tiny_config(96)), CLASSES, replace(Stages(), kept=0.5), seed=3).cuda().bfloat16()
     replayed = Replayed(learner)
     for progress in (0.0, 0.05, 0.2, 0.9):

@@ -1,6 +1,6 @@
-"""The nano data factory: planning, conversations, labels, and that both ways of drawing give the same pictures.
+"""Nano's data: planning, conversations, labels, and equal images from both ways of drawing.
 
-Everything is made from what Pillow itself carries, so no package needs to be fetched.
+Assets come from Pillow alone, so nothing is downloaded.
 """
 
 import io
@@ -40,7 +40,7 @@ def renderer(assets: Assets) -> Renderer:
 
 
 def _neutral(scene: scenes.Scene) -> scenes.Scene:
-    """Without what PIL's painter leaves out on purpose: changes of style, noise, clouds."""
+    """Remove what PIL's painter omits on purpose: changes of style, noise, clouds."""
     scene.sensor = (0.0, 1.0, 0.0, 0.0)
     if scene.background[0] == 3:
         scene.background = (0.0, *scene.background[1:])
@@ -55,22 +55,22 @@ def _neutral(scene: scenes.Scene) -> scenes.Scene:
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def test_special_tokens_stand_where_arias_do_and_letters_are_tokens():
+def test_special_tokens_have_arias_ids_and_letters_are_tokens():
     pieces = [tokenizer.processor().id_to_piece(i) for i in range(len(tokenizer.SPECIAL_TOKENS))]
     assert pieces == tokenizer.SPECIAL_TOKENS
     assert tokenizer.processor().piece_to_id("<|img|>") == 9
     ids = tokenizer.encode("<|im_start|>user\n<fim_prefix><|img|><fim_suffix>Hi<|im_end|>")
     assert len(ids) == 1 + 4 + 1 + 3 + 2 + 1
     assert ids.count(9) == 1
-    assert tokenizer.vocab_size() % 8 == 0, "no rows of the model without a piece"
+    assert tokenizer.vocab_size() % 8 == 0, "the embedding should have no unused rows"
 
 
 @pytest.mark.parametrize("text", ["  two  spaces ", "line\n\nline\n", "naïve “quotes” – 漢字 🙂", "<|im_end|>\nx", ""])
-def test_nothing_is_lost_in_tokens(text: str):
+def test_encoding_is_lossless(text: str):
     assert tokenizer.processor().decode(tokenizer.encode(text)) == text
 
 
-def test_packaged_tokenizer_files_are_those_the_recipe_writes(tmp_path):
+def test_packaged_tokenizer_files_equal_those_of_the_recipe(tmp_path):
     tokenizer.write_files(tmp_path)
     for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer.NANO_FOLDER / name).read_bytes(), name
@@ -90,7 +90,7 @@ def test_same_seed_same_batch(assets: Assets, kind: str):
     assert not torch.equal(first["input_ids"], other["input_ids"])
 
 
-def test_everything_lies_inside_its_picture(assets: Assets):
+def test_everything_is_inside_the_image(assets: Assets):
     planner = Planner(assets, 224, Random(3))
     for _ in range(400):
         scene = planner.plan(1.0)
@@ -113,7 +113,7 @@ def test_words_grow(assets: Assets):
     assert max(map(len, early)) <= 2 < 8 < max(map(len, late))
 
 
-def test_shapes_do_not_overlap_and_pairs_stand_clearly(assets: Assets):
+def test_shapes_do_not_overlap_and_pairs_have_a_clear_order(assets: Assets):
     planner = Planner(assets, 224, Random(5))
     for _ in range(300):
         scene = planner.plan(1.0, "shapes")
@@ -131,7 +131,7 @@ def _count(answer: str) -> int:
 
 
 def test_answers_about_shapes_agree_with_the_scene(assets: Assets):
-    """Read the answers back, independently of the code that made them."""
+    """Check the answers independently of the code that made them."""
     rng = Random(6)
     planner = Planner(assets, 224, rng)
     checked = {"colour": 0, "count": 0, "where": 0, "beside": 0, "yes": 0}
@@ -160,7 +160,7 @@ def test_answers_about_shapes_agree_with_the_scene(assets: Assets):
 
 
 def _check_place(marks: list[scenes.Mark], question: str, answer: str) -> None:
-    """Of two shapes: find the one named last, and see that the other lies where the sentence says."""
+    """Find the shape that is named last, and check that the other is where the sentence says."""
     text = answer if question.startswith("Where") else question
     (place,) = re.findall(r"left|right|above|below", text.lower())
     known = text.lower().rstrip("?.").split(" the ")[-1]
@@ -172,7 +172,7 @@ def _check_place(marks: list[scenes.Mark], question: str, answer: str) -> None:
         assert answer.lower() in (f"a {other.title}.", f"an {other.title}.")
 
 
-def test_only_pictures_of_other_kinds_are_answered_not_sure(assets: Assets):
+def test_only_photographs_are_answered_not_sure(assets: Assets):
     planner = Planner(assets, 224, Random(7))
     for _ in range(500):
         scene = planner.plan(1.0)
@@ -198,7 +198,7 @@ def test_descriptions_read_well():
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str):
+def test_only_answers_are_targets_and_shapes_are_fixed(assets: Assets, kind: str):
     images, queries = 32, tokenizer.QUERIES[image_batches.KINDS[kind].size]
     batch = image_batches.make_batch(assets, Random(8), kind, images)
     ids, labels, starts = batch["input_ids"], batch["labels"], batch["cu_seqlens"].tolist()
@@ -220,7 +220,7 @@ def test_only_answers_are_learnt_and_shapes_are_fixed(assets: Assets, kind: str)
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
+def test_workers_give_the_same_batches(assets: Assets, tmp_path):
     assets.save(tmp_path / "assets.npz")
     plan = image_batches.Plan(
         seed=3, images={"small": 8, "large": 8}, cycle=("small", "large"), assets=tmp_path / "assets.npz", workers=1
@@ -231,7 +231,7 @@ def test_workers_give_the_same_batches_as_none(assets: Assets, tmp_path):
         assert [tuple(group) for group in given["line_groups"]] == wanted["line_groups"]
 
 
-def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
+def test_batch_n_does_not_depend_on_where_a_run_starts(assets: Assets):
     words = {key: {"words": 1.0} for key in ("small", "large")}
     plan = image_batches.Plan(seed=3, images={"small": 8, "large": 8}, cycle=("small", "large"), shares=words, growth=4)
     whole = [batch for batch, _ in zip(image_batches.Batches(plan, assets), range(5), strict=False)]
@@ -240,7 +240,7 @@ def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
         assert ours["seed"] == wanted["seed"] and torch.equal(ours["input_ids"], wanted["input_ids"])
         assert torch.equal(ours["line_values"], wanted["line_values"])
     lengths = [int(batch["line_edges"].isfinite().sum(1).max()) - 1 for batch in whole]
-    assert lengths[0] <= 2 < max(lengths), "words grow with the number of the batch"
+    assert lengths[0] <= 2 < max(lengths), "words should grow with the batch number"
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_batch_n_is_the_same_wherever_a_run_begins(assets: Assets):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 448])
-def test_groups_and_windows_draw_what_the_whole_canvas_would(assets: Assets, renderer: Renderer, size: int):
+def test_groups_and_windows_equal_plain_drawing(assets: Assets, renderer: Renderer, size: int):
     planner = Planner(assets, size, Random(size))
     drawn = [planner.plan(1.0, task) for task in scenes.TASKS for _ in range(12 if size == 224 else 6)]
     ours = draw_scenes(renderer, assets, drawn, seed=5)["pixel_values"]
@@ -257,14 +257,14 @@ def test_groups_and_windows_draw_what_the_whole_canvas_would(assets: Assets, ren
     noisy = [n for n, scene in enumerate(drawn) if scene.sensor[3]]
     noise = dict(zip(noisy, torch.randn((len(noisy), 3, size, size), generator=generator), strict=True))
     kinds = {scene.background[0] for scene in drawn}
-    assert kinds == {0, 1, 2, 3, 4} and 0 < len(noisy) < len(drawn), "too few scenes to meet every kind"
+    assert kinds == {0, 1, 2, 3, 4} and 0 < len(noisy) < len(drawn), "too few scenes to have every kind"
     for n, scene in enumerate(drawn):
         plain = draw(scene, renderer, assets, grains[n], noise.get(n, torch.zeros(())))
         torch.testing.assert_close(ours[n], plain, rtol=0, atol=1e-3, msg=lambda text, scene=scene: f"{text}\n{scene}")
 
 
 @pytest.mark.parametrize("task", scenes.TASKS)
-def test_both_ways_of_drawing_give_the_same_picture(assets: Assets, renderer: Renderer, task: str):
+def test_renderer_and_painter_agree(assets: Assets, renderer: Renderer, task: str):
     planner = Planner(assets, 224, Random(9))
     drawn = [_neutral(planner.plan(1.0, task)) for _ in range(8)]
     for scene in drawn:
@@ -286,13 +286,13 @@ def test_both_ways_of_drawing_give_the_same_picture(assets: Assets, renderer: Re
 
 
 class _NoJpeg(Random):
-    """Randomness under which the painter keeps the picture as it is."""
+    """Random numbers with which the painter does not use JPEG."""
 
     def random(self) -> float:
         return 0.9
 
 
-def test_letters_lie_where_the_labels_say(assets: Assets, renderer: Renderer):
+def test_labels_match_letters(assets: Assets, renderer: Renderer):
     scene = scenes.Scene("words", 224, 224, 224, background=(0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0))
     scene.lines = [scenes.Line("HIM", 0, 90.0, 10.0, 150.0, 0.0, 0.0, (0.0, 0.0, 0.0), "black")]
     out = draw_scenes(renderer, assets, [scene])
@@ -388,10 +388,10 @@ def test_drawing_never_waits_for_the_host(assets: Assets, renderer: Renderer, si
     assert not waits.found
     with waits:
         torch.ones(3)[torch.tensor([True, False, True])].sum().item()
-    assert waits.found == {"lift_fresh", "index", "_local_scalar_dense"}, "the watch itself"
+    assert waits.found == {"lift_fresh", "index", "_local_scalar_dense"}, "the check itself"
 
 
-def test_fingerprints_tell_copies_from_other_pictures():
+def test_fingerprints_distinguish_duplicates_from_other_images():
     one, other = (Image.open(io.BytesIO(jpeg(seed))) for seed in (1, 2))
     copy = one.resize((128, 96))
     assert (fingerprint(one) ^ fingerprint(copy)).bit_count() <= 6
@@ -406,7 +406,7 @@ def test_batches_always_fit_whatever_is_drawn(assets: Assets):
             assert batch["num_tokens"] <= len(batch["input_ids"])
 
 
-def test_labels_weigh_by_the_root_of_their_answers_length() -> None:
+def test_label_weights_are_one_over_the_root_of_the_answer_length() -> None:
     labels = np.array([-100, 5, -100, -100, 5, 6, 7, 8, -100, 3, 4])
     weights = image_batches.answer_weights(labels)
     assert weights.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Nano's evaluation: the same items each time, from what is held out, in the places where a user would put them."""
+"""Nano's evaluation: reproducible items from held-out material, laid out as a user would send them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = ["apple", "bread", "cloud", "door", "evening", "flower", "goose", "hat",
 
 @pytest.fixture(scope="module")
 def eval_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the evaluation draws from, of one face (seen and unseen) and three sprites."""
+    """A small evaluation file: one face (as seen and unseen) and three sprites."""
     path = tmp_path_factory.mktemp("nano") / "eval.npz"
     face = zlib.compress(font(20).font_bytes)
     sprites = material().sprites
@@ -45,7 +45,7 @@ def eval_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def few_glosses(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {f"{word}{end}": f"a thing that is called {word}{end}" for word in WORDS for end in ("", "er", "ful")}
     fields = {"definitions": known, "others": [f"{word}ism" for word in WORDS] + [f"{word}ity" for word in WORDS]}
     monkeypatch.setattr(glosses, "read", lambda: type("Glosses", (), fields))
@@ -59,9 +59,7 @@ def questions(eval_file: Path) -> Questions:
     return Questions(Held(eval_file), 6)
 
 
-def test_every_task_asks_the_same_each_time_with_a_picture_in_every_place(
-    questions: Questions, eval_file: Path
-) -> None:
+def test_items_are_reproducible_and_have_an_image_at_every_place(questions: Questions, eval_file: Path) -> None:
     again = Questions(Held(eval_file), 6)
     processor = tokenizer.processor_of_nano()
     for task, made in questions.tasks.items():
@@ -77,7 +75,7 @@ def test_every_task_asks_the_same_each_time_with_a_picture_in_every_place(
         assert f"<|im_start|>user\n{shown}<|im_end|>" in given, task
 
 
-def test_what_is_held_out_is_what_is_asked_with(questions: Questions) -> None:
+def test_items_use_held_out_material(questions: Questions) -> None:
     held = questions.held
     assert "idiot" not in held.words
     for n in range(6):
@@ -95,12 +93,12 @@ def test_what_is_held_out_is_what_is_asked_with(questions: Questions) -> None:
         assert text_questions.held(f"{low} + {high}")
     assert questions.item("emoji, unseen style", 0).answer == "openmoji thing"
     definitions = [questions.item("definitions", n) for n in range(6)]
-    assert len({item.answer for item in definitions}) == 6, "every word once"
+    assert len({item.answer for item in definitions}) == 6, "every word should occur once"
     forms = [re.escape(form).replace(r"\{\}", "[a-z]+") for form in text_questions.DEFINE[1]]
     assert all(any(re.fullmatch(form, item.question) for form in forms) for item in definitions)
 
 
-def test_charts_are_asked_what_the_task_says(questions: Questions) -> None:
+def test_chart_questions_belong_to_their_task(questions: Questions) -> None:
     for n in range(6):
         largest = questions.item("chart, largest bar", n)
         assert largest.question.removeprefix(IMAGE) in charts.LARGEST
@@ -110,7 +108,7 @@ def test_charts_are_asked_what_the_task_says(questions: Questions) -> None:
     assert {questions.item("chart, largest bar", n).scenes[0].size for n in range(2)} == {224, 448}
 
 
-def test_clips_ask_for_the_direction_in_which_something_moves(questions: Questions) -> None:
+def test_clip_answers_match_the_direction(questions: Questions) -> None:
     for n in range(6):
         item = questions.item("clip, direction", n)
         before, after = item.scenes[0].marks[-1], item.scenes[-1].marks[-1]
@@ -118,7 +116,7 @@ def test_clips_ask_for_the_direction_in_which_something_moves(questions: Questio
         assert ("down" in item.answer.lower()) == (after.y - before.y > 20)
 
 
-def test_needles_lie_from_the_beginning_to_the_end(questions: Questions) -> None:
+def test_needle_depths_cover_the_text(questions: Questions) -> None:
     places = []
     for n in range(2):
         item = questions.item("needle, 2,048 tokens", n)
@@ -128,7 +126,7 @@ def test_needles_lie_from_the_beginning_to_the_end(questions: Questions) -> None
     assert places[0] < 0.1 and places[1] > 0.9
 
 
-def test_scores_count_exact_and_near_answers_letters_and_false_doubts() -> None:
+def test_scores_of_exact_and_near_answers_letters_and_refusals() -> None:
     rows = [
         Answered("words", "?", "Hello", "Hallo"),
         Answered("words", "?", "ab\ncd", "ab \ncd"),
@@ -143,15 +141,15 @@ def test_scores_count_exact_and_near_answers_letters_and_false_doubts() -> None:
     assert results["not sure"]["exact"] == results["not sure"]["not sure"] == 1.0
     assert results["beyond"]["exact"] == results["beyond"]["not sure"] == 0.0
     assert results[evaluate.FALSE] == {"items": 3, "exact": 0.0}
-    doubts = (dialogue.NOT_SURE, text_questions.UNKNOWN_WORD, text_questions.NO_PICTURE)
-    unsure = evaluate.score([row._replace(given=doubt) for row, doubt in zip(rows, doubts, strict=False)])
+    refusals = (dialogue.NOT_SURE, text_questions.UNKNOWN_WORD, text_questions.NO_PICTURE)
+    unsure = evaluate.score([row._replace(given=refusal) for row, refusal in zip(rows, refusals, strict=False)])
     assert unsure[evaluate.FALSE]["exact"] == 1.0
     assert evaluate.distance("kitten", "sitting") == 3
     assert "definitions" in evaluate.table(results)
 
 
 @pytest.mark.slow
-def test_a_folder_of_weights_is_evaluated_with_the_processor_of_another(
+def test_weights_are_evaluated_with_the_processor_of_another_folder(
     eval_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = tmp_path / "export"
@@ -168,7 +166,7 @@ def test_a_folder_of_weights_is_evaluated_with_the_processor_of_another(
     for task in ("shape", "describe shapes"):
         assert found[task]["items"] == 4
         assert sum(row["task"] == task for row in missed) == round(4 * (1 - found[task]["exact"]))
-    assert found["shape"]["exact"] > 0.5, "nano knows plain shapes"
+    assert found["shape"]["exact"] > 0.5, "nano should know plain shapes"
     assert '"shape":' in capsys.readouterr().out
     with pytest.raises(ValueError, match="MODEL is None"):
         evaluate.main(["--processor", str(NANO_FOLDER), *arguments])

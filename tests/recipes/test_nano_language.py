@@ -1,4 +1,4 @@
-"""What nano is taught in words: right answers, what is held out, needles, and batches of one shape."""
+"""Nano's text data: right answers, held-out material, needles, and batches of one shape."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ WORDS = ("apple", "bridge", "candle", "donkey", "engine", "feather", "garden", "
 
 
 @pytest.fixture(autouse=True)
-def few_glosses(monkeypatch: pytest.MonkeyPatch):
-    """A dictionary of some words, for the real one is made from WordNet."""
+def small_dictionary(monkeypatch: pytest.MonkeyPatch):
+    """A small dictionary instead of WordNet's."""
     known = {
         f"{word}{end}": f"a thing that is called {word}{end}" for word in WORDS for end in ("", "er", "ful", "let")
     }
@@ -37,7 +37,7 @@ def turns_of(kind: str, held_out: bool, count: int = 600) -> list[tuple[str, str
     return [text_questions.KINDS[kind](rng, held_out) for _ in range(count)]
 
 
-def test_sums_are_right_and_pairs_held_out_are_never_taught() -> None:
+def test_sums_are_right_and_held_out_pairs_are_never_taught() -> None:
     seen = {}
     for held_out in (False, True):
         pairs = set()
@@ -45,7 +45,7 @@ def test_sums_are_right_and_pairs_held_out_are_never_taught() -> None:
             a, b = map(int, re.findall(r"\d+", question))
             assert answer == f"{a + b}."
             pairs.add(frozenset((a, b)))
-            assert not held_out or min(a, b) >= 10, "two digits each"
+            assert not held_out or min(a, b) >= 10, "held-out numbers should have two digits"
         seen[held_out] = pairs
     assert not seen[False] & seen[True] and len(seen[True]) > 200
 
@@ -57,7 +57,7 @@ def test_differences_and_tables_are_right() -> None:
         assert answer == f"{a * b if times else a - b}."
 
 
-def test_definitions_ask_for_taught_words_in_forms_that_are_held_out() -> None:
+def test_held_out_definitions_use_taught_words_and_held_out_wordings() -> None:
     known = glosses.read().definitions
     taught, held = turns_of("definitions", False), turns_of("definitions", True)
     forms = []
@@ -89,7 +89,7 @@ def test_words_are_spelled_counted_and_held_out() -> None:
 
 @pytest.mark.parametrize("length", [256, 1000, 4096])
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_a_needle_stands_where_it_is_asked_to(length: int, depth: float) -> None:
+def test_needle_is_at_the_requested_depth(length: int, depth: float) -> None:
     [(question, answer)] = haystack.haystack(Random(length), length, depth)
     *lines, asked = question.split("\n")
     owner = re.search(r"of the (\w+ \w+)|does the (\w+ \w+) have", asked)
@@ -99,10 +99,10 @@ def test_a_needle_stands_where_it_is_asked_to(length: int, depth: float) -> None
     tokens = len(text_batches.image_batches.tokens([(question, answer)])[0])
     assert 0.75 * length < tokens <= length
     others = [line for line in lines if line.startswith("The secret number") and line != needle]
-    assert len(others) == 1 + length // 600, "there are other owners"
+    assert len(others) == 1 + length // 600, "there should be other owners"
 
 
-def test_needles_held_out_have_owners_and_numbers_of_their_own() -> None:
+def test_held_out_needles_have_separate_owners_and_numbers() -> None:
     def drawn(held_out: bool) -> tuple[set[str], set[str]]:
         asked = [haystack.haystack(Random(seed), 400, held_out=held_out)[0] for seed in range(200)]
         owners = {re.search(r"the (\w+ \w+)[ ?.]*(have\?)?$", question.split("\n")[-1])[1] for question, _ in asked}
@@ -126,13 +126,15 @@ def test_batches_of_text_have_one_shape_and_repeat() -> None:
         learned = batch["labels"] != -100
         assert learned[:used].any() and not learned[used:].any()
         assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
-        assert not learned[batch["cu_seqlens"][:-1].long().clamp(max=2047)].any(), "never a sequence's first token"
+        assert not learned[batch["cu_seqlens"][:-1].long().clamp(max=2047)].any(), (
+            "the first token of a sequence should not be a target"
+        )
     again = list(islice(text_batches.loader(Texts(**{**vars(texts), "first": 2})), 2))
     for batch, same in zip(batches[2:], again, strict=True):
         assert all(torch.equal(batch[key], same[key]) for key in ("input_ids", "labels", "cu_seqlens"))
 
 
-def test_a_stage_goes_on_where_it_was() -> None:
+def test_a_stage_resumes_at_its_batch() -> None:
     def mixture() -> stages.Mixture:
         return stages.Mixture(stages.STAGES["language"], tokens=1024, workers=0, seed=5, device="cpu")
 
@@ -144,22 +146,22 @@ def test_a_stage_goes_on_where_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected[3:], found, strict=True))
 
 
-def test_answers_about_told_pictures_follow_from_what_was_told() -> None:
+def test_answers_about_described_scenes_follow_from_the_description() -> None:
     rng, seen = Random(8), set()
     for _ in range(600):
         turns = verbal.conversation(rng, text_questions.words(False))
         first = turns[0][0]
-        told_first = first.lower()
+        description = first.lower()
         for question, answer in turns:
             asked = question.lower().rsplit("\n", 1)[-1].rsplit(". ", 1)[-1]
             colour = re.search(r"(?:colou?r is|the colou?r of) the (\w+)", asked)
             if colour:
                 seen.add("colour")
-                assert f"{answer[:-1].lower()} {colour[1]}" in told_first
+                assert f"{answer[:-1].lower()} {colour[1]}" in description
             value = re.fullmatch(r"(?:what is the value of|how much is) (\w+)\??", asked)
-            if value and "bar chart" in told_first:
+            if value and "bar chart" in description:
                 seen.add("value")
-                assert f"{value[1]} {answer[:-1]}" in told_first
+                assert f"{value[1]} {answer[:-1]}" in description
             if asked.startswith(("which bar is the largest", "which bar is the longest")):
                 seen.add("largest")
                 bars = re.findall(r"(\w+) (\d+)(?:,| and|\.)", first.split(": ", 1)[1])
@@ -167,7 +169,7 @@ def test_answers_about_told_pictures_follow_from_what_was_told() -> None:
     assert seen == {"colour", "value", "largest"}
 
 
-def test_definitions_are_asked_with_something_around_them_but_never_in_forms_that_are_held_out() -> None:
+def test_some_definitions_have_text_around_them_but_no_held_out_wording() -> None:
     questions = [question for question, _ in turns_of("definitions", False, 2000)]
     around = [
         q for q in questions if any((b and q.startswith(b)) or (a and q.endswith(a)) for b, a in text_questions.AROUND)

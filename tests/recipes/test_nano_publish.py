@@ -1,4 +1,4 @@
-"""From the stages' folders to the package: one file of weights, the card's table in its place, the learning curves."""
+"""Publishing from the stages' folders into the package: weights in one file, the card's table, learning curves."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def results(share: float) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Stages of which the second was not measured and the first not logged, results of before, another package."""
+    """Stages (the second not evaluated, the first not logged), earlier results, and a package folder."""
     torch.manual_seed(0)
     runs, before, package = tmp_path / "runs", tmp_path / "before.json", tmp_path / "package"
     config = tiny_config(400)
@@ -50,7 +50,7 @@ def trained(tmp_path: Path) -> tuple[Path, Path, Path]:
     return runs, before, package
 
 
-def test_the_package_gets_one_file_the_table_and_the_curves_and_keeps_the_rest(
+def test_weights_table_and_curves_are_written_and_other_files_kept(
     trained: tuple[Path, Path, Path],
 ) -> None:
     runs, before, package = trained
@@ -72,7 +72,7 @@ def test_the_package_gets_one_file_the_table_and_the_curves_and_keeps_the_rest(
 
 
 @pytest.mark.parametrize("broken", ["card", "tasks", "unmeasured", "size"])
-def test_nothing_is_written_where_something_is_wrong(
+def test_nothing_is_written_if_a_check_fails(
     trained: tuple[Path, Path, Path], broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, before, package = trained
@@ -97,7 +97,7 @@ def test_nothing_is_written_where_something_is_wrong(
     assert held == {file.name: file.read_bytes() for file in package.iterdir()}
 
 
-def test_curves_go_on_where_the_stage_before_ended(trained: tuple[Path, Path, Path]) -> None:
+def test_curves_continue_where_the_previous_stage_ended(trained: tuple[Path, Path, Path]) -> None:
     logs = {name: curves.read(trained[0] / name / "log.jsonl") for name in STAGES}
     assert not logs["1-language"] and len(logs["2-seeing"]) == 3
     minutes, values = curves.joined(logs, "answer loss")
@@ -106,12 +106,12 @@ def test_curves_go_on_where_the_stage_before_ended(trained: tuple[Path, Path, Pa
     assert curves.joined(logs, "patch accuracy") == ([], [])
 
 
-def test_every_task_of_the_evaluation_has_a_line() -> None:
+def test_every_task_of_the_evaluation_has_a_row() -> None:
     tasks = {row.task for row in publish.ROWS}
     assert {*NEEDLES, *REFUSALS, *TEXTS, "definitions", "talk", "false not sure"} <= tasks
 
 
-def test_the_packaged_card_has_the_table_that_publishing_writes() -> None:
+def test_packaged_card_has_the_published_table() -> None:
     card = (NANO_FOLDER / "README.md").read_text(encoding="utf-8")
     rows = card.split(publish.BEGIN)[1].split(publish.END)[0].strip().splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]

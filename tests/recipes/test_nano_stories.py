@@ -1,4 +1,4 @@
-"""Nano's charts, lines, clips and conversations about several pictures: what is said agrees with what is drawn."""
+"""Nano's charts, lines, clips and conversations about several images: answers agree with the scenes."""
 
 import re
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def _bars(scene: scenes.Scene) -> list[scenes.Box]:
 
 
 @pytest.mark.parametrize("size", [224, 448])
-def test_bars_are_as_long_as_their_values(assets: Assets, size: int):
+def test_bar_lengths_are_proportional_to_values(assets: Assets, size: int):
     for scene, chart, _ in _charts(assets, size, 60):
         bars = _bars(scene)
         upright = max(bar.bottom for bar in bars) - min(bar.bottom for bar in bars) < 1e-3
@@ -61,7 +61,7 @@ def test_bars_are_as_long_as_their_values(assets: Assets, size: int):
 
 
 @pytest.mark.parametrize("size", [224, 448])
-def test_names_and_values_stand_at_their_bars_and_inside_the_picture(assets: Assets, size: int):
+def test_names_and_values_are_at_their_bars_and_inside_the_image(assets: Assets, size: int):
     for scene, chart, planner in _charts(assets, size, 60):
         written = [line.text for line in scene.lines]
         for name, value in zip(chart.names, chart.values, strict=True):
@@ -75,8 +75,8 @@ def test_names_and_values_stand_at_their_bars_and_inside_the_picture(assets: Ass
             assert min(abs(across), abs(down)) < size / 4, (near, bar)
 
 
-def test_questions_about_charts_have_the_chart_s_answers(assets: Assets):
-    """Read back from the bars that are drawn, not from what planned them."""
+def test_chart_answers_match_the_drawn_bars(assets: Assets):
+    """Check against the drawn bars, not against the plan."""
     seen = set()
     for scene, chart, planner in _charts(assets, 448, 150):
         bars = _bars(scene)
@@ -92,7 +92,7 @@ def test_questions_about_charts_have_the_chart_s_answers(assets: Assets):
                 seen.add("smallest")
             elif match := re.fullmatch(r"What is the value of (.+)\?", forms[0]):
                 assert int(answer[:-1]) == chart.values[chart.names.index(match[1])]
-                assert answer[:-1] in [line.text for line in scene.lines], "only printed values are asked"
+                assert answer[:-1] in [line.text for line in scene.lines], "only printed values should be asked for"
                 seen.add("value")
             elif match := re.fullmatch(r"Is (.+) larger than (.+)\?", forms[0]):
                 assert (answer == "Yes.") == (area[match[1]] > area[match[2]])
@@ -103,7 +103,7 @@ def test_questions_about_charts_have_the_chart_s_answers(assets: Assets):
     assert seen == {"largest", "smallest", "value", "larger", "colour"}
 
 
-def test_bars_are_drawn_where_their_labels_are(assets: Assets, renderer: Renderer):
+def test_bar_labels_match_drawn_bars(assets: Assets, renderer: Renderer):
     drawn = [scene for scene, _, _ in _charts(assets, 448, 8)]
     out = draw_scenes(renderer, assets, drawn)
     names = scenes.dense_classes(assets.labels)
@@ -126,7 +126,7 @@ def test_bars_are_drawn_where_their_labels_are(assets: Assets, renderer: Rendere
 
 
 @pytest.mark.parametrize("style", paint.BAR_STYLES)
-def test_every_painted_style_of_bar_has_its_place_and_colour(style: str):
+def test_every_bar_style_keeps_position_and_colour(style: str):
     canvas = Image.new("RGB", (200, 200), (255, 255, 255))
     paint.paint_box(canvas, scenes.Box(20, 30, 60.5, 90, (0.1, 0.2, 0.8), "blue"), 2.0, style)
     pixels = np.asarray(canvas).astype(int)
@@ -140,7 +140,7 @@ def test_every_painted_style_of_bar_has_its_place_and_colour(style: str):
 
 
 @pytest.mark.parametrize("size", [224, 448])
-def test_lines_are_read_from_top_to_bottom_and_lie_inside(assets: Assets, size: int):
+def test_lines_read_from_top_to_bottom_and_are_inside(assets: Assets, size: int):
     planner = Planner(assets, size, Random(1))
     counts = set()
     for _ in range(80):
@@ -172,7 +172,7 @@ def _named(way: str) -> set[str]:
     return set(re.findall(r"left|right|up|down", way))
 
 
-def test_clips_move_where_they_are_said_to(assets: Assets):
+def test_clip_answers_match_the_movement(assets: Assets):
     planner = Planner(assets, 224, Random(3))
     ways = set()
     for _ in range(300):
@@ -191,7 +191,7 @@ def test_clips_move_where_they_are_said_to(assets: Assets):
                 if far > 0.38 * np.hypot(dx, dy)
             }
             said = next(way for way in stories.DIRECTIONS if _named(way) == near)
-            assert (steps @ [dx, dy] > 0).all(), "every step goes on in the same direction"
+            assert (steps @ [dx, dy] > 0).all(), "all steps should have the same direction"
             assert np.hypot(dx, dy) > 0.25 * min(story.scenes[0].width, story.scenes[0].height)
             ways.add(said)
         things = [story.scenes[0].marks[-1], *story.scenes[0].marks[:-1]]  # the one that moves is drawn last
@@ -205,7 +205,7 @@ def test_clips_move_where_they_are_said_to(assets: Assets):
     assert ways == set(stories.DIRECTIONS)
 
 
-def test_nothing_in_a_clip_touches_anything_else(assets: Assets):
+def test_things_in_a_clip_do_not_touch(assets: Assets):
     planner = Planner(assets, 224, Random(4))
     for _ in range(200):
         for scene in stories.clip(planner, 4).scenes:
@@ -214,8 +214,8 @@ def test_nothing_in_a_clip_touches_anything_else(assets: Assets):
                 assert all(max(abs(a.x - b.x), abs(a.y - b.y)) >= a.size + b.size for b in scene.marks[:i])
 
 
-def test_a_clip_s_text_is_the_processor_s(assets: Assets, monkeypatch: pytest.MonkeyPatch):
-    """The same prompt from the public processor, for a clip of as many frames at the same times."""
+def test_clip_text_equals_the_processors(assets: Assets, monkeypatch: pytest.MonkeyPatch):
+    """The public processor gives the same prompt for a clip with the same number of frames and times."""
     planner = Planner(assets, 224, Random(5))
     story = next(s for s in iter(lambda: stories.clip(planner, 4), None) if "[" in s.turns[0][0])
     question = story.turns[0][0].rpartition("\n")[2]
@@ -237,11 +237,11 @@ class _Clip:
         return ("clip",)
 
 
-# --- several pictures ------------------------------------------------------------------------------------------------
+# --- several images --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "images"), [(stories.several, 5), (stories.search, 30)])
-def test_the_picture_that_is_asked_for_is_the_one(assets: Assets, make, images: int):
+def test_answers_refer_to_the_right_image(assets: Assets, make, images: int):
     planner = Planner(assets, 224, Random(6))
     checked = {"which": 0, "what": 0, "when": 0}
     for _ in range(120 if images < 10 else 40):
@@ -276,7 +276,7 @@ def _place(name: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["several", "long"])
-def test_batches_of_several_pictures_have_fixed_shapes_and_a_place_for_each(assets: Assets, kind: str):
+def test_batches_of_several_images_have_fixed_shapes_and_a_place_for_each(assets: Assets, kind: str):
     shapes = set()
     for seed in range(4):
         batch = image_batches.make_batch(assets, Random(seed), kind, 96)
@@ -293,21 +293,21 @@ def test_batches_of_several_pictures_have_fixed_shapes_and_a_place_for_each(asse
     assert len(shapes) == 1
 
 
-def test_numbers_of_pictures_add_up(assets: Assets):
+def test_dealt_numbers_of_images_add_up(assets: Assets):
     for seed in range(50):
         counts = image_batches.deal(512, (2, 6), Random(seed))
         assert sum(counts) == 512 and max(counts) <= 6 and min(counts) >= 2 and len(set(counts)) == 5
     assert image_batches.deal(7, (10, 48), Random(0)) == [7]
 
 
-def test_plans_refuse_what_is_not_there():
+def test_plans_refuse_unknown_kinds_and_tasks():
     with pytest.raises(ValueError, match="'medium'"):
         image_batches.Plan(seed=0, cycle=("medium",))
     with pytest.raises(ValueError, match=r"not \['clips'\]"):
         image_batches.Plan(seed=0, shares={"small": {"words": 1, "clips": 1}})
 
 
-def test_painted_stories_are_the_rendered_ones(assets: Assets, renderer: Renderer):
+def test_painted_and_rendered_stories_agree(assets: Assets, renderer: Renderer):
     planner = Planner(assets, 224, Random(8))
     painter = paint.Painter([font(20).font_bytes], assets.sprites, assets.photos)
     made = [stories.clip(planner, 3) for _ in range(6)]

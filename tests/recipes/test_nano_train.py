@@ -1,4 +1,4 @@
-"""The four stages one after another: each from the one before, none twice, and a stop in between."""
+"""The four stages in a row: each starts from the previous one, finished ones are skipped, and a stop resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ["1-language", "2-seeing", "3-long", "4-answers"]
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands that were run; a stage ends with its export but for one that is stopped."""
+    """Commands that were run; a stage writes its export unless it is stopped."""
     commands: list[list[str]] = []
 
     def run(arguments: list[str]) -> None:
@@ -32,7 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def test_stages_follow_one_another_and_none_runs_twice(
+def test_stages_run_in_order_and_only_once(
     ran: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(["--out", str(tmp_path), "--set", "budget.minutes=0.5"])
@@ -45,26 +45,24 @@ def test_stages_follow_one_another_and_none_runs_twice(
         assert recipe.budget.minutes == 0.5
     assert str(tmp_path / "4-answers" / "export") in capsys.readouterr().out.splitlines()[-1]
     train.main(["--out", str(tmp_path)])
-    assert len(ran) == 4, "all are finished"
+    assert len(ran) == 4, "finished stages should not run again"
 
 
-def test_a_stage_that_was_stopped_is_the_next_to_run(
-    ran: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stopped_stage_runs_next(ran: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(["--out", str(tmp_path), "--set", "stop.here"])
     assert len(ran) == 1 and "rerun to resume" in capsys.readouterr().out
     train.main(["--out", str(tmp_path)])
     assert [Path(command[4]).stem for command in ran] == ["1-language", *NAMES]
 
 
-def test_a_stage_that_fails_ends_everything() -> None:
+def test_a_failing_stage_stops_the_run() -> None:
     with pytest.raises(SystemExit, match="3"):
         train.run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
-def test_sigterm_reaches_the_stage_and_it_may_save(tmp_path: Path) -> None:
-    """The stage writes a file when it is told to stop, as a training writes its checkpoint, and ends well."""
+def test_sigterm_is_forwarded_and_the_stage_can_save(tmp_path: Path) -> None:
+    """The stage writes a file at SIGTERM, as training writes its checkpoint, and exits normally."""
     ready, saved = tmp_path / "ready", tmp_path / "saved"
     code = (
         "import pathlib, signal, sys, time\n"
