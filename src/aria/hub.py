@@ -17,6 +17,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from aria.json_walk import iter_containers, trail_keys
+
 NANO = Path(__file__).parent / "nano"
 """Folder of the packaged small model, the default wherever a model is expected."""
 
@@ -154,16 +156,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_values(found: dict[str, Any]) -> None:
-    todo: list[tuple[Any, tuple[Any, ...]]] = [(found, ())]
-    while todo:
-        container, path = todo.pop()
+    for container, trail, depth in iter_containers(found):
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"it is deeper than {MAX_JSON_DEPTH} levels")
         for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-            if isinstance(value, dict | list):
-                if len(path) + 2 > MAX_JSON_DEPTH:
-                    raise ValueError(f"it is deeper than {MAX_JSON_DEPTH} levels")
-                todo.append((value, (*path, key)))
-            elif isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:  # NaN is not below anything
-                where = ".".join(map(str, (*path, key)))
+            if isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:  # also true for NaN
+                where = ".".join(map(str, (*trail_keys(trail), key)))
                 raise ValueError(f"{where:.200} is {value!r:.40}; expected a finite number below {_MAX_NUMBER:g}")
 
 

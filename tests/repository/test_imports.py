@@ -24,6 +24,7 @@ FLOORS = (
     ("config",),
     ("media", "templates", "grammars"),
     ("workers", "hub", "settings", "wording", "private_api"),
+    ("json_walk",),
 )
 """Rooms of the package from the top down. A room imports from the floors under its own, and from itself."""
 LONGEST_FILE = 600

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aria.grammars import keywords, numbers
 
 if TYPE_CHECKING:
-    from aria.grammars.schemas import Part, Reader
+    from aria.grammars.schemas import SchemaNormalizer, SchemaPart
 
 MAX_COMPARED = 128
 _DEPTH = 3
@@ -16,36 +16,38 @@ _TYPES = {"NoneType": "null", "bool": "boolean", "str": "string", "list": "array
 """Types by the keys of `keywords.equality_key`; numbers are distinguished by their value."""
 
 
-def branches(reader: Reader, given: Sequence[list[Any]], place: str) -> list[list[Any]]:
+def branches(normalizer: SchemaNormalizer, given: Sequence[list[Any]], place: str) -> list[list[Any]]:
     """The alternatives that can match, made disjoint.
 
     Raises:
         SchemaError: A value may match two of them.
     """
-    possible = [(branch, parts) for branch in given if (parts := reader.parts(branch)) is not None]
+    possible = [(branch, parts) for branch in given if (parts := normalizer.parts(branch)) is not None]
     if len(possible) < 2:
         return [branch for branch, _ in possible]
-    if (tag := _tag(reader, [parts for _, parts in possible])) is not None:
+    if (tag := _tag(normalizer, [parts for _, parts in possible])) is not None:
         # A tag with a default may be optional. Requiring it makes the alternatives disjoint.
         needed = {"required": [tag]}
-        reader.resources.add(needed, place)
+        normalizer.resources.add(needed, place)
         return [[*branch, needed] for branch, _ in possible]
     if len(possible) > MAX_COMPARED or not all(
-        _are_disjoint(reader, a, b, _DEPTH) for i, (_, a) in enumerate(possible) for _, b in possible[:i]
+        _are_disjoint(normalizer, a, b, _DEPTH) for i, (_, a) in enumerate(possible) for _, b in possible[:i]
     ):
         raise keywords.SchemaError(place, "oneOf is supported if its alternatives are disjoint, such as by a property "
                                           "with a different const in each; anyOf has no such limit")  # fmt: skip
     return [branch for branch, _ in possible]
 
 
-def _tag(reader: Reader, alternatives: Sequence[Sequence[Part]]) -> str | None:
+def _tag(normalizer: SchemaNormalizer, alternatives: Sequence[Sequence[SchemaPart]]) -> str | None:
     """A property with different values in each alternative, if all are objects."""
-    if any(reader.types(parts) != {"object"} for parts in alternatives):
+    if any(normalizer.types(parts) != {"object"} for parts in alternatives):
         return None
     for name in {name: None for part in alternatives[0] for name in part.get("properties", ())}:
         seen: set[Any] = set()
         for parts in alternatives:
-            said = reader.parts([part.node["properties"][name] for part in parts if name in part.get("properties", ())])
+            said = normalizer.parts(
+                [part.node["properties"][name] for part in parts if name in part.get("properties", ())]
+            )
             values = None if said is None else _values(said)
             if not values or values & seen:
                 break
@@ -55,17 +57,19 @@ def _tag(reader: Reader, alternatives: Sequence[Sequence[Part]]) -> str | None:
     return None
 
 
-def _values(parts: Sequence[Part]) -> set[Any] | None:
+def _values(parts: Sequence[SchemaPart]) -> set[Any] | None:
     """The values allowed by const and enum; None if there are neither."""
     sets = [{keywords.equality_key(part.get("const"))} for part in parts if part.has("const")]
     sets += [set(map(keywords.equality_key, part.get("enum"))) for part in parts if part.has("enum")]
     return set.intersection(*sets) if sets else None
 
 
-def _are_disjoint(reader: Reader, one: Sequence[Part], other: Sequence[Part], depth: int) -> bool:
+def _are_disjoint(
+    normalizer: SchemaNormalizer, one: Sequence[SchemaPart], other: Sequence[SchemaPart], depth: int
+) -> bool:
     """Whether no value matches both, as far as this is easy to tell."""
-    reader.work(len(one) + len(other))
-    types = reader.types([*one, *other])
+    normalizer.work(len(one) + len(other))
+    types = normalizer.types([*one, *other])
     if not types:
         return True
     a, b = _values(one), _values(other)
@@ -79,7 +83,7 @@ def _are_disjoint(reader: Reader, one: Sequence[Part], other: Sequence[Part], de
     for this, that in ((one, other), (other, one)):
         for part in this:
             options = part.get("anyOf") or part.get("oneOf")
-            if options and all(_is_disjoint_from(reader, [option], that, depth - 1) for option in options):
+            if options and all(_is_disjoint_from(normalizer, [option], that, depth - 1) for option in options):
                 return True
     if types <= {"integer", "number"}:
         said = [{key: part.node[key] for key in part.node if part.has(key)} for part in (*one, *other)]
@@ -89,7 +93,10 @@ def _are_disjoint(reader: Reader, one: Sequence[Part], other: Sequence[Part], de
         )
     return types == {"object"} and any(
         _is_disjoint_from(
-            reader, reader.property_schemas(one, name), reader.parts(reader.property_schemas(other, name)), depth - 1
+            normalizer,
+            normalizer.property_schemas(one, name),
+            normalizer.parts(normalizer.property_schemas(other, name)),
+            depth - 1,
         )
         for name in {name for part in (*one, *other) for name in part.get("required", ())}
     )
@@ -103,6 +110,8 @@ def _is_of(value: Any, types: set[str]) -> bool:
     return _TYPES[name] in types
 
 
-def _is_disjoint_from(reader: Reader, schemas: Sequence[Any], parts: Sequence[Part] | None, depth: int) -> bool:
-    said = reader.parts(schemas)
-    return said is None or parts is None or _are_disjoint(reader, said, parts, depth)
+def _is_disjoint_from(
+    normalizer: SchemaNormalizer, schemas: Sequence[Any], parts: Sequence[SchemaPart] | None, depth: int
+) -> bool:
+    said = normalizer.parts(schemas)
+    return said is None or parts is None or _are_disjoint(normalizer, said, parts, depth)

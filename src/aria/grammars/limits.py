@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+
+from aria.json_walk import iter_containers, trail_keys
 
 MAX_DEPTH = 100
 """Nesting of lists and objects. JSON parsers recurse, and llguidance rejects more than 127 levels."""
@@ -131,29 +134,20 @@ def _without_tens(divisor: float) -> int:
 
 def _containers(value: Any, most: float) -> Iterator[tuple[Any, Pointer]]:
     """Iterate over the objects and lists of a JSON document, each with a function that returns its JSON pointer."""
-    waiting: list[tuple[Any, Any, int]] = [(value, None, 1)]
     count = 1
-    while waiting:
-        node, trail, depth = waiting.pop()
-        if not isinstance(node, dict | list | tuple):
-            continue
+    for node, trail, depth in iter_containers(value):
         if depth > MAX_DEPTH:
             raise ValueError(
                 f"it is nested too deeply: over {MAX_DEPTH} lists and objects inside each other, at "
-                f"{_pointer(trail):.200}; in a schema, define inner parts under $defs and refer to them"
+                f"{_pointer(trail)}; in a schema, define inner parts under $defs and refer to them"
             )
         count += len(node)
         if count > most:
             raise ValueError(f"it has over {most:,} values; make it smaller")
-        yield node, lambda trail=trail: f"{_pointer(trail):.200}"  # type: ignore[misc]  # mypy cannot infer defaults
-        members = node.items() if isinstance(node, dict) else enumerate(node)
-        waiting += [(one, (trail, key), depth + 1) for key, one in members if isinstance(one, dict | list | tuple)]
+        yield node, partial(_pointer, trail)
 
 
 def _pointer(trail: Any) -> str:
     """``((None, "items"), 0)`` -> ``#/items/0``."""
-    keys = []
-    while trail is not None:
-        trail, key = trail
-        keys.append(str(key)[:60].replace("~", "~0").replace("/", "~1"))
-    return "/".join(["#", *reversed(keys)])
+    keys = [str(key)[:60].replace("~", "~0").replace("/", "~1") for key in trail_keys(trail)]
+    return "/".join(["#", *keys])[:200]

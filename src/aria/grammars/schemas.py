@@ -39,7 +39,7 @@ _INLINE = 16
 """Nesting depth of inline values. Deeper ones become definitions, because JSON parsers limit nesting."""
 
 
-class Part(NamedTuple):
+class SchemaPart(NamedTuple):
     """The constraints of one subschema on a value, without the keywords that are already handled."""
 
     node: dict[str, Any]
@@ -65,15 +65,15 @@ def normalize(schema: Any) -> Any:
     Raises:
         ValueError: Not a JSON schema, an unsupported keyword (named with its place), or no value matches it.
     """
-    reader = Reader(Resources(schema))
-    found = run(reader.value([schema]))
+    normalizer = SchemaNormalizer(Resources(schema))
+    found = run(normalizer.value([schema]))
     if found is False:
-        where = f"; the constraints at {reader.unfit} contradict each other" if reader.unfit else ""
+        where = f"; the constraints at {normalizer.unfit} contradict each other" if normalizer.unfit else ""
         raise ValueError(f"no JSON value matches it{where}")
-    return found if found is True else {**found, "$defs": reader.definitions}
+    return found if found is True else {**found, "$defs": normalizer.definitions}
 
 
-class Reader:
+class SchemaNormalizer:
     """Normalizes the values of one schema."""
 
     def __init__(self, resources: Resources):
@@ -133,9 +133,9 @@ class Reader:
     def _reference(self, key: Any) -> dict[str, str]:
         return {"$ref": f"#/$defs/{self._names.setdefault(key, f'd{len(self._names)}')}"}
 
-    def parts(self, schemas: Iterable[Any]) -> list[Part] | None:
+    def parts(self, schemas: Iterable[Any]) -> list[SchemaPart] | None:
         """All constraints on a value outside of alternatives; None if no value matches."""
-        found: dict[Any, Part] = {}
+        found: dict[Any, SchemaPart] = {}
         nothing: frozenset[int] = frozenset()
         waiting = [(schema, nothing) for schema in schemas][::-1]
         while waiting:
@@ -144,7 +144,7 @@ class Reader:
                 if not one:
                     return None
                 continue
-            part = one if isinstance(one, Part) else Part(one)
+            part = one if isinstance(one, SchemaPart) else SchemaPart(one)
             key = id(part.node), part.without
             self.resources.clean(part.node)
             if id(part.node) in above:
@@ -162,7 +162,7 @@ class Reader:
                 waiting += [(schema, above) for schema in reversed(part.node["allOf"])]
         return [part for part in found.values() if any(part.has(name) for name in part.node if name in CONSTRAINING)]
 
-    def types(self, parts: Sequence[Part]) -> set[str]:
+    def types(self, parts: Sequence[SchemaPart]) -> set[str]:
         """Types that are allowed; "number" implies "integer"."""
         left = set(TYPES)
         for part in parts:
@@ -176,7 +176,7 @@ class Reader:
                 left = {"array"}
         return left - {"integer"} if "number" in left else left
 
-    def _described(self, parts: list[Part]) -> Steps:
+    def _described(self, parts: list[SchemaPart]) -> Steps:
         for part in parts:
             for name in ("anyOf", "oneOf"):
                 if part.has(name):
@@ -194,12 +194,15 @@ class Reader:
                 options.append((yield from self._typed(parts, name)))
         return any_of(options)
 
-    def _with_keywords(self, parts: Sequence[Part], names: Iterable[str]) -> list[Part]:
+    def _with_keywords(self, parts: Sequence[SchemaPart], names: Iterable[str]) -> list[SchemaPart]:
         return [part for part in parts if part.has(*names)]
 
-    def _alternatives(self, parts: list[Part], at: Part, name: str) -> Steps:
+    def _alternatives(self, parts: list[SchemaPart], at: SchemaPart, name: str) -> Steps:
         # allOf and $ref are already expanded.
-        rest = [Part(part.node, part.without | {"allOf", "$ref"} | ({name} if part is at else set())) for part in parts]
+        rest = [
+            SchemaPart(part.node, part.without | {"allOf", "$ref"} | ({name} if part is at else set()))
+            for part in parts
+        ]
         branches = [[branch] for branch in at.node[name]]
         if name == "oneOf":
             branches = exclusive.branches(self, branches, self.resources.place(at.node))
@@ -211,7 +214,7 @@ class Reader:
             options.append((yield self.value([*branch, *rest] if first else [*rest, *branch])))
         return any_of(options)
 
-    def _enumerated(self, parts: list[Part], types: set[str]) -> Steps:
+    def _enumerated(self, parts: list[SchemaPart], types: set[str]) -> Steps:
         """Values of const and enum that match all other constraints."""
         lists = [[part.get("const")] if part.has("const") else part.get("enum") for part in parts
                  if part.has("const", "enum")]  # fmt: skip
@@ -242,7 +245,7 @@ class Reader:
                 options += [_constant(value) for value in values]
         return any_of(options)
 
-    def _in_bounds(self, parts: list[Part], value: float) -> bool:
+    def _in_bounds(self, parts: list[SchemaPart], value: float) -> bool:
         exact = Fraction(value)
         return all(
             (not part.has("minimum") or exact >= Fraction(part.get("minimum")))
@@ -255,7 +258,7 @@ class Reader:
 
     # Values of one type
 
-    def _typed(self, parts: Sequence[Part], name: str, *, closed: bool = True) -> Steps:
+    def _typed(self, parts: Sequence[SchemaPart], name: str, *, closed: bool = True) -> Steps:
         if name in ("integer", "number"):
             try:
                 return numeric([{key: part.node[key] for key in part.node if part.has(key)} for part in parts],
@@ -268,7 +271,7 @@ class Reader:
             return (yield from self._array(parts))
         return (yield from self._object(parts, closed)) if name == "object" else {"type": name}
 
-    def _string(self, parts: Sequence[Part]) -> Any:
+    def _string(self, parts: Sequence[SchemaPart]) -> Any:
         found: dict[str, Any] = {"type": "string", **_sizes(parts, "minLength", "maxLength")}
         if found.get("minLength", 0) > found.get("maxLength", math.inf):
             return False
@@ -280,7 +283,7 @@ class Reader:
             return found | dict(iter(said))
         return {"allOf": [found, *({"type": "string", key: value} for key, value in said)]}
 
-    def _array(self, parts: Sequence[Part]) -> Steps:
+    def _array(self, parts: Sequence[SchemaPart]) -> Steps:
         found: dict[str, Any] = {"type": "array", **_sizes(parts, "minItems", "maxItems")}
         lists = [(part.get("prefixItems", []), part.get("items", True)) for part in parts]
         prefix = []
@@ -296,7 +299,7 @@ class Reader:
             return False
         return {**found, **({"prefixItems": prefix} if prefix else {}), "items": items}
 
-    def _object(self, parts: Sequence[Part], closed: bool) -> Steps:
+    def _object(self, parts: Sequence[SchemaPart], closed: bool) -> Steps:
         names = dict.fromkeys(name for part in parts for name in part.get("properties", ()))
         required = dict.fromkeys(name for part in parts for name in part.get("required", ()))
         patterns = dict.fromkeys(pattern for part in parts for pattern in part.get("patternProperties", ()))
@@ -328,7 +331,7 @@ class Reader:
         sizes = _sizes(parts, "minProperties", "maxProperties")
         return self._counted(found, sizes, parts) if sizes else found
 
-    def property_schemas(self, parts: Sequence[Part], name: str, *, is_pattern: bool = False) -> list[Any]:
+    def property_schemas(self, parts: Sequence[SchemaPart], name: str, *, is_pattern: bool = False) -> list[Any]:
         """All schemas that apply to a property, or to those that match a pattern."""
         said = []
         self.work(len(parts))
@@ -373,7 +376,7 @@ class Reader:
         self._names_within[id(schema)] = found
         return found
 
-    def _counted(self, found: dict[str, Any], sizes: dict[str, int], parts: Sequence[Part]) -> Any:
+    def _counted(self, found: dict[str, Any], sizes: dict[str, int], parts: Sequence[SchemaPart]) -> Any:
         """Apply minProperties and maxProperties."""
         place = self.resources.place(parts[0].node)
         properties, required = found["properties"], found["required"]
@@ -452,7 +455,7 @@ def _constant(value: Any) -> dict[str, Any]:
     return {"x-number": str(int(value))}
 
 
-def _sizes(parts: Sequence[Part], least: str, most: str) -> dict[str, int]:
+def _sizes(parts: Sequence[SchemaPart], least: str, most: str) -> dict[str, int]:
     """The tightest of the size limits."""
     found = {}
     if low := [int(part.get(least)) for part in parts if part.has(least)]:

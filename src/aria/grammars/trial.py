@@ -234,10 +234,10 @@ def _tokenizer() -> LLTokenizer:
     """A small vocabulary: every byte, and short runs of JSON punctuation."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    return LLTokenizer(TokenizerWrapper(_Vocabulary()), n_vocab=len(_VOCABULARY) + 1)
+    return LLTokenizer(TokenizerWrapper(_TrialVocabulary()), n_vocab=len(_VOCABULARY) + 1)
 
 
-class _Vocabulary:
+class _TrialVocabulary:
     """The tokenizer interface that llguidance expects."""
 
     bos_token_id = None

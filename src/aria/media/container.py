@@ -274,7 +274,7 @@ def _has_timestamps(container: Any, stream: Any, times: Sequence[int | None]) ->
     return not (container.format.name == "avi" and stream.codec_context.has_b_frames and rising)
 
 
-class Decoder:
+class ClipDecoder:
     """Decodes frames of a clip at given times.
 
     Args:
@@ -307,7 +307,7 @@ class Decoder:
         self._files = contextlib.ExitStack()
         self._container: Any = None
 
-    def __enter__(self) -> Decoder:
+    def __enter__(self) -> ClipDecoder:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from aria.media.animation import animation_format, decode_animation, scan_webp
-from aria.media.container import Decoder, DecodeRun, Fit, MediaFile, ReadDeadline, Timeline, scan
+from aria.media.container import ClipDecoder, DecodeRun, Fit, MediaFile, ReadDeadline, Timeline, scan
 from aria.media.limits import JobFile, MediaSettings, available_cores
 from aria.media.progress import ProgressCounter, forward_progress
 from aria.media.rgb import write_sizes
@@ -151,7 +151,7 @@ def decode(
     def work(_: int) -> None:
         # Spare cores are used as codec threads within the runs.
         share = max(1, threads // decoders)
-        with Decoder(clip, plan.untimed, fit, share, settings, deadline, gpu, progress) as decoder:
+        with ClipDecoder(clip, plan.untimed, fit, share, settings, deadline, gpu, progress) as decoder:
             while True:
                 with turn:
                     run = next(waiting, None)
