@@ -90,7 +90,7 @@ TUNED = {
         {"F_BLOCK": 64, "E_BLOCK": 1, "R_BLOCK": 16, "num_stages": 3, "num_warps": 4},
     ],
 }
-"""What was fastest on an H100 (docs/kernels.md)."""
+"""What was fastest on an H100 (docs/lab/kernels.md)."""
 
 
 @pytest.mark.slow

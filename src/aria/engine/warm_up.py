@@ -18,7 +18,7 @@ from aria.engine.sampling_params import SamplingParams
 from aria.processor.image_inputs import ImageSpan
 
 FEW_TOKENS = 272
-"""Up to about so many tokens, tiles depend on how many there are (docs/kernels.md)."""
+"""Up to about so many tokens, tiles depend on how many there are (docs/lab/kernels.md)."""
 MANY_TOKENS = 300, 700, 2500, 4200, 8300
 """Of each kind of larger steps: rows to an expert, tokens to a block of the router, and cuDNN's share of attention."""
 

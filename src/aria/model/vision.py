@@ -23,7 +23,7 @@ MLP_PATCHES = 30_000
 """Patches that go through an MLP at once in inference. More are no faster, and need more memory between products."""
 
 CUT_ROUNDS = 4
-"""Whole rounds of tiles after which :func:`_add_product` cuts; with more, the last matters less (docs/kernels.md)."""
+"""Whole rounds of tiles after which :func:`_add_product` cuts; with more, the last matters less (docs/lab/kernels.md)."""
 
 
 @cache

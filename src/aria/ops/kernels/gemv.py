@@ -227,7 +227,7 @@ def _down_kernel(
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Tiles as measured on an H100 (docs/kernels.md); the middle one is for weights all of which fit into registers.
+# Tiles as measured on an H100 (docs/lab/kernels.md); the middle one is for weights all of which fit into registers.
 _MATVEC = {"BLOCK_O": 8, "BLOCK_I": 512, "HELD": 2, "STAGES": 4, "num_warps": 4}
 _MATVEC_SMALL = {"BLOCK_O": 8, "BLOCK_I": 512, "HELD": 5, "STAGES": 3, "num_warps": 4}
 _ROUTER = {"BLOCK_O": 1, "BLOCK_I": 512, "HELD": 5, "STAGES": 3, "num_warps": 4}

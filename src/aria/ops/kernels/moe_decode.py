@@ -279,7 +279,7 @@ def _combine_kernel(
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# Tiles as measured on an H100 (docs/kernels.md).
+# Tiles as measured on an H100 (docs/lab/kernels.md).
 _ROUTER = {"BLOCK_E": 8, "BLOCK_T": 1, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4}
 _ROUTER_MANY = {"BLOCK_E": 8, "BLOCK_T": 4, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
 _LISTS = {"BLOCK_T": 64, "num_warps": 8}

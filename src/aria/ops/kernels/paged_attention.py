@@ -41,7 +41,7 @@ _WARPS = 4
 
 
 def _tuning(sequences: int) -> _Tuning:
-    """What was fastest on an H100 from 128 to 65,536 tokens; see docs/kernels.md."""
+    """What was fastest on an H100 from 128 to 65,536 tokens; see docs/lab/kernels.md."""
     if sequences == 1:
         return _Tuning(64, 1, 6, None)
     return _Tuning(64, 2, 8, 128) if sequences <= 16 else _Tuning(32, 2, 12, None)

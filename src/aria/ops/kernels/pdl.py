@@ -34,7 +34,7 @@ def release(PDL: tl.constexpr):
     What follows a kernel that comes here first is on its way as soon as there is room. That pays where a program holds
     so many registers that few fit on a processor. Small programs that come much too early settle where there is room
     just then, on a few processors, and the even spread over all of them is worth more: theirs belongs behind the long
-    loop (docs/kernels.md).
+    loop (docs/lab/kernels.md).
     """
     if PDL:
         gdc_launch_dependents()

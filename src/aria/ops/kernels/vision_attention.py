@@ -35,7 +35,7 @@ _KEYS = 128
 _STAGES = 4
 """Tiles of keys and values under way."""
 _SPEED = {3: 1.0, 2: 0.91}
-"""Groups of four warps, and how fast they are together where all of them are busy (docs/kernels.md)."""
+"""Groups of four warps, and how fast they are together where all of them are busy (docs/lab/kernels.md)."""
 _LOW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _HIGH_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=3)
 
