@@ -1,7 +1,7 @@
 """Aria: vision encoder, projector and decoder reading one packed stream of tokens.
 
-T tokens, D hidden, V vocabulary, Q picture tokens of all crops end to end, E experts, L layers.
-Parameters carry the names of today's Hub layout.
+T tokens, D hidden, V vocabulary, Q image tokens of all crops end to end, E experts, L layers.
+Parameters have the names of the current Hub layout.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from aria.model.vision import VisionTower
 
 
 class Output(NamedTuple):
-    """What one pass of the decoder gives."""
+    """Result of one pass of the decoder."""
 
     hidden: Tensor
     """``(T, D)``, after the final norm."""
     router_logits: tuple[Tensor, ...]
-    """``(T, E)`` of each of the L layers; empty where fused kernels ran and they were not asked for."""
+    """``(T, E)`` for each of the L layers; empty if fused operations ran and they were not requested."""
 
 
 class Aria(nn.Module):
-    """The model itself, on one device."""
+    """The model, on one device."""
 
     def __init__(self, config: AriaConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class Aria(nn.Module):
         seed: int = 0,
         std: float = 0.02,
     ) -> Aria:
-        """A model with random weights made straight on the device: matrices normal, norms one, biases zero."""
+        """A model with random weights created on the device: matrices normal, norms one, biases zero."""
         with torch.device("meta"):
             model = cls(config).to(dtype or config.dtype)
         device = torch.device(device or "cpu")
@@ -66,14 +66,14 @@ class Aria(nn.Module):
         return model.eval()
 
     def encode_images(self, patches: PackedPatches) -> Tensor:
-        """Crops -> picture tokens ``(Q, D)``, crop after crop."""
+        """Crops -> image tokens ``(Q, D)``, crop after crop."""
         hidden = self.vision_tower(patches)
         return self.multi_modal_projector(hidden, patches.segments, patches.grid_patches)
 
     def embed(self, input_ids_T: Tensor, image_features_QD: Tensor | None = None) -> Tensor:
-        """Token embeddings ``(T, D)`` with picture tokens in the places of the image token, in order.
+        """Token embeddings ``(T, D)`` with image tokens in place of the placeholder tokens, in order.
 
-        The number of places must be Q; the callers check it where ids are still on the host.
+        The number of placeholders must be Q; callers check it while the ids are still on the host.
         """
         x_TD = self.language_model.model.embed_tokens(input_ids_T)
         if image_features_QD is None:
@@ -90,9 +90,9 @@ class Aria(nn.Module):
         router_logits: bool = False,
         states: list[Tensor] | None = None,
     ) -> Output:
-        """One pass of the decoder over packed tokens; :meth:`logits` gives scores for the rows that need them.
+        """One pass of the decoder over packed tokens; call :meth:`logits` on the rows that need them.
 
-        ``states`` gets what goes into each layer, ``(T, D)``.
+        The input of each layer, ``(T, D)``, is appended to ``states``.
         """
         x_TD = self.embed(input_ids_T, image_features_QD)
         return self.decode(x_TD, context, router_logits=router_logits, states=states)
@@ -100,23 +100,23 @@ class Aria(nn.Module):
     def decode(
         self, x_TD: Tensor, context: Context, *, router_logits: bool = False, states: list[Tensor] | None = None
     ) -> Output:
-        """The same on embeddings."""
+        """The same from embeddings."""
         return Output(*self.language_model.model(x_TD, context, router_logits, states))
 
     def lay_out(self) -> Aria:
-        """Arrange weights in memory as the inference kernels read them; names, shapes and values stay. Returns itself.
+        """Arrange weights in memory as the inference kernels read them; names, shapes and values stay the same.
 
-        Takes a moment of each module's weights in memory once more, a module at a time.
+        Needs memory for a second copy of one module's weights at a time. Returns itself.
         """
         modules = [module for module in self.modules() if module is not self]
-        for module in reversed(modules):  # children before their parents, which look at how these lie
+        for module in reversed(modules):  # children before their parents, which look at their layout
             lay_out = getattr(module, "lay_out", None)
             if callable(lay_out):
                 lay_out()
         return self
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Scores ``(T, V)`` of the next token."""
+        """Logits ``(T, V)`` of the next token."""
         head = self.language_model.lm_head
         plain = ops.inference_kernels(hidden_TD) and not isinstance(head, LoRALinear)
         return ops.linear(hidden_TD, head.weight) if plain else head(hidden_TD)

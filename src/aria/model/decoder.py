@@ -19,7 +19,7 @@ from aria.ops import MoEWeights
 
 
 class Attention(nn.Module):
-    """Projections around :meth:`Context.attend`, which rotates, remembers and attends."""
+    """Projections around :meth:`Context.attend`, which rotates, caches and attends."""
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -43,6 +43,8 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and a mixture of experts, each behind a norm and added to the residual stream."""
+
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -57,14 +59,14 @@ class DecoderLayer(nn.Module):
         return x_TD + out_TD, router_logits_TE
 
     def infer(self, x_TD: Tensor, context: Context) -> Tensor:
-        """The same without gradients and without the router's logits, in three fused operations."""
+        """The same without gradients and router logits, in three fused operations."""
         adapters = context.adapters if isinstance(context, Paged) else None
         attended_THK = context.attend(self.self_attn.layer, *self._project(x_TD, adapters))
         return self._finish_layer(x_TD, attended_THK, adapters)
 
     def infer_sampled(self, x_TD: Tensor, context: Paged) -> Tensor:
-        """The last layer's :meth:`infer`: only the tokens that are sampled from come out, ``(R, D)``."""
-        assert context.sampled is not None, "the context does not say what is sampled from"
+        """The last layer's :meth:`infer`: returns only the tokens that are sampled from, ``(R, D)``."""
+        assert context.sampled is not None, "the context does not say which tokens are sampled from"
         adapters = context.adapters
         attended_RHK = context.attend_sampled(self.self_attn.layer, *self._project(x_TD, adapters))
         sampled = None if adapters is None else adapters.at(context.sampled)
@@ -130,16 +132,23 @@ class Decoder(nn.Module):
     def forward(
         self, x_TD: Tensor, context: Context, router_logits: bool = False, states: list[Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns normed hidden states ``(T, D)``, and each layer's router logits ``(T, E)``.
+        """Run all layers.
 
-        ``states`` gets what goes into each layer, ``(T, D)``.
+        Args:
+            x_TD: Embeddings.
+            context: Where keys and values live.
+            router_logits: Whether to return router logits, which the fused operations of inference do not compute.
+            states: A list to which the input of each layer is appended, ``(T, D)``.
 
-        Where the context says which tokens are sampled from, the hidden states are theirs alone. The fused kernels of
-        inference do not give the logits: the tuple is then empty, unless they are asked for.
+        Returns:
+            Normed hidden states ``(T, D)``, of the tokens that are sampled from alone if the context names them, and
+            each layer's router logits ``(T, E)``, or none.
         """
         paged = context if isinstance(context, Paged) and context.sampled is not None else None
         stacked = isinstance(context, Paged) and context.adapters is not None
-        assert not (stacked and (self.has_lora or router_logits)), "adapters of a step go beside plain weights only"
+        assert not (stacked and (self.has_lora or router_logits)), (
+            "a batch of adapters needs a base model without LoRA modules"
+        )
         if (stacked or self.fused(x_TD)) and not router_logits:
             *first, last = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
             for layer in first:

@@ -1,4 +1,4 @@
-"""Layers that several organs share."""
+"""Layers that several components share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aria import ops
 
 @torch.no_grad()
 def join(*linears: nn.Linear) -> None:
-    """Put the weights of linears next to each other in memory, so that one product serves all; biases likewise."""
+    """Make the weights of linear layers adjacent in memory, so that one product serves all; biases likewise."""
     weights: list[Tensor] = [linear.weight for linear in linears]
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     for group in (weights, biases):

@@ -1,4 +1,4 @@
-"""The mixture of experts (paper section 2.2): a router, fine-grained routed experts, shared experts for all tokens.
+"""The mixture of experts (paper section 2.2): a router, fine-grained routed experts, and shared experts for all tokens.
 
 T tokens, D hidden, E experts, A experts per token, F expert width.
 """
@@ -17,7 +17,7 @@ from aria.ops import ExpertWeights, LoRA
 
 
 class Router(nn.Module):
-    """Scores of every expert for every token."""
+    """Logits of every expert for every token."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -38,14 +38,14 @@ class GroupedLinear(nn.Module):
         self.adapter: LoRAModule | None = None
 
     def lora(self) -> LoRA | None:
-        """What its adapter adds, if it has one."""
+        """Its LoRA weights, if it has any."""
         return None if self.adapter is None else self.adapter.lora()
 
     @torch.no_grad()
     def lay_out(self) -> None:
-        """Keep the shape, but let the weights of one output lie together in memory, as those of a linear layer do.
+        """Keep the shape, but make the weights of each output contiguous in memory, as in a linear layer.
 
-        A matrix-vector product then reads 2.78 TB/s on an H100, where the checkpoints' order gives 2.46.
+        A matrix-vector product then reads 2.78 TB/s on an H100, against 2.46 in the order of checkpoints.
         """
         if not self.weight.mT.is_contiguous():
             self.weight.data = self.weight.mT.contiguous().mT
@@ -83,6 +83,8 @@ class SharedExperts(nn.Module):
 
 
 class MoE(nn.Module):
+    """Router, routed experts and shared experts."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.top_k = config.moe_topk

@@ -1,4 +1,4 @@
-"""The projector: learned queries read a crop's patches and become tokens of the decoder (paper section 2.1).
+"""The projector: learned queries attend to a crop's patches and become image tokens (paper section 2.1).
 
 P patches, C crops, Q queries of all crops end to end, D vision hidden, H heads, K head width, O decoder hidden.
 """
@@ -17,8 +17,8 @@ from aria.ops import Segments
 class CrossAttention(nn.Module):
     """Queries attend to patches.
 
-    The checkpoints project q, k and v twice, first without a bias, then inside an ``nn.MultiheadAttention`` with one;
-    the second pair is kept under that module's names, its arithmetic is ours. There is no residual connection.
+    The checkpoints project q, k and v twice, first without a bias, then with one inside an ``nn.MultiheadAttention``;
+    the second projections keep that module's names, but are computed here. There is no residual connection.
     """
 
     has_lora = False
@@ -35,17 +35,17 @@ class CrossAttention(nn.Module):
         self.layer_norm_kv = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def forward(self, x_PD: Tensor, query_ND: Tensor, rows_Q: Tensor, queries: Segments, patches: Segments) -> Tensor:
-        """``query_ND`` is the learned table; ``rows_Q`` says which of its rows each query of each crop is."""
+        """Attend from rows ``rows_Q`` of the learned table ``query_ND``, crop after crop, to the patches ``x_PD``."""
         inner = self.multihead_attn
         wq, wk, wv = inner.in_proj_weight.chunk(3)
         bq, bk, bv = inner.in_proj_bias.chunk(3)
-        # The same few rows serve every crop, so they are projected once and then spread.
+        # The same few rows serve every crop, so they are projected once and then repeated.
         q = F.linear(self.q_proj(self.layer_norm(query_ND)), wq, bq)[rows_Q]
         norm = self.layer_norm_kv
         x_PD = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps)
         if ops.inference_kernels(x_PD) and not self.has_lora:
-            # Two linears in a row are one, whose weight costs far less than a pass over the patches. Not so for values:
-            # what the rounding of that weight adds is the same for all patches, and averages over them do not lose it.
+            # Two consecutive linear layers are one, and computing its weight costs far less than a pass over patches.
+            # Not for values: the rounding error of that weight is the same for all patches, so averages keep it.
             k = F.linear(x_PD, wk @ self.k_proj.weight, bk)
         else:
             k = F.linear(self.k_proj(x_PD), wk, bk)
@@ -56,6 +56,8 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with GELU between them, into the decoder's width."""
+
     def __init__(self, config: ProjectorConfig):
         super().__init__()
         self.linear_in = nn.Linear(config.hidden_size, config.output_size, bias=False)
@@ -66,7 +68,7 @@ class FeedForward(nn.Module):
 
 
 class Projector(nn.Module):
-    """Hidden states of patches -> tokens of the decoder."""
+    """Hidden states of patches -> image tokens."""
 
     def __init__(self, config: ProjectorConfig):
         super().__init__()
@@ -77,18 +79,18 @@ class Projector(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_PD: Tensor, patches: Segments, grid_patches: tuple[int, ...]) -> Tensor:
-        """Read crops.
+        """Project crops.
 
         Args:
-            x_PD: output of the vision tower.
-            patches: valid patches of each crop.
-            grid_patches: patches of each crop with its padding.
+            x_PD: Output of the vision tower.
+            patches: Real patches of each crop.
+            grid_patches: Patches of each crop with its padding.
 
         Returns:
-            ``(Q, O)``, the queries of each crop one after another.
+            ``(Q, O)``, the image tokens of each crop one after another.
 
         Raises:
-            ValueError: a crop's size is not in the projector's table.
+            ValueError: A crop's size is not in the projector's table.
         """
         queries = Segments.of([self.config.queries_for(n) for n in grid_patches], x_PD.device)
         attended = self.cross_attn(x_PD, self.query, queries.positions(), queries, patches)

@@ -1,6 +1,6 @@
 """The vision encoder: a ViT over packed patches (paper section 2.1; SigLIP-SO400M's shape, NaViT's positions).
 
-P patches of all crops end to end, C crops, D hidden, H heads, K head width. Patches that are only padding are left out
+P patches of all crops end to end, C crops, D hidden, H heads, K head width. Patches that are only padding are removed
 before the first layer. There is no final LayerNorm: the projector reads the last layer's raw output.
 """
 
@@ -20,15 +20,16 @@ from aria.model.patches import PackedPatches
 from aria.ops import Segments
 
 MLP_PATCHES = 30_000
-"""Patches that go through an MLP at once in inference. More are no faster, and need more memory between products."""
+"""Patches that an MLP takes at once in inference. More are no faster, and need more memory between products."""
 
 CUT_ROUNDS = 4
-"""Whole rounds of tiles after which :func:`_add_product` cuts; with more, the last matters less (docs/lab/kernels.md)."""
+"""Whole rounds of tiles at which :func:`_add_product` splits; with more, the last one matters less
+(docs/lab/kernels.md)."""
 
 
 @cache
 def _round_rows(columns: int, device: torch.device) -> int:
-    """Rows that give each multiprocessor one tile of 192 x 192; 0 where cutting by them was not measured."""
+    """Rows that give each multiprocessor one tile of 192 x 192; 0 on GPUs where splitting by them was not measured."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return 0
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -38,8 +39,8 @@ def _round_rows(columns: int, device: torch.device) -> int:
 def _add_product(x_PD: Tensor, y_PI: Tensor, weight_DI: Tensor) -> None:
     """``x += y @ weight.T`` in place, on Hopper perhaps in two parts.
 
-    Where the last of a few rounds of tiles would be about half empty (19,600 patches are 4.6 rounds), cuBLAS widens all
-    tiles beyond the matrix to save that round. Cut off, those rows leave the whole rounds tiles that fit.
+    If the last of a few rounds of tiles would be about half empty (19,600 patches are 4.6 rounds), cuBLAS widens all
+    tiles beyond the matrix to save that round. Without those rows, the whole rounds use tiles that fit.
     """
     rows = _round_rows(len(weight_DI), x_PD.device)
     rounds, rest = divmod(len(x_PD), rows) if rows else (0, 0)
@@ -50,12 +51,12 @@ def _add_product(x_PD: Tensor, y_PI: Tensor, weight_DI: Tensor) -> None:
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches -> hidden states, with a learned vector for each position added."""
+    """Patches -> hidden states, plus a learned vector for each position."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         size, p = config.hidden_size, config.patch_size
-        # A convolution in the checkpoints; on cut patches it is one matrix product.
+        # A convolution in the checkpoints; on patches it is one matrix product.
         self.patch_embedding = nn.Conv2d(config.num_channels, size, kernel_size=p, stride=p)
         self.position_embedding = nn.Embedding(config.patches_per_side**2, size)
 
@@ -82,7 +83,7 @@ class VisionAttention(nn.Module):
         return self.out_proj(self.attend(x_PD, segments))
 
     def attend(self, x_PD: Tensor, segments: Segments) -> Tensor:
-        """What the heads read, side by side, before ``out_proj``: ``(P, D)``."""
+        """Outputs of all heads, side by side, before ``out_proj``: ``(P, D)``."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in self._project(x_PD))
         return ops.attention(q, k, v, segments, segments, causal=False).flatten(1)
 
@@ -99,6 +100,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Two linear layers with GELU between them."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -123,10 +126,10 @@ class VisionLayer(nn.Module):
         return x_PD + self.mlp(self.layer_norm2(x_PD))
 
     def infer(self, x_PD: Tensor, segments: Segments, shift_2D: Tensor) -> None:
-        """The same without gradients, added to ``x_PD`` in place, but for the biases of ``out_proj`` and ``fc2``.
+        """The same without gradients, added to ``x_PD`` in place, except for the biases of ``out_proj`` and ``fc2``.
 
-        A bias is one vector for all patches. Left out of x, it costs no pass over it: ``shift_2D`` (float32) is the sum
-        of those left out before either half, and goes in where a norm reads x.
+        A bias is one vector for all patches. Left out of x, it costs no pass over x: ``shift_2D`` (float32) is the sum
+        of the biases left out before each half, and is added where a norm reads x.
         """
         norm, attention = self.layer_norm1, self.self_attn
         normed = ops.layer_norm(x_PD, norm.weight, norm.bias, norm.eps, shift_2D[0])
@@ -139,7 +142,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The stack of layers, named as in the checkpoints."""
+    """The layers, named as in the checkpoints."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -147,7 +150,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of crops -> hidden states ``(P, D)``."""
+    """The vision encoder: patches of crops -> hidden states ``(P, D)``."""
 
     has_lora = False
 
@@ -165,12 +168,12 @@ class VisionTower(nn.Module):
         return x_PD
 
     def _infer(self, patches: PackedPatches) -> Tensor:
-        """:meth:`VisionLayer.infer` says which biases are added up here."""
+        """Without gradients; :meth:`VisionLayer.infer` says why biases are summed here."""
         patch, layers = self.embeddings.patch_embedding, cast("list[VisionLayer]", self.encoder.layers)
         biases = [bias for layer in layers for bias in (layer.self_attn.out_proj.bias, layer.mlp.fc2.bias)]
         shifts_BD = torch.stack([cast(Tensor, patch.bias), *biases]).float().cumsum(0)
         x_PD = self.embeddings.position_embedding(patches.positions)
-        # Rows of 588 values are not whole 16 bytes, for which there are only older, slower products.
+        # Rows of 588 values are not a multiple of 16 bytes, for which there are only older, slower products.
         pixels, weight = patches.pixels.to(x_PD.dtype), patch.weight.flatten(1)
         pixels, weight = (F.pad(x, (0, -x.shape[1] % 8)) for x in (pixels, weight))
         x_PD.addmm_(pixels, weight.t())
