@@ -77,7 +77,7 @@ def test_the_least_score_kept_is_that_of_sorting(dtype, programs, monkeypatch):
     logits[5, 7], logits[6, 7], logits[7] = 3e4, -3e4, 1.0
     N = len(rows)
     # With room as small as this, some rows find their bound among what they gathered, and others have to search on.
-    for name, value in (("BLOCK", 512), ("PEAKS", 256), ("ROOM", 512), ("LIKELIEST", 100), ("SEARCHING", programs)):
+    for name, value in (("BLOCK", 512), ("PEAKS", 256), ("CAPACITY", 512), ("LIKELIEST", 100), ("SEARCHING", programs)):
         monkeypatch.setattr(kernels, name, value)
     thresholds, counts = kernels.thresholds(logits, rows, state._table, state._banned, state._arrivals)
     assert counts[:, 2].tolist() == [0] * N

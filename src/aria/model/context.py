@@ -83,8 +83,8 @@ class PagedCache:
         self.angles = ops.rope_angles(max_positions, config.head_dim, config.rope_theta, device)
         """float32 ``(positions, K)``."""
         self.arrivals = torch.zeros(max_sequences * config.num_attention_heads, dtype=torch.int32, device=device)
-        """Counters of the kernels for decoding; between launches they are zeros. Each cache has its own, because engines
-        on streams of their own run at the same time."""
+        """Counters of the kernels for decoding; between launches they are zeros. Each cache has its own, because
+        engines on different streams run at the same time."""
         self.layers = tuple(
             PagedKV(self.keys[layer], self.values[layer], self.angles, self.arrivals)
             for layer in range(config.num_hidden_layers)

@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) beside the weights of linear layers and of grouped experts.
+"""LoRA weights (arXiv 2106.09685) beside the weights of linear layers and of grouped experts.
 
-R rank, E experts. What is adapted keeps its name, its weight and its place; the adapter is a module under it.
+R rank, E experts. A module with LoRA weights keeps its name, weight and place; the LoRA weights are a submodule.
 """
 
 from __future__ import annotations
@@ -18,31 +18,35 @@ from aria.ops.lora import lora_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """The shape of adapters; the defaults are the authors'."""
+    """Rank, scaling and dropout of LoRA weights; the defaults are those of the authors of Aria."""
 
     rank: int = 8
     """R."""
     alpha: float = 32.0
-    """The adapter counts ``alpha / rank`` times."""
+    """The LoRA term is scaled by ``alpha / rank``."""
     dropout: float = 0.05
-    """Share of the adapter's inputs that do not count, in training."""
+    """Dropout probability on the input of the LoRA term, in training."""
     rslora: bool = False
-    """Let it count ``alpha / sqrt(rank)`` times (arXiv 2312.03732), so that larger ranks do not learn more slowly."""
+    """Scale by ``alpha / sqrt(rank)`` (arXiv 2312.03732), so that larger ranks do not learn more slowly."""
 
     @property
     def scaling(self) -> float:
+        """Factor of the LoRA term."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoRAModule(nn.Module):
-    """A low-rank change of one weight; it changes nothing until it is trained.
+    """LoRA weights of one weight; they change nothing until they are trained.
 
-    ``a`` starts uniform within ``1 / sqrt(in)`` and ``b`` at zero, as in PEFT. Beside experts each matrix has that
-    bound too: the authors' code takes all of ``(in, R)`` for one fan-in, which makes it ``sqrt(R)`` times smaller.
+    ``a`` starts uniform within ``1 / sqrt(in)`` and ``b`` at zero, as in PEFT. Each expert's matrix has that bound too:
+    the authors' code uses all of ``(in, R)`` as the fan-in, which makes it ``sqrt(R)`` times smaller.
     """
 
     def __init__(self, weight: Tensor, settings: LoRASettings, dtype: torch.dtype | None = None):
-        """Beside a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts; ``dtype`` None: the weight's."""
+        """Make LoRA weights for a weight ``(out, in)``, or ``(E, in, out)`` of grouped experts.
+
+        ``dtype`` None is the weight's.
+        """
         super().__init__()
         self.settings, self.scaling, self.dropout = settings, settings.scaling, settings.dropout
         bound = 1 / math.sqrt(weight.shape[1])
@@ -51,24 +55,24 @@ class LoRAModule(nn.Module):
         self.a, self.b = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
 
     def lora(self) -> LoRA:
-        """As the operations take it; without dropout outside of training."""
+        """The weights as operations take them; without dropout outside training."""
         return LoRA(self.a, self.b, self.scaling, self.dropout if self.training else 0.0)
 
     @torch.no_grad()
     def change(self) -> Tensor:
-        """What it adds to the weight, float32, in the weight's shape."""
+        """The difference that merging adds to the weight, float32, in the weight's shape."""
         a, b = self.a.float(), self.b.float()
         return (b @ a if a.ndim == 2 else a @ b) * self.scaling
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter; shares weight and bias with the layer whose place it takes."""
+    """A linear layer with LoRA weights; shares weight and bias with the layer that it replaces."""
 
     adapter: LoRAModule
 
     @classmethod
     def of(cls, linear: nn.Linear, adapter: LoRAModule) -> LoRALinear:
-        """To be put in the place of ``linear``."""
+        """Make the replacement of ``linear``."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         made.weight, made.bias = linear.weight, linear.bias
@@ -80,7 +84,7 @@ class LoRALinear(nn.Linear):
 
 
 def apply_linears(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """Linear layers of one input; if all have adapters, these read it once, and may drop the same of it."""
+    """Apply linear layers to one input; if all have LoRA weights, these read it once, perhaps with the same dropout."""
     adapted = [linear for linear in linears if isinstance(linear, LoRALinear)]
     if len(adapted) < len(linears):
         return tuple(linear(x_TD) for linear in linears)
@@ -89,11 +93,12 @@ def apply_linears(x_TD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
 
 
 def attach_lora(model: nn.Module, name: str, settings: LoRASettings, dtype: torch.dtype | None = None) -> LoRAModule:
-    """Put a fresh adapter beside the weight of a module of ``model``, a linear layer or the grouped experts' ``fc1`` or
-    ``fc2``. All modules around it get ``has_lora``: kernels that read weights alone do not apply to them.
+    """Add fresh LoRA weights to a module of ``model``: a linear layer, or ``fc1`` or ``fc2`` of the grouped experts.
+
+    All modules that contain it get ``has_lora``: kernels that read weights alone do not apply to them.
 
     Raises:
-        ValueError: the module can have none, or has one.
+        ValueError: The module cannot have LoRA weights, or already has some.
     """
     *path, last = name.split(".")
     parent = model.get_submodule(".".join(path))
@@ -113,10 +118,10 @@ def attach_lora(model: nn.Module, name: str, settings: LoRASettings, dtype: torc
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """Names of modules that can have an adapter: linear layers and grouped experts.
+    """Names of modules that can have LoRA weights: linear layers and grouped experts.
 
-    Not what lies inside an ``nn.MultiheadAttention``: where transformers computes, its weights are read past the
-    module, and an adapter there would count here alone.
+    Not those inside an ``nn.MultiheadAttention``: transformers reads their weights without calling them, so that LoRA
+    weights would have an effect only here.
     """
     return [
         f"{name}.{child}"
@@ -132,6 +137,6 @@ def _able(parent: nn.Module, module: nn.Module) -> bool:
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRAModule]:
-    """All adapters of a model, by the names of the modules they are beside."""
+    """LoRA weights of a model, by the names of the modules that have them."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAModule))
     return {name.removesuffix(".adapter"): adapter for name, adapter in found}

@@ -1,4 +1,4 @@
-"""Several adapters beside one model's weights, for steps in which every token may have another one, or none.
+"""LoRA weights of several adapters beside one base model, for batches in which each token has its own adapter, or none.
 
 T tokens, D hidden, E experts, R ranks of all adapters together.
 """
@@ -17,7 +17,7 @@ from aria.ops.lora import check_lora
 LAYERS = "language_model.model.layers"
 HEAD = "language_model.lm_head"
 
-# What reads the same input is one product: the parts of a layer, and the modules that each stands for.
+# Modules that read the same input are one product: a part of the layer.
 PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -31,14 +31,14 @@ EXPERT_PARTS = MoEAdapters._fields[1:]
 
 
 class MultiLoRAWeights:
-    """What several adapters change in a decoder and its head, stacked by weight; the weights stay as they are.
+    """LoRA weights of several adapters for a decoder and its head, stacked by part; the base model is not changed.
 
     Args:
-        model: an :class:`~aria.model.Aria`, whose dtype and device the loras take.
-        adapters: of each adapter the low-rank changes by names of modules; the first is number 1.
+        model: An :class:`~aria.model.Aria`, whose dtype and device the LoRA weights get.
+        adapters: LoRA weights of each adapter by names of modules; the first adapter has the id 1.
 
     Raises:
-        ValueError: a name is no linear or grouped expert of the decoder, or a shape is not that of its weight.
+        ValueError: A name is not a linear layer or grouped expert of the decoder, or a shape does not fit its weight.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Mapping[str, LoRA]]):
@@ -63,47 +63,48 @@ class MultiLoRAWeights:
 
     @property
     def nbytes(self) -> int:
+        """Memory of all LoRA weights."""
         return sum(tensor.nbytes for lora in self._loras.values() for tensor in lora)
 
     @property
     def on_experts(self) -> bool:
-        """Whether any layer's mixture of experts is changed; fused kernels take that up to so many ranks and tokens."""
+        """Whether any layer's experts have LoRA weights, which fused kernels take up to some ranks and tokens."""
         return any(part in EXPERT_PARTS for _, part in self._loras)
 
     def of(self, layer: int, part: str) -> MultiLoRA | None:
-        """The lora of a layer's part, or of the head, ``(-1, "head")``; None where no adapter changes it."""
+        """LoRA weights of a part of a layer, or of the head, ``(-1, "head")``; None if no adapter has any."""
         return self._loras.get((layer, part))
 
 
 @dataclass(frozen=True)
 class AdapterBatch:
-    """The adapters of one step: whose each token is."""
+    """LoRA weights of all adapters, and the adapter of each token of a step."""
 
     loras: MultiLoRAWeights
     adapter_ids: Tensor
-    """int32 ``(T,)``: the number of each token's adapter, 0 for none."""
+    """int32 ``(T,)``: each token's adapter id; 0 is the base model."""
 
     def at(self, places: Tensor) -> AdapterBatch:
-        """The same for some of the tokens."""
+        """The batch of some of the tokens."""
         return replace(self, adapter_ids=self.adapter_ids.index_select(0, places))
 
     def add(self, layer: int, part: str, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """``y`` and what each token's adapter makes of ``x`` in this part; ``y`` itself where none changes it."""
+        """``y`` plus each token's LoRA term of this part for the input ``x``; ``y`` itself if there is none."""
         lora = self.loras.of(layer, part)
         return y_TO if lora is None else ops.multi_lora_linear_add(y_TO, x_TI, lora, self.adapter_ids)
 
     def of_experts(self, layer: int) -> MoEAdapters | None:
-        """LoRA weights of a layer's mixture of experts; None where it has none."""
+        """LoRA weights of a layer's mixture of experts; None if it has none."""
         loras = {part: self.loras.of(layer, part) for part in EXPERT_PARTS}
         return MoEAdapters(self.adapter_ids, **loras) if any(loras.values()) else None
 
     def head(self, logits_TV: Tensor, hidden_TD: Tensor) -> Tensor:
-        """Scores with what each token's adapter adds to the head."""
+        """Logits plus each token's LoRA term of the head."""
         return self.add(-1, "head", logits_TV, hidden_TD)
 
 
 def _places(model: nn.Module) -> dict[str, tuple[int, str, int]]:
-    """Layer, part and first output of each module that may have an adapter, in the order of their outputs."""
+    """Layer, part and first output of each module that may have LoRA weights, in the order of their outputs."""
     places = {HEAD: (-1, "head", 0)}
     for layer in range(len(model.get_submodule(LAYERS))):  # type: ignore[arg-type]
         for part, names in PARTS.items():
@@ -116,5 +117,5 @@ def _places(model: nn.Module) -> dict[str, tuple[int, str, int]]:
 
 
 def _sizes(weight: Tensor) -> tuple[int, int]:
-    """Inputs and outputs of a linear's weight ``(out, in)`` or of grouped experts' ``(E, in, out)``."""
+    """Inputs and outputs of a linear layer's weight ``(out, in)`` or of grouped experts' ``(E, in, out)``."""
     return (weight.shape[1], weight.shape[0]) if weight.ndim == 2 else (weight.shape[1], weight.shape[2])

@@ -1,4 +1,4 @@
-"""What `AriaForConditionalGeneration` gives, readable in every way that transformers' outputs are."""
+"""Outputs of `AriaForConditionalGeneration`, readable in every way that transformers' outputs are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aria.private_api import register_pytree_node
 class Fields(dict[str, Any]):
     """Fields by attribute, by key, or by index and slice as in a tuple; those that are None exist as attributes only.
 
-    Made again from another's fields by a mapping, as accelerate and `torch.nn.DataParallel` do.
+    Can be constructed from a mapping of fields, as accelerate and `torch.nn.DataParallel` do.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -30,7 +30,7 @@ class Fields(dict[str, Any]):
     def __init__(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any) -> None:
         """
         Raises:
-            TypeError: a field that does not exist.
+            TypeError: A field does not exist.
         """
         given = {**dict(fields), **more}
         if unknown := sorted(given.keys() - set(self.names)):
@@ -48,7 +48,7 @@ class Fields(dict[str, Any]):
         self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        # Made anew, because a dict keeps the order in which keys came, and places in the tuple are by field.
+        # Rebuilt, because a dict keeps the order of insertion, and places in the tuple are by field.
         changed = type(self)(self, **{name: value})
         self.clear()
         self.update(changed)
@@ -57,15 +57,15 @@ class Fields(dict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in their order."""
+        """The fields that are not None, in order."""
         return tuple(self.values())
 
 
 class AriaOutput(Fields):
-    """What a forward pass gives.
+    """Output of a forward pass.
 
     Attributes:
-        loss: next-token cross-entropy, float32.
+        loss: Next-token cross-entropy, float32.
         logits: ``(B, S, V)``, or of the positions that ``logits_to_keep`` names; rows of padding are zeros.
         hidden_states: ``(B, S, D)`` before the first decoder layer and after each, the last normed; zeros on padding.
         router_logits: ``(T, E)`` of each layer, for the tokens that are not padding.

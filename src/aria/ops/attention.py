@@ -26,10 +26,10 @@ def attention_torch(
         return _dense(*dense, causal=causal and queries.longest > 1).flatten(0, 1)
     half = q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and q_THK.shape[-1] % 8 == 0
     if half and torch.cuda.get_device_capability(q_THK.device) >= (8, 0):  # flash attention's oldest
-        # PyTorch 2.11 has no grouped queries here, so keys and values are repeated where there are fewer.
+        # PyTorch 2.11 has no grouped queries here, so fewer keys and values are repeated.
         groups = q_THK.shape[1] // k_SHK.shape[1]
         k_SHK, v_SHK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_SHK, v_SHK))
-        # Here, because it brings all of torch.compile along: 1.5 s that a CPU need not wait for.
+        # Here, because it imports all of torch.compile, 1.5 s that CPUs do not need.
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(
@@ -43,13 +43,13 @@ def attention_torch(
 
 
 def _on_cpu(q_NHK: Tensor, *_: object) -> bool:
-    # A GPU would have to wait for lengths to be read; the reference does not, and so can be part of a graph.
+    # A GPU would have to wait for the lengths; the reference does not, and so can be part of a CUDA graph.
     return not q_NHK.is_cuda
 
 
 @operations.paged_attention.register(Where.ANYWHERE, fits=_on_cpu)
 def paged_attention_per_sequence(q_NHK: Tensor, cache: PagedKV, blocks_NM: Tensor, lengths_N: Tensor) -> Tensor:
-    """Each sequence reads its own blocks, however long others are."""
+    """Each sequence reads only its own blocks."""
     S, out_NHK = cache.keys.shape[2], torch.empty_like(q_NHK)
     for q_HK, blocks_M, length, out_HK in zip(q_NHK, blocks_NM, lengths_N.tolist(), out_NHK, strict=True):
         used = blocks_M[: -(-length // S)]

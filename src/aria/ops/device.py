@@ -1,4 +1,4 @@
-"""The GPU that work is launched on, and whether it runs our kernels.
+"""The GPU on which work is launched, and whether it runs our kernels.
 
 Triton launches kernels on the current device, and graphs, events and pinned memory belong to it, wherever their tensors
 are. Every thread begins with the first GPU as its current one, so every public entry makes the model's GPU current.
@@ -11,7 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
@@ -31,27 +31,27 @@ S = TypeVar("S", bound=OnDevice)
 logger = logging.getLogger(__name__)
 
 OLDEST = 8, 0
-"""The least compute capability that kernels are made for. Every such GPU gives a program 99 KB of shared memory."""
+"""The lowest compute capability that kernels support. Every such GPU gives a program 99 KB of shared memory."""
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one for a block; of no effect for other devices."""
+    """Make a GPU the current one within a block; no effect for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def on_own_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """A method that runs with its object's ``device`` as the current one."""
+    """Decorate a method to run with its object's ``device`` as the current one."""
 
     @functools.wraps(method)
     def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         with current(self.device):
             return method(self, *args, **kwargs)
 
-    return guarded
+    return cast(Callable[Concatenate[S, P], R], guarded)
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels of :mod:`aria.ops.kernels` run on a device: Triton is there, and NVIDIA's Ampere or later.
+    """Whether the kernels of :mod:`aria.ops.kernels` run on a device: NVIDIA's Ampere or later, with Triton.
 
     Other GPUs run PyTorch's operations. The first call for one of them logs why.
     """
@@ -62,7 +62,7 @@ def has_kernels(device: torch.device) -> bool:
 def _has_kernels(device: torch.device) -> bool:
     reason = None
     if torch.version.hip is not None:
-        reason = "it is not one of NVIDIA's"
+        reason = "it is not made by NVIDIA"
     elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         reason = "its compute capability is {}.{}, and they need {}.{}".format(*capability, *OLDEST)
     elif importlib.util.find_spec("triton") is None:

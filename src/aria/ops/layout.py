@@ -1,4 +1,4 @@
-"""Weights that lie next to each other in memory and can be read as one. O outputs of a linear, I inputs."""
+"""Weights that are adjacent in memory and can be read as one. O outputs of a linear layer, I inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def adjacent(weights: Sequence[Tensor]) -> bool:
-    """Whether tensors lie in one storage, each where the one before it ends, equal but for their first axis."""
+    """Whether tensors follow one another in one storage, with equal shapes except for the first axis."""
     first = weights[0]
     end = first.data_ptr()
     for weight in weights:
@@ -20,6 +20,6 @@ def adjacent(weights: Sequence[Tensor]) -> bool:
 
 def as_one(weights: Sequence[Tensor]) -> Tensor:
     """Adjacent tensors as one, ``(sum of O, I)``, without a copy."""
-    assert adjacent(weights), "the weights do not lie next to each other; lay_out() was not called"
+    assert adjacent(weights), "the weights are not adjacent in memory; lay_out() was not called"
     first = weights[0]
     return first.detach().as_strided((sum(weight.shape[0] for weight in weights), *first.shape[1:]), first.stride())

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) as the operations take them. E experts, R rank."""
+"""LoRA weights as operations take them. E experts, R rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LoRA(NamedTuple):
-    """What is added to a product with a frozen weight: ``scaling * b(a(dropout(x)))``.
+    """A term that is added to the product with a frozen weight: ``scaling * b(a(dropout(x)))``.
 
     Source: LoRA (arXiv 2106.09685), with the shapes that PEFT stores.
     """
@@ -20,10 +20,10 @@ class LoRA(NamedTuple):
     """``(out, R)``, or ``(E, R, out)``."""
     scaling: float
     dropout: float = 0.0
-    """Share of the inputs that do not count, drawn anew for each row; 0 outside training."""
+    """Dropout probability of the inputs, drawn separately for each row; 0 outside training."""
 
     def to(self, like: Tensor) -> LoRA:
-        """The same in the dtype of ``like``; gradients come back in the adapter's own."""
+        """The same in the dtype of ``like``; gradients have the original dtype."""
         return self._replace(a=self.a.to(like.dtype), b=self.b.to(like.dtype))
 
 

@@ -110,7 +110,7 @@ def _grouped(x: Tensor, weight: Tensor, lora: LoRA | None, offsets: Tensor) -> T
 def _loop(x: Tensor, experts: ExpertWeights, ends: list[int]) -> Tensor:
     fc1, fc2, fc1_lora, fc2_lora = experts
     starts = [0, *ends[:-1]]
-    # Without any tokens the first expert still takes part, so that what trains has a gradient, of zeros.
+    # Without any tokens the first expert still runs, so that trained weights get gradients, of zeros.
     used = [(e, *span) for e, span in enumerate(zip(starts, ends, strict=True)) if span[1] > span[0]] or [(0, 0, 0)]
     pieces = []
     for e, start, end in used:
@@ -144,21 +144,21 @@ def _multi_lora_loop(
 
 
 def copy_rows(x_TD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
-    """Copies of tokens' rows in another order, ``(P, D)``: ``x[source]``.
+    """Copy tokens' rows in another order, ``(P, D)``: ``x[source]``.
 
-    The gradient adds each token's copies up in the order of their places, where that of an index would sort the
-    indices again and scatter.
+    The gradient sums each token's copies in the order of their places, where that of indexing would sort the indices
+    again and scatter.
 
     Args:
-        x_TD: one row for each token.
-        source_P: the token of each copy.
-        place_TC: the rows of each token's copies; P or above where it has fewer than C.
+        x_TD: One row for each token.
+        source_P: The token of each copy.
+        place_TC: The rows of each token's copies; P or above where it has fewer than C.
     """
     return cast(Tensor, _CopyRows.apply(x_TD, source_P, place_TC))
 
 
 def sum_rows(y_PD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
-    """Sum of each token's rows, ``(T, D)``: what :func:`copy_rows` took apart, together again, in a fixed order."""
+    """Sum of each token's rows in a fixed order, ``(T, D)``: the opposite of :func:`copy_rows`."""
     return cast(Tensor, _SumRows.apply(y_PD, source_P, place_TC))
 
 

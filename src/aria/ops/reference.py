@@ -1,8 +1,8 @@
-"""Every operation in plain PyTorch: the specification, and the path wherever nothing faster exists.
+"""Every operation in plain PyTorch: declaration, specification, and what runs where nothing faster fits.
 
 T tokens, D hidden, H heads, KV key/value heads, K head width, E experts, A experts per token, F expert width,
-O outputs of a linear, R rank of an adapter, N sequences, B blocks of the cache, S tokens of a block, M blocks of the
-longest sequence.
+O outputs of a linear layer, R rank of LoRA weights, N sequences, B blocks of the cache, S tokens of a block, M blocks
+of the longest sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, shift_D: Tensor | None = None) -> Tensor:
-    """LayerNorm over the last axis of ``x + shift``; with a shift (float32) the sum is never rounded.
+    """LayerNorm over the last axis of ``x + shift``; with a shift (float32) the sum is not rounded.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``.
@@ -70,7 +70,7 @@ def rotary_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.
 
 
 def rotary(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Turn each pair (k, k + K/2) of every head by its token's angle."""
+    """Rotate each pair (k, k + K/2) of every head by its token's angle."""
     low, high = x_THK.chunk(2, dim=-1)
     return x_THK * cos_TK[:, None, :] + torch.cat((-high, low), dim=-1) * sin_TK[:, None, :]
 
@@ -81,10 +81,10 @@ def attention(
     """Attention within each segment; scale K^-0.5, softmax in float32.
 
     Args:
-        q_THK: queries ``(T, H, K)``, segment after segment.
-        k_SHK, v_SHK: keys and values ``(S, KV, K)``; KV divides H (grouped queries).
-        queries, keys: lengths of the segments on either side, as many on both.
-        causal: query i of a segment sees the keys up to ``i + len(keys) - len(queries)``.
+        q_THK: Queries ``(T, H, K)``, segment after segment.
+        k_SHK, v_SHK: Keys and values ``(S, KV, K)``; KV divides H (grouped queries).
+        queries, keys: Lengths of the segments of queries and of keys, the same number of each.
+        causal: Query i of a segment sees the keys up to ``i + len(keys) - len(queries)``.
 
     Returns:
         ``(T, H, K)`` in the dtype of ``q_THK``.
@@ -105,10 +105,10 @@ def attention(
 
 
 def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose experts on the raw logits, then weigh the chosen by a softmax over them alone, in float32.
+    """Choose experts by their logits, then weight the chosen ones by a softmax over them alone, in float32.
 
     Returns:
-        weights ``(T, A)`` in the dtype of the logits, expert indices ``(T, A)`` int64.
+        Weights ``(T, A)`` in the dtype of the logits, expert indices ``(T, A)`` int64.
     """
     chosen, index = logits_TE.topk(top_k, dim=-1)
     return chosen.softmax(-1, dtype=torch.float32).to(logits_TE.dtype), index
@@ -136,13 +136,13 @@ def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, lora: Lo
 def lora_linears(
     x_TI: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], loras: Sequence[LoRA]
 ) -> tuple[Tensor, ...]:
-    """:func:`lora_linear` of several weights and biases on one input; they may drop the same inputs."""
+    """:func:`lora_linear` of several weights and biases on one input; their dropout may be the same."""
     pairs = zip(layers, loras, strict=True)
     return tuple(lora_linear(x_TI, weight, bias, lora) for (weight, bias), lora in pairs)
 
 
 def expert_linear(x_TI: Tensor, weight_IO: Tensor, lora: LoRA | None, expert: int) -> Tensor:
-    """One expert's product with its part of an adapter of all experts, if there is one."""
+    """One expert's product, plus its LoRA term if there is one."""
     y_TO = x_TI @ weight_IO
     if lora is None:
         return y_TO

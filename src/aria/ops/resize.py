@@ -1,4 +1,4 @@
-"""Pillow's bicubic resampling of 8-bit pictures on any device, to the same bits.
+"""Coefficients of Pillow's bicubic resampling of 8-bit images, on any device, bit for bit.
 
 Y rows, X columns, H channels.
 """
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 PRECISION = 22
-"""Bits after the point of Pillow's integer coefficients for 8-bit pictures."""
+"""Fractional bits of Pillow's integer coefficients for 8-bit images."""
 
 
 @lru_cache(maxsize=256)
 def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
-    """What each of ``target`` pixels of a line takes from ``source`` pixels.
+    """Coefficients that make each of ``target`` pixels of a line from ``source`` pixels.
 
-    The kernel is Keys' cubic with a = -0.5, widened by the scale where a line is made shorter, cut off at the ends and
-    normalised in float64, then rounded to integers: as Pillow's ``Resample.c`` does it.
+    The filter is Keys' cubic with a = -0.5, widened by the scale when a line gets shorter, truncated at the ends and
+    normalised in float64, then rounded to integers, as in Pillow's ``Resample.c``.
 
     Returns:
-        first pixels ``(target,)`` and weights ``(target, taps)``, int32 on the CPU; weights past the end are 0.
+        First pixels ``(target,)`` and weights ``(target, taps)``, int32 on the CPU; weights past the end are 0.
     """
     scale = source / target
     widen = max(scale, 1.0)
@@ -35,7 +35,7 @@ def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
     near = ((1.5 * x - 2.5) * x) * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)).masked_fill(place >= (last - first)[:, None], 0.0)
-    # One after the other, as Pillow adds them up; the last bit of a sum can decide a rounding.
+    # One after the other, in Pillow's order: the last bit of a sum can decide a rounding.
     total = torch.zeros(target, dtype=torch.float64)
     for column in weights.unbind(1):
         total += column
@@ -46,7 +46,7 @@ def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
 def taps_on(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The same on a device, with weights ``(taps, target)``.
 
-    Sent anew each time: a tensor kept for all would be given up on one stream while another still reads it.
+    Copied each time: a cached tensor could be freed on one stream while another still reads it.
     """
     first, weights = bicubic_taps(source, target)
     both = first, weights.t().contiguous()

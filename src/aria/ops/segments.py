@@ -15,31 +15,34 @@ from torch import Tensor
 class Segments:
     """Lengths of packed sequences, on the host and on the device.
 
-    The host's copy lets shapes be known without waiting for the device; kernels read ``cu_seqlens``.
+    The copy on the host gives shapes without waiting for the device; kernels read ``cu_seqlens``.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
-    """int32 ``(len(lengths) + 1,)``: where each sequence starts, and the total at the end."""
+    """int32 ``(len(lengths) + 1,)``: where each sequence starts, then the total."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Segments:
+        """Make segments of known lengths on a device."""
         lengths = tuple(int(n) for n in lengths)
-        if len(set(lengths)) == 1:  # counted on the device: nothing is copied there, so that a graph may hold this
+        if len(set(lengths)) == 1:  # computed on the device without a copy, so that a CUDA graph can contain it
             return cls(lengths, torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0])
         return cls(lengths, torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device))
 
     @property
     def total(self) -> int:
+        """Tokens of all sequences."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
 
     @property
     def equal(self) -> bool:
-        """Whether all sequences have one length, so that a dense view serves."""
+        """Whether all sequences have the same length, so that a dense view works."""
         return len(set(self.lengths)) == 1
 
     @cached_property

@@ -1,8 +1,8 @@
 """Attention of a chunk of a prompt: to its past in the paged cache, and causally to itself.
 
-One kernel of ours takes any lengths. Where cuDNN is faster, on long chunks, it takes a round number of tokens, because
-it makes a plan of its own for every length, which costs tens of milliseconds: it attends to the past and to the chunk
-apart, and the two are merged by their log-sum-exps. What is left over goes to our kernel.
+Our kernel takes any lengths. Where cuDNN is faster, on long chunks, it gets a round number of tokens, because it makes
+a plan for every length, which takes tens of milliseconds: it attends to the past and to the chunk separately, and the
+two results are merged by their log-sum-exps. The remaining tokens go to our kernel.
 
 T tokens of the chunk, H heads, KV key/value heads, K head width, B blocks of the cache, S tokens of a block, M blocks
 of the sequence, P tokens of a piece of its past.
@@ -29,7 +29,7 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _meet(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
-    """One tile of keys: scores, the running softmax, and values. ``seen`` counts if MASKED."""
+    """One tile of keys: scores, running softmax, and values. ``seen`` is used if MASKED."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         scores = tl.where(seen, scores, -1e30)
@@ -80,7 +80,7 @@ def _chunk_kernel(
     offsets = key[:, None] * K + dim[None, :]
     ahead = tl.load(blocks_ptr, mask=past > 0, other=0)
     for begin in tl.range(0, whole, KEYS, num_stages=STAGES):
-        block = ahead.to(tl.int64)  # a tile ahead: keys and values need not wait for where they are
+        block = ahead.to(tl.int64)  # loaded a tile ahead, so that keys and values need not wait for it
         ahead = tl.load(blocks_ptr + (begin + KEYS) // S, mask=begin + KEYS < past, other=0)
         place = ((block * KV + kv) * S + begin % S) * K
         k = tl.load(keys_ptr + place + offsets)
@@ -128,7 +128,7 @@ def _merge_kernel(
     one_ptr, one_lse_ptr, two_ptr, two_lse_ptr, out_ptr, lse_ptr, T,
     H: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of one head: two results weighed by their sums of exponentials."""
+    """TOKENS tokens of one head: two results weighted by their sums of exponentials."""
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < T
@@ -145,15 +145,15 @@ def _merge_kernel(
 
 
 _ROUND = 4096
-"""Tokens that a length is a multiple of where cuDNN is used, and the least of them."""
+"""cuDNN gets multiples of this many tokens."""
 _PIECE = 16384
-"""Tokens of the past that are gathered at once."""
+"""Tokens of the past that are gathered at a time."""
 
 
 def fits(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, *_: object) -> bool:
     """Whether the kernel takes these sizes: powers of two for a head's width, from 16 to 128, and for a block.
 
-    In float32 to 64: no tensor core multiplies that exactly, and wide heads are slow to compute and slow to compile.
+    In float32 up to 64: tensor cores do not multiply it exactly, and wide heads are slow to compute and to compile.
     """
     K, S = q_THK.shape[2], cache.keys.shape[2]
     widest = 64 if q_THK.is_cuda and q_THK.dtype == torch.float32 else 128
@@ -167,11 +167,11 @@ def chunks_attention_triton(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: 
     T, H, K = q_THK.shape
     keys_BHSK, values_BHSK, *_ = cache
     assert fits(q_THK, k_THK, v_THK, cache), f"no kernel for queries {tuple(q_THK.shape)}, cache {keys_BHSK.shape}"
-    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
-    assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
-    assert len(lengths) == len(blocks_NM) and sum(lengths) == T, "chunks and tokens differ"
+    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer must be contiguous"
+    assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token must be adjacent"
+    assert len(lengths) == len(blocks_NM) and sum(lengths) == T, "lengths of chunks do not add up to the tokens"
     if pasts is None:
-        assert spans_N3 is not None, "the pasts are unknown"
+        assert spans_N3 is not None, "neither pasts nor spans are known"
         out = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
         _in_tiles(q_THK, k_THK, v_THK, cache, blocks_NM, spans_N3, max(lengths), 0, out)
         return out
@@ -197,10 +197,10 @@ def chunks_attention_triton(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: 
 def plan(keys_BHSK: Tensor, heads: int, chunk: int, longest: int) -> None:
     """Let cuDNN make its plans for all chunks of up to ``chunk`` tokens in sequences of up to ``longest``.
 
-    Takes the memory of such a chunk's attention.
+    Needs the memory of such a chunk's attention.
     """
     KV, K = keys_BHSK.shape[1], keys_BHSK.shape[3]
-    # As the decoder lays them out: v among the linears' outputs, q and k turned and on their own.
+    # As in the decoder: v is a part of the fused projection, q and k are rotated and separate.
     fused = keys_BHSK.new_empty(chunk // _ROUND * _ROUND, heads + 2 * KV, K)
     q, k, v = fused.new_empty(len(fused), heads, K), fused.new_empty(len(fused), KV, K), fused[:, heads + KV :]
     if not _cudnn(q, k):
@@ -216,7 +216,7 @@ def plan(keys_BHSK: Tensor, heads: int, chunk: int, longest: int) -> None:
 
 
 def _even(length: int, past: int, round_to: int) -> int:
-    """Tokens of a chunk that cuDNN takes: all but a remainder, if the past is a round number too and it pays."""
+    """Tokens of a chunk that cuDNN takes: all but a remainder, if the past is a round number too and it is faster."""
     if not round_to or past % round_to:
         return 0
     even = length // round_to * round_to
@@ -240,7 +240,7 @@ def _cudnn(q_THK: Tensor, k_THK: Tensor) -> bool:
 
 
 def _in_parts(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, blocks_M: Tensor, past: int) -> Tensor:
-    """cuDNN on the chunk alone and on pieces of its past, merged."""
+    """cuDNN on the chunk itself and on pieces of its past, merged."""
     T, H, K = q_THK.shape
     keys_BHSK, values_BHSK, *_ = cache
     S = keys_BHSK.shape[2]
@@ -253,7 +253,7 @@ def _in_parts(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, block
             keys_BHSK, values_BHSK, blocks_M[start // S :], gathered, KV=H, SIZE=S * K, num_warps=8
         )  # fmt: skip
         parts = out_THK, lse_HT, *_sdpa(q, gathered[0], gathered[1], causal=False)
-        # Not in place: threads of a program read the same sums.
+        # Not in place: threads of a program read the same log-sum-exps.
         out_THK, lse_HT = torch.empty_like(out_THK), torch.empty_like(lse_HT)
         _merge_kernel[triton.cdiv(T, 16), H](*parts, out_THK, lse_HT, T, H=H, K=K, TOKENS=16)
     return out_THK
@@ -277,7 +277,7 @@ def _in_tiles(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cache: PagedKV, blocks_NM: Tensor, spans_N3: Tensor,
     longest: int, round_to: int, out_THK: Tensor,
 ) -> None:  # fmt: skip
-    """Our kernel, for what cuDNN does not take: at most ``longest`` tokens of a chunk."""
+    """Our kernel, for the tokens that cuDNN does not take: at most ``longest`` of a chunk."""
     _, H, K = q_THK.shape
     keys_BHSK, values_BHSK, *_ = cache
     _, KV, S, _ = keys_BHSK.shape

@@ -1,19 +1,19 @@
 """A decoder layer's products for one token: matrix-vector kernels that run at the speed of reading weights.
 
-D hidden, I inputs and O outputs of a linear, E experts, A experts of the token, F expert width, W width of the shared
-experts (S times F).
+D hidden, I inputs and O outputs of a linear layer, E experts, A experts of the token, F expert width, W width of the
+shared experts (S times F).
 
-Every program owns a few rows of a weight and multiplies them, in float32, by the whole input. RMSNorm costs no pass of
-its own: ``W (g * x / rms) = (W (g * x)) / rms``, and the mean square is summed along with the product. The mixture of
+Every program has a few rows of a weight and multiplies them, in float32, by the whole input. RMSNorm needs no separate
+pass: ``W (g * x / rms) = (W (g * x)) / rms``, and the mean square is summed along with the product. The mixture of
 experts takes three launches: the router, gate/up of the shared experts (which need no routing) and of the chosen ones,
 and all down projections with the residual.
 
-Memory should never wait for a kernel to end. Weights depend on no other kernel, so a program loads its first blocks of
-them into registers before it waits for its input, and lets the next kernel start and do the same. That fills what the
-small kernels between (attention, router) leave idle.
+Memory should be busy even while a kernel ends. Weights do not depend on other kernels, so a program loads its first
+blocks of them into registers before it waits for its input, and lets the next kernel start and do the same. This uses
+the memory bandwidth that the small kernels in between (attention, router) leave idle.
 """
 
-# Tuples grow by adding: Triton knows no unpacking.
+# Tuples are concatenated: Triton has no unpacking.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated, misc"
 
@@ -51,7 +51,7 @@ def columns(ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 @triton.jit
 def _hold(ptrs, I: tl.constexpr, BLOCK_I: tl.constexpr, HELD: tl.constexpr):
-    """The first HELD blocks of a vector, or of the rows that begin at ``ptrs``; they stay in registers."""
+    """The first HELD blocks of a vector, or of the rows that start at ``ptrs``; they stay in registers."""
     held = ()
     for block in tl.static_range(HELD):
         column = block * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -64,7 +64,7 @@ def _hold(ptrs, I: tl.constexpr, BLOCK_I: tl.constexpr, HELD: tl.constexpr):
 
 @triton.jit
 def _input(x_ptr, norm_ptr, column, I: tl.constexpr, BLOCK_I: tl.constexpr, NORM: tl.constexpr):
-    """A block of the input, times the norm's weights where asked, and its squares."""
+    """A block of the input, times the norm's weights if NORM, and its squares."""
     x = columns(x_ptr + column, column, I, BLOCK_I)
     square = x * x
     if NORM:
@@ -78,7 +78,7 @@ def _matvec_kernel(
     I: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``out = W x``, of the normed x and with a residual where asked."""
+    """``out = W x``, of the normed x if NORM, plus a residual if RESIDUAL."""
     row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     w_ptrs = w_ptr + tl.minimum(row, O - 1).to(tl.int64) * I
     weights = _hold(w_ptrs, I, BLOCK_I, HELD)
@@ -120,7 +120,7 @@ def _gate_up(
     gate = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     up = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     square = tl.zeros((BLOCK_D,), tl.float32)
-    # Ahead of the loop, which then has their registers.
+    # Before the loop, which then can use their registers.
     for block in tl.static_range(HELD):
         x = xs[block].to(tl.float32)
         square += x * x
@@ -142,8 +142,8 @@ def _gate_up(
 def _choose(logits_ptr, place, E: tl.constexpr, A: tl.constexpr, E_POW2: tl.constexpr):
     """The expert with the ``place``-th largest logit, and its weight.
 
-    An expert's place is the number of experts before it, so that all places come from one comparison of all pairs;
-    of equal logits the lower expert is first.
+    An expert's place is the number of experts that rank before it, so one comparison of all pairs gives all places; of
+    equal logits the lower expert ranks first.
     """
     expert = tl.arange(0, E_POW2)
     logits = tl.load(logits_ptr + expert, mask=expert < E, other=float("-inf"))
@@ -162,8 +162,8 @@ def _up_kernel(
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, A: tl.constexpr, W: tl.constexpr, E_POW2: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up: the first programs take the shared experts, which keep memory busy while the router ends, the others
-    the chosen ones, times the expert's weight. Each of these finds its expert in the logits."""
+    """Gate and up: the first programs take the shared experts, which keep memory busy while the router finishes; the
+    others take the chosen experts, times the expert's weight, and find their expert in the logits."""
     SHARED: tl.constexpr = (W + BLOCK_F - 1) // BLOCK_F
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     program = tl.program_id(0)
@@ -200,7 +200,7 @@ def _down_kernel(
     """Down projections of the chosen and, as S more of width F, of the shared experts; their sum and the residual."""
     row = tl.minimum(tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), D - 1)
     STEPS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    # The shared experts come first: nobody needs to choose them.
+    # The shared experts come first: they need no routing.
     weights = _hold(shared_ptr + row * (S * F), F, BLOCK_F, HELD)
     release(PDL)
     wait(PDL)
@@ -227,7 +227,7 @@ def _down_kernel(
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Tiles as measured on an H100 (docs/lab/kernels.md); the middle one is for weights all of which fit into registers.
+# Tiles as measured on an H100 (docs/lab/kernels.md); the second one is for weights that fit into registers as a whole.
 _MATVEC = {"BLOCK_O": 8, "BLOCK_I": 512, "HELD": 2, "STAGES": 4, "num_warps": 4}
 _MATVEC_SMALL = {"BLOCK_O": 8, "BLOCK_I": 512, "HELD": 5, "STAGES": 3, "num_warps": 4}
 _ROUTER = {"BLOCK_O": 1, "BLOCK_I": 512, "HELD": 5, "STAGES": 3, "num_warps": 4}
@@ -236,7 +236,7 @@ _DOWN = {"BLOCK_D": 4, "BLOCK_F": 512, "HELD": 4, "STAGES": 5, "num_warps": 4}
 
 
 def _clipped(tile: dict[str, int], inputs: int, block: str) -> dict[str, int]:
-    """The tile, holding no more blocks than there are."""
+    """The tile, with at most as many held blocks as there are."""
     return tile | {"HELD": min(tile["HELD"], triton.cdiv(inputs, tile[block]))}
 
 
@@ -252,7 +252,7 @@ def _matvec(
 
 
 def fits_linear(x_TI: Tensor, *weights_OI: Tensor) -> bool:
-    """Whether the linears of this file take these: one token, inputs a multiple of 16."""
+    """Whether the linear layers of this file take these: one token, inputs a multiple of 16."""
     return (
         x_TI.shape[0] == 1
         and x_TI.shape[1] % 16 == 0

@@ -1,8 +1,8 @@
 """Products of many rows with their experts' matrices, on Hopper's copy engine and tensor cores.
 
-Both products of an expert are one kernel. A tile takes columns from two halves of the weight, ``(E, 2, O, I)``: gate
-and up, whose SwiGLU leaves the tile as one, or the two halves of the down projection's outputs, which both leave. So
-the wide tile that keeps tensor cores busy needs no second pass for SwiGLU, and edges are the copy engine's work: past
+One kernel computes both products of an expert. A tile takes columns from two halves of the weight, ``(E, 2, O, I)``:
+gate and up, whose SwiGLU is stored as one, or the two halves of the down projection's outputs, which are both stored.
+So the wide tile that keeps tensor cores busy needs no second pass for SwiGLU, and the copy engine handles edges: past
 the end it reads zeros and writes nothing.
 
 P rows, E experts, I inputs, O outputs of each half.
@@ -21,12 +21,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tiles(NamedTuple):
-    """How the work is cut.
+    """Tile sizes.
 
     Attributes:
-        rows, columns, inputs: of a tile; ``columns`` of each half; ``inputs`` of one step.
-        warps, stages: of a program; steps under way at once.
-        group: rows of tiles that are worked on together, over all columns.
+        rows, columns, inputs: Of a tile; ``columns`` of each half, ``inputs`` of one step.
+        warps, stages: Warps of a program, and steps in flight.
+        group: Rows of tiles that are processed together, over all columns.
     """
 
     rows: int
@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 @triton.jit
 def _sigmoid(x, NATIVE: tl.constexpr):
     if NATIVE:
-        # Two instructions of the special function unit; the general form spends five more on numbers that underflow.
+        # Two instructions of the special function unit; the general form needs five more for numbers that underflow.
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 t;
@@ -68,7 +68,7 @@ def _grouped(
     rows = ROWS if tiles_ptr is None else tl.load(tiles_ptr)
     # Flattened, the loops over tiles and steps load the next tile while this one is finished.
     for tile in tl.range(tl.program_id(0), rows * COLUMNS, PROGRAMS, flatten=True):
-        # A few rows of tiles by all columns at a time: what runs together fits into the L2 cache.
+        # A few rows of tiles by all columns at a time: what runs at the same time fits into the L2 cache.
         first = tile // (GROUP * COLUMNS) * GROUP
         size = tl.minimum(rows - first, GROUP)
         rest = tile % (GROUP * COLUMNS)
@@ -88,7 +88,7 @@ def _grouped(
 
 @lru_cache
 def _programs(device: torch.device) -> int:
-    """One for each multiprocessor, however few the tiles: the number is compiled in."""
+    """One for each multiprocessor, whatever the number of tiles: it is a compile-time constant."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -96,10 +96,12 @@ def grouped(x_PI: Tensor, w_E2OI: Tensor, out: Tensor, table: Tensor | None, *, 
     """Rows times their experts' matrices.
 
     Args:
-        x_PI: rows, each expert's beginning on a multiple of ``shape.rows``.
+        x_PI: Rows; those of each expert start at a multiple of ``shape.rows``.
         w_E2OI: ``(E, 2, O, I)`` contiguous: gate and up, or two halves of the outputs.
-        out: written and returned, ``(P, O)`` if ``swiglu``, else ``(P, 2 O)``.
-        table: from :func:`aria.ops.kernels.permute.place`; None where all rows belong to one expert.
+        out: Written and returned, ``(P, O)`` if ``swiglu``, else ``(P, 2 O)``.
+        table: From :func:`aria.ops.kernels.permute.place`; None if all rows belong to one expert.
+        swiglu: Whether to store ``silu(gate) * up`` of the two halves.
+        shape: Tile sizes.
     """
     outputs, inputs = w_E2OI.shape[2:]
     halves = 1 if swiglu else 2

@@ -1,7 +1,7 @@
-"""Low-rank adapters with gradients: thin products that read their wide side once, with dropout that nobody stores.
+"""LoRA with gradients: products with ``a`` (shrink) and ``b`` (expand) that read their wide side once.
 
-Rows lie expert after expert, one after another; a linear layer is one expert. A tile is some rows of one expert. What
-dropout takes is a hash of seed, row and column, so that the backward pass draws the same again.
+Rows are sorted by expert; a linear layer is one expert. A tile is some rows of one expert. Dropout is a hash of seed,
+row and column, so that no mask is stored and the backward pass draws the same one.
 
 P rows, T tokens, E experts, I inputs, O outputs, R rank.
 """
@@ -24,12 +24,12 @@ from aria.ops.lora import LoRA
 from aria.ops.registry import Where
 
 ROWS = 32
-"""Rows of a tile: few, so that a linear layer's 8,192 tokens are two programs for each multiprocessor."""
+"""Rows of a tile: few, so that 8,192 tokens of a linear layer give each multiprocessor two programs."""
 
 
 @triton.jit
 def tile_of(ends_ptr, tile, P, E: tl.constexpr, E_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Expert, first row and end of the rows of a tile; of tiles past the last the rows end at once."""
+    """Expert, first row and end of the rows of a tile; tiles past the last one have no rows."""
     if ends_ptr is None:
         expert, first, end = tile * 0, tile * ROWS, P
     else:
@@ -47,14 +47,14 @@ def tile_of(ends_ptr, tile, P, E: tl.constexpr, E_BLOCK: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def kept(seed, row, column, threshold):
-    """Which places dropout leaves, ``(rows, columns)``: those whose 32-bit hash reaches the threshold."""
+    """Elements that dropout keeps, ``(rows, columns)``: those whose 32-bit hash reaches the threshold."""
     line = _hash(row.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
     return _hash(line[:, None] + column.to(tl.uint32)[None, :] * 0x85EBCA77) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def _hash(x):
-    """Three rounds of shifts and multiplications that let every bit of the input reach every bit of the result."""
+    """Three rounds of shifts and multiplications, which spread every input bit over every result bit."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -122,7 +122,7 @@ def _expand(
 
 
 class Noise:
-    """Dropout's draw for one product: a seed of PyTorch's generator for the CPU, which checkpointing restores."""
+    """The dropout mask of one product: a seed from PyTorch's CPU generator, which activation checkpointing restores."""
 
     def __init__(self, dropout: float):
         assert 0 <= dropout < 1, f"dropout is {dropout}"
@@ -142,17 +142,17 @@ NONE = Noise(0.0)
 
 
 def tiles(rows: int, ends: Tensor | None) -> int:
-    """Tiles that rows of so many experts can have at most."""
+    """Maximum number of tiles of these rows."""
     return triton.cdiv(rows, ROWS) if ends is None else rows // ROWS + min(rows, len(ends))
 
 
 def rank_block(rank: int) -> int:
-    """A tile that holds so many ranks: at least the tensor cores' 16."""
+    """Tile size for this many ranks: at least the tensor cores' 16."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def blocks(ends: Tensor | None, rank: int) -> dict[str, int]:
-    """Sizes that the kernels of this file and of the experts compile in."""
+    """Compile-time sizes of the kernels of this file and of SwiGLU."""
     return _blocks(1 if ends is None else len(ends), rank)
 
 
@@ -169,7 +169,7 @@ _LOOPS = Loop(128, 3), Loop(128, 2), Loop(64, 2), Loop(32, 2), Loop(16, 2)
 
 @lru_cache(maxsize=64)
 def _shrinking(rank: int, size: int, adapter_size: int, device: torch.device) -> Loop | None:
-    """The loop of :func:`_shrink` over numbers of so many bytes; None where no program has room for the rank."""
+    """The loop of :func:`_shrink` for these element sizes; None if the rank does not fit into shared memory."""
     wide = rank_block(rank)
 
     def needs(loop: Loop) -> int:
@@ -180,7 +180,7 @@ def _shrinking(rank: int, size: int, adapter_size: int, device: torch.device) ->
 
 @lru_cache(maxsize=64)
 def _expanding(rank: int, size: int, adapter_size: int, device: torch.device) -> int | None:
-    """Columns of a program of :func:`_expand`, alike."""
+    """Columns of a program of :func:`_expand`; None if the rank does not fit into shared memory."""
     wide = rank_block(rank)
 
     def needs(loop: Loop) -> int:
@@ -191,7 +191,7 @@ def _expanding(rank: int, size: int, adapter_size: int, device: torch.device) ->
 
 
 def fits(rank: int, size: int, adapter_size: int, device: torch.device) -> bool:
-    """Whether thin products of numbers of so many bytes have room for a rank."""
+    """Whether a rank fits into shared memory, for these element sizes."""
     sizes = rank, size, adapter_size, device
     return _shrinking(*sizes) is not None and _expanding(*sizes) is not None
 
@@ -216,14 +216,14 @@ def gather(
     source: Tensor | None = None,
     dropped: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows in the order of their experts, and their thin products in the same pass.
+    """Rows in the order of their experts, and their products with ``a`` in the same pass.
 
     Args:
         x: ``(N, I)``, rows contiguous.
-        a_EIR, scaling, noise: see :func:`shrink`; None: only the rows are wanted.
-        ends: int32 ``(E,)``: where the rows of each expert end. None: there is one.
-        source: int32 ``(P,)``: which of ``x`` each row is. None: the same.
-        dropped: whether the rows are given as dropout leaves them.
+        a_EIR, scaling, noise: See :func:`shrink`; None: rows only.
+        ends: int32 ``(E,)``: where the rows of each expert end. None: there is one expert.
+        source: int32 ``(P,)``: the row of ``x`` that each row copies. None: in order.
+        dropped: Whether dropout is applied to the returned rows.
 
     Returns:
         ``(P, I)`` and ``(P, R)`` or None; in the dtype of ``x``.
@@ -242,7 +242,7 @@ def shrink(
     Args:
         x: ``(P, I)``, rows contiguous.
         a_EIR: ``(E, I, R)`` in any order in memory and any dtype; it is multiplied in that of ``x``.
-        ends: see :func:`gather`.
+        ends: See :func:`gather`.
     """
     h = x.new_empty(len(x), a_EIR.shape[2])
     _launch(x, a_EIR, scaling, noise, ends, None, None, False, h)
@@ -261,11 +261,11 @@ def _launch(
     h: Tensor | None,
 ) -> None:
     P, width = len(x if source is None else source), x.shape[1]
-    assert not P or x.stride(1) == 1, "rows are contiguous"
+    assert not P or x.stride(1) == 1, "rows must be contiguous"
     strides = (0,) * 4 if a is None or h is None else (h.stride(0), *a.stride())
     rank, size = (1, 0) if a is None else (a.shape[2], a.element_size())
     loop = _shrinking(rank, x.element_size(), size, x.device)
-    assert loop is not None, f"no kernel has room for rank {rank}"
+    assert loop is not None, f"rank {rank} does not fit into shared memory"
     if P:
         _shrink[(tiles(P, ends),)](
             x, source, ends, a, rows, h, P, *noise.arguments, scaling, x.stride(0), *strides,
@@ -275,18 +275,18 @@ def _launch(
 
 
 def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Tensor | None = None) -> Tensor:
-    """``y + dropout(h @ b)`` in place; the dropout is that of the product whose gradient this is.
+    """``y + dropout(h @ b)`` in place; dropout is for gradients, with the mask of the forward product.
 
     Args:
         y: ``(P, O)`` contiguous.
         h: ``(P, R)``, rows contiguous.
         b_ERO: ``(E, R, O)`` in any order in memory and any dtype; it is multiplied in that of ``h``.
-        ends: see :func:`shrink`.
+        ends: See :func:`shrink`.
     """
     P, width = y.shape
-    assert y.is_contiguous() and h.stride(1) == 1, "rows lie one after another"
+    assert y.is_contiguous() and h.stride(1) == 1, "rows must be contiguous"
     block = _expanding(h.shape[1], h.element_size(), b_ERO.element_size(), y.device)
-    assert block is not None, f"no kernel has room for rank {h.shape[1]}"
+    assert block is not None, f"rank {h.shape[1]} does not fit into shared memory"
     if P:
         _expand[tiles(P, ends), triton.cdiv(width, block)](
             y, h, ends, b_ERO, P, *noise.arguments, h.stride(0), *b_ERO.stride(),
@@ -296,7 +296,7 @@ def expand(y: Tensor, h: Tensor, b_ERO: Tensor, noise: Noise = NONE, *, ends: Te
 
 
 class _LoRALinears(torch.autograd.Function):
-    """Linears of one input with their adapters. Keeps ``x`` and the thin products, which are one for all."""
+    """Linear layers of one input with LoRA weights. Saves ``x`` and the products with ``a``, one tensor for all."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scaling: float, dropout: float, *matrices: Tensor | None) -> tuple[Tensor, ...]:
@@ -339,7 +339,7 @@ class _LoRALinears(torch.autograd.Function):
 
 
 class Layer(NamedTuple):
-    """A linear layer with an adapter."""
+    """A linear layer with LoRA weights."""
 
     weight: Tensor
     bias: Tensor | None
@@ -352,7 +352,7 @@ def _layers(matrices: Sequence[Any]) -> list[Layer]:
 
 
 def _stacked(layers: Sequence[Layer]) -> Tensor:
-    """The narrow matrices under each other, ``(sum of R, I)``."""
+    """All ``a``, concatenated: ``(sum of R, I)``."""
     return layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
 
 
@@ -361,7 +361,7 @@ def _split(h: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 
 def _thin(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x^T y`` in ``dtype``: float32 adapters get their gradient unrounded."""
+    """``x^T y`` in ``dtype``: gradients of float32 LoRA weights are not rounded."""
     if x.is_cuda and dtype == torch.float32 and x.dtype != dtype:
         return torch.mm(x.t(), y, out_dtype=dtype)
     return (x.t() @ y).to(dtype)

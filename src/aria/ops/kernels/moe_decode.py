@@ -1,12 +1,13 @@
 """The mixture of experts for few tokens (a decode step of a batch): every weight that is needed is read once.
 
 T tokens, D hidden, E experts, A experts of a token, F expert width, W width of the shared experts (S times F), R rows:
-the T * A pairs of a token and a choice, then the T * S of a token and a part of the shared width.
+the T * A pairs of a token and a choice, then the T * S pairs of a token and a part of the shared width.
 
-The products are weight-stationary: the weight is the first operand of the tensor cores' product and a few tokens the
-second, so that 16 tokens fill an instruction that would otherwise want 64. Experts get lists of their rows from one
-small kernel; nothing depends on the routing but what is in memory, so that a step can be captured in a CUDA graph.
-What tokens' adapters add starts the sums of these products: a launch before each makes its thin half (:mod:`thin`).
+The products are weight-stationary: the weight is the first operand of the tensor-core product and a few tokens the
+second, so that 16 tokens fill an instruction that would otherwise need 64. A small kernel lists the rows of each
+expert; launches do not depend on the routing, so that a step can be captured in a CUDA graph. The LoRA term of tokens
+with adapters initialises the sums of these products: a launch before each computes the product with ``a``
+(:mod:`~aria.ops.kernels.multi_lora_decode`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _tile(row_ptrs, column, rows, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 @triton.jit
 def _weights(row_ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
-    """The same of a weight, of which all rows are there."""
+    """The same of a weight, all of whose rows exist."""
     if I % BLOCK_I == 0:
         values = tl.load(row_ptrs[:, None] + column[None, :])
     else:
@@ -48,7 +49,7 @@ def _weights(row_ptrs, column, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 @triton.jit
 def _swiglu(gate_up, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr):
-    """``silu(gate) * up`` of BLOCK_F rows of gate and then as many of up."""
+    """``silu(gate) * up`` of BLOCK_F rows of gate, followed by as many of up."""
     gate, up = tl.split(tl.permute(tl.reshape(gate_up, (2, BLOCK_F, BLOCK_T)), (1, 2, 0)))
     return gate * tl.sigmoid(gate) * up
 
@@ -69,8 +70,8 @@ def _norm_router_kernel(
     D: tl.constexpr, D_POW2: tl.constexpr, E: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first T programs normalise a token each, the others compute router logits of BLOCK_T tokens, for which
-    ``W (g * x / rms) = (W (g * x)) / rms``: so neither waits for the other. Sets the number of busy experts to 0."""
+    """The first T programs normalise one token each; the others compute router logits of BLOCK_T tokens, for which
+    ``W (g * x / rms) = (W (g * x)) / rms``, so neither waits for the other. Sets the number of busy experts to 0."""
     program = tl.program_id(0)
     wait(PDL)
     if program < T:
@@ -102,11 +103,11 @@ def _lists_kernel(
     logits_ptr, scores_ptr, rows_ptr, counts_ptr, busy_ptr, T,
     E: tl.constexpr, A: tl.constexpr, E_POW2: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every expert finds its own tokens: those where fewer than A logits come before its own.
+    """Every expert finds its own tokens: those where fewer than A logits rank before its own.
 
-    Of equal logits the lower expert's comes first. Writes scores ``(T, A)``, the exponentials of the chosen logits,
-    largest first; rows ``(E, T)``, of each expert the numbers ``t * A + choice`` of its tokens, in order; counts
-    ``(E)``; busy ``(E + 1)``, the experts that have tokens, in any order, and in its last place how many these are.
+    Of equal logits the lower expert's ranks first. Writes scores ``(T, A)``, the exponentials of the chosen logits,
+    largest first; rows ``(E, T)``, the indices ``t * A + choice`` of each expert's tokens, in order; counts ``(E)``;
+    busy ``(E + 1)``, the experts that have tokens, in any order, and in its last element their number.
     """
     wait(PDL)
     expert = tl.program_id(0)
@@ -144,8 +145,8 @@ def _experts_up_kernel(
 ):  # fmt: skip
     """``silu(gate) * up``, times the expert's weight, in rows ``(T * A + T * S, F)``.
 
-    The shared experts, which have all tokens and no weight, are the first SHARED parts of the grid. Adapters of R ranks
-    of the routed and SHARED_R of the shared experts add ``h b`` to gate and up.
+    The shared experts, which have all tokens and no weight, are the first SHARED parts of the grid. LoRA weights of R
+    ranks of the routed and SHARED_R of the shared experts add ``h b`` to gate and up.
     """
     wait(PDL)
     HALF: tl.constexpr = BLOCK_O // 2
@@ -215,7 +216,7 @@ def _down_kernel(
 ):  # fmt: skip
     """Down projections of the rows ``(T * A + T * S, F)``; the shared experts are the first SHARED parts of the grid.
 
-    The first of these parts has what adapters of the shared experts add, for all of them.
+    The first of these parts adds the LoRA term of the shared experts, for all of them.
     """
     wait(PDL)
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
@@ -265,7 +266,7 @@ def _combine_kernel(
     x_ptr, parts_ptr, out_ptr, T,
     D: tl.constexpr, A: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The residual plus a token's rows, which carry their weights already: A routed, and SHARED shared ones."""
+    """The residual plus a token's rows, which are already weighted: A routed and SHARED shared ones."""
     wait(PDL)
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -292,24 +293,24 @@ _COMBINE = {"BLOCK_D": 512, "num_warps": 4}
 MOST_TOKENS = 256
 """Above, experts are better multiplied as tiles (docs/lab/kernels.md)."""
 _WIDEST = 64
-"""Tokens of a tile at most."""
+"""Maximum number of tokens of a tile."""
 _TOGETHER = 16
-"""Tokens up to which shared and routed experts take the same tile, and so one launch. Above, experts without a token
-are so few that nobody looks for them."""
+"""Tokens up to which shared and routed experts use the same tile, and so one launch. Above, so few experts have no
+tokens that the grid includes all of them."""
 
 
 def _block(rows: int) -> int:
-    """A tile that holds so many rows: a power of two, and at least the tensor cores' 16."""
+    """Tile size for this many rows: a power of two, at least the tensor cores' 16."""
     return min(max(16, triton.next_power_of_2(rows)), _WIDEST)
 
 
 def _narrow(tile: dict[str, int], dtype: torch.dtype, inner: str) -> dict[str, int]:
-    """The tile in four-byte numbers: a quarter as deep, which takes half the shared memory and unrolls less."""
+    """The tile for float32: a quarter of the depth, which uses half the shared memory and unrolls less."""
     return tile | {inner: max(16, tile[inner] // 4)} if dtype == torch.float32 else tile
 
 
 def _fitted(tile: dict[str, int], tokens: int, inner: str, x: Tensor) -> dict[str, int]:
-    """The tile for products with so many tokens at a time: as :func:`_narrow`, and no deeper than there is room."""
+    """The tile for products with this many tokens: as :func:`_narrow`, with the stages that fit into shared memory."""
     tile = _narrow(tile, x.dtype, inner)
     step = (tile["BLOCK_O"] + tokens) * tile[inner] * x.element_size()
     return tile | {"STAGES": stages_within(tile["STAGES"], step, x.device)}
@@ -358,7 +359,7 @@ def _route(
 
 @operations.moe_layer.register(Where.INFERENCE, serves=serves, fits=fits)
 def moe_layer_decode(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | None = None) -> Tensor:
-    """One to some hundred tokens, without a wait for the host.
+    """One to a few hundred tokens, without waiting for the host.
 
     Args:
         weights: Experts have shapes ``(E, D, 2F)`` and ``(E, F, D)`` and memory ``[E, out, in]``; see :func:`serves`.
@@ -373,7 +374,7 @@ def moe_layer_decode(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters | 
     S, options = gate_WD.shape[0] // F, overlap(x_TD.device)
     together = T <= _TOGETHER
     beside = S if together else 0
-    # Twice the mean number of an expert's rows, so that nearly all read their weights once.
+    # Twice the mean number of rows per expert, so that nearly all experts read their weights once.
     block, experts = _block(triton.cdiv(2 * T * A, E)), min(E, T * A) if together else E
     normed, out = torch.empty_like(x_TD), torch.empty_like(x_TD)
     hidden, parts = (x_TD.new_empty(T * (A + S), n) for n in (F, D))

@@ -1,4 +1,4 @@
-"""The mixture of experts for many tokens: one way through memory before the products and one after.
+"""The mixture of experts for many tokens: one pass through memory before the products and one after.
 
 T tokens, D hidden, E experts, A experts per token, F expert width, W width of the shared experts,
 P rows of the routed experts.
@@ -19,11 +19,11 @@ from aria.ops.multi_lora import MoEAdapters
 from aria.ops.registry import Where
 from aria.ops.weights import MoEWeights
 
-# Up to 64 rows an expert reading weights is the time: tiles as low as the tensor cores allow, and expert after expert,
-# so that what is read together lies together. Above, multiplying is.
+# Up to 64 rows per expert, reading weights dominates: tiles have as few rows as the tensor cores allow, and go
+# expert by expert, so that programs read adjacent weights at the same time. Above, multiplying dominates.
 _LOW = Tiles(rows=64, columns=64, inputs=128, warps=4, stages=3, group=1)
 _HIGH = Tiles(rows=128, columns=128, inputs=64, warps=8, stages=3, group=6)
-# For GPUs whose programs have less shared memory than Hopper's.
+# For GPUs with less shared memory per program than Hopper.
 _LOW_SMALL = _LOW._replace(inputs=64)
 _HIGH_SMALL = _HIGH._replace(columns=64)
 
@@ -67,7 +67,7 @@ def moe_layer_prefill(x_TD: Tensor, weights: MoEWeights, adapters: MoEAdapters |
 
 
 def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
-    """SwiGLU MLPs of the rows' experts; the result takes the place of the rows."""
+    """SwiGLU MLPs of the rows' experts; the result overwrites the rows."""
     E, D = fc1_EDF.shape[:2]
     gate_up, down = fc1_EDF.transpose(1, 2).view(E, 2, -1, D), fc2_EFD.transpose(1, 2).view(E, 2, D // 2, -1)
     hidden_PF = rows_PD.new_empty(rows_PD.shape[0], fc2_EFD.shape[1])
@@ -76,7 +76,7 @@ def _experts(rows_PD: Tensor, fc1_EDF: Tensor, fc2_EFD: Tensor, table: Tensor, t
 
 
 def _shared(x_TD: Tensor, gate_WD: Tensor, up_WD: Tensor, down_DW: Tensor, tiles: Tiles) -> Tensor:
-    """The shared experts: one for all rows."""
+    """The shared experts, which have all rows."""
     if not adjacent((gate_WD, up_WD)):
         return F.linear(F.silu(F.linear(x_TD, gate_WD)) * F.linear(x_TD, up_WD), down_DW)
     gate_up = as_one((gate_WD, up_WD)).view(1, 2, *gate_WD.shape)

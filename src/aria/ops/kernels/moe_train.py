@@ -1,9 +1,9 @@
 """Routed experts with gradients: products by PyTorch's grouped kernels, one pass through memory between them.
 
-Kept for the way back are the tokens, the routing, the first product and the thin products of adapters. What is cheap
-to have again is computed again: rows by expert, SwiGLU's result. The gradient of a routing weight is a row of the
-output times the output's gradient; the output is linear in SwiGLU's result, so that product is taken there, and no
-output is kept.
+Saved for the backward pass are the tokens, the routing, the first product and the LoRA products with ``a``. What is
+cheap is recomputed: rows by expert and SwiGLU's result. The gradient of a routing weight is a row of the output times
+the output's gradient; the output is linear in SwiGLU's result, so that product is computed there, and no output is
+saved.
 
 T tokens, D hidden, E experts, A experts per token, F expert width, P = T x A rows sorted by expert, R rank.
 """
@@ -43,12 +43,12 @@ def _combine(
 
 
 def combine(y_PD: Tensor, place: Tensor, weights_TA: Tensor | None, top_k: int) -> Tensor:
-    """Sum of each token's rows, weighted or not: ``(T, D)``, added up in float32 in the order of the choices.
+    """Sum of each token's rows, weighted or not: ``(T, D)``, in float32 in the order of the choices.
 
-    Places of P or above are of no row.
+    Places of P or above have no row.
     """
     (P, D), T = y_PD.shape, len(place) // top_k
-    assert y_PD.is_contiguous() and (weights_TA is None or weights_TA.is_contiguous()), "rows lie one after another"
+    assert y_PD.is_contiguous() and (weights_TA is None or weights_TA.is_contiguous()), "rows must be contiguous"
     out = y_PD.new_empty(T, D)
     if T:
         _combine[(T,)](y_PD, weights_TA, place, out, P, D, top_k, D_BLOCK=triton.next_power_of_2(D), num_warps=4)
@@ -56,7 +56,7 @@ def combine(y_PD: Tensor, place: Tensor, weights_TA: Tensor | None, top_k: int) 
 
 
 class Order(NamedTuple):
-    """Rows sorted by expert, and within one by token. Choices of experts that are elsewhere have no row."""
+    """Rows sorted by expert, then by token. Choices of experts on other ranks have no row."""
 
     source: Tensor
     """int32: each row's token."""
@@ -69,7 +69,7 @@ class Order(NamedTuple):
 
 
 def sort(index_TA: Tensor, experts: int, present: int | None = None) -> Order:
-    """Sort by expert, without the host. A byte as the key lets the sort end after one pass of eight bits."""
+    """Sort by expert, without the host. With one-byte keys the radix sort needs a single pass."""
     dtype = torch.uint8 if experts < 256 else torch.int32  # `experts` itself may be among the keys
     keys, order = index_TA.flatten().to(dtype).sort(stable=True)
     rows = torch.arange(len(order), dtype=torch.int32, device=order.device)
@@ -121,7 +121,7 @@ def fits_ranks(x: Tensor, *loras: LoRA | None) -> bool:
 
 
 class _Adapters(NamedTuple):
-    """Numbers of both adapters; what is not there is neutral."""
+    """Scalars of both LoRA weights; neutral values where there are none."""
 
     scaling: tuple[float, float]
     noise: tuple[Noise, Noise]
@@ -168,7 +168,7 @@ class _ExpertMLP(torch.autograd.Function):
         ends, source, top_k = order.ends, order.source, weights.shape[1]
         weights_P = weights.flatten()[order.order]
 
-        # The second product and its adapter. Routing weights come in with SwiGLU's gradient.
+        # The second product and its LoRA weights. Routing weights are applied with SwiGLU's gradient.
         narrow = None if b2 is None else b2.mT
         dy, dh2 = gather(grads[0].contiguous(), narrow, adapters.scaling[1], ends=ends, source=source)
         dhidden = product(dy, fc2.mT, ends)
@@ -183,12 +183,12 @@ class _ExpertMLP(torch.autograd.Function):
         da2 = _outer_if(needs_a2, found.dropped, dh2, ends)
         db2 = outer(h2 * weights_P[:, None], dy, ends) if needs_b2 else None
         del dy
-        assert found.weights is not None, "the weights' gradients were asked for"
+        assert found.weights is not None, "the gradients of the weights are needed"
         dweights = torch.zeros_like(weights) if needs_weights else None
         if dweights is not None:
             dweights.view(-1).scatter_(0, order.order, found.weights.to(weights.dtype))
 
-        # The first product and its adapter.
+        # The first product and its LoRA weights.
         dgate_up, dh1 = found.gate_up, found.thin
         del found
         db1 = _outer_if(needs_b1, h1, dgate_up, ends)
@@ -210,7 +210,7 @@ class _ExpertMLP(torch.autograd.Function):
 def _outer_if(wanted: bool, x: Tensor | None, y: Tensor | None, ends: Tensor) -> Tensor | None:
     if not wanted:
         return None
-    assert x is not None and y is not None, "both sides of a gradient are there if it is wanted"
+    assert x is not None and y is not None, "a gradient needs both of its sides"
     return outer(x, y, ends)
 
 

@@ -1,9 +1,10 @@
-"""Thin products of a decode step's adapters: what few tokens make of the ranks of all adapters, each token of its own.
+"""LoRA products of a decode step with several adapters: few tokens, each with the ranks of its own adapter.
 
-The sum over the inputs is cut among SPLIT programs, for a thin product has too few outputs to fill the chip; who reads
-the result adds the parts up, in order.
+The product with ``a`` (shrink) has too few outputs to fill the GPU, so its sum over the inputs is split among SPLIT
+programs; the kernel that reads the result adds the parts in order and multiplies with ``b`` (expand).
 
-T tokens, E experts, A experts of a token, R ranks of all adapters together, I inputs; `few` tells of the rows.
+T tokens, E experts, A experts of a token, R ranks of all adapters together, I inputs; rows are as in
+:mod:`~aria.ops.kernels.moe_decode`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def _part(
     x_ptrs, a_ptrs, stride, live, first, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, LENGTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Products over the inputs from ``first`` on, LENGTH of them at most: ``(BLOCK_T, R_BLOCK)``. In ``a`` the next
-    input is ``stride`` on."""
+    """Products over at most LENGTH inputs from ``first`` on: ``(BLOCK_T, R_BLOCK)``. Inputs in ``a`` are ``stride``
+    apart."""
     sums = tl.zeros((BLOCK_T, R_BLOCK), tl.float32)
     r = tl.arange(0, R_BLOCK)
     for step in tl.range(0, LENGTH, BLOCK_I, num_stages=STAGES):
@@ -53,10 +54,10 @@ def _shrink_kernel(
     BY_ROW: tl.constexpr, EVERY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr,
     SHARED_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The shared experts' tiles of tokens are the first of the grid, then come the experts that have tokens.
+    """The shared experts' tiles of tokens are first in the grid, then the experts that have tokens.
 
     ``h`` is ``(PARTS, T * A, R)`` and ``shared_h`` ``(PARTS, T, SHARED_R)``. With BY_ROW, ``x`` has a row for each pair
-    of a token and an expert, else for each token. What is not of a token's own adapter is 0, whatever it was.
+    of a token and an expert, else for each token. Ranks of other adapters are set to 0, whatever their values.
     """
     wait(PDL)
     tiles = tl.cdiv(T, BLOCK_T) if SHARED_R > 0 else 0
@@ -129,8 +130,8 @@ def expand(
     """``product + b h`` of some rows of ``h``: ``(outputs, len(row))``.
 
     Args:
-        b_ptrs: rank 0 of each output; ``stride`` on is the next.
-        rows: how many ``h`` has in each of its PARTS.
+        b_ptrs: Rank 0 of each output; ranks are ``stride`` apart.
+        rows: Rows of ``h`` in each of its PARTS.
     """
     r = tl.arange(0, R_BLOCK)
     b = tl.load(b_ptrs[:, None] + r[None, :] * stride, mask=(r < R)[None, :], other=0.0)
@@ -142,13 +143,13 @@ def expand(
     return tl.dot(b, tl.trans(h.to(b.dtype)), product, input_precision="ieee")
 
 
-# Whose tokens are scored may begin anywhere among a step's.
+# A slice of a step's adapter ids may start anywhere.
 @triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def _linear_kernel(
     x_ptr, a_ptr, rank_ids_ptr, h_ptr, ids_ptr, T, I: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr, R_BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Thin products beside a linear of all tokens: ``h`` is ``(PARTS, T, R)``."""
+    """Products with ``a`` beside a linear layer of all tokens: ``h`` is ``(PARTS, T, R)``."""
     wait(PDL)
     part = tl.program_id(1)
     _of_shared(
@@ -178,7 +179,7 @@ def _add_kernel(
 
 
 class Shrunk(NamedTuple):
-    """What widens to the adapters' part of a product over experts, routed and shared; None where there are none."""
+    """Products with ``a``, and ``b``, for routed and shared experts; None where there are no LoRA weights."""
 
     h: Tensor | None
     b: Tensor | None
@@ -186,7 +187,7 @@ class Shrunk(NamedTuple):
     shared_b: Tensor | None
 
     def arguments(self) -> dict[str, Any]:
-        """Of the kernels that take it."""
+        """Arguments of the kernels that expand it."""
         R = 0 if self.h is None else self.h.shape[2]
         SHARED_R = 0 if self.shared_h is None else self.shared_h.shape[2]
         return {
@@ -216,16 +217,18 @@ def shrink(
     block: int,
     options: dict[str, bool],
 ) -> Shrunk:
-    """Thin products of the routed and of the shared experts' inputs, in one launch.
+    """Products with ``a`` of the routed and of the shared experts' inputs, in one launch.
 
     Args:
         x: ``(T, I)``, or ``(T * A, I)`` with a row for each pair of a token and an expert.
-        lora: the routed experts' adapters.
-        shared_x, shared: ``(T, I)`` and adapters of the shared experts.
-        adapter_ids_T: int32, whose adapter each token has.
-        lists: rows, counts and busy experts of :mod:`aria.ops.kernels.moe_decode`.
-        experts: how many can be busy; E means that all are looked at.
-        block: tokens of a tile.
+        lora: LoRA weights of the routed experts.
+        shared_x, shared: ``(T, I)`` and LoRA weights of the shared experts.
+        adapter_ids_T: int32, each token's adapter id.
+        lists: Rows, counts and busy experts of :mod:`aria.ops.kernels.moe_decode`.
+        top_k: A.
+        experts: Maximum number of busy experts; E means that the grid includes all.
+        block: Tokens of a tile.
+        options: Launch options.
     """
     if lora is None and shared is None:
         return NOTHING
@@ -283,5 +286,5 @@ def _tile(x: Tensor, tokens: int, ranks: int) -> dict[str, int]:
 
 
 def _block(ranks: int) -> int:
-    """A tile that holds so many ranks: at least the tensor cores' 16."""
+    """Tile size for this many ranks: at least the tensor cores' 16."""
     return max(16, triton.next_power_of_2(ranks))

@@ -1,4 +1,4 @@
-"""LayerNorm of many short rows, of the vision encoder: rows in groups, one a warp. T rows, D hidden."""
+"""LayerNorm of many short rows, for the vision encoder: a program has one row per warp. T rows, D hidden."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, shift_ptr, out_ptr, T, x_stride, eps,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """A row's first HEAD columns and the TAIL left over (1,024 + 128 of 1,152), so that hardly a lane is idle."""
+    """A row's first HEAD columns and the remaining TAIL (1,024 + 128 of 1,152), so that few lanes are idle."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = (row < T)[:, None]
     row = row.to(tl.int64)[:, None]
@@ -52,8 +52,10 @@ def layer_norm_triton(
 ) -> Tensor:
     """One pass over rows whose elements are contiguous."""
     T, D = x_TD.shape
-    assert x_TD.stride(1) == 1, "rows are contiguous"
-    assert shift_D is None or (shift_D.dtype == torch.float32 and shift_D.is_contiguous()), "the shift is in float32"
+    assert x_TD.stride(1) == 1, "rows must be contiguous"
+    assert shift_D is None or (shift_D.dtype == torch.float32 and shift_D.is_contiguous()), (
+        "the shift must be float32 and contiguous"
+    )
     out = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
     if T:
         head = 1 << (D.bit_length() - 1)

@@ -1,8 +1,8 @@
 """Attention of new tokens over a paged cache: one launch that rotates, writes the cache, attends and combines.
 
-Reading the cache is all that costs. Each sequence's keys are cut into tiles, and the tiles of all sequences shared out
-evenly among the programs that fill the GPU, whatever the lengths; the last program of a sequence to finish combines
-what all of them found. Programs know their share from the lengths alone, so a graph serves any.
+Reading the cache dominates. Each sequence's keys are split into tiles, and the tiles of all sequences are divided
+evenly among the programs that fill the GPU, whatever the lengths; the last program of a sequence to finish combines the
+results. Programs compute their share from the lengths alone, so one CUDA graph serves all lengths.
 
 N sequences, H heads, KV key/value heads, K head width, B blocks of the cache, S tokens of a block, M blocks of the
 longest sequence.
@@ -24,12 +24,12 @@ from aria.ops.registry import Where
 from aria.ops.weights import PagedKV
 
 _LOWEST = tl.constexpr(-1e30)
-"""Where a running maximum starts: finite, so that what has seen no key yet can be compared and rescaled."""
+"""Initial running maximum: finite, so that a state without keys can be compared and rescaled."""
 _LOG2_E = 1.4426950408889634
 
 
 class _Tuning(NamedTuple):
-    """Tokens of a tile, tiles of a share at least, programs of a processor to aim at, registers of a thread at most."""
+    """Tokens of a tile, minimum tiles of a share, target programs per multiprocessor, maximum registers per thread."""
 
     tile: int
     least: int
@@ -41,7 +41,7 @@ _WARPS = 4
 
 
 def _tuning(sequences: int) -> _Tuning:
-    """What was fastest on an H100 from 128 to 65,536 tokens; see docs/lab/kernels.md."""
+    """The fastest on an H100 from 128 to 65,536 tokens; see docs/lab/kernels.md."""
     if sequences == 1:
         return _Tuning(64, 1, 6, None)
     return _Tuning(64, 2, 8, 128) if sequences <= 16 else _Tuning(32, 2, 12, None)
@@ -58,7 +58,7 @@ def _turn(row, cos, sin, K: tl.constexpr):
 
 @triton.jit
 def _combine(states, partials, out, active, H: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr):
-    """Weigh the results of all programs of one head and sequence by their sums of exponentials."""
+    """Combine the results of all programs of one head and sequence, weighted by their sums of exponentials."""
     dim = tl.arange(0, K)
     top = tl.full((), _LOWEST, tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -66,7 +66,7 @@ def _combine(states, partials, out, active, H: tl.constexpr, K: tl.constexpr, PI
     for start in range(0, active, PIECE):
         split = start + tl.arange(0, PIECE)
         here = split < active
-        # From L2: other programs wrote these.
+        # From L2: other programs wrote them.
         tops = tl.load(states + split * H * 2, mask=here, other=_LOWEST, cache_modifier=".cg")
         sums = tl.load(states + split * H * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
         parts = tl.load(
@@ -83,7 +83,7 @@ def _combine(states, partials, out, active, H: tl.constexpr, K: tl.constexpr, PI
 
 @triton.jit
 def _load_tile(keys_ptr, values_ptr, table, tile, cached, kv, KV, S, K: tl.constexpr, TILE: tl.constexpr):
-    """Keys and values of one tile, and which of its tokens there are."""
+    """Keys and values of one tile, and which of its tokens exist."""
     start = tile * TILE
     token = tl.arange(0, TILE)
     seen = start + token < cached
@@ -96,7 +96,7 @@ def _load_tile(keys_ptr, values_ptr, table, tile, cached, kv, KV, S, K: tl.const
 
 @triton.jit
 def _attend_tile(q, keys, values, seen, top, total, acc):
-    """Take one tile into the running maxima, sums and outputs."""
+    """Add one tile to the running maxima, sums and outputs."""
     TILE: tl.constexpr = keys.shape[0]
     ROWS: tl.constexpr = acc.shape[0]
     scores = tl.where(seen, tl.sum(keys.to(tl.float32) * q[None, :], 1), float("-inf"))
@@ -111,9 +111,9 @@ def _attend_tile(q, keys, values, seen, top, total, acc):
 
 @triton.jit
 def _share(positions_ptr, N, item, programs, least, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Tiles of a share, and of item ``item`` of all sequences' shares its sequence and that sequence's first item.
+    """Tiles of a share, the sequence of share ``item``, and that sequence's first share.
 
-    Tiles are dealt out to ``programs`` equal shares of ``least`` or more; every sequence has one of its own at least.
+    Tiles are divided into ``programs`` equal shares of at least ``least`` tiles; every sequence has at least one share.
     """
     index = tl.arange(0, WIDTH)
     tiles = tl.cdiv(tl.load(positions_ptr + index, mask=index < N, other=0), TILE)
@@ -139,7 +139,7 @@ def _decode_kernel(
     share, n, begin = _share(positions_ptr, N, item, programs, LEAST, TILE, WIDTH)
     if n >= N:
         return
-    cached = tl.load(positions_ptr + n)  # keys that the cache holds; a new token's is not among them
+    cached = tl.load(positions_ptr + n)  # keys in the cache, without the new token's
     tiles = tl.cdiv(cached, TILE)
     active = tl.maximum(tl.cdiv(tiles, share), 1)
     split = item - begin
@@ -149,9 +149,9 @@ def _decode_kernel(
     row = tl.arange(0, ROWS)
     table = blocks_ptr + n * blocks_stride
     first = split * share
-    # Old keys were written in earlier steps: the first tile is on its way before the kernel before this one ends.
+    # Old keys were written in earlier steps: the first tile is loaded before the previous kernel ends.
     keys, values, seen = _load_tile(keys_ptr, values_ptr, table, first, cached, kv, KV, S, K, TILE)
-    # Each of ROWS rows keeps its own maximum, sum and output, so that threads need not meet within the loop.
+    # Each of ROWS rows has its own maximum, sum and output, so that the loop needs no synchronisation.
     top = tl.full((ROWS,), _LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, K), tl.float32)
@@ -194,7 +194,7 @@ def _decode_kernel(
         tl.store(states_ptr + place * 2, highest)
         tl.store(states_ptr + place * 2 + 1, sums)
         tl.store(partials_ptr + place * K + dim, result)
-        tl.debug_barrier()  # all threads have written before the program is counted
+        tl.debug_barrier()  # all threads have written before the program is counted as done
         if tl.atomic_add(arrivals_ptr + n * H + head, 1, sem="acq_rel") == active - 1:
             place = begin * H + head
             _combine(states_ptr + place * 2, partials_ptr + place * K, out, active, H, K, 16)
@@ -215,12 +215,12 @@ def _attend(
     _, KV, S, _ = keys_BHSK.shape
     k, v = new if new is not None else (q_NHK, q_NHK)
     assert fits(q_NHK, cache), f"no kernel for queries {tuple(q_NHK.shape)} and a cache {tuple(keys_BHSK.shape)}"
-    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
-    assert all(x.stride()[1:] == (K, 1) for x in (q_NHK, k, v)), "heads of a token lie side by side"
-    assert blocks_NM.stride(1) == 1, "block tables have rows"
+    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer must be contiguous"
+    assert all(x.stride()[1:] == (K, 1) for x in (q_NHK, k, v)), "heads of a token must be adjacent"
+    assert blocks_NM.stride(1) == 1, "rows of the block table must be contiguous"
     device = q_NHK.device
     tuning = _tuning(N)
-    programs = triton.cdiv(tuning.programs * _processors(device), H)  # of each head
+    programs = triton.cdiv(tuning.programs * _processors(device), H)  # for each head
     items = N + programs
     out = torch.empty(N, H, K, dtype=q_NHK.dtype, device=device)
     states = torch.empty(items * H, 2, dtype=torch.float32, device=device)
@@ -233,9 +233,9 @@ def _attend(
         q_NHK, k, v, positions_N, blocks_NM, angles, keys_BHSK, values_BHSK, out, states, partials, arrivals,
         q_NHK.stride(0), k.stride(0), v.stride(0), blocks_NM.stride(0), K**-0.5 * _LOG2_E, N, programs,
         H=H, KV=KV, S=S, K=K, LEAST=tuning.least, TILE=tile, ROWS=min(tile, max(1, _WARPS * 32 * vector // K)),
-        WIDTH=1 if N == 1 else max(64, triton.next_power_of_2(N)),  # few widths: each is a kernel to compile
+        WIDTH=1 if N == 1 else max(64, triton.next_power_of_2(N)),  # few widths: each is compiled separately
         NEW=new is not None, num_warps=_WARPS, maxnreg=tuning.registers,
-        # Cached tokens may come from the kernel right before, a new token's own past may not.
+        # Without new tokens, the previous kernel may have written the cache; with them, it did not write their past.
         **(overlap(device) if new is not None else {"PDL": False}),
     )  # fmt: skip
     return out

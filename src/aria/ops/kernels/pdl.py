@@ -1,8 +1,8 @@
 """Overlap of one launch with the next (programmatic dependent launch, Hopper and later).
 
-A kernel launched with :func:`overlap` may start while the kernel before it in the stream still runs. What it does ahead
-of :func:`wait` must not depend on any other kernel: here it loads weights, which nobody writes, and old keys. So memory
-stays busy while the last programs of the kernel before finish.
+A kernel launched with :func:`overlap` may start while the previous kernel in the stream still runs. What it does before
+:func:`wait` must not depend on any other kernel: here it loads weights, which no kernel writes, and old keys. So memory
+stays busy while the last programs of the previous kernel finish.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def release(PDL: tl.constexpr):
-    """Let the next kernel of the stream start as soon as all programs of this one came here.
+    """Let the next kernel of the stream start as soon as all programs of this one have reached this point.
 
-    What follows a kernel that comes here first is on its way as soon as there is room. That pays where a program holds
-    so many registers that few fit on a processor. Small programs that come much too early settle where there is room
-    just then, on a few processors, and the even spread over all of them is worth more: theirs belongs behind the long
+    At the start of a kernel, the next one starts as soon as resources are free. That pays if its programs use so many
+    registers that few fit on a multiprocessor. Small programs that start too early gather on the few multiprocessors
+    that are free at that moment, where an even spread over all of them is faster: for those, release after the long
     loop (docs/lab/kernels.md).
     """
     if PDL:
@@ -42,6 +42,6 @@ def release(PDL: tl.constexpr):
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Go on when every kernel before this one is done and what it wrote can be read."""
+    """Wait until all previous kernels are done and their writes are visible."""
     if PDL:
         gdc_wait()

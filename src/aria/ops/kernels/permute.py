@@ -1,8 +1,8 @@
-"""Routing without the host: norm, top-k, each token's place among its experts' rows, the way there and back.
+"""Routing without the host: norm, top-k, each token's place among its experts' rows, permutation and combination.
 
-Rows of the routed experts lie expert after expert, tokens in order within each, and every expert begins on a whole tile
-of :mod:`aria.ops.kernels.grouped_gemm`; the rows that fill up its last tile hold anything and are never read back.
-Nothing is atomic: the same tokens take the same places in every run.
+Rows of the routed experts are sorted by expert, then by token, and every expert starts at a whole tile of
+:mod:`aria.ops.kernels.grouped_gemm`; the rows that pad its last tile are undefined and never read back. There are no
+atomics: the same tokens get the same places in every run.
 
 T tokens, D hidden, E experts, A experts per token, N blocks of tokens, P rows of the routed experts.
 """
@@ -19,20 +19,20 @@ from aria.ops.registry import Where
 
 
 def block_of(tokens: int) -> int:
-    """Tokens that one program routes: few enough to fill the chip, for each program reads the router's weight."""
+    """Tokens that one program routes: each program reads the router's weight, but enough of them must fill the GPU."""
     return 16 if tokens <= 4096 else 32
 
 
 @triton.jit
 def _choose(logits, t, T, e, weights_ptr, index_ptr, counts_ptr, E, A: tl.constexpr, A_BLOCK: tl.constexpr):
-    """Top-k of a block of logits, float32 ``(tokens, experts)``, the lower index first among equals; softmax over the
-    chosen; how many of the block's tokens chose each expert."""
+    """Top-k of a block of logits, float32 ``(tokens, experts)``, the lower index first among equal logits; a softmax
+    over the chosen ones; and how many of the block's tokens chose each expert."""
     a = tl.arange(0, A_BLOCK)
     chosen = tl.full((logits.shape[0], A_BLOCK), float("-inf"), tl.float32)
     counts = tl.zeros(logits.shape, tl.int32)
     for i in tl.static_range(A):
         best, place = tl.max(logits, 1, return_indices=True, return_indices_tie_break_left=True)
-        place = tl.minimum(place, E - 1)  # of logits that are not numbers any lane may win, one past the end too
+        place = tl.minimum(place, E - 1)  # with NaN any lane may win, even one past the end
         tl.store(index_ptr + t * A + i, place, mask=t < T)
         chosen = tl.where(a[None, :] == i, best[:, None], chosen)
         won = e[None, :] == place[:, None]
@@ -110,7 +110,7 @@ def _place(
     tiles = (total + TILE - 1) // TILE
     ends = tl.cumsum(tiles, 0)
 
-    # Each program writes its share of the table: the number of tiles, then the expert of each.
+    # Each program writes a part of the table: the number of tiles, then the expert of each.
     if block == 0:
         tl.store(tiles_ptr, tl.sum(tiles, 0))
     for start in tl.range(block * M_BLOCK, M, tl.num_programs(0) * M_BLOCK):
@@ -178,10 +178,10 @@ def route_triton(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def norm_route(
     x_TD: Tensor, norm_D: Tensor, eps: float, router_ED: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """RMSNorm, the router's product and :func:`route` of it in one pass over the tokens.
+    """RMSNorm, router logits and :func:`aria.ops.route` in one pass over the tokens.
 
     Returns:
-        the normed tokens ``(T, D)``, weights ``(T, A)`` float32, experts ``(T, A)`` int32, and for every block of
+        The normed tokens ``(T, D)``, weights ``(T, A)`` float32, experts ``(T, A)`` int32, and for every block of
         :func:`block_of` tokens how many chose each expert, ``(N, E)`` int32.
     """
     T, D = x_TD.shape
@@ -205,15 +205,15 @@ def _outputs(like: Tensor, E: int, A: int, index: torch.dtype) -> tuple[Tensor, 
 
 
 def place(index_TA: Tensor, counts_NE: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Where each token's copies go, and whose each tile is.
+    """The rows of each token's copies, and the expert of each tile.
 
     Args:
-        index_TA, counts_NE: from :func:`norm_route`.
-        tile: rows of a tile; each expert begins on a multiple of it.
+        index_TA, counts_NE: From :func:`norm_route`.
+        tile: Rows of a tile; each expert starts at a multiple of it.
 
     Returns:
-        rows ``(T, A)`` int32; a table int32: the number of tiles in use, then the expert of each tile. Its length says
-        how many tiles there can be.
+        Rows ``(T, A)`` int32, and a table int32: the number of tiles in use, then the expert of each tile. Its length
+        is one more than the maximum number of tiles.
     """
     (T, A), (N, E) = index_TA.shape, counts_NE.shape
     M = T * A // tile + min(E, T * A)
@@ -228,7 +228,7 @@ def place(index_TA: Tensor, counts_NE: Tensor, tile: int) -> tuple[Tensor, Tenso
 
 
 def permute(x_TD: Tensor, position_TA: Tensor, rows: int) -> Tensor:
-    """Copies of each token in their rows, ``(rows, D)``; the other rows hold anything."""
+    """Copies of each token in their rows, ``(rows, D)``; the other rows are undefined."""
     T, D = x_TD.shape
     out = torch.empty(rows, D, dtype=x_TD.dtype, device=x_TD.device)
     _permute[(T,)](x_TD, position_TA, out, D, position_TA.shape[1], D_BLOCK=triton.next_power_of_2(D))
@@ -236,7 +236,7 @@ def permute(x_TD: Tensor, position_TA: Tensor, rows: int) -> Tensor:
 
 
 def combine(x_TD: Tensor, shared_TD: Tensor, y_PD: Tensor, weights_TA: Tensor, position_TA: Tensor) -> Tensor:
-    """``x + shared + weighted sum of the token's rows of y``, added up in float32 in the order of the choices."""
+    """``x + shared + weighted sum of the token's rows of y``, in float32 in the order of the choices."""
     T, D = x_TD.shape
     out = torch.empty_like(x_TD)
     _combine[(T,)](

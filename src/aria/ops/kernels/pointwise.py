@@ -1,4 +1,4 @@
-"""What stands between the products of a layer, with gradients: rotary positions and the choice of experts.
+"""Operations between the products of a layer, with gradients: rotary positions and routing.
 
 T tokens, H heads, K head width, E experts, A experts per token.
 """
@@ -27,7 +27,7 @@ def _rotary(
     high = low + K // 2
     inside = (token < T) & (low < K // 2)
     head = tl.program_id(1)
-    # A table may turn the halves of a head apart, though ours does not.
+    # A table may have different angles for the halves of a head, though ours does not.
     cos_low = tl.load(cos_ptr + token * K + low, mask=inside, other=0.0).to(tl.float32)
     cos_high = tl.load(cos_ptr + token * K + high, mask=inside, other=0.0).to(tl.float32)
     sin_low = tl.load(sin_ptr + token * K + low, mask=inside, other=0.0).to(tl.float32)
@@ -54,7 +54,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """Keeps the angles alone: the gradient turns back."""
+    """Saves only the angles: the gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def rotary_train(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """The choice by the kernel of inference; a softmax's gradient, put where the choices were."""
+    """The choice by the kernel for inference; the softmax's gradient, scattered to the chosen experts."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""One axis of 8-bit pictures in another length, in Pillow's integers: every output is one thread's short sum.
+"""Resizing one axis of 8-bit images with Pillow's integers: every output is one thread's short sum.
 
-A lines' repetitions before the axis, B bytes after it (a pixel's channels, or a whole row).
+A: product of the axes before the resized one; B: bytes after it (a pixel's channels, or a whole row).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from aria.ops.resize import PRECISION, taps_on
 BLOCK = 1024
 
 
-# No variant for sizes that happen to be 1 or multiples of 16: each would be compiled when such a picture comes.
+# No variants for sizes that happen to be 1 or multiples of 16: each would be compiled when such an image comes.
 @triton.jit(do_not_specialize=["source", "target", "B", "taps"])
 def _resample_kernel(
-    pictures, first, weights, out, source, target, B, taps,
+    images, first, weights, out, source, target, B, taps,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     a = tl.program_id(0).to(tl.int64)
@@ -28,7 +28,7 @@ def _resample_kernel(
     inside = index < target * B
     place, byte = index // B, index % B
     start = tl.load(first + place, mask=inside, other=0)
-    line = pictures + a * source * B
+    line = images + a * source * B
     total = tl.full([BLOCK], 1 << (PRECISION - 1), tl.int32)
     for tap in range(taps):
         at = start + tap

@@ -1,4 +1,4 @@
-"""Rotary positions and the write to the paged cache for the many tokens of a prompt, in one pass.
+"""Rotary positions and the write to the paged cache for the tokens of a prompt, in one pass.
 
 T tokens, H heads, KV key/value heads, K head width, B blocks of the cache, S tokens of a block, P positions.
 """
@@ -15,14 +15,14 @@ from aria.ops.registry import Where
 from aria.ops.weights import PagedKV
 
 
-# How many tokens there are and where a part of them begins is another thing in each step.
+# The number of tokens and the alignment of slices of them change from step to step.
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotate_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, slots_ptr, angles_ptr, keys_ptr, values_ptr, turned_q_ptr, turned_k_ptr,
     T, q_stride, k_stride, v_stride,
     H: tl.constexpr, KV: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens and HEADS heads; the halves of a head are loaded apart, since each turns by the other."""
+    """TOKENS tokens and HEADS heads; the halves of a head are loaded separately, since each is rotated by the other."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < T
     there = inside[:, None]
@@ -77,12 +77,12 @@ def rotate_and_cache_triton(
     keys_BHSK, values_BHSK, angles_PK, _ = cache
     _, KV, S, _ = keys_BHSK.shape
     assert fits(q_THK), f"heads of {K} are no power of two"
-    assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token lie side by side"
-    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer is contiguous"
+    assert all(x.stride()[1:] == (K, 1) for x in (q_THK, k_THK, v_THK)), "heads of a token must be adjacent"
+    assert keys_BHSK.is_contiguous() and values_BHSK.is_contiguous(), "the cache of a layer must be contiguous"
     q = torch.empty(T, H, K, dtype=q_THK.dtype, device=q_THK.device)
     k = torch.empty(T, KV, K, dtype=k_THK.dtype, device=k_THK.device)
     if T:
-        heads = 2 if T <= 1024 else 5  # the fewer, the more programs
+        heads = 2 if T <= 1024 else 5  # fewer heads give more programs
         _rotate_kernel[triton.cdiv(T, _TOKENS), triton.cdiv(H, heads)](
             q_THK, k_THK, v_THK, positions_T, slots_T, angles_PK, keys_BHSK, values_BHSK, q, k,
             T, q_THK.stride(0), k_THK.stride(0), v_THK.stride(0),

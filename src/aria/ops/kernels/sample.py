@@ -1,18 +1,19 @@
-"""Drawing tokens on the device: the least score kept of each row, then the largest noisy score above it.
+"""Sampling tokens on the device: the lowest logit that each row keeps, then the largest noisy logit above it.
 
-N sequences, V vocabulary, C columns of the table of settings. Three launches whatever the rows ask for: a row that
-keeps all its tokens leaves the first two at once, a greedy row draws without noise in the third.
+N sequences, V vocabulary, C columns of the table of settings. Logits of banned tokens are -inf; "scores" are logits in
+float32. There are three launches, whatever the settings: a row that keeps all tokens exits the first two at once, and a
+greedy row draws without noise in the third.
 
-Nothing is sorted. The least score kept is searched for among the bits of the scores, in two passes over a row that many
-programs share; the last of them to finish goes on alone. After the first it knows the peak and the mass of each small
-group of tokens and one of its scores: the peaks bound the top_k likeliest, the mass and the sample tell where about a
-nucleus ends. The second gathers the scores between two such bounds. If the end is among them, as nearly always, it is
-found in registers; if not, further passes over the row make the interval eight times narrower each.
+Nothing is sorted. The lowest score kept is searched among the bits of the scores, in two passes over a row that many
+programs share; the last program to finish continues alone. After the first pass it knows the peak and the mass of each
+small group of tokens and one of its scores: the peaks bound the top_k, the mass and the samples estimate where a
+nucleus ends. The second pass gathers the scores between two such bounds. If the end is among them, as nearly always, it
+is found in registers; if not, each further pass over the row makes the interval eight times narrower.
 
-Masses of gathered scores are integers, so that they do not depend on the order in which programs come.
+Masses of gathered scores are integers, so that they do not depend on the order of the programs.
 """
 
-# Tuples grow by adding: Triton knows no unpacking.
+# Tuples are concatenated: Triton has no unpacking.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated, misc"
 
@@ -28,19 +29,19 @@ from aria.ops.registry import Where
 from aria.ops.sampling import GROUP, LANES
 
 BLOCK = 2048
-"""Scores that a program of the search looks at together."""
+"""Scores that a program of the search reads at a time."""
 PEAKS = 4096
-"""Groups of scores at most whose peaks are compared."""
-ROOM = 4096
-"""Scores that can be gathered."""
+"""Maximum number of groups of scores whose peaks are compared."""
+CAPACITY = 4096
+"""Maximum number of gathered scores."""
 LIKELIEST = 1024
-"""Scores that are gathered at least, where top_k does not say."""
+"""Minimum number of gathered scores without top_k."""
 SEARCHING = 1024
-"""Programs of a search's launch at most, while there are fewer rows."""
+"""Maximum number of programs of a search, unless there are more rows."""
 REGISTERS = 80
-"""Of a thread of the search at most, so that three programs fit on a processor."""
+"""Maximum registers per thread of the search, so that three programs fit on a multiprocessor."""
 DRAWING = 2048
-"""Programs of the drawing launch, about as many as an H100 keeps resident."""
+"""Programs of the draw, about as many as are resident on an H100."""
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _scores(row, ids, banned, V: tl.constexpr, BANNED: tl.constexpr):
 
 @triton.jit
 def _key(scores, SHIFT: tl.constexpr):
-    """Integers in the order of the scores; SHIFT drops the bits that are always alike (16 for bfloat16)."""
+    """Integers in the order of the scores; SHIFT drops the bits that are always equal (16 for bfloat16)."""
     bits = scores.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
@@ -63,7 +64,7 @@ def _score(key, SHIFT: tl.constexpr):
     """The largest score of a key."""
     bits = (key << SHIFT) | ((1 << SHIFT) - 1)
     if SHIFT > 0:
-        # Bits that were dropped are zeros of a positive score, and turned zeros of a negative one.
+        # The dropped bits are zeros of a positive score and inverted zeros of a negative one.
         bits = tl.where(key < 0, bits, key << SHIFT)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -73,7 +74,7 @@ def _above(
     row, banned, pivots, floor, most, temperature,
     V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many scores lie above each of the pivots; with MASS the probability, times a factor, of those above floor."""
+    """How many scores are above each of the pivots; with MASS, the scaled probability of those above the floor."""
     sums = ()
     for _ in tl.static_range(len(pivots)):
         sums = sums + (tl.zeros([BLOCK], tl.float32),)
@@ -98,7 +99,7 @@ def _search(
     row, banned, target, low, high, floor, most, temperature,
     V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The least key that has less than ``target`` above it, given that ``low`` has not and ``high`` has."""
+    """The lowest key with less than ``target`` above it, given that ``low`` has more and ``high`` has less."""
     while high - low > 1:
         pivots = ()
         for i in tl.static_range(1, 8):
@@ -113,7 +114,7 @@ def _search(
 
 @triton.jit
 def _bisect(keys, weights, target, low, high):
-    """As _search, over keys that are at hand."""
+    """Like :func:`_search`, over keys in registers."""
     while high - low > 1:
         middle = low + (high - low) // 2
         enough = tl.sum(tl.where(keys > middle.to(tl.int32), weights, 0)) >= target
@@ -134,9 +135,9 @@ def _settings(rows, table, n, C: tl.constexpr):
 @triton.jit
 def _bounds(
     tops, masses, some, most, temperature, top_k, top_p,
-    SHIFT: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, LIKELIEST: tl.constexpr, ROOM: tl.constexpr,
+    SHIFT: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, LIKELIEST: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``low`` and ``high``: the least one kept should lie above the one and not above the other.
+    """Keys ``low`` and ``high``: the lowest one kept should be above ``low`` and not above ``high``.
 
     Args:
         tops, masses, some: of each group of WIDTH scores the largest, the sum of the exponentials of their distances to
@@ -146,12 +147,12 @@ def _bounds(
     ones = tl.full([GROUPS], 1, tl.int32)
     floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
     high = _key(most, SHIFT).to(tl.int64)
-    # Above any bound lie at least as many scores as peaks.
+    # There are at least as many scores as peaks above any bound.
     wanted = tl.where(top_k > 0, tl.minimum(top_k, GROUPS), LIKELIEST)
     low = _bisect(keys, ones, wanted, floor, high) - 1
     low = tl.where(top_k > GROUPS, floor, low)
     if top_k == 0:
-        # What is not among the likeliest is so even that one score stands for WIDTH.
+        # Scores below the top ones are so even that one of them represents WIDTH.
         mass = tl.sum(tl.where(tops > float("-inf"), masses * tl.exp((tops - most) / temperature), 0.0))
         keys = _key(some, SHIFT)
         rest = tl.where(keys <= low.to(tl.int32), WIDTH * tl.exp((some - most) / temperature), 0.0)
@@ -162,8 +163,8 @@ def _bounds(
             middle = low
             if total > (1 - top_p) * mass:
                 middle = _bisect(keys, rest, total - (1 - top_p) * mass, floor, low)
-            # As many to both sides as there is room for.
-            SLACK: tl.constexpr = ROOM * 3 // (8 * WIDTH)
+            # As many on both sides as the capacity allows.
+            SLACK: tl.constexpr = CAPACITY * 3 // (8 * WIDTH)
             count = tl.sum((keys > middle.to(tl.int32)).to(tl.int32))
             if count > SLACK:
                 high = _bisect(keys, ones, count - SLACK, middle, high)
@@ -171,15 +172,15 @@ def _bounds(
     return low, high
 
 
-# One variant serves all batches: where rows and positions start, and how a row is split, changes with their size.
+# One variant serves all batches: the alignment of rows and positions and the split of a row change with the batch.
 @triton.jit(do_not_specialize=["stretch"], do_not_specialize_on_alignment=["rows"])
 def _bounds_kernel(
     logits, rows, table, banned, groups, bounds, sums, counts, thresholds, arrivals, stride, stretch,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, LIKELIEST: tl.constexpr, ROOM: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, LIKELIEST: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """The first pass, by programs of ``stretch`` blocks. Leaves bounds ``(N, 3)``, low, high and the bits of the
-    largest score, and zeros in sums and counts; or a threshold, where that is all."""
+    """The first pass, by programs of ``stretch`` blocks. Writes bounds ``(N, 3)``, low, high and the bits of the
+    largest score, and zeros to sums and counts; or a threshold, if that is enough."""
     n, split = tl.program_id(0), tl.program_id(1)
     temperature, top_k, top_p, min_p = _settings(rows, table, n, C)
     searched = (temperature > 0) & ((top_k > 0) | (top_p < 1))
@@ -211,7 +212,7 @@ def _bounds_kernel(
             masses = tl.load(groups + GROUPS + group, mask=there, other=0.0, cache_modifier=".cg")
             some = tl.load(groups + 2 * GROUPS + group, mask=there, other=float("-inf"), cache_modifier=".cg")
             low, high = _bounds(
-                tops, masses, some, most, temperature, top_k, top_p, SHIFT, WIDTH, GROUPS, LIKELIEST, ROOM
+                tops, masses, some, most, temperature, top_k, top_p, SHIFT, WIDTH, GROUPS, LIKELIEST, CAPACITY
             )
             tl.store(bounds + n * 3, low.to(tl.int32))
             tl.store(bounds + n * 3 + 1, high.to(tl.int32))
@@ -227,7 +228,7 @@ def _bounds_kernel(
 
 @triton.jit
 def _mass(scores, most, temperature):
-    """Probabilities, times a factor, as integers of 45 bits."""
+    """Scaled probabilities as integers of 45 bits."""
     return tl.where(scores > float("-inf"), tl.exp((scores - most) / temperature) * 2.0**44, 0.0).to(tl.int64)
 
 
@@ -236,7 +237,7 @@ def _least(
     row, banned, keys, there, mass, beyond, low, high, most, temperature, top_k, top_p, found,
     V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The least key that is kept: among the gathered ``keys`` if found and there, else by passes over the row."""
+    """The lowest key kept: among the gathered ``keys`` if it is there, else by passes over the row."""
     top = _key(most, SHIFT).to(tl.int64)
     k = top_k.to(tl.int64)
     least = high
@@ -273,9 +274,9 @@ def _least(
 def _gather_kernel(
     logits, rows, table, banned, bounds, sums, counts, gathered, thresholds, stride, stretch,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    ROOM: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """The second pass, and the least score that each sequence keeps."""
+    """The second pass, and the lowest score that each sequence keeps."""
     n, split = tl.program_id(0), tl.program_id(1)
     temperature, top_k, top_p, min_p = _settings(rows, table, n, C)
     if (temperature <= 0) | ((top_k == 0) & (top_p >= 1)):
@@ -285,7 +286,7 @@ def _gather_kernel(
     most = tl.load(bounds + n * 3 + 2).to(tl.float32, bitcast=True)
     sums += n * 2
     counts += n * 3
-    gathered += n * ROOM
+    gathered += n * CAPACITY
     for block in range(split * stretch, tl.minimum((split + 1) * stretch, (V + BLOCK - 1) // BLOCK)):
         scores = _scores(row, block * BLOCK + tl.arange(0, BLOCK), banned, V, BANNED)
         keys = _key(scores, SHIFT)
@@ -297,17 +298,17 @@ def _gather_kernel(
         amount = tl.sum(inside.to(tl.int32))
         if amount > 0:
             place = tl.atomic_add(counts, amount, sem="relaxed") + tl.cumsum(inside.to(tl.int32)) - 1
-            tl.store(gathered + place, keys, mask=inside & (place < ROOM))
+            tl.store(gathered + place, keys, mask=inside & (place < CAPACITY))
     tl.debug_barrier()
     if tl.atomic_add(counts + 1, 1, sem="acq_rel") == tl.num_programs(1) - 1:
         count = tl.load(counts, cache_modifier=".cg")
         mass, beyond = tl.load(sums, cache_modifier=".cg"), tl.load(sums + 1, cache_modifier=".cg")
-        lanes = tl.arange(0, ROOM)
+        lanes = tl.arange(0, CAPACITY)
         there = lanes < count
         found = tl.load(gathered + lanes, mask=there, other=-(1 << 31), cache_modifier=".cg")
         least = _least(
             row, banned, found, there, mass, beyond, low.to(tl.int64), high.to(tl.int64), most, temperature,
-            top_k, top_p, count <= ROOM, V, BANNED, SHIFT, BLOCK,
+            top_k, top_p, count <= CAPACITY, V, BANNED, SHIFT, BLOCK,
         )  # fmt: skip
         threshold = _score(least.to(tl.int32), SHIFT)
         if min_p > 0:
@@ -317,7 +318,7 @@ def _gather_kernel(
 
 @triton.jit
 def _gumbel(bits):
-    """See :func:`aria.ops.sampling.gumbel_noise`; the series takes over where 1 - u loses the bits of u."""
+    """See :func:`aria.ops.sampling.gumbel_noise`; a series is used where 1 - u loses the bits of u."""
     u = tl.minimum(bits.to(tl.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
     return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1 - u)))
@@ -328,7 +329,7 @@ def _draw_kernel(
     logits, rows, positions, table, banned, thresholds, counts, values, places, tokens, stride, stretch, splits,
     C: tl.constexpr, V: tl.constexpr, BANNED: tl.constexpr, LANES: tl.constexpr, MOST_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``stretch`` groups of one sequence's ids; the program that ends last compares what all ``splits`` have found."""
+    """``stretch`` groups of one sequence's ids; the last program to finish compares the results of all ``splits``."""
     n, split = tl.program_id(0), tl.program_id(1)
     row = logits + n.to(tl.int64) * stride
     settings = table + tl.load(rows + n) * C
@@ -369,7 +370,7 @@ def _draw_kernel(
         part = tl.arange(0, MOST_SPLITS)
         found = tl.load(values + n * splits + part, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
         where = tl.load(places + n * splits + part, mask=part < splits, other=V, cache_modifier=".cg")
-        # The lowest id of those that are alike, as everywhere.
+        # The lowest id among equal ones, as everywhere.
         token = tl.min(tl.where(found == tl.max(found), where, V))
         tl.store(tokens + n, tl.minimum(token, V - 1).to(tl.int64))
 
@@ -377,9 +378,9 @@ def _draw_kernel(
 def thresholds(
     logits_NV: Tensor, rows_N: Tensor, table_RC: Tensor, banned: Tensor, arrivals: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The least score that each sequence keeps, float32 ``(N,)``, -inf where it keeps all; and counters for the draw.
+    """The lowest score that each sequence keeps, float32 ``(N,)``, -inf where it keeps all; and counters for the draw.
 
-    As :func:`aria.ops.sampling.thresholds`; equal scores are kept together. ``arrivals`` are those of :func:`sample`.
+    Like :func:`aria.ops.sampling.thresholds`. ``arrivals`` are those of :func:`aria.ops.sample`.
     """
     N, V = logits_NV.shape
     device, pow2 = logits_NV.device, triton.next_power_of_2
@@ -391,13 +392,13 @@ def thresholds(
     tables = torch.empty(N, 3, groups, dtype=torch.float32, device=device)
     bounds, counts = (torch.empty(N, 3, dtype=torch.int32, device=device) for _ in range(2))
     sums = torch.empty(N, 2, dtype=torch.int64, device=device)
-    gathered = torch.empty(N, ROOM, dtype=torch.int32, device=device)
+    gathered = torch.empty(N, CAPACITY, dtype=torch.int32, device=device)
     least = torch.empty(N, dtype=torch.float32, device=device)
     if arrivals is None:
         arrivals = torch.zeros(N, dtype=torch.int32, device=device)
     assert arrivals.numel() >= N, f"{N} sequences are more than {arrivals.numel()}"
     assert V < 1 << 18, f"masses of {V} scores may not fit into 64 bits"
-    sizes = {"C": table_RC.shape[1], "V": V, "BANNED": len(banned), "BLOCK": block, "ROOM": ROOM}
+    sizes = {"C": table_RC.shape[1], "V": V, "BANNED": len(banned), "BLOCK": block, "CAPACITY": CAPACITY}
     sizes |= {"SHIFT": 16 if logits_NV.dtype == torch.bfloat16 else 0}
     options = {"num_warps": max(4, block // 256), "maxnreg": REGISTERS}
     _bounds_kernel[N, splits](
@@ -414,17 +415,15 @@ def thresholds(
 
 @operations.sample.register(Where.GPU)
 def sample_triton(
-    logits_NV: Tensor,
-    rows_N: Tensor,
-    positions_N: Tensor,
-    table_RC: Tensor,
-    banned: Tensor,
+    logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, table_RC: Tensor, banned: Tensor,
     arrivals: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Nothing waits for the host, and shapes do not depend on the rows."""
     N, V = logits_NV.shape
-    assert logits_NV.stride(1) == 1, "each sequence's scores should lie together"
-    assert table_RC.is_contiguous() and table_RC.dtype == torch.int32, "the table of settings is int32, row by row"
+    assert logits_NV.stride(1) == 1, "each sequence's logits must be contiguous"
+    assert table_RC.is_contiguous() and table_RC.dtype == torch.int32, (
+        "the table of settings must be int32 and contiguous"
+    )
     device = logits_NV.device
     groups = -(-V // GROUP)
     stretch = -(-groups // min(groups, -(-DRAWING // N)))

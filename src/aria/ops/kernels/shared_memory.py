@@ -1,7 +1,7 @@
-"""Shared memory: how much of it a program may have, and which loops fit into it.
+"""Limits of shared memory: how much a program may use, and which loops fit.
 
-Triton documents no formula for the shared memory of a loop. The estimates that kernels make are checked against
-compiled kernels by tests/engine/test_compiled_kernels.py.
+Triton documents no formula for the shared memory of a loop. tests/engine/test_compiled_kernels.py checks the estimates
+of kernels against compiled kernels.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from triton.runtime import driver
 
 HOPPER = 227 << 10
-"""Of a program on Hopper and on data-center Blackwell; A100 has 163 KB, RTX cards have 99 KB."""
+"""Bytes per program on Hopper and data-center Blackwell; A100 has 163 KB, RTX cards have 99 KB."""
 SPARE = 3 << 10
-"""Left for what a program needs beside the tiles of its loop."""
+"""Bytes reserved for everything but the tiles of a loop."""
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have. Of the interpreter, which has no limit: as on Hopper."""
+    """Bytes of shared memory that one program may use. The interpreter has no limit: the value of Hopper."""
     if device.type != "cuda":
         return HOPPER
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -32,18 +32,20 @@ def stages_within(stages: int, step_bytes: int, device: torch.device) -> int:
     """``stages`` of a loop, or as many as fit.
 
     Args:
-        step_bytes: of the tiles that one step loads.
+        stages: Wanted stages.
+        step_bytes: Bytes of the tiles that one step loads.
+        device: The GPU.
     """
     return min(stages, max(1, (shared_memory(device) - SPARE) // step_bytes))
 
 
 class Loop(NamedTuple):
-    """A loop over columns: of one step, and steps under way at once."""
+    """A loop over columns: columns of a step, and steps in flight."""
 
     block: int
     stages: int
 
 
 def first_within(loops: Sequence[Loop], needs: Callable[[Loop], int], device: torch.device) -> Loop | None:
-    """The first of the loops, fastest to smallest, that takes no more bytes than a program may have."""
+    """The first of the loops, fastest to smallest, whose ``needs`` fit into the shared memory of a program."""
     return next((loop for loop in loops if needs(loop) <= shared_memory(device)), None)

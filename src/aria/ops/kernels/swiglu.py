@@ -1,4 +1,4 @@
-"""SwiGLU with gradients, with the adapters of the products before and after it, in one pass each way.
+"""SwiGLU with gradients, with the LoRA weights of the products before and after it, in one pass each way.
 
 The product before is never written a second time: its adapter's part is added where it is read. The pass back also
 gives what SwiGLU's result was, for the gradients of the weights behind it, so that nobody keeps it.
@@ -24,7 +24,7 @@ from aria.ops.registry import Where
 
 @triton.jit
 def _read(x_ptr, h, wide_ptr, column, F, O, inside, r, R):
-    """A block of a product with its adapter's part, float32."""
+    """A block of a product plus its LoRA term, float32."""
     x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
     if wide_ptr is not None:
         wide = tl.load(wide_ptr + r[:, None] * O + column[None, :], mask=(r < R)[:, None] & F[None, :], other=0.0)
@@ -151,23 +151,23 @@ def _backward(
 
 
 class Sides(NamedTuple):
-    """The adapters around SwiGLU: of the product before, and of the product after. Both have one rank, or are None."""
+    """LoRA weights of the products before and after SwiGLU, of the same rank, or None."""
 
     thin: Tensor | None
-    """``(P, R)``: the thin product before, scaling included."""
+    """``(P, R)``: the product with ``a`` before SwiGLU, scaling included."""
     wide: Tensor | None
-    """``(E, R, 2F)`` contiguous."""
+    """``(E, R, 2F)`` contiguous: ``b`` of the product before."""
     narrow: Tensor | None
-    """``(E, F, R)`` contiguous."""
+    """``(E, F, R)`` contiguous: ``a`` of the product after."""
     scaling: tuple[float, float]
-    """Of the one before and of the one after."""
+    """Of the product before and of the product after."""
     noise: Noise
-    """Dropout of the one after."""
+    """Dropout of the product after."""
 
     @property
     def rank(self) -> int:
         found = [x.shape[n] for x, n in ((self.wide, 1), (self.narrow, 2)) if x is not None]
-        assert len(set(found)) < 2, f"adapters of ranks {found}"
+        assert len(set(found)) < 2, f"LoRA weights of different ranks: {found}"
         return found[0] if found else 1
 
 
@@ -177,9 +177,9 @@ _LOOPS = Loop(64, 3), Loop(64, 2), Loop(32, 2), Loop(16, 2), Loop(16, 1)
 
 @lru_cache(maxsize=64)
 def loop_of(rank: int, size: int, adapter_size: int, device: torch.device, backward: bool) -> Loop | None:
-    """The loop over numbers of so many bytes; None where no program has room for the rank."""
+    """The loop for these element sizes; None if the rank does not fit into shared memory."""
     wide = rank_block(rank)
-    # Of the rank there are one or two tiles of rows, and columns of the adapters: three forward, five backward.
+    # Tiles over the rank: one or two of rows, and of columns of LoRA weights three forward and five backward.
     thin, columns, rows = (2, 5, 2) if backward else (1, 3, 1)
 
     def needs(loop: Loop) -> int:
@@ -192,22 +192,23 @@ def loop_of(rank: int, size: int, adapter_size: int, device: torch.device, backw
 
 
 def _options(gate: Tensor, sides: Sides, *, backward: bool) -> dict[str, int]:
-    """Of a launch."""
+    """Options of a launch."""
     size = max((x.element_size() for x in (sides.wide, sides.narrow) if x is not None), default=0)
     loop = loop_of(sides.rank, gate.element_size(), size, gate.device, backward)
-    assert loop is not None, f"no kernel has room for rank {sides.rank}"
+    assert loop is not None, f"rank {sides.rank} does not fit into shared memory"
     return {"F_BLOCK": loop.block, "num_stages": loop.stages, "num_warps": 4}
 
 
 def forward(gate_PF: Tensor, up_PF: Tensor, sides: Sides = PLAIN, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``silu(gate) * up``, and its thin product.
+    """``silu(gate) * up``, and its product with ``a``.
 
     Args:
-        gate_PF, up_PF: products without their adapter, rows of one stride.
-        ends: int32 ``(E,)``: where the rows of each expert end. None: there is one.
+        gate_PF, up_PF: Products without their LoRA term, with equal strides.
+        sides: LoRA weights before and after.
+        ends: int32 ``(E,)``: where the rows of each expert end. None: there is one expert.
 
     Returns:
-        ``(P, F)`` and ``(P, R)``; the second is empty without an adapter behind.
+        ``(P, F)`` and ``(P, R)``; the second is empty if the product after has no LoRA weights.
     """
     P, width = gate_PF.shape
     _check(gate_PF, up_PF)
@@ -223,18 +224,18 @@ def forward(gate_PF: Tensor, up_PF: Tensor, sides: Sides = PLAIN, ends: Tensor |
 
 
 class Gradients(NamedTuple):
-    """What :func:`backward` gives; None for what was not asked for."""
+    """Results of :func:`backward`; None for those that were not requested."""
 
     gate_up: Tensor
-    """``(P, 2F)``."""
+    """``(P, 2F)``: gradient of gate and up."""
     thin: Tensor | None
-    """``(P, R)``: of the thin product before."""
+    """``(P, R)``: gradient of the product with ``a`` before."""
     weights: Tensor | None
-    """float32 ``(P,)``: of the routing weights."""
+    """float32 ``(P,)``: gradient of the routing weights."""
     out: Tensor | None
     """``(P, F)``: SwiGLU's result times the routing weights."""
     dropped: Tensor | None
-    """What dropout leaves of that."""
+    """The same after dropout."""
 
 
 def backward(
@@ -249,18 +250,18 @@ def backward(
     out: bool = False,
     dropped: bool = False,
 ) -> Gradients:
-    """Gradients of :func:`forward`, and its results again.
+    """Gradients of :func:`forward`, and its results, recomputed.
 
     Args:
-        gate_PF, up_PF, sides, ends: see :func:`forward`.
-        grad_PF: of the result, but for what comes through the thin product behind, before routing weights.
-        grad_thin_PR: of the thin product behind, scaling included, before routing weights.
-        weights_P: routing weights of the rows; None: 1.
-        out, dropped: whether the result is wanted, whole or as dropout leaves it.
+        gate_PF, up_PF, sides, ends: See :func:`forward`.
+        grad_PF: Gradient of the result, without the part through the LoRA term after, before routing weights.
+        grad_thin_PR: Gradient of the product with ``a`` after, scaling included, before routing weights.
+        weights_P: Routing weights of the rows; None: 1.
+        out, dropped: Whether to return the result, before or after dropout.
     """
     P, width = gate_PF.shape
     _check(gate_PF, up_PF)
-    assert grad_PF.is_contiguous(), "rows lie one after another"
+    assert grad_PF.is_contiguous(), "rows must be contiguous"
     empty = gate_PF.new_empty
     gate_up = empty(P, 2 * width)
     found = Gradients(
@@ -281,11 +282,13 @@ def backward(
 
 
 def _check(gate_PF: Tensor, up_PF: Tensor) -> None:
-    assert gate_PF.stride() == up_PF.stride() and gate_PF.stride(1) == 1, "gate and up lie alike, rows contiguous"
+    assert gate_PF.stride() == up_PF.stride() and gate_PF.stride(1) == 1, (
+        "gate and up must have equal strides and contiguous rows"
+    )
 
 
 class _Gated(torch.autograd.Function):
-    """``silu(gate) * up``; keeps the two and nothing between."""
+    """``silu(gate) * up``; saves only these two."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -301,5 +304,5 @@ class _Gated(torch.autograd.Function):
 
 @operations.gated.register(Where.TRAINING)
 def gated_train(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """See :func:`aria.ops.reference.gated`."""
+    """One pass each way."""
     return _Gated.apply(gate_TF, up_TF)

@@ -1,8 +1,8 @@
 """Attention within packed crops for heads a little wider than 64 (the vision encoder's 72), on Hopper, in Gluon.
 
-Tensor cores multiply 16 columns at a time and tiles are powers of two, so that a head of 72 is worked on as 64 + 16
-columns: 1.11 times the work, where 128 would be 1.78. Warps are specialised: one copies tiles of keys and values into a
-ring of shared memory, the rest, in groups of four, hold 64 queries each and take turns on the tensor cores.
+Tensor cores multiply 16 columns at a time and tiles are powers of two, so a head of 72 is processed as 64 + 16 columns:
+1.11 times the work, where 128 would be 1.78. Warps are specialised: one copies tiles of keys and values into a ring
+buffer in shared memory; the others, in groups of four, have 64 queries each and take turns on the tensor cores.
 
 P patches (queries, or keys and values), H heads, K head width, C crops.
 """
@@ -27,15 +27,15 @@ from aria.ops.segments import Segments
 _LOW, _HIGH = gl.constexpr(64), gl.constexpr(16)
 """Columns of a head in its two tiles."""
 _WIDTHS = (72, 80)
-"""Widths of heads that fit those: rows of whole 16 bytes."""
+"""Head widths that fit those: rows are multiples of 16 bytes."""
 _QUERIES = gl.constexpr(64)
 """Queries of a group of four warps."""
 _KEYS = 128
 """Keys of a tile."""
 _STAGES = 4
-"""Tiles of keys and values under way."""
+"""Tiles of keys and values in flight."""
 _SPEED = {3: 1.0, 2: 0.91}
-"""Groups of four warps, and how fast they are together where all of them are busy (docs/lab/kernels.md)."""
+"""Relative speed by number of groups of four warps, with all of them busy (docs/lab/kernels.md)."""
 _LOW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _HIGH_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=3)
 
@@ -48,7 +48,7 @@ def _find(tile, crop, first, grid, ROWS: gl.constexpr):
     A crop has a tile for each head and each ROWS queries, the last of a head perhaps not full.
     """
     queries, _, heads, tiles = grid
-    tile = gl.minimum(tile, tiles - 1)  # behind the last, where groups look ahead, is nothing to find
+    tile = gl.minimum(tile, tiles - 1)  # groups look ahead, past the last tile too
     start = gl.load(queries + crop)
     end = gl.load(queries + crop + 1)
     blocks = gl.cdiv(end - start, ROWS)
@@ -70,9 +70,9 @@ def _copy(low, high, row, head, ready, to_low, to_high):
 
 @gluon.jit
 def _produce(inputs, barriers, buffers, grid, GROUPS: gl.constexpr):
-    """The copying warp. It runs ahead of the others as far as there is room, over the ends of tiles as well.
+    """The copying warp. It runs ahead of the others as far as the ring buffer allows, across tiles too.
 
-    Keys are copied from the last tile to the first, so that the one that is not full is done with first.
+    Keys are copied from the last tile to the first, so that the partial one comes first.
     """
     _, keys, _, tiles = grid
     q_low, q_high, k_low, k_high, v_low, v_high = inputs
@@ -111,7 +111,7 @@ def _produce(inputs, barriers, buffers, grid, GROUPS: gl.constexpr):
 
 @gluon.jit
 def _scores(ql, qh, kl, kh, old):
-    """Begin ``q @ k.T`` into the registers of ``old``, whose values do not matter."""
+    """Start ``q @ k.T`` into the registers of ``old``, whose values are overwritten."""
     TILE: gl.constexpr = kl.shape[0]
     s = warpgroup_mma(ql, kl.reshape([TILE, _LOW]).permute((1, 0)), old, use_acc=False, is_async=True)
     return warpgroup_mma(qh, kh.reshape([TILE, _HIGH]).permute((1, 0)), s, is_async=True)
@@ -119,7 +119,7 @@ def _scores(ql, qh, kl, kh, old):
 
 @gluon.jit
 def _values(p, vl, vh, low, high):
-    """Begin to add ``p @ v``, of both tiles of columns."""
+    """Start adding ``p @ v``, of both tiles of columns."""
     TILE: gl.constexpr = vl.shape[0]
     LEFT_LOW: gl.constexpr = gl.DotOperandLayout(0, low.type.layout, 2)
     LEFT_HIGH: gl.constexpr = gl.DotOperandLayout(0, high.type.layout, 2)
@@ -175,7 +175,7 @@ def _attend(ql, qh, memory, mine, next_group, keys, count, turn, scale):
         mbarrier.wait(mine, (turn + step) & 1)
         low, high = _values(p, vl.index(stage), vh.index(stage), low, high)
         mbarrier.wait(k_ready.index(after), (count + step) // STAGES & 1)
-        # Waiting here frees the registers that p took, without which three groups do not fit.
+        # Waiting here frees the registers of p, without which three groups do not fit.
         low, high = warpgroup_mma_wait(0, deps=(low, high))
         s = _scores(ql, qh, kl.index(after), kh.index(after), p)
         mbarrier.arrive(next_group)
@@ -199,7 +199,7 @@ def _attend(ql, qh, memory, mine, next_group, keys, count, turn, scale):
 
 @gluon.jit
 def _pass(memory, mine, next_group, steps, count, turn):
-    """What is left of :func:`_attend` for a group without queries: it must not hold up the others."""
+    """The turns of :func:`_attend` for a group without queries, which must not block the others."""
     _, _, _, _, k_ready, k_free, v_ready, v_free = memory
     STAGES: gl.constexpr = k_ready.shape[0]
     for step in range(steps):
@@ -232,7 +232,7 @@ def _consume(barriers, buffers, results, grid, K: gl.constexpr, GROUPS: gl.const
     count = 0
     turn = 0
     if GROUP == 0:
-        turn = 1  # a wait for the phase before the first passes
+        turn = 1  # waiting for the phase before the first one succeeds at once
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         half = done % 2
         mbarrier.wait(q_ready.index(half), done // 2 & 1)
@@ -244,7 +244,7 @@ def _consume(barriers, buffers, results, grid, K: gl.constexpr, GROUPS: gl.const
             at = out + head * K
             from_row = row + GROUP * _QUERIES
             to_row = row_end
-            # The next tile is looked up while the tensor cores are at work on this one.
+            # The next tile is looked up while the tensor cores work on this one.
             crop, first, head, row, row_end = _find(tile + gl.num_programs(0), crop, first, grid, ROWS)
             length = gl.load(keys + crop + 1) - gl.load(keys + crop)
             low, high = warpgroup_mma_wait(0, deps=(low, high))
@@ -280,7 +280,7 @@ def _attention_kernel(
     q_low, q_high, k_low, k_high, v_low, v_high, out, out_stride, queries, keys, heads, tiles, scale,
     K: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """A program for each multiprocessor, which takes every so many-th tile of the grid."""
+    """One program per multiprocessor; program n takes tiles n, n + grid, n + 2 grid and so on."""
     inputs = (q_low, q_high, k_low, k_high, v_low, v_high)
     buffers = (
         _tiles(q_low, 2 * GROUPS), _tiles(q_high, 2 * GROUPS), _tiles(k_low, STAGES), _tiles(k_high, STAGES),
@@ -317,7 +317,7 @@ def _attention_kernel(
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU of the Hopper generation; 0 of any other."""
+    """Multiprocessors of a Hopper GPU; 0 for any other."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count if properties.major == 9 else 0
 
