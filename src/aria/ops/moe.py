@@ -154,12 +154,12 @@ def copy_rows(x_TD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
         source_P: The token of each copy.
         place_TC: The rows of each token's copies; P or above where it has fewer than C.
     """
-    return cast(Tensor, _CopyRows.apply(x_TD, source_P, place_TC))
+    return cast(Tensor, _CopyRows.apply(x_TD, source_P, place_TC))  # type: ignore[no-untyped-call]
 
 
 def sum_rows(y_PD: Tensor, source_P: Tensor, place_TC: Tensor) -> Tensor:
     """Sum of each token's rows in a fixed order, ``(T, D)``: the opposite of :func:`copy_rows`."""
-    return cast(Tensor, _SumRows.apply(y_PD, source_P, place_TC))
+    return cast(Tensor, _SumRows.apply(y_PD, source_P, place_TC))  # type: ignore[no-untyped-call]
 
 
 class _CopyRows(torch.autograd.Function):
