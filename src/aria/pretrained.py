@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aria.checkpoint import load_model, save_checkpoint
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore
-from aria.engine.engine import refuse_unbuilt
+from aria.engine.engine import reject_unsupported
 from aria.engine.failures import StepError
 from aria.engine.generation import (
     UNSET,
@@ -103,7 +103,7 @@ class AriaForConditionalGeneration(nn.Module):
             FileNotFoundError: there is no such model.
             ValueError: the files are not a checkpoint of Aria, or keys are missing, unexpected or wrongly shaped.
         """
-        refuse_unbuilt(quantization=quantization)
+        reject_unsupported(quantization=quantization)
         dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
         device = _one_of("device", device, "device_map", _single_device(device_map))
         model = load_model(path_or_repo_id, revision=revision, dtype=None if dtype == "auto" else dtype, device=device)

@@ -88,7 +88,7 @@ def test_clearing_forgets_all_content():
 def test_mistakes_are_noticed():
     pool = BlockPool(5, 4)
     blocks = pool.allocate(2)
-    with pytest.raises(AssertionError, match="3 blocks wanted of 2"):
+    with pytest.raises(AssertionError, match="3 blocks are needed, but 2 are available"):
         pool.allocate(3)
     pool.publish(blocks[0], name(0))
     with pytest.raises(AssertionError, match="published twice"):
@@ -98,7 +98,7 @@ def test_mistakes_are_noticed():
     with pytest.raises(AssertionError, match="not what sequences hold"):
         pool.check([blocks, blocks])
     pool.release(blocks)
-    with pytest.raises(AssertionError, match="given back twice"):
+    with pytest.raises(AssertionError, match="released twice"):
         pool.release(blocks[:1])
     with pytest.raises(AssertionError, match="without being in use"):
         pool.publish(blocks[1], name(1))

@@ -188,7 +188,7 @@ def test_bad_input_is_refused_before_anything_is_queued():
             r"408 tokens, 395 of them for images.*fewer or smaller images",
         ),
         (lambda: core(max_model_len=5000), r"max_model_len is 5000; expected 1 to 4096"),
-        (lambda: core(cache_blocks=3), r"room for 48 tokens, but max_model_len is 400"),
+        (lambda: core(cache_blocks=3), r"holds 48 tokens, but max_model_len is 400"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

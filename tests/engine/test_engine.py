@@ -162,7 +162,7 @@ def test_a_config_stands_for_random_weights():
         ({"max_batch": 0}, "max_batch is 0"),
         ({"max_model_len": 0}, "max_model_len is 0; expected 1 to 4096"),
         ({"max_model_len": 5000}, "max_model_len is 5000"),
-        ({"quantization": "int4"}, "quantization='int4' is not offered yet"),
+        ({"quantization": "int4"}, "quantization='int4' is not supported yet"),
         ({"memory_utilization": 1.5}, "memory_utilization is 1.5; expected above 0"),
         ({"cache_tokens": 0}, "cache_tokens is 0; expected at least 1"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine"),

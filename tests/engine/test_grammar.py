@@ -298,7 +298,7 @@ def test_a_grammar_that_grows_beyond_its_limits_ends_its_answer_alone(engine, ca
     broken, whole = (answer.result() for answer in answers)
     assert broken.finish_reason == "error" and broken.text.startswith('{"word":"')
     assert whole.choices == engine.chat([asked("hello")], params[1])[0].choices
-    assert "limits of its grammar" in caplog.text
+    assert "limits on its grammar" in caplog.text
 
 
 def test_a_lexer_that_is_full_is_not_kept(grammars):

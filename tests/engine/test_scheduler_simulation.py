@@ -17,7 +17,7 @@ import pytest
 from aria.engine.blocks import BlockPool
 from aria.engine.request import Request, Status
 from aria.engine.sampling_params import SamplingParams
-from aria.engine.scheduler import Chunk, Plan, Scheduler
+from aria.engine.scheduler import Chunk, Scheduler, StepPlan
 from aria.processor.image_inputs import ImageSpan
 
 VOCABULARY = 40
@@ -76,7 +76,7 @@ class Device:
         self.tokens: list[Any] = [None] * max_rows
         self.steps: deque[list[Work]] = deque()
 
-    def launch(self, plan: Plan, wrong: tuple[Request | None, int] = (None, 0)) -> None:
+    def launch(self, plan: StepPlan, wrong: tuple[Request | None, int] = (None, 0)) -> None:
         """``wrong``: of which request something else is read, and from which place on."""
         works = [Work(r, r.row, tuple(r.blocks), r.computed - 1, None, True) for r in plan.decodes]
         for chunk in plan.chunks:
@@ -235,7 +235,7 @@ class Simulation:
         self.device.steps.clear()
         self.scheduler.reset(live)
 
-    def _launch(self, plan: Plan) -> None:
+    def _launch(self, plan: StepPlan) -> None:
         if self.random.random() < self.setting.fail:
             # The step lacked memory.
             while self.device.steps:
@@ -275,7 +275,7 @@ class Simulation:
                 self.scheduler.finish(request)
 
     def _check(
-        self, plan: Plan, queued: set[Request], reading: set[Request], runs: dict[Request, int], live: list[Request]
+        self, plan: StepPlan, queued: set[Request], reading: set[Request], runs: dict[Request, int], live: list[Request]
     ) -> None:
         """What every plan keeps to. ``runs``: of the requests that ran before, how often they had been admitted."""
         self.counts["drains"] += plan.drain
@@ -317,7 +317,7 @@ class Simulation:
             self.counts["read in the step that wrote"] += bool(blocks_written & set(chunk.request.blocks[:first]))
             blocks_written |= set(chunk.request.blocks[first:])
 
-    def _check_images(self, plan: Plan) -> None:
+    def _check_images(self, plan: StepPlan) -> None:
         """Beyond the limit a step encodes only what the first block of its first images holds."""
         S, limit = self.setting.block_size, self.scheduler.step_patches
         if plan.decodes:

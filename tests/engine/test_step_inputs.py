@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from aria.engine.request import Request
-from aria.engine.scheduler import Plan, Scheduler
+from aria.engine.scheduler import Scheduler, StepPlan
 from aria.engine.step_inputs import RowTracker, StepInputs
 from tests.helpers.scheduling import S, request, scheduler, step
 
 TABLE = 100
 
 
-def inputs_of(plan: Plan, adapter_ids: list[int] | None = None, **settings) -> StepInputs:
+def inputs_of(plan: StepPlan, adapter_ids: list[int] | None = None, **settings) -> StepInputs:
     updates = RowTracker(8, TABLE).update(plan.requests)
     return StepInputs.of(plan, updates, adapter_ids or [0] * len(plan.requests), S, **settings)
 
 
-def expected_tokens(plan: Plan, adapter_ids: list[int]) -> list[tuple[int, int, int]]:
+def expected_tokens(plan: StepPlan, adapter_ids: list[int]) -> list[tuple[int, int, int]]:
     """Position, slot and adapter of each token, one at a time."""
     runs = [(one, one.computed - 1, one.computed) for one in plan.decodes]
     runs += [(chunk.request, chunk.start, chunk.start + chunk.count) for chunk in plan.chunks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aria.engine.blocks import BlockPool
 from aria.engine.request import Request
 from aria.engine.sampling_params import SamplingParams
-from aria.engine.scheduler import Plan, Scheduler
+from aria.engine.scheduler import Scheduler, StepPlan
 
 S = 4
 
@@ -26,7 +26,7 @@ def request(prompt: int | tuple[int, ...], max_tokens: int = 8, **settings) -> R
 request.unique = 0
 
 
-def step(scheduler: Scheduler, token: int = 7) -> Plan:
+def step(scheduler: Scheduler, token: int = 7) -> StepPlan:
     """Plan a step and append sampled tokens at once."""
     plan = scheduler.plan()
     for one in [*plan.decodes, *(chunk.request for chunk in plan.chunks if chunk.samples)]:
@@ -37,5 +37,5 @@ def step(scheduler: Scheduler, token: int = 7) -> Plan:
     return plan
 
 
-def chunks(plan: Plan) -> list[tuple[Request, int, int, bool]]:
+def chunks(plan: StepPlan) -> list[tuple[Request, int, int, bool]]:
     return [(chunk.request, chunk.start, chunk.count, chunk.samples) for chunk in plan.chunks]

@@ -1,4 +1,4 @@
-"""Running the model: requests, the paged cache, the scheduler, the steps, and the faces `Engine` and `AsyncEngine`."""
+"""Inference: `Engine` and `AsyncEngine`, continuous batching, paged KV cache, sampling, adapters, structured output."""
 
 from __future__ import annotations
 

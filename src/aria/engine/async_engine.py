@@ -1,4 +1,4 @@
-"""`AsyncEngine`: the engine in a thread of its own, for programs that run on asyncio."""
+"""`AsyncEngine`: the engine in a thread of its own, for asyncio programs."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from aria.workers.cancellation import run_cancellable
 
 logger = logging.getLogger(__name__)
 
-News = Piece | BaseException
+Event = Piece | BaseException
+"""What a caller receives: a piece of its answer, or the error that ends it."""
 
 
 class AsyncEngine:
-    """Takes the arguments of :class:`Engine`, or an engine that nobody else uses.
+    """An engine for asyncio: takes the arguments of :class:`Engine`, or an engine that is used nowhere else.
 
-    Messages are prepared in worker threads; one thread alone runs the model, so answers of all callers grow together.
-    A caller that stops listening has its request cancelled.
+    Messages are prepared in worker threads. A single thread runs the model, so that requests of all callers are batched
+    together. If a caller stops listening, its request is cancelled.
     """
 
     def __init__(self, *args: Any, engine: Engine | None = None, **kwargs: Any):
         if engine is not None and (args or kwargs):
-            raise ValueError("give an engine, or what one is made from, not both")
+            raise ValueError("pass an engine, or the arguments to make one, not both")
         self.engine = engine or Engine(*args, **kwargs)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[Answer, _Caller] = {}
         self._closed = False
         self._began: float | None = None
-        # Held while a call is put, so that none comes after the one that ends the thread.
+        # Held while a call is queued, so that none comes after the one that ends the thread.
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="aria-engine", daemon=True)
         self._thread.start()
@@ -64,7 +65,7 @@ class AsyncEngine:
     async def stream(
         self, messages: Sequence[Message] | Prepared, params: SamplingParams | None = None, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        """Answer one conversation; the pieces joined are the first choice's text."""
+        """Answer one conversation and yield the first choice's text in pieces."""
         pieces = self.pieces(messages, params, **kwargs)
         try:
             async for piece in pieces:
@@ -144,12 +145,12 @@ class AsyncEngine:
 
     @property
     def step_seconds(self) -> float:
-        """How long the step has taken that is under way, 0 while there is none. Any thread may ask."""
+        """Seconds that the current step has taken so far, 0 if there is none. Any thread may call this."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     def stats(self) -> Stats:
-        """How busy the engine is, and what it has done. Any thread may ask."""
+        """Current load and counters. Any thread may call this."""
         return self.engine.stats()
 
     async def pieces(
@@ -160,20 +161,20 @@ class AsyncEngine:
         priority: int = 0,
         adapter: str | None = None,
     ) -> AsyncGenerator[Piece, None]:
-        """Answer one conversation; every token of every choice as it comes.
+        """Answer one conversation and yield every token of every choice as it is generated.
 
         Closing the generator cancels the request before the engine's next step.
 
         Args:
-            messages: a conversation, or what :meth:`prepare` or :meth:`prepare_text` made of one.
-            params: how to choose tokens.
-            priority: lower runs first.
-            adapter: the name of the one that answers; None: the model without any.
+            messages: A conversation, or the result of :meth:`prepare` or :meth:`prepare_text`.
+            params: How to sample, and when to stop.
+            priority: Lower runs first.
+            adapter: Name of the adapter that answers; None is the base model.
 
         Raises:
-            ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, parameters that
-                do not fit the model, or no such adapter; all of them before the first piece.
-            RuntimeError: the engine was closed, or the model failed at this conversation.
+            ValueError: A malformed message, a prompt that leaves no room for an answer, parameters that do not fit the
+                model, or an unknown adapter; always before the first piece.
+            RuntimeError: The engine was closed, or the model failed on this conversation.
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
@@ -181,7 +182,7 @@ class AsyncEngine:
         prepared = messages if isinstance(messages, Prepared) else await self.prepare(messages)
         matchers: Sequence[Matcher] | None = None
         if params.constraint is not None:
-            # Kept by this request: others may push the grammar out before the engine's thread would look for it.
+            # Compiled here and held by this request, because others may evict the grammar from the cache.
             grammars = self.engine.grammars
             matchers = await asyncio.to_thread(grammars.matchers, params.constraint, params.n, prepared.stop)
         if self.engine.core.block_size not in prepared.digests:
@@ -195,32 +196,32 @@ class AsyncEngine:
                 )
                 self._callers[caller.answer] = caller
             except Exception as error:
-                self._tell([(caller, error)])
+                self._deliver([(caller, error)])
 
         def stop() -> None:
             if caller.answer is not None:
-                self._forget(caller.answer)
+                self._drop(caller.answer)
 
         with self._closing:
             if self._closed:
                 raise RuntimeError("the engine is closed")
             self._calls.put(start)
         try:
-            growing = params.n
-            while growing:
-                news = await caller.inbox.get()
-                if isinstance(news, BaseException):
-                    raise news
-                growing -= news.finish_reason is not None
-                yield news
+            open_choices = params.n
+            while open_choices:
+                event = await caller.inbox.get()
+                if isinstance(event, BaseException):
+                    raise event
+                open_choices -= event.finish_reason is not None
+                yield event
         finally:
             self._calls.put(stop)
 
     async def add_adapter(self, name: str, source: str | os.PathLike[str]) -> None:
-        """:meth:`Engine.add_adapter` between two steps; its files are read in a worker thread before.
+        """:meth:`Engine.add_adapter` between two steps, after reading the files in a worker thread.
 
         Raises:
-            RuntimeError: the engine was closed.
+            RuntimeError: The engine was closed.
         """
         stored = await asyncio.to_thread(read_adapter, source, self.engine.model.config)
         await self._between_steps(lambda: self.engine.core.add_adapter(name, stored.weights))
@@ -229,16 +230,16 @@ class AsyncEngine:
         """:meth:`Engine.remove_adapter` between two steps.
 
         Raises:
-            RuntimeError: the engine was closed.
+            RuntimeError: The engine was closed.
         """
         await self._between_steps(lambda: self.engine.remove_adapter(name))
 
     async def _between_steps(self, work: Callable[[], None]) -> None:
-        """Let the engine's thread do something."""
+        """Run a function in the engine's thread, and wait for it."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
-        def tell(error: Exception | None) -> None:
+        def resolve(error: Exception | None) -> None:
             if done.cancelled():
                 return
             if error is None:
@@ -253,7 +254,7 @@ class AsyncEngine:
             except Exception as raised:
                 error = raised
             with suppress(RuntimeError):  # the caller's loop is closed
-                loop.call_soon_threadsafe(tell, error)
+                loop.call_soon_threadsafe(resolve, error)
 
         with self._closing:
             if self._closed:
@@ -262,7 +263,7 @@ class AsyncEngine:
         await done
 
     def close(self) -> None:
-        """End all requests and the thread."""
+        """Cancel all requests and end the thread."""
         with self._closing:
             self._closed = True
             self._calls.put(None)
@@ -275,21 +276,21 @@ class AsyncEngine:
         self.close()
 
     def _work(self) -> None:
-        going = True
-        while going:
+        running = True
+        while running:
             try:
-                going = self._take_calls()
-                news: list[tuple[_Caller, News]] = []
-                for piece in self.engine.step() if going else ():
+                running = self._take_calls()
+                events: list[tuple[_Caller, Event]] = []
+                for piece in self.engine.step() if running else ():
                     piece.answer.pieces.clear()
                     caller = self._callers.get(piece.answer)
                     if caller is not None:
-                        news.append((caller, piece))
-                for answer in self.engine.failed if going else ():
+                        events.append((caller, piece))
+                for answer in self.engine.failed if running else ():
                     caller = self._callers.pop(answer, None)
                     if caller is not None and answer.error is not None:
-                        news.append((caller, answer.error))
-                self._tell(news)
+                        events.append((caller, answer.error))
+                self._deliver(events)
             except Exception as error:
                 logger.error("the engine failed", exc_info=error)
                 self._fail(f"the engine failed: {error}", error)
@@ -297,25 +298,25 @@ class AsyncEngine:
         self._fail("the engine was closed")
         self.engine.close()
 
-    def _tell(self, news: Sequence[tuple[_Caller, News]]) -> None:
-        """Wake each event loop once for all that its callers get. Those whose loop is closed listen no more."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Caller, News]]] = {}
-        for caller, one in news:
-            loops.setdefault(caller.loop, []).append((caller, one))
+    def _deliver(self, events: Sequence[tuple[_Caller, Event]]) -> None:
+        """Wake each event loop once with all events for its callers. Requests of closed loops are cancelled."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Caller, Event]]] = {}
+        for caller, event in events:
+            loops.setdefault(caller.loop, []).append((caller, event))
         for loop, batch in loops.items():
             try:
-                loop.call_soon_threadsafe(_hand_out, batch)
+                loop.call_soon_threadsafe(_put_events, batch)
             except RuntimeError:
                 for caller, _ in batch:
                     if caller.answer is not None:
-                        self._forget(caller.answer)
+                        self._drop(caller.answer)
 
-    def _forget(self, answer: Answer) -> None:
+    def _drop(self, answer: Answer) -> None:
         self.engine.cancel(answer)
         self._callers.pop(answer, None)
 
     def _take_calls(self) -> bool:
-        """Do what callers ask for, asleep while there is nothing else to do. False once the engine is closed."""
+        """Run queued calls, blocking while the engine is idle. False once the engine is closed."""
         wait = not self.engine.busy
         while True:
             if wait:
@@ -332,27 +333,27 @@ class AsyncEngine:
             wait = False
 
     def _fail(self, reason: str, cause: Exception | None = None) -> None:
-        """Tell everybody, and end all requests, so that a later one starts from a clean state."""
+        """Fail and cancel all requests, so that later ones start from a clean state."""
         callers, self._callers = self._callers, {}
-        news: list[tuple[_Caller, News]] = []
+        events: list[tuple[_Caller, Event]] = []
         for answer, caller in callers.items():
             self.engine.cancel(answer)
-            # One for each: two tasks must not raise the same exception.
+            # A new one each time: two tasks must not raise the same exception.
             error = RuntimeError(reason)
             error.__cause__ = cause
-            news.append((caller, error))
-        self._tell(news)
+            events.append((caller, error))
+        self._deliver(events)
 
 
 class _Caller:
-    """Where news of an answer goes: to the event loop that asked for it."""
+    """Receives the events of one answer, in its event loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.inbox: asyncio.Queue[News] = asyncio.Queue()
+        self.inbox: asyncio.Queue[Event] = asyncio.Queue()
         self.answer: Answer | None = None
 
 
-def _hand_out(news: Sequence[tuple[_Caller, News]]) -> None:
-    for caller, one in news:
-        caller.inbox.put_nowait(one)
+def _put_events(events: Sequence[tuple[_Caller, Event]]) -> None:
+    for caller, event in events:
+        caller.inbox.put_nowait(event)

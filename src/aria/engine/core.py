@@ -1,4 +1,4 @@
-"""`EngineCore`: requests of token ids in, tokens out, many together. No text; `Engine` adds that."""
+"""`EngineCore`: continuous batching of requests made of token ids. `Engine` adds text and images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from aria import ops
-from aria.engine.adapters import Adapters, Changes
+from aria.engine.adapters import Adapters, AdapterWeights
 from aria.engine.blocks import BlockPool
-from aria.engine.encoder import Encoder
+from aria.engine.encoder import ImageEncoder
 from aria.engine.failures import StepError, failure, free_frames, out_of_memory
 from aria.engine.matcher import Matcher
 from aria.engine.memory import block_bytes, blocks_beside
@@ -22,28 +22,28 @@ from aria.engine.request import Request, Status
 from aria.engine.runner import Launched, LogitsProcessor, Runner, TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import ParameterError, SamplingParams
-from aria.engine.scheduler import Plan, Scheduler
+from aria.engine.scheduler import Scheduler, StepPlan
 from aria.model import Aria, PagedCache
 from aria.processor.image_inputs import ImageSpan
 
 logger = logging.getLogger(__name__)
 
 STEP_TOKENS = 36_864
-"""On CUDA, tokens of prompts that one step reads while nothing decodes: a clip of 256 frames and what is asked of it.
-The more tokens an expert has, the nearer its products come to the GPU's rate; 76 kB of memory a token are the price."""
+"""Token budget of a step without decodes, on CUDA: a clip of 256 frames and a question. The more tokens an expert gets,
+the closer its matrix products come to the GPU's peak rate; a token costs 76 kB of memory."""
 STEP_PATCHES = 256 * 35**2
-"""On CUDA, patches of images that such a step encodes: of the frames of that clip."""
+"""Image patches that such a step encodes, on CUDA: the frames of that clip."""
 MIXED_STEP_PATCHES = 70**2
-"""On CUDA, the same beside answers that grow: one image of the largest size, whose 14 ms everybody waits for."""
+"""The same in a step with decodes, which wait for it: one image of the largest size, 14 ms."""
 
 
 class ContextLengthError(ValueError):
     """A prompt leaves no room for an answer.
 
     Args:
-        limit: tokens of the longest prompt and its answer together.
-        prompt: how much there is, such as "4,000 tokens".
-        advice: what to do about it.
+        limit: Maximum number of tokens of a prompt and its answer together.
+        prompt: Length of the prompt in words, such as "4,000 tokens".
+        advice: What to do about it.
     """
 
     def __init__(self, limit: int, prompt: str, advice: str):
@@ -54,7 +54,7 @@ class ContextLengthError(ValueError):
 
 
 class Token(NamedTuple):
-    """One more token of a request."""
+    """A generated token."""
 
     request: Request
     token_id: int
@@ -62,23 +62,23 @@ class Token(NamedTuple):
 
 
 class EngineCore:
-    """Runs requests of token ids together: paged cache, continuous batching, prefix cache.
+    """Runs requests of token ids together: paged KV cache, continuous batching, prefix caching.
 
     Args:
-        model: the model; its weights are rearranged in memory, on CUDA, as the kernels read them.
-        max_batch: the most requests that run together.
-        max_model_len: tokens of the longest prompt with its answer; None means what the model was made for, or what
-            fits into the cache if that is less.
-        cache_blocks: blocks of the cache; None means what fits, see :meth:`blocks_for`.
-        memory_utilization: share of the GPU's memory to use.
-        step_tokens: tokens of prompts that one step reads while nothing decodes; None means the device's default.
-        mixed_step_tokens: the same while something decodes and waits for the step.
-        image_bytes: memory for encoded images.
-        image_mean, image_std: what pixels of images are normalised with.
-        adapters: low-rank changes by names of modules, of each adapter that requests may name.
+        model: The model. On CUDA its weights are rearranged in memory for the kernels.
+        max_batch: Maximum number of concurrent requests.
+        max_model_len: Maximum number of tokens of a prompt and its answer together. None means the model's maximum, or
+            what fits into the KV cache if that is less.
+        cache_blocks: Blocks of the KV cache; None means as many as fit into memory. See :meth:`blocks_for`.
+        memory_utilization: Fraction of the GPU's memory to use.
+        step_tokens: Token budget of a step without decodes; None means the device's default.
+        mixed_step_tokens: Token budget of a step with decodes; None means the device's default.
+        image_bytes: Memory for cached image tokens.
+        image_mean, image_std: Normalisation of image pixels.
+        adapters: LoRA weights by module name, of each adapter that requests may name.
 
     Raises:
-        ValueError: ``max_model_len`` is more than the model was made for or than fits, or an adapter does not fit.
+        ValueError: ``max_model_len`` is more than the model supports or than fits, or an adapter does not fit.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class EngineCore:
         image_bytes: int = 512 << 20,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
-        adapters: Mapping[str, Changes] | None = None,
+        adapters: Mapping[str, AdapterWeights] | None = None,
     ):
         self.model = model
         weight = model.language_model.lm_head.weight
@@ -103,7 +103,7 @@ class EngineCore:
         self.max_batch = max_batch
         with ops.current(self.device):
             if on_cuda:
-                ops.has_kernels(self.device)  # warns of a GPU that runs none before the first step
+                ops.has_kernels(self.device)  # warns now, not in the first step, if the GPU cannot run the kernels
                 model.lay_out()
             self.adapters = Adapters(model, adapters)
             text = model.config.text
@@ -121,12 +121,12 @@ class EngineCore:
             cache = PagedCache(
                 text, blocks, self.block_size, self.max_model_len, max_batch, weight.dtype, self.device
             )  # fmt: skip
-            encoder = Encoder(self.adapters.encoding, image_bytes, image_mean, image_std)
+            encoder = ImageEncoder(self.adapters.encoding, image_bytes, image_mean, image_std)
             self.runner = Runner(
                 model, cache, encoder, self.adapters, max_rows=max_batch, max_model_len=self.max_model_len
             )  # fmt: skip
             if on_cuda:
-                # Steps may run on another stream than the one that this was made on.
+                # Steps may run on another stream than this constructor.
                 torch.cuda.current_stream().synchronize()
         self.scheduler = Scheduler(
             BlockPool(blocks, self.block_size),
@@ -139,41 +139,43 @@ class EngineCore:
         )
         self._ids = count()
         self.ahead = on_cuda
-        """Whether a step starts before the tokens of the one before are read, which pays where the two run at once."""
+        """Whether a step is launched before the previous one's tokens are read back, to overlap host and device."""
         self.failing = False
-        """Whether a step failed, and none has brought tokens since."""
+        """Whether a step failed, and none has produced tokens since."""
         self._launched: Launched | None = None
-        self._at_stake: Plan | None = None
-        """What fails where an error is raised now; None: everything."""
+        self._at_stake: StepPlan | None = None
+        """The plan whose requests fail if an error is raised now; None means all requests."""
         self._failed: dict[Request, Exception] = {}
         self._unfinished: set[Request] = set()
         self._prompt_tokens = self._completion_tokens = 0
 
     @staticmethod
     def blocks_for(device: torch.device, tokens: int) -> int:
-        """Blocks that a sequence of so many tokens takes."""
+        """Number of blocks that a sequence of so many tokens takes."""
         return -(-tokens // _block_size(device))
 
     def _longest(self, asked: int | None, blocks: int) -> int:
         made_for = self.model.config.text.max_position_embeddings
         fits = (blocks - 1) * self.block_size
         if asked is not None and not 1 <= asked <= made_for:
-            raise ValueError(f"max_model_len is {asked}; expected 1 to {made_for}, which the model was made for")
+            raise ValueError(f"max_model_len is {asked}; expected 1 to {made_for}, the maximum of the model")
         if fits < min(asked or self.block_size, made_for):
             per_token = block_bytes(self.model, self.block_size) / self.block_size
             raise ValueError(
-                f"the cache has room for {max(fits, 0)} tokens, but max_model_len is {asked or made_for} "
+                f"the KV cache holds {max(fits, 0)} tokens, but max_model_len is {asked or made_for} "
                 f"({per_token / 1000:.0f} kB a token); lower it, give the cache more tokens, or free memory"
             )
         if asked is None and fits < made_for:
-            logger.warning("max_model_len is %d, which fits into the cache; the model was made for %d", fits, made_for)
+            logger.warning(
+                "max_model_len is %d, what fits into the KV cache; the model's maximum is %d", fits, made_for
+            )
         return min(asked or made_for, fits)
 
     def check(self, prompt_tokens: int, image_tokens: int = 0) -> None:
-        """Refuse a prompt that leaves no room for an answer.
+        """Check that a prompt leaves room for an answer.
 
         Raises:
-            ContextLengthError: it says how long the prompt is, how much images take, and what to do.
+            ContextLengthError: It does not; the message says how many of its tokens are for images, and what to do.
         """
         if prompt_tokens < 1:
             raise ValueError("the prompt has no tokens; expected at least one")
@@ -198,22 +200,23 @@ class EngineCore:
         """Queue a prompt; nothing is computed before :meth:`step`.
 
         Args:
-            prompt: token ids, those of images in their places.
-            params: how to sample; a seed that is None is drawn from torch's global generator.
-            images: where images lie in the prompt.
-            digests: of the prompt's blocks, from :func:`~aria.engine.request.block_digests`; what is missing is made
-                here.
-            end_token_ids: tokens at which an answer ends, beside those of ``params``; not if ``params.ignore_eos``.
-            end_text: what ends a turn as text, which is not drawn before ``params.min_tokens``. The caller finds it.
-            matchers: one for each answer if ``params.constraint`` is set. They end it then.
-            priority: lower runs first.
-            adapter: the name of one, or None for the model as it is.
+            prompt: Token ids, image token ids included.
+            params: How to sample. A seed of None is drawn from torch's global generator.
+            images: The images of the prompt.
+            digests: Content hashes of the prompt's leading blocks, from :func:`~aria.engine.request.block_digests`;
+                missing ones are computed here.
+            end_token_ids: Tokens that end an answer, beside those of ``params``; ignored with ``params.ignore_eos``.
+            end_text: Text that ends a turn, which must not be sampled before ``params.min_tokens``. The caller looks
+                for it in the output.
+            matchers: One for each answer if ``params.constraint`` is set. They then end it.
+            priority: Lower runs first.
+            adapter: Name of an adapter; None is the base model.
 
         Returns:
             One request for each of ``params.n`` answers.
 
         Raises:
-            ValueError: the prompt leaves no room for an answer, or there is no such adapter.
+            ValueError: The prompt leaves no room for an answer, or there is no such adapter.
         """
         key = self.adapters.key(adapter)
         params = params or SamplingParams()
@@ -225,7 +228,7 @@ class EngineCore:
                 raise ParameterError(name, f"names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
         ends = frozenset((*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_token_ids)))
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
-        # One token is drawn in any case; where none was asked for it is dropped.
+        # At least one token is sampled; it is dropped if none was asked for.
         room = max(1, min(params.max_tokens, self.max_model_len - len(prompt)))
         prompt, images = tuple(prompt), tuple(images)
         requests: list[Request] = []
@@ -239,7 +242,7 @@ class EngineCore:
                 digests=digests,
                 priority=priority,
                 adapter=key,
-                # A large odd step keeps the copies of one seed and of its neighbours apart.
+                # A large odd stride keeps the seeds of the n answers apart, also from those of neighbouring seeds.
                 seed=(seed + copy * 0x9E3779B97F4A7C15) % 2**63,
                 end_token_ids=ends,
                 end_text=None if params.ignore_eos else end_text,
@@ -255,15 +258,14 @@ class EngineCore:
         return requests
 
     @ops.on_own_device
-    def add_adapter(self, name: str, changes: Changes) -> None:
-        """Load an adapter between steps, in place of the one of this name if there is one. Requests that have that one
-        keep it.
+    def add_adapter(self, name: str, weights: AdapterWeights) -> None:
+        """Load an adapter between steps, replacing one of the same name. Running requests keep the one they have.
 
         Raises:
-            ValueError: it does not fit the model, or the memory of the device. Nothing has changed then.
+            ValueError: It does not fit the model or the device's memory. Nothing has changed then.
         """
         try:
-            self.adapters.add(name, changes)
+            self.adapters.add(name, weights)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -274,17 +276,17 @@ class EngineCore:
 
     @ops.on_own_device
     def remove_adapter(self, name: str) -> None:
-        """Let no more requests ask for an adapter; those that have it keep it, and its memory is freed after them.
+        """Unload an adapter. Requests that use it are finished first, then its memory is freed.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: There is no such adapter.
         """
         self.adapters.remove(name)
         self._drop_adapters()
 
     @ops.on_own_device
     def _drop_adapters(self) -> None:
-        """Free adapters that were removed and that no request has any more."""
+        """Free removed adapters that no request uses any more."""
         if not self.adapters.retired:
             return
         try:
@@ -292,29 +294,29 @@ class EngineCore:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            # What stays is stacked anew before the old is freed.
+            # The remaining adapters are copied before the old tensors are freed, which takes memory.
             free_frames(error)
-            logger.warning("an adapter that was removed is kept for now: %s", error)
+            logger.warning("a removed adapter stays in memory for now: %s", error)
             return
         if dropped:
             self.runner.forget_graphs()
 
     def finish(self, request: Request) -> None:
-        """A request's answer is complete: take no more tokens for it. One that has ended already is left alone."""
+        """End a request whose answer is complete. One that has already ended is left alone."""
         if request in self._unfinished:
             self._unfinished.remove(request)
             self.scheduler.finish(request)
             self._drop_adapters()
 
     def cancel(self, request: Request) -> None:
-        """Give a request up, at any moment; one that has ended already is left alone."""
+        """Cancel a request, at any moment. One that has already ended is left alone."""
         if request in self._unfinished:
             self._unfinished.remove(request)
             self.scheduler.cancel(request)
             self._drop_adapters()
 
     def stats(self) -> Stats:
-        """How it is doing. Any thread may ask; a step that goes on meanwhile may be counted in part."""
+        """Current load and counters. Any thread may call this; a running step may be counted in part."""
         scheduler, pool = self.scheduler, self.pool
         return Stats(
             running=scheduler.running,
@@ -342,7 +344,7 @@ class EngineCore:
 
     @property
     def logits_processor(self) -> LogitsProcessor | None:
-        """Changes the logits of every step before tokens are sampled from them."""
+        """AdapterWeights the logits of every step before tokens are sampled from them."""
         return self.runner.logits_processor
 
     @logits_processor.setter
@@ -351,12 +353,12 @@ class EngineCore:
 
     @property
     def unfinished(self) -> bool:
-        """Whether any request still takes tokens."""
+        """Whether any request has not ended."""
         return bool(self._unfinished)
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do: requests to serve, or a launched step to wait for."""
+        """Whether :meth:`step` has anything to do: unfinished requests, or a launched step to collect."""
         return self.unfinished or self._launched is not None
 
     @property
@@ -365,14 +367,14 @@ class EngineCore:
 
     @ops.on_own_device
     def step(self) -> list[Token]:
-        """Start the next step and give the tokens of the one before; on the CPU, of the step itself.
+        """Launch the next step and return the tokens of the previous one; on the CPU, of the same step.
 
-        So the device goes from step to step without a pause: the host reads, decides and answers while it computes.
+        The device thus goes from step to step without a pause: the host plans and answers while it computes.
 
         Raises:
-            StepError: some requests failed: all that the step computed, or those with an image that could not be
-                encoded. The next call serves the others. Anything that is no `Exception`, as an interrupt from the
-                keyboard, ends all requests.
+            StepError: Some requests failed: all that the step computed, or those with an image that could not be
+                encoded. The next call serves the others. Anything but an `Exception`, such as a keyboard interrupt,
+                ends all requests.
         """
         tokens: list[Token] = []
         try:
@@ -388,10 +390,10 @@ class EngineCore:
         return tokens
 
     def _step(self, tokens: list[Token]) -> None:
-        """Plan, launch and collect. ``tokens`` receives what comes, also where something fails later."""
+        """Plan, launch and collect. Tokens are appended to ``tokens``, so that they survive a later failure."""
         plan = self.scheduler.plan()
         if plan.drain:
-            # A request that has to give up its blocks waits for the value of its last token.
+            # A request can be preempted only once the value of its last token is known.
             self._collect(tokens)
             plan = self.scheduler.plan()
         launched = self._launch(plan, tokens) if plan else None
@@ -402,16 +404,16 @@ class EngineCore:
             self._launched = launched
             self._collect(tokens)
         if not self.busy:
-            assert self.pool.used == 0, f"{self.pool.used} blocks are held by nobody"
+            assert self.pool.used == 0, f"{self.pool.used} blocks belong to no request"
 
-    def _launch(self, plan: Plan, tokens: list[Token]) -> Launched | None:
-        """Launch a step. One that lacks memory is computed at once in two halves instead."""
+    def _launch(self, plan: StepPlan, tokens: list[Token]) -> Launched | None:
+        """Launch a step. If it runs out of memory, compute it in two halves instead."""
         try:
             return self._compute(plan, tokens)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            logger.warning("a step of %d tokens ran out of memory and is tried again in halves: %s", plan.tokens, error)
+            logger.warning("a step of %d tokens ran out of memory and is retried in halves: %s", plan.tokens, error)
             free_frames(error)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -422,14 +424,14 @@ class EngineCore:
             self._collect(tokens)
         return None
 
-    def _compute(self, plan: Plan, tokens: list[Token]) -> Launched:
+    def _compute(self, plan: StepPlan, tokens: list[Token]) -> Launched:
         self._at_stake = plan
         launched = self.runner.launch(plan)
         for request, place, error in launched.failed:
             if not request.over:
                 self._fail(self.scheduler.fail(request, place), "an image could not be encoded", error)
         if not launched.drawn:
-            # What a grammar allows depends on the token before; the device computes logits meanwhile.
+            # A grammar's mask depends on the previous token, which is collected while the device computes logits.
             self._collect(tokens)
             self._at_stake = plan
             self.runner.draw(launched)
@@ -437,7 +439,7 @@ class EngineCore:
         return launched
 
     def _collect(self, tokens: list[Token]) -> None:
-        """Tokens of the launched step, once they are there. What came for requests that have ended is dropped."""
+        """Wait for the tokens of the launched step. Those of requests that have ended are dropped."""
         launched, self._launched = self._launched, None
         if launched is None:
             return
@@ -455,21 +457,21 @@ class EngineCore:
             if request.matcher is not None:
                 request.end = request.matcher.accept(token)
                 if request.matcher.error is not None:
-                    logger.warning("an answer was ended by the limits of its grammar: %s", request.matcher.error)
+                    logger.warning("an answer was ended by the limits on its grammar: %s", request.matcher.error)
             if request.end or token in request.end_token_ids or len(request.outputs) >= request.max_tokens:
                 self.finish(request)
         self._at_stake = None
         self.failing = self.failing and not tokens
 
     def _recover(self, error: Exception, tokens: list[Token]) -> None:
-        """After a step that failed: end the requests that it computed, and let all others wait for the next one.
+        """After a failed step: fail the requests that it computed, and requeue all others.
 
-        Nobody knows what of the cache has been written, so it starts empty. What others have computed is lost, and
-        their answers are not: they are computed again to the same tokens.
+        It is unknown which parts of the KV cache were written, so it is emptied. The other requests keep their outputs
+        and are computed again to the same tokens.
         """
         logger.error("a step of the model failed", exc_info=error)
         free_frames(error)
-        # Where nothing was being computed it is the books that are wrong, and no request can continue.
+        # If nothing was being computed, the scheduler's state is wrong, and no request can continue.
         failed = list(self._unfinished) if self._at_stake is None else self._at_stake.requests
         if self._launched is not None:
             before = self._launched.plan.requests
@@ -492,7 +494,7 @@ class EngineCore:
         self._drop_adapters()
 
     def reset(self) -> None:
-        """End all requests and forget what is cached, in whatever state a step was left."""
+        """Cancel all requests and empty the prefix cache, whatever state a step was left in."""
         for request in self._unfinished:
             request.leave(Status.CANCELLED)
         self._unfinished.clear()
@@ -503,17 +505,17 @@ class EngineCore:
 
     @ops.on_own_device
     def plan_attention(self) -> None:
-        """Let libraries plan the attention of all chunks that steps can read, which their first calls would do."""
+        """Let libraries plan the attention of all possible chunks now, and not in their first calls."""
         self.runner.plan_attention(self.scheduler.step_tokens, self.max_model_len)
 
     @ops.on_own_device
     def close(self) -> None:
-        """End all requests and wait for the device."""
+        """Cancel all requests and wait for the device."""
         for request in list(self._unfinished):
             self.cancel(request)
         self._collect([])
 
 
 def _block_size(device: torch.device) -> int:
-    # Large blocks keep kernels busy; small ones waste less where memory is small and arithmetic slow.
+    # Large blocks suit the kernels; small ones waste less memory on CPUs.
     return 64 if device.type == "cuda" else 16

@@ -1,4 +1,4 @@
-"""Images -> image tokens: encoded in portions that fit, and kept.
+"""Images -> image tokens: encoded in batches that fit into memory, and cached.
 
 C crops, S side of a crop in pixels, Q image tokens, D hidden.
 """
@@ -18,21 +18,21 @@ from aria.model.image_cache import ImageCache
 from aria.processor.image_inputs import ImageInput, ImageSpan, load_crops
 
 MOST_PATCHES = {"cuda": 80_000, "cpu": 10_000}
-"""Patches of one pass through the vision tower, so that a clip of any length takes the memory of 16 large images."""
+"""Maximum number of patches in one pass of the vision tower: a clip takes no more memory than 16 large images."""
 
 GRAPH_PATCHES = 20_000
-"""Up to so many patches, launching the tower's operations takes longer than they do: these run as graphs."""
+"""Up to this many patches, launching the operations takes longer than running them, so they run as CUDA graphs."""
 MOST_GRAPHS = 32
 
 
-class Encoder:
-    """Encodes images, each once as long as there is memory to keep it, and once for each adapter that changes it.
+class ImageEncoder:
+    """Encodes images and caches their tokens, separately for each adapter that changes the encoder.
 
     Args:
-        models: whose vision tower and projector are used: without an adapter the one under None, and by the keys of
-            adapters those that these change; it may change between steps.
-        cache_bytes: memory for what was encoded.
-        mean, std: of the three channels, as the image processor's settings have them.
+        models: Models whose vision tower and projector encode: the base model under None, and by key of an adapter the
+            variants that adapters change. It may change between steps.
+        cache_bytes: Memory for cached image tokens.
+        mean, std: Normalisation of the three channels, from the image processor's settings.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Encoder:
         return sum(-(-height // side) * -(-width // side) for height, width in image.extents)
 
     def holds(self, span: ImageSpan, adapter: str | None) -> bool:
-        """Whether :meth:`features` would have nothing to encode. ``adapter`` as there."""
+        """Whether :meth:`features` would find the image's tokens without encoding. ``adapter`` as there."""
         return isinstance(span.data, Tensor) or self._key(span, adapter) in self.cache
 
     def forget_graphs(self) -> None:
-        """Drop all graphs, which keep the models that they run."""
+        """Drop all CUDA graphs, which keep their models in memory."""
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -91,7 +91,7 @@ class Encoder:
         return [found[i] if i in found else made[span.key] for i, span in enumerate(spans)]
 
     def _portions(self, spans: Sequence[ImageSpan]) -> Iterator[list[ImageSpan]]:
-        """Images of one crop size, in portions of at most :data:`MOST_PATCHES` (or one image)."""
+        """Batches of images of one crop size, each of at most :data:`MOST_PATCHES` patches or a single image."""
         most = MOST_PATCHES["cuda" if self._weight.is_cuda else "cpu"]
         by_size = sorted(spans, key=lambda span: span.data.size)
         for _, same_size in groupby(by_size, lambda span: span.data.size):
@@ -121,7 +121,7 @@ class Encoder:
         return features_QD.split([span.tokens for span in spans])
 
     def _run(self, patches: PackedPatches, adapter: str | None) -> tuple[Tensor | None, ...]:
-        # A graph keeps its work, which should not keep the images of its first time.
+        # A CUDA graph keeps its work alive, which therefore must not hold the pixels of its first run.
         model, segments, grid = self._models[adapter], patches.segments, patches.grid_patches
 
         def work(pixels: Tensor, positions: Tensor) -> tuple[Tensor]:

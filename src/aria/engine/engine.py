@@ -1,4 +1,4 @@
-"""`Engine`: conversations in, answers out, many together."""
+"""`Engine`: answers conversations in batches, with images, adapters and structured output."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 
-def refuse_unbuilt(**settings: object) -> None:
-    """Settings of the contract that have no code behind them yet: a value would be ignored, so it is an error."""
+def reject_unsupported(**settings: object) -> None:
+    """Reject values of arguments that are reserved and not implemented yet, which would otherwise be ignored."""
     for name, value in settings.items():
         if value is not None:
-            raise ValueError(f"{name}={value!r} is not offered yet; leave it out")
+            raise ValueError(f"{name}={value!r} is not supported yet; leave it out")
 
 
-class _StandIn(AriaTokenizer):
-    """nano's vocabulary over and over, so that every id of random weights has a text, if a senseless one."""
+class _RepeatedVocabulary(AriaTokenizer):
+    """nano's vocabulary repeated, so that every token id of a model with random weights has some text."""
 
     def token_bytes(self, index: int, *, skip_special_tokens: bool = False) -> bytes:
         return super().token_bytes(index % self.vocab_size, skip_special_tokens=skip_special_tokens)
@@ -59,27 +59,27 @@ def _processor(path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revi
     image_processor = AriaImageProcessor(
         sizes=tuple(sizes), max_image_size=max(sizes), min_image_size=min(336, min(sizes))
     )
-    return AriaProcessor(image_processor, _StandIn.from_pretrained(), size_conversion=sizes)
+    return AriaProcessor(image_processor, _RepeatedVocabulary.from_pretrained(), size_conversion=sizes)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to an answer."""
+    """What one token adds to an answer."""
 
     answer: Answer
     choice: int
-    """Which of the ``n`` choices."""
+    """Index of the choice, below ``n``."""
     text: str
-    """May be empty: half a character, or what may yet turn out to be a stop text, is held back."""
+    """May be empty: incomplete characters, and possible beginnings of stop texts, are held back."""
     token_id: int | None
-    """None where the answer was to have no token: the prompt was read."""
+    """None if ``max_tokens`` is 0: only the prompt was read."""
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
-    """Set with a choice's last piece."""
+    """Set in a choice's last piece."""
 
 
 class Answer:
-    """A conversation that is being answered: ``n`` choices as they grow."""
+    """The answer to one conversation while it is generated: ``n`` choices."""
 
     def __init__(self, tokenizer: AriaTokenizer, completions: Sequence[Completion], requests: Sequence[Request]):
         self._tokenizer = tokenizer
@@ -87,34 +87,34 @@ class Answer:
         self.completions = completions
         self.requests = requests
         self.pieces: deque[Piece] = deque()
-        """What came and was not taken yet."""
+        """Pieces that were not consumed yet."""
         self.error: Exception | None = None
-        """Why there will be no more of it, where the model failed."""
+        """Why it failed, if it did."""
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that did not have to be read, because the cache had them from earlier requests.
+        """Prompt tokens found in the prefix cache. Known from the first piece on.
 
-        Known from the first piece on. Later choices also find what the first has read, which does not count.
+        What later choices share with the first one does not count.
         """
         return self.requests[0].cached_tokens
 
     @property
     def done(self) -> bool:
-        """Whether all choices have ended, or it failed."""
+        """Whether all choices have ended or the answer has failed."""
         return self.error is not None or all(completion.finish_reason is not None for completion in self.completions)
 
     def result(self) -> Result:
-        """The whole, once it is :attr:`done`.
+        """The complete result, once it is :attr:`done`.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: The answer failed.
         """
         if self.error is not None:
             raise self.error
         choices = []
         for completion in self.completions:
-            assert completion.finish_reason is not None, "a result was asked for before the end"
+            assert completion.finish_reason is not None, "the answer is not complete"
             logprobs = tuple(completion.logprobs) or None
             choices.append(Choice(completion.text, tuple(completion.token_ids), completion.finish_reason, logprobs))
         usage = Usage(self.prompt_tokens, sum(len(choice.token_ids) for choice in choices))
@@ -122,48 +122,47 @@ class Answer:
 
     @property
     def scoring(self) -> bool:
-        """Whether log-probabilities of the prompt were asked for and are not complete. They are once the first choice
-        has a piece."""
+        """Whether log-probabilities of the prompt were requested and are not complete yet. They are complete once the
+        first choice has a piece."""
         logprobs = self.requests[0].prompt_logprobs
         return logprobs is not None and not logprobs.complete
 
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        """Of each token of the prompt, where they were asked for, once it is no longer :attr:`scoring`.
+        """Log-probabilities of the prompt's tokens, if requested, once it is no longer :attr:`scoring`.
 
-        Any thread may call it; a long prompt takes some time.
+        Any thread may call this. It takes a while for a long prompt.
         """
         logprobs = self.requests[0].prompt_logprobs
         if logprobs is None:
             return None
-        assert logprobs.complete, "log-probabilities of a prompt were asked for before it was read"
+        assert logprobs.complete, "the prompt's log-probabilities are not complete"
         return decoded_prompt_logprobs(self._tokenizer, self.requests[0].prompt, logprobs)
 
 
 class Engine:
     """Answers conversations with one model.
 
-    Requests run together over a paged cache: prompts are read in chunks beside answers that grow, equal beginnings
-    (images included) are computed once, and when the cache is full the latest request waits and is computed again.
+    Requests are batched continuously over a paged KV cache: chunked prefill runs beside decoding, common prefixes
+    (images included) are computed once, and if the cache is full the latest request is preempted and computed again.
 
     Args:
-        path_or_repo_id: folder, Hub repository, or None for the packaged nano model.
-        revision: branch, tag or commit of a Hub repository.
-        dtype: of the weights; None means the checkpoint's on CUDA and float32 on CPU.
-        device: None means CUDA where there is one.
-        max_model_len: the most tokens of prompt and answer together; None means what the model was made for, or what
-            fits into memory if that is less.
-        memory_utilization: share of the GPU's memory that weights, cache and work may take together.
-        cache_tokens: tokens that the cache of keys and values holds; None means what fits.
-        max_batch: the most answers that grow together; None means 256 on CUDA and 16 on the CPU.
-        adapters: folders or Hub repositories of LoRA adapters in PEFT's format, by the names that requests use.
-            Requests of any of them, and of none, run in the same steps.
-        quantization: not offered yet; anything but the default is refused.
-
-    An `AriaConfig` in place of a path means random weights, to measure with; nano's vocabulary then stands in.
+        path_or_repo_id: Folder, Hub repository, or None for the packaged nano model. An `AriaConfig` makes random
+            weights for benchmarks, with nano's vocabulary.
+        revision: Branch, tag or commit of a Hub repository.
+        dtype: Data type of the weights; None means the checkpoint's on CUDA and float32 on CPUs.
+        device: None means CUDA if available.
+        max_model_len: Maximum number of tokens of a prompt and its answer together; None means the model's maximum, or
+            what fits into memory if that is less.
+        memory_utilization: Fraction of the GPU's memory for weights, KV cache and activations together.
+        cache_tokens: Capacity of the KV cache in tokens; None means what fits.
+        max_batch: Maximum number of concurrent sequences; None means 256 on CUDA and 16 on CPUs.
+        adapters: LoRA adapters in PEFT's format, as folders or Hub repositories by the names that requests use.
+            Requests of several adapters and of the base model share steps.
+        quantization: Not supported yet; must be None.
 
     Raises:
-        FileNotFoundError: there is no such model or adapter.
-        ValueError: the files are not a model of Aria or an adapter of it, or a setting is out of its limits.
+        FileNotFoundError: There is no such model or adapter.
+        ValueError: The files are not an Aria model or an adapter of one, or a setting is out of range.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class Engine:
         max_batch: int | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ):
-        refuse_unbuilt(quantization=quantization)
+        reject_unsupported(quantization=quantization)
         for name, value, holds, expected in (
             ("max_batch", max_batch, max_batch is None or max_batch >= 1, "at least 1"),
             ("cache_tokens", cache_tokens, cache_tokens is None or cache_tokens >= 1, "at least 1"),
@@ -193,7 +192,7 @@ class Engine:
         if not isinstance(config, AriaConfig):
             config = AriaConfig.from_pretrained(config, revision=revision)
         self.generation_config = read_generation_config(path_or_repo_id, revision)
-        """The model's ``generation_config.json``; empty where it has none."""
+        """The model's ``generation_config.json``; empty if it has none."""
         stored = {name: read_adapter(folder, config) for name, folder in (adapters or {}).items()}
         self.model = load_model(path_or_repo_id, revision=revision, dtype=dtype, device=device)
         self.core = EngineCore(
@@ -208,7 +207,7 @@ class Engine:
         )
         tokenizer = self.processor.tokenizer
         self.grammars = Grammars(tokenizer, self.model.config.text.vocab_size, lambda: self.processor.workers)
-        """Compiles schemas; :meth:`queue` does it too, but any thread may do so in advance."""
+        """Compiles schemas and grammars, in any thread. :meth:`queue` does it too, if it was not done in advance."""
         self._end_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._answers: dict[Request, tuple[Answer, int]] = {}
         self.failed: list[Answer] = []
@@ -260,34 +259,34 @@ class Engine:
         return self.core.failing
 
     def add_adapter(self, name: str, source: str | os.PathLike[str]) -> None:
-        """Load a LoRA adapter under a name, in place of the one of this name if there is one.
+        """Load a LoRA adapter under a name, replacing one of the same name.
 
-        Requests that are being answered keep theirs. As every method that changes the engine, this belongs to the
-        thread that calls :meth:`step`; :meth:`AsyncEngine.add_adapter` may be called at any moment.
+        Running requests keep the adapter they have. Like every method that changes the engine, this has to be called in
+        the thread that calls :meth:`step`; :meth:`AsyncEngine.add_adapter` may be called at any time.
 
         Args:
-            name: by which requests ask for it.
-            source: a folder or Hub repository in PEFT's format.
+            name: The name for requests to use.
+            source: Folder or Hub repository in PEFT's format.
 
         Raises:
-            FileNotFoundError: there is no such adapter.
-            ValueError: it does not fit the model, or the memory that is left.
+            FileNotFoundError: There is no such adapter.
+            ValueError: It does not fit the model or the remaining memory.
         """
         self.core.add_adapter(name, read_adapter(source, self.model.config).weights)
 
     def remove_adapter(self, name: str) -> None:
-        """Let no more requests ask for an adapter; its memory is freed once those that have it are answered.
+        """Unload an adapter. Its memory is freed once the requests that use it are finished.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: There is no such adapter.
         """
         self.core.remove_adapter(name)
 
     @cached_property
     def _end_text(self) -> EndText:
-        """Tokens that lead to the end of a turn; finding them in Aria's vocabulary takes some tenths of a second."""
+        """Tokens that lead to the end of a turn. Finding them in Aria's vocabulary takes a few tenths of a second."""
         tokenizer, size = self.processor.tokenizer, self.model.config.text.vocab_size
-        # Ids past the tokenizer's have no text.
+        # Ids beyond the tokenizer's vocabulary have no text.
         tokens = [tokenizer.token_bytes(index) if index < len(tokenizer) else b"" for index in range(size)]
         return EndText.of(END_OF_TURN, tokens, self.device)
 
@@ -301,17 +300,17 @@ class Engine:
         """Answer conversations.
 
         Args:
-            conversations: a list of message lists; a message is ``{"role": ..., "content": text or parts}``.
-            params: one set for all of them.
-            adapter: the name of the one that answers; None: the model without any.
+            conversations: A list of conversations; a message is ``{"role": ..., "content": text or parts}``.
+            params: Sampling parameters for all of them.
+            adapter: Name of the adapter that answers; None is the base model.
 
         Returns:
-            One result for each conversation, in order.
+            One result per conversation, in order.
 
         Raises:
-            ValueError: a message that is not well-formed, a prompt that leaves no room for an answer, or no such
-                adapter. Nothing is computed then, for any of the conversations.
-            RuntimeError: the model failed at one of them.
+            ValueError: A malformed message, a prompt that leaves no room for an answer, or an unknown adapter. No
+                conversation is computed then.
+            RuntimeError: The model failed on one of them.
         """
         if conversations and isinstance(conversations[0], Mapping):
             raise ValueError("chat takes a list of conversations, each a list of messages; wrap this one in a list")
@@ -329,17 +328,17 @@ class Engine:
     def stream(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Iterator[str]:
-        """Answer one conversation, piece by piece; the pieces joined are the first choice's text.
+        """Answer one conversation and yield the first choice's text in pieces.
 
-        Streams may be read in turn: each step serves all of them. Closing one cancels its request.
+        Several streams may be read in turn: each step serves all of them. Closing one cancels its request.
         """
-        pieces = self._read(self.queue(self.prepare(messages), params, adapter=adapter))
-        # Only a generator that has begun gets to its end when it is closed or forgotten.
+        pieces = self._stream(self.queue(self.prepare(messages), params, adapter=adapter))
+        # Only a started generator runs its cleanup when it is closed or garbage-collected.
         next(pieces)
         return pieces
 
-    def _read(self, answer: Answer) -> Iterator[str]:
-        """Nothing first, then the first choice's text."""
+    def _stream(self, answer: Answer) -> Iterator[str]:
+        """Yield an empty text to start, then the first choice's text."""
         try:
             yield ""
             while True:
@@ -352,7 +351,7 @@ class Engine:
                 if answer.done:
                     return
                 if not any(request in self._answers for request in answer.requests):
-                    raise RuntimeError("the answer was given up: it was cancelled, or a step of the model failed")
+                    raise RuntimeError("the answer was cancelled, or a step of the model failed")
                 self.step()
         finally:
             self.cancel(answer)
@@ -365,16 +364,16 @@ class Engine:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> Prepared:
-        """Messages -> token ids and images. Touches nothing of the engine's state, so any thread may call it.
+        """Turn messages into token ids and images. Does not touch the engine's state, so any thread may call it.
 
         Args:
-            messages: a conversation.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            continue_final_message: leave the last message open in place of that; the answer continues it.
-            variables: what else a chat template other than Aria's reads.
+            messages: A conversation.
+            add_generation_prompt: End the prompt with the opening of the assistant's turn.
+            continue_final_message: Leave the last message open instead, for the answer to continue it.
+            variables: Further variables of a chat template other than Aria's.
 
         Raises:
-            ValueError: a message that is not well-formed, or a prompt that leaves no room for an answer.
+            ValueError: A malformed message, or a prompt that leaves no room for an answer.
         """
         prepared = self.processor.prepare(
             messages,
@@ -386,13 +385,13 @@ class Engine:
         return self.digest(prepared)
 
     def prepare_text(self, text: str | Sequence[int]) -> Prepared:
-        """Text to be continued, or its token ids. No template is put around it, and no image is in it.
+        """Turn text to complete, or its token ids, into a prompt without template and images.
 
-        The text is the whole prompt, as the caller wrote it: ``<|im_start|>`` and the other markers in a plain string
-        are control tokens. Untrusted text belongs in messages (:meth:`prepare`) or a :class:`~aria.processor.Prompt`.
+        The text is the whole prompt: ``<|im_start|>`` and the other markers in a plain string are control tokens.
+        Untrusted text belongs in messages (:meth:`prepare`) or in a :class:`~aria.processor.Prompt`.
 
         Raises:
-            ValueError: an id that is not in the vocabulary or stands for an image, or no room for an answer.
+            ValueError: A token id that is out of range or stands for an image, or no room for an answer.
         """
         tokenizer = self.processor.tokenizer
         if isinstance(text, Prompt) and text.slots:
@@ -409,8 +408,10 @@ class Engine:
         return self.digest(Prepared(ids, []))
 
     def digest(self, prepared: Prepared) -> Prepared:
-        """Make what the prefix cache knows the prompt's blocks by, unless it is there. Any thread may do it, and not
-        the one that runs the model: for a long prompt it takes as long as a step."""
+        """Compute the content hashes of the prompt's blocks for the prefix cache, unless they exist.
+
+        Any thread may call this, preferably not the one that runs the model: a long prompt takes as long as a step.
+        """
         size = self.core.block_size
         if size not in prepared.digests:
             prepared.digests[size] = block_digests(prepared.ids, self._image_spans(prepared), size)
@@ -429,13 +430,17 @@ class Engine:
         matchers: Sequence[Matcher] | None = None,
         adapter: str | None = None,
     ) -> Answer:
-        """Take a conversation in; :meth:`step` answers it. A lower ``priority`` runs first; ``adapter`` names the one
-        that answers.
+        """Queue a conversation, for :meth:`step` to answer.
 
-        ``matchers`` are those of the schema or grammar, one for each answer; None: they are made here.
+        Args:
+            prepared: Result of :meth:`prepare` or :meth:`prepare_text`.
+            params: How to sample, and when to stop.
+            priority: Lower runs first.
+            matchers: Matchers of the schema or grammar, one for each choice; None makes them here.
+            adapter: Name of the adapter that answers; None is the base model.
 
         Raises:
-            ValueError: the parameters do not fit the model, the schema cannot be followed, or there is no such adapter.
+            ValueError: The parameters do not fit the model, the schema is not supported, or there is no such adapter.
                 Nothing is queued then.
         """
         params = params or SamplingParams()
@@ -454,7 +459,7 @@ class Engine:
             priority=priority,
             adapter=adapter,
         )
-        # With a schema, the text that ends a turn is text like any other: it can only stand inside of a value.
+        # With a schema, the text that ends a turn can only be part of a value, so it ends nothing.
         turn_ends = () if params.ignore_eos or params.json_schema is not None else prepared.stop
         completions = [
             Completion(
@@ -475,10 +480,10 @@ class Engine:
         return answer
 
     def step(self) -> list[Piece]:
-        """One step of the model for all answers that grow. Returns what was added to any of them.
+        """Run one step of the model for all running answers, and return their new pieces.
 
-        Answers that the model fails to compute have an ``error`` and stand in :attr:`failed`; the others go on. An
-        interrupt from the keyboard ends all of them, because tokens of any may be lost.
+        Answers that fail have an ``error`` and are listed in :attr:`failed`; the others continue. A keyboard interrupt
+        ends all answers, because tokens of any of them may be lost.
         """
         self.failed = []
         try:
@@ -503,7 +508,7 @@ class Engine:
             raise
 
     def _fail(self, request: Request, error: Exception) -> None:
-        """A request failed, and its answer with it."""
+        """Fail the answer of a failed request."""
         if request in self._answers:
             answer, _ = self._answers[request]
             answer.error = error
@@ -513,7 +518,7 @@ class Engine:
     def _piece(self, token: Token) -> Piece:
         answer, choice = self._answers[token.request]
         completion = answer.completions[choice]
-        logprob = self._named(token)
+        logprob = self._logprob(token)
         text = completion.push(token.token_id, logprob, token.request.end)
         kept = token.token_id if completion.max_tokens else None
         piece = Piece(answer, choice, text, kept, logprob, completion.finish_reason)
@@ -524,7 +529,7 @@ class Engine:
         return piece
 
     def cancel(self, answer: Answer) -> None:
-        """Stop working on an answer, at any moment; one that is done is left alone."""
+        """Cancel an answer, at any moment. One that is done is left alone."""
         for request in answer.requests:
             self.core.cancel(request)
             self._answers.pop(request, None)
@@ -545,20 +550,22 @@ class Engine:
         self._answers.clear()
 
     def warm_up(self) -> None:
-        """Do now what first requests would wait for: lay out the vocabulary for schemas, where they are installed, and
-        on CUDA compile kernels and capture graphs, which takes up to some minutes. Nothing may be queued meanwhile."""
+        """Compile kernels and capture CUDA graphs before serving, and prepare the vocabulary for structured output.
+
+        It takes up to a few minutes on CUDA. Nothing may be queued meanwhile.
+        """
         _ = self._end_text
-        # Who asks for a schema without the package is told so then.
+        # Without the package, a request with a schema reports the error.
         with suppress(ModuleNotFoundError):
             self.grammars.load()
         if self.device.type == "cuda":
             images = self._sample_images()
-            # Which adapter makes no difference, but that image tokens may be another's.
+            # One adapter is enough: all adapters use the same kernels.
             for adapter in (None, *self.adapters[:1]):
                 WarmUp(self.core, adapter).run(images)
 
     def _sample_images(self) -> list[list[ImageSpan]]:
-        """Of prompts with an image each: of every crop size two squares and one that has to be resized both ways."""
+        """Images of one prompt each: for every crop size two squares, and one image that is resized in both axes."""
         found = []
         for size, tokens in self.processor.size_conversion.items():
             for color, shape in ("black", (size, size)), ("white", (size, size)), ("black", (size * 2, size + 50)):
@@ -568,17 +575,17 @@ class Engine:
         return found
 
     def stats(self) -> Stats:
-        """How busy it is, and what it has done. Any thread may ask."""
+        """Current load and counters. Any thread may call this."""
         return self.core.stats()
 
-    def _named(self, token: Token) -> TokenLogprob | None:
+    def _logprob(self, token: Token) -> TokenLogprob | None:
         if token.logprobs is None:
             return None
         return decoded_logprob(self.processor.tokenizer, token.token_id, token.logprobs)
 
 
 def decoded_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
-    """Log-probabilities with the tokens' text."""
+    """Log-probabilities of a sampled token, with the tokens' text."""
     top = tuple(TokenLogprob(id, tokenizer.decode([id]), value) for id, value in logprobs.likeliest)
     return TokenLogprob(token_id, tokenizer.decode([token_id]), logprobs.chosen, top)
 
@@ -586,16 +593,16 @@ def decoded_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogp
 def decoded_prompt_logprobs(
     tokenizer: AriaTokenizer, prompt: Sequence[int], logprobs: PromptLogprobs
 ) -> tuple[TokenLogprob | None, ...]:
-    """Log-probabilities of a prompt with the tokens' text."""
+    """Log-probabilities of a prompt, with the tokens' text. The first token has none."""
 
     @cache
     def text(token: int) -> str:
         return tokenizer.decode([token])
 
-    told: list[TokenLogprob | None] = []
+    found: list[TokenLogprob | None] = []
     columns = logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs
     for token, logprob, rank, ids, values in zip(prompt, *(column.tolist() for column in columns), strict=True):
         likeliest = enumerate(zip(ids, values, strict=True), 1)
         top = tuple(TokenLogprob(other, text(other), value, rank=place) for place, (other, value) in likeliest)
-        told.append(TokenLogprob(token, text(token), logprob, top, rank))
-    return (None, *told[1:])
+        found.append(TokenLogprob(token, text(token), logprob, top, rank))
+    return (None, *found[1:])

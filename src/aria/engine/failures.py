@@ -1,4 +1,4 @@
-"""Steps that fail: what callers see of them, which lacked memory, and how their tensors are freed."""
+"""Failed steps: the exceptions that callers get, out-of-memory detection, and freeing the tensors of a failed step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from aria.engine.request import Request
 
 _SIGNS = "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-"""In messages of PyTorch, CUDA and its libraries where they raise no class of their own."""
+"""Parts of messages of PyTorch, CUDA and its libraries that mean a lack of memory."""
 
 
 class StepError(RuntimeError):
-    """A step failed for some of its requests. Others continue with the next one.
+    """A step failed for some of its requests. The others continue with the next step.
 
     Attributes:
-        failed: requests that have ended without an answer, each with its reason.
-        tokens: of the requests that were served.
+        failed: Requests that ended without an answer, each with its error.
+        tokens: Tokens of the requests that were served.
     """
 
     def __init__(self, failed: dict[Request, Exception], tokens: list[Token]):
@@ -31,14 +31,14 @@ class StepError(RuntimeError):
 
 
 def failure(what: str, error: Exception) -> RuntimeError:
-    """The exception a caller gets. A new one each time: two tasks must not raise the same exception."""
-    told = RuntimeError(f"{what}: {error}")
-    told.__cause__ = error
-    return told
+    """Make the exception that a caller gets: a new one each time, because two tasks must not raise the same one."""
+    failed = RuntimeError(f"{what}: {error}")
+    failed.__cause__ = error
+    return failed
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was lacking, be it that this made something else fail, as the capture of a graph."""
+    """Whether the cause is a lack of memory, also if it made something else fail, such as a graph capture."""
     return any(
         isinstance(one, torch.OutOfMemoryError | MemoryError) or any(sign in str(one) for sign in _SIGNS)
         for one in _chain(error)
@@ -46,17 +46,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def free_frames(error: BaseException) -> None:
-    """Let go of the tensors of a failed step, which its traceback holds for as long as anybody holds the error."""
+    """Free the tensors of a failed step, which its traceback would hold for as long as the error lives."""
     for one in _chain(error):
         traceback.clear_frames(one.__traceback__)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it came from."""
-    open_ones, seen = [error], set()
-    while open_ones:
-        one = open_ones.pop()
+    """An error and all its causes and contexts."""
+    pending, seen = [error], set[int]()
+    while pending:
+        one = pending.pop()
         if id(one) not in seen:
             seen.add(id(one))
             yield one
-            open_ones += [other for other in (one.__cause__, one.__context__) if other is not None]
+            pending += [other for other in (one.__cause__, one.__context__) if other is not None]

@@ -265,10 +265,10 @@ def _lay_out(tokenizer: AriaTokenizer, vocab_size: int) -> llguidance.LLTokenize
         raise ModuleNotFoundError(
             'json_schema needs the package llguidance: pip install "aria-moe[serve]"', name="llguidance"
         ) from None
-    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)), n_vocab=vocab_size)
+    return LLTokenizer(TokenizerWrapper(_ModelVocabulary(tokenizer, vocab_size)), n_vocab=vocab_size)
 
 
-class _Vocabulary:
+class _ModelVocabulary:
     """What llguidance asks of a tokenizer."""
 
     bos_token_id = None

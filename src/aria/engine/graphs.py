@@ -1,4 +1,4 @@
-"""Work on the device as CUDA graphs: one launch instead of hundreds."""
+"""CUDA graph capture and replay: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
-"""Takes tensors, gives tensors; never waits for the host, and does the same whatever the tensors hold."""
+"""A function of tensors that never waits for the host, and launches the same operations for any values."""
 
 FREE_BYTES = 2 << 30
-"""With less than this left on the device, what is kept for later tensors is given up before a graph is made."""
+"""With less free device memory than this, the allocator's cache is emptied before a capture."""
 
 
 def batch_size(count: int, most: int) -> int:
-    """The size that a batch of ``count`` is filled up to: up to 8 its own, larger by a seventh at most."""
+    """Size that a batch of ``count`` is padded to: no padding up to 8, then at most a seventh."""
     step = 1 << max(0, (count - 1).bit_length() - 3)
     return min(-(-count // step) * step, most)
 
@@ -32,14 +32,14 @@ class _Captured:
 
 
 class Graphs:
-    """Runs work by keys, each key as a graph from its second time on.
+    """Runs work by key, as a CUDA graph from a key's second run on.
 
-    The first time runs plainly: kernels are compiled then and libraries make workspaces, which a capture may not. All
-    graphs share one pool of memory, so the outputs of one are good until any of them runs again.
+    The first run is eager: it compiles kernels and lets libraries allocate workspaces, which a capture must not. All
+    graphs share one memory pool, so the outputs of one are valid until any of them runs again.
 
     Args:
-        device: a CUDA device.
-        most: graphs that are kept; the longest unused go first.
+        device: A CUDA device.
+        most: Maximum number of graphs; the least recently used are dropped.
     """
 
     def __init__(self, device: torch.device, most: int):
@@ -49,16 +49,16 @@ class Graphs:
         self._stream = torch.cuda.Stream(device)
 
     def run(self, key: Hashable, work: Work, *inputs: Tensor) -> Outputs:
-        """The outputs of ``work(*inputs)``.
+        """Return the outputs of ``work(*inputs)``.
 
         Args:
-            key: the same only for work that differs in nothing but what the inputs hold.
-            work: run with tensors like the inputs, on the device.
-            inputs: on the device, or pinned.
+            key: Equal only for work that differs in nothing but the values of its inputs.
+            work: Called with tensors on the device, shaped like the inputs.
+            inputs: Tensors on the device or in pinned memory.
         """
         if key not in self._captured:
             self._captured[key] = None
-            self._forget()
+            self._drop_oldest()
             return work(*(x.to(self._device, non_blocking=True) for x in inputs))
         captured = self._captured[key]
         if captured is None:
@@ -70,25 +70,25 @@ class Graphs:
         return captured.outputs
 
     def _first_capture(self, key: Hashable, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
-        """Capture; if that fails, for want of memory, the next time of the key is a first one again."""
+        """Capture a graph. If that fails for lack of memory, the key's next run is eager again."""
         del self._captured[key]
         try:
             return self._capture(work, inputs)
         except Exception:
             if not any(self._captured.values()):
-                # A pool goes with the last graph that uses it.
+                # A memory pool is freed with the last graph that uses it.
                 self._pool = torch.cuda.graph_pool_handle()
             raise
 
     def _capture(self, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
-        # What a capture runs is not computed, so what the inputs hold does not matter yet.
+        # A capture computes nothing, so the values of its inputs do not matter.
         mine = tuple(torch.empty_like(x, device=self._device) for x in inputs)
-        # `torch.cuda.graph` waits for the device and gives up what is kept each time, which stalls everybody.
+        # Not `torch.cuda.graph`, which waits for the device and empties the allocator's cache at each capture.
         if torch.cuda.mem_get_info(self._device)[0] < FREE_BYTES:
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            # Other threads may use the device meanwhile: what they do is no part of this graph, and no fault of it.
+            # Thread-local, because other threads may use the device meanwhile.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 outputs = work(*mine)
@@ -97,11 +97,11 @@ class Graphs:
         return _Captured(graph, work, mine, outputs)
 
     def clear(self) -> None:
-        """Drop all graphs, once the device runs none of them any more."""
+        """Drop all graphs, after the device has finished running them."""
         torch.cuda.synchronize(self._device)
         self._captured.clear()
-        self._pool = torch.cuda.graph_pool_handle()  # nothing may be captured into a pool that has been given up
+        self._pool = torch.cuda.graph_pool_handle()  # a freed pool cannot be captured into
 
-    def _forget(self) -> None:
+    def _drop_oldest(self) -> None:
         while len(self._captured) > self._most:
             self._captured.popitem(last=False)

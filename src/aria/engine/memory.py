@@ -1,4 +1,4 @@
-"""How many blocks of cache fit beside the weights and the largest step."""
+"""How many KV-cache blocks fit into memory beside the weights and the largest step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from aria.engine.adapters import Adapters
 from aria.model import Aria, Paged, PagedCache
 
 GRAPHS_BYTES = 1 << 30
-"""Left free on CUDA for graphs and for what libraries allocate later."""
+"""Memory left free on CUDA for graphs and for later allocations of libraries."""
 CPU_SHARE = 0.25
-"""Of the memory that is free, the most that a cache on the CPU may take."""
+"""Maximum fraction of free memory that a KV cache on the CPU takes."""
 
 
 def block_bytes(model: Aria, block_size: int) -> int:
-    """Bytes of one block of the cache, all layers."""
+    """Bytes of one block of the KV cache, over all layers."""
     return model.config.cache_bytes_per_token(model.language_model.lm_head.weight.dtype) * block_size
 
 
@@ -29,16 +29,16 @@ def blocks_beside(
     reserved: int,
     adapters: Adapters,
 ) -> int:
-    """Blocks that fit on the model's device.
+    """Number of blocks that fit on the model's device.
 
     Args:
-        model: with its weights in place.
-        block_size: tokens of a block.
-        step_tokens: of the largest step; it is run once, to see what it takes.
-        max_rows: sequences of the largest decoding step.
-        utilization: share of the device's memory that everything together may take (on the CPU of no effect).
-        reserved: bytes that other parts of the engine will take.
-        adapters: on the device already; a step with them takes more than one without.
+        model: The model, with its weights on the device.
+        block_size: Tokens of a block.
+        step_tokens: Tokens of the largest prefill step, which is run once to measure its memory.
+        max_rows: Sequences of the largest decode step.
+        utilization: Fraction of the device's memory to use in total. No effect on CPUs.
+        reserved: Bytes that other parts of the engine will allocate.
+        adapters: Those on the device; steps with adapters take more memory.
     """
     device = model.language_model.lm_head.weight.device
     if device.type != "cuda":
@@ -52,13 +52,13 @@ def blocks_beside(
 
 @torch.inference_mode()
 def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int, adapters: Adapters) -> int:
-    """Most bytes that a chunk of ``tokens`` takes beside the weights, with the longest past it can have."""
+    """Peak memory in bytes of a chunk of ``tokens`` with the longest possible past, without the weights."""
     weight = model.language_model.lm_head.weight
     device = weight.device
     text = model.config.text
     past = max(text.max_position_embeddings - tokens, 0)
     cache = PagedCache(text, 1, block_size, text.max_position_embeddings, 1, weight.dtype, device)
-    # All in the block that is nobody's: what is computed does not matter here.
+    # All in block 0, which no sequence uses: the values do not matter here.
     blocks = torch.zeros(-(-(past + tokens) // block_size), dtype=torch.int32, device=device)
     place = torch.arange(tokens, dtype=torch.int32, device=device)
     ids = torch.randint(text.vocab_size, (tokens,), device=device)
@@ -75,7 +75,7 @@ def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int, adapters: 
         adapters=adapters.step(torch.zeros_like(place)),
     )
     hidden = model(ids, context).hidden[:rows]
-    # Sampling works in float32, with as much again in between.
+    # Sampling takes float32 logits, and as much memory again for intermediate values.
     model.logits(hidden).float().softmax(-1)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

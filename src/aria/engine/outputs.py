@@ -1,4 +1,4 @@
-"""What comes back from the engine: results, and a completion as it grows, stop texts included."""
+"""Results of the engine, and completions while they are generated: stop texts and incremental detokenization."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from aria.engine.matcher import End
 from aria.processor.tokenizer import AriaTokenizer, TextStream
 
 FinishReason = Literal["stop", "length", "error"]
-"""``"error"``: the answer's grammar grew beyond its limits of work, and what there is of it is incomplete."""
+"""``"error"``: following the grammar took too much work, so the answer is incomplete."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithm of the probability that the model gave a token, before temperature and truncation."""
+    """Log-probability of a token (natural logarithm), before temperature and truncation."""
 
     token_id: int
     token: str
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
-    """The likeliest tokens at this place, likeliest first."""
+    """The most likely tokens at this position, most likely first."""
     rank: int | None = None
-    """1 where no token was likelier; known of tokens of prompts."""
+    """1 if no token was more likely. Only for tokens of prompts."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens counted."""
+    """Token counts."""
 
     prompt_tokens: int
     """Image tokens included."""
@@ -37,24 +37,24 @@ class Usage:
 
 @dataclass(frozen=True)
 class Stats:
-    """How an engine is doing; counters run since it was made."""
+    """Load of an engine, and counters since it was made."""
 
     running: int
-    """Requests that have their place in the batch. Each choice of ``n`` is a request."""
+    """Requests in the batch. Each of ``n`` choices is a request."""
     waiting: int
-    """Requests that wait for one."""
+    """Requests in the queue."""
     cache_usage: float
-    """Part of the cache's blocks that requests hold, 0 to 1; what is kept only for later requests does not count."""
+    """Fraction of the KV cache's blocks that requests use, 0 to 1. Blocks of the prefix cache alone do not count."""
     prompt_tokens: int
-    """Tokens of prompts that were taken in, counted once for each choice."""
+    """Prompt tokens of all requests, counted once per choice."""
     completion_tokens: int
-    """Tokens that were sampled for requests that still wanted them."""
+    """Tokens sampled for requests that had not ended."""
     prefix_queries: int
     """Tokens looked up in the prefix cache."""
     prefix_hits: int
-    """Those of them that it had."""
+    """Tokens found in the prefix cache."""
     preemptions: int
-    """Times that a request lost its place because the cache was full."""
+    """Number of preemptions because the KV cache was full."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ class Choice:
 
     text: str
     token_ids: tuple[int, ...]
-    """All that was sampled, the end or stop text included."""
+    """All sampled tokens, including the end token or stop text."""
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The answers to one conversation; text and so on are the first choice's."""
+    """Answers to one conversation. ``text`` and the other properties are the first choice's."""
 
     choices: tuple[Choice, ...]
     usage: Usage
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    """Of each token of the prompt, where they were asked for; the first has none."""
+    """Log-probabilities of the prompt's tokens, if requested; the first token has none."""
 
     @property
     def text(self) -> str:
@@ -95,11 +95,11 @@ class Result:
 
 
 class StopMatcher:
-    """Finds stop texts in text that comes in pieces, and holds back what may yet turn out to be one.
+    """Finds stop texts in streamed text, and holds back what may become one.
 
     Args:
-        stops: the texts.
-        kept: those of them that are part of the text before the end.
+        stops: The stop texts.
+        kept: Stop texts that are kept in the output.
     """
 
     def __init__(self, stops: Sequence[str], kept: Collection[str] = ()):
@@ -107,16 +107,16 @@ class StopMatcher:
         self._kept = frozenset(kept)
         self._held = ""
         self.matched: str | None = None
-        """The stop text that was found."""
+        """The stop text that was found, or None."""
 
     def push(self, piece: str, *, search: bool = True) -> str:
-        """Take the next piece; returns the text that is now certain to be part of the answer.
+        """Add the next piece, and return the text that is now certain to be part of the answer.
 
         Args:
-            piece: the text behind what came before.
-            search: whether a stop text that ends in this piece counts.
+            piece: Text that follows the previous pieces.
+            search: Whether a stop text that ends in this piece counts.
         """
-        assert self.matched is None, "text came after a stop text"
+        assert self.matched is None, "text was added after a stop text"
         before = len(self._held)
         self._held += piece
         ends = ((self._held.find(stop, max(before - len(stop) + 1, 0)), stop) for stop in self._stops)
@@ -130,35 +130,35 @@ class StopMatcher:
         return out
 
     def flush(self) -> str:
-        """No more text comes: what was held back, unless it is a stop text."""
+        """End of the text: return what was held back, unless a stop text was found."""
         held, self._held = self._held, ""
         return "" if self.matched is not None else held
 
     def _open_end(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
+        """Length of the longest suffix of the held text that is a prefix of a stop text."""
         longest = min(len(self._held), max((len(stop) - 1 for stop in self._stops), default=0))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(self._held[-n:]) for s in self._stops)), 0)
 
 
 @dataclass
 class Completion:
-    """One answer as it grows. Ends at an end token, at a stop text, with its grammar, or at its last token.
+    """One answer while it is generated, up to an end token, a stop text, the end of its grammar, or its last token.
 
-    With ``max_tokens`` of 0 it stays empty, and the first token that comes ends it.
+    With ``max_tokens`` of 0 it stays empty, and the first token ends it.
     """
 
     max_tokens: int
     end_token_ids: Collection[int]
     tokenizer: AriaTokenizer | None = None
-    """Needed for text and stop texts; None keeps tokens only."""
+    """Needed for text and stop texts. None collects tokens only."""
     stop: Sequence[str] = ()
-    """Texts at which the answer ends."""
+    """Texts that end the answer."""
     turn_ends: Sequence[str] = ()
-    """More of them, which stand for end tokens."""
+    """Further ones, which count as end tokens."""
     include_stop: bool = False
-    """Whether a text of ``stop`` is part of the text, and, where special tokens are, the end token or its text."""
+    """Whether texts of ``stop`` are kept in the text; with special tokens also the end token or the end of the turn."""
     min_tokens: int = 0
-    """Texts of ``stop`` that end within so many tokens do not count."""
+    """Stop texts that end within this many tokens do not count."""
     skip_special_tokens: bool = True
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -175,8 +175,8 @@ class Completion:
         self._matcher = StopMatcher(stops, kept)
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None, end: End | None = None) -> str:
-        """Take the next token, and how it ends the grammar if it does; returns the text that became certain with it."""
-        assert self.finish_reason is None, "a token came after the end"
+        """Add the next token, and how it ends the grammar if it does. Returns the text that is now certain."""
+        assert self.finish_reason is None, "a token was added after the end"
         if not self.max_tokens:
             self.finish_reason = "length"
             return ""

@@ -1,4 +1,4 @@
-"""One answer on its way: what is asked, what there is of it, and its place in the cache and on the device."""
+"""State of one request: its prompt and parameters, the tokens so far, its KV-cache blocks and its row on the device."""
 
 from __future__ import annotations
 
@@ -18,68 +18,70 @@ from aria.processor.image_inputs import ImageSpan
 
 class Status(Enum):
     WAITING = "waiting"
-    """Holds no blocks and no row. Also the state after preemption, with outputs kept."""
+    """Holds no blocks and no row. Also the state after preemption, which keeps the outputs."""
     RUNNING = "running"
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
-    """The model could not compute it."""
+    """A step of the model failed."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One answer's state. Several answers to one prompt are several requests, which meet in the prefix cache.
+    """One sequence to generate. Several answers to one prompt are several requests, which share prefix-cache blocks.
 
-    Only the `Scheduler` changes what stands under "state". At any time the sequence is the prompt, then ``outputs``,
-    then ``pending`` tokens that only the device knows.
+    The sequence is the prompt, then ``outputs``, then ``pending`` tokens whose values only the device knows. Only the
+    `Scheduler` changes the fields under "State".
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
-    """Most tokens of the answer, capped already by the room that the prompt leaves."""
+    """Maximum number of output tokens, already capped by what the prompt leaves of the context length."""
     images: tuple[ImageSpan, ...] = ()
-    """In order."""
+    """In the order of their positions."""
     priority: int = 0
     """Lower runs first."""
     seed: int = 0
     adapter: str | None = None
+    """Key of its adapter; None is the base model."""
     end_token_ids: frozenset[int] = frozenset()
-    """Tokens at which the answer ends, itself included as its last."""
+    """Tokens that end the answer, as its last one."""
     end_text: EndText | None = None
-    """Of the text that ends a turn, where ``params.min_tokens`` keeps it from being drawn too early."""
+    """Text that ends a turn, if ``params.min_tokens`` has to prevent it for a while."""
     matcher: Matcher | None = None
-    """Where the answer stands in its grammar: it has accepted ``outputs``."""
+    """Position of the answer in its grammar: the matcher has accepted ``outputs``."""
     end: End | None = None
-    """How the grammar ended the answer, once it has."""
+    """How the grammar ended the answer; None until then."""
     digests: Sequence[bytes] = ()
-    """Of the prompt's blocks, as far as :func:`block_digests` has made them."""
+    """Content hashes of the prompt's leading blocks, from :func:`block_digests`."""
     leader: Request | None = None
-    """The request of the first answer to the same prompt, added before: this one finds its blocks."""
+    """The first request with the same prompt, whose block hashes this one takes over."""
     id: int = field(default_factory=count().__next__)
 
     # State.
     status: Status = Status.WAITING
     arrival: int = -1
-    """Order of arrival among all requests of a scheduler."""
+    """Order of arrival at the scheduler."""
     outputs: list[int] = field(default_factory=list)
     pending: int = 0
-    """Tokens that launched steps sample and that have not been read back: up to one, two while a step is ahead."""
+    """Tokens that launched steps sample and the host has not read back: at most one, or two while a step runs ahead."""
     computed: int = 0
-    """Tokens whose keys and values are in the cache once launched steps are done."""
+    """Tokens whose keys and values are in the KV cache once all launched steps have run."""
     prefill: int = 0
-    """Tokens to read before the first is sampled: the prompt, and after a preemption the outputs till then."""
+    """Tokens to prefill before sampling: the prompt and, after a preemption, the outputs until then."""
     blocks: list[int] = field(default_factory=list)
+    """Block table: KV-cache blocks in the order of the sequence."""
     row: int | None = None
-    """Place in the state on the device while it runs."""
+    """Row of the device's state while it runs."""
     runs: int = 0
-    """Times it was admitted. What the device has in its row serves one of them: preemption in between loses it."""
+    """Number of admissions. A row's state on the device is valid for one of them, because preemption discards it."""
     published: int = 0
-    """Blocks whose content has been offered to the prefix cache."""
+    """Leading blocks that were offered to the prefix cache."""
     prompt_logprobs: PromptLogprobs | None = None
-    """Of the prompt's tokens, where they are asked for; several answers to one prompt have the leader's alone."""
+    """Log-probabilities of the prompt, if requested; of several answers to one prompt only the leader has them."""
     cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had when it was first read."""
+    """Prompt tokens found in the prefix cache at the first prefill."""
 
     def __post_init__(self) -> None:
         assert self.prompt, "a prompt has at least one token"
@@ -96,44 +98,44 @@ class Request:
             assert (leader.images, leader.adapter) == (self.images, self.adapter), "a leader has the same prompt"
 
     def __lt__(self, other: Request) -> bool:
-        """Whether this request comes before another wherever they compete."""
+        """Whether this request has precedence over another."""
         return (self.priority, self.arrival) < (other.priority, other.arrival)
 
     @property
     def known(self) -> int:
-        """Tokens whose values are on the host."""
+        """Number of tokens whose values the host knows."""
         return len(self.prompt) + len(self.outputs)
 
     @property
     def reusable(self) -> int:
-        """Leading tokens whose keys and values may come from the prefix cache: one at least is read, to have something
-        to sample from, and so are those that the prompt's next tokens have yet to be scored from."""
+        """Number of leading tokens that may come from the prefix cache. At least one token is computed, to sample from,
+        and so are those whose logits are needed for the prompt's log-probabilities."""
         logprobs = self.prompt_logprobs
         return self.known - 1 if logprobs is None or logprobs.complete else min(self.known, logprobs.known) - 1
 
     @property
     def over(self) -> bool:
-        """Whether it takes no more tokens."""
+        """Whether it has ended."""
         return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED)
 
     @property
     def prefilling(self) -> bool:
-        """Whether a running request has tokens to read before it samples."""
+        """Whether a running request has tokens to prefill before it samples."""
         return self.computed < self.prefill
 
     @property
     def full(self) -> bool:
-        """Whether all tokens of the answer are there or on their way."""
+        """Whether all tokens of the answer were sampled or are pending."""
         return len(self.outputs) + self.pending >= self.max_tokens
 
     def leave(self, status: Status) -> None:
-        """Hold no blocks and no row any more, and no tokens that only the device knows."""
+        """Give up blocks, row and pending tokens."""
         self.status = status
         self.blocks, self.row = [], None
         self.pending = self.computed = self.prefill = self.published = 0
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
-        """Known token ids from ``start`` up to ``stop``."""
+        """Token ids at positions ``start`` to ``stop - 1``, which the host has to know."""
         assert 0 <= start <= stop <= self.known, f"tokens {start} to {stop} of {self.known}"
         length = len(self.prompt)
         if stop <= length:
@@ -141,12 +143,12 @@ class Request:
         return [*self.prompt[start:], *self.outputs[max(start - length, 0) : stop - length]]
 
     def images_between(self, start: int, stop: int) -> tuple[ImageSpan, ...]:
-        """The images that have tokens from ``start`` up to ``stop``."""
+        """The images with tokens at positions ``start`` to ``stop - 1``."""
         first = bisect_right(self.images, start, key=lambda image: image.end)
         return self.images[first : bisect_left(self.images, stop, key=lambda image: image.start)]
 
     def block_hashes(self, block_size: int) -> Sequence[Hashable]:
-        """Names of the content of all leading full blocks of known tokens, up to an image without a key."""
+        """Content hashes of the leading full blocks of known tokens, up to an image without a key."""
         digests = self._digests
         if not digests and self.leader is not None:
             digests += self.leader._digests[: len(self.prompt) // block_size]
@@ -161,13 +163,16 @@ class Request:
             digests.append(block_hash(digests[-1] if digests else ROOT, self.tokens(start, stop), touching))
         if self.adapter is None:
             return digests
-        # Keys and values depend on the adapter, and digests do not: they are made before anybody names one.
+        # Keys and values depend on the adapter; digests do not, because they are computed before a request names one.
         self._adapted += [(self.adapter, digest) for digest in digests[len(self._adapted) :]]
         return self._adapted
 
 
 def block_digests(prompt: Sequence[int], images: Sequence[ImageSpan], block_size: int) -> list[bytes]:
-    """What `Request` takes as ``digests``. It takes milliseconds for tens of thousands of tokens, in any thread."""
+    """Content hashes of a prompt's full blocks, to pass to `Request` as ``digests``.
+
+    Safe in any thread. It takes milliseconds for tens of thousands of tokens.
+    """
     request = Request(tuple(prompt), SamplingParams(), 1, tuple(images))
     request.block_hashes(block_size)
     return request._digests

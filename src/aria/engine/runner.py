@@ -19,14 +19,14 @@ from torch import Tensor
 from aria import ops
 from aria.engine import prompt_logprobs
 from aria.engine.adapters import Adapters
-from aria.engine.encoder import Encoder
+from aria.engine.encoder import ImageEncoder
 from aria.engine.failures import free_frames
 from aria.engine.graphs import Graphs, Work, batch_size
 from aria.engine.matcher import fill_masks
 from aria.engine.prompt_logprobs import ScoredTokens
 from aria.engine.request import Request
 from aria.engine.sampler import SamplerState, mask_logits
-from aria.engine.scheduler import Chunk, Plan
+from aria.engine.scheduler import Chunk, StepPlan
 from aria.engine.step_inputs import Columns, RowTracker, RowUpdates, StepInputs, aligned, row_of
 from aria.model import Aria, Paged, PagedCache
 from aria.model.decoder import DecoderLayer
@@ -56,7 +56,7 @@ class TokenLogprobs(NamedTuple):
 class Launched:
     """A step that was given to the device; its tokens may not be there yet."""
 
-    plan: Plan
+    plan: StepPlan
     requests: Sequence[Request]
     """Requests that get a token."""
     failed: list[tuple[Request, int, Exception]] = field(default_factory=list)
@@ -122,7 +122,7 @@ class Runner:
         self,
         model: Aria,
         cache: PagedCache,
-        encoder: Encoder,
+        encoder: ImageEncoder,
         adapters: Adapters,
         *,
         max_rows: int,
@@ -152,7 +152,7 @@ class Runner:
             self._narrow = not (ops.chunks_are_graph_safe(kv.keys[0], kv) and ops.paged_kernel(kv.keys[0], kv))
 
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> Launched:
+    def launch(self, plan: StepPlan) -> Launched:
         """Start a step. Returns at once on CUDA, where work is queued on the current stream.
 
         With a grammar or a :attr:`logits_processor`, tokens are not drawn yet, because both depend on the tokens of
@@ -188,7 +188,7 @@ class Runner:
         matchers = [matcher for i in places if (matcher := launched.requests[i].matcher) is not None]
         self._sample(launched, (places, fill_masks(matchers, self._vocab_size)) if places else None)
 
-    def restore(self, plan: Plan) -> None:
+    def restore(self, plan: StepPlan) -> None:
         """Prepare to launch a failed plan again, once all tokens before it are known."""
         for request in plan.requests:
             if request.row is not None:
@@ -198,7 +198,7 @@ class Runner:
             rows, tokens = self._upload([row_of(one) for one in decodes], [one.outputs[-1] for one in decodes])
             self._tokens.index_copy_(0, rows.long(), tokens.long())
 
-    def _padded_size(self, plan: Plan, adapted: bool) -> int:
+    def _padded_size(self, plan: StepPlan, adapted: bool) -> int:
         """Tokens that a step is padded to, to run as a CUDA graph; 0 if it is not padded."""
         if self._graphs is None:
             return 0

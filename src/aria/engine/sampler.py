@@ -1,4 +1,4 @@
-"""`SamplerState`: what each running request wants of its tokens, on the device, and logits -> tokens.
+"""`SamplerState`: per-row sampling settings on the device, and logits -> tokens.
 
 N sequences of a step, R rows (places of running requests), V vocabulary.
 """
@@ -19,7 +19,7 @@ GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them would leave the range of float32."""
 
 # A row of the table: temperature, top_k, top_p, min_p, seed (as aria.ops.sampling.Settings reads them), then the
-# repetition, frequency and presence penalties, and the place from which the answer may end.
+# repetition, frequency and presence penalties, and the position from which the answer may end.
 _ROW = struct.Struct("<fiffqfffi")
 _PENALTIES = slice(6, 9)
 _MAY_END = 9
@@ -27,27 +27,27 @@ _INT32 = 2**31 - 1
 
 
 class EndText(NamedTuple):
-    """Tokens that lead to a text at which answers end, where the vocabulary has no token for it.
+    """Tokens that lead to a text that ends answers, if the vocabulary has no single token for it.
 
-    Each is a bool tensor ``(V,)``. A text counts as begun by its first two characters, so that the first alone, which
-    may be common, stays free.
+    Each is a bool tensor ``(V,)``. A text counts as begun by its first two characters; the first alone may be common,
+    so it stays allowed.
     """
 
     begins: Tensor
-    """The token holds the text, or ends with its first two characters or more of them."""
+    """The token contains the text, or ends with two or more of its first characters."""
     opens: Tensor
-    """It ends with the first character alone."""
+    """The token ends with the text's first character."""
     follows: Tensor
-    """Behind the first character, it begins the text."""
+    """The token continues the text after its first character."""
 
     @staticmethod
     def of(text: str, tokens: Sequence[bytes], device: torch.device) -> EndText:
-        """Read off a vocabulary.
+        """Find the tokens in a vocabulary.
 
         Args:
-            text: of two characters at least, all of them ASCII.
-            tokens: the bytes of each of the V tokens.
-            device: of the logits.
+            text: At least two ASCII characters.
+            tokens: Bytes of each of the V tokens.
+            device: Device of the logits.
         """
         data = text.encode("ascii")
         starts = tuple(data[:n] for n in range(2, len(data)))
@@ -60,15 +60,15 @@ class EndText(NamedTuple):
 
 
 class SamplerState:
-    """How each row draws its tokens, and what it has drawn as far as penalties ask.
+    """Sampling settings of each row, and counts of sampled tokens for penalties.
 
-    All of it is on the device, so that a step can start before the tokens of the one before are known to the host.
+    Everything is on the device, so that a step can start before the host knows the tokens of the previous one.
 
     Args:
         max_rows: R.
         vocab_size: V.
-        device: of the logits.
-        banned_token_ids: tokens that are never drawn.
+        device: Device of the logits.
+        banned_token_ids: Tokens that are never sampled.
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device, banned_token_ids: Collection[int] = ()):
@@ -76,16 +76,16 @@ class SamplerState:
         self._vocab_size = vocab_size
         self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
         self._table = self._packed(SamplingParams(), 0).repeat(max_rows, 1).to(device)
-        # Counters of the kernel that draws: engines on streams of their own draw at the same time.
+        # Counters of the sampling kernel; one set per engine, because engines on separate streams run concurrently.
         self._arrivals = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._penalized: set[int] = set()
         self._biased: set[int] = set()
-        # (R, V), once a row needs it: twice the times that the answer has a token, plus one if the prompt has it.
+        # (R, V), once a row needs it: twice the count of a token in the answer, plus one if it is in the prompt.
         self._counts: Tensor | None = None
-        # (R, most biases of a row), once a row needs them.
+        # (R, maximum number of biases of a row), once a row needs them.
         self._bias_ids: Tensor | None = None
         self._bias_values: Tensor | None = None
-        # Rows that may not end yet -> the place from which they may; (R, most end tokens of a row), once one has any.
+        # Rows that may not end yet -> the position from which they may. (R, maximum number of end tokens), once needed.
         self._may_end: dict[int, int] = {}
         self._end_ids: Tensor | None = None
         self._end_text: EndText | None = None
@@ -102,16 +102,16 @@ class SamplerState:
         end_ids: Collection[int] = (),
         end_text: EndText | None = None,
     ) -> None:
-        """Give a row to a request: a new one, or one that comes back after preemption with its tokens so far.
+        """Assign a row to a request, a new one or one that resumes after preemption.
 
         Args:
-            row: below R.
-            params: how to draw.
+            row: Below R.
+            params: How to sample.
             seed: 0 to 2**63 - 1, in place of ``params.seed``.
-            prompt_ids: tokens of the prompt.
-            output_ids: tokens of the answer so far.
-            end_ids: tokens that are not drawn before ``params.min_tokens``.
-            end_text: the same of a text; one for all rows that have any.
+            prompt_ids: Tokens of the prompt.
+            output_ids: Tokens of the answer so far.
+            end_ids: Tokens that are not sampled before ``params.min_tokens``.
+            end_text: Text that is not sampled before ``params.min_tokens``; the same one for all rows.
         """
         self.clear_row(row)
         may_end = 0
@@ -133,24 +133,24 @@ class SamplerState:
             self._send(counts, self._counts[row])
 
     def clear_row(self, row: int) -> None:
-        """The row's request has left; until the next one comes it costs nothing."""
+        """Clear a row whose request has ended."""
         self._penalized.discard(row)
         self._may_end.pop(row, None)
         if row in self._biased:
-            assert self._bias_values is not None, "a biased row has biases"
+            assert self._bias_values is not None, "a row with biases has a tensor of them"
             self._biased.discard(row)
             self._bias_values[row].zero_()
 
     def sample(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor) -> Tensor:
-        """Draw a token for each sequence.
+        """Sample a token for each sequence.
 
-        On CUDA nothing here waits for the host, so it can be part of a CUDA graph. Rows of which :meth:`extras` is true
-        want :meth:`adjust_logits` before and :meth:`count` after.
+        On CUDA nothing here waits for the host, so it can be part of a CUDA graph. If :meth:`extras` is true, call
+        :meth:`adjust_logits` before and :meth:`count` after.
 
         Args:
-            logits_NV: any floating dtype; left as they are.
+            logits_NV: Any floating dtype; not modified.
             rows_N: int32.
-            positions_N: int32, where in its sequence each token will stand; with the seed it makes the noise.
+            positions_N: int32, position of each token to sample; seed and position determine the noise.
 
         Returns:
             int64 ``(N,)``.
@@ -161,22 +161,22 @@ class SamplerState:
         """Whether any of these rows has penalties or biases, or may not end yet.
 
         Args:
-            rows: below R.
-            positions: where in its sequence the token of each will stand.
+            rows: Below R.
+            positions: Position of the token to sample in each sequence.
         """
         waiting = any(place < self._may_end.get(row, 0) for row, place in zip(rows, positions, strict=True))
         return waiting or not (self._penalized.isdisjoint(rows) and self._biased.isdisjoint(rows))
 
     def adjust_logits(self, logits_NV: Tensor, rows_N: Tensor, positions_N: Tensor, last_N: Tensor) -> Tensor:
-        """Logits after penalties, then biases, then -inf for ends that come too early: float32 ``(N, V)``.
+        """Apply penalties, then biases, then -inf to tokens that would end an answer too early: float32 ``(N, V)``.
 
         The repetition penalty divides positive logits of tokens in prompt or answer, and multiplies negative ones
         (Keskar et al., 2019); frequency and presence are those of OpenAI's interface, over the answer alone.
 
         Args:
-            logits_NV: any floating dtype; left as they are.
+            logits_NV: Any floating dtype; not modified.
             rows_N: int32.
-            positions_N: int32, where in its sequence each token will stand.
+            positions_N: int32, position of each token to sample.
             last_N: int64, the token before it.
         """
         logits_NV = logits_NV.float()
@@ -209,7 +209,7 @@ class SamplerState:
         return logits_NV
 
     def count(self, rows_N: Tensor, tokens_N: Tensor) -> None:
-        """Remember drawn tokens for the penalties of the steps to come."""
+        """Count sampled tokens for the penalties of later steps."""
         if self._counts is not None and self._penalized:
             twice = torch.full_like(tokens_N, 2, dtype=torch.int32)
             self._counts.index_put_((rows_N.long(), tokens_N), twice, accumulate=True)
@@ -218,8 +218,8 @@ class SamplerState:
         """Log-probabilities before temperature and truncation.
 
         Returns:
-            of the drawn tokens ``(N,)``; ids ``(N, k)`` of the likeliest, falling; their log-probabilities ``(N, k)``.
-            Banned tokens count as impossible.
+            Log-probabilities ``(N,)`` of the sampled tokens; ids ``(N, k)`` of the most likely tokens, in descending
+            order; their log-probabilities ``(N, k)``. Banned tokens have probability 0.
         """
         logprobs_NV = logits_NV.float().index_fill(-1, self._banned, float("-inf")).log_softmax(-1)
         chosen = logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
@@ -243,7 +243,7 @@ class SamplerState:
         return torch.frombuffer(bytearray(packed), dtype=torch.int32)
 
     def _set_bias(self, row: int, bias: Mapping[int, float]) -> None:
-        assert max(bias) < self._vocab_size, f"a bias for token {max(bias)}, which the vocabulary has not"
+        assert max(bias) < self._vocab_size, f"a bias for token {max(bias)}, which is not in the vocabulary"
         self._bias_ids = self._wide_enough(self._bias_ids, len(bias), torch.int64)
         self._bias_values = self._wide_enough(self._bias_values, len(bias), torch.float32)
         free = self._bias_ids.shape[1] - len(bias)
@@ -261,7 +261,7 @@ class SamplerState:
         self._end_text_rows[row] = end_text is not None
 
     def _wide_enough(self, columns: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
-        """``(R, a power of two)`` that has room for so many columns; new ones are zeros."""
+        """Widen ``(R, a power of two)`` to at least ``count`` columns, filled with zeros."""
         known = 0 if columns is None else columns.shape[1]
         width = max(known, 1 << max(count - 1, 0).bit_length())
         if columns is None:
@@ -269,7 +269,7 @@ class SamplerState:
         return torch.nn.functional.pad(columns, (0, width - known))
 
     def _send(self, values: Tensor, target: Tensor) -> None:
-        """To the device without waiting for it: later work on the stream sees them, earlier does not."""
+        """Copy to the device without waiting for it, in the order of the stream."""
         target.copy_(values.pin_memory() if self._device.type == "cuda" else values, non_blocking=True)
 
 
@@ -277,9 +277,9 @@ def mask_logits(logits_NV: Tensor, places_G: Tensor, masks_GW: Tensor) -> Tensor
     """Logits with -inf for tokens that are not allowed, in the sequences that have a mask.
 
     Args:
-        logits_NV: any floating dtype; left as they are.
-        places_G: int64, the sequences, below N.
-        masks_GW: int32, a bit for each token, the lowest first.
+        logits_NV: Any floating dtype; not modified.
+        places_G: int64, indices of the sequences with a mask, below N.
+        masks_GW: int32, one bit per token, lowest bit first; 1 allows it.
     """
     bits = torch.arange(32, dtype=torch.int32, device=masks_GW.device)
     allowed_GV = (masks_GW[:, :, None] >> bits & 1).flatten(1)[:, : logits_NV.shape[1]] > 0

@@ -1,8 +1,8 @@
-"""Who runs next. Pure Python over token counts and block numbers; tensors are the runner's business.
+"""Continuous batching: which requests prefill or decode in the next step, in token counts and block numbers.
 
-S tokens of a block. Launched steps run one after another on one stream, and everything here leans on that: a block's
-content counts as there as soon as the step that computes it is planned, and a block or row may pass to another request
-as soon as it is given back, because whatever still writes to it runs before the next step.
+S tokens of a block. Launched steps run one after another on one stream, and the scheduler relies on it: a block's
+content counts as computed as soon as the step that computes it is planned, and a block or row can be given to another
+request as soon as it is released, because whatever still writes to it runs before the next step.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from aria.engine.request import Request, Status
 from aria.processor.image_inputs import ImageSpan
 
 LONG_STEPS = 2
-"""A prompt that needs more than so many further steps leaves half of a step to the prompts behind it."""
+"""A prompt that needs more steps than this leaves half of each to the prompts behind it."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start`` to ``start + count`` of a request's prompt (or of prompt and outputs, after a preemption)."""
+    """Tokens ``start`` to ``start + count - 1`` of a prompt, or after a preemption of prompt and outputs."""
 
     request: Request
     start: int
     count: int
     samples: bool
-    """Whether it ends the prompt, so that the next token is sampled."""
+    """Whether it is the prompt's last chunk, so that the next token is sampled."""
 
 
 @dataclass
-class Plan:
-    """One step. A chunk may read blocks that an earlier chunk of the same step fills, as happens when two requests
-    begin alike: in each layer the keys and values of all chunks are written before any chunk attends."""
+class StepPlan:
+    """One step. A chunk may read blocks that an earlier chunk of the same step fills, when two requests share a prefix:
+    in each layer the keys and values of all chunks are written before any chunk attends."""
 
     decodes: list[Request] = field(default_factory=list)
-    """Each reads its last token, which the device has, at place ``computed - 1``, and samples the next."""
+    """Requests that decode: each reads its last token, known to the device, at position ``computed - 1``."""
     chunks: list[Chunk] = field(default_factory=list)
     drain: bool = False
-    """Nothing is planned: read back what launched steps sampled, then plan again."""
+    """Nothing is planned: read back the tokens of launched steps, then plan again."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -60,16 +60,16 @@ class Plan:
         """Requests that get a token: all that decode, and those whose prompt ends with their chunk."""
         return [*self.decodes, *(chunk.request for chunk in self.chunks if chunk.samples)]
 
-    def halves(self, block_size: int) -> list[Plan]:
-        """The same as two steps of about as many tokens, to be launched in this order, or as one where a block is all
-        there is. Requests that have ended since are left out."""
+    def halves(self, block_size: int) -> list[StepPlan]:
+        """Split into two steps of about equal size, to be launched in this order; into one if there is a single block.
+        Requests that have ended since are left out."""
         decodes = [request for request in self.decodes if not request.over]
         chunks = [chunk for chunk in self.chunks if not chunk.request.over]
         left = -(-(len(decodes) + sum(chunk.count for chunk in chunks)) // 2)
-        first, second = Plan(decodes[:left]), Plan(decodes[left:])
+        first, second = StepPlan(decodes[:left]), StepPlan(decodes[left:])
         left -= len(first.decodes)
         for chunk in chunks:
-            # Behind the first chunk that is cut all come later: they may begin with blocks that it fills.
+            # All chunks after the first one that is split come later: they may begin with blocks that it fills.
             count = chunk.count if chunk.count <= left else left - left % block_size
             if count:
                 first.chunks.append(replace(chunk, count=count, samples=chunk.samples and count == chunk.count))
@@ -82,11 +82,11 @@ class Plan:
 
 
 class _ImageBudget:
-    """The images that one step encodes, counted in patches. One is allowed in any case, whatever its size.
+    """Limits the images that one step encodes, in patches. One image is always allowed, whatever its size.
 
     Args:
-        most: patches of the step.
-        encoded: as of `Scheduler`.
+        most: Maximum number of patches in the step.
+        encoded: As in `Scheduler`.
     """
 
     def __init__(self, most: int, encoded: Callable[[ImageSpan, str | None], bool]):
@@ -95,19 +95,19 @@ class _ImageBudget:
         self._taken: set[tuple[bytes | None, str | None]] = set()
 
     def fit(self, request: Request, stop: int, block_size: int) -> int:
-        """Where a chunk that would end at ``stop`` has to end so that its images fit into the step."""
+        """Where a chunk that would end at ``stop`` has to end for its images to fit into the step."""
         patches = self._patches
         for image in request.images_between(request.computed, stop):
             more = self._cost(request, image)
-            # Chunks are whole blocks, so what lies in the first one comes together.
-            together = not self._patches and image.start < request.computed + block_size
-            if more and patches and patches + more > self._most and not together:
+            # Chunks are whole blocks, so the images of the first block cannot be separated.
+            inseparable = not self._patches and image.start < request.computed + block_size
+            if more and patches and patches + more > self._most and not inseparable:
                 return max(image.start, request.computed)
             patches += more
         return stop
 
     def take(self, request: Request, stop: int) -> None:
-        """Count the images of a chunk that ends at ``stop``."""
+        """Add the images of a chunk that ends at ``stop``."""
         for image in request.images_between(request.computed, stop):
             self._patches += self._cost(request, image)
             self._taken.add((image.key, request.adapter))
@@ -118,25 +118,25 @@ class _ImageBudget:
 
 
 class Scheduler:
-    """Continuous batching over a `BlockPool`: decoding goes first, reading prompts fills up the step.
+    """Continuous batching over a `BlockPool`: decodes first, then prefill chunks up to the step's token budget.
 
-    Where requests compete, priority decides, then arrival. Nothing overtakes the first in the queue, so a large request
-    waits for room but not forever. A prompt that needs more than :data:`LONG_STEPS` further steps leaves half of each
-    to the prompts of its priority that came later, and gets what they do not use. When a decode finds no block, the
-    last of the running requests is preempted: it gives back its blocks and waits, keeps its outputs, and later reads
-    prompt and outputs again, what the prefix cache still has excepted.
+    Requests are served by priority, then arrival. None overtakes the first in the queue, so that a large request does
+    not starve. A prompt that needs more than :data:`LONG_STEPS` further steps leaves half of each to later prompts of
+    its priority, and takes what they do not use. When a decode finds no free block, the last of the running requests is
+    preempted: it releases its blocks, keeps its outputs, waits, and later prefills prompt and outputs again, apart from
+    what the prefix cache still has.
 
     Args:
-        pool: the cache's blocks.
-        max_rows: the most requests that run together.
-        step_tokens: the most tokens of a step in which nothing decodes.
-        mixed_step_tokens: the same where something does, so that it is not held up for long; no more than
-            ``step_tokens``, but a block of a prompt is read in any case.
-        step_patches, mixed_step_patches: the most patches of images to encode in such steps; one image is encoded in
-            any case.
-        encoded: whether the image tokens of an image are at hand already, for the adapter of that name.
-        watermark: fraction of the cache that stays available when a request is admitted beside others, for the others
-            to grow into; less where their ``max_tokens`` let them need less.
+        pool: Allocator of the KV cache's blocks.
+        max_rows: Maximum number of concurrent requests.
+        step_tokens: Token budget of a step without decodes.
+        mixed_step_tokens: Token budget of a step with decodes, which bounds their latency. At most ``step_tokens``; one
+            block of a prompt is always allowed.
+        step_patches, mixed_step_patches: Maximum number of image patches to encode in such steps; one image is always
+            allowed.
+        encoded: Whether the image tokens of an image are cached, for an adapter's key.
+        watermark: Fraction of the blocks that has to stay available when a request is admitted beside others, so that
+            these can grow; less if their ``max_tokens`` bound their growth.
     """
 
     def __init__(
@@ -163,29 +163,28 @@ class Scheduler:
         self._arrivals = count()
         self._start(pool)
         self.preemptions = 0
-        """Since the beginning."""
+        """Number of preemptions so far."""
         self.prefix_queries = 0
-        """Tokens looked up in the prefix cache since the beginning."""
+        """Tokens looked up in the prefix cache so far."""
         self.prefix_tokens = 0
-        """Those that it had."""
+        """Tokens found there."""
 
     def _start(self, pool: BlockPool) -> None:
         self.pool = pool
         self._queue: list[Request] = []
-        """A heap; requests that ended while they waited stay until they come up, or are the most of it."""
+        """A heap. Requests that ended while waiting are removed when they come up, or when they are the majority."""
         self._waiting = 0
         self._running: list[Request] = []
-        """Sorted, the first to be served first."""
+        """Sorted by precedence."""
         self._rows = list(range(self.max_rows - 1, -1, -1))
         self._promised = 0
-        """Blocks that running requests have yet to allocate for what they read."""
+        """Blocks that running requests have yet to allocate for their prefill."""
 
     def reset(self, requests: Iterable[Request] = ()) -> None:
-        """Begin anew with an empty cache, whatever state a failure has left: of what was there only counters stay.
+        """Start over with an empty cache after a failure. Only counters are kept.
 
         Args:
-            requests: those that are to go on. All of them wait, in the order in which they came; what they have
-                computed has to be computed again.
+            requests: Those to continue. They wait in the order of their arrival, and are computed again.
         """
         self._start(BlockPool(self.pool.total + 1, self.pool.block_size))
         for request in sorted(requests, key=lambda one: one.arrival):
@@ -209,10 +208,10 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: it does not fit in the cache even alone.
+            ValueError: It does not fit into the KV cache even alone.
         """
         assert request.status is Status.WAITING and request.arrival < 0, "a request is added once"
-        # The last token is sampled and never read.
+        # The last token is sampled and never computed.
         need = self.pool.blocks_for(len(request.prompt) + request.max_tokens - 1)
         if need > self.pool.total:
             raise ValueError(
@@ -221,23 +220,23 @@ class Scheduler:
                 "max_tokens, use fewer or smaller images or less text, or give the cache more memory"
             )
         request.arrival = next(self._arrivals)
-        request.block_hashes(self.pool.block_size)  # Here, because steps should not wait for it.
+        request.block_hashes(self.pool.block_size)  # Here, so that steps need not wait for it.
         self._enqueue(request)
 
     def finish(self, request: Request) -> None:
-        """A request's answer has ended, in any state: tokens of it that are under way do not count."""
+        """End a request in any state. Its pending tokens are dropped."""
         self._leave(request, Status.FINISHED)
 
     def cancel(self, request: Request) -> None:
-        """Drop a request in any state, also while steps that compute it are under way; one that is over stays so."""
+        """Cancel a request in any state, also while launched steps compute it. One that has ended is left alone."""
         if not request.over:
             self._leave(request, Status.CANCELLED)
 
     def fail(self, request: Request, place: int) -> list[Request]:
-        """End a running request, because what the last step computed of it from ``place`` on is wrong.
+        """End a running request whose cached keys and values are wrong from position ``place`` on.
 
         Returns:
-            All requests that have ended for it: those that share blocks with what is wrong, which have the same there.
+            All requests that ended with it: those that share one of the wrong blocks.
         """
         wrong = set(request.blocks[place // self.pool.block_size :])
         self.pool.withdraw(wrong)
@@ -247,27 +246,27 @@ class Scheduler:
         return failed
 
     def append(self, request: Request, token: int) -> None:
-        """The host has read back the oldest pending token of a request. Ignored if the request is over."""
+        """Add the oldest pending token of a request, which the host has read back. Ignored if the request has ended."""
         if request.over:
             return
-        assert request.pending > 0, f"request {request.id} gets a token that nobody sampled"
+        assert request.pending > 0, f"request {request.id} gets a token that was not sampled"
         request.pending -= 1
         request.outputs.append(token)
         self._publish(request)
 
-    def plan(self) -> Plan:
-        """The next step, to be launched before the next call; its tokens may be read back after that call.
+    def plan(self) -> StepPlan:
+        """Plan the next step, which has to be launched before the next call; its tokens may be read back after it.
 
-        Requests advance here: ``computed`` counts the step as done, and ``pending`` the tokens that it will sample.
+        Requests advance here: ``computed`` counts the step as done, ``pending`` the tokens that it will sample.
         """
-        plan = Plan()
+        plan = StepPlan()
         self._plan_decodes(plan)
         if not plan.drain:
             self._plan_chunks(plan)
         return plan
 
     def check(self) -> None:
-        """Assert that requests, rows and blocks agree. Costs time in proportion to them."""
+        """Assert that requests, rows and blocks are consistent. Takes time in proportion to them."""
         running = self._running
         self.pool.check(request.blocks for request in running)
         assert all(a < b for a, b in pairwise(running)), "running requests are out of order"
@@ -277,24 +276,24 @@ class Scheduler:
             assert request.status is Status.RUNNING and request.row is not None, f"{request.id} runs without a row"
             assert len(request.blocks) == self.pool.blocks_for(request.computed), f"{request.id} has too many blocks"
             if not request.prefilling:
-                assert request.computed == request.known + request.pending - 1, f"{request.id} has lost count"
+                assert request.computed == request.known + request.pending - 1, f"{request.id} has a wrong token count"
         promised = sum(self._unallocated(request) for request in running)
         assert promised == self._promised, f"{self._promised} blocks are promised, not {promised}"
         reading = {block for request in running if request.prefilling for block in request.blocks}
-        assert promised + len(reading) <= self.pool.total, "prompts that are being read do not fit together"
+        assert promised + len(reading) <= self.pool.total, "running prefills do not fit together"
         waiting = [request for request in self._queue if request.status is Status.WAITING]
         assert len(waiting) == self._waiting, f"{len(waiting)} requests wait, not {self._waiting}"
         assert not any(request.blocks or request.pending for request in waiting), "a waiting request holds blocks"
 
-    def _plan_decodes(self, plan: Plan) -> None:
-        """Give every decoding request its next token, preempting the last ones if blocks run out."""
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        """Let every decoding request sample its next token, preempting the last ones if blocks run out."""
         S = self.pool.block_size
         decodes = [request for request in self._running if not request.prefilling and not request.full]
         need = sum(request.computed == len(request.blocks) * S for request in decodes)
         while need > self.pool.available:
             victim = self._running[-1]
             if victim.pending:
-                # What it has sampled is part of what it must read again.
+                # Its sampled token is part of what it has to prefill again.
                 plan.drain = True
                 return
             if victim is decodes[-1]:
@@ -308,43 +307,43 @@ class Scheduler:
             request.pending += 1
         plan.decodes = decodes
 
-    def _plan_chunks(self, plan: Plan) -> None:
-        """Fill the step with prompts, those of running requests and of waiting ones alike, in order."""
+    def _plan_chunks(self, plan: StepPlan) -> None:
+        """Fill the step with chunks of prompts, of running and waiting requests alike, in order of precedence."""
         S = self.pool.block_size
         mixed = bool(plan.decodes)
-        whole = budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if mixed else self.step_tokens
+        full_budget = budget = max(S, self.mixed_step_tokens - len(plan.decodes)) if mixed else self.step_tokens
         images = _ImageBudget(self.mixed_step_patches if mixed else self.step_patches, self._encoded)
         long: list[Request] = []
         kept_for_long = 0
         prompts = self._prompts()
-        # Answers may have grown into the room of a prompt. Without them all prompts that are being read fit, so it
-        # waits for them, and nobody behind it takes what becomes free.
+        # Decodes may have taken blocks that a prompt needs. Without decodes all running prefills fit, so the prompt
+        # waits for them, and no request behind it takes the blocks that become free.
         while budget - kept_for_long >= S and self.pool.available:
             request = next(prompts, None)
             if long and (request is None or request.priority > long[0].priority):
                 for one in long:
-                    budget -= self._read(plan, one, budget, images)
+                    budget -= self._plan_chunk(plan, one, budget, images)
                 long, kept_for_long = [], 0
             if request is None:
                 return
-            self._find_more(request)
-            if request.prefill - request.computed > LONG_STEPS * whole:
+            self._match_prefix(request)
+            if request.prefill - request.computed > LONG_STEPS * full_budget:
                 if not long:
                     kept_for_long = budget - budget // 2
                 long.append(request)
             else:
-                budget -= self._read(plan, request, budget - kept_for_long, images)
+                budget -= self._plan_chunk(plan, request, budget - kept_for_long, images)
         for one in long:
-            budget -= self._read(plan, one, budget, images)
+            budget -= self._plan_chunk(plan, one, budget, images)
 
     def _prompts(self) -> Iterator[Request]:
-        """Requests with prompts to read, in order; a waiting one is admitted when it is its turn."""
+        """Requests with tokens to prefill, in order of precedence. A waiting one is admitted when it is its turn."""
         prefilling = deque(request for request in self._running if request.prefilling)
         admitting = True
         while True:
             head = self._head() if admitting else None
             if head is not None and not (prefilling and prefilling[0] < head):
-                # Nothing overtakes it in the queue; what runs already goes on.
+                # If it does not fit, nothing overtakes it in the queue; running prefills continue.
                 admitting = self._admit(head)
                 if admitting:
                     yield head
@@ -353,8 +352,8 @@ class Scheduler:
             else:
                 return
 
-    def _read(self, plan: Plan, request: Request, budget: int, image_budget: _ImageBudget) -> int:
-        """Plan a chunk of a prompt. Returns its tokens: 0 where blocks, images or ``budget`` leave room for none."""
+    def _plan_chunk(self, plan: StepPlan, request: Request, budget: int, image_budget: _ImageBudget) -> int:
+        """Plan a chunk of a prompt. Returns its number of tokens, 0 if blocks, images or ``budget`` allow none."""
         S = self.pool.block_size
         stop = min(request.prefill, request.computed + min(budget, self.pool.available * S))
         stop = image_budget.fit(request, stop, S)
@@ -366,8 +365,8 @@ class Scheduler:
         plan.chunks.append(self._advance(request, stop))
         return plan.chunks[-1].count
 
-    def _find_more(self, request: Request) -> None:
-        """Take from the prefix cache what others have read of a prompt since this request read its last chunk."""
+    def _match_prefix(self, request: Request) -> None:
+        """Take blocks from the prefix cache that other requests have filled since this one planned its last chunk."""
         S = self.pool.block_size
         names = request.block_hashes(S)
         last = min(len(names), request.reusable // S)
@@ -380,7 +379,7 @@ class Scheduler:
             self._count_found(request, len(found) * S)
 
     def _advance(self, request: Request, stop: int) -> Chunk:
-        """Let a request read up to ``stop``."""
+        """Advance a request's prefill to ``stop``."""
         start, samples = request.computed, stop == request.prefill
         fresh = self.pool.allocate(self.pool.blocks_for(stop) - len(request.blocks))
         self._promised -= len(fresh)
@@ -397,10 +396,10 @@ class Scheduler:
         return self._queue[0] if self._queue else None
 
     def _admit(self, head: Request) -> bool:
-        """Let the first waiting request run if there is a row and room for all that it has to read."""
+        """Let the first waiting request run if there are a row and blocks for its whole prefill."""
         pool = self.pool
         names = head.block_hashes(pool.block_size)[: head.reusable // pool.block_size]
-        # Blocks that are cached but not in use count as available, so only those in use make it cheaper.
+        # Cached blocks that are not in use count as available, so only shared ones in use reduce the need.
         _, shared = pool.peek(names)
         need = pool.blocks_for(head.known) - shared
         spare = pool.available - self._promised - need
@@ -422,7 +421,7 @@ class Scheduler:
         return True
 
     def _growth(self) -> int:
-        """Blocks that running requests may come to need beside those for what they read."""
+        """Blocks that running requests may still need for decoding."""
         most = (self.pool.blocks_for(len(one.prompt) + one.max_tokens - 1) for one in self._running)
         return sum(most) - sum(len(one.blocks) for one in self._running) - self._promised
 
@@ -436,7 +435,7 @@ class Scheduler:
         self._waiting += 1
 
     def _leave(self, request: Request, status: Status) -> None:
-        assert request.arrival >= 0 and not request.over, f"request {request.id} was never added, or is over already"
+        assert request.arrival >= 0 and not request.over, f"request {request.id} was never added, or has already ended"
         if request.status is Status.RUNNING:
             self._vacate(request, status)
         else:
@@ -447,14 +446,14 @@ class Scheduler:
             heapq.heapify(self._queue)
 
     def _preempt(self, victim: Request) -> None:
-        assert not victim.pending, f"request {victim.id} is preempted with a token under way"
-        assert not victim.full, f"request {victim.id} has all its tokens and was not finished"
+        assert not victim.pending, f"request {victim.id} is preempted with a pending token"
+        assert not victim.full, f"request {victim.id} has all its tokens, but was not finished"
         self._vacate(victim, Status.WAITING)
         self._enqueue(victim)
         self.preemptions += 1
 
     def _vacate(self, request: Request, status: Status) -> None:
-        """Take a running request's blocks and row."""
+        """Release a running request's blocks and row."""
         del self._running[bisect_left(self._running, request)]
         self._promised -= self._unallocated(request)
         self.pool.release(request.blocks)
@@ -466,7 +465,7 @@ class Scheduler:
         return self.pool.blocks_for(request.prefill) - len(request.blocks) if request.prefilling else 0
 
     def _publish(self, request: Request) -> None:
-        """Offer blocks that are full, computed and of known tokens to the prefix cache."""
+        """Offer full, computed blocks of known tokens to the prefix cache."""
         full = min(request.computed, request.known) // self.pool.block_size
         if full > request.published:
             names = request.block_hashes(self.pool.block_size)[:full]

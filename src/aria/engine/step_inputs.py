@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aria.engine.request import Request
-from aria.engine.scheduler import Plan
+from aria.engine.scheduler import StepPlan
 
 Part = TypeVar("Part")
 
@@ -132,7 +132,7 @@ class StepInputs:
     @classmethod
     def of(
         cls,
-        plan: Plan,
+        plan: StepPlan,
         updates: RowUpdates,
         adapter_ids: Sequence[int],
         block_size: int,
@@ -191,7 +191,7 @@ class StepInputs:
         """One column, as a view."""
         return self.flat[getattr(self.columns, name)]
 
-    def _fill_decodes(self, plan: Plan, adapter_ids: Sequence[int], padding_row: int) -> None:
+    def _fill_decodes(self, plan: StepPlan, adapter_ids: Sequence[int], padding_row: int) -> None:
         N, decodes, columns = self.decodes, plan.decodes, self.columns
         rows = self.flat[columns.decode_rows]
         rows[:N] = [row_of(request) for request in decodes]
@@ -200,7 +200,7 @@ class StepInputs:
         if self.adapted:
             self.flat[columns.adapter_ids][:N] = adapter_ids
 
-    def _fill_chunks(self, plan: Plan, adapter_ids: Sequence[int], S: int) -> None:
+    def _fill_chunks(self, plan: StepPlan, adapter_ids: Sequence[int], S: int) -> None:
         N, columns = self.decodes, self.columns
         ids, positions, slots, spans, adapters = (
             self.flat[column]

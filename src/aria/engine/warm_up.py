@@ -1,8 +1,8 @@
-"""What first requests would wait for, done before they come: kernels are compiled, graphs captured, cuDNN's plans made.
+"""Warm-up: compile kernels, capture CUDA graphs and make cuDNN's plans before the first requests.
 
-A kernel is compiled anew for every tile, and for numbers that are multiples of 16. So steps of all kinds that requests
-can bring about are run once, and those that become graphs twice.
-tests/engine/test_compiled_kernels.py holds that steps afterwards compile nothing.
+A kernel is compiled for every tile size, and again for arguments that are multiples of 16. So steps of every kind that
+requests can cause run once, and those that become CUDA graphs twice. tests/engine/test_compiled_kernels.py checks that
+later steps compile nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from aria.engine.sampling_params import SamplingParams
 from aria.processor.image_inputs import ImageSpan
 
 FEW_TOKENS = 272
-"""Up to about so many tokens, tiles depend on how many there are (docs/lab/kernels.md)."""
+"""Up to about this many tokens, tile sizes depend on their number (docs/lab/kernels.md)."""
 MANY_TOKENS = 300, 700, 2500, 4200, 8300
-"""Of each kind of larger steps: rows to an expert, tokens to a block of the router, and cuDNN's share of attention."""
+"""One number for each kind of larger step: tokens per expert, tokens per block of the router, and cuDNN's attention."""
 
 
 class WarmUp:
-    """Steps of a core for the sake of what they compile. They answer nobody, and nothing of them stays in its cache.
+    """Runs steps of synthetic requests. Nothing of them stays in the caches.
 
     Args:
-        core: without requests.
-        adapter: of all requests.
+        core: An engine core without requests.
+        adapter: Name of the adapter of all synthetic requests; None is the base model.
     """
 
     def __init__(self, core: EngineCore, adapter: str | None = None):
@@ -37,11 +37,10 @@ class WarmUp:
         self._numbers = count()
 
     def run(self, images: Sequence[Sequence[ImageSpan]]) -> None:
-        """All steps.
+        """Run all kinds of steps.
 
         Args:
-            images: of some prompts, one after another from their beginning on. Equal sizes that come twice become
-                graphs.
+            images: Images of several prompts. Prompts with images of equal sizes make the encoder capture a graph.
         """
         self.decode()
         self.prefill()
@@ -52,7 +51,7 @@ class WarmUp:
         self._core.clear_image_cache()
 
     def decode(self) -> None:
-        """Steps of all numbers of answers that graphs are made for; of drawing in the graph, and after it."""
+        """Decode steps of every batch size that CUDA graphs have, with sampling inside and outside the graph."""
         most = self._core.max_batch
         sizes = sorted({batch_size(n, most) for n in range(1, most + 1)})
         penalties = SamplingParams(presence_penalty=0.1, logit_bias={self._token(): 1.0})
@@ -62,7 +61,7 @@ class WarmUp:
                 self._answer([1] * size, params, tokens=4)
 
     def prefill(self) -> None:
-        """Prompts alone, which become graphs, and larger ones; and prompts beside an answer that grows."""
+        """Prefill steps of single prompts, which become CUDA graphs, of larger ones, and of chunks beside a decode."""
         for tokens in (*GRAPH_TOKENS, *GRAPH_TOKENS, *MANY_TOKENS):
             self._answer([tokens])
         self._answer([FEW_TOKENS], SamplingParams(prompt_logprobs=0))
@@ -76,20 +75,20 @@ class WarmUp:
         self._finish()
 
     def encode(self, images: Sequence[ImageSpan]) -> None:
-        """A prompt of images alone."""
+        """Prefill a prompt of images alone."""
         end = max(image.end for image in images)
         if end < self._core.max_model_len:
             self._add(end, SamplingParams(), 1, images)
             self._finish()
 
     def _answer(self, lengths: Sequence[int], params: SamplingParams | None = None, *, tokens: int = 1) -> None:
-        """Prompts of so many tokens together."""
+        """Answer prompts of these lengths in one batch."""
         for length in lengths:
             self._add(length, params or SamplingParams(), tokens)
         self._finish()
 
     def _add(self, length: int, params: SamplingParams, tokens: int, images: Sequence[ImageSpan] = ()) -> bool:
-        """Queue a prompt that begins like no other, cut to what there is room for."""
+        """Queue a prompt that shares no prefix with others, truncated to the context length. False if it is empty."""
         length = min(length, self._core.max_model_len - 1)
         if length < 1:
             return False
