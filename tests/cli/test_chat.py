@@ -1,4 +1,4 @@
-"""Conversations at the terminal: files as people type them, commands, and what becomes of mistakes."""
+"""Conversations at the terminal: typed paths, commands and mistakes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_paths_as_they_are_typed_pasted_and_dropped(files: Path, monkeypatch: py
     assert split_paths("https://example.org/a%20b.png") == ["https://example.org/a%20b.png"]
 
 
-def test_a_wrong_medium_is_refused_at_once_and_spoils_nothing(talk: Any, files: Path) -> None:
+def test_an_invalid_medium_is_refused_at_once_without_side_effects(talk: Any, files: Path) -> None:
     wrong = [f"/{kind} {files / name}" for kind, name in (
         ("image", "it's.gif.png"), ("video", "notes.txt"), ("video", "page.pdf"), ("document", "a picture.png"),
         ("document", "notes.txt"), ("image", "page.pdf"),
@@ -119,7 +119,7 @@ def test_what_a_medium_costs_is_shown(talk: Any, files: Path) -> None:
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "video", "document", "text"]
 
 
-def test_files_of_a_question_that_fails_do_not_stay(talk: Any, files: Path, engine: Engine, monkeypatch: Any) -> None:
+def test_media_of_a_failed_question_are_dropped(talk: Any, files: Path, engine: Engine, monkeypatch: Any) -> None:
     stream = engine.stream
 
     def fails(messages: Any, *given: Any, **named: Any) -> Any:
@@ -177,7 +177,7 @@ def test_another_answer_replaces_the_last(talk: Any, monkeypatch: Any) -> None:
     first, second, third, _ = out.split("\n")
     assert contents(conversation) == ["hello", "what"] and len(conversation.messages) == 4
     assert conversation.messages[-1]["content"] == third and conversation.messages[1]["content"] == first
-    assert second != third, "a second greedy answer would be the first"
+    assert second != third, "a second greedy answer would repeat the first"
     assert "there is no question yet" in talk("/regenerate")[2]
 
 
@@ -195,12 +195,12 @@ def test_an_interrupted_second_answer_leaves_the_first(talk: Any, engine: Engine
     assert "stopped" in err and conversation.messages[1]["content"] == out.split("\n")[0]
 
 
-def test_ctrl_c_at_the_prompt_does_not_leave(talk: Any) -> None:
+def test_ctrl_c_at_the_prompt_does_not_exit(talk: Any) -> None:
     conversation, _, err = talk(KeyboardInterrupt(), "hello", KeyboardInterrupt(), "/quit", "never")
     assert contents(conversation) == ["hello"] and err.count("/quit or Ctrl-D to exit") == 2
 
 
-def test_several_lines_are_one_question(talk: Any) -> None:
+def test_multiple_lines_are_one_question(talk: Any) -> None:
     conversation, _, _ = talk('"""one', "two", 'three"""', '"""four"""', '"""', "five", '"""')
     assert contents(conversation) == ["one\ntwo\nthree", "four", "five"]
 
@@ -227,7 +227,7 @@ def test_a_conversation_is_saved(talk: Any, files: Path) -> None:
     assert not list(files.glob("*.partial"))
 
 
-def test_lines_are_remembered_between_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_is_kept_between_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typer, "get_app_dir", lambda name: str(tmp_path / name))
     module._history().append_string("hello\nthere")
     file = tmp_path / "aria" / "chat-history"
@@ -238,7 +238,7 @@ def test_lines_are_remembered_between_starts(tmp_path: Path, monkeypatch: pytest
     assert list(module._history().load_history_strings()) == []
 
 
-def test_a_terminal_edits_several_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_multiple_lines_are_edited_at_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from prompt_toolkit.application import create_app_session
     from prompt_toolkit.input import create_pipe_input
     from prompt_toolkit.output import DummyOutput
@@ -259,7 +259,7 @@ def test_a_terminal_edits_several_lines(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("arguments", [["-h"], ["chat", "-h"], ["serve", "--help"], ["data", "check", "-h"]])
-def test_help_shows_no_value_behind_flags(arguments: list[str]) -> None:
+def test_help_shows_no_value_after_flags(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "aria", *arguments],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The command line: answers, conversations, reports, and errors of one line with exit code 2."""
+"""The command line: answers, conversations, reports, and one-line errors with exit code 2."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLIP, PDF = clip(2, kind="gif", codec="gif"), pdf((60, 30))
 
 @pytest.fixture
 def run(capsys, monkeypatch, command, model_folder):
-    """Run ``aria`` with arguments and typed lines; gives exit code, output and errors."""
+    """Run ``aria`` with arguments and typed lines; returns exit code, output and errors."""
 
     def call(*arguments: object, typed: str = ""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -43,14 +43,14 @@ def answer(folder, messages, **settings) -> str:
     return Engine(folder, device="cpu").chat([messages], SamplingParams(**settings))[0].text
 
 
-def test_one_question_about_a_picture(run, model_folder, picture):
+def test_one_question_about_an_image(run, model_folder, picture):
     code, out, err = run("chat", "-m", model_folder, "--image", picture, "--max-tokens", 8, "what is shown")
     parts = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "what is shown"}]
     expected = answer(model_folder, [{"role": "user", "content": parts}], max_tokens=8)
     assert (code, out, err) == (0, expected + "\n", "")
 
 
-def test_picture_settings_reach_the_model(run, model_folder, picture):
+def test_image_options_reach_the_model(run, model_folder, picture):
     arguments = ("chat", "-m", model_folder, "--max-tokens", 8, "--image", picture, "what is shown")
     _, plain, _ = run(*arguments)
     _, large, _ = run(*arguments, "--max-image-size", 980)
@@ -58,7 +58,7 @@ def test_picture_settings_reach_the_model(run, model_folder, picture):
     assert len({plain, large, split}) == 3
 
 
-def test_questions_about_clips_and_documents(run, model_folder, picture, tmp_path):
+def test_questions_about_videos_and_documents(run, model_folder, picture, tmp_path):
     (tmp_path / "a.gif").write_bytes(CLIP)
     (tmp_path / "a.pdf").write_bytes(PDF)
     media = ("--document", tmp_path / "a.pdf", "--video", tmp_path / "a.gif", "--image", picture)
@@ -74,7 +74,7 @@ def test_questions_about_clips_and_documents(run, model_folder, picture, tmp_pat
     typed = f"/video {tmp_path / 'a.gif'}\nwhat\nis\n/document {tmp_path / 'none.pdf'}\n/video\n/quit\n"
     code, out, err = run("chat", "-m", model_folder, "--max-tokens", 3, typed=typed)
     assert code == 0 and out.count("> ") == 6
-    said = "".join(err.split())  # the terminal breaks long lines where it likes
+    said = "".join(err.split())  # the terminal wraps long lines
     for text in ("a.gif comes with the next question", "no document at", "which video? /video FILE"):
         assert text.replace(" ", "") in said
 
@@ -107,7 +107,7 @@ def test_a_conversation_remembers_until_it_is_reset(run, model_folder, picture):
     assert "never" not in err
 
 
-def test_a_picture_is_read_once(run, model_folder, picture, monkeypatch):
+def test_an_image_is_read_once(run, model_folder, picture, monkeypatch):
     class Typed(io.StringIO):
         def readline(self, *arguments):
             picture.unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def test_version(run):
     assert out.strip() == version("aria-moe")
 
 
-def test_end_of_input_leaves_a_conversation(run, model_folder):
+def test_end_of_input_ends_a_conversation(run, model_folder):
     code, out, _ = run("chat", "-m", model_folder, typed="")
     assert (code, out.replace("> ", "")) == (0, "")
 
@@ -165,7 +165,7 @@ def test_inspect_needs_no_weights_of_a_hub_repository(run, model_folder, tmp_pat
     assert "has no weights" in out
 
 
-def test_convert_writes_a_folder_that_answers_alike(run, model_folder, tmp_path):
+def test_a_converted_model_answers_alike(run, model_folder, tmp_path):
     code, out, _ = run("convert", model_folder, tmp_path / "out")
     assert code == 0
     assert "tokenizer.model" in out
@@ -219,14 +219,14 @@ def test_unknown_options_are_refused_by_name(run):
         (b"k" * (1 << 20) + b"k", "has 1,048,577 bytes; at most 1,048,576 are read"),
     ],
 )
-def test_odd_files_of_keys_do_not_open_a_server(run, tmp_path, content, message):
+def test_invalid_key_files_do_not_start_a_server(run, tmp_path, content, message):
     file = tmp_path / "keys"
     file.write_bytes(content)
     code, _, err = run("serve", "--api-key-file", file)
     assert code == 2 and message in " ".join(err.split())
 
 
-def test_a_file_of_keys_is_read_as_editors_write_it(tmp_path):
+def test_a_key_file_is_read_as_editors_write_it(tmp_path):
     file = tmp_path / "keys"
     file.write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two-2_!~\r\n")
     assert read_keys(file) == ["one", "two-2_!~"]

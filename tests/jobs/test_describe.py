@@ -1,4 +1,4 @@
-"""``aria describe``: folders of media to lines of JSON, each file once, whatever stops it."""
+"""``aria describe``: folders of media -> JSON Lines, each file once, despite interruptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLD = {
 
 @pytest.fixture
 def run(capfdbinary, command):
-    """Run ``aria`` with arguments; gives exit code, records on the output, and errors."""
+    """Run ``aria`` with arguments; returns exit code, records on the output, and errors."""
 
     def call(*arguments: object):
         code = command(*arguments)
@@ -37,7 +37,7 @@ def run(capfdbinary, command):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, one of them deeper, and what is no medium or hidden."""
+    """Three images, one of them in a subfolder, and other or hidden files."""
     root = tmp_path / "album"
     (root / "trip" / ".cache").mkdir(parents=True)
     shutil.copy(PICTURES / "shapes.png", root / "shapes.PNG")
@@ -65,7 +65,7 @@ def test_media_are_found_in_order(folder):
         ("b/clip.MP4", "video"),
         ("b/paper.pdf", "document"),
         ("trip/emoji.png", "image"),
-        (".hidden.png", "image"),  # named itself
+        (".hidden.png", "image"),  # named explicitly
     ]
     assert others == 1
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -73,7 +73,7 @@ def test_media_are_found_in_order(folder):
 
 
 @pytest.mark.slow
-def test_every_file_is_told_of(run, folder):
+def test_every_file_is_described(run, folder):
     code, told, err = run("describe", folder)
     assert code == 0
     assert {Path(record["path"]).name.lower(): record["text"] for record in told} == TOLD
@@ -91,7 +91,7 @@ def test_every_file_is_told_of(run, folder):
 
 
 @pytest.mark.slow
-def test_clips_and_documents_are_told_of(run):
+def test_videos_and_documents_are_described(run):
     code, told, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
     assert (code, err) == (0, "4 done, 1 skipped\n")
     by_name = {Path(record["path"]).name: record for record in told}
@@ -111,7 +111,7 @@ def test_answers_follow_a_schema(run, tmp_path):
     code, [record], _ = run("describe", PICTURES / "shapes.png", "--schema", file)
     assert code == 0
     assert json.loads(record["text"])["colour"] in ("red", "blue")
-    # What is wrong with the schema is not the file's fault: it is told once, and nothing is written.
+    # Errors in the schema are not the file's fault: they are reported once, and nothing is written.
     file.write_text(json.dumps({**schema, "not": {"required": ["size"]}}))
     out = tmp_path / "out.jsonl"
     code, told, err = run("describe", PICTURES / "shapes.png", "--schema", file, "-o", out)
@@ -136,7 +136,7 @@ def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_another_was_stopped(run, folder, tmp_path):
+def test_an_interrupted_run_is_resumed(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     assert run("describe", folder, "-o", out)[0] == 0
     whole = records(out)
@@ -154,7 +154,7 @@ def test_a_run_goes_on_where_another_was_stopped(run, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
+def test_outputs_of_other_prompts_or_models_are_not_resumed(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     run("describe", folder, "-o", out)
     before = out.read_bytes()
@@ -172,7 +172,7 @@ def test_answers_to_something_else_are_not_mixed_in(run, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_medium_or_settings_that_changed_since_are_refused_by_name(run, folder, tmp_path):
+def test_changed_media_or_settings_are_refused_by_name(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     assert run("describe", folder, "-o", out, "--max-tokens", 3)[0] == 0
     before = out.read_bytes()
@@ -182,22 +182,22 @@ def test_a_medium_or_settings_that_changed_since_are_refused_by_name(run, folder
     for changed in (("--max-tokens", 4), ("--max-image-size", 224), ("--schema", schema), ("--seed", 0)):
         code, _, err = run("describe", folder, "-o", out, "--max-tokens", 3, *changed)
         assert code == 2 and "with the settings {" in err and changed[0][2:].replace("-", "_")[:9] in err
-    # Copied, as to another machine, a file has another time and is the same.
+    # A copied file has another time but the same content.
     (folder / "word.png").touch()
     assert run("describe", folder, "-o", out, "--max-tokens", 3)[0] == 0
     shutil.copyfile(folder / "trip" / "emoji.png", folder / "word.png")
     code, _, err = run("describe", folder, "-o", out, "--max-tokens", 3)
-    told = "".join(err.split())  # long paths are broken over lines
+    told = "".join(err.split())  # long paths are wrapped
     assert code == 2 and "thecontentof" in told and "word.png'.Nameanotheroutput" in told
     assert out.read_bytes() == before
-    # What earlier versions wrote says nothing of either.
+    # Records of earlier versions have neither.
     old = [{key: value for key, value in one.items() if key not in ("content", "settings")} for one in records(out)]
     out.write_text("".join(json.dumps(one) + "\n" for one in old))
     assert run("describe", folder, "-o", out)[0] == 0
 
 
 @pytest.mark.slow
-def test_sampling_and_picture_settings_are_used(run, tmp_path):
+def test_sampling_and_image_options_are_used(run, tmp_path):
     picture = tmp_path / "wide.png"
     Image.new("RGB", (900, 300), "white").save(picture)
     usage = {}
@@ -211,7 +211,7 @@ def test_sampling_and_picture_settings_are_used(run, tmp_path):
     assert code == 2 and "temperature is 3.0" in err
 
 
-def test_what_is_asked_depends_on_the_kind():
+def test_the_default_prompt_depends_on_the_kind():
     settings = {"max_image_size": 448, "num_frames": 8, "pages": "2-3"}
     describer = Describer("m", SamplingParams(), None, settings)
     parts = {

@@ -1,4 +1,4 @@
-"""Jobs: journals that survive any cut, and a runner that does every item once, whatever fails."""
+"""Jobs: journals that survive truncation, and a runner that processes every item once despite failures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_all(path) -> list[dict[str, Any]]:
         return list(journal.read())
 
 
-def test_every_cut_of_a_journal_is_mended(tmp_path):
+def test_a_journal_truncated_anywhere_is_repaired(tmp_path):
     path = tmp_path / "out.jsonl"
     write_all(path, RECORDS)
     whole = path.read_bytes()
@@ -46,7 +46,7 @@ def test_every_cut_of_a_journal_is_mended(tmp_path):
         path.write_bytes(whole[:cut])
         with Journal(path) as journal:
             kept = list(journal.read())
-            # A line that lacks only its end is whole: no beginning of an object is an object.
+            # A line that lacks only its newline is complete: no proper prefix of an object is an object.
             assert kept == RECORDS[: sum(end - 1 <= cut for end in ends)]
             for record in RECORDS[len(kept) :]:
                 journal.write(record)
@@ -71,8 +71,8 @@ def test_a_journal_is_written_by_one_process_at_a_time(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
-def test_a_line_that_a_full_disk_cut_short_is_cut_away_at_once(tmp_path):
-    """Room comes back, and another thread writes on: what it writes is a line of its own."""
+def test_a_partial_line_on_a_full_disk_is_truncated_at_once(tmp_path):
+    """Space is freed, and another thread continues with a line of its own."""
     path = tmp_path / "out.jsonl"
     write_all(path, RECORDS[:1])
     whole = path.stat().st_size
@@ -91,7 +91,7 @@ def test_a_line_that_a_full_disk_cut_short_is_cut_away_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync"])
-def test_nothing_is_written_behind_a_line_that_cannot_be_cut_away(tmp_path, monkeypatch, fails):
+def test_nothing_is_written_after_a_partial_line_that_cannot_be_truncated(tmp_path, monkeypatch, fails):
     path = tmp_path / "out.jsonl"
     write_all(path, RECORDS[:1])
     with Journal(path) as journal:
@@ -99,7 +99,7 @@ def test_nothing_is_written_behind_a_line_that_cannot_be_cut_away(tmp_path, monk
         file, broken = journal._file, [True]
 
         class Disk:
-            """Takes ten bytes of a line, and gives none back."""
+            """Accepts ten bytes of a line, and cannot be truncated."""
 
             def write(self, data) -> int:
                 if broken and fails == "write" and len(data) <= 10:
@@ -138,7 +138,7 @@ def test_names_that_are_not_unicode_are_kept(tmp_path):
     assert read_all(tmp_path / "out.jsonl") == [record]
 
 
-def test_nothing_is_written_after_the_end(tmp_path):
+def test_nothing_is_written_after_closing(tmp_path):
     journal = Journal(tmp_path / "out.jsonl")
     assert list(journal.read()) == []
     journal.close()
@@ -147,7 +147,7 @@ def test_nothing_is_written_after_the_end(tmp_path):
 
 
 class Memory:
-    """An output in memory."""
+    """Output in memory."""
 
     def __init__(self, *records: dict[str, Any]):
         self.records = list(records)
@@ -160,9 +160,9 @@ class Memory:
 
 
 class Play:
-    """Work without a model: items are numbers, those below zero are heavy.
+    """A task without a model: items are numbers, and negative ones are heavy.
 
-    With ``together``, light items wait until so many of them are in flight.
+    With ``together``, light items wait until that many are in flight.
     """
 
     def __init__(self, fails: Callable[[int, int], bool] = lambda item, attempt: False, together: int = 0):
@@ -211,7 +211,7 @@ def do(play: Play, items, output: Memory, at_once: int = 4) -> BatchJob:
     return job
 
 
-def test_every_item_is_done_once_and_so_many_at_a_time():
+def test_every_item_is_processed_once_with_bounded_concurrency():
     play, output = Play(together=7), Memory()
     items = [*range(-20, 0), *range(1, 40)]
     job = do(play, items, output, at_once=7)
@@ -222,24 +222,24 @@ def test_every_item_is_done_once_and_so_many_at_a_time():
     assert (job.counts.done, job.counts.before, job.counts.failed) == (len(items), 0, 0)
 
 
-def test_what_is_in_the_output_is_not_done_again():
+def test_items_in_the_output_are_skipped():
     play = Play()
     output = Memory({"name": "3", "failed": False}, {"name": "5", "failed": True}, {"name": "99", "failed": True})
     job = do(play, range(1, 9), output)
     assert sorted(play.attempts) == [1, 2, 4, 6, 7, 8]
-    # What others wrote of items that are not asked for is nobody's business.
+    # Records of other items do not matter.
     assert (job.counts.done, job.counts.before, job.counts.failed) == (6, 1, 1)
 
 
-def test_items_that_have_changed_are_named_and_nothing_is_done():
+def test_changed_items_are_named_and_nothing_is_processed():
     records = [{"name": str(i), "failed": False, "changed": "the content"} for i in range(1, 14)]
     records += [{"name": "14", "failed": True, "changed": "the request"}, {"name": "15", "failed": False}]
-    records += [{"name": "99", "failed": False, "changed": "the content"}]  # of an item that is no longer asked for
+    records += [{"name": "99", "failed": False, "changed": "the content"}]  # of an item that is no longer in the list
     with pytest.raises(ValueError, match=r"changed: the content of '1', .*'10' and 3 more; the request of '14'\. Name"):
         BatchJob(Play(), range(1, 21), Memory(*records))
 
 
-def test_items_taken_along_by_a_failure_are_done_again_alone():
+def test_items_affected_by_a_failure_are_retried_alone():
     play, output = Play(lambda item, attempt: item in (2, 3) and attempt == 1), Memory()
     job = do(play, range(1, 20), output)
     records = {int(record["name"]): record for record in output.records}
@@ -257,17 +257,17 @@ def test_an_item_that_breaks_the_engine_twice_is_given_up():
     assert (job.counts.done, job.counts.failed) == (18, 1)
 
 
-def test_a_broken_engine_ends_the_job_and_gives_nothing_up():
+def test_a_broken_engine_ends_the_job_without_giving_up_items():
     play, output = Play(lambda item, attempt: item > 10), Memory()
     with pytest.raises(RuntimeError, match="the engine fails at"):
         do(play, range(1, 200), output, at_once=4)
-    # One that was in flight just then may be missing: it is not there, so it is done next time.
+    # An item in flight at that moment may be missing; it is processed next time.
     assert {int(record["name"]) for record in output.records} <= set(range(1, 11))
     assert not any(record["failed"] for record in output.records)
     assert len(play.attempts) < 40
 
 
-def test_a_record_that_cannot_be_kept_ends_the_job():
+def test_a_record_that_cannot_be_written_ends_the_job():
     class Full(Memory):
         def write(self, record) -> None:
             if len(self.records) == 3:

@@ -1,4 +1,4 @@
-"""Adapters by name: the server's `model` field, batches, and the commands that take `--adapter`."""
+"""Adapters by name: the server's `model` field, batches, and `--adapter` of the commands."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def expected(engine: AsyncEngine, name: str) -> str:
     return asyncio.run(engine.chat(HELLO, SamplingParams(max_tokens=12), adapter=adapter)).text
 
 
-def test_models_are_the_base_and_then_its_adapters(live):
+def test_models_lists_the_base_model_and_then_its_adapters(live):
     cards = [card.model_dump() for card in live.openai.models.list().data]
     assert [(card["id"], card["root"], card["parent"]) for card in cards] == [
         ("aria-nano", "aria-nano", None),
@@ -81,7 +81,7 @@ def test_models_are_the_base_and_then_its_adapters(live):
 
 
 @pytest.mark.slow
-def test_the_model_field_chooses_who_answers(live, engine):
+def test_the_model_field_selects_an_adapter(live, engine):
     answers = {name: expected(engine, name) for name in NAMES}
     assert len(set(answers.values())) == 3
     with ThreadPoolExecutor(6) as pool:
@@ -135,7 +135,7 @@ def test_adapters_are_loaded_and_unloaded_at_run_time(engine, folders):
             assert unload(live, "more", lora_int_id=3).text == "Success: LoRA adapter 'more' removed successfully."
             with pytest.raises(openai.NotFoundError):
                 live.chat(model="more")
-            assert list(chunks)[-1].choices[0].finish_reason == "length", "who has it is answered to the end"
+            assert list(chunks)[-1].choices[0].finish_reason == "length", "requests that use it are finished"
         serving.until(lambda: not engine.engine.core.adapters.retired)
         assert [card.id for card in live.openai.models.list().data] == list(NAMES)
         for name in NAMES:
@@ -159,19 +159,19 @@ def test_adapters_that_cannot_be_loaded_are_refused(engine, folders, tmp_path):
     assert engine.engine.adapters == NAMES[1:]
 
 
-def test_without_being_allowed_nobody_loads_adapters(live, folders):
+def test_loading_adapters_requires_permission(live, folders):
     for response in (load(live, "more", folders["words"]), unload(live, "words")):
         assert response.status_code == 404
         assert "--allow-adapter-updates" in response.json()["error"]["message"]
     assert "/v1/load_lora_adapter" not in live.http.get("/openapi.json").json()["paths"]
 
 
-def test_one_name_for_model_and_adapter_is_refused(engine):
+def test_a_name_of_both_model_and_adapter_is_refused(engine):
     with pytest.raises(ValueError, match="'words' is the name of the model and of an adapter"):
         create_app(engine, ServerSettings(model_names=("aria", "words")))
 
 
-def test_a_batch_asks_for_adapters_by_name(command, engine, model_folder, folders, tmp_path):
+def test_a_batch_selects_adapters_by_name(command, engine, model_folder, folders, tmp_path):
     lines = [
         {
             "custom_id": name,
@@ -184,7 +184,7 @@ def test_a_batch_asks_for_adapters_by_name(command, engine, model_folder, folder
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ("-m", model_folder, "--served-model-name", "base", "--adapter", f"words={folders['words']}")
-    assert command("batch", source, out, *arguments) == 1, "one line asks for a model that is not there"
+    assert command("batch", source, out, *arguments) == 1, "one line asks for an unknown model"
     told = {record["custom_id"]: record["response"] for record in map(json.loads, out.read_text().splitlines())}
     assert told["third"]["status_code"] == 404
     for name, other in (("base", "aria-nano"), ("words", "words")):
@@ -205,11 +205,13 @@ def test_chat_and_describe_answer_with_an_adapter(command, model_folder, folders
         assert command(*asked, *options) == 0
         told[name] = json.loads(out.read_text())
     assert told["mine"]["model"] == "mine" and told["mine"]["text"] != told[None]["text"]
-    assert command(*asked[:-2], "--max-tokens", 12) == 2, "another model's records are not gone on with"
+    assert command(*asked[:-2], "--max-tokens", 12) == 2, "records of another model are not resumed"
     assert "with the model 'mine'" in capsys.readouterr().err
 
 
-def test_adapters_of_one_name_are_not_mixed_in_an_output(command, model_folder, folders, tmp_path, monkeypatch, capsys):
+def test_adapters_of_the_same_name_are_not_mixed_in_an_output(
+    command, model_folder, folders, tmp_path, monkeypatch, capsys
+):
     Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / "picture.png")
     for name, folder in folders.items():
         shutil.copytree(folder, tmp_path / name / "export")
@@ -217,13 +219,13 @@ def test_adapters_of_one_name_are_not_mixed_in_an_output(command, model_folder, 
     asked = ("describe", tmp_path / "picture.png", "-o", out, "-m", model_folder, "--max-tokens", 4, "--adapter")
     assert command(*asked, tmp_path / "words" / "export") == 0
     before = out.read_bytes()
-    assert command(*asked, tmp_path / "experts" / "export") == 2, "it is called the same and is another"
+    assert command(*asked, tmp_path / "experts" / "export") == 2, "it has the same name but is another"
     assert "with the adapter" in capsys.readouterr().err and out.read_bytes() == before
-    # The same by another path is the same.
+    # Another path to the same folder is accepted.
     monkeypatch.chdir(tmp_path / "words")
     assert command(*asked, "export") == 0
     assert "1 done before" in capsys.readouterr().err and out.read_bytes() == before
-    # An older output does not say which adapter answered; without one, the name that it says is enough.
+    # An older output does not record the adapter; without one, the name in it is enough.
     older = {name: value for name, value in json.loads(before).items() if name not in ("base", "adapter")}
     out.write_text(json.dumps(older) + "\n")
     assert command(*asked, "export") == 2
@@ -248,7 +250,7 @@ def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, t
     ):
         with pytest.raises(ValueError, match=message):
             read_adapters(wrong)
-    # A model may take minutes to be read: what is wrong with adapters is told before.
+    # A model may take minutes to load: errors in adapters are reported before.
     monkeypatch.setattr("aria.engine.engine.load_model", lambda *_, **__: pytest.fail("the model was read"))
     Path("in.jsonl").touch()
     for asked, message in (

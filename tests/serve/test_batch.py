@@ -1,4 +1,4 @@
-"""``aria batch``: OpenAI's batch files, answered as the server would, once each, whatever kills it."""
+"""``aria batch``: OpenAI's batch files, answered as by the server, once each despite interruptions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run(capsys, command):
-    """Run ``aria batch`` with arguments; gives exit code and errors."""
+    """Run ``aria batch`` with arguments; returns exit code and errors."""
 
     def call(*arguments: object):
         code = command("batch", *arguments)
@@ -120,7 +120,7 @@ def test_lines_are_answered_as_by_the_server(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_more_lines_may_come_and_files_may_be_allowed(run, tmp_path):
+def test_lines_may_be_added_and_files_allowed(run, tmp_path):
     parts = [
         {"type": "image_url", "image_url": {"url": str(PICTURES / "emoji.png")}},
         {"type": "text", "text": "Which emoji is this?"},
@@ -129,7 +129,7 @@ def test_more_lines_may_come_and_files_may_be_allowed(run, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     assert run(write(source, requests[:1]), out) == (0, "1 done\n")
     first = out.read_bytes()
-    # The beginning of a line is what a kill in mid-write leaves.
+    # A kill during a write leaves a partial line.
     out.write_bytes(first + first[:40])
     requests[1]["body"]["temperature"] = 0
     code, err = run(write(source, requests[::-1]), out, "--allow-local", PICTURES)
@@ -153,7 +153,7 @@ def test_more_lines_may_come_and_files_may_be_allowed(run, tmp_path):
         ([request("a", [])] * 12, "line 10: body is []; expected an object; and 2 more"),  # type: ignore[arg-type]
     ],
 )
-def test_a_file_that_is_no_batch_is_refused_before_anything_runs(run, tmp_path, lines, message):
+def test_an_invalid_batch_is_refused_before_anything_runs(run, tmp_path, lines, message):
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     code, err = run(source, tmp_path / "out.jsonl")
@@ -176,13 +176,13 @@ def test_files_are_not_mixed_up(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_request_that_changed_since_is_refused_by_name(run, tmp_path):
+def test_a_changed_request_is_refused_by_name(run, tmp_path):
     requests = [request(name, ask(f"hello {name}", max_tokens=2)) for name in "abc"]
     source, out = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
     assert run(source, out)[0] == 0
     whole = out.read_bytes()
     assert all(len(line["id"]) == len("batch_req_") + 40 for line in read(out))
-    # The same in other words of JSON is the same.
+    # The same request in other JSON formatting is the same.
     source.write_text("\n".join(json.dumps(one, indent=None, sort_keys=True) + "  " for one in reversed(requests)))
     assert run(source, out) == (0, "0 done, 3 done before\n")
     requests[0]["body"]["max_tokens"] = 3
@@ -198,7 +198,7 @@ def test_a_request_that_changed_since_is_refused_by_name(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_model_does_not_go_on_with_an_output(run, tmp_path):
+def test_an_output_of_another_model_is_not_resumed(run, tmp_path):
     source, out = write(tmp_path / "in.jsonl", [request("a", ask("hello", max_tokens=2))]), tmp_path / "out.jsonl"
     assert run(source, out)[0] == 0
     shutil.copytree(NANO, tmp_path / "copy")
@@ -206,7 +206,7 @@ def test_another_model_does_not_go_on_with_an_output(run, tmp_path):
     assert code == 2 and "the model of 'a'." in " ".join(err.split())
 
 
-def test_responses_of_earlier_versions_count_as_they_are(tmp_path):
+def test_responses_of_earlier_versions_are_accepted(tmp_path):
     work = BatchFile(tmp_path / "in.jsonl", ServerSettings())
     [line] = find_lines(write(tmp_path / "in.jsonl", [request("a", ask("hello"))]))
     assert work.changed(line, {"id": "batch_req_0123456789abcdef0123456789abcdef", "custom_id": "a"}) is None
@@ -214,7 +214,7 @@ def test_responses_of_earlier_versions_count_as_they_are(tmp_path):
     assert work.changed(line, work.give_up(line, RuntimeError())) is None
 
 
-def test_a_line_without_end_is_refused_and_not_held(run, tmp_path, monkeypatch):
+def test_an_endless_line_is_refused_and_not_held_in_memory(run, tmp_path, monkeypatch):
     monkeypatch.setattr("aria.serve.batch.MAX_LINE_BYTES", 1000)
     source = tmp_path / "in.jsonl"
     lines = [json.dumps(request("a", ask("hello"))), json.dumps(request("b", ask("x" * 3_000_000))), "{}"]
@@ -226,7 +226,7 @@ def test_a_line_without_end_is_refused_and_not_held(run, tmp_path, monkeypatch):
         assert [len(content) for content, _ in _lines(file)] == [len(lines[0]) + 1, 1001, 2]
 
 
-def test_clips_and_documents_are_told_apart(tmp_path):
+def test_videos_and_documents_are_recognized(tmp_path):
     def parts(kind: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": kind}]}]
 
@@ -244,7 +244,7 @@ def test_clips_and_documents_are_told_apart(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", ["b", None])
-def test_an_input_that_changes_meanwhile_ends_the_batch(tmp_path, other):
+def test_an_input_that_changes_during_a_run_ends_the_batch(tmp_path, other):
     source = write(tmp_path / "in.jsonl", [request("a", ask("hello"))])
     lines = find_lines(source)
     source.write_text("" if other is None else json.dumps(request(other, ask("hello"))))
@@ -296,7 +296,7 @@ def test_a_killed_batch_loses_nothing_and_does_nothing_twice(run, tmp_path):
     lines = out.read_bytes().splitlines(keepends=True)
     assert lines[: len(kept)] == kept
     assert sorted(json.loads(line)["custom_id"] for line in lines) == sorted(names)
-    # What the runs wrote is what one alone writes.
+    # All runs together wrote what one run writes.
     again = tmp_path / "again.jsonl"
     assert run(source, again)[0] == 0
     texts = [

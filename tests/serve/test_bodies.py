@@ -1,4 +1,4 @@
-"""Bodies within their time and memory, requests within theirs, and what they hold until all of it has ended."""
+"""Limits on bodies and requests in time and memory, until everything that they started has ended."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def live() -> Iterator[Live]:
 
 
 def begun(live: Live, size: int, sent: bytes = b"{", key: str = "none") -> socket.socket:
-    """A request whose body has begun."""
+    """A request whose body has been sent in part."""
     keyed = HEAD + f"Authorization: Bearer {key}\r\nContent-Length: {size}\r\n\r\n".encode()
     return live.connect(keyed + sent)
 
 
 def hold(live: Live, nbytes: int, key: str = "none") -> socket.socket:
-    """The same, once it holds so many bytes."""
+    """The same, once it holds that many bytes."""
     before = live.app.state.active_requests.held_bytes
     connection = begun(live, nbytes + 1000, b'{"prompt": "' + b"a" * nbytes, key)
     until(lambda: live.app.state.active_requests.held_bytes >= before + nbytes * 0.9)
@@ -49,7 +49,7 @@ def hold(live: Live, nbytes: int, key: str = "none") -> socket.socket:
 
 
 @pytest.mark.slow
-def test_slow_bodies_take_no_place_of_running_requests() -> None:
+def test_slow_bodies_do_not_count_towards_capacity() -> None:
     with running(ServerSettings(max_queue=0, body_seconds=SECONDS)) as live, ExitStack() as stack:
         count = live.app.state.active_requests.capacity + 4
         slow = [stack.enter_context(begun(live, 13)) for _ in range(count)]
@@ -62,7 +62,7 @@ def test_slow_bodies_take_no_place_of_running_requests() -> None:
         until(lambda: live.app.state.active_requests.active == live.app.state.active_requests.held_bytes == 0)
 
 
-def test_a_body_has_a_deadline_that_a_drip_does_not_move() -> None:
+def test_a_slow_drip_does_not_extend_the_deadline_of_a_body() -> None:
     with running(ServerSettings(body_seconds=0.5)) as live:
         for head in (b"Content-Length: 100000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
             with live.connect(HEAD + head) as slow, dripping(slow, b"1\r\n \r\n"):
@@ -70,15 +70,15 @@ def test_a_body_has_a_deadline_that_a_drip_does_not_move() -> None:
         until(lambda: live.app.state.active_requests.active == 0)
 
 
-def test_a_body_that_stops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_body, "STALL_SECONDS", 0.3)
     with running() as live, begun(live, 9) as half:
         assert refusal(half) == (408, "body_timeout")
         assert live.app.state.active_requests.running == live.app.state.active_requests.held_bytes == 0
 
 
-def test_what_is_no_json_is_refused_before_its_body_is_read() -> None:
-    """Pages of any origin may have a browser send these, without asking the server first."""
+def test_other_content_types_are_refused_before_the_body_is_read() -> None:
+    """Browsers send these for pages of any origin, without a preflight."""
     with running() as live:
         for kind in (b"text/plain", b"text/plain;application/json", b"multipart/form-data; boundary=a", b"", None):
             head = HEAD.replace(b"Content-Type: application/json\r\n", b"")
@@ -92,8 +92,8 @@ def test_what_is_no_json_is_refused_before_its_body_is_read() -> None:
             assert taken.status_code == 200
 
 
-def test_a_refusal_reaches_a_client_that_still_sends() -> None:
-    """A connection that is closed with something unread in it takes along what was written to it."""
+def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
+    """Closing a connection with unread input discards the output."""
     with running(ServerSettings(max_body=1000)) as live:
         for _ in range(5):
             response = live.http.post(
@@ -125,14 +125,14 @@ def tokenize(live: Live, key: str, size: int, **headers: str) -> httpx2.Response
     return httpx2.post(f"{live.address}/tokenize", content=content, headers=headers, timeout=60)
 
 
-def test_bodies_have_one_budget(short_wait: None) -> None:
+def test_bodies_share_one_budget(short_wait: None) -> None:
     with running(keyed(), key="one") as live:
         with hold(live, 700_000, "one"), hold(live, 700_000, "one"):
             for more in ({}, {"content_encoding": "gzip"}):
                 response = tokenize(live, "two", 700_000, **more)
                 assert error_of(response, 503)["code"] == "overloaded"
                 assert int(response.headers["retry-after"]) > 0 and response.headers["connection"] == "close"
-            assert tokenize(live, "two", 1000).status_code != 503, "small ones pass"
+            assert tokenize(live, "two", 1000).status_code != 503, "small ones are accepted"
         until(lambda: live.app.state.active_requests.held_bytes == 0)
         assert tokenize(live, "two", 700_000).status_code != 503
 
@@ -151,7 +151,7 @@ def test_a_body_waits_for_others_to_free_their_memory() -> None:
         until(lambda: live.app.state.active_requests.held_bytes == 0)
 
 
-def test_one_client_has_a_part_of_it(short_wait: None) -> None:
+def test_one_client_gets_a_share_of_the_budget(short_wait: None) -> None:
     settings = ServerSettings(api_keys=("one", "two"), held_body_bytes=4 << 20, max_body=1 << 20)
     with running(settings, key="one") as live, ExitStack() as stack:
         for _ in range(2):
@@ -163,7 +163,7 @@ def test_one_client_has_a_part_of_it(short_wait: None) -> None:
 def test_a_body_that_can_never_be_held_is_too_large() -> None:
     with running(ServerSettings(held_body_bytes=100_000)) as live:
         assert error_of(tokenize(live, "none", 200_000), 413)["code"] == "body_too_large"
-        # Text that is not ASCII takes up to four times its size.
+        # Non-ASCII text takes up to four times its size.
         content = '{"prompt": "' + "a" * 40_000 + '💥"}'
         response = live.http.post("/tokenize", content=content.encode(), headers={"content-type": "application/json"})
         error_of(response, 413)
@@ -186,7 +186,7 @@ def test_memory_is_held_until_the_request_has_ended(monkeypatch: pytest.MonkeyPa
         with begun(live, len(body), body):
             assert entered.wait(SECONDS)
             assert held.held_bytes > 5000
-        # Its client has left; its thread has not.
+        # The client has disconnected; the thread still runs.
         until(lambda: held.active == 0)
         assert held.held_bytes > 5000 and held.running == 1
         released.set()
@@ -196,7 +196,7 @@ def test_memory_is_held_until_the_request_has_ended(monkeypatch: pytest.MonkeyPa
 # Requests
 
 
-def test_work_of_clients_that_left_counts_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_disconnected_clients_count_until_their_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(ServerSettings(max_concurrency_per_key=1)) as live:
         entered, released = threading.Event(), threading.Event()
 
@@ -227,14 +227,14 @@ def test_a_request_has_a_deadline() -> None:
         with pytest.raises(openai.APIError, match="request-seconds"):
             list(live.openai.responses.create(model="aria-nano", input="hello", stream=True, extra_body={
                 "ignore_eos": True, "max_output_tokens": 3000}))  # fmt: skip
-        # A body that is late has its own error, if that comes first.
+        # A late body has its own error, if that comes first.
         with begun(live, 9) as slow:
             assert refusal(slow)[0] == 504
         until(idle)
         until(lambda: live.app.state.active_requests.active == live.app.state.active_requests.running == 0)
 
 
-def test_a_request_has_so_many_media() -> None:
+def test_the_number_of_media_per_request_is_limited() -> None:
     word = {"type": "image_url", "image_url": {"url": "data:,x"}}
     with running(ServerSettings(max_media=3)) as live:
         body = {"messages": [{"role": "user", "content": [word] * 2}] * 2}
@@ -271,7 +271,7 @@ def test_parts_and_texts_of_a_message_are_limited(live: Live) -> None:
     ],
     ids=["number", "name", "text", "list", "key", "tag"],
 )
-def test_errors_repeat_little_of_what_they_are_about(live: Live, fields: dict[str, Any]) -> None:
+def test_errors_quote_only_a_little_of_the_body(live: Live, fields: dict[str, Any]) -> None:
     response = live.post(CHAT, **{"messages": HELLO, **fields})
     assert response.status_code == 400
     assert len(response.content) < 2000

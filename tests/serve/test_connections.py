@@ -1,4 +1,4 @@
-"""Connections that are slow, idle, many or endless: each costs its client, and nobody else."""
+"""Slow, idle, numerous or endless connections do not affect other clients."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
     ("begin", "more"),
     [(b"G", b"E"), (b"GET / HTTP/1.1\r\nX-A: ", b"a"), (b"GET / HTTP/1.1\r\n", b"A: a\r\n"), (b"GET /", b"a")],
 )
-def test_headers_have_a_deadline_that_a_drip_does_not_move(begin: bytes, more: bytes) -> None:
+def test_a_slow_drip_does_not_extend_the_deadline_of_headers(begin: bytes, more: bytes) -> None:
     with running(ServerSettings(header_seconds=0.5)) as live:
         with live.connect(begin) as slow, dripping(slow, more):
             assert refusal(slow) in ((408, "header_timeout"), (400, "bad_http"))
         with live.connect(GET) as connection:
             assert response(connection)[0] == 200
-            # Of the second request on a connection, too.
+            # Also for the second request on a connection.
             connection.sendall(begin)
             with dripping(connection, more):
                 assert refusal(connection) in ((408, "header_timeout"), (400, "bad_http"))
@@ -52,7 +52,7 @@ def test_headers_have_a_deadline_that_a_drip_does_not_move(begin: bytes, more: b
     ],
     ids=["header", "unfinished", "name", "address", "whole-address", "many"],
 )
-def test_headers_have_a_largest_size(sent: bytes) -> None:
+def test_the_size_of_headers_is_limited(sent: bytes) -> None:
     with running(ServerSettings(max_header_bytes=4096)) as live:
         with live.connect(sent) as connection:
             assert refusal(connection) == (431, "headers_too_large")
@@ -64,7 +64,7 @@ def test_headers_have_a_largest_size(sent: bytes) -> None:
     [b"1;" + b"a" * 500_000, b"0\r\nX: " + b"a" * 500_000, b"0\r\n" + b"A:a\r\n" * (MAX_HEADERS + 1)],
     ids=["extension", "trailer", "trailers"],
 )
-def test_so_has_what_is_sent_beside_a_body(sent: bytes) -> None:
+def test_the_framing_of_bodies_is_limited(sent: bytes) -> None:
     with running(ServerSettings(max_header_bytes=4096)) as live:
         with live.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
             until(lambda: live.app.state.active_requests.active)
@@ -73,7 +73,7 @@ def test_so_has_what_is_sent_beside_a_body(sent: bytes) -> None:
         until(lambda: not live.app.state.active_requests.active)
 
 
-def test_bodies_in_tiny_chunks_are_taken() -> None:
+def test_bodies_in_tiny_chunks_are_accepted() -> None:
     body = json.dumps({"prompt": "a" * 20_000}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % one for one in body)
     with running(ServerSettings(max_header_bytes=4096)) as live:
@@ -82,7 +82,7 @@ def test_bodies_in_tiny_chunks_are_taken() -> None:
             assert response(connection)[0] == 200
 
 
-def test_large_headers_within_the_limit_are_taken() -> None:
+def test_large_headers_within_the_limit_are_accepted() -> None:
     with running() as live:
         headers = {f"X-{i}": "a" * 400 for i in range(70)}
         assert live.http.get("/version", headers=headers).status_code == 200
@@ -90,7 +90,7 @@ def test_large_headers_within_the_limit_are_taken() -> None:
         assert error.status_code == 431
 
 
-def test_pipelined_requests_are_answered_in_order_up_to_a_number() -> None:
+def test_pipelined_requests_are_answered_in_order_up_to_a_limit() -> None:
     with running() as live:
         asked = [b"GET /v1/models/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % i for i in range(MAX_PIPELINED)]
         with live.connect(b"".join(asked)) as connection:
@@ -105,7 +105,7 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_number() -> None:
             assert received.count(b"HTTP/1.1 ") <= MAX_PIPELINED
 
 
-# Idle ones, and many
+# Idle and numerous connections
 
 
 @pytest.mark.slow
@@ -113,10 +113,10 @@ def test_a_connection_without_a_request_is_closed() -> None:
     with running(ServerSettings(idle_seconds=0.4, header_seconds=LONG)) as live:
         with live.connect() as fresh, live.connect(GET) as used:
             assert response(used)[0] == 200
-            # Empty lines are no request.
+            # Empty lines are not a request.
             with dripping(fresh, b"\r\n"), dripping(used, b"\r\n"):
                 assert is_closed(fresh) and is_closed(used)
-        # What it is busy with is no idleness.
+        # A busy connection is not idle.
         with live.connect(HEAD + b"Content-Length: 13\r\n\r\n") as slow:
             time.sleep(0.8)
             slow.sendall(b'{"prompt":""}')
@@ -124,21 +124,21 @@ def test_a_connection_without_a_request_is_closed() -> None:
 
 
 @pytest.mark.slow
-def test_the_rest_of_a_body_is_not_waited_for_when_the_answer_is_out() -> None:
+def test_the_rest_of_a_body_is_not_awaited_after_the_response() -> None:
     with running(ServerSettings(header_seconds=0.4, idle_seconds=LONG, body_seconds=LONG)) as live:
         sent = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
         with live.connect(sent) as connection:
             assert response(connection)[0] == 404
             with dripping(connection, b"a"):
                 assert is_closed(connection)
-        # One that comes keeps the connection.
+        # A new request keeps the connection open.
         with live.connect(sent + bytes(999_999)) as connection:
             assert response(connection)[0] == 404
             connection.sendall(b"a" + GET)
             assert response(connection)[0] == 200
 
 
-def test_the_longest_idle_connection_makes_way_for_a_new_one() -> None:
+def test_the_longest_idle_connection_is_closed_for_a_new_one() -> None:
     with (
         running(ServerSettings(max_connections=3, idle_seconds=LONG, header_seconds=LONG)) as live,
         ExitStack() as stack,
@@ -155,7 +155,7 @@ def test_the_longest_idle_connection_makes_way_for_a_new_one() -> None:
         assert len(live.server.server_state.connections) == 3
 
 
-def test_connections_in_use_have_a_largest_number() -> None:
+def test_the_number_of_connections_in_use_is_limited() -> None:
     with running(ServerSettings(max_connections=3, body_seconds=LONG)) as live, ExitStack() as stack:
         busy = [stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n")) for _ in range(3)]
         until(lambda: live.app.state.active_requests.active == 3)
@@ -168,7 +168,7 @@ def test_connections_in_use_have_a_largest_number() -> None:
             assert response(new)[0] == 200
 
 
-def test_one_address_has_a_number_of_its_own() -> None:
+def test_the_number_of_connections_per_address_is_limited() -> None:
     settings = ServerSettings(max_connections_per_address=2, body_seconds=LONG)
     with running(settings) as live, ExitStack() as stack:
         busy = [stack.enter_context(live.connect(HEAD + b"Content-Length: 13\r\n\r\n")) for _ in range(2)]
@@ -184,7 +184,7 @@ def test_one_address_has_a_number_of_its_own() -> None:
             assert response(one)[0] == 200
         with live.connect(GET) as new:
             assert response(new)[0] == 200
-    # Whoever comes by a proxy comes from its address.
+    # Clients behind a proxy have its address.
     settings = ServerSettings(max_connections_per_address=2, body_seconds=LONG, trusted_proxies=("127.0.0.0/8",))
     with running(settings) as live, ExitStack() as stack:
         for _ in range(4):
@@ -193,16 +193,16 @@ def test_one_address_has_a_number_of_its_own() -> None:
 
 
 def from_another_address(port: int) -> socket.socket | None:
-    """A connection from another of this machine's addresses, where it has one."""
+    """A connection from another address of this machine, if it has one."""
     try:
         return socket.create_connection(("127.0.0.1", port), timeout=60, source_address=("127.0.0.2", 0))
     except OSError:
         return None
 
 
-def test_an_answer_that_is_not_read_is_given_up() -> None:
+def test_a_response_that_is_not_read_is_given_up() -> None:
     with running(ServerSettings(write_seconds=0.4, idle_seconds=0.4)) as live:
-        # What the kernel takes counts for nothing here.
+        # Data that the kernel buffers does not count.
         live.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         large = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
         small = GET

@@ -1,4 +1,4 @@
-"""The end of the server: what runs is finished or cut, and nothing keeps the process."""
+"""Shutdown: running requests are finished or cancelled, and nothing keeps the process alive."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STREAMS = {
 
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers in threads of this process end as those in one of their own, but do not end it."""
+    """Servers in threads shut down as in a process of their own, but do not end this process."""
     monkeypatch.setattr(Server, "_watch", lambda *_: None)
 
 
@@ -50,7 +50,7 @@ def end(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", STREAMS)
-def test_streams_that_are_cut_end_with_an_error(ending: None, path: str) -> None:
+def test_interrupted_streams_end_with_an_error(ending: None, path: str) -> None:
     with running(ServerSettings(drain_seconds=0.5)) as live:
         with live.http.stream("POST", path, json=STREAMS[path]) as stream:
             lines = (line for line in stream.iter_lines() if line.startswith("data: "))
@@ -65,7 +65,7 @@ def test_streams_that_are_cut_end_with_an_error(ending: None, path: str) -> None
         until(idle)
 
 
-def test_whatever_waits_for_media_is_cut(ending: None) -> None:
+def test_requests_that_wait_for_media_are_cancelled(ending: None) -> None:
     arrived, over = threading.Semaphore(0), threading.Event()
 
     def answer(handler: Any) -> None:
@@ -87,7 +87,7 @@ def test_whatever_waits_for_media_is_cut(ending: None) -> None:
         end(live)
         for one in asked:
             answered = one.result(PATIENCE)
-            # A stream that has begun, with progress, has its error as its last event.
+            # A stream that has begun with progress has the error as its last event.
             if answered.status_code != 503:
                 [error] = json.loads(answered.text.rpartition("data: ")[2]).values()
                 assert error["code"] == "overloaded"
@@ -95,7 +95,7 @@ def test_whatever_waits_for_media_is_cut(ending: None) -> None:
         until(lambda: live.app.state.active_requests.running == 0)
 
 
-def test_bodies_on_their_way_are_refused_at_once(ending: None) -> None:
+def test_incomplete_bodies_are_refused_at_once(ending: None) -> None:
     with running(ServerSettings(drain_seconds=PATIENCE)) as live:
         with live.connect(HEAD + b"Content-Length: 100\r\n\r\n{") as slow:
             until(lambda: live.app.state.active_requests.active)
@@ -106,7 +106,7 @@ def test_bodies_on_their_way_are_refused_at_once(ending: None) -> None:
 
 
 class Process:
-    """A server in a process of its own, which cannot end by itself: a function of it is stuck inside of a library."""
+    """A server in a process of its own that cannot exit by itself: a thread is stuck inside a library."""
 
     def __init__(self, code: str, *options: str):
         command = [sys.executable, "-c", code, "serve", "--port", "0", "--no-warm-up", *options]
@@ -129,7 +129,7 @@ class Process:
         self.process.communicate()
 
     def ends(self) -> int:
-        """Its status, once it has ended."""
+        """The exit status, once the process has ended."""
         return self.process.wait(PATIENCE)
 
 
@@ -148,7 +148,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTE
 
 @contextmanager
 def stuck(folder: Path, *options: str) -> Iterator[tuple[Process, Any]]:
-    """A server, and a request whose thread never comes back."""
+    """A server, and a request whose thread never returns."""
     entered = folder / "entered"
     with Process(STUCK.format(entered=str(entered)), *options) as server, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx2.post, f"{server.address}/tokenize", json={"messages": HELLO}, timeout=PATIENCE)
@@ -158,7 +158,7 @@ def stuck(folder: Path, *options: str) -> Iterator[tuple[Process, Any]]:
 
 @pytest.mark.slow
 @posix
-def test_a_thread_that_cannot_be_stopped_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_a_stuck_thread_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     with stuck(tmp_path, "--drain-seconds", "1") as (server, asked):
         server.process.send_signal(signal.SIGTERM)
         assert error_of(asked.result(), 503)["code"] == "overloaded"
@@ -181,10 +181,10 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 @posix
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_it(tmp_path: Path, number: signal.Signals) -> None:
+def test_no_child_process_outlives_the_server(tmp_path: Path, number: signal.Signals) -> None:
     with stuck(tmp_path, "--drain-seconds", "1", "--media-workers", "2") as (server, _):
         others = psutil.Process(server.process.pid).children(recursive=True)
-        assert others, "processes that read media"
+        assert others, "media workers"
         server.process.send_signal(number)
         server.ends()
         until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in others))
@@ -194,7 +194,7 @@ def test_no_process_outlives_it(tmp_path: Path, number: signal.Signals) -> None:
 @posix
 def test_sigterm_lets_running_answers_finish(tmp_path):
     drained = tmp_path / "drained"
-    # The answer cannot end before the test has seen what others get meanwhile.
+    # The response cannot end before the test has seen what others get.
     code = f"""
 import pathlib, time
 from aria.cli import main
@@ -222,7 +222,7 @@ main()
             lines = (line for line in answer.iter_lines() if line)
             first = next(lines)
             process.send_signal(signal.SIGTERM)
-            assert _until_not_ready(address) == 503, "while an answer runs, others are sent elsewhere"
+            assert _until_not_ready(address) == 503, "new requests are refused while one is running"
             drained.touch()
             rest = list(lines)
         said = [json.loads(line[6:])["choices"][0] for line in [first, *rest] if line != "data: [DONE]"]

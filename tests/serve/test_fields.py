@@ -1,4 +1,4 @@
-"""Fields that clients send: each of OpenAI's and vLLM's is implemented, accepted without effect, or refused by name."""
+"""Fields of OpenAI's and vLLM's interfaces: each is implemented, accepted without effect, or refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODIES: dict[type[BaseModel], dict] = {
     CompletionRequest: {"prompt": "hello"},
     ResponsesRequest: {"input": "hello"},
 }
-# Of vLLM's own, those that each of its bodies has.
+# vLLM's own fields of each of its bodies.
 VLLM = [
     "request_id",
     "use_beam_search",
@@ -175,24 +175,24 @@ def answer(**fields) -> dict:
         {"tools": [{"type": "function", "cache_control": {}, "function": {"name": "f", "strict": None}}]},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": None, "strict": None}}},
         {"logprobs": False, "top_logprobs": 0, "max_tokens": 5, "max_completion_tokens": 5},
-        # What a client of another provider sends back, and calls without arguments.
+        # Fields that clients of other providers send back, and calls without arguments.
         answer(tool_calls=[{"id": "1", "index": 0, "extra_content": {"a": {}}, "provider_specific_fields": {"a": 1},
                             "function": {"name": "f", "arguments": None, "provider_specific_fields": {"a": 1}}}]),
         {"tools": [{"type": None, "function": {"name": "f"}}], "tool_choice": {"function": {"name": "f"}}},
     ],
 )  # fmt: skip
-def test_what_changes_nothing_is_accepted_in_chats(fields):
+def test_fields_without_effect_are_accepted_in_chats(fields):
     generation_request.chat(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
 
 
-def test_whole_numbers_may_have_a_point():
+def test_integers_may_be_written_as_floats():
     body = ChatRequest.model_validate({"messages": HELLO, "max_tokens": 5.0, "seed": -3.0, "n": 2.0, "temperature": 1})
     assert (body.max_tokens, body.seed, body.n, body.temperature) == (5, -3, 2, 1.0)
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_some_of_the_tools_are_allowed(mode, flat):
+def test_tools_can_be_restricted_to_some(mode, flat):
     def tool(name: str, **more) -> dict:
         return {"type": "function", **({"name": name, **more} if flat else {"function": {"name": name, **more}})}
 
@@ -231,11 +231,11 @@ def test_completions_follow_a_response_format():
         {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "parsed_arguments": {}}]},
     ],
 )
-def test_what_changes_nothing_is_accepted_in_responses(fields):
+def test_fields_without_effect_are_accepted_in_responses(fields):
     assert responses_protocol.messages(ResponsesRequest.model_validate({"input": "hello", **fields}))
 
 
-def test_included_log_probabilities_are_told_apart_from_what_is_never_there():
+def test_include_distinguishes_logprobs_from_unavailable_output():
     body = {"input": "x", "include": ["reasoning.encrypted_content"]}
     assert not ResponsesRequest.model_validate(body).wants_logprobs
     body["include"].append("message.output_text.logprobs")
@@ -268,7 +268,7 @@ def test_included_log_probabilities_are_told_apart_from_what_is_never_there():
         (ResponsesRequest, {"include": ["x"]}, "include[0]", "invalid_value", "message.output_text.logprobs"),
     ],
 )  # fmt: skip
-def test_what_would_change_the_answer_is_refused_by_name(model, fields, param, code, says):
+def test_fields_that_would_change_the_response_are_refused_by_name(model, fields, param, code, says):
     error = refusal(model, {**BODIES[model], **fields})
     assert (error.status, error.param, error.code) == (400, param, code)
     assert param in error.message and says in error.message
@@ -285,7 +285,7 @@ def test_what_would_change_the_answer_is_refused_by_name(model, fields, param, c
         ({"add_generation_prompt": True, "chat_template_kwargs": {"add_generation_prompt": False}}, False, False),
     ],
 )
-def test_how_a_prompt_ends(fields, opens, continues):
+def test_options_for_the_end_of_a_prompt(fields, opens, continues):
     template = generation_request.template(ChatRequest.model_validate({"messages": HELLO, **fields}), DEFAULTS)
     assert template == {"add_generation_prompt": opens, "continue_final_message": continues, "variables": {}}
 
@@ -309,7 +309,7 @@ def test_variables_of_the_template_are_passed_on_and_others_are_refused():
         template(continue_final_message="yes")
 
 
-def test_two_endings_contradict_each_other():
+def test_contradicting_endings_are_refused():
     body = {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True}
     with pytest.raises(ApiError, match="set one of them to false"):
         generation_request.template(ChatRequest.model_validate(body), DEFAULTS)

@@ -1,4 +1,4 @@
-"""The server's HTTP: methods, paths, encodings and origins, a reason in every refusal of a body, the access log."""
+"""HTTP: methods, paths, encodings and origins, reasons for refused bodies, the access log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aria.serve.settings import ServerSettings
 from tests.helpers.serving import Live, engine, error_of, running, until
 
 HELLO = [{"role": "user", "content": "hello"}]
-# Without the time, which would give tests other names in each process that collects them.
+# Without the time, so that all processes collect tests of the same names.
 gzipped = partial(gzip.compress, mtime=0)
 BODY = json.dumps({"messages": HELLO, "max_tokens": 2, "temperature": 0}).encode()
 CHAT = "/v1/chat/completions"
@@ -36,7 +36,7 @@ def live():
         yield live
 
 
-def test_paths_and_methods_that_are_not_there(live):
+def test_unknown_paths_and_methods(live):
     assert "no route '/v1/nothing'" in error_of(live.http.get("/v1/nothing"), 404)["message"]
     error_of(live.http.post("/v1/nothing", json={}), 404)
     error_of(live.http.get("/../pyproject.toml"), 404)
@@ -72,7 +72,7 @@ def test_head_is_answered_wherever_get_is(live):
     assert live.http.head(CHAT).status_code == 405
 
 
-def test_a_slash_at_the_end_of_a_path_makes_no_difference(live):
+def test_a_trailing_slash_makes_no_difference(live):
     for path in ("/v1/models/", "/health/", "/v1/models/aria-nano/"):
         assert live.http.get(path).json() == live.http.get(path[:-1]).json()
     assert live.http.post(f"{CHAT}/", content=BODY, headers=JSON).json()["choices"]
@@ -161,7 +161,7 @@ def test_a_body_that_inflates_beyond_the_limit_is_refused():
 
 
 @pytest.mark.parametrize("cut", [7, 1000, 10**9])
-def test_what_is_inflated_comes_in_small_pieces(cut):
+def test_bodies_are_inflated_in_small_pieces(cut):
     content = bytes(3 * inflate.PIECE) + BODY
     data = gzipped(content[: inflate.PIECE]) + gzipped(content[inflate.PIECE :])
     pieces = [data[at : at + cut] for at in range(0, len(data), cut)]
@@ -211,7 +211,7 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(live, path, bo
 # Browsers
 
 
-def test_other_pages_may_call_only_where_they_are_allowed(live):
+def test_pages_of_other_origins_must_be_allowed(live):
     asks = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in live.http.get("/health", headers=asks).headers
     with running(ServerSettings(cors_origins=("https://app.example",), api_keys=("key",)), key="key") as open_one:
@@ -219,7 +219,9 @@ def test_other_pages_may_call_only_where_they_are_allowed(live):
         assert asked.headers["access-control-allow-origin"] == "https://app.example"
         refused = httpx2.get(f"{open_one.address}/v1/models", headers=asks)
         assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == "https://app.example", "or the page cannot read why"
+        assert refused.headers["access-control-allow-origin"] == "https://app.example", (
+            "otherwise the page cannot read the reason"
+        )
         other = {**asks, "Origin": "https://other.example"}
         assert "access-control-allow-origin" not in open_one.http.get("/health", headers=other).headers
 
@@ -251,12 +253,12 @@ def test_a_browser_may_send_the_headers_of_the_official_client():
 
 
 def named(live: Live, *hosts: str, path: str = "/version") -> httpx2.Response:
-    """A request that calls the server by some names."""
+    """A request with given ``Host`` headers."""
     return live.http.get(path, headers=[("Host", host) for host in hosts])
 
 
-def test_without_keys_a_server_answers_to_names_that_nobody_else_can_give_it(live):
-    """A page of another site may make its name lead here: its browser takes the server for that site then."""
+def test_without_keys_only_local_host_names_are_accepted(live):
+    """DNS rebinding: a page of another site points its own name at this server."""
     port = live.http.base_url.port
     for host in (f"127.0.0.1:{port}", "localhost", f"LOCALHOST:{port}", "localhost.", "aria.localhost", "[::1]:8000",
                  "192.168.1.5:8000", "[fe80::1%25eth0]"):  # fmt: skip
@@ -274,7 +276,7 @@ def test_without_keys_a_server_answers_to_names_that_nobody_else_can_give_it(liv
             assert bare.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
-def test_names_can_be_allowed():
+def test_host_names_can_be_allowed():
     with running(ServerSettings(allowed_hosts=("aria.example", "*.lan"))) as live:
         for host in ("aria.example:8000", "Aria.Example", "box.lan", "a.b.lan", "localhost", "10.0.0.1"):
             assert named(live, host).status_code == 200, host
@@ -302,7 +304,7 @@ def test_names_can_be_allowed():
         (("127.0.0.1",), None, b"127.0.0.1"),
     ],
 )
-def test_only_proxies_are_believed_whom_they_speak_for(monkeypatch, proxies, forwarded, client):
+def test_forwarded_headers_are_trusted_from_proxies_only(monkeypatch, proxies, forwarded, client):
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # uvicorn's own setting
     with running(ServerSettings(trusted_proxies=proxies)) as live:
         seen = []
@@ -320,7 +322,7 @@ def test_only_proxies_are_believed_whom_they_speak_for(monkeypatch, proxies, for
 
 @contextmanager
 def access_lines() -> Iterator[list[str]]:
-    """The lines of the access log that are written meanwhile."""
+    """Collects the lines of the access log."""
     lines: list[str] = []
     logger, handler = logging.getLogger(ACCESS_LOG), logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -331,7 +333,7 @@ def access_lines() -> Iterator[list[str]]:
     logger.setLevel(logging.NOTSET)
 
 
-def test_each_request_has_a_line_without_its_contents():
+def test_each_request_is_logged_without_its_contents():
     settings = ServerSettings(api_keys=("secret-key",), cors_origins=("*",))
     with running(settings, key="secret-key") as live, access_lines() as lines:
         answer = live.post(CHAT, messages=[{"role": "user", "content": "private"}], max_tokens=2, ignore_eos=True)
@@ -359,7 +361,7 @@ def test_each_request_has_a_line_without_its_contents():
         rf"OPTIONS {CHAT} 200 \S+ id=before",
         rf"POST {CHAT} 499 \S+ id=half",
     )
-    # In any order: a stream's line comes after its client has read the last event.
+    # In any order: a stream is logged after its client has read the last event.
     assert [sum(bool(re.fullmatch(one, line)) for line in lines) for one in expected] == [1] * len(lines)
     assert not [line for line in lines if "private" in line or "secret" in line or "hidden" in line]
 

@@ -1,4 +1,4 @@
-"""`JsonReader` reads what Python's own parser reads, from pieces of any size, and lets other threads run."""
+"""`JsonReader` parses what Python's own parser does, from pieces of any size, and lets other threads run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def value(choice: random.Random, depth: int = 0) -> Any:
 
 
 def outcome(read: Any) -> Any:
-    """What comes of reading, errors in the server's words."""
+    """The result of reading, or the server's error."""
     try:
         return repr(read())
     except json.JSONDecodeError as error:
@@ -56,7 +56,7 @@ def outcome(read: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_documents_are_what_they_are_for_pythons_parser(seed: int) -> None:
+def test_documents_parse_as_with_pythons_parser(seed: int) -> None:
     choice = random.Random(seed)
     for _ in range(5):
         made = value(choice)
@@ -66,7 +66,7 @@ def test_documents_are_what_they_are_for_pythons_parser(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_damaged_ones_have_the_same_faults_at_the_same_places(seed: int) -> None:
+def test_damaged_documents_have_the_same_errors_as_with_pythons_parser(seed: int) -> None:
     choice = random.Random(seed)
     for _ in range(10):
         data = bytearray(json.dumps(value(choice), ensure_ascii=choice.random() < 0.5).encode("utf-8", "surrogatepass"))
@@ -76,7 +76,7 @@ def test_damaged_ones_have_the_same_faults_at_the_same_places(seed: int) -> None
         assert outcome(partial(read, bytes(data), choice)) == outcome(partial(json.loads, bytes(data)))
 
 
-def test_pairs_of_escapes_stay_together_wherever_they_are_cut() -> None:
+def test_surrogate_pairs_survive_any_split() -> None:
     document = b'["' + b"a" * PIECE + b"\\ud83d\\ude00" * 9 + b"\\ud83d\\ud83d\\ude00\\ud83d" + b'"]'
     for size in range(1, 14):
         reader = JsonReader()
@@ -101,14 +101,14 @@ def test_pairs_of_escapes_stay_together_wherever_they_are_cut() -> None:
     ],
     ids=["values", "brackets", "spaces", "digits", "depth", "number", "name", "wide", "empty"],
 )
-def test_what_would_take_too_long_or_too_much_is_refused(document: bytes, status: int, says: str) -> None:
+def test_documents_that_cost_too_much_are_refused(document: bytes, status: int, says: str) -> None:
     with pytest.raises(ApiError, match=says) as caught:
         read(document)
     assert caught.value.status == status
 
 
-def test_commas_and_brackets_count_as_what_they_are() -> None:
-    """In strings they are text, however they are written."""
+def test_commas_and_brackets_inside_strings_do_not_count() -> None:
+    """Inside strings they are text, even as escapes."""
     many = MAX_VALUES + 1
     for document in (
         b'["' + b",[" * many + b'"]',
@@ -116,18 +116,18 @@ def test_commas_and_brackets_count_as_what_they_are() -> None:
         b"[" + b'",,,,",' * 200_000 + b"1]",
     ):
         assert read(document) == json.loads(document)
-    # As text within text they are read a second time.
+    # JSON inside a JSON string is parsed a second time.
     with pytest.raises(ValueError, match="commas and brackets"):
         parse(read(b'"[' + b"\\u0030\\u002c" * many + b'0]"'))
 
 
-def test_memory_is_counted_as_it_is_held() -> None:
+def test_memory_is_counted_while_it_is_held() -> None:
     for letter in ("a", "é", "字", "😀"):
         said, reader = letter * 1_000_000, JsonReader()
         data = json.dumps([said], ensure_ascii=False).encode()
         for start in range(0, len(data), PIECE):
             reader.feed(data[start : start + PIECE])
-            # Some of it is on its way: pieces, and a string that is not long yet.
+            # Some of it is not counted yet: pieces, and the beginning of a long string.
             assert reader.nbytes <= sys.getsizeof(said) + PIECE
         assert abs(reader.nbytes - sys.getsizeof(said)) < 10_000
     reader = JsonReader()
@@ -146,7 +146,7 @@ def test_memory_is_counted_as_it_is_held() -> None:
     ids=["string", "escapes", "strings", "values"],
 )
 def test_other_threads_run_meanwhile(document: bytes) -> None:
-    """Without that one of these keeps all others waiting for as long as all of it takes."""
+    """Without that, parsing one document would block all other threads."""
     slept: list[float] = []
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What the server refuses, and how it says so: fields, values, keys, sizes, numbers, and the end."""
+"""What the server refuses, and its messages: fields, values, keys, sizes, numbers, shutdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def live():
 
 
 def loose(live, path: str, body: dict):
-    """Sent in Python's JSON, which has NaN and halves of surrogate pairs."""
+    """Sent in Python's JSON, which allows NaN and lone surrogates."""
     return live.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
 
 
@@ -76,7 +76,7 @@ for _ in range(400):
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
-        # No float32 holds it: in the engine's step it would end everybody's answers.
+        # It overflows float32, which would fail the whole step in the engine.
         ({"repetition_penalty": 1e308}, "repetition_penalty", "less than or equal to 100"),
         ({"stop": "a" * 1025}, "stop", "at most 1024"),
         ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos", "ignore_eos"),
@@ -149,7 +149,7 @@ for _ in range(400):
         ({"messages": [{"role": "user", "content": "long " * 5000}]}, "messages", "max_model_len"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_by_name(live, fields, param, says):
+def test_errors_name_the_field(live, fields, param, says):
     error = error_of(loose(live, "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1, **fields}), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
@@ -184,7 +184,7 @@ def test_what_is_wrong_is_said_by_name(live, fields, param, says):
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
     ],
 )  # fmt: skip
-def test_other_routes_say_it_too(live, path, body, param):
+def test_errors_of_other_routes_name_the_field(live, path, body, param):
     assert error_of(loose(live, path, body), 400)["param"] == param
 
 
@@ -199,13 +199,13 @@ def test_an_unknown_model_is_not_found(live, path):
     assert "aria-nano" in error["message"]
 
 
-def test_fields_without_effect_are_taken(live):
+def test_fields_without_effect_are_accepted(live):
     fields = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"}
     body = {"messages": HELLO, "max_tokens": 1, **fields, "prompt_cache_key": "k", "modalities": ["text"]}
     assert live.post("/v1/chat/completions", **body).status_code == 200
 
 
-def test_the_page_is_there_and_kept_to_itself(live):
+def test_the_page_is_served_with_a_strict_policy(live):
     page = live.http.get("/")
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -223,14 +223,14 @@ def test_the_page_is_there_and_kept_to_itself(live):
     error_of(live.http.post("/", json={}), 404)
 
 
-def test_errors_reach_the_client_as_its_own(live):
+def test_errors_become_the_clients_own_exceptions(live):
     with pytest.raises(openai.BadRequestError) as caught:
         live.chat(temperature=3)
     assert caught.value.param == "temperature"
     assert caught.value.type == "invalid_request_error"
 
 
-def test_keys_open_what_does_work_and_nothing_else():
+def test_keys_protect_routes_that_run_the_model():
     with running(ServerSettings(api_keys=("first", "second")), key="second") as live:
         for path in ("/health", "/ready", "/openapi.json"):
             assert httpx2.get(live.address + path).status_code == 200
@@ -242,12 +242,12 @@ def test_keys_open_what_does_work_and_nothing_else():
             response = httpx2.get(f"{live.address}/v1/models", headers=[(b"Authorization", header.encode("latin-1"))])
             error_of(response, 401)
             assert response.headers["www-authenticate"] == "Bearer"
-        # Nothing of the body is read before the key is.
+        # The key is checked before the body is read.
         error_of(httpx2.post(f"{live.address}/v1/chat/completions", content=b"{"), 401)
         assert live.chat().choices[0].message.content
 
 
-def test_a_body_has_a_largest_size():
+def test_the_size_of_a_body_is_limited():
     with running(ServerSettings(max_body=5000)) as live:
         error = error_of(live.post("/tokenize", prompt="x" * 5000), 413)
         assert error["code"] == "body_too_large"
@@ -260,7 +260,7 @@ def test_a_body_has_a_largest_size():
         assert live.post("/tokenize", prompt="x" * 4000).status_code == 200
 
 
-def test_a_body_has_only_so_many_values(live):
+def test_the_number_of_values_in_a_body_is_limited(live):
     values = {"tokens": [1] * (json_reader.MAX_VALUES + 1)}
     error = error_of(live.post("/detokenize", **values), 413)
     assert "commas and brackets" in error["message"]
@@ -280,14 +280,14 @@ def test_a_body_has_only_so_many_values(live):
         ("/detokenize", {"tokens": [-1] * 1000}),
     ],
 )
-def test_of_many_faults_one_is_looked_for(path, body):
+def test_only_the_first_of_many_errors_is_searched_for(path, body):
     kinds = {path: route.body for path, route in ENDPOINTS.items()} | {"/detokenize": DetokenizeRequest}
     with pytest.raises(ValidationError) as caught:
         kinds[path].model_validate(body)
     assert caught.value.error_count() == 1
 
 
-def test_the_documentation_names_what_there_is(live):
+def test_the_documentation_names_existing_options_and_metrics(live):
     live.chat()
     told = live.http.get("/metrics").text
     for name in ("serving.md", "grafana.json"):
@@ -296,12 +296,12 @@ def test_the_documentation_names_what_there_is(live):
     parameters = get_command(app).commands["serve"].params
     known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
     named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "serving.md").read_text(encoding="utf-8")))
-    assert named - known == {"--gpus", "--help"}, "one is docker's, one every command has"
+    assert named - known == {"--gpus", "--help"}, "one is docker's, the other belongs to every command"
     assert set(re.findall(r"--[a-z-]+", (DOCS / "aria.service").read_text(encoding="utf-8"))) - known == {"--now"}
 
 
 class Busy:
-    """Long answers that run until the block ends."""
+    """Long responses that run until the block ends."""
 
     def __init__(self, live, count: int):
         self._streams = [live.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True})
@@ -317,7 +317,7 @@ class Busy:
         until(idle)
 
 
-def test_a_key_has_so_many_requests_at_a_time():
+def test_concurrent_requests_per_key_are_limited():
     settings = ServerSettings(api_keys=("one", "two"), max_concurrency_per_key=2)
     with running(settings, key="one") as live:
         with Busy(live, 2):
@@ -331,11 +331,11 @@ def test_a_key_has_so_many_requests_at_a_time():
                 timeout=30,
             )
             assert other.status_code == 200
-            assert live.http.get("/v1/models").status_code == 200, "only work is counted"
+            assert live.http.get("/v1/models").status_code == 200, "only requests to the model are counted"
         assert live.chat().choices
 
 
-def test_the_queue_has_an_end():
+def test_the_queue_is_limited():
     with running(ServerSettings(max_queue=0)) as live:
         places = live.app.state.active_requests.capacity
         with Busy(live, places):
@@ -347,7 +347,7 @@ def test_the_queue_has_an_end():
         assert live.chat().choices
 
 
-def test_a_server_that_ends_takes_nothing_new(live):
+def test_a_server_that_shuts_down_refuses_new_requests(live):
     traffic = live.app.state.active_requests
     assert live.http.get("/ready").json() == {"status": "ready"}
     traffic.draining = True
@@ -385,12 +385,12 @@ def test_metrics_count_what_happened(live):
     assert after["aria_prefix_cache_hits_total"] <= after["aria_prefix_cache_queries_total"]
 
 
-def test_request_ids_are_the_clients_where_they_are_harmless(live):
+def test_well_formed_request_ids_of_clients_are_kept(live):
     assert live.http.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert live.http.get("/health", headers={"X-Request-Id": "no good"}).headers["x-request-id"].startswith("req-")
 
 
-def test_a_failure_of_ours_is_a_500_that_tells_nothing(live, monkeypatch, caplog):
+def test_an_internal_error_is_a_500_without_details(live, monkeypatch, caplog):
     def broken(*_, **__):
         raise ZeroDivisionError("secret")
 
@@ -403,7 +403,7 @@ def test_a_failure_of_ours_is_a_500_that_tells_nothing(live, monkeypatch, caplog
     assert response.headers["x-request-id"] in caplog.text
 
 
-def test_a_step_that_fails_is_told_and_the_server_goes_on(live, monkeypatch, caplog):
+def test_a_failed_step_is_reported_and_the_server_continues(live, monkeypatch, caplog):
     failing = threading.Event()
     step = engine().engine.step
 
@@ -425,7 +425,7 @@ def test_a_step_that_fails_is_told_and_the_server_goes_on(live, monkeypatch, cap
     assert live.chat().choices[0].message.content
 
 
-def test_a_step_that_fails_is_never_the_clients_fault_and_health_tells(live, monkeypatch):
+def test_a_failed_step_is_a_server_error_and_health_reports_it(live, monkeypatch):
     launch = engine().engine.core.runner.launch
 
     def fails(_):
@@ -438,13 +438,13 @@ def test_a_step_that_fails_is_never_the_clients_fault_and_health_tells(live, mon
         asked = list(pool.map(lambda _: httpx2.get(f"{live.address}/health", timeout=30), range(4)))
     assert [error_of(response, 503)["code"] for response in asked] == ["unhealthy"] * 4
     monkeypatch.setattr(engine().engine.core.runner, "launch", launch)
-    # It needs nobody's request to find out that the model answers again.
+    # The health check finds out by itself that the model responds again.
     assert live.http.get("/health").json() == {"status": "ok"}
     assert live.chat().choices[0].message.content
     until(idle)
 
 
-def test_health_tells_of_a_step_that_hangs_until_it_returns(live, monkeypatch):
+def test_health_reports_a_hanging_step_until_it_returns(live, monkeypatch):
     service, launch = live.app.state.service, engine().engine.core.runner.launch
     entered, released = threading.Event(), threading.Event()
 
@@ -482,7 +482,7 @@ def test_health_tells_of_a_step_that_hangs_until_it_returns(live, monkeypatch):
     assert gauge("aria_healthy") == 1
 
 
-def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
+def test_generation_that_its_grammar_stops_is_an_error(live, monkeypatch):
     async def pieces(*_, **__):
         answer = SimpleNamespace(cached_tokens=0)
         for finish in (None, "error"):
@@ -506,17 +506,17 @@ def test_an_answer_that_its_grammar_breaks_off_is_an_error(live, monkeypatch):
      {"max_media": -1}, {"trusted_proxies": ("*",)}, {"trusted_proxies": ("proxy.example",)},
      {"allowed_hosts": ("http://aria.example",)}, {"allowed_hosts": ("aria.example:80",)}, {"allowed_hosts": ("",)}],
 )  # fmt: skip
-def test_settings_out_of_their_limits_are_refused(fields):
+def test_settings_out_of_range_are_refused(fields):
     with pytest.raises(ValueError):
         ServerSettings(**fields)
 
 
-def test_settings_within_their_limits_are_taken():
+def test_settings_in_range_are_accepted():
     ServerSettings(trusted_proxies=("10.0.0.1", "10.0.0.0/8", "fd00::/8"), request_seconds=None)
     ServerSettings(allowed_hosts=("aria.example", "*.example", "*", "my_host"), request_seconds=math.inf)
 
 
-def test_strangers_are_whoever_comes_from_elsewhere():
+def test_anonymous_access_is_detected():
     assert allows_anonymous_access("0.0.0.0", ())
     assert not allows_anonymous_access("0.0.0.0", ("key",))
     assert not allows_anonymous_access("127.0.0.1", ())

@@ -1,4 +1,4 @@
-"""Conversations that are made to fit, and media that clients name by a uuid."""
+"""Truncated conversations, and media that clients name by uuid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def live():
 
 
 def conversation(text: str) -> list[dict]:
-    """``s3 u2 a1 t9`` are a system message of 3 words, one of a user of 2, ..."""
+    """``s3 u2 a1 t9``: a system message of 3 words, a user's of 2, ..."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return [{"role": roles[one[0]], "content": "word " * int(one[1:])} for one in text.split()]
 
@@ -69,7 +69,7 @@ def test_the_oldest_messages_are_dropped(said, room, kept):
     assert got == conversation(kept)
 
 
-def test_what_has_to_stay_may_be_too_long():
+def test_messages_that_must_stay_may_be_too_long():
     def never(_) -> Prepared:
         raise ContextLengthError(16, "20 tokens", "shorten it")
 
@@ -79,7 +79,7 @@ def test_what_has_to_stay_may_be_too_long():
 
 
 @pytest.mark.slow
-def test_responses_drop_what_does_not_fit_where_they_may(live):
+def test_responses_truncate_only_if_allowed(live):
     said = [{"role": ("user", "assistant")[i % 2], "content": f"{i} " + "word " * 300} for i in range(15)]
     asked = {"input": said, "instructions": "Be brief.", "max_output_tokens": 4, "temperature": 0}
     assert error_of(live.post("/v1/responses", **asked), 400)["code"] == "context_length_exceeded"
@@ -93,7 +93,7 @@ def test_responses_drop_what_does_not_fit_where_they_may(live):
 
     counts = [tokens(said[start:]) for start in range(len(said))]
     kept = counts.index(answer["usage"]["input_tokens"])
-    assert 0 < kept < len(said) - 1, "no more is dropped than has to be"
+    assert 0 < kept < len(said) - 1, "no more is dropped than necessary"
     assert counts[kept] <= limit - 4 and counts[kept - 1] > limit - 20
     short = {"input": "hello", "max_output_tokens": 1}
     usages = [live.post("/v1/responses", **short, truncation=one).json()["usage"] for one in ("auto", "disabled")]
@@ -107,7 +107,7 @@ def picture(**fields) -> list:
     return [{"role": "user", "content": [{"type": "image_url", **fields}, {"type": "text", "text": "What is it?"}]}]
 
 
-def test_an_image_that_was_sent_before_is_named_by_its_uuid(live):
+def test_a_uuid_references_an_image_that_was_sent_before(live):
     url = data_uri(WORD)
     body = {"max_tokens": 6, "temperature": 0}
     plain = live.post(CHAT, messages=picture(image_url={"url": url, "detail": "low"}), **body).json()
@@ -129,7 +129,7 @@ def test_an_image_that_was_sent_before_is_named_by_its_uuid(live):
     assert "no video is kept" in error_of(live.post(CHAT, messages=clip), 400)["message"]
 
 
-def test_a_named_image_is_not_fetched_again_and_is_its_clients_own():
+def test_a_named_image_is_not_fetched_again_and_belongs_to_its_client():
     fetched = itertools.count()
     settings = ServerSettings(
         api_keys=("one", "two"), media=MediaSettings(private_addresses=True, local_folders=(PICTURES,))
@@ -150,7 +150,7 @@ def test_a_named_image_is_not_fetched_again_and_is_its_clients_own():
             assert live.post("/tokenize", messages=picture(image_url=source, uuid="file")).status_code == 200
 
 
-def test_named_media_have_a_limit():
+def test_the_size_of_named_media_is_limited():
     media, settings = NamedMedia(capacity=3000), MediaSettings()
 
     def part(uuid: str, size: int | None = None) -> list:
@@ -164,13 +164,13 @@ def test_named_media_have_a_limit():
     assert resolve("a", 900) == resolve("a") == b"\x01" * 900
     resolve("bb", 900)
     resolve("a")
-    resolve("ccc", 900)  # the one that was not asked for goes
+    resolve("ccc", 900)  # the least recently used one is evicted
     assert resolve("a") and resolve("ccc")
     with pytest.raises(ApiError, match="'bb'"):
         resolve("bb")
     resolve("a", 100)
-    assert resolve("a") == b"\x01" * 100, "what is sent anew takes its place"
+    assert resolve("a") == b"\x01" * 100, "a new medium replaces it"
     assert len(resolve("dddd", 5000)) == 5000
     with pytest.raises(ApiError):
-        resolve("dddd")  # it was too large to be kept
+        resolve("dddd")  # it was too large to keep
     assert media.nbytes <= 3000

@@ -1,4 +1,4 @@
-"""The chat page in a real browser, before a real server with nano behind it."""
+"""The chat page in a real browser, on a real server with nano."""
 
 # ruff: noqa: F811 (imported fixtures are arguments)
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.helpers.serving import PICTURES, engine, idle, running, until
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Answers that pause after their second token until the test sets the event, or the client leaves."""
+    """Answers that pause after their second token until the test sets the event or the client disconnects."""
     pieces, released = engine().pieces, threading.Event()
 
     async def slowly(*given, **named):
@@ -34,7 +34,7 @@ def slow(monkeypatch):
     return released
 
 
-def test_vendored_files_are_those_that_the_readme_names():
+def test_vendored_files_match_their_readme():
     sums = [line.split() for line in (FOLDER / "vendor" / "katex" / "SHA256SUMS").read_text().splitlines()]
     katex = FOLDER / "vendor" / "katex"
     files = {str(file.relative_to(katex)) for file in katex.rglob("*") if file.is_file()}
@@ -49,13 +49,13 @@ def test_vendored_files_are_those_that_the_readme_names():
         assert hashlib.sha256((FOLDER / "vendor" / name).read_bytes()).hexdigest() == digest
 
 
-def test_sample_pictures_are_the_examples():
+def test_sample_images_are_the_examples():
     for sample in (FOLDER / "samples").iterdir():
         assert sample.read_bytes() == (PICTURES / sample.name).read_bytes()
 
 
 @in_browser
-def test_a_picture_is_uploaded_and_its_answer_grows(page, slow):
+def test_an_image_is_uploaded_and_the_answer_streams(page, slow):
     [cost] = page.attach(PICTURES / "word.png")
     assert re.fullmatch(r"\d+ tokens", cost)
     page.one(".item select").send_keys("low")
@@ -81,7 +81,7 @@ def test_an_example_question_is_one_click(page):
 
 
 @in_browser
-def test_clips_and_what_is_no_medium(page, tmp_path):
+def test_videos_and_unsupported_files(page, tmp_path):
     assert page.attach(CLIP) == ["8 frames, 512 tokens"]
     frames = page.one(".item input[type=number]")
     frames.clear()
@@ -114,7 +114,7 @@ def test_files_are_dropped_and_pasted(page, event):
 
 
 @in_browser
-def test_what_was_refused_does_not_spoil_later_questions(page):
+def test_a_refused_question_does_not_affect_later_ones(page):
     page.attach(PICTURES / "word.png")
     page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 9}))")
     page.say("What is it?")
@@ -124,13 +124,13 @@ def test_what_was_refused_does_not_spoil_later_questions(page):
     assert page.answered()
     assert len(page.all(".trouble")) == 1
     read = int(re.search(r"(\d+) prompt tokens", page.texts(".stats")[-1])[1])
-    assert read < 128, "the picture was not sent again"
-    # The browser itself notes the refused request.
+    assert read < 128, "the image was not sent again"
+    # The browser itself logs the refused request.
     assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
 
 
 @in_browser
-def test_an_answer_is_stopped_and_asked_for_again(page, slow):
+def test_an_answer_is_stopped_and_regenerated(page, slow):
     page.say("hello")
     until(lambda: page.do("return window.seen.length") >= 1)
     page.one("#question").send_keys(Keys.ESCAPE)
@@ -145,7 +145,7 @@ def test_an_answer_is_stopped_and_asked_for_again(page, slow):
 
 
 @in_browser
-def test_conversations_outlive_the_page_and_interrupted_answers_are_marked(page, slow):
+def test_conversations_survive_a_reload_and_interrupted_answers_are_marked(page, slow):
     page.say("hello there")
     until(lambda: page.do("return window.seen.length") >= 1)
     page.driver.refresh()
@@ -207,7 +207,7 @@ def test_conversations_are_searched_renamed_exported_imported_and_deleted(page, 
 
 
 @in_browser
-def test_answers_are_markdown_in_which_nothing_runs(page, tmp_path):
+def test_answers_are_markdown_without_scripts(page, tmp_path):
     answer = (
         "**bold** [bad](javascript:alert(1)) <img src=x onerror=alert(1)><script>alert(1)</script> "
         "![x](//elsewhere.example/x)"
@@ -266,7 +266,7 @@ def test_settings_are_sent_and_refusals_are_read_in_place(page):
     page.say("hello")
     page.answered()
     assert "2 generated" in page.texts(".stats")[0]
-    assert any("most tokens" in note for note in page.texts(".hers .note"))
+    assert any("token limit" in note for note in page.texts(".hers .note"))
     page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 9}))")
     page.new()
     page.say("hello")
@@ -275,12 +275,12 @@ def test_settings_are_sent_and_refusals_are_read_in_place(page):
     page.do("localStorage.removeItem('aria-settings')")
     page.one(".trouble button").click()
     assert page.answered()
-    # The browser itself notes the refused request.
+    # The browser itself logs the refused request.
     assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
 
 
 @in_browser
-def test_a_key_is_asked_for_and_used(driver):
+def test_the_page_asks_for_a_key_and_uses_it(driver):
     with running(ServerSettings(api_keys=("right",)), key="right") as locked:
         page = Page(driver, locked.address)
         driver.get(locked.address)
@@ -297,7 +297,7 @@ def test_a_key_is_asked_for_and_used(driver):
 
 
 @in_browser
-def test_a_server_that_is_gone_is_told(driver):
+def test_an_unreachable_server_is_reported(driver):
     with running() as live:
         page = Page(driver, live.address).open()
     page.say("hello")

@@ -1,4 +1,4 @@
-"""The chat page before a server with an adapter: who answers is chosen by keyboard, told, and kept."""
+"""The chat page on a server with an adapter: the choice by keyboard is shown and remembered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def live(tmp_path, monkeypatch):
 
 
 @in_browser
-def test_the_adapter_is_chosen_by_keyboard_and_kept(driver, live):  # noqa: F811
+def test_the_adapter_is_selected_by_keyboard_and_remembered(driver, live):  # noqa: F811
     page = Page(driver, live.address).open()
     page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 0, max_tokens: 16}))")
     page.open().new()

@@ -1,4 +1,4 @@
-"""The chat page with answers that a test writes: how they are shown, as they grow, again, and in other words."""
+"""The chat page with scripted answers: rendering while they stream, versions, notices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAUSE = None
 
 
 class Script:
-    """Answers instead of the model's, one after the other."""
+    """Scripted answers in place of the model's, in order."""
 
     def __init__(self):
         self.answers: list[tuple[str | None, ...]] = []
@@ -53,7 +53,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def fast_timers(driver):  # noqa: F811
-    """Pages opened from now on wait a hundredth of the time."""
+    """Timers of pages opened from now on run 100 times faster."""
     source = "const wait = window.setTimeout; window.setTimeout = (work, ms, ...more) => wait(work, ms / 100, ...more);"
     added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
     yield
@@ -61,7 +61,7 @@ def fast_timers(driver):  # noqa: F811
 
 
 def render(page: Page, *texts: str) -> list[dict]:  # noqa: F811
-    """What the page makes of answers, as they grow and at their end."""
+    """How the page renders answers, while they stream and when complete."""
     script = """
         const [texts, done] = arguments;
         import('./markdown.js').then(async ({ render }) => {
@@ -83,7 +83,7 @@ def render(page: Page, *texts: str) -> list[dict]:  # noqa: F811
         });
     """
     shown = page.driver.execute_async_script(script, texts)
-    # A fence that was just opened looks like code to come.
+    # A fence that has just been opened looks like code.
     assert all(growing == whole or "pre" in growing["tags"] for growing, whole in shown)
     return [whole for _, whole in shown]
 
@@ -94,13 +94,13 @@ LONE += "|1984. It was.|85.\nThat is all.|> 90 %|>50|>= 3"
 LONE += "|$|$$|$5 and $6|($5)|US$5, US$6|$5 million or 6$|`$x$`|\\$5 and 6\\$"
 
 
-def test_lone_signs_are_text(page):  # noqa: F811
+def test_lone_markdown_signs_are_text(page):  # noqa: F811
     texts = LONE.split("|")
     for text, shown in zip(texts, render(page, *texts), strict=True):
         wanted = text.strip().replace("\n", "")
         for hidden in ("`", "\\"):
             wanted = wanted.replace(hidden, "")
-        if wanted.startswith(("- 8", "* #")):  # an item, in which a sign stands
+        if wanted.startswith(("- 8", "* #")):  # an item that contains a sign
             wanted = wanted[2:]
             assert "li" in shown["tags"]
         else:
@@ -116,7 +116,7 @@ def test_blocks_are_still_blocks(page):  # noqa: F811
     assert tags == wanted
 
 
-def test_a_number_is_an_answer_while_it_grows(page, script):  # noqa: F811
+def test_a_number_is_shown_while_it_streams(page, script):  # noqa: F811
     script.say("8", "5", PAUSE, ".", PAUSE, "")
     page.say("How many?")
     for shown in ("85", "85."):
@@ -166,7 +166,7 @@ def test_an_unreadable_file_is_not_sent(page, script, tmp_path):  # noqa: F811
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     page.one("#files").send_keys(f"{broken}\n{PICTURES / 'word.png'}")
-    # At once, before the server has looked at the file.
+    # At once, before the server has checked the file.
     page.say("What is it?")
     until(lambda: "broken.png cannot be read" in page.one("#cost").text)
     assert "not an image" in page.one(".item.refused .price").text
@@ -182,11 +182,11 @@ def test_an_unreadable_file_is_not_sent(page, script, tmp_path):  # noqa: F811
     page.say("And now?")
     until(lambda: page.texts(ANSWERS) == ["A word.", "Again."])
     assert page.all(".trouble") == []
-    # The browser itself notes the refused request.
+    # The browser itself logs the refused request.
     assert all("status of 400" in entry["message"] for entry in page.driver.get_log("browser"))
 
 
-def test_pages_that_a_document_does_not_have_are_not_sent(page, script, tmp_path):  # noqa: F811
+def test_missing_pages_of_a_document_are_not_sent(page, script, tmp_path):  # noqa: F811
     file = tmp_path / "two.pdf"
     file.write_bytes(pdf((200, 100), (200, 100)))
     page.attach(file)
@@ -230,7 +230,7 @@ def test_progress_is_shown_while_media_are_read(page, script, monkeypatch, tmp_p
     until(lambda: page.do("return document.querySelector('.medium img').naturalWidth") == 320)
 
 
-def test_counts_of_one_have_no_plural(page):  # noqa: F811
+def test_counts_of_one_are_singular(page):  # noqa: F811
     assert page.attach(CLIP) == ["8 frames, 512 tokens"]
     assert len(page.all(".item .play")) == 1
     frames = page.one(".item input")
@@ -360,7 +360,7 @@ def test_settings_belong_to_a_conversation_and_are_marked(page, script):  # noqa
     assert not page.one("#changed").is_displayed()
 
 
-def test_escape_closes_what_is_open(page, script):  # noqa: F811
+def test_escape_closes_open_elements(page, script):  # noqa: F811
     script.say("Yes.")
     page.attach(PICTURES / "word.png")
     page.say("Is it?")
@@ -400,7 +400,7 @@ def test_the_viewer_fits_its_medium(page, script):  # noqa: F811
     until(lambda: page.all("dialog.large") == [])
 
 
-def test_messages_that_ask_nothing_leave_by_themselves(page, fast_timers, tmp_path):  # noqa: F811
+def test_plain_notices_disappear_by_themselves(page, fast_timers, tmp_path):  # noqa: F811
     page.open()
     other = tmp_path / "notes.txt"
     other.write_text("words")
@@ -409,7 +409,7 @@ def test_messages_that_ask_nothing_leave_by_themselves(page, fast_timers, tmp_pa
     until(lambda: not page.one("#banner").is_displayed())
 
 
-def test_the_message_of_a_server_that_is_away_can_be_closed_and_leaves(page, fast_timers):  # noqa: F811
+def test_the_notice_of_an_unreachable_server_can_be_closed_and_disappears(page, fast_timers):  # noqa: F811
     block = lambda *urls: page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": list(urls)})  # noqa: E731
     page.driver.execute_cdp_cmd("Network.enable", {})
     block("*/v1/models")

@@ -1,4 +1,4 @@
-"""How far media have been read, as events before an answer, and small pictures of media."""
+"""Progress of reading media as events before a response, and previews."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def live():
 
 @pytest.fixture(autouse=True)
 def uncached(live):
-    """Nothing is kept of media that were read before."""
+    """Clears the caches of media."""
     processor = engine().engine.processor
     media, processor.media = processor.media, replace(processor.media, cache_bytes=0)
     yield
@@ -49,7 +49,7 @@ def said(*parts: dict) -> list[dict]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
 
 
-def test_pages_come_before_the_answer(live):
+def test_progress_of_pages_precedes_the_response(live):
     chunks = events(live.post("/v1/chat/completions", messages=said(THREE), **CHAT))
     told = [chunk.pop("progress") for chunk in chunks if "progress" in chunk]
     assert told[:4] == [{"kind": "document", "done": done, "total": 3} for done in range(4)]
@@ -59,7 +59,7 @@ def test_pages_come_before_the_answer(live):
     assert chunks[-1]["usage"]["completion_tokens"] == 2
 
 
-def test_frames_and_pictures_are_counted(live):
+def test_frames_and_images_are_counted(live):
     video = {"type": "video_url", "video_url": {"url": data_uri(clip(9), "video/mp4"), "num_frames": 4}}
     chunks = events(live.post("/v1/chat/completions", messages=said(WORD, video, WORD), **CHAT))
     told = [chunk["progress"] for chunk in chunks if "progress" in chunk]
@@ -68,7 +68,7 @@ def test_frames_and_pictures_are_counted(live):
     assert [one["done"] for one in told if one["kind"] == "image"] == [0, 1, 2]
 
 
-def test_only_who_asks_hears_of_progress(live):
+def test_progress_is_sent_only_if_requested(live):
     plain = {**CHAT, "stream_options": {"include_usage": True}}
     chunks = events(live.post("/v1/chat/completions", messages=said(THREE), **plain))
     assert not any("progress" in chunk for chunk in chunks)
@@ -78,7 +78,7 @@ def test_only_who_asks_hears_of_progress(live):
     assert (medium["total"], "preview" in medium) == (3, False)
 
 
-def test_what_is_wrong_at_once_still_has_its_status(live):
+def test_early_errors_have_a_status(live):
     hello = [{"role": "user", "content": "hello"}]
     assert live.post("/v1/chat/completions", messages=hello, model="other", **CHAT).status_code == 404
     assert live.post("/v1/chat/completions", messages=hello, temperature=9, **CHAT).status_code == 400
@@ -88,7 +88,7 @@ def test_what_is_wrong_at_once_still_has_its_status(live):
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
 
 
-def test_what_is_wrong_later_ends_the_stream(live):
+def test_later_errors_end_the_stream(live):
     broken = {"type": "image_url", "image_url": {"url": data_uri(b"no picture")}}
     for path, fields in (("/v1/chat/completions", CHAT), ("/tokenize", {"stream": True})):
         reply = live.post(path, messages=said(THREE, broken), **fields)
@@ -108,7 +108,7 @@ def test_costs_are_streamed_with_previews(live):
         kind, data = medium["preview"].split(",")
         assert kind == "data:image/webp;base64"
         sizes.append(Image.open(io.BytesIO(base64.b64decode(data))).size)
-    assert sizes == [(320, 160), (224, 112)], "the page is there as the model takes it"
+    assert sizes == [(320, 160), (224, 112)], "the page is as the model sees it"
     assert [medium.get("total") for medium in answer["media"]] == [None, 3]
     some = {**THREE, "file": {**THREE["file"], "pages": "2"}}
     [medium] = live.post("/tokenize", messages=said(some)).json()["media"]
@@ -116,7 +116,7 @@ def test_costs_are_streamed_with_previews(live):
 
 
 @pytest.mark.parametrize(("path", "fields"), [("/v1/chat/completions", CHAT), ("/tokenize", {"stream": True})])
-def test_who_leaves_while_pages_are_read_stops_the_reading(live, path, fields):
+def test_a_disconnect_stops_the_reading_of_pages(live, path, fields):
     workers = shared_workers(engine().engine.processor.media)
     file_data = data_uri(nested_forms(Random(0), 9, 10), "application/pdf")
     endless = {**THREE, "file": {**THREE["file"], "file_data": file_data}}

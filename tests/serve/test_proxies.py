@@ -110,7 +110,7 @@ def caddy(upstream: int, folder: Path) -> Iterator[Proxy]:
 
 @contextlib.contextmanager
 def started(command: list[str], port: int, environment: dict[str, str] | None = None) -> Iterator[None]:
-    """A program until the block ends, which begins once it listens."""
+    """Runs a program until the block ends; the block starts once it listens."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -143,7 +143,7 @@ def before(request, tmp_path):
 
 
 class Upstream:
-    """A server that keeps the heads of its requests, and answers when it is let."""
+    """A server that records the headers of its requests, and responds when it may."""
 
     def __init__(self) -> None:
         self.heads: list[dict[str, str]] = []
@@ -167,7 +167,7 @@ class Upstream:
                 self.wfile.write(b"ok")
 
             def stream(self) -> None:
-                """An event, and another one when the first has arrived."""
+                """An event, and another once the first has arrived."""
                 self.send_response(200)
                 for name, value in EventStream(None, None).headers.items():
                     self.send_header(name, value)
@@ -199,7 +199,7 @@ def upstream():
     server.server.server_close()
 
 
-def test_a_stream_arrives_as_it_is_written(before, upstream):
+def test_a_stream_is_not_buffered(before, upstream):
     proxy = before(upstream.port)
     upstream.answers.clear()
     with proxy.client() as client, client.stream("POST", "/v1/responses", content=b"{}") as response:
@@ -209,7 +209,7 @@ def test_a_stream_arrives_as_it_is_written(before, upstream):
         assert list(lines) == ["data: 2"]
 
 
-def test_a_client_that_leaves_ends_its_request(before):
+def test_a_client_disconnect_cancels_the_request(before):
     with running(ServerSettings(trusted_proxies=("127.0.0.1",), allowed_hosts=(NAME,))) as live:
         proxy = before(int(live.address.rpartition(":")[2]))
         body = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 3000}
@@ -223,7 +223,7 @@ def test_a_client_that_leaves_ends_its_request(before):
         until(idle, 10)
 
 
-def test_clients_cannot_say_who_they_are(before, upstream):
+def test_clients_cannot_forge_their_address(before, upstream):
     proxy = before(upstream.port)
     told = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "ftp"}
     with proxy.client() as client:
@@ -244,7 +244,7 @@ def test_nginx_collects_slow_bodies_and_refuses_large_ones(before, upstream):
             slow.putheader(name, value)
         slow.endheaders(b"12")
         time.sleep(0.3)
-        assert not upstream.heads, "half a body reached the server"
+        assert not upstream.heads, "a partial body reached the server"
         slow.send(b"34")
         assert slow.getresponse().read() == b"ok"
     with contextlib.closing(proxy.connection()) as large:
@@ -257,7 +257,7 @@ def test_nginx_collects_slow_bodies_and_refuses_large_ones(before, upstream):
 
 
 @pytest.mark.parametrize("before", ["nginx"], indirect=True)
-def test_nginx_limits_what_one_address_asks_at_a_time(before, upstream):
+def test_nginx_limits_concurrent_requests_per_address(before, upstream):
     proxy = before(upstream.port)
     upstream.answers.clear()
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`/v1/responses` under OpenAI's own client; bodies without a server; functions and log-probabilities by the piece."""
+"""`/v1/responses` with OpenAI's client; bodies without a server; incremental calls and log-probabilities."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ask(live, **fields):
     )
 
 
-def test_a_response_says_what_the_engine_does(live):
+def test_a_response_equals_the_engines_result(live):
     response = ask(live)
     expected = straight(HELLO)
     assert response.output_text == expected.text
@@ -58,7 +58,7 @@ def test_a_response_says_what_the_engine_does(live):
     assert short.incomplete_details.reason == "max_output_tokens"
 
 
-def test_a_response_takes_the_extensions_of_chats(live):
+def test_responses_accept_the_extensions_of_chats(live):
     whole = ask(live).output_text
     assert ask(live, extra_body={"stop": whole[4:6]}).output_text == whole[: whole.index(whole[4:6])]
     [Z] = engine().engine.processor.tokenizer.encode("Z")
@@ -66,7 +66,7 @@ def test_a_response_takes_the_extensions_of_chats(live):
     assert (fixed.output_text, fixed.id) == ("ZZZZ", "resp_mine")
 
 
-def test_its_events_make_the_same_response(live):
+def test_events_add_up_to_the_same_response(live):
     with live.openai.responses.stream(model="aria-nano", input="hello", temperature=0, max_output_tokens=64) as stream:
         events = list(stream)
         final = stream.get_final_response()
@@ -83,7 +83,7 @@ def test_its_events_make_the_same_response(live):
     assert len(deltas) > 5
 
 
-def test_instructions_pictures_and_earlier_turns_are_read(live):
+def test_instructions_images_and_earlier_turns_are_read(live):
     url = data_uri((PICTURES / "word.png").read_bytes())
     said = [
         {"role": "user", "content": "hello"},
@@ -105,7 +105,7 @@ def test_instructions_pictures_and_earlier_turns_are_read(live):
     assert response.usage.input_tokens == expected.usage.prompt_tokens
 
 
-def test_forms_and_calls(live):
+def test_output_formats_and_calls(live):
     form = {"format": {"type": "json_schema", "name": "check", "schema": SCHEMA, "strict": True}}
     assert json.loads(ask(live, text=form).output_text).keys() == {"ok"}
     [call] = ask(live, tools=[TOOL], tool_choice="required").output
@@ -119,7 +119,7 @@ def test_forms_and_calls(live):
     assert events[-1].response.output[0].arguments == arguments
 
 
-def test_logprobs_are_told_where_they_are_included(live):
+def test_logprobs_are_returned_if_included(live):
     response = ask(live, include=["message.output_text.logprobs"], top_logprobs=2)
     told = response.output[0].content[0].logprobs
     assert "".join(one.token for one in told) == response.output_text
@@ -138,7 +138,7 @@ def test_logprobs_are_told_where_they_are_included(live):
         ("/v1/embeddings", {"input": "x"}, 404),
     ],
 )
-def test_bodies_are_answered_without_a_server_as_with_it(live, path, body, status):
+def test_bodies_are_answered_without_http_as_with_it(live, path, body, status):
     got, reply = asyncio.run(answer(live.app.state.service, path, body))
     assert got == status
     if not body.get("stream") and path != "/v1/embeddings":
@@ -195,7 +195,7 @@ def test_bodies_become_messages_and_parameters():
     ]
 
 
-def test_functions_join_the_system_message_that_is_there():
+def test_functions_are_appended_to_the_system_message():
     system = {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}
     function = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
     body = ChatRequest.model_validate({"messages": [system, *HELLO], "tools": [function]})
@@ -207,7 +207,7 @@ def test_functions_join_the_system_message_that_is_there():
     assert not generation_request.chat(one, DEFAULTS).parallel and generation_request.chat(body, DEFAULTS).parallel
 
 
-# Calls, as they come
+# Incremental calls
 
 
 TEXT = (
@@ -217,13 +217,13 @@ TEXT = (
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, len(TEXT)), max_size=12))
-def test_calls_are_found_however_the_text_is_cut(cuts):
+def test_calls_are_found_in_any_split_of_the_text(cuts):
     places = [0, *sorted(cuts), len(TEXT)]
     reader = CallReader(["f"])
     found: list = []
     for start, end in itertools.pairwise(places):
         new = reader.push(TEXT[start:end])
-        assert not any("<" in one for one in new if isinstance(one, str)), "no half tag is let out"
+        assert not any("<" in one for one in new if isinstance(one, str)), "no partial tag is emitted"
         found += new
     found += reader.flush()
     assert "".join(one for one in found if isinstance(one, str)) == "I look."
@@ -242,12 +242,12 @@ def test_calls_are_found_however_the_text_is_cut(cuts):
         "<tool_call>" + "[" * 50_000 + "</tool_call>",
     ],
 )
-def test_what_is_no_call_stays_text(text):
+def test_invalid_calls_stay_text(text):
     reader = CallReader(["f"])
     assert "".join([*reader.push(text), *reader.flush()]) == text
 
 
-def test_a_call_may_lack_its_last_tag_at_the_end():
+def test_a_call_may_lack_its_closing_tag_at_the_end():
     reader = CallReader(["f"])
     assert reader.push('<tool_call>{"name": "f", "arguments": {}}') == []
     [call] = reader.flush()
@@ -264,11 +264,11 @@ def test_a_grammar_makes_a_call_or_text():
     assert reader.flush() == ['{"ok": true}']
 
 
-def test_logprobs_of_a_stop_text_are_kept_back():
+def test_logprobs_of_a_stop_text_are_held_back():
     tokenizer = engine().engine.processor.tokenizer
     turn = ChoiceParser(GenerationRequest([HELLO], SamplingParams(logprobs=0)), tokenizer)
     told = []
-    # "He" is text, "y!" may be the beginning of a stop text, turns out to be none, and then "." comes with the end.
+    # "He" is text, "y!" might begin a stop text but does not, and then "." ends the text.
     for token, text, finish in (
         ("H", "H", None),
         ("e", "", None),

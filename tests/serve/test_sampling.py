@@ -1,4 +1,4 @@
-"""vLLM's sampling fields over HTTP: when answers end, what their text holds, token ids."""
+"""vLLM's sampling fields over HTTP: stopping, text, token ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def live():
 
 
 def ask(live, path: str = "/v1/chat/completions", **fields):
-    """The first choice, greedy, and the whole answer."""
+    """The first choice, greedy, and the whole response."""
     prompt = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
     response = live.post(path, **{**prompt, "temperature": 0, "max_tokens": 24, **fields})
     assert response.status_code == 200, response.text
@@ -53,7 +53,7 @@ def test_min_tokens_and_stop_tokens_decide_when_an_answer_ends(live):
     assert cut["message"]["content"] == engine().engine.processor.tokenizer.decode(free.token_ids[:first])
 
 
-def test_texts_hold_stop_texts_and_special_tokens_where_asked_for(live):
+def test_stop_texts_and_special_tokens_are_kept_on_request(live):
     text = straight(HELLO).text
     kept, _ = ask(live, stop=text[2:5], include_stop_str_in_output=True)
     assert kept["message"]["content"] == text[: text.index(text[2:5]) + 3]
@@ -70,7 +70,7 @@ def test_a_top_p_of_zero_is_greedy(live):
     assert ask(live, top_k=-1)[0]["message"]["content"] == straight(HELLO, max_tokens=24).text
 
 
-def test_token_ids_come_with_answers_where_asked_for(live):
+def test_token_ids_are_returned_on_request(live):
     free = straight(HELLO, max_tokens=24)
     expected = list(free.token_ids)
     processor = engine().engine.processor
@@ -102,7 +102,7 @@ def test_token_ids_come_with_answers_where_asked_for(live):
 
 
 def plain(ids: list[int]) -> torch.Tensor:
-    """Log-probabilities of what follows each token, by one plain pass: ``(P, V)``."""
+    """Log-probabilities after each token, by one plain forward pass, of shape ``(P, V)``."""
     with torch.no_grad():
         return AriaForConditionalGeneration(engine().engine.model)(torch.tensor([ids])).logits[0].log_softmax(-1)
 
@@ -111,7 +111,7 @@ PROMPTS = ["the red circle", "the red circle is to the left of the blue square",
 
 
 @pytest.mark.parametrize("as_ids", [True, False], ids=["ids", "texts"])
-def test_what_lm_eval_asks_is_answered(live, as_ids):
+def test_requests_of_lm_eval_are_answered(live, as_ids):
     tokenizer = engine().engine.processor.tokenizer
     rows = [tokenizer.encode(text) for text in PROMPTS]
     fields = {"prompt": rows if as_ids else PROMPTS, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
@@ -119,7 +119,7 @@ def test_what_lm_eval_asks_is_answered(live, as_ids):
     for text, ids, choice in zip(PROMPTS, rows, choices, strict=True):
         told, expected = choice["logprobs"], plain(ids)
         assert choice["text"].startswith(text)
-        # The prompt and exactly one token more, whatever that is.
+        # The prompt and exactly one more token.
         assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(ids) + 1
         assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
         assert told["tokens"][:-1] == [tokenizer.decode([token]) for token in ids]
@@ -128,13 +128,13 @@ def test_what_lm_eval_asks_is_answered(live, as_ids):
             value = told["token_logprobs"][place + 1]
             assert value == pytest.approx(float(expected[place, token]), abs=1e-4)
             assert (value == max(told["top_logprobs"][place + 1].values())) == (int(expected[place].argmax()) == token)
-    # One that ends at once has the end as its token.
+    # An empty response has the end token.
     ended = ask(live, "/v1/completions", **fields, logit_bias={"2": 100})[1]["choices"]
     assert [len(choice["logprobs"]["tokens"]) for choice in ended] == [len(ids) + 1 for ids in rows]
     assert [choice["text"] for choice in ended] == PROMPTS
 
 
-def test_nothing_but_the_prompt_may_be_asked_for(live):
+def test_the_prompt_alone_can_be_scored(live):
     tokenizer = engine().engine.processor.tokenizer
     ids = tokenizer.encode(PROMPTS[1])
     fields = {"prompt": PROMPTS[1], "max_tokens": 0, "logprobs": 2, "echo": True, "return_token_ids": True}
@@ -150,7 +150,7 @@ def test_nothing_but_the_prompt_may_be_asked_for(live):
     assert choice["text"].startswith(PROMPTS[1]) and choice["logprobs"] is None
 
 
-def test_an_echo_streams(live):
+def test_echo_is_streamed(live):
     fields = {"prompt": PROMPTS[:2], "max_tokens": 4, "logprobs": 1, "echo": True, "n": 2}
     choices = ask(live, "/v1/completions", **fields)[1]["choices"]
     streamed = [{"text": "", "logprobs": {name: [] for name in choices[0]["logprobs"]}} for _ in choices]
@@ -167,7 +167,7 @@ def test_an_echo_streams(live):
         assert all(a is b is None or a == pytest.approx(b, abs=1e-4) for a, b in pairs)
 
 
-def test_log_probabilities_of_prompts_come_in_vllms_form(live):
+def test_prompt_logprobs_are_in_vllms_format(live):
     tokenizer = engine().engine.processor.tokenizer
     chat = engine().engine.processor.prepare(HELLO).ids
     choice, answer = ask(live, max_tokens=2, prompt_logprobs=1)
@@ -203,7 +203,7 @@ def test_log_probabilities_of_prompts_come_in_vllms_form(live):
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs requires stream: false"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(live, fields, says):
+def test_impossible_sampling_options_are_refused(live, fields, says):
     response = live.post("/v1/chat/completions", messages=HELLO, **fields)
     assert response.status_code == 400 and says in response.json()["error"]["message"]
 
@@ -219,20 +219,20 @@ def test_what_cannot_be_followed_is_refused(live, fields, says):
         (0.0, {"temperature": 0.7}, 0.0),
     ],
 )
-def test_a_request_without_a_temperature_has_the_models(given, file, temperature, monkeypatch):
+def test_the_default_temperature_is_the_models(given, file, temperature, monkeypatch):
     monkeypatch.setattr(engine().engine, "generation_config", file)
     service = Service(engine(), ServerSettings(temperature=given))
     assert service.defaults.temperature == temperature
     service.close()
 
 
-def test_nano_answers_greedily_unless_it_is_asked_otherwise():
+def test_nano_is_greedy_by_default():
     assert default_temperature(engine().engine.generation_config) == SamplingParams().temperature == 0.0
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_text_offsets_point_at_characters_that_take_several_tokens(live, stream):
-    """Each token's offset is where its character begins in the text, also of the echoed prompt."""
+def test_text_offsets_handle_characters_of_several_tokens(live, stream):
+    """Each token's offset is the start of its character in the text, including the echoed prompt."""
     prompt = "x\u0436\u4e00y"
     tokenizer = engine().engine.processor.tokenizer
     told: list[int] = []

@@ -1,4 +1,4 @@
-"""Bodies that nobody should send: malformed, half right, or made from the server's own description. Never a 5xx.
+"""Malformed bodies, almost valid ones, and bodies generated from the OpenAPI description never cause a 5xx.
 
 ``ARIA_FUZZ`` sets how many malformed bodies and media are sent, ``ARIA_SCHEMA_EXAMPLES`` how many a route's description
 makes.
@@ -67,7 +67,7 @@ def live():
 
 
 def spoiled(body, chance: random.Random):
-    """A body with something in it that does not belong; an answer to it is short all the same."""
+    """A body with something invalid in it; a response to it is short all the same."""
     lengths = {name: body[name] for name in LENGTHS if name in body}
     body = json.loads(json.dumps(body))
     places = [(body, key) for key in body]
@@ -93,7 +93,7 @@ def spoiled(body, chance: random.Random):
 
 
 def cut(data: bytes, chance: random.Random) -> bytes:
-    """Bytes with a part missing, added or wrong."""
+    """Bytes with a part removed, added or changed."""
     at, end = sorted((chance.randrange(len(data) + 1), chance.randrange(len(data) + 1)))
     match chance.randrange(3):
         case 0:
@@ -105,7 +105,7 @@ def cut(data: bytes, chance: random.Random) -> bytes:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG whose header announces a huge picture."""
+    """A PNG whose header declares a huge image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -121,7 +121,7 @@ def jpeg() -> bytes:
 
 
 def media(chance: random.Random) -> dict:
-    """A content part whose medium is broken, or is something else."""
+    """A content part whose medium is broken or of another type."""
     sound = [(PICTURES / "word.png").read_bytes(), jpeg(), bomb(60_000), b"%PDF-1.4\n1 0 obj\n<<>>", b"GIF89a", b"RIFF"]
     data = chance.choice(sound)
     if chance.random() < 0.8:
@@ -142,7 +142,7 @@ def media(chance: random.Random) -> dict:
     )
 
 
-def test_nothing_malformed_is_an_error_of_the_servers(live):
+def test_malformed_bodies_never_cause_a_server_error(live):
     answered = 0
     for seed in range(FUZZ):
         chance = random.Random(seed)
@@ -164,7 +164,7 @@ def test_nothing_malformed_is_an_error_of_the_servers(live):
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
         else:
             answered += 1
-    assert answered < FUZZ / 2, "most of them are malformed"
+    assert answered < FUZZ / 2, "most bodies are malformed"
     until(idle)
     assert live.chat().choices[0].message.content
     assert engine().engine.core.pool.used == 0
@@ -181,7 +181,7 @@ OTHERS = ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [*GOOD, *OTHERS])
-def test_the_description_is_true(description, path):
+def test_responses_match_the_openapi_description(description, path):
     bodies = description[path]["POST" if path in GOOD else "GET"].as_strategy()
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -195,7 +195,7 @@ def test_the_description_is_true(description, path):
     check()
 
 
-def test_the_description_has_every_route(live):
+def test_the_openapi_description_has_every_route(live):
     described = live.http.get("/openapi.json").json()["paths"]
     assert {*GOOD, "/v1/models", "/health", "/ready", "/metrics"} <= described.keys()
     for path in GOOD:

@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it: chats, streams, pictures, sampling, forms, functions, cancelling."""
+"""The server with OpenAI's client: chats, streams, images, sampling, output formats, tools, cancellation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_models_are_listed(live):
         live.openai.models.retrieve("other")
 
 
-def test_a_chat_is_answered_as_the_engine_does(live):
+def test_a_chat_equals_the_engines_result(live):
     expected = straight(HELLO)
     answer = live.chat()
     assert answer.choices[0].message.content == expected.text != ""
@@ -58,13 +58,13 @@ def test_a_chat_is_answered_as_the_engine_does(live):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_what_was_read_before_is_counted_as_cached(live):
+def test_cached_prompt_tokens_are_counted(live):
     again = "the same long question " * 8
     live.chat(again)
     assert live.chat(again).usage.prompt_tokens_details.cached_tokens > 100
 
 
-def test_a_stream_comes_in_pieces_that_make_the_answer(live):
+def test_chunks_of_a_stream_add_up_to_the_answer(live):
     chunks = list(live.chat(stream=True, stream_options={"include_usage": True}))
     assert text_of(chunks) == straight(HELLO).text
     assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 5
@@ -77,12 +77,12 @@ def test_a_stream_comes_in_pieces_that_make_the_answer(live):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_stream_without_usage_ends_with_the_reason(live):
+def test_a_stream_without_usage_ends_with_the_finish_reason(live):
     chunks = list(live.chat(stream=True))
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
-def test_roles_and_turns_are_what_the_engine_takes(live):
+def test_roles_and_turns_match_the_engines(live):
     said = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
         *HELLO,
@@ -95,7 +95,7 @@ def test_roles_and_turns_are_what_the_engine_takes(live):
 
 
 @pytest.mark.parametrize(("detail", "size"), [("low", "min"), ("high", "max"), ("auto", "max")])
-def test_a_picture_comes_as_a_data_uri_in_the_size_of_its_detail(live, detail, size):
+def test_an_image_as_a_data_uri_has_the_size_of_its_detail(live, detail, size):
     file = PICTURES / "word.png"
     url = {"url": data_uri(file.read_bytes()), "detail": detail}
     question = {"type": "text", "text": "What does it say?"}
@@ -108,14 +108,14 @@ def test_a_picture_comes_as_a_data_uri_in_the_size_of_its_detail(live, detail, s
     assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
 
 
-def test_a_picture_can_be_split(live):
+def test_an_image_can_be_split(live):
     url = {"url": data_uri((PICTURES / "word.png").read_bytes())}
     whole = live.chat([{"type": "image_url", "image_url": url}], max_tokens=1)
     split = live.chat([{"type": "image_url", "image_url": {**url, "split": True}}], max_tokens=1)
     assert split.usage.prompt_tokens > whole.usage.prompt_tokens
 
 
-def test_stop_texts_end_an_answer_and_are_no_part_of_it(live):
+def test_stop_texts_end_an_answer_and_are_excluded(live):
     full = straight(HELLO).text
     stop = full[4:6]
     for one in (stop, [stop, "never said"]):
@@ -130,7 +130,7 @@ def test_a_seed_makes_an_answer_repeatable(live):
     assert first == second != other
 
 
-def test_n_answers_differ_and_stream_side_by_side(live):
+def test_n_choices_differ_and_stream_concurrently(live):
     fields = {"n": 3, "temperature": 2.0, "seed": 3, "max_tokens": 12}
     whole = [choice.message.content for choice in live.chat("Zx9", **fields).choices]
     assert len(set(whole)) == 3
@@ -146,7 +146,7 @@ def test_logprobs_are_of_the_tokens_of_the_text(live):
     assert b"".join(bytes(token.bytes) for token in told).decode() == answer.message.content
     for token in told:
         assert len(token.top_logprobs) == 3
-        assert token.logprob == token.top_logprobs[0].logprob <= 0, "greedy takes the likeliest"
+        assert token.logprob == token.top_logprobs[0].logprob <= 0, "greedy takes the most likely token"
         assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
     chunks = live.chat(logprobs=True, top_logprobs=3, stream=True)
     streamed = [one for chunk in chunks if (lp := chunk.choices[0].logprobs) for one in lp.content]
@@ -170,7 +170,7 @@ def test_extensions_reach_the_engine(live):
     assert longer.usage.completion_tokens == 40
 
 
-def test_an_answer_may_be_as_long_as_there_is_room(live):
+def test_an_answer_may_fill_the_context(live):
     answer = live.chat(max_tokens=None, extra_body={"ignore_eos": False})
     assert answer.choices[0].finish_reason == "stop"
 
@@ -214,7 +214,7 @@ PARTS = {
         ({"structural_tag": {"type": "structural_tag", "format": PARTS}}, r"(yes|no/):<x>\{.*\}</x>"),
     ],
 )
-def test_answers_follow_vllm_s_structured_outputs(live, structured, pattern):
+def test_structured_outputs_are_followed(live, structured, pattern):
     fields = {"extra_body": {"structured_outputs": structured}, "max_tokens": 90, "temperature": 1, "seed": 3}
     answer = live.chat(**fields).choices[0]
     assert re.fullmatch(pattern, answer.message.content), answer.message.content
@@ -225,7 +225,7 @@ def test_answers_follow_vllm_s_structured_outputs(live, structured, pattern):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "draw"}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_that_is_demanded_is_made(live, choice, stream):
+def test_a_required_call_is_made(live, choice, stream):
     other = {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}
     fields = {"tools": [TOOL, other], "tool_choice": choice, "max_tokens": 90, "temperature": 1, "seed": 7}
     if stream:
@@ -243,7 +243,7 @@ def test_a_call_that_is_demanded_is_made(live, choice, stream):
     assert finish == "tool_calls"
 
 
-def test_functions_and_their_results_are_told_to_the_model(live):
+def test_functions_and_their_results_are_described_to_the_model(live):
     call = {"id": "call_1", "type": "function", "function": {"name": "draw", "arguments": '{"size": "small"}'}}
     said = [
         *HELLO,
@@ -272,7 +272,7 @@ def test_the_client_parses_into_its_own_types(live):
     assert isinstance(parsed.choices[0].message.parsed, Plain)
 
 
-def test_leaving_a_stream_cancels_it(live):
+def test_disconnecting_from_a_stream_cancels_it(live):
     stream = live.chat(stream=True, max_tokens=3000, temperature=2, extra_body={"ignore_eos": True})
     next(iter(stream))
     assert not idle()
@@ -280,7 +280,7 @@ def test_leaving_a_stream_cancels_it(live):
     until(idle)
 
 
-def test_leaving_before_the_answer_cancels_it(live):
+def test_disconnecting_before_the_response_cancels_it(live):
     short = live.openai.with_options(timeout=0.5)
     with pytest.raises(openai.APITimeoutError):
         short.chat.completions.create(
@@ -289,7 +289,7 @@ def test_leaving_before_the_answer_cancels_it(live):
     until(idle)
 
 
-def test_texts_go_on(live):
+def test_completions_continue_a_text(live):
     one = live.openai.completions.create(model="aria-nano", prompt="hello", max_tokens=6, temperature=0)
     assert one.object == "text_completion"
     ids = engine().engine.processor.tokenizer.encode("hello")
@@ -312,7 +312,7 @@ def test_texts_go_on(live):
     assert streamed == [several.choices[0].text, several.choices[2].text]
 
 
-def test_tokens_are_counted_with_their_pictures(live):
+def test_tokens_are_counted_with_image_tokens(live):
     url = {"url": data_uri((PICTURES / "shapes.png").read_bytes()), "detail": "low"}
     said = [{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]}]
     told = live.post("/tokenize", messages=said, return_token_strs=True).json()
@@ -353,7 +353,7 @@ def served_picture(address: str) -> list:
     return [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What does it say?"}]
 
 
-def test_a_picture_comes_from_an_address_where_that_is_allowed(live):
+def test_an_image_is_fetched_from_an_allowed_address(live):
     file = PICTURES / "word.png"
     with site(lambda _: (200, {"Content-Type": "image/png"}, file.read_bytes())) as address:
         with pytest.raises(openai.BadRequestError, match="allow"):
@@ -365,7 +365,7 @@ def test_a_picture_comes_from_an_address_where_that_is_allowed(live):
     assert answer.choices[0].message.content == live.chat(same).choices[0].message.content
 
 
-def test_a_file_of_the_server_is_read_where_that_is_allowed(live, tmp_path):
+def test_a_file_of_the_server_is_read_in_allowed_folders(live, tmp_path):
     (tmp_path / "secret.png").write_bytes((PICTURES / "word.png").read_bytes())
 
     def part(path) -> list:
@@ -381,7 +381,7 @@ def test_a_file_of_the_server_is_read_where_that_is_allowed(live, tmp_path):
             assert "root:" not in str(caught.value)
 
 
-def test_a_clip_and_a_document_come_as_data_uris(live):
+def test_a_video_and_a_document_as_data_uris(live):
     clip = {"url": data_uri(CLIP.read_bytes(), "video/mp4"), "num_frames": 3}
     pages = {"file_data": data_uri(pdf(), "application/pdf"), "filename": "two.pdf", "detail": "low", "split": False}
     content = [
@@ -408,7 +408,7 @@ def test_a_clip_and_a_document_come_as_data_uris(live):
     assert again["media"] == told["media"][1:], "base64 alone is a PDF too"
 
 
-def test_too_much_of_a_medium_is_refused():
+def test_media_over_the_limits_are_refused():
     settings = ServerSettings(media=MediaSettings(local_folders=(), max_frames=2, max_pages=1))
     with running(settings) as live:
         clip = {"url": data_uri(CLIP.read_bytes(), "video/mp4"), "num_frames": 3}
@@ -443,7 +443,7 @@ def test_an_answer_continues_the_last_message(live):
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_every_chunk_has_the_tokens_so_far(live, path):
+def test_every_chunk_has_the_token_counts_so_far(live, path):
     asked = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
     body = {**asked, "max_tokens": 3, "ignore_eos": True, "stream": True}
 
@@ -456,11 +456,11 @@ def test_every_chunk_has_the_tokens_so_far(live, path):
     assert counts == sorted(counts) and set(counts) >= {1, 2, 3} and counts[-2:] == [3, 3]
     assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
     assert [chunk["usage"] for chunk in chunks(include_usage=True)[:-1]] == [None] * (len(usages) - 1)
-    assert all("usage" not in chunk for chunk in chunks(continuous_usage_stats=True)), "it is an addition"
+    assert all("usage" not in chunk for chunk in chunks(continuous_usage_stats=True)), "it requires include_usage"
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("/v1/chat/completions", "chatcmpl-"), ("/v1/completions", "cmpl-")])
-def test_answers_have_a_fingerprint_and_the_id_that_was_asked_for(live, path, prefix):
+def test_responses_have_a_fingerprint_and_the_requested_id(live, path, prefix):
     asked = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
     body = {**asked, "max_tokens": 2, "request_id": "mine.1"}
     answer = live.post(path, **body).json()

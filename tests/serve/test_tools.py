@@ -1,4 +1,4 @@
-"""Calls of functions: what the model writes -> what clients read, and back into later turns."""
+"""Tool calls: generated text -> what clients read, and back into later turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAID = f"Saved.\n{calls.format_call('f', NESTED)}\n{calls.format_call('f', '')}"
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, len(SAID)), max_size=12))
-def test_tags_inside_of_arguments_are_text_however_the_answer_is_cut(cuts):
+def test_tags_inside_arguments_are_text_in_any_split(cuts):
     reader = CallReader(["f"])
     found = [one for a, b in itertools.pairwise([0, *sorted(cuts), len(SAID)]) for one in reader.push(SAID[a:b])]
     found += reader.flush()
@@ -32,7 +32,7 @@ def test_tags_inside_of_arguments_are_text_however_the_answer_is_cut(cuts):
     assert [call.arguments for call in found if isinstance(call, Call)] == [NESTED, "{}"]
 
 
-def test_white_space_around_calls_is_nobody_s_however_the_answer_is_cut():
+def test_whitespace_around_calls_is_dropped_in_any_split():
     call = calls.format_call("save", "{}")
     text = f"so: \n{call} \n{call}\n\n done {call} \n "
     for size in range(1, len(text) + 1):
@@ -42,7 +42,7 @@ def test_white_space_around_calls_is_nobody_s_however_the_answer_is_cut():
         assert "".join(part for part in parts if isinstance(part, str)) == "so:done"
 
 
-def test_a_call_with_quotes_that_do_not_match_hides_no_later_call():
+def test_a_call_with_unmatched_quotes_does_not_hide_later_calls():
     broken = '<tool_call>{"name": "f", "arguments": {"a": "it"s"}}</tool_call>'
     reader = CallReader(["f"])
     found = [*reader.push(broken + calls.format_call("f", '{"a": 1}') + " done"), *reader.flush()]
@@ -72,7 +72,7 @@ def test_arguments_that_are_not_json_stay_text(arguments):
         "{ }",
     ],
 )
-def test_arguments_are_those_that_the_model_spelled(arguments):
+def test_arguments_keep_the_models_spelling(arguments):
     call = parse(f' {{ "arguments" : {arguments} , "name":"f"}}\n', ["f"])
     assert call is not None and call.arguments == arguments
 
@@ -80,13 +80,13 @@ def test_arguments_are_those_that_the_model_spelled(arguments):
 @pytest.mark.parametrize(
     "arguments", ['{"path": "notes.txt", "text": "cut of', "", "not JSON", '{"n": NaN}', "[" * 99_999]
 )
-def test_an_earlier_call_stays_in_the_conversation_as_it_was(arguments):
+def test_earlier_calls_are_kept_unchanged(arguments):
     call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
     message = AssistantMessage.model_validate({"role": "assistant", "tool_calls": [call]})
     assert _answer(message) == f'<tool_call>{{"name": "f", "arguments": {arguments or "{}"}}}</tool_call>'
 
 
-def test_one_call_alone_ends_the_answer_after_it():
+def test_without_parallel_calls_the_answer_ends_after_one():
     turn = ChoiceParser(GenerationRequest([], SamplingParams(), functions=("f",), parallel=False), None)
     texts = [SAID[:70], SAID[70:], "more", ""]
     pieces = [SimpleNamespace(text=text, finish_reason=None) for text in texts]
@@ -108,19 +108,19 @@ def test_one_call_alone_ends_the_answer_after_it():
         ({"type": "json_schema", "json_schema": {"name": "a"}}, True),
     ],
 )
-def test_formats_of_answers_in_openai_s_and_llama_cpp_s_form(form, schema):
+def test_output_formats_in_openais_and_llama_cpps_syntax(form, schema):
     body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "response_format": form})
     assert chat(body, Defaults(sizes=(224,), max_model_len=9)).params.json_schema == schema
 
 
 @pytest.mark.parametrize("more", [{}, {"schema": {}, "json_schema": {"name": "a"}}])
-def test_a_format_has_one_schema(more):
+def test_a_format_has_exactly_one_schema(more):
     form = {"type": "json_schema", **more}
     with pytest.raises(ValidationError, match=r"give json_schema .* or schema"):
         ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "response_format": form})
 
 
-def test_what_clients_send_back_of_a_call_is_taken():
+def test_calls_that_clients_send_back_are_accepted():
     call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}}
     message = AssistantMessage.model_validate({"role": "assistant", "tool_calls": [call]})
     assert _answer(message) == '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
