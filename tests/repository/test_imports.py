@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: one import direction, imports at the top, files of a readable length."""
+"""Rules about imports: one direction, at the top of files. And files are of a readable length."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FACE = "__init__"
-"""``src/aria/__init__.py``, which shows what the rooms under it offer."""
-FLOORS = (
+"""``src/aria/__init__.py``, which exports what the components below it offer."""
+LAYERS = (
     ("__main__",),
     ("cli",),
     (FACE,),
@@ -26,13 +26,13 @@ FLOORS = (
     ("workers", "hub", "settings", "wording", "private_api"),
     ("json_walk",),
 )
-"""Rooms of the package from the top down. A room imports from the floors under its own, and from itself."""
+"""Modules and packages in `src/aria/`, from the top layer down. Each imports from lower layers and from itself."""
 LONGEST_FILE = 600
 
-_FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+_LAYER = {component: layer for layer, components in enumerate(LAYERS) for component in components}
 
 
-def room_of(file: Path, package: Path) -> str:
+def component_of(file: Path, package: Path) -> str:
     return file.relative_to(package).parts[0].removesuffix(".py")
 
 
@@ -40,8 +40,8 @@ def imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
-def rooms_imported(node: ast.Import | ast.ImportFrom, file: Path, package: Path) -> Iterator[str]:
-    """Rooms of the package that an import statement reaches; nothing for other packages."""
+def components_imported(node: ast.Import | ast.ImportFrom, file: Path, package: Path) -> Iterator[str]:
+    """Components of the package that an import statement reaches; nothing for other packages."""
     if isinstance(node, ast.Import):
         targets = [alias.name for alias in node.names]
     else:
@@ -49,31 +49,31 @@ def rooms_imported(node: ast.Import | ast.ImportFrom, file: Path, package: Path)
         if node.level:
             above = file.relative_to(package.parent).parts[: -node.level]
             module = ".".join([*above, module]).strip(".")
-        # `from aria import ops` names a room, `from aria import Engine` what the face shows.
+        # `from aria import ops` names a component, `from aria import Engine` what the face exports.
         targets = [f"{module}.{alias.name}" if module == package.name else module for alias in node.names]
     for target in targets:
         name, *rest = target.split(".")
         if name == package.name:
-            room = rest[0] if rest else FACE
-            yield room if (package / room).is_dir() or (package / f"{room}.py").is_file() else FACE
+            component = rest[0] if rest else FACE
+            yield component if (package / component).is_dir() or (package / f"{component}.py").is_file() else FACE
 
 
 def faults(package: Path) -> list[str]:
     """One line for each broken rule about imports in a package's files."""
     found = []
     for file in sorted(package.rglob("*.py")):
-        room, where = room_of(file, package), file.relative_to(package).as_posix()
-        if room not in _FLOOR:
-            found.append(f"{where}: give the room {room!r} a floor in FLOORS")
+        component, where = component_of(file, package), file.relative_to(package).as_posix()
+        if component not in _LAYER:
+            found.append(f"{where}: add the component {component!r} to a layer of LAYERS")
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in imports(tree):
-            for other in rooms_imported(node, file, package):
-                # A room without a floor is reported where it stands.
-                if other != room and _FLOOR.get(other, len(FLOORS)) <= _FLOOR[room]:
-                    kind = "beside" if _FLOOR[other] == _FLOOR[room] else "above"
-                    found.append(f"{where}:{node.lineno}: {room} imports {other}, which is {kind}")
-        if room != "cli":
+            for other in components_imported(node, file, package):
+                # A component without a layer is reported where it stands.
+                if other != component and _LAYER.get(other, len(LAYERS)) <= _LAYER[component]:
+                    kind = "beside" if _LAYER[other] == _LAYER[component] else "above"
+                    found.append(f"{where}:{node.lineno}: {component} imports {other}, which is {kind}")
+        if component != "cli":
             lines = sorted(local_imports(tree, file, package))
             found += [f"{where}:{line}: import inside a function" for line in lines]
     return found
@@ -83,11 +83,11 @@ def local_imports(tree: ast.AST, file: Path, package: Path) -> set[int]:
     """Lines of the imports of the package's own modules that stand inside functions."""
     functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
     inside = (node for function in functions for node in imports(function))
-    return {node.lineno for node in inside if any(rooms_imported(node, file, package))}
+    return {node.lineno for node in inside if any(components_imported(node, file, package))}
 
 
 @pytest.mark.slow
-def test_rooms_import_only_downward():
+def test_components_import_only_downward():
     assert not (found := faults(ROOT / "src" / "aria")), "\n".join(found)
 
 
@@ -102,15 +102,15 @@ def test_rooms_import_only_downward():
         ("train/trainer.py", "import aria", "train imports __init__, which is above"),
         ("__init__.py", "from aria.cli import app", "__init__ imports cli, which is above"),
         ("engine/loop.py", "def f():\n    from aria import ops", "engine/loop.py:2: import inside a function"),
-        ("attic/old.py", "import torch", "give the room 'attic' a floor"),
+        ("attic/old.py", "import torch", "add the component 'attic' to a layer"),
     ],
 )
 def test_broken_rules_are_found(tmp_path, file, source, expected):
     package = tmp_path / "aria"
-    for room in ("cli", "config"):
-        _write(package / f"{room}.py", "")
-    for room in ("ops", "model", "engine", "train", "checkpoint", "processor"):
-        _write(package / room / "__init__.py", "from aria.config import AriaConfig\nimport torch")
+    for component in ("cli", "config"):
+        _write(package / f"{component}.py", "")
+    for component in ("ops", "model", "engine", "train", "checkpoint", "processor"):
+        _write(package / component / "__init__.py", "from aria.config import AriaConfig\nimport torch")
     _write(package / "cli.py", "def chat():\n    from aria.engine import Engine")
     assert faults(package) == []
     _write(package / file, source)

@@ -55,6 +55,11 @@ def expression(word: str) -> re.Pattern[str]:
 
 
 EXPRESSIONS = {word: expression(word) for word in WORDS}
+ANY = re.compile(
+    "|".join(sorted((form.replace(" ", "[ _]") for forms in WORDS.values() for form in forms), key=len, reverse=True)),
+    re.IGNORECASE,
+)
+"""Any form of any word, longest first: most files have none and need no closer look."""
 FOLDERS = ("src", "recipes", "bench", "tests", "examples", "docs", "scripts", ".github")
 FILES = (
     "README.md",
@@ -86,72 +91,34 @@ NOT_CLEAN: dict[str, dict[str, int]] = {
     "docs": {"go on": 8, "room": 3, "stranger": 1, "told": 4, "whoever": 2},
     "docs/cookbook": {"go on": 4, "told": 1},
     "examples": {"dice": 78},
-    "recipes": {"by chance": 1},
-    "recipes/nano": {"go on": 5, "picture tokens": 2, "room": 58, "tells of": 1, "told": 19, "whoever": 3},
-    "src/aria": {"organ": 1, "picture tokens": 5, "told": 3, "whoever": 2},
-    "src/aria/checkpoint": {"astray": 1, "go on": 1, "told": 4, "whoever": 1},
-    "src/aria/cli": {"go on": 10, "stranger": 2, "tells of": 1, "told": 3},
-    "src/aria/engine": {
-        "go on": 6,
-        "picture tokens": 13,
-        "room": 5,
-        "stranger": 1,
-        "the books": 2,
-        "told": 8,
-        "wants to be": 1,
-    },
+    "recipes/nano": {"room": 54, "told": 1},
+    "src/aria": {"organ": 1, "told": 3, "whoever": 2},
+    "src/aria/checkpoint": {"go on": 1, "told": 4, "whoever": 1},
+    "src/aria/cli": {"go on": 5, "told": 1},
+    "src/aria/engine": {"go on": 6, "room": 5, "stranger": 1, "the books": 2, "told": 8},
     "src/aria/grammars": {"go on": 1, "stranger": 2, "told": 5},
-    "src/aria/jobs": {"go on": 1, "room": 1, "tells of": 3, "told": 9},
-    "src/aria/media": {"go on": 1, "room": 5, "stranger": 3, "told": 2, "whoever": 5},
-    "src/aria/model": {"floor": 1, "go on": 4, "organ": 2, "picture tokens": 6, "room": 1},
-    "src/aria/nano": {"told": 2},
-    "src/aria/ops": {"floor": 17, "go on": 2, "room": 17, "tells of": 1, "told": 1},
+    "src/aria/jobs": {"tells of": 3, "told": 9},
+    "src/aria/media": {"room": 5},
+    "src/aria/model": {"floor": 1, "go on": 1, "organ": 1, "picture tokens": 3, "room": 1},
+    "src/aria/ops": {"floor": 17, "go on": 2, "room": 17, "tells of": 1},
     "src/aria/processor": {"told": 1, "whoever": 2},
-    "src/aria/serve": {
-        "door": 1,
-        "floor": 1,
-        "go on": 4,
-        "room": 21,
-        "stranger": 2,
-        "tells of": 4,
-        "told": 82,
-        "whoever": 5,
-    },
-    "src/aria/train": {
-        "astray": 1,
-        "backwarded": 1,
-        "by chance": 1,
-        "go on": 13,
-        "picture tokens": 7,
-        "room": 12,
-        "stranger": 2,
-        "tells of": 1,
-        "told": 22,
-        "whoever": 1,
-    },
+    "src/aria/serve": {"door": 1, "floor": 1, "go on": 2, "room": 15, "tells of": 3, "told": 40},
+    "src/aria/train": {"go on": 5, "room": 9, "tells of": 1, "told": 10},
     "src/aria/workers": {"room": 3, "stranger": 2, "whoever": 4},
     "tests/checkpoint": {"room": 5, "told": 28},
     "tests/clients": {"stranger": 2},
-    "tests/engine": {
-        "astray": 1,
-        "go on": 2,
-        "picture tokens": 2,
-        "room": 25,
-        "the books": 2,
-        "told": 16,
-        "whoever": 1,
-    },
+    "tests/engine": {"astray": 1, "go on": 2, "room": 25, "the books": 2, "told": 16},
     "tests/fuzz": {"go on": 2, "stranger": 4, "told": 20, "whoever": 1},
     "tests/grammars": {"stranger": 1, "told": 10},
     "tests/helpers": {"picture tokens": 1, "told": 1},
     "tests/hostile": {"go on": 2, "stranger": 2, "whoever": 3},
     "tests/jobs": {"go on": 1, "room": 1, "told": 16},
     "tests/media": {"door": 1, "room": 1, "told": 1, "whoever": 1},
-    "tests/ops": {"room": 1, "told": 1},
+    "tests/ops": {"room": 1},
     "tests/processor": {"picture tokens": 1, "told": 3},
     "tests/recipes": {"by chance": 1, "go on": 2, "told": 11},
-    "tests/repository": {"floor": 10, "house": 1, "room": 25, "told": 2, "whoever": 1},
-    "tests/serve": {"go on": 3, "room": 3, "stranger": 5, "tells of": 1, "told": 109, "whoever": 2},
+    "tests/repository": {"told": 2, "whoever": 1},
+    "tests/serve": {"go on": 3, "room": 3, "stranger": 1, "tells of": 1, "told": 109, "whoever": 2},
     "tests/train": {"by chance": 1, "go on": 19, "picture tokens": 1, "room": 10, "stranger": 2, "told": 152},
     "tests/workers": {"room": 6},
 }
@@ -174,11 +141,9 @@ def files() -> Iterator[Path]:
                 yield file
 
 
-def prose(file: Path) -> str:
+def prose(where: str, text: str) -> str:
     """What is looked at of a file: all of it, or comments, docstrings and names where texts are data."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    where = file.relative_to(ROOT).as_posix()
-    if not where.startswith(DATA) or file.suffix != ".py":
+    if not where.startswith(DATA) or not where.endswith(".py"):
         return re.sub(r"\b(?:math|torch|np|numpy)\.floor\b|floor_divide|rounding_mode=.floor.", "", text)
     kept = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, _WITH_DOCSTRING)]
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -193,8 +158,12 @@ _WITH_DOCSTRING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctio
 def found() -> Iterator[tuple[str, str, str]]:
     """File, word, and the line that it stands in, for each banned word of the tree."""
     for file in files():
-        where, lines = file.relative_to(ROOT).as_posix(), prose(file).splitlines()
-        for word, expression in EXPRESSIONS.items():
+        where, text = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8", errors="replace")
+        forms = {form.lower().replace("_", " ") for form in ANY.findall(text)}
+        words = [word for word, own in WORDS.items() if forms.intersection(own)]
+        lines = prose(where, text).splitlines() if words else []
+        for word in words:
+            expression = EXPRESSIONS[word]
             if word == "floor" and where.startswith(WITH_FLOORS):
                 continue
             for line in lines:
