@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from aria.checkpoint import find_weights, load_model, parameter_shapes
-from aria.checkpoint.save import Spec, write_json, write_weights
+from aria.checkpoint.save import Spec, write_weights
 from aria.config import AriaConfig
+from aria.hub import write_json
 
 KINDS = ("read", "read into memory", "load")
 

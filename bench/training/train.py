@@ -30,6 +30,7 @@ from aria.train.targets import Targets, apply
 from bench import measure, script
 from bench.engine.peer import Peer
 from bench.measure import Ceilings, Spread
+from bench.shapes import SHAPES
 
 RANK, ALPHA = 8, 32
 PEER_LINEARS = r".*(language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)|lm_head)"
@@ -266,7 +267,7 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time ours without and with LoRA dropout, then the peer."""
-    device, config = arguments.device, script.SHAPES[arguments.model]()
+    device, config = arguments.device, SHAPES[arguments.model]()
     limits = measure.ceilings(device, measure.dtype_of(device))
     print(measure.describe(limits))
     full = arguments.method == "full"

@@ -15,42 +15,12 @@ LONGEST_FUNCTION = 105
 LONG_FUNCTION = 60
 MOST_LONG_FUNCTIONS = 20
 """Functions of the package over `LONG_FUNCTION` lines; the number only becomes smaller."""
-CLASSES_THAT_STAND_TWICE = frozenset(
-    [
-        "Batch",
-        "Completion",
-        "Conversation",
-        "Decoder",
-        "Encoder",
-        "ImagePart",
-        "Job",
-        "JsonLines",
-        "MediaFile",
-        "Metrics",
-        "Order",
-        "Output",
-        "OutputText",
-        "Page",
-        "Part",
-        "Piece",
-        "Plan",
-        "Reader",
-        "Rule",
-        "Saved",
-        "Status",
-        "Stream",
-        "Tally",
-        "Text",
-        "TokenLogprob",
-        "Turn",
-        "Usage",
-        "VideoPart",
-        "Work",
-        "_Array",
-        "_DType",
-        "_Vocabulary",
-    ]
-)
+CLASSES_THAT_STAND_TWICE = {
+    "Batch", "Completion", "Conversation", "Decoder", "Encoder", "ImagePart", "Job", "JsonLines",
+    "MediaFile", "Metrics", "Order", "Output", "OutputText", "Page", "Part", "Piece",
+    "Plan", "Reader", "Rule", "Saved", "Status", "Stream", "Tally", "Text",
+    "TokenLogprob", "Turn", "Usage", "VideoPart", "Work", "_Array", "_DType", "_Vocabulary",
+}  # fmt: skip
 """Names that are still to become unique; the list only becomes shorter."""
 FOR_RECIPES_ALONE = frozenset({"next_token_labels"})
 """Names of the package that only recipes use and that are still to move there; the list only becomes shorter."""
