@@ -95,7 +95,7 @@ def test_what_peft_writes_is_read(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = twin.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"adapters differ \(rank \[2, 3, 4\], alpha \[6.0, 11.0\]\)"):
+    with pytest.raises(ValueError, match=r"LoRA modules differ \(rank \[2, 3, 4\], alpha \[6.0, 11.0\]\)"):
         save_adapter(model, tmp_path / "again")
 
 
@@ -196,7 +196,7 @@ def test_a_save_that_fails_leaves_what_was_there(base: Path, tmp_path: Path, mon
 def test_full_weights_are_not_saved_while_adapters_are_apart(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has adapters beside its weights.*merge"):
         AriaForConditionalGeneration(trained(base)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no adapters to save"):
+    with pytest.raises(ValueError, match="has no LoRA to save"):
         save_adapter(load_model(base), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -251,24 +251,24 @@ def spoil(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "message"), [
-    ("truncated", "is not a whole safetensors file .*fetch it again"),
+    ("truncated", "is not a valid safetensors file .*fetch it again"),
     ("empty", "holds no adapter; it was saved empty"),
     ("half", "has lora_. and not the other"),
     ("other rank", "does not fit this model.*another model or rank"),
-    ("other model", r"has an adapter for model\.language_model.*layers\.40.*for another model"),
-    ("pissa", "init_lora_weights is 'pissa_niter_4', which is not offered here"),
-    ("lora_ga", "init_lora_weights is 'lora_ga', which is not offered here"),
+    ("other model", r"has LoRA for model\.language_model.*layers\.40.*for another model"),
+    ("pissa", "init_lora_weights is 'pissa_niter_4', which is not supported here"),
+    ("lora_ga", "init_lora_weights is 'lora_ga', which is not supported here"),
     ("nan", "lora_. of .* holds inf or NaN; its training diverged"),
     ("inf", "lora_. of .* holds inf or NaN; its training diverged"),
     ("patterns", "alpha_pattern should map ends of modules' names to numbers"),
     ("list of patterns", "rank_pattern should map ends of modules' names to numbers"),
-    ("trained head", "modules_to_save is .'lm_head'., which is not offered"),
+    ("trained head", "modules_to_save is .'lm_head'., which is not supported"),
     ("more tokens", r"lm_head.base_layer.weight is \[310, 64\], for another vocabulary than \(300, 64\)"),
     ("integers", "torch.int32 .*expected floating-point numbers"),
     ("twice", "has two adapters for "),
     ("uneven experts", "not the same rank for each of 8 experts"),
-    ("no tensor of LoRA", "classifier.weight is no tensor of a LoRA adapter"),
-    ("dora", "use_dora is True, which is not offered here"),
+    ("no tensor of LoRA", "classifier.weight is not a LoRA tensor"),
+    ("dora", "use_dora is True, which is not supported here"),
     ("prefix tuning", "is a PREFIX_TUNING adapter; only LORA"),
     ("no rank", "r is None; expected a whole number from 1 to 65,536"),
 ])  # fmt: skip
@@ -292,9 +292,9 @@ def test_folders_that_do_not_fit(base: Path, tmp_path: Path, how: str, message: 
     ({"alpha_pattern": {"q_proj": 1e200}}, r"alpha_pattern of 'q_proj' is 1e\+200; expected"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of 'q_proj' is 0; expected a whole number from 1"),
     ({"rank_pattern": {"a" * 1001: 4}}, "a pattern has 1,001 characters; at most 1,000"),
-    ({"rank_pattern": {"(" * 500 + ")" * 500: 4}}, "is no regular expression"),
+    ({"rank_pattern": {"(" * 500 + ")" * 500: 4}}, "is not a regular expression"),
     ({"rank_pattern": {f"{i}_proj": 4 for i in range(10_001)}}, "at most 10,000 are read"),
-    ({"rank_pattern": {"(?R)": 4}}, "is no regular expression"),
+    ({"rank_pattern": {"(?R)": 4}}, "is not a regular expression"),
 ])  # fmt: skip
 def test_settings_beyond_all_limits_are_refused_by_name(base: Path, tmp_path: Path, changed, message: str) -> None:
     model = trained(base)

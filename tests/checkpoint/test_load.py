@@ -138,7 +138,7 @@ def test_damaged_headers_name_the_file(damage, folder):
     header, rest = header_of(file)
     damage(header)
     write_header(file, header, rest)
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a valid safetensors file"):
         load_model(folder)
 
 
@@ -148,7 +148,7 @@ def test_damaged_headers_name_the_file(damage, folder):
 )
 def test_garbage_in_place_of_safetensors_names_the_file(content, folder):
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a valid safetensors file"):
         load_model(folder)
 
 
@@ -157,7 +157,7 @@ def test_truncated_files_name_the_file(keep, folder):
     file = folder / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a valid safetensors file"):
         load_model(folder)
 
 
@@ -221,17 +221,17 @@ def told(shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
     [
         ((1 << 62).to_bytes(8, "little") + b"{}", "its header would have 4,611,686,018,427,387,904 bytes"),
         ((50 << 20).to_bytes(8, "little") + b" " * (50 << 20), "its header would have 52,428,800 bytes; at most"),
-        (header(a=told([2], 0, 4), b=told([2], 2, 6)) + bytes(6), "is not a whole safetensors file"),
-        (header(a=told([2], -4, 0)) + bytes(4), "is not a whole safetensors file"),
-        (header(a=told([2], 4, 0)) + bytes(4), "is not a whole safetensors file"),
-        (header(a=told([2], 0, 1 << 62)) + bytes(4), "is not a whole safetensors file"),
-        (header(a=told([1 << 32, 1 << 32], 0, 0)), "is not a whole safetensors file"),
-        (header(a=told([-1, -2], 0, 4)) + bytes(4), "is not a whole safetensors file"),
+        (header(a=told([2], 0, 4), b=told([2], 2, 6)) + bytes(6), "is not a valid safetensors file"),
+        (header(a=told([2], -4, 0)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=told([2], 4, 0)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=told([2], 0, 1 << 62)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=told([1 << 32, 1 << 32], 0, 0)), "is not a valid safetensors file"),
+        (header(a=told([-1, -2], 0, 4)) + bytes(4), "is not a valid safetensors file"),
         (header(a=told([1] * 1000 + [2], 0, 4)) + bytes(4), "a has 1,001 axes; at most 8 are read"),
         (header(a=told([], 0, 2)) + bytes(2), "not Aria's in any layout"),
         (b"\x20" + bytes(7) + b'{"a": 1, "a": 2}' + b" " * 16, "has the key 'a' twice"),
         (b"\x10\x27" + bytes(6) + b"[" * 10_000, "deeper than 100 levels"),
-        (b"", "is not a whole safetensors file"),
+        (b"", "is not a valid safetensors file"),
     ],
     ids=[
         "length", "large", "overlap", "negative", "backwards", "end", "overflow", "sizes", "axes", "scalar", "twice",

@@ -274,7 +274,7 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     out = tmp_path / "run"
     file = recipe(**{"budget.steps": 2})
     assert command("train", file, "--out", out, "--resume") == 2
-    assert "holds no checkpoint to go on from" in capsys.readouterr().err
+    assert "holds no checkpoint to resume from" in capsys.readouterr().err
     assert command("train", file, "--out", out) == 0
     assert command("train", file, "--out", out, "--set", "optimizer.weight_decay=0.5") == 2
     assert "holds checkpoints of another recipe (optimizer.weight_decay" in " ".join(capsys.readouterr().err.split())

@@ -49,7 +49,7 @@ def test_a_recipe_that_was_written_trains_as_it_stands(
     assert "3 epochs of 7 rows" in told and "skipped" not in told and (tmp_path / "runs" / method / "export").is_dir()
     before = file.read_bytes()
     assert command("train", "--init", method, "--data", data) == 2
-    assert "is there already; name another file" in " ".join(capsys.readouterr().err.split())
+    assert "exists already; name another file" in " ".join(capsys.readouterr().err.split())
     assert file.read_bytes() == before
 
 
@@ -69,7 +69,7 @@ def test_a_recipe_is_written_for_nano_or_a_named_base(command, tmp_path, data, m
         (("--init", "lora"), "--init needs data"),
         (("--init", "lora", "--data", "nowhere"), "nowhere"),
         (("--init", "lora", "--data", data, "--dry-run"), "--init only writes a recipe"),
-        (("big.toml", "--data", data), "--data and --model belong to --init"),
+        (("big.toml", "--data", data), "--data and --model need --init"),
         ((), "which RECIPE?"),
     ):
         assert command("train", *arguments) == 2

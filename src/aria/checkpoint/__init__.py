@@ -1,4 +1,4 @@
-"""Files to tensors and back: every published layout is read, today's Hub layout is written."""
+"""Model files: reads every published layout, writes today's Hub layout."""
 
 from aria.checkpoint.adapter import StoredAdapter, load_adapter, read_adapter, save_adapter
 from aria.checkpoint.convert import Converted, convert

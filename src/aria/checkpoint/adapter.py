@@ -1,8 +1,8 @@
-"""Adapter folders as PEFT writes and reads them, on transformers' Aria or on the authors' code.
+"""Adapter folders in PEFT's format, for transformers' Aria or the authors' code.
 
-R rank, E experts. PEFT keeps the matrices of all experts side by side, ``lora_A (E R, in)`` with an expert's rows
-together and ``lora_B (out, R E)`` with experts side by side; ours are ``(E, in, R)`` and ``(E, R, out)``, as the
-authors' code has them.
+R rank, E experts. PEFT stores the matrices of all experts in one: ``lora_A (E R, in)`` with the rows of an expert
+together, ``lora_B (out, R E)`` with the columns of a rank together; ours are ``(E, in, R)`` and ``(E, R, out)``, as in
+the authors' code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Number = TypeVar("Number", int, float)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PARAMETERS = {"fc1": "gate_up_proj", "fc2": "down_proj"}
-"""Our modules of the experts -> transformers' parameters, in the order in which PEFT wraps them."""
+"""Our expert modules -> transformers' parameters, in the order in which PEFT wraps them."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_([AB])(?:\.default)?\.weight")
 _PLAIN = {
     "bias": ("none", None),
@@ -50,38 +50,39 @@ _EMPTY = (
 """What PEFT's LoRA may have besides, and is not offered here."""
 _MOST_RANK, _MOST_ALPHA = 1 << 16, 1e6
 _MOST_PATTERNS, _MOST_PATTERN = 10_000, 1000
-"""Patterns, and characters of one."""
+"""Maximum number of patterns, and characters of a pattern."""
 _MATCH_SECONDS = 10.0
-"""For all patterns of an adapter: some backtrack without end."""
+"""Time limit for all patterns of an adapter: some backtrack forever."""
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """What an adapter folder holds."""
+    """Contents of an adapter folder."""
 
     base_model: str | None
-    """The name or path of the model that it was trained beside."""
+    """Name or path of the base model."""
     weights: dict[str, LoRA]
-    """By the names of our modules, in the dtype of the file, on the CPU; without dropout."""
+    """LoRA by the names of our modules, in the dtype of the file, on the CPU, without dropout."""
     settings: dict[str, LoRASettings]
-    """Of each: PEFT's patterns may give some a rank or an alpha of their own."""
+    """Settings of each: PEFT's patterns may give modules their own rank or alpha."""
 
 
 def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision: str | None = None) -> StoredAdapter:
-    """Read an adapter that we, the authors' code, or PEFT on transformers' Aria wrote.
+    """Read an adapter written by this package, the authors' code, or PEFT on transformers' Aria.
 
     Args:
-        folder: or a Hub repository.
-        config: of the model that it goes beside.
+        folder: Folder or Hub repository.
+        config: Configuration of the base model.
+        revision: Branch, tag or commit of a Hub repository.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it lacks one of its two files.
-        ValueError: it is not LoRA, uses what is not offered here, or does not fit the model.
+        FileNotFoundError: There is no such folder, or one of its two files is missing.
+        ValueError: It is not LoRA, uses an unsupported feature, or does not fit the model.
     """
     path = resolve(folder, revision=revision, allow_patterns=[ADAPTER_NAME, WEIGHTS_NAME])
     for name in (ADAPTER_NAME, WEIGHTS_NAME):
         if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} is no adapter folder: it has no {name}")
+            raise FileNotFoundError(f"{path} is not an adapter folder: it has no {name}")
     found = read_json(path / ADAPTER_NAME)
     common = _settings(found, path)
     read_header(path / WEIGHTS_NAME)  # checks it
@@ -93,12 +94,12 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
     for key, (a, b) in _pairs(tensors, config, path).items():
         name, a, b = _ours(key, a, b, ours, config)
         if name not in shapes:
-            if not b.any():  # PEFT puts some where transformers never runs them
+            if not b.any():  # PEFT adds some where transformers never runs them
                 continue
-            raise ValueError(f"{path} has an adapter for {name}, which this model has not; is it for another model?")
+            raise ValueError(f"{path} has LoRA for {name}, which this model lacks; is it for another model?")
         if name in weights:
             raise ValueError(f"{path / WEIGHTS_NAME} has two adapters for {name}")
-        # PEFT knows today's names; the authors' folders have those of their layout.
+        # PEFT uses today's names; the authors' folders use those of their layout.
         called = (_theirs(name), name, key)
         settings[name] = replace(
             common,
@@ -113,14 +114,14 @@ def read_adapter(folder: str | os.PathLike[str], config: AriaConfig, *, revision
 
 
 def base_of(folder: str | os.PathLike[str], *, revision: str | None = None) -> tuple[str | None, str | None]:
-    """What an adapter folder names as the model that it was trained beside, and its revision; None where it is silent.
+    """The base model that an adapter folder names, and its revision; None where it names none.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has no ``adapter_config.json``.
+        FileNotFoundError: There is no such folder, or it has no ``adapter_config.json``.
     """
     path = resolve(folder, revision=revision, allow_patterns=[ADAPTER_NAME])
     if not (path / ADAPTER_NAME).is_file():
-        raise FileNotFoundError(f"{path} is no adapter folder: it has no {ADAPTER_NAME}")
+        raise FileNotFoundError(f"{path} is not an adapter folder: it has no {ADAPTER_NAME}")
     found = read_json(path / ADAPTER_NAME)
     return found.get("base_model_name_or_path") or None, found.get("revision") or None
 
@@ -133,26 +134,25 @@ def save_adapter(
     revision: str | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapters of a model as PEFT's folder, for transformers' Aria.
+    """Write the LoRA of a model as a PEFT folder for transformers' Aria.
 
     Args:
-        model: with adapters of one shape.
-        folder: made if it is not there. An adapter that it holds is replaced once all of the new one is written; other
-            files stay.
-        base_model: name or path that the folder is to tell as its base.
-        revision: of that base, where it is a Hub repository.
-        state: values by names of parameters, where the model itself holds others or only a part of them; None: its own.
+        model: Model whose LoRA modules share their settings.
+        folder: Created if missing. An adapter in it is replaced once the new one is complete; other files stay.
+        base_model: Name or path of the base model, stored in the folder.
+        revision: Revision of the base model in a Hub repository.
+        state: Values by names of parameters, if the model itself is sharded; None: the model's own.
 
     Raises:
-        ValueError: the model has no adapters, or of several shapes.
-        OSError: the files cannot be written.
+        ValueError: The model has no LoRA, or modules with different settings.
+        OSError: The files cannot be written.
     """
     attached = lora_modules(model)
     if not attached:
-        raise ValueError("the model has no adapters to save; attach some before, or save its weights")
+        raise ValueError("the model has no LoRA to save; attach some before, or save its weights")
     shapes = {adapter.settings for adapter in attached.values()}
     if len(shapes) > 1:
-        raise ValueError(f"the model's adapters differ ({_differing(shapes)}); a folder tells one shape, so train one")
+        raise ValueError(f"the model's LoRA modules differ ({_differing(shapes)}); a folder holds one setting for all")
     tensors: dict[str, Tensor] = {}
     for name, adapter in attached.items():
         a, b = (
@@ -163,7 +163,7 @@ def save_adapter(
         if a.ndim == 3:
             a, b = a.mT.flatten(0, 1), b.permute(2, 1, 0).flatten(1)
             path, last = name.rsplit(".", 1)
-            # PEFT nests wrappers where two parameters of a module are adapted; the first lies innermost.
+            # PEFT nests wrappers if two parameters of a module are adapted; the first is innermost.
             target = _theirs(path) + (".base_layer" if last == "fc1" and f"{path}.fc2" in attached else "")
         tensors |= {f"base_model.model.{target}.lora_{kind}.weight": part for kind, part in (("A", a), ("B", b))}
     config = _config(model, list(attached), shapes.pop(), base_model, revision)
@@ -174,12 +174,12 @@ def save_adapter(
 
 
 def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | None = None) -> None:
-    """Attach a stored adapter to a model, to train it further or to compute with it.
+    """Attach a stored adapter to a model, for training or inference.
 
     Args:
-        model: without adapters in those places.
-        stored: as :func:`read_adapter` gives it.
-        dtype: of its tensors; None: that of the file.
+        model: Model without LoRA on these modules.
+        stored: Result of :func:`read_adapter`.
+        dtype: Dtype of the LoRA tensors; None: that of the file.
     """
     for name, lora in stored.weights.items():
         adapter = attach_lora(model, name, stored.settings[name], dtype or lora.a.dtype)
@@ -189,23 +189,23 @@ def load_adapter(model: Aria, stored: StoredAdapter, *, dtype: torch.dtype | Non
 
 
 def merged(weight: Tensor, lora: LoRA) -> Tensor:
-    """A weight with its adapter added, in float32 and rounded once; a new tensor of the weight's dtype."""
+    """The weight plus its LoRA, computed in float32 and rounded once; a new tensor of the weight's dtype."""
     a, b = (part.to(weight.device, torch.float32) for part in (lora.a, lora.b))
     if weight.ndim == 2:
         return torch.addmm(weight.float(), b, a, alpha=lora.scaling).to(weight.dtype)
     out = torch.empty_like(weight)
-    for expert, before in enumerate(weight):  # one by one, because all of Aria's in float32 are 2 GB
+    for expert, before in enumerate(weight):  # one by one: all experts of Aria in float32 are 2 GB
         out[expert] = torch.addmm(before.float(), a[expert], b[expert], alpha=lora.scaling)
     return out
 
 
 def _settings(found: Mapping[str, Any], path: Path) -> LoRASettings:
     if found.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{path} is a {found['peft_type']!s:.40} adapter; only LORA is offered")
+        raise ValueError(f"{path} is a {found['peft_type']!s:.40} adapter; only LORA is supported")
     strange = [name for name, plain in _PLAIN.items() if found.get(name, plain[0]) not in plain]
     if strange := strange + [name for name in _EMPTY if found.get(name)]:
         came = f"{strange[0]} is {found[strange[0]]!r:.100}"
-        raise ValueError(f"{path}: {came}, which is not offered here; merge the adapter with PEFT")
+        raise ValueError(f"{path}: {came}, which is not supported here; merge the adapter with PEFT")
     try:
         return LoRASettings(
             rank=_rank("r", found.get("r")),
@@ -241,8 +241,8 @@ def _pairs(tensors: Mapping[str, Tensor], config: AriaConfig, path: Path) -> dic
         if matched is not None:
             halves.setdefault(matched[1], {})[matched[2]] = tensor
         elif not key.endswith(("lm_head.base_layer.weight", "lm_head.weight", "embed_tokens.weight")):
-            raise ValueError(f"{path / WEIGHTS_NAME}: {key} is no tensor of a LoRA adapter")
-        elif tensor.shape != table:  # PEFT copies head and embeddings of the base; those of its size are the base's
+            raise ValueError(f"{path / WEIGHTS_NAME}: {key} is not a LoRA tensor")
+        elif tensor.shape != table:  # PEFT may add head and embeddings of the base
             raise ValueError(
                 f"{path / WEIGHTS_NAME}: {key} is {list(tensor.shape)}, for another vocabulary than {table}"
             )
@@ -253,7 +253,7 @@ def _pairs(tensors: Mapping[str, Tensor], config: AriaConfig, path: Path) -> dic
 
 
 def _our_names(config: AriaConfig) -> dict[str, str]:
-    """Modules as layouts with our orientation and experts name them -> ours."""
+    """Names of modules in layouts with our orientation and experts -> our names."""
     layouts = [layout for layout in LAYOUTS if not layout.linear_in_out and layout.expert_prefix is None]
     return {
         piece.key.removesuffix(".weight"): name.removesuffix(".weight")
@@ -264,14 +264,14 @@ def _our_names(config: AriaConfig) -> dict[str, str]:
 
 
 def _ours(key: str, a: Tensor, b: Tensor, ours: Mapping[str, str], config: AriaConfig) -> tuple[str, Tensor, Tensor]:
-    """A pair under our name and in our shapes."""
+    """A pair of matrices under our name and in our shapes."""
     path = key.removesuffix(".base_layer")
     if not path.endswith(".experts"):
         return ours.get(path, path), a, b
     text, E = config.text, config.text.moe_num_experts
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] % E or b.shape[1] % E:
         raise ValueError(f"{key} has {tuple(a.shape)} and {tuple(b.shape)}, not the same rank for each of {E} experts")
-    # Which of the two it is, sizes tell: PEFT's names do so only where there are both.
+    # Told apart by size: PEFT's names differ only if both parameters are adapted.
     parameter = (
         "gate_up_proj" if (a.shape[1], b.shape[0]) == (text.hidden_size, 2 * text.intermediate_size) else "down_proj"
     )
@@ -280,7 +280,7 @@ def _ours(key: str, a: Tensor, b: Tensor, ours: Mapping[str, str], config: AriaC
 
 
 def _theirs(name: str) -> str:
-    """Our module's name in transformers' Aria; of experts, the parameter's."""
+    """Name of our module in transformers' Aria; for experts, of the parameter."""
     path, _, last = name.rpartition(".")
     if path.endswith(".experts"):
         return f"{_theirs(path)}.{_PARAMETERS[last]}"
@@ -300,7 +300,7 @@ def _config(
         "revision": revision,  # of the base, as in PEFT
         "r": settings.rank,
         "lora_alpha": settings.alpha,
-        # PEFT refuses dropout beside experts, also where nothing is trained.
+        # PEFT refuses dropout on experts, even in inference.
         "lora_dropout": 0.0 if experts else settings.dropout,
         "use_rslora": settings.rslora,
         "target_modules": _short(model, linears),
@@ -313,7 +313,7 @@ def _config(
 
 
 def _short(model: nn.Module, names: list[str]) -> list[str]:
-    """The ends of names where all modules of such an end are meant, else whole names."""
+    """Ends of names where all modules with that end are adapted, else whole names."""
     everyone = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     ends = {name.rsplit(".", 1)[-1] for name in names}
     chosen = set(names)
@@ -328,7 +328,7 @@ def _shapes(config: AriaConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _Patterns(Generic[Number]):
-    """PEFT's way to give some modules another rank or alpha: the end of a name, as a regular expression -> value."""
+    """PEFT's ``rank_pattern`` or ``alpha_pattern``: the end of a name, as a regular expression -> value."""
 
     def __init__(self, found: Mapping[str, Any], kind: str, read: Callable[[str, Any], Number], path: Path):
         patterns = found.get(kind) or {}
@@ -346,10 +346,10 @@ class _Patterns(Generic[Number]):
             ) from None
 
     def of(self, names: Sequence[str], default: Number) -> Number:
-        """The first pattern's value that one of a module's names has.
+        """The value of the first pattern that matches one of a module's names.
 
         Raises:
-            ValueError: a pattern takes too long.
+            ValueError: Matching takes too long.
         """
         for pattern, value in self._patterns.items():
             if any(self._fits(pattern, name) for name in names):
@@ -362,18 +362,18 @@ class _Patterns(Generic[Number]):
             return pattern.fullmatch(name, timeout=max(self._left, 1e-3), concurrent=True) is not None
         except TimeoutError:
             raise ValueError(
-                f"{self._path / ADAPTER_NAME}: the patterns of {self._kind} take more than {_MATCH_SECONDS:g} s, as "
-                f"those do that backtrack without end; write plain names (it was {pattern.pattern!r:.100})"
+                f"{self._path / ADAPTER_NAME}: the patterns of {self._kind} take more than {_MATCH_SECONDS:g} s, "
+                f"as patterns with excessive backtracking do; write plain names (it was {pattern.pattern!r:.100})"
             ) from None
         finally:
             self._left -= time.monotonic() - start
 
 
 def _compile(pattern: str) -> regex.Pattern[str]:
-    """As PEFT has it, for which it must be one of Python's own; those of ``regex`` can be stopped.
+    """Compile a pattern as PEFT does, with ``regex``, which has timeouts; it must be valid for Python's ``re`` too.
 
     Raises:
-        ValueError: it is none.
+        ValueError: It is not valid.
     """
     if len(pattern) > _MOST_PATTERN:
         raise ValueError(f"a pattern has {len(pattern):,} characters; at most {_MOST_PATTERN:,} are read")
@@ -382,11 +382,11 @@ def _compile(pattern: str) -> regex.Pattern[str]:
         re.compile(whole)
         return regex.compile(whole)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r:.100} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r:.100} is not a regular expression: {error}") from None
 
 
 def _differing(shapes: set[LoRASettings]) -> str:
-    """How adapters that should be of one shape differ."""
+    """How LoRA settings differ."""
     values = {field.name: sorted({getattr(shape, field.name) for shape in shapes}) for field in fields(LoRASettings)}
     return ", ".join(f"{name} {found}" for name, found in values.items() if len(found) > 1)
 
@@ -396,7 +396,7 @@ def _check(name: str, a: Tensor, b: Tensor, weight: tuple[int, ...], rank: int, 
         check_lora(name, a, b, weight, rank)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this model: {error}; it is for another model or rank") from None
-    # Served beside others, a zero times what is not finite would spoil theirs, too.
+    # In a batch with other adapters, zero times a value that is not finite would corrupt their results too.
     if wrong := [half for half, tensor in (("A", a), ("B", b)) if not tensor.isfinite().all()]:
         raise ValueError(
             f"{path}: lora_{wrong[0]} of {name} holds inf or NaN; its training diverged: delete the newest "

@@ -1,4 +1,4 @@
-"""Any published layout to today's Hub layout, with no more than one tensor in memory."""
+"""Conversion of any published layout to today's Hub layout, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ COMPANIONS = (
     GENERATION_NAME,
     "LICENSE",
 )
-"""Files beside the weights that a converted checkpoint keeps."""
+"""Files beside the weights that are copied to a converted checkpoint."""
 _SETTINGS = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
-"""Those that may point to the authors' code."""
+"""Files that may point to the authors' code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     layout: str
-    """Found in the source, e.g. ``paddle``."""
+    """Layout of the source, such as ``paddle``."""
     tensors: int
     nbytes: int
     companions: tuple[str, ...]
@@ -64,33 +64,33 @@ def convert(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Converted:
-    """Write a checkpoint of any layout again as today's Hub layout, dtypes kept, perhaps with an adapter merged in.
+    """Convert a checkpoint of any layout to today's Hub layout with the same dtypes, optionally merging an adapter.
 
-    Files of the tokenizer and the processor are copied as they are, but for pointers to the authors' code. Those of the
-    original repositories lack what transformers asks for; ``AriaProcessor.from_pretrained(out).save_pretrained(out)``
-    completes them, and ``aria convert`` does so.
+    Files of the tokenizer and the processor are copied without pointers to the authors' code. In the original
+    repositories they lack what transformers needs; ``AriaProcessor.from_pretrained(out).save_pretrained(out)`` adds it,
+    as ``aria convert`` does.
 
-    Memory stays at one tensor (1.1 GB for the published model) and a few buffers, however large the checkpoint is.
+    Memory stays at one tensor (1.1 GB for the published model) and a few buffers, for any size of the checkpoint.
 
     Args:
-        source: a folder, a file of weights with its ``config.json`` beside it, or a Hub repository; None: nano.
-        out: folder to write; what it held before stays whole if anything fails.
-        revision: of a Hub repository.
-        adapter: folder in PEFT's format; what it changes is added in float32 and rounded once.
-        max_shard_size: bytes, or text such as ``"5GB"``.
-        progress: called with bytes done and bytes in all.
+        source: A folder, a weights file with its ``config.json`` beside it, or a Hub repository; None: nano.
+        out: Folder to write; if anything fails, its previous contents stay as they were.
+        revision: Branch, tag or commit of a Hub repository.
+        adapter: Folder in PEFT's format; its LoRA is added in float32 and rounded once.
+        max_shard_size: Bytes, or text such as ``"5GB"``.
+        progress: Called with bytes done and total bytes.
 
     Raises:
-        FileNotFoundError, ValueError: the source is not a checkpoint of Aria that can be read, or is ``out`` itself;
-            the adapter does not fit, or ``out`` holds one.
-        OSError: the files cannot be written.
+        FileNotFoundError, ValueError: The source is not a readable checkpoint of Aria, or is ``out`` itself; the
+            adapter does not fit, or ``out`` holds one.
+        OSError: The files cannot be written.
     """
     path = resolve(source, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *COMPANIONS])
     folder = path if path.is_dir() else path.parent
     if Path(out).resolve() == folder.resolve():
         raise ValueError(f"{out} is the source itself; give another folder to write to")
     if (Path(out) / ADAPTER_NAME).is_file():
-        # transformers adds an adapter that lies beside the weights.
+        # transformers adds an adapter that is beside the weights.
         again = "" if adapter is None else "once more "
         raise ValueError(f"{out} holds an adapter, which would be added {again}on loading; give another folder")
     config = AriaConfig.from_pretrained(folder)
@@ -140,10 +140,10 @@ def _own(folder: Path, name: str) -> Path:
     """A file of a model's folder, which may be a link within it or into the Hub's cache.
 
     Raises:
-        ValueError: it leads elsewhere. Copied, it would put what lies there beside weights that are made to be shared.
+        ValueError: It links elsewhere. A copy would publish a file of this machine together with the weights.
     """
     root, target = folder.resolve(), (folder / name).resolve()
-    if root.parent.name == "snapshots":  # of the Hub's cache, where files are links to blobs beside it
+    if root.parent.name == "snapshots":  # in the Hub's cache, files are links to blobs beside this folder
         root = root.parent.parent
     if not target.is_relative_to(root):
         raise ValueError(f"{folder / name} is a link to {target}, outside of its folder; put a copy in its place")
@@ -151,7 +151,7 @@ def _own(folder: Path, name: str) -> Path:
 
 
 def _modern(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without pointers to the authors' code, which is not part of the output, and with today's class name."""
+    """Settings with today's class name and without pointers to the authors' code, which is not copied."""
     settings.pop("auto_map", None)
     if settings.get("image_processor_type") == "AriaVisionProcessor":
         settings["image_processor_type"] = "AriaImageProcessor"

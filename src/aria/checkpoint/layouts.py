@@ -1,6 +1,6 @@
-"""How each published layout names and cuts Aria's parameters, and which of them a checkpoint follows.
+"""How each published layout names and splits Aria's parameters, and detection of a checkpoint's layout.
 
-A layout is told from the tensors in it, never from the names of files. Our own names are those of today's Hub layout.
+A layout is detected from the tensors, never from file names. Our own names are those of today's Hub layout.
 E experts, D hidden, F expert width.
 """
 
@@ -21,29 +21,29 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stored tensor and the part of a parameter that it fills."""
+    """A stored tensor, and the part of a parameter that it fills."""
 
     key: str
     shape: Shape
-    """As stored."""
+    """Shape of the stored tensor."""
     index: tuple[int | slice, ...] = ()
-    """Where in the parameter; ``()`` is all of it."""
+    """Index into the parameter; ``()`` is all of it."""
     transposed: bool = False
-    """Stored as the transpose of that part."""
+    """Whether it is stored transposed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One published way to write the parameters down."""
+    """One published layout of the parameters."""
 
     name: str
     description: str
     renames: tuple[tuple[str, str], ...] = ()
-    """Pairs of our spelling and the layout's, each applied to the first place where it occurs."""
+    """Pairs of our name and the layout's, each applied to its first occurrence."""
     expert_prefix: str | None = None
-    """Routed experts are separate linears under this name, not one tensor."""
+    """If set, routed experts are separate linear layers under this name, not one tensor."""
     linear_in_out: bool = False
-    """Weights of linear layers are ``(in, out)``, as PaddlePaddle keeps them."""
+    """Whether weights of linear layers are ``(in, out)``, as in PaddlePaddle."""
 
     def pieces(self, name: str, shape: Shape) -> list[Piece]:
         """The stored tensors that make up our parameter ``name``."""
@@ -114,28 +114,28 @@ LAYOUTS = (
     _SEQUENTIAL,
     replace(_SEQUENTIAL, expert_prefix="experts"),
     _PADDLE,
-    # An earlier revision of PaddleMIX kept the authors' name of the decoder, and can be told only by orientation.
+    # An earlier revision of PaddleMIX has the authors' name of the decoder, and differs only in orientation.
     replace(_PADDLE, renames=_ORIGINAL_NAMES),
 )
 
-# Known to be dead: the final norm that the Hub's vision encoder carries as zeros but never had, and rotary tables.
+# Unused tensors: the final norm of the vision encoder, which is all zeros in the Hub's files, and rotary tables.
 _DEAD = re.compile(r"(^|\.)vision_tower\.(vision_model\.)?post_layernorm\.(weight|bias)$|\.inv_freq$")
 
 
 def is_dead(key: str) -> bool:
-    """Whether a stored tensor is known filler that no version of Aria uses."""
+    """Whether a stored tensor is known and unused by all versions of Aria."""
     return _DEAD.search(key) is not None
 
 
 def detect(stored: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Layout:
-    """The layout that a checkpoint follows: the one whose names fit best, and among equals whose shapes do.
+    """Detect the layout of a checkpoint: the one whose names match best, and among equals, whose shapes do.
 
     Args:
-        stored: name and shape of every tensor of the checkpoint.
-        shapes: name and shape of each of the model's parameters.
+        stored: Name and shape of every tensor of the checkpoint.
+        shapes: Name and shape of each parameter of the model.
 
     Raises:
-        ValueError: no layout fits, or it is one that is known and not supported.
+        ValueError: No layout matches, or the layout is known and not supported.
     """
     if any(key.startswith("llm.layers.") for key in stored):
         raise ValueError(
@@ -162,10 +162,10 @@ def detect(stored: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Layout:
 def place(
     layout: Layout, stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]
 ) -> dict[str, list[tuple[Piece, StoredTensor]]]:
-    """For each of the model's parameters, the stored tensors that fill it.
+    """For each parameter of the model, the stored tensors that fill it.
 
     Raises:
-        ValueError: keys are missing, unexpected or wrongly shaped; the message names them as the file spells them.
+        ValueError: Keys are missing, unexpected or wrongly shaped; the message has their names in the file.
     """
     plan = {name: layout.pieces(name, shape) for name, shape in shapes.items()}
     pieces = [piece for parts in plan.values() for piece in parts]
@@ -185,7 +185,7 @@ def place(
 
 
 def main_dtype(tensors: Iterable[StoredTensor | Tensor]) -> torch.dtype:
-    """The dtype that most bytes of a checkpoint have; this is the one that its config states."""
+    """The dtype of most bytes of a checkpoint, which its config states."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.nbytes

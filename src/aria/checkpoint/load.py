@@ -1,6 +1,6 @@
-"""Opening a checkpoint of any layout, and filling parameters from it without a second copy.
+"""Loading a checkpoint of any layout into parameters without a second copy.
 
-Everything is checked before the first weight is read: files, headers, names, shapes, dtypes.
+Files, headers, names, shapes and dtypes are checked before the first weight is read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from aria.model import Aria
 from aria.ops import current
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.pdparams", "*.index.json", CONFIG_NAME)
-"""Files of a Hub repository that loading needs, as glob patterns."""
+"""Glob patterns of the files in a Hub repository that loading needs."""
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Called with bytes done and total bytes."""
 
 _CHUNK = 32 << 20
 _UNSAFE = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
@@ -42,18 +42,18 @@ def parameter_shapes(config: AriaConfig) -> dict[str, Shape]:
 
 
 class Checkpoint:
-    """A checkpoint that was found to fit the model; its weights are still in the files."""
+    """A checked checkpoint that fits the model; its weights are still in the files."""
 
     def __init__(self, path: str | os.PathLike[str], shapes: Mapping[str, Shape]):
         """Open the files and check them.
 
         Args:
-            path: a folder, a file of weights, or an index of shards.
-            shapes: name and shape of each parameter of the model, see :func:`parameter_shapes`.
+            path: A folder, a weights file, or an index of shards.
+            shapes: Name and shape of each parameter of the model, see :func:`parameter_shapes`.
 
         Raises:
-            FileNotFoundError: there are no weights, or shards that the index lists are missing.
-            ValueError: corrupt files, an unknown or unsupported layout, or keys that do not fit, which it names.
+            FileNotFoundError: There are no weights, or shards that the index lists are missing.
+            ValueError: Corrupt files, an unknown or unsupported layout, or keys that do not fit, which it names.
         """
         self.files = find_weights(Path(path))
         try:
@@ -67,21 +67,21 @@ class Checkpoint:
         self.shapes = dict(shapes)
         used = [tensor for parts in self._plan.values() for _, tensor in parts]
         self.dtype = main_dtype(used)
-        """The dtype that most bytes have."""
+        """Dtype of most bytes."""
         self.nbytes = sum(tensor.nbytes for tensor in used)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """As the parameter ``name`` is stored."""
+        """Stored dtype of a parameter."""
         return self._plan[name][0][1].dtype
 
     def read(self, out: Mapping[str, Tensor], progress: Progress | None = None) -> None:
-        """Fill tensors of any dtype on any device with the parameters that they are named after.
+        """Fill tensors of any dtype on any device with the parameters of their names.
 
-        Where device, dtype and orientation are as stored, the bytes go from the file straight to their place; otherwise
-        through a buffer of 32 MiB for each thread, which is pinned for CUDA, so that threads read while others copy.
+        If device, dtype and orientation are as stored, bytes are read directly into the tensor; otherwise through a
+        buffer of 32 MiB per thread, pinned for CUDA, so that threads read while others copy.
 
         Raises:
-            ValueError: a file changed or ended while it was read. What ``out`` holds is then undefined.
+            ValueError: A file changed or ended while it was read. The contents of ``out`` are then undefined.
         """
         jobs: list[_Job] = []
         for name, tensor in out.items():
@@ -115,10 +115,10 @@ def load_into(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Layout:
-    """Give a model that was built on the meta device its weights. It stays untouched unless all of them arrive.
+    """Load weights into a model on the meta device. The model changes only if all of them load.
 
     Returns:
-        The layout found.
+        The detected layout.
 
     Raises:
         FileNotFoundError, ValueError: see :class:`Checkpoint`.
@@ -142,16 +142,16 @@ def load_model(
     """A model in evaluation mode, from a checkpoint of any layout.
 
     Args:
-        path_or_repo_id: a folder, a file of weights with its ``config.json`` beside it, a Hub repository, None for the
+        path_or_repo_id: A folder, a weights file with its ``config.json`` beside it, a Hub repository, None for the
             packaged nano model, or a config for random weights (normal, standard deviation 0.02, seed 0).
-        revision: branch, tag or commit of a Hub repository.
-        dtype: of the parameters; None means the checkpoint's on CUDA and float32 on the CPU.
-        device: None means CUDA where there is one.
-        progress: called with bytes done and bytes in all, by one thread at a time.
+        revision: Branch, tag or commit of a Hub repository.
+        dtype: Dtype of the parameters; None means the checkpoint's on CUDA and float32 on the CPU.
+        device: None means CUDA if available.
+        progress: Called with bytes done and total bytes, by one thread at a time.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: see :class:`Checkpoint`.
+        FileNotFoundError: There is no such model.
+        ValueError: See :class:`Checkpoint`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -213,7 +213,7 @@ def _unsafe(path: Path, found: list[str]) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Name of each tensor -> file that holds it."""
+    """Tensor name -> file."""
     try:
         weight_map = read_json(index).get("weight_map")
     except ValueError as error:
@@ -226,7 +226,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_index(path: Path) -> list[str]:
-    """Names of the tensors in the index of shards that is, or lies in, ``path``; none where there is no index."""
+    """Names of the tensors in an index of shards, or in that of a folder; empty if there is no index."""
     indices = [path] if path.is_file() else sorted(path.glob("*.index.json"))
     return list(_weight_map(indices[0])) if indices and indices[0].name.endswith(".index.json") else []
 
@@ -246,7 +246,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _fetched(files: list[Path]) -> list[Path]:
-    """The same files, unless Git only wrote down what they are."""
+    """The same files, unless one is a pointer of Git LFS."""
     for file in files:
         with file.open("rb") as opened:
             if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -267,7 +267,7 @@ def _read_all(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 class _Job:
-    """Some rows of a stored tensor and the view of a parameter that takes them."""
+    """Rows of a stored tensor, and the view of a parameter that they fill."""
 
     __slots__ = ("nbytes", "out", "start", "stored")
 
@@ -277,7 +277,7 @@ class _Job:
 
     @property
     def as_stored(self) -> bool:
-        """Whether the bytes only have to be moved."""
+        """Whether the bytes can be copied without conversion."""
         return self.out.is_contiguous() and self.out.dtype == self.stored.dtype
 
 
@@ -294,7 +294,7 @@ def _jobs(parameter: Tensor, piece: Piece, stored: StoredTensor) -> list[_Job]:
 
 
 def _run(jobs: list[_Job], progress: Progress | None) -> None:
-    """Work through jobs with a few threads; reading and copying release the interpreter's lock."""
+    """Run jobs with a few threads; reading and copying release the interpreter lock."""
     todo: queue.SimpleQueue[_Job] = queue.SimpleQueue()
     for job in jobs:
         todo.put(job)
@@ -319,18 +319,18 @@ def _run(jobs: list[_Job], progress: Progress | None) -> None:
                 stop.set()
                 raise
 
-    # More threads than cores hide the wait for the disk; past eight, NVMe disks gain nothing.
+    # More threads than cores hide the latency of the disk; more than eight are no faster on NVMe disks.
     workers = min(8, max(3, os.cpu_count() or 1), max(1, len(jobs)))
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
         for future in [pool.submit(work) for _ in range(workers)]:
             future.result()
     if any(job.out.is_cuda and not job.as_stored for job in jobs):
-        # What was converted passed through memory that belongs to streams that are gone.
+        # Conversion used memory of streams that no longer exist.
         torch.cuda.empty_cache()
 
 
 class _Copier:
-    """One thread's way from files to tensors, with its own buffer and, for CUDA, its own stream."""
+    """Copies from files to tensors in one thread, with its own buffer and, for CUDA, its own stream."""
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
@@ -345,13 +345,13 @@ class _Copier:
         else:
             with torch.cuda.stream(self.stream(device)):
                 rows = self.stage(job, pinned=True)
-                # Conversion and transposition are the device's work; only this thread waits for it.
+                # Conversion and transposition run on the device; only this thread waits for them.
                 job.out.copy_(rows if job.as_stored else rows.to(device, non_blocking=True), non_blocking=True)
                 self.stream(device).synchronize()
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self.streams:
-            # The parameters' memory may have been used just before by work that is still queued.
+            # Queued work may still use the memory of the parameters.
             self.streams[device] = torch.cuda.Stream(device)
             self.streams[device].wait_stream(torch.cuda.current_stream(device))
         return self.streams[device]

@@ -1,7 +1,7 @@
-"""PaddlePaddle's ``model_state.pdparams``: a pickle of numpy arrays, read without unpickling it.
+"""PaddlePaddle's ``model_state.pdparams``: a pickle of NumPy arrays, read without unpickling.
 
-The arrays' bytes are stepped over, and it is noted where they are: the published file is 47 GB, and no more than one
-piece of it need be in memory.
+The bytes of arrays are skipped and their offsets recorded: the published file is 47 GB, and only one piece at a time
+needs to be in memory.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 from aria.checkpoint.pickles import Calls, Machine, Place, RefusedError, Text
 from aria.checkpoint.stored import Segment, StoredTensor
 
-# Paddle keeps bfloat16 as the bits of uint16; nothing in the file says so.
+# Paddle stores bfloat16 as uint16, without any mark in the file.
 _DTYPES = {"u2": torch.bfloat16, "f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 
 _NAMES = "StructuredToParameterName@@"
 _SLICES = "UnpackBigParamInfor@@"
-"""Protocols 2 and 3 cut big arrays; this entry says from which keys to put them together again."""
+"""Protocols 2 and 3 split big arrays; this entry lists the keys of their parts."""
 
 _MOST_STEPS = 2_000_000
-"""An array takes some 40, and a model has 6,000."""
+"""An array takes about 40, and a model has 6,000 arrays."""
 _MOST_AXES = 8
 
 
 class _DType:
-    """What becomes of ``numpy.dtype``."""
+    """Stand-in for ``numpy.dtype``."""
 
     def __init__(self, code: str):
         self.code = code
@@ -39,7 +39,7 @@ class _DType:
 
 
 class _Array:
-    """What becomes of ``numpy.ndarray``."""
+    """Stand-in for ``numpy.ndarray``."""
 
     shape: tuple[int, ...]
     dtype: _DType
@@ -60,7 +60,7 @@ class _Array:
         if dtype is None:
             raise RefusedError(f"{key:.100} as numpy {self.dtype.code!r:.40}; expected one of {', '.join(_DTYPES)}")
         tensor = StoredTensor(dtype, self.shape, (Segment(file, self.data.offset, self.data.nbytes, self.data.text),))
-        # As text a byte takes one or two.
+        # In a string a byte takes one or two.
         if not tensor.nbytes <= self.data.nbytes <= tensor.nbytes * (2 if self.data.text else 1):
             came = f"{list(self.shape)} with {self.data.nbytes} bytes"
             raise RefusedError(f"{key:.100} of shape {came}, not {tensor.nbytes}")
@@ -104,18 +104,18 @@ _CALLS: Calls = {
     "__builtin__.tuple": _tuple,
     "collections.OrderedDict": lambda: {},
 }
-"""What the names in a file mean here."""
+"""Stand-ins for the names in a file."""
 
 
 def read_pdparams(file: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a ``.pdparams`` file are. Nothing in the file is executed, and no array is read.
+    """Locate the tensors of a ``.pdparams`` file. Nothing in it is executed, and no array is read.
 
     Args:
-        file: what ``paddle.save`` wrote of a state dictionary (pickle protocol 2, 3 or 4): arrays by name, or pairs of
-            an internal name and an array.
+        file: A state dictionary from ``paddle.save`` (pickle protocol 2, 3 or 4): arrays by name, or pairs of an
+            internal name and an array.
 
     Raises:
-        ValueError: the file is cut off or corrupt, or holds anything but floating-point arrays.
+        ValueError: The file is truncated or corrupt, or holds anything but floating-point arrays.
     """
     try:
         with file.open("rb") as opened:
@@ -138,7 +138,7 @@ def _tensors(content: Any, file: Path) -> dict[str, StoredTensor]:
             raise RefusedError(f"{key:.100} that is not an array")
         tensors[key] = value.stored(key, file)
     if not isinstance(slices, dict) or not all(isinstance(info, dict) for info in slices.values()):
-        raise RefusedError("slices that are not told by name")
+        raise RefusedError("slices that are not listed by name")
     for key, info in slices.items():
         names, shape = info.get("slices"), _shape(info.get("OriginShape", ()))
         names = names if isinstance(names, list) else []

@@ -1,8 +1,8 @@
-"""Pickles that are read without unpickling them.
+"""Reading untrusted pickles without unpickling them.
 
-A pickle is a program for a small stack machine. The one here knows only what plain containers, arrays and records need;
-it has no way to import or call anything, so that nothing in a file can run. Names of classes and functions are looked
-up in a table of the caller's, and what a name that is not there is asked for is an error.
+A pickle is a program for a small stack machine. This one implements only what plain containers, arrays and records
+need, and cannot import or call anything, so that nothing in a file can run. Names of classes and functions are looked
+up in a table of the caller; other names are an error.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any, BinaryIO
 _CUT = "an end before its contents are complete; fetch it again"
 _LONG_TEXT = 1 << 16
 _MOST_TEXT = 64 << 20
-"""Bytes of all texts that are kept."""
+"""Maximum bytes of all strings."""
 _MOST_INTEGER = 9
-"""Bytes of a number: 8, and one for its sign."""
+"""Maximum bytes of an integer: 8, and one for its sign."""
 _OPCODES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 
 
 class RefusedError(ValueError):
-    """The pickle asks for something that is not offered; the message goes on from "it has"."""
+    """The pickle needs something unsupported; the message continues "it has"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A class or function that the pickle names. It is only ever compared, never looked up."""
+    """A class or function named in the pickle. It is compared, never imported."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Bytes left in the file."""
+    """Bytes that stay in the file."""
 
     offset: int
     nbytes: int
@@ -44,13 +44,13 @@ class Place:
 
 
 class Text(str):
-    """A string that knows where it was, because protocol 2 writes the bytes of arrays as text."""
+    """A string with its position in the file, because protocol 2 writes the bytes of arrays as strings."""
 
     place: Place
 
 
 class Record:
-    """What becomes of an object with attributes; whoever reads it checks them."""
+    """Stand-in for an object with attributes, which the caller checks."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -66,17 +66,17 @@ class Record:
 _MARK = Named("(mark)")
 
 Calls = Mapping[str, Callable[..., Any] | None]
-"""Names that a pickle may use -> what is called in their place; None: they may only be mentioned."""
+"""Names that a pickle may use -> the function called in their place; None: the name may not be called."""
 
 
 class Machine:
-    """Steps through one pickle.
+    """Runs one pickle.
 
     Args:
-        file: to read, from where it is.
-        calls: the names that are known. Nothing that is called may copy what it is given: a few bytes of a pickle can
-            ask for that again and again.
-        most_steps: operations, each of which may take a hundred bytes of memory.
+        file: File to read from its current position.
+        calls: The known names. Functions must not copy their arguments: a few bytes of a pickle can repeat a call many
+            times.
+        most_steps: Maximum operations, each of which may take a hundred bytes of memory.
     """
 
     def __init__(self, file: BinaryIO, calls: Calls, most_steps: int):
@@ -87,11 +87,11 @@ class Machine:
         self._text = 0
 
     def run(self) -> Any:
-        """What the pickle holds.
+        """The value of the pickle.
 
         Raises:
-            RefusedError: it asks for something that is not offered.
-            ValueError: it is cut off or corrupt.
+            RefusedError: It needs something unsupported.
+            ValueError: It is truncated or corrupt.
         """
         try:
             return self._run()
@@ -100,7 +100,7 @@ class Machine:
         except (
             IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
         ) as error:  # fmt: skip
-            # What wrong operands come to; the machine has no side effects that this could hide.
+            # Errors of wrong operands; the machine has no side effects that this could hide.
             raise ValueError(f"it is corrupt ({error})") from error
 
     def _run(self) -> Any:
@@ -129,7 +129,7 @@ class Machine:
         return int.from_bytes(self.take(nbytes), "little")
 
     def leave(self, nbytes: int, *, text: bool = False) -> Place:
-        """Step over bytes and say where they are."""
+        """Skip bytes and return their position."""
         place = Place(self.file.tell(), nbytes, text)
         if place.offset + nbytes > self.size:
             raise RefusedError(_CUT)

@@ -1,4 +1,4 @@
-"""What a Hub repository's weights are, from the headers of its safetensors files: kilobytes, not the weights."""
+"""Layout and dtype of a Hub repository's weights from the headers of its safetensors files, a few kilobytes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def read_remote(
     """Layout and dtype of a Hub repository's weights, checked name by name and shape by shape as loading would.
 
     Args:
-        repo_id: such as ``rhymes-ai/Aria``.
-        shapes: name and shape of each parameter of the model, see :func:`aria.checkpoint.parameter_shapes`.
-        revision: branch, tag or commit.
+        repo_id: Repository such as ``rhymes-ai/Aria``.
+        shapes: Name and shape of each parameter of the model, see :func:`aria.checkpoint.parameter_shapes`.
+        revision: Branch, tag or commit.
 
     Raises:
-        FileNotFoundError: the Hub could not be asked.
-        ValueError: the repository has no safetensors, or they are damaged or do not fit the model.
+        FileNotFoundError: The Hub cannot be reached.
+        ValueError: The repository has no safetensors, or they are damaged or do not fit the model.
     """
     stored = _headers(repo_id, revision)
     try:
@@ -45,7 +45,7 @@ def _headers(repo_id: str, revision: str | None) -> dict[str, StoredTensor]:
         ) from None
     except SafetensorsParsingError as error:
         raise ValueError(f"{repo_id} has a damaged safetensors file: {error}") from None
-    except Exception as error:  # of the HTTP client, which is another one in each major version of huggingface_hub
+    except Exception as error:  # errors of the HTTP client, which differs between major versions of huggingface_hub
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
             f"the weights of {repo_id} are not on this machine, and their headers cannot be read on the Hub: {reason}"

@@ -1,4 +1,4 @@
-"""Writing today's Hub layout: one tensor in memory at a time, and all files in place or none."""
+"""Saving in today's Hub layout: one tensor in memory at a time, and all files or none."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Shape and dtype of a tensor that is still to be written."""
+    """Shape and dtype of a tensor to write."""
 
     shape: Shape
     dtype: torch.dtype
@@ -53,21 +53,20 @@ def save_checkpoint(
     """Write a model's parameters, ``config.json`` and ``generation_config.json``; transformers and vLLM load them.
 
     Args:
-        state: every parameter by name (``model.state_dict()``), on any device; each keeps its dtype.
-        config: of the model; its dtype gives way to the one that most bytes of ``state`` have.
-        folder: made if it is not there. What it held before stays whole if anything fails; weights that it held are
-            replaced, other files stay.
-        max_shard_size: bytes, or text such as ``"5GB"``; a tensor above it gets a shard of its own.
+        state: Every parameter by name (``model.state_dict()``), on any device; each keeps its dtype.
+        config: Configuration of the model; its dtype is replaced by that of most bytes of ``state``.
+        folder: Created if missing. Weights in it are replaced, other files stay; if anything fails, it stays as it was.
+        max_shard_size: Bytes, or text such as ``"5GB"``; a larger tensor gets a shard of its own.
         generation_config: None means the published end-of-text and padding ids.
 
     Raises:
-        ValueError: the parameters do not fit the config.
-        OSError: the files cannot be written.
+        ValueError: The parameters do not fit the config.
+        OSError: The files cannot be written.
     """
     specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     with replacing(folder) as staging:
         write_weights(specs, state.__getitem__, config, staging, max_shard_size=max_shard_size)
-        # Readers that are not told a dtype take the one stated here, so it has to be that of the weights.
+        # Readers default to the dtype stated here, so it must be that of the weights.
         write_json(staging / CONFIG_NAME, replace(config, dtype=main_dtype(state.values())).to_dict())
         write_json(staging / GENERATION_NAME, generation_config or default_generation_config(config))
 
@@ -85,13 +84,13 @@ def write_weights(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write the weights of today's Hub layout into ``folder``, asking ``get`` for one tensor at a time.
+    """Write weights in today's Hub layout into ``folder``, one tensor at a time from ``get``.
 
     Raises:
-        ValueError: names or shapes do not fit the config.
+        ValueError: Names or shapes do not fit the config.
     """
     _check(specs, parameter_shapes(config))
-    # The vision encoder has no final norm, but the Hub's files carry one of zeros and transformers expects it.
+    # The vision encoder has no final norm, but the Hub's files contain one of zeros, which transformers expects.
     bias = "vision_tower.encoder.layers.0.layer_norm1.bias"
     filler = {f"vision_tower.post_layernorm.{kind}": specs[bias] for kind in ("weight", "bias")}
     specs = {**specs, **filler}
@@ -116,10 +115,10 @@ def write_weights(
 def write_safetensors(file: Path, specs: Mapping[str, Spec], get: Callable[[str], Tensor]) -> None:
     """Write one safetensors file, tensor by tensor.
 
-    The safetensors library writes only what is in memory all at once, a shard of 5 GB here; the header is the whole of
-    the format, so that it costs little to write one first and to let the tensors follow.
+    The safetensors library needs all tensors of a file in memory, a shard of 5 GB here. The format is a header followed
+    by the tensors' bytes, so it is easy to write one tensor at a time.
     """
-    # Wide dtypes first keep every tensor aligned to its own size, as the library has it.
+    # Wide dtypes first, so that every tensor is aligned to its item size, as in the library.
     order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -147,16 +146,16 @@ def write_safetensors(file: Path, specs: Mapping[str, Spec], get: Callable[[str]
 def replacing(
     folder: str | os.PathLike[str], *, stale: Sequence[str] = ("model*.safetensors", INDEX_NAME)
 ) -> Iterator[Path]:
-    """A new folder to write into; at the end its files take their places in ``folder``, together with their index.
+    """A temporary folder to write into, whose files replace those in ``folder`` at the end of the ``with`` block.
 
-    Files of an earlier save that fit a pattern of ``stale`` go away. If anything fails, ``folder`` is as it was.
+    Files of an earlier save that match a pattern of ``stale`` are deleted. If anything fails, ``folder`` is as before.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a folder to save into")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    # Inside the target, because renaming is only sure within one file system.
+    # Inside the target, because renaming is atomic only within one file system.
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield staging
@@ -164,14 +163,14 @@ def replacing(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if made:
-            with contextlib.suppress(OSError):  # not empty: the save went well
+            with contextlib.suppress(OSError):  # not empty: the save succeeded
                 folder.rmdir()
 
 
 def _install(staging: Path, folder: Path, stale: Sequence[Path]) -> None:
     new = sorted(staging.iterdir())
     for file in new:
-        sync(file)  # a power cut must not leave names of files that are empty
+        sync(file)  # a power failure must not leave empty files
     leaving = dict.fromkeys([*stale, *(folder / file.name for file in new)])
     old = staging / ".old"
     old.mkdir()
@@ -211,7 +210,7 @@ def _check(specs: Mapping[str, Spec], shapes: Mapping[str, Shape]) -> None:
 
 
 def _shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
-    """Cut in order, so that a shard holds neighbouring layers."""
+    """Split in order, so that a shard holds consecutive layers."""
     shards: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in specs.items():

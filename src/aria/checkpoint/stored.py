@@ -1,4 +1,4 @@
-"""Tensors as they lie in files: dtype, shape and byte ranges, known and checked before any weight is read."""
+"""Tensors in files: dtype, shape and byte ranges, checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _DTYPE_OF_CODE = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of bytes in a file."""
+    """A range of bytes in a file."""
 
     file: Path
     offset: int
     nbytes: int
     text: bool = False
-    """The bytes are UTF-8 text of which each character is one byte: how pickle protocol 2 writes binary data."""
+    """Whether the bytes are UTF-8 text with one character per byte, as pickle protocol 2 writes binary data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class StoredTensor:
 
     @property
     def seekable(self) -> bool:
-        """Whether reading may begin anywhere; text has to be read from its beginning."""
+        """Whether reading can start anywhere; text must be read from its beginning."""
         return not any(segment.text for segment in self.segments)
 
     def read(self, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes from ``start`` on. Text can only be read whole, see :meth:`read_text`."""
+        """Fill ``out`` with the bytes from ``start`` on. Text is read as a whole, see :meth:`read_text`."""
         assert self.seekable and start + len(out) <= self.nbytes, "read past the end of a tensor"
         for segment in self.segments:
             if start >= segment.nbytes:
@@ -65,15 +65,15 @@ class StoredTensor:
             part = out[: segment.nbytes - start]
             if not part:
                 return
-            # A handle of its own for each call: threads then have a position and a read-ahead of their own. `readinto`
-            # is the one call that puts bytes straight into given memory on every platform, without holding the GIL.
+            # One handle per call, so that threads have separate positions and read-ahead. `readinto` is the only call
+            # that reads directly into given memory on every platform without holding the GIL.
             with segment.file.open("rb", buffering=0) as file:
                 file.seek(segment.offset + start)
                 _read_exactly(file, part)
             out, start = out[len(part) :], 0
 
     def read_text(self) -> bytearray:
-        """All bytes of a tensor that lies in text."""
+        """All bytes of a tensor that is stored as text."""
         out, filled = bytearray(self.nbytes), 0
         for segment in self.segments:
             decoder = codecs.getincrementaldecoder("utf-8")()
@@ -108,13 +108,13 @@ def _read_exactly(file: BinaryIO, out: memoryview) -> None:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each of its tensors, and where their bytes begin.
+    """The header of a safetensors file, and the offset of the tensors' bytes.
 
-    The safetensors library checks it (offsets without gaps or overlaps, sizes against the file's length), once its size
-    is known to be that of a header: the library would read 100 MB of one, which are a million tensors.
+    The safetensors library checks it (offsets without gaps or overlaps, sizes against the file's length), after its
+    size is checked here: the library would accept a header of 100 MB, with a million tensors.
 
     Raises:
-        ValueError: the file is corrupt or cut off.
+        ValueError: The file is corrupt or truncated.
     """
     size = 0
     try:
@@ -126,7 +126,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({size} bytes: {error}); fetch it again") from error
+        raise ValueError(f"{file} is not a valid safetensors file ({size} bytes: {error}); fetch it again") from error
     header.pop("__metadata__", None)
     for key, entry in header.items():
         if len(entry["shape"]) > _MOST_AXES:
@@ -135,13 +135,13 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file are.
+    """Locate the tensors of a safetensors file.
 
-    Their bytes are read by :meth:`StoredTensor.read`, because the library can only hand out tensors of its own: a copy
-    beside the parameter, and by default mapped pages of the whole file, which count as resident memory.
+    Their bytes are read by :meth:`StoredTensor.read`, because the library returns new tensors: a copy beside the
+    parameter, and by default mapped pages of the whole file, which count as resident memory.
 
     Raises:
-        ValueError: the file is corrupt or cut off, or holds a dtype that is not floating point.
+        ValueError: The file is corrupt or truncated, or has a dtype that is not floating point.
     """
     header, start = read_header(file)
     tensors = {}
@@ -153,10 +153,10 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def dtype_of_code(code: str, key: str, file: Path | str) -> torch.dtype:
-    """The dtype that a safetensors header states for the tensor ``key`` of ``file``.
+    """The dtype of tensor ``key`` of ``file`` in a safetensors header.
 
     Raises:
-        ValueError: it is not floating point.
+        ValueError: It is not floating point.
     """
     dtype = _DTYPE_OF_CODE.get(code)
     if dtype is None:
@@ -168,11 +168,11 @@ def dtype_of_code(code: str, key: str, file: Path | str) -> torch.dtype:
 
 
 def names(items: Sequence[str], limit: int = 6) -> str:
-    """A list for an error message: the first few, and how many more there are."""
+    """A list for an error message: the first few, and the number of others."""
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def describe(faults: Mapping[str, Sequence[str]]) -> str:
-    """Kinds of fault and the tensors that have them, for an error message; kinds without any are left out."""
+    """Kinds of faults with their tensors, for an error message; empty kinds are left out."""
     return "; ".join(f"{len(keys)} {fault}: {names(keys)}" for fault, keys in faults.items() if keys)

@@ -1,4 +1,4 @@
-"""``aria data check``: data for training, looked through before they cost anything."""
+"""``aria data check``: check training data before a training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app.add_typer(data, name="data")
 
 _BAR = 40
 _FIRST = 5
-"""Places of a problem that a table shows."""
+"""Rows of a problem that a table shows."""
 
 
 @data.command()
@@ -24,28 +24,28 @@ def check(
         list[str], typer.Argument(metavar="PATH...", help="JSONL or Parquet files, folders, or hf:owner/name.")
     ],
     model: Model = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Of a batch: batch.tokens of the recipe.")] = 8192,
-    per_step: Annotated[int, typer.Option(min=1, help="Batches of a step: batch.accumulate times GPUs.")] = 1,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of a row; default: those of a batch.")] = None,
-    max_crops: Annotated[int | None, typer.Option(help="Most crops of a batch; default: any number.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a batch: batch.tokens of the recipe.")] = 8192,
+    per_step: Annotated[int, typer.Option(min=1, help="Batches per step: batch.accumulate times GPUs.")] = 1,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a row; default: those of a batch.")] = None,
+    max_crops: Annotated[int | None, typer.Option(help="Maximum image crops of a batch; default: no limit.")] = None,
     too_long: Annotated[
-        str, typer.Option(help="Of rows that are longer: skip, drop_first or drop_last turns.")
+        str, typer.Option(help="What to do with longer rows: skip, or drop_first or drop_last turns.")
     ] = "skip",
     labels: Annotated[
         str, typer.Option(help="Tokenize per_turn, as the authors trained, or joint, the whole conversation at once.")
     ] = "per_turn",
-    split: Annotated[str, typer.Option(help="File of a folder without .jsonl, or split of a data set.")] = "train",
+    split: Annotated[str, typer.Option(help="Split: NAME.jsonl of a folder, or a split of a data set.")] = "train",
     max_image_size: MaxImageSize = None,
     split_image: Annotated[
         bool | None, typer.Option("--split-image/--no-split-image", help="Cut pictures into tiles.")
     ] = None,
-    num_frames: Annotated[int, typer.Option(help="Frames of a clip where the row does not say.")] = 8,
+    num_frames: Annotated[int, typer.Option(help="Frames of a clip if the row does not set them.")] = 8,
     timestamps: Annotated[bool, typer.Option(help="Write [MM:SS] before each frame.")] = True,
-    workers: Annotated[int | None, typer.Option(min=0, help="Threads; default: one for each core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Threads; default: one per core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Read every row and medium as training would. Exit code 1 if any row cannot be used."""
+    """Read every row and all media as training would. Exit code 1 if any row cannot be used."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from aria.config import AriaConfig
@@ -94,7 +94,7 @@ def check(
 
 
 def _show(found: Any, model: str, per_step: int) -> None:
-    """Tables of problems, of sizes, and what an epoch costs."""
+    """Print tables of problems and sizes, and the size of an epoch."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``aria train``: train as a recipe says, or write a first recipe."""
+"""``aria train``: run a training recipe, or write a first one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aria.cli.options import app, err, out
 
 
 class Method(StrEnum):
-    """What ``--init`` writes a recipe for."""
+    """What a recipe of ``--init`` trains."""
 
     lora = "lora"
     full = "full"
@@ -24,28 +24,26 @@ class Method(StrEnum):
 def train(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="RECIPE", help="TOML; the project's own are in recipes/. With --init: what is written."),
+        typer.Argument(metavar="RECIPE", help="TOML file; examples are in recipes/. With --init: the file to write."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says; repeatable."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting of the recipe; repeatable."),
     ] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the run. Default: runs/ and the recipe's name.")
+        Path | None, typer.Option("--out", "-o", help="Folder of the run. Default: runs/NAME, by the recipe's name.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Only go on with a run that was begun; without it, begun or not.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Require a checkpoint to resume from.")] = False,
     stop_after: Annotated[
-        float | None, typer.Option(metavar="MINUTES", min=0.0, help="Save and stop then; the same command goes on.")
+        float | None, typer.Option(metavar="MINUTES", min=0.0, help="Save and stop after this time; rerun to resume.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes and whether it fits.")] = False,
-    export: Annotated[bool, typer.Option("--export", help="Only write the export of the last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print memory, steps and time.")] = False,
+    export: Annotated[bool, typer.Option("--export", help="Only export the newest checkpoint.")] = False,
     init: Annotated[
         Method | None,
         typer.Option(
             "--init",
-            help="Only write a commented recipe for --data, to RECIPE or lora.toml or full.toml.",
+            help="Only write a commented recipe for --data, to RECIPE, lora.toml or full.toml.",
         ),
     ] = None,
     data: Annotated[
@@ -54,22 +52,20 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="With --init: folder or Hub repository to train; default: packaged nano."),
+        typer.Option("--model", "-m", help="With --init: base model, a folder or Hub repository; default: nano."),
     ] = None,
 ) -> None:
-    """Train a model or an adapter. Rerun to resume after the last checkpoint; --dry-run and --init train nothing."""
+    """Run a training recipe. Rerun to resume from the newest checkpoint; --dry-run and --init train nothing."""
     if init is not None:
         if settings or out_folder or resume or stop_after is not None or dry_run or export:
             raise ValueError("--init only writes a recipe; give it RECIPE, --data and --model alone, then train that")
         _init(init, recipe or Path(f"{init}.toml"), data or [], model)
         return
     if data or model:
-        raise ValueError(
-            "--data and --model belong to --init; of a recipe change --set data.paths=... or model.path=..."
-        )
+        raise ValueError("--data and --model need --init; for a recipe use --set data.paths=... or model.path=...")
     if recipe is None:
         raise ValueError("which RECIPE? `aria train --init lora --data FOLDER` writes one")
-    # Checkpoints are written by what many processes use; that there is one is no news.
+    # Checkpoints are written with torch.distributed, which warns that there is one process only.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     from aria.train import Recipe
     from aria.train import train as run
@@ -82,13 +78,13 @@ def train(
     if dry_run:
         for part in preview(read, folder):
             if isinstance(part, str):
-                # Paths in it stay in one piece, and brackets in them are no markup.
+                # Paths are not wrapped, and brackets in them are not markup.
                 out.print(part, soft_wrap=True, markup=False, highlight=False)
             else:
                 out.print(part)
         return
     if resume and not begun(folder):
-        raise ValueError(f"{folder} holds no checkpoint to go on from; leave --resume out to begin there")
+        raise ValueError(f"{folder} holds no checkpoint to resume from; leave out --resume to start there")
     if export:
         out.print(f"written to {export_checkpoint(folder, read)}", soft_wrap=True, markup=False, highlight=False)
         return
@@ -104,7 +100,7 @@ def _init(method: Method, file: Path, data: list[str], model: str | None) -> Non
     if not data:
         raise ValueError("--init needs data: --data FOLDER or --data FILE.jsonl")
     if file.exists():
-        raise ValueError(f"{file} is there already; name another file: aria train OTHER.toml --init {method} ...")
+        raise ValueError(f"{file} exists already; name another file: aria train OTHER.toml --init {method} ...")
     text = starter_recipe(method.value, data, model)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, text)
@@ -112,7 +108,7 @@ def _init(method: Method, file: Path, data: list[str], model: str | None) -> Non
 
 
 def answer(model: Any, processor: Any, conversations: Sequence[Any], max_tokens: int) -> list[str]:
-    """Greedy answers of a model in training."""
+    """Greedy answers of a model during training."""
     from aria import AriaForConditionalGeneration
     from aria.processor.chat import END_OF_TURN
 
@@ -133,6 +129,6 @@ def answer(model: Any, processor: Any, conversations: Sequence[Any], max_tokens:
         answers.append(text.split(END_OF_TURN)[0].strip())
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # The engine lays experts out for itself, but optimizers walk a weight and its moments in one order.
+            # The engine changes the layout of experts, but optimizers need weights and moments in the same layout.
             parameter.data = parameter.data.contiguous()
     return answers

@@ -50,12 +50,12 @@ class Turn(NamedTuple):
     ids: list[int]
     learnt: list[bool]
     """For each token whether it is predicted."""
-    pictures: list[ImageInput]
+    images: list[ImageInput]
     role: str
 
     @property
     def num_crops(self) -> int:
-        return sum(len(picture.extents) for picture in self.pictures)
+        return sum(len(image.extents) for image in self.images)
 
 
 class Encoder:
@@ -154,7 +154,7 @@ class Encoder:
             notes.append(Note("trimmed", message))
         ids = [index for turn in kept for index in turn.ids]
         learnt = [one for turn in kept for one in turn.learnt]
-        crops = tuple(picture.load() for turn in kept for picture in turn.pictures)
+        crops = tuple(image.load() for turn in kept for image in turn.images)
         return [_sample(ids, learnt, crops)], notes
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
@@ -164,9 +164,9 @@ class Encoder:
             with _faults(f"message {i}", "bad message"):
                 role, content = rendered(message)
             with _faults(f"message {i}", "bad medium"):
-                content, pictures = self._opened(content, budget, cache)
+                content, images = self._opened(content, budget, cache)
             with _faults(f"message {i}", "bad message"):
-                turns.append(self._turn(role, content, pictures, learnt))
+                turns.append(self._turn(role, content, images, learnt))
         return turns
 
     def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[ImageInput]]:
@@ -184,7 +184,7 @@ class Encoder:
         own = [cutting(part) for part in content.parts]
         return content, read_image_inputs([part.source for part in content.parts], images, own, media, budget)
 
-    def _turn(self, role: str, content: Prompt, pictures: list[ImageInput], learnt: bool) -> Turn:
+    def _turn(self, role: str, content: Prompt, images: list[ImageInput], learnt: bool) -> Turn:
         """Encode a message. Targets are its text, the end of the turn and the newline after it."""
         tokenizer = self._processor.tokenizer
         headers: tuple[str, ...] = (START_OF_TURN, role, _NEWLINE)
@@ -196,21 +196,21 @@ class Encoder:
         head = [index for text in headers for index in tokenizer.encode(text)]
         tail = [index for text in ends for index in tokenizer.encode(text)]
         first, *rest = tokenizer.encode_segments(content)
-        body, counts = self._filled(first, rest, pictures)
+        body, counts = self._filled(first, rest, images)
         counts = [False] * len(head) + counts + [True] * len(tail)
-        return Turn([*head, *body, *tail], [learnt and one for one in counts], pictures, role)
+        return Turn([*head, *body, *tail], [learnt and one for one in counts], images, role)
 
     def _filled(
-        self, first: list[int], rest: Iterable[list[int]], pictures: Sequence[ImageInput]
+        self, first: list[int], rest: Iterable[list[int]], images: Sequence[ImageInput]
     ) -> tuple[list[int], list[bool]]:
         """Ids with image tokens, and which ids may be targets: neither image tokens nor the markers around them."""
         tokenizer = self._processor.tokenizer
         marks = tuple(tokenizer.convert_tokens_to_ids(mark) for mark in IMAGE_WRAPPING)
         ids, counts = list(first), [True] * len(first)
-        for picture, segment in zip(pictures, rest, strict=True):
+        for image, segment in zip(images, rest, strict=True):
             if ids and ids[-1] == marks[0]:
                 counts[-1] = False
-            places = len(picture.extents) * self._processor.size_conversion[picture.size]
+            places = len(image.extents) * self._processor.size_conversion[image.size]
             ids += [tokenizer.image_token_id] * places + segment
             counts += [False] * places + [True] * len(segment)
             if segment and segment[0] == marks[1]:
