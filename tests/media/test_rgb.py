@@ -46,7 +46,7 @@ def test_transparent_pixels_are_composited_on_the_background() -> None:
         assert (pixels(source) == 255).all(), source
         assert (np.asarray(load_image(source, MediaSettings(background="#0000ff"))) == [0, 0, 255]).all()
     assert pixels(red_half)[0, 0].tolist() == [255, 127, 127]
-    with pytest.raises(ValueError, match="background is 'snowy'; expected a colour"):
+    with pytest.raises(ValueError, match="background is 'snowy'; expected a color"):
         MediaSettings(background="snowy")
 
 

@@ -53,7 +53,7 @@ def _tag(normalizer: SchemaNormalizer, alternatives: Sequence[Sequence[SchemaPar
                 break
             seen |= values
         else:
-            return name
+            return str(name)
     return None
 
 

@@ -171,9 +171,9 @@ class MediaSettings:
             object.__setattr__(self, "local_folders", tuple(Path(folder) for folder in self.local_folders))
 
 
-def _is_color(value: object) -> bool:
+def _is_color(value: Any) -> bool:
     try:
-        return len(ImageColor.getrgb(value)) == 3  # type: ignore[arg-type]  # anything but a str is an error below
+        return len(ImageColor.getrgb(value)) == 3
     except (ValueError, AttributeError, TypeError):
         return False
 

@@ -253,7 +253,8 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
                 f"an image of {array.dtype} values from {low:g} to {high:g}; floating-point values must be in 0..1 "
                 "(for 0..255, convert to uint8)"
             )
-        return np.rint(array * 255).astype(np.uint8)
+        levels: np.ndarray = np.rint(array * 255).astype(np.uint8)
+        return levels
     raise ValueError(
         f"an image of {array.dtype} values; expected uint8, uint16, bool, or floating-point values in 0..1"
     )

@@ -187,7 +187,8 @@ class AriaTokenizer:
         """The id of ``eos_token`` of the config, otherwise of ``<|endoftext|>``; None if the vocabulary has neither."""
         fallback = self._known_or("<|endoftext|>", None)
         token = _content(self._config, "eos_token")
-        return fallback if token is None else self._known_or(token, fallback)
+        index: int | None = fallback if token is None else self._known_or(token, fallback)
+        return index
 
     @property
     def unk_token(self) -> str:
@@ -259,8 +260,10 @@ class AriaTokenizer:
                 f"text contains {text[error.start]!r}, a lone surrogate, which is not a character"
             ) from None
         if _SPACE not in text or self._space_bytes is None:
-            return self._pieces.encode(text)
+            ids: list[int] = self._pieces.encode(text)
+            return ids
         # SentencePiece would decode this character as a space.
+        first: list[int]
         first, *rest = (self._pieces.encode(part) for part in text.split(_SPACE))
         for part in rest:
             first += [*self._space_bytes, *part]
@@ -331,7 +334,7 @@ class AriaTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """Split a text into pieces."""
-        return self.convert_ids_to_tokens(self.encode(text))
+        return list(self.convert_ids_to_tokens(self.encode(text)))
 
     def __call__(
         self,

@@ -120,7 +120,7 @@ class Worker:
     def cpu_seconds(self) -> float:
         """CPU time used by the process; infinity if unknown."""
         try:
-            return sum(self._process.cpu_times()[:2])
+            return float(sum(self._process.cpu_times()[:2]))
         except (psutil.Error, OSError):
             return math.inf
 

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -42,7 +42,7 @@ def enter_sandbox(memory_bytes: int, scratch: Path) -> list[str]:
     Returns:
         The parts of the sandbox that are missing on this system, and why.
     """
-    steps = (
+    steps: tuple[tuple[str, Callable[[], object]], ...] = (
         ("limits of memory and open files", lambda: _limit(memory_bytes)),
         ("landlock (files and network)", lambda: _restrict_files(scratch)),
         ("seccomp (system calls)", _restrict_system_calls),

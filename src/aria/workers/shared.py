@@ -83,7 +83,7 @@ def open_reader(source: bytes | SharedFile) -> BinaryIO:
     """Open bytes or a shared file for reading, at position 0. Each call returns an object with its own position."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    return io.BufferedReader(PositionedReader(source.descriptor, source.size), 1 << 16)  # type: ignore[return-value]
+    return io.BufferedReader(PositionedReader(source.descriptor, source.size), 1 << 16)
 
 
 class PositionedReader(io.RawIOBase):
