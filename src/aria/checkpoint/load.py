@@ -235,7 +235,7 @@ def _indexed(index: Path) -> list[Path]:
     listed = sorted(dict.fromkeys(_weight_map(index).values()))
     if index.name.removesuffix(".index.json").endswith(_UNSAFE):
         raise ValueError(_unsafe(index, listed))
-    if missing := [name for name in listed if not (index.parent / name).is_file()]:
+    if missing := [f"{name:.100}" for name in listed if not _is_file(index.parent / name)]:
         raise FileNotFoundError(
             f"{index.parent} lacks {len(missing)} of the {len(listed)} shards that its index lists: {names(missing)}; "
             "fetch them again"
@@ -243,6 +243,14 @@ def _indexed(index: Path) -> list[Path]:
     if not listed:
         raise ValueError(f"{index} lists no weights")
     return _fetched([index.parent / name for name in listed])
+
+
+def _is_file(path: Path) -> bool:
+    """``path.is_file()``, also for names that are too long for the file system."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _fetched(files: list[Path]) -> list[Path]:

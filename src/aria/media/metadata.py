@@ -165,7 +165,7 @@ def _text_size(kind: bytes, chunk: bytes, limit: int) -> int:
 
 def _jpeg(file: BinaryIO) -> Iterator[_Edit]:
     """Remove application segments and comments, except :data:`_KEPT_SEGMENTS`."""
-    start = 2
+    start, padded = 2, True
     while True:
         check_cancelled()
         file.seek(start)
@@ -174,18 +174,19 @@ def _jpeg(file: BinaryIO) -> Iterator[_Edit]:
             return
         marker, length = header[1], struct.unpack(">H", header[2:])[0]
         if marker == 0xFF:  # padding
-            start += 1
+            start, padded = start + 1, True
             continue
         if marker == 1 or 0xD0 <= marker <= 0xD8:  # without a length
-            start += 2
+            start, padded = start + 2, False
             continue
         if 0xE0 <= marker <= 0xEF or marker == _COMMENT:
             body = file.read(min(length, 32))
             fits = length - 2 >= _SHORTEST_SEGMENT
             if not (fits and any(marker == kept and body.startswith(name) for kept, name in _KEPT_SEGMENTS)):
-                # The first is replaced: junk may follow it, which decoders only skip after a segment.
-                yield _Edit(start, start + 2 + length, _EMPTY_COMMENT if start == 2 else b"")
-        start += 2 + max(length, 2)
+                # The first one, and one after padding, is replaced: junk may follow, which decoders skip after a
+                # segment, and which would become a marker after padding.
+                yield _Edit(start, start + 2 + length, _EMPTY_COMMENT if padded else b"")
+        start, padded = start + 2 + max(length, 2), False
 
 
 def _tiff(file: BinaryIO) -> list[_Edit]:
