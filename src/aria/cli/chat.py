@@ -6,46 +6,29 @@ from typing import Annotated, Any
 
 import typer
 
+from aria.cli import options
 from aria.cli.conversation import ChatSession, say, talk
-from aria.cli.options import (
-    MEDIA_WORKERS,
-    SAMPLING,
-    Adapter,
-    Device,
-    Dtype,
-    MaxImageSize,
-    Model,
-    NumFrames,
-    Pages,
-    Revision,
-    Schema,
-    app,
-    err,
-    read_adapters,
-    read_schema,
-    share_work,
-    with_options,
-)
+from aria.cli.options import app, err
 
 
 @app.command()
-@with_options(sampling=SAMPLING, media=MEDIA_WORKERS)
+@options.with_options(sampling=options.SAMPLING, media=options.MEDIA_WORKERS)
 def chat(
     question: Annotated[str | None, typer.Argument(help="Asked once; without it, a conversation starts.")] = None,
-    model: Model = None,
-    adapter: Adapter = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     image: Annotated[list[str] | None, typer.Option("--image", "-i", help="Image file or URL; repeatable.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="Video, after the images; repeatable.")] = None,
     document: Annotated[list[str] | None, typer.Option(help="PDF, after the videos; repeatable.")] = None,
-    max_image_size: MaxImageSize = None,
+    max_image_size: options.MaxImageSize = None,
     split: Annotated[bool, typer.Option("--split", help="Split images into tiles, for fine print.")] = False,
-    num_frames: NumFrames = None,
-    pages: Pages = None,
+    num_frames: options.NumFrames = None,
+    pages: options.Pages = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    schema: Schema = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
+    schema: options.Schema = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    revision: options.Revision = None,
     *,
     sampling: dict[str, Any],
     media: dict[str, Any],
@@ -54,7 +37,7 @@ def chat(
     from aria.engine import Engine, SamplingParams
     from aria.processor import AriaProcessor, MediaSettings
 
-    params = SamplingParams(**sampling, json_schema=read_schema(schema))
+    params = SamplingParams(**sampling, json_schema=options.read_schema(schema))
     sizes: dict[str, Any] = {"split_image": True} if split else {}
     if max_image_size is not None:
         sizes["max_image_size"] = max_image_size
@@ -63,7 +46,7 @@ def chat(
         "video": sizes if num_frames is None else {**sizes, "num_frames": num_frames},
         "document": sizes if pages is None else {**sizes, "pages": pages},
     }
-    adapters = read_adapters([adapter] if adapter else ())
+    adapters = options.read_adapters([adapter] if adapter else ())
     conversation = ChatSession(system, settings, params, next(iter(adapters), None))
     media_settings = MediaSettings(**media)
     if image or video or document:
@@ -75,7 +58,7 @@ def chat(
                 conversation.show(kind, source, processor)
     engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
     engine.processor.media = media_settings
-    share_work(engine)
+    options.share_work(engine)
     if question is not None:
         say(conversation.ask(engine, question))
         return

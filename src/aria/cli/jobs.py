@@ -10,52 +10,31 @@ from typing import Annotated, Any
 
 import typer
 
-from aria.cli.options import (
-    MEDIA_WORKERS,
-    REQUEST_MEDIA,
-    SAMPLING,
-    Adapter,
-    Adapters,
-    AtOnce,
-    Device,
-    Dtype,
-    MaxImageSize,
-    Model,
-    NumFrames,
-    Pages,
-    Revision,
-    Schema,
-    ServedNames,
-    app,
-    err,
-    read_adapters,
-    read_schema,
-    share_work,
-    with_options,
-)
+from aria.cli import options
+from aria.cli.options import app, err
 
 
 @app.command()
-@with_options(sampling=SAMPLING, media=MEDIA_WORKERS)
+@options.with_options(sampling=options.SAMPLING, media=options.MEDIA_WORKERS)
 def describe(
     paths: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER...", help="Images, videos, PDFs, folders.")],
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSONL file; resumes if it exists. Default: stdout.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: asks for a description.")] = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    schema: Schema = None,
-    max_image_size: MaxImageSize = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
+    schema: options.Schema = None,
+    max_image_size: options.MaxImageSize = None,
     split: Annotated[
         bool | None, typer.Option("--split/--no-split", help="Split images into tiles; default: documents only.")
     ] = None,
-    num_frames: NumFrames = None,
-    pages: Pages = None,
-    at_once: AtOnce = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
+    num_frames: options.NumFrames = None,
+    pages: options.Pages = None,
+    at_once: options.AtOnce = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    revision: options.Revision = None,
     *,
     sampling: dict[str, Any],
     media: dict[str, Any],
@@ -69,8 +48,8 @@ def describe(
     files, others = find_media(paths)
     parts = {"max_image_size": max_image_size, "split_image": split, "num_frames": num_frames, "pages": pages}
     settings = {name: value for name, value in parts.items() if value is not None}
-    params = SamplingParams(**sampling, json_schema=read_schema(schema))
-    adapters = read_adapters([adapter] if adapter else ())
+    params = SamplingParams(**sampling, json_schema=options.read_schema(schema))
+    adapters = options.read_adapters([adapter] if adapter else ())
     name = next(iter(adapters), None)
     weights = {
         "base": _base(model, revision),
@@ -91,17 +70,17 @@ def describe(
 
 
 @app.command()
-@with_options(media=REQUEST_MEDIA)
+@options.with_options(media=options.REQUEST_MEDIA)
 def batch(
     requests: Annotated[Path, typer.Argument(metavar="IN", help="JSONL file of requests in OpenAI's batch format.")],
     responses: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file; resumes if it exists.")],
-    model: Model = None,
-    served_model_name: ServedNames = None,
-    adapter: Adapters = None,
-    at_once: AtOnce = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
+    model: options.Model = None,
+    served_model_name: options.ServedNames = None,
+    adapter: options.Adapters = None,
+    at_once: options.AtOnce = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    revision: options.Revision = None,
     *,
     media: dict[str, Any],
 ) -> None:
@@ -121,7 +100,7 @@ def batch(
     settings = MediaSettings.untrusted(**media)
     lines = find_lines(requests)
     names = tuple(served_model_name or (model_name(model),))
-    adapters = read_adapters(adapter or (), taken=names)
+    adapters = options.read_adapters(adapter or (), taken=names)
 
     def load() -> Engine:
         engine = Engine(model, revision=revision, dtype=dtype, device=device, adapters=adapters)
@@ -167,7 +146,7 @@ def _run_job(job: Any, title: str, load: Callable[[], Any], at_once: int | None,
     stopped = False
     if job.todo:
         engine = load()
-        share_work(engine)
+        options.share_work(engine)
         most = at_once or engine.max_batch
         with (
             AsyncEngine(engine=engine) as running,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -18,6 +18,8 @@ from typer.core import TyperCommand, TyperGroup
 from aria.engine.sampling_params import SamplingParams
 from aria.media.limits import MediaSettings
 from aria.settings import Field, Setting, fields_of
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Parameters:
@@ -46,7 +48,7 @@ class Commands(typer.Typer):
         shared = {"help_option_names": ["-h", "--help"]}
         super().__init__(cls=_Group, context_settings=shared, no_args_is_help=True, add_completion=False, **settings)
 
-    def command(self, name: str | None = None, **settings: Any) -> Any:
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Command], Command]:
         return super().command(name, cls=_Command, **settings)
 
 

@@ -8,27 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from aria.cli.options import (
-    ALL_MEDIA,
-    Adapters,
-    Device,
-    Dtype,
-    Options,
-    Revision,
-    ServedNames,
-    app,
-    err,
-    out,
-    read_adapters,
-    read_keys,
-    share_work,
-    with_options,
-)
+from aria.cli import options
+from aria.cli.options import app, err, out
 from aria.serve.settings import ServerSettings
 
 
 @app.command()
-@with_options(limits=Options(ServerSettings, panel="Server"), media=ALL_MEDIA)
+@options.with_options(limits=options.Options(ServerSettings, panel="Server"), media=options.ALL_MEDIA)
 def serve(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub repository; default: packaged nano.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 listens on all.")] = "127.0.0.1",
@@ -38,8 +24,8 @@ def serve(
         typer.Option(envvar="ARIA_API_KEY", help="Key that clients must send; repeatable. Environment: by spaces."),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File of API keys, one per line.")] = None,
-    served_model_name: ServedNames = None,
-    adapter: Adapters = None,
+    served_model_name: options.ServedNames = None,
+    adapter: options.Adapters = None,
     warm_up: Annotated[
         bool,
         typer.Option(
@@ -47,8 +33,8 @@ def serve(
             help="Compile kernels and capture CUDA graphs before serving; takes minutes on a GPU.",
         ),
     ] = True,
-    dtype: Dtype = None,
-    device: Device = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     max_model_len: Annotated[int | None, typer.Option(help="Maximum number of tokens of prompt and answer.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Maximum number of concurrent sequences.")] = None,
     cache_tokens: Annotated[
@@ -60,7 +46,7 @@ def serve(
         typer.Option("--access-log/--no-access-log", help="Log one line per request, without its contents."),
     ] = True,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
-    revision: Revision = None,
+    revision: options.Revision = None,
     *,
     limits: dict[str, Any],
     media: dict[str, Any],
@@ -79,7 +65,7 @@ def serve(
 
     keys = list(api_key or ())
     if api_key_file is not None:
-        keys += read_keys(api_key_file)
+        keys += options.read_keys(api_key_file)
     hosts = list(limits.pop("allowed_hosts"))
     if (hosts or not keys) and host and ":" not in host:  # IP addresses are allowed anyway
         hosts.append(host)
@@ -90,14 +76,14 @@ def serve(
         media=MediaSettings.untrusted(**media),
         **limits,
     )
-    adapters = read_adapters(adapter or (), taken=settings.model_names)
+    adapters = options.read_adapters(adapter or (), taken=settings.model_names)
     if allows_anonymous_access(host, keys):
         err.print(f"[yellow]warning:[/yellow] anybody who reaches {escape(host)} may use this server; set --api-key")
     engine = Engine(
         model, revision=revision, dtype=dtype, device=device, memory_utilization=memory_utilization,
         max_model_len=max_model_len, max_batch=max_batch, cache_tokens=cache_tokens, adapters=adapters,
     )  # fmt: skip
-    share_work(engine)
+    options.share_work(engine)
     workers = shared_workers(settings.media)
     if workers is not None:
         workers.warm_up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ class Endpoint(NamedTuple):
     """Prefix of response ids."""
     param: str
     """The field of the body that holds the prompt."""
-    complete: Callable[..., Any]
+    complete: Callable[..., Awaitable[BaseModel]]
     """A run -> the complete response."""
-    stream: Callable[..., Any]
+    stream: Callable[..., AsyncGenerator[bytes, None]]
     """A run -> server-sent events."""
 
 

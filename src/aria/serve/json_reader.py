@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
@@ -219,13 +219,14 @@ class _Decoder(json.JSONDecoder):
         def string(document: str, index: int, strict: bool) -> tuple[str, int]:
             nonlocal left
             if index not in texts:
-                return scanstring(document, index, strict)
+                found: tuple[str, int] = scanstring(document, index, strict)
+                return found
             left -= 1
             return texts[index], index + 1
 
         self.parse_string = string
         self.scan_once = py_make_scanner(self)
-        self._left = lambda: left
+        self._left: Callable[[], int] = lambda: left
 
     def decode(self, text: str, *args: Any) -> Any:
         value = super().decode(text, *args)
@@ -253,7 +254,8 @@ def _count(text: str) -> int:
 def _decoded(raw: str, offset: int) -> str:
     """Decode the escapes of part of a string."""
     try:
-        return scanstring(raw + '"', 0, True)[0]
+        text: str = scanstring(raw + '"', 0, True)[0]
+        return text
     except json.JSONDecodeError as error:
         raise _no_json(f"{error.msg} at character {offset + error.pos}") from None
 

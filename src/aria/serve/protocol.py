@@ -87,14 +87,19 @@ class ImageUrlPart(Body):
         return self
 
 
-class VideoUrl(Body):
-    url: Source | None = None
+class VideoOptions(Body):
+    """How a video is sampled."""
+
     detail: Detail = "auto"
     """auto: the smallest size."""
     num_frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     max_frames: Annotated[int, Field(ge=1)] | None = None
     timestamps: bool | None = None
+
+
+class VideoUrl(VideoOptions):
+    url: Source | None = None
 
 
 class VideoUrlPart(Body):

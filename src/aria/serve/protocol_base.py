@@ -98,7 +98,7 @@ def field_error(field: str, message: str, kind: str = "invalid_value") -> Pydant
         kind: Error code for clients.
     """
     context = {"field": _without_surrogates(field[:MAX_NAME]), "message": _without_surrogates(message)}
-    return PydanticCustomError(kind, "{message}", context)  # type: ignore[arg-type]
+    return PydanticCustomError(kind, "{message}", context)
 
 
 def _with_ignored(schema: dict[str, Any], model: type[BaseModel]) -> None:

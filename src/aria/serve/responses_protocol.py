@@ -33,6 +33,7 @@ from aria.serve.protocol import (
     ToolMessage,
     ToolMode,
     UserMessage,
+    VideoOptions,
     VideoUrl,
     VideoUrlPart,
 )
@@ -81,36 +82,17 @@ class InputImage(Body):
     known: ClassVar[field_rules.FieldRules] = field_rules.FILE
 
 
-class InputVideo(Body):
+class InputVideo(VideoOptions):
     """Extension: a video."""
 
     known: ClassVar[field_rules.FieldRules] = field_rules.PART
 
     type: Literal["input_video"]
     video_url: Source
-    detail: Detail = "auto"
-    num_frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(gt=0)] | None = None
-    max_frames: Annotated[int, Field(ge=1)] | None = None
-    timestamps: bool | None = None
 
 
-class InputFile(Body):
+class InputFile(FileData):
     type: Literal["input_file"]
-    file_data: Source | None = None
-    file_url: Source | None = None
-    filename: str | None = None
-    pages: str | None = None
-    """Extension: such as ``1-3,7``."""
-    detail: Detail = "auto"
-    split: bool | None = None
-    known: ClassVar[field_rules.FieldRules] = field_rules.FILE
-
-    @model_validator(mode="after")
-    def _one(self) -> InputFile:
-        if (self.file_data is None) == (self.file_url is None):
-            raise ValueError("give file_data or file_url, and not both")
-        return self
 
 
 InputPart = Annotated[

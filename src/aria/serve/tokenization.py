@@ -37,7 +37,8 @@ async def count(service: Service, body: TokenizeRequest, context: RequestContext
 
         def encode() -> list[int]:
             service.check_length(text)
-            return processor.tokenizer.encode(text)
+            ids: list[int] = processor.tokenizer.encode(text)
+            return ids
 
         ids = await service.off_loop(encode, param="prompt")
     else:
