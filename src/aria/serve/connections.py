@@ -165,7 +165,7 @@ class Connection(HttpToolsProtocol):
             piece = data[start:end] if start or end < len(data) else data
             start, body_bytes, self._began = end, self._body_bytes, False
             super().data_received(piece)
-            # Of the headers of one that began in the middle of this nobody knows where.
+            # If a request began inside this piece, the size of its headers so far is unknown.
             self._other_bytes = 0 if self._began else self._other_bytes + len(piece) - (self._body_bytes - body_bytes)
             if self._other_bytes > self._settings.max_header_bytes + _FRAMING * self._body_bytes:
                 self._refuse(self._too_large())
@@ -214,7 +214,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self.close(self._settings.write_seconds)
         elif not self.cycle.response_complete or not self._headers_complete:
-            return  # to another request
+            return  # the response to another request
         elif self._message:
             self._arm(self.transport.abort, self._settings.header_seconds)
         else:

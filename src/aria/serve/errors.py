@@ -160,7 +160,7 @@ def _sentence(error: Mapping[str, Any], field: str) -> str:
         return f"{field} is {got!r}, which is not supported{why}; expected one of {expected}"
     if kind == "union_tag_not_found":
         if isinstance(error.get("input"), dict):
-            return f"{field} is missing, or is no string"
+            return f"{field} is missing or not a string"
         return f"{field} should be an object, but is {_REPR.repr(error.get('input'))}"
     if kind == "wrong_type":
         return f"{field} {error['msg']}, but is {_REPR.repr(error.get('input'))}"

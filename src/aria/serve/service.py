@@ -133,10 +133,10 @@ class Service:
         return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
     def check_length(self, prompt: Any) -> None:
-        """Refuse a prompt that is too long at first sight.
+        """Refuse a prompt that is obviously too long, without tokenizing it.
 
         Raises:
-            ContextLengthError: it has more characters than all of its tokens could.
+            ContextLengthError: It has more characters than fit into the context.
         """
         if (characters := generation_request.characters(prompt)) > self._token_characters * self.defaults.max_model_len:
             tokens = f"at least {-(-characters // self._token_characters)} tokens"
@@ -384,7 +384,7 @@ class Run:
             )
 
     async def aclose(self) -> None:
-        """Cancel what is not finished, also where nobody began to read."""
+        """Cancel what is unfinished, even if nothing was read."""
         await self._pieces.aclose()
 
     def _count(self, one: tuple[int, Piece]) -> tuple[int, Piece]:
