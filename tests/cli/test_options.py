@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,3 +139,16 @@ def test_a_command_gets_its_settings(capsys: pytest.CaptureFixture[str]) -> None
         program(["--things", "0"], standalone_mode=False)
     assert {param.name for param in typer.main.get_command(program).params} >= {"word", "count"}
     assert "hidden" not in {param.name for param in typer.main.get_command(program).params}
+
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "million": 1_000_000}
+
+
+def test_documented_defaults_are_those_of_the_options() -> None:
+    page = (FOLDER.parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    checked = set()
+    for option, value, unit in re.findall(r"^\| `(--[\w-]+)` \| ([\d,]+) ?(\w*) \|", page, re.MULTILINE):
+        if unit in _UNITS:
+            assert options("serve")[option].default == int(value.replace(",", "")) * _UNITS[unit], option
+            checked.add(option)
+    assert {"--max-queue", "--max-body", "--max-prompt-pixels", "--request-seconds"} <= checked

@@ -102,7 +102,9 @@ class MediaSettings:
     ] = 512 << 20
     clip_decoder: Annotated[
         str,
-        Setting(help="Video decoder: cpu, cuda:N, or auto, the model's GPU if it has one.", option="--clip-decoder"),
+        Setting(
+            help="Video decoder: cpu, cuda:N, or auto, which uses the model's GPU if possible.", option="--clip-decoder"
+        ),
     ] = "auto"
     """What a GPU's decoder cannot read is decoded on the CPU."""
     image_timeout: Annotated[
