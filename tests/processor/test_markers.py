@@ -13,7 +13,7 @@ from aria import AriaImageProcessor, AriaProcessor, Engine
 from aria.processor import AriaTokenizer, Prompt, render
 from aria.processor.chat import MARKERS
 from aria.train.data import DataSettings
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.sources import Row
 from tests.helpers import made_data, small_tokenizer
 from tests.helpers.marker_texts import texts
@@ -139,7 +139,7 @@ def test_training_reads_rows_as_inference_does(name: str, labels: Any) -> None:
     tokenizer = TOKENIZERS[name]
     images = AriaImageProcessor(max_image_size=56, min_image_size=14, sizes=tuple(made_data.SIZES))
     processor = AriaProcessor(images, tokenizer, size_conversion=made_data.SIZES)
-    encoder = Encoder(processor, made_data.config(), DataSettings(labels=labels), 4096)
+    encoder = RowEncoder(processor, made_data.config(), DataSettings(labels=labels), 4096)
 
     def ids(fields: dict[str, Any]) -> list[int]:
         [sample] = encoder(Row(fields, "rows.jsonl:1", Path("/nowhere"))).samples

@@ -14,20 +14,9 @@ import aria
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "aria"
-KNOWN_DUPLICATES: dict[str, set[str]] = {
-    "Encoder": {"engine/encoder.py", "train/data/encode.py"},
-    "JsonLines": {"train/data/sources.py", "train/progress.py"},
-    "Order": {"ops/kernels/moe_train.py", "train/data/order.py"},
-    "Piece": {"checkpoint/layouts.py", "engine/engine.py"},
-    "Plan": {"engine/scheduler.py", "train/preflight.py"},
-    "Reader": {"train/data/stream.py", "train/stored.py"},
-    "Saved": {"train/resume.py", "train/state.py"},
-    "Text": {"checkpoint/pickles.py", "train/data/rows.py"},
-    "_Array": {"checkpoint/paddle.py", "train/stored.py"},
-    "_DType": {"checkpoint/paddle.py", "train/stored.py"},
-}
+KNOWN_DUPLICATES: dict[str, set[str]] = {}
 """Class names that are still defined twice, with their files. Only remove entries."""
-KNOWN_FOR_RECIPES = {"train/loss.py: next_token_labels"}
+KNOWN_FOR_RECIPES: set[str] = set()
 """Names that only the recipes use. Only remove entries."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from aria.cli import options
 from aria.train.data import DataSettings, make_stream
 from aria.train.data.check import check_data
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.look import judge, look
 from aria.train.data.sources import Sources
 from tests.helpers import made_data, made_media
@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_while_it_is_checked_is_an_error_by_its_line(tmp_path
 def looked(*names, world=1, on_error="skip") -> str:
     settings = DataSettings(paths=tuple(map(str, names)), workers=2)
     sources = Sources(settings.weights)
-    encoder = Encoder(processor(), config(), settings, 512)
+    encoder = RowEncoder(processor(), config(), settings, 512)
     looks = [look(sources, encoder, settings, rank=rank, world=world) for rank in range(world)]
     return judge(looks, "training rows", on_error)
 

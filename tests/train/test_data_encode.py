@@ -12,7 +12,7 @@ import torch
 from aria import AriaProcessor
 from aria.processor import CHAT_TEMPLATE, AriaTokenizer
 from aria.train.data import DataSettings
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.report import RowError
 from aria.train.data.sources import Row
 from aria.train.loss import IGNORE_INDEX
@@ -23,7 +23,7 @@ IMAGE = processor().tokenizer.image_token_id
 
 
 def encode(fields, folder=Path("/nowhere"), tokens=4096, **settings):
-    encoder = Encoder(processor(), config(), DataSettings(**settings), tokens)
+    encoder = RowEncoder(processor(), config(), DataSettings(**settings), tokens)
     return encoder(Row(fields, "rows.jsonl:1", folder))
 
 
@@ -284,22 +284,22 @@ def test_a_tokenizer_that_joins_newlines_is_refused_for_joint_labels():
         tokenizer, image_processor = Joining(), processor().image_processor
 
     with pytest.raises(ValueError, match='use "per_turn"'):
-        Encoder(Other(), config(), DataSettings(labels="joint"), 64)
-    Encoder(Other(), config(), DataSettings(), 64)
+        RowEncoder(Other(), config(), DataSettings(labels="joint"), 64)
+    RowEncoder(Other(), config(), DataSettings(), 64)
 
 
 def test_model_and_tokenizer_have_to_agree_on_the_picture_token():
     import dataclasses
 
     with pytest.raises(ValueError, match="do not belong together"):
-        Encoder(processor(), dataclasses.replace(config(), image_token_index=5), DataSettings(), 64)
+        RowEncoder(processor(), dataclasses.replace(config(), image_token_index=5), DataSettings(), 64)
 
 
 def test_a_chat_template_that_training_would_not_write_is_refused():
     images = processor().image_processor
     other = AriaTokenizer(small_tokenizer.model(), {"chat_template": "{{ messages }}"})
     with pytest.raises(ValueError, match="brings a chat template of its own, but training uses Aria's"):
-        Encoder(AriaProcessor(images, other, size_conversion=made_data.SIZES), config(), DataSettings(), 64)
+        RowEncoder(AriaProcessor(images, other, size_conversion=made_data.SIZES), config(), DataSettings(), 64)
 
 
 def test_fields_that_nothing_reads_are_told():

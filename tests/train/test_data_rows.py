@@ -15,7 +15,7 @@ from PIL import Image
 from aria.serve import generation_request
 from aria.serve.protocol import ChatRequest
 from aria.train.data import DataSettings, questions
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.report import RowError
 from aria.train.data.rows import Conversation, MediaDefaults, read_row
 from aria.train.data.sources import Row, Sources, open_source
@@ -101,7 +101,7 @@ def test_pictures_of_a_system_message_stay_where_functions_are_told(tmp_path):
     sheet = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Brand sheet."}]
     row = {"messages": [said("system", sheet), said("user", "a"), said("assistant", "b")]}
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    encoder = Encoder(processor(), made_data.config(), DataSettings(), 512)
+    encoder = RowEncoder(processor(), made_data.config(), DataSettings(), 512)
     [alone], [told] = (encoder(Row({**row, **more}, "", tmp_path)).samples for more in ({}, {"tools": tools}))
     assert alone.num_crops == told.num_crops == 1
     text = processor().decode(told.input_ids)
@@ -341,7 +341,7 @@ def test_data_sets_of_hugging_face(tmp_path, monkeypatch):
     decoded.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": decoded, "test": decoded.select([0])}).save_to_disk(str(tmp_path / "splits"))
     (tmp_path / "0.png").write_bytes(buffer.getvalue())
-    encoder = Encoder(processor(), made_data.config(), DataSettings(), 256)
+    encoder = RowEncoder(processor(), made_data.config(), DataSettings(), 256)
     for i in range(3):
         beside = {"messages": rows[i]["messages"], "images": ["0.png"]}
         [expected] = encoder(Row(beside, "", tmp_path)).samples
@@ -377,7 +377,7 @@ def test_a_document_in_base64_is_read():
     import base64
 
     data = base64.b64encode(made_media.pdf((100, 100))).decode()
-    [sample] = Encoder(processor(), made_data.config(), DataSettings(split_image=False), 256)(
+    [sample] = RowEncoder(processor(), made_data.config(), DataSettings(split_image=False), 256)(
         Row(chat_of({"type": "file", "file": {"file_data": data}}), "", Path())
     ).samples
     assert len(sample.crops) == 1
@@ -410,7 +410,7 @@ def places(value, path=()):
 
 
 def test_whatever_stands_in_a_row_is_told_as_its_fault():
-    encoder = Encoder(processor(), made_data.config(), DataSettings(), 4096)
+    encoder = RowEncoder(processor(), made_data.config(), DataSettings(), 4096)
     told = set()
     for path in list(places(WHOLE))[1:]:
         for wrong in WRONG:

@@ -18,7 +18,7 @@ import torch
 from aria.processor.chat import Prompt
 from aria.train.batch import FILLER_PIECE, Batch, Sample
 from aria.train.data import DataSettings
-from aria.train.data.order import Order, noise, permutation
+from aria.train.data.order import RowOrder, noise, permutation
 from aria.train.data.packer import Packer
 from aria.train.data.report import Report
 from aria.train.loss import IGNORE_INDEX
@@ -399,7 +399,7 @@ def test_reading_ahead_starts_no_threads_of_pytorch_s(tmp_path):
 
 def test_mixtures_are_exact():
     counts, weights = [10, 7, 100, 3], [1.5, 0.5, 0.013, 2.0]
-    order = Order(counts, weights, seed=5)
+    order = RowOrder(counts, weights, seed=5)
     first, second = order.epoch(0), order.epoch(1)
     assert order.size == len(first) == 15 + 4 + 1 + 6  # 3.5 rows round to 4, as Python rounds
     assert first.tolist() != second.tolist()
@@ -409,15 +409,15 @@ def test_mixtures_are_exact():
     assert sorted(times[i] for i in range(10, 17)) == [0] * 3 + [1] * 4
     assert sum(times[i] for i in range(17, 117)) == 1
     assert [times[i] for i in range(117, 120)] == [2, 2, 2]
-    anew = Order(counts, weights, seed=5, resample=True)
+    anew = RowOrder(counts, weights, seed=5, resample=True)
     assert sorted(anew.epoch(0)) != sorted(anew.epoch(1))
     assert Counter(anew.epoch(1).tolist()).total() == order.size
-    assert sorted(Order(counts, weights, seed=6).epoch(0)) != sorted(first), "another seed draws other halves"
+    assert sorted(RowOrder(counts, weights, seed=6).epoch(0)) != sorted(first), "another seed draws other halves"
     assert [order.row(i) for i in range(2 * order.size)] == [*first, *second]
-    in_turn = Order([3, 2], [1.0, 2.0], shuffle=False)
+    in_turn = RowOrder([3, 2], [1.0, 2.0], shuffle=False)
     assert in_turn.epoch(4).tolist() == [0, 1, 2, 3, 4, 3, 4]
     with pytest.raises(ValueError, match="leave no row"):
-        Order([3], [0.1])
+        RowOrder([3], [0.1])
 
 
 def test_noise_is_splitmix_and_permutations_are_even():

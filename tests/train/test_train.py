@@ -15,9 +15,9 @@ from aria import ops
 from aria.config import AriaConfig, TextConfig, VisionConfig
 from aria.model import Aria, Packed, pack_patches
 from aria.ops import Segments
-from aria.train.loss import linear_cross_entropy, next_token_labels, router_losses
+from aria.train.loss import linear_cross_entropy, router_losses
 from recipes.nano.train.fixed_shapes import TrainingContext, bounded_segments, fixed_patches
-from recipes.nano.train.learner import Learner, Stages, _some
+from recipes.nano.train.learner import Learner, Stages, _some, next_token_labels
 from recipes.nano.train.model import area_weights, nano_config, tiny_config
 from recipes.nano.train.prefetch import prefetch
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aria.model import Aria
 from aria.ops import Segments
-from aria.train.loss import CrossEntropy, linear_cross_entropy, next_token_labels, router_losses
+from aria.train.loss import IGNORE_INDEX, CrossEntropy, linear_cross_entropy, router_losses
 from recipes.nano.train.fixed_shapes import FixedPatches, TrainingContext, bounded_segments, fixed_patches
 from recipes.nano.train.model import DenseHeads, initialise
 
@@ -193,3 +193,15 @@ def _some(hidden_PD: Tensor, labels_NP: Tensor, share: float) -> tuple[Tensor, T
     rows = drawn + places * torch.arange(images, device=drawn.device)[:, None]
     # index_select instead of indexing: its gradient does not sort the rows first.
     return hidden_PD.index_select(0, rows.flatten()), labels_NP.flatten(0, 1)[rows]
+
+
+def next_token_labels(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Shift labels from their own token to the token before, never across two packed sequences.
+
+    Args:
+        labels_T: int64, ``IGNORE_INDEX`` where nothing is to be predicted.
+        cu_seqlens: ``(N + 1,)``, the start of each sequence, then T.
+    """
+    shifted = torch.full_like(labels_T, IGNORE_INDEX)
+    shifted[:-1] = labels_T[1:]
+    return shifted.index_fill_(0, (cu_seqlens[1:].long() - 1).clamp(min=0), IGNORE_INDEX)

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPart:
     """A stored tensor, and the part of a parameter that it fills."""
 
     key: str
@@ -45,7 +45,7 @@ class Layout:
     linear_in_out: bool = False
     """Whether weights of linear layers are ``(in, out)``, as in PaddlePaddle."""
 
-    def pieces(self, name: str, shape: Shape) -> list[Piece]:
+    def pieces(self, name: str, shape: Shape) -> list[TensorPart]:
         """The stored tensors that make up our parameter ``name``."""
         if self.expert_prefix and name.endswith((".experts.fc1.weight", ".experts.fc2.weight")):
             return self._expert_pieces(name, shape)
@@ -53,23 +53,23 @@ class Layout:
         for ours, theirs in self.renames:
             key = key.replace(ours, theirs, 1)
         if self.linear_in_out and _is_linear(name, shape):
-            return [Piece(key, shape[::-1], transposed=True)]
-        return [Piece(key, shape)]
+            return [TensorPart(key, shape[::-1], transposed=True)]
+        return [TensorPart(key, shape)]
 
-    def _expert_pieces(self, name: str, shape: Shape) -> list[Piece]:
+    def _expert_pieces(self, name: str, shape: Shape) -> list[TensorPart]:
         # Ours: fc1 (E, D, 2F) with gate and up side by side, fc2 (E, F, D). Theirs: linears, which are (out, in).
         base, which, _ = name.rsplit(".", 2)
         prefix = base.removesuffix("experts") + self.expert_prefix  # type: ignore[operator]
         experts, size_in, size_out = shape
         if which == "fc2":
             return [
-                Piece(f"{prefix}.{e}.down_proj.weight", (size_out, size_in), (e,), transposed=True)
+                TensorPart(f"{prefix}.{e}.down_proj.weight", (size_out, size_in), (e,), transposed=True)
                 for e in range(experts)
             ]
         half = size_out // 2
         parts = (("gate_proj", slice(0, half)), ("up_proj", slice(half, None)))
         return [
-            Piece(f"{prefix}.{e}.{part}.weight", (half, size_in), (e, slice(None), columns), transposed=True)
+            TensorPart(f"{prefix}.{e}.{part}.weight", (half, size_in), (e, slice(None), columns), transposed=True)
             for e in range(experts)
             for part, columns in parts
         ]
@@ -161,7 +161,7 @@ def detect(stored: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Layout:
 
 def place(
     layout: Layout, stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]
-) -> dict[str, list[tuple[Piece, StoredTensor]]]:
+) -> dict[str, list[tuple[TensorPart, StoredTensor]]]:
     """For each parameter of the model, the stored tensors that fill it.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aria.checkpoint.layouts import Layout, Piece, Shape, detect, main_dtype, place
+from aria.checkpoint.layouts import Layout, Shape, TensorPart, detect, main_dtype, place
 from aria.checkpoint.paddle import read_pdparams
 from aria.checkpoint.stored import StoredTensor, names, read_safetensors
 from aria.config import CONFIG_NAME, AriaConfig, parse_dtype
@@ -289,7 +289,7 @@ class _Job:
         return self.out.is_contiguous() and self.out.dtype == self.stored.dtype
 
 
-def _jobs(parameter: Tensor, piece: Piece, stored: StoredTensor) -> list[_Job]:
+def _jobs(parameter: Tensor, piece: TensorPart, stored: StoredTensor) -> list[_Job]:
     view = parameter.detach()[piece.index]
     view = view.mT if piece.transposed else view
     if not stored.seekable:

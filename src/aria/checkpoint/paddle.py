@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aria.checkpoint.pickles import Calls, Machine, Place, RefusedError, Text
+from aria.checkpoint.pickles import Calls, Machine, PickledText, Place, RefusedError
 from aria.checkpoint.stored import Segment, StoredTensor
 
 # Paddle stores bfloat16 as uint16, without any mark in the file.
@@ -68,7 +68,7 @@ class _Array:
 
 
 def _encode(text: Any, encoding: Any) -> Place:
-    place = text.place if isinstance(text, Text) else text
+    place = text.place if isinstance(text, PickledText) else text
     if not isinstance(place, Place) or encoding != "latin1" or not place.text:
         raise RefusedError(f"bytes in the encoding {encoding!r:.40}")
     return place

@@ -43,7 +43,7 @@ class Place:
     text: bool = False
 
 
-class Text(str):
+class PickledText(str):
     """A string with its position in the file, because protocol 2 writes the bytes of arrays as strings."""
 
     place: Place
@@ -148,7 +148,7 @@ class Machine:
         if self._text > _MOST_TEXT:
             raise RefusedError(f"names of more than {_MOST_TEXT:,} bytes")
         offset = self.file.tell()
-        text = Text(self.take(nbytes).decode("utf-8"))
+        text = PickledText(self.take(nbytes).decode("utf-8"))
         text.place = Place(offset, nbytes, True)
         self.stack.append(text)
 

@@ -21,7 +21,7 @@ from aria.train import targets
 from aria.train.console import make_reporter
 from aria.train.cost import Trained, batch_flops
 from aria.train.data import make_stream
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.look import judge, look
 from aria.train.evaluate import Evaluation, Sampler, check_held_out
 from aria.train.objective import Losses, Objective, Step
@@ -187,7 +187,7 @@ def open_stream(
         seed=recipe.seed,
         passes=recipe.budget.epochs,
     )
-    encoder = Encoder(processor, config, data, recipe.batch.tokens)
+    encoder = RowEncoder(processor, config, data, recipe.batch.tokens)
     looks = parallel.collect(look(stream.sources, encoder, data, rank=parallel.data_rank, world=parallel.data_world))
     say(judge(looks, "training rows", data.on_error))
     return stream, max(one.density for one in looks)

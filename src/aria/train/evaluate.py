@@ -15,7 +15,7 @@ from aria.config import AriaConfig
 from aria.model import Aria
 from aria.processor import AriaProcessor
 from aria.train.data import DataSettings, DataStream, make_stream, questions
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.look import Look, look
 from aria.train.data.report import Report, RowError
 from aria.train.data.sources import Sources
@@ -154,7 +154,7 @@ class Evaluation:
         if self._sampler is None or not count:
             return {}
         settings, report = held_out(recipe), Report()
-        encoder = Encoder(self._processor, self._model.config, settings, recipe.batch.tokens)
+        encoder = RowEncoder(self._processor, self._model.config, settings, recipe.batch.tokens)
         sources = None if self._stream is None else self._stream.sources
         asked = questions(settings, self._processor, count, encoder=encoder, report=report, sources=sources)
         if not asked:
@@ -202,7 +202,7 @@ def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig,
     """
     settings = held_out(recipe)
     sources = Sources(settings.weights, settings.split)
-    encoder = Encoder(processor, config, settings, recipe.batch.tokens)
+    encoder = RowEncoder(processor, config, settings, recipe.batch.tokens)
     said = ""
     for row in range(len(sources)):
         try:

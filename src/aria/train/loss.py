@@ -134,18 +134,6 @@ def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
         sums += x @ y
 
 
-def next_token_labels(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Shift labels from their own token to the token before, never across two packed sequences.
-
-    Args:
-        labels_T: int64, ``IGNORE_INDEX`` where nothing is to be predicted.
-        cu_seqlens: ``(N + 1,)``, the start of each sequence, then T.
-    """
-    shifted = torch.full_like(labels_T, IGNORE_INDEX)
-    shifted[:-1] = labels_T[1:]
-    return shifted.index_fill_(0, (cu_seqlens[1:].long() - 1).clamp(min=0), IGNORE_INDEX)
-
-
 class RouterLosses(NamedTuple):
     """The auxiliary losses of one layer, coefficients included."""
 

@@ -364,7 +364,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a training will take."""
 
     memory: Memory
@@ -411,7 +411,7 @@ def check(
     sampled: Sampled | None = None,
     density: float | None = None,
     out: Path | None = None,
-) -> Plan:
+) -> TrainingPlan:
     """Estimate what a training takes, and refuse one that does not fit.
 
     Args:
@@ -453,7 +453,7 @@ def check(
         # Ranks that share sequences share their work.
         each /= recipe.parallel.sequence
         seconds = steps * batch.accumulate * each / (flops_rate * SHARE_OF_RATE[device.type])
-    return Plan(memory, free, batch.tokens * batch.accumulate * ranks, steps, seconds, str(device), storage)
+    return TrainingPlan(memory, free, batch.tokens * batch.accumulate * ranks, steps, seconds, str(device), storage)
 
 
 def _token_flops(recipe: Recipe, config: AriaConfig) -> float:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
 from aria.train.data import DataSettings
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.report import RowError
 from aria.train.data.sources import Sources
 from aria.train.recipe import Recipe, parse_toml
@@ -79,7 +79,7 @@ def _measured(
     method: str, data: Sequence[str], sources: Sources, processor: AriaProcessor, config: AriaConfig
 ) -> _Numbers:
     """A batch size that fits the longest row read, and gives enough steps."""
-    encoder = Encoder(processor, config, DataSettings(paths=tuple(data)), config.text.max_position_embeddings)
+    encoder = RowEncoder(processor, config, DataSettings(paths=tuple(data)), config.text.max_position_embeddings)
     lengths, problem = [], ""
     for row in range(min(MOST_ROWS, len(sources))):
         try:

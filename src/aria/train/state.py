@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from aria.hub import read_json, sync
 from aria.train.ranks import Ranks
 from aria.train.shards import whole
-from aria.train.stored import Planner, Reader, read_value, refusal, write_value
+from aria.train.stored import CheckpointReader, Planner, read_value, refusal, write_value
 
 FOLDER = "checkpoints"
 """Folder inside the run's folder."""
@@ -63,7 +63,7 @@ class CheckpointSettings:
                 raise ValueError(f"{name} should be above 0, but is {value}")
 
 
-class Saved(Protocol):
+class Savable(Protocol):
     """The state of a run. ``position.step`` names the checkpoint."""
 
     position: Any
@@ -133,7 +133,7 @@ class RunState:
         minutes = (time.monotonic() - self._saved_at) / 60
         return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
-    def save(self, saved: Saved, *, wait: bool = False, prune: bool = True) -> None:
+    def save(self, saved: Savable, *, wait: bool = False, prune: bool = True) -> None:
         """Write a checkpoint of all ranks in the background; only the copy from the devices is waited for.
 
         The previous write is finished first. If it failed, this is reported, and the new write is waited for: a full
@@ -224,7 +224,7 @@ class RunState:
         for left in _checkpoints(self.folder, partial=True):
             shutil.rmtree(left)
 
-    def load(self, saved: Saved, folder: Path | None = None) -> dict[str, Any]:
+    def load(self, saved: Savable, folder: Path | None = None) -> dict[str, Any]:
         """Load the newest checkpoint of the run, or the one in a folder.
 
         It may be untrusted: nothing in it is executed, see :mod:`aria.train.stored`.
@@ -259,7 +259,7 @@ class RunState:
     def _read(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         """Fill a state from a checkpoint. Returns the description of the checkpoint."""
         own = {name: state.pop(name) for name in OF_RANK if name in state}
-        reader = Reader(folder)
+        reader = CheckpointReader(folder)
         known = reader.read_metadata().state_dict_metadata
         plain = {}
         for name, value in _entries(state):
@@ -400,7 +400,7 @@ def trained_weights(folder: str | Path) -> dict[str, Tensor]:
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint of a training")
     with _readable(found):
-        reader = Reader(found)
+        reader = CheckpointReader(found)
         metadata = reader.read_metadata().state_dict_metadata
         for kind in ("average", "weights"):
             entries = {

@@ -68,7 +68,7 @@ _CALLS: Calls = {
 }  # fmt: skip
 
 
-class Reader(dcp.FileSystemReader):
+class CheckpointReader(dcp.FileSystemReader):
     """Reads a checkpoint's folder."""
 
     def __init__(self, folder: Path):
@@ -200,17 +200,17 @@ def _check_archive(file: Any, size: int, name: str) -> None:
     file.seek(0)
 
 
-class _Array:
+class _NumpyArray:
     """Stand-in for ``numpy.ndarray``, which holds NumPy's random state in checkpoints of earlier versions."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, _, dtype, _, data = state
-        if not isinstance(dtype, _DType) or dtype.code != "u4" or not isinstance(data, bytes):
+        if not isinstance(dtype, _NumpyDType) or dtype.code != "u4" or not isinstance(data, bytes):
             raise pickle.UnpicklingError("got <class 'numpy.ndarray'>")
         self.values = list(memoryview(data).cast("I"))
 
 
-class _DType:
+class _NumpyDType:
     """Stand-in for ``numpy.dtype``."""
 
     def __init__(self, code: str, *_: Any):
@@ -221,22 +221,22 @@ class _DType:
             self.code = ""
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
+def _reconstruct(*_: Any) -> _NumpyArray:
+    return _NumpyArray()
 
 
 _NUMPY: list[Any] = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),
     (_reconstruct, "numpy._core.multiarray._reconstruct"),
-    (_Array, "numpy.ndarray"),
-    (_DType, "numpy.dtype"),
+    (_NumpyArray, "numpy.ndarray"),
+    (_NumpyDType, "numpy.dtype"),
 ]
 """Stand-ins, because NumPy's own classes accept states that make them read memory out of bounds."""
 
 
 def _plain(value: Any) -> Any:
     """The value with lists of numbers in place of arrays."""
-    if isinstance(value, _Array):
+    if isinstance(value, _NumpyArray):
         return value.values
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria.train.state import _readable
-from aria.train.stored import Reader, read_value
+from aria.train.stored import CheckpointReader, read_value
 from tests.fuzz.files import folder
 
 MEMORY = 128 << 20
@@ -59,7 +59,7 @@ def _trace() -> Path:
 def _check_metadata(content: bytes) -> None:
     (folder("resume") / ".metadata").write_bytes(content)
     try:
-        found = Reader(folder("resume")).read_metadata()
+        found = CheckpointReader(folder("resume")).read_metadata()
     except ValueError as error:
         assert len(str(error)) < 2000, "a message as long as the file"
         return

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from aria.processor.chat import render
 from aria.train.data.report import RowError
 from aria.train.data.rows import Conversation, MediaDefaults, Text, read_row
-from aria.train.data.sources import JsonLines
+from aria.train.data.sources import JsonlFile
 from tests.fuzz.draw import Draw, spoiled
 from tests.fuzz.files import folder
 
@@ -68,7 +68,7 @@ def fuzz(data: bytes) -> None:
     file = folder("rows") / "train.jsonl"
     file.write_bytes(content)
     try:
-        rows = JsonLines(file)
+        rows = JsonlFile(file)
     except ValueError as error:
         assert str(file) in str(error)
         return

@@ -10,7 +10,7 @@ import numpy as np
 
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.order import permutation
 from aria.train.data.packer import Packer
 from aria.train.data.report import RowError, Tally
@@ -122,7 +122,7 @@ def check_data(
         ValueError: A data set is of an unknown kind, or the settings do not fit the model.
     """
     sources = Sources(settings.weights, settings.split)
-    encoder = Encoder(processor, config, settings, tokens)
+    encoder = RowEncoder(processor, config, settings, tokens)
     check = Check(tokens, rows=dict(zip(sources.names, sources.counts, strict=True)))
 
     def measure(row: int) -> tuple[list[Size], list[Any]]:

@@ -58,7 +58,7 @@ class Turn(NamedTuple):
         return sum(len(image.extents) for image in self.images)
 
 
-class Encoder:
+class RowEncoder:
     """Encodes rows as sequences. Thread-safe.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from aria.train.data.encode import Encoder
+from aria.train.data.encode import RowEncoder
 from aria.train.data.report import RowError
 from aria.train.data.settings import DataSettings
 from aria.train.data.sources import Sources
@@ -35,7 +35,7 @@ class Look:
     """Maximum image patches per token of any row."""
 
 
-def look(sources: Sources, encoder: Encoder, settings: DataSettings, *, rank: int = 0, world: int = 1) -> Look:
+def look(sources: Sources, encoder: RowEncoder, settings: DataSettings, *, rank: int = 0, world: int = 1) -> Look:
     """Read this rank's part of the rows to check.
 
     Raises:

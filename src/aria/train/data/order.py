@@ -35,7 +35,7 @@ def permutation(count: int, *keys: int) -> np.ndarray:
     return np.argsort(noise(count, *keys), kind="stable")
 
 
-class Order:
+class RowOrder:
     """An infinite sequence of rows: epoch after epoch, each row as often as the weight of its data set says.
 
     Args:

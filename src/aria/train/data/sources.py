@@ -70,7 +70,7 @@ class Source(Protocol):
         ...
 
 
-class JsonLines:
+class JsonlFile:
     """A JSONL file. Offset, number and checksum of each line are in memory; blank lines are not rows.
 
     The file is read, not memory-mapped: a mapped file that another program truncates kills the process.
@@ -242,7 +242,7 @@ def open_source(name: str, split: str = "train") -> Source:
         raise ValueError(
             f"{path} should be a .jsonl or .parquet file, or a folder with {split}.jsonl{_other_format(path)}"
         )
-    return JsonLines(path)
+    return JsonlFile(path)
 
 
 def _other_format(file: Path) -> str:
@@ -250,7 +250,7 @@ def _other_format(file: Path) -> str:
     kind = file.suffix.lower()
     if kind == ".json":
         try:
-            lines = JsonLines(file)
+            lines = JsonlFile(file)
             first = lines.read(0).fields
             if len(lines) > 1 or {"messages", "text"} & first.keys():
                 return "; it holds one JSON object a line: name it .jsonl"
@@ -270,7 +270,7 @@ def _other_format(file: Path) -> str:
 
 def _folder(folder: Path, split: str) -> Source:
     if (folder / f"{split}.jsonl").is_file():
-        return JsonLines(folder / f"{split}.jsonl")
+        return JsonlFile(folder / f"{split}.jsonl")
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json").get("splits")
         splits = splits if isinstance(splits, list) else []

@@ -16,8 +16,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from aria.config import AriaConfig
 from aria.processor import AriaProcessor
 from aria.train.batch import Batch, Sample
-from aria.train.data.encode import Encoded, Encoder, rendered
-from aria.train.data.order import Order, permutation
+from aria.train.data.encode import Encoded, RowEncoder, rendered
+from aria.train.data.order import RowOrder, permutation
 from aria.train.data.packer import Packer
 from aria.train.data.report import Report, RowError
 from aria.train.data.rows import Conversation, MediaDefaults, read_row
@@ -89,14 +89,14 @@ class DataStream:
         self._settings, self._tokens, self._rank, self._world, self._seed = settings, tokens, rank, world, seed
         self._filler_id = processor.tokenizer.pad_token_id
         self._sources = Sources(settings.weights, settings.split)
-        self._order = Order(
+        self._order = RowOrder(
             self._sources.counts,
             list(settings.weights.values()),
             seed=seed,
             shuffle=settings.shuffle,
             resample=settings.resample,
         )
-        self._encoder = Encoder(processor, config, settings, tokens)
+        self._encoder = RowEncoder(processor, config, settings, tokens)
         self._passes = passes
         self.rows_in_all = sys.maxsize if passes is None else max(1, round(passes * self._order.size))
         self._next = 0
@@ -373,7 +373,7 @@ def questions(
     processor: AriaProcessor,
     most: int,
     *,
-    encoder: Encoder | None = None,
+    encoder: RowEncoder | None = None,
     report: Report | None = None,
     sources: Sources | None = None,
 ) -> list[Question]:
