@@ -137,7 +137,7 @@ def test_fixed_shapes_give_the_loss_of_the_model_itself() -> None:
     torch.manual_seed(0)
     learner = Learner(Aria(tiny_config(400)), num_classes=8)
     batch = make_batch(3, squares=False)
-    patches, hidden = learner.see(batch)
+    patches, hidden = learner.encode(batch)
     tokens = learner.project(patches, hidden)
     model = learner.aria
     features = model.encode_images(pack_patches(batch["pixel_values"], batch["pixel_mask"], model.config.vision))
