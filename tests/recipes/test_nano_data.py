@@ -23,7 +23,7 @@ from recipes.nano.scenes import scene as scenes
 from recipes.nano.scenes import shape_questions
 from recipes.nano.scenes.planner import Planner
 from recipes.nano.text import dialogue, tokenizer
-from recipes.nano.train import image_batches
+from recipes.nano.train import batches, image_batches
 from tests.helpers.nano_material import draw_scenes, font, jpeg, material, packed_scenes
 from tests.helpers.plain_drawing import draw
 
@@ -408,6 +408,6 @@ def test_batches_always_fit_whatever_is_drawn(assets: Assets):
 
 def test_label_weights_are_one_over_the_root_of_the_answer_length() -> None:
     labels = np.array([-100, 5, -100, -100, 5, 6, 7, 8, -100, 3, 4])
-    weights = image_batches.answer_weights(labels)
+    weights = batches.answer_weights(labels)
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights, [0, 1, 0, 0, 0.5, 0.5, 0.5, 0.5, 0, 2**-0.5, 2**-0.5], rtol=1e-6)

@@ -96,7 +96,7 @@ def test_needle_is_at_the_requested_depth(length: int, depth: float) -> None:
     assert owner is not None
     needle = haystack.NEEDLE.format(owner[1] or owner[2], answer.rstrip("."))
     assert lines.index(needle) == round(depth * (len(lines) - 1))
-    tokens = len(text_batches.image_batches.tokens([(question, answer)])[0])
+    tokens = len(text_batches.batches.tokens([(question, answer)])[0])
     assert 0.75 * length < tokens <= length
     others = [line for line in lines if line.startswith("The secret number") and line != needle]
     assert len(others) == 1 + length // 600, "there should be other owners"

@@ -6,14 +6,13 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from recipes.nano.assets.archive import FOLDER, Assets
 from recipes.nano.draw import commands
@@ -21,9 +20,10 @@ from recipes.nano.scenes import stories
 from recipes.nano.scenes.planner import SHARES, Planner
 from recipes.nano.scenes.scene import IMAGE, STORIES, TASKS, Story
 from recipes.nano.text import dialogue, tokenizer
+from recipes.nano.train import batches
+from recipes.nano.train.batches import Turns
 
 PICTURES_PER_FILLER = 4  # the rest of the stream is cut into N / 4 pieces (at least 4), so that none is long
-Turns = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -97,40 +97,7 @@ class Plan:
 
 def loader(plan: Plan, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
     """Yield batches endlessly, in order, from ``plan.first`` on; a worker makes every ``plan.workers``-th of them."""
-    dataset = Batches(plan)
-    if plan.workers == 0:
-        return iter(dataset)
-    bundles = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=plan.workers,
-        prefetch_factor=4,
-        pin_memory=pin_memory,
-        multiprocessing_context="spawn",
-    )
-    return map(unbundle, bundles)
-
-
-def bundle(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Pack all tensors into one: workers pass a file descriptor per tensor, which is slow, and descriptors are few."""
-    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    rest = {key: value for key, value in batch.items() if key not in tensors}
-    content, fields = bytearray(), []
-    for key, tensor in tensors.items():
-        fields.append((key, tensor.dtype, tuple(tensor.shape), len(content)))
-        content += tensor.numpy().tobytes()
-        content += bytes(-len(content) % 8)  # align every part for any dtype
-    return {"rest": rest, "fields": fields, "buffer": torch.frombuffer(content, dtype=torch.uint8)}
-
-
-def unbundle(bundled: Mapping[str, Any]) -> dict[str, Any]:
-    """Invert :func:`bundle`; the tensors are views of one buffer."""
-    buffer: torch.Tensor = bundled["buffer"]
-    batch = dict(bundled["rest"])
-    for key, dtype, shape, start in bundled["fields"]:
-        count = int(np.prod(shape)) * dtype.itemsize
-        batch[key] = buffer[start : start + count].view(dtype).view(shape)
-    return batch
+    return batches.loader(Batches(plan), plan.workers, pin_memory)
 
 
 class Batches(IterableDataset):
@@ -148,7 +115,7 @@ class Batches(IterableDataset):
             rng = Random(self.plan.seed * 1_000_003 + number)
             grown = min(1.0, number / self.plan.growth)
             batch = make_batch(assets, rng, kind, self.plan.images[kind], grown, self.plan)
-            yield bundle(batch) if info else batch
+            yield batches.bundle(batch) if info else batch
 
 
 def make_batch(
@@ -171,8 +138,8 @@ def make_batch(
     most, fillers = -(-images // shape.images[0]), max(4, images // PICTURES_PER_FILLER)
     capacity = images * shape.tokens
     planned = [_story(planner, count, shares, grown) for count in deal(images, shape.images, rng)]
-    sequences = [tokens(story.turns, shape.size) for story in planned]
-    sequences += [tokens(plan.talk(rng)) for _ in range(talks)]
+    sequences = [batches.tokens(story.turns, shape.size) for story in planned]
+    sequences += [batches.tokens(plan.talk(rng)) for _ in range(talks)]
     # Replace conversations until all fit, so that the stream has a fixed shape. If the sum is too large, replace the
     # one that exceeds its share most: a conversation about many images is always long.
     lengths = np.array([len(ids) for ids, _ in sequences])
@@ -181,9 +148,9 @@ def make_batch(
         longest = int((lengths if lengths.max() > shape.longest else lengths - shares_of).argmax())
         if longest < len(planned):
             planned[longest] = _story(planner, len(planned[longest].scenes), shares, grown)
-            sequences[longest] = tokens(planned[longest].turns, shape.size)
+            sequences[longest] = batches.tokens(planned[longest].turns, shape.size)
         else:
-            sequences[longest] = tokens(plan.talk(rng))
+            sequences[longest] = batches.tokens(plan.talk(rng))
         lengths[longest] = len(sequences[longest][0])
     # The number of pieces does not depend on the number of conversations.
     pieces = fillers + most + talks - len(sequences)
@@ -200,7 +167,7 @@ def make_batch(
     batch: dict[str, Any] = {
         "input_ids": input_ids,
         "labels": labels,
-        "weights": answer_weights(labels),
+        "weights": batches.answer_weights(labels),
         "positions": np.arange(capacity) - np.repeat(starts[:-1], all_lengths),
         "cu_seqlens": starts.astype(np.int32),
         "task": np.array(task, np.int64),
@@ -244,45 +211,3 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
-
-
-def tokens(turns: Turns, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and unshifted labels of a conversation; its images have ``size`` pixels."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for text, learnt in dialogue.conversation(turns, image=False):
-        piece = _short(text) if len(text) < 200 else tokenizer.encode(text)
-        if learnt:
-            labels += piece
-        else:
-            piece = _with_places(piece, size)
-            labels += [-100] * len(piece)
-        ids += piece
-    return np.array(ids, np.int64), np.array(labels, np.int64)
-
-
-def answer_weights(labels: np.ndarray) -> np.ndarray:
-    """Weigh labels by one over the square root of their answer's length, so that short answers count enough.
-
-    A text to read has ten times the letters of a colour, most of them easy.
-    """
-    learnt = labels != -100
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], learnt, [False]]).astype(np.int8)))
-    lengths = edges[1::2] - edges[::2]
-    weights = np.zeros(len(labels), np.float32)
-    weights[learnt] = np.repeat(lengths**-0.5, lengths)
-    return weights
-
-
-def _with_places(ids: list[int], size: int) -> list[int]:
-    """Repeat the image token once for each query."""
-    image = tokenizer.IMAGE_TOKEN_ID
-    if image not in ids:
-        return ids
-    places = [image] * tokenizer.QUERIES[size]
-    return [copy for token in ids for copy in (places if token == image else (token,))]
-
-
-@lru_cache(maxsize=16384)
-def _short(text: str) -> list[int]:
-    return tokenizer.encode(text)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from recipes.nano.scenes import verbal
 from recipes.nano.text import haystack, text_questions, tokenizer
-from recipes.nano.train import image_batches
+from recipes.nano.train import batches
 
 PLAIN, NEEDLES, VERBAL = "plain text", "needles", "verbal scenes"
 Sequence = tuple[np.ndarray, np.ndarray]  # ids and unshifted labels
@@ -52,18 +52,7 @@ class Texts:
 
 def loader(texts: Texts, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
     """Yield batches endlessly, in order, from ``texts.first`` on."""
-    dataset = TextBatches(texts)
-    if texts.workers == 0:
-        return iter(dataset)
-    bundles = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=texts.workers,
-        prefetch_factor=4,
-        pin_memory=pin_memory,
-        multiprocessing_context="spawn",
-    )
-    return map(image_batches.unbundle, bundles)
+    return batches.loader(TextBatches(texts), texts.workers, pin_memory)
 
 
 class TextBatches(IterableDataset):
@@ -77,7 +66,7 @@ class TextBatches(IterableDataset):
         worker, step = (info.id, info.num_workers) if info else (0, 1)
         for number in itertools.count(self.texts.first + worker, step):
             batch = make_batch(self.texts, Random(f"{self.texts.seed} text {number}"))
-            yield image_batches.bundle(batch) if info else batch
+            yield batches.bundle(batch) if info else batch
 
 
 def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
@@ -103,7 +92,7 @@ def make_batch(texts: Texts, rng: Random) -> dict[str, Any]:
         "size": 0,
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
-        "weights": torch.from_numpy(image_batches.answer_weights(labels)),
+        "weights": torch.from_numpy(batches.answer_weights(labels)),
         "positions": torch.from_numpy(np.arange(texts.tokens) - np.repeat(starts[:-1], lengths)),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "max_seqlen": max(512, texts.longest),
@@ -129,7 +118,7 @@ def _drawn(texts: Texts, rng: Random) -> Sequence:
     others = {kind: shares.pop(kind, 0.0) for kind in (NEEDLES, PLAIN, VERBAL)}
     kind = rng.choices((*others, ""), (*others.values(), sum(shares.values())))[0]
     if kind == VERBAL:
-        return image_batches.tokens(verbal.conversation(rng, text_questions.words(False)))
+        return batches.tokens(verbal.conversation(rng, text_questions.words(False)))
     if kind == PLAIN:
         ids = np.array(tokenizer.encode(text_questions.text(rng) + "\n"), np.int64)
         labels = ids.copy()
@@ -138,5 +127,5 @@ def _drawn(texts: Texts, rng: Random) -> Sequence:
     if kind == NEEDLES:
         # Log-uniform lengths: short ones, which are learned first, are as frequent as long ones.
         length = round(texts.shortest * (texts.longest / texts.shortest) ** rng.random())
-        return image_batches.tokens(haystack.haystack(rng, length, questions=1 + length // 512))
-    return image_batches.tokens(text_questions.conversation(rng, shares))
+        return batches.tokens(haystack.haystack(rng, length, questions=1 + length // 512))
+    return batches.tokens(text_questions.conversation(rng, shares))

@@ -101,8 +101,8 @@ def errors():
     long = [{"role": "user", "content": TOO_LONG}]
     overflow = raises(openai.BadRequestError, lambda: client.chat.completions.create(model=MODEL, messages=long))
     equal(overflow.code, "context_length_exceeded")
-    stranger = client.with_options(api_key="wrong")
-    raises(openai.AuthenticationError, lambda: stranger.chat.completions.create(model=MODEL, messages=HELLO))
+    unauthorized = client.with_options(api_key="wrong")
+    raises(openai.AuthenticationError, lambda: unauthorized.chat.completions.create(model=MODEL, messages=HELLO))
 
 
 def usage():
