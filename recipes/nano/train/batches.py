@@ -13,7 +13,7 @@ from recipes.nano.text import dialogue, tokenizer
 Turns = list[tuple[str, str]]
 
 
-def loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
+def loader(dataset: IterableDataset[dict[str, Any]], workers: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
     """Yield the batches of an endless dataset in order, made by ``workers`` processes; 0 makes them in this process."""
     if workers == 0:
         return iter(dataset)
