@@ -1,7 +1,7 @@
-"""`AriaForConditionalGeneration`: the face that users of transformers know.
+"""`AriaForConditionalGeneration`: the interface of transformers.
 
 B sequences, S their padded length, T tokens without padding, V vocabulary, C crops. The padded ``(B, S)`` is packed on
-the way in and unpacked on the way out; the model inside never sees padding.
+the way in and unpacked on the way out; the model never sees padding.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from aria.engine.generation import (
     UNSET,
     Generation,
     Processor,
-    of_config,
     read_generation_config,
     read_settings,
-    settle,
+    resolve_generation,
+    settings_of_config,
 )
 from aria.engine.lockstep import Lockstep
 from aria.engine.outputs import Completion
@@ -41,7 +41,7 @@ from aria.processor.image_inputs import ImageSpan
 
 
 class Streamer(Protocol):
-    """Takes tokens as they come: transformers' streamers have this shape."""
+    """Receives tokens as they are generated; transformers' streamers fit."""
 
     def put(self, value: Tensor) -> None: ...
 
@@ -49,9 +49,9 @@ class Streamer(Protocol):
 
 
 class AriaForConditionalGeneration(nn.Module):
-    """Aria with a loss, a `generate`, and files.
+    """Aria with loss, `generate`, loading and saving, as in transformers.
 
-    ``model`` is the network itself (:class:`aria.model.Aria`) under the names of today's Hub layout.
+    ``model`` is the network (:class:`aria.model.Aria`), with the parameter names of the current Hub layout.
     """
 
     def __init__(self, model: Aria, generation_config: Mapping[str, Any] | None = None):
@@ -89,19 +89,19 @@ class AriaForConditionalGeneration(nn.Module):
         """Load a checkpoint in any published layout.
 
         Args:
-            path_or_repo_id: folder, weights file, Hub repository, None for the packaged nano model, or an `AriaConfig`
-                for random weights (normal, standard deviation 0.02, seed 0) made straight on the device.
-            revision: branch, tag or commit of a Hub repository.
-            dtype: of the weights; None (or "auto") means the checkpoint's on CUDA and float32 on CPU.
-            device: None means CUDA where there is one.
-            torch_dtype, device_map: transformers' names of the two above; a map that spreads the model is refused.
-            quantization: not offered yet; anything but None is refused.
-            attn_implementation, low_cpu_mem_usage, trust_remote_code: taken for code written for transformers and
-                without effect: kernels are chosen by device, loading always streams, and no remote code is ever run.
+            path_or_repo_id: Folder, weights file, Hub repository, None for the packaged nano model, or an `AriaConfig`
+                for random weights (normal, standard deviation 0.02, seed 0).
+            revision: Branch, tag or commit of a Hub repository.
+            dtype: Data type of the weights; None or "auto" means the checkpoint's on CUDA and float32 on CPUs.
+            device: None means CUDA if available.
+            torch_dtype, device_map: transformers' names of the two above. The map must name a single device.
+            quantization: Not supported yet; must be None.
+            attn_implementation, low_cpu_mem_usage, trust_remote_code: Accepted for compatibility, without effect:
+                kernels are chosen by device, loading always streams, and remote code is never run.
 
         Raises:
-            FileNotFoundError: there is no such model.
-            ValueError: the files are not a checkpoint of Aria, or keys are missing, unexpected or wrongly shaped.
+            FileNotFoundError: There is no such model.
+            ValueError: The files are not an Aria checkpoint, or keys are missing, unexpected or wrongly shaped.
         """
         reject_unsupported(quantization=quantization)
         dtype = _one_of("dtype", dtype, "torch_dtype", torch_dtype)
@@ -110,7 +110,7 @@ class AriaForConditionalGeneration(nn.Module):
         return cls(model, read_generation_config(path_or_repo_id, revision)).eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """Write today's Hub layout into ``folder``; transformers and vLLM load it as it is."""
+        """Write a checkpoint in the current Hub layout, which transformers and vLLM load."""
         save_checkpoint(
             self.model.state_dict(), self.config, Path(folder), max_shard_size=max_shard_size,
             generation_config=self.generation_config,
@@ -130,23 +130,23 @@ class AriaForConditionalGeneration(nn.Module):
         return_dict: bool | None = None,
         use_cache: bool | None = None,
     ) -> AriaOutput | tuple[Any, ...]:
-        """Score every place of padded sequences.
+        """Compute logits at every position of padded sequences.
 
         Args:
             input_ids: int64 ``(B, S)``, padded on either side.
-            attention_mask: ``(B, S)``, 0 on padding; None means there is none.
+            attention_mask: ``(B, S)``, 0 on padding; None means no padding.
             pixel_values: ``(C, 3, S', S')``, the crops of all sequences in order.
             pixel_mask: bool ``(C, S', S')``.
-            labels: int64 ``(B, S)``; -100 is left out, and so are padding and places of images.
-            output_router_logits: also return the routers' logits.
-            output_hidden_states: also return the embeddings, and the hidden states after each layer.
-            logits_to_keep: give logits of the last so many positions of the padded sequences, or of the positions in an
-                int64 tensor ``(n,)``; 0 means all. The loss is always of all positions.
-            return_dict: False gives a tuple.
-            use_cache: taken because callers of transformers pass it; a forward pass here keeps nothing.
+            labels: int64 ``(B, S)``. Positions with -100, padding and image tokens do not count in the loss.
+            output_router_logits: Also return the routers' logits.
+            output_hidden_states: Also return the embeddings and the hidden states after each layer.
+            logits_to_keep: Return logits of this many last positions of the padded sequences, or of the positions in an
+                int64 tensor ``(n,)``; 0 means all. The loss always covers all positions.
+            return_dict: False returns a tuple.
+            use_cache: Accepted for compatibility, without effect: a forward pass keeps no cache.
 
         Raises:
-            ValueError: shapes that do not fit, or as many image places as there are not features for.
+            ValueError: Shapes do not match, or the number of image tokens is not that of the features.
         """
         packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
@@ -165,7 +165,7 @@ class AriaForConditionalGeneration(nn.Module):
             loss = None if labels is None else self._loss(logits, labels, input_ids, packed.mask)
             logits = logits if keep is None else logits[:, keep]
         else:
-            # Chosen before the head: a row of logits has as many numbers as the vocabulary has tokens.
+            # Selected before the head, because logits of all positions are large.
             kept = packed.spread(hidden)[:, keep]
             logits, loss = self.model.logits(kept.flatten(0, 1)).unflatten(0, kept.shape[:2]), None
         output = AriaOutput(
@@ -177,17 +177,18 @@ class AriaForConditionalGeneration(nn.Module):
         return output.to_tuple() if return_dict is False else output
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table of token embeddings ``(V, D)``."""
+        """The token embeddings ``(V, D)``."""
         return self.model.language_model.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language head ``(V, D)``; it shares nothing with the input embeddings."""
+        """The language head ``(V, D)``, which is not tied to the input embeddings."""
         return self.model.language_model.lm_head
 
     @torch.no_grad()
     @on_own_device
     def generate(
         self,
+        /,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -205,43 +206,45 @@ class AriaForConditionalGeneration(nn.Module):
         """Continue prompts.
 
         Args:
-            input_ids, attention_mask, pixel_values, pixel_mask: as in :meth:`forward`.
-            generation_config: a `GenerationConfig` of transformers, or a mapping of its fields. Arguments come before
-                it, and it before ``generation_config.json``.
-            logits_processor: callables, ids ``(R, S + new)`` and scores ``(R, V)`` -> scores; after the settings below,
-                before temperature and truncation.
-            stopping_criteria: callables, the same ids and the scores so far (or None) -> bool, or bool ``(R,)``.
-            prefix_allowed_tokens_fn: the number of a sequence and its ids ``(S + new,)`` -> the tokens that may follow.
-            tokenizer: needed with ``stop_strings``.
-            streamer: gets the prompt and then every token; for one sequence.
-            eos_token_id: a token id or several, as numbers, arrays or tensors; unset means the file's, else 2; None
-                never ends.
-            settings: by transformers' names; those that change no answer, such as ``use_cache``, have no effect.
-                ``max_new_tokens`` (256) or ``max_length``, which counts the padded prompt; never more than the model
-                has room for. ``min_new_tokens`` or ``min_length``: until then no end token is drawn.
+            input_ids, attention_mask, pixel_values, pixel_mask: As in :meth:`forward`.
+            generation_config: A `GenerationConfig` of transformers, or a mapping of its fields. Arguments override it,
+                and it overrides ``generation_config.json``.
+            logits_processor: Callables of ids ``(R, S + new)`` and scores ``(R, V)`` that return scores; applied after
+                the settings below, before temperature and truncation.
+            stopping_criteria: Callables of the same ids and the scores so far (or None) that return which sequences
+                end, bool or bool ``(R,)``.
+            prefix_allowed_tokens_fn: Callable of a sequence's index and ids ``(S + new,)`` that returns the tokens that
+                may follow.
+            tokenizer: Required with ``stop_strings``.
+            streamer: Receives the prompt and then every token, for a single sequence.
+            eos_token_id: One or several token ids, as numbers, arrays or tensors. Unset means that of
+                ``generation_config.json``, else 2; None means that sequences do not end.
+            settings: By transformers' names; those that change no answer, such as ``use_cache``, have no effect.
+                ``max_new_tokens`` (256) or ``max_length``, which includes the padded prompt; at most what fits into the
+                context length. ``min_new_tokens`` or ``min_length``: until then no end token is sampled.
                 ``do_sample`` (False), ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty``,
                 ``suppress_tokens``, ``begin_suppress_tokens``, ``no_repeat_ngram_size``, ``bad_words_ids``.
-                ``num_return_sequences``: answers to each prompt; they lie next to each other in the result.
-                ``stop_strings``: texts at which a sequence ends, matched on the decoded text of what was generated;
-                the tokens that complete one are kept. ``max_time``: seconds. ``pad_token_id``: fills up sequences.
+                ``num_return_sequences``: answers per prompt, adjacent in the result.
+                ``stop_strings``: texts that end a sequence, matched on the decoded text of generated tokens; the tokens
+                that complete one are kept. ``max_time``: seconds. ``pad_token_id``: pads sequences.
                 ``return_dict_in_generate``, with ``output_scores``, ``output_logits`` and ``renormalize_logits``.
-                ``seed`` (not transformers') makes sampling repeatable; a sequence's noise does not depend on the rest
-                of the batch.
+                ``seed`` (not in transformers) makes sampling reproducible; a sequence's noise does not depend on the
+                rest of the batch.
 
-        Callbacks, ``max_time`` and scores make all sequences grow together, a token at a time.
+        Callbacks, ``max_time`` and scores make all sequences advance together, one token at a time.
 
         Returns:
-            int64 ``(R, S + new)``, R being ``B * num_return_sequences``: each prompt as it came, then what was
-            generated; or a `GenerateOutput`.
+            int64 ``(R, S + new)`` with R = ``B * num_return_sequences``: each prompt as given, then the generated
+            tokens; or a `GenerateOutput`.
 
         Raises:
-            ValueError: inputs that do not fit, a setting out of its limits, or one that is not offered, such as beams.
-            TypeError: a name that transformers does not know either.
+            ValueError: Inputs do not match, or a setting is out of range or unsupported, such as beams.
+            TypeError: A name is unknown to transformers, too.
         """
         packed = _Packing(input_ids, attention_mask, self.config.text.vocab_size)
         given = settings if eos_token_id is UNSET else {**settings, "eos_token_id": eos_token_id}
-        generation = settle(
-            [read_settings(given), of_config(generation_config), self.generation_config],
+        generation = resolve_generation(
+            [read_settings(given), settings_of_config(generation_config), self.generation_config],
             prompt_tokens=input_ids.shape[1],
             vocab_size=self.config.text.vocab_size,
             pad=self.config.pad_token_id or 0,
@@ -251,16 +254,16 @@ class AriaForConditionalGeneration(nn.Module):
         )
         params, stops = generation.params, generation.stops
         if stops and not isinstance(tokenizer, AriaTokenizer):
-            came = type(tokenizer).__name__
-            raise ValueError(f"stop_strings are matched on text: pass tokenizer=processor.tokenizer (got {came})")
+            kind = type(tokenizer).__name__
+            raise ValueError(f"stop_strings are matched on text: pass tokenizer=processor.tokenizer (got {kind})")
         if streamer is not None and len(input_ids) * params.n > 1:
-            raise ValueError(f"a streamer follows one sequence, but {len(input_ids) * params.n} were asked for")
+            raise ValueError(f"a streamer takes one sequence, but {len(input_ids) * params.n} were requested")
         features = self._encode(input_ids[packed.mask], pixel_values, pixel_mask)
         prompts = [ids.tolist() for ids in packed.take(input_ids).split(packed.lengths)]
         core = self._engine(packed.lengths, generation)
         requests = [
             request
-            for prompt, images in zip(prompts, _images(prompts, features, self.config), strict=True)
+            for prompt, images in zip(prompts, _image_spans(prompts, features, self.config), strict=True)
             for request in core.add(
                 prompt, params, images=images, end_token_ids=() if generation.in_lockstep else generation.ends
             )
@@ -278,13 +281,13 @@ class AriaForConditionalGeneration(nn.Module):
             if generation.in_lockstep:
                 output = _generate_in_lockstep(core, Lockstep(requests, input_ids, completions, generation), streamer)
             else:
-                grown = _generate(core, dict(zip(requests, completions, strict=True)), streamer)
+                generated = _generate(core, dict(zip(requests, completions, strict=True)), streamer)
         except StepError as error:
-            # As in transformers, where callers look for torch.OutOfMemoryError to try less at a time.
+            # As in transformers, where callers catch torch.OutOfMemoryError to retry with smaller batches.
             raise error.__cause__ or error from None
         if not generation.in_lockstep:
-            longest = max(map(len, grown))
-            rows = [ids + [generation.pad] * (longest - len(ids)) for ids in grown]
+            longest = max(map(len, generated))
+            rows = [ids + [generation.pad] * (longest - len(ids)) for ids in generated]
             new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
             output = GenerateOutput(sequences=torch.cat([input_ids, new], dim=1))
         core.close()
@@ -293,11 +296,11 @@ class AriaForConditionalGeneration(nn.Module):
         return output if generation.as_mapping else output.sequences
 
     def _engine(self, lengths: Sequence[int], generation: Generation) -> EngineCore:
-        """An engine with a cache that just holds the prompts and their answers."""
+        """An engine whose KV cache just holds the prompts and their answers."""
         params = generation.params
         longest = min(max(lengths) + params.max_tokens, self.config.text.max_position_embeddings)
         blocks = sum(EngineCore.blocks_for(self.device, min(n + params.max_tokens, longest)) for n in lengths)
-        # In lockstep, all prompts are read by one step, so that all sequences begin together.
+        # In lockstep, one step prefills all prompts, so that all sequences start together.
         step = sum(lengths) * params.n if generation.in_lockstep else None
         return EngineCore(
             self.model, max_batch=len(lengths) * params.n, max_model_len=longest, cache_blocks=blocks * params.n,
@@ -305,7 +308,7 @@ class AriaForConditionalGeneration(nn.Module):
         )  # fmt: skip
 
     def _encode(self, ids_T: Tensor, pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor | None:
-        """Image tokens ``(Q, D)``, after checking that the prompts have a place for each of them."""
+        """Image tokens ``(Q, D)``, after checking that their number is that of the prompts' image token ids."""
         places = int((ids_T == self.config.image_token_index).sum())
         if pixel_values is None:
             if places:
@@ -326,7 +329,7 @@ class AriaForConditionalGeneration(nn.Module):
     def _loss(self, logits: Tensor, labels: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels should be {tuple(input_ids.shape)} as input_ids, but are {tuple(labels.shape)}")
-        # A place of an image is no word to learn, and a token after padding has nothing to be predicted from.
+        # Image tokens are not predicted, and a token after padding has nothing to be predicted from.
         targets = labels.masked_fill(input_ids == self.config.image_token_index, -100)[:, 1:]
         targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
         return F.cross_entropy(
@@ -337,7 +340,7 @@ class AriaForConditionalGeneration(nn.Module):
 def _generate(
     core: EngineCore, completions: Mapping[Request, Completion], streamer: Streamer | None
 ) -> list[list[int]]:
-    """The tokens of each sequence, which ends by itself."""
+    """Generated tokens of each sequence, which end independently."""
     while core.unfinished:
         for request, token, _ in core.step():
             completions[request].push(token)
@@ -349,26 +352,26 @@ def _generate(
 
 
 def _generate_in_lockstep(core: EngineCore, lockstep: Lockstep, streamer: Streamer | None) -> GenerateOutput:
-    """All sequences a token at a time, until all have ended."""
+    """Generate all sequences one token at a time, until all have ended."""
     core.logits_processor = lockstep
-    told = 0
+    streamed = 0
     while core.unfinished:
         core.step()
-        lockstep.settle()
+        lockstep.update()
         if lockstep.done:
             for request in lockstep.requests:
                 core.cancel(request)
         if streamer is not None:
-            for token in lockstep.ids[0, lockstep.ids.shape[1] - lockstep.new + told :].tolist():
+            for token in lockstep.ids[0, lockstep.ids.shape[1] - lockstep.new + streamed :].tolist():
                 streamer.put(torch.tensor([token]))
-        told = lockstep.new
+        streamed = lockstep.new
     if lockstep.error is not None:
         raise lockstep.error
     return lockstep.output()
 
 
 class _Packing:
-    """Where the tokens of a padded batch lie, to take them out and to put results back."""
+    """Packs the tokens of a padded batch, and unpacks results."""
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int):
         if not isinstance(input_ids, Tensor):
@@ -379,7 +382,7 @@ class _Packing:
             raise ValueError(f"input_ids should be (batch, tokens), but is {tuple(input_ids.shape)}")
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids go from {low} to {high}, but the vocabulary from 0 to {vocab_size - 1}")
+            raise ValueError(f"input_ids range from {low} to {high}, but the vocabulary from 0 to {vocab_size - 1}")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if mask.shape != input_ids.shape:
             raise ValueError(
@@ -392,7 +395,8 @@ class _Packing:
 
     def take(self, x_BS: Tensor) -> Tensor:
         """``(B, S)`` -> ``(T,)``."""
-        return x_BS[self.mask]
+        x_T: Tensor = x_BS[self.mask]
+        return x_T
 
     def spread(self, x_TV: Tensor) -> Tensor:
         """``(T, V)`` -> ``(B, S, V)``, zeros on padding."""
@@ -404,11 +408,11 @@ class _Packing:
 
 
 def _positions(logits_to_keep: int | Tensor, length: int) -> slice | Tensor | None:
-    """Which positions of the padded sequences; None means all."""
+    """Positions of the padded sequences; None means all."""
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
             raise ValueError(
-                f"logits_to_keep should be a number or an int64 tensor of one axis, but is {logits_to_keep.dtype} "
+                f"logits_to_keep should be a number or an 1-D int64 tensor, but is {logits_to_keep.dtype} "
                 f"{tuple(logits_to_keep.shape)}"
             )
         return logits_to_keep
@@ -417,16 +421,18 @@ def _positions(logits_to_keep: int | Tensor, length: int) -> slice | Tensor | No
     return slice(max(length - logits_to_keep, 0), None) if logits_to_keep else None
 
 
-def _images(prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig) -> list[list[ImageSpan]]:
-    """The runs of image tokens in each prompt, each with its part of the features."""
+def _image_spans(
+    prompts: Sequence[Sequence[int]], features_QD: Tensor | None, config: AriaConfig
+) -> list[list[ImageSpan]]:
+    """Runs of image tokens in each prompt, each with its slice of the features."""
     found, first = [], 0
     for prompt in prompts:
         images, start = [], 0
         for is_image, run in groupby(prompt, config.image_token_index.__eq__):
             count = len(list(run))
             if is_image:
-                assert features_QD is not None, "image tokens without features were refused before"
-                # A name of its own within this call, so that several answers share what the prompt computed.
+                assert features_QD is not None, "image tokens without features are rejected before"
+                # A key unique within this call, so that several answers to a prompt share its prefix.
                 images.append(ImageSpan(start, count, b"%d" % first, features_QD[first : first + count]))
                 first += count
             start += count
@@ -441,7 +447,7 @@ def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
 
 
 def _single_device(device_map: str | torch.device | Mapping[str, Any] | None) -> torch.device | str | None:
-    """The one device of transformers' ``device_map``; "auto" leaves the choice to us."""
+    """The single device of transformers' ``device_map``; None for "auto" and the like."""
     if device_map is None or device_map in ("auto", "balanced", "sequential"):
         return None
     if not isinstance(device_map, Mapping):
@@ -449,7 +455,7 @@ def _single_device(device_map: str | torch.device | Mapping[str, Any] | None) ->
     devices = set(device_map.values())
     if len(devices) != 1:
         raise ValueError(
-            f"device_map spreads the model over {sorted(map(str, devices))}; the model lives on one device"
+            f"device_map distributes the model over {sorted(map(str, devices))}; the model lives on one device"
         )
     device = devices.pop()
     return torch.device("cuda", device) if isinstance(device, int) else device

@@ -1,4 +1,4 @@
-"""The books of the paged cache: states of blocks, references, names of contents."""
+"""The KV-cache block allocator: states of blocks, references, content hashes, eviction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def states(pool: BlockPool) -> tuple[int, int, int]:
     return pool.free, pool.used, pool.cached
 
 
-def test_blocks_are_handed_out_once_and_the_scratch_block_never():
+def test_blocks_are_allocated_once_and_block_0_never():
     pool = BlockPool(9, 4)
     blocks = pool.allocate(3) + pool.allocate(5)
     assert sorted(blocks) == list(range(1, 9))
@@ -29,7 +29,7 @@ def test_blocks_are_handed_out_once_and_the_scratch_block_never():
     pool.check([])
 
 
-def test_published_blocks_stay_until_room_is_needed_the_longest_unused_first():
+def test_eviction_takes_the_least_recently_used_block_when_none_is_free():
     pool = BlockPool(5, 4)
     old, new = pool.allocate(2), pool.allocate(2)
     for number, block in enumerate([*old, *new]):
@@ -47,7 +47,7 @@ def test_published_blocks_stay_until_room_is_needed_the_longest_unused_first():
     pool.check([old, [new[1]]])
 
 
-def test_matching_takes_references_and_stops_at_the_first_gap():
+def test_a_match_takes_references_and_stops_at_the_first_gap():
     pool = BlockPool(9, 4)
     blocks = pool.allocate(3)
     for number, block in zip((0, 1, 3), blocks, strict=True):
@@ -60,7 +60,7 @@ def test_matching_takes_references_and_stops_at_the_first_gap():
     pool.check([])
 
 
-def test_the_first_of_two_blocks_with_the_same_content_stays():
+def test_the_first_of_two_blocks_with_the_same_content_is_kept():
     pool = BlockPool(9, 4)
     first, second = pool.allocate(2)
     pool.publish(first, name(7))
@@ -73,7 +73,7 @@ def test_the_first_of_two_blocks_with_the_same_content_stays():
     pool.check([])
 
 
-def test_clearing_forgets_all_content():
+def test_clear_empties_the_prefix_cache():
     pool = BlockPool(9, 4)
     blocks = pool.allocate(2)
     pool.publish(blocks[0], name(1))
@@ -85,7 +85,7 @@ def test_clearing_forgets_all_content():
     pool.check([])
 
 
-def test_mistakes_are_noticed():
+def test_misuse_is_detected():
     pool = BlockPool(5, 4)
     blocks = pool.allocate(2)
     with pytest.raises(AssertionError, match="3 blocks are needed, but 2 are available"):
@@ -106,7 +106,7 @@ def test_mistakes_are_noticed():
         BlockPool(1, 4)
 
 
-def test_a_name_depends_on_all_that_the_content_does():
+def test_the_hash_depends_on_tokens_images_and_parents():
     tokens, image = [1, 2, 3, 4], (2, 2, b"p")
     names = [
         ROOT,
@@ -125,8 +125,8 @@ def test_a_name_depends_on_all_that_the_content_does():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_order_of_calls_keeps_the_books(seed):
-    """Against the plainest account of the same: who holds what, and which content each block has."""
+def test_any_order_of_calls_keeps_the_allocator_consistent(seed):
+    """Against a plain model: the holders and the content of each block."""
     rng, fresh = random.Random(seed), itertools.count(100)
     pool = BlockPool(rng.randint(3, 20), 1)
     held: list[list[int]] = []

@@ -148,7 +148,7 @@ def test_generation_config_is_followed_and_arguments_win(pair):
         ({"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number, at least 1"),
         ({"num_return_sequences": 0}, "n is 0"),
         ({"stop_strings": ["x"]}, "tokenizer=processor.tokenizer"),
-        ({"num_beams": 4}, "num_beams=4 is not offered: there is no beam search"),
+        ({"num_beams": 4}, "num_beams=4 is not supported: there is no beam search"),
         ({"temperature": 5.0}, "temperature is 5.0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ({"streamer": object(), "num_return_sequences": 2}, "one sequence"),
@@ -162,8 +162,8 @@ def test_settings_out_of_their_limits_are_refused(pair, setting, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.tensor([[5, 300]]), "go from 5 to 300, but the vocabulary from 0 to 299"),
-        (torch.tensor([[-1, 5]]), "go from -1 to 5"),
+        (torch.tensor([[5, 300]]), "range from 5 to 300, but the vocabulary from 0 to 299"),
+        (torch.tensor([[-1, 5]]), "range from -1 to 5"),
         (torch.tensor([5, 6]), r"should be \(batch, tokens\)"),
         ([[5, 6]], "should be a tensor, but is list"),
     ],
@@ -193,7 +193,7 @@ def test_a_bad_generation_config_is_named(tmp_path, content, message):
 def test_settings_without_effect_are_named_in_a_warning(tmp_path):
     content = '{"bos_token_id": 1, "eos_token_id": [2, 7], "typical_p": 0.5, "num_beams": 1, "top_k": null}'
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.warns(UserWarning, match="without effect here: typical_p$"):
+    with pytest.warns(UserWarning, match="settings without effect: typical_p$"):
         settings = read_generation_config(tmp_path)
     assert settings["eos_token_id"] == [2, 7]
     assert "top_k" not in settings

@@ -249,7 +249,7 @@ def test_logprobs_are_those_before_the_grammar(engine):
         ({"type": "string", "pattern": "(ab"}, "unclosed group"),
         ({"type": "float"}, "Invalid type: float"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "schema.json"),
-        ({"items": {"type": "integer", "minimum": 3, "maximum": 1}, "minItems": 1}, "said at #/items contradicts"),
+        ({"items": {"type": "integer", "minimum": 3, "maximum": 1}, "minItems": 1}, "at #/items contradict each other"),
         ({"enum": []}, "cannot be followed"),
         ({"$ref": "#"}, "no JSON value matches it"),
         ({"$ref": "#/$defs/a", "$defs": {"a": closed(b={"$ref": "#/$defs/a"})}}, "Too many items"),

@@ -253,13 +253,13 @@ def test_streamer_with_callbacks(pair) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 2}, "num_beams=2 is not offered: there is no beam search.*num_return_sequences"),
+        ({"num_beams": 2}, "num_beams=2 is not supported: there is no beam search.*num_return_sequences"),
         (
             {"typical_p": 0.9},
-            "typical_p=0.9 is not offered: pass transformers' TypicalLogitsWarper in logits_processor",
+            "typical_p=0.9 is not supported: pass transformers' TypicalLogitsWarper in logits_processor",
         ),
         ({"output_attentions": True}, "output_attentions"),
-        ({"generation_config": GenerationConfig(num_beams=3)}, "num_beams=3 is not offered"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, "num_beams=3 is not supported"),
         ({"generation_config": "greedy"}, "generation_config is str; expected a GenerationConfig or a mapping"),
         ({"max_length": 9}, "max_length is 9, but the prompt alone has 9 tokens"),
         ({"min_p": 1.5}, "min_p is 1.5"),

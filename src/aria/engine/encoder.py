@@ -118,7 +118,8 @@ class ImageEncoder:
         )
         (features_QD,) = self._run(patches, adapter if adapter in self._models else None)
         assert features_QD is not None, "encoding gives features"
-        return features_QD.split([span.tokens for span in spans])
+        parts: Sequence[Tensor] = features_QD.split([span.tokens for span in spans])
+        return parts
 
     def _run(self, patches: PackedPatches, adapter: str | None) -> tuple[Tensor | None, ...]:
         # A CUDA graph keeps its work alive, which therefore must not hold the pixels of its first run.

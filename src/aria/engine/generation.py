@@ -1,6 +1,6 @@
-"""Settings of `generate` in transformers' names, from arguments, a `GenerationConfig` and ``generation_config.json``.
+"""Settings of `generate` by transformers' names, from arguments, a `GenerationConfig` and ``generation_config.json``.
 
-B prompts, S their padded length, R sequences (B times the answers to each), V vocabulary.
+B prompts, S their padded length, R sequences (B times the answers per prompt), V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from aria.hub import read_json, resolve
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_NEW_TOKENS = 256
 UNSET: Any = object()
-"""An argument that was not given, where None has a meaning of its own."""
+"""An argument that was not given, if None has a meaning of its own."""
 
 Processor = Callable[[Tensor, Tensor], Tensor]
-"""``input_ids (R, S + new)`` and scores ``(R, V)`` -> scores."""
+"""``input_ids (R, S + new)`` and scores ``(R, V)`` -> scores. transformers calls processed logits scores."""
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
@@ -50,11 +50,11 @@ _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _IDS),
     "bad_words_ids": (_list_of(lambda ids: bool(ids) and _IDS[0](ids)), "a list of lists of token ids"),
     "stop_strings": (lambda value: isinstance(value, str) or _list_of(_is(str))(value), "a text or a list of texts"),
-    # Checked on its own, see :func:`token_ids`.
+    # Checked by :func:`token_ids`.
     "eos_token_id": (lambda _: True, ""),
     "pad_token_id": (lambda _: True, ""),
 }
-_WITHOUT_EFFECT = {
+_IGNORED = {
     *("bos_token_id", "decoder_start_token_id", "_from_model_config", "transformers_version", "trust_remote_code"),
     *("cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "disable_compile"),
     *(
@@ -65,16 +65,14 @@ _WITHOUT_EFFECT = {
         "synced_gpus",
         "is_assistant",
     ),
-    # Of beam search, and of ways to be faster with the same answer.
+    # Beam search without beams, and ways of being faster with the same answer.
     *("length_penalty", "early_stopping", "prompt_lookup_num_tokens", "max_matching_ngram_size", "target_lookbehind"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "speculation_type"),
     *("assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "assistant_model", "use_mtp"),
 }
-_BEAMS = (
-    "there is no beam search: the engine keeps one sequence of each answer; use num_return_sequences with do_sample"
-)
+_BEAMS = "there is no beam search; use num_return_sequences with do_sample"
 _WARPER = "pass transformers' {} in logits_processor"
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), _BEAMS),
     "num_beam_groups": ((1,), _BEAMS),
     "diversity_penalty": ((0,), _BEAMS),
@@ -82,7 +80,7 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "force_words_ids": ((), _BEAMS),
     "penalty_alpha": ((0,), "there is no contrastive search"),
     "dola_layers": ((), "there is no decoding by contrasted layers"),
-    "custom_generate": ((), "code from elsewhere is not run"),
+    "custom_generate": ((), "code from a repository is never run"),
     "guidance_scale": ((1,), "there is no classifier-free guidance"),
     "negative_prompt_ids": ((), "there is no classifier-free guidance"),
     "token_healing": ((False,), "prompts are continued as they are"),
@@ -98,27 +96,27 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "forced_bos_token_id": ((), _WARPER.format("ForcedBOSTokenLogitsProcessor")),
     "forced_eos_token_id": ((), _WARPER.format("ForcedEOSTokenLogitsProcessor")),
     "remove_invalid_values": ((False,), _WARPER.format("InfNanRemoveLogitsProcessor")),
-    "output_attentions": ((False,), "attention is computed without its weights being kept"),
+    "output_attentions": ((False,), "attention weights are not materialised"),
     "output_hidden_states": ((False,), "call forward on the result, with output_hidden_states=True"),
     "inputs_embeds": ((), "pass input_ids, with pixel_values for images"),
-    "past_key_values": ((), "the cache is the engine's own; pass the whole prompt"),
+    "past_key_values": ((), "the KV cache belongs to the engine; pass the whole prompt"),
 }
 
 
 def read_generation_config(
     path_or_repo_id: str | os.PathLike[str] | AriaConfig | None, revision: str | None = None
 ) -> dict[str, Any]:
-    """``generation_config.json`` of a model, or nothing where there is none.
+    """Read a model's ``generation_config.json``; empty if it has none.
 
-    A setting that is not known here has no effect; it is named in a warning.
+    Unknown settings have no effect; a warning lists them.
 
     Args:
-        path_or_repo_id: as for loading the model; a configuration alone has no file.
-        revision: branch, tag or commit of a Hub repository.
+        path_or_repo_id: As for loading the model. An `AriaConfig` has no such file.
+        revision: Branch, tag or commit of a Hub repository.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: not JSON, or a known setting of the wrong type.
+        FileNotFoundError: There is no such model.
+        ValueError: The file is not JSON, or a known setting has the wrong type.
     """
     if isinstance(path_or_repo_id, AriaConfig):
         return {}
@@ -130,22 +128,22 @@ def read_generation_config(
     if unknown := sorted(
         name for name, value in settings.items() if name not in _SETTINGS and not _neutral(name, value)
     ):
-        warnings.warn(f"{file}: without effect here: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(f"{file}: settings without effect: {', '.join(unknown)}", stacklevel=2)
     for name, value in settings.items():
         _check(name, value, f"{file}: ")
     return settings
 
 
 def default_temperature(generation_config: Mapping[str, Any]) -> float | None:
-    """The temperature that ``generation_config.json`` asks for: 0 without sampling; None where it does not say."""
+    """Temperature of ``generation_config.json``: 0 without sampling, None if it does not set one."""
     if generation_config.get("do_sample") is False:
         return 0.0
     return generation_config.get("temperature")
 
 
 def _neutral(name: str, value: Any) -> bool:
-    """Whether a setting that is not implemented changes nothing."""
-    return name in _WITHOUT_EFFECT or value is None or any(value == one for one in _REFUSED.get(name, ((), ""))[0])
+    """Whether an unimplemented setting has a value that changes nothing."""
+    return name in _IGNORED or value is None or any(value == one for one in _UNSUPPORTED.get(name, ((), ""))[0])
 
 
 def _check(name: str, value: Any, where: str = "") -> None:
@@ -157,12 +155,11 @@ def _check(name: str, value: Any, where: str = "") -> None:
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments, or the fields of a `GenerationConfig`, that are implemented and given.
+    """Select the implemented settings of arguments or a `GenerationConfig`.
 
     Raises:
-        ValueError: a value of the wrong type, or one of transformers' settings that would change the answer and is not
-            implemented.
-        TypeError: a name that transformers does not know either.
+        ValueError: A value has the wrong type, or an unsupported setting of transformers would change the answer.
+        TypeError: A name is unknown to transformers, too.
     """
     settings: dict[str, Any] = {}
     for name, value in given.items():
@@ -171,17 +168,17 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 _check(name, value)
                 settings[name] = value
         elif not _neutral(name, value):
-            if name not in _REFUSED:
+            if name not in _UNSUPPORTED:
                 raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
-            raise ValueError(f"{name}={value!r:.80} is not offered: {_REFUSED[name][1]}")
+            raise ValueError(f"{name}={value!r:.80} is not supported: {_UNSUPPORTED[name][1]}")
     return settings
 
 
-def of_config(config: Any) -> dict[str, Any]:
-    """What a `GenerationConfig` of transformers, or a mapping, says.
+def settings_of_config(config: Any) -> dict[str, Any]:
+    """Settings of a `GenerationConfig` of transformers, or of a mapping.
 
     Raises:
-        ValueError, TypeError: as :func:`read_settings`.
+        ValueError, TypeError: As :func:`read_settings`.
     """
     if config is None:
         return {}
@@ -192,10 +189,10 @@ def of_config(config: Any) -> dict[str, Any]:
 
 
 def token_ids(name: str, value: Any, vocab_size: int | None = None, where: str = "") -> list[int]:
-    """One token id or several, as numbers, arrays or tensors; None is none.
+    """Token ids from a number, list, array or tensor; None gives none.
 
     Raises:
-        ValueError: text, a bool or a float is among them, or an id outside the vocabulary.
+        ValueError: One of them is not an integer, or is outside the vocabulary.
     """
     if value is None:
         return []
@@ -210,7 +207,7 @@ def token_ids(name: str, value: Any, vocab_size: int | None = None, where: str =
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """What tensors, arrays and lists of any of them hold."""
+    """Elements of tensors, arrays and nested lists."""
     plain = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(plain, list | tuple | set | frozenset | range):
         for one in plain:
@@ -225,28 +222,28 @@ class Generation:
 
     params: SamplingParams
     ends: frozenset[int]
-    """Tokens at which a sequence ends."""
+    """Tokens that end a sequence."""
     pad: int
-    """Fills up sequences that ended early."""
+    """Pads sequences that ended early."""
     stops: tuple[str, ...]
     processors: list[Processor] = field(default_factory=list)
     criteria: list[Callable[..., Any]] = field(default_factory=list)
-    """``input_ids (R, S + new)`` and the scores so far, or None -> bool, or bool ``(R,)``: which sequences end."""
+    """``input_ids (R, S + new)`` and the scores so far, or None -> which sequences end, bool or bool ``(R,)``."""
     max_time: float | None = None
-    """Seconds after which no further token is begun."""
+    """Seconds after which no further token is generated."""
     renormalize: bool = False
     as_mapping: bool = False
-    """Whether a `GenerateOutput` is returned."""
+    """Whether to return a `GenerateOutput`."""
     scores: bool = False
     logits: bool = False
 
     @property
     def in_lockstep(self) -> bool:
-        """Whether all sequences have to grow together, a token at a time."""
+        """Whether all sequences have to advance together, one token at a time."""
         return bool(self.processors or self.criteria or self.max_time is not None or self.scores or self.logits)
 
 
-def settle(
+def resolve_generation(
     levels: Sequence[Mapping[str, Any]],
     *,
     prompt_tokens: int,
@@ -256,17 +253,17 @@ def settle(
     criteria: Iterable[Callable[..., Any]] | None,
     allowed: Callable[[int, Tensor], Sequence[int]] | None,
 ) -> Generation:
-    """Settings of one call.
+    """Resolve the settings of one call.
 
     Args:
-        levels: of arguments, a `GenerationConfig` and the model's file; the first that has a setting counts.
+        levels: Settings of the arguments, a `GenerationConfig` and the model's file, in order of precedence.
         prompt_tokens: S.
         vocab_size: V.
-        pad: where no level has any.
+        pad: Padding token if no level sets one.
         processors, criteria, allowed: ``logits_processor``, ``stopping_criteria`` and ``prefix_allowed_tokens_fn``.
 
     Raises:
-        ValueError: a value outside its limits.
+        ValueError: A value is out of range.
     """
     chosen = ChainMap(*map(dict, levels))
     most, least = _lengths(levels, prompt_tokens)
@@ -302,7 +299,7 @@ def settle(
 
 
 def _lengths(levels: Sequence[Mapping[str, Any]], prompt_tokens: int) -> tuple[int, int]:
-    """The most and the least new tokens."""
+    """Maximum and minimum number of new tokens."""
     most = DEFAULT_NEW_TOKENS
     for level in levels:
         if "max_new_tokens" in level:
@@ -323,8 +320,8 @@ def _lengths(levels: Sequence[Mapping[str, Any]], prompt_tokens: int) -> tuple[i
     if chosen.get("min_new_tokens", 0) < 0:
         raise ValueError(f"min_new_tokens is {chosen['min_new_tokens']}; expected a whole number, 0 or more")
     if least > most:
-        said = f"at least {least} new tokens are asked for (min_new_tokens, min_length), but at most {most}"
-        warnings.warn(f"{said}; sequences end there", stacklevel=5)
+        conflict = f"at least {least} new tokens are requested (min_new_tokens, min_length), but at most {most}"
+        warnings.warn(f"{conflict}; sequences end there", stacklevel=5)
     return most, min(least, most)
 
 
@@ -334,7 +331,7 @@ def _own_processors(
     vocab_size: int,
     allowed: Callable[[int, Tensor], Sequence[int]] | None,
 ) -> list[Processor]:
-    """Settings that forbid tokens, in transformers' order."""
+    """Processors for settings that forbid tokens, in transformers' order."""
     made: list[Processor] = []
     if size := chosen.get("no_repeat_ngram_size", 0):
         if size < 0:
@@ -370,13 +367,13 @@ def _keep(scores_RV: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _repeats(ids: list[int], size: int) -> list[int]:
-    """Tokens that would end a run of ``size`` which was there before."""
+    """Tokens that would repeat an n-gram of ``size`` tokens."""
     last = ids[len(ids) - size + 1 :]
     return [ids[at + size - 1] for at in range(len(ids) - size + 1) if ids[at : at + size - 1] == last]
 
 
 def _completed(ids: list[int], words: Sequence[Sequence[int]]) -> list[int]:
-    """Tokens that would complete one of the words."""
+    """Last tokens of the words that would be completed."""
     return [
         word[-1] for word in words if len(word) <= len(ids) + 1 and ids[len(ids) - len(word) + 1 :] == list(word[:-1])
     ]

@@ -1,9 +1,9 @@
-"""Answers that follow a JSON schema or another grammar: compiled for a vocabulary, tried elsewhere first, and kept.
+"""Structured output: schemas and grammars compiled for a vocabulary, after a trial in a worker process, and cached.
 
-W = ceil(V / 32) words of a mask of tokens, V vocabulary, the lowest bit first.
+V vocabulary, W = ceil(V / 32) words of a token mask, lowest bit first.
 
-The grammars are those of llguidance, an optional dependency; `docs/structured-output.md` says why, and what of JSON
-Schema it reads.
+llguidance, an optional dependency, compiles the grammars; `docs/structured-output.md` says why, and which parts of JSON
+Schema it supports.
 """
 
 from __future__ import annotations
@@ -32,39 +32,40 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "Grammars", "from_choices", "from_regex", "from_structural_tag"]
 
 Constraint = Mapping[str, Any] | bool | str
-"""A JSON schema, True for any object, or a grammar as text: llguidance's Lark, or GBNF."""
+"""A JSON schema, True for any object, or a grammar as text: llguidance's Lark or GBNF."""
 KEPT_GRAMMARS = 16
-"""One takes some hundreds of kilobytes, and at the limits of its lexer 50 MB."""
+"""A grammar takes hundreds of kilobytes, and up to 50 MB at the limits of its lexer."""
 KEPT_VERDICTS = 512
 KEPT_CHARACTERS = 16_000_000
-"""Of all constraints whose verdicts are kept, and their grammars."""
+"""Total length of all constraints with cached verdicts, and of their grammars."""
 _QUICK_SECONDS = 0.1
-"""What takes longer to compile is compiled one after the other."""
+"""Grammars that take longer to compile are compiled one at a time."""
 _FORCED_CHARACTERS = 256
-"""Of a text that is forced, which tokens are made of: only the next one counts."""
+"""Characters of a forced text that are tokenised: only the next token matters."""
 
 
 class Verdict(NamedTuple):
-    """What came of a constraint."""
+    """Result of checking a constraint."""
 
     source: str = ""
-    """The grammar that llguidance compiles."""
+    """The grammar for llguidance."""
     error: str | None = None
-    """Why it cannot be followed."""
+    """Why it is not supported, or None."""
     seconds: float = 0.0
-    """Of CPU time that its trial took."""
+    """CPU time of its trial."""
     tried: bool = False
-    """It was compiled in a worker."""
+    """Whether it was compiled in a worker process."""
 
 
 class Grammars:
-    """Compiles schemas for a vocabulary and keeps the latest. Any thread may call it.
+    """Compiles schemas and grammars for a vocabulary, and caches the latest. Thread-safe.
 
     Args:
-        tokenizer: of the model.
-        vocab_size: V of the model, which may be more than the tokenizer's.
-        workers: gives the processes in which what strangers send is tried first; None: it is compiled here at once, and
-            what makes llguidance crash or hang does so here, but for what :mod:`aria.grammars.limits` refuses.
+        tokenizer: Tokenizer of the model.
+        vocab_size: V of the model, which may be larger than the tokenizer's.
+        workers: Returns the worker processes in which untrusted schemas are tried first. With None they are compiled in
+            this process, so that anything that :mod:`aria.grammars.limits` accepts and llguidance crashes or hangs on
+            affects this process.
     """
 
     def __init__(self, tokenizer: AriaTokenizer, vocab_size: int, workers: Callable[[], Workers | None] = lambda: None):
@@ -78,26 +79,25 @@ class Grammars:
         self._ends: dict[tuple[str, ...], np.ndarray] = {}
 
     def load(self) -> None:
-        """Lay out the vocabulary now and not with the first schema: a quarter of a second for Aria's.
+        """Prepare the vocabulary now instead of with the first schema; a quarter of a second for Aria's.
 
         Raises:
             ModuleNotFoundError: llguidance is not installed.
         """
         with self._lock:
             if self._trie is None:
-                self._trie = _lay_out(self._tokenizer, self._vocab_size)
+                self._trie = _prepare_vocabulary(self._tokenizer, self._vocab_size)
 
     def check(self, schema: Constraint) -> None:
-        """Find out whether a schema can be followed: in milliseconds, up to two seconds for thousands of properties.
+        """Check that a schema is supported; takes milliseconds, up to two seconds with thousands of properties.
 
         Args:
-            schema: a JSON schema, True for any object, or a grammar as text.
+            schema: A JSON schema, True for any object, or a grammar as text.
 
         Raises:
-            ValueError: it is no JSON schema, it has a keyword that cannot be followed, no value fits it, or it takes
-                too much.
-            BusyError: others' work left no time for it.
-            WorkerError: no process can be started to try it in.
+            ValueError: It is no JSON schema, has an unsupported keyword, is unsatisfiable, or is too expensive.
+            BusyError: The workers were too busy with other requests.
+            WorkerError: No worker process can be started.
             ModuleNotFoundError: llguidance is not installed.
         """
         name, text = _text(schema)
@@ -105,29 +105,29 @@ class Grammars:
             self._grammar(schema)
 
     def compile(self, schema: Constraint, stops: Sequence[str] = ()) -> None:
-        """Check a schema and keep its grammar. It takes once or twice as long as :meth:`check`.
+        """Check a schema and cache its grammar. It takes up to twice as long as :meth:`check`.
 
         Args:
-            schema: a JSON schema, True for any object, or a grammar as text.
-            stops: as :meth:`matchers` will be told.
+            schema: A JSON schema, True for any object, or a grammar as text.
+            stops: As in :meth:`matchers`.
 
         Raises:
-            ValueError, BusyError, WorkerError, ModuleNotFoundError: as :meth:`check`.
+            ValueError, BusyError, WorkerError, ModuleNotFoundError: As :meth:`check`.
         """
         self._grammar(schema)
         self._ends_mask(tuple(stops))
 
     def matchers(self, schema: Constraint, count: int, stops: Sequence[str] = ()) -> list[Matcher]:
-        """Matchers at the beginning of a schema's grammar, compiled if need be.
+        """Make matchers at the start of a schema's grammar, which is compiled if needed.
 
         Args:
-            schema: a JSON schema, True for any object, or a grammar as text.
-            count: how many.
-            stops: texts with which the model ends its turn. Their first tokens may end a value that could go on, as
-                a number could.
+            schema: A JSON schema, True for any object, or a grammar as text.
+            count: Number of matchers.
+            stops: Texts with which the model ends its turn. Their first tokens may end a value that could continue,
+                such as a number.
 
         Raises:
-            ValueError, BusyError, WorkerError, ModuleNotFoundError: as :meth:`check`.
+            ValueError, BusyError, WorkerError, ModuleNotFoundError: As :meth:`check`.
         """
         grammar = self._grammar(schema)
         ends = self._ends_mask(tuple(stops))
@@ -155,24 +155,24 @@ class Grammars:
         return grammar
 
     def _build(self, name: str, verdict: Verdict) -> llguidance.LLMatcher:
-        assert self._trie is not None, "the vocabulary is laid out before there is a verdict"
+        assert self._trie is not None, "the vocabulary is prepared before the verdict"
         matcher = trial.compiled(name, verdict.source, self._trie)
         if not verdict.tried:
             trial.check_beginning(name, matcher)
         return matcher
 
     def _forget(self, key: tuple[str, str], error: str | None) -> None:
-        """Keep a grammar no longer; with an error, refuse it from now on."""
+        """Remove a grammar from the cache; with an error, reject it from now on."""
         with self._lock:
             self._compiled.pop(key, None)
         if error is not None:
             self._keep_verdict(key, Verdict(error=f"{key[0]} cannot be followed: {error}"))
 
     def _verdict(self, name: str, text: str, schema: Constraint) -> Verdict:
-        """What comes of a constraint, which is tried unless it was before.
+        """Verdict on a constraint, from the cache or a trial.
 
         Raises:
-            ValueError: it cannot be followed.
+            ValueError: It is not supported.
         """
         self.load()
         key = name, text
@@ -217,7 +217,7 @@ class Grammars:
                 size -= len(text) + len(one.source)
 
     def _ends_mask(self, stops: tuple[str, ...]) -> np.ndarray:
-        """Bits of the tokens that end an answer: the end of text, and those that begin a stop text."""
+        """Mask of the tokens that end an answer: the end of text, and those that begin a stop text."""
         ends = self._ends.get(stops)
         if ends is None:
             texts = [stop.encode() for stop in stops]
@@ -233,10 +233,10 @@ class Grammars:
 
 
 def _text(schema: Constraint) -> tuple[str, str]:
-    """What a constraint is called in errors, and it as text.
+    """Name of a constraint in error messages, and its text.
 
     Raises:
-        ValueError: it is no JSON, or too large.
+        ValueError: It is not JSON, or too large.
     """
     name, text = "grammar", schema
     if not isinstance(text, str):
@@ -258,7 +258,7 @@ def _end_trial(reason: object) -> NoReturn:
     raise trial.TrialError(f"{reason}")
 
 
-def _lay_out(tokenizer: AriaTokenizer, vocab_size: int) -> llguidance.LLTokenizer:
+def _prepare_vocabulary(tokenizer: AriaTokenizer, vocab_size: int) -> llguidance.LLTokenizer:
     try:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ModuleNotFoundError:
@@ -269,23 +269,23 @@ def _lay_out(tokenizer: AriaTokenizer, vocab_size: int) -> llguidance.LLTokenize
 
 
 class _ModelVocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer in the form that llguidance expects."""
 
     bos_token_id = None
 
     def __init__(self, tokenizer: AriaTokenizer, vocab_size: int):
         known = min(vocab_size, len(tokenizer))
-        self._encode = tokenizer.encode
+        self._encode: Callable[[str], list[int]] = tokenizer.encode
         self.eos_token_id = _end_of_text(tokenizer)
         self.tokens = [tokenizer.token_bytes(index) for index in range(known)] + [b""] * (vocab_size - known)
-        # A vocabulary that has the end of a turn as one token does not mean it as text.
+        # If the end of a turn is a single token, that token is not text.
         marks = [index for index, data in enumerate(self.tokens) if END_OF_TURN.encode() in data]
         self.special_token_ids = sorted({*tokenizer.all_special_ids, *marks})
 
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
-            raise TypeError("the tokenizer takes text; bytes are spelled out where they are no text")
-        # A marker that a schema wants is text.
+            raise TypeError("the tokenizer takes text; invalid UTF-8 is encoded byte by byte")
+        # Markers in a schema are text, not control tokens.
         return self._encode(Prompt(text[:_FORCED_CHARACTERS]))
 
 

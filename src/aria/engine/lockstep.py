@@ -1,4 +1,4 @@
-"""All sequences of a padded batch, a token of each at a time, for callbacks that expect transformers' `generate`.
+"""Lockstep generation: all sequences of a batch advance one token at a time, as callbacks of transformers expect.
 
 R sequences, S padded length of the prompts, N sequences of a step, V vocabulary.
 """
@@ -19,16 +19,16 @@ from aria.ops import sampling
 
 
 class Lockstep:
-    """Calls processors and criteria with the whole batch, and decides which sequences have ended.
+    """Calls logits processors and stopping criteria with the whole batch, and decides which sequences have ended.
 
-    Processors see ``(R, S + new)`` ids and ``(R, V)`` scores. Sequences that ended get padding until all have ended,
-    if there are end tokens, as in transformers. The engine calls this before it draws the tokens of a step.
+    Processors receive ids ``(R, S + new)`` and scores ``(R, V)``. If there are end tokens, ended sequences are padded
+    until all have ended, as in transformers. The engine calls this before it samples the tokens of a step.
 
     Args:
-        requests: R, without end tokens of their own.
+        requests: R requests without end tokens.
         input_ids: ``(R, S)``.
-        completions: of each, to find its end.
-        generation: settings.
+        completions: Completion of each request, which finds its end.
+        generation: Settings.
     """
 
     def __init__(
@@ -36,30 +36,30 @@ class Lockstep:
     ):
         self.requests, self._generation, self._completions = requests, generation, completions
         self._rows = {request: row for row, request in enumerate(requests)}
-        # As in transformers: without end tokens, a sequence that a criterion ended continues until all have ended.
+        # As in transformers: without end tokens, a sequence ended by a criterion continues until all have ended.
         self._pads = bool(generation.ends)
         self._began = time.monotonic()
         self.ids = input_ids
-        """``(R, S + new)``, as far as all sequences have come."""
+        """``(R, S + new)``, with the new tokens that all sequences have."""
         self.new = 0
         self.finished = torch.zeros(len(requests), dtype=torch.bool)
         self.scores: list[Tensor] = []
-        """``(R, V)`` of each new token: after processors, temperature and truncation."""
+        """``(R, V)`` for each new token, after processors, temperature and truncation."""
         self.logits: list[Tensor] = []
-        """``(R, V)``, as the model gave them."""
+        """``(R, V)`` for each new token, from the model."""
         self.error: Exception | None = None
-        """What a callback raised; the engine's own steps go on."""
+        """Exception of a callback. The engine itself is not affected."""
 
     @property
     def done(self) -> bool:
-        """Whether no further token is wanted."""
+        """Whether no further token is needed."""
         return self.error is not None or bool(self.finished.all())
 
     def __call__(self, requests: Sequence[Request], logits_NV: Tensor, scores_NV: Tensor) -> Tensor:
-        """Scores to draw a step's tokens from."""
+        """Process the logits of a step (`LogitsProcessor`)."""
         out = scores_NV.float().clone()
         try:
-            self.settle()
+            self.update()
             steps: dict[int, list[int]] = {}
             for place, request in enumerate(requests):
                 if not (request.over or self.done):
@@ -71,19 +71,19 @@ class Lockstep:
             self.error = error
         return out
 
-    def settle(self) -> None:
-        """Find the ends, token by token, as far as all sequences have come."""
+    def update(self) -> None:
+        """Take over new tokens that all sequences have, and find out which sequences have ended."""
         while not self.done and all(len(one.outputs) > self.new or one.over for one in self.requests):
             column = []
             for row, request in enumerate(self.requests):
-                # One that is over without this token had no room for it.
-                there = len(request.outputs) > self.new
-                padded = not there or (bool(self.finished[row]) and self._pads)
+                # A request that ended without this token reached the context length.
+                exists = len(request.outputs) > self.new
+                padded = not exists or (bool(self.finished[row]) and self._pads)
                 column.append(self._generation.pad if padded else request.outputs[self.new])
                 if not self.finished[row]:
-                    if there:
+                    if exists:
                         self._completions[row].push(column[-1])
-                    self.finished[row] = not there or self._completions[row].finish_reason is not None
+                    self.finished[row] = not exists or self._completions[row].finish_reason is not None
             new = torch.tensor(column, dtype=self.ids.dtype, device=self.ids.device)
             self.ids = torch.cat([self.ids, new[:, None]], dim=1)
             self.new += 1
@@ -116,8 +116,8 @@ class Lockstep:
         return torch.where(ended[:, None], padding, out)
 
     def output(self) -> GenerateOutput:
-        """What came of it."""
-        # Clones, because tensors that are made in inference mode have no place in autograd.
+        """The result."""
+        # Clones, because autograd does not accept tensors made in inference mode.
         return GenerateOutput(
             sequences=self.ids,
             scores=tuple(one.clone() for one in self.scores[: self.new]) if self._generation.scores else None,
@@ -125,7 +125,7 @@ class Lockstep:
         )
 
     def _ids_at(self, step: int) -> Tensor:
-        """``(R, S + step)``; padding where a sequence has not come so far."""
+        """``(R, S + step)``, with padding for sequences that have fewer tokens."""
         if step == self.new:
             return self.ids
         start = self.ids.shape[1] - self.new
@@ -137,7 +137,7 @@ class Lockstep:
         return torch.cat([self.ids, torch.tensor(more, dtype=self.ids.dtype, device=self.ids.device)], dim=1)
 
     def _warped(self, scores_NV: Tensor) -> Tensor:
-        """As the draw reads them."""
+        """Apply temperature and truncation, as sampling does."""
         params = self._generation.params
         if params.temperature > 0:
             N, device = len(scores_NV), scores_NV.device

@@ -1,6 +1,6 @@
-"""`Matcher`: which tokens a grammar allows next, found in bounded time.
+"""`Matcher`: the tokens that a grammar allows next, computed in bounded time.
 
-G answers with a grammar, V vocabulary, W = ceil(V / 32) words of a mask of tokens, the lowest bit first.
+G answers with a grammar, V vocabulary, W = ceil(V / 32) words of a token mask, lowest bit first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import llguidance
 
 End = Literal["complete", "over", "error"]
-"""How a grammar ends an answer: with this token, which belongs to it; before this token; or because it gave up."""
+"""How a grammar ends an answer: with this token, before this token, or because it exceeded a limit."""
 MOST_SECONDS = 0.1
-"""Of CPU time for all slow masks of a step. One that is not done by then ends its answer."""
+"""CPU time for all slow masks of a step. A mask that takes longer ends its answer."""
 LEAST_SECONDS = 0.01
-"""For each of the others in such a step; a mask takes 15 microseconds on average."""
+"""CPU time for each further mask in such a step; a mask takes 15 microseconds on average."""
 _POLL_SECONDS = 0.01
 
 
@@ -33,11 +33,11 @@ class Grammar:
     """A compiled grammar.
 
     Args:
-        matcher: at its beginning. All copies of it share a lexer, behind a lock.
-        forget: keeps it no longer for coming answers; with an error, those cannot have it.
+        matcher: Matcher at the start. All copies share a lexer, behind a lock.
+        forget: Removes the grammar from the cache; with an error, also rejects it for later answers.
 
     Attributes:
-        error: why all answers that follow it end; None as long as none has been too slow.
+        error: Why all answers that follow it end; None unless a mask was too slow.
     """
 
     def __init__(self, matcher: llguidance.LLMatcher, forget: Callable[[str | None], object]):
@@ -46,12 +46,12 @@ class Grammar:
 
 
 class Matcher:
-    """Where one answer stands in its grammar: a function of the tokens it has accepted, so preemption loses nothing.
+    """State of one answer in its grammar. It depends on the accepted tokens alone, so preemption loses nothing.
 
     Args:
-        grammar: that it follows.
-        ends_W: bits of the tokens that may end the answer where the grammar may end.
-        end_of_text: the one of them that is never text; None where none of them can continue the answer.
+        grammar: The compiled grammar.
+        ends_W: Mask of the tokens that may end the answer where the grammar may end.
+        end_of_text: The end token that is never text; None if no end token can continue the answer.
     """
 
     def __init__(self, grammar: Grammar, ends_W: np.ndarray, end_of_text: int | None = None):
@@ -60,14 +60,14 @@ class Matcher:
         self._ends_W = ends_W
         self._end_of_text = end_of_text
         self._filled = False
-        """Whether it is known what may come here."""
+        """Whether the mask of the next token was computed."""
         self._ending_W: np.ndarray | None = None
-        """The tokens that end the answer here, None where it cannot end."""
+        """Mask of the tokens that end the answer here; None if it cannot end."""
         self.error: str | None = None
-        """Why it gave up, once it has."""
+        """Why it gave up, or None."""
 
     def accept(self, token_id: int) -> End | None:
-        """Take the token that was chosen; None while more may come. It takes little once :meth:`fill` has been here."""
+        """Accept the sampled token, and return how it ends the answer, if it does. Fast after :meth:`fill`."""
         if self.error is None and self._grammar.error is not None:
             self.give_up(self._grammar.error)
         if self.error is None and not self._filled:
@@ -83,7 +83,7 @@ class Matcher:
         return "complete" if self._matcher.is_stopped() else None
 
     def fill(self, mask_W: np.ndarray) -> None:
-        """Write the bits of the tokens that may come next; all, where it has given up."""
+        """Write the mask of the tokens that may come next; all tokens if it has given up."""
         self._filled, self._ending_W = True, None
         if self._grammar.error is None:
             self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
@@ -94,27 +94,27 @@ class Matcher:
         elif self._matcher.is_accepting():
             self._ending_W = self._ends_W
             if self._end_of_text is not None:
-                # The first characters of an end continue no JSON value, but may continue a text of another grammar.
-                # There the end of the turn is found in the text.
+                # The first characters of an end text cannot continue a JSON value, but may continue the text of another
+                # grammar. The end of the turn is then found in the text.
                 self._ending_W = self._ends_W & ~mask_W
                 self._ending_W[self._end_of_text // 32] |= np.int32(1) << self._end_of_text % 32
             mask_W |= self._ends_W
 
     def give_up(self, error: str, *, all: bool = False) -> None:
-        """End the answer; with ``all``, those that follow the same grammar, too."""
+        """End the answer; with ``all``, also the others that follow the same grammar."""
         self.error = error
         if all:
             self._grammar.error = error
-        # All answers to a schema share a lexer: if that is what is full, the next one needs another.
+        # All answers to a schema share a lexer, which may be full, so later answers need a new one.
         self._grammar.forget(error if all else None)
 
 
 def fill_masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
-    """What may come next in each answer: int32 ``(G, W)``, a bit a token. Matchers that give up allow everything.
+    """Masks of the tokens that may come next in each answer: int32 ``(G, W)``, one bit per token.
 
-    It takes some 15 microseconds a row, less than the device takes for its scores meanwhile, so one thread does it.
-    This one waits for that: where many parts of a grammar fit the same text, a row may take minutes, and nothing stops
-    it but the end of the process. Such a row is left to its thread, and its answer ends.
+    A matcher that gives up allows all tokens. A mask takes about 15 microseconds, less than the device takes for the
+    logits, so a single thread computes them while this one waits. If a grammar is very ambiguous, a mask may take
+    minutes, and cannot be interrupted. Its thread is then abandoned, and its answer ends.
     """
     masks_GW = np.zeros((len(matchers), -(-vocab_size // 32)), dtype=np.int32)
     rows, late, left = list(zip(matchers, masks_GW, strict=True)), [], MOST_SECONDS
@@ -127,19 +127,19 @@ def fill_masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
             break
         left = 0.0
         late.append(len(matchers) - len(rows) + slow)
-        matchers[late[-1]].give_up(f"it took over {MOST_SECONDS:g} s to find what may come next", all=True)
+        matchers[late[-1]].give_up(f"finding the allowed tokens took over {MOST_SECONDS:g} s", all=True)
         rows = rows[slow + 1 :]
     if late:
-        masks_GW = masks_GW.copy()  # threads that were left may still write
+        masks_GW = masks_GW.copy()  # abandoned threads may still write
         masks_GW[late] = -1
     return masks_GW
 
 
 class _Filling:
-    """Rows of masks while a thread fills them.
+    """Masks that a thread is filling.
 
     Args:
-        rows: matchers and their masks.
+        rows: Matchers and their masks.
     """
 
     def __init__(self, rows: Sequence[tuple[Matcher, np.ndarray]]):
@@ -153,7 +153,7 @@ class _Filling:
         self._clock = time.monotonic
 
     def run(self) -> bool:
-        """Fill them. False: this thread took too long, and nobody waits for it any more."""
+        """Fill the masks. False if this thread was abandoned because it took too long."""
         self._clock = _clock_of_this_thread()
         try:
             for place, (matcher, mask_W) in enumerate(self._rows):
@@ -169,10 +169,10 @@ class _Filling:
             return not self._left
 
     def wait(self, seconds: float) -> int | None:
-        """Wait until all are filled.
+        """Wait until all masks are filled.
 
         Returns:
-            The place of a row that takes over ``seconds``, and is left to its thread; None: all are filled.
+            Index of a mask that takes over ``seconds``, whose thread is abandoned; None if all are filled.
         """
         while not self._done.wait(_POLL_SECONDS):
             with self._lock:
@@ -186,11 +186,11 @@ class _Filling:
 
 
 _SLACK = 1 if hasattr(time, "pthread_getcpuclockid") else 5
-"""Where the time that passes is all that is known of a thread, others may have taken it."""
+"""Tolerance without per-thread CPU clocks: other threads may have taken the time that passed."""
 
 
 def _clock_of_this_thread() -> Callable[[], float]:
-    """Its CPU time, for any thread to read, where the system tells."""
+    """Clock of this thread's CPU time that any thread can read, if the system has one; else wall-clock time."""
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.monotonic
     return partial(time.clock_gettime, time.pthread_getcpuclockid(threading.get_ident()))
@@ -207,7 +207,7 @@ class _Filler:
 
     @classmethod
     def take(cls) -> _Filler:
-        """One that has nothing to do."""
+        """Return an idle one, or start one."""
         try:
             return cls._idle.pop()
         except IndexError:
@@ -227,4 +227,4 @@ class _Filler:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Filler._idle.clear)  # threads stay behind
+    os.register_at_fork(after_in_child=_Filler._idle.clear)  # threads do not survive a fork

@@ -189,7 +189,8 @@ class StepInputs:
 
     def column(self, name: str) -> npt.NDArray[np.int32]:
         """One column, as a view."""
-        return self.flat[getattr(self.columns, name)]
+        part: slice = getattr(self.columns, name)
+        return self.flat[part]
 
     def _fill_decodes(self, plan: StepPlan, adapter_ids: Sequence[int], padding_row: int) -> None:
         N, decodes, columns = self.decodes, plan.decodes, self.columns
