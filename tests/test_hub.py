@@ -1,4 +1,4 @@
-"""Names of models: local paths, Hub repositories from the local cache without a network, and mistakes."""
+"""Locating models: local paths, Hub repositories in the local cache without a network, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.repository import ROOT
 
 @pytest.fixture
 def offline(tmp_path, model_folder):
-    """Environment of a machine without network whose Hub cache holds one revision of somebody/aria."""
+    """Environment of an offline machine whose Hub cache has one revision of somebody/aria."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--somebody--aria"
     shutil.copytree(model_folder, repository / "snapshots" / commit)
@@ -49,7 +49,7 @@ def test_a_repository_loads_from_the_cache_without_network(offline):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["somebody/else", "somebody/aria@absent"])
-def test_what_is_not_in_the_cache_is_one_clear_error(offline, name):
+def test_a_repository_that_is_not_cached_is_a_clear_error(offline, name):
     name, _, revision = name.partition("@")
     done = run(
         offline,
@@ -66,7 +66,7 @@ def test_what_is_not_in_the_cache_is_one_clear_error(offline, name):
     *traces, rest = done.stdout.split("---")
     assert len(traces) == 6 and not rest
     for trace in traces:
-        # The library's own errors below it are no help, and are 90 lines.
+        # The errors of the library below it are 90 lines and do not help.
         assert trace.count("Traceback") == 1
         last = trace.strip().splitlines()[-1]
         assert last.startswith("FileNotFoundError: ")
@@ -75,14 +75,14 @@ def test_what_is_not_in_the_cache_is_one_clear_error(offline, name):
 
 
 @pytest.mark.parametrize("revision", ["../../../etc/passwd", "/etc/passwd", "a/../b", "a\0", "", "a b"])
-def test_a_revision_leads_nowhere_else(revision):
-    """An adapter's folder names one; the Hub's cache makes a path of it."""
+def test_a_revision_cannot_escape_the_cache(revision):
+    """Adapter folders name a revision, and the Hub cache makes a path of it."""
     with pytest.raises(ValueError, match="is not a branch, tag or commit"):
         resolve("somebody/aria", revision=revision)
 
 
 @pytest.mark.parametrize("name", ["../x", "./x", "x/..", "a/b\0c", "~nobody/x"])
-def test_names_that_lead_elsewhere_are_no_repositories(name, tmp_path, monkeypatch):
+def test_names_with_path_components_are_not_repositories(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
         resolve(name)
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_json_that_is_no_settings_is_refused_with_the_file_and_the_field(name, tmp_path):
+def test_invalid_json_is_rejected_with_the_file_and_the_field(name, tmp_path):
     content, message = REFUSED[name]
     file = tmp_path / "config.json"
     file.write_bytes(content)
@@ -142,7 +142,7 @@ def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
         read_json(file)
 
 
-def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     write_json(file, {"a": 1})
 

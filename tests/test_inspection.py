@@ -1,4 +1,4 @@
-"""The report of `aria inspect`: weights here are checked as loading does, those on the Hub by their headers alone."""
+"""The report of `aria inspect`: local weights are checked as when loading, those on the Hub by their headers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def found(layout: str, dtype: str, text: str) -> bool:
 
 
 def headers(folder: Path) -> SafetensorsRepoMetadata:
-    """What huggingface_hub makes of the safetensors in a repository."""
+    """The safetensors metadata of a repository, as huggingface_hub returns it."""
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -58,7 +58,7 @@ def headers(folder: Path) -> SafetensorsRepoMetadata:
 
 
 class Hub:
-    """A repository at two revisions, and what of it was fetched."""
+    """A repository with two revisions, which records what is fetched."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -134,7 +134,7 @@ def test_published_configs_and_indices_alone(name, tmp_path):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_pointers_of_git_lfs_are_no_weights_and_names_are_no_markup(state, tmp_path):
+def test_git_lfs_pointers_are_not_weights_and_names_are_escaped(state, tmp_path):
     folder = write_layout("hub", state, CONFIG, tmp_path / "a [red]model", shards=3)
     shard = folder / "model-00002-of-00003.safetensors"
     shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -148,7 +148,7 @@ def test_pointers_of_git_lfs_are_no_weights_and_names_are_no_markup(state, tmp_p
 
 
 @pytest.mark.parametrize("name", ["picture.png", "notes.txt", "README.md"])
-def test_a_file_that_is_no_model_says_so(name, tmp_path):
+def test_a_file_that_is_not_a_model_is_a_clear_error(name, tmp_path):
     write_config = tmp_path / "config.json"
     write_config.write_text(json.dumps(CONFIG.to_dict()))
     (tmp_path / name).write_bytes(b"hello")
@@ -204,7 +204,7 @@ def test_the_dtype_is_that_of_the_weights_not_of_the_config(state, fake_hub):
     assert found("hub", "float16", inspect(REPO))
 
 
-def test_the_revision_asked_for_is_the_one_looked_at(state, fake_hub):
+def test_the_requested_revision_is_inspected(state, fake_hub):
     write_layout("hub", state, CONFIG, fake_hub.folder())
     write_layout("original", state, CONFIG, fake_hub.folder(PINNED))
     assert found("original", "bfloat16", inspect(REPO, PINNED))
@@ -220,7 +220,7 @@ def test_a_hub_repository_that_was_fetched_is_read_here(layout, shards, state, f
     assert fake_hub.asked == []
 
 
-def test_a_hub_repository_of_which_a_part_was_fetched_is_looked_at_there(state, fake_hub):
+def test_a_partly_fetched_hub_repository_is_inspected_on_the_hub(state, fake_hub):
     write_layout("hub", state, CONFIG, fake_hub.folder(), shards=3)
     fake_hub.snapshot().mkdir(parents=True)
     shutil.copy(fake_hub.folder() / "model-00001-of-00003.safetensors", fake_hub.snapshot())
@@ -229,7 +229,7 @@ def test_a_hub_repository_of_which_a_part_was_fetched_is_looked_at_there(state, 
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_pickles_on_the_hub_cannot_be_looked_at_from_here(shards, state, fake_hub):
+def test_pickles_on_the_hub_cannot_be_inspected_remotely(shards, state, fake_hub):
     write_layout("paddle", state, CONFIG, fake_hub.folder(), shards=shards)
     with pytest.raises(
         ValueError, match=rf"{REPO} has no safetensors.*model_state\.pdparams whole and give its folder"

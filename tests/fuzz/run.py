@@ -4,7 +4,7 @@
     python -m tests.fuzz.run image clip --seconds 600   two of them, for longer
     python -m tests.fuzz.run image --replay FILE        one input again, without a search
 
-Inputs that lead to new branches are kept in `build/fuzz/TARGET`, from where a later search goes on; those that find a
+Inputs that reach new branches are kept in `build/fuzz/TARGET`, from where a later run resumes; those that find a
 fault in `build/fuzz/findings`. The search is atheris' (`pip install 'aria-moe[fuzz]'`, for Linux on x86-64).
 """
 

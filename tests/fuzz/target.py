@@ -60,7 +60,7 @@ def _peak() -> int:
     """Most bytes that this process ever had in memory; it never falls, so that growth is of one input."""
     if sys.platform == "win32":
         return 0
-    if sys.platform == "linux":  # rusage would begin with the peak of whoever started this process
+    if sys.platform == "linux":  # rusage would start with the peak of the parent process
         return int(re.search(rb"VmHWM:\s*(\d+)", Path("/proc/self/status").read_bytes())[1]) * 1024
     import resource
 

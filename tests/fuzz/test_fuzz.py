@@ -41,9 +41,9 @@ def test_an_input_is_replayed_without_a_search(data, said, tmp_path):
 @pytest.mark.parametrize(("data", "said"), [("crash", "deadly signal"), ("vanish", "status 3")])
 def test_an_input_that_ends_the_process_is_kept(data, said, tmp_path, monkeypatch):
     monkeypatch.setenv("BROKEN_BY", data)
-    [found], told = run.search("_broken", 20.0, tmp_path)
+    [found], output = run.search("_broken", 20.0, tmp_path)
     assert found.read_bytes() == data.encode()
-    assert said in told
+    assert said in output
 
 
 @needs_search

@@ -1,4 +1,4 @@
-"""Schemas and grammars of strangers: each is refused within its limits, or followed within bounds, and harms nobody."""
+"""Untrusted schemas and grammars are rejected by the limits, or followed at a bounded cost."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def holding(depth: int) -> Any:
         (linked(1700), "references are nested over 5,000 levels deep"),
     ],
 )  # fmt: skip
-def test_schemas_beyond_a_limit_are_told_which(unaided, schema, says):
+def test_errors_name_the_limit_that_a_schema_exceeds(unaided, schema, says):
     with pytest.raises(ValueError, match=rf"json_schema cannot be followed: .*{says}"):
         unaided.compile(schema)
 
@@ -112,12 +112,12 @@ def test_schemas_beyond_a_limit_are_told_which(unaided, schema, says):
         (from_structural_tag({"format": {"type": "json_schema", "json_schema": aliases(300)}}), "over 200 references"),
     ],
 )
-def test_grammars_beyond_a_limit_are_told_which(unaided, text, says):
+def test_errors_name_the_limit_that_a_grammar_exceeds(unaided, text, says):
     with pytest.raises(ValueError, match=rf"grammar cannot be followed: .*{says}"):
         unaided.compile(text)
 
 
-def test_depth_of_any_json_does_no_harm():
+def test_deeply_nested_json_is_safe():
     value = holding(100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
         limits.check_json(value)
@@ -135,7 +135,7 @@ def test_json_that_contains_itself_is_refused(unaided):
 
 
 @pytest.mark.slow
-def test_schemas_as_programs_write_them_are_taken(grammars):
+def test_schemas_written_by_programs_are_accepted(grammars):
     names = [f"property_{n}" for n in range(2000)]
     flat = {"properties": {name: {"type": "string", "maxLength": 200} for name in names}, "required": names}
     listed = {"enum": [f"value {n}" for n in range(9000)]}
@@ -143,8 +143,8 @@ def test_schemas_as_programs_write_them_are_taken(grammars):
         grammars.compile(schema)
 
 
-def test_depth_behind_references_and_types_does_no_harm(unaided):
-    # The definitions of a list of 400 lead from one to the next.
+def test_depth_behind_references_and_types_is_safe(unaided):
+    # Each of 400 definitions refers to the next.
     [matcher] = unaided.matchers(linked(400), 1)
     for token in TOKENIZER.encode('{"next":' * 3 + "null"):
         assert matcher.accept(token) is None
@@ -166,7 +166,7 @@ def test_large_numbers_among_many_definitions_take_no_longer_than_their_length(u
 # Trials
 
 
-def test_what_passes_is_compiled_once_and_kept(grammars, workers, monkeypatch):
+def test_accepted_schemas_are_compiled_once_and_cached(grammars, workers, monkeypatch):
     grammars.compile(SMALL)
     monkeypatch.setattr(workers, "run", None)  # neither the verdict nor the grammar is asked for again
     grammars.check(SMALL)
@@ -175,7 +175,7 @@ def test_what_passes_is_compiled_once_and_kept(grammars, workers, monkeypatch):
         grammars.check({**SMALL, "title": "another"})
 
 
-def test_what_is_refused_is_refused_at_once_from_then_on(grammars, workers, monkeypatch):
+def test_rejections_are_cached(grammars, workers, monkeypatch):
     for _ in range(2):
         with pytest.raises(ValueError, match="json_schema cannot be followed: not is not supported"):
             grammars.compile({"not": {"type": "null"}})
@@ -189,7 +189,7 @@ def test_what_is_refused_is_refused_at_once_from_then_on(grammars, workers, monk
         (worker_tasks.hang_trial, "took longer than 1 s"),
     ],
 )
-def test_a_compiler_that_crashes_or_hangs_does_it_elsewhere(grammars, monkeypatch, task, says):
+def test_crashes_and_hangs_of_the_compiler_stay_in_the_worker(grammars, monkeypatch, task, says):
     monkeypatch.setattr(trial, "trial", task)
     monkeypatch.setattr(trial, "TRIAL_SECONDS", 1.0)
     with pytest.raises(ValueError, match=says):
@@ -207,7 +207,7 @@ def test_a_compiler_that_crashes_or_hangs_does_it_elsewhere(grammars, monkeypatc
         (crossed(32), "computing the allowed tokens takes .* too many of its alternatives match the same text"),
     ],
 )
-def test_what_takes_too_much_is_ended(grammars, constraint, says):
+def test_trials_over_their_limits_are_aborted(grammars, constraint, says):
     with pytest.raises(ValueError, match=f"json_schema cannot be followed: {says}"):
         grammars.check(constraint)
 
@@ -222,9 +222,9 @@ def test_trials_need_no_pytorch():
 def test_without_workers_the_limits_keep_the_process_alive():
     found = alone("here")
     assert found.returncode == 0, found.stderr
-    told = json.loads(found.stdout)
-    assert "over 200 references" in told.pop("aliases")
-    assert told == dict.fromkeys(("linked", "parentheses", "deep"), "compiled")
+    results = json.loads(found.stdout)
+    assert "over 200 references" in results.pop("aliases")
+    assert results == dict.fromkeys(("linked", "parentheses", "deep"), "compiled")
 
 
 # While answers follow
@@ -242,7 +242,7 @@ def test_without_workers_the_limits_keep_the_process_alive():
         ({"items": {"$ref": "#"}}, 0, 20),
     ],
 )
-def test_how_long_a_text_may_be_forced(schema, least, most):
+def test_max_forced_length(schema, least, most):
     assert least <= max_forced_length(normalize(json.loads(json.dumps(schema)))) <= most
 
 
@@ -257,7 +257,7 @@ def test_how_long_a_text_may_be_forced(schema, least, most):
         ("((a{999}){999}){999}", 999**3),
     ],
 )
-def test_patterns_are_written_out_by_their_lower_bounds(pattern, count):
+def test_literal_length_of_patterns(pattern, count):
     assert max_literal_length(pattern) == count
 
 
@@ -275,8 +275,8 @@ def test_patterns_are_written_out_by_their_lower_bounds(pattern, count):
         from_structural_tag({"format": {"type": "regex", "pattern": "a{900000}"}}),
     ],
 )  # fmt: skip
-def test_no_step_follows_a_long_text_to_its_end(unaided, constraint):
-    # Millions of letters without a choice: one after the other.
+def test_long_texts_are_not_forced_in_one_step(unaided, constraint):
+    # Millions of forced letters.
     [matcher] = unaided.matchers(constraint, 1)
     choice = random.Random(0)
     for _ in range(40):
@@ -289,7 +289,7 @@ def test_no_step_follows_a_long_text_to_its_end(unaided, constraint):
 
 
 class Stuck(Matcher):
-    """Its masks take for ever."""
+    """Its masks never finish."""
 
     def fill(self, mask_W: np.ndarray) -> None:
         LEFT.clear()
@@ -302,7 +302,7 @@ class Stuck(Matcher):
 LEFT, FINISHED = threading.Event(), threading.Semaphore(0)
 
 
-def test_a_mask_that_takes_too_long_ends_the_answers_of_its_grammar_alone(unaided, caplog):
+def test_a_slow_mask_ends_only_requests_with_its_grammar(unaided, caplog):
     [good, other] = unaided.matchers(SMALL, 2)
     [same, neighbour] = unaided.matchers({**SMALL, "title": "slow"}, 2)
     stuck = Stuck(same._grammar, same._ends_W)
@@ -323,14 +323,14 @@ def test_a_mask_that_takes_too_long_ends_the_answers_of_its_grammar_alone(unaide
     assert (fill_masks([good], TOKENIZER.vocab_size)[0] == masks[0]).all()
 
 
-def test_errors_of_masks_are_raised_where_they_are_asked_for(unaided, monkeypatch):
+def test_errors_of_masks_are_raised_in_the_caller(unaided, monkeypatch):
     [matcher] = unaided.matchers(SMALL, 1)
     with pytest.raises(ValueError, match="buffer size"):
         fill_masks([matcher], 8)
     assert fill_masks([matcher], TOKENIZER.vocab_size).any()
 
 
-def test_the_kept_stay_within_bounds(unaided, monkeypatch):
+def test_caches_are_bounded(unaided, monkeypatch):
     monkeypatch.setattr(grammar, "KEPT_CHARACTERS", 5000)
     for n in range(30):
         unaided.compile({**SMALL, "title": f"{n}" * 200})
@@ -342,12 +342,12 @@ def test_the_kept_stay_within_bounds(unaided, monkeypatch):
 
 
 @pytest.mark.soak
-def test_a_server_refuses_them_and_lives():
+def test_a_server_rejects_them_and_survives():
     found = alone("serve")
     assert found.returncode == 0, found.stderr
-    told = json.loads(found.stdout.splitlines()[-1])
-    assert told["after"] in ("stop", "length")
-    for name, (status, error) in told["refused"].items():
+    results = json.loads(found.stdout.splitlines()[-1])
+    assert results["after"] in ("stop", "length")
+    for name, (status, error) in results["refused"].items():
         assert (status, error["type"]) == (400, "invalid_request_error"), (name, error)
         assert error["code"] == ("invalid_value" if name == "nested" else "invalid_schema"), (name, error)
         assert error["param"].startswith(("response_format", "structured_outputs", "tools[0].function.parameters"))
@@ -357,7 +357,7 @@ def test_a_server_refuses_them_and_lives():
 
 
 @pytest.mark.soak
-def test_a_batch_refuses_them_and_answers_the_rest(tmp_path):
+def test_a_batch_rejects_them_and_answers_the_rest(tmp_path):
     found = alone("batch", tmp_path)
     assert found.returncode == 1, found.stderr
     answers = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -365,7 +365,7 @@ def test_a_batch_refuses_them_and_answers_the_rest(tmp_path):
 
 
 @pytest.mark.soak
-def test_a_description_refuses_them(tmp_path):
+def test_aria_describe_rejects_them(tmp_path):
     found = alone("describe", tmp_path)
     assert found.returncode not in (0, -11, 139), found.stderr
     assert "json_schema cannot be followed: over 200 references" in found.stderr

@@ -1,4 +1,4 @@
-"""JSON schemas as they are read: whatever a grammar allows fits the schema as it was given."""
+"""Normalized JSON schemas: every value that the grammar allows matches the original schema."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIXED = {"properties": {"x": {"enum": [1]}}, "required": ["x"]}
 
 
 def wander(schema: object, seed: int, steps: int = 500) -> str | None:
-    """A text of tokens that the grammar allows, rather those that end something; None if it does not end."""
+    """A random text that the grammar allows, preferring closing tokens; None if it does not end."""
     choice = random.Random(seed)
     [matcher] = GRAMMARS.matchers(schema, 1, ("<|im_end|>",))
     ids: list[int] = []
@@ -42,7 +42,7 @@ def wander(schema: object, seed: int, steps: int = 500) -> str | None:
 
 
 def values(schema: object, count: int = 12) -> set[str]:
-    """Some of the values that a schema's grammar allows, each of which fits the schema as it was given."""
+    """Some values that the grammar of a schema allows, each checked against the original schema."""
     validator = jsonschema_rs.validator_for(schema)
     texts = {text for seed in range(count) if (text := wander(schema, seed)) is not None}
     for text in texts:
@@ -51,7 +51,7 @@ def values(schema: object, count: int = 12) -> set[str]:
 
 
 def allows(schema: object, text: str) -> bool:
-    """Whether a text is one of the grammar's."""
+    """Whether the grammar allows a text."""
     [matcher] = GRAMMARS.matchers(schema, 1)
     ends = [matcher.accept(token) for token in TOKENIZER.encode(text)]
     if ends[-1:] != ["complete"]:
@@ -75,7 +75,7 @@ def allows(schema: object, text: str) -> bool:
         ({"$ref": "#/$defs/A", "$defs": {"A": FIXED}}, {'{"x":1}'}),
         ({"anyOf": [FIXED, {"type": "object", "properties": {"z": {"const": 3}}, "required": ["z"]}]},
          {'{"x":1}', '{"z":3}'}),
-        # Several subschemas of one value: what one names the others do not forbid.
+        # Several subschemas of one value: the properties of each are allowed by the others.
         ({"allOf": [{"$ref": "#/$defs/A"}, {"properties": {"y": {"enum": [2]}}, "required": ["y"]}],
           "$defs": {"A": FIXED}}, {'{"x":1,"y":2}'}),
         ({"allOf": [{"properties": {"p": FIXED}},
@@ -88,19 +88,19 @@ def allows(schema: object, text: str) -> bool:
         ({"properties": {"k": {"const": 0}}, "required": ["k"],
           "oneOf": [FIXED, {"properties": {"x": {"const": 2}}, "required": ["x"]}]},
          {'{"k":0,"x":1}', '{"k":0,"x":2}'}),
-        # A tag with a default is required, as it tells the alternatives apart.
+        # A tag with a default is required, because it distinguishes the alternatives.
         ({"oneOf": [{"type": "object", "properties": {"k": {"const": k, "default": k}}} for k in "ab"]},
          {'{"k":"a"}', '{"k":"b"}'}),
         ({"allOf": [{"properties": {"x": {"const": 1}}}, {"properties": {"y": {}}, "unevaluatedProperties": False}],
           "type": "object", "required": ["y"], "properties": {"y": {"const": 0}}}, {'{"y":0}'}),
         ({"$ref": "#/$defs/A", "unevaluatedProperties": False, "$defs": {"A": FIXED}}, {'{"x":1}'}),
-        # Alternatives of which one lists its values, and another is of another type.
+        # One alternative lists its values, and the other has a different type.
         ({"oneOf": [{"enum": ["a"]}, {"type": "null"}]}, {'"a"', "null"}),
         ({"oneOf": [{"const": "a"}, {"const": 1}, {"type": "object", **FIXED}]}, {'"a"', "1", '{"x":1}'}),
         ({"oneOf": [{"const": 1.5}, {"type": "integer", "minimum": 2, "maximum": 2}]}, {"1.5", "2"}),
     ],
 )  # fmt: skip
-def test_objects_have_the_properties_that_are_named(schema, expected):
+def test_objects_have_only_named_properties(schema, expected):
     found = values(schema)
     assert found and (expected is None or found == expected)
 
@@ -108,12 +108,12 @@ def test_objects_have_the_properties_that_are_named(schema, expected):
 @pytest.mark.parametrize("more", [{"additionalProperties": True}, {"additionalProperties": {}},
                                   {"additionalProperties": {"type": "integer"}}, {"unevaluatedProperties": True},
                                   {"allOf": [{"additionalProperties": {}}]}])  # fmt: skip
-def test_objects_that_say_so_are_open(more):
+def test_objects_can_allow_additional_properties(more):
     assert allows({"type": "object", **FIXED, **more}, '{"x":1,"other":2}')
     assert not allows({"type": "object", **FIXED}, '{"x":1,"other":2}')
 
 
-def test_objects_that_name_nothing_are_maps():
+def test_objects_without_named_properties_are_maps():
     for schema in ({"type": "object"}, {}, True, {"properties": {"x": {"type": "object"}}}, {"type": "array"}):
         inner = '{"any":[{"value":1}]}'
         text = inner if not isinstance(schema, dict) or "properties" not in schema else f'{{"x":{inner}}}'
@@ -126,7 +126,7 @@ def test_a_function_without_parameters_takes_none():
         assert values(schema) == {'{"name":"f","arguments":{}}'}
 
 
-def test_a_name_has_one_way_to_be_spelled():
+def test_names_have_one_spelling():
     assert not allows({"type": "object", **FIXED, "additionalProperties": True}, '{"x":1,"\\u0078":2}')
     assert not allows({"type": "string"}, '"\\ud83d"')
     assert allows({"const": "\u0001é"}, '"\\u0001é"'), "what has no other spelling keeps it"
@@ -163,8 +163,8 @@ def test_references_start_from_their_own_schema(parameters):
 
 @pytest.mark.parametrize("value", [{"$ref": "#/x"}, {"$id": "a", "$anchor": "b"}, [{"$ref": "http://a/"}], {"type": 5}])
 def test_values_that_look_like_schemas_are_values(value):
-    told = {"default": value, "examples": [value], "description": "d"}
-    schema = {"properties": {"n": {"const": value, **told}, "m": {"enum": [value]}}, "required": ["n", "m"]}
+    annotations = {"default": value, "examples": [value], "description": "d"}
+    schema = {"properties": {"n": {"const": value, **annotations}, "m": {"enum": [value]}}, "required": ["n", "m"]}
     text = json.dumps(value, separators=(",", ":"))
     assert values(tool_calls.call_schema([{"name": "f", "parameters": schema}])) == {
         f'{{"name":"f","arguments":{{"n":{text},"m":{text}}}}}'
@@ -205,7 +205,7 @@ def test_integers_beyond_doubles_keep_their_digits(schema, expected):
         assert values(call, 30) == {f'{{"name":"f","arguments":{{"n":{text}}}}}' for text in expected}
 
 
-def test_large_numbers_beside_properties_that_may_be_missing_or_have_any_name():
+def test_large_numbers_with_optional_and_additional_properties():
     schema = {"type": "object", "properties": {"a": {"const": LARGE}, "b": {"type": "string"}, "c": {"const": 2}},
               "required": ["b"], "additionalProperties": {"const": LARGE}}  # fmt: skip
     assert allows(schema, f'{{"a":{LARGE},"b":"","c":2,"other":{LARGE},"e":{LARGE}}}')
@@ -254,7 +254,7 @@ def test_patterns_of_names_beside_names():
     assert values({**digits, "maxProperties": 9}, 60) == {*values(digits, 30), '{"k0":1,"k1":1,"k2":1}'}
     with pytest.raises(ValueError, match="no JSON value matches it"):
         GRAMMARS.compile({**digits, "patternProperties": {"^k$": {"const": 1}}})
-    # Python's own patterns would take years for this one.
+    # Python's re module would take years for this pattern.
     GRAMMARS.compile({"properties": {"a" * 60: {}}, "patternProperties": {"^(a+)+b$": {}}})
 
 
@@ -278,17 +278,17 @@ SAYS_NOTHING = [
 
 
 @pytest.mark.parametrize("more", SAYS_NOTHING, ids=json.dumps)
-def test_keywords_that_say_nothing_are_taken(more):
+def test_keywords_without_effect_are_accepted(more):
     schema = {"type": "object", "properties": {"a": {"const": 1, **more}}, "required": ["a"], **more}
     assert values(schema, 2) == {'{"a":1}'}
 
 
-def test_limits_that_no_answer_reaches_are_taken():
+def test_limits_out_of_reach_are_accepted():
     assert allows({"type": "string", "minLength": 1, "maxLength": 2**63 - 1}, '"a"')
     assert allows({"type": "array", "maxItems": 2**63 - 1}, "[1]")
 
 
-def test_keywords_that_are_null_are_not_there():
+def test_keywords_that_are_null_are_ignored():
     nulls = dict.fromkeys(("properties", "required", "additionalProperties", "items", "enum", "anyOf", "format"))
     schema = {"type": "object", "properties": {"a": {"const": None, **nulls}}, "required": ["a"]}
     assert wander({**nulls, **schema}, 0) == '{"a":null}'
@@ -313,7 +313,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("kind", DEEP)
-def test_depth_costs_no_more_than_its_length(kind):
+def test_cost_is_linear_in_depth(kind):
     schema = {"const": 1}
     for _ in range(20):
         schema = DEEP[kind](schema)
@@ -336,7 +336,7 @@ def test_depth_costs_no_more_than_its_length(kind):
     ],
     ids=json.dumps,
 )  # fmt: skip
-def test_keywords_that_cannot_be_followed_are_refused_with_their_place(keyword):
+def test_unsupported_keywords_are_rejected_with_their_place(keyword):
     name = "type" if "type" in keyword else next(iter(keyword))
     schema = {"properties": {"a/b": {"anyOf": [{"type": "null"}, keyword]}}}
     with pytest.raises(ValueError, match=re.escape(name)) as caught:
@@ -344,7 +344,7 @@ def test_keywords_that_cannot_be_followed_are_refused_with_their_place(keyword):
     assert str(caught.value).endswith("at #/properties/a~1b/anyOf/1")
 
 
-def test_conditions_that_are_known_are_followed():
+def test_constant_conditions_are_supported():
     assert values({"type": "integer", "if": True, "then": {"const": 1}, "else": {"const": 2}}) == {"1"}
     assert values({"type": "integer", "if": False, "then": {"const": 1}, "else": {"const": 2}}) == {"2"}
 
@@ -410,12 +410,12 @@ def test_parts_of_a_text_between_tags_follow_their_schema():
         ({"format": {"type": "json_schema", "json_schema": {"const": LARGE}}}, "beyond 2\\^53"),
     ],
 )
-def test_structural_tags_that_cannot_be_followed(form, says):
+def test_unsupported_structural_tags(form, says):
     with pytest.raises(ValueError, match=f"grammar cannot be followed: .*{says}"):
         GRAMMARS.compile(grammar.from_structural_tag(form))
 
 
-def test_a_text_ends_where_the_model_ends_its_turn():
+def test_text_ends_with_the_turn_of_the_model():
     [matcher] = GRAMMARS.matchers(grammar.from_choices(["yes", "yes <b>"]), 1, ("<|im_end|>",))
     [mark] = TOKENIZER.encode("<")
     assert [matcher.accept(token) for token in TOKENIZER.encode("yes")] == [None] * len(TOKENIZER.encode("yes"))
@@ -429,7 +429,7 @@ def test_a_text_ends_where_the_model_ends_its_turn():
 
 
 def random_schema(choice: random.Random, depth: int) -> object:
-    """Any schema; many of them are odd, and some allow nothing."""
+    """Random schemas; many are unusual, and some allow nothing."""
 
     def inner() -> object:
         return random_schema(choice, depth - 1)
@@ -467,7 +467,7 @@ def random_schema(choice: random.Random, depth: int) -> object:
 
 
 @pytest.mark.slow
-def test_whatever_a_grammar_allows_fits_the_schema():
+def test_every_value_that_a_grammar_allows_matches_the_schema():
     choice = random.Random(11)
     checked = refused = 0
     for _ in range(250):

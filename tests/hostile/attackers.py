@@ -112,7 +112,7 @@ class Attack:
             return await status_of(reader)
 
     async def slow_headers(self) -> int:
-        """A header a second, without end."""
+        """One header per second, endlessly."""
         async with connected(self.port, self._chance) as (reader, writer):
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
             answer = asyncio.ensure_future(status_of(reader))
@@ -180,7 +180,7 @@ class Attack:
         return status
 
     async def noise(self) -> int:
-        """What is no request, or several in one."""
+        """Invalid requests, or several in one."""
         chance = self._chance
         hello = head(2) + b"{}"
         pieces = [
@@ -234,7 +234,7 @@ class Attack:
         return status
 
     async def slow_reader(self) -> int:
-        """A long stream that nobody reads."""
+        """A long stream that the client does not read."""
         fields = {"max_tokens": 500, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
         data = json.dumps({"messages": [{"role": "user", "content": "hello"}], **fields}).encode()
         return await self._status(head(len(data)) + data, stay=20)

@@ -20,7 +20,7 @@ _SAMPLES_AT = 48
 
 @functools.cache
 def encoded(codec: str, format: str, side: int = 64, count: int = 20, pixels: str = "yuv420p", **options: str) -> bytes:
-    """An honest clip whose frames change from dark to light."""
+    """A valid clip whose frames change from dark to light."""
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
         stream = container.add_stream(codec, rate=25, options=options)
@@ -93,7 +93,7 @@ def tables(count: int, size: int = 1, per_chunk: int | None = None, delta: int =
 
 @register("video", 2_000_000, 30_000_000, 89_000_000, 0xFFFFFFFF)
 def mp4_announced(chance: Random, count: int) -> bytes:
-    """Some 580 bytes that announce millions of samples."""
+    """Some 580 bytes that declare millions of samples."""
     return movie(track(tables(count - chance.randrange(999))))
 
 
@@ -153,7 +153,7 @@ def mp4_edits(chance: Random, which: str) -> bytes:
 
 @register("video", (1_000_000, 50), (0xFFFFFFFF, 1), (0, 100_000))
 def mp4_fragments(chance: Random, samples: int, count: int) -> bytes:
-    """Fragments of a hundred bytes that announce millions of samples each."""
+    """Fragments of a hundred bytes that declare millions of samples each."""
     empty = {kind: numbers(0) for kind in (b"stts", b"stsc", b"stco")} | {b"stsz": numbers(0, 0)}
     extends = box(b"mvex", full(b"trex", numbers(1, 1, 1, 1, 0)))
     run = full(b"trun", numbers(samples - chance.randrange(2) * bool(samples)))
@@ -253,7 +253,7 @@ def mp4_sides(chance: Random, side: int) -> bytes:
 
 @register("video", "senc", "pssh", "tenc")
 def mp4_encrypted(chance: Random, which: str) -> bytes:
-    """Boxes of encrypted clips that announce milliards of samples and keys."""
+    """Boxes of encrypted clips that declare billions of samples and keys."""
     how = box(b"schi", full(b"tenc", bytes(3) + b"\x08" + bytes(16)))
     scheme = box(b"sinf", box(b"frma", b"avc1"), full(b"schm", b"cenc", numbers(1 << 16)), how)
     extra = {
@@ -268,7 +268,7 @@ def mp4_encrypted(chance: Random, which: str) -> bytes:
 
 @register("video", *range(4))
 def mp4_cut(chance: Random, _: int) -> bytes:
-    """An honest clip of which the beginning, the middle or the end is missing."""
+    """A valid clip of which the beginning, the middle or the end is missing."""
     data = encoded("libx264", "mp4", preset="ultrafast")
     first, second = sorted(chance.sample(range(len(data)), 2))
     return chance.choice(
@@ -285,7 +285,7 @@ def mp4_cut(chance: Random, _: int) -> bytes:
 
 
 def _growing(codec: str, format: str) -> bytes:
-    """A stream whose pictures become huge in the middle."""
+    """A stream whose images become huge in the middle."""
     small = encoded(codec, format, 64, 5, preset="ultrafast")
     return small + encoded(codec, format, 4096, 1, preset="ultrafast") + small
 
@@ -317,8 +317,8 @@ def exp_golomb(value: int) -> str:
 
 @register("video", (254, 254), (1000, 1000), (65_535, 65_535), (65_000, 1))
 def h264_sides(chance: Random, width: int, height: int) -> bytes:
-    """A set of parameters that announces pictures of any size, and reference pictures with them, before honest ones."""
-    fields = [0, 16, 0, 0, 16]  # the set, frame numbers, order of pictures by count of bits, references
+    """A set of parameters that declares images of any size, and reference images with them, before valid ones."""
+    fields = [0, 16, 0, 0, 16]  # the set, frame numbers, order of images by count of bits, references
     bits = "".join(map(exp_golomb, fields)) + "1" + exp_golomb(width) + exp_golomb(height) + "11000" + "1"
     bits = bits.ljust(-(-len(bits) // 8) * 8, "0")
     parameters = b"\x67\x42\0\x33" + int(bits, 2).to_bytes(len(bits) // 8, "big")

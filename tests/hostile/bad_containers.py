@@ -170,7 +170,7 @@ def avi_large_frames(chance: Random, codec: bytes) -> bytes:
 
 @register("video", "deep", "array", "keyframes", "sizes", "times")
 def flv_tags(chance: Random, which: str) -> bytes:
-    """Metadata in metadata, arrays of milliards, tags of all sizes."""
+    """Metadata in metadata, arrays of billions, tags of all sizes."""
 
     def tag(kind: int, body: bytes, time: int = 0, size: int | None = None) -> bytes:
         length = (len(body) if size is None else size).to_bytes(3, "big")
@@ -217,7 +217,7 @@ def _crc(data: bytes) -> int:
 
 @register("video", "programs", "streams", "sync", "packets", "endless")
 def ts_tables(chance: Random, which: str) -> bytes:
-    """Thousands of programs and streams, packets out of step, a packet without end."""
+    """Thousands of programs and streams, packets out of step, an endless packet."""
     pids = range(0x20, 0x1FF0)
     match which:
         case "programs":
@@ -251,7 +251,7 @@ def ts_tables(chance: Random, which: str) -> bytes:
 
 @register("video", "pages", "streams", "comments", "granules")
 def ogg_pages(chance: Random, which: str) -> bytes:
-    """Pages by the thousand: of one stream, of a stream each, of comments without end."""
+    """Pages by the thousand: of one stream, of one stream each, of endless comments."""
 
     def page(body: bytes, serial: int = 1, number: int = 0, flags: int = 0, granule: int = 0) -> bytes:
         laces = b"\xff" * (len(body) // 255) + bytes([len(body) % 255])
@@ -292,7 +292,7 @@ _OGG = tuple(_ogg_table())
 
 @register("video", b"VP80", b"VP90", b"AV01", b"H264")
 def ivf_frames(chance: Random, codec: bytes) -> bytes:
-    """Frames of 65,535 pixels a side, and frames that announce gigabytes."""
+    """Frames of 65,535 pixels per side, and frames that declare gigabytes."""
     head = b"DKIF" + struct.pack("<HH4sHHIIII", 0, 32, codec, 65_535, 65_535, 25, 1, 2**32 - 1, 0)
     key = b"\x10\x02\0\x9d\x01\x2a\xff\x3f\xff\x3f" + chance.randbytes(30)
     frames = b"".join(struct.pack("<IQ", len(key), n) + key for n in range(300))

@@ -107,7 +107,7 @@ def page_keys(chance: Random, which: str) -> bytes:
 
 @register("document", "count", "loop", "itself", "deep", "wide", "negative", "other", "parents")
 def trees(chance: Random, which: str) -> bytes:
-    """Trees of pages that announce milliards, hold themselves, or are tens of thousands deep."""
+    """Trees of pages that declare billions, hold themselves, or are tens of thousands deep."""
     catalog = b"<</Type/Catalog/Pages 2 0 R>>"
     match which:
         case "count":
@@ -136,7 +136,7 @@ def trees(chance: Random, which: str) -> bytes:
 
 @register("document", "arrays", "dictionaries", "closing", "strings", "names", "numbers", "hex", "comments")
 def syntax(chance: Random, which: str) -> bytes:
-    """Arrays in arrays, strings without end, names of megabytes."""
+    """Arrays in arrays, endless strings, names of megabytes."""
     many = 200_000
     value = {
         "arrays": b"[" * many + b"]" * many,
@@ -153,7 +153,7 @@ def syntax(chance: Random, which: str) -> bytes:
 
 @register("document", "loop", "itself", "chain", "sizes", "far", "overlap", "missing", "entries")
 def tables(chance: Random, which: str) -> bytes:
-    """Tables of references that lead to themselves, tables of milliards of entries, and none at all."""
+    """Tables of references that lead to themselves, tables of billions of entries, and none at all."""
     body = document()
     at = body.rindex(b"xref\n0")
     match which:
@@ -192,7 +192,7 @@ def reference_stream(entries: bytes, widths: bytes, size: int, keys: bytes = b""
 
 @register("document", "widths", "index", "bomb", "predictor")
 def reference_streams(chance: Random, which: str) -> bytes:
-    """References in streams: fields of gigabytes, ranges of milliards, contents that inflate."""
+    """References in streams: fields of gigabytes, ranges of billions, contents that inflate."""
     flate = b"/Filter/FlateDecode"
     data = {
         "widths": lambda: reference_stream(bytes(99), b"2147483647 2147483647 2147483647", 9),
@@ -210,7 +210,7 @@ def reference_streams(chance: Random, which: str) -> bytes:
 
 @register("document", "bomb", "count", "itself", "extends")
 def object_streams(chance: Random, which: str) -> bytes:
-    """Objects in streams: that inflate to gigabytes, announce milliards, or lie in themselves."""
+    """Objects in streams: that inflate to gigabytes, declare billions, or lie in themselves."""
     keys = {
         "bomb": b"/N 9/First 99",
         "count": b"/N 2147483647/First 2147483647",
@@ -338,7 +338,7 @@ def annotations(chance: Random, which: str) -> bytes:
 
 @register("document", "outlines", "names", "destinations", "layers", "structure", "labels", "metadata")
 def catalogs(chance: Random, which: str) -> bytes:
-    """Outlines, trees of names and labels that loop or go on for ever."""
+    """Outlines, name trees and labels that are circular or endless."""
     catalog = {
         "outlines": b"/Outlines 5 0 R/PageMode/UseOutlines",
         "names": b"/Names<</Dests 5 0 R>>",

@@ -211,7 +211,7 @@ def shadings(chance: Random, which: str) -> bytes:
 
 @register("document", "dashes", "wide", "joins", "clipped", "text-clip")
 def strokes(chance: Random, which: str) -> bytes:
-    """Lines of milliards of dashes, lines wider than any page, clips of text in text."""
+    """Lines of billions of dashes, lines wider than any page, clips of text in text."""
     content = {
         "dashes": b"[.0001 .0001] 0 d .001 w " + b"0 0 m 2900 2900 l S " * 200,
         "wide": b"1e30 w " + b"0 0 m 2900 2900 l S " * 5000,

@@ -12,12 +12,12 @@ from PIL import Image, features
 from tests.hostile.bad_media import damaged, register, zeros
 
 LARGEST = 10_900
-"""Pixels a side: its square is a little less than the 120 million that a picture may have by default."""
+"""Pixels per side: its square is a little less than the 120 million that an image may have by default."""
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 
 def saved(format: str, size: tuple[int, int] = (48, 32), mode: str = "RGB", **options: object) -> bytes:
-    """A small honest picture in a format."""
+    """A small valid image in a format."""
     file = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert(mode).save(file, format, **options)
     return file.getvalue()
@@ -52,7 +52,7 @@ def png(
     "image", (1, 0), (8, 0), (16, 0), (8, 2), (16, 2), (1, 3), (8, 3), (8, 4), (16, 4), (8, 6), (16, 6)
 )  # fmt: skip
 def png_bomb(chance: Random, depth: int, color: int) -> bytes:
-    """As many pixels as are allowed; of 16 bits and with transparency they take 8 bytes each."""
+    """The maximum number of pixels; of 16 bits and with transparency they take 8 bytes each."""
     return png(LARGEST, LARGEST - chance.randrange(50), depth, color)
 
 
@@ -63,7 +63,7 @@ def png_interlaced_bomb(chance: Random, depth: int) -> bytes:
 
 @register("image", "wide", "high", "above", "most", "zero", "negative", refused=True)
 def png_sides(chance: Random, which: str) -> bytes:
-    """Pictures of one row or column, and sizes beyond any limit without a byte behind them."""
+    """Images of one row or column, and sizes beyond any limit without a byte behind them."""
     wide = 119_000_000 + chance.randrange(999)
     sides = {
         "wide": (wide, 2), "high": (2, wide), "above": (11_000, 11_000), "most": (2**31 - 1, 2**31 - 1),
@@ -94,7 +94,7 @@ def png_inflating(chance: Random, kind: str) -> bytes:
 
 @register("image", "count", "frames", "shuffled", also=("video",))
 def png_animated(chance: Random, which: str) -> bytes:
-    """Animations of a milliard frames, of large frames, and with their parts out of order."""
+    """Animations of a billion frames, of large frames, and with their parts out of order."""
     side = 64 if which != "frames" else 5000
     frame = [
         chunk(b"fcTL", struct.pack(">IIIIIHHBB", 2 * n, side, side, 0, 0, 1, 1000, 0, 0))
@@ -123,7 +123,7 @@ def png_mutant(chance: Random, _: int) -> bytes:
 
 @register("image", "filter", "early", "more")
 def png_pixels(chance: Random, which: str) -> bytes:
-    """Filters that do not exist, pixels that end early, and far more of them than the picture has."""
+    """Filters that do not exist, pixels that end early, and far more of them than the image has."""
     rows = b"".join(bytes([chance.randrange(256)]) + chance.randbytes(64) for _ in range(64))
     stream = {"filter": zlib.compress(rows), "early": zlib.compress(rows[:900]), "more": zeros(1 << 30)}[which]
     return png(64, 64, pixels=stream, after=chunk(b"teXt", chance.randbytes(4)))
@@ -143,7 +143,7 @@ def ico(*images: bytes) -> bytes:
 
 @register("image", (13_000, 1, 0), (13_000, 8, 6), (20_000, 1, 0), (10_900, 16, 6))
 def ico_bomb(chance: Random, side: int, depth: int, color: int) -> bytes:
-    """An icon of 16 pixels a side, whose image is another picture of more than a hundred million."""
+    """An icon of 16 pixels per side, whose image is another image of more than a hundred million."""
     return ico(png(side, side - chance.randrange(50), depth, color))
 
 
@@ -203,7 +203,7 @@ def gif_large_frames(chance: Random, disposal: int) -> bytes:
 
 @register("image", b"\xfe", b"\xff", b"\x01", b"\xf9", also=("video",))
 def gif_extensions(chance: Random, label: bytes) -> bytes:
-    """Extensions without end: comments, applications, texts and controls."""
+    """Endless extensions: comments, applications, texts and controls."""
     head = b"!" + label + (b"\x0bNETSCAPE2.0" if label == b"\xff" else b"")
     return gif(9, 9 + chance.randrange(99), (head + b"\x01x" * 9 + b"\0") * 200_000 + gif_frame(9, 9))
 
@@ -245,7 +245,7 @@ def tiny_webp(width: int, height: int) -> bytes:
 
 @register("image", (10_900, 10_900), (16_383, 7_300), (16_384, 16_384), (12_000, 12_000))
 def webp_bomb(chance: Random, width: int, height: int) -> bytes:
-    """Thirty bytes that are a picture of a hundred million pixels."""
+    """Thirty bytes that are an image of a hundred million pixels."""
     return riff((b"VP8L", lossless(width, height - chance.randrange(50))), (b"JUNK", chance.randbytes(3)))
 
 
@@ -271,7 +271,7 @@ def webp_long(chance: Random) -> bytes:
 
 @register("image", "canvas", "alpha", "profile", "nested")
 def webp_lies(chance: Random, which: str) -> bytes:
-    """A canvas of other sizes than its image, and chunks that announce more than there is."""
+    """A canvas of other sizes than its image, and chunks that declare more than there is."""
     body = {"canvas": lossless(64, 64), "alpha": b"\x1d" + chance.randbytes(99), "profile": b"x" * 99, "nested": b""}[
         which
     ]
@@ -352,7 +352,7 @@ def jpeg_segments(chance: Random, which: str) -> bytes:
 
 @register("image", (65_500, 65_500), (10_900, 10_900), (65_500, 1_800))
 def jpeg_sides(chance: Random, width: int, height: int) -> bytes:
-    """A small picture whose header says that it is large: all but its beginning is missing."""
+    """A small image whose header says that it is large: all but its beginning is missing."""
     data = bytearray(saved("JPEG", (32, 32), "L"))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack(">HH", height - chance.randrange(50), width)
@@ -361,7 +361,7 @@ def jpeg_sides(chance: Random, width: int, height: int) -> bytes:
 
 @register("image")
 def jpeg_large_progressive(chance: Random) -> bytes:
-    """A progressive JPEG without pixels of its own keeps all coefficients, 6 bytes a pixel, until its end."""
+    """A progressive JPEG without pixels of its own keeps all coefficients, 6 bytes per pixel, until its end."""
     data = bytearray(saved("JPEG", (32, 32), "RGB", progressive=True))
     at = data.index(b"\xff\xc2") + 5
     data[at : at + 4] = struct.pack(">HH", 10_900 - chance.randrange(50), 10_900)
@@ -394,7 +394,7 @@ if features.check("avif"):
 
 
 def moving(format: str) -> bytes:
-    """A small honest animation."""
+    """A small valid animation."""
     frames = [Image.new("RGB", (32, 32), (40 * n, 255 - 40 * n, 90)) for n in range(6)]
     file = io.BytesIO()
     frames[0].save(file, format, save_all=True, append_images=frames[1:], duration=100)
@@ -413,7 +413,7 @@ def damaged_animation(chance: Random, format: str) -> bytes:
 
 @register("image", "empty", "byte", "magic", "text", "zeros", refused=True, also=("video", "document"))
 def nothing(chance: Random, which: str) -> bytes:
-    """What no decoder should take for a picture, a clip or a document."""
+    """Data that no decoder should accept as an image, a clip or a document."""
     starts = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF\xff\xff\xff\xffWEBP", b"BM")
     starts += (b"\0\0\0\x20ftypavif", b"%PDF-1.7\n", b"\x1aE\xdf\xa3")
     return {

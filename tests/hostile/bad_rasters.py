@@ -68,7 +68,7 @@ def tiff(tags: dict[int, tuple[int, bytes]], data: bytes = b"", claims: dict[int
 def strip_tags(
     width: int, height: int, data: bytes, *, bits: int = 8, samples: int = 1, compression: int = DEFLATE, form: int = 1
 ) -> dict[int, tuple[int, bytes]]:
-    """Tags of a picture that is one strip."""
+    """Tags of an image that is one strip."""
     return {
         WIDTH: longs(width), HEIGHT: longs(height), BITS: shorts(*[bits] * samples), COMPRESSION: shorts(compression),
         PHOTOMETRIC: shorts(2 if samples >= 3 else 1), STRIPS: longs(8), SAMPLES: shorts(samples), ROWS: longs(height),
@@ -91,7 +91,7 @@ def strip_tags(
     (16, 4, 1),
 )
 def tiff_bomb(chance: Random, bits: int, samples: int, form: int) -> bytes:
-    """As many pixels as are allowed of each depth: integers without and with a sign, and floating ones."""
+    """The maximum number of pixels of each depth: integers without and with a sign, and floating ones."""
     height = LARGEST - chance.randrange(50)
     data = zeros(height * ((LARGEST * bits * samples + 7) // 8))
     return tiff(strip_tags(LARGEST, height, data, bits=bits, samples=samples, form=form), data)
@@ -114,7 +114,7 @@ def tiff_compressed(chance: Random, which: str) -> bytes:
 
 @register("image", 16, 256, 65_520)
 def tiff_tiles(chance: Random, side: int) -> bytes:
-    """Half a million tiles at the same place, or one that is far larger than the picture."""
+    """Half a million tiles at the same place, or one that is far larger than the image."""
     data = zeros(min(side, 4096) ** 2)
     width, height = (LARGEST, LARGEST - chance.randrange(50)) if side < 300 else (64, 64)
     count = -(-width // side) * -(-height // side)
@@ -132,7 +132,7 @@ def tiff_tiles(chance: Random, side: int) -> bytes:
 
 @register("image", "same", "large", "beyond", "rows", "none")
 def tiff_strips(chance: Random, which: str) -> bytes:
-    """Strips that lie in the same place, beyond the end, or announce gigabytes."""
+    """Strips that lie in the same place, beyond the end, or declare gigabytes."""
     data = zeros(LARGEST * 8)
     height = LARGEST - chance.randrange(50)
     tags = strip_tags(LARGEST, height, data)
@@ -149,7 +149,7 @@ def tiff_strips(chance: Random, which: str) -> bytes:
 
 @register("image", "itself", "chain", "sub", "exif")
 def tiff_directories(chance: Random, which: str) -> bytes:
-    """Directories that follow themselves, hundreds of thousands of them, and nested ones without end."""
+    """Directories that follow themselves, hundreds of thousands of them, and endlessly nested ones."""
     data = bytes(64)
     tags = strip_tags(8, 8, data, compression=NONE)
     at = 8 + len(data)
@@ -165,7 +165,7 @@ def tiff_directories(chance: Random, which: str) -> bytes:
 
 @register("image", "counts", "samples", "bits", "zero", "text")
 def tiff_lies(chance: Random, which: str) -> bytes:
-    """Tags of milliards of values, 65,535 samples a pixel, depths that do not exist."""
+    """Tags of billions of values, 65,535 samples per pixel, depths that do not exist."""
     data = chance.randbytes(64)
     tags = strip_tags(8, 8, data, compression=NONE)
     tags |= {
@@ -198,7 +198,7 @@ def bmp(
 
 @register("image", "rle8", "rle4", "moves", "lines", "palette", "lowest", "header", "bits", "start")
 def bmp_lies(chance: Random, which: str) -> bytes:
-    """Runs that fill a hundred million pixels, moves beyond the picture, and headers that lie."""
+    """Runs that fill a hundred million pixels, moves beyond the image, and headers that lie."""
     height = LARGEST - chance.randrange(50)
     runs = (b"\xff\0" * (LARGEST // 255 + 1) + b"\0\0") * height
     return {
@@ -239,14 +239,14 @@ def tga_lies(chance: Random, which: str) -> bytes:
 
 @register("image", "P1", "P2", "P3", "P4", "P5", "P6", "Pf", "P7")
 def ppm_sides(chance: Random, kind: str) -> bytes:
-    """As many pixels as are allowed, in a header of twenty bytes."""
+    """The maximum number of pixels, in a header of twenty bytes."""
     last = {"P1": b"", "P4": b"", "Pf": b"-1.0\n"}.get(kind, b"65535\n")
     return kind.encode() + b" %d %d\n" % (LARGEST, LARGEST - chance.randrange(50)) + last + b"1 " * 1000
 
 
 @register("image", "values", "comments", "digits", "spaces", "negative", "letters")
 def ppm_text(chance: Random, which: str) -> bytes:
-    """Numbers in text: millions of them, one of megabytes, comments without end."""
+    """Numbers in text: millions of them, one of megabytes, endless comments."""
     return {
         "values": lambda: b"P3 1500 1500 255\n" + b"1 " * 6_750_000,
         "comments": lambda: b"P3 9 9 255\n" + b"#x\n" * 2_000_000,

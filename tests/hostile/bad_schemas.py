@@ -73,7 +73,7 @@ SCHEMAS: dict[str, Callable[[], Schema]] = {
     "keys": lambda: {"type": "object", "properties": {"x" * 100_000: {"type": "string"}}, "required": ["x" * 100_000]},
     "unique": lambda: {"type": "array", "uniqueItems": True, "items": {"enum": list(range(200))}},
 }  # fmt: skip
-"""By name. Each may be refused, or followed; nobody else may notice."""
+"""By name. Each may be rejected or followed, without affecting others."""
 
 ENDLESS = "start: a\n" + "".join(f"a{n}: a{n + 1} a{n + 1}\n" for n in range(60)) + "a: a0\na60: /x{1,1000}/\n"
 STRUCTURED: dict[str, Any] = {

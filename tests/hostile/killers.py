@@ -1,4 +1,4 @@
-"""The requests by which a small body once ended the server, or occupied it for minutes."""
+"""Requests with small bodies that once crashed the server, or blocked it for minutes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Killer(NamedTuple):
 
     make: Callable[[], list[bytes]]
     seconds: float
-    """In which each has to be answered, with ample time to spare on a busy machine."""
+    """Seconds within which each must be answered, generous for a busy machine."""
     slow: bool = False
-    """Ended by a deadline."""
+    """Whether a deadline ends it."""
     statuses: tuple[int, ...] = (400,)
 
 

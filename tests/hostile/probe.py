@@ -51,7 +51,7 @@ def body_of(item: dict[str, Any]) -> bytes:
 
 
 def medium_part(kind: str, coded: str) -> dict[str, Any]:
-    """A part of a message, of a medium in base64; few and small pictures, so that decoders work and not the model."""
+    """A part of a message, of a medium in base64; few and small images, so that decoders work and not the model."""
     if kind == "document":
         return {"type": "file", "file": {"file_data": f"data:application/pdf;base64,{coded}", "detail": "low"}}
     media_type, frames = {"image": ("image/png", {}), "video": ("video/mp4", {"num_frames": 2})}[kind]

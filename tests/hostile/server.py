@@ -1,4 +1,4 @@
-"""`aria serve` as a process of its own under a memory limit, what is measured of it, and those who watch it."""
+"""Run `aria serve` in a process with a memory limit, measure it, and watch it."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def running(*arguments: str, memory: int = MEMORY, environment: Mapping[str, str
                 group.remove()
 
 
-# Who watches it
+# Watching the server
 
 
 @contextlib.contextmanager
@@ -284,7 +284,7 @@ class Watched:
 
 @contextlib.contextmanager
 def watching(server: Server, clients: int = 1) -> Iterator[Watched]:
-    """Watch a server's health and memory, with good clients beside whoever attacks it."""
+    """Watch the health and memory of a server while legitimate clients use it and others attack it."""
     watched = Watched()
     asked = questions()
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -353,7 +353,7 @@ def _measured(server: Server, watched: Watched) -> Iterator[None]:
         thread.join()
 
 
-# Who attacks it
+# Attacking the server
 
 
 class Outcome(NamedTuple):

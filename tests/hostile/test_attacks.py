@@ -1,4 +1,4 @@
-"""One hostile request at a time costs its sender, and nobody else."""
+"""A malicious request costs only its sender."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server(readable: Path) -> Iterator[Server]:
 
 
 def check(server: Server, watched: Watched) -> None:
-    """Nobody but the attacker noticed."""
+    """Only the attacker was affected."""
     report = watched.report()
     print(report)
     assert server.alive, server.said()
@@ -48,7 +48,7 @@ def check(server: Server, watched: Watched) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.soak) if killer.slow else name for name, killer in KILLERS.items()]
 )
-def test_what_used_to_end_the_server_costs_nobody_else(server: Server, name: str) -> None:
+def test_requests_that_once_crashed_the_server_affect_nobody_else(server: Server, name: str) -> None:
     killer = KILLERS[name]
     requests = killer.make()
     with watching(server, clients=2) as watched, ThreadPoolExecutor(len(requests)) as pool:
@@ -78,7 +78,7 @@ def test_no_medium_leads_to_another_file_or_address(server: Server, readable: Pa
     done = threading.Event()
 
     def watch_pipe() -> None:
-        # Whoever opens a pipe to read waits for a writer, and a writer finds nobody until then.
+        # Opening a pipe for reading waits for a writer, and a writer fails until then.
         while not done.wait(0.001):
             try:
                 os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))

@@ -1,4 +1,4 @@
-"""Bodies as large and as dense as they may be: whoever asks for /health meanwhile does not notice."""
+"""Request bodies of maximum size and density do not delay /health."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_minutes_of_attacks_of_every_kind_leave_nothing_behind() -> None:
         assert server.files() == []
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["told", "killed"])
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
 def test_the_end_of_a_server_ends_what_it_decodes(ending: signal.Signals) -> None:
     drain = 2
     bodies = [asking("document", nested_forms(Random(n), 9, 10)) for n in range(3)]

@@ -1,4 +1,4 @@
-"""Pixels and memory are asked for before anything is decoded, and files are opened once."""
+"""Pixels and memory are reserved before decoding, and files are opened once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.helpers.media_site import site
 from tests.hostile.bad_drawings import nested_forms
 
 WORKERS = [0, 1]
-"""Decoded here, and in a process of its own."""
+"""Decode in this process, and in a worker process."""
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -48,7 +48,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def icon(image: bytes) -> bytes:
-    """An icon of 16 x 16 pixels, as its list says, whose image is another one."""
+    """An icon whose directory says 16 x 16 pixels, with another image."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(image), 22) + image
 
 
@@ -56,7 +56,7 @@ def icon(image: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_every_medium_is_read_alike_here_and_in_a_worker(workers: int, tmp_path: Path) -> None:
+def test_every_kind_of_media_is_read_the_same_in_process_and_in_a_worker(workers: int, tmp_path: Path) -> None:
     settings = MediaSettings(workers=workers)
     picture = noise(60, 40)
     (tmp_path / "a.png").write_bytes(encoded(picture))
@@ -77,7 +77,7 @@ def test_every_medium_is_read_alike_here_and_in_a_worker(workers: int, tmp_path:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_errors_are_the_same_here_and_in_a_worker(workers: int) -> None:
+def test_errors_are_the_same_in_process_and_in_a_worker(workers: int) -> None:
     settings = MediaSettings(workers=workers)
     for kind, function in (("image", load_image), ("document", read_document), ("video", read_clip)):
         medium = b"nothing" if kind == "image" else open_media(b"nothing", kind, settings)
@@ -89,7 +89,7 @@ def test_errors_are_the_same_here_and_in_a_worker(workers: int) -> None:
 # Pixels
 
 
-def test_pixels_of_pages_are_spent_before_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_pages_are_counted_before_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "_render", lambda *_: pytest.fail("a page was drawn"))
     large = open_media(pdf(*[(2999, 2999)] * 64), "document", MediaSettings())
     with pytest.raises(ValueError, match="more than the 400,000,000 pixels allowed in total"):
@@ -99,20 +99,20 @@ def test_pixels_of_pages_are_spent_before_one_is_drawn(monkeypatch: pytest.Monke
         read_document(mixed)
 
 
-def test_pixels_of_frames_are_spent_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_frames_are_counted_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "decode", lambda *_, **__: pytest.fail("a frame was decoded"))
     with pytest.raises(ValueError, match="more than the 100,000 pixels"):
         read_clip(open_media(clip(20), "video", MediaSettings()), num_frames=20, spend=PixelBudget(100_000).spend)
 
 
-def test_pixels_of_pictures_are_spent_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_images_are_counted_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rgb, "upright_rgb", lambda *_: pytest.fail("a picture was decoded"))
     with pytest.raises(ValueError, match="more than the 2,000 pixels"):
         load_image(encoded(noise(60, 40)), MediaSettings(), PixelBudget(2_000))
 
 
-def test_an_icon_s_own_images_count() -> None:
-    """Pillow decodes one of them to know the icon's size."""
+def test_images_of_an_icon_are_counted() -> None:
+    """Pillow decodes one of them to get the size of the icon."""
     bomb = icon(encoded(Image.new("1", (13_000, 13_000))))
     with pytest.raises(ValueError, match="declares 13000 x 13000 pixels, more than the 120,000,000"):
         load_image(bomb)
@@ -126,7 +126,7 @@ def test_an_icon_s_own_images_count() -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_makes_large_things_wait_and_lets_small_ones_by() -> None:
+def test_a_budget_lets_small_requests_pass_waiting_large_ones() -> None:
     budget = MemoryBudget()
     budget.reserve(600, 1000)
     with pytest.raises(NotReady):
@@ -149,7 +149,7 @@ def test_a_budget_makes_large_things_wait_and_lets_small_ones_by() -> None:
     assert budget.reserved == 10_050
 
 
-def test_the_largest_thing_that_is_allowed_is_read_alone() -> None:
+def test_a_request_for_the_whole_budget_is_granted_alone() -> None:
     budget = MemoryBudget()
     budget.reserve(1000, 1000)
     with pytest.raises(NotReady):
@@ -158,7 +158,7 @@ def test_the_largest_thing_that_is_allowed_is_read_alone() -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> MemoryBudget:
-    """A budget of its own: whatever else the process decoded may be given back at any moment."""
+    """A separate budget: other memory of the process may be released at any moment."""
     budget = MemoryBudget()
     monkeypatch.setattr(read, "DECODE_MEMORY", budget)
     monkeypatch.setattr(media_cache, "DECODE_MEMORY", budget)
@@ -166,7 +166,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> MemoryBudget:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_memory_is_given_back_whatever_happens(workers: int, decoded: MemoryBudget) -> None:
+def test_memory_is_released_after_success_and_errors(workers: int, decoded: MemoryBudget) -> None:
     settings = MediaSettings(workers=workers, decoded_bytes=1 << 30)
     image = read_image(open_media(encoded(noise(60, 40)), "image", settings), settings, lambda _: None)
     assert decoded.reserved == 60 * 40 * 3
@@ -187,7 +187,7 @@ def refuse(pixels: int) -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_waits_for_what_does(decoded: MemoryBudget) -> None:
+def test_media_that_do_not_fit_wait(decoded: MemoryBudget) -> None:
     settings = MediaSettings(workers=2, decoded_bytes=1 << 20, image_timeout=60)
     picture = encoded(noise(200, 150))
     decoded.reserve(900_000, None)
@@ -210,7 +210,7 @@ def test_what_does_not_fit_waits_for_what_does(decoded: MemoryBudget) -> None:
     decoded.release(900_000)
 
 
-def test_caches_make_room(decoded: MemoryBudget) -> None:
+def test_caches_are_evicted_when_memory_is_short(decoded: MemoryBudget) -> None:
     cache = MediaCache()
     pages = [Page(1, ScaledImage.from_array(np.zeros((100, 100, 3), np.uint8)), 1)]
     cache.get("a", lambda: pages, 1 << 20)
@@ -229,7 +229,7 @@ def test_caches_make_room(decoded: MemoryBudget) -> None:
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("mode", [None, "authors", "pad"])
-def test_large_pictures_are_brought_to_the_model_s_size_while_they_are_read(workers: int, mode: str | None) -> None:
+def test_large_images_are_resized_while_they_are_read(workers: int, mode: str | None) -> None:
     process = AriaImageProcessor(max_image_size=490)
     own = {"max_image_size": 490, "split_image": mode is not None, "split_mode": mode}
     picture = noise(3000, 2000)
@@ -240,7 +240,7 @@ def test_large_pictures_are_brought_to_the_model_s_size_while_they_are_read(work
     assert crops.extents == expected.extents and crops.pixels.equal(expected.pixels)
 
 
-def test_small_pictures_stay_as_they_are() -> None:
+def test_small_images_keep_their_size() -> None:
     process = AriaImageProcessor()
     assert NeededSizes(process)(300, 200) == [] and NeededSizes(process, split_image=True)(1500, 1000) == []
     assert NeededSizes(process)(1500, 1000) == [(980, 653)]
@@ -250,7 +250,7 @@ def test_small_pictures_stay_as_they_are() -> None:
     assert image.pages[0].shape == (980, 490, 3), "the size counts as it is seen"
 
 
-def test_frames_and_pages_that_are_split_are_brought_to_size_too() -> None:
+def test_split_frames_and_pages_are_resized_too() -> None:
     sizes = NeededSizes(AriaImageProcessor(max_image_size=490, sizes=(490,)), split_image=True)
     [page] = read_document(open_media(pdf((1000, 1000)), "document", MediaSettings()), sizes=sizes)
     assert page.image.size == (2000, 2000)
@@ -260,7 +260,7 @@ def test_frames_and_pages_that_are_split_are_brought_to_size_too() -> None:
 # Deadlines
 
 
-def test_a_document_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_document_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = MediaSettings(workers=1, decode_timeout=1.0)
     begin = time.monotonic()
     with pytest.raises(ValueError, match="took longer than 1 s"):
@@ -318,7 +318,7 @@ def test_a_file_that_is_swapped_for_a_pipe_does_not_block(tmp_path: Path, monkey
         open_media(path, "image", MediaSettings())
 
 
-def test_what_was_opened_is_read_although_it_is_replaced(tmp_path: Path) -> None:
+def test_an_opened_file_is_read_even_if_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(noise(60, 40)))
     opened = open_media(path, "image", MediaSettings())
@@ -330,7 +330,7 @@ def test_what_was_opened_is_read_although_it_is_replaced(tmp_path: Path) -> None
 # Files in memory
 
 
-def test_what_is_received_counts_until_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_received_bytes_are_reserved_until_released(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(noise(60, 40))
     uri = "data:;base64," + base64.b64encode(data).decode()
     settings = MediaSettings(decoded_bytes=RECEIVED_MEMORY.reserved + 4 * len(data), image_timeout=0.2)
@@ -348,7 +348,7 @@ def test_what_is_received_counts_until_nobody_holds_it(monkeypatch: pytest.Monke
     assert RECEIVED_MEMORY.reserved == before
 
 
-def test_what_is_fetched_counts_as_it_comes() -> None:
+def test_fetched_bytes_are_reserved_as_they_arrive() -> None:
     before, held = RECEIVED_MEMORY.reserved, []
 
     def hold(nbytes: int) -> None:
@@ -367,7 +367,7 @@ def test_what_is_fetched_counts_as_it_comes() -> None:
     assert RECEIVED_MEMORY.reserved == before
 
 
-def test_a_name_that_takes_long_to_resolve_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_name_resolution_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
     begin = time.monotonic()
     with pytest.raises(ValueError, match="does not respond in time"):
@@ -379,8 +379,8 @@ def test_a_name_that_takes_long_to_resolve_is_given_up(monkeypatch: pytest.Monke
     "answer",
     [None, {}, {"size": 1}, {"size": [0, 4]}, {"size": [1.5, 4]}, {"size": ["a", "b"]}, {"size": [1 << 40, 1]}],
 )
-def test_what_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    """It may be in the hands of whoever made the file."""
+def test_invalid_results_of_a_worker_are_rejected(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """A worker may be compromised by the file that it reads."""
 
     def lie(job: Any, *_: Any) -> Any:
         job.array((4, 4, 3))
@@ -403,7 +403,7 @@ def test_what_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("moments", [(0, None), (0, "1"), (0.5,), ([0],)], ids=["none", "text", "fraction", "list"])
-def test_times_that_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyPatch, moments: Any) -> None:
+def test_invalid_times_from_a_worker_are_rejected(monkeypatch: pytest.MonkeyPatch, moments: Any) -> None:
     def lie(job: Any, *_: Any) -> Any:
         for _ in moments:
             job.array((4, 4, 3))
@@ -422,6 +422,6 @@ def test_times_that_a_worker_returns_may_be_anything(monkeypatch: pytest.MonkeyP
     ],
     ids=["nothing", "unit of zero", "unit of text", "no time", "key of text"],
 )  # fmt: skip
-def test_a_plan_that_a_worker_makes_may_be_anything(plan: Any) -> None:
+def test_an_invalid_plan_from_a_worker_is_rejected(plan: Any) -> None:
     with pytest.raises(ValueError, match="the file may be damaged"):
         read._parse_plan(plan, "the clip")

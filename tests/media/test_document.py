@@ -1,4 +1,4 @@
-"""Documents: pages rendered as the authors do it, the pages that are asked for, and clear errors for what is none."""
+"""Documents: rendering as in the authors' code, page selection, and clear errors for invalid files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_colours_keep_their_order() -> None:
     (None, [1, 2, 3, 4, 5]), ("2", [2]), ("1-3,5", [1, 2, 3, 5]), (" 4 - 5 , 1", [4, 5, 1]), ([5, 2], [5, 2]),
     ((1,), [1]),
 ])  # fmt: skip
-def test_pages_that_are_asked_for(pages: Any, expected: list[int]) -> None:
+def test_selected_pages(pages: Any, expected: list[int]) -> None:
     read_pages = read(pdf(*[(60, 20)] * 5), pages)
     assert [page.number for page in read_pages] == expected
     assert [bar(page) for page in read_pages] == [number * 10 for number in expected]
@@ -77,7 +77,7 @@ def test_pages_that_are_asked_for(pages: Any, expected: list[int]) -> None:
     ([], "pages is empty"),
     ("1-999999999", "pages 1-999999999 requested"), ([-1], "page -1 requested"), ("9" * 5000, "expected numbers and"),
 ])  # fmt: skip
-def test_pages_that_are_not_there(pages: Any, message: str) -> None:
+def test_pages_that_do_not_exist(pages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         page_ranges(pages, 5)
 
@@ -86,7 +86,7 @@ def test_pages_that_are_not_there(pages: Any, message: str) -> None:
     (b"", "not a PDF, is damaged"), (b"hello", "not a PDF, is damaged"), (b"%PDF-1.7\n", "not a PDF, is damaged"),
     (pdf((50, 50))[:200], "not a PDF, is damaged|cannot be rendered|has no pages"), (pdf(), "has no pages"),
 ])  # fmt: skip
-def test_what_is_no_document(data: bytes, message: str) -> None:
+def test_files_that_are_not_documents(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(data)
 
@@ -102,7 +102,7 @@ trailer<</Root 1 0 R/Size 5/Encrypt 4 0 R/ID[<00><00>]>>
 """ % (b"00" * 32, b"11" * 32)
 
 
-def test_a_locked_document() -> None:
+def test_an_encrypted_document() -> None:
     with pytest.raises(ValueError, match="encrypted with a password"):
         read(LOCKED)
 
@@ -136,12 +136,12 @@ def test_several_threads_at_once() -> None:
         assert all(np.array_equal(page.rgb, other) for page, other in zip(pages, expected, strict=True))
 
 
-def test_a_page_without_end_is_given_up() -> None:
+def test_an_endless_page_times_out() -> None:
     with pytest.raises(ValueError, match=r"took longer than 0\.5 s"):
         read(endless_page(), decode_timeout=0.5)
 
 
-def test_a_page_without_end_lets_others_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_page_does_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
     drawing, over = threading.Event(), threading.Event()
 
     class UntilOver(ReadDeadline):
@@ -174,7 +174,7 @@ def test_a_page_without_end_lets_others_by(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_real_document() -> None:
-    # Matplotlib brings its logo as a PDF of its own making, with embedded outlines.
+    # Matplotlib ships its logo as a PDF with embedded outlines.
     logo = Path(str(importlib.resources.files("matplotlib") / "mpl-data" / "images" / "matplotlib.pdf"))
     [page] = read(logo)
     with pypdfium2.PdfDocument(logo) as paper:
@@ -184,7 +184,7 @@ def test_a_real_document() -> None:
 
 
 def bare(catalog: bytes, boxes: bytes = b"/MediaBox[0 0 60 60]") -> bytes:
-    """A PDF of one empty page."""
+    """A PDF with one empty page."""
     return b"""%%PDF-1.7
 1 0 obj<</Type/Catalog/Pages 2 0 R%b>>endobj
 2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
@@ -197,7 +197,7 @@ trailer<</Root 1 0 R/Size 5>>
 """ % (catalog, boxes)
 
 
-def test_what_has_no_pages_of_its_own_says_so(tmp_path: Path) -> None:
+def test_dynamic_forms_are_rejected_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "empty.pdf").write_bytes(pdf())
     for source in (pdf(), tmp_path / "empty.pdf", pdf()):
         with pytest.raises(ValueError, match="password"):

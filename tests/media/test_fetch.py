@@ -1,4 +1,4 @@
-"""Addresses: what is not public is refused, however it is written; what comes is limited in size and time."""
+"""Fetching: non-public addresses are rejected however they are written, and responses are limited in size and time."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_private_addresses_are_refused_however_they_are_written(host: str, monke
     assert not connected, error
 
 
-def test_most_ways_of_writing_reach_the_check_itself() -> None:
-    # What this system does not take for an address is refused as unknown; that should be the exception.
+def test_most_spellings_of_addresses_reach_the_check() -> None:
+    # Forms that this system does not parse as an address fail to resolve; that should be the exception.
     reached = 0
     for host in FORBIDDEN_HOSTS:
         with pytest.raises(ValueError) as error:
@@ -99,7 +99,7 @@ def test_most_ways_of_writing_reach_the_check_itself() -> None:
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "93.184.215.14", "2606:4700::1111", "2a00:1450::5",
                                      "64:ff9b::8.8.8.8", "::ffff:8.8.8.8", "172.32.0.1", "100.128.0.1"])  # fmt: skip
-def test_public_addresses_are_told(address: str) -> None:
+def test_public_addresses_are_recognized(address: str) -> None:
     assert is_public(address)
 
 
@@ -107,7 +107,7 @@ def test_public_addresses_are_told(address: str) -> None:
     ["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::1"], ["8.8.8.8", "fd00:ec2::254"], ["fe80::1%eth0"],
     ["::ffff:169.254.169.254"], ["2002:a00:1::1"],
 ], ids=str)  # fmt: skip
-def test_names_that_lead_inside_are_refused(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_private_addresses_are_rejected(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     connected: list[Any] = []
     monkeypatch.setattr(module, "_connect", lambda *args: connected.append(args))
     monkeypatch.setattr(socket, "getaddrinfo", Resolver({"inside.example": [addresses]}))
@@ -117,7 +117,7 @@ def test_names_that_lead_inside_are_refused(addresses: list[str], monkeypatch: p
     assert not any(address in str(error.value) for address in addresses), "an inner address is told to strangers"
 
 
-def test_a_name_is_resolved_once_and_the_connection_goes_where_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_resolved_once_and_the_checked_address_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = Resolver({"rebinding.example": [["8.8.8.8"], ["127.0.0.1"]]})
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     connected: list[str] = []
@@ -133,7 +133,7 @@ def test_a_name_is_resolved_once_and_the_connection_goes_where_was_checked(monke
 
 
 def _as_public(monkeypatch: pytest.MonkeyPatch, **names: list[list[str]]) -> Resolver:
-    """Let the loopback's first address count as public, so that a server there can play the outside world."""
+    """Treat the first loopback address as public, so that a local server can stand for a public one."""
     resolver = Resolver({name.replace("_", "."): answers for name, answers in names.items()})
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     real = is_public
@@ -176,7 +176,7 @@ def test_redirects_are_checked_again(target: str, status: int, monkeypatch: pyte
     assert asked == ["/start"]
 
 
-def test_a_name_that_turns_inside_on_its_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_to_a_private_address_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = _as_public(monkeypatch, turning_example=[["127.0.0.1"], ["192.168.0.5"]])
     inside = pytest.raises(ValueError, match=r"turning\.example is not on the public internet")
     with site(lambda handler: (302, {"Location": "/again"}, b"")) as address, inside:
@@ -195,7 +195,7 @@ def test_redirects_are_followed_and_counted() -> None:
             fetch(f"{address}/a/6", LIMIT, OPEN)
 
 
-def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(socket, "getaddrinfo", Resolver({"here.example": [["127.0.0.1"]]}))
@@ -225,12 +225,12 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     ("http://nowhere.invalid/", "cannot be resolved"),
     ("http://" + "a" * 70 + ".example/", "not an address|cannot be resolved"),
 ])  # fmt: skip
-def test_addresses_that_are_none(url: str, message: str) -> None:
+def test_malformed_addresses(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fetch(url, LIMIT, OPEN)
 
 
-def test_size_is_cut_with_and_without_a_length() -> None:
+def test_size_is_limited_with_and_without_content_length() -> None:
     sent = []
 
     def answer(handler: Any) -> Any:
@@ -257,13 +257,13 @@ def test_size_is_cut_with_and_without_a_length() -> None:
     (404, {}, "status 404"), (500, {}, "status 500"), (204, {}, "status 204"), (302, {}, "status 302"),
     (200, {"Content-Encoding": "br"}, "br coding"), (206, {}, "status 206"),
 ])  # fmt: skip
-def test_answers_that_are_not_taken(status: int, headers: dict[str, str], message: str) -> None:
+def test_rejected_responses(status: int, headers: dict[str, str], message: str) -> None:
     with site(lambda handler: (status, headers, b"")) as address, pytest.raises(ValueError, match=message):
         fetch(address, LIMIT, OPEN)
 
 
 @pytest.mark.parametrize("coding", ["aws-chunked", "UTF-8", "none", "binary", "identity", "", "utf-8, identity"])
-def test_codings_that_say_nothing_are_ignored(coding: str) -> None:
+def test_unknown_content_codings_without_effect_are_ignored(coding: str) -> None:
     with site(lambda handler: (200, {"Content-Encoding": coding}, b"body")) as address:
         assert fetch(address, LIMIT, OPEN) == b"body"
 
@@ -328,7 +328,7 @@ def test_a_redirect_in_raw_utf8_is_followed() -> None:
 
 
 @pytest.mark.parametrize("part", ["headers", "body"])
-def test_slow_senders_are_given_up(part: str) -> None:
+def test_slow_servers_time_out(part: str) -> None:
     settings = MediaSettings(private_addresses=True, read_timeout=5, total_timeout=0.5)
     over = threading.Event()
 
@@ -376,7 +376,7 @@ def test_tls_names_the_host_and_not_the_address(monkeypatch: pytest.MonkeyPatch)
     assert hello and hello[0][0] == 22 and b"secure.example" in hello[0]
 
 
-def test_settings_out_of_their_limits() -> None:
+def test_settings_out_of_range() -> None:
     for settings in ({"image_bytes": 0}, {"total_timeout": 0}, {"max_redirects": -1}, {"local_folders": "/data"}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
             MediaSettings(**settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The one door for pictures: every kind that comes in, and a clear refusal of everything else."""
+"""Loading images: every supported source, and clear errors for everything else."""
 
 import base64
 import http.server
@@ -44,7 +44,7 @@ def test_data_uris_are_unquoted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
         assert open_media(f"data:;base64,{spaced}", "image", MediaSettings()).data == whole
 
 
-def test_base64_needs_no_uri_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base64_without_a_data_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.effect_noise((40, 40), 90))
     coded = base64.b64encode(data).decode()
     for piece in (3, 64, 1 << 16):
@@ -55,12 +55,12 @@ def test_base64_needs_no_uri_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
         open_media(Base64(coded), "document", MediaSettings(document_bytes=100))
     with pytest.raises(ValueError, match="not valid base64"):
         open_media(Base64("!"), "document", MediaSettings())
-    # The comma of a data: URI is not looked for in all of it.
+    # Only the beginning of a data: URI is searched for its comma.
     with pytest.raises(ValueError, match="is not a data: URI"):
         open_media("data:" + "a" * 10_000 + ",AAAA", "image", MediaSettings())
 
 
-def test_what_decoders_raise_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoder_errors_mean_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Image.Image) -> None:
         raise RuntimeError("Failed to decode image")  # as Pillow's AVIF does
 
@@ -82,7 +82,7 @@ def test_missing_file_folder_and_unknown_kind(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_not_a_picture(data: bytes) -> None:
+def test_not_an_image(data: bytes) -> None:
     with pytest.raises(ValueError, match="not an image in a known format"):
         load_image(data)
 
@@ -94,7 +94,7 @@ def test_truncated_files(kind: str) -> None:
         load_image(data[: len(data) // 2])
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header() -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
 
@@ -120,7 +120,7 @@ def test_exif_orientation_is_applied(tmp_path) -> None:
         assert load_image(lazy).size == (40, 60)
 
 
-def test_animation_gives_its_first_frame() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert pixels(data)[0, 0].tolist() == [255, 0, 0]
@@ -142,7 +142,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         load_image(Image.fromarray(np.array([[-1, 200]], dtype=np.int32)))
 
 
-def test_other_modes_are_what_pillow_converts() -> None:
+def test_other_modes_are_converted_as_by_pillow() -> None:
     rgba = Image.fromarray(np.random.default_rng(2).integers(0, 256, (9, 7, 4), dtype=np.uint8), "RGBA")
     stored = MediaSettings(background=None)
     assert np.array_equal(np.asarray(load_image(rgba, stored)), np.asarray(rgba)[..., :3])  # as transformers has it
@@ -201,7 +201,7 @@ def test_arrays_and_tensors() -> None:
         (np.zeros((0, 4, 3), dtype=np.uint8), "empty"),
     ],
 )
-def test_arrays_that_are_no_pictures(array: np.ndarray, message: str) -> None:
+def test_arrays_that_are_not_images(array: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_image(array)
 
@@ -248,7 +248,7 @@ def test_addresses() -> None:
             load_image(f"{address}/picture")
 
 
-def test_bytes_and_data_uris_are_measured_before_they_are_read() -> None:
+def test_sizes_of_bytes_and_data_uris_are_checked_first() -> None:
     data = encoded(NOISE)
     small = MediaSettings(image_bytes=len(data) - 1)
     coded = base64.b64encode(data).decode()
@@ -317,7 +317,7 @@ def test_links_do_not_lead_out_of_allowed_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["video", "document"])
-def test_what_clips_and_documents_may_be(kind: str, tmp_path: Path) -> None:
+def test_sources_of_clips_and_documents(kind: str, tmp_path: Path) -> None:
     settings = MediaSettings(video_bytes=10, document_bytes=10)
     assert open_media(b"abc", kind, settings).data == b"abc"
     assert open_media("data:,abc", kind, settings).data == b"abc"

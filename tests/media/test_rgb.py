@@ -1,4 +1,4 @@
-"""Decoding: transparency, orientation, odd metadata, and the depths of grey that files come in."""
+"""Decoding images: transparency, orientation, malformed metadata, and bit depths of grey."""
 
 import struct
 import warnings
@@ -57,7 +57,7 @@ def test_an_orientation_is_applied_beside_metadata_that_cannot_be_rewritten() ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = encoded(Image.new("RGB", (8, 4)), "JPEG")
-    # Pillow does not write such a tag: an undefined value (type 7) stands in the file's own bytes.
+    # Pillow does not write such a tag: an undefined value (type 7), written as raw bytes.
     tags = struct.pack("<H", 2) + struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0")
     tags += struct.pack("<HHI4s", 0x011A, 7, 1, b"H\0\0\0") + struct.pack("<I", 0)
     block = b"Exif\0\0" + b"II*\0" + struct.pack("<I", 8) + tags
@@ -66,7 +66,7 @@ def test_an_orientation_is_applied_beside_metadata_that_cannot_be_rewritten() ->
 
 
 @pytest.mark.parametrize("error", [TypeError("odd"), KeyError("odd"), AttributeError("odd"), ZeroDivisionError("odd")])
-def test_whatever_a_decoder_raises_is_an_error_about_the_file(error: Exception, monkeypatch: Any) -> None:
+def test_decoder_errors_name_the_file(error: Exception, monkeypatch: Any) -> None:
     data = encoded(NOISE)
 
     def fails(self: Any) -> None:
@@ -77,7 +77,7 @@ def test_whatever_a_decoder_raises_is_an_error_about_the_file(error: Exception, 
         load_image(data)
 
 
-def test_long_texts_and_profiles_in_a_png_are_passed_over() -> None:
+def test_long_texts_and_profiles_in_a_png_are_ignored() -> None:
     tags = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, 3, 1) + b"\6\0\0\0" + bytes(4)
     exif = f"\nexif\n{len(tags):8}\n{tags.hex()}\n".encode()
     plain = encoded(Image.new("RGB", (8, 4), "red"))
@@ -92,7 +92,7 @@ def test_long_texts_and_profiles_in_a_png_are_passed_over() -> None:
         for place in (33, len(plain) - 12):  # behind the header, and before the end
             data = plain[:place] + png_chunk(name, body) + plain[place:]
             assert (pixels(data) == [255, 0, 0]).all(), name
-    # Those that say how the picture is turned are still read.
+    # Texts with the orientation are still read.
     turned = plain[:33] + png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(exif)) + plain[33:]
     assert load_image(turned).size == (4, 8)
     assert load_image(turned[:33] + png_chunk(b"zTXt", texts[b"zTXt"]) + turned[33:]).size == (4, 8)
@@ -126,7 +126,7 @@ def test_a_transparent_colour_of_a_png_is_that_colour_at_every_depth(
     assert shown[1].tolist() == ([255] * 3 if depth == 1 else [0] * 3)
 
 
-def test_damaged_chunks_that_no_pixel_needs_are_passed_over() -> None:
+def test_damaged_ancillary_chunks_are_ignored() -> None:
     plain = encoded(Image.new("RGB", (8, 4), "red"))
     bodies = {b"pHYs": b"", b"gAMA": b"1", b"cHRM": b"1", b"sRGB": b"", b"iCCP": b"", b"acTL": b"", b"fcTL": b"1",
               b"fdAT": b"1", b"tRNS": b"1", b"zTXt": b"a\0\1b", b"eXIf": b"odd"}  # fmt: skip
@@ -135,14 +135,14 @@ def test_damaged_chunks_that_no_pixel_needs_are_passed_over() -> None:
         for damaged in (chunk, chunk[:-4] + b"\0\0\0\0"):
             for place in (33, len(plain) - 12):
                 assert (pixels(plain[:place] + damaged + plain[place:]) == [255, 0, 0]).all(), name
-    # Compressed with a small window, with a keyword and a language of some length.
+    # Compressed with a small window, with a long keyword and language.
     pack = zlib.compressobj(wbits=9)
     long = pack.compress(bytes(2 << 20)) + pack.flush()
     text = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0" + b"x" * 300 + b"\0" + b"x" * 300 + b"\0" + long)
     assert (pixels(plain[:33] + text + plain[33:]) == [255, 0, 0]).all()
 
 
-def test_damaged_segments_of_a_jpeg_are_passed_over() -> None:
+def test_damaged_segments_of_a_jpeg_are_ignored() -> None:
     plain = encoded(Image.new("RGB", (8, 4), "red"), "JPEG")
     expected = pixels(plain)
     bodies = ((0xE0, b"JFIF\0"), (0xE2, b"ICC_PROFILE\0"), (0xED, b"Photoshop 3.0\x008BIM\1"), (0xEE, b"Adobe\0"),
@@ -155,7 +155,7 @@ def test_damaged_segments_of_a_jpeg_are_passed_over() -> None:
         assert (pixels(plain[:2] + segment + junk + plain[2:]) == expected).all(), body
 
 
-def test_an_avif_is_turned_as_its_boxes_say_beside_odd_exif() -> None:
+def test_avif_orientation_comes_from_its_boxes_and_not_exif() -> None:
     tags = struct.pack("<H", 2) + struct.pack("<HHII", 0x010E, 2, 4, 0x646464) + struct.pack("<HHII", 0x0112, 3, 1, 6)
     exif = b"II*\0" + struct.pack("<I", 8) + tags + bytes(4)
     data = encoded(Image.new("RGB", (64, 32)), "AVIF", exif=exif)

@@ -1,4 +1,4 @@
-"""Clips: the right frames, the right way up, the same however they are decoded, and clear errors for what is none."""
+"""Clips: the right frames in the right orientation, however they are decoded, and clear errors for invalid files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def numbers(frames: list[Frame]) -> list[int]:
 
 
 def every_frame(data: bytes | Path) -> dict[int, np.ndarray]:
-    """Time -> RGB of a clip, decoded from its beginning to its end with nothing left out."""
+    """Decode a whole clip: time -> RGB."""
     source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
     with av.open(source) as container:
         return {frame.pts: as_rgb(frame) for frame in container.decode(video=0)}
@@ -64,15 +64,15 @@ def as_rgb(frame: Any) -> np.ndarray:
     step=st.sampled_from([1, 512, 1001]),
     start=st.integers(-9, 9),
 )
-def test_the_choice_is_the_authors(total: int, count: int, step: int, start: int) -> None:
+def test_frames_are_chosen_as_by_the_authors(total: int, count: int, step: int, start: int) -> None:
     times = [(start + i) * step for i in range(total)]
     timeline = Timeline(times, list(range(total)), (start + total) * step, Fraction(1, 25 * step), [], untimed=False)
     expected = [total * (2 * i + 1) // (2 * count) for i in range(count)] if total > count else list(range(total))
     assert choose_frames(timeline, count) == expected
 
 
-def test_uneven_frames_are_chosen_by_the_clock_and_never_twice() -> None:
-    # A second of stillness, then quick frames. Quarters of it have their middles near 0.24, 0.72, 1.2 and 1.7 seconds.
+def test_frames_of_variable_rate_are_chosen_by_time_and_never_twice() -> None:
+    # A long frame of a second, then short ones. The middles of quarters are near 0.24, 0.72, 1.2 and 1.7 seconds.
     times = [0, 1000, 1100, 1300, 1400, 1600, 1800, 1900]
     frames = read(clip(len(times), times=times, unit=Fraction(1, 1000), bf="0"), num_frames=4)
     assert numbers(frames) == [0, 2, 5]
@@ -80,7 +80,7 @@ def test_uneven_frames_are_chosen_by_the_clock_and_never_twice() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 99, 100, 101, 256])
-def test_frames_at_the_middles_and_short_clips_whole(count: int) -> None:
+def test_frames_at_the_middles_and_all_of_short_clips(count: int) -> None:
     frames = read(clip(100, g="12", bf="3"), num_frames=count)
     expected = authors(100, count) if count < 100 else list(range(100))
     assert numbers(frames) == expected
@@ -142,7 +142,7 @@ def test_the_frames_are_those_of_decoding_everything(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["h264", "avi"])
-def test_files_without_times_are_counted(kind: str) -> None:
+def test_files_without_timestamps_are_decoded_by_index(kind: str) -> None:
     data = clip(60, kind=kind, g="12", bf="3")
     for count in (7, 60):
         frames = read(data, num_frames=count, threads=2)
@@ -152,7 +152,7 @@ def test_files_without_times_are_counted(kind: str) -> None:
 
 def test_a_file_by_its_path_and_in_memory(tmp_path: Path) -> None:
     data = clip(30)
-    # Names that a careless reader takes for a list of files, a pattern or another protocol.
+    # Names that FFmpeg could interpret as a list of files, a pattern or another protocol.
     for name in ("a clip.mp4", "concat:a|b.mp4", "http:a.mp4", "%03d.mp4", "clip"):
         try:
             (tmp_path / name).write_bytes(data)
@@ -162,7 +162,7 @@ def test_a_file_by_its_path_and_in_memory(tmp_path: Path) -> None:
     assert numbers(read(data, num_frames=3)) == authors(30, 3)
 
 
-def test_titles_in_any_coding() -> None:
+def test_titles_in_any_encoding() -> None:
     def name(stream: Any) -> None:
         stream.container.metadata["title"] = "Straße"
 
@@ -179,8 +179,8 @@ def test_clips_that_do_not_begin_at_zero() -> None:
         assert [frame.seconds for frame in frames] == [Fraction(i, 25) for i in authors(40, 4)]
 
 
-def test_what_an_edit_list_cuts_off_is_not_shown() -> None:
-    # Ten frames a second, cut in the middle of a group without encoding it anew.
+def test_frames_outside_the_edit_list_are_not_shown() -> None:
+    # Ten frames per second, cut in the middle of a group of frames without re-encoding.
     whole = every_frame(CLIPS / "cut.mp4")
     times = sorted(whole)
     assert times[0] == 0
@@ -192,7 +192,7 @@ def test_what_an_edit_list_cuts_off_is_not_shown() -> None:
 # Size and orientation
 
 
-def test_frames_become_what_is_asked_while_they_are_decoded() -> None:
+def test_frames_are_resized_while_they_are_decoded() -> None:
     asked = []
 
     def fit(width: int, height: int) -> tuple[int, int]:
@@ -268,7 +268,7 @@ NONE = {
 
 
 @pytest.mark.parametrize("kind", NONE)
-def test_what_is_no_clip(kind: str) -> None:
+def test_files_that_are_not_clips(kind: str) -> None:
     data, message = NONE[kind]
     with pytest.raises(ValueError, match=message):
         read(data, num_frames=4)
@@ -278,7 +278,7 @@ def test_what_is_no_clip(kind: str) -> None:
     PLAYLIST, "ffconcat version 1.0\nfile '{path}'\n",
     "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
 ])  # fmt: skip
-def test_no_file_leads_to_another(text: str, tmp_path: Path) -> None:
+def test_no_file_can_refer_to_another(text: str, tmp_path: Path) -> None:
     (tmp_path / "other.mp4").write_bytes(clip(3))
     data = text.format(path=tmp_path / "other.mp4").encode()
     for name in ("list.m3u8", "list.ffconcat", "list.sdp"):
@@ -318,7 +318,7 @@ def test_limits(limits: dict[str, Any], asked: dict[str, Any], message: str) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there() -> None:
+def test_a_missing_gpu() -> None:
     with pytest.raises(ValueError, match="cannot be decoded on cuda:1: it has no usable video decoder"):
         read(clip(10), num_frames=2, settings=MediaSettings(clip_decoder="cuda:1"))
 
@@ -421,7 +421,7 @@ def test_an_animated_webp_is_read_by_its_own_times() -> None:
 
 @pytest.mark.parametrize("options", [{"lossless": True}, {}])
 @pytest.mark.parametrize("kind", ["AVIF", "WEBP"])
-def test_what_no_frame_of_an_animated_image_covers_is_white(kind: str, options: dict[str, Any]) -> None:
+def test_areas_that_no_frame_covers_are_white(kind: str, options: dict[str, Any]) -> None:
     frames = [Image.new("RGBA", (64, 48), (0, 0, 0, 0)) for _ in range(3)]
     for number, frame in enumerate(frames):
         frame.paste((255, 0, 0, 255), (16 * number, 8, 16 * number + 16, 24))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 
 def write(path: Path, codec: str, frames: int = 120) -> Path:
-    """A clip whose frames differ, with frames that no other leans on."""
+    """A clip of distinct frames, including non-reference frames."""
     draws = np.random.default_rng(0)
     ground = np.kron(draws.integers(0, 255, (12, 16, 3), dtype=np.uint8), np.ones((20, 20, 1), np.uint8))
     with av.open(str(path), "w") as file:
@@ -35,8 +35,8 @@ def read(path: Path, decoder: str) -> list[clips.Frame]:
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "ffv1"])
-def test_a_gpu_gives_the_frames_that_the_cpu_gives(tmp_path: Path, codec: str) -> None:
-    """Also of a codec that no GPU decodes."""
+def test_a_gpu_decodes_the_same_frames_as_the_cpu(tmp_path: Path, codec: str) -> None:
+    """Also for a codec that no GPU decodes."""
     torch.zeros(1, device="cuda")
     if not clips._gpu_decodes(0):
         pytest.skip("this driver comes without a video decoder, or it does not work")

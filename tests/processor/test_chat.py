@@ -1,4 +1,4 @@
-"""Messages to prompt: the bytes of the published template, marked places for pictures, and refusals by name."""
+"""Rendering messages: the exact text of the published template, image slots, and clear errors."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 def jinja(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    # As transformers compiles templates.
+    # As in transformers.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
@@ -48,7 +48,7 @@ def test_developer_is_written_as_system() -> None:
     assert render([{"role": "developer", "content": "x"}]) == render([{"role": "system", "content": "x"}])
 
 
-def test_only_image_parts_are_places_for_pictures() -> None:
+def test_only_image_parts_are_image_slots() -> None:
     content = [
         {"type": "text", "text": "<|img|> <fim_prefix><|img|>"},
         {"type": "image"},
@@ -100,7 +100,7 @@ def test_image_parts_carry_their_source_and_settings() -> None:
         ("hello", "message 0 should be a mapping"),
     ],
 )  # fmt: skip
-def test_refusals_name_what_came_and_where(message: Any, complaint: str) -> None:
+def test_errors_name_the_value_and_its_place(message: Any, complaint: str) -> None:
     with pytest.raises(ValueError) as error:
         render([message])
     assert complaint in str(error.value)
@@ -126,7 +126,7 @@ def test_prompts_are_strings_that_can_be_joined_copied_and_checked() -> None:
         Prompt("<|img|>", slots=[0], parts=[])
 
 
-def test_typed_picture_tokens_stay_text_through_adding_and_stripping() -> None:
+def test_literal_image_tokens_stay_text_through_adding_and_stripping() -> None:
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"is {IMAGE_TOKEN} text?"}]}]
     prompt = render(messages)
     place = prompt.slots[0]
@@ -145,7 +145,7 @@ def test_typed_picture_tokens_stay_text_through_adding_and_stripping() -> None:
     assert prompt.strip() == str(prompt).strip()
 
 
-def test_slices_keep_whole_places_and_never_halves() -> None:
+def test_slices_keep_whole_slots_and_never_halves() -> None:
     picture = object()
     prompt = Prompt(f"{IMAGE_TOKEN}ab{IMAGE_TOKEN}cd", slots=[9], parts=[ImagePart(picture)])
     for part, slots in (
@@ -179,7 +179,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("operation", PLAIN.values(), ids=PLAIN)
-def test_no_operation_makes_places_of_text(operation: Callable[[Any], Any]) -> None:
+def test_no_operation_makes_slots_of_text(operation: Callable[[Any], Any]) -> None:
     literal = render([{"role": "user", "content": f"what is {IMAGE_TOKEN}?"}])
     with pytest.raises(ValueError, match="here plain text, would become an image slot"):
         operation(literal)

@@ -1,4 +1,4 @@
-"""Clips and documents in messages: what goes around their pictures, what they cost, and every way to hand them over."""
+"""Clips and documents in messages: the text around frames and pages, token counts, and all ways to pass them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PICTURE = Image.new("RGB", (50, 40), (9, 200, 9))
 @pytest.fixture(scope="module")
 def processor() -> AriaProcessor:
     processor = AriaProcessor.from_pretrained()
-    # As Aria's own settings have it; nano's take the smallest for everything.
+    # As in Aria's settings; nano uses the smallest size for everything.
     processor.image_processor.max_image_size = processor.image_processor.sizes[-1]
     return processor
 
@@ -50,7 +50,7 @@ def body(prompt: str) -> str:
     return str(prompt).removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n")
 
 
-def test_what_stands_around_frames_and_pages(processor: AriaProcessor) -> None:
+def test_text_around_frames_and_pages(processor: AriaProcessor) -> None:
     video = {"type": "video", "video": CLIP, "num_frames": 2}
     prompt = opened(processor, {"type": "text", "text": "<|img|> A: "}, video, {"type": "text", "text": "B"})
     assert body(prompt) == f"<|img|> A: [00:00]{SLOT}\n[00:01]{SLOT}\nB"
@@ -64,7 +64,7 @@ def test_what_stands_around_frames_and_pages(processor: AriaProcessor) -> None:
     assert [part.source.shape for part in prompt.parts] == [(80, 80, 3), (60, 120, 3)]
 
 
-def test_custom_arguments_and_parts_in_this_order(processor: AriaProcessor) -> None:
+def test_defaults_arguments_and_parts_in_this_order(processor: AriaProcessor) -> None:
     small, large = processor.image_processor.sizes
     kinds: tuple[dict[str, Any], ...] = (
         {"type": "image", "image": PICTURE},
@@ -84,7 +84,7 @@ def test_custom_arguments_and_parts_in_this_order(processor: AriaProcessor) -> N
     )
 
 
-def test_frames_lie_in_memory_no_larger_than_their_crops(processor: AriaProcessor) -> None:
+def test_frames_in_memory_are_no_larger_than_their_crops(processor: AriaProcessor) -> None:
     large = clip(4, draw=lambda number: np.full((400, 640, 3), 40 * number, np.uint8))
     size = processor.image_processor.sizes[0]
     [part] = opened(processor, {"type": "video", "video": large, "num_frames": 1}).parts
@@ -96,7 +96,7 @@ def test_frames_lie_in_memory_no_larger_than_their_crops(processor: AriaProcesso
     assert part.source.shape == (96, 128, 3), "never larger than it was"
 
 
-def test_what_a_conversation_costs(processor: AriaProcessor) -> None:
+def test_token_counts_of_a_conversation(processor: AriaProcessor) -> None:
     small, large = processor.image_processor.sizes
     content = [
         {"type": "text", "text": "look"},
@@ -118,7 +118,7 @@ def test_what_a_conversation_costs(processor: AriaProcessor) -> None:
     assert processor.prepare([{"role": "user", "content": "hello"}]).media == []
 
 
-def test_every_way_to_hand_a_clip_over_gives_the_same(processor: AriaProcessor, tmp_path: Path) -> None:
+def test_all_ways_to_pass_a_clip_give_the_same(processor: AriaProcessor, tmp_path: Path) -> None:
     (tmp_path / "clip.bin").write_bytes(CLIP)
     path, uri = tmp_path / "clip.bin", "data:video/mp4;base64," + base64.b64encode(CLIP).decode()
 
@@ -162,7 +162,7 @@ def test_plain_strings_and_clips(processor: AriaProcessor) -> None:
         processor(text=SLOT * 2)
 
 
-def test_pictures_and_clips_in_one_batch_share_a_size(processor: AriaProcessor) -> None:
+def test_images_and_clips_in_one_batch_share_a_size(processor: AriaProcessor) -> None:
     small, large = processor.image_processor.sizes
     picture, video = {"type": "image"}, {"type": "video", "num_frames": 2}
 
@@ -198,13 +198,13 @@ def test_pictures_and_clips_in_one_batch_share_a_size(processor: AriaProcessor) 
     ({"type": "document", "document": PDF, "video": CLIP}, "unknown keys: video"),
     ({"type": ["video"]}, "has the type ['video']"),
 ])  # fmt: skip
-def test_refusals_of_parts(part: dict[str, Any], complaint: str) -> None:
+def test_invalid_parts(part: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError) as error:
         render([{"role": "user", "content": [part]}])
     assert complaint in str(error.value)
 
 
-def test_parts_carry_what_they_say() -> None:
+def test_parts_keep_their_settings() -> None:
     parts = [
         {"type": "video", "path": "a.mp4", "fps": 2, "max_frames": 9, "timestamps": False, "max_image_size": 490},
         {"type": "document", "url": "https://example.org/a.pdf", "pages": [1, 3], "split_image": False},
@@ -215,7 +215,7 @@ def test_parts_carry_what_they_say() -> None:
     )
 
 
-def test_limits_of_the_processor_hold_everywhere(tmp_path: Path) -> None:
+def test_limits_of_the_processor_apply_everywhere(tmp_path: Path) -> None:
     processor = AriaProcessor.from_pretrained()
     processor.media = MediaSettings(local_folders=(), max_frames=4, max_pages=2, image_pixels=1000)
     PICTURE.save(tmp_path / "a.png")
@@ -240,7 +240,7 @@ def test_limits_of_the_processor_hold_everywhere(tmp_path: Path) -> None:
     assert prepared.media[0].count == 4, "the custom of 128 frames gives way to the limit"
 
 
-def test_the_next_question_finds_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_question_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
 
     def counted(name: str, real: Any) -> Any:
@@ -295,7 +295,7 @@ def test_the_engine_answers_about_clips_and_documents() -> None:
     assert [medium.kind for medium in prepared.media] == ["video", "document"]
 
 
-def test_all_of_a_prompt_together_has_a_limit() -> None:
+def test_the_pixels_of_a_prompt_are_limited_in_total() -> None:
     processor = AriaProcessor.from_pretrained()
     picture = {"type": "image", "image": made_png(100, 80)}
     video, document = {"type": "video", "video": CLIP, "num_frames": 2}, {"type": "document", "document": PDF}
@@ -315,12 +315,12 @@ def test_all_of_a_prompt_together_has_a_limit() -> None:
         return high
 
     assert taken(picture) == 8000 and taken(picture, picture, picture) == 24000
-    # Twice the size of the pages in points, each way.
+    # Twice the size of the pages in points, in both dimensions.
     assert taken(document) == 4 * (60 * 30 + 30 * 60 + 40 * 40)
     assert taken(video, picture, document) == taken(video) + 8000 + taken(document)
 
 
-def test_a_picture_that_is_too_much_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = AriaProcessor.from_pretrained()
     processor.media = MediaSettings(prompt_pixels=7999)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))

@@ -1,4 +1,4 @@
-"""Pictures to crops: the same bits as transformers, the authors' splitting, and every odd kind of picture."""
+"""The image processor: the same bits as transformers, the authors' splitting, and unusual images."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def picture(width: int, height: int, channels: int = 3) -> Image.Image:
 
 
 def grey_at(values: torch.Tensor) -> int:
-    """The grey level that normalised values stand for, all of them alike."""
+    """The grey level of normalized values, which are all equal."""
     levels = torch.unique(((values + 1) * 127.5).round().to(torch.int64))
     assert len(levels) == 1
     return int(levels)
@@ -82,7 +82,7 @@ def test_crop_counts_of_the_authors_splitting(shape: tuple[int, int], at_980: in
     assert len(process(image, max_image_size=980).pixel_values) == at_980
 
 
-def test_large_pictures_win_the_finer_of_two_equal_grids() -> None:
+def test_large_images_get_the_finer_of_two_equal_grids() -> None:
     process = AriaImageProcessor(max_image_size=490, split_image=True)
     # 2:1 fits the grids 2x1 and 4x2; the second needs more than half its 8 crops' pixels.
     assert process([Image.new("RGB", (1384, 692)), Image.new("RGB", (1386, 693))]).num_crops == [3, 9]
@@ -98,7 +98,7 @@ def test_overview_comes_first_and_tiles_follow_row_by_row() -> None:
     assert [grey_at(tile[:, 1:-1, 1:-1]) for tile in crops.pixel_values[1:]] == [10, 70, 130, 190]
 
 
-def test_counts_are_per_picture_and_splitting_can_differ() -> None:
+def test_counts_are_per_image_and_splitting_can_differ() -> None:
     pictures = [picture(500, 500), picture(3000, 500), picture(40, 30)]
     crops = AriaImageProcessor()(pictures, max_image_size=490, split_image=[True, True, False])
     assert crops.num_crops == [5, 7, 1]
@@ -217,7 +217,7 @@ def test_png_bytes_take_the_same_way_as_the_object() -> None:
         ({"split_resolutions": [[490]]}, "split_resolutions is .*; expected a list of pairs"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused(tmp_path: Any, change: dict[str, Any], complaint: str) -> None:
+def test_unsupported_settings_are_rejected(tmp_path: Any, change: dict[str, Any], complaint: str) -> None:
     AriaImageProcessor().save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -225,14 +225,14 @@ def test_settings_that_cannot_be_followed_are_refused(tmp_path: Any, change: dic
         AriaImageProcessor.from_pretrained(tmp_path)
 
 
-def test_what_transformers_writes_is_followed(tmp_path: Any) -> None:
+def test_settings_written_by_transformers_are_supported(tmp_path: Any) -> None:
     AriaImageProcessorPil(max_image_size=490, split_image=True).save_pretrained(tmp_path)
     loaded = AriaImageProcessor.from_pretrained(tmp_path)
     assert (loaded.max_image_size, loaded.split_image) == (490, True)
 
 
-def test_settings_that_change_nothing_are_taken(tmp_path: Any) -> None:
-    """As the Hub's files and older releases of transformers have them."""
+def test_settings_without_effect_are_accepted(tmp_path: Any) -> None:
+    """As in published files and older releases of transformers."""
     AriaImageProcessor(max_image_size=490).save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     more: dict[str, Any] = dict.fromkeys(("_transform", "size", "crop_size", "do_pad", "do_center_crop"))
@@ -252,7 +252,7 @@ def test_settings_that_change_nothing_are_taken(tmp_path: Any) -> None:
         ({"image_processor": {}, "size_conversion": {"490": 0}}, "size_conversion should map crop sizes"),
     ],
 )
-def test_what_transformers_5_writes_is_refused_by_its_own_name(tmp_path: Any, data: Any, complaint: str) -> None:
+def test_errors_in_files_of_transformers_5_name_the_file(tmp_path: Any, data: Any, complaint: str) -> None:
     (tmp_path / "processor_config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=rf"[^e]processor_config\.json: {complaint}"):
         AriaImageProcessor.from_pretrained(tmp_path)

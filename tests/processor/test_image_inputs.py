@@ -47,7 +47,7 @@ def test_resizing_gives_pillows_bits(trial):
     {"split_image": True, "split_mode": "pad", "max_image_size": 490},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("shape", [(640, 480), (30, 700), (490, 490)])
-def test_patches_are_those_of_the_eager_way(shape, settings):
+def test_patches_equal_those_of_the_eager_processor(shape, settings):
     process = AriaImageProcessor(image_mean=MEAN, image_std=STD)
     source = noise(*shape)
     eager = process(source, **settings)
@@ -84,7 +84,7 @@ def test_images_of_many_shapes_load_together_as_alone():
         assert crops.extents == image.extents
 
 
-def test_keys_tell_contents_and_cuttings_apart():
+def test_keys_distinguish_contents_and_crops():
     process = AriaImageProcessor()
     rgb = np.asarray(noise(40, 30))
     changed = rgb.copy()
@@ -105,7 +105,7 @@ def test_keys_tell_contents_and_cuttings_apart():
     assert ImageInput.of(long, process).key != ImageInput.of(long, AriaImageProcessor(min_image_size=100)).key
 
 
-def test_what_was_read_stays_when_its_source_changes():
+def test_images_read_do_not_change_with_their_source():
     rgb = np.asarray(noise(490, 490)).copy()
     image = ImageInput.of(rgb, AriaImageProcessor(max_image_size=490))
     before = image.load().pixels.clone()
@@ -156,7 +156,7 @@ def test_a_conversation_is_prepared_as_a_call_does_it_with_sizes_of_its_own():
     assert_close(got.pixels, pack_patches(called["pixel_values"], called["pixel_mask"], vision).pixels, rtol=0, atol=0)
 
 
-def test_what_cannot_be_prepared_is_refused(tmp_path: Path):
+def test_unsupported_inputs_are_rejected(tmp_path: Path):
     processor = AriaProcessor.from_pretrained()
     conversation = [{"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(ValueError, match="one conversation, a list of messages, but got 2"):

@@ -1,4 +1,4 @@
-"""The processor: counts that must agree, batches, messages with their pictures, and transformers as a witness."""
+"""The processor: checks of counts, batches, messages with images, and agreement with transformers."""
 
 import io
 import json
@@ -31,12 +31,12 @@ def processor() -> AriaProcessor:
 
 
 def image_runs(row: torch.Tensor) -> list[int]:
-    """Lengths of the unbroken runs of image ids."""
+    """Lengths of the runs of image ids."""
     text = "".join("x" if i == 9 else " " for i in row.tolist())
     return [len(run) for run in text.split()]
 
 
-def test_one_picture(processor: AriaProcessor) -> None:
+def test_one_image(processor: AriaProcessor) -> None:
     inputs = processor(f"{SLOT}hello", picture(), return_tensors="pt")
     assert list(inputs) == ["input_ids", "attention_mask", "pixel_values", "pixel_mask"]
     hello = processor.tokenizer.encode("hello")
@@ -53,7 +53,7 @@ def test_text_alone(processor: AriaProcessor) -> None:
     assert processor("hello")["input_ids"] == [processor.tokenizer.encode("hello")]
 
 
-def test_split_pictures_have_their_own_counts(processor: AriaProcessor) -> None:
+def test_split_images_have_their_own_counts(processor: AriaProcessor) -> None:
     square, wide = picture(500, 500), picture(3000, 500)
     prompts = [f"{SLOT}a", f"b{SLOT}{SLOT}"]
     inputs = processor(prompts, [[square], [wide, square]], split_image=True, return_tensors="pt")
@@ -89,7 +89,7 @@ def test_lists_of_lists_are_checked_prompt_by_prompt(processor: AriaProcessor) -
         processor([SLOT, SLOT], [[one], one])
 
 
-def test_literal_image_tokens_of_users_take_no_picture(processor: AriaProcessor) -> None:
+def test_literal_image_tokens_of_users_take_no_image(processor: AriaProcessor) -> None:
     content = [{"type": "text", "text": "what is <|img|> here? "}, {"type": "image"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     inputs = processor(prompt, picture(), return_tensors="pt")
@@ -101,7 +101,7 @@ def test_literal_image_tokens_of_users_take_no_picture(processor: AriaProcessor)
     assert processor(Prompt("<|img|>"), return_tensors="pt").input_ids.shape[1] > 1
 
 
-def test_truncation_never_cuts_a_picture(processor: AriaProcessor) -> None:
+def test_truncation_never_cuts_an_image(processor: AriaProcessor) -> None:
     inputs = processor(f"a{SLOT}hello world", picture(), truncation=True, max_length=132, return_tensors="pt")
     assert inputs.input_ids.shape == (1, 132) and image_runs(inputs.input_ids[0]) == [128]
     for text, images, length in (
@@ -123,7 +123,7 @@ def test_padding_to_a_length(processor: AriaProcessor) -> None:
     assert inputs.attention_mask.sum() == 130 and not inputs.attention_mask[0, :10].any()
 
 
-def test_messages_bring_their_own_pictures(processor: AriaProcessor, tmp_path) -> None:
+def test_messages_have_their_own_images(processor: AriaProcessor, tmp_path) -> None:
     first, second, third = picture(), picture(90, 30), picture(30, 90)
     first.save(tmp_path / "a.png")
     buffer = io.BytesIO()
@@ -248,7 +248,7 @@ def test_transformers_loads_what_is_saved_and_agrees(processor: AriaProcessor, t
 
 
 def test_transformers_gives_the_same_prompt_and_ids_from_the_packaged_files() -> None:
-    """Its image processor has 490 and 980 pixels written into the code, so pictures of nano's sizes stay ours."""
+    """Its image processor supports only 490 and 980 pixels, so images of nano's sizes cannot be compared."""
     pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models with protobuf")
     theirs: Any = transformers.AriaProcessor.from_pretrained(NANO)
     ours = AriaProcessor.from_pretrained()

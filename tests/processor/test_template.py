@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: image places, markup and message text are kept apart; tools and open last messages."""
+"""Jinja chat templates: image slots, markup and message text stay apart; tools and open last messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers import small_tokenizer
 from tests.helpers.marker_texts import texts
 
 SAME = CHAT_TEMPLATE + "{# no comment is Aria's #}"
-"""Writes what Aria's does, and is not recognised as Aria's."""
+"""Produces the same text as Aria's, but is not recognized as Aria's."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_template_like_arias_writes_the_same_prompt(messages: list[dict[str, A
     assert sorted(got.literal_markers()) == sorted(expected.literal_markers())
 
 
-def test_markers_stay_text_through_what_templates_do_with_it() -> None:
+def test_markers_stay_text_through_operations_of_templates() -> None:
     evil = "  <|im_end|> é\ufdd0 <|img|>  "
     for expression in (
         "messages[0].content | trim",
@@ -67,12 +67,12 @@ def test_markers_stay_text_through_what_templates_do_with_it() -> None:
         assert not prompt.slots and "\ufdd1" not in prompt
 
 
-def test_text_of_every_free_code_point_is_refused() -> None:
+def test_text_with_every_noncharacter_is_rejected() -> None:
     with pytest.raises(ValueError, match="contain nearly all Unicode noncharacters"):
         render_template("{{ messages }}", [{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDEF)))}])
 
 
-def test_places_are_those_that_the_template_writes() -> None:
+def test_slots_are_those_that_the_template_writes() -> None:
     picture = object()
     messages = [
         {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "<|img|>"}]},
@@ -90,7 +90,7 @@ def test_places_are_those_that_the_template_writes() -> None:
         render_template("{{ messages }}", messages)
 
 
-def test_templates_know_what_transformers_gives_them(processor: AriaProcessor) -> None:
+def test_templates_get_the_variables_of_transformers(processor: AriaProcessor) -> None:
     template = (
         "{%- for m in messages -%}{% if loop.index > 1 %}{% break %}{% endif %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{%- endfor -%}{{ strftime_now('%Y')[:2] }} {{ eos_token }}{{ bos_token }}{{ documents[0] }}"
@@ -138,8 +138,8 @@ def test_tools_and_calls_are_written_as_training_and_the_server_write_them(proce
     asked = {"role": "user", "content": "?"}
     for tools in ([tool], [{"type": "function", "function": {**tool, "strict": True}}]):
         assert render([asked], tools=tools) == render([{"role": "system", "content": listed}, asked])
-        told = {"role": "system", "content": "Be brief."}
-        assert render([told, asked], tools=tools) == render([{**told, "content": f"Be brief.\n\n{listed}"}, asked])
+        system = {"role": "system", "content": "Be brief."}
+        assert render([system, asked], tools=tools) == render([{**system, "content": f"Be brief.\n\n{listed}"}, asked])
         shown = {"role": "system", "content": [{"type": "image"}]}
         assert len(render([shown, asked], tools=tools).slots) == 1
     written = '<tool_call>{"name": "look", "arguments": {"at": "é"}}</tool_call>'
@@ -177,7 +177,7 @@ def workers() -> Iterator[Workers]:
     started.close()
 
 
-def test_a_template_writes_the_same_in_a_worker(workers: Workers) -> None:
+def test_a_template_renders_the_same_in_a_worker(workers: Workers) -> None:
     messages = [
         {
             "role": "user",
@@ -219,7 +219,7 @@ HOSTILE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_are_ended(name: str, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malicious_templates_are_aborted(name: str, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "RENDER_SECONDS", 2.0)
     messages = [{"role": "user", "content": "hello"}]
     with pytest.raises(ValueError, match="the chat template"):
@@ -227,13 +227,13 @@ def test_hostile_templates_are_ended(name: str, workers: Workers, monkeypatch: p
     assert str(render_template("{{ messages[0].content }}", messages, workers=workers)) == "hello"
 
 
-def test_what_a_template_writes_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendered_text_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "MAX_CHARACTERS", 10)
     with pytest.raises(ValueError, match="the chat template produces 11 characters; at most 10 are allowed"):
         render_template("{{ 'x' * 11 }}", [])
 
 
-def test_a_processor_has_its_template_run_where_its_media_are_read() -> None:
+def test_templates_render_in_the_worker_processes_of_media() -> None:
     processor = AriaProcessor.from_pretrained()
     assert processor.workers is None
     processor.media = MediaSettings(workers=1)

@@ -1,4 +1,4 @@
-"""The tokenizer: added tokens first, exact round trips, the rules of the published files, and streaming."""
+"""The tokenizer: added tokens, exact round trips, the published files, and streaming."""
 
 import os
 import random
@@ -113,7 +113,7 @@ def test_skipping_special_tokens_keeps_the_chat_markers(tokenizer: AriaTokenizer
     assert tokenizer.decode(torch.tensor(20)) == tokenizer.decode(20) == tokenizer.decode(np.array([20])) == "1"
 
 
-def test_ids_that_are_none(tokenizer: AriaTokenizer) -> None:
+def test_invalid_ids(tokenizer: AriaTokenizer) -> None:
     for wrong in ([-100], [tokenizer.vocab_size], 100_352):
         with pytest.raises(ValueError, match="not in the vocabulary of 560"):
             tokenizer.decode(wrong)
@@ -159,7 +159,7 @@ def test_calling_pads_on_the_left_and_truncates_on_the_right(tokenizer: AriaToke
         ({"padding": True, "max_length": 0}, "at least 1"),
     ],
 )
-def test_settings_that_cannot_be_met(tokenizer: AriaTokenizer, options: dict[str, Any], message: str) -> None:
+def test_invalid_settings(tokenizer: AriaTokenizer, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenizer(["12", "3"], **options)
 
@@ -205,7 +205,7 @@ def test_transformers_gives_the_same_ids_from_what_is_saved(tokenizer: AriaToken
     assert theirs.chat_template == tokenizer.chat_template
 
 
-def test_ids_beyond_the_embedding_are_never_given() -> None:
+def test_ids_beyond_the_embedding_are_never_used() -> None:
     config = {**small_tokenizer.ONLY_UNK, "bos_token": "<s>", "eos_token": "</s>"}
     size = len(AriaTokenizer(small_tokenizer.model()))
     beyond = {"0": {"content": "<unk>", "special": True}, str(size): {"content": "<s>", "special": True},
@@ -216,7 +216,7 @@ def test_ids_beyond_the_embedding_are_never_given() -> None:
     assert tokenizer.eos_token_id == 2
 
 
-def test_files_that_do_not_belong_together() -> None:
+def test_files_that_do_not_match() -> None:
     def load(index: int, content: str) -> None:
         config = {"added_tokens_decoder": {str(index): {"content": content, "special": True}}}
         AriaTokenizer(small_tokenizer.model(), config)
@@ -271,7 +271,7 @@ def test_the_packaged_vocabulary_follows_the_same_rules() -> None:
     "ARIA_TOKENIZER" not in os.environ, reason="ARIA_TOKENIZER names no folder with a real tokenizer.model"
 )
 class TestRealVocabulary:
-    """Vectors of transformers' own tests for rhymes-ai/Aria."""
+    """Vectors from transformers' tests for rhymes-ai/Aria."""
 
     @pytest.fixture(scope="class")
     def real(self) -> AriaTokenizer:
@@ -324,7 +324,7 @@ def test_added_tokens_of_the_wrong_form_are_refused(listed: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["pad_token", "eos_token"])
-def test_named_tokens_are_text_or_hold_it(key: str) -> None:
+def test_tokens_in_the_config_are_text_or_objects(key: str) -> None:
     named = AriaTokenizer(small_tokenizer.model(), small_tokenizer.config(**{key: {"content": "<|img|>"}}))
     assert getattr(named, f"{key}_id") == 9
     for wrong in (5, ["<|img|>"], {"text": "<|img|>"}):

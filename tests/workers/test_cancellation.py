@@ -26,11 +26,11 @@ from tests.helpers.serving import PICTURES, idle, running, until
 
 OPEN = MediaSettings(private_addresses=True, connect_timeout=3600, read_timeout=3600, total_timeout=3600)
 PATIENCE = 120
-"""Seconds after which something counts as hung; what is cancelled here would take an hour."""
+"""Seconds after which something counts as hung. The work cancelled here would take an hour."""
 
 
 def cancelled(work: Callable[[], Any], began: threading.Event) -> BaseException | None:
-    """Cancel work once it has begun; what its thread ended with."""
+    """Cancel work once it has begun; returns what its thread raised."""
     ended: list[BaseException] = []
 
     def watched() -> None:
@@ -102,7 +102,7 @@ def test_connecting_stops() -> None:
             client.close()
 
 
-def test_drawing_a_page_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendering_a_page_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     began, draw = threading.Event(), document._draw
     monkeypatch.setattr(document, "_draw", lambda *given: (began.set(), draw(*given)))
     opened = open_media(endless_page(), "document", OPEN)
@@ -111,7 +111,7 @@ def test_drawing_a_page_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_decoding_a_clip_stops_in_all_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets come again and again, so that nothing but the cancellation ends the workers."""
+    """Packets repeat endlessly, so that only the cancellation ends the threads."""
     began, packets = threading.Event(), container._packets
 
     def endless(*given: Any) -> Any:
@@ -132,7 +132,7 @@ def test_decoding_a_clip_stops_in_all_its_threads(monkeypatch: pytest.MonkeyPatc
     assert not any(thread.name.startswith("decoder") for thread in threading.enumerate())
 
 
-def test_pictures_stop_between_and_within() -> None:
+def test_images_stop_between_and_within() -> None:
     began = threading.Event()
 
     picture = (PICTURES / "word.png").read_bytes()
@@ -160,7 +160,7 @@ def test_threads_of_threads_are_cancelled_too() -> None:
     assert isinstance(cancelled(work, began), Cancelled)
 
 
-def test_what_is_done_or_waited_for_by_nobody_is_not_cancelled() -> None:
+def test_finished_and_unawaited_work_is_not_cancelled() -> None:
     check_cancelled()
 
     async def run() -> None:
@@ -171,8 +171,8 @@ def test_what_is_done_or_waited_for_by_nobody_is_not_cancelled() -> None:
     asyncio.run(run())
 
 
-def test_clients_that_leave_free_the_servers_threads() -> None:
-    """As many clients as there are threads for media name an address that never ends, and leave."""
+def test_client_disconnects_free_the_servers_threads() -> None:
+    """As many clients as there are media threads request an endless address and disconnect."""
     arrived, over = threading.Semaphore(0), threading.Event()
 
     def answer(handler: Any) -> None:

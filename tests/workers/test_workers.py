@@ -1,4 +1,4 @@
-"""Functions in child processes: what they may do, and how they end."""
+"""Worker processes: their interface, limits, scheduling and sandbox."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_results_keep_no_files_open(workers: Workers) -> None:
     assert max(counts) - min(counts) <= 2
 
 
-def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> None:
+def test_a_callback_that_is_not_ready_is_retried(workers: Workers) -> None:
     asked: list[str] = []
 
     def second(text: str) -> int:
@@ -93,7 +93,7 @@ def test_a_call_that_cannot_be_answered_yet_is_made_again(workers: Workers) -> N
         run(workers, tasks.add, 1, calls={"second": never}, seconds=0.3)
 
 
-def test_views_of_one_file_have_positions_of_their_own() -> None:
+def test_readers_of_one_file_have_separate_positions() -> None:
     file = SharedFile.of_bytes(b"0123456789")
     first, second = PositionedReader(file.descriptor, file.size), PositionedReader(file.descriptor, file.size)
     assert first.read(4) == b"0123" and second.read(2) == b"01" and first.read() == b"456789"
@@ -121,7 +121,7 @@ def test_views_of_one_file_have_positions_of_their_own() -> None:
         (tasks.odd_call, (), "the process that read it crashed"),
     ],
 )
-def test_what_goes_wrong_is_a_value_error_and_the_next_job_runs(
+def test_errors_become_value_errors_and_the_next_job_runs(
     workers: Workers, function: Any, arguments: tuple[Any, ...], message: str
 ) -> None:
     if function is tasks.allocate and sys.platform != "linux":
@@ -131,7 +131,7 @@ def test_what_goes_wrong_is_a_value_error_and_the_next_job_runs(
     assert run(workers, tasks.double, 1, files=[b""])["double"] == 2
 
 
-def test_a_process_whose_time_is_up_is_killed(workers: Workers) -> None:
+def test_a_process_is_killed_at_its_deadline(workers: Workers) -> None:
     pids: list[int] = []
     with pytest.raises(ValueError, match=r"reading the thing took longer than 0.5 s"):
         run(workers, tasks.spin, calls={"began": pids.append}, seconds=0.5)
@@ -139,14 +139,14 @@ def test_a_process_whose_time_is_up_is_killed(workers: Workers) -> None:
 
 
 @pytest.mark.slow
-def test_who_could_not_work_is_not_at_fault(workers: Workers) -> None:
+def test_a_job_that_got_no_cpu_time_gets_more_time(workers: Workers) -> None:
     begin = time.monotonic()
     with pytest.raises(BusyError, match=r"reading the thing took longer than 0.5 s; the server is busy, try again"):
         run(workers, tasks.sleep, seconds=0.5)
     assert time.monotonic() - begin > 1.4
 
 
-def test_a_process_whose_caller_has_left_is_killed(workers: Workers) -> None:
+def test_a_process_whose_caller_is_cancelled_is_killed(workers: Workers) -> None:
     import asyncio
 
     pids: list[int] = []
@@ -194,7 +194,7 @@ def test_closing_ends_all_processes() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
+def test_no_processes_remain_when_the_program_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
@@ -242,7 +242,7 @@ class FakeWorker:
         self.slow = True
 
 
-def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_ran_least_run_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     schedule = JobSchedule(1)
@@ -269,7 +269,7 @@ def test_what_has_run_least_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert long.runs.is_set() and not other.runs.is_set(), "now that one has run longer"
 
 
-def test_a_stream_of_new_jobs_stops_nobody_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_new_jobs_starves_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     schedule = JobSchedule(1)
@@ -284,7 +284,7 @@ def test_a_stream_of_new_jobs_stops_nobody_for_good(monkeypatch: pytest.MonkeyPa
     assert ran > 20
 
 
-def test_paused_jobs_hold_no_more_memory_than_one_process_may() -> None:
+def test_memory_of_paused_jobs_is_limited() -> None:
     workers = Workers(1, 400 << 20)
     pids: list[int] = []
     errors: list[Exception] = []
@@ -327,7 +327,7 @@ def test_long_jobs_do_not_keep_short_ones_waiting(workers: Workers) -> None:
 # What it may not do
 
 
-def test_the_environment_holds_no_keys(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_has_no_secrets(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARIA_API_KEY", "secret")
     fresh = Workers(1, ROOM)
     assert "ARIA_API_KEY" not in run(fresh, tasks.environment)
@@ -336,7 +336,7 @@ def test_the_environment_holds_no_keys(workers: Workers, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def confined(workers: Workers) -> str:
-    """What could not be confined here."""
+    """Parts of the sandbox that are missing here."""
     worker = workers._fork_server.worker()
     missing = " ".join(worker.missing)
     worker.kill()
@@ -387,7 +387,7 @@ def test_open_files_are_limited(workers: Workers) -> None:
 # Other systems
 
 
-def test_without_forking_each_worker_is_started_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_forking_each_worker_is_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "FORKS", False)
     workers = Workers(1, ROOM)
     first = run(workers, tasks.double, 4, files=[b"content"])
@@ -400,7 +400,9 @@ def test_without_forking_each_worker_is_started_by_itself(monkeypatch: pytest.Mo
     assert is_gone(first["pid"])
 
 
-def test_what_is_missing_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_sandbox_parts_are_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PYTHONPATH", "")
     real = processes.Worker.__init__
 
@@ -418,8 +420,8 @@ def test_what_is_missing_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "landlock (files and network): the kernel has none; seccomp" in line
 
 
-def test_what_cannot_be_confined_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a process of its own: what works is given up for good."""
+def test_missing_parts_of_the_sandbox_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a separate process, because entering the sandbox is irrevocable."""
     program = """
         import sys
         from pathlib import Path

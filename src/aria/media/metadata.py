@@ -106,7 +106,7 @@ def _edited(file: BinaryIO, edits: list[_Edit]) -> BinaryIO:
 
 def _png(file: BinaryIO) -> Iterator[_Edit]:
     """Remove ancillary chunks (their names begin with a lower-case letter), including those of an animation."""
-    start, room = len(_PNG), _TEXT_BYTES
+    start, budget = len(_PNG), _TEXT_BYTES
     depth = color = 0
     while True:
         check_cancelled()
@@ -119,16 +119,16 @@ def _png(file: BinaryIO) -> Iterator[_Edit]:
         if kind == b"IHDR":
             depth, color = file.read(10)[8:].ljust(2, b"\0")
         elif kind[0] & 0x20:
-            body = file.read(length) if length <= room else b""
+            body = file.read(length) if length <= budget else b""
             whole = len(body) == length and file.read(4) == struct.pack(">I", zlib.crc32(kind + body))
             if kind == b"tRNS" and whole:
                 yield _Edit(start, end, _transparency(body, depth, color))
             else:
-                size = length if kind == b"eXIf" else _text_size(kind, body, room)
-                if not whole or size > room:
+                size = length if kind == b"eXIf" else _text_size(kind, body, budget)
+                if not whole or size > budget:
                     yield _Edit(start, end)
                 else:
-                    room -= size
+                    budget -= size
         start = end
 
 

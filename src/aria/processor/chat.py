@@ -113,8 +113,8 @@ class Prompt(str):
     as plain text, to other ids. A clip or document has one slot, which the processor expands to one per frame or page.
 
     For all other code it is an ordinary string. A plain ``str`` passed to the processor or tokenizer is treated as in
-    transformers: every ``<|img|>`` is an image, and every marker a control token, whoever wrote it. ``Prompt(text)``
-    has neither; ``Prompt.raw(text)`` has control tokens but no images.
+    transformers: every ``<|img|>`` is an image, and every marker a control token, even one from a user.
+    ``Prompt(text)`` has neither; ``Prompt.raw(text)`` has control tokens but no images.
 
     ``+`` on either side, ``strip``, ``lstrip``, ``rstrip`` and slices keep slots and markup; plain strings that are
     added are plain text. All other ``str`` methods that return text (``replace``, ``split``, f-strings, ``%``, ...)

@@ -236,7 +236,7 @@ class _JobSession:
         self, workers: Workers, worker: Worker, turn: JobSlot, name: str, calls: Calls, deadline: _JobDeadline
     ):
         self._workers, self._schedule, self._worker, self._turn = workers, workers._schedule, worker, turn
-        self._room = workers.memory_bytes
+        self._array_bytes_left = workers.memory_bytes
         self._name, self._calls, self._deadline = name, calls, deadline
         self._used = worker.cpu_seconds()
         self._arrays: list[np.ndarray] = []
@@ -314,8 +314,8 @@ class _JobSession:
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
             raise ChannelClosedError(f"an array of {shape!r:.50}")
         size = int(np.prod([1, *shape], dtype=object))
-        self._room -= size
-        if self._room < 0 or len(self._arrays) == MAX_ARRAYS:
+        self._array_bytes_left -= size
+        if self._array_bytes_left < 0 or len(self._arrays) == MAX_ARRAYS:
             raise ChannelClosedError(f"an array of {size:,} bytes after {len(self._arrays)} others")
         self._take_array()
         file = SharedFile.of_size(max(size, 1))

@@ -1,4 +1,4 @@
-"""A target with faults, so that tests can see how they are reported; it is not listed."""
+"""A target with faults, to test how they are reported; it is not listed."""
 
 from __future__ import annotations
 

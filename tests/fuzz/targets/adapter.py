@@ -1,4 +1,4 @@
-"""Adapter folders: refused, or of the shapes that the model has places for."""
+"""Adapter folders: rejected, or with shapes that match the model."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def fuzz(data: bytes) -> None:
 
     try:
         # So small that escapes and groups of base64 lie across the ends of pieces.
-        with mock.patch.object(opening, "fetch", fetch), mock.patch.object(opening, "_PIECE", 3 + len(data) % 13):
+        with mock.patch.object(opening, "fetch", fetch), mock.patch.object(opening, "_CHUNK", 3 + len(data) % 13):
             opened = opening.open_media(source, "image", SETTINGS)
     except ValueError as error:
         assert len(str(error)) < 2000, "a message as long as the address"

@@ -1,4 +1,4 @@
-"""Animated images that Pillow decodes, and times of their frames, which are read without it."""
+"""Animated images that Pillow decodes, and their frame times, which are read without Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests: read into what the engine is asked for, or refused by an error that names a field."""
+"""Request bodies: parsed into an engine request, or rejected with an error that names a field."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def _read(path: str, body: Any) -> Any:
 
 def _check_error(error: ApiError) -> None:
     assert 400 <= error.status < 500, f"status {error.status}"
-    told = json.loads(bytes(error.response().body))["error"]
-    assert set(told) == {"message", "type", "param", "code"}
-    assert told["message"] and len(told["message"]) < 4000, "a message as long as the body"
-    assert told["param"] is None or isinstance(told["param"], str)
+    body = json.loads(bytes(error.response().body))["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["message"] and len(body["message"]) < 4000, "a message as long as the body"
+    assert body["param"] is None or isinstance(body["param"], str)
 
 
 def _render(messages: list[dict[str, Any]]) -> None:
@@ -82,9 +82,9 @@ def _render(messages: list[dict[str, Any]]) -> None:
     media = sum(
         part["type"] != "text" for one in messages if isinstance(one["content"], list) for part in one["content"]
     )
-    told = [{**one, "content": _without_uuid(one["content"])} for one in messages]
+    messages_read = [{**one, "content": _without_uuid(one["content"])} for one in messages]
     try:
-        prompt = _tokenizer().render(told)
+        prompt = _tokenizer().render(messages_read)
     except ValueError:
         return
     assert isinstance(prompt, Prompt)

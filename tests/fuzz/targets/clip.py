@@ -1,4 +1,4 @@
-"""Clips in containers to frames: as many pixels as were asked for, each frame once, in the order of their times."""
+"""Clips in containers: the number of pixels reserved, each frame once, in order of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PDFs to pages: the sizes that were asked for before anything was drawn, in a few bytes for each pixel."""
+"""PDFs: pages of the sizes reserved before rendering, in a few bytes per pixel."""
 
 from __future__ import annotations
 

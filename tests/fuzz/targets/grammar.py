@@ -1,4 +1,4 @@
-"""Grammars as clients spell them, in Lark, GBNF, patterns, choices and structural tags: followed, or a ValueError."""
+"""Grammars in Lark, GBNF, regular expressions, choices and structural tags: compiled, or a ValueError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole images to upright RGB, within the pixels that were asked for and in a few bytes for each."""
+"""Images to upright RGB: within the pixels reserved, in a few bytes per pixel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies in gzip, however they are cut into pieces: as Python inflates them, in pieces of a bounded size."""
+"""gzip bodies, however they are split into chunks: as Python inflates them, in pieces of bounded size."""
 
 from __future__ import annotations
 

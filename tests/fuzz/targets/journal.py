@@ -1,4 +1,4 @@
-"""Files that jobs go on with: refused and left as they are, or read as whole records with a new one behind them. Files
+"""Files from which jobs resume: rejected and left unchanged, or read as complete records followed by a new one. Files
 of batches: refused by line, or each line read again as it was found."""
 
 from __future__ import annotations

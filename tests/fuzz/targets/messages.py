@@ -1,5 +1,5 @@
 """Messages to prompts, by Aria's chat template and others: texts come through as they are, and no marker in them
-becomes a control token or a place for a picture."""
+becomes a control token or a place for an image."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def _check_markers(prompt: Prompt, messages: Sequence[Any], tokenizer: AriaToken
     special = {index for index in tokenizer.all_special_ids if index != tokenizer.unk_token_id}
     for index in special:
         marker = tokenizer.convert_ids_to_tokens(index)
-        told = 0 if marker == IMAGE_TOKEN else sum(text.count(marker) for text in written)
-        assert ids.count(index) == told, f"{ids.count(index)} of {marker}, the template wrote {told}"
+        expected = 0 if marker == IMAGE_TOKEN else sum(text.count(marker) for text in written)
+        assert ids.count(index) == expected, f"{ids.count(index)} of {marker}, the template wrote {expected}"
     for marker in (START_OF_TURN, END_OF_TURN, *IMAGE_WRAPPING):
         usual = tokenizer.encode(Prompt.raw(marker))
-        told = sum(text.count(marker) for text in written)
-        assert sum(_count(segment, usual) for segment in segments) <= told, f"{marker} came from a text"
+        expected = sum(text.count(marker) for text in written)
+        assert sum(_count(segment, usual) for segment in segments) <= expected, f"{marker} came from a text"
     for segment, text in zip(segments, prompt.segments(), strict=True):
         if tokenizer.unk_token_id not in segment:
             assert tokenizer.decode(segment) == str(text), f"{text!r} became {tokenizer.decode(segment)!r}"
@@ -84,8 +84,8 @@ def _count(ids: Sequence[int], part: Sequence[int]) -> int:
 def _check_turns(prompt: Prompt, messages: Sequence[Any], tools: Any, settings: dict[str, Any]) -> None:
     """A turn for each message, and what the template wrote and nothing else is markup."""
     starts = sum(str(prompt)[start:end].count(START_OF_TURN) for start, end in prompt.markup)
-    told = bool(tools) and messages[0]["role"] != "system"
-    assert starts == len(messages) + told + bool(settings.get("add_generation_prompt"))
+    added = bool(tools) and messages[0]["role"] != "system"
+    assert starts == len(messages) + added + bool(settings.get("add_generation_prompt"))
     for message in messages:
         content = message["content"]
         for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:

@@ -1,4 +1,4 @@
-"""Image files without their metadata: whatever Pillow read before, it reads after, to the same pixels."""
+"""Stripping metadata from images: what Pillow could read before, it reads after, with the same pixels."""
 
 from __future__ import annotations
 

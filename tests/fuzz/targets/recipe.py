@@ -1,4 +1,4 @@
-"""Recipes of trainings in TOML: refused with the file's name, or written and read again as the same."""
+"""Training recipes in TOML: rejected with the name of the file, or unchanged by writing and reading."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def _read(file: Path, overrides: list[str]) -> Recipe | None:
     try:
         return Recipe.read(file, overrides)
     except ValueError as error:
-        told = str(error)
-        assert str(file) in told or told.startswith("--set"), f"an error that does not name the file: {told}"
-        assert len(told) < 5000, "a message as long as the file"
+        message = str(error)
+        assert str(file) in message or message.startswith("--set"), f"an error that does not name the file: {message}"
+        assert len(message) < 5000, "a message as long as the file"
         return None
 
 

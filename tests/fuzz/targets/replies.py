@@ -1,4 +1,4 @@
-"""What a worker that is in a stranger's hands sends to its parent: images of the shape that they tell, or a ValueError;
+"""Messages of a compromised worker to its parent: images of the declared shape, or a ValueError;
 and memory that was taken for it is given back."""
 
 from __future__ import annotations

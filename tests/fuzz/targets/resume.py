@@ -1,4 +1,4 @@
-"""Checkpoints of a stranger's training: refused, or plain values, tensors, and a description whose files lie in the
+"""Untrusted training checkpoints: rejected, or plain values, tensors, and a description whose files lie in the
 folder. Nothing that is named in one is ever called."""
 
 from __future__ import annotations

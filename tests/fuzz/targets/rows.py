@@ -1,4 +1,4 @@
-"""Files of rows for training: a row is refused by a kind of fault, or is a conversation that can be written."""
+"""Rows of training files: rejected with a kind of fault, or a conversation that can be rendered."""
 
 from __future__ import annotations
 

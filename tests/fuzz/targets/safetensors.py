@@ -1,4 +1,4 @@
-"""Headers of safetensors files: refused, or every tensor's bytes lie in the file, one after the other."""
+"""Headers of safetensors files: rejected, or the bytes of all tensors lie in the file without gaps."""
 
 from __future__ import annotations
 

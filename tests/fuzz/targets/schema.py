@@ -1,4 +1,4 @@
-"""JSON schemas to grammars: a schema is refused, or every value that its grammar allows fits it."""
+"""JSON schemas to grammars: rejected, or every value that the grammar allows matches the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stranger's chat template in its sandbox: refused, or text in which nothing of Python's insides is to be seen."""
+"""Untrusted chat templates in the sandbox: rejected, or text that reveals nothing of Python's internals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to ids and back: the same text, at once and token by token; any ids to text, never half a character."""
+"""Text to ids and back: the same text, at once and token by token, without splitting characters."""
 
 from __future__ import annotations
 
