@@ -1,7 +1,7 @@
-"""A small training that gives the same on any number of ranks, to see that it does. As a script, torchrun starts it:
+"""A small training whose result does not depend on the world size, to check that it does not.
 
-``torchrun --nproc-per-node 2 -m tests.helpers.spread FOLDER``: rank 0 writes what :func:`train` gives
-to ``FOLDER/NAME.pt``, for every case of so many ranks.
+``torchrun --nproc-per-node 2 -m tests.helpers.spread FOLDER`` runs every case for that world size; rank 0 writes the
+result of :func:`train` to ``FOLDER/NAME.pt``.
 """
 
 from __future__ import annotations
