@@ -74,10 +74,10 @@ def test_media_are_found_in_order(folder):
 
 @pytest.mark.slow
 def test_every_file_is_described(run, folder):
-    code, told, err = run("describe", folder)
+    code, reported, err = run("describe", folder)
     assert code == 0
-    assert {Path(record["path"]).name.lower(): record["text"] for record in told} == TOLD
-    for record in told:
+    assert {Path(record["path"]).name.lower(): record["text"] for record in reported} == TOLD
+    for record in reported:
         assert list(record) == [
             *("path", "kind", "prompt", "text", "finish_reason", "usage", "model", "seconds", "error"),
             *("base", "adapter", "settings", "content"),
@@ -92,9 +92,9 @@ def test_every_file_is_described(run, folder):
 
 @pytest.mark.slow
 def test_videos_and_documents_are_described(run):
-    code, told, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
+    code, reported, err = run("describe", MEDIA, "--num-frames", 4, "--pages", "2-3", "--no-split", "--max-tokens", 4)
     assert (code, err) == (0, "4 done, 1 skipped\n")
-    by_name = {Path(record["path"]).name: record for record in told}
+    by_name = {Path(record["path"]).name: record for record in reported}
     assert {name: record["kind"] for name, record in by_name.items()} == {
         "chart.png": "image", "clip.mp4": "video", "pages.pdf": "document", "receipt.png": "image",
     }  # fmt: skip
@@ -114,15 +114,15 @@ def test_answers_follow_a_schema(run, tmp_path):
     # Errors in the schema are not the file's fault: they are reported once, and nothing is written.
     file.write_text(json.dumps({**schema, "not": {"required": ["size"]}}))
     out = tmp_path / "out.jsonl"
-    code, told, err = run("describe", PICTURES / "shapes.png", "--schema", file, "-o", out)
-    assert (code, told, out.read_bytes()) == (2, [], b"")
+    code, reported, err = run("describe", PICTURES / "shapes.png", "--schema", file, "-o", out)
+    assert (code, reported, out.read_bytes()) == (2, [], b"")
     assert "json_schema cannot be followed" in err
 
 
 @pytest.mark.slow
 def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
-    whole = (folder / "word.png").read_bytes()
-    (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
+    complete = (folder / "word.png").read_bytes()
+    (folder / "torn.png").write_bytes(complete[: len(complete) // 2])
     (folder / "empty.jpg").touch()
     out = tmp_path / "out.jsonl"
     code, printed, err = run("describe", folder, "--out", out, "--prompt", "What is this?")
@@ -139,7 +139,7 @@ def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
 def test_an_interrupted_run_is_resumed(run, folder, tmp_path):
     out = tmp_path / "out.jsonl"
     assert run("describe", folder, "-o", out)[0] == 0
-    whole = records(out)
+    complete = records(out)
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1][:-30])
     code, _, err = run("describe", folder, "-o", out)
@@ -147,7 +147,7 @@ def test_an_interrupted_run_is_resumed(run, folder, tmp_path):
     assert out.read_bytes().startswith(lines[0])
     again = records(out)
     assert len(again) == 3
-    assert {r["path"]: r["text"] for r in again} == {r["path"]: r["text"] for r in whole}
+    assert {r["path"]: r["text"] for r in again} == {r["path"]: r["text"] for r in complete}
     # Nothing is left to do, so no model is loaded.
     code, _, err = run("describe", folder, "-o", out, "--device", "cuda:99")
     assert (code, err) == (0, "0 done, 3 done before, 1 skipped\n")
@@ -187,8 +187,8 @@ def test_changed_media_or_settings_are_refused_by_name(run, folder, tmp_path):
     assert run("describe", folder, "-o", out, "--max-tokens", 3)[0] == 0
     shutil.copyfile(folder / "trip" / "emoji.png", folder / "word.png")
     code, _, err = run("describe", folder, "-o", out, "--max-tokens", 3)
-    told = "".join(err.split())  # long paths are wrapped
-    assert code == 2 and "thecontentof" in told and "word.png'.Nameanotheroutput" in told
+    reported = "".join(err.split())  # long paths are wrapped
+    assert code == 2 and "thecontentof" in reported and "word.png'.Nameanotheroutput" in reported
     assert out.read_bytes() == before
     # Records of earlier versions have neither.
     old = [{key: value for key, value in one.items() if key not in ("content", "settings")} for one in records(out)]

@@ -40,17 +40,17 @@ def read_all(path) -> list[dict[str, Any]]:
 def test_a_journal_truncated_anywhere_is_repaired(tmp_path):
     path = tmp_path / "out.jsonl"
     write_all(path, RECORDS)
-    whole = path.read_bytes()
-    ends = [at for at in range(len(whole) + 1) if whole[:at].endswith(b"\n")]
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
+    complete = path.read_bytes()
+    ends = [at for at in range(len(complete) + 1) if complete[:at].endswith(b"\n")]
+    for cut in range(len(complete) + 1):
+        path.write_bytes(complete[:cut])
         with Journal(path) as journal:
             kept = list(journal.read())
             # A line that lacks only its newline is complete: no proper prefix of an object is an object.
             assert kept == RECORDS[: sum(end - 1 <= cut for end in ends)]
             for record in RECORDS[len(kept) :]:
                 journal.write(record)
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
 
 
 @pytest.mark.parametrize("content", [b'[1, 2]\n{"path": 1}\n', b"{\n  1: 2\n}\n", b"\x89PNG\r\n\x1a\n", b"text", b"\n"])
@@ -75,17 +75,17 @@ def test_a_partial_line_on_a_full_disk_is_truncated_at_once(tmp_path):
     """Space is freed, and another thread continues with a line of its own."""
     path = tmp_path / "out.jsonl"
     write_all(path, RECORDS[:1])
-    whole = path.stat().st_size
+    complete = path.stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Journal(path) as journal:
         assert list(journal.read()) == RECORDS[:1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 10, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (complete + 10, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large"):
                 journal.write(RECORDS[1])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert path.stat().st_size == whole
+        assert path.stat().st_size == complete
         journal.write(RECORDS[2])
     assert read_all(path) == [RECORDS[0], RECORDS[2]]
 

@@ -75,9 +75,11 @@ def test_models_lists_the_base_model_and_then_its_adapters(live):
         ("experts", "aria-nano", "aria-nano"),
     ]
     assert live.openai.models.retrieve("words").model_dump() == cards[1]
-    with pytest.raises(openai.NotFoundError, match="no model 'other'; available are aria-nano, words, experts") as told:
+    with pytest.raises(
+        openai.NotFoundError, match="no model 'other'; available are aria-nano, words, experts"
+    ) as raised:
         live.chat(model="other")
-    assert told.value.code == "model_not_found" and told.value.param == "model"
+    assert raised.value.code == "model_not_found" and raised.value.param == "model"
 
 
 @pytest.mark.slow
@@ -85,8 +87,8 @@ def test_the_model_field_selects_an_adapter(live, engine):
     answers = {name: expected(engine, name) for name in NAMES}
     assert len(set(answers.values())) == 3
     with ThreadPoolExecutor(6) as pool:
-        told = list(pool.map(lambda name: live.chat(model=name, max_tokens=12), NAMES * 4))
-    for name, answer in zip(NAMES * 4, told, strict=True):
+        reported = list(pool.map(lambda name: live.chat(model=name, max_tokens=12), NAMES * 4))
+    for name, answer in zip(NAMES * 4, reported, strict=True):
         assert (answer.model, answer.choices[0].message.content) == (name, answers[name])
     assert live.post("/v1/chat/completions", messages=HELLO, temperature=0, max_tokens=12).json()["model"] == NAMES[0]
     chunks = list(live.chat(model="experts", max_tokens=12, stream=True))
@@ -185,10 +187,10 @@ def test_a_batch_selects_adapters_by_name(command, engine, model_folder, folders
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ("-m", model_folder, "--served-model-name", "base", "--adapter", f"words={folders['words']}")
     assert command("batch", source, out, *arguments) == 1, "one line asks for an unknown model"
-    told = {record["custom_id"]: record["response"] for record in map(json.loads, out.read_text().splitlines())}
-    assert told["third"]["status_code"] == 404
+    reported = {record["custom_id"]: record["response"] for record in map(json.loads, out.read_text().splitlines())}
+    assert reported["third"]["status_code"] == 404
     for name, other in (("base", "aria-nano"), ("words", "words")):
-        assert told[name]["body"]["choices"][0]["message"]["content"] == expected(engine, other)
+        assert reported[name]["body"]["choices"][0]["message"]["content"] == expected(engine, other)
 
 
 @pytest.mark.slow
@@ -198,13 +200,13 @@ def test_chat_and_describe_answer_with_an_adapter(command, model_folder, folders
     [result] = engine.chat([HELLO], SamplingParams(max_tokens=12), adapter="experts")
     assert capsys.readouterr().out == result.text + "\n"
     Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / "picture.png")
-    told = {}
+    reported = {}
     for name, options in ((None, ()), ("mine", ("--adapter", f"mine={folders['experts']}"))):
         out = tmp_path / f"{name}.jsonl"
         asked = ("describe", tmp_path / "picture.png", "-o", out, "-m", model_folder, "--max-tokens", 12)
         assert command(*asked, *options) == 0
-        told[name] = json.loads(out.read_text())
-    assert told["mine"]["model"] == "mine" and told["mine"]["text"] != told[None]["text"]
+        reported[name] = json.loads(out.read_text())
+    assert reported["mine"]["model"] == "mine" and reported["mine"]["text"] != reported[None]["text"]
     assert command(*asked[:-2], "--max-tokens", 12) == 2, "records of another model are not resumed"
     assert "with the model 'mine'" in capsys.readouterr().err
 

@@ -289,10 +289,10 @@ def test_only_the_first_of_many_errors_is_searched_for(path, body):
 
 def test_the_documentation_names_existing_options_and_metrics(live):
     live.chat()
-    told = live.http.get("/metrics").text
+    reported = live.http.get("/metrics").text
     for name in ("serving.md", "grafana.json"):
         text = (DOCS / name).read_text(encoding="utf-8")
-        assert not [one for one in re.findall(r"aria_[a-z_]+", text) if one not in told]
+        assert not [one for one in re.findall(r"aria_[a-z_]+", text) if one not in reported]
     parameters = get_command(app).commands["serve"].params
     known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
     named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "serving.md").read_text(encoding="utf-8")))

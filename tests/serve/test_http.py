@@ -121,13 +121,13 @@ def test_gzip_bodies_are_inflated(live):
     def answer(content, headers) -> str:
         return live.http.post(CHAT, content=content, headers=headers).json()["choices"][0]["message"]["content"]
 
-    plain, whole = answer(BODY, JSON), gzipped(BODY)
+    plain, complete = answer(BODY, JSON), gzipped(BODY)
     for content, encoding in (
-        (whole, "gzip"),
-        (whole, "X-GZIP"),
-        (whole, "identity, gzip"),
+        (complete, "gzip"),
+        (complete, "X-GZIP"),
+        (complete, "identity, gzip"),
         (gzipped(BODY[:9]) + gzipped(BODY[9:]), "gzip"),
-        ((whole[i : i + 7] for i in range(0, len(whole), 7)), "gzip"),
+        ((complete[i : i + 7] for i in range(0, len(complete), 7)), "gzip"),
         (BODY, "identity"),
     ):
         assert answer(content, compressed(encoding)) == plain

@@ -51,10 +51,12 @@ def said(*parts: dict) -> list[dict]:
 
 def test_progress_of_pages_precedes_the_response(live):
     chunks = events(live.post("/v1/chat/completions", messages=said(THREE), **CHAT))
-    told = [chunk.pop("progress") for chunk in chunks if "progress" in chunk]
-    assert told[:4] == [{"kind": "document", "done": done, "total": 3} for done in range(4)]
-    assert all(chunk["choices"] == [] and chunk["object"] == "chat.completion.chunk" for chunk in chunks[: len(told)])
-    assert chunks[len(told)]["choices"][0]["delta"]["role"] == "assistant"
+    reported = [chunk.pop("progress") for chunk in chunks if "progress" in chunk]
+    assert reported[:4] == [{"kind": "document", "done": done, "total": 3} for done in range(4)]
+    assert all(
+        chunk["choices"] == [] and chunk["object"] == "chat.completion.chunk" for chunk in chunks[: len(reported)]
+    )
+    assert chunks[len(reported)]["choices"][0]["delta"]["role"] == "assistant"
     assert {chunk["id"] for chunk in chunks} == {chunks[-1]["id"]}
     assert chunks[-1]["usage"]["completion_tokens"] == 2
 
@@ -62,10 +64,10 @@ def test_progress_of_pages_precedes_the_response(live):
 def test_frames_and_images_are_counted(live):
     video = {"type": "video_url", "video_url": {"url": data_uri(clip(9), "video/mp4"), "num_frames": 4}}
     chunks = events(live.post("/v1/chat/completions", messages=said(WORD, video, WORD), **CHAT))
-    told = [chunk["progress"] for chunk in chunks if "progress" in chunk]
-    assert [one["done"] for one in told if one["kind"] == "video"] == [0, 1, 2, 3, 4]
-    assert {one["total"] for one in told if one["kind"] == "video"} == {4}
-    assert [one["done"] for one in told if one["kind"] == "image"] == [0, 1, 2]
+    reported = [chunk["progress"] for chunk in chunks if "progress" in chunk]
+    assert [one["done"] for one in reported if one["kind"] == "video"] == [0, 1, 2, 3, 4]
+    assert {one["total"] for one in reported if one["kind"] == "video"} == {4}
+    assert [one["done"] for one in reported if one["kind"] == "image"] == [0, 1, 2]
 
 
 def test_progress_is_sent_only_if_requested(live):
@@ -100,8 +102,8 @@ def test_later_errors_end_the_stream(live):
 
 def test_costs_are_streamed_with_previews(live):
     fields = {"messages": said(WORD, THREE), "return_previews": True}
-    *told, answer = events(live.post("/tokenize", **fields, stream=True))
-    assert {"progress": {"kind": "document", "done": 2, "total": 3}} in told
+    *reported, answer = events(live.post("/tokenize", **fields, stream=True))
+    assert {"progress": {"kind": "document", "done": 2, "total": 3}} in reported
     assert answer == live.post("/tokenize", **fields).json()
     sizes = []
     for medium in answer["media"]:

@@ -214,14 +214,14 @@ def test_answers_are_markdown_without_scripts(page, tmp_path):
         "\n\n```python\nprint('x')\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |"
     )
     turns = [{"role": "user", "text": "<b>?</b>", "media": []}, {"role": "assistant", "state": "done", "text": answer}]
-    whole = {
+    complete = {
         "format": "aria-conversations",
         "version": 1,
         "media": {},
         "conversations": [{"title": "t", "turns": turns}],
     }
     file = tmp_path / "one.json"
-    file.write_text(json.dumps(whole))
+    file.write_text(json.dumps(complete))
     page.one("#import-file").send_keys(str(file))
     until(lambda: page.texts(".hers strong") == ["bold"])
     assert page.all(".markdown img, .markdown script, .markdown a[href], .mine b") == []

@@ -34,16 +34,16 @@ def test_the_adapter_is_selected_by_keyboard_and_remembered(driver, live):  # no
     page.do("localStorage.setItem('aria-settings', JSON.stringify({temperature: 0, max_tokens: 16}))")
     page.open().new()
     assert page.texts("#model option") == ["aria-nano", "mine"]
-    told = {}
+    reported = {}
     for name in ("aria-nano", "mine"):
         page.one("#model").send_keys(name)
         page.new()
         page.say("hello")
-        told[name] = page.answered()
+        reported[name] = page.answered()
         assert page.one(".hers article").get_attribute("aria-label") == f"Answer of {name}"
         serving.until(
             lambda name=name: f'aria_model_requests_total{{model="{name}"}} 1.0' in live.http.get("/metrics").text
         )
-    assert len(set(told.values())) == 2
+    assert len(set(reported.values())) == 2
     page.open()
     assert page.do("return document.querySelector('#model').value") == "mine"

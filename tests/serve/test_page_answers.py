@@ -84,8 +84,8 @@ def render(page: Page, *texts: str) -> list[dict]:  # noqa: F811
     """
     shown = page.driver.execute_async_script(script, texts)
     # A fence that has just been opened looks like code.
-    assert all(growing == whole or "pre" in growing["tags"] for growing, whole in shown)
-    return [whole for _, whole in shown]
+    assert all(growing == complete or "pre" in growing["tags"] for growing, complete in shown)
+    return [complete for _, complete in shown]
 
 
 BLOCKS = {"li", "ol", "ul", "h1", "h2", "h3", "blockquote", "hr"}
@@ -428,8 +428,8 @@ def test_the_notice_of_an_unreachable_server_can_be_closed_and_disappears(page, 
 
 def test_a_phone_has_a_strip_of_thumbnails(page, script):  # noqa: F811
     page.open(390, 844)
-    pictures = [PICTURES / f"{name}.png" for name in ("word", "shapes", "emoji")] * 2
-    for file in pictures:
+    images = [PICTURES / f"{name}.png" for name in ("word", "shapes", "emoji")] * 2
+    for file in images:
         page.one("#files").send_keys(str(file))
     until(lambda: len(page.all(".item")) == 6 and "\u2026" not in page.texts(".price"))
     tops = "return [...document.querySelectorAll(arguments[0])].map((one) => one.getBoundingClientRect().top)"

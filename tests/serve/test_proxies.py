@@ -225,9 +225,9 @@ def test_a_client_disconnect_cancels_the_request(before):
 
 def test_clients_cannot_forge_their_address(before, upstream):
     proxy = before(upstream.port)
-    told = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "ftp"}
+    reported = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "ftp"}
     with proxy.client() as client:
-        assert client.post("/v1/completions", content=b"{}", headers=told).text == "ok"
+        assert client.post("/v1/completions", content=b"{}", headers=reported).text == "ok"
         assert client.get("/metrics").status_code == 404
     [head] = upstream.heads
     assert head["X-Forwarded-For"] == "127.0.0.1"

@@ -59,8 +59,8 @@ def test_a_response_equals_the_engines_result(live):
 
 
 def test_responses_accept_the_extensions_of_chats(live):
-    whole = ask(live).output_text
-    assert ask(live, extra_body={"stop": whole[4:6]}).output_text == whole[: whole.index(whole[4:6])]
+    complete = ask(live).output_text
+    assert ask(live, extra_body={"stop": complete[4:6]}).output_text == complete[: complete.index(complete[4:6])]
     [Z] = engine().engine.processor.tokenizer.encode("Z")
     fixed = ask(live, max_output_tokens=4, extra_body={"logit_bias": {str(Z): 100}, "request_id": "mine"})
     assert (fixed.output_text, fixed.id) == ("ZZZZ", "resp_mine")
@@ -121,9 +121,9 @@ def test_output_formats_and_calls(live):
 
 def test_logprobs_are_returned_if_included(live):
     response = ask(live, include=["message.output_text.logprobs"], top_logprobs=2)
-    told = response.output[0].content[0].logprobs
-    assert "".join(one.token for one in told) == response.output_text
-    assert all(len(one.top_logprobs) == 2 for one in told)
+    reported = response.output[0].content[0].logprobs
+    assert "".join(one.token for one in reported) == response.output_text
+    assert all(len(one.top_logprobs) == 2 for one in reported)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_grammar_makes_a_call_or_text():
 def test_logprobs_of_a_stop_text_are_held_back():
     tokenizer = engine().engine.processor.tokenizer
     turn = ChoiceParser(GenerationRequest([HELLO], SamplingParams(logprobs=0)), tokenizer)
-    told = []
+    reported = []
     # "He" is text, "y!" might begin a stop text but does not, and then "." ends the text.
     for token, text, finish in (
         ("H", "H", None),
@@ -280,5 +280,5 @@ def test_logprobs_of_a_stop_text_are_held_back():
         piece = SimpleNamespace(
             text=text, finish_reason=finish, token_id=index, logprob=TokenLogprob(index, token, -1.0)
         )
-        told += turn.push(piece).logprobs
-    assert "".join(one.token for one in told) == "Hey"
+        reported += turn.push(piece).logprobs
+    assert "".join(one.token for one in reported) == "Hey"

@@ -92,13 +92,13 @@ def test_token_ids_are_returned_on_request(live):
     streamed: list[dict] = [{"token_ids": [], "text": ""} for _ in choices]
     for chunk in events(live, "/v1/completions", **both):
         one = chunk["choices"][0]
-        told = streamed[one["index"]]
-        told.setdefault("prompt_token_ids", one["prompt_token_ids"])
-        told["token_ids"] += one["token_ids"]
-        told["text"] += one["text"]
-    for choice, told in zip(choices, streamed, strict=True):
-        assert told == {name: choice[name] for name in ("token_ids", "text", "prompt_token_ids")}
-        assert len(told["token_ids"]) == 5
+        reported = streamed[one["index"]]
+        reported.setdefault("prompt_token_ids", one["prompt_token_ids"])
+        reported["token_ids"] += one["token_ids"]
+        reported["text"] += one["text"]
+    for choice, reported in zip(choices, streamed, strict=True):
+        assert reported == {name: choice[name] for name in ("token_ids", "text", "prompt_token_ids")}
+        assert len(reported["token_ids"]) == 5
 
 
 def plain(ids: list[int]) -> torch.Tensor:
@@ -117,17 +117,21 @@ def test_requests_of_lm_eval_are_answered(live, as_ids):
     fields = {"prompt": rows if as_ids else PROMPTS, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     choices = ask(live, "/v1/completions", **fields)[1]["choices"]
     for text, ids, choice in zip(PROMPTS, rows, choices, strict=True):
-        told, expected = choice["logprobs"], plain(ids)
+        reported, expected = choice["logprobs"], plain(ids)
         assert choice["text"].startswith(text)
         # The prompt and exactly one more token.
-        assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(ids) + 1
-        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
-        assert told["tokens"][:-1] == [tokenizer.decode([token]) for token in ids]
-        assert told["text_offset"] == [sum(map(len, told["tokens"][:i])) for i in range(len(ids) + 1)]
+        assert (
+            len(reported["tokens"]) == len(reported["token_logprobs"]) == len(reported["top_logprobs"]) == len(ids) + 1
+        )
+        assert reported["token_logprobs"][0] is reported["top_logprobs"][0] is None
+        assert reported["tokens"][:-1] == [tokenizer.decode([token]) for token in ids]
+        assert reported["text_offset"] == [sum(map(len, reported["tokens"][:i])) for i in range(len(ids) + 1)]
         for place, token in enumerate(ids[1:]):
-            value = told["token_logprobs"][place + 1]
+            value = reported["token_logprobs"][place + 1]
             assert value == pytest.approx(float(expected[place, token]), abs=1e-4)
-            assert (value == max(told["top_logprobs"][place + 1].values())) == (int(expected[place].argmax()) == token)
+            assert (value == max(reported["top_logprobs"][place + 1].values())) == (
+                int(expected[place].argmax()) == token
+            )
     # An empty response has the end token.
     ended = ask(live, "/v1/completions", **fields, logit_bias={"2": 100})[1]["choices"]
     assert [len(choice["logprobs"]["tokens"]) for choice in ended] == [len(ids) + 1 for ids in rows]
@@ -159,11 +163,11 @@ def test_echo_is_streamed(live):
         streamed[one["index"]]["text"] += one["text"]
         for name, values in one["logprobs"].items():
             streamed[one["index"]]["logprobs"][name] += values
-    for choice, told in zip(choices, streamed, strict=True):
-        assert told["text"] == choice["text"]
+    for choice, reported in zip(choices, streamed, strict=True):
+        assert reported["text"] == choice["text"]
         for name in ("tokens", "text_offset"):
-            assert told["logprobs"][name] == choice["logprobs"][name]
-        pairs = zip(told["logprobs"]["token_logprobs"], choice["logprobs"]["token_logprobs"], strict=True)
+            assert reported["logprobs"][name] == choice["logprobs"][name]
+        pairs = zip(reported["logprobs"]["token_logprobs"], choice["logprobs"]["token_logprobs"], strict=True)
         assert all(a is b is None or a == pytest.approx(b, abs=1e-4) for a, b in pairs)
 
 
@@ -173,13 +177,13 @@ def test_prompt_logprobs_are_in_vllms_format(live):
     choice, answer = ask(live, max_tokens=2, prompt_logprobs=1)
     text, _ = ask(live, "/v1/completions", prompt=PROMPTS[0], max_tokens=2, prompt_logprobs=0)
     assert text["logprobs"] is None and "prompt_logprobs" not in choice
-    for ids, told, k in (
+    for ids, reported, k in (
         (chat, answer["prompt_logprobs"], 1),
         (tokenizer.encode(PROMPTS[0]), text["prompt_logprobs"], 0),
     ):
         expected = plain(ids)
-        assert told[0] is None and len(told) == len(ids)
-        for place, (token, entry) in enumerate(zip(ids[1:], told[1:], strict=True)):
+        assert reported[0] is None and len(reported) == len(ids)
+        for place, (token, entry) in enumerate(zip(ids[1:], reported[1:], strict=True)):
             own = entry[str(token)]
             assert own["logprob"] == pytest.approx(float(expected[place, token]), abs=1e-4)
             assert own["rank"] == int((expected[place] > expected[place, token]).sum()) + 1
@@ -235,17 +239,17 @@ def test_text_offsets_handle_characters_of_several_tokens(live, stream):
     """Each token's offset is the start of its character in the text, including the echoed prompt."""
     prompt = "x\u0436\u4e00y"
     tokenizer = engine().engine.processor.tokenizer
-    told: list[int] = []
+    reported: list[int] = []
     text = ""
     fields = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0}
     if stream:
         for chunk in live.openai.completions.create(model="aria-nano", stream=True, **fields):
             text += chunk.choices[0].text
-            told += chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else []
+            reported += chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else []
     else:
         choice = ask(live, "/v1/completions", **fields)[1]["choices"][0]
-        text, told = choice["text"], choice["logprobs"]["text_offset"]
+        text, reported = choice["text"], choice["logprobs"]["text_offset"]
     data = [tokenizer.token_bytes(token) for token in tokenizer.encode(prompt)]
     expected = [len(b"".join(data[:i]).decode(errors="ignore")) for i in range(len(data))]
     assert max(map(len, data)) == 1 and len(data) == 7
-    assert (text, told) == (prompt, expected)
+    assert (text, reported) == (prompt, expected)

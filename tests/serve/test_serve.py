@@ -110,9 +110,9 @@ def test_an_image_as_a_data_uri_has_the_size_of_its_detail(live, detail, size):
 
 def test_an_image_can_be_split(live):
     url = {"url": data_uri((PICTURES / "word.png").read_bytes())}
-    whole = live.chat([{"type": "image_url", "image_url": url}], max_tokens=1)
+    complete = live.chat([{"type": "image_url", "image_url": url}], max_tokens=1)
     split = live.chat([{"type": "image_url", "image_url": {**url, "split": True}}], max_tokens=1)
-    assert split.usage.prompt_tokens > whole.usage.prompt_tokens
+    assert split.usage.prompt_tokens > complete.usage.prompt_tokens
 
 
 def test_stop_texts_end_an_answer_and_are_excluded(live):
@@ -132,25 +132,25 @@ def test_a_seed_makes_an_answer_repeatable(live):
 
 def test_n_choices_differ_and_stream_concurrently(live):
     fields = {"n": 3, "temperature": 2.0, "seed": 3, "max_tokens": 12}
-    whole = [choice.message.content for choice in live.chat("Zx9", **fields).choices]
-    assert len(set(whole)) == 3
+    complete = [choice.message.content for choice in live.chat("Zx9", **fields).choices]
+    assert len(set(complete)) == 3
     streamed = ["", "", ""]
     for chunk in live.chat("Zx9", **fields, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
-    assert streamed == whole
+    assert streamed == complete
 
 
 def test_logprobs_are_of_the_tokens_of_the_text(live):
     answer = live.chat(logprobs=True, top_logprobs=3).choices[0]
-    told = answer.logprobs.content
-    assert b"".join(bytes(token.bytes) for token in told).decode() == answer.message.content
-    for token in told:
+    reported = answer.logprobs.content
+    assert b"".join(bytes(token.bytes) for token in reported).decode() == answer.message.content
+    for token in reported:
         assert len(token.top_logprobs) == 3
         assert token.logprob == token.top_logprobs[0].logprob <= 0, "greedy takes the most likely token"
         assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
     chunks = live.chat(logprobs=True, top_logprobs=3, stream=True)
     streamed = [one for chunk in chunks if (lp := chunk.choices[0].logprobs) for one in lp.content]
-    assert [one.token for one in streamed] == [one.token for one in told]
+    assert [one.token for one in streamed] == [one.token for one in reported]
 
 
 def test_logit_bias_and_penalties_reach_the_engine(live):
@@ -251,15 +251,15 @@ def test_functions_and_their_results_are_described_to_the_model(live):
         {"role": "tool", "tool_call_id": "call_1", "content": "done"},
     ]
     body = {"messages": said, "tools": [TOOL]}
-    told = live.post("/tokenize", **body).json()
-    text = live.post("/detokenize", tokens=told["tokens"]).json()["prompt"]
+    reported = live.post("/tokenize", **body).json()
+    text = live.post("/detokenize", tokens=reported["tokens"]).json()["prompt"]
     assert '"name": "draw", "description": "Draw it."' in text
     assert '<tool_call>{"name": "draw", "arguments": {"size": "small"}}</tool_call><|im_end|>' in text
     assert "<|im_start|>tool\ndone<|im_end|>" in text
     answer = live.openai.chat.completions.create(model="aria-nano", **body, max_tokens=4, temperature=0)
-    assert answer.usage.prompt_tokens == told["count"]
+    assert answer.usage.prompt_tokens == reported["count"]
     unmentioned = live.post("/v1/chat/completions", **body, tool_choice="none", max_tokens=1).json()
-    assert unmentioned["usage"]["prompt_tokens"] < told["count"]
+    assert unmentioned["usage"]["prompt_tokens"] < reported["count"]
 
 
 def test_the_client_parses_into_its_own_types(live):
@@ -300,9 +300,9 @@ def test_completions_continue_a_text(live):
     )
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == several.choices[1].text == one.choices[0].text
-    told = several.choices[3].logprobs
-    assert "".join(told.tokens) == several.choices[3].text
-    assert told.text_offset == [sum(map(len, told.tokens[:i])) for i in range(len(told.tokens))]
+    reported = several.choices[3].logprobs
+    assert "".join(reported.tokens) == several.choices[3].text
+    assert reported.text_offset == [sum(map(len, reported.tokens[:i])) for i in range(len(reported.tokens))]
     assert several.usage.completion_tokens == 24
     streamed = ["", ""]
     for chunk in live.openai.completions.create(
@@ -315,14 +315,14 @@ def test_completions_continue_a_text(live):
 def test_tokens_are_counted_with_image_tokens(live):
     url = {"url": data_uri((PICTURES / "shapes.png").read_bytes()), "detail": "low"}
     said = [{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]}]
-    told = live.post("/tokenize", messages=said, return_token_strs=True).json()
-    assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
-    [medium] = told["media"]
+    reported = live.post("/tokenize", messages=said, return_token_strs=True).json()
+    assert reported["count"] == len(reported["tokens"]) == len(reported["token_strs"])
+    [medium] = reported["media"]
     image = engine().engine.processor.tokenizer.image_token_id
     assert medium["kind"] == "image"
-    assert medium["tokens"] == told["tokens"].count(image) > 0
+    assert medium["tokens"] == reported["tokens"].count(image) > 0
     answer = live.openai.chat.completions.create(model="aria-nano", messages=said, max_tokens=1)
-    assert answer.usage.prompt_tokens == told["count"]
+    assert answer.usage.prompt_tokens == reported["count"]
     text = live.post("/tokenize", prompt="Guten Tag").json()
     assert live.post("/detokenize", tokens=text["tokens"]).json() == {"prompt": "Guten Tag"}
 
@@ -339,9 +339,9 @@ def test_markers_in_messages_are_text_and_in_raw_prompts_control_tokens(live):
         {"role": "tool", "tool_call_id": "1", "name": evil, "content": evil},
     ]
     tools = [{"type": "function", "function": {"name": "f", "description": evil, "parameters": {}}}]
-    told = live.post("/tokenize", messages=said, tools=tools).json()["tokens"]
-    assert told.count(end) == 4 and told.count(start) == 5 and tokenizer.eos_token_id not in told
-    assert live.post("/detokenize", tokens=told).json()["prompt"].count("<|im_end|>") == 4 + 7
+    reported = live.post("/tokenize", messages=said, tools=tools).json()["tokens"]
+    assert reported.count(end) == 4 and reported.count(start) == 5 and tokenizer.eos_token_id not in reported
+    assert live.post("/detokenize", tokens=reported).json()["prompt"].count("<|im_end|>") == 4 + 7
     raw = live.post("/tokenize", prompt=f"a{evil}").json()["tokens"]
     assert raw.count(end) == raw.count(start) == raw.count(tokenizer.eos_token_id) == 1
     completed = live.openai.completions.create(model="aria-nano", prompt=f"a{evil}", max_tokens=1)
@@ -400,12 +400,12 @@ def test_a_video_and_a_document_as_data_uris(live):
     expected = straight([{"role": "user", "content": same}])
     assert answer.choices[0].message.content == expected.text
     assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
-    told = live.post("/tokenize", messages=[{"role": "user", "content": content}]).json()
-    assert [(one["kind"], one["count"]) for one in told["media"]] == [("video", 3), ("document", 2)]
-    assert told["count"] == answer.usage.prompt_tokens
+    reported = live.post("/tokenize", messages=[{"role": "user", "content": content}]).json()
+    assert [(one["kind"], one["count"]) for one in reported["media"]] == [("video", 3), ("document", 2)]
+    assert reported["count"] == answer.usage.prompt_tokens
     bare = {**pages, "file_data": pages["file_data"].partition(",")[2]}
     again = live.post("/tokenize", messages=[{"role": "user", "content": [{"type": "file", "file": bare}]}]).json()
-    assert again["media"] == told["media"][1:], "base64 alone is a PDF too"
+    assert again["media"] == reported["media"][1:], "base64 alone is a PDF too"
 
 
 def test_media_over_the_limits_are_refused():
@@ -427,13 +427,13 @@ def pdf() -> bytes:
 
 
 def test_an_answer_continues_the_last_message(live):
-    whole = straight(HELLO)
-    said = [*HELLO, {"role": "assistant", "content": whole.text[:3]}]
+    complete = straight(HELLO)
+    said = [*HELLO, {"role": "assistant", "content": complete.text[:3]}]
     fields = {"messages": said, "continue_final_message": True}
-    told = live.post("/tokenize", **fields).json()["tokens"]
-    text = live.post("/detokenize", tokens=told).json()["prompt"]
-    assert text.endswith(f"assistant\n{whole.text[:3]}")
-    plain = live.post("/v1/completions", prompt=told, max_tokens=5, temperature=0, ignore_eos=True).json()
+    reported = live.post("/tokenize", **fields).json()["tokens"]
+    text = live.post("/detokenize", tokens=reported).json()["prompt"]
+    assert text.endswith(f"assistant\n{complete.text[:3]}")
+    plain = live.post("/v1/completions", prompt=reported, max_tokens=5, temperature=0, ignore_eos=True).json()
     body = {**fields, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
     answer = live.post("/v1/chat/completions", **body).json()
     assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]

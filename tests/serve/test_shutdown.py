@@ -163,7 +163,7 @@ def test_a_stuck_thread_does_not_keep_the_process_alive(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert error_of(asked.result(), 503)["code"] == "overloaded"
         assert server.ends() == 0
-        assert "threads are still at work" in server.process.stderr.read()
+        assert "threads are still running" in server.process.stderr.read()
 
 
 @pytest.mark.slow
