@@ -1,4 +1,4 @@
-"""The configuration: every published variant, today's layout and back, transformers' reading, and what is refused."""
+"""The configuration: every published variant, round trips, transformers' reading, and what is rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 
 def today() -> Json:
-    """The fields of rhymes-ai/Aria's own config.json, its odd spelling of the vision heads included."""
+    """The fields of rhymes-ai/Aria's own config.json, including its odd spelling of the vision heads."""
     return {
         "_name_or_path": "rhymes-ai/Aria",
         "architectures": ["AriaForConditionalGeneration"],
@@ -102,7 +102,7 @@ def test_published_variants(name):
     data, expected = PUBLISHED[name]
     before = copy.deepcopy(data)
     assert AriaConfig.from_dict(data) == expected
-    assert data == before, "reading changed what it read"
+    assert data == before, "reading changed its input"
 
 
 def test_published_values():
@@ -119,7 +119,7 @@ def test_published_values():
     assert config.image_sizes() == {490: 128, 980: 256}
 
 
-def test_the_expert_width_is_never_the_unused_number():
+def test_the_unused_width_is_never_the_expert_width():
     assert AriaConfig.from_dict(original()).text.intermediate_size == 1664
     assert AriaConfig.from_dict(original(intermediate_size=1)).text.intermediate_size == 1664
     without = original()
@@ -127,7 +127,7 @@ def test_the_expert_width_is_never_the_unused_number():
     assert AriaConfig.from_dict(without).text.intermediate_size == 13568
 
 
-def test_attention_heads_of_vision_is_passed_over():
+def test_attention_heads_of_vision_is_ignored():
     data = today()
     data["vision_config"]["attention_heads"] = 8
     assert AriaConfig.from_dict(data).vision.num_attention_heads == 16
@@ -135,7 +135,7 @@ def test_attention_heads_of_vision_is_passed_over():
     assert AriaConfig.from_dict(data).vision.num_attention_heads == 8
 
 
-def test_what_is_missing_or_null_is_the_published_value():
+def test_missing_and_null_values_are_the_published_ones():
     bare = {"model_type": "aria", "text_config": {}, "vision_config": {}}
     assert AriaConfig.from_dict(bare) == AriaConfig.aria()
     nulls = {
@@ -239,7 +239,7 @@ def assert_same_as_transformers(ours: AriaConfig, theirs: Any) -> None:
     [longer_context(theta=100_000.0), dataclasses.replace(tiny_config(key_value_heads=2), image_token_index=13)],
     ids=["published", "tiny"],
 )
-def test_transformers_reads_ours_and_we_read_theirs(tmp_path, config):
+def test_transformers_reads_our_files_and_we_read_its_files(tmp_path, config):
     config.save_pretrained(tmp_path / "ours")
     theirs = transformers.AriaConfig.from_pretrained(tmp_path / "ours")
     assert_same_as_transformers(config, theirs)
@@ -292,37 +292,37 @@ REFUSED: dict[str, tuple[str | None, Json, str]] = {
     "no heads": ("text_config", {"num_attention_heads": 0}, "num_attention_heads should be above 0"),
     "vision heads": ("vision_config", {"num_attention_heads": 7}, "vision.hidden_size 1152 does not divide over 7"),
     "grouped heads": ("text_config", {"num_key_value_heads": 3}, "20 attention heads do not divide over 3"),
-    "more than all": (
+    "more than all experts": (
         "text_config",
         {"moe_topk": 65, "num_experts_per_tok": 65},
-        "moe_topk 65 is more than the 64 experts",
+        "moe_topk 65 is more than the number of experts, 64",
     ),
     "two answers": ("text_config", {"num_experts_per_tok": 2}, "moe_topk is 6, but num_experts_per_tok is 2"),
     "no number": ("text_config", {"rope_theta": float("nan")}, r"rope_theta (should be a number above 0, but )?is nan"),
     "sliding window": ("text_config", {"sliding_window": 4096}, "sliding_window of the decoder is 4096"),
     "picture token far off": (None, {"image_token_index": 10**9}, "is not in the vocabulary of 100352"),
     "odd heads": ("text_config", {"head_dim": 127}, "head_dim 127 is odd"),
-    "layers without end": ("text_config", {"num_hidden_layers": 10**9}, r"text\.num_hidden_layers .*at most 512, but"),
-    "vision layers without end": ("vision_config", {"num_hidden_layers": 10**9}, r"vision\.num_hidden_layers"),
-    "experts without end": ("text_config", {"moe_num_experts": 10**9}, r"text\.moe_num_experts .* but is 1000000000"),
+    "layers too large": ("text_config", {"num_hidden_layers": 10**9}, r"text\.num_hidden_layers .*at most 512, but"),
+    "vision layers too large": ("vision_config", {"num_hidden_layers": 10**9}, r"vision\.num_hidden_layers"),
+    "experts too large": ("text_config", {"moe_num_experts": 10**9}, r"text\.moe_num_experts .* but is 1000000000"),
     "many experts in many layers": (
         "text_config",
         {"moe_num_experts": 4096, "num_hidden_layers": 512},
         "moe_num_experts 4096 make 2,097,152 experts",
     ),
-    "width without end": ("text_config", {"hidden_size": 10**9}, r"text\.hidden_size should be at most"),
-    "experts' width without end": ("text_config", {"intermediate_size": 10**30}, r"text\.intermediate_size"),
-    "pictures without end": ("vision_config", {"image_size": 10**9}, r"vision\.image_size should be at most 4,096"),
-    "context without end": ("text_config", {"max_position_embeddings": 10**18}, r"text\.max_position_embeddings"),
-    "vocabulary without end": ("text_config", {"vocab_size": 10**12}, r"text\.vocab_size should be at most"),
-    "parameters without end": (
+    "width too large": ("text_config", {"hidden_size": 10**9}, r"text\.hidden_size should be at most"),
+    "experts' width too large": ("text_config", {"intermediate_size": 10**30}, r"text\.intermediate_size"),
+    "pictures too large": ("vision_config", {"image_size": 10**9}, r"vision\.image_size should be at most 4,096"),
+    "context too large": ("text_config", {"max_position_embeddings": 10**18}, r"text\.max_position_embeddings"),
+    "vocabulary too large": ("text_config", {"vocab_size": 10**12}, r"text\.vocab_size should be at most"),
+    "parameters too large": (
         "text_config",
         {"hidden_size": 1 << 17, "intermediate_size": 1 << 20, "moe_intermediate_size": None, "head_dim": 128},
-        r"parameters is larger than any; at most 1e\+13 .*hidden_size 131,072",
+        r"parameters is too large; at most 1e\+13 .*hidden_size 131,072",
     ),
     "theta beyond floats": ("text_config", {"rope_theta": 10**400}, "rope_theta .*1000000"),
     "eps of one million": ("text_config", {"rms_norm_eps": 1e6}, r"text\.rms_norm_eps should be at most 1\.0"),
-    "queries without end": (None, {"projector_patch_to_query_dict": {"1225": 10**9}}, "to 1 to 65,536 queries"),
+    "queries too large": (None, {"projector_patch_to_query_dict": {"1225": 10**9}}, "to 1 to 65,536 queries"),
     "fractions of queries": (None, {"projector_patch_to_query_dict": {"1225": 1.5}}, "should map patches to queries"),
     "yes for queries": (None, {"projector_patch_to_query_dict": {"1225": True}}, "should map patches to queries"),
     "pad token far off": (None, {"pad_token_id": 10**9}, "pad_token_id 1000000000 is not in the vocabulary"),
@@ -332,7 +332,7 @@ REFUSED: dict[str, tuple[str | None, Json, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(tmp_path, name):
+def test_rejected(tmp_path, name):
     part, fields, message = REFUSED[name]
     data = changed(today(), part, **fields)
     with pytest.raises(ValueError, match=message):
@@ -344,7 +344,7 @@ def test_refused(tmp_path, name):
     assert str(file) in str(refusal.value), "the message should name the file"
 
 
-def test_files_refused(tmp_path):
+def test_rejected_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         AriaConfig.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json; a model folder needs one"):
@@ -357,7 +357,7 @@ def test_files_refused(tmp_path):
             AriaConfig.from_pretrained(tmp_path)
 
 
-def test_made_by_hand_is_checked_too():
+def test_constructed_configurations_are_checked_too():
     with pytest.raises(ValueError, match="square numbers of patches"):
         AriaConfig(projector=ProjectorConfig(patch_to_query={}))
     with pytest.raises(ValueError, match=r"vision\.patch_size should be above 0"):

@@ -1,7 +1,7 @@
-"""Configuration of Aria: one frozen description, read from every published ``config.json`` and written as today's.
+"""Configuration of Aria: frozen dataclasses, read from every published ``config.json``, written in the current layout.
 
-Defaults are the values of rhymes-ai/Aria (25.3B), because the published files leave many keys out and the class
-defaults of other implementations are far from the real model.
+Defaults are the values of rhymes-ai/Aria (25.3B), because the published files omit many keys and the class defaults of
+other implementations are far from the real model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIG_NAME = "config.json"
 
 MOST_PARAMETERS = 10**13
 MOST_CROP_TOKENS = 1 << 16
-"""Queries that stand for one crop."""
+"""Maximum number of image tokens of one crop."""
 _MOST: Mapping[str, float] = {
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -42,10 +42,10 @@ _MOST: Mapping[str, float] = {
     "max_position_embeddings": 1 << 26,
     "rope_theta": 1e15,
 }
-"""Many times what any model has. A model is laid out by its configuration before it is compared with its weights, so
-one that asks for more must fail before."""
+"""Upper bounds, far beyond any model. Modules are created from the configuration before weights are checked, so larger
+values must fail here."""
 _MOST_EXPERTS = 1 << 17
-"""Of all layers: some layouts have tensors for each."""
+"""Maximum over all layers: some layouts have separate tensors for each expert."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -62,7 +62,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The ViT (SigLIP-SO400M's shape, positions by fractional buckets as in NaViT)."""
+    """The vision encoder, a ViT with the shape of SigLIP-SO400M and fractional positions as in NaViT."""
 
     model_type: ClassVar[str] = "idefics3_vision"
     hidden_size: int = 1152
@@ -76,6 +76,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -85,15 +86,16 @@ class VisionConfig:
 
     @property
     def patch_weights(self) -> int:
-        """Weights of the patch embedding, which each patch multiplies with."""
+        """Weights of the patch embedding, by which each patch is multiplied."""
         return self.num_channels * self.patch_size**2 * self.hidden_size
 
     @property
     def layer_weights(self) -> int:
-        """Weights of one layer that each patch multiplies with: attention's projections and the MLP."""
+        """Weights of one layer by which each patch is multiplied: projections of attention and the MLP."""
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
 
     def num_parameters(self) -> int:
+        """All parameters of the vision encoder."""
         D, F = self.hidden_size, self.intermediate_size
         biases_and_norms = 4 * D + D + F + 4 * D
         layers = self.num_hidden_layers * (self.layer_weights + biases_and_norms)
@@ -102,7 +104,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """The cross-attention resampler: how many queries stand for a crop of so many patches."""
+    """The projector, a cross-attention resampler with a number of queries for each crop size."""
 
     patch_to_query: Mapping[int, int] = field(default_factory=lambda: {1225: 128, 4900: 256})
     hidden_size: int = 1152
@@ -112,23 +114,24 @@ class ProjectorConfig:
 
     @property
     def num_queries(self) -> int:
-        """Rows of the learned query table; a smaller crop uses the first rows of it."""
+        """Rows of the learned query table; smaller crops use the first ones."""
         return max(self.patch_to_query.values())
 
     def queries_for(self, patches: int) -> int:
-        """Queries that stand for a crop of ``patches`` patches (padding included).
+        """Number of image tokens of a crop of ``patches`` patches, padding included.
 
         Raises:
-            ValueError: the table has no such crop.
+            ValueError: The table has no such crop.
         """
         if patches not in self.patch_to_query:
             raise ValueError(
                 f"a crop of {patches} patches has no entry in the projector's table {dict(self.patch_to_query)}; "
-                "use one of the picture sizes that the model was made for"
+                "use one of the image sizes that the model was trained for"
             )
         return self.patch_to_query[patches]
 
     def num_parameters(self) -> int:
+        """All parameters of the projector."""
         D, O = self.hidden_size, self.output_size
         attention = 3 * D * D + (3 * D * D + 3 * D) + 2 * (D * D + D)
         return self.num_queries * D + attention + 3 * 2 * D + D * O + O * O
@@ -136,13 +139,13 @@ class ProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The decoder: Llama's attention, a mixture of experts in every layer."""
+    """The decoder: Llama's attention and a mixture of experts in every layer."""
 
     model_type: ClassVar[str] = "aria_text"
     vocab_size: int = 100352
     hidden_size: int = 2560
     intermediate_size: int = 1664
-    """Width F of one expert."""
+    """Width of one expert."""
     moe_num_experts: int = 64
     moe_topk: int = 6
     moe_num_shared_experts: int = 2
@@ -171,31 +174,32 @@ class TextConfig:
 
     @property
     def dense_weights(self) -> int:
-        """Weights of one layer that each token multiplies with: attention, router and shared experts."""
+        """Weights of one layer by which each token is multiplied: attention, router and shared experts."""
         attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         return self.hidden_size * (attention + self.moe_num_experts + 3 * self.shared_size)
 
     @property
     def head_weights(self) -> int:
-        """Weights of the language head, as many as the embedding table has."""
+        """Weights of the language model head, as many as in the embedding table."""
         return self.vocab_size * self.hidden_size
 
     def _layer_parameters(self, experts: int) -> int:
         return self.dense_weights + experts * self.expert_weights + 2 * self.hidden_size
 
     def num_parameters(self) -> int:
+        """All parameters of the decoder, with embedding table and head."""
         layers = self.num_hidden_layers * self._layer_parameters(self.moe_num_experts)
         return 2 * self.head_weights + layers + self.hidden_size
 
     def active_parameters(self) -> int:
-        """Parameters that one token multiplies with: layers, final norm and head, without the embedding table."""
+        """Parameters used for one token: layers, final norm and head, without the embedding table."""
         layers = self.num_hidden_layers * self._layer_parameters(self.moe_topk)
         return self.head_weights + layers + self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class AriaConfig:
-    """Aria = vision + projector + text. Fields carry the Hub's names, every default filled in."""
+    """Vision encoder, projector and decoder. Fields have the Hub's names; every default is filled in."""
 
     model_type: ClassVar[str] = "aria"
     tie_word_embeddings: ClassVar[bool] = False
@@ -235,7 +239,7 @@ class AriaConfig:
 
     @classmethod
     def aria(cls) -> AriaConfig:
-        """The published shape, 25.3B parameters."""
+        """The published model, 25.3B parameters."""
         return cls()
 
     @classmethod
@@ -245,8 +249,8 @@ class AriaConfig:
         """Read ``config.json`` of a folder, a file, a Hub repository, or (None) the packaged nano model.
 
         Raises:
-            FileNotFoundError: there is no such folder, repository or file.
-            ValueError: the file is not a configuration of Aria.
+            FileNotFoundError: There is no such folder, repository or file.
+            ValueError: The file is not a configuration of Aria.
         """
         path = resolve(path_or_repo_id, revision=revision, allow_patterns=[CONFIG_NAME])
         file = path / CONFIG_NAME if path.is_dir() else path
@@ -261,7 +265,7 @@ class AriaConfig:
         """Read the JSON object of any published variant, original or as transformers writes it.
 
         Raises:
-            ValueError: not Aria, or a setting that changes the arithmetic and that Aria does not have.
+            ValueError: Not Aria, or a setting changes the arithmetic in a way that Aria does not support.
         """
         if not isinstance(data, Mapping) or data.get("model_type") != "aria":
             came = data.get("model_type") if isinstance(data, Mapping) else type(data).__name__
@@ -293,7 +297,7 @@ class AriaConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Today's Hub layout with every value spelled out; transformers and vLLM read it as it is."""
+        """The current Hub layout with every value spelled out; transformers and vLLM can read it."""
         dtype = str(self.dtype).removeprefix("torch.")
         vision, text = dataclasses.asdict(self.vision), dataclasses.asdict(self.text)
         return {
@@ -312,16 +316,16 @@ class AriaConfig:
         }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` into ``folder``, which is made if it is not there."""
+        """Write ``config.json`` into ``folder``, which is created if it does not exist."""
         write_json(Path(folder) / CONFIG_NAME, self.to_dict())
 
     def image_sizes(self) -> dict[int, int]:
-        """Side of a square crop in pixels -> queries that stand for it, e.g. ``{490: 128, 980: 256}``."""
+        """Side of a square crop in pixels -> its number of image tokens, e.g. ``{490: 128, 980: 256}``."""
         sizes = {math.isqrt(p) * self.vision.patch_size: q for p, q in self.projector.patch_to_query.items()}
         return dict(sorted(sizes.items()))
 
     def parameters_by_part(self) -> dict[str, int]:
-        """Parameters of each organ; they add up to :meth:`num_parameters`."""
+        """Parameters of each component; they add up to :meth:`num_parameters`."""
         text, embedding = self.text, self.text.head_weights
         experts = text.num_hidden_layers * text.moe_num_experts * text.expert_weights
         return {
@@ -334,15 +338,15 @@ class AriaConfig:
         }
 
     def num_parameters(self) -> int:
-        """All parameters of the model, without the dead post-LayerNorm that the Hub's files carry."""
+        """All parameters of the model, without the unused post-LayerNorm in the Hub's files."""
         return self.vision.num_parameters() + self.projector.num_parameters() + self.text.num_parameters()
 
     def active_parameters(self) -> int:
-        """Parameters that one text token multiplies with, head included, embedding table not."""
+        """Parameters used for one text token, with the head and without the embedding table."""
         return self.text.active_parameters()
 
     def cache_bytes_per_token(self, dtype: torch.dtype | str = torch.bfloat16) -> int:
-        """Bytes of keys and values that one token of context takes."""
+        """Bytes of keys and values for one token of context."""
         text = self.text
         return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * parse_dtype(dtype).itemsize
 
@@ -377,7 +381,7 @@ def _number(data: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _refuse(data: Mapping[str, Any], expected: Mapping[str, Any], owner: str) -> None:
-    """Settings that would change the arithmetic: silence or Aria's value passes, anything else is an error."""
+    """Reject settings that would change the arithmetic: they must be absent or have Aria's value."""
     for key, value in expected.items():
         if data.get(key) is not None and data[key] != value:
             came = f"{data[key]!r:.100}"
@@ -391,7 +395,7 @@ def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
         raise ValueError(f"vision_config.model_type is {came}, expected one of {', '.join(known)}")
     _refuse(data, {"hidden_act": "gelu_pytorch_tanh"}, "the vision encoder")
     defaults = VisionConfig()
-    # Today's Hub config spells the heads `attention_heads`; loaders pass over that key, so its default counts.
+    # The current Hub config names the heads `attention_heads`; loaders ignore that key, so the default applies.
     names = [f.name for f in dataclasses.fields(VisionConfig) if f.name != "layer_norm_eps"]
     integers = {name: _integer(data, name, getattr(defaults, name)) for name in names}
     return VisionConfig(**integers, layer_norm_eps=_number(data, "layer_norm_eps", defaults.layer_norm_eps))
@@ -408,14 +412,14 @@ def _read_text(data: Mapping[str, Any]) -> TextConfig:
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters should be an object, but is {rope!r:.100}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rotary scaling {rope!r:.100} is not Aria's; only the default kind is known")
+        raise ValueError(f"rotary scaling {rope!r:.100} is not Aria's; only the default type is supported")
     defaults = TextConfig()
     hidden = _integer(data, "hidden_size", defaults.hidden_size)
     heads = _integer(data, "num_attention_heads", defaults.num_attention_heads)
     if not heads:
         raise ValueError("num_attention_heads should be above 0")
-    # `intermediate_size` is an expert's width in today's files; in the others it is an unused 13568 beside
-    # `moe_intermediate_size`, which then is the width.
+    # `intermediate_size` is an expert's width in current files; in the others it is an unused 13568 beside
+    # `moe_intermediate_size`, which is the width.
     width = "moe_intermediate_size" if data.get("moe_intermediate_size") else "intermediate_size"
     topk = _integer(data, "moe_topk", _integer(data, "num_experts_per_tok", defaults.moe_topk))
     if _integer(data, "num_experts_per_tok", topk) != topk:
@@ -441,7 +445,7 @@ def _read_text(data: Mapping[str, Any]) -> TextConfig:
 
 
 def _check(config: AriaConfig) -> None:
-    """Shapes that cannot work are an error here, before any memory is taken."""
+    """Reject shapes that cannot work, before any memory is allocated."""
     vision, text = config.vision, config.text
     for owner, part in (("vision", vision), ("text", text)):
         for f in dataclasses.fields(part):
@@ -453,7 +457,7 @@ def _check(config: AriaConfig) -> None:
     if experts > _MOST_EXPERTS:
         raise ValueError(
             f"text.num_hidden_layers {text.num_hidden_layers} and text.moe_num_experts {text.moe_num_experts} make "
-            f"{experts:,} experts; at most {_MOST_EXPERTS:,} are read"
+            f"{experts:,} experts; at most {_MOST_EXPERTS:,} are supported"
         )
     if vision.hidden_size % vision.num_attention_heads:
         raise ValueError(
@@ -466,9 +470,9 @@ def _check(config: AriaConfig) -> None:
     if not 0 <= config.image_token_index < text.vocab_size:
         raise ValueError(f"image_token_index {config.image_token_index} is not in the vocabulary of {text.vocab_size}")
     if text.moe_topk > text.moe_num_experts:
-        raise ValueError(f"moe_topk {text.moe_topk} is more than the {text.moe_num_experts} experts there are")
+        raise ValueError(f"moe_topk {text.moe_topk} is more than the number of experts, {text.moe_num_experts}")
     if text.head_dim % 2:
-        raise ValueError(f"head_dim {text.head_dim} is odd; rotary positions turn pairs")
+        raise ValueError(f"head_dim {text.head_dim} is odd; rotary positions need an even number")
     if config.pad_token_id is not None and config.pad_token_id >= text.vocab_size:
         raise ValueError(f"pad_token_id {config.pad_token_id} is not in the vocabulary of {text.vocab_size}")
     table = config.projector.patch_to_query
@@ -484,6 +488,6 @@ def _check(config: AriaConfig) -> None:
     if (parameters := config.num_parameters()) > MOST_PARAMETERS:
         sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
         raise ValueError(
-            f"a model of {parameters:.3g} parameters is larger than any; at most {MOST_PARAMETERS:.0e} are read (text: "
+            f"a model of {parameters:.3g} parameters is too large; at most {MOST_PARAMETERS:.0e} are supported (text: "
             f"{', '.join(f'{name} {size:,}' for name, size in sizes.items())})"
         )

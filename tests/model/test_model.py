@@ -1,4 +1,4 @@
-"""Our Aria against transformers' own, on the same random weights in float32."""
+"""Our Aria against transformers' Aria, on the same random weights in float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_logits_equal_transformers(pair, name, implementation):
         got = ours(**inputs).logits
         expected = theirs(**inputs).logits
     real = inputs["attention_mask"].bool()
-    assert expected[real].std() > 0.1, "the weights are too small to tell anything"
+    assert expected[real].std() > 0.1, "the weights are too small for a meaningful comparison"
     assert (got - expected)[real].abs().max() < TOLERANCE
 
 
@@ -47,14 +47,14 @@ def test_no_pixel_mask_means_all_pixels(pair):
         assert (ours(**inputs).logits - theirs(**inputs).logits).abs().max() < TOLERANCE
 
 
-def test_padding_is_never_computed_and_never_matters():
+def test_padding_is_never_computed_and_has_no_effect():
     config = tiny_config()
     model = tiny_model(config)
     inputs = crops(490, [(336, 490), (490, 367)])
     packed = pack_patches(inputs["pixel_values"], inputs["pixel_mask"], config.vision)
     assert packed.segments.lengths == (24 * 35, 35 * 27)
     noise = inputs["pixel_values"].where(inputs["pixel_mask"][:, None], 7.0)
-    # A patch of which any pixel is real is read whole, so noise starts behind the last such patch.
+    # A patch with any real pixel is read as a whole, so noise starts after the last such patch.
     noise[0, :, 336:], noise[1, :, :, :378] = 7.0, inputs["pixel_values"][1, :, :, :378]
     with torch.no_grad():
         clean = model.encode_images(packed)
@@ -63,7 +63,7 @@ def test_padding_is_never_computed_and_never_matters():
 
 
 def test_vision_output_has_no_final_norm(pair):
-    """A random post-LayerNorm in transformers' model changes nothing in its features, nor do we have one."""
+    """A random post-LayerNorm in transformers' model does not change its features; ours has none."""
     ours, theirs = pair
     assert not any("post_layernorm" in name for name in ours.model.state_dict())
     inputs = crops(490, [(336, 490)])
@@ -106,7 +106,7 @@ def test_position_buckets_differ_from_the_ideal_only_where_float32_does():
     }
 
 
-def test_packing_sequences_equals_running_them_alone():
+def test_packed_sequences_equal_single_ones():
     config = tiny_config()
     model = tiny_model(config)
     prompts = [torch.tensor(ids(n, seed=n)) for n in (7, 1, 30)]
@@ -116,7 +116,7 @@ def test_packing_sequences_equals_running_them_alone():
     assert (together - torch.cat(alone)).abs().max() < TOLERANCE
 
 
-def test_loss_leaves_out_padding_and_pictures(pair):
+def test_loss_excludes_padding_and_images(pair):
     ours, theirs = pair
     inputs = left_padded([ids(4, [128], 9), ids(20, seed=1)]) | crops(490, [(336, 490)])
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -141,7 +141,7 @@ def test_router_logits_on_request(pair):
         assert (mine - other).abs().max() < TOLERANCE
 
 
-def test_random_weights_are_seeded_and_on_every_parameter():
+def test_random_weights_are_seeded_for_every_parameter():
     config = tiny_config()
     first, again, other = (Aria.random(config, dtype=torch.float32, seed=seed) for seed in (3, 3, 4))
     for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
@@ -152,7 +152,7 @@ def test_random_weights_are_seeded_and_on_every_parameter():
     assert sum(p.numel() for p in first.parameters()) == config.num_parameters()
 
 
-def test_published_shape_has_its_published_size():
+def test_the_published_configuration_has_the_published_size():
     with torch.device("meta"):
         model = Aria(AriaConfig.aria())
     assert sum(p.numel() for p in model.parameters()) == 25_307_308_912 == AriaConfig.aria().num_parameters()
@@ -173,7 +173,7 @@ def test_published_shape_has_its_published_size():
         ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels should be"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(pair, change, message):
+def test_inputs_that_do_not_fit_are_rejected(pair, change, message):
     inputs = left_padded([ids(4, [128], 9)]) | crops(490, [(336, 490)]) | change
     with pytest.raises(ValueError, match=message):
         pair[0](**inputs)

@@ -20,7 +20,7 @@ def test_expert_mlp(tokens, dtype):
     E, D, F, A = 16, 128, 48, 3
     x, fc1, fc2 = (torch.randn(shape) * 0.2 for shape in ((tokens, D), (E, D, 2 * F), (E, F, D)))
     logits = torch.randn(tokens, E)
-    logits[:, 5:9] = -20.0  # experts that nobody chooses
+    logits[:, 5:9] = -20.0  # experts that no token chooses
     weights, index = ops.route(logits, A)
     expected = ops.reference.expert_mlp(
         x.double(), ops.ExpertWeights(fc1.double(), fc2.double()), weights.double(), index
@@ -75,7 +75,7 @@ def test_generation_on_the_gpu_equals_the_cpu_in_float32():
     assert torch.equal(got.cpu(), expected)
 
 
-def test_loading_straight_to_the_gpu(tmp_path):
+def test_loading_directly_to_the_gpu(tmp_path):
     model = AriaForConditionalGeneration(Aria.random(CONFIG, dtype=torch.bfloat16, device="cpu"))
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     loaded = AriaForConditionalGeneration.from_pretrained(tmp_path, device="cuda")

@@ -1,4 +1,4 @@
-"""`AriaOutput`: one thing in the shapes of a mapping, a tuple and an object."""
+"""`AriaOutput` as a mapping, a tuple and an object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aria.model.output import AriaOutput
 LOGITS, LOSS = torch.zeros(1, 2, 3), torch.ones(())
 
 
-def test_it_is_made_again_from_what_it_gives() -> None:
+def test_it_can_be_rebuilt_from_its_items() -> None:
     output = AriaOutput(logits=LOGITS, loss=LOSS, hidden_states=None)
     assert list(output) == ["loss", "logits"] and output.to_tuple() == output[:] == (LOSS, LOGITS)
     pairs = ((key, output[key]) for key in output)
@@ -27,7 +27,7 @@ def test_it_is_made_again_from_what_it_gives() -> None:
     assert type(pytree.tree_unflatten(values, spec)["a"]) is AriaOutput
 
 
-def test_what_is_set_shows_everywhere_and_in_order() -> None:
+def test_assignments_are_visible_everywhere_and_in_order() -> None:
     output = AriaOutput(logits=LOGITS)
     output.loss = LOSS
     assert output[0] is output["loss"] is LOSS and list(output.items()) == [("loss", LOSS), ("logits", LOGITS)]
@@ -37,7 +37,7 @@ def test_what_is_set_shows_everywhere_and_in_order() -> None:
     assert "loss" not in output and output[0] is LOGITS
 
 
-def test_fields_that_do_not_exist_are_refused_by_name() -> None:
+def test_unknown_fields_are_rejected_by_name() -> None:
     for wrong in (lambda: AriaOutput({"attentions": LOGITS}), lambda: AriaOutput(logits=LOGITS, scores=LOGITS)):
         with pytest.raises(TypeError, match=r"AriaOutput has no field (attentions|scores); there are loss, logits"):
             wrong()

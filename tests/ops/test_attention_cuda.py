@@ -26,7 +26,7 @@ def wide(*tensors):
 
 
 def paged(lengths, H, KV, K, dtype):
-    """q, k, v of one token a sequence, positions, shuffled tables and a cache, all random."""
+    """Random q, k and v of one token per sequence, positions, shuffled block tables and a cache."""
     M = max(lengths) // S + 1
     count = len(lengths) * M
     q, k, v = torch.randn(len(lengths), H + 2 * KV, K, device="cuda", dtype=dtype).split([H, KV, KV], dim=1)
@@ -37,7 +37,7 @@ def paged(lengths, H, KV, K, dtype):
 
 
 def exactly(inputs):
-    """The same in float64, on a cache of its own."""
+    """The same in float64, with a separate cache."""
     cache = inputs[5]
     return *wide(*inputs[:5]), _double(cache)
 
@@ -56,7 +56,7 @@ def test_decode_attention(H, KV, K, dtype):
 
 
 def test_decode_attention_in_a_graph():
-    """The graph serves any lengths that its tables hold, and leaves its counters as it found them."""
+    """The graph works for any lengths that its block tables allow, and leaves its counters at zero."""
     torch.manual_seed(1)
     inputs = paged(LENGTHS, 20, 20, 128, torch.bfloat16)
     positions = inputs[3]
@@ -83,7 +83,7 @@ def test_paged_attention():
 
 
 def chunks_by_head(q, k, v, cache, chunks):
-    """The reference in float64, whose scores of all heads at once would fill the memory."""
+    """The reference in float64, head by head: the scores of all heads would not fit into memory."""
     heads = zip(*(x.split(1, dim=1) for x in (q, k, v, cache.keys, cache.values)), strict=True)
     wider = ((*wide(q, k, v), cache._replace(keys=keys, values=values)) for q, k, v, keys, values in heads)
     return torch.cat([reference.chunks_attention(q, k, v, _double(own), chunks) for q, k, v, own in wider], dim=1)
@@ -114,12 +114,12 @@ def test_chunks_attention(lengths, pasts, dtype):
     q, k, v = torch.randn(sum(lengths), 3 * H, K, device="cuda", dtype=dtype).split(H, dim=1)
     keys, values = torch.randn(2, N * M + 1, H, S, K, device="cuda", dtype=dtype)
     if not any(pasts):
-        keys, values = keys * float("nan"), values * float("nan")  # nobody may read them
+        keys, values = keys * float("nan"), values * float("nan")  # they must not be read
     blocks = (torch.randperm(N * M, device="cuda") + 1).view(N, M).int()
     cache, chunks = PagedKV(keys, values, reference.rope_angles(1, K, 5e6, "cuda")), Chunks(blocks, lengths, pasts)
     got = chunk_attention.chunks_attention_triton(q, k, v, cache, chunks)
     expected = chunks_by_head(q, k, v, cache, chunks)
-    # All of a norm over many tokens hides a few wrong ones.
+    # A norm over many tokens would hide a few wrong ones.
     for ours, theirs in zip(got.split(lengths), expected.split(lengths), strict=True):
         assert relative_error(ours[-1], theirs[-1]) < 2 * ERROR[dtype]
         assert relative_error(ours, theirs) < ERROR[dtype]

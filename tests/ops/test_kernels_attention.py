@@ -1,4 +1,4 @@
-"""The decoder's attention against its references: kernels through Triton's interpreter, and the CPU's own way."""
+"""The decoder's attention against its references: kernels in Triton's interpreter, and the CPU's version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from aria.ops import Chunks, PagedKV, reference
 from aria.ops.attention import decode_attention_per_sequence, paged_attention_per_sequence
 from aria.ops.kernels import chunk_attention, norm, paged_attention, rotary
-from tests.helpers import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
+from tests.helpers import interpreter  # noqa: F401  (fixes Triton's for current NumPy)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -22,7 +22,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def paged(lengths, H=4, KV=4, K=32, S=16, M=None, dtype=torch.float32):
-    """Random q, k, v of one token a sequence, a random cache, and tables that use its blocks in random order."""
+    """Random q, k, v of one token per sequence, a random cache, and block tables in random order."""
     N, M = len(lengths), M or max(lengths) // S + 1
     fused = torch.randn(N, H + 2 * KV, K, dtype=dtype)
     q, k, v = fused.split([H, KV, KV], dim=1)
@@ -56,7 +56,7 @@ def test_decode_attention(lengths, H, KV, K, S, decode):
     arrivals = torch.zeros(len(lengths) * H, dtype=torch.int32)
     cache = PagedKV(keys.clone(), values.clone(), angles, arrivals)
     expected = reference.decode_attention(q, k, v, positions, blocks, PagedKV(keys, values, angles))
-    for _ in range(2):  # twice: the counters are at zero again
+    for _ in range(2):  # twice: the counters are zero again
         got = decode(q, k, v, positions, blocks, cache)
         assert not arrivals.any()
         assert relative_error(got, expected) < 1e-6
@@ -122,7 +122,7 @@ def plain_sdpa(q_HTK, k_HPK, v_HPK, causal):
 
 @pytest.mark.parametrize("T, past", [(16, 0), (37, 0), (32, 48), (40, 80), (37, 21)])
 def test_chunk_attention_in_parts(monkeypatch, T, past):
-    """The way of long chunks, with small numbers and plain attention in the place of cuDNN's."""
+    """The path of long chunks, with small sizes and plain attention instead of cuDNN's."""
     for name, value in (("_ROUND", 16), ("_PIECE", 32), ("_cudnn", lambda q, k: True), ("_sdpa", plain_sdpa)):
         monkeypatch.setattr(chunk_attention, name, value)
     torch.manual_seed(T)
@@ -137,7 +137,7 @@ def test_chunk_attention_in_parts(monkeypatch, T, past):
 
 
 def test_chunks_attention(monkeypatch):
-    """Chunks of several prompts at once, some of which cuDNN would take in part or whole."""
+    """Chunks of several prompts at once, some of which cuDNN would take, wholly or partly."""
     for name, value in (("_ROUND", 16), ("_cudnn", lambda q, k: True), ("_sdpa", plain_sdpa)):
         monkeypatch.setattr(chunk_attention, name, value)
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The kernels for few tokens against their references, through Triton's interpreter."""
+"""The decode kernels against their references, through Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def layer(D: int, E: int, F: int, S: int, dtype: torch.dtype = torch.float32) -> dict:
-    """Weights of a small layer; experts with outputs before inputs in memory, as the engine lays them out."""
+    """Weights of a small layer; experts are laid out [E, out, in], as in the engine."""
     fc1, fc2 = torch.randn(E, 2 * F, D) * D**-0.5, torch.randn(E, D, F) * F**-0.5
     shared = (torch.randn(S * F, D) * D**-0.5, torch.randn(S * F, D) * D**-0.5, torch.randn(D, S * F) * F**-0.5)
     return {
@@ -72,11 +72,11 @@ def test_equal_logits_go_to_the_lower_expert(T):
     weights["router"][:] = 0.0
     first = {name: weights[name][:2] for name in ("router", "fc1", "fc2")}
     expected = reference.moe_layer(x.double(), MoEWeights(top_k=2, **in_double(weights | first)))
-    weights["fc2"][2:] = float("nan")  # of these nothing may be read
+    weights["fc2"][2:] = float("nan")  # these must not be read
     assert relative_error(moe_decode.moe_layer_decode(x, MoEWeights(top_k=2, **weights)), expected) < 1e-5
 
 
-def test_everyone_to_the_same_experts():
+def test_all_tokens_to_the_same_experts():
     torch.manual_seed(0)
     weights, x = layer(32, 8, 16, 2), torch.randn(40, 32).abs()
     weights["router"] = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0])[:, None].expand(8, 32).contiguous()
@@ -84,7 +84,7 @@ def test_everyone_to_the_same_experts():
     assert relative_error(moe_decode.moe_layer_decode(x, MoEWeights(top_k=2, **weights)), expected) < 1e-5
 
 
-def test_unfit_arguments_are_known():
+def test_unsupported_arguments_are_detected():
     weights, x = layer(32, 8, 16, 1), torch.randn(3, 32)
     laid_out = MoEWeights(top_k=2, **weights)
     assert laid_out.served(moe_decode.serves) and moe_decode.fits(x, laid_out)

@@ -1,4 +1,4 @@
-"""Kernels of the mixture of experts for many tokens, in Triton's interpreter, against their references in float64.
+"""The prefill kernels of the mixture of experts in Triton's interpreter, against their references in float64.
 
 T tokens, D hidden, E experts, A experts per token, F expert width, W width of the shared experts, P rows.
 """
@@ -13,7 +13,7 @@ from aria.ops import MoEWeights, reference
 from aria.ops.kernels import grouped_gemm, moe_prefill, permute
 from tests.helpers import interpreter  # noqa: F401  before any kernel
 
-# Rows that only fill up a tile hold what was in memory before, and NumPy remarks on its sums.
+# Rows that only pad a tile are uninitialised, and NumPy warns about their sums.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -22,7 +22,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN: what is read before it is written shows."""
+    """Fill fresh memory with NaN, so that reading uninitialised values shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -53,13 +53,13 @@ def test_of_equal_logits_the_lower_index_wins():
     assert index.tolist() == [[1, 2, 4, 3]] * 17
 
 
-def test_a_token_that_is_not_a_number_harms_nobody_else():
+def test_a_token_with_nan_does_not_affect_others():
     case = Case(T=20, E=5, A=3)
     x = case.x.clone()
     x[7] = float("nan")
     got, expected = case.run(x), case.run(case.x)
     others = torch.arange(20) != 7
-    # Its experts are others than before, so rows lie elsewhere in tiles, and some CPUs round by the place.
+    # Its experts differ, so other rows move within tiles, and some CPUs round differently by position.
     torch.testing.assert_close(got[others], expected[others])
     assert got[7].isnan().all()
 
@@ -81,7 +81,7 @@ def test_norm_route(dtype):
 
 
 def routed(name: str) -> tuple[Tensor, int]:
-    """Experts of each token, int32, and how many experts there are."""
+    """Experts of each token, int32, and the number of experts."""
     if name == "one token":
         return torch.tensor([[3, 0]], dtype=torch.int32), 5
     if name == "all tokens to one expert":
@@ -101,7 +101,7 @@ def test_place(name, tile):
     blocks = index.split(permute.block_of(T))
     counts = torch.stack([block.flatten().bincount(minlength=E) for block in blocks]).int()
     position, table = permute.place(index, counts, tile)
-    # By hand: expert after expert, each from a whole tile, its tokens in order.
+    # By hand: sorted by expert, each starting at a whole tile, its tokens in order.
     row, expected, owners = 0, torch.full((T, A), -1), []
     for expert in range(E):
         token, choice = torch.where(index == expert)
@@ -114,7 +114,7 @@ def test_place(name, tile):
     assert table[1 : 1 + len(owners)].tolist() == owners
 
 
-def test_there_and_back():
+def test_permute_and_combine():
     x, shared, y = normal(9, 50), normal(9, 50, seed=1), normal(64, 50, seed=2)
     position = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:18].view(9, 2).int()
     weights = normal(9, 2, seed=4)
@@ -134,7 +134,7 @@ def test_grouped(swiglu, dtype):
     E, inputs, outputs = 3, 40, 24  # neither a multiple of the tile
     shape = grouped_gemm.Tiles(rows=16, columns=16, inputs=32, warps=4, stages=3, group=2)
     owners = [0, 0, 2, 2, 2]
-    table = torch.tensor([len(owners), *owners, 99], dtype=torch.int32)  # an unused entry is never looked at
+    table = torch.tensor([len(owners), *owners, 99], dtype=torch.int32)  # an unused entry is never read
     x = normal(6 * 16, inputs, dtype=dtype)
     w = normal(E, 2, outputs, inputs, seed=1, dtype=dtype, scale=inputs**-0.5)
     out = torch.full((6 * 16, outputs * (1 if swiglu else 2)), float("nan"), dtype=dtype)
@@ -149,7 +149,7 @@ def test_grouped(swiglu, dtype):
 
 
 class Case:
-    """One layer's weights, laid out as the engine does it, and tokens for it."""
+    """Weights of one layer, laid out as in the engine, and tokens."""
 
     def __init__(self, T: int, E: int, A: int, D: int = 48, F: int = 24, W: int = 48, dtype=torch.float32):
         self.top_k = A
@@ -193,14 +193,14 @@ def test_layer_in_half_precision():
     assert error(case.run(case.x), case.expected()) < TOLERANCE[torch.float16]
 
 
-def test_layer_with_shared_weights_anywhere():
+def test_layer_with_shared_weights_that_are_not_adjacent():
     case = Case(T=17, E=4, A=2)
     together = case.run(case.x)
     case.shared = tuple(weight.clone() for weight in case.shared)
     torch.testing.assert_close(case.run(case.x), together)
 
 
-def test_weights_in_the_hubs_order_are_refused():
+def test_weights_in_the_hubs_order_are_rejected():
     case = Case(T=3, E=4, A=2)
     case.fc1 = case.fc1.contiguous()
     with pytest.raises(AssertionError, match=r"laid out \[E, out, in\]"):

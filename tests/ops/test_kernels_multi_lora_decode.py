@@ -1,5 +1,5 @@
-"""The second half of a layer with adapters of many requests: few tokens' kernels in Triton's interpreter, and the
-operations one by one, against each token's own merged weights."""
+"""The second half of a layer with several adapters: decode kernels in Triton's interpreter, operation by operation, and
+the reference, against each token's merged weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RANKS = (3, 8, 2)
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN: what is read before it is written shows."""
+    """Fill fresh memory with NaN, so that reading uninitialised values shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def weights_of_a_layer() -> dict:
-    """Experts with outputs before inputs in memory, as the engine lays them out."""
+    """Experts are laid out [E, out, in], as in the engine."""
     fc1, fc2 = torch.randn(E, 2 * F, D) * D**-0.5, torch.randn(E, D, F) * F**-0.5
     return {
         "norm": torch.rand(D) + 0.5,
@@ -58,7 +58,7 @@ def adapters_of(changes: list[dict[str, LoRA]], adapter_ids: Tensor) -> MoEAdapt
 
 
 def merged(weights: dict, changes: dict[str, LoRA]) -> dict:
-    """The layer in float64, with an adapter in its weights."""
+    """The layer in float64, with an adapter merged."""
 
     def add(weight: Tensor, part: str) -> Tensor:
         if part not in changes:
@@ -92,10 +92,10 @@ def by_reference(x: Tensor, weights: dict, adapters: MoEAdapters) -> Tensor:
 @pytest.mark.parametrize("run", [kernels, one_by_one, by_reference])
 @pytest.mark.parametrize("tokens", [1, 5, 19], ids="{} tokens".format)
 @pytest.mark.parametrize("parts", [tuple(SHAPES), ("fc1",), ("fc2", "gate_up"), ("down",)], ids="+".join)
-def test_each_token_has_the_adapters_of_its_owner(run, parts, tokens):
+def test_each_token_uses_its_own_adapter(run, parts, tokens):
     torch.manual_seed(tokens)
     weights, x = weights_of_a_layer(), torch.randn(tokens, D) * 3
-    # The last adapter changes one part only, wherever others change more.
+    # The last adapter has weights for one part only, where others have more.
     changes = [
         {part: change(part, rank) for part in (parts if adapter_id < 2 else parts[-1:])}
         for adapter_id, rank in enumerate(RANKS)
@@ -113,7 +113,7 @@ def test_a_linear_with_each_tokens_adapter(tokens):
     torch.manual_seed(tokens)
     x, y = torch.randn(tokens, D), torch.randn(tokens, 70)
     adapter_ids = torch.randint(0, 4, (tokens,), dtype=torch.int32)
-    # As those of q, k and v: each changes its own part of the outputs.
+    # Like q, k and v: each has its own part of the outputs.
     sizes = (1, 0, 40, 3), (1, 40, 30, 2), (2, 0, 40, 8), (3, 40, 30, 5)
     parts = [(n, first, LoRA(torch.randn(R, D), torch.randn(out, R), 0.7)) for n, first, out, R in sizes]
     stack = ops.stack_loras(parts, 70, x)
@@ -127,7 +127,7 @@ def test_a_linear_with_each_tokens_adapter(tokens):
 
 
 @pytest.mark.slow
-def test_what_one_adapter_makes_infinite_stays_its_own():
+def test_infinities_of_one_adapter_do_not_reach_others():
     torch.manual_seed(0)
     weights, x = weights_of_a_layer(), torch.randn(6, D)
     changes = [{part: change(part, 4) for part in SHAPES} for _ in range(2)]
@@ -138,7 +138,7 @@ def test_what_one_adapter_makes_infinite_stays_its_own():
     assert torch.equal(calm[adapter_ids < 2], torn[adapter_ids < 2])
 
 
-def test_many_ranks_are_left_to_others():
+def test_too_many_ranks_are_detected():
     ids = torch.zeros(1, dtype=torch.int32)
     fit, unfit = (adapters_of([{"fc2": change("fc2", rank)}], ids).loras for rank in (128, 129))
     assert multi_lora_decode.fits(*fit) and not multi_lora_decode.fits(*unfit)

@@ -1,4 +1,4 @@
-"""Experts with adapters of many requests, by kernels in Triton's interpreter and in PyTorch, against a formula."""
+"""Experts with several adapters, by kernels in Triton's interpreter and in PyTorch, against a formula."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 )
 @pytest.mark.parametrize("adapted", [(True, True), (True, False), (False, True)], ids=["both", "fc1", "fc2"])
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_each_token_has_the_adapters_of_its_owner(implementation, adapted, tokens):
+def test_each_token_uses_its_own_adapter(implementation, adapted, tokens):
     torch.manual_seed(tokens)
     E, A, D, width, ranks = 5, 2, 24, 40, (3, 8, 2)
     x, weights = torch.randn(tokens, D), torch.rand(tokens, A)
     fc1, fc2 = torch.randn(E, D, 2 * width) * 0.2, torch.randn(E, width, D) * 0.2
-    # Experts of any order in memory: inference has each output's weights together.
+    # Experts in different memory orders: inference has [E, out, in].
     fc1 = fc1.mT.contiguous().mT
     index = torch.stack([torch.randperm(E - 1)[:A] for _ in range(tokens)])  # the last expert has no token
     adapter_ids = torch.randint(0, 4, (tokens,), dtype=torch.int32)

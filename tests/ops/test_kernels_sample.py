@@ -1,4 +1,4 @@
-"""The sampling kernels against their PyTorch twins, through Triton's interpreter."""
+"""The sampling kernels against their PyTorch references, through Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aria.engine import SamplingParams
 from aria.engine.sampler import SamplerState
 from aria.ops import reference, sampling
 from aria.ops.kernels import sample as kernels
-from tests.helpers import interpreter  # noqa: F401  (repairs Triton's for today's NumPy)
+from tests.helpers import interpreter  # noqa: F401  (fixes Triton's for current NumPy)
 
 BANNED = (9, 40)
 SETTINGS = (
@@ -33,7 +33,7 @@ SETTINGS = (
 
 def rows_of(settings, vocabulary: int) -> tuple[SamplerState, torch.Tensor]:
     state = SamplerState(len(settings) + 2, vocabulary, torch.device("cpu"), BANNED)
-    # Rows in another order than the batch's, and one that fills it up.
+    # Rows in another order than in the batch, and one that pads it.
     rows = torch.arange(len(settings), -1, -1, dtype=torch.int32)
     for n, params in enumerate(settings):
         state.set_row(int(rows[n]), SamplingParams(**params), 2**62 + n, [])
@@ -42,10 +42,10 @@ def rows_of(settings, vocabulary: int) -> tuple[SamplerState, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [41, 2500])
-def test_draws_are_those_of_the_twin(vocabulary, dtype):
+def test_draws_equal_the_reference(vocabulary, dtype):
     state, rows = rows_of(SETTINGS, vocabulary)
     for scale in (1, 4):
-        # Rows as slices of something wider, as a graph's logits are.
+        # Rows are slices of a wider tensor, like a graph's logits.
         wide = torch.randn(len(rows), vocabulary + 7) * scale
         logits = wide.to(dtype)[:, :vocabulary]
         positions = torch.randint(0, 70000, (len(rows),), dtype=torch.int32)
@@ -57,7 +57,7 @@ def test_draws_are_those_of_the_twin(vocabulary, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "programs"), [(torch.float32, 1), (torch.bfloat16, 1024)])
-def test_the_least_score_kept_is_that_of_sorting(dtype, programs, monkeypatch):
+def test_the_lowest_logit_kept_equals_that_of_sorting(dtype, programs, monkeypatch):
     torch.manual_seed(0)
     V, settings = 3000, [
         {"temperature": float(t), "top_k": int(k), "top_p": float(p), "min_p": float(m)}
@@ -71,12 +71,12 @@ def test_the_least_score_kept_is_that_of_sorting(dtype, programs, monkeypatch):
     ]  # fmt: skip
     state, rows = rows_of(settings, V)
     logits = (torch.randn(len(rows), V) * torch.rand(len(rows), 1) * 8).to(dtype)
-    # Ties, both zeros, scores that cannot be drawn, and some far out.
+    # Ties, both zeros, logits that cannot be drawn, and outliers.
     logits[:, 100:200] = logits[:, :100]
     logits[:, 300:303] = torch.tensor([0.0, -0.0, float("-inf")]).to(dtype)
     logits[5, 7], logits[6, 7], logits[7] = 3e4, -3e4, 1.0
     N = len(rows)
-    # With room as small as this, some rows find their bound among what they gathered, and others have to search on.
+    # With this capacity some rows find their bound among the gathered scores, and others must search further.
     for name, value in (("BLOCK", 512), ("PEAKS", 256), ("CAPACITY", 512), ("LIKELIEST", 100), ("SEARCHING", programs)):
         monkeypatch.setattr(kernels, name, value)
     thresholds, counts = kernels.thresholds(logits, rows, state._table, state._banned, state._arrivals)
@@ -91,18 +91,18 @@ def test_the_least_score_kept_is_that_of_sorting(dtype, programs, monkeypatch):
 
 
 def test_launches_use_the_counters_of_their_sampler():
-    """Programs of a sampler that count down elsewhere meanwhile must not be taken for one's own."""
+    """Programs of another sampler that runs at the same time must not be counted."""
     state, rows = rows_of([{"temperature": 1.0, "top_p": 0.9}] * 2, 2500)
     other, _ = rows_of([{"temperature": 1.0}] * 2, 2500)
     assert state._arrivals.data_ptr() != other._arrivals.data_ptr()
-    other._arrivals.fill_(1)  # as while another stream draws
+    other._arrivals.fill_(1)  # as if another stream were drawing
     arguments = (torch.randn(3, 2500), rows, rows, state._table, state._banned)
     assert kernels.sample_triton(*arguments, state._arrivals).tolist() == reference.sample(*arguments).tolist()
     assert other._arrivals.eq(1).all() and not state._arrivals.any()
 
 
 @pytest.mark.slow
-def test_a_row_is_drawn_alike_in_every_batch():
+def test_a_row_is_drawn_equally_in_every_batch():
     V = 5000
     state, rows = rows_of(SETTINGS[:6], V)
     logits, positions = torch.randn(7, V), torch.arange(7, dtype=torch.int32)
@@ -114,7 +114,7 @@ def test_a_row_is_drawn_alike_in_every_batch():
         assert alone[0] == together[n]
 
 
-def test_scores_that_are_alike_go_to_the_lowest_id_and_hopeless_rows_stay_inside():
+def test_ties_go_to_the_lowest_id_and_rows_of_nan_stay_in_range():
     V = 4500
     state, rows = rows_of([{}, {}, {"temperature": 1.0, "top_p": 0.9}], V)
     logits = torch.full((4, V), -1.0)

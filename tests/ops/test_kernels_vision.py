@@ -1,4 +1,4 @@
-"""Kernels of the vision encoder through the interpreter, and its path in inference, against the plain ones."""
+"""Kernels of the vision encoder through the interpreter, and its inference path, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_layer_norm(kernels, shape, shifted):
 
 @pytest.fixture
 def inference(monkeypatch):
-    """Inference's path on the CPU, in float32: what is fused on a GPU, each operation by its reference."""
+    """The inference path on the CPU in float32, with the reference of each fused operation."""
     monkeypatch.setattr(ops, "inference_kernels", lambda x: not torch.is_grad_enabled())
     monkeypatch.setattr(ops, "layer_norm", reference.layer_norm)
     monkeypatch.setattr(ops, "linear_gelu", reference.linear_gelu)
@@ -127,7 +127,7 @@ for patches in (PATCHES):
 
 @pytest.mark.slow
 def test_attention_compiles_for_hopper():
-    """What it computes is for GPUs to show; here, that this Triton can build it, for either number of groups."""
+    """Check that this Triton compiles it, for both numbers of groups; tests on GPUs check its results."""
     pytest.importorskip("triton.experimental.gluon")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = COMPILE.replace("PATCHES", "1225, 4900")

@@ -1,4 +1,4 @@
-"""The mixture of experts for many tokens on a GPU: every tile shape that ships, any imbalance, inside a graph.
+"""The prefill kernels of the mixture of experts on a GPU: all tile shapes, any imbalance, inside a CUDA graph.
 
 T tokens, D hidden, E experts, A experts per token, F expert width, W width of the shared experts.
 """
@@ -27,7 +27,7 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def layer(dtype: torch.dtype) -> MoEWeights:
-    """Laid out as the engine does it."""
+    """Weights laid out as in the engine."""
     gate_up = normal(2 * W, D, dtype=dtype, scale=D**-0.5)
     return MoEWeights(
         normal(D, dtype=dtype),
@@ -41,7 +41,7 @@ def layer(dtype: torch.dtype) -> MoEWeights:
 
 
 def error(got: Tensor, x: Tensor, layer: MoEWeights) -> float:
-    """Against float64; the choice of experts, a matter of rounding, is taken from the kernel."""
+    """Error against float64, with the kernel's choice of experts, which depends on rounding."""
     from aria.ops.kernels.permute import norm_route
 
     normed, weights, index, _ = norm_route(x, layer.norm, layer.eps, layer.router, layer.top_k)
@@ -55,7 +55,7 @@ def error(got: Tensor, x: Tensor, layer: MoEWeights) -> float:
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN: what is read before it is written shows."""
+    """Fill fresh memory with NaN, so that reading uninitialised values shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -82,7 +82,7 @@ def test_all_tokens_to_the_same_experts(tokens):
 
     weights, x = layer(torch.bfloat16), normal(tokens, D, dtype=torch.bfloat16)
     weights.norm.fill_(1.0)
-    x[:, 0] = 20.0  # what the router of three experts looks at
+    x[:, 0] = 20.0  # the input that the router of three experts uses
     weights.router[:, 0] = 0.0
     weights.router[5:8, 0] = 4.0
     assert error(moe_prefill.moe_layer_prefill(x, weights), x, weights) < TOLERANCE[torch.bfloat16]

@@ -1,4 +1,4 @@
-"""The kernels for few tokens on a GPU: against float64, in a CUDA graph, over buffers full of NaN."""
+"""The decode kernels on a GPU: against float64, in a CUDA graph, over buffers full of NaN."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_double(weights: dict) -> dict:
 
 
 def poison() -> None:
-    """Leave NaN in the memory that the next allocations take."""
+    """Leave NaN in the memory of the next allocations."""
     held = [torch.full((n,), float("nan"), device="cuda") for n in (2**10, 2**14, 2**18, 2**22)]
     del held
 
@@ -52,14 +52,14 @@ def test_moe_layer(dtype, T, D, E, F, S, A):
     poison()
     got = moe_decode.moe_layer_decode(x, MoEWeights(top_k=A, **weights))
     expected = reference.moe_layer(x.double(), MoEWeights(top_k=A, **in_double(weights)))
-    # Near ties of the router may fall to the other side in narrow types: such rows differ, and are few.
+    # Near ties of the router may be resolved differently in 16 bits: such rows differ, and are few.
     error = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() < TOLERANCE[dtype]
     assert (error < 10 * TOLERANCE[dtype]).double().mean() > (0.999 if dtype == torch.float32 else 0.9)
 
 
 @pytest.mark.parametrize("T", [2, 40, 300])
-def test_everyone_to_the_same_experts(T):
+def test_all_tokens_to_the_same_experts(T):
     torch.manual_seed(T)
     weights, x = layer(256, 16, 176, 2, torch.bfloat16), torch.randn(T, 256, device="cuda", dtype=torch.bfloat16).abs()
     weights["router"][:] = -1.0
@@ -97,7 +97,7 @@ def test_linear_add(dtype, O, I):
 
 @pytest.mark.parametrize("T", [1, 24])
 def test_graph_of_layers_repeats_itself(T):
-    """Layers behind one another in a graph, where launches overlap, give what each gives alone, every time."""
+    """Consecutive layers in a graph, where launches overlap, equal each layer alone, every time."""
     torch.manual_seed(T)
     D, layers = 512, [layer(512, 64, 208, 2, torch.bfloat16) for _ in range(6)]
     x = torch.randn(T, D, device="cuda", dtype=torch.bfloat16)

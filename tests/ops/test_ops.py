@@ -1,4 +1,4 @@
-"""Operations: the fast ones against their references, the references against formulas written another way.
+"""Operations: fast implementations against their references, references against independent formulas.
 
 T tokens, S keys, D hidden, H heads, KV key/value heads, K head width, E experts, A experts per token, F expert width.
 """
@@ -16,8 +16,8 @@ from aria import ops
 from aria.ops import Chunks, ExpertWeights, MoEWeights, PagedKV, Segments, reference
 from aria.ops.registry import Operation, Weights, Where
 
-# float32: sums of a few hundred terms of size one, added in another order. bfloat16 keeps 8 bits: the two round at
-# different places (inside a fused kernel, or not), each time by up to 2^-9 of values of about one, a few times over.
+# float32: sums of a few hundred terms of size one, added in another order. bfloat16 has 8 bits: the two round at
+# different places (inside a fused kernel, or not), a few times by up to 2^-9 of values of about one.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 
@@ -92,7 +92,7 @@ def test_attention_needs_as_many_segments_on_both_sides(implementation):
 
 
 def experts(E: int, D: int, F_: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Weights that keep the size of what goes through them."""
+    """Weights that preserve the scale of their inputs."""
     return (
         normal(E, D, 2 * F_, seed=3, dtype=dtype, scale=D**-0.5),
         normal(E, F_, D, seed=4, dtype=dtype, scale=F_**-0.5),
@@ -175,12 +175,12 @@ def test_route_is_the_full_softmax_renormalised_over_the_chosen():
     chosen = probs.gather(-1, index)
     close(weights, (chosen / chosen.sum(-1, keepdim=True)).float(), torch.float32)
     others = probs.scatter(-1, index, 0.0)
-    assert (chosen.min(-1).values > others.max(-1).values).all(), "not the likeliest experts"
-    assert (weights.diff(dim=-1) <= 0).all(), "the likeliest comes first"
+    assert (chosen.min(-1).values > others.max(-1).values).all(), "not the most likely experts"
+    assert (weights.diff(dim=-1) <= 0).all(), "the most likely comes first"
     torch.testing.assert_close(weights.sum(-1), torch.ones(50))
 
 
-def test_route_weighs_in_float32_and_answers_in_the_dtype_of_the_logits():
+def test_route_computes_in_float32_and_returns_the_dtype_of_the_logits():
     logits = normal(20, 16, seed=9, dtype=torch.bfloat16, scale=3.0)
     weights, index = ops.route(logits, 4)
     exact = logits.float().gather(-1, index).softmax(-1)
@@ -205,7 +205,7 @@ def test_rms_norm(dtype):
     close(ops.rms_norm(x, weight, eps), normed * weight, dtype)
 
 
-def test_rms_norm_of_zeros_and_of_what_float16_cannot_square():
+def test_rms_norm_of_zeros_and_of_values_too_large_to_square_in_float16():
     ones = torch.ones(8)
     assert torch.equal(ops.rms_norm(torch.zeros(2, 8), ones, 1e-6), torch.zeros(2, 8))
     large = torch.full((1, 8), 1000.0, dtype=torch.float16)
@@ -218,21 +218,21 @@ def test_swiglu_gates_with_the_first_half():
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 5_000_000.0])
-def test_rotary_turns_complex_numbers(theta):
-    """Numbers k and k + K/2 of a head are one complex number, turned by position / theta^(2k/K)."""
+def test_rotary_rotates_complex_numbers(theta):
+    """Elements k and k + K/2 of a head are one complex number, rotated by position / theta^(2k/K)."""
     K, positions = 128, torch.tensor([0, 1, 7, 500, 4095])
     x = normal(len(positions), 3, K)
     got = ops.rotary(x, *ops.rotary_table(positions, K, theta, torch.float32))
     k = torch.arange(K // 2, dtype=torch.float64)
     turn = torch.exp(1j * positions.double()[:, None] * theta ** (-2 * k / K))
     turned = torch.complex(*x.double().chunk(2, -1)) * turn[:, None]
-    # An angle of 4095 in float32 is known to about 2e-4.
+    # An angle of 4095 is accurate to about 2e-4 in float32.
     torch.testing.assert_close(got, torch.cat((turned.real, turned.imag), -1).float(), atol=2e-3, rtol=0)
-    assert torch.equal(got[0], x[0]), "position 0 is not turned"
+    assert torch.equal(got[0], x[0]), "position 0 is not rotated"
     torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1))
 
 
-def test_rotary_scores_depend_on_distances_only():
+def test_rotary_scores_depend_only_on_distances():
     q, k = normal(1, 2, 32), normal(1, 2, 32, seed=1)
 
     def score(q_at: int, k_at: int) -> Tensor:
@@ -246,7 +246,7 @@ def test_rotary_scores_depend_on_distances_only():
     assert not torch.allclose(score(13, 4), score(4, 13), atol=1e-2)
 
 
-def test_rotary_table_is_computed_in_float32_whatever_it_is_cast_to():
+def test_rotary_table_is_computed_in_float32_and_then_cast():
     positions = torch.tensor([300])
     wide = ops.rotary_table(positions, 64, 5e6, torch.float32)
     for narrow, exact in zip(ops.rotary_table(positions, 64, 5e6, torch.bfloat16), wide, strict=True):
@@ -307,7 +307,7 @@ def test_use_forces_an_implementation_and_restores():
     assert call() == "fast"
     with pytest.raises(KeyError), ops.use("reference"):
         raise KeyError
-    assert call() == "fast", "an error inside should not leave the choice behind"
+    assert call() == "fast", "an error inside the block should restore the choice"
 
 
 def test_the_first_implementation_that_fits_runs():
@@ -329,11 +329,11 @@ def test_the_first_implementation_that_fits_runs():
     assert named(x, good) == named(x, good) == "serving" and named.is_graph_safe(x, good)
     assert named(x, bad) == "small" and not named.is_graph_safe(x, bad)
     assert named(x, bad, most=2) == "reference"
-    assert asked == [good, bad], "each set of weights is asked about once"
+    assert asked == [good, bad], "each set of weights is checked once"
     assert named.__doc__ == "What it is."
 
 
-def test_use_refuses_unknown_names():
+def test_use_rejects_unknown_names():
     with (
         pytest.raises(ValueError, match="unknown implementation 'triton'; expected one of fast, reference"),
         ops.use("triton"),

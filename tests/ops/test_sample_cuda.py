@@ -1,4 +1,4 @@
-"""Sampling and resizing on a GPU against what the CPU does."""
+"""Sampling and resizing on a GPU against the CPU."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def state_on(device: str, rows: int) -> SamplerState:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("N", [1, 7, 200])
-def test_tokens_are_those_of_the_cpu(N, dtype):
+def test_tokens_equal_the_cpus(N, dtype):
     torch.manual_seed(N)
     logits = (torch.randn(N, V) * 3).to(dtype)
     rows = torch.arange(N, dtype=torch.int32)
     expected = state_on("cpu", N).sample(logits, rows, rows + 3)
     state = state_on("cuda", N)
     drawn = state.sample(logits.cuda(), rows.cuda(), rows.cuda() + 3).cpu()
-    # The noise agrees to its last bits: a draw may differ where two tokens are as near as that.
+    # The noise agrees to its last bits, so a draw may differ where two tokens are that close.
     assert (drawn != expected).sum() <= N // 100
 
 
@@ -51,7 +51,7 @@ def test_noise_agrees_with_the_cpu_to_its_last_bits():
     assert (got - expected).abs().max() < 1e-5
 
 
-def test_a_graph_draws_anew_at_every_replay():
+def test_a_graph_draws_new_tokens_at_every_replay():
     N = 64
     state, logits = state_on("cuda", N), torch.randn(N, V, device="cuda").bfloat16()
     rows = torch.arange(N, dtype=torch.int32, device="cuda")
@@ -71,7 +71,7 @@ def test_a_graph_draws_anew_at_every_replay():
     assert tokens[1] == logits[1].index_fill(0, torch.tensor([9], device="cuda"), float("-inf")).argmax()
 
 
-def test_penalties_biases_and_logprobs_are_those_of_the_cpu():
+def test_penalties_biases_and_logprobs_equal_the_cpus():
     penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
     params = SamplingParams(**penalties, logit_bias={5: 3.0}, min_tokens=50)
     logits, rows = torch.randn(2, V), torch.tensor([1, 0], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Models on another GPU than the current one."""
+"""Models on a GPU other than the current one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _first_gpu_stays_current():
     assert torch.cuda.current_device() == 0
 
 
-def test_generation_is_that_of_the_first_gpu():
+def test_generation_equals_that_of_the_first_gpu():
     found = []
     for device in ("cuda:0", "cuda:1"):
         model = AriaForConditionalGeneration.from_pretrained(device=device, dtype="float32")
@@ -35,7 +35,7 @@ def test_generation_is_that_of_the_first_gpu():
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_gradients_are_those_of_the_first_gpu():
+def test_gradients_equal_those_of_the_first_gpu():
     found = []
     for device in ("cuda:0", "cuda:1"):
         model = AriaForConditionalGeneration.from_pretrained(device=device, dtype="float32").train()
@@ -47,7 +47,7 @@ def test_gradients_are_those_of_the_first_gpu():
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
-def test_engines_on_both_gpus_answer_alike_at_the_same_time():
+def test_engines_on_both_gpus_give_equal_answers_at_the_same_time():
     engines = [Engine(device=device, dtype="float32", max_batch=8) for device in ("cuda:0", "cuda:1")]
     params = SamplingParams(max_tokens=24, temperature=1.0, seed=3, ignore_eos=True)
     answers = [[engine.queue(engine.prepare(QUESTION), params) for _ in range(6)] for engine in engines]
@@ -60,7 +60,7 @@ def test_engines_on_both_gpus_answer_alike_at_the_same_time():
 
 
 def test_an_engine_in_a_thread_runs_on_the_second_gpu():
-    """A new thread begins with the first GPU as its current one."""
+    """A new thread starts with the first GPU as its current one."""
     params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
     expected = Engine(device="cuda:0", dtype="float32", max_batch=4).chat([QUESTION], params)[0].text
     engine = Engine(device="cuda:1", dtype="float32", max_batch=4)

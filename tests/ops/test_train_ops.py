@@ -26,7 +26,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN: what is read before it is written shows."""
+    """Fill fresh memory with NaN, so that reading uninitialised values shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -43,7 +43,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def gradients(run, inputs: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
-    """The result and the gradient of every input; of one without a gradient, zeros."""
+    """The result and the gradient of every input; zeros for inputs without a gradient."""
     out = run(**inputs)
     found = torch.autograd.grad(out, list(inputs.values()), seed.to(out.dtype), allow_unused=True)
     return {"out": out.detach()} | {
@@ -73,7 +73,7 @@ CASES = {
 
 
 class Experts:
-    """Random experts with adapters, and their run with whichever implementation."""
+    """Random experts with LoRA weights, which any implementation can run."""
 
     def __init__(self, name: str, dtype: torch.dtype, ranks: tuple[int, int]):
         T, D, E, A, F = CASES[name]
@@ -109,18 +109,18 @@ def test_experts(name, dtype, implementation):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("ranks", [(0, 0), (3, 0), (0, 20)], ids=["none", "first", "second"])
-def test_experts_with_fewer_adapters(ranks, implementation):
+def test_experts_with_fewer_lora_weights(ranks, implementation):
     case = Experts("some", torch.float32, ranks)
     check(case.run(implementation), case.run(reference.expert_mlp), case.inputs, case.shape, TOLERANCE[torch.float32])
 
 
 @IMPLEMENTATIONS
 @DTYPES
-def test_experts_that_are_elsewhere_add_nothing(dtype, implementation):
-    """Choices of the number E are as choices of any expert that weigh nothing, whatever their weights say."""
+def test_experts_on_other_ranks_add_nothing(dtype, implementation):
+    """Choices with the index E equal choices of any expert with zero weight, whatever their weights."""
     case = Experts("some", dtype, ranks=(4, 8))
     experts_here = len(case.inputs["fc1"])
-    case.index[::3] = experts_here  # of some tokens none is here
+    case.index[::3] = experts_here  # some tokens have none here
     case.index[1::4, 0] = experts_here
     here = case.index < experts_here
 
@@ -145,7 +145,7 @@ def test_experts_without_tokens_have_gradients_of_zeros(implementation):
 
 
 @pytest.mark.slow
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
+def test_frozen_inputs_get_no_gradient_and_do_not_change_others():
     case = Experts("one token", torch.float32, ranks=(8, 8))
     whole = gradients(case.run(moe_train.expert_mlp_train), case.inputs, torch.ones(case.shape))
     for name in ("x", "fc1", "fc2", "weights", "a1", "b1", "a2", "b2"):
@@ -156,8 +156,8 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other():
 
 
 @pytest.mark.slow
-def test_experts_drop_the_same_on_the_way_back():
-    """With a mask that is part of the function, numerical derivatives are those of backward."""
+def test_backward_of_experts_uses_the_same_dropout():
+    """With a fixed mask, numerical derivatives equal those of backward."""
     case = Experts("some", torch.float32, ranks=(8, 8))
     x, fc1, fc2, weights, a1, b1, a2, b2 = case.inputs.values()
 
@@ -188,7 +188,7 @@ def test_experts_drop_the_same_on_the_way_back():
 
 @DTYPES
 @pytest.mark.parametrize(("T", "I", "O", "R"), [(1, 8, 24, 1), (70, 100, 300, 5), (64, 64, 256, 16)])
-def test_adapted_linear(T, I, O, R, dtype):
+def test_linear_with_lora(T, I, O, R, dtype):
     inputs = {
         "x": normal(T, I, dtype=dtype),
         "weight": normal(O, I, dtype=dtype, scale=I**-0.5),
@@ -204,7 +204,7 @@ def test_adapted_linear(T, I, O, R, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("scalings", [(0.6, 0.6, 0.6), (0.6, 1.0, 0.6)], ids=["alike", "not alike"])
+@pytest.mark.parametrize("scalings", [(0.6, 0.6, 0.6), (0.6, 1.0, 0.6)], ids=["equal", "different"])
 def test_linears_of_one_input(dtype, scalings):
     T, I, widths, ranks = 37, 24, (40, 8, 16), (3, 8, 1)
     inputs = {"x": normal(T, I, dtype=dtype)}
@@ -223,7 +223,7 @@ def test_linears_of_one_input(dtype, scalings):
     check(run(lora_train.lora_linears_train), run(reference.lora_linears), inputs, (T, sum(widths)), TOLERANCE[dtype])
 
 
-def test_dropout_leaves_its_share_and_its_mean():
+def test_dropout_keeps_the_right_share_and_mean():
     x = torch.ones(500, 300)
     noise = lora_train.Noise(0.3)
     rows, _ = lora_train.gather(x, noise=noise, dropped=True)
@@ -232,7 +232,7 @@ def test_dropout_leaves_its_share_and_its_mean():
     assert rows.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     taken = (rows == 0).double()
     assert abs(taken.mean() - 0.3) < 0.005
-    # Neither rows nor columns nor neighbours know of each other: deviations are those of independent draws.
+    # Rows, columns and neighbours are independent: deviations are those of independent draws.
     assert abs(taken.mean(0).std() / (0.21 / 500) ** 0.5 - 1) < 0.15
     assert abs(taken.mean(1).std() / (0.21 / 300) ** 0.5 - 1) < 0.15
     for a, b in ((taken[1:], taken[:-1]), (taken[:, 1:], taken[:, :-1])):
@@ -241,7 +241,7 @@ def test_dropout_leaves_its_share_and_its_mean():
     assert abs(((other == 0).double() * taken).mean() - 0.09) < 0.004
 
 
-def test_a_linear_drops_the_same_on_the_way_back():
+def test_backward_of_a_linear_uses_the_same_dropout():
     x, weight, a = normal(40, 30), normal(20, 30), normal(4, 30)
     b = normal(20, 4)
     torch.manual_seed(5)

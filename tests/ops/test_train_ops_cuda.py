@@ -1,4 +1,4 @@
-"""The kernels of training on a GPU: results and gradients against float64, beside what plain PyTorch errs.
+"""The training kernels on a GPU: results and gradients against float64, next to the error of plain PyTorch.
 
 T tokens, D hidden, E experts, A experts per token, F expert width, R rank of an adapter.
 """
@@ -29,7 +29,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN: what is read before it is written shows."""
+    """Fill fresh memory with NaN, so that reading uninitialised values shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -49,7 +49,7 @@ def errors(run, expected: dict[str, Tensor], inputs: dict[str, Tensor], seed: Te
 
 
 def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float, plain=None) -> None:
-    """Against a run in float64; no further from it than ``tolerance``, and twice what plain PyTorch errs if given."""
+    """Against a run in float64; the error is at most ``tolerance``, plus twice that of plain PyTorch if given."""
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     out = expected_run(**wide)
     seed = torch.randn_like(out).to(inputs[next(iter(inputs))].dtype).double()
@@ -83,10 +83,10 @@ def test_experts(name, ranks, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("name", ["some", "Aria's"])
-def test_experts_that_are_elsewhere_add_nothing(name, dtype):
+def test_experts_on_other_ranks_add_nothing(name, dtype):
     T, _, E, A, _ = CASES[name]
     index = torch.stack([torch.randperm(E + A // 2, device="cuda")[:A] for _ in range(T)]).clamp(max=E)
-    index[::5] = E  # of some tokens none is here
+    index[::5] = E  # some tokens have none here
     present = int((index < E).sum())
     inputs = expert_inputs(name, (8, 8), dtype)
     ours, plain = experts(ops.expert_mlp, index, present=present), experts(expert_mlp_sorted, index, present=present)
@@ -117,7 +117,7 @@ def experts(expert_mlp, index, **how):
 
 @DTYPES
 @pytest.mark.parametrize(("T", "I", "O", "R"), [(1, 8, 24, 5), (700, 104, 304, 5), (300, 2560, 3328, 8)])
-def test_adapted_linear(T, I, O, R, dtype):
+def test_linear_with_lora(T, I, O, R, dtype):
     inputs = {
         "x": normal(T, I, dtype=dtype),
         "weight": normal(O, I, dtype=dtype, scale=I**-0.5),
@@ -151,7 +151,7 @@ def test_linears_of_one_input(dtype):
 
 
 @DTYPES
-def test_dropout_is_the_same_on_the_way_back(dtype):
+def test_backward_uses_the_same_dropout(dtype):
     x, weight = normal(300, 200, dtype=dtype), normal(96, 200, dtype=dtype, scale=0.1)
     a, b = normal(8, 200, scale=0.1), normal(96, 8)
     torch.manual_seed(5)
@@ -190,15 +190,15 @@ def test_norm(dtype):
 
 @DTYPES
 def test_route(dtype):
-    # Scores far enough apart for one choice in any precision.
+    # Logits far enough apart for the same choice in any precision.
     scores = torch.stack([torch.randperm(64, device="cuda") for _ in range(300)]).to(dtype) / 16
     inputs = {"x": scores.requires_grad_()}
     check(lambda x: ops.route(x, 6)[0], lambda x: reference.route(x, 6)[0], inputs, TOLERANCE[dtype])
     assert torch.equal(ops.route(scores, 6)[1], reference.route(scores, 6)[1])
 
 
-def test_a_layer_waits_for_nothing():
-    """With Aria's dtype the host launches forward and backward without asking the device."""
+def test_a_layer_never_waits():
+    """With Aria's dtype the host launches forward and backward without waiting for the device."""
     index = torch.stack([torch.randperm(16, device="cuda")[:3] for _ in range(200)])
     x, fc1 = normal(200, 64, dtype=torch.bfloat16), normal(16, 64, 128, dtype=torch.bfloat16)
     fc2, weights = normal(16, 64, 64, dtype=torch.bfloat16), normal(200, 3, dtype=torch.bfloat16)

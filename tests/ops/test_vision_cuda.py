@@ -1,4 +1,4 @@
-"""On a GPU: the vision encoder's kernels against float64, and its path in inference against float32."""
+"""On a GPU: the vision encoder's kernels against float64, and its inference path against float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Leave NaN in the memory that the next tensor of this shape is likely to be given."""
+    """Leave NaN in the memory that the next tensor of this shape will probably get."""
     torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
@@ -43,13 +43,13 @@ def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         ((2500, 2500), (2500, 2500)),
     ],
 )
-@pytest.mark.parametrize(("heads", "width"), [(5, 72), (5, 80), (16, 72)])  # of 16, programs take several tiles
+@pytest.mark.parametrize(("heads", "width"), [(5, 72), (5, 80), (16, 72)])  # with 16, programs take several tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention(queries, keys, heads, width, dtype):
     torch.manual_seed(0)
     segments = [Segments.of(n, "cuda") for n in (queries, keys)]
     q = torch.randn(sum(queries), heads, width, device="cuda", dtype=dtype)
-    # Keys and values are parts of a wider tensor, as one product leaves them, and lie between NaN.
+    # Keys and values are parts of a wider tensor, as from a fused product, between NaN.
     wide = torch.full((sum(keys), 2 * heads + 2, width), float("nan"), device="cuda", dtype=dtype)
     wide[:, 1:-1] = torch.randn(sum(keys), 2 * heads, width, device="cuda", dtype=dtype)
     k, v = wide[:, 1 : heads + 1] * 2, wide[:, heads + 1 : -1]

@@ -35,7 +35,7 @@ class PackedPatches:
 def position_buckets(patches: int, per_side: int) -> tuple[int, ...]:
     """Which of ``per_side`` learned rows stands for each of ``patches`` rows that cover the same extent.
 
-    Ideally ``floor(per_side * i / patches)``; the weights were trained with float32 fractions against float32
+    Ideally ``per_side * i // patches``; the weights were trained with float32 fractions against float32
     boundaries, which fall one short in a few places (25, 49, 50 and 55 patches of 70), and so this computes in float32.
     """
     boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side)

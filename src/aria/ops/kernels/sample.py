@@ -71,10 +71,10 @@ def _score(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _above(
-    row, banned, pivots, floor, most, temperature,
+    row, banned, pivots, bottom, most, temperature,
     V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many scores are above each of the pivots; with MASS, the scaled probability of those above the floor."""
+    """How many scores are above each of the pivots; with MASS, the scaled probability of those above the bottom."""
     sums = ()
     for _ in tl.static_range(len(pivots)):
         sums = sums + (tl.zeros([BLOCK], tl.float32),)
@@ -83,7 +83,7 @@ def _above(
         keys = _key(scores, SHIFT)
         weights = tl.full([BLOCK], 1.0, tl.float32)
         if MASS:
-            weights = tl.where(keys > floor, tl.exp((scores - most) / temperature), 0.0)
+            weights = tl.where(keys > bottom, tl.exp((scores - most) / temperature), 0.0)
         new = ()
         for i in tl.static_range(len(pivots)):
             new = new + (sums[i] + tl.where(keys > pivots[i], weights, 0.0),)
@@ -96,7 +96,7 @@ def _above(
 
 @triton.jit
 def _search(
-    row, banned, target, low, high, floor, most, temperature,
+    row, banned, target, low, high, bottom, most, temperature,
     V: tl.constexpr, BANNED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The lowest key with less than ``target`` above it, given that ``low`` has more and ``high`` has less."""
@@ -104,7 +104,7 @@ def _search(
         pivots = ()
         for i in tl.static_range(1, 8):
             pivots = pivots + ((low + (high - low) * i // 8).to(tl.int32),)
-        totals = _above(row, banned, pivots, floor, most, temperature, V, BANNED, MASS, SHIFT, BLOCK)
+        totals = _above(row, banned, pivots, bottom, most, temperature, V, BANNED, MASS, SHIFT, BLOCK)
         for i in tl.static_range(7):
             pivot = pivots[i].to(tl.int64)
             low = tl.where(totals[i] < target, low, tl.maximum(low, pivot))
@@ -145,12 +145,12 @@ def _bounds(
     """
     keys = _key(tops, SHIFT)
     ones = tl.full([GROUPS], 1, tl.int32)
-    floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
+    bottom = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
     high = _key(most, SHIFT).to(tl.int64)
     # There are at least as many scores as peaks above any bound.
     wanted = tl.where(top_k > 0, tl.minimum(top_k, GROUPS), LIKELIEST)
-    low = _bisect(keys, ones, wanted, floor, high) - 1
-    low = tl.where(top_k > GROUPS, floor, low)
+    low = _bisect(keys, ones, wanted, bottom, high) - 1
+    low = tl.where(top_k > GROUPS, bottom, low)
     if top_k == 0:
         # Scores below the top ones are so even that one of them represents WIDTH.
         mass = tl.sum(tl.where(tops > float("-inf"), masses * tl.exp((tops - most) / temperature), 0.0))
@@ -159,16 +159,16 @@ def _bounds(
         total = tl.sum(rest)
         if total > 0.5 * (1 - top_p) * mass:
             # Below this all probabilities are 0 in float32.
-            floor = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
+            bottom = tl.maximum(bottom, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
             middle = low
             if total > (1 - top_p) * mass:
-                middle = _bisect(keys, rest, total - (1 - top_p) * mass, floor, low)
+                middle = _bisect(keys, rest, total - (1 - top_p) * mass, bottom, low)
             # As many on both sides as the capacity allows.
             SLACK: tl.constexpr = CAPACITY * 3 // (8 * WIDTH)
             count = tl.sum((keys > middle.to(tl.int32)).to(tl.int32))
             if count > SLACK:
                 high = _bisect(keys, ones, count - SLACK, middle, high)
-            low = _bisect(keys, ones, count + SLACK, floor, middle) - 1
+            low = _bisect(keys, ones, count + SLACK, bottom, middle) - 1
     return low, high
 
 
@@ -255,16 +255,16 @@ def _least(
             if found:
                 least = _bisect(keys, weights, target, low, high)
     if not found:
-        floor = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
+        bottom = _key(tl.full([], float("-inf"), tl.float32), SHIFT).to(tl.int64) - 1
         if top_k > 0:
             least = _search(
-                row, banned, k.to(tl.float32), floor, top, floor, most, temperature,
+                row, banned, k.to(tl.float32), bottom, top, bottom, most, temperature,
                 V, BANNED, False, SHIFT, BLOCK,
             )  # fmt: skip
-            floor = least - 1
+            bottom = least - 1
         if top_p < 1:
             # Below this all probabilities are 0 in float32.
-            low = tl.maximum(floor, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
+            low = tl.maximum(bottom, _key(most - 104 * temperature, SHIFT).to(tl.int64) - 1)
             total = _above(row, banned, (low,), low, most, temperature, V, BANNED, True, SHIFT, BLOCK)[0]
             least = _search(row, banned, top_p * total, low, top, low, most, temperature, V, BANNED, True, SHIFT, BLOCK)
     return least
