@@ -109,12 +109,12 @@ def test_the_authors_folder_is_read(base: Path, tmp_path: Path) -> None:
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.a.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b.detach()
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    told = {"peft_type": "LORA", "r": 3, "lora_alpha": 7, "alpha_pattern": {r"layers\.1\..*experts\.fc1": 5}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 7, "alpha_pattern": {r"layers\.1\..*experts\.fc1": 5}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     stored = read_adapter(tmp_path, tiny_config()).settings
     assert {settings.alpha for name, settings in stored.items() if "layers.1.mlp.experts.fc1" in name} == {5.0}
     assert {settings.alpha for name, settings in stored.items() if "layers.1.mlp.experts.fc1" not in name} == {7.0}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"alpha_pattern": None}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": None}))
     again = load_model(base)
     load_adapter(again, read_adapter(tmp_path, again.config))
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -203,7 +203,7 @@ def test_full_weights_are_not_saved_while_adapters_are_apart(base: Path, tmp_pat
 
 def spoil(folder: Path, how: str) -> None:
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors, told = load_file(file), json.loads(config.read_text())
+    tensors, settings = load_file(file), json.loads(config.read_text())
     first = next(iter(tensors))
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
@@ -213,17 +213,17 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "half":
         del tensors[first]
     elif how == "other rank":
-        told["r"] = 5
+        settings["r"] = 5
     elif how == "other model":
         tensors = {key.replace("layers.0", "layers.40"): tensor for key, tensor in tensors.items()}
     elif how == "no tensor of LoRA":
         tensors["classifier.weight"] = torch.ones(2)
     elif how == "dora":
-        told["use_dora"] = True
+        settings["use_dora"] = True
     elif how == "pissa":
-        told["init_lora_weights"] = "pissa_niter_4"
+        settings["init_lora_weights"] = "pissa_niter_4"
     elif how == "trained head":
-        told["modules_to_save"] = ["lm_head"]
+        settings["modules_to_save"] = ["lm_head"]
     elif how == "more tokens":
         tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(310, 64)
     elif how == "twice":
@@ -234,20 +234,20 @@ def spoil(folder: Path, how: str) -> None:
     elif how in ("nan", "inf"):
         tensors[first].view(-1)[3] = float(how)
     elif how == "lora_ga":
-        told["init_lora_weights"] = how
+        settings["init_lora_weights"] = how
     elif how == "patterns":
-        told["alpha_pattern"] = {"q_proj(": 2}
+        settings["alpha_pattern"] = {"q_proj(": 2}
     elif how == "list of patterns":
-        told["rank_pattern"] = ["q_proj"]
+        settings["rank_pattern"] = ["q_proj"]
     elif how == "uneven experts":
         name = next(key for key in tensors if "experts.lora_A" in key)
         tensors[name] = tensors[name][1:].clone()
     elif how == "prefix tuning":
-        told["peft_type"] = "PREFIX_TUNING"
+        settings["peft_type"] = "PREFIX_TUNING"
     elif how == "no rank":
-        del told["r"]
+        del settings["r"]
     save_file(tensors, file)
-    config.write_text(json.dumps(told))
+    config.write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize(("how", "message"), [
@@ -310,7 +310,7 @@ def test_settings_beyond_all_limits_are_refused_by_name(base: Path, tmp_path: Pa
     "(.*){1,1000}[^j]", "(?:(?:.{0,9}){0,1000}){0,1000}[^j]", "([a-z._0-9]{0,1000}){0,1000}[^j]"
 ])  # fmt: skip
 def test_patterns_that_backtrack_without_end_are_stopped(base: Path, tmp_path: Path, monkeypatch, pattern: str) -> None:
-    """Python's own ``re`` would be at them for years, and hold every other thread up meanwhile."""
+    """Python's own ``re`` would take years, and block all other threads."""
     model = trained(base)
     save_adapter(model, tmp_path)
     file = tmp_path / "adapter_config.json"
@@ -336,7 +336,7 @@ def test_an_adapter_is_no_model(base: Path, tmp_path: Path) -> None:
 
 
 def test_merge_from_the_command_line(command, capsys, model_folder: Path, tmp_path: Path) -> None:
-    """What the adapter's folder names is its base, unless told otherwise."""
+    """The base is the one that the adapter's folder names, unless another is given."""
     model = trained(model_folder)
     save_adapter(model, tmp_path / "adapter")
     assert command("merge", tmp_path / "adapter", tmp_path / "out") == 2, "the adapter is not nano's"

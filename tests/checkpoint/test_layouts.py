@@ -1,4 +1,4 @@
-"""Every published layout: told apart, loaded to the same parameters, and refused by name where it does not fit."""
+"""Every published layout: detected, loaded to the same parameters, and refused by name if it does not fit."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_gpt_fast_is_refused_by_name(state, tmp_path):
         load_model(tmp_path)
 
 
-def test_a_config_of_another_size_is_told_by_shapes(state, tmp_path):
+def test_a_config_of_another_size_is_reported_by_shapes(state, tmp_path):
     write(state, tmp_path)
     tiny_config(vocab_size=310).save_pretrained(tmp_path)
     with pytest.raises(

@@ -62,10 +62,10 @@ def test_chunks_of_any_size_add_up(layout, state, tmp_path, monkeypatch):
 def test_read_fills_tensors_where_they_lie(state, folder):
     checkpoint = Checkpoint(folder, SHAPES)
     name = "language_model.model.layers.1.mlp.experts.fc1.weight"
-    room = torch.nn.Parameter(torch.zeros(SHAPES[name], dtype=torch.float64))
-    place = room.data_ptr()
-    checkpoint.read({name: room})
-    assert room.data_ptr() == place and torch.equal(room.detach(), state[name].double())
+    target = torch.nn.Parameter(torch.zeros(SHAPES[name], dtype=torch.float64))
+    place = target.data_ptr()
+    checkpoint.read({name: target})
+    assert target.data_ptr() == place and torch.equal(target.detach(), state[name].double())
 
 
 def test_progress_counts_every_byte(folder):
@@ -161,7 +161,7 @@ def test_truncated_files_name_the_file(keep, folder):
         load_model(folder)
 
 
-def test_integer_weights_are_told_to_be_quantized(state, folder):
+def test_integer_weights_are_reported_as_quantized(state, folder):
     save_file(
         {**state, "language_model.lm_head.weight": torch.zeros(300, 64).to(torch.int8)}, folder / "model.safetensors"
     )
@@ -212,7 +212,7 @@ def header(**tensors: Any) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def told(shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
+def entry(shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
     return {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
 
 
@@ -221,14 +221,14 @@ def told(shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
     [
         ((1 << 62).to_bytes(8, "little") + b"{}", "its header would have 4,611,686,018,427,387,904 bytes"),
         ((50 << 20).to_bytes(8, "little") + b" " * (50 << 20), "its header would have 52,428,800 bytes; at most"),
-        (header(a=told([2], 0, 4), b=told([2], 2, 6)) + bytes(6), "is not a valid safetensors file"),
-        (header(a=told([2], -4, 0)) + bytes(4), "is not a valid safetensors file"),
-        (header(a=told([2], 4, 0)) + bytes(4), "is not a valid safetensors file"),
-        (header(a=told([2], 0, 1 << 62)) + bytes(4), "is not a valid safetensors file"),
-        (header(a=told([1 << 32, 1 << 32], 0, 0)), "is not a valid safetensors file"),
-        (header(a=told([-1, -2], 0, 4)) + bytes(4), "is not a valid safetensors file"),
-        (header(a=told([1] * 1000 + [2], 0, 4)) + bytes(4), "a has 1,001 axes; at most 8 are read"),
-        (header(a=told([], 0, 2)) + bytes(2), "not Aria's in any layout"),
+        (header(a=entry([2], 0, 4), b=entry([2], 2, 6)) + bytes(6), "is not a valid safetensors file"),
+        (header(a=entry([2], -4, 0)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=entry([2], 4, 0)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=entry([2], 0, 1 << 62)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=entry([1 << 32, 1 << 32], 0, 0)), "is not a valid safetensors file"),
+        (header(a=entry([-1, -2], 0, 4)) + bytes(4), "is not a valid safetensors file"),
+        (header(a=entry([1] * 1000 + [2], 0, 4)) + bytes(4), "a has 1,001 axes; at most 8 are read"),
+        (header(a=entry([], 0, 2)) + bytes(2), "not Aria's in any layout"),
         (b"\x20" + bytes(7) + b'{"a": 1, "a": 2}' + b" " * 16, "has the key 'a' twice"),
         (b"\x10\x27" + bytes(6) + b"[" * 10_000, "deeper than 100 levels"),
         (b"", "is not a valid safetensors file"),

@@ -322,7 +322,7 @@ def test_a_broken_source_leaves_nothing_behind(state, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 def test_a_companion_that_leads_elsewhere_is_not_copied(state, tmp_path):
-    """Somebody's private file would lie beside weights that are made to be shared."""
+    """A private file would be published together with the weights."""
     source = write_layout("hub", state, CONFIG, tmp_path / "in")
     (tmp_path / "secret").write_text("mine")
     (source / "LICENSE").symlink_to(tmp_path / "secret")

@@ -89,11 +89,9 @@ WITH_FLOORS = (
 )
 NOT_CLEAN: dict[str, dict[str, int]] = {
     "src/aria": {"organ": 1, "told": 3},
-    "src/aria/checkpoint": {"told": 1},
     "src/aria/engine": {"go on": 2, "stranger": 1, "told": 1},
     "src/aria/processor": {"whoever": 1},
     "src/aria/serve": {"door": 1, "go on": 1, "tells of": 3, "told": 12},
-    "tests/checkpoint": {"told": 28},
     "tests/engine": {"astray": 1, "go on": 2, "room": 6, "the books": 2, "told": 16},
     "tests/fuzz": {"go on": 2, "stranger": 4, "told": 20, "whoever": 1},
     "tests/grammars": {"stranger": 1, "told": 10},
@@ -103,7 +101,6 @@ NOT_CLEAN: dict[str, dict[str, int]] = {
     "tests/processor": {"picture tokens": 1, "told": 3},
     "tests/repository": {"told": 2, "whoever": 1},
     "tests/serve": {"told": 101},
-    "tests/train": {"by chance": 1, "go on": 19, "picture tokens": 1, "stranger": 2, "told": 152},
 }
 """Occurrences that are still to go, by folder and word. Numbers here only become smaller."""
 

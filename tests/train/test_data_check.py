@@ -1,4 +1,4 @@
-"""``aria data check``: every fault in a data set is told with its file and line, and what the rest costs."""
+"""``aria data check``: every problem in a data set is reported by file and line, and the size of the rest."""
 
 from __future__ import annotations
 
@@ -65,31 +65,31 @@ def check(*names, tokens=512, **settings):
     return check_data(made, processor(), config(), tokens=tokens)
 
 
-def test_every_fault_is_told_by_file_and_line(bad):
+def test_every_problem_is_reported_by_file_and_line(bad):
     file, kinds = bad
     calls = []
     made = DataSettings(paths=(str(file.parent),), workers=3)
     found = check_data(made, processor(), config(), tokens=512, progress=lambda *counts: calls.append(counts))
-    told = {}
+    reported = {}
     for kind, rows in found.problems.items():
         for row in rows:
             place, _, why = row.removeprefix(f"{file}:").partition(": ")
-            told[int(place)] = kind
+            reported[int(place)] = kind
             assert why
             assert len(row) < 500
-    assert told == kinds
+    assert reported == kinds
     assert found.usable == 2
     assert calls == [(i + 1, 19) for i in range(19)], "the blank line is no row"
 
 
 @pytest.mark.parametrize("name", ["none.png", "empty.mp4", "half.png", "text.png"])
-def test_media_are_told_by_name(bad, name):
+def test_media_are_reported_by_name(bad, name):
     file, _ = bad
     found = check(file)
     assert any(name in row for rows in found.problems.values() for row in rows)
 
 
-def test_a_stream_passes_over_what_the_check_finds(bad):
+def test_a_stream_skips_what_the_check_finds(bad):
     file, kinds = bad
     stream = make_stream(DataSettings(paths=(str(file),), lookahead=1), processor(), config(), tokens=512)
     next(iter(stream))
@@ -97,7 +97,7 @@ def test_a_stream_passes_over_what_the_check_finds(bad):
     assert stream.report.labels
 
 
-def test_text_that_is_no_text_is_a_row_that_cannot_be_used(tmp_path):
+def test_text_that_is_not_a_string_is_an_unusable_row(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "half a pair: \\ud800"}\n{"text": "a fox"}\n', encoding="utf-8")
     found = check(file)
@@ -105,7 +105,7 @@ def test_text_that_is_no_text_is_a_row_that_cannot_be_used(tmp_path):
     assert found.problems["bad text"][0].startswith(f"{file}:1: ")
 
 
-def test_a_file_that_is_cut_while_it_is_checked_is_an_error_by_its_line(tmp_path):
+def test_a_file_truncated_during_a_check_is_an_error_that_names_the_line(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [chat("what?", "dog")] * 5)
     settings = DataSettings(paths=(str(file),), workers=0)
 
@@ -126,12 +126,14 @@ def looked(*names, world=1, on_error="skip") -> str:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_look_names_all_rows_that_cannot_be_used(bad, world):
+def test_a_look_names_all_unusable_rows(bad, world):
     file, kinds = bad
     said = looked(file, world=world)
     assert said.startswith("17 of 19 training rows that were checked cannot be used and will be skipped:\n")
-    told = {int(line): kind for line, kind in re.findall(rf"^  {re.escape(str(file))}:(\d+): ([^:]+): ", said, re.M)}
-    assert told == kinds
+    reported = {
+        int(line): kind for line, kind in re.findall(rf"^  {re.escape(str(file))}:(\d+): ([^:]+): ", said, re.M)
+    }
+    assert reported == kinds
     with pytest.raises(ValueError, match=r"(?s)and \[data\] on_error is stop:.*:2: not JSON.*:17: bad message"):
         looked(file, world=world, on_error="stop")
 
@@ -146,7 +148,7 @@ def test_a_look_takes_the_first_rows_and_some_of_all_others(tmp_path):
     assert looked(*[jsonl(tmp_path / "b.jsonl", [chat("what?", "dog")])]) == ""
 
 
-def test_a_data_set_of_which_nothing_can_be_used_is_refused(tmp_path):
+def test_a_data_set_without_usable_rows_is_refused(tmp_path):
     good = jsonl(tmp_path / "good.jsonl", [chat("what?", "dog")] * 5)
     other = jsonl(tmp_path / "other.jsonl", [{"instruction": "what?", "output": "dog"}] * 7)
     name = re.escape(str(other))
@@ -206,7 +208,7 @@ def test_batches_of_a_check_are_those_of_an_epoch(tmp_path):
     assert abs(count - found.batches) <= 0.05 * count
 
 
-def test_the_command_tells_and_fails(command, bad, model_folder, capsys, monkeypatch):
+def test_the_command_reports_problems_and_fails(command, bad, model_folder, capsys, monkeypatch):
     monkeypatch.setattr(options.out, "width", 400)  # paths in tables are not broken
     file, _ = bad
     assert command("data", "check", file, "--model", model_folder, "--tokens", 2048) == 1

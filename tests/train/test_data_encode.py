@@ -1,4 +1,4 @@
-"""Rows to tokens: those of inference, with targets on what the assistant said and nowhere else."""
+"""Rows to tokens: those of inference, with targets only on what the assistant said."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def targets_text(sample) -> str:
 
 
 def check_targets(sample) -> None:
-    """What every sequence keeps to: targets are the next ids, never past the end, never a picture's."""
+    """What every sequence keeps to: targets are the next ids, never past the end, never image tokens."""
     assert sample.input_ids.dtype == sample.targets.dtype == torch.long
     has = sample.targets != IGNORE_INDEX
     assert has.any()
@@ -130,7 +130,7 @@ def test_tokenized_per_turn_every_marker_stands_by_itself():
 
 
 @pytest.mark.parametrize("labels", ["per_turn", "joint"])
-def test_answers_alone_are_learnt_and_never_a_picture(tmp_path, labels):
+def test_only_answers_are_targets_and_never_an_image(tmp_path, labels):
     [sample] = encode({"messages": long_conversation(tmp_path)}, tmp_path, labels=labels).samples
     check_targets(sample)
     # The picture in the second answer is no target, nor are the marks around it.
@@ -151,7 +151,7 @@ def test_weight_0_leaves_an_answer_out(labels):
     assert targets_text(sample) == "dog<|im_end|>\n"
 
 
-def test_text_is_learnt_from_its_second_token_to_the_end_of_text():
+def test_targets_of_text_are_its_second_token_to_the_end_of_text():
     [sample] = encode({"text": "the quick <|img|> fox"}).samples
     ids = processor().tokenizer.encode
     assert processor().decode(sample.input_ids) == "the quick <|img|> fox<|endoftext|>"
@@ -202,7 +202,7 @@ def test_what_is_too_long_loses_whole_turns_or_is_skipped():
         encode({"messages": whole}, max_length=10, too_long="drop_first")
 
 
-def test_trimming_ends_with_an_answer_that_is_learnt():
+def test_trimming_ends_with_an_answer_that_is_a_target():
     messages = [*turns(2), said("user", "3" * 50)]
     assert kept_text(messages, max_length=length(turns(2)), too_long="drop_last") == "111222"
     # The first exchange alone fits, but its answer is not learnt.
@@ -211,7 +211,7 @@ def test_trimming_ends_with_an_answer_that_is_learnt():
         encode({"messages": messages}, max_length=length(turns(1)), too_long="drop_last")
 
 
-def test_a_picture_is_kept_whole_or_left_out_with_its_turn(tmp_path):
+def test_an_image_is_kept_whole_or_dropped_with_its_turn(tmp_path):
     made_data.picture(tmp_path, "a.png")
     shown = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "7"}]
     messages = [said("user", shown), said("assistant", "1"), said("user", shown), said("assistant", "2")]
@@ -249,7 +249,7 @@ def test_frames_of_clips_are_those_of_inference(tmp_path):
     assert processor().decode(sample.input_ids).startswith(f"<|im_start|>user\n{shown}{shown}\n<|im_end|>")
 
 
-def test_settings_decide_where_a_row_does_not(tmp_path):
+def test_settings_are_the_defaults_of_rows(tmp_path):
     made_data.picture(tmp_path, "a.png", (200, 100))
     row = {"messages": [said("user", [{"type": "image", "text": None}]), said("assistant", "dog")], "images": ["a.png"]}
     [whole] = encode(row, tmp_path).samples
@@ -288,7 +288,7 @@ def test_a_tokenizer_that_joins_newlines_is_refused_for_joint_labels():
     RowEncoder(Other(), config(), DataSettings(), 64)
 
 
-def test_model_and_tokenizer_have_to_agree_on_the_picture_token():
+def test_model_and_tokenizer_must_agree_on_the_image_token():
     import dataclasses
 
     with pytest.raises(ValueError, match="do not belong together"):
@@ -302,7 +302,7 @@ def test_a_chat_template_that_training_would_not_write_is_refused():
         RowEncoder(AriaProcessor(images, other, size_conversion=made_data.SIZES), config(), DataSettings(), 64)
 
 
-def test_fields_that_nothing_reads_are_told():
+def test_unknown_fields_are_reported():
     encoded = encode(chat("a", "dog", id=7, source="web", nothing=None))
     [note] = encoded.notes
     assert note == ("unread fields", "unknown fields are ignored: id, source")

@@ -1,4 +1,4 @@
-"""Formats of rows: the authors', OpenAI's, our own and Hugging Face's say the same, and faults are told by kind."""
+"""Formats of rows: the authors', OpenAI's, ours and Hugging Face's mean the same, and problems are reported by kind."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ def test_openais_format_is_read_as_the_server_reads_it():
     assert read({"messages": messages, "tools": tools}).messages[2] == ours[2]
 
 
-def test_pictures_of_a_system_message_stay_where_functions_are_told(tmp_path):
+def test_images_of_a_system_message_stay_when_tools_are_added(tmp_path):
     made_data.picture(tmp_path, "a.png")
     sheet = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Brand sheet."}]
     row = {"messages": [said("system", sheet), said("user", "a"), said("assistant", "b")]}
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     encoder = RowEncoder(processor(), made_data.config(), DataSettings(), 512)
-    [alone], [told] = (encoder(Row({**row, **more}, "", tmp_path)).samples for more in ({}, {"tools": tools}))
-    assert alone.num_crops == told.num_crops == 1
-    text = processor().decode(told.input_ids)
+    [alone], [with_tools] = (encoder(Row({**row, **more}, "", tmp_path)).samples for more in ({}, {"tools": tools}))
+    assert alone.num_crops == with_tools.num_crops == 1
+    text = processor().decode(with_tools.input_ids)
     assert "<fim_suffix>Brand sheet.\n\nYou may call functions." in text
     # Text in parts reads as text in one piece.
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}]
@@ -129,7 +129,7 @@ def test_answers_in_parts_read_as_the_server_reads_them():
     assert [one["content"] for one in read({"messages": messages}).messages] == [one["content"] for one in served]
 
 
-def test_paths_count_from_the_file_and_addresses_stay(tmp_path):
+def test_paths_are_relative_to_the_file_and_urls_stay(tmp_path):
     part = {"type": "image_url", "image_url": "pictures/a.png"}
     assert read(chat_of(part)).messages[0]["content"][0]["image"] == Path("/data/pictures/a.png")
     for address in ("https://example.org/a.png", "data:image/png;base64,AAAA"):
@@ -283,7 +283,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("kind", "fields"), [(kind, row) for kind, rows in BAD.items() for row in rows])
-def test_faults_are_told_by_kind(kind, fields):
+def test_problems_are_reported_by_kind(kind, fields):
     with pytest.raises(RowError) as error:
         read(fields)
     assert error.value.kind == kind
@@ -409,9 +409,9 @@ def places(value, path=()):
         yield from places(one, (*path, key))
 
 
-def test_whatever_stands_in_a_row_is_told_as_its_fault():
+def test_any_bad_row_is_a_row_error():
     encoder = RowEncoder(processor(), made_data.config(), DataSettings(), 4096)
-    told = set()
+    kinds = set()
     for path in list(places(WHOLE))[1:]:
         for wrong in WRONG:
             row = json.loads(json.dumps(WHOLE))
@@ -421,9 +421,9 @@ def test_whatever_stands_in_a_row_is_told_as_its_fault():
             inner[path[-1]] = wrong
             with pytest.raises(RowError) as error:
                 encoder(Row(row, "", Path("/nowhere")))
-            told.add(error.value.kind)
+            kinds.add(error.value.kind)
             assert len(str(error.value)) < 400
-    assert {"bad message", "unknown role", "media count", "missing medium", "no messages", "empty answer"} <= told
+    assert {"bad message", "unknown role", "media count", "missing medium", "no messages", "empty answer"} <= kinds
 
 
 def test_the_documentation_s_examples_are_rows():

@@ -1,4 +1,4 @@
-"""Where rows come from: files that change while they are read, copies that are the same data, and tables by content."""
+"""Data sets: files that change while they are read, copies that are the same data, and tables by content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REWRITTEN = {
 
 
 @pytest.mark.parametrize("how", REWRITTEN)
-def test_a_file_that_is_rewritten_while_it_is_read_is_an_error_by_its_line(tmp_path, how):
+def test_a_file_rewritten_while_it_is_read_is_an_error_that_names_the_line(tmp_path, how):
     file = jsonl(tmp_path / "train.jsonl", [chat(f"{i}", "dogs") for i in range(20)])
     before, (change, said) = file.read_bytes(), REWRITTEN[how]
     one = stream(file, on_error="skip", workers=0)
@@ -85,7 +85,7 @@ def test_a_copy_of_a_table_is_the_same_data(table, how):
         other.load_state_dict(state)
 
 
-def test_states_of_earlier_versions_are_taken_where_the_table_was_not_touched(table):
+def test_states_of_earlier_versions_load_if_the_table_is_unchanged(table):
     file = table()
     one = stream(file)
     take(one, 2)
@@ -96,7 +96,7 @@ def test_states_of_earlier_versions_are_taken_where_the_table_was_not_touched(ta
         stream(table("cats")).load_state_dict(state)
 
 
-def test_a_saved_folder_may_be_written_anew_while_it_is_read(table, tmp_path):
+def test_a_saved_folder_may_be_rewritten_while_it_is_read(table, tmp_path):
     import datasets
 
     datasets.Dataset.from_parquet(str(table())).save_to_disk(str(tmp_path / "saved"))
@@ -106,7 +106,7 @@ def test_a_saved_folder_may_be_written_anew_while_it_is_read(table, tmp_path):
     assert [source.read(i).fields["messages"][1]["content"] for i in range(len(source))] == ["dogs"] * 20
 
 
-def test_large_tables_are_known_by_a_sample_of_their_rows(monkeypatch):
+def test_large_tables_are_identified_by_a_sample_of_their_rows(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = [{"text": f"{i}"} for i in range(4 * WINDOW)]
     whole = datasets.Dataset.from_list(rows)
@@ -126,8 +126,8 @@ def test_large_tables_are_known_by_a_sample_of_their_rows(monkeypatch):
     assert len(hashes) == 1 + len(changed)
 
 
-def test_a_line_without_end_is_one_row_that_cannot_be_used(tmp_path, monkeypatch):
-    """It is neither held nor does it hide the others; what its file is known by stays."""
+def test_an_endless_line_is_one_unusable_row(tmp_path, monkeypatch):
+    """It is neither held nor does it hide the others; the fingerprint of its file stays."""
     rows = [chat("a", "dogs"), chat("b", "x" * 3_000_000), chat("c", "cats")]
     file = jsonl(tmp_path / "train.jsonl", rows)
     with file.open("ab") as opened:
@@ -143,7 +143,7 @@ def test_a_line_without_end_is_one_row_that_cannot_be_used(tmp_path, monkeypatch
             found.read(index)
 
 
-def test_a_first_line_without_end_is_no_other_format(tmp_path, monkeypatch):
+def test_an_endless_first_line_is_not_another_format(tmp_path, monkeypatch):
     file = jsonl(tmp_path / "train.jsonl", [chat("a", "x" * 5000), chat("b", "cats")])
     monkeypatch.setattr(sources, "MOST_LINE", 1000)
     assert len(open_source(str(file))) == 2

@@ -1,4 +1,4 @@
-"""Streams of batches: exact mixtures, every row once an epoch on whatever ranks, and the same batches after a stop."""
+"""Streams of batches: exact mixtures, every row once per epoch on any ranks, the same batches after resuming."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def test_every_row_comes_once_an_epoch(rows, world):
 @pytest.mark.parametrize("world", [1, 7])
 @pytest.mark.parametrize(("passes", "tokens"), [(3, TOKENS), (0.5, TOKENS), (2, 4096)])
 def test_a_stream_of_passes_ends_after_them(rows, world, passes, tokens):
-    """Also where a batch has room for more rows than there are, and on ranks that have one row less."""
+    """Also if a batch holds more rows than exist, and on ranks with one row less."""
     seen = Counter()
     streams = [
         stream(rows, rank=rank, world=world, passes=passes, tokens=tokens, shuffle=passes != 0.5)
         for rank in range(world)
     ]
     for one in streams:
-        # Stopped at the first batch, it goes on to the same end.
+        # Stopped at the first batch, it resumes to the same end.
         seen.update(numbers(take(one, 1)))
         again = stream(rows, rank=one._rank, world=world, passes=passes, tokens=tokens, shuffle=passes != 0.5)
         again.load_state_dict(one.state_dict())
@@ -142,7 +142,7 @@ def test_a_stream_of_passes_ends_after_them(rows, world, passes, tokens):
     assert seen == Counter({row: max(1, passes) for row in usable})
 
 
-def test_epochs_count_what_was_given(rows):
+def test_epochs_count_what_was_returned(rows):
     shown = stream(rows)
     assert (shown.epochs, shown.rows) == (0.0, 60)
     given = 0
@@ -156,7 +156,7 @@ def test_epochs_count_what_was_given(rows):
 
 
 @pytest.mark.parametrize("stop", [1, 5, 17])
-def test_a_stream_goes_on_exactly_where_it_stopped(rows, stop):
+def test_a_stream_resumes_exactly_where_it_stopped(rows, stop):
     whole = take(stream(rows, rank=1, world=2), stop + 12)
     first = stream(rows, rank=1, world=2)
     take(first, stop)
@@ -171,7 +171,7 @@ def test_a_stream_goes_on_exactly_where_it_stopped(rows, stop):
     assert again.report.batches == stop + 12
 
 
-def test_stopping_and_going_on_in_one_stream(rows):
+def test_one_stream_stops_and_resumes(rows):
     whole = [plain(batch) for batch in take(stream(rows, workers=4, prefetch=5), 12)]
     one = stream(rows, workers=1, prefetch=1)
     assert [plain(batch) for batch in take(one, 5) + take(one, 7)] == whole
@@ -203,7 +203,7 @@ def letters(batches: list[Batch]) -> list[str]:
     return [processor().decode(batch.input_ids[4:9])[-1] for batch in batches]
 
 
-def test_pieces_of_documents_come_among_those_of_others(books):
+def test_pieces_of_documents_are_interleaved(books):
     read = stream(books, lookahead=4)
     batches = take(read, 12 * PIECES)
     found = letters(batches)
@@ -222,7 +222,7 @@ def test_pieces_of_documents_come_among_those_of_others(books):
 
 
 @pytest.mark.parametrize("stop", [3, 21])
-def test_a_stream_stops_and_goes_on_within_documents(books, stop):
+def test_a_stream_stops_and_resumes_within_documents(books, stop):
     whole = [plain(batch) for batch in take(stream(books, rank=1, world=2), stop + 9)]
     first = stream(books, rank=1, world=2)
     assert [plain(batch) for batch in take(first, stop)] == whole[:stop]
@@ -251,7 +251,7 @@ def test_on_another_number_of_ranks_no_piece_is_left_out_and_few_come_twice(book
     assert len(seen) < 18 * PIECES + 2 * PIECES, "what was under way continues, and is not read anew"
 
 
-def test_states_of_earlier_versions_go_on_with_what_waited(books):
+def test_states_of_earlier_versions_resume_with_waiting_sequences(books):
     one = stream(books, rank=1, world=2)
     old = one.state_dict() | {"next": 2, "held": [[0, 6], [0, 7], [1, 0], [1, 1]]}
     one.load_state_dict(json.loads(json.dumps(old)))
@@ -278,7 +278,7 @@ def test_on_another_number_of_ranks_no_row_is_left_out(rows):
         batches.close()
     assert set(seen) >= set(range(60)) - BROKEN
     assert len(seen) < 60 + 40 + 30
-    # One rank's state alone is enough to go on from, and on its own rank the list of all is as good as it.
+    # One rank's state alone is enough to resume from, and on its own rank the list of all is as good as it.
     states = json.loads(json.dumps(states))
     alone, among = stream(rows, rank=1, world=2), stream(rows, rank=1, world=2)
     alone.load_state_dict(states[1])
@@ -317,7 +317,7 @@ def test_a_state_of_other_data_is_refused(tmp_path, answer):
         stream(file).load_state_dict(one.state_dict())
 
 
-def test_what_cannot_be_used_is_told_by_file_and_line(rows):
+def test_unusable_rows_are_reported_by_file_and_line(rows):
     shown = stream(rows)
     batches = iter(shown)
     while shown.epochs < 2:
@@ -360,7 +360,7 @@ def test_crops_of_a_batch_are_bounded(rows):
     assert set(bounded.report.skipped) == {"not JSON", "missing medium", "too long"}
 
 
-def test_a_fault_of_ours_is_not_taken_for_a_row_s(rows, monkeypatch):
+def test_an_error_of_the_code_is_not_an_unusable_row(rows, monkeypatch):
     shown = stream(rows)
     monkeypatch.setattr(shown._encoder, "_text", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -387,7 +387,7 @@ print(native() - before, sum(thread.name.startswith("aria-data") for thread in t
 
 @pytest.mark.slow
 def test_reading_ahead_starts_no_threads_of_pytorch_s(tmp_path):
-    """With more of them than cores, those of the training would sleep whenever they wait for each other."""
+    """With more threads than cores, those of the training would sleep whenever they wait for each other."""
     for i in range(12):
         made_data.picture(tmp_path, f"{i}.png", (400, 300 + i))
     shown = [[{"type": "image", "path": f"{i}.png"}, {"type": "text", "text": "fox"}] for i in range(12)]
@@ -429,7 +429,7 @@ def test_noise_is_splitmix_and_permutations_are_even():
         assert np.abs(np.bincount(column) / 6000 - 1 / 6).max() < 0.03
 
 
-def test_what_waits_is_bounded(monkeypatch):
+def test_waiting_sequences_are_bounded(monkeypatch):
     monkeypatch.setattr("aria.train.data.packer.MOST_TOKENS", 200)
     packer = Packer(10, lookahead=8)
     added = 0

@@ -1,4 +1,4 @@
-"""Held-out data in a training: what they cannot break, and what is told of them."""
+"""Held-out data in a training: what they cannot break, and what is logged about them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_run_resumes_where_its_data_were_moved(run, tmp_path, how):
             run(data={"workers": 0, "mixer": {str(new): 1.0}}, budget={"steps": 6})
 
 
-def test_a_folder_that_is_deleted_costs_no_training(run, tmp_path):
+def test_a_deleted_folder_does_not_end_a_training(run, tmp_path):
     def deletes(*_):
         if (tmp_path / "run" / "log.jsonl").is_file():
             shutil.rmtree(tmp_path / "run")
@@ -173,15 +173,15 @@ def test_random_states_of_a_run_come_back():
     assert drawn() == before
 
 
-def test_rows_that_the_loss_passes_over_are_no_samples(run, tmp_path):
+def test_rows_that_the_loss_skips_are_not_samples(run, tmp_path):
     made_data.picture(tmp_path, "a.png")
     shown = {"messages": [said("user", [{"type": "image", "path": "a.png"}]), said("assistant", "fox")]}
     log, samples = run(repeat, evaluate=held(tmp_path, [UNSEEN, LONG, "no row", shown, chat("a", "b")], samples=2))
     assert [(line["step"], line["truth"]) for line in samples] == [(2, "fox"), (2, "b"), (4, "fox"), (4, "b")]
-    told = next(line for line in log if "held-out loss" in line)
-    assert told["sample rows skipped"] == told["held-out rows skipped"] == 3
-    assert told["sample problems"] == sorted(told["held-out problems"])
-    assert [problem.split("held.jsonl:")[1][0] for problem in told["sample problems"]] == ["1", "2", "3"]
+    logged = next(line for line in log if "held-out loss" in line)
+    assert logged["sample rows skipped"] == logged["held-out rows skipped"] == 3
+    assert logged["sample problems"] == sorted(logged["held-out problems"])
+    assert [problem.split("held.jsonl:")[1][0] for problem in logged["sample problems"]] == ["1", "2", "3"]
 
 
 def many(tmp_path: Path) -> Path:
@@ -190,14 +190,14 @@ def many(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "held.jsonl", rows)
 
 
-def test_all_rows_are_asked_or_as_many_as_are_said(run, tmp_path, capsys):
+def test_all_rows_are_evaluated_or_the_given_number(run, tmp_path, capsys):
     evaluate = {"data": [str(many(tmp_path))]}
     log, *_ = run(evaluate=evaluate)
     assert [line["held-out rows"] for line in log if "held-out loss" in line] == ["24 of 24 rows"]
     log, *_ = run(evaluate={**evaluate, "batches": 5}, budget={"steps": 5})
-    told = log[-1]
-    assert told["held-out rows"] == "7 of 24 rows", "of some 130 tokens each"
-    assert f"step 5: held-out {told['held-out loss']:.4f} (7 of 24 rows)" in capsys.readouterr().err
+    logged = log[-1]
+    assert logged["held-out rows"] == "7 of 24 rows", "of some 130 tokens each"
+    assert f"step 5: held-out {logged['held-out loss']:.4f} (7 of 24 rows)" in capsys.readouterr().err
 
 
 def test_a_sample_of_rows_is_drawn_by_the_seed_and_the_same_on_any_number_of_ranks(tmp_path):
@@ -245,14 +245,14 @@ def test_held_out_data_that_are_rewritten_end_the_run(run, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
 
 
-def test_what_is_cut_for_the_loss_is_no_sample(run, tmp_path, model_folder):
+def test_a_row_trimmed_for_the_loss_is_not_a_sample(run, tmp_path, model_folder):
     cut = {"messages": [*LONG["messages"], *chat("a", "b")["messages"]]}
     data = {"paths": [str(tmp_path / "train.jsonl")], "workers": 0, "too_long": "drop_first"}
     _, samples = run(repeat, data=data, evaluate=held(tmp_path, [cut, chat("c", "d")], samples=1))
     assert {line["truth"] for line in samples} == {"d"}
 
 
-def test_a_sample_that_cannot_be_answered_is_told_and_the_training_goes_on(run, tmp_path):
+def test_a_sample_that_cannot_be_answered_is_reported_and_training_continues(run, tmp_path):
     def picky(model, processor, conversations, max_tokens):
         [messages] = conversations
         if "hard" in str(messages):
@@ -261,15 +261,15 @@ def test_a_sample_that_cannot_be_answered_is_told_and_the_training_goes_on(run, 
 
     log, samples = run(picky, evaluate=held(tmp_path, [chat("hard?", "dog"), chat("c?", "cat")], samples=2))
     assert [(line["step"], line["truth"]) for line in samples] == [(2, "cat"), (4, "cat")]
-    told = next(line for line in log if "held-out loss" in line)
-    assert told["sample rows skipped"] == 1
-    assert told["sample problems"] == ["sample 1, whose answer is 'dog': pictures of several sizes"]
+    logged = next(line for line in log if "held-out loss" in line)
+    assert logged["sample rows skipped"] == 1
+    assert logged["sample problems"] == ["sample 1, whose answer is 'dog': pictures of several sizes"]
 
 
 def test_text_without_conversations_is_evaluated_and_gives_no_samples(run, tmp_path):
     log, samples = run(repeat, evaluate=held(tmp_path, [{"text": "all of it is learnt"}], samples=2))
-    told = next(line for line in log if "held-out loss" in line)
-    assert not samples and "no conversation" in told["sample problems"][0]
+    logged = next(line for line in log if "held-out loss" in line)
+    assert not samples and "no conversation" in logged["sample problems"][0]
 
 
 def test_held_out_data_that_cannot_be_used_are_refused_before_the_training(run, tmp_path):
@@ -278,7 +278,7 @@ def test_held_out_data_that_cannot_be_used_are_refused_before_the_training(run, 
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_an_objective_without_a_loss_is_told_what_is_missing(run, tmp_path, monkeypatch):
+def test_an_objective_without_a_loss_is_an_error_that_says_what_is_missing(run, tmp_path, monkeypatch):
     (tmp_path / "own_objective.py").write_text(
         "from aria.train.objective import Losses, Objective\n"
         "def make(module, recipe, ranks):\n"

@@ -1,4 +1,4 @@
-"""Nano taught flags, in small: what `examples/flags.py` shows, and one text from all that then can answer."""
+"""Fine-tuning nano on flags, in small: what `examples/flags.py` shows, and the same text from all ways to answer."""
 
 from __future__ import annotations
 

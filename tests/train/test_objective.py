@@ -1,4 +1,4 @@
-"""The objective: transformers' loss and gradients, whatever the packing and the split; router losses by hand."""
+"""The objective: transformers' loss and gradients, for any packing and split; router losses by hand."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def encodings(model):
 
 @pytest.fixture
 def blind(model):
-    """The model with its eyes frozen."""
+    """The model with a frozen vision encoder."""
     for part in (model.vision_tower, model.multi_modal_projector):
         part.requires_grad_(False)
     yield model
@@ -234,17 +234,17 @@ def keyed(batch: Batch) -> Batch:
     return replace(batch, crops=tuple(c._replace(key=bytes(c.pixels[0, 0, 0, :9].tolist())) for c in batch.crops))
 
 
-def room(pictures: float) -> ObjectiveSettings:
-    """Memory for so many pictures of one crop of 490 px."""
+def cache_for(pictures: float) -> ObjectiveSettings:
+    """Settings with a cache for this many images of one crop of 490 px."""
     return replace(PLAIN, picture_bytes=int(pictures * 128 * tiny_config().text.hidden_size * 4))
 
 
-def test_a_picture_that_was_kept_is_not_encoded_again(blind, conversations, encodings):
+def test_a_cached_image_is_not_encoded_again(blind, conversations, encodings):
     batch = keyed(packed(conversations))
     plain = Objective(blind, PLAIN)(batch, Step(batch.labels, 1, 0.0))
     plain.total.backward()
     expected = gradients(blind)
-    objective = Objective(blind, room(2))
+    objective = Objective(blind, cache_for(2))
     encodings.clear()
     for seen in (2, 0):
         losses = objective(batch, Step(batch.labels, 1, 0.0))
@@ -255,19 +255,19 @@ def test_a_picture_that_was_kept_is_not_encoded_again(blind, conversations, enco
     assert encodings == [1, 1]
 
 
-def test_what_is_kept_of_a_picture_does_not_depend_on_those_beside_it(blind):
+def test_cached_image_tokens_do_not_depend_on_other_images(blind):
     rows = [conversation(9, True, seed) for seed in range(5)]
     pictures = keyed(packed(rows)).crops
-    together, later = Objective(blind, room(5)), Objective(blind, room(5))
+    together, later = Objective(blind, cache_for(5)), Objective(blind, cache_for(5))
     expected = together._see(pictures)[0].split(128)
     assert torch.equal(later._see(pictures[3:4])[0], expected[3])
     assert torch.equal(later._see((pictures[3], pictures[1]))[0], torch.cat([expected[3], expected[1]]))
     assert later.encoded == [pictures[1]]
 
 
-def test_pictures_that_nobody_asked_for_lately_make_room(blind, encodings):
+def test_least_recently_used_images_are_evicted(blind, encodings):
     pictures = keyed(packed([conversation(9, True, seed) for seed in range(3)])).crops
-    objective = Objective(blind, room(2.5))
+    objective = Objective(blind, cache_for(2.5))
     for number, encoded in ((0, 1), (1, 1), (0, 0), (2, 1), (0, 0), (1, 1)):
         objective._see(pictures[number : number + 1])
         assert len(objective.encoded) == encoded
@@ -277,23 +277,23 @@ def test_pictures_that_nobody_asked_for_lately_make_room(blind, encodings):
         assert objective.encoded == [unnamed]
 
 
-def test_ranks_that_kept_their_pictures_wait_for_those_that_did_not(blind, conversations, encodings):
+def test_ranks_with_cached_images_wait_for_those_without(blind, conversations, encodings):
     batch = keyed(packed(conversations))
-    objective = Objective(blind, room(2), ranks=SimpleNamespace(sequence=1, max=lambda value: max(value, 1)))
+    objective = Objective(blind, cache_for(2), ranks=SimpleNamespace(sequence=1, max=lambda value: max(value, 1)))
     first, second = (objective(batch, Step(batch.labels, 1, 0.0)).total.item() for _ in range(2))
     assert encodings == [1, 1, 1]
     assert first == second
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
-def test_pictures_are_not_kept_while_what_encodes_them_trains(blind, part):
+def test_images_are_not_cached_while_their_encoder_trains(blind, part):
     getattr(blind, part).requires_grad_(True)
     with pytest.raises(ValueError, match="set picture_bytes = 0, or freeze_vit and freeze_projector to true"):
-        Objective(blind, room(1))
+        Objective(blind, cache_for(1))
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_ranks_run_as_many_vision_chunks_as_the_one_with_most(model, conversations, chunk):
+def test_all_ranks_run_the_largest_number_of_vision_chunks(model, conversations, chunk):
     batch = packed(conversations)
     ranks = SimpleNamespace(sequence=1, max=lambda value: 3)
     calls = []
@@ -310,7 +310,7 @@ def test_ranks_run_as_many_vision_chunks_as_the_one_with_most(model, conversatio
     agree(gradients(model), expected)
 
 
-def test_a_rank_without_pictures_reaches_the_vision_tower_all_the_same(model):
+def test_a_rank_without_images_runs_the_vision_tower_too(model):
     batch = packed([conversation(12, False, 5)])
     ranks = SimpleNamespace(sequence=1, max=lambda value: 1)
     Objective(model, PLAIN, ranks=ranks)(batch, Step(batch.labels, 1, 0.0)).total.backward()

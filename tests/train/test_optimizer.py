@@ -1,4 +1,4 @@
-"""Optimizers: a step by formula in float64, PyTorch's own, small steps in bf16, state that goes on, clipping."""
+"""Optimizers: a step by formula in float64, PyTorch's own, small steps in bf16, resumed state, clipping."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_orthogonal_steps_have_singular_values_near_one(shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_goes_on_as_if_nothing_had_been(kind, dtype):
+def test_a_loaded_state_continues_identically(kind, dtype):
     def run(steps: list[int], named, state=None):
         torch.manual_seed(0)
         optimizer = make_optimizer(named.items(), replace(BASE, kind=kind))
@@ -112,7 +112,7 @@ def test_a_state_goes_on_as_if_nothing_had_been(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_descends(kind):
+def test_each_optimizer_reduces_the_loss(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
     optimizer = make_optimizer(model.named_parameters(), replace(BASE, kind=kind))
@@ -141,7 +141,7 @@ def test_steps_below_the_precision_of_bf16_add_up(rounding, moves):
     assert set(optimizer.masters()) == ({"w"} if rounding == "masters" else set())
 
 
-def test_rounding_by_chance_is_right_on_average_and_leaves_what_is_exact():
+def test_stochastic_rounding_is_unbiased_and_keeps_exact_values():
     torch.manual_seed(0)
     wide = torch.tensor([1.001, -3.3333, 1e-30, 7.7e30])
     mean = torch.stack([stochastic_round(wide).double() for _ in range(4000)]).mean(0)
@@ -152,7 +152,7 @@ def test_rounding_by_chance_is_right_on_average_and_leaves_what_is_exact():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_can_be_left_out_without_asking(kind):
+def test_a_step_that_is_not_finite_is_skipped_on_the_device(kind):
     named = parameters()
     optimizer = make_optimizer(named.items(), replace(BASE, kind=kind))
     assert optimizer.defaults["fused"]

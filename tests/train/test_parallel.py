@@ -15,7 +15,7 @@ from tests.helpers.torchrun import torchrun
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """What so many ranks trained, by case; they train all of theirs when first asked."""
+    """Results of a number of ranks, by case; all cases run on first use."""
 
     @cache
     def trained(ranks: int) -> dict[str, dict[str, Any]]:

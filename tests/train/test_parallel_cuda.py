@@ -22,7 +22,7 @@ RANKS = [ranks for ranks in CASES if ranks <= torch.cuda.device_count()]
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """What so many ranks trained, by case; they train all of theirs when first asked."""
+    """Results of a number of ranks, by case; all cases run on first use."""
 
     @cache
     def trained(ranks: int) -> dict[str, dict[str, Any]]:

@@ -44,15 +44,15 @@ def trained_model(chosen: Recipe):
     "chosen", [FULL, {"method": "lora"}, {**FULL, "freeze_llm": True}], ids=["full", "lora", "some"]
 )
 def test_weights_gradients_and_optimizer_are_those_of_real_tensors(chosen):
-    told = recipe(targets=chosen)
-    model = trained_model(told)
+    output = recipe(targets=chosen)
+    model = trained_model(output)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(named.items(), told.optimizer)
+    optimizer = make_optimizer(named.items(), output.optimizer)
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
-    memory = Estimator(tiny_config(), CPU).memory(told)
+    memory = Estimator(tiny_config(), CPU).memory(output)
     assert memory.weights + memory.adapters == sum(p.nbytes for p in model.parameters())
     assert (memory.adapters > 0) == (chosen["method"] == "lora")
     assert memory.gradients == sum(p.nbytes for p in named.values())
@@ -61,14 +61,14 @@ def test_weights_gradients_and_optimizer_are_those_of_real_tensors(chosen):
 
 @pytest.mark.parametrize("chosen", [FULL, {"method": "lora"}], ids=["full", "lora"])
 def test_activations_are_within_a_tenth_of_what_autograd_keeps(chosen):
-    told = recipe(targets=chosen | {"freeze_vit": True}, batch={"tokens": 640})
-    model = trained_model(told)
+    output = recipe(targets=chosen | {"freeze_vit": True}, batch={"tokens": 640})
+    model = trained_model(output)
     ids = torch.randint(10, 300, (640,), generator=torch.Generator().manual_seed(0))
     with saved_bytes(model) as count:
         hidden = model(ids, Packed(model.config.text, Segments.of([300, 340])), router_logits=True).hidden
         found = count()
     del hidden
-    memory = Estimator(tiny_config(), CPU).memory(told)
+    memory = Estimator(tiny_config(), CPU).memory(output)
     assert memory.activations == pytest.approx(found, rel=0.1)
 
 
@@ -80,44 +80,44 @@ def test_activations_of_a_trained_vision_encoder_count_every_patch():
 
 
 def test_a_vision_encoder_that_trains_on_text_keeps_nothing():
-    told = recipe(targets=FULL, batch={"tokens": 640})
-    estimator, model = Estimator(tiny_config(), CPU), trained_model(told)
+    output = recipe(targets=FULL, batch={"tokens": 640})
+    estimator, model = Estimator(tiny_config(), CPU), trained_model(output)
     with saved_bytes(model) as count:
         hidden = model(torch.arange(640) % 250 + 10, Packed(model.config.text, Segments.of([640]))).hidden
         found = count()
     del hidden
-    text, pictures = estimator.memory(told, density=0.0), estimator.memory(told)
+    text, pictures = estimator.memory(output, density=0.0), estimator.memory(output)
     assert text.activations == pytest.approx(found, rel=0.1) and 5 * text.activations < pictures.activations
     # As dense as a crop and its tokens are all that a batch can be.
     [(patches, queries)] = [max(tiny_config().projector.patch_to_query.items())]
-    assert estimator.memory(told, density=patches / queries).activations == pictures.activations
-    few = estimator.memory(told, density=patches / queries / 8)
+    assert estimator.memory(output, density=patches / queries).activations == pictures.activations
+    few = estimator.memory(output, density=patches / queries / 8)
     assert text.activations < few.activations < pictures.activations
 
 
-def test_pictures_that_do_not_fit_are_refused_with_how_many_do():
-    told, config = recipe(targets=FULL, batch={"tokens": 2048}), tiny_config()
+def test_images_that_do_not_fit_are_refused_with_the_number_that_does():
+    output, config = recipe(targets=FULL, batch={"tokens": 2048}), tiny_config()
     side = max(config.projector.patch_to_query)
     most = 2048 // config.projector.patch_to_query[side]
-    bound = dataclasses.replace(told, data=dataclasses.replace(told.data, max_crops=most // 2))
+    bound = dataclasses.replace(output, data=dataclasses.replace(output.data, max_crops=most // 2))
     need = Estimator(config, CPU).memory(bound).most
     with pytest.raises(ValueError, match=rf"data\.max_crops={most // 2} \({re.escape(size(need))}\)"):
-        check(told, config, CPU, available=need)
+        check(output, config, CPU, available=need)
     check(bound, config, CPU, available=need)
     with pytest.raises(ValueError, match="What would fit") as refused:
-        check(told, config, CPU, available=need // 8, density=0.0)
+        check(output, config, CPU, available=need // 8, density=0.0)
     assert "max_crops" not in str(refused.value), "without pictures it changes nothing"
 
 
-def test_a_plan_tells_the_hosts_memory_and_the_disk(tmp_path, monkeypatch):
-    told, config = recipe(targets=FULL, checkpoint={"keep": 3}, schedule={"average": 0.9}), tiny_config()
-    model = trained_model(told)
+def test_a_plan_includes_host_memory_and_disk_space(tmp_path, monkeypatch):
+    output, config = recipe(targets=FULL, checkpoint={"keep": 3}, schedule={"average": 0.9}), tiny_config()
+    model = trained_model(output)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(named.items(), told.optimizer)
+    optimizer = make_optimizer(named.items(), output.optimizer)
     saved = {"weights": named, "optimizer": optimizer.state_dict(), "average": {n: p.clone() for n, p in named.items()}}
     torch.save(saved, tmp_path / "all.pt")
     one = (tmp_path / "all.pt").stat().st_size
-    plan = check(told, config, CPU, available=1 << 40, out=tmp_path / "runs" / "not yet")
+    plan = check(output, config, CPU, available=1 << 40, out=tmp_path / "runs" / "not yet")
     assert plan.storage.checkpoint == pytest.approx(one, rel=0.02)
     assert plan.memory.saving == plan.storage.checkpoint, "on the CPU a save's copy is in the same memory"
     whole = sum(p.nbytes for p in model.parameters())
@@ -130,15 +130,15 @@ def test_a_plan_tells_the_hosts_memory_and_the_disk(tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=plan.storage.disk - 1)
     monkeypatch.setattr("aria.train.storage.shutil.disk_usage", lambda folder: full)
     monkeypatch.setattr("aria.train.storage.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    many = Estimator(config, GPU).storage(told, 8, tmp_path / "runs")
+    many = Estimator(config, GPU).storage(output, 8, tmp_path / "runs")
     assert many.host == pytest.approx(many.checkpoint / 2, rel=0.01)
     memory, disk = many.warnings()
     assert f"copies {size(many.host)} of state into this host's memory" in memory
     assert size(many.disk) in disk and size(many.checkpoint) in disk and "checkpoint.keep" in disk
-    # Checkpoints that are there already need no more room.
+    # Existing checkpoints need no more space.
     (tmp_path / "runs" / "checkpoints" / "step-1").mkdir(parents=True)
     (tmp_path / "runs" / "checkpoints" / "step-1" / "x").write_bytes(bytes(100))
-    assert len(list(Estimator(config, GPU).storage(told, 8, tmp_path / "runs").warnings())) == 1
+    assert len(list(Estimator(config, GPU).storage(output, 8, tmp_path / "runs").warnings())) == 1
 
 
 def test_checkpointing_averages_and_ranks_change_what_they_should():
@@ -177,37 +177,37 @@ def test_ranks_that_share_sequences_keep_their_part_of_the_tokens():
 
 
 @pytest.mark.slow
-def test_every_rank_needs_room_for_the_whole_model_before_it_is_spread():
+def test_every_rank_needs_memory_for_the_unsharded_model():
     config = AriaConfig.aria()
-    told = recipe(batch={"tokens": 4096})
-    memory = Estimator(config, GPU).memory(told, 8)
-    alone = Estimator(config, GPU).memory(told)
+    output = recipe(batch={"tokens": 4096})
+    memory = Estimator(config, GPU).memory(output, 8)
+    alone = Estimator(config, GPU).memory(output)
     assert alone.whole == 0 and memory.whole == alone.weights + alone.adapters + alone.reserve > memory.total
     with pytest.raises(ValueError, match="every rank reads the whole model onto its device") as refused:
-        check(told, config, GPU, available=memory.whole - 1, world=8)
+        check(output, config, GPU, available=memory.whole - 1, world=8)
     assert "nothing that was tried" in str(refused.value)
-    plan = check(told, config, GPU, available=memory.whole, world=8)
+    plan = check(output, config, GPU, available=memory.whole, world=8)
     assert plan.memory == memory and "before, the whole model" in plan.table().columns[0].cells
     with pytest.raises(ValueError, match="nothing that was tried"):
-        check(told, config, GPU, available=memory.whole - 1)
+        check(output, config, GPU, available=memory.whole - 1)
 
 
 def test_what_cannot_fit_is_refused_with_settings_that_do():
-    told = recipe(targets=FULL, batch={"tokens": 4096})
+    output = recipe(targets=FULL, batch={"tokens": 4096})
     config = tiny_config()
     estimator = Estimator(config, CPU)
-    need = estimator.memory(told).total
-    fits = estimator.memory(dataclasses.replace(told, batch=dataclasses.replace(told.batch, tokens=1024))).total
-    assert check(told, config, CPU, available=need).memory.total == need
+    need = estimator.memory(output).total
+    fits = estimator.memory(dataclasses.replace(output, batch=dataclasses.replace(output.batch, tokens=1024))).total
+    assert check(output, config, CPU, available=need).memory.total == need
     with pytest.raises(ValueError, match=r"takes about .* on each device, but .* is free") as refused:
-        check(told, config, CPU, available=fits + 1000)
+        check(output, config, CPU, available=fits + 1000)
     said = str(refused.value)
     assert f"batch.tokens=1024 and batch.accumulate=4 ({size(fits)})" in said
     assert "parallel.checkpointing=full" in said
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
         assert part in said
     with pytest.raises(ValueError, match="nothing that was tried"):
-        check(told, config, CPU, available=1000)
+        check(output, config, CPU, available=1000)
 
 
 @pytest.mark.slow
@@ -225,15 +225,15 @@ def test_the_published_shape_on_one_gpu_of_80_gb():
 def test_recipes_of_full_weights_fit_the_gpus_that_they_name():
     gpu, config, folder = int(79e9), AriaConfig.aria(), Path(__file__).parents[2] / "recipes"
     for name, gpus in (("full", 8), ("full-8bit", 4)):
-        told = Recipe.read(folder / f"{name}.toml")
-        assert check(told, config, GPU, available=gpu, world=gpus).memory.total < gpu
+        output = Recipe.read(folder / f"{name}.toml")
+        assert check(output, config, GPU, available=gpu, world=gpus).memory.total < gpu
         with pytest.raises(ValueError, match=r"about .* of memory on each device"):
-            check(told, config, GPU, available=gpu, world=gpus // 2)
+            check(output, config, GPU, available=gpu, world=gpus // 2)
 
 
-def test_a_plan_tells_tokens_steps_and_time():
-    told = recipe(batch={"tokens": 1000, "accumulate": 3}, budget={"steps": 7})
-    plan = check(told, tiny_config(), CPU, available=1 << 40, flops_rate=1e9)
+def test_a_plan_includes_tokens_steps_and_time():
+    output = recipe(batch={"tokens": 1000, "accumulate": 3}, budget={"steps": 7})
+    plan = check(output, tiny_config(), CPU, available=1 << 40, flops_rate=1e9)
     assert plan.step_tokens == 3000 and plan.steps == 7
     assert plan.seconds == pytest.approx(7 * 3000 * 4 * tiny_config().active_parameters() / (1e9 * 0.3))
     assert plan.table().row_count > 8
@@ -254,7 +254,7 @@ def test_flops_of_a_batch_by_hand():
     assert batch_flops(config, everything, [10, 30], 5) == 6 * (40 * layers + 5 * head) + 3 * attention
 
 
-def test_a_picture_costs_its_real_patches():
+def test_an_image_costs_its_unpadded_patches():
     config = tiny_config()
     lora = Trained(False, False, True, False)
     bare = batch_flops(config, lora, [10], 5)
@@ -285,8 +285,8 @@ def test_a_picture_costs_its_real_patches():
 )
 def test_flops_are_those_that_pytorch_counts(chosen, a_token):
     config = tiny_config()
-    told = recipe(targets=chosen, batch={"tokens": 1000})
-    model, full = trained_model(told), chosen["method"] == "full"
+    output = recipe(targets=chosen, batch={"tokens": 1000})
+    model, full = trained_model(output), chosen["method"] == "full"
     generator = torch.Generator().manual_seed(0)
     # Short ones, so that causal attention, of which PyTorch counts both halves, is little.
     rows = torch.randint(10, 300, (64, 12), generator=generator)
@@ -302,7 +302,7 @@ def test_flops_are_those_that_pytorch_counts(chosen, a_token):
     if a_token is not None:
         each = a_token * config.active_parameters()
         assert batch_flops(config, trained, [1] * 1000, 1000) == pytest.approx(1000 * each, rel=0.01)
-        plan = check(told, config, CPU, available=1 << 40, flops_rate=1e9)
+        plan = check(output, config, CPU, available=1 << 40, flops_rate=1e9)
         assert plan.seconds == pytest.approx(10 * 1000 * each / (1e9 * 0.3))
 
 

@@ -1,4 +1,4 @@
-"""Metrics and logs of a training: nothing that goes wrong with them ends it."""
+"""Metrics and logs of a training: their errors never end it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ def test_sinks_that_fail_are_a_warning_each_and_the_others_write_on(tmp_path):
         reporter.write(line)
     reporter.close()
     assert len(log.read_text(encoding="utf-8").splitlines()) == 3
-    told = shown.getvalue()
-    assert told.count("could not be written: no connection") == told.count("could not be finished: no connection") == 1
-    assert told.count("JsonLines could not be written: [Errno 2]") == 1
+    output = shown.getvalue()
+    assert (
+        output.count("could not be written: no connection") == output.count("could not be finished: no connection") == 1
+    )
+    assert output.count("JsonLines could not be written: [Errno 2]") == 1
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_console_that_is_gone_says_nothing_more(tmp_path, monkeypatch, error, terminal):
+def test_a_closed_console_is_silent(tmp_path, monkeypatch, error, terminal):
     class Gone(io.StringIO):
         def write(self, text):
             raise error
@@ -78,7 +80,7 @@ def test_lines_are_written_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 1', b"x" * 9000])
 def test_lines_never_follow_half_a_line(tmp_path, torn):
-    """A write that could not be taken back left it."""
+    """Left by a write that could not be undone."""
     file = tmp_path / "lines"
     for before in (b"", b"one\n"):
         file.write_bytes(before + torn)
@@ -94,8 +96,8 @@ def test_a_line_that_was_cut_short_is_not_in_the_curve(tmp_path):
     assert [row.split("\t")[:2] for row in rows[1:]] == [["1", "2.0"], ["3", "1.0"]]
 
 
-def test_the_id_of_a_run_that_a_stranger_made_is_checked(tmp_path, monkeypatch):
-    """wandb makes a path and an address of it."""
+def test_the_wandb_id_of_an_untrusted_run_is_checked(tmp_path, monkeypatch):
+    """wandb makes a path and a URL of it."""
     begun = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: begun.append(settings["id"])))
     Wandb(tmp_path, "project", {})

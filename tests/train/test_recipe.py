@@ -1,4 +1,4 @@
-"""Recipes: what is refused and how it is said, overrides, and the file that is written for a run."""
+"""Recipes: errors and their messages, overrides, and the file that is written for a run."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_the_rope_base_of_longer_contexts():
     assert ModelSettings().configure(config) is config
 
 
-def test_changes_that_matter_are_told_from_those_that_do_not():
+def test_only_changes_that_matter_count():
     before = Recipe()
     assert changes(before, dataclasses.replace(before, budget=BudgetSettings(steps=9))) == []
     same = dataclasses.replace(before, data=dataclasses.replace(before.data, workers=9))

@@ -1,4 +1,4 @@
-"""``aria train`` from a recipe to an export: runs that end, are killed, stopped, refused, and gone on with."""
+"""``aria train`` from a recipe to an export: runs that end, are killed, stopped, refused and resumed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, model_folder, data, capsys):
+def test_an_adapter_is_trained_logged_and_exported(command, recipe, tmp_path, model_folder, data, capsys):
     out = tmp_path / "run"
     file = recipe(**{"budget.steps": 8, "optimizer.learning_rate": 0.01, "schedule.kind": "constant"})
     evaluate = [
@@ -81,8 +81,8 @@ def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, mode
     ]
     sets = [part for setting in evaluate for part in ("--set", setting)]
     assert command("train", file, "--out", out, *sets) == 0
-    told = capsys.readouterr().err
-    assert "What trains" in told and "done: 8 steps" in told
+    output = capsys.readouterr().err
+    assert "What trains" in output and "done: 8 steps" in output
     table = [row.split("\t") for row in (out / "loss.tsv").read_text(encoding="utf-8").splitlines()]
     assert table[0][:3] == ["step", "loss", "held-out loss"] and [row[0] for row in table[1:]] == [*"12345678"]
     assert [bool(row[2]) for row in table[1:]] == [False, False, False, True] * 2 and (out / "loss.png").is_file()
@@ -103,16 +103,16 @@ def test_an_adapter_is_trained_told_and_exported(command, recipe, tmp_path, mode
 
 
 @pytest.mark.parametrize("folder", ["run", "lr=1e-4"])
-def test_the_command_told_at_the_end_answers(command, recipe, tmp_path, model_folder, monkeypatch, capsys, folder):
+def test_the_command_printed_at_the_end_works(command, recipe, tmp_path, model_folder, monkeypatch, capsys, folder):
     monkeypatch.chdir(tmp_path)
     assert command("train", recipe(**{"budget.steps": 1}), "--out", folder) == 0
-    told = " ".join(capsys.readouterr().err.split()).split("to talk to it: aria ")[1].split()
-    assert told == ["chat", "-m", model_folder.as_posix(), "--adapter", str(Path(folder, "export"))]
-    assert command(*told, "--max-tokens", 2, "hello") == 0
+    output = " ".join(capsys.readouterr().err.split()).split("to talk to it: aria ")[1].split()
+    assert output == ["chat", "-m", model_folder.as_posix(), "--adapter", str(Path(folder, "export"))]
+    assert command(*output, "--max-tokens", 2, "hello") == 0
 
 
 @pytest.mark.slow
-def test_held_out_rows_are_each_asked_once_and_bad_ones_told(command, recipe, tmp_path, data, capsys):
+def test_held_out_rows_are_each_evaluated_once_and_bad_ones_reported(command, recipe, tmp_path, data, capsys):
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     counts, held = [], tmp_path / "held"
     shutil.copytree(data, held)
@@ -135,9 +135,9 @@ def test_a_finished_run_is_not_evaluated_again(command, recipe, tmp_path, data, 
     before = [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
     capsys.readouterr()
     assert command("train", file, "--out", out) == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "this training is finished, at step 2; raise [budget]" in told and "resuming" not in told
-    assert " of training" not in told.split("done:")[1], "no step was made"
+    output = " ".join(capsys.readouterr().err.split())
+    assert "this training is finished, at step 2; raise [budget]" in output and "resuming" not in output
+    assert " of training" not in output.split("done:")[1], "no step was made"
     assert before == [(out / name).read_text(encoding="utf-8") for name in ("log.jsonl", "samples.jsonl")]
 
 
@@ -217,7 +217,7 @@ def test_weights_take_the_place_of_an_adapter_trained_there_before(command, reci
 
 
 @pytest.mark.slow
-def test_adapters_do_not_come_to_lie_beside_weights_trained_there_before(command, recipe, tmp_path, capsys):
+def test_adapters_are_not_exported_beside_weights_trained_there_before(command, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     assert command("train", recipe("[targets]\nmethod = 'full'\n", **{"budget.steps": 1}), "--out", out) == 0
     shutil.rmtree(out / "checkpoints")
@@ -244,19 +244,19 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_weights_of_one_that_was_
     # Step 12's checkpoint is begun only when step 6's is complete.
     logged = "aria.train.progress:JsonLines.write"
     process = start_interrupted(logged, 13, signal.SIGKILL, "train", file, "--out", broken)
-    _, told = process.communicate()
-    assert process.returncode == -signal.SIGKILL, told.decode()
+    _, output = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output.decode()
     process = start_interrupted(logged, 3, signal.SIGTERM, "train", file, "--out", broken)
-    _, told = process.communicate()
-    assert process.returncode == 0, told.decode()
-    assert b"resuming from step" in told and b"terminated" in told
+    _, output = process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert b"resuming from step" in output and b"terminated" in output
     saved = max(int(folder.name[5:]) for folder in (broken / "checkpoints").iterdir())
-    assert f"saved at step {saved} in {broken}; rerun to resume".encode() in told
+    assert f"saved at step {saved} in {broken}; rerun to resume".encode() in output
     assert export_checkpoint(broken) == broken / "export"
     half = load_file(broken / "export" / "adapter_model.safetensors")
     process = start("train", file, "--out", broken)
-    _, told = process.communicate()
-    assert process.returncode == 0, told.decode()
+    _, output = process.communicate()
+    assert process.returncode == 0, output.decode()
     assert uninterrupted.wait() == 0
     one, other = (load_file(out / "export" / "adapter_model.safetensors") for out in (whole, broken))
     assert one.keys() == other.keys() and any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
@@ -281,10 +281,10 @@ def test_a_folder_of_another_recipe_is_refused(command, recipe, tmp_path, capsys
     # More of the same is not another recipe, nor is what a gradient that is not finite asks for, nor memory.
     sets = ("budget.steps=4", "optimizer.learning_rate=1e-6", "schedule.max_skipped=1", "objective.picture_bytes=9999")
     assert command("train", file, "--out", out, "--resume", *(x for one in sets for x in ("--set", one))) == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "warning: the learning rate continues at 5e-07, where the run before would have had 0 (" in told
-    assert "budget.steps: 2 -> 4" in told and "optimizer.learning_rate: 5e-05 -> 1e-06" in told
-    assert "warning: a step" not in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "warning: the learning rate continues at 5e-07, where the run before would have had 0 (" in output
+    assert "budget.steps: 2 -> 4" in output and "optimizer.learning_rate: 5e-05 -> 1e-06" in output
+    assert "warning: a step" not in output
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
     assert lines(out)[-1]["learning rate"] <= 1e-6 < lines(out)[0]["learning rate"]
 
@@ -314,13 +314,13 @@ def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
 
 @pytest.mark.parametrize(("epochs", "rows"), [(3, 21), (0.5, 4)])
 def test_epochs_over_few_rows_are_so_many_passes(command, recipe, tmp_path, capsys, epochs, rows):
-    """A batch has room for all of them many times over."""
+    """A batch holds all of them many times over."""
     file = recipe(**{"budget.epochs": float(epochs), "batch.tokens": 4096})
     assert command("train", file, "--out", tmp_path / "run") == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"done: 1 step, 4,096 tokens, {epochs} epochs of 7 rows" in told
-    assert f"1 batches of {rows} sequences" in told
-    assert ("budget.epochs = 0.5 of 7 rows is rounded to 4 rows" in told) == (epochs == 0.5)
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"done: 1 step, 4,096 tokens, {epochs} epochs of 7 rows" in output
+    assert f"1 batches of {rows} sequences" in output
+    assert ("budget.epochs = 0.5 of 7 rows is rounded to 4 rows" in output) == (epochs == 0.5)
 
 
 def fails(*_, **__):
@@ -334,50 +334,50 @@ def test_what_was_trained_is_exported_whatever_happens_to_its_checkpoint(
     out, file = tmp_path / "run", recipe(**{"budget.steps": 3, "optimizer.learning_rate": 0.01})
     monkeypatch.setattr("aria.train.state.dcp.async_save", fails)
     assert command("train", file, "--out", out) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert told.count("error:") == 1 and "could not be written: no space left on device" in told
-    assert f"The weights of step 3 are exported to {out / 'export'}" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert output.count("error:") == 1 and "could not be written: no space left on device" in output
+    assert f"The weights of step 3 are exported to {out / 'export'}" in output
     stored = read_adapter(out / "export", AriaConfig.from_pretrained(model_folder))
     assert any(adapter.b.any() for adapter in stored.weights.values()) and not list((out / "checkpoints").iterdir())
     monkeypatch.setattr("aria.train.run.export", fails)
     assert command("train", file, "--out", out) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "Nor could the weights be exported" in told and told.count("no space left on device") == 2
+    output = " ".join(capsys.readouterr().err.split())
+    assert "Nor could the weights be exported" in output and output.count("no space left on device") == 2
     monkeypatch.undo()
     monkeypatch.setattr("aria.train.run.export", fails)
     assert command("train", file, "--out", out) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "the export could not be written" in told and "Step 3 is in a checkpoint" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "the export could not be written" in output and "Step 3 is in a checkpoint" in output
     assert command("train", file, "--out", out, "--export") == 0
 
 
 @pytest.mark.parametrize(
-    ("during", "told"),
+    ("during", "output"),
     [
         ("run.export", "interrupted; step 1 is saved in {out}; rerun to resume"),
         ("assemble.load", "before the first checkpoint"),
     ],
 )
-def test_an_interrupted_command_says_what_is_saved(command, recipe, tmp_path, monkeypatch, capsys, during, told):
+def test_an_interrupted_command_says_what_is_saved(command, recipe, tmp_path, monkeypatch, capsys, during, output):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     out, file = tmp_path / "run", recipe(**{"budget.steps": 1})
     monkeypatch.setattr(f"aria.train.{during}", interrupted)
     assert command("train", file, "--out", out) == 130
-    assert told.format(out=out) in " ".join(capsys.readouterr().err.split())
+    assert output.format(out=out) in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
 def test_a_dry_run_trains_nothing_and_says_what_fits(command, recipe, tmp_path, capsys):
     out, file = tmp_path / "run", recipe(**{"budget.epochs": 6.0})
     assert command("train", file, "--out", out, "--dry-run") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert not out.exists()
     words = ("weights", "adapters", "gradients", "optimizer", "activations", "tokens a step", "time, roughly")
     for word in (*words, "host, a save's copy", "disk, 3 checkpoints and export", "disk, free"):
-        assert word in told
-    [steps] = [int(line.split("│")[2]) for line in told.splitlines() if line.startswith("│ steps")]
+        assert word in output
+    [steps] = [int(line.split("│")[2]) for line in output.splitlines() if line.startswith("│ steps")]
     assert command("train", file, "--out", out) == 0
     assert lines(out)[-1]["step"] == pytest.approx(steps, rel=0.25)
     for missing in ("data.paths", "evaluate.data"):
@@ -405,7 +405,7 @@ def test_mistakes_are_one_line(command, recipe, tmp_path, capsys):
     assert "is a file" in " ".join(capsys.readouterr().err.split())
 
 
-def test_mistakes_are_told_before_weights_are_read(command, recipe, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_errors_before_weights_are_read(command, recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("aria.train.assemble.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     for sets in (
         'data.paths=["nowhere"]', 'evaluate.data=["nowhere"]', "objective.balance_group=3", "model.adapter=nowhere",
@@ -448,7 +448,7 @@ def test_the_recipe_for_adapters_trains_nano(command, tmp_path, data, capsys):
     assert len(lines(out)) == 2 and (out / "export" / "adapter_config.json").is_file()
 
 
-def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_path):
+def test_custom_code_makes_model_data_and_objective(command, recipe, tmp_path):
     out = tmp_path / "run"
     kinds = {f"{kind}.factory": f"tests.helpers.toy_training:{kind}" for kind in ("model", "data", "objective")}
     kinds["data.factory"] = "tests.helpers.toy_training:stream"
@@ -467,7 +467,7 @@ def test_code_of_ones_own_makes_model_data_and_objective(command, recipe, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback of Windows is not what is tested here")
-def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path, data, model_folder, capsys):
+def test_two_processes_train_one_model_and_one_resumes(command, recipe, tmp_path, data, model_folder, capsys):
     out = tmp_path / "run"
     good = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1] + "\n"
     # The second row is the second rank's.
@@ -480,8 +480,8 @@ def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "aria.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = [*launcher, "train", str(file), "--out", str(out)]
-    told = subprocess.run(run, check=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE).stderr.decode()
-    assert "rows.jsonl:2: " in told and told.count("not JSON") == 2, "before and after"
+    output = subprocess.run(run, check=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE).stderr.decode()
+    assert "rows.jsonl:2: " in output and output.count("not JSON") == 2, "before and after"
     config = AriaConfig.from_pretrained(model_folder)
     first = read_adapter(out / "export", config).weights
     # A line for each step, of both ranks together.
@@ -489,15 +489,15 @@ def test_two_processes_train_one_model_and_one_goes_on(command, recipe, tmp_path
     assert lines(out)[-1]["held-out targets"] > 0
     capsys.readouterr()
     assert command("train", file, "--out", out, "--set", "budget.steps=3") == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "warning: a step now has 192 tokens, and had 384 before (data-parallel ranks: 2 -> 1;" in told
-    assert "batch.accumulate=2 keeps them" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert "warning: a step now has 192 tokens, and had 384 before (data-parallel ranks: 2 -> 1;" in output
+    assert "batch.accumulate=2 keeps them" in output
     assert [line["tokens"] for line in lines(out) if "loss" in line][-1] == 5 * 192
     second = read_adapter(out / "export", config).weights
     assert first.keys() == second.keys() and any(not torch.equal(first[n].b, second[n].b) for n in first)
 
 
-def test_data_of_less_than_a_step_are_learnt_too(command, recipe, tmp_path, model_folder):
+def test_data_of_less_than_a_step_are_trained_on(command, recipe, tmp_path, model_folder):
     out = tmp_path / "run"
     file = recipe(**{"budget.epochs": 1.0, "batch.accumulate": 8, "optimizer.learning_rate": 1e-3})
     assert command("train", file, "--out", out) == 0
@@ -506,15 +506,13 @@ def test_data_of_less_than_a_step_are_learnt_too(command, recipe, tmp_path, mode
     assert any(adapter.b.any() for adapter in stored.weights.values())
 
 
-def test_held_out_data_that_are_missing_are_told_before_training(command, recipe, tmp_path, capsys):
+def test_missing_held_out_data_are_an_error_before_training(command, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     assert command("train", recipe(**{"budget.steps": 2, "evaluate.data": ["nowhere"]}), "--out", out) == 2
     assert "nowhere" in capsys.readouterr().err and not (out / "log.jsonl").exists()
 
 
-def test_rows_that_cannot_be_used_are_told_before_the_weights_are_read(
-    command, recipe, tmp_path, data, capsys, monkeypatch
-):
+def test_unusable_rows_are_reported_before_the_weights_are_read(command, recipe, tmp_path, data, capsys, monkeypatch):
     def unread(*_, **__):
         raise AssertionError("weights are read")
 
@@ -538,7 +536,7 @@ def test_rows_that_cannot_be_used_are_told_before_the_weights_are_read(
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_at_a_bad_row_may_go_on_past_it(command, recipe, tmp_path, data, capsys, monkeypatch):
+def test_a_run_that_stopped_at_a_bad_row_may_resume_past_it(command, recipe, tmp_path, data, capsys, monkeypatch):
     # A row that the look before the training passes over.
     monkeypatch.setattr("aria.train.data.look.MOST_ROWS", 20)
     out, folder = tmp_path / "run", tmp_path / "rows"

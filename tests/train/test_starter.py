@@ -1,4 +1,4 @@
-"""``aria train --init``: recipes that are written train as they stand."""
+"""``aria train --init``: written recipes train as they are."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def test_a_recipe_that_was_written_trains_as_it_stands(
     assert all(f"[{section}]" in text for section in ("model", "data", "batch", "optimizer", "budget", "evaluate"))
     assert text.count("\n#") > 10, "it says what can be changed"
     assert command("train", file.name) == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "3 epochs of 7 rows" in told and "skipped" not in told and (tmp_path / "runs" / method / "export").is_dir()
+    output = " ".join(capsys.readouterr().err.split())
+    assert (
+        "3 epochs of 7 rows" in output and "skipped" not in output and (tmp_path / "runs" / method / "export").is_dir()
+    )
     before = file.read_bytes()
     assert command("train", "--init", method, "--data", data) == 2
     assert "exists already; name another file" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Checkpoints of runs: whole or not there, exactly what was saved, on other numbers of ranks, after kill -9."""
+"""Checkpoints of runs: complete or absent, exactly what was saved, on other numbers of ranks, after kill -9."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.helpers.torchrun import torchrun
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_run_goes_on_bit_by_bit(tmp_path, kind):
+def test_a_run_resumes_bit_for_bit(tmp_path, kind):
     whole = Run(kind)
     state = state_of(tmp_path)
     for number in range(6):
         whole.step()
         if number == 2:
-            # Saved in the background, while the run goes on changing what is saved.
+            # Saved in the background, while the run changes what is saved.
             state.save(whole)
     state.close()
     # What is frozen is not in a checkpoint: the base model has it.
@@ -58,7 +58,7 @@ def test_only_whole_checkpoints_count_and_the_newest_stay(tmp_path):
     assert sorted(p.name for p in state.folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def test_a_failing_write_is_told_and_leaves_what_was_before(tmp_path, monkeypatch):
+def test_a_failing_write_is_reported_and_leaves_earlier_checkpoints(tmp_path, monkeypatch):
     run, state = Run(), state_of(tmp_path)
     run.step()
     state.save(run, wait=True)
@@ -86,7 +86,7 @@ def test_a_failing_write_is_told_and_leaves_what_was_before(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_a_write_that_fails_in_the_background_is_told_and_tried_again_after_the_next_step(tmp_path, monkeypatch, again):
+def test_a_failed_background_write_is_reported_and_repeated_after_the_next_step(tmp_path, monkeypatch, again):
     lines: list[str] = []
     run = Run()
     state = RunState(tmp_path, CheckpointSettings(every_minutes=None), Parallel.start(), report=lines.append)
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "run.json", "rank-0.pt", ".metadata"])
 @pytest.mark.parametrize("how", ["half", "gone"])
-def test_a_damaged_checkpoint_is_named_with_the_mend(tmp_path, name, how):
+def test_a_damaged_checkpoint_is_named_with_what_helps(tmp_path, name, how):
     run, state = Run(), state_of(tmp_path)
     for _ in range(2):
         run.step()
@@ -187,7 +187,7 @@ def test_weights_of_a_checkpoint_are_read_without_the_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Runs of two ranks in folders: one undisturbed, one whose second rank is killed, and one that goes on alone."""
+    """Runs of two ranks in folders: one undisturbed, one whose second rank is killed, one resumed with one rank."""
     folder = tmp_path_factory.mktemp("elastic")
     script = "-m", "tests.helpers.elastic"
     undisturbed = torchrun(*script, folder / "whole", 8)
@@ -207,7 +207,7 @@ def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(killed):
     assert (killed / "killed" / "died").is_file()
 
 
-def test_another_number_of_ranks_goes_on(killed):
+def test_another_number_of_ranks_resumes(killed):
     # One process, from the checkpoint of two at step 6, to where two came.
     step = Path("checkpoints", "step-00000006")
     shutil.copytree(killed / "whole" / step, killed / "alone" / step)
@@ -220,7 +220,7 @@ def test_another_number_of_ranks_goes_on(killed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
-def test_moments_in_8_bits_go_on_on_another_number_of_ranks(tmp_path):
+def test_8_bit_moments_resume_on_another_number_of_ranks(tmp_path):
     script, kind = ("-m", "tests.helpers.elastic"), "adamw8bit"
     two = torchrun(*script, tmp_path / "two", 8, kind)
     assert two.returncode == 0, two.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Checkpoints that strangers made: nothing in them is executed, and what is odd in them is refused by name."""
+"""Untrusted checkpoints: nothing in them is executed, and anything unusual is refused by name."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_random_numbers_are_saved_without_arrays_and_come_back(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("position", [-1, 625, 10**9])
-def test_numpy_is_not_sent_beyond_its_numbers(position: int) -> None:
+def test_numpy_does_not_read_beyond_its_state(position: int) -> None:
     """It checks nothing, and would read other memory."""
     states = random_states()
     kind, keys, _, *rest = states["numpy"]
@@ -227,7 +227,7 @@ def test_values_of_other_types_are_refused(checkpoint: Path, name: str, value: A
 
 
 @pytest.mark.parametrize(("field", "value"), [("world", 0), ("world", "2"), ("step", True), ("data_world", 1.5)])
-def test_numbers_of_a_run_that_are_none(checkpoint: Path, field: str, value: Any) -> None:
+def test_bad_numbers_in_the_description_of_a_run(checkpoint: Path, field: str, value: Any) -> None:
     file = checkpoint / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     with pytest.raises(ValueError, match=f"run.json has the {field} {value!r}; expected a whole number"):
@@ -252,7 +252,7 @@ def test_weights_larger_than_their_files_are_refused(checkpoint: Path) -> None:
     metadata = read_metadata(checkpoint)
     metadata.state_dict_metadata["weights.0.weight"].size = torch.Size([1 << 24, 1 << 20])
     write_metadata(checkpoint, metadata)
-    with pytest.raises(ValueError, match=r"its weights would have 35,184,372,08.,... bytes, and its files have"):
+    with pytest.raises(ValueError, match=r"its weights would have 35,184,372,08.,... bytes, its files have"):
         trained_weights(checkpoint)
 
 

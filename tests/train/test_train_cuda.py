@@ -1,4 +1,4 @@
-"""The training loop on CUDA: the objective against the CPU's, a run in bf16 that is gone on with, foretold memory."""
+"""The training loop on CUDA: the objective against the CPU's, a resumed run in bf16, estimated memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_objective_is_the_cpus():
     assert losses("cuda", torch.bfloat16)[0] == pytest.approx(expected, rel=0.03)
 
 
-def test_kept_pictures_come_back_as_they_were():
+def test_cached_images_come_back_unchanged():
     model = load_model(None, dtype=torch.bfloat16, device="cuda")
     for part in (model.vision_tower, model.multi_modal_projector):
         part.requires_grad_(False)
@@ -115,7 +115,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_learns_stops_and_goes_on(recipe, tmp_path):
+def test_a_run_learns_stops_and_resumes(recipe, tmp_path):
     out = tmp_path / "run"
     assert train(recipe, out, stop_after=0.0) == "time is up"
     assert train(recipe, out) == "done"
@@ -126,7 +126,7 @@ def test_a_run_learns_stops_and_goes_on(recipe, tmp_path):
     assert (out / "export" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_takes_no_more_memory_than_was_foretold(recipe, tmp_path):
+def test_a_run_takes_no_more_memory_than_estimated(recipe, tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     train(recipe, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The loop on a toy, whose every number can be worked out: steps, ends, what is skipped, what is told."""
+"""The training loop on a toy problem with known numbers: steps, ends, skipped steps, logs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RANKS = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, max=lambda 
 
 
 class Numbers:
-    """Batches of four pairs of numbers, for ever or so many; its state is how many it gave."""
+    """Batches of four pairs of numbers, infinite or a given number; the state counts them."""
 
     def __init__(self, end: int | None = None, poison: tuple[int, ...] = ()):
         self.given, self._end, self._poison = 0, end, poison
@@ -85,7 +85,7 @@ def toy(**changes):
     return SimpleNamespace(model=model, trainer=trainer, update=update, stream=stream, lines=lines)
 
 
-def test_it_descends_and_tells_means_of_its_intervals():
+def test_it_reduces_the_loss_and_logs_means_of_intervals():
     run = toy(budget=StepBudget(200), schedule={"kind": "cosine"})
     assert run_to_end(run.trainer) == "done"
     torch.testing.assert_close(run.model.weight[0], torch.tensor([1.0, -2.0, 0.5]), atol=0.02, rtol=0)
@@ -197,7 +197,7 @@ def test_it_saves_when_it_is_time_and_once_more_at_the_end():
     assert saves == [False, False, True]
 
 
-def test_held_out_data_are_asked_at_intervals_and_at_the_end():
+def test_held_out_data_are_evaluated_at_intervals_and_at_the_end():
     saves = []
     run = toy(
         budget=StepBudget(10),
@@ -302,7 +302,7 @@ def test_a_rank_whose_data_end_first_takes_part_in_the_steps_of_the_other(kind, 
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_first_step_counts_in_what_is_told_and_not_in_the_budget(monkeypatch, steps):
+def test_the_first_step_counts_in_the_printed_time_and_not_in_the_budget(monkeypatch, steps):
     now = [100.0]
     monkeypatch.setattr("aria.train.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -366,7 +366,7 @@ def test_budgets():
     assert [budget.progress(0), budget.progress(1)] == [0.75, 1.0]
 
 
-# What is told
+# Logs
 
 
 def test_a_resumed_log_drops_what_is_done_again(tmp_path):
@@ -389,8 +389,8 @@ def test_lines_end_at_newlines_alone(tmp_path):
     file.write_bytes("".join(f"{line}\n" for line in whole).encode() + cut)
     drop_after(file, 10)
     assert file.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in whole[:2])
-    told = {"step": 20, "held-out loss": 1.0, "held-out problems": ["a\u2028b"]}
-    file.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+    logged = {"step": 20, "held-out loss": 1.0, "held-out problems": ["a\u2028b"]}
+    file.write_text(json.dumps(logged, ensure_ascii=False) + "\n", encoding="utf-8")
     assert last_evaluated(file) == 20
 
 
@@ -505,7 +505,7 @@ def test_positions_are_plain_numbers():
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_what_was_learnt_before_the_data_fail_is_saved(accumulate):
+def test_steps_before_the_data_fail_are_saved(accumulate):
     class Failing(Numbers):
         def __iter__(self):
             for batch in super().__iter__():
@@ -529,7 +529,7 @@ def test_what_was_learnt_before_the_data_fail_is_saved(accumulate):
     assert run.lines[-1]["step"] == steps
 
 
-def test_data_and_disk_that_fail_together_are_both_told():
+def test_data_and_disk_that_fail_together_are_both_reported():
     class Failing(Numbers):
         def __iter__(self):
             batches = super().__iter__()

@@ -271,7 +271,7 @@ def _ours(key: str, a: Tensor, b: Tensor, ours: Mapping[str, str], config: AriaC
     text, E = config.text, config.text.moe_num_experts
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] % E or b.shape[1] % E:
         raise ValueError(f"{key} has {tuple(a.shape)} and {tuple(b.shape)}, not the same rank for each of {E} experts")
-    # Told apart by size: PEFT's names differ only if both parameters are adapted.
+    # Distinguished by size: PEFT's names differ only if both parameters are adapted.
     parameter = (
         "gate_up_proj" if (a.shape[1], b.shape[0]) == (text.hidden_size, 2 * text.intermediate_size) else "down_proj"
     )

@@ -409,8 +409,8 @@ def trained_weights(folder: str | Path) -> dict[str, Tensor]:
                 if name.startswith(f"{kind}.") and isinstance(entry, TensorStorageMetadata)
             }
             declared = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())
-            if declared > reader.room():
-                raise ValueError(f"its weights would have {declared:,} bytes, and its files have {reader.room():,}")
+            if declared > reader.tensor_bytes():
+                raise ValueError(f"its weights would have {declared:,} bytes, its files have {reader.tensor_bytes():,}")
             if entries:
                 wanted = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in entries.items()}
                 dcp.load(wanted, storage_reader=reader, planner=Planner(), no_dist=True)

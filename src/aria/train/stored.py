@@ -96,7 +96,7 @@ class CheckpointReader(dcp.FileSystemReader):
         _check_archive(_Part(file, sinfo.offset, sinfo.length), sinfo.length, sinfo.relative_path)
         return super()._slice_file(file, sinfo)
 
-    def room(self) -> int:
+    def tensor_bytes(self) -> int:
         """Bytes of all files of tensors: an upper bound for the tensors."""
         return sum(file.stat().st_size for file in self._folder.glob("*.distcp"))
 
