@@ -16,7 +16,7 @@ from PIL import Image
 from aria import AriaConfig, AriaImageProcessor, AriaProcessor
 from aria.processor import AriaTokenizer
 from aria.train.batch import Batch
-from aria.train.data import DataSettings, DataStream, make_stream
+from aria.train.data import DataSettings, DataStream
 from tests.helpers import made_media, small_tokenizer
 from tests.helpers.tiny import tiny_config
 
@@ -70,7 +70,7 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
 
 def stream(path: Path, *, rank=0, world=1, seed=3, tokens=TOKENS, passes=None, **settings) -> DataStream:
     made = DataSettings(**{"paths": (str(path),), "lookahead": 3, "prefetch": 2, "workers": 2, **settings})
-    return make_stream(made, processor(), config(), tokens=tokens, rank=rank, world=world, seed=seed, passes=passes)
+    return DataStream(made, processor(), config(), tokens=tokens, rank=rank, world=world, seed=seed, passes=passes)
 
 
 def take(stream: DataStream, count: int) -> list[Batch]:

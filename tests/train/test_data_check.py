@@ -9,7 +9,7 @@ import re
 import pytest
 
 from aria.cli import options
-from aria.train.data import DataSettings, make_stream
+from aria.train.data import DataSettings, DataStream
 from aria.train.data.check import check_data
 from aria.train.data.encode import RowEncoder
 from aria.train.data.look import judge, look
@@ -91,7 +91,7 @@ def test_media_are_reported_by_name(bad, name):
 
 def test_a_stream_skips_what_the_check_finds(bad):
     file, kinds = bad
-    stream = make_stream(DataSettings(paths=(str(file),), lookahead=1), processor(), config(), tokens=512)
+    stream = DataStream(DataSettings(paths=(str(file),), lookahead=1), processor(), config(), tokens=512)
     next(iter(stream))
     assert set(stream.report.skipped) <= set(kinds.values())
     assert stream.report.labels
@@ -199,7 +199,7 @@ def test_sizes_and_cost(tmp_path):
 def test_batches_of_a_check_are_those_of_an_epoch(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [chat("3" * (i * 13 % 60), "dog") for i in range(200)])
     found = check(file, tokens=128)
-    stream = make_stream(DataSettings(paths=(str(file),)), processor(), config(), tokens=128)
+    stream = DataStream(DataSettings(paths=(str(file),)), processor(), config(), tokens=128)
     batches = iter(stream)
     count = 0
     while stream.epochs < 1:

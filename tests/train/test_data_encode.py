@@ -114,15 +114,15 @@ def test_tokenized_per_turn_every_marker_stands_by_itself():
         {"messages": [said("developer", "hi."), said("user", "what?"), said("assistant", "red.")]}
     ).samples
     encode_text = processor().tokenizer.encode
-    expected, learnt = [], []
+    expected, trained_on = [], []
     for role, text in (("system", "hi."), ("user", "what?"), ("assistant", "red.")):
         header = [encode_text(piece) for piece in ("<|im_start|>", role, "\n")]
         body = [encode_text(piece) for piece in (text, "<|im_end|>", "\n")]
         for piece in header + body:
             expected += piece
-        learnt += [False] * sum(map(len, header)) + [role == "assistant"] * sum(map(len, body))
+        trained_on += [False] * sum(map(len, header)) + [role == "assistant"] * sum(map(len, body))
     assert sample.input_ids.tolist() == expected
-    wanted = [index if one else IGNORE_INDEX for index, one in zip(expected, learnt, strict=True)]
+    wanted = [index if one else IGNORE_INDEX for index, one in zip(expected, trained_on, strict=True)]
     assert sample.targets.tolist() == [*wanted[1:], IGNORE_INDEX]
     # The two ways differ where a marker follows a mark of punctuation; otherwise this test shows nothing.
     [joint] = encode({"messages": [said("user", "what?"), said("assistant", "red.")]}, labels="joint").samples
@@ -205,7 +205,7 @@ def test_what_is_too_long_loses_whole_turns_or_is_skipped():
 def test_trimming_ends_with_an_answer_that_is_a_target():
     messages = [*turns(2), said("user", "3" * 50)]
     assert kept_text(messages, max_length=length(turns(2)), too_long="drop_last") == "111222"
-    # The first exchange alone fits, but its answer is not learnt.
+    # The first exchange alone fits, but its answer is not trained on.
     messages = [said("user", "1"), said("assistant", "11", weight=0), *turns(1), said("user", "3" * 500)]
     with pytest.raises(RowError, match="no whole turns"):
         encode({"messages": messages}, max_length=length(turns(1)), too_long="drop_last")

@@ -46,7 +46,7 @@ def test_the_authors_format():
         {"type": "text", "text": "1?"},
         {"type": "image", "image": Path("/elsewhere/b.png")},
     ]
-    assert conversation.learnt == (False, True)
+    assert conversation.trained_on == (False, True)
     clip = {**row, "images": None, "video": {"path": "c.mp4", "num_frames": 4}}
     clip["messages"] = [{"role": "user", "content": [{"type": "video", "text": None}]}, said("assistant", "one")]
     [part] = read(clip).messages[0]["content"]
@@ -435,7 +435,7 @@ def test_the_documentation_s_examples_are_rows():
             row, end = json.JSONDecoder().raw_decode(block)
             examples.append(read(row))
             block = block[end:].strip()
-    assert [sum(one.learnt) for one in examples] == [1, 1, 1]
+    assert [sum(one.trained_on) for one in examples] == [1, 1, 1]
     kinds = [
         [part["type"] for m in one.messages for part in m["content"] if isinstance(part, dict)] for one in examples
     ]

@@ -371,13 +371,13 @@ THREADS = """
 import sys, threading
 import psutil
 from aria import AriaConfig, AriaProcessor
-from aria.train.data import DataSettings, make_stream
+from aria.train.data import DataSettings, DataStream
 
 def native():
     return psutil.Process().num_threads() - len(threading.enumerate())
 
 settings = DataSettings(paths=(sys.argv[1],), workers=4)
-batches = iter(make_stream(settings, AriaProcessor.from_pretrained(), AriaConfig.from_pretrained(), tokens=512))
+batches = iter(DataStream(settings, AriaProcessor.from_pretrained(), AriaConfig.from_pretrained(), tokens=512))
 before = native()
 for _ in range(3):
     next(batches)

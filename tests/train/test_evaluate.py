@@ -267,7 +267,7 @@ def test_a_sample_that_cannot_be_answered_is_reported_and_training_continues(run
 
 
 def test_text_without_conversations_is_evaluated_and_gives_no_samples(run, tmp_path):
-    log, samples = run(repeat, evaluate=held(tmp_path, [{"text": "all of it is learnt"}], samples=2))
+    log, samples = run(repeat, evaluate=held(tmp_path, [{"text": "all of it is trained on"}], samples=2))
     logged = next(line for line in log if "held-out loss" in line)
     assert not samples and "no conversation" in logged["sample problems"][0]
 

@@ -187,7 +187,7 @@ def test_every_rank_needs_memory_for_the_unsharded_model():
         check(output, config, GPU, available=memory.whole - 1, world=8)
     assert "nothing that was tried" in str(refused.value)
     plan = check(output, config, GPU, available=memory.whole, world=8)
-    assert plan.memory == memory and "before, the whole model" in plan.table().columns[0].cells
+    assert plan.memory == memory and "unsharded model, before training" in plan.table().columns[0].cells
     with pytest.raises(ValueError, match="nothing that was tried"):
         check(output, config, GPU, available=memory.whole - 1)
 

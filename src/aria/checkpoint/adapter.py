@@ -40,7 +40,7 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_([AB])(?:\.default)?\.we
 _PLAIN = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
-    # Others change the weights beside the adapter too, so that its matrices are not the whole change.
+    # Other values change the base weights too, so that the matrices are not the whole change.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 _EMPTY = (

@@ -37,7 +37,7 @@ def check(
     split: Annotated[str, typer.Option(help="Split: NAME.jsonl of a folder, or a split of a data set.")] = "train",
     max_image_size: MaxImageSize = None,
     split_image: Annotated[
-        bool | None, typer.Option("--split-image/--no-split-image", help="Cut pictures into tiles.")
+        bool | None, typer.Option("--split-image/--no-split-image", help="Split images into tiles.")
     ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of a clip if the row does not set them.")] = 8,
     timestamps: Annotated[bool, typer.Option(help="Write [MM:SS] before each frame.")] = True,

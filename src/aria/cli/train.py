@@ -58,7 +58,7 @@ def train(
     """Run a training recipe. Rerun to resume from the newest checkpoint; --dry-run and --init train nothing."""
     if init is not None:
         if settings or out_folder or resume or stop_after is not None or dry_run or export:
-            raise ValueError("--init only writes a recipe; give it RECIPE, --data and --model alone, then train that")
+            raise ValueError("--init only writes a recipe; it takes RECIPE, --data and --model only")
         _init(init, recipe or Path(f"{init}.toml"), data or [], model)
         return
     if data or model:

@@ -20,10 +20,9 @@ from aria.processor import AriaProcessor
 from aria.train import targets
 from aria.train.console import make_reporter
 from aria.train.cost import Trained, batch_flops
-from aria.train.data import make_stream
 from aria.train.data.encode import RowEncoder
 from aria.train.data.look import judge, look
-from aria.train.evaluate import Evaluation, Sampler, check_held_out
+from aria.train.evaluate import Evaluation, Sampler, check_held_out, rank_stream
 from aria.train.objective import Losses, Objective, Step
 from aria.train.optimizer import clip_gradients, make_optimizer
 from aria.train.parallel import Parallel
@@ -177,16 +176,7 @@ def open_stream(
     if recipe.data.factory is not None:
         make = load_object(recipe.data.factory, "[data] factory")
         return make(recipe, processor, parallel.data_rank, parallel.data_world), None
-    stream = make_stream(
-        data,
-        processor,
-        config,
-        tokens=recipe.batch.tokens,
-        rank=parallel.data_rank,
-        world=parallel.data_world,
-        seed=recipe.seed,
-        passes=recipe.budget.epochs,
-    )
+    stream = rank_stream(data, recipe, processor, config, parallel, passes=recipe.budget.epochs)
     encoder = RowEncoder(processor, config, data, recipe.batch.tokens)
     looks = parallel.collect(look(stream.sources, encoder, data, rank=parallel.data_rank, world=parallel.data_world))
     say(judge(looks, "training rows", data.on_error))

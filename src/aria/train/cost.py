@@ -43,7 +43,7 @@ class Trained:
             reached = reached or trains(layer)
             passes.append(1 + reached + (_share(layer, active) if full else 0.0))
         reached = reached or trains(decoder.norm)
-        # With an adapter beside the head, gradients pass through it, as everywhere.
+        # With LoRA on the head, gradients pass through it, as everywhere.
         through = reached or not full
         passes.append(1 + through + (_share(language.lm_head, active) if full else 0.0))
         return cls(vision, projector, projector or trains(language), full, tuple(passes))

@@ -14,7 +14,7 @@ import torch
 from aria.config import AriaConfig
 from aria.model import Aria
 from aria.processor import AriaProcessor
-from aria.train.data import DataSettings, DataStream, make_stream, questions
+from aria.train.data import DataSettings, DataStream, questions
 from aria.train.data.encode import RowEncoder
 from aria.train.data.look import Look, look
 from aria.train.data.report import Report, RowError
@@ -203,24 +203,39 @@ def check_held_out(recipe: Recipe, processor: AriaProcessor, config: AriaConfig,
     settings = held_out(recipe)
     sources = Sources(settings.weights, settings.split)
     encoder = RowEncoder(processor, config, settings, recipe.batch.tokens)
-    said = ""
+    problem = ""
     for row in range(len(sources)):
         try:
             if any((sample.targets != IGNORE_INDEX).any() for sample in encoder(sources.read(row)).samples):
                 return look(sources, encoder, settings, rank=ranks.data_rank, world=ranks.data_world)
         except RowError as error:
-            said = said or f" ({sources.where(row)}: {error})"
-    raise ValueError(f"[evaluate] data {', '.join(recipe.evaluate.data)} have no targets that fit into a batch{said}")
+            problem = problem or f" ({sources.where(row)}: {error})"
+    named = ", ".join(recipe.evaluate.data)
+    raise ValueError(f"[evaluate] data {named} have no targets that fit into a batch{problem}")
 
 
 def held_out_stream(recipe: Recipe, processor: AriaProcessor, config: AriaConfig, ranks: Ranks) -> DataStream:
     """Held-out batches of one rank, the same at every call."""
-    return make_stream(
-        held_out(recipe),
+    return rank_stream(held_out(recipe), recipe, processor, config, ranks)
+
+
+def rank_stream(
+    settings: DataSettings,
+    recipe: Recipe,
+    processor: AriaProcessor,
+    config: AriaConfig,
+    ranks: Ranks,
+    *,
+    passes: float | None = None,
+) -> DataStream:
+    """Batches of one rank from the data sets of ``settings``; ``passes`` over them, or infinite."""
+    return DataStream(
+        settings,
         processor,
         config,
         tokens=recipe.batch.tokens,
         rank=ranks.data_rank,
         world=ranks.data_world,
         seed=recipe.seed,
+        passes=passes,
     )

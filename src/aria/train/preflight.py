@@ -383,9 +383,9 @@ class TrainingPlan:
         for name, value in self.memory.parts.items():
             table.add_row(name, size(value))
         table.add_section()
-        table.add_row("all", size(self.memory.total))
+        table.add_row("total", size(self.memory.total))
         if self.memory.whole > self.memory.total:
-            table.add_row("before, the whole model", size(self.memory.whole))
+            table.add_row("unsharded model, before training", size(self.memory.whole))
         table.add_row("free", size(self.available))
         table.add_section()
         for row in self.storage.rows():
@@ -433,13 +433,13 @@ def check(
     memory = estimator.memory(recipe, world, density)
     if memory.most > free:
         ways = list(_ways(recipe, estimator, device, world, free, density))
-        said = "; ".join(ways) if ways else "nothing that was tried; use a device with more memory, or more devices"
+        fitting = "; ".join(ways) if ways else "nothing that was tried; use a device with more memory, or more devices"
         parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items())
         if memory.whole > free:
             parts += f"; before, every rank reads the whole model onto its device, which takes {size(memory.whole)}"
         raise ValueError(
             f"this training takes about {size(memory.most)} of memory on each device, but {size(free)} is free "
-            f"({parts}). What would fit: {said}"
+            f"({parts}). What would fit: {fitting}"
         )
     batch, budget = recipe.batch, recipe.budget
     ranks = world // recipe.parallel.sequence

@@ -301,10 +301,10 @@ class RunState:
         try:
             self._finish()
         except (Exception, CheckpointException) as error:
-            said = f"the checkpoint in {self.folder} could not be written: {_reasons(error)}"
+            message = f"the checkpoint in {self.folder} could not be written: {_reasons(error)}"
             if not other_error:
-                raise CheckpointError(said) from error
-            self._report(said)
+                raise CheckpointError(message) from error
+            self._report(message)
 
     def _finish(self) -> None:
         """Wait for the write in progress; raises its error."""

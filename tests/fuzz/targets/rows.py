@@ -84,7 +84,7 @@ def fuzz(data: bytes) -> None:
             assert read.text.strip()
             continue
         assert isinstance(read, Conversation)
-        assert len(read.learnt) == len(read.messages) and any(read.learnt)
+        assert len(read.trained_on) == len(read.messages) and any(read.trained_on)
         try:
             render(read.messages)
         except ValueError as error:

@@ -48,7 +48,7 @@ class Turn(NamedTuple):
     """One message as tokens."""
 
     ids: list[int]
-    learnt: list[bool]
+    trained_on: list[bool]
     """For each token whether it is predicted."""
     images: list[ImageInput]
     role: str
@@ -153,20 +153,20 @@ class RowEncoder:
             message = f"{len(turns) - len(kept)} of {len(turns)} messages left out: {self._size(turns)}"
             notes.append(Note("trimmed", message))
         ids = [index for turn in kept for index in turn.ids]
-        learnt = [one for turn in kept for one in turn.learnt]
+        trained_on = [one for turn in kept for one in turn.trained_on]
         crops = tuple(image.load() for turn in kept for image in turn.images)
-        return [_sample(ids, learnt, crops)], notes
+        return [_sample(ids, trained_on, crops)], notes
 
     def _turns(self, conversation: Conversation) -> list[Turn]:
         budget, cache = PixelBudget(self._media.prompt_pixels), MediaCache()
         turns = []
-        for i, (message, learnt) in enumerate(zip(conversation.messages, conversation.learnt, strict=True)):
+        for i, (message, trained_on) in enumerate(zip(conversation.messages, conversation.trained_on, strict=True)):
             with _faults(f"message {i}", "bad message"):
                 role, content = rendered(message)
             with _faults(f"message {i}", "bad medium"):
                 content, images = self._opened(content, budget, cache)
             with _faults(f"message {i}", "bad message"):
-                turns.append(self._turn(role, content, images, learnt))
+                turns.append(self._turn(role, content, images, trained_on))
         return turns
 
     def _opened(self, content: Prompt, budget: PixelBudget, cache: MediaCache) -> tuple[Prompt, list[ImageInput]]:
@@ -184,7 +184,7 @@ class RowEncoder:
         own = [cutting(part) for part in content.parts]
         return content, read_image_inputs([part.source for part in content.parts], images, own, media, budget)
 
-    def _turn(self, role: str, content: Prompt, images: list[ImageInput], learnt: bool) -> Turn:
+    def _turn(self, role: str, content: Prompt, images: list[ImageInput], trained_on: bool) -> Turn:
         """Encode a message. Targets are its text, the end of the turn and the newline after it."""
         tokenizer = self._processor.tokenizer
         headers: tuple[str, ...] = (START_OF_TURN, role, _NEWLINE)
@@ -198,7 +198,7 @@ class RowEncoder:
         first, *rest = tokenizer.encode_segments(content)
         body, counts = self._filled(first, rest, images)
         counts = [False] * len(head) + counts + [True] * len(tail)
-        return Turn([*head, *body, *tail], [learnt and one for one in counts], images, role)
+        return Turn([*head, *body, *tail], [trained_on and one for one in counts], images, role)
 
     def _filled(
         self, first: list[int], rest: Iterable[list[int]], images: Sequence[ImageInput]
@@ -233,7 +233,7 @@ class RowEncoder:
             kept = system + [turn for exchange in exchanges for turn in exchange]
             while kept and kept[-1].role != "assistant":
                 kept.pop()
-            if any(any(turn.learnt) for turn in kept) and self._fits(kept):
+            if any(any(turn.trained_on) for turn in kept) and self._fits(kept):
                 return kept
         raise RowError("too long", f"{self._size(turns)}, {limit} fit, and no whole turns that fit have an answer")
 
@@ -278,9 +278,9 @@ def _exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
     return groups
 
 
-def _sample(ids: Sequence[int], learnt: Sequence[bool], crops: tuple[Crops, ...] = ()) -> Sample:
+def _sample(ids: Sequence[int], trained_on: Sequence[bool], crops: tuple[Crops, ...] = ()) -> Sample:
     """A sequence whose targets are shifted to the token before."""
-    input_ids, counts = torch.tensor(ids), torch.tensor(learnt)
+    input_ids, counts = torch.tensor(ids), torch.tensor(trained_on)
     targets = torch.full_like(input_ids, IGNORE_INDEX)
     targets[:-1] = torch.where(counts[1:], input_ids[1:], IGNORE_INDEX)
     return Sample(input_ids, targets, crops)

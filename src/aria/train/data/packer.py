@@ -59,7 +59,7 @@ class Packer(Generic[Item]):
             self.add_pieces([item])
 
     def add_pieces(self, items: Iterable[Item]) -> None:
-        """Add sequences that each fit into a batch, and of which each waits for the one before it."""
+        """Add sequences that each fit into a batch; each waits for the one before it."""
         pieces = deque(items)
         for item in pieces:
             assert item.tokens <= self._tokens, f"a sequence of {item.tokens} tokens; {self._tokens} fit"

@@ -47,7 +47,7 @@ class Conversation:
 
     messages: tuple[dict[str, Any], ...]
     """Messages for :func:`aria.processor.chat.render`."""
-    learnt: tuple[bool, ...]
+    trained_on: tuple[bool, ...]
     """For each message whether it is trained on: answers are, unless their ``weight`` is 0."""
 
 
@@ -90,28 +90,28 @@ def _conversation(fields: Mapping[str, Any], folder: Path, defaults: MediaDefaul
     if not listed:
         raise RowError("bad message", "messages is an empty list")
     given = _Given(fields, folder, defaults)
-    messages, learnt = [], []
+    messages, trained_on = [], []
     for i, message in enumerate(listed):
         read, weight = _message(message, f"message {i}", given)
         messages.append(read)
-        learnt.append(read["role"] == "assistant" and weight)
+        trained_on.append(read["role"] == "assistant" and weight)
     if not given.complete or any(fields.get(name) for name in ("image", "audio", "audios")):
         _check_placeholders(messages)
     given.finish()
     if fields.get("tools"):
         messages = add_instructions(messages, _functions(fields["tools"]))
         # A system message may have been inserted at the beginning.
-        learnt = [False] * (len(messages) - len(learnt)) + learnt
+        trained_on = [False] * (len(messages) - len(trained_on)) + trained_on
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(message["role"] for message in messages)
         raise RowError("no answer", f"no message is from the assistant; roles are {roles:.60}")
-    if not any(learnt):
+    if not any(trained_on):
         raise RowError("nothing to learn", "every answer has weight 0")
-    for i, (message, counts) in enumerate(zip(messages, learnt, strict=True)):
+    for i, (message, counts) in enumerate(zip(messages, trained_on, strict=True)):
         if counts and not _text(message["content"]).strip():
             raise RowError("empty answer", f"message {i} is an empty answer; weight 0 leaves it out")
-    return Conversation(tuple(messages), tuple(learnt))
+    return Conversation(tuple(messages), tuple(trained_on))
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:
@@ -136,7 +136,7 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
 
 
 class _Given:
-    """Media that stand beside the messages, as the authors' format has them, dealt to the parts that name none."""
+    """Media listed beside the messages, as in the authors' format, which are assigned to the parts that name none."""
 
     def __init__(self, fields: Mapping[str, Any], folder: Path, defaults: MediaDefaults):
         self.folder, self.defaults = folder, defaults

@@ -67,9 +67,21 @@ class DataStream:
     With ``passes``, all ranks together read the rows of that many epochs, rounded to whole rows and at least one; the
     last batches hold what is left.
 
+    Args:
+        settings: ``[data]`` of a recipe.
+        processor, config: Processor and configuration of the model.
+        tokens: Tokens of every batch.
+        rank, world: Rank and world size, among ranks with data of their own.
+        seed: Seed of order and mixture; the same on all ranks.
+        passes: Passes over the data after which the stream ends; None: never.
+
     Attributes:
         report: What was used, trimmed and skipped so far.
         rows_in_all: Rows over all ranks until the stream ends, with repetitions.
+
+    Raises:
+        FileNotFoundError: There is no such data set.
+        ValueError: A data set is of an unknown kind, or the settings do not fit the model.
     """
 
     def __init__(
@@ -329,34 +341,6 @@ def _held(state: Mapping[str, Any]) -> list[Held]:
         return [Held(row_index, tuple(left), parts) for row_index, left, parts in state["held"]]
     pieces = Counter(own for own, _ in state["held"])
     return [Held(own * state["world"] + state["rank"], (part,), pieces[own]) for own, part in state["held"]]
-
-
-def make_stream(
-    settings: DataSettings,
-    processor: AriaProcessor,
-    config: AriaConfig,
-    *,
-    tokens: int,
-    rank: int = 0,
-    world: int = 1,
-    seed: int = 0,
-    passes: float | None = None,
-) -> DataStream:
-    """The stream of ``[data]`` of a recipe.
-
-    Args:
-        settings: ``[data]``.
-        processor, config: Processor and configuration of the model.
-        tokens: Tokens of every batch.
-        rank, world: Rank and world size, among ranks with data of their own.
-        seed: Seed of order and mixture; the same on all ranks.
-        passes: Passes over the data after which it ends; None: never.
-
-    Raises:
-        FileNotFoundError: There is no such data set.
-        ValueError: A data set is of an unknown kind, or the settings do not fit the model.
-    """
-    return DataStream(settings, processor, config, tokens=tokens, rank=rank, world=world, seed=seed, passes=passes)
 
 
 class Question(NamedTuple):
