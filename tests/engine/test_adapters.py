@@ -1,4 +1,4 @@
-"""Requests of several adapters in one step get what each would get alone, from a model with its adapter merged."""
+"""Multi-LoRA: requests of several adapters in one step get what a model with the merged adapter gives each alone."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def merge(into: Aria, one: dict[str, LoRA]) -> Aria:
 
 @cache
 def plain(name: str | None) -> Aria:
-    """The model that a request of an adapter is to be answered by."""
+    """The merged model that a request of an adapter is compared with."""
     return model() if name is None else merge(model(), changes()[name])
 
 
@@ -89,7 +89,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def work(seed: int) -> tuple[list[int], list[ImageSpan]]:
-    """A prompt: short, long, with an image, or with a beginning that others of any adapter share."""
+    """A prompt: short, long, with an image, or with a prefix shared across adapters."""
     kind = seed // 4 % 4
     if kind == 2:
         features = torch.randn(20, 64, generator=torch.Generator().manual_seed(seed % 2))
@@ -145,7 +145,7 @@ def test_logits_equal_those_of_merged_models_in_shared_steps(settings):
         assert engine.scheduler.preemptions > 0
 
 
-def test_the_cache_of_prefixes_knows_adapters_apart():
+def test_prefix_caching_keeps_adapters_apart():
     engine, ids, outputs = core(), prompt(80, 1), {}
     for name in NAMES:
         [request] = engine.add(ids, SamplingParams(max_tokens=6), adapter=name)
@@ -160,7 +160,7 @@ def test_the_cache_of_prefixes_knows_adapters_apart():
         assert [request.outputs for request in requests] == [outputs[name]] * 2
 
 
-def test_a_step_without_adapters_is_the_step_of_an_engine_without(monkeypatch):
+def test_a_step_without_adapters_does_no_adapter_work(monkeypatch):
     def never(*_):
         raise AssertionError("an adapter was computed for requests that have none")
 
@@ -175,7 +175,7 @@ def test_a_step_without_adapters_is_the_step_of_an_engine_without(monkeypatch):
     assert request.outputs and not other.outputs
 
 
-def test_every_token_gets_its_own_adapter_and_nothing_of_others():
+def test_every_token_uses_its_own_adapter_only():
     weight = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
     parts = [lora(weight, rank, scaling, rank) for rank, scaling in ((2, 0.5), (7, 2.0), (1, 1.0))]
     stack = ops.stack_loras([(adapter_id, 0, part) for adapter_id, part in enumerate(parts, 1)], 30, weight)
@@ -189,7 +189,7 @@ def test_every_token_gets_its_own_adapter_and_nothing_of_others():
             a, b, scaling, _ = parts[adapter_id - 1]
             expected = expected + b.double() @ (a.double() @ x[t].double()) * scaling
         torch.testing.assert_close(got[t].double(), expected, rtol=1e-5, atol=1e-5)
-    # An adapter that makes a token infinite spoils nobody else's.
+    # An adapter that makes a token infinite affects no other request.
     stack.a[stack.adapter_ids == 3] = 3e38
     spoiled = ops.multi_lora_linear_add(y, x.abs() + 1, stack, adapter_ids)
     stack.a[stack.adapter_ids == 3] = 0.0
@@ -200,7 +200,7 @@ def test_every_token_gets_its_own_adapter_and_nothing_of_others():
 
 @pytest.mark.parametrize("half", ["a", "b"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
-def test_an_adapter_that_is_not_finite_is_not_put_beside_others(half, value):
+def test_an_adapter_that_is_not_finite_is_rejected(half, value):
     weight = torch.randn(30, 20).half()
     bad = lora(weight, 2, 1.0, 0)
     getattr(bad, half)[0, 0] = value
@@ -208,8 +208,8 @@ def test_an_adapter_that_is_not_finite_is_not_put_beside_others(half, value):
         ops.stack_loras([(1, 0, lora(weight, 2, 1.0, 1)), (2, 0, bad)], 30, weight)
 
 
-def test_nothing_of_a_request_that_went_astray_is_left_for_later_ones():
-    """Finite values may overflow on the way; their blocks of the cache are given to others."""
+def test_non_finite_values_of_a_request_do_not_reach_later_ones():
+    """Finite weights may overflow, and the KV-cache blocks are reused."""
     wild = {f"{LAYERS}.0.self_attn.v_proj": LoRA(torch.full((2, 64), 1e30), torch.full((64, 2), 1e30), 1.0)}
     small = {"cache_blocks": 6, "max_model_len": 90}
     plain_core, engine = core(adapters=None, **small), core(adapters={"wild": wild}, **small)
@@ -225,14 +225,14 @@ def test_nothing_of_a_request_that_went_astray_is_left_for_later_ones():
 
 
 def alone_with(name: str | None, seed: int) -> list[int]:
-    """What an engine says that has this adapter from the start and serves nobody else."""
+    """Answer of an engine that has this adapter from the start and no other request."""
     engine = core(adapters=None if name is None else {name: changes()[name]})
     [request] = engine.add(prompt(40, seed), SamplingParams(max_tokens=24), adapter=name)
     run(engine)
     return request.outputs
 
 
-def test_adapters_come_and_go_while_requests_run():
+def test_adapters_are_loaded_and_unloaded_while_requests_run():
     engine, params = core(adapters={"experts": changes()["experts"]}), SamplingParams(max_tokens=24)
     base = engine.add(prompt(40, 1), params)[0]
     first = engine.add(prompt(40, 2), params, adapter="experts")[0]
@@ -260,7 +260,7 @@ def test_adapters_come_and_go_while_requests_run():
     assert engine.adapters.nbytes == 0 and engine.adapters.names == ()
 
 
-def test_a_name_that_is_used_again_takes_nothing_of_the_one_before():
+def test_a_reused_name_shares_nothing_with_its_predecessor():
     engine, params, ids = core(adapters=None), SamplingParams(max_tokens=6), prompt(80, 1)
     outputs = {}
     for name in ("experts", "attention"):
@@ -279,7 +279,7 @@ def test_a_name_that_is_used_again_takes_nothing_of_the_one_before():
         assert request.outputs == expected
 
 
-def test_replacing_an_adapter_leaves_running_requests_theirs():
+def test_replacing_an_adapter_does_not_affect_running_requests():
     engine, params = core(adapters={"mine": changes()["experts"]}), SamplingParams(max_tokens=24)
     [old] = engine.add(prompt(40, 2), params, adapter="mine")
     for _ in range(6):
@@ -314,7 +314,7 @@ def test_an_adapter_that_cannot_be_loaded_changes_nothing(monkeypatch):
     assert request.outputs == alone_with("experts", 2)
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_adapters_that_do_not_fit_are_rejected_by_name():
     with pytest.raises(ValueError, match="no adapter 'other'; there are experts, attention, ends"):
         core().add([30], adapter="other")
     with pytest.raises(ValueError, match="no adapter 'other'; the engine has none"):
@@ -374,7 +374,7 @@ def engine(model_folder, folders):
     return Engine(model_folder, device="cpu", adapters={name: folder for name, (folder, _) in folders.items()})
 
 
-def test_an_adapter_that_is_not_there_is_told_before_weights_are_read(model_folder, folders, monkeypatch, tmp_path):
+def test_a_missing_adapter_is_reported_before_weights_are_read(model_folder, folders, monkeypatch, tmp_path):
     def read(*_, **__):
         raise AssertionError("weights were read")
 
@@ -385,7 +385,7 @@ def test_an_adapter_that_is_not_there_is_told_before_weights_are_read(model_fold
 
 
 def alone(model_folder, change, params) -> list[str]:
-    """What an engine answers whose model has the adapter merged."""
+    """Answers of an engine whose model has the adapter merged."""
     other = Engine(model_folder, device="cpu")
     for module, one in change.items():
         weight = other.model.get_parameter(f"{module}.weight")
@@ -394,7 +394,7 @@ def alone(model_folder, change, params) -> list[str]:
 
 
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "drawn"])
-def test_answers_of_folders_equal_merged_models(engine, folders, model_folder, sampled):
+def test_adapter_folders_answer_as_merged_models(engine, folders, model_folder, sampled):
     params = SamplingParams(max_tokens=10, **sampled)
     names = [None, *TRAINED]
     answers = {
@@ -408,7 +408,7 @@ def test_answers_of_folders_equal_merged_models(engine, folders, model_folder, s
         assert told[name] == alone(model_folder, folders[name][1] if name else {}, params)
 
 
-def test_adapters_share_weights_and_keep_images_apart(engine, folders):
+def test_adapters_share_base_weights_but_not_image_tokens(engine, folders):
     twins = engine.core.adapters.encoding
     assert set(twins) == {None, "eyes"}, "only an adapter that changes them has a vision tower and projector"
     ours, own = (dict(twins[name].named_parameters()) for name in (None, "eyes"))
@@ -428,7 +428,7 @@ def test_adapters_share_weights_and_keep_images_apart(engine, folders):
     assert cache.misses == before + 1
 
 
-def test_a_schema_holds_under_every_adapter(engine):
+def test_structured_output_works_with_every_adapter(engine):
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     params = SamplingParams(max_tokens=40, json_schema={**schema, "additionalProperties": False})
@@ -438,7 +438,7 @@ def test_a_schema_holds_under_every_adapter(engine):
     assert {answer.result().text.replace(" ", "") for answer in answers} <= {'{"a":"x"}', '{"a":"y"}'}
 
 
-def test_faces_of_the_engine_name_adapters(engine):
+def test_engine_and_async_engine_take_adapter_names(engine):
     assert engine.adapters == ("decoder", "eyes", "experts")
     params = SamplingParams(max_tokens=8)
     [expected] = engine.chat([QUESTIONS[1]], params, adapter="decoder")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def memory():
-    """What a test took is free for the next."""
+    """Free the memory of a test for the next one."""
     yield
     gc.collect()
     torch.cuda.empty_cache()
@@ -62,7 +62,7 @@ def changes_of(model: Aria, name: str, rank: int, size: float) -> dict[str, LoRA
 
 
 def merge(model: Aria, changes: dict[str, LoRA]) -> Aria:
-    """The model with an adapter in its weights; what the adapter leaves alone is shared."""
+    """The model with an adapter merged; unchanged weights are shared."""
     made = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module, change in changes.items():
         owner = made.get_submodule(module)
@@ -94,7 +94,7 @@ def answer(core: EngineCore, work, dtype: torch.dtype, names: list[str | None]) 
 
 @torch.no_grad()
 def plain_logits(models: dict[str | None, Aria], requests, seen, dtype: torch.dtype) -> torch.Tensor:
-    """The same places from plain PyTorch over whole sequences, by the merged model of each request."""
+    """The same positions in plain PyTorch over whole sequences, by the merged model of each request."""
     by_request = {}
     with ops.use("reference"):
         for request in requests:
@@ -143,7 +143,9 @@ def test_bfloat16_is_as_near_to_float32_as_merged_weights(few, many, monkeypatch
     graphs = core.runner._graphs._captured
     captured = {key[-1] for key, graph in graphs.items() if graph is not None and key[0] == "decode"}
     hopper = torch.cuda.get_device_capability()[0] in (9, 10)
-    assert (True in captured) == hopper, "steps with adapters run as graphs where grouped products wait for nobody"
+    assert (True in captured) == hopper, (
+        "steps with adapters run as graphs where grouped products do not wait for the host"
+    )
     got = torch.stack([logits for *_, logits in seen])
     models = {name: merge(model, changes[name]) if name else model for name in names}
     plain = plain_logits(models, requests, seen, torch.bfloat16)
@@ -157,7 +159,7 @@ def test_bfloat16_is_as_near_to_float32_as_merged_weights(few, many, monkeypatch
     assert ours <= 1.15 * theirs
 
 
-def test_requests_without_adapters_are_answered_as_without_any():
+def test_base_model_requests_are_not_affected_by_adapters():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
     work = requests_of(WIDE.text.vocab_size, WIDE.text.hidden_size, 8, 300)
     told = []
@@ -169,7 +171,7 @@ def test_requests_without_adapters_are_answered_as_without_any():
     assert told[0][1] == told[1][1]
 
 
-def test_adapters_that_come_and_go_leave_no_graph_of_others():
+def test_loading_and_unloading_adapters_drops_stale_graphs():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda", std=0.02)
     changes = {name: changes_of(model, name, rank, 0.05) for name, rank in (("attention", 4), ("all", 8))}
     models = {None: model} | {name: merge(model, one) for name, one in changes.items()}
@@ -198,18 +200,18 @@ def test_adapters_that_come_and_go_leave_no_graph_of_others():
     assert any(graph is not None for graph in core.runner._graphs._captured.values()), "graphs are captured anew"
 
 
-def test_adapters_take_their_part_of_memory():
+def test_adapters_reduce_the_kv_cache():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
-    rooms, sizes = [], []
+    capacities, sizes = [], []
     for adapters in (None, {"all": changes_of(model, "all", 64, 0.02)}):
         torch.cuda.empty_cache()
         # So many answers that memory is the limit, and not what they could need.
         core = EngineCore(model, max_batch=256, memory_utilization=0.3, adapters=adapters)
         free, total = torch.cuda.mem_get_info()
         assert total - free < 0.3 * total
-        rooms.append(core.pool.total * core.runner._cache.nbytes / (core.pool.total + 1))
+        capacities.append(core.pool.total * core.runner._cache.nbytes / (core.pool.total + 1))
         sizes.append(core.adapters.nbytes)
         del core
         gc.collect()
     assert sizes[0] == 0 and sizes[1] > 50e6
-    assert rooms[0] - rooms[1] > sizes[1]
+    assert capacities[0] - capacities[1] > sizes[1]

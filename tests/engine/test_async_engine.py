@@ -1,4 +1,4 @@
-"""`AsyncEngine`: many callers, one model; leaving early cancels, errors reach who caused them."""
+"""`AsyncEngine`: many callers share one model; leaving cancels, and errors reach the caller that caused them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.conversations import CONVERSATIONS, asked
 
 PARAMS = SamplingParams(max_tokens=12)
 PATIENCE = 120
-"""Seconds after which something counts as hung."""
+"""Seconds after which a test counts as hung."""
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +34,21 @@ async def collect(engine: AsyncEngine, messages, params=PARAMS) -> str:
     return "".join([piece async for piece in engine.stream(messages, params)])
 
 
-def test_streams_together_give_what_chat_gives(engine, expected):
+def test_concurrent_streams_give_the_answers_of_chat(engine, expected):
     async def run():
         return await asyncio.gather(*(collect(engine, CONVERSATIONS[i % 3]) for i in range(12)))
 
     assert asyncio.run(run()) == expected * 4
 
 
-def test_chat_gives_all_choices(engine):
+def test_chat_returns_all_choices(engine):
     params = SamplingParams(max_tokens=6, n=3, temperature=1.5, seed=4)
     result = asyncio.run(engine.chat(CONVERSATIONS[1], params))
     assert len(result.choices) == 3
     assert result.usage.completion_tokens == sum(len(choice.token_ids) for choice in result.choices)
 
 
-def test_leaving_early_cancels(engine):
+def test_leaving_a_stream_cancels_its_request(engine):
     async def run():
         stream = engine.stream(asked("hello"), SamplingParams(max_tokens=3000, ignore_eos=True, temperature=1.0))
         await anext(stream)
@@ -76,7 +76,7 @@ def test_cancelling_the_task_cancels_the_request(engine, expected):
     assert asyncio.run(run()) == expected[0]
 
 
-def test_a_wrong_message_is_an_error_of_its_caller_alone(engine, expected):
+def test_a_malformed_message_fails_only_its_caller(engine, expected):
     async def run():
         wrong = collect(engine, [{"role": "nobody", "content": "x"}])
         return await asyncio.gather(collect(engine, CONVERSATIONS[2]), wrong, return_exceptions=True)
@@ -86,7 +86,7 @@ def test_a_wrong_message_is_an_error_of_its_caller_alone(engine, expected):
     assert isinstance(bad, ValueError)
 
 
-def test_a_failing_step_is_told_to_those_whom_it_computed_and_the_queue_runs(engine, expected, monkeypatch):
+def test_a_failing_step_fails_its_requests_and_the_queue_continues(engine, expected, monkeypatch):
     launch = engine.engine.core.runner.launch
     computed: list[int] = []
 
@@ -111,7 +111,7 @@ def test_a_failing_step_is_told_to_those_whom_it_computed_and_the_queue_runs(eng
     engine.engine.core.scheduler.check()
 
 
-def test_what_fails_outside_of_the_model_ends_all_answers_and_the_thread_goes_on(engine, expected, monkeypatch):
+def test_a_failure_outside_the_model_ends_all_answers_but_not_the_thread(engine, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.engine, "step", lambda: 1 / 0)
         with pytest.raises(RuntimeError, match="the engine failed: division by zero"):
@@ -119,7 +119,7 @@ def test_what_fails_outside_of_the_model_ends_all_answers_and_the_thread_goes_on
     assert asyncio.run(collect(engine, CONVERSATIONS[0])) == expected[0]
 
 
-def test_how_long_a_step_takes_is_seen_from_outside(engine, monkeypatch):
+def test_step_seconds_of_a_running_step(engine, monkeypatch):
     step, entered, released = engine.engine.step, threading.Event(), threading.Event()
 
     def slow():
@@ -142,7 +142,7 @@ def test_how_long_a_step_takes_is_seen_from_outside(engine, monkeypatch):
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-def test_a_caller_whose_loop_has_closed_harms_nobody(engine, expected, monkeypatch):
+def test_a_closed_event_loop_affects_no_other_caller(engine, expected, monkeypatch):
     step, released, reading = engine.engine.step, threading.Event(), threading.Event()
 
     def slow():
@@ -164,7 +164,7 @@ def test_a_caller_whose_loop_has_closed_harms_nobody(engine, expected, monkeypat
     assert asyncio.run(asyncio.wait_for(collect(engine, CONVERSATIONS[1]), PATIENCE)) == expected[1]
 
 
-def test_an_engine_that_closes_while_messages_are_prepared_says_so(model_folder, monkeypatch):
+def test_closing_while_messages_are_prepared_raises(model_folder, monkeypatch):
     engine = AsyncEngine(model_folder, device="cpu")
     prepare = engine.engine.prepare
 
@@ -178,14 +178,14 @@ def test_an_engine_that_closes_while_messages_are_prepared_says_so(model_folder,
         asyncio.run(asyncio.wait_for(collect(engine, asked("hello")), 30))
 
 
-def test_a_closed_engine_says_so(model_folder):
+def test_a_closed_engine_raises(model_folder):
     engine = AsyncEngine(model_folder, device="cpu")
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(collect(engine, asked("hello")))
 
 
-def test_prepared_prompts_are_answered_and_may_be_answered_again(engine, expected):
+def test_prepared_prompts_can_be_answered_repeatedly(engine, expected):
     async def run():
         prepared = await engine.prepare(CONVERSATIONS[0])
         assert prepared.stop == ("<|im_end|>",)
@@ -194,7 +194,7 @@ def test_prepared_prompts_are_answered_and_may_be_answered_again(engine, expecte
     assert asyncio.run(run()) == [expected[0]] * 2
 
 
-def test_plain_text_goes_on_as_it_is(engine, model_folder):
+def test_plain_text_is_completed_without_template(engine, model_folder):
     text = "the quick <|img|> fox<|im_end|>"
     ids = engine.engine.processor.tokenizer.encode(Prompt.raw(text))
 
@@ -223,24 +223,24 @@ def test_plain_text_goes_on_as_it_is(engine, model_folder):
         ("hello " * 5000, "leaves no room"),
     ],
 )
-def test_plain_prompts_that_cannot_be_are_refused(engine, text, message):
+def test_invalid_plain_prompts_are_rejected(engine, text, message):
     with pytest.raises(ValueError, match=message):
         asyncio.run(engine.prepare_text(text))
 
 
-def test_pieces_tell_what_the_cache_had(engine):
+def test_pieces_report_cached_tokens(engine):
     async def cached(prepared):
         return [piece.answer.cached_tokens async for piece in engine.pieces(prepared, PARAMS)]
 
     async def run():
-        prepared = await engine.prepare_text("a prompt that nobody else has sent " * 4)
+        prepared = await engine.prepare_text("a prompt that no other test sends " * 4)
         return len(prepared.ids), await cached(prepared), await cached(prepared)
 
     length, first, again = asyncio.run(run())
     assert set(first) == {0} and set(again) == {(length - 1) // 16 * 16}
 
 
-def test_schemas_are_followed_and_refused(engine):
+def test_schemas_are_followed_or_rejected(engine):
     schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}
 
     async def run():
@@ -255,7 +255,7 @@ def test_schemas_are_followed_and_refused(engine):
     assert len(texts) == 16 and set(texts) <= {"[1,1]", "[1,2]", "[2,1]", "[2,2]"}
 
 
-def test_schemas_are_never_compiled_where_the_model_runs(engine, monkeypatch):
+def test_schemas_are_never_compiled_in_the_engine_thread(engine, monkeypatch):
     compiled_by = []
     build = grammar.Grammars._build
 
@@ -271,7 +271,7 @@ def test_schemas_are_never_compiled_where_the_model_runs(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["messages", "engine", "processor"])
-def test_prompts_are_never_hashed_where_the_model_runs(by, engine, monkeypatch):
+def test_prompts_are_never_hashed_in_the_engine_thread(by, engine, monkeypatch):
     messages = asked(f"by {by} " + "a long prompt " * 60)
     hashed_by = []
     hash_block = request.block_hash
@@ -294,7 +294,7 @@ def test_prompts_are_never_hashed_where_the_model_runs(by, engine, monkeypatch):
     assert len(hashed_by) == len(engine.engine.prepare(messages).ids) // 16 > 20 and "aria-engine" not in hashed_by
 
 
-def test_a_step_wakes_the_loop_once_for_all_its_callers(engine):
+def test_a_step_wakes_an_event_loop_once_for_all_its_callers(engine):
     async def run():
         loop, calls = asyncio.get_running_loop(), 0
         ordinary = loop.call_soon_threadsafe

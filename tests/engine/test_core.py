@@ -69,7 +69,7 @@ def test_logits_equal_a_plain_pass(settings, fused, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.1])
-def test_tokens_do_not_depend_on_company_or_preemption(temperature):
+def test_tokens_do_not_depend_on_the_batch_or_preemption(temperature):
     def params(seed):
         return SamplingParams(max_tokens=10 + seed % 20, temperature=temperature, top_p=0.95, seed=seed)
 
@@ -100,7 +100,7 @@ def test_several_answers_share_their_prompt():
     assert engine.scheduler.prefix_tokens >= 3 * (110 // 16 - 1) * 16
 
 
-def test_an_image_of_other_content_is_not_taken_from_the_cache():
+def test_prefix_caching_depends_on_image_content():
     answers = []
     for seeds in ((0, 1), (1, 0)):
         engine = core()
@@ -117,7 +117,7 @@ def test_an_image_of_other_content_is_not_taken_from_the_cache():
     assert answers[0][0] != answers[0][1]
 
 
-def test_ended_and_cancelled_requests_leave_nothing_behind():
+def test_ended_and_cancelled_requests_release_everything():
     engine = core(cache_blocks=40)
     choice = random.Random(0)
     kept = []
@@ -134,7 +134,7 @@ def test_ended_and_cancelled_requests_leave_nothing_behind():
     run(engine, kept)
 
 
-def test_a_request_ends_as_what_happened_to_it():
+def test_final_status_of_requests():
     engine = core(max_batch=2)
     short, given_up = (engine.add(prompt(9, 0), SamplingParams(max_tokens=n))[0] for n in (3, 30))
     [waiting] = engine.add(prompt(9, 1), SamplingParams(max_tokens=3))
@@ -149,7 +149,7 @@ def test_a_request_ends_as_what_happened_to_it():
     assert given_up.status is waiting.status is Status.CANCELLED and len(given_up.outputs) == 2
 
 
-def test_stats_count_since_the_beginning():
+def test_stats_count_from_the_start():
     engine = core(cache_blocks=60)
     assert engine.stats() == Stats(0, 0, 0.0, 0, 0, 0, 0, 0)
     for _ in range(2):
@@ -177,7 +177,7 @@ def test_end_tokens_end_an_answer_and_are_kept():
     run(engine, [request])
 
 
-def test_bad_input_is_refused_before_anything_is_queued():
+def test_invalid_input_is_rejected_before_anything_is_queued():
     engine = core()
     ids, images = with_image(10, 395, 3, 0)
     for wrong, message in (
@@ -195,7 +195,7 @@ def test_bad_input_is_refused_before_anything_is_queued():
     assert not engine.unfinished and not engine.busy
 
 
-def test_max_model_len_is_what_fits_and_says_so(caplog):
+def test_max_model_len_is_reduced_to_what_fits_with_a_warning(caplog):
     engine = EngineCore(model(), max_batch=2, cache_blocks=20)
     assert engine.max_model_len == 320
     assert "max_model_len is 320" in caplog.text
@@ -217,7 +217,7 @@ assert not [name for name in sys.modules if name.startswith("aria.ops.kernels")]
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_row_does_not_keep_a_request_that_is_over():
+def test_a_row_does_not_keep_an_ended_request_alive():
     engine = core()
     requests = engine.add(prompt(20, 0), SamplingParams(max_tokens=3, n=4))
     run(engine, requests)
@@ -228,7 +228,7 @@ def test_a_row_does_not_keep_a_request_that_is_over():
 
 
 @pytest.mark.parametrize("part", ["plan", "launch", "wait"])
-def test_an_interrupt_anywhere_ends_all_requests_and_the_next_ones_run(part, monkeypatch):
+def test_an_interrupt_ends_all_requests_and_later_ones_run(part, monkeypatch):
     engine = core()
     [expected] = engine.add(prompt(30, 0), SamplingParams(max_tokens=5))
     run(engine, [expected])

@@ -29,7 +29,7 @@ def test_answers_do_not_depend_on_the_batch(engine):
         assert [result.token_ids for result in together] == [result.token_ids for result in alone]
 
 
-def test_more_conversations_than_a_batch_come_back_in_order(model_folder):
+def test_results_are_in_order_for_more_conversations_than_a_batch(model_folder):
     engine = Engine(model_folder, device="cpu", max_batch=2)
     params = SamplingParams(max_tokens=5)
     results = engine.chat([*CONVERSATIONS, *CONVERSATIONS[::-1]], params)
@@ -50,7 +50,7 @@ def test_chat_equals_generate(engine, model_folder):
     assert result.usage.completion_tokens == len(result.token_ids)
 
 
-def test_stream_joins_to_the_answer(engine):
+def test_streamed_text_is_the_answer(engine):
     params = SamplingParams(max_tokens=30, temperature=1.5, seed=3)
     pieces = list(engine.stream(CONVERSATIONS[0], params))
     assert len(pieces) > 1
@@ -139,7 +139,7 @@ def test_typed_image_token_is_text(engine):
     assert plain.usage.prompt_tokens < 128 < shown.usage.prompt_tokens < 128 + 60
 
 
-def test_a_long_neighbour_takes_no_room(model_folder):
+def test_max_tokens_does_not_depend_on_other_requests(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=60)
     params = SamplingParams(max_tokens=30)
     short, long = asked("hello"), asked("hello world what is shown in this picture please describe it")
@@ -150,7 +150,7 @@ def test_a_long_neighbour_takes_no_room(model_folder):
     assert together[1].finish_reason == "length"
 
 
-def test_a_config_stands_for_random_weights():
+def test_a_config_makes_random_weights():
     engine = Engine(tiny_config(vocab_size=500), device="cpu")
     result = engine.chat([asked("hello", image(0))], SamplingParams(max_tokens=3))[0]
     assert result.usage.prompt_tokens > 256, "the larger size is the default"
@@ -168,12 +168,12 @@ def test_a_config_stands_for_random_weights():
         ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused(model_folder, setting, message):
+def test_invalid_settings_are_rejected(model_folder, setting, message):
     with pytest.raises(ValueError, match=message):
         Engine(model_folder, **({"device": "cpu"} | setting))
 
 
-def test_mistakes_are_named(engine, model_folder):
+def test_error_messages(engine, model_folder):
     with pytest.raises(ValueError, match="wrap this one in a list"):
         engine.chat(CONVERSATIONS[0])
     with pytest.raises(ValueError, match="leaves no room"):
@@ -182,7 +182,7 @@ def test_mistakes_are_named(engine, model_folder):
         Engine(model_folder, tensor_parallel=2)
 
 
-def test_more_images_than_fit_are_refused_before_anything_is_queued(model_folder):
+def test_too_many_images_are_rejected_before_anything_is_queued(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=600)
     crowd = asked("look", *(image(seed) for seed in range(5)))
     with pytest.raises(ValueError, match=r"length is 600 tokens.*for images.*use fewer or smaller images"):
@@ -190,7 +190,7 @@ def test_more_images_than_fit_are_refused_before_anything_is_queued(model_folder
     assert not engine.core.busy
 
 
-def test_a_prompt_as_long_as_the_model_is_refused(model_folder):
+def test_a_prompt_of_the_context_length_is_rejected(model_folder):
     engine = Engine(model_folder, device="cpu", max_model_len=100)
     with pytest.raises(ValueError, match=r"length is 100 tokens .max_model_len.*leaves no room.*shorten it"):
         engine.chat([asked("hello " * 200)])
@@ -206,12 +206,12 @@ def test_a_prompt_as_long_as_the_model_is_refused(model_folder):
         ({"logit_bias": {5: 101}}, "logit_bias"),
     ],
 )
-def test_wrong_sampling_parameters_are_refused(fields, message):
+def test_invalid_sampling_parameters_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**fields)
 
 
-def test_a_bias_outside_the_vocabulary_is_refused(engine):
+def test_a_bias_outside_the_vocabulary_is_rejected(engine):
     with pytest.raises(ValueError, match="logit_bias names token 99999, but the vocabulary ends at"):
         engine.chat([asked("hello")], SamplingParams(logit_bias={99999: 1.0}))
     assert not engine.core.busy
@@ -253,7 +253,7 @@ def test_a_stream_that_was_never_read_is_cancelled_by_closing_it(engine):
     assert not engine.core.unfinished
 
 
-def test_a_failing_step_is_an_error_of_the_streams_that_it_computed(engine, monkeypatch):
+def test_a_failing_step_fails_the_streams_that_it_computed(engine, monkeypatch):
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     expected = "".join(engine.stream(asked("later"), params))
     first, second = (engine.stream(asked(text), params) for text in ("hello", "red"))
@@ -273,7 +273,7 @@ def test_a_failing_step_is_an_error_of_the_streams_that_it_computed(engine, monk
     assert "".join(third[0]) == expected
 
 
-def test_chat_tells_what_failed_and_leaves_nothing_behind(engine, monkeypatch):
+def test_chat_raises_the_failure_and_releases_everything(engine, monkeypatch):
     def failing(plan):
         raise RuntimeError("a fault")
 
@@ -284,7 +284,7 @@ def test_chat_tells_what_failed_and_leaves_nothing_behind(engine, monkeypatch):
     assert engine.chat([asked("hello")], SamplingParams(max_tokens=3))[0].usage.completion_tokens == 3
 
 
-def test_an_answer_whose_text_cannot_be_made_fails_alone(engine, monkeypatch):
+def test_an_answer_that_cannot_be_detokenized_fails_alone(engine, monkeypatch):
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     prepared = [engine.prepare(messages) for messages in CONVERSATIONS]
     expected = [result.text for result in engine.chat(CONVERSATIONS, params)]
@@ -306,7 +306,7 @@ def test_an_answer_whose_text_cannot_be_made_fails_alone(engine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_warming_up_leaves_nothing_behind(model_folder):
+def test_warm_up_leaves_the_caches_empty(model_folder):
     engine = Engine(model_folder, device="cpu", max_batch=3, max_model_len=600)
     engine.warm_up()
     assert engine.stats().completion_tokens == 0, "the CPU has nothing to compile"
@@ -332,7 +332,7 @@ def test_an_image_is_encoded_once(model_folder, monkeypatch):
     assert engine.core.runner.encoder.cache.nbytes > 0
 
 
-def test_steps_count_the_patches_of_images_that_are_not_encoded_yet(model_folder):
+def test_only_uncached_images_count_in_the_patch_budget(model_folder):
     engine = Engine(model_folder, device="cpu")
     half = Image.effect_noise((490, 245), 60).convert("RGB")
     prepared = engine.prepare([{"role": "user", "content": [{"type": "image", "image": half}]}])
@@ -347,7 +347,7 @@ def test_steps_count_the_patches_of_images_that_are_not_encoded_yet(model_folder
     assert encoder.holds(image, None) and encoder.holds(image, "an adapter that leaves images as they are")
 
 
-def test_digests_of_a_prompt_are_of_one_block_size_and_of_no_other_prompt(engine):
+def test_digests_depend_on_prompt_and_block_size(engine):
     prepared = engine.prepare(asked("hello " * 30, image(0)))
     assert len(prepared.digests[16]) == len(prepared.ids) // 16
     [request] = engine.queue(prepared, SamplingParams(max_tokens=1)).requests
@@ -362,7 +362,7 @@ def test_digests_of_a_prompt_are_of_one_block_size_and_of_no_other_prompt(engine
     engine.core.reset()
 
 
-def test_the_end_of_a_prompt_that_was_answered_before_is_all_that_is_read(engine):
+def test_only_the_end_of_a_repeated_prompt_is_computed(engine):
     messages = asked("hello " * 30)
     engine.chat([messages], SamplingParams(max_tokens=3))
     before = engine.core.scheduler.prefix_tokens
@@ -384,7 +384,7 @@ def test_an_answer_does_not_end_before_min_tokens(engine):
     assert len(late.token_ids) >= 9 and late.text.startswith(free[:2])
 
 
-def test_the_end_of_a_turn_is_not_spelled_before_min_tokens(engine):
+def test_the_end_of_a_turn_is_not_generated_before_min_tokens(engine):
     begins = engine.processor.tokenizer.encode("<|im_end|>")[0]
     biased = {"logit_bias": {begins: 80.0}, "max_tokens": 10}
     free = engine.chat([CONVERSATIONS[1]], SamplingParams(**biased, ignore_eos=True, min_tokens=10))[0]
@@ -416,7 +416,7 @@ def test_stop_tokens_end_an_answer(engine):
         engine.chat([CONVERSATIONS[1]], SamplingParams(stop_token_ids=[90_000]))
 
 
-def test_special_tokens_and_stop_texts_are_kept_where_that_is_asked_for(engine):
+def test_special_tokens_and_stop_texts_are_kept_on_request(engine):
     forced = {"max_tokens": 4, "logit_bias": {2: 100.0}, "temperature": 0.0}
     end = engine.processor.tokenizer.decode([2])
     texts = [

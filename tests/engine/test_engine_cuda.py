@@ -1,4 +1,4 @@
-"""The engine on a GPU: kernels, pages, chunks and graphs against plain passes of the same weights."""
+"""The engine on a GPU: kernels, paged KV cache, chunks and CUDA graphs against plain passes of the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ODD = replace(CONFIG, text=replace(CONFIG.text, head_dim=48, intermediate_size=4
 
 
 def engine_logits(core: EngineCore, work, dtype: torch.dtype) -> tuple[list, list]:
-    """Scores of every sampled place, taken from the engine's own steps, graphs included."""
+    """Logits of every sampled position, from the engine's own steps, CUDA graphs included."""
     seen = []
     launch, counts = core.runner.launch, {}
 
@@ -50,7 +50,7 @@ def engine_logits(core: EngineCore, work, dtype: torch.dtype) -> tuple[list, lis
 
 @torch.no_grad()
 def plain_logits(model: Aria, requests, seen, dtype: torch.dtype) -> torch.Tensor:
-    """The same places from plain PyTorch over whole sequences."""
+    """The same positions in plain PyTorch over whole sequences."""
     by_request = {}
     with ops.use("reference"):
         for request in requests:
@@ -100,7 +100,7 @@ def test_float32_equals_a_plain_pass(config):
     assert relative_error(got, plain_logits(model, requests, seen, torch.float32)) < 1e-5
 
 
-def test_tokens_are_those_of_the_cpu_in_float32():
+def test_float32_tokens_equal_the_cpu():
     work = requests_of(320, 128, 12, 200)
     outputs = []
     for device in ("cpu", "cuda"):
@@ -117,7 +117,7 @@ def test_tokens_are_those_of_the_cpu_in_float32():
     assert outputs[0] == outputs[1]
 
 
-def test_the_cache_takes_what_memory_is_left():
+def test_the_kv_cache_takes_the_remaining_memory():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
     core = EngineCore(model, max_batch=32, memory_utilization=0.5)
     free, total = torch.cuda.mem_get_info()
@@ -190,7 +190,7 @@ def mostly_equal(tokens: list[int], others: list[int]) -> bool:
     return sum(a == b for a, b in zip(tokens, others, strict=True)) > 24
 
 
-def test_a_prefill_that_runs_out_of_memory_is_tried_again_in_halves(caplog, monkeypatch):
+def test_a_prefill_that_runs_out_of_memory_is_retried_in_halves(caplog, monkeypatch):
     core, expected = wide_core(), answers_to_long(wide_core())
     decode, tokens = Aria.decode, []
 
@@ -206,7 +206,7 @@ def test_a_prefill_that_runs_out_of_memory_is_tried_again_in_halves(caplog, monk
     assert not core.failing and mostly_equal(got, expected)
 
 
-def test_graphs_are_captured_after_captures_that_run_out_of_memory(caplog, monkeypatch):
+def test_graphs_are_captured_after_captures_ran_out_of_memory(caplog, monkeypatch):
     core, expected = wide_core(), answers_to_long(wide_core())
     captures: list[bool] = []
     capture = Graphs._capture

@@ -1,4 +1,4 @@
-"""Steps that fail: which requests fail, which continue, and what is released."""
+"""Failed steps: which requests fail, which continue, and what is released."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = [prompt(30 + 7 * i, i) for i in range(6)]
 
 
 def answers(engine, requests) -> dict[int, list[int] | Exception]:
-    """Serve all requests; what became of each, by its place."""
+    """Serve all requests, and return the outputs or the error of each by index."""
     failed: dict[int, Exception] = {}
     while engine.busy:
         try:
@@ -44,7 +44,7 @@ def expected() -> list[list[int]]:
 
 
 def queue(**settings):
-    """An engine, of whose six requests two run and the others wait, after three steps."""
+    """An engine after three steps, with two running requests and four waiting ones."""
     engine = core(max_batch=2, **settings)
     requests = [engine.add(one, PARAMS)[0] for one in PROMPTS]
     for _ in range(3):
@@ -54,7 +54,7 @@ def queue(**settings):
 
 
 class Fails:
-    """A method that fails at its next call, or at so many."""
+    """Makes a method fail in its next call or calls."""
 
     def __init__(self, monkeypatch, owner: object, name: str, error: Exception, *, times: int = 1, after: bool = False):
         self.calls, method = 0, getattr(owner, name)
@@ -71,7 +71,7 @@ class Fails:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("part", ["launch", "wait"])
-def test_only_what_a_failing_step_computed_fails(part, ahead, expected, monkeypatch, caplog):
+def test_a_failing_step_fails_only_its_requests(part, ahead, expected, monkeypatch, caplog):
     engine, requests = queue()
     engine.ahead = ahead
     engine.step()
@@ -89,7 +89,7 @@ def test_only_what_a_failing_step_computed_fails(part, ahead, expected, monkeypa
     assert list(later.values()) == expected[2:] and not engine.failing
 
 
-def test_those_who_run_but_were_not_computed_are_computed_again(expected, monkeypatch):
+def test_running_requests_outside_the_failed_step_are_computed_again(expected, monkeypatch):
     engine = core(step_tokens=32, mixed_step_tokens=16)
     reading, other = (engine.add(PROMPTS[i], PARAMS)[0] for i in (5, 4))
     while not reading.outputs:
@@ -108,10 +108,12 @@ def test_those_who_run_but_were_not_computed_are_computed_again(expected, monkey
 
 
 @pytest.mark.parametrize("when", ["before", "midway"])
-def test_a_plan_that_fails_is_everybodys_and_the_next_requests_run(when, expected, monkeypatch):
+def test_a_failing_plan_fails_all_requests_and_later_ones_run(when, expected, monkeypatch):
     engine, requests = queue()
-    Fails(monkeypatch, engine.scheduler, {"before": "plan", "midway": "_publish"}[when], IndexError("wrong books"))
-    with pytest.raises(StepError, match="wrong books") as caught:
+    Fails(
+        monkeypatch, engine.scheduler, {"before": "plan", "midway": "_publish"}[when], IndexError("inconsistent blocks")
+    )
+    with pytest.raises(StepError, match="inconsistent blocks") as caught:
         engine.step()
         engine.step()
     # What is read back belongs to a step that is known.
@@ -172,7 +174,7 @@ def undisturbed() -> dict[int, list[list[int]]]:
     [(Decoder, "forward", False), (SamplerState, "sample", True), (SamplerState, "count", True)],
     ids=["model", "drawn", "counted"],
 )
-def test_a_step_that_lacks_memory_is_tried_again(owner, name, after, count, ahead, undisturbed, monkeypatch):
+def test_a_step_that_runs_out_of_memory_is_retried(owner, name, after, count, ahead, undisturbed, monkeypatch):
     failing: list[Fails] = []
 
     def fail_every_second(step: int) -> None:
@@ -184,7 +186,7 @@ def test_a_step_that_lacks_memory_is_tried_again(owner, name, after, count, ahea
     assert sum(one.calls > 1 for one in failing) > 2
 
 
-def test_a_step_that_lacks_memory_twice_fails_with_what_its_half_computed(expected, monkeypatch):
+def test_a_step_that_runs_out_of_memory_twice_fails_the_requests_of_its_half(expected, monkeypatch):
     engine, requests = queue()
     Fails(monkeypatch, Decoder, "forward", torch.OutOfMemoryError("CUDA out of memory"), times=2)
     with pytest.raises(StepError, match="CUDA out of memory") as caught:
@@ -194,7 +196,7 @@ def test_a_step_that_lacks_memory_twice_fails_with_what_its_half_computed(expect
     assert list(later.values()) == expected[1:]
 
 
-def test_generate_raises_what_the_model_raised(monkeypatch):
+def test_generate_raises_the_error_of_the_model(monkeypatch):
     ours = AriaForConditionalGeneration(model())
     ids = torch.tensor([PROMPTS[0]])
     expected = ours.generate(ids, max_new_tokens=4, eos_token_id=None)
@@ -205,7 +207,7 @@ def test_generate_raises_what_the_model_raised(monkeypatch):
     assert torch.equal(ours.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
 
 
-def test_nothing_of_a_failed_step_is_kept_alive(monkeypatch):
+def test_tensors_of_a_failed_step_are_freed(monkeypatch):
     engine, _ = queue()
     tensors: list[weakref.ref[torch.Tensor]] = []
     seen: list[bool] = []
@@ -226,7 +228,7 @@ def test_nothing_of_a_failed_step_is_kept_alive(monkeypatch):
     assert caught.value.__cause__ is not None and not any(one() is not None for one in tensors)
 
 
-def test_which_errors_are_for_want_of_memory():
+def test_out_of_memory_errors_are_recognised():
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert out_of_memory(MemoryError())
     assert out_of_memory(RuntimeError("CUDA error: out of memory"))
@@ -241,7 +243,7 @@ def test_which_errors_are_for_want_of_memory():
     free_frames(capture)
 
 
-def test_an_image_that_cannot_be_encoded_fails_its_own_requests_and_no_others(expected, monkeypatch):
+def test_an_image_that_cannot_be_encoded_fails_only_its_requests(expected, monkeypatch):
     good, [image] = with_image(20, 40, 6, 1)
     engine = core()
     features = engine.runner.encoder.features
@@ -285,7 +287,7 @@ def test_an_image_that_cannot_be_encoded_fails_its_own_requests_and_no_others(ex
     assert again[0].cached_tokens == 16, "the text before the image was right"
 
 
-def test_requests_that_share_what_is_wrong_fail_together():
+def test_requests_that_share_wrong_blocks_fail_together():
     engine = core(step_tokens=256)
     ids, images = with_image(4, 40, 20, 1)
     requests = engine.add(ids, SamplingParams(max_tokens=4, n=3), images=images)
@@ -299,7 +301,7 @@ def test_requests_that_share_what_is_wrong_fail_together():
     assert engine.pool.peek(names) == (0, 0)
 
 
-def test_several_images_that_are_too_many_together_are_encoded_one_by_one(monkeypatch):
+def test_images_that_do_not_fit_together_are_encoded_one_by_one(monkeypatch):
     def tokens(most: int) -> list[list[int]]:
         engine = core()
         features = engine.runner.encoder.features

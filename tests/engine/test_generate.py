@@ -78,7 +78,7 @@ def test_torch_seed_makes_unseeded_sampling_repeatable(pair):
     assert torch.equal(*runs)
 
 
-def test_several_answers_to_one_prompt_lie_together_and_differ(pair):
+def test_several_answers_to_one_prompt_are_adjacent_and_differ(pair):
     ours, _ = pair
     inputs = left_padded([ids(5), ids(9, seed=1)])
     got = ours.generate(**inputs, max_new_tokens=12, do_sample=True, seed=3, num_return_sequences=3, eos_token_id=None)
@@ -98,7 +98,7 @@ def test_truncations_keep_only_likely_tokens(pair):
         assert torch.equal(got, greedy), setting
 
 
-def test_streamer_gets_prompt_then_each_token(pair):
+def test_a_streamer_receives_the_prompt_then_each_token(pair):
     class Record:
         def __init__(self):
             self.values, self.ended = [], False
@@ -118,7 +118,7 @@ def test_streamer_gets_prompt_then_each_token(pair):
 
 
 @pytest.mark.slow
-def test_never_past_the_room_of_the_model(pair):
+def test_never_past_the_context_length(pair):
     ours, _ = pair
     got = ours.generate(**left_padded([ids(4090)]), max_new_tokens=50, eos_token_id=None)
     assert got.shape[1] == 4096
@@ -154,7 +154,7 @@ def test_generation_config_is_followed_and_arguments_win(pair):
         ({"streamer": object(), "num_return_sequences": 2}, "one sequence"),
     ],
 )
-def test_settings_out_of_their_limits_are_refused(pair, setting, message):
+def test_settings_out_of_range_are_rejected(pair, setting, message):
     with pytest.raises(ValueError, match=message):
         pair[0].generate(**left_padded([ids(5)]), **setting)
 
@@ -168,7 +168,7 @@ def test_settings_out_of_their_limits_are_refused(pair, setting, message):
         ([[5, 6]], "should be a tensor, but is list"),
     ],
 )
-def test_ids_that_cannot_be_looked_up_are_refused(pair, given, message):
+def test_ids_outside_the_vocabulary_are_rejected(pair, given, message):
     with pytest.raises(ValueError, match=message):
         pair[0].generate(given)
 
@@ -183,7 +183,7 @@ def test_ids_that_cannot_be_looked_up_are_refused(pair, given, message):
         ('{"do_sample": 1}', "do_sample is 1; expected true or false"),
     ],
 )
-def test_a_bad_generation_config_is_named(tmp_path, content, message):
+def test_an_invalid_generation_config_is_named(tmp_path, content, message):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         read_generation_config(tmp_path)
@@ -201,6 +201,6 @@ def test_settings_without_effect_are_named_in_a_warning(tmp_path):
     assert read_generation_config(tmp_path / "nothing") == {}
 
 
-def test_unknown_settings_are_refused_by_name(pair):
+def test_unknown_settings_are_rejected_by_name(pair):
     with pytest.raises(TypeError, match="max_new_token"):
         pair[0].generate(**left_padded([ids(5)]), max_new_token=4)

@@ -134,7 +134,7 @@ def test_the_last_token_may_complete_the_value(engine):
     assert (same.text, same.finish_reason) == (whole.text, "stop")
 
 
-def test_with_images_choices_and_neighbours(engine):
+def test_with_images_choices_and_other_requests(engine):
     params = SamplingParams(max_tokens=300, json_schema=SCHEMA, n=3, temperature=1.0, seed=1)
     free = SamplingParams(max_tokens=30, temperature=1.0, seed=1)
     messages = asked("what is shown", image(0))
@@ -159,7 +159,7 @@ def test_preemption_loses_nothing(engine, model_folder):
 
 
 @pytest.mark.slow
-def test_one_step_ahead_as_on_a_gpu(engine, model_folder):
+def test_running_one_step_ahead_as_on_a_gpu(engine, model_folder):
     """A step that is under way when an answer ends, or is preempted, changes nothing."""
     choice = random.Random(3)
     schemas = [None, SCHEMA, *(random_schema(choice) for _ in range(8))]
@@ -258,7 +258,7 @@ def test_logprobs_are_those_before_the_grammar(engine):
         ({"const": {1, 2}}, "is not JSON"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_before_anything_is_queued(engine, schema, message):
+def test_unsupported_schemas_are_rejected_before_anything_is_queued(engine, schema, message):
     with pytest.raises(ValueError, match="json_schema") as caught:
         engine.chat([asked("hello")], SamplingParams(json_schema=schema))
     assert message in str(caught.value)
@@ -273,13 +273,13 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_queued(engine, sc
         ({"json_schema": True, "ignore_eos": True}, "ignore_eos is True; expected False beside json_schema"),
     ],
 )
-def test_wrong_parameters_are_refused(fields, message):
+def test_invalid_parameters_are_rejected(fields, message):
     with pytest.raises(ValueError) as caught:
         SamplingParams(**fields)
     assert message in str(caught.value)
 
 
-def test_settings_inside_of_a_schema_do_not_bring_white_space(grammars):
+def test_settings_inside_a_schema_add_no_white_space(grammars):
     tokenizer, compiler = grammars
     schema = closed(a={"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 2})
     schema["x-guidance"] = {"whitespace_flexible": True, "item_separator": ", "}
@@ -301,7 +301,7 @@ def test_a_grammar_that_grows_beyond_its_limits_ends_its_answer_alone(engine, ca
     assert "limits on its grammar" in caplog.text
 
 
-def test_a_lexer_that_is_full_is_not_kept(grammars):
+def test_a_grammar_with_a_full_lexer_is_not_cached(grammars):
     tokenizer, compiler = grammars
     schema = {"type": "string", "pattern": "^.*a.{24}$"}
     letters = [tokenizer.convert_tokens_to_ids(piece) for piece in "abcd"]
@@ -318,7 +318,7 @@ def test_a_lexer_that_is_full_is_not_kept(grammars):
         assert matcher.accept(letters[0]) == "error" and (mask == -1).any()
 
 
-def test_threads_compile_at_once(grammars):
+def test_threads_compile_concurrently(grammars):
     tokenizer, _ = grammars
     fresh = Grammars(tokenizer, tokenizer.vocab_size + 40)
     schemas = [closed(**{f"p{i % 5}": {"type": "integer"}}) for i in range(40)]

@@ -60,7 +60,7 @@ def test_prompt_logprobs_equal_a_plain_pass(settings, fused, monkeypatch):
         assert engine.scheduler.preemptions > 0
 
 
-def test_a_prompt_that_the_cache_has_is_read_again_once():
+def test_a_cached_prompt_is_computed_once_more():
     engine = core()
     ids, images = with_image(20, 40, 70, 3)
     asked = SamplingParams(max_tokens=4, prompt_logprobs=2)
@@ -111,7 +111,7 @@ def test_logits_are_computed_in_portions(monkeypatch):
     assert max(seen) <= prompt_logprobs.TOGETHER and sum(seen) == 389
 
 
-def test_results_tell_what_the_prompt_is_made_of(model_folder):
+def test_results_contain_prompt_logprobs(model_folder):
     engine = Engine(model_folder, device="cpu")
     messages = [{"role": "user", "content": "hello world"}]
     prepared = engine.prepare(messages)
@@ -131,4 +131,4 @@ def test_results_tell_what_the_prompt_is_made_of(model_folder):
         )
     [plain] = engine.chat([messages], SamplingParams(max_tokens=2))
     assert plain.prompt_logprobs is None
-    assert engine.stats().completion_tokens == 2, "a token that nobody asked for does not count"
+    assert engine.stats().completion_tokens == 2, "a token that was not requested does not count"

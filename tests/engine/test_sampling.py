@@ -40,7 +40,7 @@ def sampler(*settings: dict, vocabulary: int, banned=(), prompt=(), outputs=()) 
 
 
 def drawn(logits: list[float], count: int = 2500, **settings) -> torch.Tensor:
-    """How often each token is drawn, as a fraction."""
+    """Fraction of draws of each token."""
     state = sampler(settings, vocabulary=len(logits))
     places = torch.arange(count, dtype=torch.int32)
     tokens = state.sample(torch.tensor(logits).expand(count, -1), torch.zeros_like(places), places)
@@ -48,7 +48,7 @@ def drawn(logits: list[float], count: int = 2500, **settings) -> torch.Tensor:
 
 
 def kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The tokens that may be drawn, by the definitions: one after the other, the likeliest first."""
+    """The tokens that may be sampled, by the definitions, one at a time in descending order."""
     probs = (logits.double() / temperature).softmax(-1).tolist()
     order = sorted(range(len(probs)), key=lambda token: -logits[token])
     if top_k:
@@ -127,7 +127,7 @@ def test_what_is_kept_is_what_the_definitions_keep(trial):
     assert found == kept(logits, temperature, 2 if top_k == 1 else top_k, top_p, min_p)
 
 
-def test_any_temperature_that_is_allowed_gives_the_likeliest_at_its_lower_end():
+def test_the_lowest_temperatures_are_greedy():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 10
     for temperature in (1e-38, 1e-5, 1e-3):
         state = sampler({"temperature": temperature}, vocabulary=50)
@@ -140,7 +140,7 @@ def test_top_p_of_one_keeps_every_token():
     assert tokens[900:].sum() > 0
 
 
-def test_a_seed_draws_the_same_whatever_else_is_in_the_batch():
+def test_a_seed_samples_the_same_tokens_in_any_batch():
     V = 3000
     warm = {"temperature": 1.0, "top_p": 0.9}
     state = sampler({}, warm, {"temperature": 1.5}, warm, {}, {"temperature": 1.0, "top_k": 4}, vocabulary=V)
@@ -155,7 +155,7 @@ def test_a_seed_draws_the_same_whatever_else_is_in_the_batch():
     assert other.sample(logits[[0, 3]], int32(0, 7), int32(0, 3))[1] == tokens[3]
 
 
-def test_seeds_and_positions_draw_anew():
+def test_seeds_and_positions_change_the_noise():
     state = sampler(*[{"temperature": 1.0}] * 40, vocabulary=10_000)
     flat = torch.zeros(40, 10_000)
     rows = torch.arange(40, dtype=torch.int32)
@@ -166,7 +166,7 @@ def test_seeds_and_positions_draw_anew():
     assert state.sample(flat[:2], int32(0, 1), int32(0, 0)).unique().numel() == 2
 
 
-def test_banned_tokens_are_never_drawn():
+def test_banned_tokens_are_never_sampled():
     state = sampler({}, {"temperature": 2.0}, {"temperature": 1.0, "top_p": 0.5}, vocabulary=5, banned=(3, 0))
     logits = torch.tensor([[9.0, 1.0, 2.0, 8.0, 0.0]]).repeat(3, 1)
     given = logits.clone()
@@ -180,7 +180,7 @@ def test_banned_tokens_are_never_drawn():
     assert_close(chosen, expected[[0, 1, 2], [1, 0, 2]])
 
 
-def test_penalties_follow_their_formulas_and_remember_what_was_drawn():
+def test_penalties_follow_their_formulas_and_count_sampled_tokens():
     V, prompt, outputs = 8, [1, 1, 2], [2, 3, 3]
     settings = {"repetition_penalty": 1.5, "frequency_penalty": 0.3, "presence_penalty": -0.7}
     state = sampler(settings, {}, {"frequency_penalty": 2.0}, vocabulary=V, prompt=prompt, outputs=outputs)
@@ -211,7 +211,7 @@ def test_penalties_follow_their_formulas_and_remember_what_was_drawn():
     assert not extras(state, 1)
 
 
-def test_biases_are_added_and_leave_with_their_request():
+def test_biases_are_added_and_cleared_with_their_request():
     state = sampler({"logit_bias": {3: 100.0}}, {"logit_bias": {0: -100, 1: -100, 5: 2.5}}, {}, vocabulary=6)
     logits = torch.randn(3, 6)
     expected = logits.clone()
@@ -299,17 +299,17 @@ def test_nothing_is_held_back_longer_than_needed():
         ({"min_tokens": 1, "json_schema": True}, "min_tokens is 1; expected 0 beside json_schema"),
     ],
 )
-def test_parameters_out_of_their_limits_are_refused(settings, message):
+def test_parameters_out_of_range_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**settings)
 
 
-def test_one_stop_text_may_stand_alone():
+def test_a_single_stop_text_needs_no_list():
     assert SamplingParams(stop="x").stop == ("x",)
     assert SamplingParams(stop=None).stop == ()
 
 
-def test_biases_are_kept_apart_from_the_callers_mapping():
+def test_biases_are_copied():
     given = {7: 1.5}
     params = SamplingParams(logit_bias=given)
     given[7] = 1000
@@ -318,7 +318,7 @@ def test_biases_are_kept_apart_from_the_callers_mapping():
     assert SamplingParams(logit_bias={}).logit_bias is None
 
 
-def test_an_end_is_not_drawn_before_it_may_come():
+def test_ends_are_not_sampled_before_min_tokens():
     tokens = [b"a", b"<|", b"<", b"|", b"im_end|>", b"x<", b"<|im_end|>", b"|im", b"||", b"", b"<|im_", b"|>"]
     end_text = EndText.of("<|im_end|>", tokens, CPU)
     state = SamplerState(3, 12, CPU)
@@ -353,7 +353,7 @@ def test_a_top_p_of_zero_is_greedy():
     assert all(state.sample(logits, int32(0), int32(place)) == logits.argmax() for place in range(20))
 
 
-def test_stop_texts_may_be_kept_and_looked_for_later():
+def test_stop_texts_can_be_kept_and_delayed():
     matcher = StopMatcher(["ab", "<|im_end|>"], kept=["ab"])
     assert matcher.push("xaby ab a", search=False) == "xaby ab "
     assert matcher.push("bz") == "ab" and matcher.matched == "ab"

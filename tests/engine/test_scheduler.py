@@ -1,4 +1,4 @@
-"""What the scheduler promises, rule by rule. `test_scheduler_simulation.py` has all of them at once."""
+"""The scheduler's guarantees, one by one. `test_scheduler_simulation.py` checks all of them together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aria.processor.image_inputs import ImageSpan
 from tests.helpers.scheduling import S, chunks, request, scheduler, step
 
 
-def test_a_prompt_is_read_in_chunks_of_whole_blocks_and_then_decodes():
+def test_chunked_prefill_in_whole_blocks_then_decode():
     s, one = scheduler(step_tokens=9), request(18, max_tokens=3)
     s.add(one)
     assert (s.waiting, s.running, s.idle) == (1, 0, False)
@@ -26,7 +26,7 @@ def test_a_prompt_is_read_in_chunks_of_whole_blocks_and_then_decodes():
     assert s.idle and not s.plan()
 
 
-def test_prompts_share_a_step_and_decoding_limits_it():
+def test_prefills_share_a_step_and_decodes_reduce_its_budget():
     s = scheduler(step_tokens=64, mixed_step_tokens=17)
     first, second, long = request(5), request(30), request(60)
     for one in (first, second, long):
@@ -38,7 +38,7 @@ def test_prompts_share_a_step_and_decoding_limits_it():
     assert chunks(plan) == [(long, 28, 12, False)]
 
 
-def test_decoding_leaves_a_block_for_prompts_however_small_the_step():
+def test_a_mixed_step_prefills_at_least_one_block():
     s = scheduler(mixed_step_tokens=1)
     s.add(request(5))
     step(s)
@@ -47,7 +47,7 @@ def test_decoding_leaves_a_block_for_prompts_however_small_the_step():
     assert chunks(step(s)) == [(long, 0, S, False)]
 
 
-def test_a_step_ahead_of_the_tokens():
+def test_planning_one_step_ahead_of_the_tokens():
     s, one = scheduler(), request(4, max_tokens=3)
     s.add(one)
     assert s.plan().chunks[0].samples and one.pending == 1
@@ -63,7 +63,7 @@ def test_a_step_ahead_of_the_tokens():
     assert one.outputs == [1, 2, 3] and s.pool.used == 0
 
 
-def test_tokens_that_come_after_the_end_are_dropped():
+def test_tokens_after_the_end_are_dropped():
     s, one = scheduler(), request(4)
     s.add(one)
     s.plan()
@@ -85,7 +85,7 @@ def test_priority_then_arrival_decides():
     assert [chunk.request for chunk in s.plan().chunks] == [late]
 
 
-def test_a_more_important_prompt_goes_before_one_that_is_being_read():
+def test_a_prompt_of_higher_priority_precedes_a_running_prefill():
     s, long, urgent = scheduler(step_tokens=8), request(32), request(8, priority=-1)
     s.add(long)
     step(s)
@@ -94,7 +94,7 @@ def test_a_more_important_prompt_goes_before_one_that_is_being_read():
     assert chunks(step(s)) == [(long, 8, 4, False)], "the rest of a mixed step"
 
 
-def test_waiting_for_a_row_holds_up_nobody_who_runs():
+def test_a_request_waiting_for_a_row_does_not_delay_running_ones():
     s, long, urgent = scheduler(max_rows=1, step_tokens=8), request(16), request(4, priority=-1)
     s.add(long)
     step(s)
@@ -114,7 +114,7 @@ def test_nothing_overtakes_a_large_request_at_the_head():
 
 
 @pytest.mark.parametrize(("tokens", "fits"), [(28, True), (29, False)])
-def test_admission_keeps_room_for_prompts_that_are_being_read_and_for_growth(tokens, fits):
+def test_admission_reserves_blocks_for_prefills_and_growth(tokens, fits):
     s = scheduler(blocks=20, step_tokens=16, watermark=0.1)
     s.add(request(41, max_tokens=20))
     step(s)
@@ -124,7 +124,7 @@ def test_admission_keeps_room_for_prompts_that_are_being_read_and_for_growth(tok
     assert other.status is (Status.RUNNING if fits else Status.WAITING)
 
 
-def test_blocks_shared_with_a_running_request_need_no_room():
+def test_blocks_shared_with_a_running_request_cost_nothing():
     s, tokens = scheduler(blocks=8), tuple(range(24))
     s.add(first := request((*tokens, 1), max_tokens=4))
     step(s)
@@ -134,7 +134,7 @@ def test_blocks_shared_with_a_running_request_need_no_room():
     assert s.pool.available == 0 and first.blocks[:6] == second.blocks[:6]
 
 
-def test_alone_a_request_may_take_the_whole_cache():
+def test_a_single_request_may_take_the_whole_cache():
     s, one = scheduler(blocks=5, watermark=0.5), request(17, max_tokens=4)
     s.add(one)
     while not s.idle:
@@ -142,14 +142,14 @@ def test_alone_a_request_may_take_the_whole_cache():
     assert one.outputs == [7] * 4 and s.preemptions == 0
 
 
-def test_what_can_never_fit_is_refused():
+def test_a_request_that_can_never_fit_is_rejected():
     s = scheduler(blocks=5)
     with pytest.raises(ValueError, match=r"17 tokens and an answer of up to 5 need 6 blocks .* has 5 of 4 tokens; ask"):
         s.add(request(17, max_tokens=5))
     assert s.idle
 
 
-def test_preemption_takes_the_last_and_loses_nothing():
+def test_preemption_takes_the_last_request_and_loses_nothing():
     s = scheduler(blocks=6)
     first, second = request(8, max_tokens=12), request(8, max_tokens=12)
     s.add(first)
@@ -166,7 +166,7 @@ def test_preemption_takes_the_last_and_loses_nothing():
     assert first.outputs == second.outputs == [7] * 12
 
 
-def test_a_request_in_need_is_its_own_victim_when_it_is_the_last():
+def test_the_last_request_preempts_itself():
     s = scheduler(blocks=6)
     last, first = request(8, max_tokens=12, priority=1), request(11, max_tokens=8)
     s.add(last)
@@ -176,7 +176,7 @@ def test_a_request_in_need_is_its_own_victim_when_it_is_the_last():
     assert last.status is Status.WAITING and plan.decodes == [first]
 
 
-def test_a_victim_with_a_token_under_way_is_waited_for():
+def test_preemption_waits_for_a_pending_token():
     s = scheduler(blocks=4)
     first, second = request(8), request(8)
     s.add(first)
@@ -193,7 +193,7 @@ def test_a_victim_with_a_token_under_way_is_waited_for():
     s.check()
 
 
-def test_a_prompt_waits_for_answers_that_have_grown_into_its_room():
+def test_a_prefill_waits_for_decodes_that_took_its_blocks():
     s = scheduler(blocks=12, mixed_step_tokens=8)
     answers = [request(4 + i, max_tokens=5 if i else 4) for i in range(4)]
     for one in answers:
@@ -211,7 +211,7 @@ def test_a_prompt_waits_for_answers_that_have_grown_into_its_room():
     assert s.idle and s.preemptions == 0
 
 
-def test_prefixes_are_found_but_for_the_last_token():
+def test_prefix_caching_leaves_at_least_one_token():
     s, tokens = scheduler(), tuple(range(16))
     s.add(first := request(tokens, max_tokens=1))
     step(s)
@@ -227,7 +227,7 @@ def test_prefixes_are_found_but_for_the_last_token():
     assert (first.cached_tokens, same.cached_tokens, adapted.cached_tokens) == (0, 12, 0)
 
 
-def test_answers_are_part_of_what_is_found():
+def test_prefix_caching_includes_answers():
     s = scheduler()
     s.add(first := request(6, max_tokens=7))
     while not s.idle:
@@ -237,7 +237,7 @@ def test_answers_are_part_of_what_is_found():
     assert chunks(step(s)) == [(turn, 12, 2, True)]
 
 
-def test_a_block_is_published_once_all_its_tokens_are_known():
+def test_a_block_is_published_when_all_its_tokens_are_known():
     s = scheduler()
     s.add(first := request(6, max_tokens=6))
     for _ in range(3):
@@ -251,7 +251,7 @@ def test_a_block_is_published_once_all_its_tokens_are_known():
     assert [(chunk.request, chunk.start) for chunk in s.plan().chunks] == [(same, 8)]
 
 
-def test_several_answers_to_one_prompt_read_it_once():
+def test_several_answers_to_one_prompt_prefill_it_once():
     s = scheduler(step_tokens=16)
     leader = request(22, max_tokens=2)
     answers = [leader, *(request(leader.prompt, max_tokens=2, leader=leader) for _ in range(2))]
@@ -262,11 +262,11 @@ def test_several_answers_to_one_prompt_read_it_once():
     assert len({one.blocks[0] for one in answers}) == 1 and len({one.blocks[-1] for one in answers}) == 3
 
 
-def test_images_are_told_apart_by_content_and_place():
+def test_prefix_caching_depends_on_image_content_and_position():
     s, tokens = scheduler(), (9,) * 12
 
     def read(*images: ImageSpan) -> int:
-        """How many of the tokens are found."""
+        """Number of tokens found in the prefix cache."""
         s.add(one := request(tokens, max_tokens=1, images=images))
         step(s)
         return one.cached_tokens
@@ -294,7 +294,7 @@ def test_images_between_two_places():
             request(13, images=bad)
 
 
-def test_tokens_run_on_from_prompt_to_outputs():
+def test_tokens_continue_from_prompt_to_outputs():
     one = request((1, 2, 3))
     one.outputs += [4, 5]
     for start in range(6):
@@ -325,7 +325,7 @@ def test_cancelling_at_any_moment(when):
     s.cancel(one)
 
 
-def test_the_queue_stays_in_order_however_many_leave_it():
+def test_the_queue_stays_in_order_when_requests_leave():
     s, rng = scheduler(max_rows=1), random.Random(0)
     requests = [request(1, max_tokens=1, priority=rng.randrange(50)) for _ in range(1000)]
     for one in requests:
@@ -338,7 +338,7 @@ def test_the_queue_stays_in_order_however_many_leave_it():
     assert order == sorted(requests[900:], key=lambda one: (one.priority, one.arrival))
 
 
-def test_cancelled_requests_do_not_pile_up_behind_a_head_that_waits():
+def test_cancelled_requests_do_not_accumulate_in_the_queue():
     s = scheduler(blocks=4)
     s.add(request(12, max_tokens=4))
     step(s)
@@ -350,8 +350,8 @@ def test_cancelled_requests_do_not_pile_up_behind_a_head_that_waits():
     s.check()
 
 
-def test_a_step_costs_no_more_when_thousands_wait(monkeypatch):
-    """Counted in looks at waiting requests, because time is not to be relied on."""
+def test_planning_does_not_depend_on_the_length_of_the_queue(monkeypatch):
+    """Counted in accesses to waiting requests, because times are not reliable."""
 
     def looks(waiting: int) -> int:
         s = scheduler(max_rows=4)

@@ -1,4 +1,4 @@
-"""How a step is divided: long prompts beside short ones, image patches, and the cache that admission leaves."""
+"""Step budgets: long prompts beside short ones, image patches, and the blocks that admission reserves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_step_without_decodes_is_shared_in_the_same_way():
     assert chunks(step(s)) == [(short, 0, 5, True), (long, 0, 8, False)]
 
 
-def test_short_prompts_wait_two_steps_at_most_however_many_long_ones_are_being_read():
+def test_short_prompts_wait_at_most_two_steps_for_long_ones():
     s = scheduler(blocks=2000, max_rows=100, mixed_step_tokens=65)
     decoding(s)
     long = [request(600) for _ in range(3)]
@@ -90,7 +90,7 @@ def test_only_prompts_of_its_own_priority_share_a_long_ones_step():
 
 
 @pytest.mark.parametrize("leads", [True, False])
-def test_a_long_prompt_is_read_once_by_all_who_ask_for_it_meanwhile(leads):
+def test_requests_for_the_same_long_prompt_prefill_it_once(leads):
     s = scheduler(blocks=400, mixed_step_tokens=33)
     decoding(s)
     s.add(first := request(202, max_tokens=2))
@@ -115,7 +115,7 @@ def shown(before: int, *images: tuple[int, bytes | None, int], after: int = 2, *
     return request(start + after, images=tuple(places), **settings)
 
 
-def test_a_mixed_step_encodes_no_more_patches_than_it_may():
+def test_a_mixed_step_keeps_to_its_patch_budget():
     encoded = set()
     s = scheduler(mixed_step_tokens=101, mixed_step_patches=50, encoded=lambda image, _: image.key in encoded)
     decoding(s)
@@ -137,14 +137,14 @@ def test_a_mixed_step_encodes_no_more_patches_than_it_may():
     assert encodes() == [(album, 32, 13, True), (other, 0, 11, True)]
 
 
-def test_a_step_without_decodes_has_a_larger_limit():
+def test_a_step_without_decodes_has_a_larger_patch_budget():
     s = scheduler(step_patches=70, mixed_step_patches=50)
     s.add(album := shown(0, *((8, bytes([i]), 20) for i in range(5))))
     assert chunks(step(s)) == [(album, 0, 24, False)]
     assert chunks(step(s)) == [(album, 24, 18, True)]
 
 
-def test_images_are_counted_once_and_not_at_all_if_they_are_encoded():
+def test_images_count_once_and_cached_ones_not_at_all():
     encoded = set()
     s = scheduler(mixed_step_tokens=101, mixed_step_patches=50, encoded=lambda image, _: image.key in encoded)
     decoding(s)
@@ -160,7 +160,9 @@ def test_images_are_counted_once_and_not_at_all_if_they_are_encoded():
     unnamed = [shown(1, (8, None, 30)), shown(1, (8, None, 30))]
     for one in unnamed:
         s.add(one)
-    assert [chunk.request for chunk in step(s).chunks] == unnamed[:1], "without a key nobody knows that they are equal"
+    assert [chunk.request for chunk in step(s).chunks] == unnamed[:1], (
+        "without a key it is unknown whether they are equal"
+    )
 
 
 def test_an_image_beyond_the_limit_is_encoded_alone_and_small_ones_of_a_block_together():
@@ -174,12 +176,12 @@ def test_an_image_beyond_the_limit_is_encoded_alone_and_small_ones_of_a_block_to
     assert chunks(step(s)) == [(tiny, 4, 8, True)]
 
 
-def test_patches_are_estimated_where_nobody_counted_them():
+def test_patches_are_estimated_from_tokens():
     assert ImageSpan(0, 256, b"").patches == 5120 > 70**2
     assert ImageSpan(0, 256, b"", patches=0).patches == 0
 
 
-def test_admission_leaves_answers_room_to_grow():
+def test_admission_reserves_blocks_for_decoding():
     def preemptions(**settings) -> int:
         """Of a backlog of answers that are longer than their prompts."""
         s = Scheduler(BlockPool(601, S), max_rows=64, step_tokens=512, mixed_step_tokens=64, **settings)
@@ -193,7 +195,7 @@ def test_admission_leaves_answers_room_to_grow():
     assert preemptions() == preemptions(watermark=0.05) < preemptions(watermark=0.01) / 2
 
 
-def test_no_more_room_is_left_than_answers_may_come_to_need():
+def test_no_more_blocks_are_reserved_than_answers_may_need():
     s = scheduler(blocks=20 * 11, max_rows=20, step_tokens=1000, watermark=0.05)
     # A batch that fills the cache to its last block: 40 tokens each, and four more of which the last is never read.
     together = [request(40, max_tokens=5) for _ in range(20)]

@@ -1,4 +1,4 @@
-"""The scheduler with a pretended device that is late: every request must get exactly the tokens it would get alone.
+"""The scheduler with a simulated device that lags behind: every request must get the tokens that it would get alone.
 
 The pretended model keeps one number for each slot of the cache: a hash of all that came before, read from the slot
 before. The next token is a hash of all slots of the sequence, read through its block table. So a wrong block, a place
@@ -43,7 +43,7 @@ def next_token(states: list[int], seed: int) -> int:
 
 
 def tokens_alone(request: Request) -> list[int]:
-    """What a request should get, computed without cache or company."""
+    """Expected tokens of a request, computed alone and without cache."""
     states, outputs = [], []
     state = first_state(request.adapter)
     for content in contents(request, 0, len(request.prompt)):
@@ -95,7 +95,7 @@ class Device:
             slots = [block * self.S + offset for block in work.blocks for offset in range(self.S)]
             state = self.slots[slots[work.start - 1]] if work.start else first_state(work.request.adapter)
             for slot, content in zip(slots[work.start :], seen, strict=False):
-                assert slot >= self.S, "a sequence writes to the scratch block"
+                assert slot >= self.S, "a sequence writes to block 0"
                 state = hash((state, content))
                 self.slots[slot] = state
             length = work.start + len(seen)
@@ -382,7 +382,7 @@ def test_every_request_gets_its_own_tokens(ahead):
     assert all(counts[what] > 10 for what in expected), counts
 
 
-def test_all_is_well_without_interruptions_and_with_ample_room():
+def test_no_preemption_with_enough_blocks_and_no_interruptions():
     simulation = Simulation(Setting(seed=1, ahead=1, block_size=4, room=2000, max_rows=64, cancel=0.0, fail=0.0))
     simulation.run()
     assert simulation.scheduler.preemptions == 0

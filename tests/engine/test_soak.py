@@ -64,7 +64,7 @@ def engine():
 
 
 @pytest.mark.slow
-def test_every_request_ends_in_its_text_or_its_cancellation(engine):
+def test_every_request_ends_with_its_text_or_is_cancelled(engine):
     alone, expected = engine
     longest = max(len(alone.prepare(conversation(kind)[0]).ids) + conversation(kind)[1].max_tokens for kind in expected)
     tight = Engine(device="cpu", max_model_len=longest, cache_tokens=longest + 200, max_batch=24)

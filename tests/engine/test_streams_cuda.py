@@ -32,7 +32,7 @@ def add(core: EngineCore, seed: int) -> list[Request]:
     return requests
 
 
-def test_two_engines_on_two_streams_answer_as_each_alone():
+def test_two_engines_on_two_streams_answer_as_alone():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
     alone = []
     for seed in (0, 100):
@@ -54,7 +54,7 @@ def test_two_engines_on_two_streams_answer_as_each_alone():
 
 
 def test_attention_on_two_streams_at_once():
-    """Without counters of their own, programs of two launches that overlap take each other's parts for theirs."""
+    """With shared counters, programs of overlapping launches would mix up their partial results."""
     torch.manual_seed(0)
     H, K, S, M = 20, 128, 64, 64
     keys, values = torch.randn(2, M + 1, H, S, K, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What an engine that was warmed up does not compile any more."""
+"""After a warm-up, the engine compiles nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compilations() -> Iterator[list[str]]:
         knobs.runtime.jit_post_compile_hook = before
 
 
-def test_steps_after_warming_up_compile_nothing(monkeypatch):
+def test_steps_after_a_warm_up_compile_nothing(monkeypatch):
     config = replace(WIDE, text=replace(WIDE.text, vocab_size=4096, max_position_embeddings=20_480))
     planned = set()
     attend = chunk_attention._sdpa
@@ -72,7 +72,7 @@ def test_steps_after_warming_up_compile_nothing(monkeypatch):
 
 
 def test_decode_graphs_serve_sequences_of_any_length():
-    """A graph that was made over short sequences reads the blocks of long ones too."""
+    """A graph captured with short sequences also reads the blocks of long ones."""
     engine = Engine(WIDE, device="cuda", dtype=torch.bfloat16, max_batch=4, cache_tokens=20_000)
     engine.warm_up()
     graphs = engine.core.runner._graphs._captured

@@ -133,6 +133,8 @@ def test_a_conversation_is_prepared_as_a_call_does_it_with_sizes_of_its_own():
     places = [i for i, token in enumerate(prepared.ids) if token == image_id]
     spans = [i for p in prepared.images for i in range(p.start, p.start + p.tokens)]
     assert places == spans and len(prepared.images) == 2
+    with pytest.warns(DeprecationWarning, match="now Prepared.images"):
+        assert prepared.pictures is prepared.images
     per_crop = processor.size_conversion
     assert prepared.images[0].tokens == per_crop[large]
     assert prepared.images[1].tokens == per_crop[small] * len(prepared.images[1].data.load().pixels)
