@@ -281,15 +281,11 @@ class AriaForConditionalGeneration(nn.Module):
             if generation.in_lockstep:
                 output = _generate_in_lockstep(core, Lockstep(requests, input_ids, completions, generation), streamer)
             else:
-                generated = _generate(core, dict(zip(requests, completions, strict=True)), streamer)
+                by_request = dict(zip(requests, completions, strict=True))
+                output = _generate(core, input_ids, by_request, generation.pad, streamer)
         except StepError as error:
             # As in transformers, where callers catch torch.OutOfMemoryError to retry with smaller batches.
             raise error.__cause__ or error from None
-        if not generation.in_lockstep:
-            longest = max(map(len, generated))
-            rows = [ids + [generation.pad] * (longest - len(ids)) for ids in generated]
-            new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
-            output = GenerateOutput(sequences=torch.cat([input_ids, new], dim=1))
         core.close()
         if streamer is not None:
             streamer.end()
@@ -338,9 +334,13 @@ class AriaForConditionalGeneration(nn.Module):
 
 
 def _generate(
-    core: EngineCore, completions: Mapping[Request, Completion], streamer: Streamer | None
-) -> list[list[int]]:
-    """Generated tokens of each sequence, which end independently."""
+    core: EngineCore,
+    input_ids: Tensor,
+    completions: Mapping[Request, Completion],
+    pad: int,
+    streamer: Streamer | None,
+) -> GenerateOutput:
+    """Generate sequences that end independently, and pad them."""
     while core.unfinished:
         for request, token, _ in core.step():
             completions[request].push(token)
@@ -348,7 +348,11 @@ def _generate(
                 core.finish(request)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-    return [completion.token_ids for completion in completions.values()]
+    generated = [completion.token_ids for completion in completions.values()]
+    longest = max(map(len, generated))
+    rows = [ids + [pad] * (longest - len(ids)) for ids in generated]
+    new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
+    return GenerateOutput(sequences=torch.cat([input_ids, new], dim=1))
 
 
 def _generate_in_lockstep(core: EngineCore, lockstep: Lockstep, streamer: Streamer | None) -> GenerateOutput:
