@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from tests.hostile.bad_drawings import nested_forms
+from tests.hostile.bad_images import tiny_webp
 from tests.hostile.bad_media import catalog, zeros
-from tests.hostile.bad_pictures import tiny_webp
 from tests.hostile.probe import medium_part
 from tests.hostile.server import CHAT, SOURCES
 
@@ -89,7 +89,7 @@ class Attack:
         """Attack."""
         crowd: dict[Callable[[], Awaitable[int]], int] = {
             self.idle: 200, self.slow_headers: 60, self.slow_body: 60, self.stalled_body: 30, self.leaver: 12,
-            self.bomb: 8, self.noise: 6, self.stranger: 4, self.large_head: 4, self.values: 1, self.slow_reader: 6,
+            self.bomb: 8, self.noise: 6, self.outsider: 4, self.large_head: 4, self.values: 1, self.slow_reader: 6,
             self.compressed: 1,
         }  # fmt: skip
         chosen = [one for one in crowd if not self.names or one.__name__ in self.names]
@@ -204,7 +204,7 @@ class Attack:
             await writer.drain()
             return await status_of(reader, 5)
 
-    async def stranger(self) -> int:
+    async def outsider(self) -> int:
         """A key of its own each time, and an address that it only claims."""
         chance = self._chance
         claimed = ".".join(str(chance.randrange(256)) for _ in range(4))

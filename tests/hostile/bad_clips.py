@@ -10,8 +10,8 @@ from random import Random
 import av
 import numpy as np
 
+from tests.hostile.bad_images import png, saved, tiny_webp
 from tests.hostile.bad_media import damaged, register
-from tests.hostile.bad_pictures import png, saved, tiny_webp
 
 _MATRIX = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
 _SAMPLES_AT = 48

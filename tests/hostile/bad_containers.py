@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from random import Random
 
 from tests.hostile.bad_clips import encoded
+from tests.hostile.bad_images import png
 from tests.hostile.bad_media import damaged, register, zeros
-from tests.hostile.bad_pictures import png
 
 # Matroska
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from tests.hostile.bad_documents import document, salt, stream
+from tests.hostile.bad_images import progressive, saved
 from tests.hostile.bad_media import register, repeated, zeros
-from tests.hostile.bad_pictures import progressive, saved
 from tests.hostile.bad_rasters import jpeg_2000
 
 FORM = b"/Type/XObject/Subtype/Form/BBox[0 0 100 100]"

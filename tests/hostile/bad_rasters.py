@@ -7,8 +7,8 @@ from random import Random
 
 from PIL import features
 
+from tests.hostile.bad_images import LARGEST, saved, segment
 from tests.hostile.bad_media import damaged, register, zeros
-from tests.hostile.bad_pictures import LARGEST, saved, segment
 
 # TIFF
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tests.hostile.bad_clips import mp4_announced
 from tests.hostile.bad_documents import large_pages
 from tests.hostile.bad_drawings import nested_forms
-from tests.hostile.bad_pictures import LARGEST, progressive, tiny_webp
+from tests.hostile.bad_images import LARGEST, progressive, tiny_webp
 from tests.hostile.bad_schemas import SCHEMAS, chain, chat
 from tests.hostile.server import asking
 

@@ -3,8 +3,8 @@
     python probe.py health PORT              asks /health every 50 ms
     python probe.py good PORT CLIENTS FILE   asks what FILE holds, each client one question after the other
 
-Both print "ready" once they have had an answer (to each question), go on until their standard input ends, and print a
-line of JSON. Of the standard library alone: a probe has to start in no time and take no processor from the server.
+Both print "ready" after the first response (to each question), continue until their standard input ends, and print a
+line of JSON. They only use the standard library: a probe must start quickly and take no CPU time from the server.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from aria.media.limits import MediaSettings
 from tests.helpers.repository import environment
 from tests.hostile import attackers
 from tests.hostile.bad_drawings import nested_forms
+from tests.hostile.bad_images import LARGEST, tiny_webp
 from tests.hostile.bad_media import catalog, plan
-from tests.hostile.bad_pictures import LARGEST, tiny_webp
 from tests.hostile.server import (
     PEAK,
     Server,

@@ -14,10 +14,6 @@ import aria
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "aria"
-KNOWN_DUPLICATES: dict[str, set[str]] = {}
-"""Class names that are still defined twice, with their files. Only remove entries."""
-KNOWN_FOR_RECIPES: set[str] = set()
-"""Names that only the recipes use. Only remove entries."""
 
 
 def parsed(folder: Path) -> Iterator[tuple[str, ast.Module]]:
@@ -66,15 +62,15 @@ def used_by_recipes_alone(package: Path, recipes: Path, public: set[str]) -> lis
 
 
 def test_a_class_name_is_defined_once():
-    for name, files in duplicate_classes(PACKAGE).items():
-        assert files <= KNOWN_DUPLICATES.get(name, set()), f"class {name} is defined in {' and '.join(sorted(files))}"
+    found = [f"{name} in {' and '.join(sorted(files))}" for name, files in duplicate_classes(PACKAGE).items()]
+    assert not found, "defined more than once: " + ", ".join(found)
 
 
 def test_nothing_is_used_by_recipes_alone():
     pages = " ".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     public = {*aria.__all__, *re.findall(r"\w+", pages)}
-    found = set(used_by_recipes_alone(PACKAGE, ROOT / "recipes", public)) - KNOWN_FOR_RECIPES
-    assert not found, "move to recipes/: " + ", ".join(sorted(found))
+    found = used_by_recipes_alone(PACKAGE, ROOT / "recipes", public)
+    assert not found, "move to recipes/: " + ", ".join(found)
 
 
 @pytest.mark.parametrize("own", ["def helper(): ...", "def helper(): ...\nhelper()"])

@@ -79,8 +79,8 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 def is_public(address: str) -> bool:
     """Whether an IP address, as returned by the system's resolver, belongs to the public internet.
 
-    An IPv4 address inside an IPv6 one (mapped, or for a translator) is judged for itself; tunnels (6to4, Teredo) are
-    refused altogether, wherever they lead.
+    An IPv4 address inside an IPv6 one (mapped, or for a translator) is checked by itself; tunnels (6to4, Teredo) are
+    always rejected.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):

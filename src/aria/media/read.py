@@ -187,7 +187,7 @@ def read_clip(
     asked = FrameSelection(num_frames, fps, max_frames)
     asked.check(settings)
     calls = _calls(fit=fit, sizes=sizes)
-    read = partial(_run, medium=clip, settings=settings, seconds=settings.decode_timeout, spend=spend, calls=calls)
+    read = partial(_run, media=clip, settings=settings, seconds=settings.decode_timeout, spend=spend, calls=calls)
     gpu = _decoding_gpu(settings.clip_decoder, clip.name)
     if gpu is None:
         frames = _frames(clip.name, *read(video.read, arguments=(asked, settings, threads)))
@@ -393,7 +393,7 @@ def _checked(values: Sequence[Any], *, least: int = 1) -> Sequence[int]:
 
 def _run(
     function: Callable[..., Any],
-    medium: OpenedMedia,
+    media: OpenedMedia,
     settings: MediaSettings,
     seconds: float,
     arguments: Sequence[Any],
@@ -420,11 +420,11 @@ def _run(
         workers = shared_workers(settings)
         if workers is not None:
             result, arrays = workers.run(
-                function, medium.name, *arguments, name=medium.name, seconds=seconds, files=[medium.source], calls=calls
+                function, media.name, *arguments, name=media.name, seconds=seconds, files=[media.source], calls=calls
             )
         else:
-            job = LocalJob([medium.source], calls)
-            result = function(job, medium.name, *arguments)
+            job = LocalJob([media.source], calls)
+            result = function(job, media.name, *arguments)
             arrays = job.arrays
         return result, arrays
     finally:

@@ -402,7 +402,7 @@ def moving(format: str) -> bytes:
 
 
 @register("image", *HONEST)
-def damaged_picture(chance: Random, format: str) -> bytes:
+def damaged_image(chance: Random, format: str) -> bytes:
     return damaged(HONEST[format](), chance)
 
 
