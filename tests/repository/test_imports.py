@@ -1,4 +1,4 @@
-"""Rules about imports: one direction, at the top of files. And files are of a readable length."""
+"""Rules about imports: one direction, at the top of files. And files and functions are of a readable length."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ LAYERS = (
 )
 """Modules and packages in `src/aria/`, from the top layer down. Each imports from lower layers and from itself."""
 LONGEST_FILE = 600
+LONGEST_FUNCTION, LONG_FUNCTION = 110, 60
+MOST_LONG_FUNCTIONS = 19
+"""Functions of the package over `LONG_FUNCTION` lines; the number only becomes smaller."""
 
 _LAYER = {component: layer for layer, components in enumerate(LAYERS) for component in components}
 
@@ -134,6 +137,18 @@ def test_files_are_short_and_say_what_they_are():
         lines = len(source.splitlines())
         assert lines <= LONGEST_FILE, f"{where} has {lines} lines; {LONGEST_FILE} is the most"
         assert ast.get_docstring(ast.parse(source)), f"{where} should start by saying what it is for"
+
+
+def test_functions_are_short():
+    lengths = {}
+    for file in sorted((ROOT / "src" / "aria").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                lengths[f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"] = node.end_lineno - node.lineno + 1
+    assert not (longest := {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION}), longest
+    long = [name for name, lines in lengths.items() if lines > LONG_FUNCTION]
+    assert len(long) <= MOST_LONG_FUNCTIONS, "\n".join(long)
 
 
 # --- recipes/nano and tests -------------------------------------------------------------------------------------------
