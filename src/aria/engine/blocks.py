@@ -80,7 +80,7 @@ class BlockPool:
         return self.total - self.available
 
     def blocks_for(self, tokens: int) -> int:
-        """Number of blocks that a sequence of so many tokens takes."""
+        """Number of blocks that a sequence of ``tokens`` tokens takes."""
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:

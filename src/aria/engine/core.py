@@ -151,7 +151,7 @@ class EngineCore:
 
     @staticmethod
     def blocks_for(device: torch.device, tokens: int) -> int:
-        """Number of blocks that a sequence of so many tokens takes."""
+        """Number of blocks that a sequence of ``tokens`` tokens takes."""
         return -(-tokens // _block_size(device))
 
     def _longest(self, asked: int | None, blocks: int) -> int:
@@ -228,7 +228,7 @@ class EngineCore:
                 raise ParameterError(name, f"names token {outside[0]}, but the vocabulary ends at {vocabulary - 1}")
         ends = frozenset((*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_token_ids)))
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
-        # At least one token is sampled; it is dropped if none was asked for.
+        # At least one token is sampled; it is dropped if ``max_tokens`` is 0.
         room = max(1, min(params.max_tokens, self.max_model_len - len(prompt)))
         prompt, images = tuple(prompt), tuple(images)
         requests: list[Request] = []
@@ -446,7 +446,7 @@ class EngineCore:
         self._at_stake = launched.plan
         drawn = launched.wait()
         for request, first, scored in launched.scored:
-            assert request.prompt_logprobs is not None, "log-probabilities that no request asked for"
+            assert request.prompt_logprobs is not None, "log-probabilities without a request for them"
             request.prompt_logprobs.put(first, scored)
         for request, token, logprobs in zip(launched.requests, *drawn, strict=True):
             if request not in self._unfinished:

@@ -62,7 +62,7 @@ class Launched:
     failed: list[tuple[Request, int, Exception]] = field(default_factory=list)
     """Requests with an image that could not be encoded, the position from which they are wrong, and the error."""
     _computed: _Computed | None = None
-    """What tokens are drawn from; None once they are."""
+    """Results to draw tokens from; None once they are drawn."""
     logits: Tensor | None = None
     """``(len(requests), V)``, before penalties; the next step overwrites them. None if a CUDA graph dropped them."""
     scored: list[tuple[Request, int, ScoredTokens]] = field(default_factory=list)
@@ -77,8 +77,8 @@ class Launched:
         return not self.requests or self._tokens is not None
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The tokens, and log-probabilities where they were asked for."""
-        assert self.drawn, "a step was waited for before its tokens were drawn"
+        """Wait for the device, and return tokens and requested log-probabilities."""
+        assert self.drawn, "the tokens of this step were not drawn yet"
         if self._done is not None:
             self._done.synchronize()
         if self._tokens is None:
@@ -222,7 +222,7 @@ class Runner:
             hidden_ND = self._model(self._tokens.index_select(0, rows_N), context).hidden
             logits_NV = self._logits(hidden_ND, adapters)
             tokens_N = self._draw(logits_NV, rows_N, positions_N) if draw else None
-            # Logits that nobody asks for are not kept, so that graphs can share their memory.
+            # Logits that no request needs are not returned, so that graphs can share their memory.
             return flat, None if draw and self._graphs else logits_NV, tokens_N
 
         size = inputs.tokens
@@ -277,7 +277,7 @@ class Runner:
         """Log-probabilities of the prompt's tokens that follow the first N of a chunk, in portions: the logits of a
         long prompt would not fit into memory."""
         k = chunk.request.params.prompt_logprobs
-        assert k is not None, "nobody asks for log-probabilities of this prompt"
+        assert k is not None, "no request asks for log-probabilities of this prompt"
         [tokens_N] = self._upload(chunk.request.prompt[chunk.start + 1 : chunk.start + 1 + len(hidden_ND)])
         parts = []
         for start in range(0, len(hidden_ND), prompt_logprobs.TOGETHER):
@@ -311,8 +311,8 @@ class Runner:
         return logits_NV if adapters is None else adapters.head(logits_NV, hidden_ND)
 
     def _capturable(self, tokens: int, *, chunks: bool = False, adapted: bool = False) -> bool:
-        """Whether a step of so many tokens can be a CUDA graph. On older GPUs, and with unusual widths, some operations
-        wait for the host."""
+        """Whether a step of this size can be a CUDA graph: on older GPUs, and with unusual widths, some operations wait
+        for the host."""
         if self._graphs is None:
             return False
         decoder = self._model.language_model.model
@@ -369,7 +369,7 @@ class Runner:
 
     def _sample(self, launched: Launched, masks: tuple[Sequence[int], np.ndarray] | None = None) -> None:
         """Draw tokens from the logits. ``masks``: indices into the step's requests, and the tokens that each allows."""
-        assert launched._computed is not None, "tokens were drawn already"
+        assert launched._computed is not None, "the tokens of this step are already drawn"
         rows, positions, logits, tokens, extras = launched._computed
         sampling = launched.requests
         if tokens is None:
@@ -411,7 +411,7 @@ class Runner:
             self._blocks.view(-1).index_copy_(0, index.long(), blocks)
 
     def _width(self, tokens: int) -> int:
-        """Blocks of a table for sequences of up to so many tokens: one of few values, because graphs depend on it."""
+        """Width of a block table for sequences of up to ``tokens``: one of few values, because graphs depend on it."""
         if not self._narrow:
             return self._blocks.shape[1]
         needed, width = -(-tokens // self._cache.block_size), 16

@@ -1,4 +1,4 @@
-"""Encoded images, kept so that the same image is not encoded twice."""
+"""LRU cache of image tokens, so that the same image is not encoded twice."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class ImageCache:
-    """Image tokens by what they were made from; the least recently used go first.
+    """Image tokens by content key, with eviction of the least recently used.
 
     Args:
-        capacity: bytes. What is larger is not kept.
+        capacity: Bytes. Larger entries are not cached.
     """
 
     def __init__(self, capacity: int):
@@ -29,7 +29,7 @@ class ImageCache:
         return key in self._features
 
     def get(self, key: Hashable) -> Tensor | None:
-        """Image tokens ``(Q, D)``, or None."""
+        """Return image tokens ``(Q, D)``, or None if they are not cached."""
         features = self._features.get(key)
         if features is None:
             self.misses += 1
@@ -39,12 +39,12 @@ class ImageCache:
         return features
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Empty the cache."""
         self._features.clear()
         self.nbytes = 0
 
     def put(self, key: Hashable, features_QD: Tensor) -> None:
-        """Keep image tokens, and let go of the oldest ones that have no more room beside them."""
+        """Cache image tokens, evicting the least recently used ones if the capacity is exceeded."""
         if features_QD.nbytes > self.capacity:
             return
         old = self._features.pop(key, None)
