@@ -76,7 +76,7 @@ def experts_touched(model: Aria, sequences: Sequence[Sequence[int]], last: int) 
     text = model.config.text
     if len(sequences) == 1:
         return float(text.moe_topk)
-    device = model.language_model.lm_head.weight.device
+    device = model.device
     touched = torch.zeros(text.num_hidden_layers, last, text.moe_num_experts, dtype=torch.bool, device=device)
     group = max(1, FORWARD_TOKENS // max(map(len, sequences)))
     for start in range(0, len(sequences), group):

@@ -65,11 +65,11 @@ class AriaForConditionalGeneration(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.lm_head.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.language_model.lm_head.weight.dtype
+        return self.model.dtype
 
     @classmethod
     def from_pretrained(

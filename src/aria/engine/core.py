@@ -97,8 +97,8 @@ class EngineCore:
         adapters: Mapping[str, AdapterWeights] | None = None,
     ):
         self.model = model
-        weight = model.language_model.lm_head.weight
-        self.device, on_cuda = weight.device, weight.is_cuda
+        self.device = model.device
+        on_cuda = self.device.type == "cuda"
         self.block_size = _block_size(self.device)
         self.max_batch = max_batch
         with ops.current(self.device):
@@ -119,7 +119,7 @@ class EngineCore:
                 blocks = cache_blocks + 1
             self.max_model_len = self._longest(max_model_len, blocks)
             cache = PagedCache(
-                text, blocks, self.block_size, self.max_model_len, max_batch, weight.dtype, self.device
+                text, blocks, self.block_size, self.max_model_len, max_batch, model.dtype, self.device
             )  # fmt: skip
             encoder = ImageEncoder(self.adapters.encoding, image_bytes, image_mean, image_std)
             self.runner = Runner(

@@ -221,12 +221,12 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Device of the weights and the KV cache."""
-        return self.model.language_model.lm_head.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the weights."""
-        return self.model.language_model.lm_head.weight.dtype
+        return self.model.dtype
 
     @property
     def max_model_len(self) -> int:

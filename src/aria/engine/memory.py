@@ -16,7 +16,7 @@ CPU_SHARE = 0.25
 
 def block_bytes(model: Aria, block_size: int) -> int:
     """Bytes of one block of the KV cache, over all layers."""
-    return model.config.cache_bytes_per_token(model.language_model.lm_head.weight.dtype) * block_size
+    return model.config.cache_bytes_per_token(model.dtype) * block_size
 
 
 def blocks_beside(
@@ -40,7 +40,7 @@ def blocks_beside(
         reserved: Bytes that other parts of the engine will allocate.
         adapters: Those on the device; steps with adapters take more memory.
     """
-    device = model.language_model.lm_head.weight.device
+    device = model.device
     if device.type != "cuda":
         return int(psutil.virtual_memory().available * CPU_SHARE) // block_bytes(model, block_size)
     step = _step_bytes(model, block_size, step_tokens, max_rows, adapters)
@@ -53,11 +53,10 @@ def blocks_beside(
 @torch.inference_mode()
 def _step_bytes(model: Aria, block_size: int, tokens: int, rows: int, adapters: Adapters) -> int:
     """Peak memory in bytes of a chunk of ``tokens`` with the longest possible past, without the weights."""
-    weight = model.language_model.lm_head.weight
-    device = weight.device
+    device = model.device
     text = model.config.text
     past = max(text.max_position_embeddings - tokens, 0)
-    cache = PagedCache(text, 1, block_size, text.max_position_embeddings, 1, weight.dtype, device)
+    cache = PagedCache(text, 1, block_size, text.max_position_embeddings, 1, model.dtype, device)
     # All in block 0, which no sequence uses: the values do not matter here.
     blocks = torch.zeros(-(-(past + tokens) // block_size), dtype=torch.int32, device=device)
     place = torch.arange(tokens, dtype=torch.int32, device=device)

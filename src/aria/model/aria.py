@@ -65,6 +65,16 @@ class Aria(nn.Module):
                         parameter.fill_(1.0 if name == "weight" else 0.0)
         return model.eval()
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self.language_model.lm_head.weight.dtype
+
     def encode_images(self, patches: PackedPatches) -> Tensor:
         """Crops -> image tokens ``(Q, D)``, crop after crop."""
         hidden = self.vision_tower(patches)

@@ -150,7 +150,7 @@ def _apply_uniformly(model: Aria, chosen: targets.Targets) -> None:
 
 
 def _decoder_bytes(model: Aria, tokens: int) -> int:
-    x = torch.zeros(tokens, model.config.text.hidden_size, dtype=model.language_model.lm_head.weight.dtype)
+    x = torch.zeros(tokens, model.config.text.hidden_size, dtype=model.dtype)
     layer = model.language_model.model.layers[0]
     with saved_bytes(model) as count:
         kept = layer(x.requires_grad_(), Packed(model.config.text, Segments.of([tokens])))
@@ -163,7 +163,7 @@ def _vision_bytes(model: Aria, patches: int) -> int:
     tower = model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         return 0
-    x = torch.zeros(patches, model.config.vision.hidden_size, dtype=model.language_model.lm_head.weight.dtype)
+    x = torch.zeros(patches, model.config.vision.hidden_size, dtype=model.dtype)
     with saved_bytes(model) as count:
         kept = tower.encoder.layers[0](x.requires_grad_(), Segments.of([patches]))
         found = count()
