@@ -1,4 +1,4 @@
-"""Values made from the bytes of an input: a search through bytes is then one through messages, schemas and bodies."""
+"""Make structured values from input bytes, so that fuzzing bytes explores messages, schemas and bodies."""
 
 from __future__ import annotations
 

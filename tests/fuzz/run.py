@@ -1,8 +1,8 @@
-"""Search for inputs that break the targets, each in a process of its own that cannot take this one along.
+"""Search for inputs that break the targets, each in a separate process, so that a crash does not end this one.
 
-    python -m tests.fuzz.run                            every target, a minute each
+    python -m tests.fuzz.run                            every target, one minute each
     python -m tests.fuzz.run image clip --seconds 600   two of them, for longer
-    python -m tests.fuzz.run image --replay FILE        one input again, without a search
+    python -m tests.fuzz.run image --replay FILE        replay one input, without a search
 
 Inputs that reach new branches are kept in `build/fuzz/TARGET`, from where a later run resumes; those that find a
 fault in `build/fuzz/findings`. The search is atheris' (`pip install 'aria-moe[fuzz]'`, for Linux on x86-64).

@@ -1,4 +1,4 @@
-"""A fuzz target as a module describes it, with the checks that hold for all of them."""
+"""A fuzz target as described by its module, with the checks common to all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attackers of all kinds together: slow clients, silent ones, ones that leave, hostile media, noise.
+"""All attackers at once: slow clients, silent ones, ones that disconnect, hostile media, noise.
 
     python attackers.py PORT SECONDS SEED [NAME ...]
 
@@ -31,7 +31,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @contextlib.asynccontextmanager
 async def connected(port: int, chance: random.Random) -> AsyncIterator[Streams]:
-    """A connection from one of the attackers' addresses, given up without ceremony."""
+    """A connection from one of the attackers' addresses, aborted without a proper close."""
     source = (chance.choice(SOURCES), 0)
     reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=source)
     try:
@@ -54,7 +54,7 @@ def body(kind: str, data: bytes, times: int = 1, **fields: object) -> bytes:
 
 
 async def status_of(reader: asyncio.StreamReader, seconds: float = 200.0) -> int:
-    """The status of what comes; 0: the connection ended."""
+    """The status of the response; 0: the connection ended."""
     try:
         line = await asyncio.wait_for(reader.readline(), seconds)
         return int(line.split()[1]) if line.startswith(b"HTTP/1.1 ") else 0
@@ -86,7 +86,7 @@ class Attack:
         self._long = body("document", nested_forms(self._chance, 9, 10))
 
     async def run(self) -> None:
-        """Attack."""
+        """Run the attack."""
         crowd: dict[Callable[[], Awaitable[int]], int] = {
             self.idle: 200, self.slow_headers: 60, self.slow_body: 60, self.stalled_body: 30, self.leaver: 12,
             self.bomb: 8, self.noise: 6, self.outsider: 4, self.large_head: 4, self.values: 1, self.slow_reader: 6,
@@ -107,7 +107,7 @@ class Attack:
                 await asyncio.sleep(0.2)
 
     async def idle(self) -> int:
-        """Says nothing."""
+        """Sends nothing."""
         async with connected(self.port, self._chance) as (reader, _):
             return await status_of(reader)
 
@@ -123,7 +123,7 @@ class Attack:
             return answer.result()
 
     async def slow_body(self) -> int:
-        """A byte of the body a second."""
+        """One byte of the body per second."""
         async with connected(self.port, self._chance) as (reader, writer):
             writer.write(head(200_000))
             answer = asyncio.ensure_future(status_of(reader))
@@ -134,13 +134,13 @@ class Attack:
             return answer.result()
 
     async def stalled_body(self) -> int:
-        """Half a large body, and then nothing."""
+        """Half of a large body, then nothing."""
         async with connected(self.port, self._chance) as (reader, writer):
             writer.write(head(3_000_000) + b" " * 1_500_000)
             return await status_of(reader)
 
     async def leaver(self) -> int:
-        """Leaves at one of many moments of a request."""
+        """Disconnects at various points of a request."""
         data = self._chance.choice((self._long, body("image", tiny_webp(9000, 9000 - self._chance.randrange(999)))))
         words = json.dumps({"messages": [{"role": "user", "content": "hello"}], "stream": True}).encode()
         data = self._chance.choice((data, words))
@@ -166,7 +166,7 @@ class Attack:
         return -1
 
     async def bomb(self) -> int:
-        """A hostile medium."""
+        """A hostile media file."""
         medium = self._chance.choice(self._media)
         seed = self._chance.randrange(1000)
         made = medium.bytes(seed)
@@ -205,7 +205,7 @@ class Attack:
             return await status_of(reader, 5)
 
     async def outsider(self) -> int:
-        """A key of its own each time, and an address that it only claims."""
+        """A different key each time, and a forged address."""
         chance = self._chance
         claimed = ".".join(str(chance.randrange(256)) for _ in range(4))
         data = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
@@ -226,7 +226,7 @@ class Attack:
             return await status_of(reader)
 
     async def values(self) -> int:
-        """JSON of hundreds of thousands of values, or as deep."""
+        """JSON with hundreds of thousands of values, or as many levels."""
         floods = (b'{"messages": [' + b"{}," * 100_000, b"[" * 400_000, b'{"a":' * 100_000, b'"' + b"\\u0041" * 300_000)
         many = self._chance.choice(floods)
         status = await self._status(head(len(many)) + many)
@@ -240,7 +240,7 @@ class Attack:
         return await self._status(head(len(data)) + data, stay=20)
 
     async def compressed(self) -> int:
-        """A body that inflates to more than is allowed."""
+        """A body that inflates beyond the limit."""
         packed = b"\x1f\x8b\x08" + bytes(6) + b"\x03" + zeros(300 << 20)[2:]
         status = await self._status(head(len(packed), "Content-Encoding: gzip") + packed)
         await asyncio.sleep(5)

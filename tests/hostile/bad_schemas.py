@@ -1,4 +1,4 @@
-"""Hostile schemas, patterns and grammars: the bodies that ask for answers of their form."""
+"""Hostile schemas, patterns and grammars, and request bodies with them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Schema = dict[str, Any]
 
 
 def chain(length: int) -> Schema:
-    """References, each of which leads to the next."""
+    """A chain of references."""
     definitions: Schema = {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(length)}
     return {"$ref": "#/$defs/0", "$defs": {**definitions, str(length): {}}}
 
 
 def doubled(length: int) -> Schema:
-    """Definitions that use the next one twice: 2^length copies, once they are written out."""
+    """Definitions that use the next one twice: 2^length copies when expanded."""
     definitions: Schema = {
         str(n): {"type": "object", "properties": {k: {"$ref": f"#/$defs/{n + 1}"} for k in "ab"}} for n in range(length)
     }
@@ -32,7 +32,7 @@ def nested(depth: int, key: str) -> Schema:
 
 
 def crossed(count: int) -> Schema:
-    """Alternatives that all have to hold: their product is tried."""
+    """Alternatives that must all hold: their product is tried."""
     one = {"anyOf": [{"properties": {f"p{n}": {"const": n}}, "required": [f"p{n}"]} for n in range(count)]}
     return {"type": "object", "allOf": [one] * count}
 
@@ -89,7 +89,7 @@ STRUCTURED: dict[str, Any] = {
 
 
 def bodies() -> dict[str, bytes]:
-    """Bodies of chats by name: every schema as the form of an answer, some as the parameters of a function too."""
+    """Chat request bodies by name: every schema as the response format, some also as parameters of a function."""
     found = {}
     for name, make in SCHEMAS.items():
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": make()}}
@@ -107,6 +107,6 @@ def bodies() -> dict[str, bytes]:
 
 
 def chat(**fields: Any) -> bytes:
-    """The body of a chat with further fields."""
+    """A chat request body with further fields."""
     said = [{"role": "user", "content": "hello"}]
     return json.dumps({"messages": said, "max_tokens": 4, "temperature": 0, **fields}).encode()

@@ -1,4 +1,4 @@
-"""Media that name a file of the server, or an address: no decoder may follow them."""
+"""Media that refer to a file of the server or an address: no decoder may follow them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file://%b'/><image
 
 
 def leading(path: Path, address: str) -> dict[str, tuple[str, bytes]]:
-    """Kind and bytes of media that lead to ``path`` and ``address``, which is http://HOST:PORT/NAME."""
+    """Kind and bytes of media that refer to ``path`` and ``address``, which is http://HOST:PORT/NAME."""
     file, url = str(path).encode(), address.encode()
     kinds = {
         "video": {**_boxes(file, url), **_lists(file, url)},
@@ -33,7 +33,7 @@ def alias(path: bytes) -> bytes:
 
 
 def _boxes(file: bytes, url: bytes) -> dict[str, bytes]:
-    """QuickTime's references to other files, and Matroska's."""
+    """References to other files in QuickTime and Matroska."""
 
     def referring(kind: bytes, body: bytes) -> bytes:
         there = box(b"dinf", full(b"dref", numbers(1), full(kind, body)))
@@ -101,7 +101,7 @@ def _pictures(file: bytes, url: bytes) -> dict[str, bytes]:
 
 
 def _documents(file: bytes, url: bytes) -> dict[str, bytes]:
-    """Streams, actions and files that lie elsewhere."""
+    """Streams, actions and files at other locations."""
 
     def document(page: bytes = b"", catalog: bytes = b"", *more: bytes) -> bytes:
         objects = [

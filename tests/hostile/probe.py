@@ -1,4 +1,4 @@
-"""What watches an attacked server from a process of its own, so that nothing but the server is measured.
+"""Watch an attacked server from a separate process, so that only the server is measured.
 
     python probe.py health PORT              asks /health every 50 ms
     python probe.py good PORT CLIENTS FILE   asks what FILE holds, each client one question after the other
@@ -22,11 +22,11 @@ from typing import Any
 
 EVERY = 0.05
 PATIENCE = 120.0
-"""Seconds after which a good answer counts as lost."""
+"""Seconds after which a response counts as lost."""
 
 
 def request(port: int, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    """Status and body of an answer; 0 and a reason where there is none."""
+    """Status and body of a response; 0 and a reason if there is none."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"} if body else {})
@@ -39,7 +39,7 @@ def request(port: int, path: str, body: bytes | None = None) -> tuple[int, bytes
 
 
 def body_of(item: dict[str, Any]) -> bytes:
-    """A question; its medium ends in bytes of its own, so that no cache has it."""
+    """A question; its media file ends in unique bytes, so that no cache has it."""
     content: list[dict[str, Any]] = [{"type": "text", "text": item["text"]}]
     if item["kind"]:
         # A box of MP4 without contents, which PNGs and PDFs carry behind their end just as well.
@@ -51,7 +51,7 @@ def body_of(item: dict[str, Any]) -> bytes:
 
 
 def medium_part(kind: str, coded: str) -> dict[str, Any]:
-    """A part of a message, of a medium in base64; few and small images, so that decoders work and not the model."""
+    """A message part with media in base64; few and small images, so that decoders work and not the model."""
     if kind == "document":
         return {"type": "file", "file": {"file_data": f"data:application/pdf;base64,{coded}", "detail": "low"}}
     media_type, frames = {"image": ("image/png", {}), "video": ("video/mp4", {"num_frames": 2})}[kind]
@@ -68,7 +68,7 @@ def answer(port: int, item: dict[str, Any]) -> tuple[int, str]:
 
 
 def health(port: int, stopped: threading.Event) -> list[tuple[float, int]]:
-    """Seconds and status of each answer of /health."""
+    """Seconds and status of each response of /health."""
     seen = []
     while not stopped.is_set():
         began = time.monotonic()

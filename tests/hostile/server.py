@@ -37,14 +37,14 @@ PICTURES = ROOT / "examples" / "pictures"
 MEMORY = 6 << 30
 CHAT = "/v1/chat/completions"
 SOURCES = [f"127.0.0.{n}" for n in range(2, 250)] if sys.platform == "linux" else ["127.0.0.1"]
-"""Addresses that attackers come from, so that they share no limits with good clients."""
+"""Client addresses of the attackers, so that they share no limits with legitimate clients."""
 
 
 # A limit on memory
 
 
 class MemoryGroup:
-    """A memory cgroup of Linux for a server and all its children; without the rights to make one, it holds nobody.
+    """A memory cgroup of Linux for a server and all its children; without the rights to create one, it has no effect.
 
     Args:
         limit: bytes.
@@ -66,12 +66,12 @@ class MemoryGroup:
                 break
 
     def enter(self) -> None:
-        """Put this process into it."""
+        """Move this process into it."""
         if self.folder is not None:
             (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def kills(self) -> int:
-        """How many of its processes ended for want of memory."""
+        """Number of its processes that the kernel killed for lack of memory."""
         for file, pattern in (("memory.oom_control", r"oom_kill (\d+)"), ("memory.events", r"oom_kill (\d+)")):
             if self.folder is not None and (self.folder / file).exists():
                 found = re.search(pattern, (self.folder / file).read_text())
@@ -91,7 +91,7 @@ class MemoryGroup:
 
 
 def eventually(holds: Callable[[], Any], seconds: float) -> bool:
-    """Whether something comes to hold within ``seconds``."""
+    """Whether a condition becomes true within ``seconds``."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:
@@ -104,7 +104,7 @@ def eventually(holds: Callable[[], Any], seconds: float) -> bool:
 
 
 class State(NamedTuple):
-    """What a server holds."""
+    """Resources held by a server."""
 
     memory: int
     """Resident bytes of its main process."""
@@ -113,7 +113,7 @@ class State(NamedTuple):
     """Open ones, and connections."""
     children: int
     scratch: int
-    """Files under its folder for temporary ones."""
+    """Files in its temporary folder."""
 
 
 class Server:
@@ -132,15 +132,15 @@ class Server:
         return State(main.memory_info().rss, main.num_threads(), main.num_fds(), children, files)
 
     def files(self) -> list[str]:
-        """Names of what lies in its folder for temporary files."""
+        """Names of the files in its temporary folder."""
         return [name for _, _, names in os.walk(self.scratch) for name in names]
 
     def children(self) -> list[psutil.Process]:
-        """All processes that it started, and those that these started."""
+        """All of its descendant processes."""
         return [child for child in self.main.children(recursive=True) if runs(child)]
 
     def stop(self, signal: int = signal.SIGTERM, seconds: float = 60.0) -> int | None:
-        """Its exit status after a signal; None if it went on for longer than ``seconds``."""
+        """Its exit status after a signal; None if it continued for longer than ``seconds``."""
         if self.alive:
             self.process.send_signal(signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -233,7 +233,7 @@ def probe(*arguments: str) -> Iterator[Callable[[], Any]]:
 
 
 def questions() -> list[dict[str, Any]]:
-    """What good clients ask; ``right`` is a word that has to be in the answer."""
+    """A question of legitimate clients; ``right`` is a word that must be in the answer."""
     word = np.asarray(Image.open(PICTURES / "word.png").convert("RGB"))
     asked: list[tuple[str, str, bytes, str, str]] = [
         ("text", "", b"", "hello", "Hello"),
@@ -255,20 +255,20 @@ def percentile(values: list[float], part: float) -> float:
 
 @dataclass
 class Watched:
-    """What happened beside an attack; filled when the block of :func:`watching` ends."""
+    """What happened during an attack; filled when the block of :func:`watching` ends."""
 
     health: list[float] = field(default_factory=list)
-    """Seconds of each answer of /health."""
+    """Seconds of each response of /health."""
     unhealthy: Counter[int] = field(default_factory=Counter)
-    """Other answers of it than 200, by status."""
+    """Its responses other than 200, by status."""
     good: list[float] = field(default_factory=list)
-    """Seconds of each right answer."""
+    """Seconds of each correct answer."""
     by_question: dict[str, list[float]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     idle: int = 0
     """Resident bytes of the main process before."""
     peak: int = 0
-    """The most that it took, beyond ``idle``."""
+    """Peak memory, beyond ``idle``."""
     whole: int = 0
     """The most that it and its children took, beyond what they took before; shared memory counts for each."""
 
@@ -357,7 +357,7 @@ def _measured(server: Server, watched: Watched) -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """What became of a hostile request."""
+    """The outcome of a hostile request."""
 
     name: str
     status: int
@@ -387,7 +387,7 @@ def post(port: int, body: bytes, name: str = "", path: str = CHAT, seconds: floa
 
 
 def asking(kind: str, data: bytes, times: int = 1) -> bytes:
-    """The body that asks about a medium."""
+    """A request body with a media file."""
     part = medium_part(kind, base64.b64encode(data).decode())
     return json.dumps({"messages": [{"role": "user", "content": [part] * times}], "max_tokens": 1}).encode()
 
@@ -404,4 +404,4 @@ def attack(port: int, media: list[tuple[Medium, int]], folder: Path, together: i
 
 
 PEAK = 300 << 20
-"""Bytes that an attack may cost the main process."""
+"""Memory that an attack may cost the main process."""

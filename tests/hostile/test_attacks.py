@@ -18,12 +18,12 @@ from tests.hostile.leading import leading
 from tests.hostile.server import PEAK, Server, Watched, asking, eventually, percentile, post, running, watching
 
 HEALTH_SECONDS = 1.0
-"""For 99 of 100 answers of /health: far more than `bench/server/hostile.py` measures, far less than what hangs."""
+"""For 99 of 100 responses of /health: far more than `bench/server/hostile.py` measures, far less than what hangs."""
 
 
 @pytest.fixture(scope="module")
 def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of which clients may name files."""
+    """A folder whose files clients may reference."""
     return tmp_path_factory.mktemp("readable")
 
 
@@ -71,7 +71,7 @@ def test_hostile_schemas_are_followed_or_refused(server: Server) -> None:
 
 
 def test_no_medium_leads_to_another_file_or_address(server: Server, readable: Path) -> None:
-    """Not even to those that clients may name themselves."""
+    """Not even files that clients may reference directly."""
     pipe = readable / "secret.mp4"
     os.mkfifo(pipe)
     reached: list[str] = []

@@ -1,4 +1,4 @@
-"""Many hostile requests, for minutes: good clients are answered, and nothing is left afterwards."""
+"""Many hostile requests for minutes: legitimate clients are served, and nothing is left afterwards."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_the_end_of_a_server_ends_what_it_decodes(ending: signal.Signals) -> Non
 
 
 def test_those_who_leave_end_what_was_decoded_for_them() -> None:
-    """A deadline of minutes is not waited for."""
+    """Do not wait for a deadline of minutes."""
     with running("--decode-seconds", "600") as server:
         body = asking("document", nested_forms(Random(1), 5, 100))
         threads = [threading.Thread(target=post, args=(server.port, body), kwargs={"seconds": 2}) for _ in range(8)]

@@ -1,5 +1,5 @@
-"""Where a medium comes from: data: URIs as Python itself reads them, no file where none is allowed, and no address
-that is fetched but http(s)."""
+"""Sources of media: data: URIs as Python decodes them, no local file where none is allowed, and only http(s)
+addresses are fetched."""
 
 from __future__ import annotations
 

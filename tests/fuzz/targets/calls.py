@@ -1,5 +1,5 @@
-"""Calls of functions in what the model writes: the same calls and text however the text is cut into pieces, nothing of
-it lost, and arguments as they were spelled."""
+"""Tool calls in model output: the same calls and text however the output is split into pieces, nothing lost, and
+arguments verbatim."""
 
 from __future__ import annotations
 

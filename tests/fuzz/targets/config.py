@@ -1,4 +1,4 @@
-"""Files of a model's folder: read or refused by name, with nothing of the sizes that they tell allocated."""
+"""Files of a model folder: read, or rejected by name, without allocating the sizes that they declare."""
 
 from __future__ import annotations
 

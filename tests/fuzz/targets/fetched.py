@@ -1,5 +1,5 @@
-"""What servers answer to a fetch: a body within its limit and as zlib inflates it, or a ValueError; redirects lead to
-public addresses alone."""
+"""Responses to a fetch: a body within the limit, as zlib inflates it, or a ValueError; redirects only lead to public
+addresses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Headers that decide who may ask: a server without keys answers to its own names and to addresses alone, and a client
-is an address or its network."""
+"""Headers for access control: a server without keys only accepts its own host names and addresses, and a client is
+identified by its address or network."""
 
 from __future__ import annotations
 

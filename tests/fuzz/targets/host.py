@@ -1,5 +1,5 @@
-"""Addresses that names lead to: what Python calls private is never public, however it is spelled, and an IPv4 address
-within an IPv6 one is judged as itself."""
+"""Resolved addresses: what Python calls private is never public, however it is written, and an IPv4 address within an
+IPv6 one is checked by itself."""
 
 from __future__ import annotations
 

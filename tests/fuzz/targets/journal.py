@@ -1,5 +1,5 @@
-"""Files from which jobs resume: rejected and left unchanged, or read as complete records followed by a new one. Files
-of batches: refused by line, or each line read again as it was found."""
+"""Files from which jobs resume: rejected and left unchanged, or read as complete records followed by a new one. Batch
+files: rejected by line, or each line read back unchanged."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""JSON that is read as it arrives, in pieces cut anywhere: what Python reads at once, or a fault where there is
-one."""
+"""Incremental JSON parsing, split anywhere: the same result as Python's parser, or an error in the same cases."""
 
 from __future__ import annotations
 

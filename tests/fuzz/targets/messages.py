@@ -1,5 +1,5 @@
-"""Messages to prompts, by Aria's chat template and others: texts come through as they are, and no marker in them
-becomes a control token or a place for an image."""
+"""Messages to prompts, by Aria's chat template and others: texts are unchanged, and no marker in them becomes a control
+token or an image slot."""
 
 from __future__ import annotations
 

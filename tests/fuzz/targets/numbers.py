@@ -1,4 +1,4 @@
-"""Bounds and divisors of numbers: what is left of them allows the integers that all of them allow, digit for digit."""
+"""Bounds and divisors of numbers: the merged schema allows exactly the integers that all of them allow."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""PaddlePaddle's pickles, read without running them: refused, or every array's bytes lie in the file. Nothing that is
-named in one is ever called."""
+"""PaddlePaddle's pickles, parsed without executing them: rejected, or the bytes of every array lie in the file. Nothing
+that they name is ever called."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Messages of a compromised worker to its parent: images of the declared shape, or a ValueError;
-and memory that was taken for it is given back."""
+"""Messages of a compromised worker to its parent: images of the declared shape, or a ValueError,
+and all reserved memory is released."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Untrusted training checkpoints: rejected, or plain values, tensors, and a description whose files lie in the
-folder. Nothing that is named in one is ever called."""
+folder. Nothing that they name is ever called."""
 
 from __future__ import annotations
 
