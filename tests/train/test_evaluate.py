@@ -83,7 +83,7 @@ def test_training_data_that_are_rewritten_end_the_run_with_its_last_step_saved(r
 
     evaluate = held(tmp_path, [chat("a", "b")], samples=1)
     settings = {"budget": {"steps": 200}, "data": {"paths": [str(file)], "workers": 0, "lookahead": 1}}
-    with pytest.raises(ValueError, match=r"train\.jsonl:\d: the file was changed .* now has 30, so this line is gone"):
+    with pytest.raises(ValueError, match=r"train\.jsonl:\d: the file was changed .* 30, so this line is missing"):
         run(rewrites, evaluate=evaluate, **settings)
     last = max(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
