@@ -216,12 +216,12 @@ def test_non_finite_values_of_a_request_do_not_reach_later_ones():
     engine.add(prompt(80, 4), SamplingParams(max_tokens=6), adapter="wild")
     run(engine)
     for seed in (3, 5, 6):
-        told = []
+        outputs = []
         for one in (plain_core, engine):
             [request] = one.add(prompt(33, seed), SamplingParams(max_tokens=6))
             run(one)
-            told.append(request.outputs)
-        assert told[0] == told[1]
+            outputs.append(request.outputs)
+        assert outputs[0] == outputs[1]
 
 
 def alone_with(name: str | None, seed: int) -> list[int]:
@@ -402,10 +402,10 @@ def test_adapter_folders_answer_as_merged_models(engine, folders, model_folder, 
     }
     while engine.core.unfinished:
         engine.step()
-    told = {name: [answer.result().token_ids for answer in answers[name]] for name in names}
-    assert len({str(tokens) for tokens in told.values()}) == 4, "every adapter changes the answers"
+    outputs = {name: [answer.result().token_ids for answer in answers[name]] for name in names}
+    assert len({str(tokens) for tokens in outputs.values()}) == 4, "every adapter changes the answers"
     for name in names:
-        assert told[name] == alone(model_folder, folders[name][1] if name else {}, params)
+        assert outputs[name] == alone(model_folder, folders[name][1] if name else {}, params)
 
 
 def test_adapters_share_base_weights_but_not_image_tokens(engine, folders):

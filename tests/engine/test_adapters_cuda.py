@@ -162,13 +162,13 @@ def test_bfloat16_is_as_near_to_float32_as_merged_weights(few, many, monkeypatch
 def test_base_model_requests_are_not_affected_by_adapters():
     model = Aria.random(WIDE, dtype=torch.bfloat16, device="cuda")
     work = requests_of(WIDE.text.vocab_size, WIDE.text.hidden_size, 8, 300)
-    told = []
+    outputs = []
     for adapters in (None, {"all": changes_of(model, "all", 8, 0.02)}):
         core = EngineCore(model, max_batch=8, max_model_len=1024, cache_blocks=80, adapters=adapters)
         requests, seen = answer(core, work, torch.bfloat16, [None])
-        told.append((torch.stack([logits for *_, logits in seen]), [request.outputs for request in requests]))
-    assert torch.equal(told[0][0], told[1][0])
-    assert told[0][1] == told[1][1]
+        outputs.append((torch.stack([logits for *_, logits in seen]), [request.outputs for request in requests]))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert outputs[0][1] == outputs[1][1]
 
 
 def test_loading_and_unloading_adapters_drops_stale_graphs():

@@ -68,7 +68,7 @@ def test_every_request_ends_with_its_text_or_is_cancelled(engine):
     alone, expected = engine
     longest = max(len(alone.prepare(conversation(kind)[0]).ids) + conversation(kind)[1].max_tokens for kind in expected)
     tight = Engine(device="cpu", max_model_len=longest, cache_tokens=longest + 200, max_batch=24)
-    # Without the room that admission leaves, answers are preempted as often as they can be.
+    # Without the reserve that admission keeps, answers are preempted as often as they can be.
     tight.core.scheduler._watermark = 0
     prepared = {kind: tight.prepare(conversation(kind)[0]) for kind in expected}
     choice = random.Random(1)

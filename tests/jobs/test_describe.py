@@ -15,7 +15,7 @@ from aria.jobs import Describer, MediaItem, find_media
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 MEDIA = Path(__file__).parents[2] / "docs" / "cookbook" / "media"
-TOLD = {
+ANSWERS = {
     "word.png": 'The word "Welcome".',
     "shapes.png": "A red circle to the left of a blue square.",
     "emoji.png": "An octopus emoji.",
@@ -76,7 +76,7 @@ def test_media_are_found_in_order(folder):
 def test_every_file_is_described(run, folder):
     code, reported, err = run("describe", folder)
     assert code == 0
-    assert {Path(record["path"]).name.lower(): record["text"] for record in reported} == TOLD
+    assert {Path(record["path"]).name.lower(): record["text"] for record in reported} == ANSWERS
     for record in reported:
         assert list(record) == [
             *("path", "kind", "prompt", "text", "finish_reason", "usage", "model", "seconds", "error"),
@@ -131,7 +131,7 @@ def test_a_broken_file_is_one_line_and_exit_code_1(run, folder, tmp_path):
     assert len(by_name) == 5
     assert "torn.png" in by_name["torn.png"]["error"] and by_name["torn.png"]["text"] is None
     assert "empty.jpg" in by_name["empty.jpg"]["error"]
-    assert by_name["word.png"]["text"] == TOLD["word.png"]
+    assert by_name["word.png"]["text"] == ANSWERS["word.png"]
     assert err == "3 done, 2 failed, 1 skipped\n"
 
 

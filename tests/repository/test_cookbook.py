@@ -118,11 +118,11 @@ def test_options_in_the_pages_exist():
 
 def test_the_batch_in_the_pages_is_one(tmp_path):
     text = (COOKBOOK / "many-files.md").read_text(encoding="utf-8")
-    asked, told = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (tmp_path / "in.jsonl").write_text(asked)
+    request, response = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "in.jsonl").write_text(request)
     [line] = find_lines(tmp_path / "in.jsonl")
     batch = BatchFile(tmp_path / "in.jsonl", ServerSettings(model_names=("Aria",)))
-    assert batch.recognize(json.loads(told)) == (line.custom_id, False)
+    assert batch.recognize(json.loads(response)) == (line.custom_id, False)
 
 
 def test_media_can_be_drawn_again(tmp_path):

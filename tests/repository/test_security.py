@@ -48,7 +48,7 @@ def test_a_limit_has_the_default_that_the_page_tells(default, name):
 def test_the_page_lists_every_limit_of_the_server():
     listed = {name.lstrip("-").replace("-", "_") for _, name in LIMITS}
     limits = {name.lstrip("-") for name in options() if re.match(r"--(max|held|decoded|worker)-|--\w+-seconds$", name)}
-    others = {"max-batch", "step-seconds"}  # what the model does, whoever asks
+    others = {"max-batch", "step-seconds"}  # what the model does for any client
     assert {name.replace("-", "_") for name in limits - others} <= listed
 
 

@@ -32,7 +32,7 @@ export function onLocked(ask) {
   askForKey = ask;
 }
 
-/** Several requests may find the door locked at once; the person is asked once. */
+/** Several requests may be refused for want of a key at once; the person is asked once. */
 function unlock(why) {
   asked ??= askForKey(why).finally(() => (asked = null));
   return asked;
@@ -83,7 +83,7 @@ export async function models() {
 
 /**
  * What messages cost, and small pictures of their media.
- * @param {(told: {kind: string, done: number, total: number}) => void} progress called while media are read.
+ * @param {(update: {kind: string, done: number, total: number}) => void} progress called while media are read.
  * @returns {Promise<{count: number, media: {kind: string, count: number, tokens: number, preview?: string, total?: number}[]}>}
  */
 export async function tokenize(model, messages, { signal, progress }) {

@@ -15,7 +15,7 @@ const ENDINGS = {
 };
 const TYPES = { image: /^image\//, video: /^video\//, document: /^application\/pdf$/ };
 const SETTLE = 350; // ms without a change of settings before the server is asked again
-/** Statuses that tell of the file itself; others tell of the server, and may be gone when the message is sent. */
+/** Statuses that concern the file itself; others concern the server, and may be gone when the message is sent. */
 const REFUSALS = [400, 413, 415];
 
 export function kindOf(file) {
@@ -151,7 +151,7 @@ export class Attachments {
     try {
       entry.uri ??= await dataUri(entry.blob);
       const messages = [{ role: "user", content: [partOf(item, entry.uri)] }];
-      const progress = (told) => signal.aborted || (entry.progress.textContent = progressText(told));
+      const progress = (update) => signal.aborted || (entry.progress.textContent = progressText(update));
       const counted = await tokenize(this.model()?.id, messages, { signal, progress });
       if (signal.aborted) return;
       [entry.cost] = counted.media;
@@ -169,7 +169,7 @@ export class Attachments {
 
   show(entry) {
     const { item } = entry;
-    entry.told = make("p.price", { role: "status" });
+    entry.status = make("p.price", { role: "status" });
     entry.progress = make("p.progress");
     entry.thumb = make("div.thumb", {});
     const settings = iconButton("sliders", `Settings of ${item.name}`, () => {
@@ -178,7 +178,7 @@ export class Attachments {
     }, "small", "narrow");
     settings.setAttribute("aria-expanded", "false");
     entry.element = make("li.item", {}, entry.thumb,
-      make("div.facts", {}, make("p.name", { title: item.name }, item.name), entry.told, entry.progress, this.settings(entry)),
+      make("div.facts", {}, make("p.name", { title: item.name }, item.name), entry.status, entry.progress, this.settings(entry)),
       iconButton("close", `Remove ${item.name}`, () => this.remove(entry), "small"), settings);
     this.list.append(entry.element);
     this.picture(entry);
@@ -190,9 +190,9 @@ export class Attachments {
   }
 
   tell(entry) {
-    entry.told.textContent = entry.refusal ?? (entry.cost ? costText(entry.item.kind, entry.cost) : "\u2026");
-    entry.told.classList.toggle("wrong", entry.refusal !== null);
-    entry.told.title = `${sizeText(entry.item.size)}`;
+    entry.status.textContent = entry.refusal ?? (entry.cost ? costText(entry.item.kind, entry.cost) : "\u2026");
+    entry.status.classList.toggle("wrong", entry.refusal !== null);
+    entry.status.title = `${sizeText(entry.item.size)}`;
     entry.element.classList.toggle("refused", entry.refusal !== null);
     if (entry.cost || entry.refusal) entry.progress.replaceChildren();
   }

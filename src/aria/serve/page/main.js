@@ -86,7 +86,7 @@ async function connect() {
   try {
     served = await models();
   } catch (error) {
-    // Told once: who has closed the message need not close it again.
+    // Shown once: a person who closed the message need not close it again.
     back ??= tell(error.message, { action: ["Try again", connectAnew] });
     // Without its key the server would ask for it again and again.
     if (error.status !== 401) waiting = setTimeout(connect, COME_BACK);

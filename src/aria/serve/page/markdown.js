@@ -29,10 +29,10 @@ const blocks = {
     return token?.text.trim() ? token : undefined;
   },
 };
-// "> 90 %", ">50" and ">= 3" tell of numbers.
+// "> 90 %", ">50" and ">= 3" are numbers.
 const COMPARISON = /^ {0,3}>(?:[=\d]|\s*[-+$€£]?[\d.,]+\s*[%°\w]{0,3}\s*$)/;
 
-/** A number with a dot begins a list if it is 0 or 1, goes on where a list ended, or is not alone. */
+/** A number with a dot begins a list if it is 0 or 1, continues a list that ended, or is not alone. */
 function isList(token, lexer) {
   if (token.items.every((item) => !item.text.trim())) return false;
   if (!token.ordered) return true;

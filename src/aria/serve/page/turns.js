@@ -53,8 +53,8 @@ export class Turns {
 
   /** Shows what the server is reading before the first word. */
   progress(turn, progress) {
-    const told = this.elements.get(turn)?.querySelector(".waiting .progress");
-    if (told) told.textContent = progressText(progress);
+    const waiting = this.elements.get(turn)?.querySelector(".waiting .progress");
+    if (waiting) waiting.textContent = progressText(progress);
   }
 
   /** Shows a turn that is new or has changed; while it grows not at every piece. */
