@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
-import transformers
 
 from aria.config import AriaConfig, ProjectorConfig, TextConfig, VisionConfig
 from aria.model import Aria
+
+if TYPE_CHECKING:
+    import transformers
 
 
 def tiny_config(
@@ -48,8 +53,10 @@ def tiny_model(config: AriaConfig, seed: int = 0) -> Aria:
     return model
 
 
-def transformers_twin(folder) -> transformers.AriaForConditionalGeneration:
+def transformers_twin(folder: Path) -> transformers.AriaForConditionalGeneration:
     """Load transformers' Aria from a folder that we wrote; every key has to match."""
+    import transformers  # where only our own models are made, it is not needed
+
     twin, info = transformers.AriaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
