@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from aria.checkpoint import load_model
 from aria.checkpoint.adapter import read_adapter
 from aria.config import AriaConfig
 from aria.engine.core import EngineCore, Token
+from aria.engine.decoded_logprobs import decoded_logprob, decoded_prompt_logprobs
 from aria.engine.failures import StepError, failure
 from aria.engine.generation import read_generation_config
 from aria.engine.grammar import Grammars
 from aria.engine.matcher import Matcher
 from aria.engine.outputs import Choice, Completion, FinishReason, Result, Stats, TokenLogprob, Usage
-from aria.engine.prompt_logprobs import PromptLogprobs
 from aria.engine.request import Request, block_digests
-from aria.engine.runner import TokenLogprobs
 from aria.engine.sampler import EndText
 from aria.engine.sampling_params import SamplingParams
 from aria.engine.warm_up import WarmUp
@@ -582,27 +581,3 @@ class Engine:
         if token.logprobs is None:
             return None
         return decoded_logprob(self.processor.tokenizer, token.token_id, token.logprobs)
-
-
-def decoded_logprob(tokenizer: AriaTokenizer, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
-    """Log-probabilities of a sampled token, with the tokens' text."""
-    top = tuple(TokenLogprob(id, tokenizer.decode([id]), value) for id, value in logprobs.likeliest)
-    return TokenLogprob(token_id, tokenizer.decode([token_id]), logprobs.chosen, top)
-
-
-def decoded_prompt_logprobs(
-    tokenizer: AriaTokenizer, prompt: Sequence[int], logprobs: PromptLogprobs
-) -> tuple[TokenLogprob | None, ...]:
-    """Log-probabilities of a prompt, with the tokens' text. The first token has none."""
-
-    @cache
-    def text(token: int) -> str:
-        return tokenizer.decode([token])
-
-    found: list[TokenLogprob | None] = []
-    columns = logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs
-    for token, logprob, rank, ids, values in zip(prompt, *(column.tolist() for column in columns), strict=True):
-        likeliest = enumerate(zip(ids, values, strict=True), 1)
-        top = tuple(TokenLogprob(other, text(other), value, rank=place) for place, (other, value) in likeliest)
-        found.append(TokenLogprob(token, text(token), logprob, top, rank))
-    return (None, *found[1:])

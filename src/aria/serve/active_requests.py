@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, TypeVar
 
 from aria.serve.errors import ApiError, overloaded
@@ -273,7 +273,7 @@ def client_of(address: str) -> str:
         ip = ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if ip.version == 4:
+    if isinstance(ip, IPv4Address):
         return address
     if ip.ipv4_mapped is not None:
         return str(ip.ipv4_mapped)
