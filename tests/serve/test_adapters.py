@@ -256,7 +256,10 @@ def test_adapters_are_named_on_the_command_line(command, capsys, model_folder, t
     monkeypatch.setattr("aria.engine.engine.load_model", lambda *_, **__: pytest.fail("the model was read"))
     Path("in.jsonl").touch()
     for asked, message in (
-        (("chat", "-m", model_folder, "--adapter", tmp_path, "hello"), "no adapter folder: it has no adapter_config"),
+        (
+            ("chat", "-m", model_folder, "--adapter", tmp_path, "hello"),
+            "not an adapter folder: it has no adapter_config",
+        ),
         (("serve", model_folder, "--adapter", "mine=not/there/export"), "no file or folder 'not/there/export'"),
         (("batch", "in.jsonl", "out", "--adapter", "aria-nano=x/last"), "'aria-nano' is the name of the model and of"),
         (("serve", "--adapter", "aria-nano=x/last"), "'aria-nano' is the name of the model and of"),
