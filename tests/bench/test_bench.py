@@ -144,6 +144,7 @@ def test_decode(capsys, tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in results["peer"]["decode"])
 
 
+@pytest.mark.slow
 def test_adapters(capsys):
     adapters.main([*SMALL, "--batch", "1", "3", "--context", "16", "--steps", "4", "--adapters", "2", "--rank", "4",
                    "--read", "100"])  # fmt: skip

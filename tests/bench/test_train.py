@@ -35,6 +35,7 @@ def test_every_text_token_is_a_target_once_and_targets_stay_in_their_sequence():
     assert torch.equal(shifted.flatten(), batch.targets)
 
 
+@pytest.mark.slow
 def test_adapters(capsys):
     pytest.importorskip("peft")
     train.main([*SMALL, "--peer", "transformers"])

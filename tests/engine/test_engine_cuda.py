@@ -202,7 +202,7 @@ def test_a_prefill_that_runs_out_of_memory_is_retried_in_halves(caplog, monkeypa
 
     monkeypatch.setattr(Aria, "decode", lacking)
     got = answers_to_long(core)
-    assert tokens[:3] == [8192, 4096, 4096] and "ran out of memory and is tried again" in caplog.text
+    assert tokens[:3] == [8192, 4096, 4096] and "ran out of memory and is retried in halves" in caplog.text
     assert not core.failing and mostly_equal(got, expected)
 
 
@@ -220,5 +220,5 @@ def test_graphs_are_captured_after_captures_ran_out_of_memory(caplog, monkeypatc
 
     monkeypatch.setattr(Graphs, "_capture", lacking)
     got = [answers_to_long(core) for _ in range(3)]
-    assert caplog.text.count("ran out of memory and is tried again") == 2 and len(captures) > 3
+    assert caplog.text.count("ran out of memory and is retried in halves") == 2 and len(captures) > 3
     assert not core.failing and all(mostly_equal(one, expected) for one in got)

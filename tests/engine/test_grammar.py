@@ -148,6 +148,7 @@ def test_with_images_choices_and_other_requests(engine):
     assert [one.choices for one in together] == [one.choices for one in (plain, alone, plain, alone)]
 
 
+@pytest.mark.slow
 def test_preemption_loses_nothing(engine, model_folder):
     params = SamplingParams(max_tokens=150, json_schema=SCHEMA, temperature=1.0, seed=1, n=2)
     conversations = [asked("hello " * k) for k in range(1, 7)]

@@ -98,6 +98,7 @@ def test_noise_is_philox_with_ten_rounds():
     assert [int(word) for word in high_seed] != words
 
 
+@pytest.mark.slow
 def test_top_k_and_top_p_cut_the_tail_and_renormalise():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().tolist()
     assert (drawn(logits, temperature=1.0, top_k=2) - torch.tensor([0, 2 / 3, 0, 1 / 3])).abs().max() < 0.03

@@ -182,6 +182,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_layer(name):
     case = CASES[name]

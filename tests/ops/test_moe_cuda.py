@@ -62,6 +62,7 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 513, 2048, 8191])
 def test_layer(tokens, dtype):

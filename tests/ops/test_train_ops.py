@@ -99,6 +99,7 @@ class Experts:
         return apply
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("name", CASES)

@@ -62,6 +62,7 @@ def check(run, expected_run, inputs: dict[str, Tensor], tolerance: float, plain=
     assert all(error < tolerance + 2 * bounds[name] for name, error in found.items()), (found, bounds)
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [(8, 8), (0, 0), (4, 16)], ids=str)

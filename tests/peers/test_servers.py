@@ -21,6 +21,7 @@ def ask(live, path: str, body: dict | None) -> Reply:
     return Reply(response.status_code, response.text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check",
     [

@@ -121,6 +121,7 @@ def test_every_row_comes_once_an_epoch(rows, world):
     assert not BROKEN & set(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 7])
 @pytest.mark.parametrize(("passes", "tokens"), [(3, TOKENS), (0.5, TOKENS), (2, 4096)])
 def test_a_stream_of_passes_ends_after_them(rows, world, passes, tokens):
@@ -351,6 +352,7 @@ def test_fewer_rows_than_ranks_are_shared(tmp_path):
         assert set(numbers(take(stream(file, rank=rank, world=5), 2))) == {0, 1}
 
 
+@pytest.mark.slow
 def test_crops_of_a_batch_are_bounded(rows):
     unbounded = take(stream(rows), 30)
     assert max(sum(len(crops.extents) for crops in batch.crops) for batch in unbounded) > 4

@@ -103,6 +103,7 @@ def test_held_out_data_that_fail_at_the_end_leave_the_export(run, tmp_path):
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["paths", "mixer"])
 def test_a_run_resumes_where_its_data_were_moved(run, tmp_path, how):
     def data(file):

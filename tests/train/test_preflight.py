@@ -271,6 +271,7 @@ def test_an_image_costs_its_unpadded_patches():
     assert seen - trained == pytest.approx(3 * whole, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chosen", "a_token"),
     [

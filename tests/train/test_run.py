@@ -152,6 +152,7 @@ def test_a_folder_where_something_is_training_is_left_alone(command, recipe, tmp
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")} | {out / ".lock": before[out / ".lock"]}
 
 
+@pytest.mark.slow
 def test_a_stored_adapter_is_trained_on(command, recipe, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     file = recipe(**{"budget.steps": 6, "optimizer.learning_rate": 0.01, "schedule.kind": "constant"})
@@ -187,6 +188,7 @@ def test_weights_are_trained_and_exported_with_their_processor(command, recipe, 
     assert command("chat", "-m", out / "export", "--max-tokens", 2, "hello") == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_beside(
     command, recipe, tmp_path, model_folder, monkeypatch
 ):
@@ -312,6 +314,7 @@ def test_epochs_end_when_the_data_were_seen_so_often(command, recipe, tmp_path):
     assert last["progress"] <= 1.0 and 4 <= last["step"] <= 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "rows"), [(3, 21), (0.5, 4)])
 def test_epochs_over_few_rows_are_so_many_passes(command, recipe, tmp_path, capsys, epochs, rows):
     """A batch holds all of them many times over."""
