@@ -31,7 +31,7 @@ test: $(VENV)/.developed
 
 # Tests of seconds each: several processes, browsers' pages, kernels compiled for GPUs, runs that are killed and resumed.
 test-slow: $(VENV)/.developed
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not clients' $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not soak and not clients and not gpu and not multi_gpu' $(ARGS)
 
 # Tests of minutes each, one at a time: attacks on a server, searches for inputs that break parsers, kernels for all GPUs.
 # One folder: make test-soak ARGS=tests/hostile

@@ -123,7 +123,7 @@ def test_kernels_fit_into_shared_memory_in_float32(ask, capability, rank):
     assert {name.removeprefix("aria.ops.kernels.") for name in needs} >= DECODE
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kernels_run_on_the_gpu_of_their_tensors(ask):
     found = ask("placed")
     assert found["misplaced"] == []
