@@ -10,9 +10,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  (a checkout can be imported by an
         "create an environment with a newer interpreter: python3.12 -m venv .venv"
     )
 
-from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from aria.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from aria.config import AriaConfig
@@ -31,20 +32,21 @@ __all__ = [
 ]
 
 # Imported on first use, so that `aria --help` does not import PyTorch.
-_EXPORTS = {
-    "AriaConfig": "aria.config",
-    "AriaForConditionalGeneration": "aria.pretrained",
-    "AriaImageProcessor": "aria.processor",
-    "AriaProcessor": "aria.processor",
-    "AsyncEngine": "aria.engine",
-    "Engine": "aria.engine",
-    "SamplingParams": "aria.engine",
-}
+_exported = lazy_exports(
+    __name__,
+    {
+        "AriaConfig": "aria.config",
+        "AriaForConditionalGeneration": "aria.pretrained",
+        "AriaImageProcessor": "aria.processor",
+        "AriaProcessor": "aria.processor",
+        "AsyncEngine": "aria.engine",
+        "Engine": "aria.engine",
+        "SamplingParams": "aria.engine",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("aria-moe")
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    return _exported(name)

@@ -24,7 +24,7 @@ LAYERS = (
     ("config",),
     ("media", "templates", "grammars"),
     ("workers", "hub", "settings", "wording", "private_api"),
-    ("json_walk",),
+    ("json_walk", "lazy"),
 )
 """Modules and packages in `src/aria/`, from the top layer down. Each imports from lower layers and from itself."""
 LONGEST_FILE = 600

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aria.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from aria.engine.async_engine import AsyncEngine
@@ -28,23 +29,20 @@ __all__ = [
 ]
 
 # Imported on first use: the command line reads SamplingParams without loading PyTorch.
-_MODULES = {
-    "Answer": "aria.engine.engine",
-    "AsyncEngine": "aria.engine.async_engine",
-    "Choice": "aria.engine.outputs",
-    "ContextLengthError": "aria.engine.core",
-    "Engine": "aria.engine.engine",
-    "ParameterError": "aria.engine.sampling_params",
-    "Piece": "aria.engine.engine",
-    "Result": "aria.engine.outputs",
-    "SamplingParams": "aria.engine.sampling_params",
-    "Stats": "aria.engine.outputs",
-    "TokenLogprob": "aria.engine.outputs",
-    "Usage": "aria.engine.outputs",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Answer": "aria.engine.engine",
+        "AsyncEngine": "aria.engine.async_engine",
+        "Choice": "aria.engine.outputs",
+        "ContextLengthError": "aria.engine.core",
+        "Engine": "aria.engine.engine",
+        "ParameterError": "aria.engine.sampling_params",
+        "Piece": "aria.engine.engine",
+        "Result": "aria.engine.outputs",
+        "SamplingParams": "aria.engine.sampling_params",
+        "Stats": "aria.engine.outputs",
+        "TokenLogprob": "aria.engine.outputs",
+        "Usage": "aria.engine.outputs",
+    },
+)

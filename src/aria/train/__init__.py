@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aria.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from aria.train.recipe import Recipe
@@ -12,10 +13,4 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "train"]
 
 # Looked up on first use: a loss or a data stream is imported without the rest of training.
-_MODULES = {"Recipe": "aria.train.recipe", "train": "aria.train.run"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+__getattr__ = lazy_exports(__name__, {"Recipe": "aria.train.recipe", "train": "aria.train.run"})
