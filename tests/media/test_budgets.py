@@ -20,9 +20,10 @@ from PIL import Image
 
 from aria.media import cache as media_cache
 from aria.media import document, open, read, rgb, video
+from aria.media.budgets import RECEIVED_MEMORY, MemoryBudget, PixelBudget
 from aria.media.cache import MediaCache
 from aria.media.fetch import fetch
-from aria.media.limits import RECEIVED_MEMORY, MediaSettings, MemoryBudget, PixelBudget
+from aria.media.limits import MediaSettings
 from aria.media.open import OpenedMedia, open_media
 from aria.media.read import Page, ScaledImage, read_clip, read_document, read_image
 from aria.processor import AriaImageProcessor, load_image

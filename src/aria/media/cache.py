@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-from aria.media.limits import DECODE_MEMORY
+from aria.media.budgets import DECODE_MEMORY
 from aria.media.read import Frame, Page
 
 Read = TypeVar("Read", Frame, Page)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from aria.media.budgets import MemoryReservation
 from aria.media.fetch import fetch
-from aria.media.limits import MediaSettings, MemoryReservation, shorten
+from aria.media.limits import MediaSettings, shorten
 from aria.workers.cancellation import check_cancelled
 from aria.workers.channel import PASSES_FILES
 from aria.workers.shared import SharedFile, open_reader

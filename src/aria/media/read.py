@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from aria.media import document, rgb, video
+from aria.media.budgets import DECODE_MEMORY, PixelBudget
 from aria.media.container import DecodeRun, Fit, Keyframe, ReadDeadline, gpu_decoding
-from aria.media.limits import DECODE_MEMORY, MediaSettings, PixelBudget
+from aria.media.limits import MediaSettings
 from aria.media.open import OpenedMedia, open_media
 from aria.media.progress import Progress, report
 from aria.media.video import DecodePlan, FrameSelection

@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from aria.media.budgets import PixelBudget
 from aria.media.cache import MediaCache
-from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.limits import MediaSettings
 from aria.media.open import open_media
 from aria.media.read import Frame, Page, ScaledImage, read_clip, read_document
 from aria.processor.chat import IMAGE_TOKEN, IMAGE_WRAPPING, DocumentPart, ImagePart, MediaPart, Prompt, VideoPart

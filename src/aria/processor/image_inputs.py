@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from aria import ops
-from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.budgets import PixelBudget
+from aria.media.limits import MediaSettings
 from aria.media.open import open_media
 from aria.media.progress import ProgressCounter
 from aria.media.read import ScaledImage, convert_in_memory, read_image

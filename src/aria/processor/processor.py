@@ -11,8 +11,9 @@ from typing import Any
 
 from aria.config import CONFIG_NAME
 from aria.hub import resolve, write_json
+from aria.media.budgets import PixelBudget
 from aria.media.cache import MediaCache
-from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.limits import MediaSettings
 from aria.media.read import load_image, shared_workers
 from aria.processor.batch import BatchFeature, check_tensor_kind
 from aria.processor.chat import END_OF_TURN, IMAGE_TOKEN, Conversation, ImagePart, MediaPart, Prompt, VideoPart

@@ -15,7 +15,8 @@ from unittest import mock
 import numpy as np
 
 from aria.media import read
-from aria.media.limits import MediaSettings, MemoryBudget, PixelBudget
+from aria.media.budgets import MemoryBudget, PixelBudget
+from aria.media.limits import MediaSettings
 from aria.media.open import OpenedMedia
 from aria.workers import Workers
 from aria.workers.channel import _LENGTH, Channel

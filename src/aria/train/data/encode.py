@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from aria.config import AriaConfig
+from aria.media.budgets import PixelBudget
 from aria.media.cache import MediaCache
-from aria.media.limits import MediaSettings, PixelBudget
+from aria.media.limits import MediaSettings
 from aria.processor import AriaProcessor
 from aria.processor.chat import END_OF_TURN, IMAGE_WRAPPING, START_OF_TURN, MediaPart, Prompt, render
 from aria.processor.expand import expand, resolve_defaults
