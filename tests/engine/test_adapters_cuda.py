@@ -11,22 +11,13 @@ from torch import nn
 
 from aria import ops
 from aria.checkpoint.adapter import merged
-from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
 from aria.model import Aria, Packed
 from aria.ops import LoRA, Segments
-from aria.processor.image_inputs import ImageSpan
 from tests.helpers.gpu_models import CONFIG, WIDE, relative_error, requests_of
+from tests.helpers.tiny_core import answer
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def memory():
-    """Free the memory of a test for the next one."""
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 LAYERS = "language_model.model.layers"
@@ -68,28 +59,6 @@ def merge(model: Aria, changes: dict[str, LoRA]) -> Aria:
         owner = made.get_submodule(module)
         owner.weight = nn.Parameter(merged(owner.weight.data, change), requires_grad=False)
     return made
-
-
-def answer(core: EngineCore, work, dtype: torch.dtype, names: list[str | None]) -> tuple[list, list]:
-    """Requests of adapters in turn, and the logits of every sampled position."""
-    seen, counts, launch = [], {}, core.runner.launch
-
-    def watched(plan):
-        launched = launch(plan)
-        for request, logits in zip(launched.requests, launched.logits, strict=True):
-            seen.append((request, counts.setdefault(request, 0), logits.float().cpu()))
-            counts[request] += 1
-        return launched
-
-    core.runner.launch = watched
-    requests = []
-    for seed, (ids, images) in enumerate(work):
-        images = [ImageSpan(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in images]
-        params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
-        requests += core.add(ids, params, images=images, adapter=names[seed % len(names)])
-    while core.unfinished:
-        core.step()
-    return requests, seen
 
 
 @torch.no_grad()

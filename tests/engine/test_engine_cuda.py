@@ -16,36 +16,13 @@ from aria.model import Aria, Packed
 from aria.ops import Segments
 from aria.processor.image_inputs import ImageSpan
 from tests.helpers.gpu_models import CONFIG, WIDE, relative_error, requests_of
+from tests.helpers.tiny_core import answer
 
 pytestmark = pytest.mark.gpu
 
 
 # Heads that no kernel of attention takes, and experts that no grouped product does.
 ODD = replace(CONFIG, text=replace(CONFIG.text, head_dim=48, intermediate_size=44))
-
-
-def engine_logits(core: EngineCore, work, dtype: torch.dtype) -> tuple[list, list]:
-    """Logits of every sampled position, from the engine's own steps, CUDA graphs included."""
-    seen = []
-    launch, counts = core.runner.launch, {}
-
-    def watched(plan):
-        launched = launch(plan)
-        for request, logits in zip(launched.requests, launched.logits, strict=True):
-            seen.append((request, counts.setdefault(request, 0), logits.float().cpu()))
-            counts[request] += 1
-        return launched
-
-    core.runner.launch = watched
-    requests = []
-    for seed, (ids, images) in enumerate(work):
-        images = [ImageSpan(p.start, p.tokens, p.key, p.data.to("cuda", dtype)) for p in images]
-        # Log-probabilities make the engine keep its logits.
-        params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
-        requests += core.add(ids, params, images=images)
-    while core.unfinished:
-        core.step()
-    return requests, seen
 
 
 @torch.no_grad()
@@ -78,7 +55,7 @@ def test_bfloat16_is_as_near_to_float32_as_a_plain_pass(config, longest, blocks,
         core = EngineCore(
             model, max_batch=16, max_model_len=1024, cache_blocks=blocks, step_tokens=1024, mixed_step_tokens=256
         )
-        requests, seen = engine_logits(core, work, torch.bfloat16)
+        requests, seen = answer(core, work, torch.bfloat16)
         got = torch.stack([logits for *_, logits in seen])
         plain = plain_logits(model, requests, seen, torch.bfloat16)
         exact = plain_logits(model.float(), requests, seen, torch.float32)
@@ -93,7 +70,7 @@ def test_float32_equals_a_plain_pass(config):
     model = Aria.random(config, dtype=torch.float32, device="cuda", std=0.02 if config is WIDE else 0.05)
     work = requests_of(config.text.vocab_size, config.text.hidden_size, 16, 300)
     core = EngineCore(model, max_batch=8, max_model_len=1024, cache_blocks=24, step_tokens=256, mixed_step_tokens=128)
-    requests, seen = engine_logits(core, work, torch.float32)
+    requests, seen = answer(core, work, torch.float32)
     # Experts of odd sizes are looped over, which waits for the host, as no graph may.
     assert any(graph is not None for graph in core.runner._graphs._captured.values()) == (config is not ODD)
     got = torch.stack([logits for *_, logits in seen])

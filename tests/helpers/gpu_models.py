@@ -13,7 +13,10 @@ from aria.processor.image_inputs import ImageSpan
 WIDE = AriaConfig(text=TextConfig(num_hidden_layers=3, vocab_size=4096, max_position_embeddings=8192))
 
 
-def requests_of(vocabulary: int, image_width: int, count: int, longest: int) -> list[tuple[list[int], list[ImageSpan]]]:
+Work = list[tuple[list[int], list[ImageSpan]]]
+
+
+def requests_of(vocabulary: int, image_width: int, count: int, longest: int) -> Work:
     choice = random.Random(0)
     made = []
     for seed in range(count):

@@ -1,16 +1,20 @@
-"""An `EngineCore` on a tiny random model, prompts for it, and the logits of plain forward passes to compare with."""
+"""An `EngineCore` on a tiny random model, prompts for it, and logits of its steps and of plain forward passes."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+from aria.engine import SamplingParams
 from aria.engine.core import EngineCore
+from aria.engine.request import Request
 from aria.model import Packed
 from aria.ops import Segments
 from aria.processor.image_inputs import ImageSpan
+from tests.helpers.gpu_models import Work
 from tests.helpers.tiny import tiny_config, tiny_model
 
 IMAGE = 9
@@ -74,3 +78,34 @@ def run(core: EngineCore, requests, *, look=lambda launched: None) -> None:
     pool = core.pool
     assert pool.used == 0 and pool.free + pool.cached == pool.total
     assert all(len(request.outputs) == request.max_tokens for request in requests)
+
+
+def answer(
+    core: EngineCore, work: Work, dtype: torch.dtype, adapters: Sequence[str | None] = (None,)
+) -> tuple[list[Request], list[tuple[Request, int, torch.Tensor]]]:
+    """Answer requests of adapters in turn, by the engine's own steps, CUDA graphs included.
+
+    Returns:
+        The requests; and request, index and logits of every sampled position.
+    """
+    seen: list[tuple[Request, int, torch.Tensor]] = []
+    counts: dict[Request, int] = {}
+    launch = core.runner.launch
+
+    def watched(plan):
+        launched = launch(plan)
+        for request, logits in zip(launched.requests, launched.logits, strict=True):
+            seen.append((request, counts.setdefault(request, 0), logits.float().cpu()))
+            counts[request] += 1
+        return launched
+
+    core.runner.launch = watched
+    requests: list[Request] = []
+    for seed, (ids, images) in enumerate(work):
+        images = [ImageSpan(p.start, p.tokens, p.key, p.data.to(core.device, dtype)) for p in images]
+        # Log-probabilities make the engine keep its logits.
+        params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, logprobs=0)
+        requests += core.add(ids, params, images=images, adapter=adapters[seed % len(adapters)])
+    while core.unfinished:
+        core.step()
+    return requests, seen

@@ -24,19 +24,8 @@ from recipes.nano.scenes import shape_questions
 from recipes.nano.scenes.planner import Planner
 from recipes.nano.text import dialogue, tokenizer
 from recipes.nano.train import batches, image_batches
-from tests.helpers.nano_material import draw_scenes, font, jpeg, material, packed_scenes
+from tests.helpers.nano_material import draw_scenes, font, jpeg, packed_scenes
 from tests.helpers.plain_drawing import draw
-
-
-@pytest.fixture(scope="module")
-def assets() -> Assets:
-    return material()
-
-
-@pytest.fixture(scope="module")
-def renderer(assets: Assets) -> Renderer:
-    torch.set_num_threads(1)
-    return Renderer(assets)
 
 
 def _neutral(scene: scenes.Scene) -> scenes.Scene:

@@ -20,18 +20,7 @@ from recipes.nano.scenes import scene as scenes
 from recipes.nano.scenes.planner import Planner
 from recipes.nano.text import tokenizer
 from recipes.nano.train import image_batches
-from tests.helpers.nano_material import draw_scenes, font, material, packed_scenes
-
-
-@pytest.fixture(scope="module")
-def assets() -> Assets:
-    return material()
-
-
-@pytest.fixture(scope="module")
-def renderer(assets: Assets) -> Renderer:
-    torch.set_num_threads(1)
-    return Renderer(assets)
+from tests.helpers.nano_material import draw_scenes, font, packed_scenes
 
 
 def _charts(assets: Assets, size: int, count: int) -> Iterator[tuple[scenes.Scene, charts.Chart, Planner]]:

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
-import torch
 
 from aria.train.parallel import Parallel
 from tests.helpers.spread import CASES, train
-from tests.helpers.torchrun import torchrun
+from tests.helpers.torchrun import train_on_ranks
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
     """Results of a number of ranks, by case; all cases run on first use."""
 
-    @cache
-    def trained(ranks: int) -> dict[str, dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("spread")
-        ended = torchrun("-m", "tests.helpers.spread", folder, ranks=ranks)
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        return {name: torch.load(folder / f"{name}.pt") for name in CASES[ranks]}
-
-    return trained
+    return cache(lambda ranks: train_on_ranks(ranks, tmp_path_factory.mktemp("spread")))
 
 
 @pytest.mark.slow

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 
 from aria.train.parallel import Parallel
-from tests.helpers.repository import environment
 from tests.helpers.spread import CASES, train
+from tests.helpers.torchrun import train_on_ranks
 
 pytestmark = pytest.mark.multi_gpu
 
@@ -24,21 +21,7 @@ RANKS = [ranks for ranks in CASES if ranks <= torch.cuda.device_count()]
 def spread(tmp_path_factory):
     """Results of a number of ranks, by case; all cases run on first use."""
 
-    @cache
-    def trained(ranks: int) -> dict[str, dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("spread")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        ended = subprocess.run(
-            [*command, "-m", "tests.helpers.spread", str(folder)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        return {name: torch.load(folder / f"{name}.pt") for name in CASES[ranks]}
-
-    return trained
+    return cache(lambda ranks: train_on_ranks(ranks, tmp_path_factory.mktemp("spread")))
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks in RANKS for name in CASES[ranks]])
